@@ -1,0 +1,65 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+DEMO_RECIPE ?= recipes/minilm-gender/recipe.yaml
+DEMO_OUT ?= out/minilm-gender
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# Real models and data for the tests that want them; those tests skip where the folder is missing.
+HF_ERASURE_TEST_ASSETS ?= ../shared/assets
+override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
+export HF_ERASURE_TEST_ASSETS
+
+.PHONY: help demo test lint format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \t\2/p' Makefile
+
+# torch goes in first and alone: its wheel is by far the largest, and the later steps must not choose another build.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt -e '.[bench]'
+	touch $@
+
+demo: $(VENV)/.demo  ## erase gender from a sentence encoder, then read the saved adapter in a second process
+	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure fit $(DEMO_RECIPE) output=$(DEMO_OUT)
+	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure check $(DEMO_OUT)
+
+test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.test  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench  ## time the erasers against concept-erasure and the floor
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks/*.py -m '' -p no:cacheprovider -s $(PYTEST_ARGS)
+
+clean:  ## remove the environment, the caches and what the recipes wrote
+	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

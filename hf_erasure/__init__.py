@@ -1,0 +1,19 @@
+"""Erase a concept from a Hugging Face model, as an adapter.
+
+Importing this package registers its adapter types with PEFT; from then on `model.add_adapter`, `model.load_adapter`,
+`PeftModel.from_pretrained` and all the other calls of PEFT work with them.
+"""
+
+from ._version import __version__
+from .adapters import ConceptErasureConfig, Verification, verify_adapter
+from .fitting import ErasureReport, concept_dataloader, fit_concept_erasure
+
+__all__ = [
+    "ConceptErasureConfig",
+    "ErasureReport",
+    "Verification",
+    "__version__",
+    "concept_dataloader",
+    "fit_concept_erasure",
+    "verify_adapter",
+]

@@ -1,0 +1,149 @@
+"""What an erasure adapter is: the fields a user writes, and those that fitting fills in."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from .registration import extend_peft_type
+
+CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
+
+METHODS = ("leace", "orth")
+SITES = ("output", "input")
+
+
+@dataclass
+class ConceptErasureConfig(PeftConfig):
+    """An erasure of one concept from the activations of a model's modules.
+
+    Either `labels` (a concept of named classes) or `concept_dim` (a continuous or multi-label concept) says how the
+    concept is coded in the data.
+
+    Args:
+        concept: What is erased, in a word; stands in reports, cards and messages.
+        labels: The names of the classes, in the order of their ids. At least two.
+        concept_dim: The number of columns of a continuous or multi-label concept. Leave out when `labels` is given.
+        target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`. `None`
+            takes the output of every normalization layer inside the blocks and of the final norm.
+        exclude_modules: Suffixes or a regular expression of modules to leave alone.
+        layers_to_transform: Indices of the blocks to act on; all when `None`.
+        layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
+        site: Erase the `"output"` of each target or its `"input"`.
+        method: `"leace"` (least-squares optimal, arXiv 2306.03819) or `"orth"` (the same guarantee by an orthogonal
+            projection, which disturbs more).
+        affine: Keep the mean of the activations. `False` gives a purely linear map, for which a bias-free layer needs
+            no bias when the adapter is merged.
+        rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
+            which the guarantee needs.
+        sticky: Stay active when another adapter is activated, until disabled or deleted.
+        fitted: Written by fitting. Whether the erasers exist.
+        fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`.
+        provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
+            base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
+    """
+
+    concept: str = field(default="concept", metadata={"help": "What is erased, in a word."})
+    labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
+    concept_dim: int | None = field(default=None, metadata={"help": "Columns of a continuous or multi-label concept."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all norms of the blocks, final norm."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    site: str = field(default="output", metadata={"help": "'output' or 'input' of the targets."})
+    method: str = field(default="leace", metadata={"help": "'leace' or 'orth'."})
+    affine: bool = field(default=True, metadata={"help": "Keep the mean of the activations."})
+    rank: int | None = field(default=None, metadata={"help": "At most so many directions a site."})
+    sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})
+    fitted: bool = field(default=False, metadata={"help": "Written by fitting."})
+    fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "Written by fitting."})
+    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "Written by fitting."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = CONCEPT_ERASURE
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                setattr(self, name, set(value))
+        self._check_choices()
+        self._check_concept()
+        self._check_layers()
+        if self.fitted and not self.fitted_sites:
+            raise ValueError(
+                "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config; in a "
+                "loaded adapter_config.json their absence means the file is damaged."
+            )
+
+    def _check_choices(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
+        if self.site not in SITES:
+            raise ValueError(f"site={self.site!r} is not known; choose 'output' or 'input'.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
+
+    def _check_concept(self) -> None:
+        if self.labels is not None:
+            if isinstance(self.labels, str) or len(self.labels) < 2:
+                raise ValueError(
+                    f"labels={self.labels!r}: a concept needs at least two classes, as in labels=['female', 'male']. "
+                    "A continuous concept takes concept_dim instead."
+                )
+            if len(set(self.labels)) != len(self.labels):
+                raise ValueError(f"labels={self.labels!r} names a class twice.")
+            if self.concept_dim not in (None, len(self.labels)):
+                raise ValueError(
+                    f"labels names {len(self.labels)} classes but concept_dim={self.concept_dim}; leave concept_dim out."
+                )
+        elif self.concept_dim is not None and self.concept_dim < 1:
+            raise ValueError(f"concept_dim={self.concept_dim} must be at least 1.")
+
+    def _check_layers(self) -> None:
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            if self.layers_to_transform is not None or self.layers_pattern is not None:
+                raise ValueError(
+                    "layers_to_transform and layers_pattern go with a list of target_modules or None, not with the "
+                    f"regular expression {self.target_modules!r}: write the layers into the expression."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")
+
+    @property
+    def z_dim(self) -> int:
+        """The number of columns the concept is coded in: classes, or `concept_dim`."""
+        if self.labels is not None:
+            return len(self.labels)
+        if self.concept_dim is None:
+            raise ValueError(
+                "The concept has neither labels nor concept_dim: write ConceptErasureConfig(labels=['female', 'male']) "
+                "for classes or concept_dim=1 for a continuous concept."
+            )
+        return self.concept_dim
+
+    @property
+    def max_rank(self) -> int:
+        """The number of directions the guarantee needs: k − 1 for classes, `concept_dim` otherwise."""
+        needed = self.z_dim - 1 if self.labels is not None else self.z_dim
+        return needed if self.rank is None else min(self.rank, needed)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; warns when there is no eraser to go with it."""
+        if not self.fitted:
+            warnings.warn(
+                f"The erasure of {self.concept!r} saved to {save_directory} was never fitted: loaded again it changes "
+                "nothing. Call fit_concept_erasure(model, batches, adapter_name=…) first.",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them, with sets as sorted lists so that equal configs make equal files."""
+        plain = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}

@@ -1,0 +1,316 @@
+"""The eraser as a child of the module it acts on.
+
+Replacing a module would lose LoRA targets inside it, change the keys of other adapters and bypass
+`output_hidden_states`. So the module (the *host*) stays what it is: the child holds the erasers of all adapters as
+buffers, and hooks on the host apply them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from hf_erasure.erasers import Eraser, apply_erasure
+
+from . import hidden as hidden_states
+from .config import ConceptErasureConfig
+from .merging import merged_parameters
+
+CHILD = "concept_erasure"
+
+Observer = Callable[[Tensor], Tensor]
+
+
+class ErasureLayer(nn.Module, BaseTunerLayer):
+    """The erasers of every adapter at one module.
+
+    Attributes:
+        path: The host's name in the model, for messages.
+        observers: Adapter name → function that sees the activation in place of that adapter's eraser and returns what
+            goes on; how fitting looks at a site.
+    """
+
+    other_param_names = (
+        "concept_erasure_left",
+        "concept_erasure_right",
+        "concept_erasure_bias",
+        "concept_erasure_site",
+        "concept_erasure_sticky",
+    )
+
+    def __init__(self, host: nn.Module, path: str) -> None:
+        super().__init__()
+        self.path = path
+        # In a tuple, so that the host does not become a submodule of its own child.
+        self._host = (host,)
+        self._handles: dict[str, Any] = {}
+        self._awaits_values: set[str] = set()
+        self._originals: dict[str, Tensor] = {}
+        self.observers: dict[str, Observer] = {}
+        self.merged_adapters = []
+        self.concept_erasure_left = BufferDict(persistent=True)
+        self.concept_erasure_right = BufferDict(persistent=True)
+        self.concept_erasure_bias = BufferDict(persistent=True)
+        self.concept_erasure_site: dict[str, str] = {}
+        self.concept_erasure_sticky: dict[str, bool] = {}
+
+    @property
+    def host(self) -> nn.Module:
+        """The module whose activations are erased."""
+        return self._host[0]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters present here, in the order in which they were added."""
+        return list(self.concept_erasure_site)
+
+    # BaseTunerLayer reads these from the module it wraps; this one wraps none.
+    @property
+    def weight(self) -> Tensor:
+        raise AttributeError("an erasure has no weight of its own")
+
+    @property
+    def bias(self) -> Tensor:
+        raise AttributeError("an erasure has no bias of its own")
+
+    # ---- adapters come and go ---------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: ConceptErasureConfig) -> None:
+        """Make room for an adapter: NaN until loaded if its config says it was fitted, the identity otherwise."""
+        self.concept_erasure_site[name] = config.site
+        self.concept_erasure_sticky[name] = config.sticky
+        device, dtype = self._state_placement()
+        if config.fitted and config.fitted_sites is not None:
+            width, rank = (config.fitted_sites[self.path][key] for key in ("width", "rank"))
+            # NaN and not zero: values that never arrive must not pass for an erasure.
+            self._store(name, *(torch.full(s, torch.nan, device=device, dtype=dtype) for s in _shapes(width, rank)))
+            if rank:
+                self._awaits_values.add(name)
+        else:
+            self._store(name, *(torch.zeros(s, device=device, dtype=dtype) for s in _shapes(0, 0)))
+        self._sync_hooks()
+
+    def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype) -> None:
+        """Put a fitted eraser in place; a purely linear one keeps a zero bias."""
+        device, _ = self._state_placement()
+        bias = eraser.left.new_zeros(eraser.x_dim) if eraser.bias is None else eraser.bias
+        self._store(name, *(t.to(device, dtype).clone() for t in (eraser.left, eraser.right, bias)))
+        self._awaits_values.discard(name)
+
+    def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The eraser's `left`, `right` and `bias` as they are, for `restore_eraser_state`."""
+        return self._parts(name)
+
+    def restore_eraser_state(self, name: str, state: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Put back what `eraser_state` gave."""
+        self._store(name, *state)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
+        super().delete_adapter(adapter_name)
+        self._awaits_values.discard(adapter_name)
+        self.observers.pop(adapter_name, None)
+        self._sync_hooks()
+
+    def detach(self) -> None:
+        """Take this child and its hooks off the host."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self.host._modules.pop(CHILD, None)
+
+    def check_values(self, name: str) -> None:
+        """Raise if the eraser of `name` is missing or not finite.
+
+        Raises:
+            ValueError: Names the site and the adapter.
+        """
+        for part in self._parts(name):
+            if part.device.type != "meta" and not bool(torch.isfinite(part).all()):
+                raise ValueError(
+                    f"The eraser of adapter {name!r} at {self.path!r} is missing or not finite: adapter_model."
+                    "safetensors lacks its tensors or holds NaN. Load the complete folder, or fit the adapter again."
+                )
+        self._awaits_values.discard(name)
+
+    def _store(self, name: str, left: Tensor, right: Tensor, bias: Tensor) -> None:
+        self.concept_erasure_left[name] = left
+        self.concept_erasure_right[name] = right
+        self.concept_erasure_bias[name] = bias
+
+    def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        return self.concept_erasure_left[name], self.concept_erasure_right[name], self.concept_erasure_bias[name]
+
+    def _state_placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where erasers live and how precise they are: float32, or float64 on a float64 base."""
+        weight = next((p for p in self.host.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            return torch.device("cpu"), torch.float32
+        device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+        return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+    def _sync_hooks(self) -> None:
+        """Hooks exist for the sites in use, and for no others."""
+        wanted = set(self.concept_erasure_site.values())
+        if "output" in wanted and "output" not in self._handles:
+            # First of all hooks, so that whatever else looks at the host's output (the recorder behind
+            # output_hidden_states) sees the erased state.
+            self._handles["output"] = self.host.register_forward_hook(self._erase_output, prepend=True)
+        if "input" in wanted and "input" not in self._handles:
+            self._handles["input"] = self.host.register_forward_pre_hook(self._erase_input, with_kwargs=True)
+        for site in set(self._handles) - wanted:
+            self._handles.pop(site).remove()
+
+    # ---- the forward pass -------------------------------------------------------------------------------------------
+
+    def applied_adapters(self, site: str) -> list[str]:
+        """The adapters whose erasers act at `site`, in order: sticky ones that are not active, then the active."""
+        if self._disable_adapters:
+            acting: list[str] = []
+        else:
+            active = self.active_adapters
+            acting = [name for name, sticky in self.concept_erasure_sticky.items() if sticky and name not in active]
+            acting += [name for name in active if name in self.concept_erasure_site]
+        acting += [name for name in self.observers if name not in acting]
+        return [n for n in acting if self.concept_erasure_site[n] == site and n not in self.merged_adapters]
+
+    def _erase_output(self, host: nn.Module, args: tuple, output: Any) -> Any:
+        acting = self.applied_adapters("output")
+        if not acting:
+            return None
+        hidden = hidden_states.hidden_of_output(output, self.path)
+        return hidden_states.replace_hidden_of_output(output, self._erase(hidden, acting))
+
+    def _erase_input(self, host: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        acting = self.applied_adapters("input")
+        if not acting:
+            return None
+        hidden = hidden_states.hidden_of_input(args, kwargs, self.path)
+        return hidden_states.replace_hidden_of_input(args, kwargs, self._erase(hidden, acting))
+
+    def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
+        for name in names:
+            if name in self.observers:
+                hidden = self.observers[name](hidden)
+                continue
+            left, right, bias = self._parts(name)
+            if left.shape[-1] == 0:
+                continue
+            if left.device != hidden.device:
+                left, right, bias = self.parts_on(name, hidden.device)
+            if hidden.shape[-1] != left.shape[0]:
+                raise ValueError(
+                    f"{self.path!r} has activations of width {hidden.shape[-1]}, but adapter {name!r} erases width "
+                    f"{left.shape[0]}: it was fitted on another model. Fit it again on this one."
+                )
+            # A check of values cannot be compiled; there a NaN shows in the output.
+            if name in self._awaits_values and not torch.compiler.is_compiling():
+                self.check_values(name)
+            hidden = apply_erasure(hidden, left, right, bias)
+        return hidden
+
+    def parts_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """An eraser's `left`, `right` and `bias` on a device; they stay there, as accelerate may have moved the model."""
+        left, right, bias = (part.to(device) for part in self._parts(name))
+        if device.type != "meta":
+            self._store(name, left, right, bias)
+        return left, right, bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ErasureLayer:
+        """Follow `.to(device)` and `.double()`, but stay in float32 when the model goes to half precision."""
+        for parts in (self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias):
+            for name, part in list(parts.items()):
+                converted = fn(part)
+                parts[name] = converted if converted.dtype.itemsize >= 4 else part.to(converted.device)
+        return self
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write erasers into the host's weights; `unmerge` restores them to the bit.
+
+        Raises:
+            ValueError: If that is not exact; nothing has changed then.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.concept_erasure_site]
+        parameters = self.plan_merge(names, safe_merge=safe_merge)
+        for key, value in parameters.items():
+            parameter = self.host.get_parameter(key)
+            # A projection has no inverse, so the way back is a copy.
+            self._originals.setdefault(key, parameter.detach().clone())
+            parameter.data = value
+        self.merged_adapters.extend(names)
+
+    def plan_merge(self, names: list[str], *, safe_merge: bool = False) -> dict[str, Tensor]:
+        """The host's parameters as they are after merging `names`, by name.
+
+        Raises:
+            ValueError: If the erasers cannot be merged exactly, or (`safe_merge`) a merged weight is not finite.
+        """
+        parameters = {key: p.detach() for key, p in self.host.named_parameters(recurse=False)}
+        merged: dict[str, Tensor] = {}
+        for site in ("output", "input"):
+            for name in self._merge_order(names, site):
+                self.check_values(name)
+                left, right, bias = self._parts(name)
+                if left.shape[-1]:
+                    merged |= merged_parameters(self.path, self.host, {**parameters, **merged}, site, left, right, bias)
+        for key, value in merged.items():
+            if safe_merge and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"Merging {names} makes {self.path}.{key} non-finite; the adapter seems to be broken.")
+        return merged
+
+    def _merge_order(self, names: list[str], site: str) -> list[str]:
+        """The order in which erasers enter the weight: from the weight outwards.
+
+        Erasers of different concepts do not commute, so only those next to the weight can be merged exactly.
+        """
+        applied = self.applied_adapters(site)
+        outwards = applied if site == "output" else applied[::-1]
+        here = [name for name in names if self.concept_erasure_site[name] == site]
+        merging = [name for name in outwards if name in here]
+        if merging != outwards[: len(merging)]:
+            raise ValueError(
+                f"{merging} cannot be merged into {self.path!r} before {outwards[0]!r}, which acts between them and the "
+                f"weight: merge {outwards[: outwards.index(merging[-1]) + 1]} together."
+            )
+        return [name for name in here if name not in merging] + merging
+
+    def unmerge(self) -> None:
+        """Put the original weights back."""
+        for key, original in self._originals.items():
+            parameter = self.host.get_parameter(key)
+            parameter.data = original.to(parameter.device, parameter.dtype)
+        self._originals.clear()
+        self.merged_adapters.clear()
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{n}: {s}, rank {self.concept_erasure_left[n].shape[-1]}" for n, s in self.concept_erasure_site.items()
+        )
+
+
+def _shapes(width: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    return (width, rank), (rank, width), (width,)
+
+
+def erasure_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ErasureLayer]:
+    """The erasure layers of a model by the name of their host, in the model's order.
+
+    Args:
+        model: Any model, bare or wrapped in a `PeftModel`.
+        adapter_name: Only those that hold this adapter.
+    """
+    layers = (module for module in model.modules() if isinstance(module, ErasureLayer))
+    return {layer.path: layer for layer in layers if adapter_name is None or adapter_name in layer.concept_erasure_site}

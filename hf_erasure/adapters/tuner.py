@@ -1,0 +1,154 @@
+"""The tuner PEFT calls to attach, merge and remove erasures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .config import ConceptErasureConfig
+from .fingerprint import check_base
+from .layer import CHILD, ErasureLayer, erasure_layers
+from .merging import shared_weights
+from .targets import default_targets, keep_layers
+
+
+class ConceptErasureModel(BaseTuner):
+    """Attaches one `ErasureLayer` to every targeted module; the modules themselves stay in place."""
+
+    prefix: str = "concept_erasure_"
+    tuner_layer_cls = ErasureLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach an adapter; a failure leaves the model as it was.
+
+        Raises:
+            ValueError: If the name, the targets or the base model do not fit the adapter.
+        """
+        config = self.peft_config[adapter_name]
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            _check_name(adapter_name)
+            if config.fitted:
+                check_base(model, config)
+            elif config.labels is None and config.concept_dim is None:
+                config.z_dim  # noqa: B018  raises with the remedy
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            remove_adapter(model, adapter_name)
+            for parameter, required in trainable:
+                parameter.requires_grad_(required)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: ConceptErasureConfig, model_config: dict) -> ConceptErasureConfig:
+        if not peft_config.fitted and peft_config.target_modules is None:
+            names = default_targets(self.model)
+            if peft_config.layers_to_transform is not None:
+                names = keep_layers(names, peft_config.layers_to_transform, peft_config.layers_pattern)
+            peft_config.target_modules = set(names)
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ConceptErasureConfig, key: str) -> Any:
+        if CHILD in key.split("."):
+            return False
+        # A fitted adapter goes where it was fitted, whatever else a pattern may match in this model.
+        if peft_config.fitted_sites is not None:
+            return key in peft_config.fitted_sites
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: ConceptErasureConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, nn.Embedding) and peft_config.site == "input":
+            raise ValueError(f"{current_key!r} takes token ids, which hold no activation to erase: use site='output'.")
+        layer = target._modules.get(CHILD)
+        if not isinstance(layer, ErasureLayer):
+            layer = ErasureLayer(target, current_key)
+            target.add_module(CHILD, layer)
+        layer.add_adapter(adapter_name, peft_config)
+        layer.set_adapter(self.active_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and the layers that held no other."""
+        super().delete_adapter(adapter_name)
+        remove_empty_layers(self.model)
+
+    # ---- merging: all sites of an adapter, or none ------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write erasers into the weights, at every site or, if one refuses, at none.
+
+        Raises:
+            ValueError: Names the site that cannot be merged exactly and what to do instead.
+        """
+        self._check_all_mergeable(adapter_names, safe_merge=safe_merge)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+
+    def _check_all_mergeable(self, adapter_names: list[str] | None, *, safe_merge: bool) -> None:
+        tied = shared_weights(self.model)
+        for path, layer in erasure_layers(self.model).items():
+            chosen = layer.active_adapters if adapter_names is None else adapter_names
+            names = [n for n in chosen if n in layer.adapters and n not in layer.merged_adapters]
+            owners = next((tied[n] for n in tied if n.rpartition(".")[0] == path), None)
+            if names and owners is not None:
+                raise ValueError(
+                    f"The erasure at {path!r} cannot be merged: its weight is shared by {owners}, which would change "
+                    "too. Untie the weights (tie_word_embeddings=False) or use the adapter unmerged."
+                )
+            if layer._disable_adapters and names:
+                raise ValueError(f"The adapters are disabled: call enable_adapter_layers() before merging {names}.")
+            layer.plan_merge(names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = list(erasure_layers(self.model).values())
+        if merge:
+            self.merge_adapter(adapter_names, safe_merge=safe_merge)
+        for layer in layers:
+            if not merge and layer.merged:
+                layer.unmerge()
+            layer.detach()
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off all its sites, and the layers that are empty then."""
+    for layer in erasure_layers(model, adapter_name).values():
+        layer.merged_adapters = [name for name in layer.merged_adapters if name != adapter_name]
+        if layer.adapters == [adapter_name]:
+            layer.detach()
+        else:
+            layer.delete_adapter(adapter_name)
+
+
+def remove_empty_layers(model: nn.Module) -> None:
+    """Take off the layers whose last adapter was deleted, so that the model is as it was before the first."""
+    for layer in erasure_layers(model).values():
+        if not layer.adapters:
+            layer.detach()
+
+
+def _check_name(name: str) -> None:
+    if "." in name or ConceptErasureModel.prefix in name or not name:
+        raise ValueError(
+            f"adapter_name={name!r} cannot be used: it becomes part of state-dict keys, so it must not be empty, "
+            f"contain a dot or contain {ConceptErasureModel.prefix!r}."
+        )

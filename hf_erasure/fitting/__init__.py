@@ -1,0 +1,7 @@
+"""Run a model over data and fill an adapter."""
+
+from .data import concept_dataloader
+from .erasure import fit_concept_erasure
+from .report import ErasureReport, SiteReport
+
+__all__ = ["ErasureReport", "SiteReport", "concept_dataloader", "fit_concept_erasure"]

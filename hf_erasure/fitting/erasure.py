@@ -1,0 +1,212 @@
+"""Fit an erasure adapter in closed form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_erasure._version import __version__
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
+from hf_erasure.adapters.fingerprint import fingerprint
+from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
+
+from .heldout import HeldOut, measure
+from .labels import POOLS
+from .report import ErasureReport, SiteReport
+from .running import Runner
+from .statistics import SiteStatistics, Tally, gather
+
+
+def fit_concept_erasure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    adapter_name: str = "default",
+    *,
+    sequential: bool = True,
+    pool: str = "tokens",
+    eval_batches: Iterable[Any] | None = None,
+    background: Iterable[Any] | None = None,
+    resident_batches: int | None = None,
+    checkpoint_dir: str | Path | None = None,
+    progress: bool = True,
+) -> ErasureReport:
+    """Estimate the erasers of an adapter from labelled data and put them in place.
+
+    Args:
+        model: A model with a `ConceptErasureConfig` adapter, bare or wrapped in a `PeftModel`.
+        batches: Dicts of model inputs plus `concept_labels`: `(batch,)` class ids for whole sequences, `(batch, seq)`
+            class ids for tokens with −100 = ignore, or floats `(…, concept_dim)`. Padding never counts.
+        adapter_name: The adapter to fit. Other active adapters stay active while it is.
+        sequential: Fit each site on activations that are already erased upstream (concept scrubbing, arXiv 2306.03819
+            section 5). `False` fits all sites in one pass.
+        pool: Which rows a sequence label counts for: `"tokens"` (all alike), `"mean"` (each weighted 1/length, so that
+            the mean-pooled embedding is guarded), `"cls"` (the first) or `"last"` (the last real one).
+        eval_batches: Held-out batches to measure leakage and distortion on.
+        background: Unlabelled batches to take the covariance and the mean from. They decide how little other text is
+            disturbed, and never touch the guarantee.
+        resident_batches: Only with `sequential=True`.
+        checkpoint_dir: Only with `sequential=True`.
+        progress: Show progress bars, on the main process.
+
+    Returns:
+        An `ErasureReport`, one line a site and one for `last_hidden_state`.
+
+    Raises:
+        ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
+    """
+    if sequential:
+        raise NotImplementedError(
+            "Sequential fitting (concept scrubbing) is not part of this release: pass sequential=False, which fits all "
+            "sites in one pass."
+        )
+    if resident_batches is not None or checkpoint_dir is not None:
+        raise ValueError("resident_batches and checkpoint_dir belong to sequential fitting; leave them out here.")
+    if pool not in POOLS:
+        raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
+    config, layers = _adapter(model, adapter_name)
+    runner = Runner(model, list(layers))
+    statistics, tally = gather(
+        runner, layers, adapter_name, batches, config, pool=pool, labelled=True, progress=progress
+    )
+    around: SiteStatistics | None = None
+    if background is not None:
+        around, _ = gather(
+            runner, layers, adapter_name, background, config, pool="tokens", labelled=False, progress=progress
+        )
+    erasers = {site: _solve(site, statistics, around, config) for site in layers}
+    return _conclude(runner, layers, adapter_name, erasers, statistics, tally, eval_batches, pool, progress)
+
+
+def _adapter(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:
+    """The configuration and the sites of an adapter that can be fitted.
+
+    Raises:
+        ValueError: If there is no such adapter, or its eraser is part of the weights at present.
+    """
+    layers = erasure_layers(model, name)
+    config = (getattr(model, "peft_config", None) or {}).get(name)
+    if not isinstance(config, ConceptErasureConfig) or not layers:
+        known = sorted({other for layer in erasure_layers(model).values() for other in layer.adapters})
+        raise ValueError(
+            f"adapter_name={name!r} is no concept erasure of this model; it has {known or 'none'}. Add one first: "
+            f"model.add_adapter(ConceptErasureConfig(labels=[…]), adapter_name={name!r})."
+        )
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
+    return config, layers
+
+
+def _solve(
+    site: str, statistics: SiteStatistics, around: SiteStatistics | None, config: ConceptErasureConfig
+) -> Eraser:
+    moments = statistics.moments[site]
+    background = None if around is None else around.moments[site]
+    if _is_constant(moments):
+        # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
+        empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
+        return Eraser(left=empty, right=empty.T.clone(), bias=moments.mean_x.clone())
+    try:
+        return moments.eraser(config.method, affine=config.affine, rank=config.max_rank, background=background)
+    except ValueError as error:
+        raise ValueError(f"At {site!r}: {error}") from error
+
+
+def _is_constant(moments: ConceptMoments) -> bool:
+    """Whether activations differ by no more than the rounding of float32 statistics."""
+    scale = moments.mean_x.square().mean() + moments.covariance_x.diagonal().mean()
+    return bool(moments.covariance_x.diagonal().max() <= 1e-12 * scale)
+
+
+def _conclude(
+    runner: Runner,
+    layers: dict[str, ErasureLayer],
+    name: str,
+    erasers: dict[str, Eraser],
+    statistics: SiteStatistics,
+    tally: Tally,
+    eval_batches: Iterable[Any] | None,
+    pool: str,
+    progress: bool,
+) -> ErasureReport:
+    """Put the erasers in place, measure them, and write down what was done."""
+    config: ConceptErasureConfig = runner.model.peft_config[name]
+    before = {site: layer.eraser_state(name) for site, layer in layers.items()}
+    for site, layer in layers.items():
+        dtype = torch.float64 if statistics.dtypes[site] == torch.float64 else torch.float32
+        layer.set_eraser(name, erasers[site], dtype)
+    held_out: dict[str, HeldOut] = {}
+    measured = Tally()
+    try:
+        if eval_batches is not None:
+            held_out, measured = measure(runner, layers, name, eval_batches, config, pool=pool, progress=progress)
+    except BaseException:
+        for site, layer in layers.items():
+            layer.restore_eraser_state(name, before[site])
+        raise
+    lines = [
+        _line(site, erasers.get(site), statistics, held_out.get(site)) for site in [*layers, *_finals(held_out, layers)]
+    ]
+    report = ErasureReport(
+        config.concept, name, config.method, pool, tally.examples, tally.tokens, measured.examples, lines
+    )
+    _record(runner.model, config, erasers, report)
+    _warn_of_absent_classes(config, statistics)
+    return report
+
+
+def _finals(held_out: dict[str, HeldOut], layers: dict[str, ErasureLayer]) -> list[str]:
+    return [site for site in held_out if site not in layers]
+
+
+def _line(site: str, eraser: Eraser | None, statistics: SiteStatistics, held_out: HeldOut | None) -> SiteReport:
+    found: dict[str, Any] = {}
+    if eraser is not None:
+        moments = statistics.moments[site]
+        found = {
+            "width": eraser.x_dim,
+            "rank": eraser.rank,
+            "rows": moments.rows,
+            "correlation_fit": 0.0 if eraser.rank == 0 else float(moments.canonical_correlations()[0]),
+            "change_labelled": 0.0 if eraser.rank == 0 else relative_change(eraser, moments),
+        }
+    if held_out is not None:
+        found |= {
+            "correlation_before": held_out.before,
+            "correlation_after": held_out.after,
+            "change_labelled": held_out.labelled,
+            "change_ignored": held_out.ignored,
+        }
+    return SiteReport(site=site, **found)
+
+
+def _record(model: Any, config: ConceptErasureConfig, erasers: dict[str, Eraser], report: ErasureReport) -> None:
+    """What the saved adapter says about itself."""
+    config.fitted_sites = {site: {"width": e.x_dim, "rank": e.rank} for site, e in erasers.items()}
+    config.fitted = True
+    config.provenance = {
+        "hf_erasure_version": __version__,
+        "base_class": type(model).__name__,
+        "examples": report.examples,
+        "tokens": report.tokens,
+        "pool": report.pool,
+        "leakage": report.leakage,
+        "fingerprint": fingerprint(model, list(erasers)),
+    }
+
+
+def _warn_of_absent_classes(config: ConceptErasureConfig, statistics: SiteStatistics) -> None:
+    if config.labels is None:
+        return
+    # Shares of the classes, the same at every site.
+    shares = next(iter(statistics.moments.values())).mean_z
+    absent = [label for label, share in zip(config.labels, shares.tolist(), strict=True) if share == 0]
+    if absent:
+        warnings.warn(
+            f"No row was labelled {absent} while fitting {config.concept!r}: those classes are not guarded.",
+            stacklevel=3,
+        )

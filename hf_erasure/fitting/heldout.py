@@ -1,0 +1,160 @@
+"""What an erasure does on data it was not fitted on: leakage before and after, and how far activations move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
+from hf_erasure.erasers import apply_erasure, cross_validated_correlation
+
+from .labels import Selection, check_batch
+from .observing import observed, observed_final
+from .running import Runner, evaluating
+from .statistics import SiteStatistics, Tally, bar, labels_of
+
+
+@dataclass
+class Movement:
+    """Relative change `sqrt(E|x' − x|² / E|x − E x|²)` over a set of rows."""
+
+    rows: int = 0
+    moved: float = 0.0
+    squares: float = 0.0
+    total: Tensor | None = None
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Add rows `(rows, width)`."""
+        if not before.numel():
+            return
+        old, new = before.double(), after.double()
+        self.rows += old.shape[0]
+        self.moved += float((new - old).square().sum())
+        self.squares += float(old.square().sum())
+        self.total = old.sum(0) if self.total is None else self.total + old.sum(0)
+
+    @property
+    def relative(self) -> float | None:
+        """The change, or None without rows."""
+        if self.total is None or not self.rows:
+            return None
+        variance = self.squares / self.rows - float((self.total / self.rows).square().sum())
+        return (self.moved / self.rows / variance) ** 0.5 if variance > 0 else None
+
+
+@dataclass
+class HeldOut:
+    """Held-out figures of one site: correlation with the concept, and movement of labelled and ignored positions."""
+
+    before: float
+    after: float
+    labelled: float | None
+    ignored: float | None
+
+
+@dataclass
+class _Measurement:
+    """Both runs of the model over the held-out batches, one with the adapter and one without."""
+
+    runner: Runner
+    layers: dict[str, ErasureLayer]
+    name: str
+    config: ConceptErasureConfig
+    pool: str
+    halves: dict[tuple[bool, int], SiteStatistics] = field(init=False)
+    labelled: dict[str, Movement] = field(default_factory=dict)
+    ignored: dict[str, Movement] = field(default_factory=dict)
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.halves = {(erased, half): SiteStatistics(self.config.z_dim) for erased in (False, True) for half in (0, 1)}
+
+    def batch(self, batch: dict[str, Any]) -> None:
+        labels = labels_of(batch, self.config, self.pool)
+        finals = {n: m for n, m in self.runner.final_states().items() if labels.covers(self.runner.side_of(n))}
+        plain: dict[str, Tensor] = {}
+
+        def without(site: str, hidden: Tensor) -> Tensor:
+            self._record(False, site, *labels.select(hidden, site))
+            return hidden
+
+        def erase(site: str, hidden: Tensor) -> Tensor:
+            layer = self.layers[site]
+            erased = apply_erasure(hidden, *layer.parts_on(self.name, hidden.device))
+            aligned, selection = labels.select(erased, site)
+            self._record(True, site, aligned, selection)
+            self._move(site, labels.select(hidden, site)[0], aligned, selection)
+            return erased
+
+        def final_without(name: str, state: Tensor) -> Tensor:
+            plain[name], selection = labels.select(state, self.runner.side_of(name))
+            self._record(False, name, plain[name], selection)
+            return state
+
+        def final_erased(name: str, state: Tensor) -> Tensor:
+            aligned, selection = labels.select(state, self.runner.side_of(name))
+            self._record(True, name, aligned, selection)
+            self._move(name, plain[name], aligned, selection)
+            return state
+
+        with observed(self.layers, self.name, without), observed_final(finals, final_without):
+            self.runner(batch)
+        with observed(self.layers, self.name, erase), observed_final(finals, final_erased):
+            self.runner(batch)
+        self.seen += labels.rows
+
+    def _record(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
+        # Halves are made of whole sequences: two tokens of one text are no independent evidence.
+        parity = (torch.arange(aligned.shape[0], device=aligned.device) + self.seen) % 2
+        for half in (0, 1):
+            self.halves[erased, half].update(site, aligned, selection, (parity == half).unsqueeze(1))
+
+    def _move(self, site: str, before: Tensor, after: Tensor, selection: Selection) -> None:
+        rest = selection.real & ~selection.counted
+        for movements, rows in ((self.labelled, selection.counted), (self.ignored, rest)):
+            old, new = (t[rows].reshape(-1, t.shape[-1]) for t in (before, after))
+            movements.setdefault(site, Movement()).update(old, new)
+
+
+def measure(
+    runner: Runner,
+    layers: dict[str, ErasureLayer],
+    adapter_name: str,
+    batches: Iterable[Any],
+    config: ConceptErasureConfig,
+    *,
+    pool: str,
+    progress: bool,
+) -> tuple[dict[str, HeldOut], Tally]:
+    """Leakage and movement on held-out batches, at every site and at the last hidden states.
+
+    The leakage is cross-validated: the direction of one half of the sequences, judged on the other. A correlation
+    taken in-sample would read `sqrt(width / rows)` where nothing is left.
+
+    Raises:
+        ValueError: If the batches are empty or one half of them lacks a class.
+    """
+    measurement, tally = _Measurement(runner, layers, adapter_name, config, pool), Tally()
+    with evaluating(runner.model), bar(f"measuring {adapter_name}", progress) as shown:
+        for position, batch in enumerate(batches):
+            batch = check_batch(batch, position, labelled=True)
+            measurement.batch(batch)
+            shown.update(tally.count(batch))
+    if not tally.examples:
+        raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
+    halves = measurement.halves
+    figures = {}
+    for site in halves[False, 0].moments:
+        correlations = []
+        for erased in (False, True):
+            pair = [halves[erased, half].moments.get(site) for half in (0, 1)]
+            if pair[0] is None or pair[1] is None:
+                raise ValueError("eval_batches need at least two labelled sequences, one for each half.")
+            correlations.append(cross_validated_correlation(pair[0], pair[1]))
+        moved = [movements[site].relative for movements in (measurement.labelled, measurement.ignored)]
+        figures[site] = HeldOut(correlations[0], correlations[1], moved[0], moved[1])
+    return figures, tally

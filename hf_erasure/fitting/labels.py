@@ -1,0 +1,185 @@
+"""Which rows of an activation carry which label.
+
+A batch labels whole sequences or single tokens; activations come with padding, with another length in a decoder than
+in an encoder, and sometimes with heads or flattened. This file is the one place where the two are brought together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+POOLS = ("tokens", "mean", "cls", "last")
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The labelled rows of one activation of shape (batch, seq, …, width).
+
+    Attributes:
+        counted: `(batch, seq)` bool, rows that enter the statistics.
+        real: `(batch, seq)` bool, positions that are no padding.
+        z: Class ids `(batch, seq)`, values `(batch, seq, concept_dim)`, or None for a background.
+        weight: `(batch, seq)` float64, or None where every row counts alike.
+    """
+
+    counted: Tensor
+    real: Tensor
+    z: Tensor | None
+    weight: Tensor | None
+
+
+@dataclass
+class BatchLabels:
+    """The labels and masks of one batch.
+
+    Args:
+        batch: Model inputs and `concept_labels`.
+        z_dim: Columns of the concept; 0 for a background, which needs no labels.
+        categorical: Whether labels are class ids.
+        pool: Which rows a sequence label counts for: `"tokens"`, `"mean"`, `"cls"` or `"last"`.
+    """
+
+    batch: dict[str, Any]
+    z_dim: int
+    categorical: bool
+    pool: str
+    _cache: dict[tuple[bool, int, int, torch.device], Selection] = field(default_factory=dict)
+
+    def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
+        """Align an activation with the labels.
+
+        Args:
+            activation: `(batch, seq, …, width)`, `(batch, width)` or `(batch · seq, width)`.
+            where: The module's name; one with "decoder" in it is aligned with the decoder's mask.
+
+        Returns:
+            The activation as `(batch, seq, …, width)`, and its `Selection`.
+
+        Raises:
+            ValueError: If the positions of the activation are not those of the batch.
+        """
+        rows = self.rows
+        decoder = "decoder" in where
+        mask = self._mask(decoder)
+        if activation.dim() == 2:
+            # One row a sequence (poolers), or all tokens in one list (experts).
+            flattened = mask is not None and activation.shape[0] == mask.numel() and mask.shape[1] > 1
+            shape = mask.shape if flattened and mask is not None else (activation.shape[0], 1)
+            activation = activation.reshape(*shape, activation.shape[-1])
+        seq = activation.shape[1]
+        if activation.shape[0] != rows or (mask is not None and seq not in (1, mask.shape[1])):
+            expected = f"({rows}, {'any' if mask is None else mask.shape[1]}, …)"
+            raise ValueError(
+                f"The activation at {where!r} has shape {tuple(activation.shape)}, which does not line up with the "
+                f"batch, expected {expected}: its rows cannot be labelled. Choose another target module."
+            )
+        key = (decoder, rows, seq, activation.device)
+        if key not in self._cache:
+            real = torch.ones(rows, seq, dtype=torch.bool) if mask is None or seq != mask.shape[1] else mask
+            self._cache[key] = self._selection(real.cpu(), activation.device, where)
+        return activation, self._cache[key]
+
+    def covers(self, where: str) -> bool:
+        """Whether the labels speak of this side of an encoder-decoder; labels of whole sequences speak of both."""
+        if self.z_dim == 0 or not self._by_token(labels := self._labels()):
+            return True
+        mask = self._mask("decoder" in where)
+        return mask is None or labels.shape[:2] == mask.shape
+
+    def _by_token(self, labels: Tensor) -> bool:
+        return labels.dim() == (2 if self.categorical else 3)
+
+    @property
+    def rows(self) -> int:
+        """The number of sequences."""
+        tensors = (
+            v for name, v in self.batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim()
+        )
+        return next(tensors).shape[0]
+
+    def _mask(self, decoder: bool) -> Tensor | None:
+        """`(batch, seq)` bool, or None where the batch has none to say (images)."""
+        # A model that is all decoder calls its modules so too, but its batch has one mask.
+        decoder = decoder and any(name.startswith("decoder_") or name == "labels" for name in self.batch)
+        side = "decoder_" if decoder else ""
+        mask = self.batch.get(f"{side}attention_mask")
+        if mask is None and decoder and "labels" in self.batch and "decoder_input_ids" not in self.batch:
+            mask = self.batch["labels"] != IGNORE
+        if mask is None:
+            ids = self.batch.get(f"{side}input_ids")
+            mask = torch.ones_like(ids) if isinstance(ids, Tensor) else None
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"{side}attention_mask has shape {tuple(mask.shape)}; a mask of shape (batch, seq) is needed to tell "
+                "which positions are padding."
+            )
+        return None if mask is None else mask.bool()
+
+    def _selection(self, real: Tensor, device: torch.device, where: str) -> Selection:
+        if self.z_dim == 0:
+            return Selection(real.to(device), real.to(device), None, None)
+        labels = self._labels()
+        if self._by_token(labels):
+            if labels.shape[:2] != real.shape:
+                raise ValueError(
+                    f"concept_labels label {labels.shape[1]} positions, but {where!r} has {real.shape[1]}: tokens cannot "
+                    "be matched. In an encoder-decoder, target the side whose tokens are labelled."
+                )
+            counted, weight, z = real.clone(), None, labels
+        else:
+            counted, weight = self._pooled(real)
+            z = labels.unsqueeze(1).expand(-1, real.shape[1], *labels.shape[1:])
+        if self.categorical:
+            counted = counted & (z != IGNORE)
+        return Selection(*(None if t is None else t.to(device) for t in (counted, real, z, weight)))  # type: ignore[arg-type]
+
+    def _pooled(self, real: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows a sequence label counts for, and their weight."""
+        if self.pool == "tokens":
+            return real, None
+        length = real.sum(1, keepdim=True)
+        if self.pool == "mean":
+            # Each sequence weighs 1, so that the mean-pooled embedding is what is guarded.
+            return real, (real / length.clamp_min(1)).double()
+        order = real.cumsum(1)
+        return real & (order == (1 if self.pool == "cls" else length)), None
+
+    def _labels(self) -> Tensor:
+        labels = torch.as_tensor(self.batch["concept_labels"]).cpu()
+        if self.categorical:
+            if labels.is_floating_point() or labels.dim() not in (1, 2):
+                raise ValueError(
+                    f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no class ids of shape (batch,) "
+                    "or (batch, seq). A continuous concept is declared by ConceptErasureConfig(concept_dim=…)."
+                )
+        elif not labels.is_floating_point() or labels.shape[-1] != self.z_dim or labels.dim() not in (2, 3):
+            raise ValueError(
+                f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no floats of shape (batch, "
+                f"{self.z_dim}) or (batch, seq, {self.z_dim}). Classes are declared by ConceptErasureConfig(labels=[…])."
+            )
+        if self.pool != "tokens" and self._by_token(labels):
+            raise ValueError(
+                f"pool={self.pool!r} is for labels of whole sequences; these label tokens: use pool='tokens'."
+            )
+        return labels
+
+
+def check_batch(batch: Any, position: int, *, labelled: bool) -> dict[str, Any]:
+    """A batch as a dict, or an error that says what it should be."""
+    name = "batches" if labelled else "background"
+    if not hasattr(batch, "keys"):
+        raise TypeError(
+            f"{name}[{position}] is a {type(batch).__name__}; a batch is a dict of model inputs"
+            f"{' plus concept_labels' if labelled else ''}, as concept_dataloader makes them."
+        )
+    if labelled and "concept_labels" not in batch:
+        raise ValueError(
+            f"{name}[{position}] has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
+            "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
+        )
+    return dict(batch)

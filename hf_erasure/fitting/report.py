@@ -1,0 +1,171 @@
+"""What a fit found and did, site by site."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+FINAL = "last_hidden_state"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One line of the report.
+
+    Attributes:
+        site: The module's name, or `last_hidden_state` (`encoder_last_hidden_state`), where nothing is erased but
+            everything downstream reads.
+        width: Features.
+        rank: Directions erased; None where no eraser sits.
+        rows: Labelled rows the eraser was fitted on.
+        correlation_fit: Largest canonical correlation with the concept on the rows it was fitted on, before erasure.
+            In-sample: close to 1 wherever rows are not many more than features.
+        correlation_before: Held-out correlation with the concept without the adapter.
+        correlation_after: The same with it.
+        change_labelled: `sqrt(E|r(x) − x|² / E|x − E x|²)` over labelled rows, held out where `eval_batches` were
+            given. For a last hidden state: how far the whole adapter moves it.
+        change_ignored: The same over real positions without a label; needs `eval_batches`.
+    """
+
+    site: str
+    width: int | None = None
+    rank: int | None = None
+    rows: int | None = None
+    correlation_fit: float | None = None
+    correlation_before: float | None = None
+    correlation_after: float | None = None
+    change_labelled: float | None = None
+    change_ignored: float | None = None
+
+
+@dataclass(frozen=True)
+class ErasureReport:
+    """The result of `fit_concept_erasure`.
+
+    Attributes:
+        concept: What was erased.
+        adapter_name: The adapter.
+        method: `"leace"` or `"orth"`.
+        pool: Which rows a sequence label counted for.
+        examples: Sequences fitted on.
+        tokens: Real positions fitted on.
+        eval_examples: Held-out sequences measured on; 0 without `eval_batches`.
+        sites: One `SiteReport` a site in the model's order, the last hidden states at the end.
+    """
+
+    concept: str
+    adapter_name: str
+    method: str
+    pool: str
+    examples: int
+    tokens: int
+    eval_examples: int
+    sites: list[SiteReport] = field(default_factory=list)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a site, indexed by its name; columns are the attributes of `SiteReport`."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(site) for site in self.sites]).set_index("site")
+
+    def __getitem__(self, site: str) -> SiteReport:
+        """The line of one site.
+
+        Raises:
+            KeyError: Names the sites there are.
+        """
+        for line in self.sites:
+            if line.site == site:
+                return line
+        raise KeyError(f"{site!r} is not in this report; it has {[line.site for line in self.sites]}")
+
+    @property
+    def leakage(self) -> dict[str, list[float]]:
+        """Held-out correlation before and after by site; empty without `eval_batches`."""
+        return {
+            line.site: [line.correlation_before, line.correlation_after]
+            for line in self.sites
+            if line.correlation_before is not None and line.correlation_after is not None
+        }
+
+    def __repr__(self) -> str:
+        head = ("site", "rank", "rows", "before", "after", "moved", "moved elsewhere")
+        table = [head, *(_cells(line) for line in self.sites)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        ]
+        return "\n".join([self._title(), "", *lines, "", self._note()])
+
+    def _title(self) -> str:
+        return (
+            f"{self.method} erasure of {self.concept!r} as adapter {self.adapter_name!r}: {self.examples} examples, "
+            f"{self.tokens} tokens, pool={self.pool!r}"
+        )
+
+    def _note(self) -> str:
+        if not self.eval_examples:
+            return "Leakage was not measured: pass eval_batches. 'moved' is sqrt(E|r(x) - x|^2 / Var x) on the rows fitted on."
+        return (
+            f"before, after: correlation with the concept on {self.eval_examples} held-out examples, direction of one "
+            "half judged on the other.\nmoved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of "
+            "unlabelled ones. On pre-LN models intermediate hidden_states\nstay un-erased; target whole blocks to erase them."
+        )
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Leakage by depth, before and after, and how far activations moved.
+
+        Args:
+            path: Where to write the figure as well.
+
+        Raises:
+            ImportError: Without matplotlib.
+            ValueError: If no leakage was measured.
+        """
+        if not self.leakage:
+            raise ValueError("There is no leakage to plot: fit with eval_batches=….")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib: pip install 'hf-erasure[plot]'") from error
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        leakage, moved = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        measured = [line for line in self.sites if line.site in self.leakage]
+        positions = range(len(measured))
+        for column, style, label in (
+            ("correlation_before", {"marker": "o", "color": "#b3541e"}, "before"),
+            ("correlation_after", {"marker": "s", "color": "#1f5f8b", "linestyle": "--"}, "after"),
+        ):
+            leakage.plot(positions, [getattr(line, column) for line in measured], label=label, **style)
+        leakage.axhline(0, color="grey", linewidth=0.8)
+        leakage.set_ylabel("held-out correlation")
+        leakage.set_title(f"{self.concept}: {self.method}, {self.eval_examples} held-out examples")
+        leakage.legend()
+        moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
+        moved.set_ylabel("relative change")
+        moved.set_xticks(positions, [line.site for line in measured], rotation=90, fontsize=7)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def _cells(line: SiteReport) -> tuple[str, ...]:
+    def number(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return (
+        line.site,
+        number(line.rank, "d"),
+        number(line.rows, "d"),
+        number(line.correlation_before, ".3f"),
+        number(line.correlation_after, ".3f"),
+        number(line.change_labelled, ".1%"),
+        number(line.change_ignored, ".1%"),
+    )

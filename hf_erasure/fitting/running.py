@@ -1,0 +1,94 @@
+"""Run a model over batches, for looking at its activations only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+# Inputs that belong to a loss, not to the activations.
+_LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout; every module's training flag is as before afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+class Runner:
+    """Calls the part of a model that produces the activations of `sites`.
+
+    A language-model head is left out where no site needs it: its logits can cost more than the blocks.
+
+    Args:
+        model: Bare or wrapped in a `PeftModel`.
+        sites: Names of modules within the bare model.
+    """
+
+    def __init__(self, model: nn.Module, sites: list[str]) -> None:
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        backbone = getattr(self.model, "base_model", self.model)
+        within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
+        needs_all = any(id(self.model.get_submodule(site)) not in within for site in sites)
+        self.callee: nn.Module = self.model if needs_all else backbone
+        self.device = _input_device(self.model)
+        parameters = inspect.signature(self.callee.forward).parameters
+        self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
+        self._extra = {"use_cache": False} if "use_cache" in parameters else {}
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        """One forward pass over a batch, labels taken off."""
+        inputs = {name: value for name, value in batch.items() if name not in _LOSS_INPUTS}
+        if "labels" in batch and _is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        if self._takes is not None:
+            inputs = {name: value for name, value in inputs.items() if name in self._takes}
+        placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return self.callee(**placed, **self._extra)
+
+    def final_states(self) -> dict[str, nn.Module]:
+        """The modules that return a last hidden state, by the name it has in transformers' outputs."""
+        if _is_encoder_decoder(self.model):
+            return {
+                "encoder_last_hidden_state": self.model.get_encoder(),
+                "last_hidden_state": self.model.get_decoder(),
+            }
+        return {"last_hidden_state": getattr(self.model, "base_model", self.model)}
+
+    def side_of(self, name: str) -> str:
+        """A final state's name for aligning labels: the decoder's says so."""
+        return f"decoder.{name}" if name == "last_hidden_state" and _is_encoder_decoder(self.model) else name
+
+
+def last_hidden_state(output: Any) -> Tensor:
+    """The last hidden state among what a backbone returned.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = output.get("last_hidden_state") if isinstance(output, (dict, ModelOutput)) else output[0]
+    if not isinstance(found, Tensor):
+        raise ValueError("the model returns no last_hidden_state")
+    return found
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """Where inputs go: to the first parameter that is anywhere; accelerate's hooks move them on."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

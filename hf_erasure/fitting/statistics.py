@@ -1,0 +1,146 @@
+"""Statistics of activations at the sites, gathered while the model runs over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
+from hf_erasure.erasers import ConceptMoments
+
+from .labels import BatchLabels, Selection, check_batch
+from .observing import observed
+from .running import Runner, evaluating
+
+
+@dataclass
+class Tally:
+    """How much data was seen.
+
+    Attributes:
+        examples: Labelled sequences.
+        tokens: Real positions.
+    """
+
+    examples: int = 0
+    tokens: int = 0
+
+    def count(self, batch: dict[str, Any]) -> int:
+        """Add a batch; returns its sequences."""
+        rows = BatchLabels(batch, 0, True, "tokens").rows
+        mask = batch.get("attention_mask")
+        self.examples += rows
+        self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else rows
+        return rows
+
+
+@dataclass
+class SiteStatistics:
+    """Moments by site, created when the width of the activation is known."""
+
+    z_dim: int
+    moments: dict[str, ConceptMoments] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def update(self, site: str, activation: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
+        """Add an activation `(batch, seq, …, width)`; `mask` narrows the selection further.
+
+        Raises:
+            ValueError: Names the site, and what was wrong with its rows.
+        """
+        counted = selection.counted if mask is None else selection.counted & mask
+        if not bool(counted.any()):
+            return
+        if site not in self.moments:
+            self.moments[site] = ConceptMoments(activation.shape[-1], self.z_dim)
+            self.dtypes[site] = activation.dtype
+        # Heads between the positions and the width carry the label of their position.
+        rows = activation[counted]
+        heads = rows[0].numel() // rows.shape[-1]
+        z = None if selection.z is None else selection.z[counted].repeat_interleave(heads, 0)
+        weight = None if selection.weight is None else selection.weight[counted].repeat_interleave(heads, 0)
+        try:
+            self.moments[site].update(rows.reshape(-1, rows.shape[-1]), z, weight)
+        except ValueError as error:
+            raise ValueError(f"At {site!r}: {error}") from error
+
+
+def gather(
+    runner: Runner,
+    layers: dict[str, ErasureLayer],
+    adapter_name: str,
+    batches: Iterable[Any],
+    config: ConceptErasureConfig,
+    *,
+    pool: str,
+    labelled: bool,
+    progress: bool,
+) -> tuple[SiteStatistics, Tally]:
+    """One pass over the data, with the adapter left out, for the moments at every site.
+
+    Args:
+        runner: Calls the model.
+        layers: The sites.
+        adapter_name: The adapter that is being fitted.
+        batches: Dicts of model inputs, plus `concept_labels` where `labelled`.
+        config: The adapter's configuration.
+        pool: Which rows a sequence label counts for.
+        labelled: False for a background, which has no concept.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If there is no data, a site is never reached, or its rows cannot be used.
+    """
+    statistics, tally = SiteStatistics(config.z_dim if labelled else 0), Tally()
+    current: list[BatchLabels] = []
+
+    def observer(site: str, activation: Tensor) -> Tensor:
+        aligned, selection = current[0].select(activation, site)
+        statistics.update(site, aligned, selection)
+        return activation
+
+    what = f"fitting {adapter_name}" if labelled else "background"
+    with evaluating(runner.model), observed(layers, adapter_name, observer), bar(what, progress) as shown:
+        for position, batch in enumerate(batches):
+            batch = check_batch(batch, position, labelled=labelled)
+            current[:] = [labels_of(batch, config if labelled else None, pool)]
+            runner(batch)
+            shown.update(tally.count(batch))
+    _check_reached(statistics, tally, layers, labelled)
+    return statistics, tally
+
+
+def labels_of(batch: dict[str, Any], config: ConceptErasureConfig | None, pool: str) -> BatchLabels:
+    """The labels of a batch as the adapter's configuration reads them; None for a background."""
+    if config is None:
+        return BatchLabels(batch, 0, True, "tokens")
+    return BatchLabels(batch, config.z_dim, config.labels is not None, pool)
+
+
+def bar(what: str, progress: bool) -> tqdm:
+    """A progress bar in rows per second, on the main process only."""
+    from accelerate import PartialState
+
+    return tqdm(desc=what, unit=" rows", disable=not (progress and PartialState().is_main_process))
+
+
+def _check_reached(statistics: SiteStatistics, tally: Tally, layers: dict[str, ErasureLayer], labelled: bool) -> None:
+    name = "batches" if labelled else "background"
+    if not tally.examples:
+        raise ValueError(
+            f"{name} is empty: there is nothing to fit on. An iterator that was used up gives none either."
+        )
+    absent = [site for site in layers if site not in statistics.moments]
+    if not absent:
+        return
+    if len(absent) == len(layers) and labelled:
+        raise ValueError(f"None of the {tally.examples} examples has a labelled position: all concept_labels are -100.")
+    raise ValueError(
+        f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over {name}: name only "
+        "modules that take part in the forward pass, or give batches that use them (decoder inputs, for a decoder)."
+    )
