@@ -89,8 +89,7 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
             width, rank = (config.fitted_sites[self.path][key] for key in ("width", "rank"))
             # NaN and not zero: values that never arrive must not pass for an erasure.
             self._store(name, *(torch.full(s, torch.nan, device=device, dtype=dtype) for s in _shapes(width, rank)))
-            if rank:
-                self._awaits_values.add(name)
+            self._awaits_values.add(name)
         else:
             self._store(name, *(torch.zeros(s, device=device, dtype=dtype) for s in _shapes(0, 0)))
         self._sync_hooks()
@@ -109,6 +108,17 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
     def restore_eraser_state(self, name: str, state: tuple[Tensor, Tensor, Tensor]) -> None:
         """Put back what `eraser_state` gave."""
         self._store(name, *state)
+        if not all(bool(torch.isfinite(part).all()) for part in state):
+            self._awaits_values.add(name)
+
+    def settle(self, name: str) -> None:
+        """Take values that were just loaded into memory of their own, in the precision of this site.
+
+        Loading leaves views into the mapped file: unaligned, so that sums round differently than before saving, and
+        gone when the file is written anew.
+        """
+        _, dtype = self._state_placement()
+        self._store(name, *(part.to(dtype, copy=True) for part in self._parts(name)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
@@ -124,6 +134,13 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
             handle.remove()
         self._handles.clear()
         self.host._modules.pop(CHILD, None)
+
+    def rehome(self, host: nn.Module) -> None:
+        """Move this child and its hooks to another host, as when PEFT wraps the old one."""
+        self.detach()
+        self._host = (host,)
+        host.add_module(CHILD, self)
+        self._sync_hooks()
 
     def check_values(self, name: str) -> None:
         """Raise if the eraser of `name` is missing or not finite.
@@ -154,6 +171,10 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
             return torch.device("cpu"), torch.float32
         device = torch.device("cpu") if weight.device.type == "meta" else weight.device
         return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+    def _get_available_adapters(self) -> set[str]:
+        """What PEFT reports as available; it looks for parameters, and an eraser has none."""
+        return set(self.adapters)
 
     def _sync_hooks(self) -> None:
         """Hooks exist for the sites in use, and for no others."""
@@ -227,7 +248,8 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         for parts in (self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias):
             for name, part in list(parts.items()):
                 converted = fn(part)
-                parts[name] = converted if converted.dtype.itemsize >= 4 else part.to(converted.device)
+                half = converted.dtype.itemsize < 4
+                parts[name] = part.to(converted.device, torch.float32) if half else converted
         return self
 
     # ---- merging ----------------------------------------------------------------------------------------------------

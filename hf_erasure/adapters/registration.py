@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner
 
-_OURS: set[str] = set()
+# On a member that we added, so that it is known again after this module was reloaded.
+_MARK = "_added_by_hf_erasure"
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -27,7 +28,7 @@ def extend_peft_type(name: str) -> PeftType:
     Raises:
         ImportError: If this PEFT release ships a type of that name itself, or its enum can no longer be extended.
     """
-    if name in _OURS:
+    if hasattr(PeftType.__members__.get(name), _MARK):
         return PeftType(name)
     if name in PeftType.__members__:
         raise ImportError(
@@ -50,14 +51,20 @@ def extend_peft_type(name: str) -> PeftType:
             f"PeftType of peft {peft.__version__} could not be extended by {name!r}: hf_erasure does not support this "
             "combination of Python and peft."
         )
-    _OURS.add(name)
+    setattr(member, _MARK, True)
     return member
 
 
 def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
-    """Enter a configuration and its tuner in PEFT's tables under `name` (lower case); idempotent."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    """Enter a configuration and its tuner in PEFT's tables under `name` (lower case).
 
-    if PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(name.upper())) is tuner_cls:
+    Idempotent; the classes of a reloaded module take the places of their former selves.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    peft_type = PeftType(name.upper())
+    if peft_type in PEFT_TYPE_TO_TUNER_MAPPING and hasattr(peft_type, _MARK):
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
         return
     register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .config import ConceptErasureConfig
 from .layer import erasure_layers
-from .tuner import remove_adapter, remove_empty_layers
+from .tuner import ConceptErasureModel, move_inside_wrappers, rehome_layers, remove_adapter, remove_empty_layers
 
 _MARK = "_hf_erasure_seam"
 
@@ -28,12 +29,19 @@ class _Before:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.loaded = getattr(model, "_hf_peft_config_loaded", False)
+        self.loaded = getattr(model, "_hf_peft_config_loaded", None)
         self.names = set(getattr(model, "peft_config", None) or {})
         self.training = [(module, module.training) for module in model.modules()]
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, BaseTunerLayer)]
         self.erasing = _acting_erasures(model)
+        layers = erasure_layers(model).values()
+        self.values = [
+            (layer, name, tuple(part.clone() for part in layer.eraser_state(name)))
+            for layer in layers
+            for name in layer.adapters
+        ]
+        self.erasures = {name for layer in layers for name in layer.adapters}
 
     def restore(self, adapter_name: str) -> None:
         """Undo whatever the call did to the model."""
@@ -43,34 +51,43 @@ class _Before:
             configs.pop(adapter_name, None)
             if not configs and "peft_config" in self.model.__dict__:
                 del self.model.peft_config
+        for layer, name, state in self.values:
+            layer.restore_eraser_state(name, state)
         for layer, active in self.active:
             layer._active_adapter = active
         for parameter, required in self.trainable:
             parameter.requires_grad_(required)
         for module, training in self.training:
             module.training = training
-        self.model._hf_peft_config_loaded = self.loaded
+        if self.loaded is not None:
+            self.model._hf_peft_config_loaded = self.loaded
 
 
 def install() -> None:
-    """Wrap the seams; a second call does nothing."""
+    """Wrap the seams; called again, as after a reload, it puts the wrappers of now in the place of the former."""
     _wrap(PeftAdapterMixin, "add_adapter", _add_adapter)
     _wrap(PeftAdapterMixin, "load_adapter", _load_adapter)
     _wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter)
     _wrap(PeftModel, "load_adapter", _peft_load_adapter)
+    _wrap(PeftModel, "from_pretrained", _peft_from_pretrained)
+    _wrap(BaseTuner, "inject_adapter", _inject_adapter)
+    _wrap(BaseTuner, "unload", _unload)
+    _wrap(BaseTuner, "merge_and_unload", _unload)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    original = owner.__dict__[name]
-    if getattr(original, _MARK, False):
-        return
+    """Replace `owner.name` by a function that calls `wrapper(original, owner or instance, *args, **kwargs)`."""
+    present = owner.__dict__[name]
+    is_classmethod = isinstance(present, classmethod)
+    function = present.__func__ if is_classmethod else present
+    original = getattr(function, _MARK, function)
 
     @functools.wraps(original)
     def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(functools.partial(original, self), self, *args, **kwargs)
 
-    setattr(seam, _MARK, True)
-    setattr(owner, name, seam)
+    setattr(seam, _MARK, original)
+    setattr(owner, name, classmethod(seam) if is_classmethod else seam)
 
 
 def _add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_name: str | None = None) -> None:
@@ -86,16 +103,17 @@ def _add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_na
 
 
 def _load_adapter(
-    original: Callable, model: Any, peft_model_id: Any = None, adapter_name: str | None = None, **kwargs: Any
+    original: Callable, model: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
 ) -> Any:
     before = _Before(model)
     name = adapter_name or "default"
     try:
-        result = original(peft_model_id, adapter_name, **kwargs)
+        result = original(peft_model_id, adapter_name, *args, **kwargs)
         _check_loaded(model, name)
-    except BaseException:
-        if name not in before.names and erasure_layers(model, name) or not before.active:
+    except BaseException as error:
+        if _is_ours(model, name):
             before.restore(name)
+            _explain_damage(error, peft_model_id)
         raise
     _warn_of_darkened(before.erasing - _acting_erasures(model), name)
     return result
@@ -106,29 +124,75 @@ def _delete_adapter(original: Callable, model: Any, adapter_names: list[str] | s
     remove_empty_layers(model)
 
 
-def _peft_load_adapter(original: Callable, model: PeftModel, model_id: Any, adapter_name: str, **kwargs: Any) -> Any:
-    known = adapter_name in model.peft_config and not _awaits(model, adapter_name)
+def _peft_load_adapter(
+    original: Callable, model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
+) -> Any:
+    before = _Before(model)
     try:
-        result = original(model_id, adapter_name, **kwargs)
+        result = original(model_id, adapter_name, *args, **kwargs)
         _check_loaded(model, adapter_name)
-    except BaseException:
-        if not known and erasure_layers(model, adapter_name):
-            remove_adapter(model, adapter_name)
-            model.peft_config.pop(adapter_name, None)
-            base = model.get_base_model()
-            if not model.peft_config and hasattr(base, "peft_config"):
-                del base.peft_config
+    except BaseException as error:
+        if _is_ours(model, adapter_name):
+            before.restore(adapter_name)
+            _explain_damage(error, model_id)
         raise
     return result
 
 
-def _awaits(model: nn.Module, name: str) -> bool:
-    return any(name in layer._awaits_values for layer in erasure_layers(model, name).values())
+def _peft_from_pretrained(original: Callable, cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Weights are loaded after PEFT has injected the adapter and frozen the model, so both are undone here."""
+    before = _Before(model)
+    try:
+        return original(model, *args, **kwargs)
+    except BaseException:
+        for name in {n for layer in erasure_layers(model).values() for n in layer.adapters} - before.erasures:
+            before.restore(name)
+        raise
+
+
+def _inject_adapter(original: Callable, tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    original(model, *args, **kwargs)
+    rehome_layers(model)
+
+
+def _unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+    """Another method takes its wrappers away: the erasures that hang on them stay, and so do their configs."""
+    if isinstance(tuner, ConceptErasureModel):
+        return original(*args, **kwargs)
+    model = tuner.model
+    configs = {n: c for n, c in tuner.peft_config.items() if isinstance(c, ConceptErasureConfig)}
+    move_inside_wrappers(model)
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        rehome_layers(model)
+    if configs:
+        model.peft_config = configs
+    return result
+
+
+def _is_ours(model: Any, name: str) -> bool:
+    """Whether what failed was an erasure; an adapter of another method is PEFT's to clean up."""
+    config = (getattr(model, "peft_config", None) or {}).get(name)
+    return config is None or isinstance(config, ConceptErasureConfig)
+
+
+def _explain_damage(error: BaseException, folder: Any) -> None:
+    """Say in an exception of a common type what a damaged file means.
+
+    Raises:
+        ValueError: In the place of the reader's own exception.
+    """
+    if isinstance(error, SafetensorError):
+        raise ValueError(
+            f"The adapter_model.safetensors of {str(folder)!r} is damaged ({error}): copy or download it again."
+        ) from error
 
 
 def _check_loaded(model: nn.Module, name: str) -> None:
     for layer in erasure_layers(model, name).values():
         layer.check_values(name)
+        layer.settle(name)
 
 
 def _acting_erasures(model: nn.Module) -> set[str]:

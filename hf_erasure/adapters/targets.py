@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+# Norms registered before the blocks are those of the embeddings, unless their name says that they come last.
+_LAST = re.compile(r"final|last|post|(^|_)f$")
 # Batch, group and instance norms act on channels of images, not on a hidden state.
 _CHANNEL_NORMS = re.compile(r"(batch|group|instance)_?norm", re.IGNORECASE)
 # Norms of single attention heads (q_norm, k_layernorm, kv_a_layernorm …) do not see the hidden state either.
@@ -52,8 +54,10 @@ def _layer_index(name: str, patterns: list[str]) -> int | None:
 
 
 def _is_block_list(module: nn.Module) -> bool:
-    """Blocks are a list of at least one module of several parts; a list of bare layers is something else."""
-    return isinstance(module, nn.ModuleList) and len(module) > 0 and any(True for _ in module[0].children())
+    """Blocks are a list of modules of several parts, with matrices among them; convolutions alone are no blocks."""
+    if not isinstance(module, nn.ModuleList) or not len(module) or not any(True for _ in module[0].children()):
+        return False
+    return any(parameter.dim() == 2 for parameter in module[0].parameters())
 
 
 def _is_norm(name: str, module: nn.Module) -> bool:
@@ -69,14 +73,15 @@ def _is_within(name: str, containers: list[str]) -> bool:
 
 
 def _final_norms(model: nn.Module, block_lists: list[str]) -> Iterator[str]:
-    """The norm that follows a list of blocks: a later sibling of the list, or of a module that contains it."""
+    """The norm that follows a list of blocks: a sibling of the list, or of a module that contains it."""
     for block_list in block_lists:
         path = block_list.split(".")
         for depth in range(len(path) - 1, -1, -1):
             parent_name = ".".join(path[:depth])
             siblings = list(model.get_submodule(parent_name).named_children())
             position = [name for name, _ in siblings].index(path[depth])
-            for name, module in siblings[position + 1 :]:
-                # BART registers the norm of its embeddings after its layers, but calls it before them.
-                if _is_norm(name, module) and "embed" not in name:
+            for index, (name, module) in enumerate(siblings):
+                # OPT registers its final norm before its layers; BART that of its embeddings after them.
+                follows = index > position or _LAST.search(name)
+                if follows and _is_norm(name, module) and "embed" not in name:
                     yield f"{parent_name}.{name}" if parent_name else name

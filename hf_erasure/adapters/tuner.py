@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from .config import ConceptErasureConfig
@@ -21,13 +24,29 @@ class ConceptErasureModel(BaseTuner):
     tuner_layer_cls = ErasureLayer
     target_module_mapping: dict[str, list[str]] = {}
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if erasure_layers(model, adapter_name):
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is the name of an erasure that is there already. Choose another name, "
+                "or delete that adapter first."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter; a failure leaves the model as it was.
 
         Raises:
             ValueError: If the name, the targets or the base model do not fit the adapter.
         """
-        config = self.peft_config[adapter_name]
+        # A configuration of its own: fitting writes into it, and the caller may use one for several models.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             _check_name(adapter_name)
@@ -48,7 +67,9 @@ class ConceptErasureModel(BaseTuner):
             names = default_targets(self.model)
             if peft_config.layers_to_transform is not None:
                 names = keep_layers(names, peft_config.layers_to_transform, peft_config.layers_pattern)
-            peft_config.target_modules = set(names)
+            peft_config.target_modules = _exactly(names, self.model)
+            if isinstance(peft_config.target_modules, str):
+                peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         return peft_config
 
     @staticmethod
@@ -92,14 +113,21 @@ class ConceptErasureModel(BaseTuner):
         Raises:
             ValueError: Names the site that cannot be merged exactly and what to do instead.
         """
+        if adapter_names is None:
+            adapter_names = self._acting_adapters()
         self._check_all_mergeable(adapter_names, safe_merge=safe_merge)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
-    def _check_all_mergeable(self, adapter_names: list[str] | None, *, safe_merge: bool) -> None:
+    def _acting_adapters(self) -> list[str]:
+        """The active adapters, and before them the sticky ones that act all the same."""
+        layers = erasure_layers(self.model).values()
+        sticky = {name for layer in layers for name, on in layer.concept_erasure_sticky.items() if on}
+        return [*sorted(sticky - set(self.active_adapters)), *self.active_adapters]
+
+    def _check_all_mergeable(self, adapter_names: list[str], *, safe_merge: bool) -> None:
         tied = shared_weights(self.model)
         for path, layer in erasure_layers(self.model).items():
-            chosen = layer.active_adapters if adapter_names is None else adapter_names
-            names = [n for n in chosen if n in layer.adapters and n not in layer.merged_adapters]
+            names = [n for n in adapter_names if n in layer.adapters and n not in layer.merged_adapters]
             owners = next((tied[n] for n in tied if n.rpartition(".")[0] == path), None)
             if names and owners is not None:
                 raise ValueError(
@@ -146,9 +174,40 @@ def remove_empty_layers(model: nn.Module) -> None:
             layer.detach()
 
 
+def rehome_layers(model: nn.Module) -> None:
+    """Move the erasures of modules that another adapter has wrapped out to the wrapper.
+
+    An erasure then sees what the wrapped module and the other adapter give together, whichever came first, and its
+    keys in the state dict stay as they are.
+    """
+    modules = dict(model.named_modules())
+    for path, layer in erasure_layers(model).items():
+        outermost = modules.get(path)
+        if outermost is not None and outermost is not layer.host:
+            layer.rehome(outermost)
+
+
+def move_inside_wrappers(model: nn.Module) -> None:
+    """The way back from `rehome_layers`, for when the wrappers are about to be taken away."""
+    for layer in erasure_layers(model).values():
+        if isinstance(layer.host, BaseTunerLayer):
+            layer.rehome(layer.host.get_base_layer())
+
+
+def _exactly(names: list[str], model: nn.Module) -> set[str] | str:
+    """`target_modules` that mean these modules and no others.
+
+    PEFT takes a name in a list for a suffix too, so that the final norm `norm` would stand for every `….norm`.
+    """
+    suffixes = tuple(f".{name}" for name in names)
+    if any(name.endswith(suffixes) and name not in names for name, _ in model.named_modules()):
+        return "|".join(re.escape(name) for name in names)
+    return set(names)
+
+
 def _check_name(name: str) -> None:
-    if "." in name or ConceptErasureModel.prefix in name or not name:
+    if "." in name or ConceptErasureModel.prefix in name or name in ("", CHILD):
         raise ValueError(
             f"adapter_name={name!r} cannot be used: it becomes part of state-dict keys, so it must not be empty, "
-            f"contain a dot or contain {ConceptErasureModel.prefix!r}."
+            f"contain a dot, be {CHILD!r} or contain {ConceptErasureModel.prefix!r}."
         )

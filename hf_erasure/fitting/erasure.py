@@ -69,6 +69,7 @@ def fit_concept_erasure(
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
     config, layers = _adapter(model, adapter_name)
+    _check_label_order(batches, config)
     runner = Runner(model, list(layers))
     statistics, tally = gather(
         runner, layers, adapter_name, batches, config, pool=pool, labelled=True, progress=progress
@@ -99,6 +100,16 @@ def _adapter(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[st
     if any(layer.merged for layer in layers.values()):
         raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
     return config, layers
+
+
+def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
+    """A loader of `concept_dataloader` knows the names of its class ids; they must be the adapter's."""
+    named = getattr(getattr(batches, "collate_fn", None), "labels", None)
+    if named is not None and config.labels is not None and list(named) != list(config.labels):
+        raise ValueError(
+            f"The batches number their classes {list(named)}, the adapter {list(config.labels)}. Give both the same "
+            "order: concept_dataloader(…, labels=config.labels)."
+        )
 
 
 def _solve(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
-from hf_erasure.erasers import apply_erasure, cross_validated_correlation
+from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
 
 from .labels import Selection, check_batch
 from .observing import observed, observed_final
@@ -68,7 +68,8 @@ class _Measurement:
     halves: dict[tuple[bool, int], SiteStatistics] = field(init=False)
     labelled: dict[str, Movement] = field(default_factory=dict)
     ignored: dict[str, Movement] = field(default_factory=dict)
-    seen: int = 0
+    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    drawn: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         self.halves = {(erased, half): SiteStatistics(self.config.z_dim) for erased in (False, True) for half in (0, 1)}
@@ -77,6 +78,9 @@ class _Measurement:
         labels = labels_of(batch, self.config, self.pool)
         finals = {n: m for n, m in self.runner.final_states().items() if labels.covers(self.runner.side_of(n))}
         plain: dict[str, Tensor] = {}
+        # Halves are made of whole sequences, since two tokens of one text are no independent evidence, and drawn at
+        # random, since rows often alternate between the classes.
+        self.drawn = torch.randint(0, 2, (labels.rows,), generator=self.random)
 
         def without(site: str, hidden: Tensor) -> Tensor:
             self._record(False, site, *labels.select(hidden, site))
@@ -105,13 +109,11 @@ class _Measurement:
             self.runner(batch)
         with observed(self.layers, self.name, erase), observed_final(finals, final_erased):
             self.runner(batch)
-        self.seen += labels.rows
 
     def _record(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
-        # Halves are made of whole sequences: two tokens of one text are no independent evidence.
-        parity = (torch.arange(aligned.shape[0], device=aligned.device) + self.seen) % 2
         for half in (0, 1):
-            self.halves[erased, half].update(site, aligned, selection, (parity == half).unsqueeze(1))
+            mask = (self.drawn == half).unsqueeze(1).to(aligned.device)
+            self.halves[erased, half].update(site, aligned, selection, mask)
 
     def _move(self, site: str, before: Tensor, after: Tensor, selection: Selection) -> None:
         rest = selection.real & ~selection.counted
@@ -151,10 +153,17 @@ def measure(
     for site in halves[False, 0].moments:
         correlations = []
         for erased in (False, True):
-            pair = [halves[erased, half].moments.get(site) for half in (0, 1)]
-            if pair[0] is None or pair[1] is None:
-                raise ValueError("eval_batches need at least two labelled sequences, one for each half.")
-            correlations.append(cross_validated_correlation(pair[0], pair[1]))
+            one, other = (halves[erased, half].moments.get(site) for half in (0, 1))
+            if one is None or other is None or not (_varies(one) and _varies(other)):
+                raise ValueError(
+                    f"eval_batches hold too little to measure on: {tally.examples} sequences are split into halves at "
+                    "random, and each half needs rows of two classes. Give more held-out data."
+                )
+            correlations.append(cross_validated_correlation(one, other))
         moved = [movements[site].relative for movements in (measurement.labelled, measurement.ignored)]
         figures[site] = HeldOut(correlations[0], correlations[1], moved[0], moved[1])
     return figures, tally
+
+
+def _varies(moments: ConceptMoments) -> bool:
+    return bool(moments.covariance_z.diagonal().max() > 0)

@@ -127,8 +127,8 @@ class BatchLabels:
         if self._by_token(labels):
             if labels.shape[:2] != real.shape:
                 raise ValueError(
-                    f"concept_labels label {labels.shape[1]} positions, but {where!r} has {real.shape[1]}: tokens cannot "
-                    "be matched. In an encoder-decoder, target the side whose tokens are labelled."
+                    f"concept_labels label {labels.shape[1]} positions, but {where!r} has {real.shape[1]}: tokens "
+                    "cannot be matched. In an encoder-decoder, target the side whose tokens are labelled."
                 )
             counted, weight, z = real.clone(), None, labels
         else:
@@ -154,13 +154,14 @@ class BatchLabels:
         if self.categorical:
             if labels.is_floating_point() or labels.dim() not in (1, 2):
                 raise ValueError(
-                    f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no class ids of shape (batch,) "
-                    "or (batch, seq). A continuous concept is declared by ConceptErasureConfig(concept_dim=…)."
+                    f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no class ids of shape "
+                    "(batch,) or (batch, seq). A continuous concept is declared by ConceptErasureConfig(concept_dim=…)."
                 )
         elif not labels.is_floating_point() or labels.shape[-1] != self.z_dim or labels.dim() not in (2, 3):
             raise ValueError(
-                f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no floats of shape (batch, "
-                f"{self.z_dim}) or (batch, seq, {self.z_dim}). Classes are declared by ConceptErasureConfig(labels=[…])."
+                f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no floats of shape "
+                f"(batch, {self.z_dim}) or (batch, seq, {self.z_dim}). Classes are "
+                "declared by ConceptErasureConfig(labels=[…])."
             )
         if self.pool != "tokens" and self._by_token(labels):
             raise ValueError(

@@ -112,11 +112,12 @@ class ErasureReport:
 
     def _note(self) -> str:
         if not self.eval_examples:
-            return "Leakage was not measured: pass eval_batches. 'moved' is sqrt(E|r(x) - x|^2 / Var x) on the rows fitted on."
+            return "Leakage was not measured: pass eval_batches.\nmoved: sqrt(E|r(x) - x|^2 / Var x), rows fitted on."
         return (
             f"before, after: correlation with the concept on {self.eval_examples} held-out examples, direction of one "
             "half judged on the other.\nmoved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of "
-            "unlabelled ones. On pre-LN models intermediate hidden_states\nstay un-erased; target whole blocks to erase them."
+            "unlabelled ones. On pre-LN models intermediate hidden_states\nstay un-erased; "
+            "target whole blocks to erase them."
         )
 
     def plot(self, path: str | None = None) -> Figure:

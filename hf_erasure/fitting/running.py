@@ -39,7 +39,8 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, sites: list[str]) -> None:
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        wrapped: Any = model
+        self.model: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
         backbone = getattr(self.model, "base_model", self.model)
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
         needs_all = any(id(self.model.get_submodule(site)) not in within for site in sites)

@@ -139,8 +139,8 @@ def _check_reached(statistics: SiteStatistics, tally: Tally, layers: dict[str, E
     if not absent:
         return
     if len(absent) == len(layers) and labelled:
-        raise ValueError(f"None of the {tally.examples} examples has a labelled position: all concept_labels are -100.")
+        raise ValueError(f"None of the {tally.examples} examples has a labelled position: concept_labels are -100.")
     raise ValueError(
-        f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over {name}: name only "
-        "modules that take part in the forward pass, or give batches that use them (decoder inputs, for a decoder)."
+        f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over {name}: name "
+        "only modules of the forward pass, or give batches that use them (decoder inputs for a decoder)."
     )

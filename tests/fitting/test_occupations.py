@@ -142,7 +142,7 @@ def test_sentences_are_8_to_30_words_and_well_formed(sentences):
         for row in sentences[split]:
             lengths.add(len(row["text"].split()))
             assert row["occupation"] in row["text"].lower()
-            assert not re.search(r"[{}]|  |\ba [aeio]|\ban [^aeiou]", row["text"], re.IGNORECASE), row["text"]
+            assert not re.search(r"[{}]|  |\ba [aeio]|\ban (?!hour)[^aeiou]", row["text"], re.IGNORECASE), row["text"]
             assert re.match(r"[A-Z“]", row["text"])
             assert re.search(r"[.?]$", row["text"])
     assert min(lengths) >= 8
@@ -180,8 +180,8 @@ def embeddings(split):
 def test_probes_on_unseen_occupations(sentences):
     """Gender and field can be read off sentences whose occupation, template and names the probe never saw."""
     linear_model = pytest.importorskip("sklearn.linear_model")
-    train = sentences["train"].select(range(1600))
-    test = sentences["test"].select(range(640))
+    train = sentences["train"].select(range(1000))
+    test = sentences["test"].select(range(480))
     x_train, x_test = embeddings(train), embeddings(test)
     scores = {}
     for column in ("gender", "field"):

@@ -1,0 +1,20 @@
+"""Closed-form concept erasure on tensors: linear algebra that needs torch and nothing else.
+
+`ConceptMoments` gathers means and covariances over any number of batches; `ConceptMoments.eraser` turns them into a
+frozen `Eraser`; `apply_erasure` is what an eraser does to an activation. LEACE is arXiv 2306.03819.
+"""
+
+from .apply import apply_erasure
+from .eraser import Eraser
+from .leakage import cross_validated_correlation, relative_change
+from .moments import ConceptMoments
+from .shrinkage import oas_shrinkage
+
+__all__ = [
+    "ConceptMoments",
+    "Eraser",
+    "apply_erasure",
+    "cross_validated_correlation",
+    "oas_shrinkage",
+    "relative_change",
+]

@@ -1,0 +1,105 @@
+"""How much of a concept is left, and how far an eraser moves activations, from moments alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .eraser import Eraser
+from .linalg import factorise, whiten_concept
+from .moments import ConceptMoments
+from .precision import variance_floor
+
+
+@torch.no_grad()
+def cross_validated_correlation(
+    half_a: ConceptMoments, half_b: ConceptMoments, *, shrinkage: str | float | None = "oas"
+) -> float:
+    """Correlation with the concept of the direction that the *other* half finds most correlated.
+
+    The first canonical pair `(u, v)` is found on one half; the Pearson correlation of `u·x` and `v·z` is read on the
+    other; the result is the mean of both ways. Under independence it is about 0, and may be slightly negative, where a
+    canonical correlation on the same rows would read `sqrt(x_dim / rows)`.
+
+    A direction whose variance is below `1e-6` (float64 rows: `1e-13`) of what its features would give it if they were
+    uncorrelated is judged as if it had that much: what an eraser leaves of a direction is rounding, and the
+    correlation of rounding means nothing.
+
+    Args:
+        half_a: Moments of some rows.
+        half_b: Moments of other rows, independent of the first: split by sequence, not by token.
+        shrinkage: As for `ConceptMoments.eraser`.
+
+    Returns:
+        A correlation between −1 and 1; 0.0 where x or z does not vary.
+
+    Raises:
+        TypeError: If an argument is no `ConceptMoments`.
+        ValueError: If the halves have different dimensions, no concept, or no rows.
+    """
+    for name, half in (("half_a", half_a), ("half_b", half_b)):
+        if not isinstance(half, ConceptMoments):
+            raise TypeError(f"{name} is {type(half).__name__}: give ConceptMoments.")
+        if half.z_dim == 0 or half.rows == 0:
+            raise ValueError(f"{name} has z_dim={half.z_dim} and rows={half.rows}: give moments of labelled rows.")
+    if (half_a.x_dim, half_a.z_dim) != (half_b.x_dim, half_b.z_dim):
+        raise ValueError(
+            f"half_a has x_dim={half_a.x_dim}, z_dim={half_a.z_dim}, but half_b has x_dim={half_b.x_dim}, z_dim="
+            f"{half_b.z_dim}: both must describe the same site and concept."
+        )
+    there = _transferred(half_a, half_b, shrinkage)
+    return (there + _transferred(half_b, half_a, shrinkage)) / 2
+
+
+def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: str | float | None) -> float:
+    pair = _first_pair(found_on, shrinkage)
+    if pair is None:
+        return 0.0
+    device = read_on.mean_x.device
+    u, v = pair[0].to(device), pair[1].to(device)
+    spread = read_on.spread()
+    unrelated = u.square() @ spread.variance
+    floor = variance_floor(max(found_on.resolution, read_on.resolution))
+    variance_x = torch.maximum(u @ spread.sigma @ u, floor * unrelated)
+    variance_z = v @ read_on.covariance_z @ v
+    scale = float((variance_x * variance_z.clamp_min(0.0)).sqrt())
+    if scale == 0.0:
+        return 0.0
+    return max(-1.0, min(1.0, float(u @ read_on.cross_covariance @ v) / scale))
+
+
+def _first_pair(moments: ConceptMoments, shrinkage: str | float | None) -> tuple[Tensor, Tensor] | None:
+    """`(x_dim,)` and `(z_dim,)` coefficients of the most correlated pair; None where z does not vary."""
+    whitener = whiten_concept(moments.covariance_z)
+    if whitener.shape[1] == 0:
+        return None
+    factor = factorise(moments.spread(), shrinkage)
+    basis, _, mixing = torch.linalg.svd(factor.whiten(moments.cross_covariance @ whitener), full_matrices=False)
+    return factor.readings(basis[:, :1])[0], whitener @ mixing[0]
+
+
+@torch.no_grad()
+def relative_change(eraser: Eraser, moments: ConceptMoments) -> float:
+    """`sqrt(E|r(x) − x|² / E|x − E x|²)` over the rows of the moments, without touching the rows again.
+
+    Args:
+        eraser: The map r.
+        moments: Moments of the rows it acts on; they need no concept.
+
+    Returns:
+        0.0 for an eraser that changes nothing, 1.0 for one that moves every row as far as the rows lie from their mean.
+
+    Raises:
+        ValueError: If the widths differ, or the rows do not vary.
+    """
+    if eraser.x_dim != moments.x_dim:
+        raise ValueError(f"eraser has x_dim={eraser.x_dim}, but moments have x_dim={moments.x_dim}: use the same site.")
+    sigma, mean = moments.covariance_x, moments.mean_x
+    total = float(sigma.diagonal().sum())
+    if total <= 0.0:
+        raise ValueError(f"x does not vary over the {moments.rows} rows of moments: a relative change is undefined.")
+    left, right = (part.to(device=sigma.device, dtype=sigma.dtype) for part in (eraser.left, eraser.right))
+    offset = mean if eraser.bias is None else mean - eraser.bias.to(mean)
+    shift = right @ offset
+    second = right @ sigma @ right.T + torch.outer(shift, shift)
+    return max(0.0, float(((left.T @ left) * second).sum()) / total) ** 0.5

@@ -1,0 +1,119 @@
+"""Whitening that neither the scale of a feature nor a rare class can upset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .precision import first_jitter, significance
+from .shrinkage import shrinkage_intensity
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Second moments of x as the methods need them.
+
+    Attributes:
+        sigma: `(d, d)` float64 symmetric covariance, with 0 on the diagonal for constant features; it decides what
+            "as little as possible" means.
+        variance: `(d,)` float64 variances of the rows the concept was read from; 0 for constant features.
+        rows: Effective number of rows behind `sigma`.
+        resolution: Machine epsilon of the coarsest rows.
+    """
+
+    sigma: Tensor
+    variance: Tensor
+    rows: float
+    resolution: float
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`scale · Σ · scale + jitter ≈ lower · lowerᵀ`.
+
+    Attributes:
+        lower: `(d, d)` float64 Cholesky factor of the shrunk correlation matrix.
+        scale: `(d,)` float64, one over the standard deviations; 0 for features that never vary.
+    """
+
+    lower: Tensor
+    scale: Tensor
+
+    def whiten(self, columns: Tensor) -> Tensor:
+        """`(d, r)` covariances with x, whitened: `lower⁻¹ · scale · columns`."""
+        return torch.linalg.solve_triangular(self.lower, self.scale[:, None] * columns, upper=False)
+
+    def readings(self, whitened: Tensor) -> Tensor:
+        """`(r, d)` linear forms on x that whitened directions `(d, r)` stand for."""
+        return (torch.linalg.solve_triangular(self.lower.T, whitened, upper=True) * self.scale[:, None]).T
+
+
+def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
+    """Shrink and factor a covariance in standardised coordinates, in the memory of `spread.sigma`.
+
+    The jitter climbs by tens until the factorisation succeeds. Any positive definite stand-in keeps the guarantee of
+    the methods, so a jitter costs optimality only.
+    """
+    # A feature that a background never moves still needs a scale, and the rows of the concept give one. A feature that
+    # moves nowhere gets none: it is neither read nor changed.
+    jitter = first_jitter(spread.resolution)
+    diagonal = torch.maximum(spread.sigma.diagonal(), jitter * _trusted(spread.variance))
+    diagonal = _trusted(diagonal)
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    correlation = spread.sigma.mul_(scale).mul_(scale[:, None])
+    correlation.diagonal().fill_(1.0)
+    share = shrinkage_intensity(shrinkage, correlation, spread.rows)
+    correlation.mul_(1 - share).diagonal().add_(share)
+    added = 0.0
+    while jitter <= 10:
+        correlation.diagonal().add_(jitter - added)
+        # LAPACK wants columns; the transpose of a symmetric matrix has them without a transposing copy.
+        lower, info = torch.linalg.cholesky_ex(correlation.mT)
+        if int(info) == 0:
+            return Factor(lower, scale)
+        jitter, added = jitter * 10, jitter
+    raise ValueError("The covariance of x is not finite, so it cannot be factored: scale the activations down.")
+
+
+def _trusted(variance: Tensor) -> Tensor:
+    """Variances with a floor below which a square is lost: a feature next to others 10¹⁵ times as large.
+
+    Trained norms switch features off by weights such as 1e-33, whose squares underflow. Their scale is unknown then,
+    and only its being positive matters: it costs optimality in a feature of no size, and no guarantee.
+    """
+    return variance.clamp_min(1e-30 * float(variance.max()))
+
+
+def whiten_concept(covariance: Tensor) -> Tensor:
+    """`(k, r)` float64 matrix that gives z the identity as covariance; r is the number of dimensions z varies in.
+
+    Scaling every column to variance 1 first keeps a class of probability 1e-6 as far from the cut-off as a common
+    one. One-hot columns add up to one, so k classes vary in k − 1 dimensions.
+    """
+    variance = covariance.diagonal().clamp_min(0.0)
+    scale = torch.where(variance > 0, variance, 1.0).rsqrt() * (variance > 0)
+    values, vectors = torch.linalg.eigh(covariance * scale * scale[:, None])
+    # A combination of z whose variance is 1e-12 of its parts is their rounding.
+    keep = values > 1e-12 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    return scale[:, None] * vectors[:, keep] * values[keep].rsqrt()
+
+
+def concept_columns(cross: Tensor, covariance_z: Tensor, spread: Spread) -> Tensor:
+    """`(d, r)` covariances of x with the independent concept directions it carries.
+
+    z is whitened, x is standardised, so the cut-off (`precision.significance`) is relative to both: it compares the
+    length of a vector of correlations with 1. Canonical correlations are not compared, because they are all 1 when
+    there are fewer rows than features, and need not be correlations when Σ comes from a background.
+    """
+    columns = cross @ whiten_concept(covariance_z)
+    variance = _trusted(spread.variance)
+    varies = variance > 0
+    columns = torch.where(varies[:, None], columns, 0.0)
+    if columns.shape[1] == 0:
+        return columns
+    standardised = columns * torch.where(varies, variance, 1.0).rsqrt()[:, None]
+    _, strength, directions = torch.linalg.svd(standardised, full_matrices=False)
+    keep = strength > significance(spread.resolution) * strength[0].clamp_min(1.0)
+    return columns @ directions[keep].T

@@ -1,0 +1,413 @@
+"""First and second moments of activations and a concept, gathered over any number of batches."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .eraser import Eraser
+from .gram import PackedGram
+from .leace import leace_factors
+from .linalg import Spread, concept_columns, factorise, whiten_concept
+from .orth import orth_factors
+from .precision import EXACT, product_dtype
+from .products import centred_products
+from .rows import read_rows
+from .state import read_state, write_state
+from .sums import Sums, sum_rows
+
+METHODS = ("leace", "orth")
+
+
+class ConceptMoments:
+    """Streaming, mergeable statistics from which erasers are solved.
+
+    Means, covariances with the concept and the solve are float64, always: they decide the guarantee. The products for
+    the covariance of x decide optimality alone; they run in the precision of the rows, but at least float32, and are
+    accumulated in float64. Every batch is centred on its own mean and merged pairwise, so it makes no difference how
+    rows are split into batches, processes or files, nor how far they lie from zero.
+
+    While an update runs, everything together takes at most 4 · x_dim² numbers of 4 bytes (for widths from 512 on).
+
+    Attributes:
+        x_dim: Width of the activations.
+        z_dim: Number of classes or concept values; 0 for a background, which has no concept.
+    """
+
+    def __init__(self, x_dim: int, z_dim: int, *, device: torch.device | str | None = None) -> None:
+        """Start empty.
+
+        Args:
+            x_dim: Width of the activations.
+            z_dim: Number of classes or concept values; 0 for a background.
+            device: Where the statistics live; None for the device of the first rows.
+
+        Raises:
+            TypeError: If a dimension is no int.
+            ValueError: If `x_dim` is below 1 or `z_dim` below 0.
+        """
+        for name, value, least in (("x_dim", x_dim, 1), ("z_dim", z_dim, 0)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}: give an int.")
+            if value < least:
+                raise ValueError(f"{name} is {value}: it must be {least} or more.")
+        self._x_dim, self._z_dim = x_dim, z_dim
+        self._device = None if device is None else torch.device(device)
+        self._sums: Sums | None = None
+        self._gram: PackedGram | None = None
+        self._resolution = EXACT
+        self._torn = False
+
+    # ------------------------------------------------------------------ gathering
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(
+        self, x: Tensor, z: Tensor | None = None, weight: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> ConceptMoments:
+        """Add rows. It happens whole, or, when it raises, not at all.
+
+        Args:
+            x: `(…, x_dim)` activations, any floating dtype, any device.
+            z: Integer class ids `(…)` from 0 to z_dim − 1, −100 where a row does not count; or one value per concept
+                dimension `(…, z_dim)` (one-hot, multi-label, continuous); `(…)` floats when z_dim is 1. None for a
+                background.
+            weight: `(…)` non-negative weights. A row of weight 0 does not count.
+            mask: `(…)` bool. What rows hold where it is False is not looked at: NaN in padding is fine.
+
+        Returns:
+            These moments. A batch none of whose rows counts changes nothing.
+
+        Raises:
+            TypeError: If an argument is no tensor or holds the wrong kind of numbers.
+            ValueError: If a shape does not fit, the batch is empty, a class id is out of range, or a counted row holds
+                NaN or infinity.
+        """
+        self._check_whole()
+        rows = read_rows(x, z, weight, mask, self._x_dim, self._z_dim)
+        if rows.count == 0:
+            return self
+        device = self._device or x.device
+        gram = self._gram or PackedGram(self._x_dim, device)
+        with torch.autocast(device.type, enabled=False):
+            sums = sum_rows(rows, self._z_dim, device)
+            products, rounding = centred_products(rows, sums.mean_x, gram, product_dtype(x.dtype, device))
+        self._absorb(gram, sums, products, rounding)
+        self._device = device
+        self._resolution = max(self._resolution, torch.finfo(x.dtype).eps)
+        return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge(self, other: ConceptMoments) -> ConceptMoments:
+        """Add the rows of other moments, which stay as they are.
+
+        Raises:
+            TypeError: If `other` is no `ConceptMoments`.
+            ValueError: If its dimensions differ.
+        """
+        if not isinstance(other, ConceptMoments):
+            raise TypeError(f"other is {type(other).__name__}: merge takes ConceptMoments.")
+        if (other._x_dim, other._z_dim) != (self._x_dim, self._z_dim):
+            raise ValueError(
+                f"other has x_dim={other._x_dim}, z_dim={other._z_dim}, but these moments have x_dim={self._x_dim}, "
+                f"z_dim={self._z_dim}: only moments of the same site and concept merge."
+            )
+        self._check_whole()
+        other._check_whole()
+        if other._sums is None or other._gram is None:
+            return self
+        device = self._device or other._sums.mean_x.device
+        gram = self._gram or PackedGram(self._x_dim, device)
+        self._absorb(gram, other._sums.to(device), other._gram.values.to(device), None)
+        self._device = device
+        self._resolution = max(self._resolution, other._resolution)
+        return self
+
+    def _absorb(self, gram: PackedGram, sums: Sums, products: Tensor, rounding: Tensor | None) -> None:
+        """Take in centred sums and products. `rounding` is how far the products' centre lay from the mean."""
+        mine = self._sums
+        merged = sums if mine is None else mine.merged(sums)
+        outer: list[tuple[Tensor, float]] = []
+        if rounding is not None:
+            outer.append((rounding, -sums.weight))
+        if mine is not None:
+            outer.append((sums.mean_x - mine.mean_x, mine.weight / merged.weight * sums.weight))
+        scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=gram.values.device)
+        # Nothing below can be refused, but it can be interrupted. A second copy to fall back on would double the
+        # memory, so a torn sum is recognised instead of used.
+        self._torn = True
+        gram.values.add_(products)
+        if outer:
+            gram.add_outer(torch.stack([vector for vector, _ in outer]), scales)
+        self._sums, self._gram, self._torn = merged, gram, False
+
+    def _check_whole(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                "An update of these moments was interrupted halfway, so they are not usable: start new ones, or load "
+                "a saved state with load_state_dict."
+            )
+
+    # ------------------------------------------------------------------ what is known
+
+    @property
+    def x_dim(self) -> int:
+        """Width of the activations."""
+        return self._x_dim
+
+    @property
+    def z_dim(self) -> int:
+        """Number of classes or concept values; 0 for a background."""
+        return self._z_dim
+
+    @property
+    def rows(self) -> int:
+        """How many rows were counted."""
+        return 0 if self._sums is None else self._sums.rows
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of all rows."""
+        return 0.0 if self._sums is None else self._sums.weight
+
+    @property
+    def mean_x(self) -> Tensor:
+        """`(x_dim,)` float64 mean of the activations."""
+        return self._known()[0].mean_x.clone()
+
+    @property
+    def mean_z(self) -> Tensor:
+        """`(z_dim,)` float64 mean of the concept; the shares of the classes for class ids."""
+        return self._known()[0].mean_z.clone()
+
+    @property
+    def covariance_x(self) -> Tensor:
+        """`(x_dim, x_dim)` float64 population covariance, symmetric."""
+        sums, gram = self._known()
+        return gram.dense().div_(sums.weight)
+
+    @property
+    def cross_covariance(self) -> Tensor:
+        """`(x_dim, z_dim)` float64 population covariance of activations and concept."""
+        sums, _ = self._known()
+        return sums.cross / sums.weight
+
+    @property
+    def covariance_z(self) -> Tensor:
+        """`(z_dim, z_dim)` float64 population covariance of the concept."""
+        sums, _ = self._known()
+        return sums.concept / sums.weight
+
+    @property
+    def class_counts(self) -> Tensor | None:
+        """`(z_dim,)` int64 rows of every class; None unless all labels were class ids."""
+        counts = self._known()[0].counts
+        return None if counts is None else counts.clone()
+
+    @property
+    def effective_rows(self) -> float:
+        """`(Σ w)² / Σ w²`: how many rows of equal weight would say as much."""
+        sums, _ = self._known()
+        return sums.weight**2 / sums.weight_squares
+
+    @property
+    def resolution(self) -> float:
+        """Machine epsilon of the coarsest rows that were added."""
+        return self._resolution
+
+    def spread(self) -> Spread:
+        """The second moments of x as the methods use them: float64, constant features marked by a variance of 0."""
+        sums, gram = self._known()
+        sigma = gram.dense().div_(sums.weight)
+        variance = sigma.diagonal().clone()
+        # Equal float64 numbers may differ from their own mean in the last digits.
+        variance[variance <= (1e-12 * sums.mean_x).square()] = 0.0
+        sigma.diagonal().copy_(variance)
+        return Spread(sigma, variance, self.effective_rows, self._resolution)
+
+    def _known(self) -> tuple[Sums, PackedGram]:
+        self._check_whole()
+        if self._sums is None or self._gram is None:
+            raise ValueError("These moments have seen no rows (rows=0): call update with data first.")
+        return self._sums, self._gram
+
+    # ------------------------------------------------------------------ solving
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def eraser(
+        self,
+        method: str = "leace",
+        *,
+        affine: bool = True,
+        rank: int | None = None,
+        shrinkage: str | float | None = "oas",
+        background: ConceptMoments | None = None,
+        background_weight: float = 1.0,
+    ) -> Eraser:
+        """Solve for the eraser of the concept (arXiv 2306.03819, Theorems 4.2 and 4.3).
+
+        After it, no linear predictor of z trained with a convex loss on these rows does better than the best
+        constant. The guarantee rests on the covariances with z alone; Σ, whether shrunk or taken from a background,
+        only decides which of all maps that give it is chosen.
+
+        Args:
+            method: "leace" changes the activations least in the metric of Σ; "orth" projects orthogonally.
+            affine: Keep the mean in place. Without, the map is linear.
+            rank: At most that many directions, those of the largest canonical correlations; None for all that are
+                more than rounding, at most k − 1 for k classes. A cap below that leaves a part of the concept.
+            shrinkage: "oas", a share of the identity in [0, 1], or None; applied to the correlation matrix of x, so
+                the scale of features does not matter.
+            background: Moments of unlabelled activations that should change as little as possible; Σ and the mean are
+                `background_weight` times theirs plus the rest of these moments' own.
+            background_weight: From 0 to 1.
+
+        Returns:
+            A frozen eraser, independent of these moments.
+
+        Raises:
+            TypeError: If `background` is no `ConceptMoments` or `rank` no int.
+            ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
+        """
+        _check_options(method, rank, background_weight)
+        sums, _ = self._known()
+        self._check_concept()
+        own = self.spread()
+        if not bool((own.variance > 0).any()):
+            raise ValueError(
+                f"x is constant over all {sums.rows} rows: no feature varies, so there is nothing to erase. Check that "
+                "the activations come from the right module."
+            )
+        if sums.rows <= self._x_dim:
+            warnings.warn(
+                f"Fitted on rows={sums.rows} of width x_dim={self._x_dim}: the guarantee holds for these rows, but "
+                "with fewer rows than features most of it is chance. Give more rows.",
+                stacklevel=4,  # past the two decorators above
+            )
+        columns = concept_columns(self.cross_covariance, self.covariance_z, own)
+        spread, mean = self._surroundings(own, background, background_weight)
+        if method == "orth":
+            left, right = orth_factors(columns, rank)
+        else:
+            left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
+        return Eraser(left, right, mean if affine else None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def canonical_correlations(self, *, shrinkage: str | float | None = "oas") -> Tensor:
+        """Canonical correlations of x and z on these rows, descending, float64, each in [0, 1].
+
+        They are optimistic: under independence the first one reads about `sqrt(x_dim / rows)`. Use
+        `cross_validated_correlation` to judge what is left.
+
+        Returns:
+            `(min(x_dim, dimensions z varies in),)`: k − 1 for k classes that all occur.
+
+        Raises:
+            ValueError: If no rows were seen, z does not vary, or `shrinkage` is unknown.
+        """
+        self._known()
+        self._check_concept()
+        spread = self.spread()
+        columns = self.cross_covariance @ whiten_concept(self.covariance_z)
+        return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
+
+    def _surroundings(self, own: Spread, background: ConceptMoments | None, share: float) -> tuple[Spread, Tensor]:
+        """Σ and mean of what should stay as it is."""
+        if background is None:
+            return own, self.mean_x
+        if not isinstance(background, ConceptMoments):
+            raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
+        if background._x_dim != self._x_dim:
+            raise ValueError(
+                f"background has x_dim={background._x_dim}, but these moments have x_dim={self._x_dim}: gather both at "
+                "the same module."
+            )
+        if background._sums is None:
+            raise ValueError("background has seen no rows (rows=0): call its update with unlabelled activations first.")
+        device = own.sigma.device
+        other = background.spread()
+        sigma = torch.lerp(own.sigma, other.sigma.to(device), share)
+        # Estimates from different rows: their variances add.
+        rows = 1 / (share**2 / other.rows + (1 - share) ** 2 / own.rows)
+        mean = torch.lerp(self.mean_x, background.mean_x.to(device), share)
+        return Spread(sigma, own.variance, rows, max(own.resolution, other.resolution)), mean
+
+    def _check_concept(self) -> None:
+        sums, _ = self._known()
+        if self._z_dim == 0:
+            raise ValueError("z_dim=0: these moments are a background and know no concept. Set z_dim and give labels.")
+        present = None if sums.counts is None else sums.counts.nonzero().squeeze(1)
+        if present is not None and present.numel() == 1:
+            raise ValueError(
+                f"Only one class is present: all {sums.rows} rows have class id {int(present)}. A concept needs at "
+                "least two classes; add rows of another class."
+            )
+        spread_z = sums.concept.diagonal() / sums.weight
+        if bool((spread_z <= (1e-12 * sums.mean_z).square()).all()):
+            raise ValueError(
+                f"z does not vary over the {sums.rows} rows (mean_z={sums.mean_z.tolist()[:8]}): only one class or "
+                "value is present. Add rows in which the concept differs."
+            )
+
+    # ------------------------------------------------------------------ keeping
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of everything, as tensors on the device of the moments."""
+        dims = {"x_dim": torch.tensor(self._x_dim), "z_dim": torch.tensor(self._z_dim)}
+        if self._sums is None:
+            return dims
+        return dims | write_state(*self._known(), self._resolution)
+
+    @torch.inference_mode(False)
+    def load_state_dict(self, d: dict[str, Tensor]) -> None:
+        """Replace everything by what `state_dict` returned, or raise and change nothing.
+
+        Raises:
+            ValueError: If an entry is missing, has another shape or is not finite, or the dimensions differ.
+        """
+        for name in ("x_dim", "z_dim"):
+            if name not in d or int(d[name]) != getattr(self, name):
+                raise ValueError(
+                    f"The state has {name}={int(d[name]) if name in d else 'missing'}, but these moments have {name}="
+                    f"{getattr(self, name)}: create ConceptMoments with the dimensions the state was saved with."
+                )
+        if "rows" not in d:
+            self._sums, self._gram, self._resolution, self._torn = None, None, EXACT, False
+            return
+        device = self._device or (d["gram"].device if "gram" in d else torch.device("cpu"))
+        gram = PackedGram(self._x_dim, device)
+        sums = read_state(d, self._x_dim, self._z_dim, gram)
+        gram.values.copy_(d["gram"])
+        self._sums, self._gram, self._device = sums.to(device), gram, device
+        self._resolution, self._torn = float(d["resolution"]), False
+
+    @torch.inference_mode(False)
+    def to(self, device: torch.device | str) -> ConceptMoments:
+        """Move the statistics; later rows are brought there."""
+        self._check_whole()
+        device = torch.device(device)
+        if self._sums is not None and self._gram is not None:
+            sums, values = self._sums.to(device), self._gram.values.to(device)
+            self._sums, self._gram.values = sums, values
+        self._device = device
+        return self
+
+    def __repr__(self) -> str:
+        return f"ConceptMoments(x_dim={self._x_dim}, z_dim={self._z_dim}, rows={self.rows})"
+
+
+def _check_options(method: str, rank: int | None, background_weight: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
+        raise TypeError(f"rank is {rank!r}: give an int, or None for all directions.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}: it must be 1 or more, or None for all directions.")
+    if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
+        raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
+    if not 0 <= background_weight <= 1:
+        raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")

