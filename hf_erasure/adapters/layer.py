@@ -87,18 +87,24 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         device, dtype = self._state_placement()
         if config.fitted and config.fitted_sites is not None:
             width, rank = (config.fitted_sites[self.path][key] for key in ("width", "rank"))
-            # NaN and not zero: values that never arrive must not pass for an erasure.
-            self._store(name, *(torch.full(s, torch.nan, device=device, dtype=dtype) for s in _shapes(width, rank)))
-            self._awaits_values.add(name)
+            self._store(name, *(torch.empty(s, device=device, dtype=dtype) for s in _shapes(width, rank)))
+            self.await_values(name)
         else:
             self._store(name, *(torch.zeros(s, device=device, dtype=dtype) for s in _shapes(0, 0)))
         self._sync_hooks()
+
+    def await_values(self, name: str) -> None:
+        """Fill an eraser with NaN and not zero: values that never arrive must not pass for an erasure."""
+        self._store(name, *(torch.full_like(part, torch.nan) for part in self._parts(name)))
+        self._awaits_values.add(name)
 
     def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype) -> None:
         """Put a fitted eraser in place; a purely linear one keeps a zero bias."""
         device, _ = self._state_placement()
         bias = eraser.left.new_zeros(eraser.x_dim) if eraser.bias is None else eraser.bias
-        self._store(name, *(t.to(device, dtype).clone() for t in (eraser.left, eraser.right, bias)))
+        parts = (eraser.left, eraser.right, bias)
+        # In the strides that loading will give them: others let matrix products sum in another order.
+        self._store(name, *(t.to(device, dtype).clone(memory_format=torch.contiguous_format) for t in parts))
         self._awaits_values.discard(name)
 
     def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -103,7 +103,12 @@ def _add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_na
 
 
 def _load_adapter(
-    original: Callable, model: Any, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    original: Callable,
+    model: Any,
+    peft_model_id: Any = None,
+    adapter_name: str | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     before = _Before(model)
     name = adapter_name or "default"
@@ -128,6 +133,9 @@ def _peft_load_adapter(
     original: Callable, model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     before = _Before(model)
+    # Loading over an adapter would keep the old values of tensors that the file lacks.
+    for layer in erasure_layers(model, adapter_name).values():
+        layer.await_values(adapter_name)
     try:
         result = original(model_id, adapter_name, *args, **kwargs)
         _check_loaded(model, adapter_name)

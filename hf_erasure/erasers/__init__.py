@@ -8,13 +8,11 @@ from .apply import apply_erasure
 from .eraser import Eraser
 from .leakage import cross_validated_correlation, relative_change
 from .moments import ConceptMoments
-from .shrinkage import oas_shrinkage
 
 __all__ = [
     "ConceptMoments",
     "Eraser",
     "apply_erasure",
     "cross_validated_correlation",
-    "oas_shrinkage",
     "relative_change",
 ]

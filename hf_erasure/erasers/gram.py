@@ -48,11 +48,68 @@ class PackedGram:
         for start, stop, column in self.columns(out):
             column.addmm_(rows[:, :stop].T, rows[:, start:stop], beta=int(add))
 
-    def add_outer(self, vectors: Tensor, scales: Tensor) -> None:
-        """Add `Σ scalesᵣ · vectorsᵣ vectorsᵣᵀ` for float64 `(r, dim)` vectors."""
+    def absorb(self, values: Tensor, vectors: Tensor, scales: Tensor) -> None:
+        """Add values in this layout and `Σ scalesᵣ · vectorsᵣ vectorsᵣᵀ`.
+
+        Args:
+            values: What `products` made, in any dtype.
+            vectors: `(r, dim)` float64.
+            scales: `(r,)` float64.
+        """
         scaled = (vectors * scales[:, None]).T
+        for (start, stop, column), (_, _, more) in zip(self.columns(self.values), self.columns(values), strict=True):
+            # One column after another: it is still in the cache for the second addition.
+            column.add_(more)
+            if scaled.shape[1]:
+                column.addmm_(scaled[:stop], vectors[:, start:stop])
+
+    def like(self, values: Tensor) -> PackedGram:
+        """A matrix of the same size that holds `values`."""
+        other = PackedGram.__new__(PackedGram)
+        other.dim, other.block, other.values = self.dim, self.block, values
+        return other
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The diagonal, `(dim,)`, as a copy."""
+        return torch.cat([column[start:].diagonal() for start, _, column in self.columns(self.values)])
+
+    def set_diagonal(self, diagonal: Tensor) -> None:
+        """Replace the diagonal."""
         for start, stop, column in self.columns(self.values):
-            column.addmm_(scaled[:stop], vectors[:, start:stop])
+            column[start:].diagonal().copy_(diagonal[start:stop])
+
+    def scale(self, scale: Tensor) -> None:
+        """Multiply rows and columns by `scale` `(dim,)`, in place."""
+        for start, stop, column in self.columns(self.values):
+            column.mul_(scale[start:stop]).mul_(scale[:stop, None])
+
+    def mean_square(self) -> float:
+        """Mean of the squares of all `dim²` entries."""
+        total = 0.0
+        for start, _, column in self.columns(self.values):
+            total += 2 * float(torch.linalg.vector_norm(column[:start])) ** 2
+            total += float(torch.linalg.vector_norm(column[start:])) ** 2
+        return total / self.dim**2
+
+    def quadratic(self, forms: Tensor) -> Tensor:
+        """`forms · matrix · formsᵀ` for float64 `(r, dim)` forms."""
+        total = forms.new_zeros(forms.shape[0], forms.shape[0])
+        for start, stop, column in self.columns(self.values):
+            above = forms[:, :start] @ column[:start] @ forms[:, start:stop].T
+            total += above + above.T + forms[:, start:stop] @ column[start:] @ forms[:, start:stop].T
+        return total
+
+    def cholesky(self, shift: float) -> Tensor | None:
+        """The upper factor `U`, `Uᵀ U = matrix + shift · I`; None if that is not positive definite."""
+        full = self.values.new_zeros(self.dim, self.dim)
+        for start, stop, column in self.columns(self.values):
+            full[start:stop, :stop] = column.T
+        full.diagonal().add_(shift)
+        # The transpose lies in memory as LAPACK wants it, and is factored where it lies: no copy, no second matrix.
+        upper, info = full.mT, torch.zeros((), dtype=torch.int32, device=full.device)
+        torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
+        return upper if int(info) == 0 else None
 
     def dense(self) -> Tensor:
         """The full matrix, `(dim, dim)`, symmetric to the bit."""
@@ -63,7 +120,3 @@ class PackedGram:
             # Two triangles of one product may round differently.
             full[start:stop, start:stop] = (column[start:] + column[start:].T) / 2
         return full
-
-    def diagonal(self, values: Tensor) -> Tensor:
-        """The diagonal, `(dim,)`, of a matrix in this layout."""
-        return torch.cat([column[start:].diagonal() for start, _, column in self.columns(values)])

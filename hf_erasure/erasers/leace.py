@@ -11,9 +11,9 @@ from .linalg import Factor
 def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Tensor, Tensor]:
     """The smallest linear change of x, in the least-squares sense, that leaves no covariance with the concept.
 
-    With `A` the covariances of x with the concept and `Σ = S⁻¹ C Cᵀ S⁻¹`, the paper's projection
-    `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`, is `left · right` with `U τ Vᵀ = C⁻¹ S A`, `left = A V / τ` and
-    `right = Uᵀ C⁻¹ S`. It needs one Cholesky factorisation and no d × d eigenvectors. `left` lies in the span of A
+    With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the paper's projection
+    `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`, is `left · right` with `U τ Vᵀ = C⁻ᵀ S A`, `left = A V / τ` and
+    `right = Uᵀ C⁻ᵀ S`. It needs one Cholesky factorisation and no d × d eigenvectors. `left` lies in the span of A
     whatever Σ is, so an inexact Σ costs optimality and never the guarantee.
 
     Args:

@@ -60,7 +60,7 @@ def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: s
     spread = read_on.spread()
     unrelated = u.square() @ spread.variance
     floor = variance_floor(max(found_on.resolution, read_on.resolution))
-    variance_x = torch.maximum(u @ spread.sigma @ u, floor * unrelated)
+    variance_x = torch.maximum(spread.sigma.quadratic(u[None])[0, 0], floor * unrelated)
     variance_z = v @ read_on.covariance_z @ v
     scale = float((variance_x * variance_z.clamp_min(0.0)).sqrt())
     if scale == 0.0:
@@ -94,12 +94,11 @@ def relative_change(eraser: Eraser, moments: ConceptMoments) -> float:
     """
     if eraser.x_dim != moments.x_dim:
         raise ValueError(f"eraser has x_dim={eraser.x_dim}, but moments have x_dim={moments.x_dim}: use the same site.")
-    sigma, mean = moments.covariance_x, moments.mean_x
-    total = float(sigma.diagonal().sum())
+    spread, mean = moments.spread(), moments.mean_x
+    total = float(spread.variance.sum())
     if total <= 0.0:
         raise ValueError(f"x does not vary over the {moments.rows} rows of moments: a relative change is undefined.")
-    left, right = (part.to(device=sigma.device, dtype=sigma.dtype) for part in (eraser.left, eraser.right))
-    offset = mean if eraser.bias is None else mean - eraser.bias.to(mean)
-    shift = right @ offset
-    second = right @ sigma @ right.T + torch.outer(shift, shift)
+    left, right = (part.to(mean) for part in (eraser.left, eraser.right))
+    shift = right @ (mean if eraser.bias is None else mean - eraser.bias.to(mean))
+    second = spread.sigma.quadratic(right) + torch.outer(shift, shift)
     return max(0.0, float(((left.T @ left) * second).sum()) / total) ** 0.5

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .gram import PackedGram
 from .precision import first_jitter, significance
-from .shrinkage import shrinkage_intensity
+from .shrinkage import check_shrinkage, oas_shrinkage
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,14 @@ class Spread:
     """Second moments of x as the methods need them.
 
     Attributes:
-        sigma: `(d, d)` float64 symmetric covariance, with 0 on the diagonal for constant features; it decides what
-            "as little as possible" means.
+        sigma: Covariance `(d, d)`, with 0 on the diagonal for constant features; it decides what "as little as
+            possible" means.
         variance: `(d,)` float64 variances of the rows the concept was read from; 0 for constant features.
         rows: Effective number of rows behind `sigma`.
         resolution: Machine epsilon of the coarsest rows.
     """
 
-    sigma: Tensor
+    sigma: PackedGram
     variance: Tensor
     rows: float
     resolution: float
@@ -31,49 +32,53 @@ class Spread:
 
 @dataclass(frozen=True)
 class Factor:
-    """`scale · Σ · scale + jitter ≈ lower · lowerᵀ`.
+    """`upperᵀ · upper ≈ scale · Σ · scale`, shrunk.
 
     Attributes:
-        lower: `(d, d)` float64 Cholesky factor of the shrunk correlation matrix.
+        upper: `(d, d)` float64 Cholesky factor of the shrunk correlation matrix.
         scale: `(d,)` float64, one over the standard deviations; 0 for features that never vary.
     """
 
-    lower: Tensor
+    upper: Tensor
     scale: Tensor
 
     def whiten(self, columns: Tensor) -> Tensor:
-        """`(d, r)` covariances with x, whitened: `lower⁻¹ · scale · columns`."""
-        return torch.linalg.solve_triangular(self.lower, self.scale[:, None] * columns, upper=False)
+        """`(d, r)` covariances with x, whitened: `upper⁻ᵀ · scale · columns`."""
+        return torch.linalg.solve_triangular(self.upper.mT, self.scale[:, None] * columns, upper=False)
 
     def readings(self, whitened: Tensor) -> Tensor:
         """`(r, d)` linear forms on x that whitened directions `(d, r)` stand for."""
-        return (torch.linalg.solve_triangular(self.lower.T, whitened, upper=True) * self.scale[:, None]).T
+        return (torch.linalg.solve_triangular(self.upper, whitened, upper=True) * self.scale[:, None]).T
 
 
 def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
-    """Shrink and factor a covariance in standardised coordinates, in the memory of `spread.sigma`.
+    """Shrink and factor a covariance in standardised coordinates; `spread.sigma` is used up.
 
     The jitter climbs by tens until the factorisation succeeds. Any positive definite stand-in keeps the guarantee of
     the methods, so a jitter costs optimality only.
+
+    Raises:
+        ValueError: If `shrinkage` is unknown or the covariance is not finite.
     """
+    check_shrinkage(shrinkage)
+    jitter, sigma = first_jitter(spread.resolution), spread.sigma
     # A feature that a background never moves still needs a scale, and the rows of the concept give one. A feature that
     # moves nowhere gets none: it is neither read nor changed.
-    jitter = first_jitter(spread.resolution)
-    diagonal = torch.maximum(spread.sigma.diagonal(), jitter * _trusted(spread.variance))
+    diagonal = torch.maximum(sigma.diagonal, jitter * _trusted(spread.variance))
     diagonal = _trusted(diagonal)
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    correlation = spread.sigma.mul_(scale).mul_(scale[:, None])
-    correlation.diagonal().fill_(1.0)
-    share = shrinkage_intensity(shrinkage, correlation, spread.rows)
-    correlation.mul_(1 - share).diagonal().add_(share)
-    added = 0.0
+    sigma.scale(scale)
+    sigma.set_diagonal(torch.ones_like(scale))
+    if shrinkage == "oas":
+        shrinkage = oas_shrinkage(sigma.mean_square(), sigma.dim, spread.rows)
+    share = float(shrinkage or 0.0)
+    if share:
+        sigma.values.mul_(1 - share)
     while jitter <= 10:
-        correlation.diagonal().add_(jitter - added)
-        # LAPACK wants columns; the transpose of a symmetric matrix has them without a transposing copy.
-        lower, info = torch.linalg.cholesky_ex(correlation.mT)
-        if int(info) == 0:
-            return Factor(lower, scale)
-        jitter, added = jitter * 10, jitter
+        upper = sigma.cholesky(share + jitter)
+        if upper is not None:
+            return Factor(upper, scale)
+        jitter *= 10
     raise ValueError("The covariance of x is not finite, so it cannot be factored: scale the activations down.")
 
 

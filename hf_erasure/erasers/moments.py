@@ -15,6 +15,7 @@ from .orth import orth_factors
 from .precision import EXACT, product_dtype
 from .products import centred_products
 from .rows import read_rows
+from .shrinkage import check_shrinkage
 from .state import read_state, write_state
 from .sums import Sums, sum_rows
 
@@ -135,13 +136,13 @@ class ConceptMoments:
             outer.append((rounding, -sums.weight))
         if mine is not None:
             outer.append((sums.mean_x - mine.mean_x, mine.weight / merged.weight * sums.weight))
-        scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=gram.values.device)
+        device = gram.values.device
+        scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=device)
+        vectors = torch.stack([vector for vector, _ in outer]) if outer else sums.mean_x.new_zeros(0, self._x_dim)
         # Nothing below can be refused, but it can be interrupted. A second copy to fall back on would double the
         # memory, so a torn sum is recognised instead of used.
         self._torn = True
-        gram.values.add_(products)
-        if outer:
-            gram.add_outer(torch.stack([vector for vector, _ in outer]), scales)
+        gram.absorb(products, vectors, scales)
         self._sums, self._gram, self._torn = merged, gram, False
 
     def _check_whole(self) -> None:
@@ -221,11 +222,11 @@ class ConceptMoments:
     def spread(self) -> Spread:
         """The second moments of x as the methods use them: float64, constant features marked by a variance of 0."""
         sums, gram = self._known()
-        sigma = gram.dense().div_(sums.weight)
-        variance = sigma.diagonal().clone()
+        sigma = gram.like(gram.values / sums.weight)
+        variance = sigma.diagonal
         # Equal float64 numbers may differ from their own mean in the last digits.
         variance[variance <= (1e-12 * sums.mean_x).square()] = 0.0
-        sigma.diagonal().copy_(variance)
+        sigma.set_diagonal(variance)
         return Spread(sigma, variance, self.effective_rows, self._resolution)
 
     def _known(self) -> tuple[Sums, PackedGram]:
@@ -273,6 +274,7 @@ class ConceptMoments:
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
         """
         _check_options(method, rank, background_weight)
+        check_shrinkage(shrinkage)
         sums, _ = self._known()
         self._check_concept()
         own = self.spread()
@@ -328,9 +330,9 @@ class ConceptMoments:
             )
         if background._sums is None:
             raise ValueError("background has seen no rows (rows=0): call its update with unlabelled activations first.")
-        device = own.sigma.device
+        device = own.variance.device
         other = background.spread()
-        sigma = torch.lerp(own.sigma, other.sigma.to(device), share)
+        sigma = own.sigma.like(torch.lerp(own.sigma.values, other.sigma.values.to(device), share))
         # Estimates from different rows: their variances add.
         rows = 1 / (share**2 / other.rows + (1 - share) ** 2 / own.rows)
         mean = torch.lerp(self.mean_x, background.mean_x.to(device), share)

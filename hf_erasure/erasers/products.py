@@ -19,16 +19,16 @@ def centred_products(rows: Rows, mean: Tensor, gram: PackedGram, dtype: torch.dt
         dtype: Of the products; float64 is used instead where squares leave the range of float32.
 
     Returns:
-        `Σ w (x − c)(x − c)ᵀ` in the layout of `gram`, and `c − mean` `(d,)` float64, where c is the mean rounded to `dtype`.
+        `Σ w (x − c)(x − c)ᵀ` in the layout of `gram`, and `c − mean` `(d,)` float64; c is the mean rounded to `dtype`.
 
     Raises:
         ValueError: If squares leave the range of float64.
     """
     device = gram.values.device
-    # A centred chunk takes at most 4/3 d² numbers of 4 bytes, beside 2/3 d² for the products and 4/3 d² for the sums
-    # they go to. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
+    # A centred chunk takes at most 2/3 d² numbers of 4 bytes, beside as much for the products and twice as much for the
+    # sums they go to. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
     copied = rows.index is not None or rows.x.dtype != dtype or rows.x.device != device
-    size = max(512, min(2048, gram.dim * 4 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
+    size = max(512, min(2048, gram.dim * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
     centre = mean.to(dtype)
     root = None if rows.weight is None else rows.weight.sqrt().to(device=device, dtype=dtype)[:, None]
     out = gram.empty(dtype, device)
@@ -40,7 +40,7 @@ def centred_products(rows: Rows, mean: Tensor, gram: PackedGram, dtype: torch.dt
         if root is not None:
             centred *= root[start:stop]
         gram.products(centred, out, add=start > 0)
-    largest = float(gram.diagonal(out).max())
+    largest = float(gram.like(out).diagonal.max())
     weight = rows.count if rows.weight is None else float(rows.weight.sum())
     # Squares beyond the range of float32: too large, or so small that they vanish.
     if dtype != torch.float64 and not 1e-30 * weight <= largest < float("inf"):

@@ -7,19 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.fingerprint import fingerprint
-from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
+from hf_erasure.erasers import ConceptMoments
 
 from .heldout import HeldOut, measure
 from .labels import POOLS
 from .report import ErasureReport, SiteReport
 from .running import Runner
-from .statistics import SiteStatistics, Tally, gather
+from .scrubbing import Scrubber
+from .solving import SiteFit, solve_site
+from .statistics import Tally, gather
 
 
 def fit_concept_erasure(
@@ -59,28 +60,41 @@ def fit_concept_erasure(
     Raises:
         ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
     """
-    if sequential:
-        raise NotImplementedError(
-            "Sequential fitting (concept scrubbing) is not part of this release: pass sequential=False, which fits all "
-            "sites in one pass."
-        )
     if resident_batches is not None or checkpoint_dir is not None:
-        raise ValueError("resident_batches and checkpoint_dir belong to sequential fitting; leave them out here.")
+        raise NotImplementedError("resident_batches and checkpoint_dir are not part of this release: leave them out.")
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
     config, layers = _adapter(model, adapter_name)
     _check_label_order(batches, config)
     runner = Runner(model, list(layers))
-    statistics, tally = gather(
-        runner, layers, adapter_name, batches, config, pool=pool, labelled=True, progress=progress
-    )
-    around: SiteStatistics | None = None
+    if sequential:
+        scrubber = Scrubber(runner, layers, adapter_name, config, pool=pool, progress=progress)
+        fits, tally = scrubber.fit(batches, background)
+    else:
+        fits, tally = _one_pass(runner, layers, adapter_name, config, batches, background, pool, progress)
+    return _conclude(runner, layers, adapter_name, fits, tally, eval_batches, pool, progress)
+
+
+def _one_pass(
+    runner: Runner,
+    layers: dict[str, ErasureLayer],
+    name: str,
+    config: ConceptErasureConfig,
+    batches: Iterable[Any],
+    background: Iterable[Any] | None,
+    pool: str,
+    progress: bool,
+) -> tuple[dict[str, SiteFit], Tally]:
+    """Fit all sites on the activations of the model as it is."""
+    found, tally = gather(runner, layers, name, batches, config, pool=pool, labelled=True, progress=progress)
+    around: dict[str, ConceptMoments] = {}
     if background is not None:
-        around, _ = gather(
-            runner, layers, adapter_name, background, config, pool="tokens", labelled=False, progress=progress
-        )
-    erasers = {site: _solve(site, statistics, around, config) for site in layers}
-    return _conclude(runner, layers, adapter_name, erasers, statistics, tally, eval_batches, pool, progress)
+        general, _ = gather(runner, layers, name, background, config, pool="tokens", labelled=False, progress=progress)
+        around = general.moments
+    fits = {
+        site: solve_site(site, found.moments[site], around.get(site), found.dtypes[site], config) for site in layers
+    }
+    return fits, tally
 
 
 def _adapter(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:
@@ -112,33 +126,11 @@ def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
         )
 
 
-def _solve(
-    site: str, statistics: SiteStatistics, around: SiteStatistics | None, config: ConceptErasureConfig
-) -> Eraser:
-    moments = statistics.moments[site]
-    background = None if around is None else around.moments[site]
-    if _is_constant(moments):
-        # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
-        empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
-        return Eraser(left=empty, right=empty.T.clone(), bias=moments.mean_x.clone())
-    try:
-        return moments.eraser(config.method, affine=config.affine, rank=config.max_rank, background=background)
-    except ValueError as error:
-        raise ValueError(f"At {site!r}: {error}") from error
-
-
-def _is_constant(moments: ConceptMoments) -> bool:
-    """Whether activations differ by no more than the rounding of float32 statistics."""
-    scale = moments.mean_x.square().mean() + moments.covariance_x.diagonal().mean()
-    return bool(moments.covariance_x.diagonal().max() <= 1e-12 * scale)
-
-
 def _conclude(
     runner: Runner,
     layers: dict[str, ErasureLayer],
     name: str,
-    erasers: dict[str, Eraser],
-    statistics: SiteStatistics,
+    fits: dict[str, SiteFit],
     tally: Tally,
     eval_batches: Iterable[Any] | None,
     pool: str,
@@ -148,8 +140,7 @@ def _conclude(
     config: ConceptErasureConfig = runner.model.peft_config[name]
     before = {site: layer.eraser_state(name) for site, layer in layers.items()}
     for site, layer in layers.items():
-        dtype = torch.float64 if statistics.dtypes[site] == torch.float64 else torch.float32
-        layer.set_eraser(name, erasers[site], dtype)
+        layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
     held_out: dict[str, HeldOut] = {}
     measured = Tally()
     try:
@@ -159,31 +150,25 @@ def _conclude(
         for site, layer in layers.items():
             layer.restore_eraser_state(name, before[site])
         raise
-    lines = [
-        _line(site, erasers.get(site), statistics, held_out.get(site)) for site in [*layers, *_finals(held_out, layers)]
-    ]
+    finals = [site for site in held_out if site not in layers]
+    lines = [_line(site, fits.get(site), held_out.get(site)) for site in [*layers, *finals]]
     report = ErasureReport(
         config.concept, name, config.method, pool, tally.examples, tally.tokens, measured.examples, lines
     )
-    _record(runner.model, config, erasers, report)
-    _warn_of_absent_classes(config, statistics)
+    _record(runner.model, config, fits, report)
+    _warn_of_absent_classes(config, fits)
     return report
 
 
-def _finals(held_out: dict[str, HeldOut], layers: dict[str, ErasureLayer]) -> list[str]:
-    return [site for site in held_out if site not in layers]
-
-
-def _line(site: str, eraser: Eraser | None, statistics: SiteStatistics, held_out: HeldOut | None) -> SiteReport:
+def _line(site: str, fit: SiteFit | None, held_out: HeldOut | None) -> SiteReport:
     found: dict[str, Any] = {}
-    if eraser is not None:
-        moments = statistics.moments[site]
+    if fit is not None:
         found = {
-            "width": eraser.x_dim,
-            "rank": eraser.rank,
-            "rows": moments.rows,
-            "correlation_fit": 0.0 if eraser.rank == 0 else float(moments.canonical_correlations()[0]),
-            "change_labelled": 0.0 if eraser.rank == 0 else relative_change(eraser, moments),
+            "width": fit.eraser.x_dim,
+            "rank": fit.eraser.rank,
+            "rows": fit.rows,
+            "correlation_fit": fit.correlation,
+            "change_labelled": fit.change,
         }
     if held_out is not None:
         found |= {
@@ -195,9 +180,9 @@ def _line(site: str, eraser: Eraser | None, statistics: SiteStatistics, held_out
     return SiteReport(site=site, **found)
 
 
-def _record(model: Any, config: ConceptErasureConfig, erasers: dict[str, Eraser], report: ErasureReport) -> None:
+def _record(model: Any, config: ConceptErasureConfig, fits: dict[str, SiteFit], report: ErasureReport) -> None:
     """What the saved adapter says about itself."""
-    config.fitted_sites = {site: {"width": e.x_dim, "rank": e.rank} for site, e in erasers.items()}
+    config.fitted_sites = {site: {"width": f.eraser.x_dim, "rank": f.eraser.rank} for site, f in fits.items()}
     config.fitted = True
     config.provenance = {
         "hf_erasure_version": __version__,
@@ -206,15 +191,15 @@ def _record(model: Any, config: ConceptErasureConfig, erasers: dict[str, Eraser]
         "tokens": report.tokens,
         "pool": report.pool,
         "leakage": report.leakage,
-        "fingerprint": fingerprint(model, list(erasers)),
+        "fingerprint": fingerprint(model, list(fits)),
     }
 
 
-def _warn_of_absent_classes(config: ConceptErasureConfig, statistics: SiteStatistics) -> None:
+def _warn_of_absent_classes(config: ConceptErasureConfig, fits: dict[str, SiteFit]) -> None:
     if config.labels is None:
         return
     # Shares of the classes, the same at every site.
-    shares = next(iter(statistics.moments.values())).mean_z
+    shares = next(iter(fits.values())).shares
     absent = [label for label, share in zip(config.labels, shares.tolist(), strict=True) if share == 0]
     if absent:
         warnings.warn(

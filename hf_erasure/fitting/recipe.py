@@ -42,6 +42,7 @@ class DataRecipe:
         label_column: Column of the concept.
         keep_column: Column of something that should stay readable, if there is one.
         background: A source of unlabelled text (column `text`) for the covariance, if there is one.
+        probe_rows: Fit the probes on a random sample of so many training rows; all when None.
     """
 
     source: str = "occupations"
@@ -52,6 +53,7 @@ class DataRecipe:
     label_column: str = "gender"
     keep_column: str | None = None
     background: str | None = None
+    probe_rows: int | None = None
 
 
 @dataclass
@@ -186,7 +188,10 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
 
 def probe(recipe: Recipe, model: Any, tokenizer: Any, data: DatasetDict, progress: bool) -> pd.DataFrame:
     """The probe table of a model with the adapter, on the recipe's data."""
-    splits = {"train": data[recipe.data.train], "test": data[recipe.data.test]}
+    train, most = data[recipe.data.train], recipe.data.probe_rows
+    if most is not None and most < len(train):
+        train = train.shuffle(seed=0).select(range(most))
+    splits = {"train": train, "test": data[recipe.data.test]}
     states: dict[tuple[str, bool], dict[str, Tensor]] = {}
     for split, rows in splits.items():
         for erased in (False, True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +111,7 @@ def gather(
             current[:] = [labels_of(batch, config if labelled else None, pool)]
             runner(batch)
             shown.update(tally.count(batch))
-    _check_reached(statistics, tally, layers, labelled)
+    check_reached(statistics.moments, tally, layers, labelled)
     return statistics, tally
 
 
@@ -122,20 +122,25 @@ def labels_of(batch: dict[str, Any], config: ConceptErasureConfig | None, pool: 
     return BatchLabels(batch, config.z_dim, config.labels is not None, pool)
 
 
-def bar(what: str, progress: bool) -> tqdm:
-    """A progress bar in rows per second, on the main process only."""
+def bar(what: str, progress: bool, unit: str = " rows") -> tqdm:
+    """A progress bar, on the main process only."""
     from accelerate import PartialState
 
-    return tqdm(desc=what, unit=" rows", disable=not (progress and PartialState().is_main_process))
+    return tqdm(desc=what, unit=unit, disable=not (progress and PartialState().is_main_process))
 
 
-def _check_reached(statistics: SiteStatistics, tally: Tally, layers: dict[str, ErasureLayer], labelled: bool) -> None:
+def check_reached(found: Container[str], tally: Tally, layers: dict[str, ErasureLayer], labelled: bool) -> None:
+    """Check that there was data, and that every site saw some of it.
+
+    Raises:
+        ValueError: Says which was missing, and the remedy.
+    """
     name = "batches" if labelled else "background"
     if not tally.examples:
         raise ValueError(
             f"{name} is empty: there is nothing to fit on. An iterator that was used up gives none either."
         )
-    absent = [site for site in layers if site not in statistics.moments]
+    absent = [site for site in layers if site not in found]
     if not absent:
         return
     if len(absent) == len(layers) and labelled:

@@ -132,9 +132,9 @@ class Lifecycle:
 
 def config_of(cell: Cell, **fields: Any) -> ConceptErasureConfig:
     """An unfitted configuration."""
-    fields = {"task_type": cell.parts.task_type, "affine": cell.affine, **fields}
-    target = cell.parts.target(cell.target)
-    return ConceptErasureConfig(concept="gender", labels=LABELS, target_modules=target, site=cell.site, **fields)
+    where = {"target_modules": cell.parts.target(cell.target), "site": cell.site, "affine": cell.affine}
+    kind = {"concept": "gender", "labels": LABELS, "task_type": cell.parts.task_type}
+    return ConceptErasureConfig(**{**where, **kind, **fields})
 
 
 def fit(model: nn.Module, architecture: str, name: str = NAME, seed: int = 100) -> None:
@@ -146,7 +146,9 @@ class State:
 
     def __init__(self, model: Any, batch: dict[str, Tensor]) -> None:
         self.values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.outputs = outputs_of(model, batch)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # parts of the model may be in training mode, and drop values
+            self.outputs = outputs_of(model, batch)
         self.flags = {
             "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
             "training": {name: module.training for name, module in model.named_modules()},

@@ -1,0 +1,214 @@
+"""Concept scrubbing: every eraser is fitted on activations that are already erased upstream.
+
+Arxiv 2306.03819, section 5. Fitting all sites in one pass leaves the concept readable in deeper layers, because erasing
+upstream changes what arrives there. Here all batches stop at a site, its eraser is fitted on them, and they go on with
+erased activations; every module runs once a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
+from hf_erasure.erasers import apply_erasure
+
+from .labels import BatchLabels, check_batch
+from .lockstep import Lane, lanes
+from .observing import observed
+from .running import Runner, evaluating
+from .solving import SiteFit, solve_site
+from .statistics import SiteStatistics, Tally, bar, check_reached, labels_of
+
+logger = logging.getLogger(__name__)
+
+
+class _OutOfStep(Exception):
+    """A site that is called again, or that batches reach in different orders."""
+
+
+class Scrubber:
+    """Fits the sites of one adapter in the order in which the model reaches them.
+
+    Args:
+        runner: Calls the model.
+        layers: The sites.
+        adapter_name: The adapter.
+        config: Its configuration.
+        pool: Which rows a sequence label counts for.
+        progress: Show a progress bar, one step a site.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        layers: dict[str, ErasureLayer],
+        adapter_name: str,
+        config: ConceptErasureConfig,
+        *,
+        pool: str,
+        progress: bool,
+    ) -> None:
+        self.runner, self.layers, self.name, self.config = runner, layers, adapter_name, config
+        self.pool, self.progress = pool, progress
+        self.fits: dict[str, SiteFit] = {}
+        self._labels: list[BatchLabels] = []
+        self._batches: list[dict[str, Any]] = []
+        self._tallies = {True: Tally(), False: Tally()}
+        self._looking = False
+
+    def fit(self, batches: Iterable[Any], background: Iterable[Any] | None) -> tuple[dict[str, SiteFit], Tally]:
+        """Fit all sites.
+
+        Args:
+            batches: Labelled batches; all are held, their activations too.
+            background: Unlabelled batches for mean and covariance.
+
+        Returns:
+            Site → its fit, and how much labelled data was seen.
+
+        Raises:
+            ValueError: If there is no data, a site is never reached, or its rows cannot be used.
+        """
+        self._take(batches, labelled=True)
+        if background is not None:
+            self._take(background, labelled=False)
+        with evaluating(self.runner.model), bar(f"scrubbing {self.name}", self.progress, " sites") as shown:
+            shown.total = len(self.layers)
+            try:
+                self._side_by_side(shown)
+            except _OutOfStep as reason:
+                logger.warning(
+                    "%s Its eraser has to be fitted on all its visits together, so the sites are fitted one a pass: %d "
+                    "passes over the data instead of one.",
+                    reason,
+                    len(self.layers),
+                )
+                self.fits.clear()
+                shown.reset(len(self.layers))
+                self._one_site_a_pass(shown)
+        return self.fits, self._tallies[True]
+
+    def _take(self, batches: Iterable[Any], *, labelled: bool) -> None:
+        for position, batch in enumerate(batches):
+            batch = check_batch(batch, position, labelled=labelled)
+            self._labels.append(labels_of(batch, self.config if labelled else None, self.pool))
+            self._batches.append(batch)
+            self._tallies[labelled].count(batch)
+        check_reached({}, self._tallies[labelled], {}, labelled)
+
+    # ---- every module once ------------------------------------------------------------------------------------------
+
+    def _side_by_side(self, shown: tqdm) -> None:
+        forwards = [lambda batch=batch: self.runner(batch) for batch in self._batches]
+        statistics = self._statistics()
+        running: list[Lane] = []
+
+        def observer(site: str, hidden: Tensor) -> Tensor:
+            lane = running[0]
+            if site in lane.visited:
+                raise _OutOfStep(f"{site!r} is called several times in one forward pass.")
+            if site in self.fits:
+                raise _OutOfStep(f"{site!r} is reached in different orders by different batches.")
+            self._look(statistics, lane.index, site, hidden)
+            lane.stop(site)
+            return self._erased(site, hidden)
+
+        with observed(self.layers, self.name, observer), lanes(forwards) as opened:
+            waiting = opened
+            while waiting:
+                for lane in waiting:
+                    running[:] = [lane]
+                    self._advance(lane)
+                stopped = [lane for lane in opened if not lane.finished]
+                if not stopped:
+                    break
+                # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+                site = next(site for site in self.layers if any(lane.site == site for lane in stopped))
+                waiting = [lane for lane in stopped if lane.site == site]
+                self._solve(site, statistics)
+                shown.update()
+        self._check_complete()
+
+    def _advance(self, lane: Lane) -> None:
+        """Let one batch run on; what its forward pass raises is told with the place where it stood.
+
+        Raises:
+            RuntimeError: If the model failed. What was wrong with the rows at a site is raised as it is.
+        """
+        self._looking = False
+        try:
+            lane.advance()
+        except Exception as error:
+            if self._looking or isinstance(error, _OutOfStep):
+                raise
+            place = f"after {lane.visited[-1]!r}" if lane.visited else "before the first site"
+            raise RuntimeError(f"Batch {lane.index} failed {place}: {type(error).__name__}: {error}") from error
+
+    # ---- the naive procedure ----------------------------------------------------------------------------------------
+
+    def _one_site_a_pass(self, shown: tqdm) -> None:
+        """Fit each site with all sites before it erased; the definition, for sites that are called several times."""
+        for site in self._order():
+            self._solve(site, self._pass_over(site))
+            shown.update()
+        self._check_complete()
+
+    def _pass_over(self, site: str) -> dict[bool, SiteStatistics]:
+        """One pass over all batches, with every fitted site erased, for the moments at one site."""
+        statistics, current = self._statistics(), [0]
+
+        def observer(at: str, hidden: Tensor) -> Tensor:
+            if at == site:
+                self._look(statistics, current[0], at, hidden)
+            return self._erased(at, hidden) if at in self.fits else hidden
+
+        with observed(self.layers, self.name, observer):
+            for index, batch in enumerate(self._batches):
+                current[0] = index
+                self.runner(batch)
+        return statistics
+
+    def _order(self) -> list[str]:
+        """The sites in the order of their first visit."""
+        order: dict[str, None] = {}
+
+        def observer(site: str, hidden: Tensor) -> Tensor:
+            order.setdefault(site)
+            return hidden
+
+        with observed(self.layers, self.name, observer):
+            self.runner(self._batches[0])
+        return [*order, *(site for site in self.layers if site not in order)]
+
+    # ---- one site ---------------------------------------------------------------------------------------------------
+
+    def _statistics(self) -> dict[bool, SiteStatistics]:
+        """Moments of the labelled rows (True) and of the background (False)."""
+        return {True: SiteStatistics(self.config.z_dim), False: SiteStatistics(0)}
+
+    def _look(self, statistics: dict[bool, SiteStatistics], index: int, site: str, hidden: Tensor) -> None:
+        self._looking = True
+        labels = self._labels[index]
+        aligned, selection = labels.select(hidden, site)
+        statistics[labels.z_dim > 0].update(site, aligned, selection)
+        self._looking = False
+
+    def _solve(self, site: str, statistics: dict[bool, SiteStatistics]) -> None:
+        found, around = statistics[True], statistics[False]
+        if site not in found.moments or (self._tallies[False].examples and site not in around.moments):
+            check_reached(found.moments, self._tallies[True], {site: self.layers[site]}, True)
+            check_reached(around.moments, self._tallies[False], {site: self.layers[site]}, False)
+        # The moments are let go: only one site's are ever held.
+        moments = found.moments.pop(site)
+        self.fits[site] = solve_site(site, moments, around.moments.pop(site, None), found.dtypes[site], self.config)
+
+    def _erased(self, site: str, hidden: Tensor) -> Tensor:
+        return apply_erasure(hidden, *self.fits[site].parts(hidden.device))
+
+    def _check_complete(self) -> None:
+        check_reached(self.fits, self._tallies[True], self.layers, True)

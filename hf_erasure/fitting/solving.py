@@ -1,0 +1,83 @@
+"""From the moments at one site to its eraser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
+
+
+@dataclass(frozen=True)
+class SiteFit:
+    """The eraser of one site, and what its moments told.
+
+    Attributes:
+        eraser: float64.
+        dtype: What the eraser is kept and applied in: float32, or float64 on float64 activations.
+        rows: Labelled rows.
+        shares: `(z_dim,)` mean of the concept; the shares of the classes.
+        correlation: Largest canonical correlation with the concept on these rows, before erasure.
+        change: `sqrt(E|r(x) − x|² / E|x − E x|²)` on these rows.
+    """
+
+    eraser: Eraser
+    dtype: torch.dtype
+    rows: int
+    shares: Tensor
+    correlation: float
+    change: float
+
+    def parts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """`left`, `right` and `bias` as the adapter keeps them: a purely linear eraser has a zero bias."""
+        bias = self.eraser.left.new_zeros(self.eraser.x_dim) if self.eraser.bias is None else self.eraser.bias
+        left, right, bias = (t.to(device, self.dtype) for t in (self.eraser.left, self.eraser.right, bias))
+        return left, right, bias
+
+
+def solve_site(
+    site: str,
+    moments: ConceptMoments,
+    background: ConceptMoments | None,
+    dtype: torch.dtype,
+    config: ConceptErasureConfig,
+) -> SiteFit:
+    """Solve for one site.
+
+    Args:
+        site: Its name, for messages.
+        moments: Of the labelled rows.
+        background: Moments of rows that say what should not be disturbed; the labelled ones when None.
+        dtype: Of the activations.
+        config: Method, rank and whether the mean is kept.
+
+    Raises:
+        ValueError: Names the site, and what the moments lack.
+    """
+    if _is_constant(moments):
+        # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
+        empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
+        eraser = Eraser(left=empty, right=empty.T.clone(), bias=moments.mean_x.clone())
+    else:
+        try:
+            eraser = moments.eraser(config.method, affine=config.affine, rank=config.max_rank, background=background)
+        except ValueError as error:
+            raise ValueError(f"At {site!r}: {error}") from error
+    acts = eraser.rank > 0
+    return SiteFit(
+        eraser=eraser,
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        rows=moments.rows,
+        shares=moments.mean_z.clone(),
+        correlation=float(moments.canonical_correlations()[0]) if acts else 0.0,
+        change=relative_change(eraser, moments) if acts else 0.0,
+    )
+
+
+def _is_constant(moments: ConceptMoments) -> bool:
+    """Whether activations differ by no more than the rounding of float32 statistics."""
+    variance = moments.covariance_x.diagonal()
+    return bool(variance.max() <= 1e-12 * (moments.mean_x.square().mean() + variance.mean()))

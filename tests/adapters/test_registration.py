@@ -1,0 +1,138 @@
+"""The new member of PEFT's closed enum behaves like one that was always there."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+
+import peft
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.peft_types import PeftType
+
+import hf_erasure
+from hf_erasure import ConceptErasureConfig
+from hf_erasure.adapters import ConceptErasureModel, registration, seams
+from tests.adapters.lifecycle import NAME, Cell, Lifecycle
+from tests.small_models import LABELS, outputs_of, same, small_batch
+
+MEMBER = PeftType("CONCEPT_ERASURE")
+CELL = Cell("bert", "norms", "output")
+
+
+def test_it_is_a_member_in_every_way_an_enum_can_be_asked():
+    assert isinstance(MEMBER, PeftType) and MEMBER == "CONCEPT_ERASURE" and MEMBER.value == MEMBER.name == str(MEMBER.value)
+    assert PeftType.CONCEPT_ERASURE is PeftType["CONCEPT_ERASURE"] is MEMBER
+    assert MEMBER in PeftType and list(PeftType).count(MEMBER) == 1
+    assert {MEMBER: 1}[PeftType("CONCEPT_ERASURE")] == 1
+
+
+def test_peft_knows_the_type():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[MEMBER] is ConceptErasureConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[MEMBER] is ConceptErasureModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[MEMBER] == ConceptErasureModel.prefix == "concept_erasure_"
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_the_member_are_the_member(way):
+    assert way(MEMBER) is MEMBER
+    assert way({"type": [MEMBER]})["type"][0] is MEMBER
+
+
+def full_config() -> ConceptErasureConfig:
+    return ConceptErasureConfig(
+        concept="gender",
+        labels=LABELS,
+        target_modules=["b", "a"],
+        exclude_modules=["c"],
+        layers_to_transform=[0, 1],
+        layers_pattern="layer",
+        site="input",
+        method="orth",
+        affine=False,
+        rank=1,
+        sticky=True,
+        fitted=True,
+        fitted_sites={"layer.0.a": {"width": 4, "rank": 1}},
+        provenance={"leakage": {"layer.0.a": [0.5, 0.0]}},
+    )
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_a_config_are_equal(way):
+    copied = way(full_config())
+    assert copied == full_config() and copied.peft_type is MEMBER
+
+
+def test_a_config_goes_through_json(tmp_path):
+    full_config().save_pretrained(tmp_path)
+    for loader in (ConceptErasureConfig, peft.PeftConfig):
+        loaded = loader.from_pretrained(tmp_path)
+        assert loaded == full_config() and loaded.peft_type is MEMBER
+    written = (tmp_path / "adapter_config.json").read_text()
+    assert json.loads(written)["peft_type"] == "CONCEPT_ERASURE"
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").read_text() == written
+
+
+def wrapped_depth(function) -> int:
+    depth = 0
+    while hasattr(function, "__wrapped__"):
+        function, depth = function.__wrapped__, depth + 1
+    return depth
+
+
+def test_registering_and_installing_again_changes_nothing(lifecycle: Lifecycle):
+    before = (list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING))
+    depth = wrapped_depth(peft.PeftModel.load_adapter)
+    for _ in range(3):
+        assert registration.extend_peft_type("CONCEPT_ERASURE") is MEMBER
+        registration.register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)
+        seams.install()
+    assert (list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING)) == before
+    assert wrapped_depth(peft.PeftModel.load_adapter) == depth
+
+
+def test_a_name_of_pefts_own_is_refused():
+    with pytest.raises(ImportError, match=r"already has a PeftType\.LORA"):
+        registration.extend_peft_type("LORA")
+
+
+@pytest.mark.parametrize("module", [hf_erasure, hf_erasure.adapters, registration, seams], ids=lambda m: m.__name__)
+def test_a_module_can_be_reloaded(module, lifecycle: Lifecycle):
+    importlib.reload(module)
+    assert PeftType("CONCEPT_ERASURE") is MEMBER and list(PeftType).count(MEMBER) == 1
+    model = lifecycle.base("bert")
+    model.load_adapter(lifecycle.folder(CELL), adapter_name=NAME)
+    assert same(outputs_of(model, small_batch("bert")), outputs_of(lifecycle.fitted(CELL), small_batch("bert")))
+
+
+def test_everything_can_be_reloaded_at_once(lifecycle: Lifecycle):
+    """As a notebook with autoreload does; in a process of its own, since classes change their identity."""
+    program = f"""
+import importlib, sys, hf_erasure, transformers
+for name in [n for n in sys.modules if n.startswith("hf_erasure.adapters.")] + ["hf_erasure.adapters", "hf_erasure"]:
+    importlib.reload(sys.modules[name])
+model = transformers.AutoModel.from_pretrained({str(lifecycle.folder(CELL))!r})
+assert type(model.peft_config["default"]) is hf_erasure.ConceptErasureConfig
+assert hf_erasure.verify_adapter(model), str(hf_erasure.verify_adapter(model))
+model.add_adapter(hf_erasure.ConceptErasureConfig(labels=["a", "b"]), adapter_name="second")
+model.delete_adapter(["default", "second"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_knows_only_peft_loads_after_one_import(lifecycle: Lifecycle):
+    program = f"""
+import hf_erasure, peft, transformers
+base = transformers.AutoModel.from_pretrained({str(lifecycle.base_folder("bert"))!r})
+model = peft.PeftModel.from_pretrained(base, {str(lifecycle.folder(CELL))!r})
+print(model.peft_type.value, len(model.targeted_module_names))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["CONCEPT_ERASURE", str(len(CELL.parts.norms))], done.stderr
