@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, parameter in _telling_parameters(model, sites).items():
         flat = parameter.detach().reshape(-1)
-        positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).long().unique()
+        positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device="cpu").long().unique()
         found[name] = {
             "shape": list(parameter.shape),
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -73,7 +73,7 @@ def check_base(model: nn.Module, config: ConceptErasureConfig) -> None:
         positions = torch.tensor(sample["positions"], device=parameter.device)
         seen += parameter.detach().reshape(-1)[positions].double().tolist()
         kept += sample["values"]
-    _compare(torch.tensor(seen), torch.tensor(kept), config)
+    _compare(torch.tensor(seen, device="cpu"), torch.tensor(kept, device="cpu"), config)
 
 
 def _compare(seen: Tensor, kept: Tensor, config: ConceptErasureConfig) -> None:

@@ -14,7 +14,7 @@ from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_co
 
 from .labels import Selection, check_batch
 from .observing import observed, observed_final
-from .running import Runner, evaluating
+from .running import Runner, evaluating, on_cpu
 from .statistics import SiteStatistics, Tally, bar, labels_of
 
 
@@ -68,8 +68,8 @@ class _Measurement:
     halves: dict[tuple[bool, int], SiteStatistics] = field(init=False)
     labelled: dict[str, Movement] = field(default_factory=dict)
     ignored: dict[str, Movement] = field(default_factory=dict)
-    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-    drawn: Tensor = field(default_factory=lambda: torch.empty(0))
+    random: torch.Generator = field(default_factory=lambda: torch.Generator("cpu").manual_seed(0))
+    drawn: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     def __post_init__(self) -> None:
         self.halves = {(erased, half): SiteStatistics(self.config.z_dim) for erased in (False, True) for half in (0, 1)}
@@ -80,7 +80,7 @@ class _Measurement:
         plain: dict[str, Tensor] = {}
         # Halves are made of whole sequences, since two tokens of one text are no independent evidence, and drawn at
         # random, since rows often alternate between the classes.
-        self.drawn = torch.randint(0, 2, (labels.rows,), generator=self.random)
+        self.drawn = torch.randint(0, 2, (labels.rows,), generator=self.random, device="cpu")
 
         def without(site: str, hidden: Tensor) -> Tensor:
             self._record(False, site, *labels.select(hidden, site))
@@ -110,11 +110,13 @@ class _Measurement:
         with observed(self.layers, self.name, erase), observed_final(finals, final_erased):
             self.runner(batch)
 
+    @on_cpu
     def _record(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
         for half in (0, 1):
             mask = (self.drawn == half).unsqueeze(1).to(aligned.device)
             self.halves[erased, half].update(site, aligned, selection, mask)
 
+    @on_cpu
     def _move(self, site: str, before: Tensor, after: Tensor, selection: Selection) -> None:
         rest = selection.real & ~selection.counted
         for movements, rows in ((self.labelled, selection.counted), (self.ignored, rest)):
@@ -148,8 +150,12 @@ def measure(
             shown.update(tally.count(batch))
     if not tally.examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
-    halves = measurement.halves
-    figures = {}
+    return _figures(measurement, tally), tally
+
+
+@on_cpu
+def _figures(measurement: _Measurement, tally: Tally) -> dict[str, HeldOut]:
+    halves, figures = measurement.halves, {}
     for site in halves[False, 0].moments:
         correlations = []
         for erased in (False, True):
@@ -162,7 +168,7 @@ def measure(
             correlations.append(cross_validated_correlation(one, other))
         moved = [movements[site].relative for movements in (measurement.labelled, measurement.ignored)]
         figures[site] = HeldOut(correlations[0], correlations[1], moved[0], moved[1])
-    return figures, tally
+    return figures
 
 
 def _varies(moments: ConceptMoments) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .running import on_cpu
+
 POOLS = ("tokens", "mean", "cls", "last")
 IGNORE = -100
 
@@ -50,6 +52,7 @@ class BatchLabels:
     pool: str
     _cache: dict[tuple[bool, int, int, torch.device], Selection] = field(default_factory=dict)
 
+    @on_cpu
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
         """Align an activation with the labels.
 
@@ -84,6 +87,7 @@ class BatchLabels:
             self._cache[key] = self._selection(real.cpu(), activation.device, where)
         return activation, self._cache[key]
 
+    @on_cpu
     def covers(self, where: str) -> bool:
         """Whether the labels speak of this side of an encoder-decoder; labels of whole sequences speak of both."""
         if self.z_dim == 0 or not self._by_token(labels := self._labels()):

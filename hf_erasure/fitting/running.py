@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Inputs that belong to a loss, not to the activations.
 _LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the function's own small tensors on the CPU, whatever default device the caller has set for the model."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @contextmanager

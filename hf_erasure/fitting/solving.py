@@ -10,6 +10,8 @@ from torch import Tensor
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
 
+from .running import on_cpu
+
 
 @dataclass(frozen=True)
 class SiteFit:
@@ -38,6 +40,7 @@ class SiteFit:
         return left, right, bias
 
 
+@on_cpu
 def solve_site(
     site: str,
     moments: ConceptMoments,

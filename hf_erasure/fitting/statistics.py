@@ -15,7 +15,7 @@ from hf_erasure.erasers import ConceptMoments
 
 from .labels import BatchLabels, Selection, check_batch
 from .observing import observed
-from .running import Runner, evaluating
+from .running import Runner, evaluating, on_cpu
 
 
 @dataclass
@@ -47,6 +47,7 @@ class SiteStatistics:
     moments: dict[str, ConceptMoments] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
+    @on_cpu
     def update(self, site: str, activation: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
         """Add an activation `(batch, seq, …, width)`; `mask` narrows the selection further.
 
