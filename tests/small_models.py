@@ -97,9 +97,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(build=lambda: hf.BertModel(hf.BertConfig(**_TEXT)), **_BERT_LIKE),
     "distilbert": Architecture(
         build=lambda: hf.DistilBertModel(
-            hf.DistilBertConfig(
-                **_TOKENS, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=48
-            )
+            hf.DistilBertConfig(**_TOKENS, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=48)
         ),
         auto=hf.AutoModel,
         task_type="FEATURE_EXTRACTION",

@@ -100,18 +100,19 @@ class ConceptErasureConfig(PeftConfig):
                 raise ValueError(f"labels={self.labels!r} names a class twice.")
             if self.concept_dim not in (None, len(self.labels)):
                 raise ValueError(
-                    f"labels names {len(self.labels)} classes but concept_dim={self.concept_dim}; leave concept_dim out."
+                    f"labels names {len(self.labels)} classes but concept_dim={self.concept_dim}: leave concept_dim "
+                    "out."
                 )
         elif self.concept_dim is not None and self.concept_dim < 1:
             raise ValueError(f"concept_dim={self.concept_dim} must be at least 1.")
 
     def _check_layers(self) -> None:
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            if self.layers_to_transform is not None or self.layers_pattern is not None:
-                raise ValueError(
-                    "layers_to_transform and layers_pattern go with a list of target_modules or None, not with the "
-                    f"regular expression {self.target_modules!r}: write the layers into the expression."
-                )
+        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_expression and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            raise ValueError(
+                "layers_to_transform and layers_pattern go with a list of target_modules or None, not with the "
+                f"regular expression {self.target_modules!r}: write the layers into the expression."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")
 

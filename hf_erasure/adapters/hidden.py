@@ -30,7 +30,7 @@ def replace_hidden_of_output(output: Any, hidden: Tensor) -> Any:
         key = "last_hidden_state" if "last_hidden_state" in output else next(iter(output))
         return type(output)(**{**output, key: hidden})
     if isinstance(output, tuple) and hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: hidden})
+        return output._replace(**{output._fields[0]: hidden})  # type: ignore[attr-defined]
     if isinstance(output, (tuple, list)):
         return type(output)((hidden, *output[1:]))
     return hidden

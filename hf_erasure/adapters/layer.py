@@ -72,10 +72,12 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
     # BaseTunerLayer reads these from the module it wraps; this one wraps none.
     @property
     def weight(self) -> Tensor:
+        """There is none, and PEFT takes that for an answer."""
         raise AttributeError("an erasure has no weight of its own")
 
     @property
     def bias(self) -> Tensor:
+        """There is none, and PEFT takes that for an answer."""
         raise AttributeError("an erasure has no bias of its own")
 
     # ---- adapters come and go ---------------------------------------------------------------------------------------
@@ -127,6 +129,7 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         self._store(name, *(part.to(dtype, copy=True) for part in self._parts(name)))
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter that is not merged."""
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
         super().delete_adapter(adapter_name)
@@ -243,7 +246,7 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         return hidden
 
     def parts_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """An eraser's `left`, `right` and `bias` on a device; they stay there, as accelerate may have moved the model."""
+        """An eraser's `left`, `right` and `bias` on a device, where they stay: accelerate may have moved the model."""
         left, right, bias = (part.to(device) for part in self._parts(name))
         if device.type != "meta":
             self._store(name, left, right, bias)
@@ -261,6 +264,7 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
     # ---- merging ----------------------------------------------------------------------------------------------------
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; off means that the weights are the base model's too."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -310,8 +314,8 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         merging = [name for name in outwards if name in here]
         if merging != outwards[: len(merging)]:
             raise ValueError(
-                f"{merging} cannot be merged into {self.path!r} before {outwards[0]!r}, which acts between them and the "
-                f"weight: merge {outwards[: outwards.index(merging[-1]) + 1]} together."
+                f"{merging} cannot be merged into {self.path!r} before {outwards[0]!r}, which acts between them and "
+                f"the weight: merge {outwards[: outwards.index(merging[-1]) + 1]} together."
             )
         return [name for name in here if name not in merging] + merging
 
@@ -324,6 +328,7 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def extra_repr(self) -> str:
+        """The adapters with their sites and ranks."""
         return ", ".join(
             f"{n}: {s}, rank {self.concept_erasure_left[n].shape[-1]}" for n, s in self.concept_erasure_site.items()
         )

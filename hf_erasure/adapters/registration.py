@@ -38,9 +38,9 @@ def extend_peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
     # `EnumMeta` keeps the definition order of members for comparisons made by newer Pythons.
-    member._sort_order_ = len(PeftType.__members__)
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)

@@ -51,10 +51,10 @@ class _Before:
             configs.pop(adapter_name, None)
             if not configs and "peft_config" in self.model.__dict__:
                 del self.model.peft_config
-        for layer, name, state in self.values:
-            layer.restore_eraser_state(name, state)
-        for layer, active in self.active:
-            layer._active_adapter = active
+        for layer, name, (left, right, bias) in self.values:
+            layer.restore_eraser_state(name, (left, right, bias))
+        for tuner_layer, active in self.active:
+            tuner_layer._active_adapter = active
         for parameter, required in self.trainable:
             parameter.requires_grad_(required)
         for module, training in self.training:

@@ -22,7 +22,7 @@ class ConceptErasureModel(BaseTuner):
 
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ConceptErasureModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
-            _check_name(adapter_name)
+            _check_name(adapter_name, model)
             if config.fitted:
                 check_base(model, config)
             elif config.labels is None and config.concept_dim is None:
@@ -144,7 +144,7 @@ class ConceptErasureModel(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         layers = list(erasure_layers(self.model).values())
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
@@ -194,7 +194,7 @@ def move_inside_wrappers(model: nn.Module) -> None:
             layer.rehome(layer.host.get_base_layer())
 
 
-def _exactly(names: list[str], model: nn.Module) -> set[str] | str:
+def _exactly(names: list[str], model: nn.Module) -> Any:
     """`target_modules` that mean these modules and no others.
 
     PEFT takes a name in a list for a suffix too, so that the final norm `norm` would stand for every `….norm`.
@@ -205,9 +205,14 @@ def _exactly(names: list[str], model: nn.Module) -> set[str] | str:
     return set(names)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, model: nn.Module) -> None:
     if "." in name or ConceptErasureModel.prefix in name or name in ("", CHILD):
         raise ValueError(
             f"adapter_name={name!r} cannot be used: it becomes part of state-dict keys, so it must not be empty, "
             f"contain a dot, be {CHILD!r} or contain {ConceptErasureModel.prefix!r}."
+        )
+    if any(name in path.split(".") for path, _ in model.named_modules()):
+        raise ValueError(
+            f"adapter_name={name!r} cannot be used: {type(model).__name__} has modules of that name, and PEFT would leave "
+            "their tensors out when it saves any other adapter. Choose another name."
         )

@@ -44,7 +44,8 @@ def verify_adapter(
     if reason is not None:
         return Verification(False, f"Adapter {adapter_name!r} does not act: {reason}")
     layers = erasure_layers(model, adapter_name)
-    config: ConceptErasureConfig = model.peft_config[adapter_name]
+    configs: Any = model.peft_config
+    config: ConceptErasureConfig = configs[adapter_name]
     merged = all(adapter_name in layer.merged_adapters for layer in layers.values())
     change = None if merged else _output_change(model, adapter_name, list(layers.values()), batch)
     if change == 0:
@@ -137,11 +138,15 @@ def _first_floating(output: Any) -> Tensor:
 
 def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
     """A small input the model accepts: its own `dummy_inputs`, or noise of the shape its main input has."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapper: Any = model
+    base: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(base.parameters()).device
     if getattr(base, "main_input_name", "input_ids") == "pixel_values":
         config = base.config
         size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
         noise = torch.Generator().manual_seed(0)
         return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=noise).to(device, base.dtype)}
-    return {name: value.to(device) for name, value in base.dummy_inputs.items()}
+    dummies = getattr(base, "dummy_inputs", {})
+    if getattr(base, "main_input_name", "input_ids") not in dummies:
+        raise ValueError(f"{type(base).__name__} has no dummy input to compare outputs on: pass batch=, its inputs.")
+    return {name: value.to(device) for name, value in dummies.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
 
-from .labels import Selection, check_batch
+from .labels import Selection, check_batch, mean_pooled
 from .observing import observed, observed_final
 from .running import Runner, evaluating, on_cpu
 from .statistics import SiteStatistics, Tally, bar, labels_of
@@ -112,6 +112,7 @@ class _Measurement:
 
     @on_cpu
     def _record(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
+        aligned, selection = mean_pooled(aligned.float() if aligned.dtype.itemsize < 4 else aligned, selection)
         for half in (0, 1):
             mask = (self.drawn == half).unsqueeze(1).to(aligned.device)
             self.halves[erased, half].update(site, aligned, selection, mask)
@@ -136,7 +137,8 @@ def measure(
 ) -> tuple[dict[str, HeldOut], Tally]:
     """Leakage and movement on held-out batches, at every site and at the last hidden states.
 
-    The leakage is cross-validated: the direction of one half of the sequences, judged on the other. A correlation
+    Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
+    cross-validated: the direction of one half of the sequences, judged on the other. A correlation
     taken in-sample would read `sqrt(width / rows)` where nothing is left.
 
     Raises:

@@ -35,6 +35,31 @@ class Selection:
     weight: Tensor | None
 
 
+def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selection]:
+    """One row a sequence where each row weighs 1/length: the mean, which `pool="mean"` guards.
+
+    Args:
+        activation: `(batch, seq, …, width)`.
+        selection: Its rows; left alone where they carry no weight.
+
+    Returns:
+        `(batch, 1, …, width)` and the selection of these.
+    """
+    if selection.weight is None or selection.z is None:
+        return activation, selection
+    weight = torch.where(selection.counted, selection.weight, 0.0).to(activation.dtype)
+    # Padding may hold anything, NaN too.
+    kept = torch.where(_like(selection.counted, activation), activation, 0.0)
+    mean = (kept * _like(weight, activation)).sum(1, keepdim=True)
+    labelled = selection.counted.any(1, keepdim=True)
+    return mean, Selection(labelled, labelled, selection.z[:, :1], None)
+
+
+def _like(rows: Tensor, activation: Tensor) -> Tensor:
+    """`(batch, seq)` → `(batch, seq, 1, …)`, to broadcast over the rest."""
+    return rows.reshape(*rows.shape, *[1] * (activation.dim() - 2))
+
+
 @dataclass
 class BatchLabels:
     """The labels and masks of one batch.

@@ -24,7 +24,8 @@ class SiteReport:
         rows: Labelled rows the eraser was fitted on.
         correlation_fit: Largest canonical correlation with the concept on the rows it was fitted on, before erasure.
             In-sample: close to 1 wherever rows are not many more than features.
-        correlation_before: Held-out correlation with the concept without the adapter.
+        correlation_before: Held-out correlation with the concept without the adapter, of what the fit guards: tokens,
+            or with `pool="mean"` the mean over each sequence.
         correlation_after: The same with it.
         change_labelled: `sqrt(E|r(x) − x|² / E|x − E x|²)` over labelled rows, held out where `eval_batches` were
             given. For a last hidden state: how far the whole adapter moves it.

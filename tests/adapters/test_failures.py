@@ -54,6 +54,8 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, type[Exception], str]] = {
     "name with a dot": ({}, "no.gender", ValueError, "adapter_name='no.gender'.*dot"),
     "name of the prefix": ({}, "concept_erasure_1", ValueError, "adapter_name='concept_erasure_1'"),
     "name of the child": ({}, "concept_erasure", ValueError, "adapter_name='concept_erasure'"),
+    "name of a module": ({}, "attention", ValueError, "adapter_name='attention'.*modules of that name"),
+    "number of a layer": ({}, "0", ValueError, "adapter_name='0'.*modules of that name"),
     "no concept": ({"labels": None}, NAME, ValueError, "neither labels nor concept_dim"),
 }
 
@@ -269,7 +271,7 @@ def test_a_fitted_config_without_its_tensors_raises_at_the_first_forward(lifecyc
     layers = [module for module in model.modules() if isinstance(module, ErasureLayer)]
     assert all(torch.isnan(part).all() for layer in layers for part in layer.eraser_state(NAME))
     for _ in range(2):
-        with pytest.raises(ValueError, match="missing or not finite.*Load the complete folder"):
+        with pytest.raises(ValueError, match=r"missing or not finite.*Load the complete folder"):
             outputs_of(model, small_batch("bert"))
     peft.set_peft_model_state_dict(model, load_file(lifecycle.folder(CELL) / "adapter_model.safetensors"), NAME)
     assert same(outputs_of(model, small_batch("bert")), outputs_of(lifecycle.fitted(CELL), small_batch("bert")))
@@ -283,7 +285,7 @@ def test_a_lora_that_fails_to_load_is_left_to_peft(lifecycle: Lifecycle, tmp_pat
     weights = tmp_path / "adapter_model.safetensors"
     save_file({key: torch.zeros(3, 3) for key in load_file(weights)}, weights, metadata={"format": "pt"})
     model = lifecycle.base("bert")
-    with pytest.raises(RuntimeError, match="size|shape"):
+    with pytest.raises(RuntimeError, match=r"size|shape"):
         model.load_adapter(tmp_path)
     assert model._hf_peft_config_loaded and list(model.peft_config) == ["default"]
 

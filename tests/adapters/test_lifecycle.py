@@ -150,9 +150,9 @@ def test_merging_is_exact_or_refused(cell: Cell, dtype: torch.dtype, lifecycle: 
 def test_input_of_an_embedding_is_refused(cell: Cell, lifecycle: Lifecycle):
     model = lifecycle.base(cell.architecture)
     before = state_of(model, cell.architecture)
-    with pytest.raises(ValueError, match="takes token ids.*use site='output'"):
+    with pytest.raises(ValueError, match=r"takes token ids.*use site='output'"):
         model.add_adapter(config_of(cell), adapter_name=NAME)
     before.assert_same(state_of(model, cell.architecture))
-    with pytest.raises(ValueError, match="takes token ids.*use site='output'"):
+    with pytest.raises(ValueError, match=r"takes token ids.*use site='output'"):
         peft.get_peft_model(model, config_of(cell))
     before.assert_same(state_of(model, cell.architecture))

@@ -143,7 +143,7 @@ def test_layers_to_transform_and_exclude_modules():
 
 
 def test_a_model_without_blocks_says_what_to_write():
-    with pytest.raises(ValueError, match="no default for target_modules.*target_modules=\\["):
+    with pytest.raises(ValueError, match=r"no default for target_modules.*target_modules=\["):
         default_targets(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
 
 

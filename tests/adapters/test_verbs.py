@@ -228,7 +228,8 @@ def test_half_precision_leaves_the_erasers_alone(cell: Cell, lifecycle: Lifecycl
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         model.to(dtype)
         for path, state in eraser_values(model).items():
-            assert all(torch.equal(old, new) and new.dtype == torch.float32 for old, new in zip(before[path], state))
+            assert {part.dtype for part in state} == {torch.float32}
+            assert all(torch.equal(old, new) for old, new in zip(before[path], state, strict=True))
     model = lifecycle.fitted(cell).to(torch.bfloat16)
     loaded = lifecycle.base(cell.architecture).to(torch.bfloat16)
     loaded.load_adapter(lifecycle.folder(cell))

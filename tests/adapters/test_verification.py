@@ -13,7 +13,7 @@ import transformers
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle, config_of, fit, state_of
-from tests.small_models import ARCHITECTURES, LABELS, distance, outputs_of, same, small_batch, small_batches
+from tests.small_models import ARCHITECTURES, distance, outputs_of, same, small_batch, small_batches
 
 CELL = Cell("bert", "norms", "output")
 LINEAR = Cell("bert", "all-linear", "output")
@@ -24,7 +24,7 @@ def lora(**fields) -> peft.LoraConfig:
     return peft.LoraConfig(r=2, init_lora_weights=False, **{"target_modules": "all-linear", **fields})
 
 
-# ---- the states of an adapter -----------------------------------------------------------------------------------------
+# ---- the states of an adapter ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -69,12 +69,18 @@ def test_the_text_states_the_leakage_that_was_measured(lifecycle: Lifecycle):
     model = lifecycle.base("llama")
     model.add_adapter(config_of(Cell("llama", "norms", "output")), adapter_name=NAME)
     held_out = small_batches("llama", seed=300)
-    fit_concept_erasure(
-        model, small_batches("llama"), NAME, sequential=False, eval_batches=held_out, progress=False
-    )
+    fit_concept_erasure(model, small_batches("llama"), NAME, sequential=False, eval_batches=held_out, progress=False)
     text = str(verify_adapter(model, NAME))
     before, after = model.peft_config[NAME].provenance["leakage"]["last_hidden_state"]
     assert f"last_hidden_state {before:.3f} → {after:.3f}" in text and "pre-LN" in text
+
+
+def test_a_model_without_a_dummy_input_asks_for_a_batch(lifecycle: Lifecycle):
+    model = lifecycle.fitted(CELL)
+    model.main_input_name = "input_values"
+    with pytest.raises(ValueError, match=r"BertModel has no dummy input.*pass batch="):
+        verify_adapter(model, NAME)
+    assert verify_adapter(model, NAME, small_batch("bert"))
 
 
 def test_every_reason_why_an_adapter_does_not_act(lifecycle: Lifecycle):
@@ -114,7 +120,7 @@ def test_a_merged_adapter_is_verified(lifecycle: Lifecycle):
     assert "changes the output by" in str(verify_adapter(model))
 
 
-# ---- an erasure among other adapters ------------------------------------------------------------------------------------
+# ---- an erasure among other adapters --------------------------------------------------------------------
 
 
 def test_adding_a_lora_warns_that_the_erasure_went_dark(lifecycle: Lifecycle):
@@ -239,7 +245,7 @@ def test_an_erasure_outlives_a_lora_that_is_merged(verb: str, lifecycle: Lifecyc
         assert distance(outputs_of(plain, batch), together) < 1e-5
 
 
-# ---- concepts of more than two classes ----------------------------------------------------------------------------------
+# ---- concepts of more than two classes ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -255,5 +261,3 @@ def test_an_eraser_of_rank_two_reloads_to_the_bit(dtype: torch.dtype, lifecycle:
     loaded = lifecycle.base("bert").to(dtype)
     loaded.load_adapter(tmp_path)
     assert same(outputs_of(loaded, small_batch("bert")), outputs_of(model, small_batch("bert")))
-
-

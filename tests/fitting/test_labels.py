@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_erasure.fitting.labels import BatchLabels, check_batch
+from hf_erasure.fitting.labels import BatchLabels, check_batch, mean_pooled
 
 IDS = torch.tensor([[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 5, 6]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])
@@ -106,3 +106,12 @@ def test_a_batch_without_labels_says_what_is_missing() -> None:
         check_batch({"input_ids": IDS}, 4, labelled=True)
     with pytest.raises(TypeError, match="a batch is a dict"):
         check_batch((IDS, MASK), 0, labelled=True)
+
+
+def test_mean_pooling_leaves_padding_out_whatever_it_holds() -> None:
+    aligned, selection = labels(torch.tensor([0, -100, 1]), "mean").select(STATES, "layer.0")
+    broken = torch.where(MASK.bool().unsqueeze(-1), aligned, torch.nan)
+    pooled, rows = mean_pooled(broken, selection)
+    torch.testing.assert_close(pooled[0, 0], STATES[0, :3].mean(0))
+    torch.testing.assert_close(pooled[2, 0], STATES[2, 2:].mean(0))
+    assert rows.counted.tolist() == [[True], [False], [True]]
