@@ -98,8 +98,9 @@ def bench_solve(width: int, classes: int, repeats: int) -> str:
     mine = ours.eraser()
     left_mine = residual(x, z, classes, mine.left, mine.right, mine.bias)
     left_theirs = residual(x, z, classes, theirs.proj_left, theirs.proj_right, theirs.bias)
+    ratio = peer_seconds / seconds["ours"]
     return (
-        f"{width:>6} {classes:>4} {seconds['ours']:>10.3f} {peer_seconds:>10.3f} {peer_seconds / seconds['ours']:>8.1f} "
+        f"{width:>6} {classes:>4} {seconds['ours']:>10.3f} {peer_seconds:>10.3f} {ratio:>8.1f} "
         f"{left_mine:>14.1e} {left_theirs:>14.1e}"
     )
 

@@ -213,6 +213,6 @@ def _check_name(name: str, model: nn.Module) -> None:
         )
     if any(name in path.split(".") for path, _ in model.named_modules()):
         raise ValueError(
-            f"adapter_name={name!r} cannot be used: {type(model).__name__} has modules of that name, and PEFT would leave "
-            "their tensors out when it saves any other adapter. Choose another name."
+            f"adapter_name={name!r} cannot be used: {type(model).__name__} has modules of that name, and PEFT would "
+            "leave their tensors out when it saves any other adapter. Choose another name."
         )

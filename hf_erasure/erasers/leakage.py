@@ -8,7 +8,7 @@ from torch import Tensor
 from .eraser import Eraser
 from .linalg import factorise, whiten_concept
 from .moments import ConceptMoments
-from .precision import variance_floor
+from .precision import significance, variance_floor
 
 
 @torch.no_grad()
@@ -23,7 +23,10 @@ def cross_validated_correlation(
 
     A direction whose variance is below `1e-6` (float64 rows: `1e-13`) of what its features would give it if they were
     uncorrelated is judged as if it had that much: what an eraser leaves of a direction is rounding, and the
-    correlation of rounding means nothing.
+    correlation of rounding means nothing. Where all of x is rounding around one row, the result is 0.0.
+
+    On the very rows an eraser was fitted on, the result after it is negative: what the halves have left cancels in
+    their sum, so the direction of one is opposite in the other. Judge an eraser on rows it has not seen.
 
     Args:
         half_a: Moments of some rows.
@@ -58,6 +61,8 @@ def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: s
     device = read_on.mean_x.device
     u, v = pair[0].to(device), pair[1].to(device)
     spread = read_on.spread()
+    if _is_rounding(read_on, spread.variance):
+        return 0.0
     unrelated = u.square() @ spread.variance
     floor = variance_floor(max(found_on.resolution, read_on.resolution))
     variance_x = torch.maximum(spread.sigma.quadratic(u[None])[0, 0], floor * unrelated)
@@ -66,6 +71,13 @@ def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: s
     if scale == 0.0:
         return 0.0
     return max(-1.0, min(1.0, float(u @ read_on.cross_covariance @ v) / scale))
+
+
+def _is_rounding(moments: ConceptMoments, variance: Tensor) -> bool:
+    """Whether the rows are one and the same but for the digits their dtype rounds."""
+    cutoff = max(significance(moments.resolution), moments.resolution)
+    total = float(variance.sum())
+    return total <= cutoff**2 * (total + float(moments.mean_x.square().sum()))
 
 
 def _first_pair(moments: ConceptMoments, shrinkage: str | float | None) -> tuple[Tensor, Tensor] | None:

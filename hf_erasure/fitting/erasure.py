@@ -14,13 +14,16 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_laye
 from hf_erasure.adapters.fingerprint import fingerprint
 from hf_erasure.erasers import ConceptMoments
 
+from .checkpoint import FitCheckpoint
+from .gathering import gather
 from .heldout import HeldOut, measure
 from .labels import POOLS
 from .report import ErasureReport, SiteReport
 from .running import Runner
 from .scrubbing import Scrubber
 from .solving import SiteFit, solve_site
-from .statistics import Tally, gather
+from .statistics import Tally
+from .task import FitTask
 
 
 def fit_concept_erasure(
@@ -50,8 +53,9 @@ def fit_concept_erasure(
         eval_batches: Held-out batches to measure leakage and distortion on.
         background: Unlabelled batches to take the covariance and the mean from. They decide how little other text is
             disturbed, and never touch the guarantee.
-        resident_batches: Only with `sequential=True`.
-        checkpoint_dir: Only with `sequential=True`.
+        resident_batches: Not yet available.
+        checkpoint_dir: A folder where finished sites, or the moments of one pass, are kept. A fit that was killed and
+            is started again with the same batches in the same order continues there, and ends with the same erasers.
         progress: Show progress bars, on the main process.
 
     Returns:
@@ -60,39 +64,31 @@ def fit_concept_erasure(
     Raises:
         ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
     """
-    if resident_batches is not None or checkpoint_dir is not None:
-        raise NotImplementedError("resident_batches and checkpoint_dir are not part of this release: leave them out.")
+    if resident_batches is not None:
+        raise NotImplementedError("resident_batches is not part of this release: leave it out.")
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
     config, layers = _adapter(model, adapter_name)
     _check_label_order(batches, config)
-    runner = Runner(model, list(layers))
-    if sequential:
-        scrubber = Scrubber(runner, layers, adapter_name, config, pool=pool, progress=progress)
-        fits, tally = scrubber.fit(batches, background)
-    else:
-        fits, tally = _one_pass(runner, layers, adapter_name, config, batches, background, pool, progress)
-    return _conclude(runner, layers, adapter_name, fits, tally, eval_batches, pool, progress)
+    checkpoint = None
+    if checkpoint_dir is not None:
+        checkpoint = FitCheckpoint(checkpoint_dir, config, layers, pool=pool, sequential=sequential)
+    task = FitTask(Runner(model, list(layers)), layers, adapter_name, config, pool, progress, checkpoint)
+    fits, tally = Scrubber(task).fit(batches, background) if sequential else _one_pass(task, batches, background)
+    return _conclude(task, fits, tally, eval_batches)
 
 
 def _one_pass(
-    runner: Runner,
-    layers: dict[str, ErasureLayer],
-    name: str,
-    config: ConceptErasureConfig,
-    batches: Iterable[Any],
-    background: Iterable[Any] | None,
-    pool: str,
-    progress: bool,
+    task: FitTask, batches: Iterable[Any], background: Iterable[Any] | None
 ) -> tuple[dict[str, SiteFit], Tally]:
     """Fit all sites on the activations of the model as it is."""
-    found, tally = gather(runner, layers, name, batches, config, pool=pool, labelled=True, progress=progress)
+    found, tally = gather(task, batches, labelled=True)
     around: dict[str, ConceptMoments] = {}
     if background is not None:
-        general, _ = gather(runner, layers, name, background, config, pool="tokens", labelled=False, progress=progress)
-        around = general.moments
+        around = gather(task, background, labelled=False)[0].moments
     fits = {
-        site: solve_site(site, found.moments[site], around.get(site), found.dtypes[site], config) for site in layers
+        site: solve_site(site, found.moments[site], around.get(site), found.dtypes[site], task.config)
+        for site in task.layers
     }
     return fits, tally
 
@@ -127,17 +123,10 @@ def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
 
 
 def _conclude(
-    runner: Runner,
-    layers: dict[str, ErasureLayer],
-    name: str,
-    fits: dict[str, SiteFit],
-    tally: Tally,
-    eval_batches: Iterable[Any] | None,
-    pool: str,
-    progress: bool,
+    task: FitTask, fits: dict[str, SiteFit], tally: Tally, eval_batches: Iterable[Any] | None
 ) -> ErasureReport:
     """Put the erasers in place, measure them, and write down what was done."""
-    config: ConceptErasureConfig = runner.model.peft_config[name]
+    config, name, layers = task.config, task.name, task.layers
     before = {site: layer.eraser_state(name) for site, layer in layers.items()}
     for site, layer in layers.items():
         layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
@@ -145,7 +134,7 @@ def _conclude(
     measured = Tally()
     try:
         if eval_batches is not None:
-            held_out, measured = measure(runner, layers, name, eval_batches, config, pool=pool, progress=progress)
+            held_out, measured = measure(task, eval_batches)
     except BaseException:
         for site, layer in layers.items():
             layer.restore_eraser_state(name, before[site])
@@ -153,9 +142,9 @@ def _conclude(
     finals = [site for site in held_out if site not in layers]
     lines = [_line(site, fits.get(site), held_out.get(site)) for site in [*layers, *finals]]
     report = ErasureReport(
-        config.concept, name, config.method, pool, tally.examples, tally.tokens, measured.examples, lines
+        config.concept, name, config.method, task.pool, tally.examples, tally.tokens, measured.examples, lines
     )
-    _record(runner.model, config, fits, report)
+    _record(task.runner.model, config, fits, report)
     _warn_of_absent_classes(config, fits)
     return report
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
 
 from .labels import Selection, check_batch, mean_pooled
 from .observing import observed, observed_final
-from .running import Runner, evaluating, on_cpu
+from .running import evaluating, on_cpu
 from .statistics import SiteStatistics, Tally, bar, labels_of
+from .task import FitTask
 
 
 @dataclass
@@ -60,11 +60,7 @@ class HeldOut:
 class _Measurement:
     """Both runs of the model over the held-out batches, one with the adapter and one without."""
 
-    runner: Runner
-    layers: dict[str, ErasureLayer]
-    name: str
-    config: ConceptErasureConfig
-    pool: str
+    task: FitTask
     halves: dict[tuple[bool, int], SiteStatistics] = field(init=False)
     labelled: dict[str, Movement] = field(default_factory=dict)
     ignored: dict[str, Movement] = field(default_factory=dict)
@@ -72,11 +68,15 @@ class _Measurement:
     drawn: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
     def __post_init__(self) -> None:
-        self.halves = {(erased, half): SiteStatistics(self.config.z_dim) for erased in (False, True) for half in (0, 1)}
+        self.halves = {
+            (erased, half): SiteStatistics(self.task.config.z_dim) for erased in (False, True) for half in (0, 1)
+        }
 
     def batch(self, batch: dict[str, Any]) -> None:
-        labels = labels_of(batch, self.config, self.pool)
-        finals = {n: m for n, m in self.runner.final_states().items() if labels.covers(self.runner.side_of(n))}
+        labels = labels_of(batch, self.task.config, self.task.pool)
+        finals = {
+            n: m for n, m in self.task.runner.final_states().items() if labels.covers(self.task.runner.side_of(n))
+        }
         plain: dict[str, Tensor] = {}
         # Halves are made of whole sequences, since two tokens of one text are no independent evidence, and drawn at
         # random, since rows often alternate between the classes.
@@ -87,28 +87,28 @@ class _Measurement:
             return hidden
 
         def erase(site: str, hidden: Tensor) -> Tensor:
-            layer = self.layers[site]
-            erased = apply_erasure(hidden, *layer.parts_on(self.name, hidden.device))
+            layer = self.task.layers[site]
+            erased = apply_erasure(hidden, *layer.parts_on(self.task.name, hidden.device))
             aligned, selection = labels.select(erased, site)
             self._record(True, site, aligned, selection)
             self._move(site, labels.select(hidden, site)[0], aligned, selection)
             return erased
 
         def final_without(name: str, state: Tensor) -> Tensor:
-            plain[name], selection = labels.select(state, self.runner.side_of(name))
+            plain[name], selection = labels.select(state, self.task.runner.side_of(name))
             self._record(False, name, plain[name], selection)
             return state
 
         def final_erased(name: str, state: Tensor) -> Tensor:
-            aligned, selection = labels.select(state, self.runner.side_of(name))
+            aligned, selection = labels.select(state, self.task.runner.side_of(name))
             self._record(True, name, aligned, selection)
             self._move(name, plain[name], aligned, selection)
             return state
 
-        with observed(self.layers, self.name, without), observed_final(finals, final_without):
-            self.runner(batch)
-        with observed(self.layers, self.name, erase), observed_final(finals, final_erased):
-            self.runner(batch)
+        with observed(self.task.layers, self.task.name, without), observed_final(finals, final_without):
+            self.task.runner(batch)
+        with observed(self.task.layers, self.task.name, erase), observed_final(finals, final_erased):
+            self.task.runner(batch)
 
     @on_cpu
     def _record(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
@@ -125,16 +125,7 @@ class _Measurement:
             movements.setdefault(site, Movement()).update(old, new)
 
 
-def measure(
-    runner: Runner,
-    layers: dict[str, ErasureLayer],
-    adapter_name: str,
-    batches: Iterable[Any],
-    config: ConceptErasureConfig,
-    *,
-    pool: str,
-    progress: bool,
-) -> tuple[dict[str, HeldOut], Tally]:
+def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], Tally]:
     """Leakage and movement on held-out batches, at every site and at the last hidden states.
 
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
@@ -144,8 +135,8 @@ def measure(
     Raises:
         ValueError: If the batches are empty or one half of them lacks a class.
     """
-    measurement, tally = _Measurement(runner, layers, adapter_name, config, pool), Tally()
-    with evaluating(runner.model), bar(f"measuring {adapter_name}", progress) as shown:
+    measurement, tally = _Measurement(task), Tally()
+    with evaluating(task.runner.model), bar(f"measuring {task.name}", task.progress) as shown:
         for position, batch in enumerate(batches):
             batch = check_batch(batch, position, labelled=True)
             measurement.batch(batch)

@@ -7,6 +7,7 @@ erased activations; every module runs once a batch.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -14,15 +15,16 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 from hf_erasure.erasers import apply_erasure
 
+from .checkpoint import Digest
 from .labels import BatchLabels, check_batch
 from .lockstep import Lane, lanes
 from .observing import observed
-from .running import Runner, evaluating
+from .running import evaluating
 from .solving import SiteFit, solve_site
 from .statistics import SiteStatistics, Tally, bar, check_reached, labels_of
+from .task import FitTask
 
 logger = logging.getLogger(__name__)
 
@@ -35,30 +37,17 @@ class Scrubber:
     """Fits the sites of one adapter in the order in which the model reaches them.
 
     Args:
-        runner: Calls the model.
-        layers: The sites.
-        adapter_name: The adapter.
-        config: Its configuration.
-        pool: Which rows a sequence label counts for.
-        progress: Show a progress bar, one step a site.
+        task: What is fitted. Where it has a checkpoint, sites that are finished there are not fitted again.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        layers: dict[str, ErasureLayer],
-        adapter_name: str,
-        config: ConceptErasureConfig,
-        *,
-        pool: str,
-        progress: bool,
-    ) -> None:
-        self.runner, self.layers, self.name, self.config = runner, layers, adapter_name, config
-        self.pool, self.progress = pool, progress
+    def __init__(self, task: FitTask) -> None:
+        self.task = task
         self.fits: dict[str, SiteFit] = {}
+        self._kept: set[str] = set()
         self._labels: list[BatchLabels] = []
         self._batches: list[dict[str, Any]] = []
         self._tallies = {True: Tally(), False: Tally()}
+        self._digest, self._data = Digest(), ""
         self._looking = False
 
     def fit(self, batches: Iterable[Any], background: Iterable[Any] | None) -> tuple[dict[str, SiteFit], Tally]:
@@ -73,38 +62,41 @@ class Scrubber:
 
         Raises:
             ValueError: If there is no data, a site is never reached, or its rows cannot be used.
+            RuntimeError: If the model fails on a batch.
         """
         self._take(batches, labelled=True)
         if background is not None:
             self._take(background, labelled=False)
-        with evaluating(self.runner.model), bar(f"scrubbing {self.name}", self.progress, " sites") as shown:
-            shown.total = len(self.layers)
-            try:
-                self._side_by_side(shown)
-            except _OutOfStep as reason:
-                logger.warning(
-                    "%s Its eraser has to be fitted on all its visits together, so the sites are fitted one a pass: %d "
-                    "passes over the data instead of one.",
-                    reason,
-                    len(self.layers),
-                )
-                self.fits.clear()
-                shown.reset(len(self.layers))
+        checkpoint, many = self.task.checkpoint, False
+        if checkpoint is not None:
+            self.fits, many = checkpoint.load_sites(self._data), checkpoint.one_site_a_pass
+            self._kept = set(self.fits)
+        title = f"scrubbing {self.task.name}"
+        with evaluating(self.task.runner.model), bar(title, self.task.progress, " sites") as shown:
+            shown.reset(len(self.task.layers))
+            if not many:
+                many = not self._side_by_side(shown)
+            if many:
+                shown.reset(len(self.task.layers))
                 self._one_site_a_pass(shown)
+        check_reached(self.fits, self._tallies[True], self.task.layers, True)
         return self.fits, self._tallies[True]
 
     def _take(self, batches: Iterable[Any], *, labelled: bool) -> None:
         for position, batch in enumerate(batches):
             batch = check_batch(batch, position, labelled=labelled)
-            self._labels.append(labels_of(batch, self.config if labelled else None, self.pool))
+            self._labels.append(labels_of(batch, self.task.config if labelled else None, self.task.pool))
             self._batches.append(batch)
             self._tallies[labelled].count(batch)
+            if self.task.checkpoint is not None:
+                self._data = self._digest.update(batch)
         check_reached({}, self._tallies[labelled], {}, labelled)
 
     # ---- every module once ------------------------------------------------------------------------------------------
 
-    def _side_by_side(self, shown: tqdm) -> None:
-        forwards = [lambda batch=batch: self.runner(batch) for batch in self._batches]
+    def _side_by_side(self, shown: tqdm) -> bool:
+        """Fit in one pass; False if the model calls a site in a way for which that is not the definition."""
+        forwards = [functools.partial(self.task.runner, batch) for batch in self._batches]
         statistics = self._statistics()
         running: list[Lane] = []
 
@@ -112,27 +104,52 @@ class Scrubber:
             lane = running[0]
             if site in lane.visited:
                 raise _OutOfStep(f"{site!r} is called several times in one forward pass.")
-            if site in self.fits:
+            if site in self._kept:
+                lane.visited.append(site)
+            elif site in self.fits:
                 raise _OutOfStep(f"{site!r} is reached in different orders by different batches.")
-            self._look(statistics, lane.index, site, hidden)
-            lane.stop(site)
+            else:
+                self._look(statistics, lane.index, site, hidden)
+                lane.stop(site)
             return self._erased(site, hidden)
 
-        with observed(self.layers, self.name, observer), lanes(forwards) as opened:
-            waiting = opened
-            while waiting:
-                for lane in waiting:
-                    running[:] = [lane]
-                    self._advance(lane)
-                stopped = [lane for lane in opened if not lane.finished]
-                if not stopped:
-                    break
-                # Where a batch skips a module, others wait further up: the first in the model's order comes first.
-                site = next(site for site in self.layers if any(lane.site == site for lane in stopped))
-                waiting = [lane for lane in stopped if lane.site == site]
-                self._solve(site, statistics)
-                shown.update()
-        self._check_complete()
+        try:
+            with observed(self.task.layers, self.task.name, observer), lanes(forwards) as opened:
+                self._all_to_the_end(opened, running, statistics, shown)
+        except _OutOfStep as reason:
+            self._give_up_one_pass(reason)
+            return False
+        return True
+
+    def _all_to_the_end(
+        self, opened: list[Lane], running: list[Lane], statistics: dict[bool, SiteStatistics], shown: tqdm
+    ) -> None:
+        """Bring all batches to the next site, fit it, let them go on, until none is left."""
+        waiting = opened
+        while waiting:
+            for lane in waiting:
+                running[:] = [lane]
+                self._advance(lane)
+            stopped = [lane for lane in opened if not lane.finished]
+            if not stopped:
+                return
+            # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+            site = next(site for site in self.task.layers if any(lane.site == site for lane in stopped))
+            waiting = [lane for lane in stopped if lane.site == site]
+            self._solve(site, statistics)
+            shown.update()
+
+    def _give_up_one_pass(self, reason: _OutOfStep) -> None:
+        logger.warning(
+            "%s Its eraser has to be fitted on all its visits together, so the sites are fitted one a pass: %d passes "
+            "over the data instead of one.",
+            reason,
+            len(self.task.layers),
+        )
+        self.fits.clear()
+        self._kept.clear()
+        if self.task.checkpoint is not None:
+            self.task.checkpoint.begin_one_site_a_pass()
 
     def _advance(self, lane: Lane) -> None:
         """Let one batch run on; what its forward pass raises is told with the place where it stood.
@@ -154,9 +171,9 @@ class Scrubber:
     def _one_site_a_pass(self, shown: tqdm) -> None:
         """Fit each site with all sites before it erased; the definition, for sites that are called several times."""
         for site in self._order():
-            self._solve(site, self._pass_over(site))
+            if site not in self.fits:
+                self._solve(site, self._pass_over(site))
             shown.update()
-        self._check_complete()
 
     def _pass_over(self, site: str) -> dict[bool, SiteStatistics]:
         """One pass over all batches, with every fitted site erased, for the moments at one site."""
@@ -167,10 +184,10 @@ class Scrubber:
                 self._look(statistics, current[0], at, hidden)
             return self._erased(at, hidden) if at in self.fits else hidden
 
-        with observed(self.layers, self.name, observer):
+        with observed(self.task.layers, self.task.name, observer):
             for index, batch in enumerate(self._batches):
                 current[0] = index
-                self.runner(batch)
+                self.task.runner(batch)
         return statistics
 
     def _order(self) -> list[str]:
@@ -181,15 +198,15 @@ class Scrubber:
             order.setdefault(site)
             return hidden
 
-        with observed(self.layers, self.name, observer):
-            self.runner(self._batches[0])
-        return [*order, *(site for site in self.layers if site not in order)]
+        with observed(self.task.layers, self.task.name, observer):
+            self.task.runner(self._batches[0])
+        return [*order, *(site for site in self.task.layers if site not in order)]
 
     # ---- one site ---------------------------------------------------------------------------------------------------
 
     def _statistics(self) -> dict[bool, SiteStatistics]:
         """Moments of the labelled rows (True) and of the background (False)."""
-        return {True: SiteStatistics(self.config.z_dim), False: SiteStatistics(0)}
+        return {True: SiteStatistics(self.task.config.z_dim), False: SiteStatistics(0)}
 
     def _look(self, statistics: dict[bool, SiteStatistics], index: int, site: str, hidden: Tensor) -> None:
         self._looking = True
@@ -201,14 +218,14 @@ class Scrubber:
     def _solve(self, site: str, statistics: dict[bool, SiteStatistics]) -> None:
         found, around = statistics[True], statistics[False]
         if site not in found.moments or (self._tallies[False].examples and site not in around.moments):
-            check_reached(found.moments, self._tallies[True], {site: self.layers[site]}, True)
-            check_reached(around.moments, self._tallies[False], {site: self.layers[site]}, False)
+            check_reached(found.moments, self._tallies[True], {site: self.task.layers[site]}, True)
+            check_reached(around.moments, self._tallies[False], {site: self.task.layers[site]}, False)
         # The moments are let go: only one site's are ever held.
         moments = found.moments.pop(site)
-        self.fits[site] = solve_site(site, moments, around.moments.pop(site, None), found.dtypes[site], self.config)
+        fit = solve_site(site, moments, around.moments.pop(site, None), found.dtypes[site], self.task.config)
+        self.fits[site] = fit
+        if self.task.checkpoint is not None:
+            self.task.checkpoint.save_site(site, fit, self._data)
 
     def _erased(self, site: str, hidden: Tensor) -> Tensor:
         return apply_erasure(hidden, *self.fits[site].parts(hidden.device))
-
-    def _check_complete(self) -> None:
-        check_reached(self.fits, self._tallies[True], self.layers, True)

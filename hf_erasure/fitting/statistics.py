@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,8 @@ from tqdm.auto import tqdm
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 from hf_erasure.erasers import ConceptMoments
 
-from .labels import BatchLabels, Selection, check_batch
-from .observing import observed
-from .running import Runner, evaluating, on_cpu
+from .labels import BatchLabels, Selection
+from .running import on_cpu
 
 
 @dataclass
@@ -69,51 +68,6 @@ class SiteStatistics:
             self.moments[site].update(rows.reshape(-1, rows.shape[-1]), z, weight)
         except ValueError as error:
             raise ValueError(f"At {site!r}: {error}") from error
-
-
-def gather(
-    runner: Runner,
-    layers: dict[str, ErasureLayer],
-    adapter_name: str,
-    batches: Iterable[Any],
-    config: ConceptErasureConfig,
-    *,
-    pool: str,
-    labelled: bool,
-    progress: bool,
-) -> tuple[SiteStatistics, Tally]:
-    """One pass over the data, with the adapter left out, for the moments at every site.
-
-    Args:
-        runner: Calls the model.
-        layers: The sites.
-        adapter_name: The adapter that is being fitted.
-        batches: Dicts of model inputs, plus `concept_labels` where `labelled`.
-        config: The adapter's configuration.
-        pool: Which rows a sequence label counts for.
-        labelled: False for a background, which has no concept.
-        progress: Show a progress bar.
-
-    Raises:
-        ValueError: If there is no data, a site is never reached, or its rows cannot be used.
-    """
-    statistics, tally = SiteStatistics(config.z_dim if labelled else 0), Tally()
-    current: list[BatchLabels] = []
-
-    def observer(site: str, activation: Tensor) -> Tensor:
-        aligned, selection = current[0].select(activation, site)
-        statistics.update(site, aligned, selection)
-        return activation
-
-    what = f"fitting {adapter_name}" if labelled else "background"
-    with evaluating(runner.model), observed(layers, adapter_name, observer), bar(what, progress) as shown:
-        for position, batch in enumerate(batches):
-            batch = check_batch(batch, position, labelled=labelled)
-            current[:] = [labels_of(batch, config if labelled else None, pool)]
-            runner(batch)
-            shown.update(tally.count(batch))
-    check_reached(statistics.moments, tally, layers, labelled)
-    return statistics, tally
 
 
 def labels_of(batch: dict[str, Any], config: ConceptErasureConfig | None, pool: str) -> BatchLabels:

@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -112,6 +113,12 @@ def test_a_module_can_be_reloaded(module, lifecycle: Lifecycle):
     assert same(outputs_of(model, small_batch("bert")), outputs_of(lifecycle.fitted(CELL), small_batch("bert")))
 
 
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, which finds the package that is under test."""
+    root = Path(hf_erasure.__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=root)
+
+
 def test_everything_can_be_reloaded_at_once(lifecycle: Lifecycle):
     """As a notebook with autoreload does; in a process of its own, since classes change their identity."""
     program = f"""
@@ -124,7 +131,7 @@ assert hf_erasure.verify_adapter(model), str(hf_erasure.verify_adapter(model))
 model.add_adapter(hf_erasure.ConceptErasureConfig(labels=["a", "b"]), adapter_name="second")
 model.delete_adapter(["default", "second"])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = run(program)
     assert done.returncode == 0, done.stderr
 
 
@@ -135,5 +142,5 @@ base = transformers.AutoModel.from_pretrained({str(lifecycle.base_folder("bert")
 model = peft.PeftModel.from_pretrained(base, {str(lifecycle.folder(CELL))!r})
 print(model.peft_type.value, len(model.targeted_module_names))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = run(program)
     assert done.stdout.split() == ["CONCEPT_ERASURE", str(len(CELL.parts.norms))], done.stderr

@@ -100,7 +100,11 @@ def test_a_background_and_shrinkage_leave_the_guarantee_alone() -> None:
     x, z = rows(1500, 12, 3)
     background = ConceptMoments(12, 0).update(5 * rows(400, 12, 2, seed=9)[0] + 3)
     moments = ConceptMoments(12, 3).update(x, z)
-    for options in ({"background": background}, {"background": background, "background_weight": 0.5}, {"shrinkage": 0.7}):
+    for options in (
+        {"background": background},
+        {"background": background, "background_weight": 0.5},
+        {"shrinkage": 0.7},
+    ):
         assert ols_r2(moments.eraser(**options)(x), z, CUTOFF[torch.float64]) < SLACK
 
 

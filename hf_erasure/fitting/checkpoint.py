@@ -1,0 +1,213 @@
+"""A fit that can be killed at any moment and started again.
+
+A folder holds `fit.json`, which says what is being fitted on what, and one file a finished site (sequential fitting) or
+the moments so far (one pass). Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.erasers import ConceptMoments, Eraser
+
+from .solving import SiteFit
+from .statistics import SiteStatistics, Tally
+
+MANIFEST = "fit.json"
+ONE_SITE_A_PASS = "one-site-a-pass"
+# Moments are written so seldom that writing takes no more than this share of the time.
+WRITING_SHARE = 0.1
+
+
+class FitCheckpoint:
+    """The folder of one fit.
+
+    Args:
+        folder: Made if it is not there.
+        config: What is fitted.
+        sites: Where.
+        pool: Which rows a sequence label counts for.
+        sequential: The procedure.
+
+    Raises:
+        ValueError: If the folder belongs to another fit.
+    """
+
+    def __init__(
+        self, folder: str | Path, config: ConceptErasureConfig, sites: Iterable[str], *, pool: str, sequential: bool
+    ) -> None:
+        self.folder = Path(folder)
+        self.sites = list(sites)
+        self.identity: dict[str, Any] = {
+            "sequential": sequential,
+            "pool": pool,
+            "sites": self.sites,
+            **{name: getattr(config, name) for name in ("labels", "concept_dim", "site", "method", "affine", "rank")},
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        self._last_written = time.monotonic()
+        self._writing_took = 0.0
+
+    def _claim(self) -> None:
+        manifest = self.folder / MANIFEST
+        if not manifest.exists():
+            _write_whole(manifest, lambda path: Path(path).write_text(json.dumps(self.identity), encoding="utf-8"))
+            return
+        kept = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, value in self.identity.items():
+            if kept.get(name) != value:
+                raise ValueError(
+                    f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={kept.get(name)!r}, this one has "
+                    f"{value!r}: give another folder, or delete that one."
+                )
+
+    # ---- finished sites ---------------------------------------------------------------------------------------------
+
+    @property
+    def one_site_a_pass(self) -> bool:
+        """Whether the fit had to turn to one site a pass, for a model that calls a site several times."""
+        return (self.folder / ONE_SITE_A_PASS).exists()
+
+    def begin_one_site_a_pass(self) -> None:
+        """Start over in that mode: what was finished before it was on the first visits only."""
+        for path in self.folder.glob("site-*.safetensors"):
+            path.unlink()
+        (self.folder / ONE_SITE_A_PASS).touch()
+
+    def save_site(self, site: str, fit: SiteFit, data: str) -> None:
+        """Keep a finished site; `data` identifies what it was fitted on."""
+        eraser = fit.eraser
+        tensors = {"left": eraser.left, "right": eraser.right, "shares": fit.shares}
+        if eraser.bias is not None:
+            tensors["bias"] = eraser.bias
+        facts = {
+            "site": site,
+            "data": data,
+            "dtype": str(fit.dtype).removeprefix("torch."),
+            "rows": fit.rows,
+            "correlation": fit.correlation,
+            "change": fit.change,
+        }
+        self._write(f"site-{self.sites.index(site):04d}", tensors, facts)
+
+    def load_sites(self, data: str) -> dict[str, SiteFit]:
+        """The finished sites.
+
+        Raises:
+            ValueError: If they were fitted on other data.
+        """
+        found = {}
+        for path in sorted(self.folder.glob("site-*.safetensors")):
+            tensors, facts = _read(path)
+            self.check_data(facts["data"], data)
+            eraser = Eraser(left=tensors["left"], right=tensors["right"], bias=tensors.get("bias"))
+            found[facts["site"]] = SiteFit(
+                eraser=eraser,
+                dtype=getattr(torch, facts["dtype"]),
+                rows=facts["rows"],
+                shares=tensors["shares"],
+                correlation=facts["correlation"],
+                change=facts["change"],
+            )
+        return found
+
+    # ---- moments so far ---------------------------------------------------------------------------------------------
+
+    def save_moments(
+        self, name: str, statistics: SiteStatistics, tally: Tally, batches: int, data: str, *, final: bool
+    ) -> None:
+        """Keep the moments after so many batches, unless that was done a moment ago."""
+        waited = time.monotonic() - self._last_written
+        if not final and waited < self._writing_took / WRITING_SHARE:
+            return
+        started = time.monotonic()
+        tensors = {
+            f"{index}.{key}": value
+            for index, site in enumerate(self.sites)
+            if site in statistics.moments
+            for key, value in statistics.moments[site].state_dict().items()
+        }
+        facts = {
+            "batches": batches,
+            "data": data,
+            "examples": tally.examples,
+            "tokens": tally.tokens,
+            "widths": {site: moments.x_dim for site, moments in statistics.moments.items()},
+            "dtypes": {site: str(dtype).removeprefix("torch.") for site, dtype in statistics.dtypes.items()},
+        }
+        self._write(f"moments-{name}", tensors, facts)
+        self._last_written = time.monotonic()
+        self._writing_took = self._last_written - started
+
+    def load_moments(self, name: str, z_dim: int) -> tuple[SiteStatistics, Tally, int, str]:
+        """The moments so far, how much was seen, after how many batches, and what identifies those."""
+        statistics, path = SiteStatistics(z_dim), self.folder / f"moments-{name}.safetensors"
+        if not path.exists():
+            return statistics, Tally(), 0, ""
+        tensors, facts = _read(path)
+        for site, width in facts["widths"].items():
+            prefix = f"{self.sites.index(site)}."
+            moments = ConceptMoments(width, z_dim)
+            moments.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            statistics.moments[site] = moments
+            statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
+        return statistics, Tally(facts["examples"], facts["tokens"]), facts["batches"], facts["data"]
+
+    def check_data(self, kept: str, data: str) -> None:
+        """Raise a `ValueError` if what was kept comes from other batches."""
+        if kept != data:
+            raise ValueError(
+                f"checkpoint_dir={str(self.folder)!r} was begun on other data than these batches: give the same "
+                "batches in the same order, or another folder."
+            )
+
+    def _write(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        metadata = {"facts": json.dumps(facts)}
+        _write_whole(self.folder / f"{name}.safetensors", lambda path: save_file(plain, path, metadata=metadata))
+
+
+class Digest:
+    """What identifies the batches seen so far: a hash of their tensors, in order."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, batch: dict[str, Any]) -> str:
+        """Add a batch; returns the digest so far."""
+        for name in sorted(batch):
+            if isinstance(value := batch[name], Tensor):
+                self._hash.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+                self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return self._hash.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+
+
+def _write_whole(path: Path, write: Callable[[str], Any]) -> None:
+    """Write beside the file and rename, so that a kill leaves the old one or the new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

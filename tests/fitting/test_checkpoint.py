@@ -1,0 +1,178 @@
+"""Fits that are killed and started again."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import erasure_layers
+from tests.small_models import LABELS, inputs_of, roughen, small_batches, small_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def with_adapter(**config: Any) -> Any:
+    model = copy.deepcopy(small_model("bert"))
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, **config), adapter_name="no_gender")
+    return model
+
+
+def fit(model: Any, batches: Any, folder: Path | None = None, **options: Any) -> Any:
+    return fit_concept_erasure(model, batches, "no_gender", checkpoint_dir=folder, progress=False, **options)
+
+
+def parts(model: Any) -> list[Tensor]:
+    return [part for layer in erasure_layers(model).values() for part in layer.eraser_state("no_gender")]
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(parts(one), parts(other), strict=True))
+
+
+class Stopped(Exception):
+    """Stands for a process that ends."""
+
+
+def interrupted(model: Any, batches: Any, folder: Path, calls: int, **options: Any) -> None:
+    """Fit until a module in the middle has been called so many times."""
+    seen: list[int] = []
+
+    def stop(*_: object) -> None:
+        seen.append(1)
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+
+    handle = model.encoder.layer[1].attention.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, batches, folder, **options)
+    handle.remove()
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("background", [True, False])
+def test_an_interrupted_fit_continues_and_ends_with_the_same_erasers(
+    sequential: bool, background: bool, tmp_path: Path
+) -> None:
+    batches = small_batches("bert", 4)
+    options: dict[str, Any] = {"sequential": sequential}
+    if background:
+        options["background"] = [inputs_of(b) for b in small_batches("bert", 3, seed=800)]
+    whole, resumed = with_adapter(), with_adapter()
+    fit(whole, batches, **options)
+    interrupted(resumed, batches, tmp_path, calls=3, **options)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert any(name.startswith("site-" if sequential else "moments-") for name in kept)
+    fit(resumed, batches, tmp_path, **options)
+    assert same(whole, resumed)
+
+
+def test_finished_sites_are_not_fitted_again(tmp_path: Path) -> None:
+    batches = small_batches("bert", 4)
+    fit(with_adapter(), batches, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    fit(with_adapter(), batches, tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_one_pass_does_not_run_batches_again_that_its_moments_hold(tmp_path: Path) -> None:
+    batches, calls = small_batches("bert", 4), []
+    fit(with_adapter(), batches, tmp_path, sequential=False)
+    model = with_adapter()
+    model.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    fit(model, batches, tmp_path, sequential=False)
+    assert not calls
+
+
+def test_shared_layers_continue_one_site_a_pass(tmp_path: Path) -> None:
+    config = hf.AlbertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        embedding_size=16,
+    )
+    plain = roughen(hf.AlbertModel(config), torch.Generator().manual_seed(0)).eval()
+
+    def model() -> Any:
+        copied = copy.deepcopy(plain)
+        copied.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name="no_gender")
+        return copied
+
+    batches = small_batches("bert", 2)
+    whole, first, second = model(), model(), model()
+    fit(whole, batches)
+    fit(first, batches, tmp_path)
+    # The norm that is called last stands first in the model.
+    (tmp_path / "site-0000.safetensors").unlink()
+    fit(second, batches, tmp_path)
+    assert same(whole, first) and same(whole, second)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_other_data_are_refused(sequential: bool, tmp_path: Path) -> None:
+    fit(with_adapter(), small_batches("bert", 2), tmp_path, sequential=sequential)
+    with pytest.raises(ValueError, match="begun on other data"):
+        fit(with_adapter(), small_batches("bert", 2, seed=5), tmp_path, sequential=sequential)
+
+
+def test_another_fit_is_refused_by_what_differs(tmp_path: Path) -> None:
+    batches = small_batches("bert", 2)
+    fit(with_adapter(), batches, tmp_path)
+    with pytest.raises(ValueError, match="method='leace', this one has 'orth'"):
+        fit(with_adapter(method="orth"), batches, tmp_path)
+    with pytest.raises(ValueError, match="pool='tokens', this one has 'mean'"):
+        fit(with_adapter(), batches, tmp_path, pool="mean")
+
+
+SCRIPT = """
+import sys, time, torch
+sys.path.insert(0, {root!r})
+from tests.small_models import LABELS, small_batches, small_model
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+model = small_model("bert")
+model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name="no_gender")
+for layer in model.encoder.layer:
+    layer.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+fit_concept_erasure(model, small_batches("bert", 6), "no_gender", sequential={sequential}, checkpoint_dir={folder!r},
+                    progress=False)
+torch.save([p for n, p in sorted(model.state_dict().items()) if "concept_erasure" in n], {result!r})
+"""
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_killed_at_several_points_it_ends_with_the_same_erasers(sequential: bool, tmp_path: Path) -> None:
+    def start(folder: Path, result: Path) -> subprocess.Popen[bytes]:
+        script = SCRIPT.format(root=str(ROOT), sequential=sequential, folder=str(folder), result=str(result))
+        return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+    whole, resumed, folder = tmp_path / "whole.pt", tmp_path / "resumed.pt", tmp_path / "killed"
+    assert start(tmp_path / "uninterrupted", whole).wait() == 0
+    kills = 0
+    # Once as soon as anything is kept, once a moment later: wherever that is, files are whole.
+    for delay in (0.0, 0.05):
+        process = start(folder, resumed)
+        pattern = "site-*.safetensors" if sequential else "moments-*.safetensors"
+        seen = len(list(folder.glob(pattern)))
+        while process.poll() is None and len(list(folder.glob(pattern))) <= (seen if sequential else 0):
+            time.sleep(0.002)
+        time.sleep(delay)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills, "the fit ended before it could be killed"
+    assert start(folder, resumed).wait() == 0
+    assert all(torch.equal(a, b) for a, b in zip(torch.load(whole), torch.load(resumed), strict=True))
