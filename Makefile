@@ -58,7 +58,7 @@ format: $(VENV)/.test  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.bench  ## time the erasers against concept-erasure and the floor
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest benchmarks/*.py -m '' -p no:cacheprovider -s $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/erasers.py $(BENCH_ARGS)
 
 clean:  ## remove the environment, the caches and what the recipes wrote
 	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -152,10 +153,17 @@ class ErasureReport:
         leakage.legend()
         moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
         moved.set_ylabel("relative change")
-        moved.set_xticks(positions, [line.site for line in measured], rotation=90, fontsize=7)
+        moved.set_xticks(positions, _short([line.site for line in measured]), rotation=90, fontsize=7)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+
+def _short(sites: list[str]) -> list[str]:
+    """Names without the part that all modules have in common, for an axis."""
+    modules = [site.split(".") for site in sites if "last_hidden_state" not in site]
+    common = len(os.path.commonprefix(modules)) if len(modules) > 1 else 0
+    return [site if "last_hidden_state" in site else ".".join(site.split(".")[common:]) for site in sites]
 
 
 def _cells(line: SiteReport) -> tuple[str, ...]:
