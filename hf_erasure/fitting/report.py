@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -160,9 +159,11 @@ class ErasureReport:
 
 
 def _short(sites: list[str]) -> list[str]:
-    """Names without the part that all modules have in common, for an axis."""
+    """Names without the parts that all modules begin with, for an axis."""
     modules = [site.split(".") for site in sites if "last_hidden_state" not in site]
-    common = len(os.path.commonprefix(modules)) if len(modules) > 1 else 0
+    common = 0
+    while len({tuple(parts[: common + 1]) for parts in modules}) == 1 and common < min(map(len, modules)) - 1:
+        common += 1
     return [site if "last_hidden_state" in site else ".".join(site.split(".")[common:]) for site in sites]
 
 
