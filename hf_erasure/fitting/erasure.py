@@ -53,7 +53,8 @@ def fit_concept_erasure(
         eval_batches: Held-out batches to measure leakage and distortion on.
         background: Unlabelled batches to take the covariance and the mean from. They decide how little other text is
             disturbed, and never touch the guarantee.
-        resident_batches: Not yet available.
+        resident_batches: In sequential fitting, how many batches keep their activations in memory; those of the others
+            wait on disk (of an accelerator: in main memory). All when None. The erasers are the same for any number.
         checkpoint_dir: A folder where finished sites, or the moments of one pass, are kept. A fit that was killed and
             is started again with the same batches in the same order continues there, and ends with the same erasers.
         progress: Show progress bars, on the main process.
@@ -64,8 +65,11 @@ def fit_concept_erasure(
     Raises:
         ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
     """
-    if resident_batches is not None:
-        raise NotImplementedError("resident_batches is not part of this release: leave it out.")
+    if resident_batches is not None and (not sequential or resident_batches < 1):
+        raise ValueError(
+            f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
+            "holds one batch at a time anyway."
+        )
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
     config, layers = _adapter(model, adapter_name)
@@ -73,7 +77,9 @@ def fit_concept_erasure(
     checkpoint = None
     if checkpoint_dir is not None:
         checkpoint = FitCheckpoint(checkpoint_dir, config, layers, pool=pool, sequential=sequential)
-    task = FitTask(Runner(model, list(layers)), layers, adapter_name, config, pool, progress, checkpoint)
+    task = FitTask(
+        Runner(model, list(layers)), layers, adapter_name, config, pool, progress, resident_batches, checkpoint
+    )
     fits, tally = Scrubber(task).fit(batches, background) if sequential else _one_pass(task, batches, background)
     return _conclude(task, fits, tally, eval_batches)
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .spilling import LiveTensors, Shelf
 
 
 class _Abandoned(BaseException):
@@ -27,6 +30,7 @@ class Lane:
     Attributes:
         index: The position of the batch.
         site: Where it waits; None before the start and after the end.
+        hidden: The activation there.
         finished: Whether the forward pass has ended.
         visited: The sites where it has stopped so far.
     """
@@ -34,6 +38,8 @@ class Lane:
     def __init__(self, index: int, forward: Callable[[], Any], modes: Callable[[], ExitStack]) -> None:
         self.index = index
         self.site: str | None = None
+        self.hidden: Tensor | None = None
+        self.live: LiveTensors | None = None
         self.finished = False
         self.visited: list[str] = []
         self._error: BaseException | None = None
@@ -48,14 +54,14 @@ class Lane:
 
     def _run(self, forward: Callable[[], Any], modes: Callable[[], ExitStack]) -> None:
         try:
-            with modes():
+            with modes(), self.live or nullcontext():
                 forward()
         except _Abandoned:
             pass
         except BaseException as error:  # carried to the thread that waits
             self._error = error
         finally:
-            self.finished, self.site = True, None
+            self.finished, self.site, self.hidden = True, None, None
             self._stopped.release()
 
     def advance(self) -> None:
@@ -72,13 +78,14 @@ class Lane:
         if self._error is not None:
             raise self._error
 
-    def stop(self, site: str) -> None:
-        """Called in the batch's own thread: wait here until the caller lets it go on."""
-        self.site = site
+    def stop(self, site: str, hidden: Tensor) -> None:
+        """Called in the batch's own thread: show the activation, and wait until the caller lets it go on."""
+        self.site, self.hidden = site, hidden
+        del hidden
         self.visited.append(site)
         self._stopped.release()
         self._go.acquire()
-        self.site = None
+        self.site, self.hidden = None, None
         if self._abandoned:
             raise _Abandoned
 
@@ -91,15 +98,25 @@ class Lane:
 
 
 @contextmanager
-def lanes(forwards: Sequence[Callable[[], Any]]) -> Iterator[list[Lane]]:
-    """One lane a forward pass, in the modes of the caller; no thread outlives the block, however it is left."""
+def lanes(forwards: Sequence[Callable[[], Any]], shelf: Shelf | None = None) -> Iterator[list[Lane]]:
+    """One lane a forward pass, in the modes of the caller; no thread outlives the block, however it is left.
+
+    Args:
+        forwards: What to run.
+        shelf: Where the tensors of waiting batches go, if they are not all to stay in memory.
+    """
     modes = callers_modes()
     opened = [Lane(index, forward, modes) for index, forward in enumerate(forwards)]
     try:
+        if shelf is not None:
+            for lane in opened:
+                lane.live = shelf.batch(lane.index)
         yield opened
     finally:
         for lane in opened:
             lane.abandon()
+        if shelf is not None:
+            shelf.close()
 
 
 def callers_modes() -> Callable[[], ExitStack]:

@@ -23,6 +23,7 @@ from .lockstep import Lane, lanes
 from .observing import observed
 from .running import evaluating
 from .solving import SiteFit, solve_site
+from .spilling import Shelf
 from .statistics import SiteStatistics, Tally, bar, check_reached, labels_of
 from .task import FitTask
 
@@ -48,13 +49,12 @@ class Scrubber:
         self._batches: list[dict[str, Any]] = []
         self._tallies = {True: Tally(), False: Tally()}
         self._digest, self._data = Digest(), ""
-        self._looking = False
 
     def fit(self, batches: Iterable[Any], background: Iterable[Any] | None) -> tuple[dict[str, SiteFit], Tally]:
         """Fit all sites.
 
         Args:
-            batches: Labelled batches; all are held, their activations too.
+            batches: Labelled batches. All are held, and of the activations those of `task.resident_batches`.
             background: Unlabelled batches for mean and covariance.
 
         Returns:
@@ -97,7 +97,6 @@ class Scrubber:
     def _side_by_side(self, shown: tqdm) -> bool:
         """Fit in one pass; False if the model calls a site in a way for which that is not the definition."""
         forwards = [functools.partial(self.task.runner, batch) for batch in self._batches]
-        statistics = self._statistics()
         running: list[Lane] = []
 
         def observer(site: str, hidden: Tensor) -> Tensor:
@@ -109,27 +108,30 @@ class Scrubber:
             elif site in self.fits:
                 raise _OutOfStep(f"{site!r} is reached in different orders by different batches.")
             else:
-                self._look(statistics, lane.index, site, hidden)
-                lane.stop(site)
+                lane.stop(site, hidden)
             return self._erased(site, hidden)
 
+        shelf = None if self.task.resident_batches is None else Shelf(self.task.resident_batches)
         try:
-            with observed(self.task.layers, self.task.name, observer), lanes(forwards) as opened:
-                self._all_to_the_end(opened, running, statistics, shown)
+            with observed(self.task.layers, self.task.name, observer), lanes(forwards, shelf) as opened:
+                self._all_to_the_end(opened, running, shelf, shown)
         except _OutOfStep as reason:
             self._give_up_one_pass(reason)
             return False
         return True
 
-    def _all_to_the_end(
-        self, opened: list[Lane], running: list[Lane], statistics: dict[bool, SiteStatistics], shown: tqdm
-    ) -> None:
+    def _all_to_the_end(self, opened: list[Lane], running: list[Lane], shelf: Shelf | None, shown: tqdm) -> None:
         """Bring all batches to the next site, fit it, let them go on, until none is left."""
-        waiting = opened
+        statistics, waiting = self._statistics(), opened
         while waiting:
-            for lane in waiting:
+            # To and fro, so that those whose tensors are in memory go first. The direction depends on the site alone:
+            # sums are the same to the bit however many batches are resident, and wherever a killed fit continues.
+            for lane in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
                 running[:] = [lane]
-                self._advance(lane)
+                self._advance(lane, shelf)
+                if lane.site is not None and lane.hidden is not None:
+                    self._look(statistics, lane.index, lane.site, lane.hidden)
+                    lane.hidden = None
             stopped = [lane for lane in opened if not lane.finished]
             if not stopped:
                 return
@@ -151,20 +153,23 @@ class Scrubber:
         if self.task.checkpoint is not None:
             self.task.checkpoint.begin_one_site_a_pass()
 
-    def _advance(self, lane: Lane) -> None:
+    def _advance(self, lane: Lane, shelf: Shelf | None) -> None:
         """Let one batch run on; what its forward pass raises is told with the place where it stood.
 
         Raises:
-            RuntimeError: If the model failed. What was wrong with the rows at a site is raised as it is.
+            RuntimeError: If the model failed.
         """
-        self._looking = False
+        if shelf is not None and lane.live is not None:
+            shelf.fetch(lane.live)
         try:
             lane.advance()
+        except _OutOfStep:
+            raise
         except Exception as error:
-            if self._looking or isinstance(error, _OutOfStep):
-                raise
             place = f"after {lane.visited[-1]!r}" if lane.visited else "before the first site"
             raise RuntimeError(f"Batch {lane.index} failed {place}: {type(error).__name__}: {error}") from error
+        if shelf is not None and lane.live is not None and lane.finished:
+            shelf.drop(lane.live)
 
     # ---- the naive procedure ----------------------------------------------------------------------------------------
 
@@ -209,11 +214,9 @@ class Scrubber:
         return {True: SiteStatistics(self.task.config.z_dim), False: SiteStatistics(0)}
 
     def _look(self, statistics: dict[bool, SiteStatistics], index: int, site: str, hidden: Tensor) -> None:
-        self._looking = True
         labels = self._labels[index]
         aligned, selection = labels.select(hidden, site)
         statistics[labels.z_dim > 0].update(site, aligned, selection)
-        self._looking = False
 
     def _solve(self, site: str, statistics: dict[bool, SiteStatistics]) -> None:
         found, around = statistics[True], statistics[False]

@@ -21,6 +21,7 @@ class FitTask:
         config: Its configuration.
         pool: Which rows a sequence label counts for.
         progress: Whether to show progress bars.
+        resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
         checkpoint: Where to keep what is finished, if anywhere.
     """
 
@@ -30,4 +31,5 @@ class FitTask:
     config: ConceptErasureConfig
     pool: str
     progress: bool
+    resident_batches: int | None = None
     checkpoint: FitCheckpoint | None = None

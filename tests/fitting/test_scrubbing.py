@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -259,3 +260,62 @@ def test_background_is_erased_upstream_too() -> None:
     layer.observers.clear()
     mask = torch.cat([b["attention_mask"] for b in background]).bool()
     torch.testing.assert_close(parts(model)[site][2], torch.cat(seen)[mask].mean(0), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_erasers_are_the_same_to_the_bit_for_any_number_of_resident_batches(name: str, mode: Any) -> None:
+    fitted = []
+    for resident in (None, 1, 2):
+        model = with_adapter(copy.deepcopy(small_model(name)))
+        with mode():
+            fit(model, small_batches(name, 5), resident_batches=resident)
+        fitted.append(parts(model))
+    for other in fitted[1:]:
+        for site, held in fitted[0].items():
+            assert all(torch.equal(a, b) for a, b in zip(held, other[site], strict=True)), site
+
+
+def test_waiting_batches_hold_no_memory() -> None:
+    """Live bytes of the activations while a site is fitted: with one resident batch, one batch's share of all."""
+    held = {}
+    for resident in (None, 1):
+        model, alive = with_adapter(copy.deepcopy(small_model("bert"))), []
+        outputs: list[weakref.ref[Tensor]] = []
+
+        def keep(module: nn.Module, args: tuple, output: Any, outputs: Any = outputs, alive: Any = alive) -> None:
+            outputs.append(weakref.ref(output))
+            tensors = [reference() for reference in outputs]
+            alive.append(sum(t.untyped_storage().nbytes() for t in tensors if t is not None))
+
+        # The residual that waits beside each attention is such an output.
+        model.encoder.layer[0].register_forward_hook(lambda m, a, o, keep=keep: keep(m, a, o))
+        fit(model, small_batches("bert", 6), resident_batches=resident)
+        held[resident] = max(alive)
+    assert held[None] == 6 * held[1]
+
+
+def test_a_tensor_that_the_model_keeps_from_another_batch_is_brought_back() -> None:
+    plain = copy.deepcopy(small_model("bert"))
+    kept: list[Tensor] = []
+
+    def cached(module: nn.Module, args: tuple) -> tuple:
+        if not kept:
+            kept.append(torch.ones(32) * 2)
+        return (args[0] * kept[0] / 2, *args[1:])
+
+    fitted = []
+    for resident in (None, 1):
+        kept.clear()
+        model = with_adapter(copy.deepcopy(plain))
+        model.encoder.layer[1].register_forward_pre_hook(cached)
+        fit(model, small_batches("bert", 3), resident_batches=resident)
+        fitted.append(parts(model))
+    for site, held in fitted[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(held, fitted[1][site], strict=True))
+
+
+@pytest.mark.parametrize(("resident", "sequential"), [(0, True), (1, False)])
+def test_resident_batches_that_make_no_sense_are_refused(resident: int, sequential: bool) -> None:
+    with pytest.raises(ValueError, match=f"resident_batches={resident}"):
+        fit(with_adapter(copy.deepcopy(small_model("bert"))), [], resident_batches=resident, sequential=sequential)
