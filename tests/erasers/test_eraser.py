@@ -57,7 +57,7 @@ def test_rank_zero_returns_the_very_tensor() -> None:
 
 def test_views_are_read_right() -> None:
     x = torch.randn(6, 5, 4).permute(1, 2, 0)
-    assert torch.allclose(apply_erasure(x, *parts(6, 1)), apply_erasure(x.contiguous(), *parts(6, 1)), atol=1e-6)
+    assert torch.allclose(apply_erasure(x, *parts(6, 1)), apply_erasure(x.contiguous(), *parts(6, 1)), atol=1e-5)
     kept = x.clone()
     apply_erasure(x, *parts(6, 2))
     assert torch.equal(x, kept)
