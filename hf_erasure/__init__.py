@@ -5,15 +5,17 @@ Importing this package registers its adapter types with PEFT; from then on `mode
 """
 
 from ._version import __version__
-from .adapters import ConceptErasureConfig, Verification, verify_adapter
+from .adapters import ConceptErasureConfig, LoraExport, Verification, export_to_lora, verify_adapter
 from .fitting import ErasureReport, concept_dataloader, fit_concept_erasure
 
 __all__ = [
     "ConceptErasureConfig",
     "ErasureReport",
+    "LoraExport",
     "Verification",
     "__version__",
     "concept_dataloader",
+    "export_to_lora",
     "fit_concept_erasure",
     "verify_adapter",
 ]

@@ -72,6 +72,61 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.")],
+    adapter: Annotated[Path, typer.Argument(help="The folder of an erasure.", exists=True)],
+    out: Annotated[Path, typer.Argument(help="Where the merged model is written.")],
+) -> None:
+    """Write an erasure into a model's weights: a plain checkpoint, with the tokenizer, that needs no hf-erasure.
+
+    Refuses, and says why, where the weights cannot compute exactly what the model with the adapter computes.
+
+    Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
+    """
+    from hf_erasure.adapters.checkpoints import save_merged
+
+    with _errors_as_sentences():
+        text = save_merged(model, adapter, out)
+    typer.echo(f"{text}\nmodel: {out}")
+
+
+@app.command()
+def export_lora(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.")],
+    adapter: Annotated[Path, typer.Argument(help="The folder of an erasure.", exists=True)],
+    out: Annotated[Path, typer.Argument(help="Where the LoRA adapter is written.")],
+) -> None:
+    """Write an erasure as a stock LoRA adapter, which PEFT loads without hf-erasure.
+
+    Example: hf-erasure export-lora gpt2 out/demo out/demo-lora
+    """
+    from hf_erasure.adapters.checkpoints import load_with_erasure
+    from hf_erasure.adapters.lora_export import export_to_lora
+
+    with _errors_as_sentences():
+        exported = export_to_lora(load_with_erasure(model, adapter), "default", out)
+    typer.echo(str(exported))
+
+
+@app.command()
+def merge_fits(
+    one: Annotated[
+        Path, typer.Argument(help="The output folder of a one-pass fit with fit.checkpoint=true.", exists=True)
+    ],
+    other: Annotated[Path, typer.Argument(help="That of a fit on other data.", exists=True)],
+    output: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
+) -> None:
+    """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
+    from hf_erasure.fitting.adding import merge_fits as add
+
+    with _errors_as_sentences():
+        config = add(one, other, output)
+    typer.echo(
+        f"{config.concept}: {config.provenance['examples']} examples, {config.provenance['tokens']} tokens: {output}"
+    )
+
+
 def _render(table: pd.DataFrame) -> str:
     return table.to_string(float_format=lambda value: f"{value:.3f}")
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from transformers import AutoModel
 from typer.testing import CliRunner
@@ -20,7 +19,7 @@ from hf_erasure.cli import app
 from hf_erasure.fitting.occupations import occupation_sentences
 from hf_erasure.fitting.recipe import read_recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/recipe.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +133,19 @@ def test_check_of_a_folder_without_a_run(tmp_path: Path) -> None:
     assert "hf-erasure fit" in result.stderr
 
 
+def test_merge_fits_writes_an_adapter_that_acts(recipe: Path, assets: Path, tmp_path: Path) -> None:
+    for name, split in (("a", "train"), ("b", "test")):
+        overrides = [f"output={tmp_path / name}", f"data.train={split}", "fit.sequential=false", "fit.checkpoint=true"]
+        result = CliRunner().invoke(app, ["fit", str(recipe), *overrides, "--no-progress"])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["merge-fits", *(str(tmp_path / name) for name in ("a", "b", "sum"))])
+    assert result.exit_code == 0, result.output
+    assert "560 examples" in result.stdout
+    model = AutoModel.from_pretrained(assets / "models" / "story-mlm")
+    model.load_adapter(str(tmp_path / "sum"))
+    assert verify_adapter(model)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_every_recipe_reads_and_starts_with_its_command(path: Path) -> None:
     assert path.read_text().startswith(f"# hf-erasure fit recipes/{path.parent.name}/{path.name}")
@@ -148,11 +160,13 @@ def test_a_pre_ln_model_goes_through_the_same_table(assets: Path, recipe: Path, 
             f"model={assets / 'models' / 'stories260k'}",
             f"output={tmp_path / name}",
             f"adapter.target_modules={targets}",
+            # On the rows fitted on, so that what is left is a leak of the method and not of new cues.
+            "data.test=train",
         ]
         result = CliRunner().invoke(app, ["fit", str(recipe), *overrides, "--no-progress"])
         assert result.exit_code == 0, result.output
         config = json.loads((tmp_path / name / "adapter_config.json").read_text())
         leaks[name] = config["provenance"]["leakage"]["last_hidden_state"]
     assert leaks["blocks"][1] > 0.5 * leaks["blocks"][0]
-    assert leaks["final"][1] < 0.5 * leaks["final"][0]
-    assert torch.isfinite(torch.tensor(leaks["final"])).all()
+    # The halves' own covariances cancel, hence no more than 0.
+    assert leaks["final"][1] < 0.05 < leaks["final"][0]

@@ -2,6 +2,7 @@
 
 from .config import ConceptErasureConfig
 from .layer import ErasureLayer, erasure_layers
+from .lora_export import LoraExport, export_to_lora
 from .registration import register
 from .seams import install
 from .tuner import ConceptErasureModel
@@ -14,7 +15,9 @@ __all__ = [
     "ConceptErasureConfig",
     "ConceptErasureModel",
     "ErasureLayer",
+    "LoraExport",
     "Verification",
     "erasure_layers",
+    "export_to_lora",
     "verify_adapter",
 ]

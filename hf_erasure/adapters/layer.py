@@ -7,19 +7,20 @@ buffers, and hooks on the host apply them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
 from . import hidden as hidden_states
 from .config import ConceptErasureConfig
-from .merging import merged_parameters
+from .ledger import forget, withdraw
 
 CHILD = "concept_erasure"
 
@@ -50,7 +51,8 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         self._host = (host,)
         self._handles: dict[str, Any] = {}
         self._awaits_values: set[str] = set()
-        self._originals: dict[str, Tensor] = {}
+        # In a list, so that they do not become submodules.
+        self._written: list[nn.Module] = []
         self.observers: dict[str, Observer] = {}
         self.merged_adapters = []
         self.concept_erasure_left = BufferDict(persistent=True)
@@ -270,62 +272,42 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write erasers into the host's weights; `unmerge` restores them to the bit.
+        """Erasers are merged at all sites of an adapter or at none, so not from here."""
+        raise ValueError(
+            f"{self.path!r} cannot be merged alone: call merge_adapter() or merge_and_unload() of the model."
+        )
 
-        Raises:
-            ValueError: If that is not exact; nothing has changed then.
-        """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.concept_erasure_site]
-        parameters = self.plan_merge(names, safe_merge=safe_merge)
-        for key, value in parameters.items():
-            parameter = self.host.get_parameter(key)
-            # A projection has no inverse, so the way back is a copy.
-            self._originals.setdefault(key, parameter.detach().clone())
-            parameter.data = value
-        self.merged_adapters.extend(names)
+    @property
+    def written(self) -> tuple[nn.Module, ...]:
+        """The modules whose weights hold erasers of this site."""
+        return tuple(self._written)
 
-    def plan_merge(self, names: list[str], *, safe_merge: bool = False) -> dict[str, Tensor]:
-        """The host's parameters as they are after merging `names`, by name.
-
-        Raises:
-            ValueError: If the erasers cannot be merged exactly, or (`safe_merge`) a merged weight is not finite.
-        """
-        parameters = {key: p.detach() for key, p in self.host.named_parameters(recurse=False)}
-        merged: dict[str, Tensor] = {}
-        for site in ("output", "input"):
-            for name in self._merge_order(names, site):
-                self.check_values(name)
-                left, right, bias = self._parts(name)
-                if left.shape[-1]:
-                    merged |= merged_parameters(self.path, self.host, {**parameters, **merged}, site, left, right, bias)
-        for key, value in merged.items():
-            if safe_merge and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"Merging {names} makes {self.path}.{key} non-finite; the adapter seems to be broken.")
-        return merged
-
-    def _merge_order(self, names: list[str], site: str) -> list[str]:
-        """The order in which erasers enter the weight: from the weight outwards.
-
-        Erasers of different concepts do not commute, so only those next to the weight can be merged exactly.
-        """
-        applied = self.applied_adapters(site)
-        outwards = applied if site == "output" else applied[::-1]
-        here = [name for name in names if self.concept_erasure_site[name] == site]
-        merging = [name for name in outwards if name in here]
-        if merging != outwards[: len(merging)]:
-            raise ValueError(
-                f"{merging} cannot be merged into {self.path!r} before {outwards[0]!r}, which acts between them and "
-                f"the weight: merge {outwards[: outwards.index(merging[-1]) + 1]} together."
-            )
-        return [name for name in here if name not in merging] + merging
+    def note_written(self, module: nn.Module) -> None:
+        """Remember a module whose weights hold erasers of this site."""
+        if not any(module is known for known in self._written):
+            self._written.append(module)
 
     def unmerge(self) -> None:
-        """Put the original weights back."""
-        for key, original in self._originals.items():
-            parameter = self.host.get_parameter(key)
-            parameter.data = original.to(parameter.device, parameter.dtype)
-        self._originals.clear()
+        """Put the original weights back, to the bit unless erasers of other sites are in them."""
+        for module in self._written:
+            withdraw(module, self.path)
+        self._written.clear()
         self.merged_adapters.clear()
+
+    def forget_originals(self) -> None:
+        """Drop the copies that `unmerge` needs: what is merged stays merged."""
+        for module in self._written:
+            forget(module)
+        self._written.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's `convert_to_lora` names what it writes after the adapter's own modules, which are not the hosts."""
+        warnings.warn(
+            "PEFT cannot convert an erasure to a LoRA, but hf_erasure can, and exactly: call "
+            f"hf_erasure.export_to_lora(model, {adapter_name!r}, folder).",
+            stacklevel=3,
+        )
+        return False
 
     def extra_repr(self) -> str:
         """The adapters with their sites and ranks."""

@@ -1,65 +1,99 @@
-"""Erasers written into the weights of the module they act on, where that is exact."""
+"""Erasers written into the weights of linear layers and embeddings: the formulas, and where they hold."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-def merged_parameters(
-    path: str, host: nn.Module, parameters: dict[str, Tensor], site: str, left: Tensor, right: Tensor, bias: Tensor
-) -> dict[str, Tensor]:
-    """The parameters that make `host` alone compute what it computes with the eraser.
+@dataclass(frozen=True)
+class Edit:
+    """One eraser on its way into one weight.
+
+    Attributes:
+        path: The site it was fitted at: the weight's own module, or one whose output that module takes.
+        adapter: The adapter it belongs to.
+        side: The side of the weight it acts on, `"output"` or `"input"`.
+        left: `(width, rank)`.
+        right: `(rank, width)`.
+        bias: `(width,)`, the mean that is kept; zero for a purely linear eraser.
+    """
+
+    path: str
+    adapter: str
+    side: str
+    left: Tensor
+    right: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """What erasers make of a layer `W x + c`, in float64 and as a map of column vectors: `W + B A` and `offset`.
+
+    Attributes:
+        linear: `(out, in)`, the changed weight.
+        offset: `(out,)`, the changed bias; zero where there is none and none is needed.
+        b: `(out, rank)`.
+        a: `(rank, in)`.
+    """
+
+    linear: Tensor
+    offset: Tensor
+    b: Tensor
+    a: Tensor
+
+
+def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[Edit]) -> WeightChange:
+    """The layer that computes alone what `host` computes with erasers.
 
     With `P = L R`, an erased output of `W x + c` is `(I − P) W x + c − P (c − μ)`, and an erased input gives
     `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one.
 
     Args:
-        path: The host's name, for messages.
         host: A `Linear`, a `Conv1D`, or (output only) an `Embedding`.
         parameters: The host's parameters by name.
-        site: `"output"` or `"input"`.
-        left: `(width, rank)`.
-        right: `(rank, width)`.
-        bias: `(width,)`, the mean that is kept; zero for a purely linear eraser.
-
-    Returns:
-        The changed parameters by name, in their own dtypes; computed in float64.
-
-    Raises:
-        ValueError: If the merged module would not compute the same.
+        edits: The erasers, the one next to the weight first.
     """
-    refusal = why_not_mergeable(host, site)
-    if refusal is not None:
-        raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
-    left, right, mean = (part.to(parameters["weight"].device, torch.float64) for part in (left, right, bias))
-    weight = parameters["weight"].double()
-    if isinstance(host, nn.Embedding):
-        return {"weight": _cast(weight - ((weight - mean) @ right.T) @ left.T, parameters["weight"])}
+    weight = parameters["weight"]
+    # Conv1D and Embedding store the transpose.
+    linear = weight.double() if _is_linear(host) else weight.double().T
+    bias = parameters.get("bias")
+    offset = linear.new_zeros(linear.shape[0]) if bias is None else bias.double()
+    b_parts, a_parts = [linear.new_zeros(linear.shape[0], 0)], [linear.new_zeros(0, linear.shape[1])]
+    for edit in edits:
+        left, right, mean = (part.to(weight.device, torch.float64) for part in (edit.left, edit.right, edit.bias))
+        if edit.side == "input":
+            b, a = -linear @ left, right
+            offset = offset - b @ (right @ mean)
+        elif isinstance(host, nn.Embedding):
+            b, a = -left, right @ (linear - mean[:, None])
+        else:
+            b, a = -left, right @ linear
+            offset = offset + b @ (right @ (offset - mean))
+        linear = linear + b @ a
+        b_parts.append(b)
+        a_parts.append(a)
+    return WeightChange(linear, offset, torch.cat(b_parts, dim=1), torch.cat(a_parts, dim=0))
 
-    # As a map of column vectors, whichever way round the layer stores it.
-    linear = weight.T if isinstance(host, Conv1D) else weight
-    old_bias = parameters.get("bias")
-    if old_bias is None:
-        offset = torch.zeros(linear.shape[0], dtype=torch.float64, device=linear.device)
-    else:
-        offset = old_bias.double()
-    if site == "output":
-        linear, new_offset = linear - left @ (right @ linear), offset - left @ (right @ (offset - mean))
-    else:
-        new_offset = offset + linear @ (left @ (right @ mean))
-        linear = linear - (linear @ left) @ right
-    changed = {"weight": _cast(linear.T if isinstance(host, Conv1D) else linear, parameters["weight"])}
-    if old_bias is not None:
-        changed["bias"] = _cast(new_offset, old_bias)
-    elif bool(new_offset.any()):
-        raise ValueError(
-            f"The erasure at the {site} of {path!r} cannot be merged: it keeps the mean of the activations, for which "
-            "the layer would need a bias, and it has none. Fit a purely linear erasure with "
-            "ConceptErasureConfig(affine=False), or use this adapter unmerged."
-        )
+
+def merged_parameters(host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[Edit]) -> dict[str, Tensor]:
+    """The changed parameters of `host` by name, in its dtype; with a `"bias"` if one is there or needed."""
+    change = weight_change(host, parameters, edits)
+    weight, bias = parameters["weight"], parameters.get("bias")
+    changed = {"weight": (change.linear if _is_linear(host) else change.linear.T).to(weight.dtype).contiguous()}
+    if bias is not None or bool(change.offset.any()):
+        changed["bias"] = change.offset.to(weight.dtype if bias is None else bias.dtype)
     return changed
+
+
+def is_weight_layer(host: nn.Module) -> bool:
+    """Whether `host` computes what `weight_change` supposes; subclasses with a forward of their own do not."""
+    return type(host).forward in (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
 
 
 def why_not_mergeable(host: nn.Module, site: str) -> str | None:
@@ -94,5 +128,5 @@ def shared_weights(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _cast(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype).contiguous()
+def _is_linear(host: nn.Module) -> bool:
+    return not isinstance(host, (Conv1D, nn.Embedding))

@@ -12,8 +12,8 @@ from torch import nn
 
 from .config import ConceptErasureConfig
 from .fingerprint import check_base
+from .folding import merge
 from .layer import CHILD, ErasureLayer, erasure_layers
-from .merging import shared_weights
 from .targets import default_targets, keep_layers
 
 
@@ -67,7 +67,7 @@ class ConceptErasureModel(BaseTuner):
             names = default_targets(self.model)
             if peft_config.layers_to_transform is not None:
                 names = keep_layers(names, peft_config.layers_to_transform, peft_config.layers_pattern)
-            peft_config.target_modules = _exactly(names, self.model)
+            peft_config.target_modules = exactly(names, self.model)
             if isinstance(peft_config.target_modules, str):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         return peft_config
@@ -110,33 +110,23 @@ class ConceptErasureModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write erasers into the weights, at every site or, if one refuses, at none.
 
+        An erasure at a norm goes into the linear layers that take the norm's output. What the model returns stays the
+        same; `output_hidden_states` then shows the states of the model without the erasures at norms, and so does
+        whatever else looks at a norm's output.
+
         Raises:
             ValueError: Names the site that cannot be merged exactly and what to do instead.
         """
         if adapter_names is None:
             adapter_names = self._acting_adapters()
-        self._check_all_mergeable(adapter_names, safe_merge=safe_merge)
-        super().merge_adapter(adapter_names, safe_merge=safe_merge)
+        self._check_merge_allowed()
+        merge(self.model, adapter_names, safe_merge=safe_merge)
 
     def _acting_adapters(self) -> list[str]:
         """The active adapters, and before them the sticky ones that act all the same."""
         layers = erasure_layers(self.model).values()
         sticky = {name for layer in layers for name, on in layer.concept_erasure_sticky.items() if on}
         return [*sorted(sticky - set(self.active_adapters)), *self.active_adapters]
-
-    def _check_all_mergeable(self, adapter_names: list[str], *, safe_merge: bool) -> None:
-        tied = shared_weights(self.model)
-        for path, layer in erasure_layers(self.model).items():
-            names = [n for n in adapter_names if n in layer.adapters and n not in layer.merged_adapters]
-            owners = next((tied[n] for n in tied if n.rpartition(".")[0] == path), None)
-            if names and owners is not None:
-                raise ValueError(
-                    f"The erasure at {path!r} cannot be merged: its weight is shared by {owners}, which would change "
-                    "too. Untie the weights (tie_word_embeddings=False) or use the adapter unmerged."
-                )
-            if layer._disable_adapters and names:
-                raise ValueError(f"The adapters are disabled: call enable_adapter_layers() before merging {names}.")
-            layer.plan_merge(names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -151,6 +141,7 @@ class ConceptErasureModel(BaseTuner):
         for layer in layers:
             if not merge and layer.merged:
                 layer.unmerge()
+            layer.forget_originals()
             layer.detach()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -194,7 +185,7 @@ def move_inside_wrappers(model: nn.Module) -> None:
             layer.rehome(layer.host.get_base_layer())
 
 
-def _exactly(names: list[str], model: nn.Module) -> Any:
+def exactly(names: list[str], model: nn.Module) -> Any:
     """`target_modules` that mean these modules and no others.
 
     PEFT takes a name in a list for a suffix too, so that the final norm `norm` would stand for every `….norm`.

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig
 
+from .adding import FIT_FOLDER
 from .data import concept_dataloader
 from .erasure import fit_concept_erasure
 from .occupations import occupation_sentences
@@ -58,12 +59,18 @@ class DataRecipe:
 
 @dataclass
 class FitRecipe:
-    """How to fit: the arguments of `fit_concept_erasure`, batch size and longest text in tokens."""
+    """How to fit: the arguments of `fit_concept_erasure`, batch size and longest text in tokens.
+
+    With `checkpoint`, what is finished is kept in `OUTPUT/fit`: a run that was killed continues there, and one-pass
+    fits can be added by `hf-erasure merge-fits`.
+    """
 
     sequential: bool = True
     pool: str = "mean"
     batch_size: int = 64
     max_length: int | None = 256
+    resident_batches: int | None = None
+    checkpoint: bool = False
 
 
 @dataclass
@@ -153,6 +160,8 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome:
         pool=recipe.fit.pool,
         eval_batches=_loader(recipe, data[recipe.data.test], tokenizer),
         background=_background(recipe, tokenizer),
+        resident_batches=recipe.fit.resident_batches,
+        checkpoint_dir=Path(recipe.output) / FIT_FOLDER if recipe.fit.checkpoint else None,
         progress=progress,
     )
     table = probe(recipe, model, tokenizer, data, progress)

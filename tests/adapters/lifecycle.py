@@ -55,20 +55,57 @@ class Cell:
         return self.target == "embeddings" and self.site == "input" and self.parts.is_text
 
     @property
+    def next_to_weight(self) -> str:
+        """Which of two adapters is next to the weight they are merged into: the `"first"` that acts, or the `"last"`.
+
+        At the output of a layer with a weight the first one is; elsewhere the weight comes after both.
+        """
+        has_weight = self.target == "all-linear" or (self.target == "embeddings" and self.architecture != "vit")
+        return "first" if self.site == "output" and has_weight else "last"
+
+    @property
     def merge_refusal(self) -> str | None:
         """Words of the message that refuses to merge; None where merging is exact."""
+        needs_bias = self.parts.bias_free and self.affine
         if self.target == "all-linear":
-            return "would need a bias" if self.parts.bias_free and self.affine else None
-        if self.target == "embeddings" and self.parts.is_text:
+            # Llama has switches for all its layers but the head, which is not among "all-linear".
+            return "would need a bias" if needs_bias and self.architecture != "llama" else None
+        if (self.target, self.site) == ("norms", "output"):
+            # The head has no bias in any of the decoders, and no switch for one.
+            return _NORM_REFUSALS[self.architecture] or ("would need a bias" if self.affine else None)
+        if (self.target, self.site) == ("attention", "input"):
+            if self.architecture in ("bert", "roberta"):  # their attention has its residual connection inside
+                return "goes into `add`"
+            return "would need a bias" if needs_bias and self.architecture == "t5" else None
+        if self.target == "norms":
+            return "goes into `(pow|_to_copy|native_layer_norm)`"
+        if self.target == "attention":
+            return "goes into `add`"
+        if self.target == "embeddings" and self.architecture not in ("gemma", "vit"):
             return "is shared by" if self.parts.tied else None
-        return "has no weight matrix"
+        return "goes into `"
 
+
+# What stands in the way of merging the output of all norms, affine or not.
+_NORM_REFUSALS = {
+    "bert": "goes into `add`",
+    "distilbert": "goes into `add`",
+    "roberta": "goes into `add`",
+    "gpt2": "goes into 'lm_head', whose weight is shared by",
+    "gpt_neox": None,
+    "llama": None,
+    "qwen3": None,
+    "gemma": "goes into 'lm_head', whose weight is shared by",
+    "t5": "'encoder.final_layer_norm' .* is part of what T5ForConditionalGeneration returns",
+    "vit": "'layernorm' .* is part of what ViTModel returns",
+}
 
 ALL_CELLS = [Cell(a, t, s) for a in ARCHITECTURES for t in TARGETS for s in SITES]
 CELLS = [cell for cell in ALL_CELLS if not cell.refused]
 REFUSED = [cell for cell in ALL_CELLS if cell.refused]
 # Where a bias-free layer can be merged: without the affine part.
-LINEAR_CELLS = [Cell(a, "all-linear", s, affine=False) for a in ARCHITECTURES for s in SITES]
+_MERGEABLE = [("all-linear", "output"), ("all-linear", "input"), ("norms", "output"), ("attention", "input")]
+LINEAR_CELLS = [Cell(a, t, s, affine=False) for a in ARCHITECTURES for t, s in _MERGEABLE]
 
 
 def _pairwise() -> list[Cell]:
@@ -160,6 +197,7 @@ class State:
             "peft_config": {
                 name: config.to_dict() for name, config in (getattr(model, "peft_config", None) or {}).items()
             },
+            "config": model.config.to_dict(),
             "has peft_config": hasattr(model, "peft_config"),
             "_hf_peft_config_loaded": getattr(model, "_hf_peft_config_loaded", None),
             "erasures": {

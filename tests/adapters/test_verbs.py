@@ -151,7 +151,7 @@ def test_two_adapters_merge_as_they_act(cell: Cell, order: list[str], lifecycle:
     model.base_model.set_adapter(order)
     batch = small_batch(cell.architecture, seed=5)
     unmerged, before = outputs_of(model, batch), state_of(model, cell.architecture)
-    first, second = order if cell.site == "output" else order[::-1]
+    first, second = order if cell.next_to_weight == "first" else order[::-1]
     with pytest.raises(ValueError, match=f"'{second}'.* cannot be merged .* before '{first}'"):
         model.merge_adapter([second])
     before.assert_same(state_of(model, cell.architecture))

@@ -1,0 +1,71 @@
+"""An adapter's folder and a model's, turned into a plain checkpoint or a stock LoRA: what the command line calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from .config import ConceptErasureConfig
+from .layer import erasure_layers
+
+_NAME = "default"
+
+
+def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
+    """Load a model in the class of its checkpoint, or that of the adapter where only that has the adapter's sites.
+
+    Raises:
+        ValueError: If the folder holds another kind of adapter.
+    """
+    config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, ConceptErasureConfig):
+        raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, and no erasure.")
+    base = _model_class(model, config).from_pretrained(model)
+    wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_NAME)
+    return wrapped
+
+
+def save_merged(model: str, adapter: str | Path, folder: str | Path) -> str:
+    """Merge an erasure and save the model with its tokenizer or processor; returns what was merged, in a sentence."""
+    wrapped = load_with_erasure(model, adapter)
+    config: Any = wrapped.peft_config[_NAME]
+    sites = len(erasure_layers(wrapped, _NAME))
+    base: Any = wrapped.get_base_model()
+    kept = base.config.to_dict()
+    wrapped.merge_adapter()
+    written = len({id(module) for layer in erasure_layers(wrapped).values() for module in layer.written})
+    plain = wrapped.merge_and_unload()
+    changed = [name for name, value in plain.config.to_dict().items() if kept.get(name) != value]
+    plain.save_pretrained(folder)
+    _copy_processor(model, folder)
+    switched = f", with {', '.join(f'{name}=True' for name in changed)} in its configuration" if changed else ""
+    return (
+        f"Merged the erasure of {config.concept!r} at {sites} sites into the weights of {written} layers of "
+        f"{type(plain).__name__}{switched}. Outputs on a small input are the same up to rounding."
+    )
+
+
+def _model_class(model: str, config: ConceptErasureConfig) -> Any:
+    plain = AutoConfig.from_pretrained(model)
+    names = [*(plain.architectures or []), config.provenance.get("base_class", "")]
+    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    for candidate in classes:
+        with torch.device("meta"):
+            modules = {name for name, _ in candidate(plain).named_modules()}
+        if modules.issuperset(config.fitted_sites or {}):
+            return candidate
+    return AutoModel
+
+
+def _copy_processor(model: str, folder: str | Path) -> None:
+    """Save the tokenizer or processor beside the model, where there is one."""
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError):
+        return  # a model alone
+    processor.save_pretrained(folder)

@@ -1,0 +1,343 @@
+"""Merging erasers into a model's weights: all sites of an adapter, or none.
+
+At a linear layer or an embedding the eraser goes into that layer's own weight. At any other site (a norm, above all) it
+goes into the layers that take the site's activation, if nothing but linear layers does.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .consumers import Uses, trace_uses
+from .drift import check_drift
+from .layer import ErasureLayer, erasure_layers
+from .ledger import BiasSwitch, ledger_of, put_ledger, set_parameter, write
+from .merging import Edit, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
+from .probing import Probe
+from .switches import bias_switches
+
+
+@dataclass
+class Plan:
+    """What is to be written where, before anything is.
+
+    Attributes:
+        names: The adapters, by the path of the site they are merged at.
+        edits: The erasers that go into each layer, by the layer's name, the one next to the weight first.
+        modules: Those layers.
+    """
+
+    names: dict[str, list[str]] = field(default_factory=dict)
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> None:
+    """Write erasers into weights, and check on a small forward pass that the model still computes the same.
+
+    Args:
+        model: The base model with erasure layers.
+        names: The adapters to merge.
+        safe_merge: Refuse weights that are not finite.
+
+    Raises:
+        ValueError: Names the site that cannot be merged exactly and what to do instead; nothing has changed then.
+    """
+    probe = Probe(model)
+    plan = plan_merge(model, names, probe)
+    if not plan.edits:
+        return
+    switches, values = _values(model, plan, names, safe_merge=safe_merge)
+    layers = erasure_layers(model)
+    with _acting_in_merge_order(layers, plan.names):
+        before = None if probe.failure else probe.run()
+    snapshot = Snapshot([layers[path] for path in plan.names], [*plan.modules.values(), *_given_biases(switches)])
+    configs = [(switch.config, switch.name, switch.off) for switch in switches]
+    try:
+        _write(layers, plan, switches, values)
+        if before is not None:
+            check_drift(probe, before, list(plan.modules.values()), names)
+    except BaseException:
+        snapshot.restore()
+        for config, name, off in configs:
+            setattr(config, name, off)
+        raise
+    if before is None:
+        warnings.warn(
+            f"{names} were merged without the usual comparison of outputs, since {type(model).__name__} cannot be run "
+            f"on a dummy input ({probe.failure}). Compare outputs yourself.",
+            stacklevel=4,
+        )
+
+
+def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> Plan:
+    """Find the layers that take the erasers of adapters.
+
+    Args:
+        model: The base model.
+        names: The adapters.
+        probe: What is run to find them.
+        allow_tied: Take layers whose weight is another's too, for changes that do not touch the weight itself.
+
+    Raises:
+        ValueError: Names the site that has no such layers, what stands in the way, and the remedy.
+    """
+    layers = {path: (layer, _merging(layer, names)) for path, layer in erasure_layers(model).items()}
+    layers = {path: (layer, here) for path, (layer, here) in layers.items() if here}
+    for layer, here in layers.values():
+        if layer._disable_adapters:
+            raise ValueError(f"The adapters are disabled: call enable_adapter_layers() before merging {here}.")
+        for name in here:
+            layer.check_values(name)
+    plan = Plan()
+    direct = {path: layer for path, (layer, _) in layers.items() if is_weight_layer(layer.host)}
+    folded = {path: layer for path, (layer, _) in layers.items() if path not in direct}
+    for path, layer in direct.items():
+        _plan_direct(plan, model, layer, layers[path][1], allow_tied=allow_tied)
+    if folded:
+        _plan_folded(plan, model, folded, names, probe, allow_tied=allow_tied)
+    return plan
+
+
+def _merging(layer: ErasureLayer, names: list[str]) -> list[str]:
+    return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
+
+
+def _plan_direct(plan: Plan, model: nn.Module, layer: ErasureLayer, names: list[str], *, allow_tied: bool) -> None:
+    path = layer.path
+    tied = _tied_to(model, path)
+    if tied and not allow_tied:
+        raise ValueError(
+            f"The erasure at {path!r} cannot be merged: its weight is shared by {tied}, which would change too. Untie "
+            "the weights (tie_word_embeddings=False) or use the adapter unmerged."
+        )
+    for site in ("output", "input"):
+        for name in merge_order(layer, names, site):
+            refusal = why_not_mergeable(layer.host, site)
+            if refusal is not None:
+                raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
+            _add(plan, path, layer.host, layer, name, site)
+
+
+def _plan_folded(
+    plan: Plan, model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
+) -> None:
+    if probe.failure:
+        path = next(iter(sites))
+        raise ValueError(
+            f"The erasure at {path!r} cannot be merged: which layers take its activation is found by running the "
+            f"model on a dummy input, and this {type(model).__name__} cannot be ({probe.failure}). Use the adapter "
+            "unmerged, or target linear layers, e.g. target_modules='all-linear'."
+        )
+    uses, fed = trace_uses(model, probe, sites, names)
+    _refuse_unless_foldable(model, uses, fed, allow_tied=allow_tied)
+    modules = dict(model.named_modules())
+    for path, layer in sites.items():
+        for site in ("output", "input"):
+            for name in merge_order(layer, _merging(layer, names), site):
+                for target in dict.fromkeys(uses[path].layers):
+                    _add(plan, target, modules[target], layer, name, "input")
+
+
+def _refuse_unless_foldable(
+    model: nn.Module, uses: dict[str, Uses], fed: dict[str, set[str]], *, allow_tied: bool
+) -> None:
+    found = {path: why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
+    reasons = {path: reason for path, reason in found.items() if reason is not None}
+    if not reasons:
+        return
+    path, reason = next(iter(reasons.items()))
+    more = "" if len(reasons) == 1 else f" Of {len(uses)} such sites {len(reasons)} cannot be merged."
+    remedy = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+    if len(reasons) < len(uses):
+        remedy = f"Fit it again without them, exclude_modules={list(reasons)}, or use the adapter unmerged."
+    raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
+
+
+def why_not_foldable(
+    model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool = False
+) -> str | None:
+    """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""
+    if not uses.runs:
+        return "it was not reached when the model ran on a dummy input"
+    if uses.returned:
+        return f"its activation is part of what {type(model).__name__} returns, and would be returned un-erased"
+    if uses.obstacles:
+        obstacles = ", ".join(f"`{name}`" for name in dict.fromkeys(uses.obstacles))
+        return (
+            f"its activation goes into {obstacles}, and only linear layers (Linear, Conv1D) can take the projection "
+            "into their weights"
+        )
+    if not uses.layers:
+        return "no layer of the model takes its activation"
+    for target in dict.fromkeys(uses.layers):
+        names = _tied_to(model, target)
+        if names and not allow_tied:
+            return (
+                f"it goes into {target!r}, whose weight is shared by {names}, which would change too; a model with "
+                "untied weights (tie_word_embeddings=False) has no such tie"
+            )
+        others = sorted(fed[target] - {path, *(["<embedding>"] if allow_tied else [])})
+        if others:
+            return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
+    return None
+
+
+def _tied_to(model: nn.Module, owner: str) -> list[str] | None:
+    """All the names of a module's parameters that are another module's too."""
+    tied = shared_weights(model)
+    return next((tied[name] for name in tied if name.rpartition(".")[0] == owner), None)
+
+
+def _add(plan: Plan, target: str, module: nn.Module, layer: ErasureLayer, name: str, side: str) -> None:
+    plan.names.setdefault(layer.path, [])
+    if name not in plan.names[layer.path]:
+        plan.names[layer.path].append(name)
+    plan.modules[target] = module
+    edits = plan.edits.setdefault(target, [])
+    left, right, bias = layer.eraser_state(name)
+    if left.shape[-1]:
+        edits.append(Edit(layer.path, name, side, left, right, bias))
+
+
+# ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
+
+
+def merge_order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
+    """The order in which erasers at one side of a module enter the weight: from the weight outwards.
+
+    Raises:
+        ValueError: If one that is not to be merged acts between them and the weight.
+    """
+    applied = layer.applied_adapters(site)
+    outwards = applied if _weight_first(layer, site) else applied[::-1]
+    here = [name for name in names if layer.concept_erasure_site[name] == site]
+    merging = [name for name in outwards if name in here]
+    if merging != outwards[: len(merging)]:
+        raise ValueError(
+            f"{merging} cannot be merged into {layer.path!r} before {outwards[0]!r}, which acts between them and the "
+            f"weight: merge {outwards[: outwards.index(merging[-1]) + 1]} together."
+        )
+    return [name for name in here if name not in merging] + merging
+
+
+def _weight_first(layer: ErasureLayer, site: str) -> bool:
+    """Whether the eraser that is applied first is the one next to the weight: at the output of the weight's layer."""
+    return site == "output" and is_weight_layer(layer.host)
+
+
+class _acting_in_merge_order:
+    """Let adapters act as they will once merged, also those that are not active."""
+
+    def __init__(self, layers: dict[str, ErasureLayer], names: dict[str, list[str]]) -> None:
+        self.layers = [(layers[path], here) for path, here in names.items()]
+        self.active = [layer._active_adapter for layer, _ in self.layers]
+
+    def __enter__(self) -> None:
+        orders = [_order_of_action(layer, here) for layer, here in self.layers]
+        for (layer, _), order in zip(self.layers, orders, strict=True):
+            layer._active_adapter = order
+
+    def __exit__(self, *exception: object) -> None:
+        for (layer, _), active in zip(self.layers, self.active, strict=True):
+            layer._active_adapter = active
+
+
+def _order_of_action(layer: ErasureLayer, names: list[str]) -> list[str]:
+    order = []
+    for site in ("output", "input"):
+        applied = layer.applied_adapters(site)
+        idle = [n for n in names if layer.concept_erasure_site[n] == site and n not in applied]
+        order += [*idle, *applied] if _weight_first(layer, site) else [*applied, *idle[::-1]]
+    return order
+
+
+# ---- values, and their way into the model ----------------------------------------------------------------------------
+
+
+def _values(
+    model: nn.Module, plan: Plan, names: list[str], *, safe_merge: bool
+) -> tuple[list[BiasSwitch], dict[str, dict[str, Tensor]]]:
+    """The merged parameters of each layer, and the switches that give it the bias it needs."""
+    values = {}
+    for target, module in plan.modules.items():
+        parameters = {key: p.detach() for key, p in module.named_parameters(recurse=False)}
+        values[target] = merged_parameters(module, parameters, plan.edits[target])
+        for key, value in values[target].items():
+            if safe_merge and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
+    lacking = [
+        t for t, module in plan.modules.items() if "bias" in values[t] and module._parameters.get("bias") is None
+    ]
+    return _switches_for(model, plan, lacking), values
+
+
+def _switches_for(model: nn.Module, plan: Plan, lacking: list[str]) -> list[BiasSwitch]:
+    """The entries of the configuration that give `lacking` their biases.
+
+    Raises:
+        ValueError: If some of them get none from any.
+    """
+    known = bias_switches(model) if lacking else []
+    found = {target: next((s for s in known if target in s.modules), None) for target in lacking}
+    left = [target for target, switch in found.items() if switch is None]
+    if left:
+        sites = list(dict.fromkeys(edit.path for target in left for edit in plan.edits[target]))
+        without = ""
+        if len(sites) < len(plan.names):
+            without = f"leave out the sites that need one, exclude_modules={sites}, "
+        raise ValueError(
+            f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, for which {left[0]!r}"
+            f" would need a bias; it has none, and no entry of {type(model).__name__}'s configuration gives one. "
+            f"Fit a purely linear erasure with ConceptErasureConfig(affine=False), {without}or use this adapter "
+            "unmerged."
+        )
+    needed: list[BiasSwitch] = []
+    for switch in found.values():
+        if switch is not None and not any(switch is other for other in needed):
+            needed.append(switch)
+    return needed
+
+
+def _write(
+    layers: dict[str, ErasureLayer], plan: Plan, switches: list[BiasSwitch], values: dict[str, dict[str, Tensor]]
+) -> None:
+    for switch in switches:
+        switch.open()
+    for target, module in plan.modules.items():
+        write(module, values[target], plan.edits[target])
+        for path in {edit.path for edit in plan.edits[target]}:
+            layers[path].note_written(module)
+    for path, here in plan.names.items():
+        layers[path].merged_adapters.extend(here)
+
+
+class Snapshot:
+    """Weights, their ledgers and the layers' notes as they are now, by reference: writing puts new tensors in place."""
+
+    def __init__(self, layers: list[ErasureLayer], modules: list[nn.Module]) -> None:
+        self.layers = [(layer, [*layer.merged_adapters], [*layer._written]) for layer in layers]
+        self.modules = [(m, {n: None if p is None else p.data for n, p in m._parameters.items()}) for m in modules]
+        self.ledgers = [(module, copy.copy(ledger_of(module))) for module in modules]
+        for _, ledger in self.ledgers:
+            if ledger is not None:
+                ledger.edits = [*ledger.edits]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for layer, merged, written in self.layers:
+            layer.merged_adapters, layer._written = merged, written
+        for module, values in self.modules:
+            for name, value in values.items():
+                set_parameter(module, name, value)
+        for module, ledger in self.ledgers:
+            put_ledger(module, ledger)
+
+
+def _given_biases(switches: list[BiasSwitch]) -> list[nn.Module]:
+    return [module for switch in switches for module in switch.modules.values()]

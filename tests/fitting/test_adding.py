@@ -1,0 +1,86 @@
+"""Two fits on halves of the data are, added, the fit on all of it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
+from hf_erasure.adapters import erasure_layers
+from hf_erasure.fitting.adding import merge_fits
+from tests.small_models import LABELS, inputs_of, small_batches, small_model
+
+
+def fitted(folder: Path, batches: Any, **options: Any) -> Any:
+    model = copy.deepcopy(small_model("bert"))
+    model.add_adapter(ConceptErasureConfig(labels=LABELS))
+    fit_concept_erasure(model, batches, sequential=False, checkpoint_dir=folder / "fit", progress=False, **options)
+    model.save_pretrained(folder)
+    return model
+
+
+def loaded(folder: Path) -> Any:
+    model = copy.deepcopy(small_model("bert"))
+    model.load_adapter(str(folder))
+    return model
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_two_halves_add_up_to_the_whole(background: bool, tmp_path: Path) -> None:
+    batches, other = small_batches("bert", 6), [inputs_of(b) for b in small_batches("bert", 4, seed=700)]
+
+    def extra(part: slice) -> dict[str, Any]:
+        return {"background": other[part]} if background else {}
+
+    whole = fitted(tmp_path / "whole", batches, **extra(slice(None)))
+    fitted(tmp_path / "a", batches[:2], **extra(slice(0, 1)))
+    fitted(tmp_path / "b", batches[2:4], **extra(slice(1, 2)))
+    fitted(tmp_path / "c", batches[4:], **extra(slice(2, None)))
+    merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+    config = merge_fits(tmp_path / "ab", tmp_path / "c", tmp_path / "abc")
+    assert config.provenance["examples"] == 6 * 16
+    summed = loaded(tmp_path / "abc")
+    assert verify_adapter(summed)
+    for site, layer in erasure_layers(whole).items():
+        (left, right, bias), (other_left, other_right, other_bias) = (
+            held.eraser_state("default") for held in (layer, erasure_layers(summed)[site])
+        )
+        # float64 sums in another order, then float32 erasers: their rounding, 6e-8, a few times over.
+        torch.testing.assert_close(left @ right, other_left @ other_right, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(bias, other_bias, rtol=1e-5, atol=1e-6)
+
+
+def test_fits_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    fitted(tmp_path / "a", small_batches("bert", 2))
+    fitted(tmp_path / "mean", small_batches("bert", 2, seed=9), pool="mean")
+    with pytest.raises(ValueError, match="pool='mean', this one has 'tokens'"):
+        merge_fits(tmp_path / "a", tmp_path / "mean", tmp_path / "out")
+    background = [inputs_of(b) for b in small_batches("bert", 2, seed=700)]
+    fitted(tmp_path / "background", small_batches("bert", 2, seed=9), background=background)
+    with pytest.raises(ValueError, match="Only one of the two fits has background moments"):
+        merge_fits(tmp_path / "a", tmp_path / "background", tmp_path / "out2")
+
+
+def test_a_folder_without_moments_says_how_to_get_them(tmp_path: Path) -> None:
+    model = fitted(tmp_path / "a", small_batches("bert", 2))
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"fit\.checkpoint=true"):
+        merge_fits(tmp_path / "a", tmp_path / "bare", tmp_path / "out")
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    fitted(tmp_path / "a", small_batches("bert", 2))
+    model = copy.deepcopy(small_model("bert"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.add_adapter(ConceptErasureConfig(labels=LABELS))
+    options = {"sequential": False, "checkpoint_dir": tmp_path / "b" / "fit", "progress": False}
+    fit_concept_erasure(model, small_batches("bert", 2), **options)
+    model.save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match="different base models"):
+        merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "out")
