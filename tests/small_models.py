@@ -199,6 +199,12 @@ def roughen(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return model
 
 
+def shared_layers_model() -> nn.Module:
+    """An ALBERT: three blocks that are one module called three times."""
+    config = hf.AlbertConfig(**{**_TEXT, "num_hidden_layers": 3, "intermediate_size": 48}, embedding_size=16)
+    return roughen(hf.AlbertModel(config), torch.Generator().manual_seed(0)).eval()
+
+
 def small_batch(name: str, *, seed: int = 0, rows: int = 16, length: int = 8) -> dict[str, Tensor]:
     """Inputs with padding, and `concept_labels` that the inputs give away.
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
-from tests.small_models import LABELS, inputs_of, roughen, small_batches, small_model
+from tests.small_models import LABELS, inputs_of, shared_layers_model, small_batches, small_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,15 +95,7 @@ def test_one_pass_does_not_run_batches_again_that_its_moments_hold(tmp_path: Pat
 
 
 def test_shared_layers_continue_one_site_a_pass(tmp_path: Path) -> None:
-    config = hf.AlbertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        embedding_size=16,
-    )
-    plain = roughen(hf.AlbertModel(config), torch.Generator().manual_seed(0)).eval()
+    plain = shared_layers_model()
 
     def model() -> Any:
         copied = copy.deepcopy(plain)
@@ -140,7 +131,7 @@ def test_another_fit_is_refused_by_what_differs(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, time, torch
 sys.path.insert(0, {root!r})
-from tests.small_models import LABELS, small_batches, small_model
+from tests.small_models import LABELS, shared_layers_model, small_batches, small_model
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 model = small_model("bert")
 model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name="no_gender")

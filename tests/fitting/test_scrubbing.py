@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, apply_erasure
-from tests.small_models import ARCHITECTURES, LABELS, inputs_of, roughen, small_batches, small_model
+from tests.small_models import (
+    ARCHITECTURES,
+    LABELS,
+    inputs_of,
+    roughen,
+    shared_layers_model,
+    small_batches,
+    small_model,
+)
 
 Batch = dict[str, Tensor]
 
@@ -123,15 +131,7 @@ def test_experts_post_norms_and_shared_layers(name: str) -> None:
 
 
 def test_shared_layers_say_what_they_cost(caplog: pytest.LogCaptureFixture) -> None:
-    config = hf.AlbertConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        embedding_size=16,
-    )
-    model = with_adapter(roughen(hf.AlbertModel(config), torch.Generator().manual_seed(0)).eval())
+    model = with_adapter(shared_layers_model())
     fit(model, small_batches("bert"))
     assert "called several times in one forward pass" in caplog.text
     assert "2 passes over the data instead of one" in caplog.text
