@@ -5,12 +5,24 @@ Importing this package registers its adapter types with PEFT; from then on `mode
 """
 
 from ._version import __version__
-from .adapters import ConceptErasureConfig, LoraExport, Verification, export_to_lora, verify_adapter
+from .adapters import (
+    ConceptErasureConfig,
+    GradiendConfig,
+    LoraExport,
+    Verification,
+    export_to_lora,
+    verify_adapter,
+)
 from .fitting import ErasureReport, concept_dataloader, fit_concept_erasure
+from .fitting.gradiend import GradiendAdapter, GradiendTrainer, GradiendTrainingArguments
 
 __all__ = [
     "ConceptErasureConfig",
     "ErasureReport",
+    "GradiendAdapter",
+    "GradiendConfig",
+    "GradiendTrainer",
+    "GradiendTrainingArguments",
     "LoraExport",
     "Verification",
     "__version__",

@@ -1,6 +1,19 @@
 """Everything that touches PEFT's internals."""
 
 from .config import ConceptErasureConfig
+from .gradiend_config import GradiendConfig
+from .gradiend_state import (
+    StoredFeature,
+    edited,
+    features_of,
+    gradiend_layers,
+    kept_share,
+    set_features,
+    stated_bytes,
+    steer,
+    targeted_parameters,
+)
+from .gradiend_tuner import GradiendModel
 from .layer import ErasureLayer, erasure_layers
 from .lora_export import LoraExport, export_to_lora
 from .registration import register
@@ -9,15 +22,27 @@ from .tuner import ConceptErasureModel
 from .verification import Verification, verify_adapter
 
 register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)
+register("gradiend", GradiendConfig, GradiendModel)
 install()
 
 __all__ = [
     "ConceptErasureConfig",
     "ConceptErasureModel",
     "ErasureLayer",
+    "GradiendConfig",
+    "GradiendModel",
     "LoraExport",
+    "StoredFeature",
     "Verification",
+    "edited",
     "erasure_layers",
     "export_to_lora",
+    "features_of",
+    "gradiend_layers",
+    "kept_share",
+    "set_features",
+    "stated_bytes",
+    "steer",
+    "targeted_parameters",
     "verify_adapter",
 ]

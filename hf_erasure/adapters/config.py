@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
-
+from .base_config import ChildConfig
 from .registration import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -17,7 +17,7 @@ SITES = ("output", "input")
 
 
 @dataclass
-class ConceptErasureConfig(PeftConfig):
+class ConceptErasureConfig(ChildConfig):
     """An erasure of one concept from the activations of a model's modules.
 
     Either `labels` (a concept of named classes) or `concept_dim` (a continuous or multi-label concept) says how the
@@ -60,18 +60,12 @@ class ConceptErasureConfig(PeftConfig):
     method: str = field(default="leace", metadata={"help": "'leace' or 'orth'."})
     affine: bool = field(default=True, metadata={"help": "Keep the mean of the activations."})
     rank: int | None = field(default=None, metadata={"help": "At most so many directions a site."})
-    sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})
-    fitted: bool = field(default=False, metadata={"help": "Written by fitting."})
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "Written by fitting."})
-    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "Written by fitting."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = CONCEPT_ERASURE
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple, set)):
-                setattr(self, name, set(value))
+        self._as_sets()
         self._check_choices()
         self._check_concept()
         self._check_layers()
@@ -106,15 +100,20 @@ class ConceptErasureConfig(PeftConfig):
         elif self.concept_dim is not None and self.concept_dim < 1:
             raise ValueError(f"concept_dim={self.concept_dim} must be at least 1.")
 
-    def _check_layers(self) -> None:
-        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if is_expression and (self.layers_to_transform is not None or self.layers_pattern is not None):
-            raise ValueError(
-                "layers_to_transform and layers_pattern go with a list of target_modules or None, not with the "
-                f"regular expression {self.target_modules!r}: write the layers into the expression."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")
+    @property
+    def described(self) -> str:
+        """The adapter in the words of a message."""
+        return f"erasure of {self.concept!r}"
+
+    @property
+    def remedy(self) -> str:
+        """What to call so that the adapter is fitted."""
+        return "Call fit_concept_erasure(model, batches, adapter_name=…)."
+
+    @property
+    def fitted_modules(self) -> Iterable[str]:
+        """Names of the sites."""
+        return self.fitted_sites or {}
 
     @property
     def z_dim(self) -> int:
@@ -143,8 +142,3 @@ class ConceptErasureConfig(PeftConfig):
                 stacklevel=2,
             )
         super().save_pretrained(save_directory, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them, with sets as sorted lists so that equal configs make equal files."""
-        plain = super().to_dict()
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ConceptErasureConfig
+from .base_config import ChildConfig
 
 SAMPLES = 64
 # Below this correlation of the sampled values the weights are those of another model, not a further training of it.
@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
     return found
 
 
-def check_base(model: nn.Module, config: ConceptErasureConfig) -> None:
+def check_base(model: nn.Module, config: ChildConfig) -> None:
     """Compare a fitted adapter with the model it is about to be attached to.
 
     Warns when the weights are a further-trained version of the adapter's base.
@@ -50,13 +50,13 @@ def check_base(model: nn.Module, config: ConceptErasureConfig) -> None:
     Raises:
         ValueError: If a site is missing, has another width, or the weights are those of another model.
     """
-    sites = config.fitted_sites or {}
+    sites = list(config.fitted_modules)
     modules = dict(model.named_modules())
     fitted_on = config.provenance.get("base_class", "another model")
     missing = [site for site in sites if site not in modules]
     if missing:
         raise ValueError(
-            f"The erasure of {config.concept!r} was fitted on {fitted_on} and erases at {missing[0]!r} and "
+            f"The {config.described} was fitted on {fitted_on} and acts at {missing[0]!r} and "
             f"{len(missing) - 1} other modules that this {type(model).__name__} does not have.{_hint(model, sites)}"
         )
     seen: list[float] = []
@@ -67,7 +67,7 @@ def check_base(model: nn.Module, config: ConceptErasureConfig) -> None:
             continue  # offloaded or quantised: no plain value to look at
         if list(parameter.shape) != sample["shape"]:
             raise ValueError(
-                f"The erasure of {config.concept!r} was fitted on {fitted_on}, where {name!r} has shape "
+                f"The {config.described} was fitted on {fitted_on}, where {name!r} has shape "
                 f"{sample['shape']}; here it has {list(parameter.shape)}. Load it into the model it was fitted on."
             )
         positions = torch.tensor(sample["positions"], device=parameter.device)
@@ -76,7 +76,7 @@ def check_base(model: nn.Module, config: ConceptErasureConfig) -> None:
     _compare(torch.tensor(seen, device="cpu"), torch.tensor(kept, device="cpu"), config)
 
 
-def _compare(seen: Tensor, kept: Tensor, config: ConceptErasureConfig) -> None:
+def _compare(seen: Tensor, kept: Tensor, config: ChildConfig) -> None:
     # bf16 keeps 8 significant bits; two copies rounded once each differ by at most 2^-8 of the value.
     if seen.numel() < 2 or bool(torch.isclose(seen, kept, rtol=2**-7, atol=1e-6).all()):
         return
@@ -84,12 +84,12 @@ def _compare(seen: Tensor, kept: Tensor, config: ConceptErasureConfig) -> None:
     fitted_on = config.base_model_name_or_path or config.provenance.get("base_class")
     if not correlation >= RELATED:
         raise ValueError(
-            f"The erasure of {config.concept!r} was fitted on {fitted_on}, whose weights correlate with this model's "
+            f"The {config.described} was fitted on {fitted_on}, whose weights correlate with this model's "
             f"by {correlation:.2f}: this is another model. Load the adapter into its own base, or fit it on this one."
         )
     warnings.warn(
-        f"The base model has been trained further since the erasure of {config.concept!r} was fitted (sampled weights "
-        f"correlate by {correlation:.4f}). The guarantee holds for the old weights: fit the adapter again.",
+        f"The base model has been trained further since the {config.described} was fitted (sampled weights "
+        f"correlate by {correlation:.4f}). It was made for the old weights: fit the adapter again.",
         stacklevel=2,
     )
 
@@ -123,7 +123,7 @@ def _get_parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     return None
 
 
-def _hint(model: nn.Module, sites: dict[str, Any]) -> str:
+def _hint(model: nn.Module, sites: list[str]) -> str:
     """Where the sites are found one level down or up, as between a bare encoder and a model with a head."""
     names = {name for name, _ in model.named_modules()}
     for child, _ in model.named_children():

@@ -1,25 +1,24 @@
 """The eraser as a child of the module it acts on.
 
-Replacing a module would lose LoRA targets inside it, change the keys of other adapters and bypass
-`output_hidden_states`. So the module (the *host*) stays what it is: the child holds the erasers of all adapters as
-buffers, and hooks on the host apply them.
+The child holds the erasers of all adapters as buffers, and hooks on the host apply them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
 from . import hidden as hidden_states
-from .config import ConceptErasureConfig
+from .child import AdapterChild
+from .config import SITES, ConceptErasureConfig
 from .ledger import forget, withdraw
 
 CHILD = "concept_erasure"
@@ -27,15 +26,16 @@ CHILD = "concept_erasure"
 Observer = Callable[[Tensor], Tensor]
 
 
-class ErasureLayer(nn.Module, BaseTunerLayer):
+class ErasureLayer(AdapterChild):
     """The erasers of every adapter at one module.
 
     Attributes:
-        path: The host's name in the model, for messages.
         observers: Adapter name → function that sees the activation in place of that adapter's eraser and returns what
             goes on; how fitting looks at a site.
     """
 
+    child_name = CHILD
+    noun = "erasure"
     other_param_names = (
         "concept_erasure_left",
         "concept_erasure_right",
@@ -45,16 +45,11 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
     )
 
     def __init__(self, host: nn.Module, path: str) -> None:
-        super().__init__()
-        self.path = path
-        # In a tuple, so that the host does not become a submodule of its own child.
-        self._host = (host,)
+        super().__init__(host, path)
         self._handles: dict[str, Any] = {}
-        self._awaits_values: set[str] = set()
         # In a list, so that they do not become submodules.
         self._written: list[nn.Module] = []
         self.observers: dict[str, Observer] = {}
-        self.merged_adapters = []
         self.concept_erasure_left = BufferDict(persistent=True)
         self.concept_erasure_right = BufferDict(persistent=True)
         self.concept_erasure_bias = BufferDict(persistent=True)
@@ -62,25 +57,14 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         self.concept_erasure_sticky: dict[str, bool] = {}
 
     @property
-    def host(self) -> nn.Module:
-        """The module whose activations are erased."""
-        return self._host[0]
-
-    @property
     def adapters(self) -> list[str]:
         """The adapters present here, in the order in which they were added."""
         return list(self.concept_erasure_site)
 
-    # BaseTunerLayer reads these from the module it wraps; this one wraps none.
     @property
-    def weight(self) -> Tensor:
-        """There is none, and PEFT takes that for an answer."""
-        raise AttributeError("an erasure has no weight of its own")
-
-    @property
-    def bias(self) -> Tensor:
-        """There is none, and PEFT takes that for an answer."""
-        raise AttributeError("an erasure has no bias of its own")
+    def sticky_adapters(self) -> dict[str, bool]:
+        """Adapter name → whether it stays active beside others."""
+        return self.concept_erasure_sticky
 
     # ---- adapters come and go ---------------------------------------------------------------------------------------
 
@@ -95,7 +79,7 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
             self.await_values(name)
         else:
             self._store(name, *(torch.zeros(s, device=device, dtype=dtype) for s in _shapes(0, 0)))
-        self._sync_hooks()
+        self._hook()
 
     def await_values(self, name: str) -> None:
         """Fill an eraser with NaN and not zero: values that never arrive must not pass for an erasure."""
@@ -115,43 +99,31 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         """The eraser's `left`, `right` and `bias` as they are, for `restore_eraser_state`."""
         return self._parts(name)
 
-    def restore_eraser_state(self, name: str, state: tuple[Tensor, Tensor, Tensor]) -> None:
+    def restore_eraser_state(self, name: str, state: tuple[Tensor, ...]) -> None:
         """Put back what `eraser_state` gave."""
-        self._store(name, *state)
+        left, right, bias = state
+        self._store(name, left, right, bias)
         if not all(bool(torch.isfinite(part).all()) for part in state):
             self._awaits_values.add(name)
 
-    def settle(self, name: str) -> None:
-        """Take values that were just loaded into memory of their own, in the precision of this site.
+    state_of = eraser_state
+    restore_state = restore_eraser_state
 
-        Loading leaves views into the mapped file: unaligned, so that sums round differently than before saving, and
-        gone when the file is written anew.
-        """
+    def settle(self, name: str) -> None:
+        """Take values that were just loaded into memory of their own, in the precision of this site."""
         _, dtype = self._state_placement()
         self._store(name, *(part.to(dtype, copy=True) for part in self._parts(name)))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter that is not merged."""
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
         super().delete_adapter(adapter_name)
-        self._awaits_values.discard(adapter_name)
         self.observers.pop(adapter_name, None)
-        self._sync_hooks()
+        self._hook()
 
-    def detach(self) -> None:
-        """Take this child and its hooks off the host."""
+    def _unhook(self) -> None:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self.host._modules.pop(CHILD, None)
-
-    def rehome(self, host: nn.Module) -> None:
-        """Move this child and its hooks to another host, as when PEFT wraps the old one."""
-        self.detach()
-        self._host = (host,)
-        host.add_module(CHILD, self)
-        self._sync_hooks()
 
     def check_values(self, name: str) -> None:
         """Raise if the eraser of `name` is missing or not finite.
@@ -183,11 +155,7 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         device = torch.device("cpu") if weight.device.type == "meta" else weight.device
         return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
-    def _get_available_adapters(self) -> set[str]:
-        """What PEFT reports as available; it looks for parameters, and an eraser has none."""
-        return set(self.adapters)
-
-    def _sync_hooks(self) -> None:
+    def _hook(self) -> None:
         """Hooks exist for the sites in use, and for no others."""
         wanted = set(self.concept_erasure_site.values())
         if "output" in wanted and "output" not in self._handles:
@@ -203,14 +171,22 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
 
     def applied_adapters(self, site: str) -> list[str]:
         """The adapters whose erasers act at `site`, in order: sticky ones that are not active, then the active."""
-        if self._disable_adapters:
-            acting: list[str] = []
-        else:
-            active = self.active_adapters
-            acting = [name for name, sticky in self.concept_erasure_sticky.items() if sticky and name not in active]
-            acting += [name for name in active if name in self.concept_erasure_site]
+        acting = self.switched_on()
         acting += [name for name in self.observers if name not in acting]
         return [n for n in acting if self.concept_erasure_site[n] == site and n not in self.merged_adapters]
+
+    def acting_adapters(self) -> list[str]:
+        """The adapters whose erasers act on a forward pass."""
+        return [name for site in SITES for name in self.applied_adapters(site)]
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """Let an eraser not act for a while: an observer that changes nothing stands in for it."""
+        self.observers[name] = _unchanged
+        try:
+            yield
+        finally:
+            self.observers.pop(name, None)
 
     def _erase_output(self, host: nn.Module, args: tuple, output: Any) -> Any:
         acting = self.applied_adapters("output")
@@ -265,12 +241,6 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; off means that the weights are the base model's too."""
-        if not enabled and self.merged:
-            self.unmerge()
-        super().enable_adapters(enabled)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Erasers are merged at all sites of an adapter or at none, so not from here."""
         raise ValueError(
@@ -314,6 +284,10 @@ class ErasureLayer(nn.Module, BaseTunerLayer):
         return ", ".join(
             f"{n}: {s}, rank {self.concept_erasure_left[n].shape[-1]}" for n, s in self.concept_erasure_site.items()
         )
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def _shapes(width: int, rank: int) -> tuple[tuple[int, ...], ...]:

@@ -1,8 +1,8 @@
-"""An erasure as a stock LoRA, for programs that have PEFT and not this package.
+"""An adapter as a stock LoRA, for programs that have PEFT and not this package.
 
 Erasing a linear layer's input or output subtracts a product of two thin matrices from its weight, which is what a LoRA
 adds: `B A` with `A = R, B = −W L` at the input and `A = R W, B = −L` at the output. What the affine part adds to the
-bias is the bias of `B`.
+bias is the bias of `B`. The change of a GRADIEND adapter has no low rank; of it the largest singular values are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_config import ChildConfig
+from .child_tuner import exactly
 from .config import ConceptErasureConfig
 from .folding import Plan, plan_merge
+from .gradiend_config import GradiendConfig
+from .gradiend_layer import innermost
+from .gradiend_state import changes_of
+from .gradiend_tuner import base_modules
 from .layer import erasure_layers
-from .merging import WeightChange, shared_weights, weight_change
+from .merging import WeightChange, is_weight_layer, shared_weights, weight_change
 from .probing import Probe
-from .tuner import exactly
 
 # Where `PeftModel` holds the base model, as in the files that PEFT writes.
 _PREFIX = "base_model.model."
+# Of a GRADIEND adapter's export, unless the caller says otherwise.
+DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -41,34 +48,47 @@ class LoraExport:
         modules: The modules that the LoRA acts on.
         unmergeable: Module → why PEFT's `merge_and_unload` cannot, or must not, merge the LoRA there.
         text: The same in a few sentences.
+        kept: The share of the squared norm of all changes of weights that is in the LoRA.
+        left_out: Parameters that the adapter changes and a LoRA cannot.
     """
 
     folder: Path
     modules: list[str]
     unmergeable: dict[str, str]
     text: str
+    kept: float = 1.0
+    left_out: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return self.text
 
 
-def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path) -> LoraExport:
-    """Write an erasure as a stock LoRA adapter, which `PeftModel.from_pretrained(base, folder)` loads without us.
+def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
+    """Write an adapter as a stock LoRA, which `PeftModel.from_pretrained(base, folder)` loads without us.
+
+    An erasure is exported exactly. A GRADIEND adapter becomes its nearest LoRA of a rank, at its present strength;
+    what it changes in norms, biases and other parameters that are no matrices is left out, and the text says how much
+    that is.
 
     Args:
         model: The model with the fitted adapter, bare or wrapped in a `PeftModel`. It is not changed.
-        adapter_name: The erasure; it is exported as it acts alone.
+        adapter_name: The adapter; it is exported as it acts alone.
         folder: Where `adapter_config.json` and `adapter_model.safetensors` are written.
+        rank: Of the LoRA, for a GRADIEND adapter; 16 when left out. An erasure has its own.
 
     Returns:
-        What was written, and where PEFT can use it but not merge it.
+        What was written, what could not be, and where PEFT can use it but not merge it.
 
     Raises:
-        ValueError: If the erasure is not fitted, is merged, or has a site that is no linear layer and whose activation
+        ValueError: If the adapter is not fitted, is merged, or has a site that is no linear layer and whose activation
             does not go into linear layers only; names the site and what stands in the way.
     """
     wrapper: Any = model
     base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance((getattr(wrapper, "peft_config", None) or {}).get(adapter_name), GradiendConfig):
+        return _export_gradiend(wrapper, base, adapter_name, Path(folder), DEFAULT_RANK if rank is None else rank)
+    if rank is not None:
+        raise ValueError(f"rank={rank} is for GRADIEND adapters; an erasure is exported exactly, with its own rank.")
     config = _fitted_config(wrapper, base, adapter_name)
     with _alone(base, adapter_name):
         plan = plan_merge(base, [adapter_name], Probe(base), allow_tied=True)
@@ -84,14 +104,59 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path) -> L
             f"not support for the embedding {embeddings[0]!r}. Fit a purely linear erasure with "
             "ConceptErasureConfig(affine=False), or two adapters."
         )
-    lora = _lora_config(base, config, plan, changes, lora_bias=lora_bias)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(plan, changes, shifts if lora_bias else {})
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    lora.save_pretrained(str(folder))
-    unmergeable = _unmergeable(base, plan, list(changes), lora_bias=lora_bias)
-    return LoraExport(folder, list(changes), unmergeable, _text(folder, lora, list(changes), unmergeable))
+    factors = {name: (change.a, change.b) for name, change in changes.items()}
+    modules = {name: plan.modules[name] for name in changes}
+    lora = _write(base, config, Path(folder), modules, factors, shifts if lora_bias else {})
+    unmergeable = _unmergeable(base, modules, lora_bias=lora_bias)
+    return LoraExport(Path(folder), list(changes), unmergeable, _text(Path(folder), lora, list(changes), unmergeable))
+
+
+def _export_gradiend(model: Any, base: nn.Module, name: str, folder: Path, rank: int) -> LoraExport:
+    config: GradiendConfig = model.peft_config[name]
+    if rank < 1:
+        raise ValueError(f"rank={rank} is no rank: write a positive number.")
+    if not config.fitted or config.learning_rate == 0:
+        raise ValueError(
+            f"The GRADIEND adapter {name!r} changes nothing: {config.remedy} Then choose a learning rate, by steer(…)."
+        )
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    modules: dict[str, nn.Module] = {}
+    kept = lost = 0.0
+    left_out: dict[str, float] = {}
+    names = {id(innermost(module)): path for path, module in base_modules(base)}
+    for layer, parameter, delta in changes_of(model, name):
+        energy = float(delta.double().square().sum())
+        carriers = layer.owners[parameter]
+        if not energy:
+            continue
+        if delta.dim() != 2 or not all(own == "weight" and is_weight_layer(m) for m, own in carriers):
+            left_out[f"{layer.path}.{parameter}"] = energy
+            continue
+        # A tied weight is changed at each of its modules; Conv1D and Embedding store the transpose.
+        stored_by_output = isinstance(carriers[0][0], nn.Linear)
+        thin = low_rank(delta if stored_by_output else delta.T, min(rank, *delta.shape))
+        kept, lost = kept + thin.kept * energy, lost + (1 - thin.kept) * energy
+        for module, _ in carriers:
+            transposed = isinstance(module, nn.Linear) != stored_by_output
+            modules[names[id(module)]] = module
+            factors[names[id(module)]] = (thin.b.T, thin.a.T) if transposed else (thin.a, thin.b)
+    if not factors:
+        raise ValueError(
+            f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and nothing else fits into a "
+            "LoRA. Merge it instead."
+        )
+    total = kept + lost + sum(left_out.values())
+    lora = _write(base, config, folder, modules, factors, {})
+    unmergeable = _unmergeable(base, modules, lora_bias=False)
+    text = _text(folder, lora, list(factors), unmergeable)
+    text += f" It holds {kept / total:.1%} of the squared norm of the edit"
+    text += f"; {lost / total:.1%} would need a higher rank" if lost / total > 5e-4 else ""
+    if left_out:
+        text += (
+            f"; {sum(left_out.values()) / total:.1%} is in {len(left_out)} parameters that a LoRA cannot carry (norm "
+            f"weights, biases and the like; the first is {next(iter(left_out))!r})"
+        )
+    return LoraExport(folder, list(factors), unmergeable, f"{text}.", kept / total, list(left_out))
 
 
 @dataclass(frozen=True)
@@ -171,10 +236,32 @@ def _shift(module: nn.Module, change: WeightChange) -> Tensor:
     return change.offset if bias is None else change.offset - bias.detach().double()
 
 
-def _lora_config(
-    base: nn.Module, config: ConceptErasureConfig, plan: Plan, changes: dict[str, WeightChange], *, lora_bias: bool
+def _write(
+    base: nn.Module,
+    config: ChildConfig,
+    folder: Path,
+    modules: dict[str, nn.Module],
+    factors: dict[str, tuple[Tensor, Tensor]],
+    shifts: dict[str, Tensor],
 ) -> LoraConfig:
-    ranks = {name: change.a.shape[0] for name, change in changes.items()}
+    """Write a LoRA from its thin matrices, and what it adds to biases."""
+    lora = _lora_config(base, config, modules, factors, lora_bias=bool(shifts))
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _tensors(modules, factors, shifts)
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    lora.save_pretrained(str(folder))
+    return lora
+
+
+def _lora_config(
+    base: nn.Module,
+    config: ChildConfig,
+    modules: dict[str, nn.Module],
+    factors: dict[str, tuple[Tensor, Tensor]],
+    *,
+    lora_bias: bool,
+) -> LoraConfig:
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT reads these as expressions for the end of a name; the anchor keeps them to the whole of it.
     other = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items() if rank != usual}
@@ -183,9 +270,9 @@ def _lora_config(
         lora_alpha=usual,  # equal to the rank everywhere: the scaling is 1
         rank_pattern=other,
         alpha_pattern=dict(other),
-        target_modules=exactly(list(changes), base),
+        target_modules=exactly(list(factors), base),
         lora_bias=lora_bias,
-        fan_in_fan_out=all(isinstance(plan.modules[name], Conv1D) for name in changes),
+        fan_in_fan_out=all(isinstance(module, Conv1D) for module in modules.values()),
         task_type=config.task_type,
         # Without a task, AutoPeftModel finds the class of the base here.
         auto_mapping={"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
@@ -194,26 +281,28 @@ def _lora_config(
     )
 
 
-def _tensors(plan: Plan, changes: dict[str, WeightChange], shifts: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(
+    modules: dict[str, nn.Module], factors: dict[str, tuple[Tensor, Tensor]], shifts: dict[str, Tensor]
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, change in changes.items():
-        weight = plan.modules[name].get_parameter("weight")
+    for name, (a, b) in factors.items():
+        weight = modules[name].get_parameter("weight")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        if isinstance(plan.modules[name], nn.Embedding):
-            parts = {"lora_embedding_A": change.a, "lora_embedding_B": change.b}
+        if isinstance(modules[name], nn.Embedding):
+            parts = {"lora_embedding_A": a, "lora_embedding_B": b}
         else:
-            parts = {"lora_A.weight": change.a, "lora_B.weight": change.b}
+            parts = {"lora_A.weight": a, "lora_B.weight": b}
         if name in shifts:
             parts["lora_B.bias"] = shifts[name]
         tensors |= {f"{_PREFIX}{name}.{part}": t.to("cpu", dtype).contiguous() for part, t in parts.items()}
     return tensors
 
 
-def _unmergeable(base: nn.Module, plan: Plan, names: list[str], *, lora_bias: bool) -> dict[str, str]:
+def _unmergeable(base: nn.Module, modules: dict[str, nn.Module], *, lora_bias: bool) -> dict[str, str]:
     tied = {name.rpartition(".")[0] for name in shared_weights(base)}
     reasons = {}
-    for name in names:
-        if lora_bias and plan.modules[name]._parameters.get("bias") is None:
+    for name, module in modules.items():
+        if lora_bias and module._parameters.get("bias") is None:
             reasons[name] = "the affine part is a lora_bias, and the layer has no bias to merge it into"
         elif name in tied:
             reasons[name] = "its weight is shared with another module, which would change too"

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .config import ConceptErasureConfig
-from .layer import erasure_layers
-from .tuner import ConceptErasureModel, move_inside_wrappers, rehome_layers, remove_adapter, remove_empty_layers
+from .base_config import ChildConfig
+from .child import adapter_children, child_configs
+from .child_tuner import ChildTuner, move_inside_wrappers, rehome_layers, remove_adapter, remove_empty_layers
 
 _MARK = "_hf_erasure_seam"
 
@@ -27,21 +27,21 @@ _MARK = "_hf_erasure_seam"
 class _Before:
     """What a failed call must leave as it was."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, overwritten: str | None = None) -> None:
         self.model = model
         self.loaded = getattr(model, "_hf_peft_config_loaded", None)
         self.names = set(getattr(model, "peft_config", None) or {})
         self.training = [(module, module.training) for module in model.modules()]
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self.erasing = _acting_erasures(model)
-        layers = erasure_layers(model).values()
+        self.acting = _acting(model)
+        children = adapter_children(model)
         self.values = [
-            (layer, name, tuple(part.clone() for part in layer.eraser_state(name)))
-            for layer in layers
-            for name in layer.adapters
+            (child, overwritten, tuple(part.clone() for part in child.state_of(overwritten)))
+            for child in children
+            if overwritten in child.adapters
         ]
-        self.erasures = {name for layer in layers for name in layer.adapters}
+        self.ours = {name for child in children for name in child.adapters}
 
     def restore(self, adapter_name: str) -> None:
         """Undo whatever the call did to the model."""
@@ -51,8 +51,8 @@ class _Before:
             configs.pop(adapter_name, None)
             if not configs and "peft_config" in self.model.__dict__:
                 del self.model.peft_config
-        for layer, name, (left, right, bias) in self.values:
-            layer.restore_eraser_state(name, (left, right, bias))
+        for child, name, state in self.values:
+            child.restore_state(name, state)
         for tuner_layer, active in self.active:
             tuner_layer._active_adapter = active
         for parameter, required in self.trainable:
@@ -96,10 +96,10 @@ def _add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_na
         original(adapter_config, adapter_name)
     except BaseException:
         # Another method's adapter is PEFT's to clean up.
-        if isinstance(adapter_config, ConceptErasureConfig) or not isinstance(adapter_config, PeftConfig):
+        if isinstance(adapter_config, ChildConfig) or not isinstance(adapter_config, PeftConfig):
             before.restore(adapter_name or "default")
         raise
-    _warn_of_darkened(before.erasing - _acting_erasures(model), adapter_name or "default")
+    _warn_of_darkened(before.acting, _acting(model), adapter_name or "default")
 
 
 def _load_adapter(
@@ -120,7 +120,7 @@ def _load_adapter(
             before.restore(name)
             _explain_damage(error, peft_model_id)
         raise
-    _warn_of_darkened(before.erasing - _acting_erasures(model), name)
+    _warn_of_darkened(before.acting, _acting(model), name)
     return result
 
 
@@ -132,10 +132,10 @@ def _delete_adapter(original: Callable, model: Any, adapter_names: list[str] | s
 def _peft_load_adapter(
     original: Callable, model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
-    before = _Before(model)
+    before = _Before(model, adapter_name)
     # Loading over an adapter would keep the old values of tensors that the file lacks.
-    for layer in erasure_layers(model, adapter_name).values():
-        layer.await_values(adapter_name)
+    for child in adapter_children(model, adapter_name):
+        child.await_values(adapter_name)
     try:
         result = original(model_id, adapter_name, *args, **kwargs)
         _check_loaded(model, adapter_name)
@@ -153,7 +153,7 @@ def _peft_from_pretrained(original: Callable, cls: type, model: nn.Module, *args
     try:
         return original(model, *args, **kwargs)
     except BaseException:
-        for name in {n for layer in erasure_layers(model).values() for n in layer.adapters} - before.erasures:
+        for name in {n for child in adapter_children(model) for n in child.adapters} - before.ours:
             before.restore(name)
         raise
 
@@ -164,11 +164,11 @@ def _inject_adapter(original: Callable, tuner: BaseTuner, model: nn.Module, *arg
 
 
 def _unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-    """Another method takes its wrappers away: the erasures that hang on them stay, and so do their configs."""
-    if isinstance(tuner, ConceptErasureModel):
+    """Another method takes its wrappers away: the children that hang on them stay, and so do their configs."""
+    if isinstance(tuner, ChildTuner):
         return original(*args, **kwargs)
     model = tuner.model
-    configs = {n: c for n, c in tuner.peft_config.items() if isinstance(c, ConceptErasureConfig)}
+    configs = child_configs(tuner)
     move_inside_wrappers(model)
     try:
         result = original(*args, **kwargs)
@@ -180,9 +180,9 @@ def _unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> 
 
 
 def _is_ours(model: Any, name: str) -> bool:
-    """Whether what failed was an erasure; an adapter of another method is PEFT's to clean up."""
+    """Whether what failed was an adapter of ours; an adapter of another method is PEFT's to clean up."""
     config = (getattr(model, "peft_config", None) or {}).get(name)
-    return config is None or isinstance(config, ConceptErasureConfig)
+    return config is None or isinstance(config, ChildConfig)
 
 
 def _explain_damage(error: BaseException, folder: Any) -> None:
@@ -198,26 +198,23 @@ def _explain_damage(error: BaseException, folder: Any) -> None:
 
 
 def _check_loaded(model: nn.Module, name: str) -> None:
-    for layer in erasure_layers(model, name).values():
-        layer.check_values(name)
-        layer.settle(name)
+    for child in adapter_children(model, name):
+        child.check_values(name)
+        child.settle(name)
 
 
-def _acting_erasures(model: nn.Module) -> set[str]:
-    return {
-        name
-        for layer in erasure_layers(model).values()
-        for site in ("output", "input")
-        for name in layer.applied_adapters(site)
-    }
+def _acting(model: nn.Module) -> dict[str, str]:
+    """The adapters of ours that act, with what messages call them."""
+    return {name: child.noun for child in adapter_children(model) for name in child.acting_adapters()}
 
 
-def _warn_of_darkened(names: set[str], newcomer: str) -> None:
+def _warn_of_darkened(before: dict[str, str], after: dict[str, str], newcomer: str) -> None:
+    names = sorted(before.keys() - after.keys())
     if names:
-        together = [*sorted(names), newcomer]
+        dark = ", ".join(f"the {before[name]} {name!r}" for name in names)
         warnings.warn(
-            f"Adding {newcomer!r} switched the erasure {', '.join(map(repr, sorted(names)))} off, since PEFT activates "
-            f"only the newcomer. Use both with model.set_adapter({together}), or write sticky=True in the "
-            "ConceptErasureConfig of an erasure that must stay on.",
+            f"Adding {newcomer!r} switched {dark} off, since PEFT activates only the newcomer. Use both with "
+            f"model.set_adapter({[*names, newcomer]}), or write sticky=True in the configuration of an adapter that "
+            "must stay on.",
             stacklevel=4,
         )

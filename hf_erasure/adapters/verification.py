@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .base_config import ChildConfig
+from .child import adapter_children, child_configs
 from .config import ConceptErasureConfig
-from .layer import ErasureLayer, erasure_layers
+from .gradiend_config import GradiendConfig
+from .gradiend_edit import why_not_editable
+from .gradiend_layer import GradiendLayer
+from .gradiend_state import edited, gradiend_layers, kept_share, targeted_parameters
+from .layer import erasure_layers
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class Verification:
 def verify_adapter(
     model: nn.Module, adapter_name: str = "default", batch: dict[str, Any] | None = None
 ) -> Verification:
-    """Check that an erasure is loaded, active and changes the model's output.
+    """Check that an adapter is loaded, active and changes the model's output.
 
     Args:
         model: A model with adapters, bare or wrapped in a `PeftModel`.
@@ -37,28 +44,70 @@ def verify_adapter(
         batch: Model inputs for the comparison of outputs; a dummy input of the model's own when left out.
 
     Returns:
-        A `Verification`. Its text states the leakage of `last_hidden_state` that was measured when the adapter was
-        fitted, beside the worst of the sites.
+        A `Verification`. For an erasure its text states the leakage of `last_hidden_state` that was measured when the
+        adapter was fitted, beside the worst of the sites.
     """
     reason = _why_inactive(model, adapter_name)
     if reason is not None:
         return Verification(False, f"Adapter {adapter_name!r} does not act: {reason}")
-    layers = erasure_layers(model, adapter_name)
-    configs: Any = model.peft_config
-    config: ConceptErasureConfig = configs[adapter_name]
-    merged = all(adapter_name in layer.merged_adapters for layer in layers.values())
-    change = None if merged else _output_change(model, adapter_name, list(layers.values()), batch)
-    if change == 0:
-        return Verification(
-            False, f"Adapter {adapter_name!r} is active at {len(layers)} sites but the output is the same without it."
-        )
-    how = "merged into the weights" if merged else f"changes the output by {change:.2%} of its norm"
-    ranks = [layer.concept_erasure_left[adapter_name].shape[-1] for layer in layers.values()]
+    children = adapter_children(model, adapter_name)
+    config = child_configs(model)[adapter_name]
+    merged = all(adapter_name in child.merged_adapters for child in children)
+    change = None
+    if not merged:
+        outputs = _Outputs(model, batch)
+        active, plain = outputs.now(), outputs.without(adapter_name)
+        change = _distance(active, plain)
+        if change == 0:
+            return Verification(
+                False,
+                f"Adapter {adapter_name!r} is active at {len(children)} {_places(config)} but the output is the same "
+                "without it.",
+            )
+        if isinstance(config, GradiendConfig) and _is_partial(model, adapter_name, outputs, active, plain):
+            return Verification(
+                False,
+                f"Adapter {adapter_name!r} acts in part only: the output differs from that of the merged weights. Some "
+                "weights are read past the modules that own them. Merge the adapter, by merge_adapter() or "
+                "merge_and_unload() of the PeftModel.",
+            )
+    how = "merged into the weights" if change is None else f"changes the output by {change:.2%} of its norm"
     return Verification(
         True,
-        f"Adapter {adapter_name!r} erases {config.concept!r} at {len(layers)} sites (rank {min(ranks)} to "
-        f"{max(ranks)}) and {how}. {leakage_sentence(config)}",
+        f"Adapter {adapter_name!r} {_deed(model, adapter_name, config)} and {how}."
+        + _remarks(model, adapter_name, config),
     )
+
+
+def _places(config: ChildConfig) -> str:
+    return "modules" if isinstance(config, GradiendConfig) else "sites"
+
+
+def _deed(model: nn.Module, name: str, config: ChildConfig) -> str:
+    """What an adapter that acts does, in words."""
+    if isinstance(config, GradiendConfig):
+        layers = gradiend_layers(model, name).values()
+        share = sum(layer.changed_entries(name) for layer in layers)
+        total = sum(parameter.numel() for parameter in targeted_parameters(model, name).values())
+        pair = (config.pairs or [])[config.pair_index(config.pair)]
+        return (
+            f"steers {config.feature!r} ({pair[0]} +1, {pair[1]} −1) with feature_factor={config.feature_factor:g} and "
+            f"learning_rate={config.learning_rate:g} in {share:,} of {total:,} weights"
+        )
+    ranks = [layer.concept_erasure_left[name].shape[-1] for layer in erasure_layers(model, name).values()]
+    concept = getattr(config, "concept", "")
+    return f"erases {concept!r} at {len(ranks)} sites (rank {min(ranks)} to {max(ranks)})"
+
+
+def _remarks(model: nn.Module, name: str, config: ChildConfig) -> str:
+    if isinstance(config, ConceptErasureConfig):
+        return f" {leakage_sentence(config)}"
+    if any(name in layer.merged_adapters for layer in gradiend_layers(model, name).values()):
+        return ""
+    if any(p.device.type == "meta" for p in targeted_parameters(model, name).values()):
+        return ""
+    kept = kept_share(model, name)
+    return "" if kept > 0.999 else f" Rounding to the dtype of the weights leaves {kept:.0%} of the edit."
 
 
 def leakage_sentence(config: ConceptErasureConfig) -> str:
@@ -82,53 +131,80 @@ def leakage_sentence(config: ConceptErasureConfig) -> str:
 
 
 def _why_inactive(model: nn.Module, name: str) -> str | None:
-    configs = getattr(model, "peft_config", None) or {}
-    layers = erasure_layers(model, name)
-    if name not in configs or not layers:
-        known = sorted({other for layer in erasure_layers(model).values() for other in layer.adapters})
-        return f"it is not loaded; the erasures here are {known or 'none'}. Call model.load_adapter(…)."
-    config = configs[name]
+    config = child_configs(model).get(name)
+    children = adapter_children(model, name)
+    if config is None or not children:
+        known = sorted({other for child in adapter_children(model) for other in child.adapters})
+        kinds = {child.noun for child in adapter_children(model)}
+        noun = f"{kinds.pop()}s" if len(kinds) == 1 else "adapters of this package" if kinds else "erasures"
+        return f"it is not loaded; the {noun} here are {known or 'none'}. Call model.load_adapter(…)."
     if not config.fitted:
-        return "it was never fitted. Call fit_concept_erasure(model, batches, adapter_name=…)."
-    absent = sorted(set(config.fitted_sites or {}) - set(layers))
+        return f"it was never fitted. {config.remedy}"
+    absent = sorted(set(config.fitted_modules) - {child.path for child in children})
     if absent:
-        return f"{len(absent)} of its sites are gone from the model, the first is {absent[0]!r}. Load it again."
-    for layer in layers.values():
+        return (
+            f"{len(absent)} of its {_places(config)} are gone from the model, the first is {absent[0]!r}. Load it "
+            "again."
+        )
+    if isinstance(config, GradiendConfig) and config.learning_rate == 0:
+        return (
+            "its learning_rate is 0, which leaves the weights as they are. Call GradiendAdapter.of(model, "
+            f"{name!r}).steer(feature_factor=…, learning_rate=…), or let trainer.select(…) choose."
+        )
+    for child in children:
         try:
-            layer.check_values(name)
+            child.check_values(name)
         except ValueError as error:
             return str(error)
-        if name in layer.merged_adapters:
+        if name in child.merged_adapters:
             continue
-        if layer._disable_adapters:
+        if child.disable_adapters:
             return "the adapters are disabled. Call model.enable_adapters() (enable_adapter_layers() of a PeftModel)."
-        if name not in layer.applied_adapters(config.site):
-            return f"it is not active; active is {layer.active_adapters}. Call model.set_adapter({name!r})."
+        if name not in child.switched_on():
+            return f"it is not active; active is {child.active_adapters}. Call model.set_adapter({name!r})."
+        if isinstance(child, GradiendLayer) and child.why_bypassed() is not None:
+            return str(child.why_bypassed())
     return None
 
 
-def _output_change(model: nn.Module, name: str, layers: list[ErasureLayer], batch: dict[str, Any] | None) -> float:
-    """How far the output moves when this adapter alone is taken away, relative to the output's norm."""
-    inputs = dummy_batch(model) if batch is None else {k: v for k, v in batch.items() if k != "concept_labels"}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            erased = _first_floating(model(**inputs))
-            # Observers that change nothing stand in for the adapter, and leave all others as they are.
-            for layer in layers:
-                layer.observers[name] = _unchanged
-            plain = _first_floating(model(**inputs))
-    finally:
-        for layer in layers:
-            layer.observers.pop(name, None)
-        for module in training:
-            module.training = True
-    return float((erased - plain).norm() / plain.norm().clamp_min(1e-30))
+class _Outputs:
+    """What a model returns for one batch, in evaluation mode and without gradients."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Any] | None) -> None:
+        self.model = model
+        self.inputs = dummy_batch(model) if batch is None else {k: v for k, v in batch.items() if k != "concept_labels"}
+
+    def now(self) -> Tensor:
+        """With the model as it is."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return _first_floating(self.model(**self.inputs))
+        finally:
+            for module in training:
+                module.training = True
+
+    def without(self, name: str) -> Tensor:
+        """When one adapter does not act, and all others do as they do."""
+        with ExitStack() as stack:
+            for child in adapter_children(self.model, name):
+                stack.enter_context(child.without(name))
+            return self.now()
 
 
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
+def _is_partial(model: nn.Module, name: str, outputs: _Outputs, active: Tensor, plain: Tensor) -> bool:
+    """Whether changes of weights do less than the same changes in the weights themselves."""
+    if any(why_not_editable(parameter) for parameter in targeted_parameters(model, name).values()):
+        return False
+    with edited(model, name):
+        merged = outputs.now()
+    # Both are the same weights to the bit; kernels may sum in another order, far below the change itself.
+    return _distance(active, merged) > 1e-2 * _distance(plain, merged)
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    return float((left - right).norm() / right.norm().clamp_min(1e-30))
 
 
 def _first_floating(output: Any) -> Tensor:

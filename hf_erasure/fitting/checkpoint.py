@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments, Eraser
 
+from .files import read_tensors, write_tensors, write_whole
 from .solving import SiteFit
 from .statistics import SiteStatistics, Tally
 
@@ -65,7 +62,7 @@ class FitCheckpoint:
     def _claim(self) -> None:
         manifest = self.folder / MANIFEST
         if not manifest.exists():
-            _write_whole(manifest, lambda path: Path(path).write_text(json.dumps(self.identity), encoding="utf-8"))
+            write_whole(manifest, lambda path: Path(path).write_text(json.dumps(self.identity), encoding="utf-8"))
             return
         kept = json.loads(manifest.read_text(encoding="utf-8"))
         for name, value in self.identity.items():
@@ -112,7 +109,7 @@ class FitCheckpoint:
         """
         found = {}
         for path in sorted(self.folder.glob("site-*.safetensors")):
-            tensors, facts = _read(path)
+            tensors, facts = read_tensors(path)
             self.check_data(facts["data"], data)
             eraser = Eraser(left=tensors["left"], right=tensors["right"], bias=tensors.get("bias"))
             found[facts["site"]] = SiteFit(
@@ -158,7 +155,7 @@ class FitCheckpoint:
         statistics, path = SiteStatistics(z_dim), self.folder / f"moments-{name}.safetensors"
         if not path.exists():
             return statistics, Tally(), 0, ""
-        tensors, facts = _read(path)
+        tensors, facts = read_tensors(path)
         for site, width in facts["widths"].items():
             prefix = f"{self.sites.index(site)}."
             moments = ConceptMoments(width, z_dim)
@@ -176,9 +173,7 @@ class FitCheckpoint:
             )
 
     def _write(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        metadata = {"facts": json.dumps(facts)}
-        _write_whole(self.folder / f"{name}.safetensors", lambda path: save_file(plain, path, metadata=metadata))
+        write_tensors(self.folder / f"{name}.safetensors", tensors, facts)
 
 
 class Digest:
@@ -194,20 +189,3 @@ class Digest:
                 self._hash.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
                 self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return self._hash.hexdigest()
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-
-
-def _write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Write beside the file and rename, so that a kill leaves the old one or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,64 @@
+"""What the configurations of both kinds of adapter have in common, for the code that serves either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+
+@dataclass
+class ChildConfig(PeftConfig):
+    """The configuration of an adapter that hangs on its modules as a child.
+
+    Args:
+        sticky: Stay active when another adapter is activated, until disabled or deleted.
+        fitted: Written by fitting. Whether there are values to load.
+        provenance: Written by fitting. What the adapter was made from: the plugin's version, the class of the base
+            model, the fingerprint of its weights, and what was measured.
+    """
+
+    sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})
+    fitted: bool = field(default=False, metadata={"help": "Written by fitting."})
+    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "Written by fitting."})
+
+    @property
+    def described(self) -> str:
+        """The adapter in the words of a message, to follow "The"."""
+        raise NotImplementedError
+
+    @property
+    def remedy(self) -> str:
+        """What to call so that the adapter is fitted."""
+        raise NotImplementedError
+
+    @property
+    def fitted_modules(self) -> Iterable[str]:
+        """Names of the modules that a fitted adapter acts on."""
+        raise NotImplementedError
+
+    def _as_sets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                setattr(self, name, set(value))
+
+    def _check_layers(self) -> None:
+        target: Any = getattr(self, "target_modules", None)
+        layers: Any = getattr(self, "layers_to_transform", None)
+        pattern: Any = getattr(self, "layers_pattern", None)
+        is_expression = isinstance(target, str) and target != "all-linear"
+        if is_expression and (layers is not None or pattern is not None):
+            raise ValueError(
+                "layers_to_transform and layers_pattern go with a list of target_modules or None, not with the "
+                f"regular expression {target!r}: write the layers into the expression."
+            )
+        if pattern and layers is None:
+            raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them, with sets as sorted lists so that equal configs make equal files."""
+        plain = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}

@@ -1,0 +1,167 @@
+"""What the adapter layers of both kinds have in common.
+
+Replacing a module would lose LoRA targets inside it, change the keys of other adapters and bypass
+`output_hidden_states`. So the module (the *host*) stays what it is: a child of it holds the state of all adapters as
+buffers, and hooks on the host let them act.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .base_config import ChildConfig
+
+
+class AdapterChild(nn.Module, BaseTunerLayer):
+    """The state of every adapter of one kind at one module.
+
+    Attributes:
+        child_name: What the child is called on its host.
+        noun: What messages call an adapter of this kind.
+        path: The host's name in the model.
+    """
+
+    child_name: ClassVar[str]
+    noun: ClassVar[str]
+
+    def __init__(self, host: nn.Module, path: str) -> None:
+        super().__init__()
+        self.path = path
+        # In a tuple, so that the host does not become a submodule of its own child.
+        self._host = (host,)
+        self._awaits_values: set[str] = set()
+        self.merged_adapters = []
+
+    @property
+    def host(self) -> nn.Module:
+        """The module that this is a child of."""
+        return self._host[0]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters present here, in the order in which they were added."""
+        raise NotImplementedError
+
+    # BaseTunerLayer reads these from the module it wraps; this one wraps none.
+    @property
+    def weight(self) -> Tensor:
+        """There is none, and PEFT takes that for an answer."""
+        raise AttributeError(f"the {self.noun} has no weight of its own")
+
+    @property
+    def bias(self) -> Tensor:
+        """There is none, and PEFT takes that for an answer."""
+        raise AttributeError(f"the {self.noun} has no bias of its own")
+
+    # ---- adapters come and go ---------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: Any) -> None:
+        """Make room for an adapter: values that are missing until loaded if its config says it was fitted."""
+        raise NotImplementedError
+
+    def await_values(self, name: str) -> None:
+        """Fill an adapter with what is no value: one that never arrives must not pass for an adapter."""
+        raise NotImplementedError
+
+    def check_values(self, name: str) -> None:
+        """Raise a `ValueError` that names the module and the adapter, if a value is missing or not finite."""
+        raise NotImplementedError
+
+    def state_of(self, name: str) -> tuple[Tensor, ...]:
+        """An adapter's tensors as they are, for `restore_state`."""
+        raise NotImplementedError
+
+    def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
+        """Put back what `state_of` gave."""
+        raise NotImplementedError
+
+    def settle(self, name: str) -> None:
+        """Take values that were just loaded into memory of their own.
+
+        Loading leaves views into the mapped file: unaligned, so that sums round differently than before saving, and
+        gone when the file is written anew.
+        """
+        raise NotImplementedError
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter that is not merged."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
+        super().delete_adapter(adapter_name)
+        self._awaits_values.discard(adapter_name)
+
+    def detach(self) -> None:
+        """Take this child and its hooks off the host."""
+        self._unhook()
+        self.host._modules.pop(self.child_name, None)
+
+    def rehome(self, host: nn.Module) -> None:
+        """Move this child and its hooks to another host, as when PEFT wraps the old one."""
+        self.detach()
+        self._host = (host,)
+        host.add_module(self.child_name, self)
+        self._hook()
+
+    def _hook(self) -> None:
+        raise NotImplementedError
+
+    def _unhook(self) -> None:
+        raise NotImplementedError
+
+    def _get_available_adapters(self) -> set[str]:
+        """What PEFT reports as available; it looks for parameters, and there are none here."""
+        return set(self.adapters)
+
+    # ---- which adapters act -----------------------------------------------------------------------------------------
+
+    def switched_on(self) -> list[str]:
+        """The adapters here that are meant to act, in order: sticky ones that are not active, then the active."""
+        if self._disable_adapters:
+            return []
+        active = self.active_adapters
+        on = [name for name, sticky in self.sticky_adapters.items() if sticky and name not in active]
+        return on + [name for name in active if name in self.adapters]
+
+    @property
+    def sticky_adapters(self) -> dict[str, bool]:
+        """Adapter name → whether it stays active beside others."""
+        raise NotImplementedError
+
+    def acting_adapters(self) -> list[str]:
+        """The adapters that act unmerged on a forward pass."""
+        raise NotImplementedError
+
+    def without(self, name: str) -> AbstractContextManager[None]:
+        """Let an adapter not act for a while, and all others as they do."""
+        raise NotImplementedError
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; off means that the weights are the base model's too."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def forget_originals(self) -> None:
+        """Drop the copies that `unmerge` needs: what is merged stays merged."""
+        raise NotImplementedError
+
+
+def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[AdapterChild]:
+    """The children of either kind in a model, in its order.
+
+    Args:
+        model: Any model, bare or wrapped in a `PeftModel`.
+        adapter_name: Only those that hold this adapter.
+    """
+    children = [module for module in model.modules() if isinstance(module, AdapterChild)]
+    return [child for child in children if adapter_name is None or adapter_name in child.adapters]
+
+
+def child_configs(model: Any) -> dict[str, ChildConfig]:
+    """The configurations of the adapters of either kind, by name."""
+    configs = getattr(model, "peft_config", None) or {}
+    return {name: config for name, config in configs.items() if isinstance(config, ChildConfig)}

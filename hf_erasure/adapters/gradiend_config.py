@@ -1,0 +1,151 @@
+"""What a GRADIEND adapter is: the fields a user writes, and those that fitting fills in (arXiv 2502.01406)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base_config import ChildConfig
+from .registration import extend_peft_type
+
+GRADIEND = extend_peft_type("GRADIEND")
+
+SOURCES = ("factual", "counterfactual", "difference")
+
+
+@dataclass
+class GradiendConfig(ChildConfig):
+    """A feature that was learned from gradients, and the change of weights that strengthens or weakens it.
+
+    With a feature factor `h` and a learning rate `α` the adapted weights are `W + α (h Wd + bd)`.
+
+    Args:
+        feature: What the feature is, in a word; stands in reports, cards and messages.
+        classes: The names of its classes; the first one of a pair encodes to +1, the second to −1.
+        target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`; all
+            parameters that these modules own themselves. `None` takes every weight of the base model, embeddings,
+            norms and biases included, without prediction heads and poolers.
+        exclude_modules: Suffixes or a regular expression of modules to leave alone.
+        layers_to_transform: Indices of the blocks to act on; all when `None`.
+        layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
+        density: The share of the weights that is changed, those with the largest |Wd|. 1 changes all, and then the
+            adapter takes eight bytes a weight.
+        keep_encoder: Save what reads the feature off a gradient too.
+        feature_factor: `h`; +1 and −1 are the classes as the encoder sees them.
+        learning_rate: `α`, the strength of the change. 0 means that it was not chosen yet: the adapter does nothing.
+        source: The gradient the encoder reads: of the `"factual"` label, the `"counterfactual"` one, or their
+            `"difference"`.
+        pair: Which pair of classes acts; the first when `None`.
+        sticky: Stay active when another adapter is activated, until disabled or deleted.
+        fitted: Written by fitting. Whether there is a feature.
+        pairs: Written by fitting. The pairs of classes that features were learned for.
+        fitted_parameters: Written by fitting. Parameter name → `{"shape", "count", "encoder_count"}`, of which the
+            counts are the entries kept, and None means all of them in order.
+        encoders: Written by fitting. For each pair `{"scale", "bias", "activation", "unit_norm"}` of its encoder.
+        provenance: Written by fitting. What the feature was learned from and on.
+    """
+
+    feature: str = field(default="feature", metadata={"help": "What the feature is, in a word."})
+    classes: list[str] | None = field(default=None, metadata={"help": "Names of its classes."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all of the base model but heads."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    density: float = field(default=0.01, metadata={"help": "The share of the weights that is changed."})
+    keep_encoder: bool = field(default=False, metadata={"help": "Save what reads the feature off a gradient too."})
+    feature_factor: float = field(default=1.0, metadata={"help": "h in W + α (h Wd + bd)."})
+    learning_rate: float = field(default=0.0, metadata={"help": "α in W + α (h Wd + bd); 0 does nothing."})
+    source: str = field(default="factual", metadata={"help": "'factual', 'counterfactual' or 'difference'."})
+    pair: list[str] | None = field(default=None, metadata={"help": "Which pair of classes acts."})
+    pairs: list[list[str]] | None = field(default=None, metadata={"help": "Written by fitting."})
+    fitted_parameters: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
+    encoders: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = GRADIEND
+        self._as_sets()
+        self._check_classes()
+        self._check_numbers()
+        self._check_layers()
+        if self.source not in SOURCES:
+            raise ValueError(f"source={self.source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
+        if self.fitted and not (self.fitted_parameters and self.pairs and self.encoders):
+            raise ValueError(
+                "fitted=True needs pairs, encoders and fitted_parameters, the shape of each weight's change. Leave all "
+                "of them out of a new config; in a loaded adapter_config.json their absence means the file is damaged."
+            )
+        if self.pair is not None and self.pairs:
+            self.pair_index(self.pair)
+
+    def _check_classes(self) -> None:
+        classes = self.classes
+        if classes is not None and (isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes)):
+            raise ValueError(
+                f"classes={classes!r}: a feature needs at least two different classes, as in "
+                "classes=['female', 'male']."
+            )
+        for pair in [*([self.pair] if self.pair is not None else []), *(self.pairs or [])]:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f"{pair!r} is no pair of classes: write two names, as in ['female', 'male'].")
+            unknown = [name for name in pair if classes is not None and name not in classes]
+            if unknown:
+                raise ValueError(f"pair {list(pair)!r} has {unknown[0]!r}, which is none of classes={classes!r}.")
+
+    def _check_numbers(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} is not a share of the weights: write a number in (0, 1].")
+        for name in ("feature_factor", "learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} is no finite number.")
+
+    def pair_index(self, pair: Iterable[str] | None) -> int:
+        """The position of a pair of classes among those fitted; None stands for the first.
+
+        Raises:
+            ValueError: If no feature was fitted for it.
+        """
+        if pair is None:
+            return 0
+        known = [tuple(p) for p in self.pairs or []]
+        if tuple(pair) not in known:
+            raise ValueError(f"pair={list(pair)} was not fitted; there is {', '.join(str(list(p)) for p in known)}.")
+        return known.index(tuple(pair))
+
+    def expected_pairs(self) -> int:
+        """How many pairs there are, or will be when the feature is fitted."""
+        if self.pairs:
+            return len(self.pairs)
+        return len(list(itertools.combinations(self.classes or ("one", "other"), 2)))
+
+    @property
+    def described(self) -> str:
+        """The adapter in the words of a message."""
+        return f"GRADIEND of {self.feature!r}"
+
+    @property
+    def remedy(self) -> str:
+        """What to call so that the adapter is fitted."""
+        return "Call GradiendTrainer(model, …, train_dataset=pairs).train()."
+
+    @property
+    def fitted_modules(self) -> Iterable[str]:
+        """Names of the modules that own the changed parameters."""
+        return dict.fromkeys(name.rpartition(".")[0] for name in self.fitted_parameters or {})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; warns when there is no feature to go with it."""
+        if not self.fitted:
+            warnings.warn(
+                f"The {self.described} saved to {save_directory} was never fitted: loaded again it changes nothing. "
+                f"{self.remedy}",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)

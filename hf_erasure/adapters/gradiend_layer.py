@@ -1,0 +1,521 @@
+"""The change of weights as a child of the module that owns them.
+
+While the module's innermost `forward` runs, an attribute of the changed value hides the parameter; the parameter itself
+stays where it is, for the optimizer, `state_dict` and other threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .child import AdapterChild
+from .gradiend_config import GradiendConfig
+from .gradiend_edit import Term, Written, why_not_editable, with_gradient, write
+
+CHILD = "gradiend"
+# What is kept of a parameter. No kind is another with an underscore behind it, so that keys can be read back.
+FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX = "feature", "offset", "index", "encoder", "encoderindex"
+KINDS = (FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX)
+STEERING = "gradiend_steering"
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """A module that reads parameters of another one, or reads its own past their names.
+
+    Attributes:
+        reader: The module.
+        refused: Whether adapters that are not merged are refused; otherwise the hook alone makes it call the owner.
+    """
+
+    reader: nn.Module
+    refused: bool
+
+
+# Held while a forward pass puts its values in place or takes them away, never while a module runs.
+_LOCK = threading.RLock()
+
+
+class GradiendLayer(AdapterChild):
+    """The changes of every adapter to the parameters of one module.
+
+    Attributes:
+        gradiend_parameters: Adapter name → names of the module's parameters that it changes.
+        gradiend_sticky: Adapter name → whether it stays active beside others.
+        owners: Parameter name → all modules that own that very tensor, with its name there.
+        bypass: What reads the parameters without calling their module; None where nothing does.
+    """
+
+    child_name = CHILD
+    noun = "GRADIEND adapter"
+
+    def __init__(self, host: nn.Module, path: str) -> None:
+        super().__init__(host, path)
+        self.other_param_names: tuple[str, ...] = ("gradiend_parameters", "gradiend_sticky", "gradiend_on", STEERING)
+        self.gradiend_parameters: dict[str, tuple[str, ...]] = {}
+        self.gradiend_sticky: dict[str, bool] = {}
+        self.gradiend_on: dict[str, bool] = {}
+        # (2, pairs): what Wd and bd of each pair are multiplied by. Filled in place, so that compiled code stays valid.
+        self.gradiend_steering = BufferDict(persistent=False)
+        self.owners: dict[str, list[tuple[nn.Module, str]]] = {}
+        self.bypass: Bypass | None = None
+        self._handles: list[Any] = []
+        self._held: set[str] = set()
+        # One entry a merge: whose it was, and what it wrote.
+        self._written: list[tuple[list[str], list[Written]]] = []
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters present here, in the order in which they were added."""
+        return list(self.gradiend_parameters)
+
+    @property
+    def sticky_adapters(self) -> dict[str, bool]:
+        """Adapter name → whether it stays active beside others."""
+        return self.gradiend_sticky
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that owns the parameters: the host, or what other adapters have wrapped in it."""
+        return innermost(self.host)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter of the module, by its own name."""
+        parameter = self.owner._parameters[name]
+        if parameter is None:
+            raise ValueError(f"{self.path}.{name} is gone from the model: load the adapter into the model it is for.")
+        return parameter
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: GradiendConfig, parameters: tuple[str, ...] = ()) -> None:
+        """Make room for an adapter: values that are missing until loaded if it was fitted, nothing otherwise."""
+        self.gradiend_parameters[name] = parameters
+        self.gradiend_sticky[name] = config.sticky
+        self.gradiend_on[name] = False
+        for parameter in parameters:
+            # Empty while there is no feature, so that an adapter that was never fitted can be saved like any other.
+            for kind, tensor in _layout(config, f"{self.path}.{parameter}").items():
+                self._place(name, f"{kind}_{parameter}", tensor)
+        if config.fitted:
+            self.await_values(name)
+        self.steer(name, config)
+
+    def set_part(self, name: str, parameter: str, kind: str, value: Tensor | None) -> None:
+        """Put a tensor of a fitted adapter in place, on the device of its weight; None takes it away."""
+        store = self._modules.get(f"gradiend_{kind}_{parameter}")
+        if value is not None:
+            self._place(name, f"{kind}_{parameter}", value.clone(memory_format=torch.contiguous_format))
+        elif isinstance(store, BufferDict) and name in store:
+            del store[name]
+        self._awaits_values.discard(name)
+
+    def part(self, name: str, parameter: str, kind: str) -> Tensor | None:
+        """A tensor of an adapter; None where it has no such part."""
+        store = self._modules.get(f"gradiend_{kind}_{parameter}")
+        return store[name] if isinstance(store, BufferDict) and name in store else None
+
+    def _place(self, name: str, key: str, value: Tensor) -> None:
+        attribute = f"gradiend_{key}"
+        if not isinstance(self._modules.get(attribute), BufferDict):
+            self.add_module(attribute, BufferDict(persistent=True))
+        if attribute not in self.other_param_names:
+            self.other_param_names = (*self.other_param_names, attribute)
+        store: Any = self._modules[attribute]
+        store[name] = value.to(self._device())
+
+    def _device(self) -> torch.device:
+        weight = next((p for p in self.owner.parameters(recurse=False)), None)
+        return torch.device("cpu") if weight is None or weight.device.type == "meta" else weight.device
+
+    def _stores(self, name: str) -> dict[str, BufferDict]:
+        found = {key: store for key, store in self._modules.items() if isinstance(store, BufferDict)}
+        return {key: store for key, store in found.items() if name in store and key != STEERING}
+
+    def await_values(self, name: str) -> None:
+        """Fill an adapter with NaN, and positions with −1: what never arrives must not pass for a feature."""
+        for store in self._stores(name).values():
+            store[name] = torch.full_like(store[name], torch.nan if store[name].is_floating_point() else -1)
+        self._awaits_values.add(name)
+
+    def check_values(self, name: str) -> None:
+        """Raise if a part of `name` is missing, not finite, or points outside of its weight.
+
+        Raises:
+            ValueError: Names the parameter and the adapter.
+        """
+        for key, store in self._stores(name).items():
+            value = store[name]
+            if value.device.type == "meta" or not value.numel():
+                continue
+            kind, _, parameter = key.removeprefix("gradiend_").partition("_")
+            if value.is_floating_point():
+                sound = bool(torch.isfinite(value).all())
+            else:
+                inside = int(value[0]) >= 0 and int(value[-1]) < self.parameter(parameter).numel()
+                sound = inside and bool((value[1:] > value[:-1]).all())
+            if not sound:
+                raise ValueError(
+                    f"The {kind} of adapter {name!r} for {self.path}.{parameter} is missing or not finite: "
+                    "adapter_model.safetensors lacks its tensors or holds NaN. Load the complete folder, or fit the "
+                    "adapter again."
+                )
+        self._awaits_values.discard(name)
+
+    def state_of(self, name: str) -> tuple[Tensor, ...]:
+        """An adapter's tensors as they are, for `restore_state`."""
+        return tuple(store[name] for store in self._stores(name).values())
+
+    def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
+        """Put back what `state_of` gave."""
+        for store, value in zip(self._stores(name).values(), state, strict=True):
+            store[name] = value
+
+    def settle(self, name: str) -> None:
+        """Take values that were just loaded into memory of their own."""
+        for store in self._stores(name).values():
+            dtype = torch.float32 if store[name].is_floating_point() else torch.int32
+            store[name] = store[name].to(dtype, copy=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradiendLayer:
+        """Follow `.to(device)`, but stay in float32 whatever the model goes to."""
+        for store in self.children():
+            for name, value in list(store._buffers.items()):
+                if value is not None:
+                    converted = fn(value)
+                    same = converted.dtype == value.dtype or converted.is_meta
+                    store._buffers[name] = (converted if same else value).to(converted.device, value.dtype)
+        return self
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+
+    def link(self, owners: dict[str, list[tuple[nn.Module, str]]], bypass: Bypass | None) -> None:
+        """Say which modules own the parameters, and what reads them without calling their module."""
+        self._unhook()
+        self.owners, self.bypass = owners, bypass
+        self._hook()
+
+    def _hook(self) -> None:
+        for name, places in self.owners.items():
+            for module, own_name in places:
+                swap_of(module).add(self, name, own_name)
+        if self.bypass is not None:
+            self._handles.append(self.bypass.reader.register_forward_pre_hook(self._refuse_bypass))
+
+    def _unhook(self) -> None:
+        for places in self.owners.values():
+            for module, _ in places:
+                swap_of(module).remove(self)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _refuse_bypass(self, *_: Any) -> None:
+        reason = self.why_bypassed()
+        if reason is not None:
+            raise ValueError(f"The GRADIEND adapter {self.acting_adapters()[0]!r} cannot act unmerged: {reason}")
+
+    def why_bypassed(self) -> str | None:
+        """The reason why an adapter that should act here has no effect unless merged; None where it has one."""
+        if self.bypass is None or not self.bypass.refused or not self.acting_adapters():
+            return None
+        return (
+            f"the weights of {self.path!r} are read by {type(self.bypass.reader).__name__} itself and not by the "
+            "module that owns them, so that a change that is not merged would be ignored. Merge it, by merge_adapter() "
+            "or merge_and_unload() of the PeftModel, or leave such modules out by exclude_modules."
+        )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter that is not merged."""
+        super().delete_adapter(adapter_name)
+        used = {name for names in self.gradiend_parameters.values() for name in names}
+        self._unhook()
+        self.owners = {name: places for name, places in self.owners.items() if name in used}
+        self._hook()
+
+    # ---- which adapters act ------------------------------------------------------------------------------------------
+
+    def acting_adapters(self) -> list[str]:
+        """The adapters that change weights on a forward pass, in the order in which they were added."""
+        on = self.switched_on()
+        return [
+            name
+            for name in self.gradiend_parameters
+            if name in on and self.gradiend_on[name] and name not in self.merged_adapters and name not in self._held
+        ]
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """Let an adapter not act for a while."""
+        held = name in self._held
+        self._held.add(name)
+        try:
+            yield
+        finally:
+            if not held:
+                self._held.discard(name)
+
+    def steer(self, name: str, config: GradiendConfig) -> None:
+        """Take over from the configuration how strongly an adapter acts."""
+        acting = config.pair_index(config.pair) if config.fitted else 0
+        steering = strength(config.expected_pairs(), acting, config.feature_factor, config.learning_rate)
+        if name in self.gradiend_steering and self.gradiend_steering[name].shape == steering.shape:
+            self.gradiend_steering[name].copy_(steering)
+        else:
+            self.gradiend_steering[name] = steering.to(self._device())
+        self.gradiend_on[name] = config.fitted and config.learning_rate != 0
+
+    def terms(self, name: str, parameter: str, steering: Tensor | None = None) -> Term | None:
+        """An adapter's change of a parameter; None where it changes no entry of it.
+
+        Args:
+            name: The adapter.
+            parameter: The parameter's own name.
+            steering: `(2, pairs)`, to try another strength than the present one.
+        """
+        feature, offset = self.part(name, parameter, FEATURE), self.part(name, parameter, OFFSET)
+        if feature is None or offset is None or not feature.shape[-1]:
+            return None
+        factors = self.gradiend_steering[name] if steering is None else steering.to(feature.device)
+        if feature.shape[0] == 1:
+            values = feature[0] * factors[0, 0] + offset[0] * factors[1, 0]
+        else:
+            values = factors[0] @ feature + factors[1] @ offset
+        return Term(self.part(name, parameter, INDEX), values)
+
+    def changed_entries(self, name: str) -> int:
+        """How many entries of the module's parameters an adapter changes."""
+        parts = [self.part(name, parameter, FEATURE) for parameter in self.gradiend_parameters[name]]
+        return sum(part.shape[-1] for part in parts if part is not None and part.dim() == 2)
+
+    def acting_terms(self, parameter: str, device: torch.device) -> list[Term]:
+        """The changes of a parameter that a forward pass is to see, on a device.
+
+        Raises:
+            ValueError: If values are missing.
+        """
+        found = []
+        for name in self.acting_adapters():
+            # A check of values cannot be compiled; there a NaN shows in the output.
+            if name in self._awaits_values and not torch.compiler.is_compiling():
+                self.check_values(name)
+            term = self.terms(name, parameter)
+            if term is not None and term.values.device != device:
+                self._move(name, device)
+                term = term.to(device)
+            if term is not None:
+                found.append(term)
+        return found
+
+    def _move(self, name: str, device: torch.device) -> None:
+        """Stay where accelerate runs the module."""
+        if device.type != "meta":
+            for store in (*self._stores(name).values(), self.gradiend_steering):
+                store[name] = store[name].to(device)
+
+    # ---- merging -----------------------------------------------------------------------------------------------------
+
+    def why_not_mergeable(self, names: list[str]) -> str | None:
+        """The reason why adapters cannot be written into the weights here; None when they can."""
+        for name in names:
+            for parameter in self.gradiend_parameters.get(name, ()):
+                reason = why_not_editable(self.parameter(parameter))
+                if reason is not None:
+                    return f"{self.path}.{parameter} {reason} to merge"
+        return None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters into the weights of this module, the active ones when no names are given.
+
+        Raises:
+            ValueError: If a weight cannot take them, or with `safe_merge` would not be finite.
+        """
+        wanted = self.switched_on() if adapter_names is None else adapter_names
+        names = [name for name in self.adapters if name in wanted and name not in self.merged_adapters]
+        reason = self.why_not_mergeable(names)
+        if reason is not None:
+            raise ValueError(f"The GRADIEND adapter cannot be merged: {reason}.")
+        for name in names:
+            self.check_values(name)
+        written = []
+        for parameter in dict.fromkeys(p for name in names for p in self.gradiend_parameters[name]):
+            found = [self.terms(n, parameter) for n in names if self.gradiend_on[n]]
+            terms = [term for term in found if term is not None]
+            if terms:
+                written.append(write(self.parameter(parameter), terms))
+            if safe_merge and not bool(torch.isfinite(self.parameter(parameter)).all()):
+                for change in reversed(written):
+                    change.undo()
+                raise ValueError(f"Merging {names} makes {self.path}.{parameter} non-finite; the adapter seems broken.")
+        self._written.append((names, written))
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the weights back, to the bit unless something else was written into them since."""
+        while self._written:
+            self.unmerge_last()
+        self.merged_adapters.clear()
+
+    def unmerge_last(self) -> None:
+        """Take the last merge back."""
+        names, written = self._written.pop()
+        for change in reversed(written):
+            change.undo()
+        self.merged_adapters = [name for name in self.merged_adapters if name not in names]
+
+    def forget_originals(self) -> None:
+        """Drop the copies that `unmerge` needs: what is merged stays merged."""
+        self._written.clear()
+
+    def extra_repr(self) -> str:
+        """The adapters with how many entries they change."""
+        return ", ".join(
+            f"{n}: {', '.join(self._size(n, p) for p in ps)}" for n, ps in self.gradiend_parameters.items()
+        )
+
+    def _size(self, name: str, parameter: str) -> str:
+        feature = self.part(name, parameter, FEATURE)
+        return f"{parameter} {0 if feature is None else feature.shape[-1]}"
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module that other adapters have wrapped; the module itself where none has."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module
+
+
+def strength(pairs: int, acting: int, feature_factor: float, learning_rate: float) -> Tensor:
+    """`(2, pairs)`: what Wd and bd of each pair are multiplied by, zero for pairs that do not act."""
+    factors = torch.zeros(2, pairs, device="cpu")
+    factors[0, acting], factors[1, acting] = learning_rate * feature_factor, learning_rate
+    return factors
+
+
+def _layout(config: GradiendConfig, name: str) -> dict[str, Tensor]:
+    """Empty tensors of the shapes that a file has for a parameter."""
+    if not config.fitted or config.fitted_parameters is None:
+        return {FEATURE: torch.zeros(0, 0)}
+    sizes, pairs = config.fitted_parameters[name], config.expected_pairs()
+    n = torch.Size(sizes["shape"]).numel()
+    parts = {}
+    for kinds, key in (((FEATURE, OFFSET, INDEX), "count"), ((ENCODER, ENCODER_INDEX), "encoder_count")):
+        count = sizes.get(key, 0)
+        if count == 0:
+            continue
+        for kind in kinds[:-1]:
+            parts[kind] = torch.empty(pairs, n if count is None else count)
+        if count is not None:
+            parts[kinds[-1]] = torch.empty(count, dtype=torch.int32)
+    return parts
+
+
+# ---- the forward pass ------------------------------------------------------------------------------------------------
+
+
+class Swap:
+    """Stands in for a module's `forward`, and hides parameters behind their changed values while that runs.
+
+    It is put inside of accelerate's own wrapper, which brings the weights of an offloaded module. Several threads may
+    be inside at once: the values stay until the last one leaves.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.slots: list[tuple[GradiendLayer, str, str]] = []
+        self.inside = 0
+        self.wrapped: Callable[..., Any] | None = None
+
+    def add(self, layer: GradiendLayer, parameter: str, own_name: str) -> None:
+        """Hide `own_name` behind what `layer` makes of its `parameter`."""
+        if not self.slots:
+            place = _place_of_forward(self.module)
+            self.wrapped = self.module.__dict__.get(place)
+            self.module.__dict__[place] = self
+        self.slots.append((layer, parameter, own_name))
+
+    def remove(self, layer: GradiendLayer) -> None:
+        """Take back what `add` did for a layer; without others, the module is as it was."""
+        self.slots = [slot for slot in self.slots if slot[0] is not layer]
+        place = _place_of_forward(self.module)
+        if self.slots or self.module.__dict__.get(place) is not self:
+            return
+        if self.wrapped is None:
+            del self.module.__dict__[place]
+        else:
+            self.module.__dict__[place] = self.wrapped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's `forward` returns with the changed values in place."""
+        if torch.compiler.is_compiling():
+            values = self._values()
+            self.module.__dict__.update(values)
+            try:
+                return self._run(*args, **kwargs)
+            finally:
+                for name in values:
+                    del self.module.__dict__[name]
+        with _LOCK:
+            values = self._values()
+            if values:
+                self.inside += 1
+                self._show(values)
+        try:
+            return self._run(*args, **kwargs)
+        finally:
+            if values:
+                with _LOCK:
+                    self.inside -= 1
+                    if not self.inside:
+                        for _, _, name in self.slots:
+                            self.module.__dict__.pop(name, None)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self.wrapped is not None:
+            return self.wrapped(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _values(self) -> dict[str, Tensor]:
+        """What the acting adapters make of the parameters; those that none changes are left out."""
+        terms: dict[str, list[Term]] = {}
+        for layer, parameter, name in self.slots:
+            weight = self.module._parameters.get(name)
+            if weight is not None and layer.acting_adapters():
+                terms.setdefault(name, []).extend(layer.acting_terms(parameter, weight.device))
+        return {
+            name: with_gradient(self.module._parameters[name], found)  # type: ignore[arg-type]
+            for name, found in terms.items()
+            if found
+        }
+
+    def _show(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            shown = self.module.__dict__.get(name)
+            # Another thread that runs without gradients must not take the graph away from one that runs with them.
+            if shown is None or value.requires_grad or not shown.requires_grad:
+                self.module.__dict__[name] = value
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What `inspect.signature` is to look at."""
+        return self.wrapped or type(self.module).forward.__get__(self.module)
+
+
+def swap_of(module: nn.Module) -> Swap:
+    """The swap of a module, a new one where it has none."""
+    present = module.__dict__.get(_place_of_forward(module))
+    return present if isinstance(present, Swap) else Swap(module)
+
+
+def _place_of_forward(module: nn.Module) -> str:
+    """Where the forward of a module is to be replaced: what accelerate calls, where it has put its own in front."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"

@@ -1,0 +1,167 @@
+"""`GradiendAdapter`: one GRADIEND adapter of a model, to read with and to steer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_erasure.adapters import (
+    GradiendConfig,
+    features_of,
+    gradiend_layers,
+    kept_share,
+    stated_bytes,
+    steer,
+    targeted_parameters,
+)
+
+from .forwards import task_of
+from .gradients import GradientReader
+from .pairs import PairBatch
+from .rows import as_pair_batch, single_rows
+from .unsteered import unsteered
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Pair = tuple[str, str]
+
+
+class GradiendAdapter:
+    """A handle on one GRADIEND adapter; it holds nothing itself.
+
+    Args:
+        model: Bare or wrapped in a `PeftModel`.
+        name: The adapter's name.
+
+    Raises:
+        ValueError: If the model has no GRADIEND adapter of that name.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "default") -> None:
+        configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+        if not isinstance(configs.get(name), GradiendConfig):
+            known = [n for n, config in configs.items() if isinstance(config, GradiendConfig)]
+            raise ValueError(
+                f"{name!r} is no GRADIEND adapter of this model; those here are {known or 'none'}. Add one with "
+                "model.add_adapter(GradiendConfig(feature=…), adapter_name=…) or model.load_adapter(folder)."
+            )
+        self.model, self.name = model, name
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str = "default") -> GradiendAdapter:
+        """The adapter `name` of `model`."""
+        return cls(model, name)
+
+    @property
+    def config(self) -> GradiendConfig:
+        """The adapter's configuration."""
+        peft_config: dict[str, Any] = self.model.peft_config  # type: ignore[assignment]
+        return peft_config[self.name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapter's state; of one that is not fitted yet, what they will be."""
+        return stated_bytes(self.model, self.name)
+
+    # ---- writing ----------------------------------------------------------------------------------------------------
+
+    def steer(
+        self,
+        feature_factor: float | None = None,
+        learning_rate: float | None = None,
+        pair: Pair | list[str] | None = None,
+    ) -> None:
+        """Set the edit `W + learning_rate · (feature_factor · Wd + bd)`, in place; what is left out stays.
+
+        Args:
+            feature_factor: h; class 0 of the pair encodes to +1.
+            learning_rate: α; 0 leaves the model as it is.
+            pair: Of a feature of more than two classes, whose neuron acts.
+
+        Raises:
+            ValueError: If the adapter is not fitted or merged, a number is not finite, or the pair is unknown.
+        """
+        chosen = None if pair is None else list(pair)
+        steer(self.model, self.name, feature_factor=feature_factor, learning_rate=learning_rate, pair=chosen)
+
+    def kept_share(self) -> float:
+        """The share of the edit that survives being merged in the dtype of the weights."""
+        return kept_share(self.model, self.name)
+
+    def importance(self, pair: Pair | list[str] | None = None) -> pd.DataFrame:
+        """Which weights the decoder changes: one row a parameter, largest share of the squared change first.
+
+        Columns: `parameter`, `entries`, `kept` (entries that the adapter holds), `norm` of Wd, `share` of ‖Wd‖².
+        """
+        import pandas as pd
+
+        decoder = features_of(self.model, self.name)[self._index(pair)].decoder
+        rows = []
+        for name, (_, square, kept) in decoder.importance().items():
+            entries = decoder.shapes[name].numel()
+            rows.append({"parameter": name, "entries": entries, "kept": kept, "norm": square**0.5, "square": square})
+        table = pd.DataFrame(rows)
+        table["share"] = table.pop("square") / sum(row["square"] for row in rows)
+        return table.sort_values("share", ascending=False, ignore_index=True)
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def encode(self, batch: PairBatch | dict[str, Tensor], pair: Pair | list[str] | None = None) -> Tensor:
+        """Read the feature off the gradient of every row.
+
+        Args:
+            batch: Of `pair_batches`, or a dictionary of model inputs with `labels` as transformers' losses take them
+                (−100 where nothing is predicted); the latter for an adapter whose source is `"factual"`.
+            pair: Of a feature of more than two classes, whose neuron reads; by default the one that acts.
+
+        Returns:
+            `(batch,)` float32 values of the feature neuron, near +1 for class 0 and −1 for class 1 of the pair.
+
+        Raises:
+            ValueError: If the adapter was saved without its encoder, or is merged.
+        """
+        encode = list(self.encoders().values())[self._index(pair)]
+        task, source = task_of(self.model), self.config.source
+        if not isinstance(batch, PairBatch):
+            batch = as_pair_batch(batch, self.model, task, source)
+        with unsteered(self.model, self.name):
+            reader = GradientReader(self.model, targeted_parameters(self.model, self.name), task)
+            values = [encode(reader.gradients(row, wanted=(source,))[source]) for row in single_rows(batch)]
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+    def encoders(self) -> dict[Pair, Callable[[dict[str, Tensor]], float]]:
+        """The encoder of every pair.
+
+        Raises:
+            ValueError: If the adapter does not hold them.
+        """
+        if not self.config.fitted:
+            raise ValueError(f"The GRADIEND adapter {self.name!r} is not fitted: train it with GradiendTrainer first.")
+        found = {}
+        for pair, feature in zip(self.config.pairs, features_of(self.model, self.name), strict=True):
+            if feature.encoder is None:
+                raise ValueError(
+                    f"The GRADIEND adapter {self.name!r} holds no encoder: it was fitted with keep_encoder=False. Fit "
+                    "it with GradiendConfig(keep_encoder=True) to encode with what is saved and loaded."
+                )
+            found[(pair[0], pair[1])] = feature.encoder.encode
+        return found
+
+    def _index(self, pair: Pair | list[str] | None) -> int:
+        pairs = [list(known) for known in self.config.pairs or []]
+        wanted = list(pair) if pair is not None else list(self.config.pair or (pairs[0] if pairs else []))
+        if wanted not in pairs:
+            raise ValueError(f"pair={wanted} is not one of the pairs {pairs} of the GRADIEND adapter {self.name!r}.")
+        return pairs.index(wanted)
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"GradiendAdapter({self.name!r}, feature={config.feature!r}, classes={config.classes}, "
+            f"feature_factor={config.feature_factor:g}, learning_rate={config.learning_rate:g}, "
+            f"modules={len(gradiend_layers(self.model, self.name))})"
+        )

@@ -1,0 +1,54 @@
+"""What an edit is chosen for (arXiv 2502.01406, section 5): a number from class probabilities and language modelling.
+
+Every goal is `LMS · mean over texts of …` with `p` the probabilities of the classes at the slot and LMS the
+language-modelling score:
+
+- `bpi`, balanced prediction: `(1 − |p₀ − p₁|)(p₀ + p₁)`;
+- `fpi` and `mpi`, female and male prediction, or the name of any class `c`: `(1 − max over the others of p) · p_c`;
+- `balance`, for any number of classes: `(1 − (max p − min p)) · min p`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+Goal = Callable[[Tensor], Tensor]  # (texts, classes) probabilities → (texts,)
+
+_GENDERS = {"fpi": "f", "mpi": "m"}
+
+
+def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
+    """The goal of that name.
+
+    Args:
+        name: `"bpi"`, `"fpi"`, `"mpi"`, `"balance"` or one of the classes.
+        classes: The feature's classes, in the order of the columns of `p`.
+
+    Raises:
+        ValueError: If the name means nothing for these classes.
+    """
+    if name in classes:
+        return _prefers(list(classes).index(name))
+    if name == "balance":
+        return lambda p: (1 - (p.amax(1) - p.amin(1))) * p.amin(1)
+    if name == "bpi" and len(classes) == 2:
+        return lambda p: (1 - (p[:, 0] - p[:, 1]).abs()) * p.sum(1)
+    if name in _GENDERS:
+        matches = [i for i, label in enumerate(classes) if label.lower().startswith(_GENDERS[name])]
+        if len(matches) == 1:
+            return _prefers(matches[0])
+    raise ValueError(
+        f"goal={name!r} is not defined for the classes {list(classes)}: write one of the class names, 'balance'"
+        + (", 'bpi', or 'fpi' and 'mpi' for a female and a male class." if len(classes) == 2 else ".")
+    )
+
+
+def _prefers(index: int) -> Goal:
+    def goal(p: Tensor) -> Tensor:
+        others = p.clone()
+        others[:, index] = 0
+        return (1 - others.amax(1)) * p[:, index]
+
+    return goal

@@ -1,0 +1,258 @@
+"""Gradients of a model's loss at feature words, as named float32 blocks (arXiv 2502.01406, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_erasure.fitting.running import evaluating
+
+from .batches import Filled, PairBatch, Task
+from .forwards import SlotReader, task_of
+from .language import LanguageModelling
+
+__all__ = ["GradientReader", "LanguageModelling", "SlotReader", "task_of"]
+
+KINDS = ("factual", "counterfactual", "difference")
+
+Blocks = dict[str, Tensor]
+
+
+class Estimator(Protocol):
+    """What `GradientReader.accumulate` fills: the closed-form estimator."""
+
+    def add_source(self, gradients: Mapping[str, Tensor], sign: int) -> Any:
+        """Take the whole source gradient of one batch."""
+
+    def add_target(self, name: str, gradient: Tensor, sign: int) -> Any:
+        """Take one block of the target."""
+
+    def end_batch(self, sign: int) -> Any:
+        """Close the batch; every block has come."""
+
+    def drop_batch(self) -> Any:
+        """Forget the batch that is open, after a failure."""
+
+
+class GradientReader(SlotReader):
+    """Reads mean-loss gradients of batches off a model, as named float32 blocks.
+
+    One forward serves the factual and the counterfactual word, and their difference takes one backward: with one
+    forward the softmax terms of ``g(factual) - g(counterfactual)`` cancel and the loss is a difference of logits. Only
+    where earlier tokens of a longer word are given to the model (causal, seq2seq) the two words need a forward each.
+
+    The head runs on the predicted positions only: the last hidden state is cut down to these rows on its way to it.
+
+    The model is in eval mode meanwhile (no dropout, and so no gradient checkpointing either, which transformers does
+    in training mode only). Afterwards training flags, ``requires_grad`` and ``.grad`` are as before, also after an
+    exception. Nothing but the targeted parameters gets a gradient computed.
+
+    Args:
+        model: With a head; bare or wrapped in a `PeftModel`. Adapters that are active take part.
+        parameters: The targeted parameters by name, each once (a tied weight once: its gradient is that of all uses).
+        task: By default `task_of(model)`.
+
+    Raises:
+        ValueError: The model has no usable head; no parameter is given, one twice, one that is not the model's, or one
+            whose values are elsewhere (``meta``) or not floating-point numbers.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], task: Task | None = None) -> None:
+        super().__init__(model, task)
+        self.parameters = dict(parameters)
+        _check_parameters(self.model, self.parameters)
+
+    def gradients(self, batch: PairBatch, wanted: Sequence[str] = ("factual", "difference")) -> dict[str, Blocks]:
+        """The gradients of one batch.
+
+        Args:
+            batch: Rows of one class.
+            wanted: Any of ``factual``, ``counterfactual``, ``difference`` (factual minus counterfactual).
+
+        Returns:
+            For each of these, name -> gradient in the parameter's shape, float32, on its device. A parameter that the
+            loss does not reach (a pooler, an embedding that is not used) has zeros.
+
+        Raises:
+            ValueError: A name in ``wanted`` is unknown, the loss is not finite, or it reaches none of the parameters.
+        """
+        _check_kinds(wanted)
+        with self._reading():
+            losses = self._losses(batch, wanted)
+            found = {}
+            for index, kind in enumerate(wanted):
+                found[kind] = self._backward(losses, kind, last=index == len(wanted) - 1)
+            return found
+
+    def accumulate(self, batch: PairBatch, source: str, estimator: Estimator, sign: int) -> None:
+        """Add one batch to a closed-form estimator without ever holding two gradients.
+
+        The source is needed whole, for its norm is global; it is given to ``estimator.add_source`` and let go. The
+        target (the difference) then comes from a second backward through the same graph, and each block is given to
+        ``estimator.add_target`` and freed as soon as backward has made it. With the source ``difference`` one backward
+        serves both. Blocks that the loss does not reach come as zeros, after the others. After a failure the estimator
+        is told to drop the batch.
+
+        Args:
+            batch: Rows of one class.
+            source: ``factual``, ``counterfactual`` or ``difference``.
+            estimator: A `ClosedFormEstimator`, or what has its ``add_source``, ``add_target``, ``end_batch`` and
+                ``drop_batch``.
+            sign: +1 or -1, passed on.
+
+        Raises:
+            ValueError: As `gradients`.
+        """
+        _check_kinds((source,))
+        try:
+            with self._reading():
+                self._accumulate(batch, source, estimator, sign)
+                estimator.end_batch(sign)
+        except BaseException:
+            estimator.drop_batch()
+            raise
+
+    def _accumulate(self, batch: PairBatch, source: str, estimator: Estimator, sign: int) -> None:
+        alone = source == "difference"
+        losses = self._losses(batch, (source,) if alone else (source, "difference"))
+        gradient = self._backward(losses, source, last=alone)
+        estimator.add_source(gradient, sign)
+        if alone:
+            for name, block in gradient.items():
+                estimator.add_target(name, block, sign)
+        else:
+            del gradient
+            self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
+
+    def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""
+        right = batch.filled.to(self.device)
+        wrong = Filled(right.inputs, right.rows, right.positions, batch.counterfactual.to(self.device))
+        if batch.apart is not None:
+            wrong = batch.apart.to(self.device)
+        both = "difference" in wanted
+        # bf16 logits are compared in float32; so is a float16 model's loss, which would overflow else.
+        shared = batch.apart is None
+        right_logits = self.logits(right).float() if shared or both or "factual" in wanted else None
+        wrong_logits = right_logits if shared else None
+        if not shared and (both or "counterfactual" in wanted):
+            wrong_logits = self.logits(wrong).float()
+        losses: dict[str, Tensor] = {}
+        if right_logits is not None and "factual" in wanted:
+            losses["factual"] = _mean_nll(right_logits, right)
+        if wrong_logits is not None and "counterfactual" in wanted:
+            losses["counterfactual"] = _mean_nll(wrong_logits, wrong)
+        if both and right_logits is not None and wrong_logits is not None:
+            if shared:
+                margin = _picked(right_logits, wrong.tokens) - _picked(right_logits, right.tokens)
+                losses["difference"] = (right.weights.to(margin.device) * margin).sum()
+            else:
+                losses["difference"] = _mean_nll(right_logits, right) - _mean_nll(wrong_logits, wrong)
+        self._check_losses(losses)
+        return losses
+
+    def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
+        for kind, loss in losses.items():
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(f"the {kind} loss is {loss.item()}; the model or its input has values out of range")
+            if not loss.requires_grad:
+                self._unreached()
+
+    def _unreached(self) -> None:
+        names = ", ".join(list(self.parameters)[:3])
+        raise ValueError(
+            f"the loss does not depend on any of the {len(self.parameters)} targeted parameters ({names}, …); target "
+            "parameters that the model's prediction goes through"
+        )
+
+    def _backward(self, losses: dict[str, Tensor], kind: str, *, last: bool) -> Blocks:
+        """One backward; the graph lives on unless it is the last. Gradients become float32 one at a time."""
+        loss = losses.pop(kind) if last else losses[kind]
+        targets = list(self.parameters.values())
+        raw: list[Tensor | None] = [*torch.autograd.grad(loss, targets, retain_graph=not last, allow_unused=True)]
+        if all(gradient is None for gradient in raw):
+            self._unreached()
+        blocks: Blocks = {}
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            gradient = raw[index]
+            raw[index] = None
+            blocks[name] = torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
+            del gradient
+        return blocks
+
+    def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any]) -> None:
+        """One backward that gives each block to `take` when it is complete, and frees it."""
+        waiting = dict(self.parameters)
+
+        def hook_of(name: str) -> Callable[[Tensor], None]:
+            def hook(parameter: Tensor) -> None:
+                gradient, parameter.grad = parameter.grad, None
+                if gradient is not None:
+                    del waiting[name]
+                    take(name, gradient.float())
+
+            return hook
+
+        handles = [p.register_post_accumulate_grad_hook(hook_of(name)) for name, p in self.parameters.items()]
+        try:
+            loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, parameter in waiting.items():
+            take(name, torch.zeros_like(parameter, dtype=torch.float32))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Eval mode, gradients on, and only for the targeted parameters; everything is put back."""
+        before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in self.model.parameters()]
+        targeted = {id(parameter) for parameter in self.parameters.values()}
+        with evaluating(self.model), torch.inference_mode(False), torch.enable_grad():
+            try:
+                for parameter, _, _ in before:
+                    parameter.requires_grad_(id(parameter) in targeted)
+                    parameter.grad = None
+                yield
+            finally:
+                for parameter, flag, gradient in before:
+                    parameter.requires_grad_(flag)
+                    parameter.grad = gradient
+
+
+def _check_kinds(kinds: Sequence[str]) -> None:
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"{unknown[0] if unknown else 'nothing'!r} is no kind of gradient; write one of {KINDS}")
+
+
+def _check_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    if not parameters:
+        raise ValueError("no parameter is targeted")
+    own = {id(parameter) for parameter in model.parameters()}
+    seen: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if id(parameter) not in own:
+            raise ValueError(f"{name} is no parameter of the model; take the targets from model.named_parameters()")
+        if id(parameter) in seen:
+            raise ValueError(f"{name} is the same parameter as {seen[id(parameter)]}; name a tied weight once")
+        if parameter.device.type == "meta":
+            raise ValueError(f"{name} is offloaded (on the meta device); load the model onto one device to fit it")
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} has the dtype {parameter.dtype}, which has no gradient; fit on an unquantised base"
+            )
+        seen[id(parameter)] = name
+
+
+def _mean_nll(logits: Tensor, filled: Filled) -> Tensor:
+    losses = F.cross_entropy(logits, filled.tokens.to(logits.device), reduction="none")
+    return (filled.weights.to(losses.device) * losses).sum()
+
+
+def _picked(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.gather(1, tokens.to(logits.device)[:, None])[:, 0]

@@ -1,0 +1,298 @@
+"""Counterfactual pairs, checked and tokenised.
+
+A row has ``text`` with one ``[FEATURE]`` slot, ``factual`` and ``counterfactual`` (words that fit the slot), ``label``
+(a class name) and, for more than two classes, ``counterfactual_label``. For a classifier there is no slot, and
+``factual`` and ``counterfactual`` are names of the model's own labels.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .batches import EncodedRow, Filled, Layout, PairBatch, Slot, Task, collate, longest_input
+from .neutral import neutral_batches
+from .words import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
+
+__all__ = ["Filled", "PairBatch", "PairSet", "Task", "check_pairs", "neutral_batches", "pair_batches"]
+
+
+class PairSet:
+    """A data set of pairs, checked and tokenised once; batches can then be drawn any number of times.
+
+    Args:
+        dataset: With ``text``, ``factual``, ``counterfactual``, ``label`` and perhaps ``counterfactual_label``.
+        tokenizer: Of the model.
+        task: One of ``masked``, ``causal``, ``seq2seq``, ``classification``.
+        classes: Names of the classes in the order of their ids.
+        config: The model's; needed for seq2seq (start token) and classification (``label2id``), and good for its
+            limit on the length elsewhere.
+
+    Raises:
+        PairError: A row cannot be used; the message names the row, shows its text and says what to write instead.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        task: str,
+        classes: Sequence[str],
+        config: Any = None,
+    ) -> None:
+        self.layout = Layout.of(tokenizer, task, config)
+        self.classes = list(classes)
+        rows = _read(dataset, self.classes)
+        if self.layout.task == "classification":
+            self.rows = _encode_labels(rows, tokenizer, config)
+        else:
+            self.rows = _encode_words(rows, tokenizer, self.layout)
+        _check_lengths(self.rows, longest_input(tokenizer, config))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(
+        self, batch_size: int, *, pair: Sequence[str] | None = None, seed: int | None = None, shuffle: bool = False
+    ) -> list[PairBatch]:
+        """Batches of one class each (and of one counterfactual class), the classes evenly mixed.
+
+        Args:
+            batch_size: Rows a batch; the last one of a class may be smaller.
+            pair: Names of two classes: only rows of these two, both ways.
+            seed: Of the order.
+            shuffle: Draw the rows of each class, and the batches, in random order.
+
+        Raises:
+            PairError: There is no row of one of the pair's classes.
+        """
+        if batch_size < 1:
+            raise PairError(f"batch_size is {batch_size}; it must be at least 1")
+        groups = self._groups(pair)
+        generator = random.Random(seed or 0)
+        placed: list[tuple[float, list[EncodedRow]]] = []
+        for rows in groups.values():
+            if shuffle:
+                generator.shuffle(rows)
+            chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+            placed += [((index + 0.5) / len(chunks), chunk) for index, chunk in enumerate(chunks)]
+        placed.sort(key=lambda item: item[0])
+        if shuffle:
+            generator.shuffle(placed)
+        return [collate(self.layout, chunk) for _, chunk in placed]
+
+    def slots(self, batch_size: int) -> list[PairBatch]:
+        """Batches of the texts, each text with its slot once, whatever words and classes its rows have.
+
+        They are for `word_log_probabilities`: a batch holds rows of any class, and its own labels mean nothing.
+        """
+        found: dict[tuple[tuple[int, ...], tuple[int, ...]], EncodedRow] = {}
+        for row in self.rows:
+            found.setdefault((tuple(row.slot.head), tuple(row.slot.tail)), replace(row, label=None, other=None))
+        rows = list(found.values())
+        return [collate(self.layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+    def _groups(self, pair: Sequence[str] | None) -> dict[tuple[int | None, int | None], list[EncodedRow]]:
+        groups: dict[tuple[int | None, int | None], list[EncodedRow]] = {}
+        for row in self.rows:
+            groups.setdefault((row.label, row.other), []).append(row)
+        ordered = dict(sorted(groups.items(), key=lambda item: (item[0][0] or 0, item[0][1] or 0)))
+        if pair is None:
+            return ordered
+        unknown = [name for name in pair if name not in self.classes]
+        if unknown or len(set(pair)) != 2:
+            raise PairError(f"pair is {list(pair)}; name two different classes of {self.classes}")
+        one, two = (self.classes.index(name) for name in pair)
+        for label, other in ((one, two), (two, one)):
+            if (label, other) not in groups:
+                raise PairError(
+                    f"no row has the label {self.classes[label]!r} and the counterfactual label {self.classes[other]!r}"
+                    f", which the pair {list(pair)} needs; add such rows"
+                )
+        return {key: ordered[key] for key in ((one, two), (two, one))}
+
+
+def check_pairs(
+    dataset: Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
+) -> None:
+    """Raise what `PairSet` would raise: all errors of a data set of pairs, named with row and text.
+
+    Raises:
+        PairError: As `PairSet`.
+    """
+    PairSet(dataset, tokenizer, task, classes, config)
+
+
+def pair_batches(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    classes: Sequence[str],
+    *,
+    batch_size: int,
+    pair: Sequence[str] | None = None,
+    seed: int | None = None,
+    shuffle: bool = False,
+    config: Any = None,
+) -> list[PairBatch]:
+    """Check and tokenise a data set of pairs, and draw batches of it once; see `PairSet` and `PairSet.batches`."""
+    pairs = PairSet(dataset, tokenizer, task, classes, config)
+    return pairs.batches(batch_size, pair=pair, seed=seed, shuffle=shuffle)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One row as it stands in the data set."""
+
+    row: int
+    text: str
+    factual: str
+    counterfactual: str
+    label: int
+    other: int
+
+    def fault(self, what: str) -> PairError:
+        return PairError(f"row {self.row} ({shortened(self.text)}): {what}")
+
+
+def _read(dataset: Dataset, classes: list[str]) -> list[_Pair]:
+    if len(classes) < 2 or len(set(classes)) != len(classes):
+        raise PairError(f"classes must name two classes or more, each once; got {classes}")
+    columns = ["text", "factual", "counterfactual", "label"]
+    if len(classes) > 2:
+        columns.append("counterfactual_label")
+    missing = [name for name in columns if name not in dataset.column_names]
+    if missing:
+        why = "; more than two classes need it" if missing == ["counterfactual_label"] else ""
+        raise PairError(f"the pairs have no column {missing[0]!r}{why}; they have {dataset.column_names}")
+    if len(dataset) == 0:
+        raise PairError("the pairs are empty; they need rows of at least two classes")
+    pairs = [_read_row(index, row, dataset, classes) for index, row in enumerate(dataset)]
+    present = {pair.label for pair in pairs}
+    if len(present) < 2:
+        only = classes[next(iter(present))]
+        needed = [name for name in classes if name != only]
+        raise PairError(f"all {len(pairs)} rows have the label {only!r}; add rows of {', '.join(map(repr, needed))}")
+    return pairs
+
+
+def _read_row(index: int, row: Mapping[str, Any], dataset: Dataset, classes: list[str]) -> _Pair:
+    for name in ("text", "factual", "counterfactual"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise PairError(f"row {index} ({shortened(str(row['text']))}): {name} is {row[name]!r}; write text there")
+    where = f"row {index} ({shortened(row['text'])})"
+    label = _class_id(row, "label", dataset, classes, where)
+    if row.get("counterfactual_label") is not None:
+        other = _class_id(row, "counterfactual_label", dataset, classes, where)
+    elif len(classes) > 2:
+        raise PairError(f"{where}: counterfactual_label is missing; write the class of {row['counterfactual']!r}")
+    else:
+        other = 1 - label
+    if other == label:
+        raise PairError(f"{where}: label and counterfactual_label are both {classes[label]!r}; name another class")
+    factual, counterfactual = row["factual"].strip(), row["counterfactual"].strip()
+    if factual == counterfactual:
+        raise PairError(f"{where}: factual and counterfactual are both {factual!r}; write the other class's word")
+    return _Pair(index, row["text"], factual, counterfactual, label, other)
+
+
+def _class_id(row: Mapping[str, Any], column: str, dataset: Dataset, classes: list[str], where: str) -> int:
+    value, feature = row[column], dataset.features[column]
+    if isinstance(feature, ClassLabel) and isinstance(value, int) and value >= 0:
+        value = feature.int2str(value)
+    if value not in classes:
+        raise PairError(f"{where}: {column} is {value!r}; write one of {classes}")
+    return classes.index(value)
+
+
+def _encode_words(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout) -> list[EncodedRow]:
+    cuts = [_cut_at_slot(pair, tokenizer, layout) for pair in pairs]
+    before, after = [cut[0] for cut in cuts], [cut[1] for cut in cuts]
+    lead, trail = special_ends(tokenizer)
+    factual = place_words(tokenizer, before, [pair.factual for pair in pairs], after)
+    counterfactual = place_words(tokenizer, before, [pair.counterfactual for pair in pairs], after)
+    rows = []
+    for pair, right, wrong in zip(pairs, factual, counterfactual, strict=True):
+        right = _checked(pair, pair.factual, right, tokenizer)
+        wrong = _checked(pair, pair.counterfactual, wrong, tokenizer)
+        _check_both(pair, right, wrong, layout)
+        slot = Slot([*lead, *right.head], [] if layout.task == "causal" else [*right.tail, *trail])
+        rows.append(EncodedRow(slot, right.word, wrong.word, pair.label, pair.other))
+    return rows
+
+
+def _cut_at_slot(pair: _Pair, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> tuple[str, str]:
+    """The text before and after the slot; the tokenizer's mask token may stand for it."""
+    mask, text = tokenizer.mask_token, pair.text
+    if SLOT not in text and mask is not None:
+        text = text.replace(mask, SLOT)
+    count = text.count(SLOT)
+    if count != 1:
+        found = "is no slot" if count == 0 else f"are {count} slots"
+        raise pair.fault(f"there {found}; write {SLOT} exactly once, where {pair.factual!r} goes")
+    before, after = text.split(SLOT)
+    if layout.task == "causal" and not before.strip():
+        raise pair.fault(
+            f"nothing stands before {SLOT}, but a causal model predicts a word from what is before it; "
+            "put the slot further to the right"
+        )
+    return before, "" if layout.task == "causal" else after
+
+
+def _checked(pair: _Pair, word: str, placed: Placed | None, tokenizer: PreTrainedTokenizerBase) -> Placed:
+    if placed is None:
+        raise pair.fault(
+            f"a token reaches over an end of {word!r}, so the tokens do not align; "
+            f"put spaces or punctuation around {SLOT}"
+        )
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in placed.word:
+        raise pair.fault(f"{word!r} is not in the tokenizer's vocabulary; use a word that it knows")
+    return placed
+
+
+def _check_both(pair: _Pair, right: Placed, wrong: Placed, layout: Layout) -> None:
+    if right.head != wrong.head or right.tail != wrong.tail:
+        raise pair.fault(
+            f"the text around {SLOT} has other tokens with {pair.counterfactual!r} than with {pair.factual!r}; "
+            f"put spaces or punctuation around {SLOT}"
+        )
+    if right.word == wrong.word:
+        raise pair.fault(
+            f"the tokenizer makes the same tokens of {pair.factual!r} and {pair.counterfactual!r}; "
+            "write words that it tells apart"
+        )
+    if layout.task == "masked" and len(right.word) != len(wrong.word):
+        raise pair.fault(
+            f"{pair.factual!r} has {len(right.word)} tokens and {pair.counterfactual!r} {len(wrong.word)}; a masked "
+            "model needs one mask for each token, so write words with equally many"
+        )
+
+
+def _encode_labels(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any) -> list[EncodedRow]:
+    ids = getattr(config, "label2id", None)
+    if not ids:
+        raise PairError("classification needs the model's config with its label2id; pass config=model.config")
+    for pair in pairs:
+        if SLOT in pair.text:
+            raise pair.fault(f"a classifier has no slot; write the word itself instead of {SLOT}")
+        for name in (pair.factual, pair.counterfactual):
+            if name not in ids:
+                raise pair.fault(f"{name!r} is no label of the model; write one of {list(ids)}")
+    lead, trail = special_ends(tokenizer)
+    texts = encode(tokenizer, [pair.text for pair in pairs])
+    return [
+        EncodedRow(Slot([*lead, *text, *trail], []), [ids[p.factual]], [ids[p.counterfactual]], p.label, p.other)
+        for p, text in zip(pairs, texts, strict=True)
+    ]
+
+
+def _check_lengths(rows: Sequence[EncodedRow], limit: int | None) -> None:
+    for number, row in enumerate(rows):
+        length = len(row.slot.head) + max(len(row.factual), len(row.counterfactual)) + len(row.slot.tail)
+        if limit is not None and length > limit:
+            raise PairError(f"row {number} has {length} tokens, and the model takes {limit}; shorten its text")

@@ -1,0 +1,206 @@
+"""Choose the feature factor and the learning rate of an edit: a grid, scored with forward passes only.
+
+At every point of the grid the edit is written into the weights, in the model's own dtype, and taken out again to the
+bit, so that what is scored is what a merge gives.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hf_erasure.adapters import edited
+
+from .goals import goal_by_name
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEATURE_FACTORS = (0.0, *(sign * x for x in (0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 10.0) for sign in (1, -1)))
+_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
+LEARNING_RATES = tuple(sign * x for sign in (1, -1) for x in _RATES)
+# A language model that lost so many times the budget is not tried with larger steps in the same direction.
+FAR = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """One edit and what it does.
+
+    Attributes:
+        pair: The classes whose feature neuron is used.
+        feature_factor: `h` of `W + α (h Wd + bd)`.
+        learning_rate: `α`.
+        goals: Goal → score.
+        probabilities: Class → its mean probability at the slot.
+        loss: Mean negative log-likelihood, in nats a token.
+        lms: The language-modelling score: accuracy of a masked model, 1 / (1 + loss) otherwise.
+        cost: By how much language modelling got worse, as a share: of the loss, or of a masked model's accuracy.
+    """
+
+    pair: tuple[str, str]
+    feature_factor: float
+    learning_rate: float
+    goals: dict[str, float]
+    probabilities: dict[str, float]
+    loss: float
+    lms: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best edit for a goal within a budget, and everything that was tried.
+
+    Attributes:
+        goal: What was asked for.
+        budget: The share by which language modelling may get worse.
+        best: The chosen point.
+        base: The model without an edit.
+        points: All that were scored.
+    """
+
+    goal: str
+    budget: float
+    best: Point
+    base: Point
+    points: tuple[Point, ...]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a point."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {"pair": "/".join(p.pair), "feature_factor": p.feature_factor, "learning_rate": p.learning_rate}
+                | p.goals
+                | {f"P({name})": value for name, value in p.probabilities.items()}
+                | {"loss": p.loss, "lms": p.lms, "cost": p.cost}
+                for p in (self.base, *self.points)
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; without the points."""
+        return {"goal": self.goal, "budget": self.budget, "best": asdict(self.best), "base": asdict(self.base)}
+
+    def __str__(self) -> str:
+        best, base = self.best, self.base
+        shares = ", ".join(
+            f"P({name}) {base.probabilities[name]:.3f} → {value:.3f}" for name, value in best.probabilities.items()
+        )
+        return (
+            f"{self.goal}: {base.goals[self.goal]:.3f} → {best.goals[self.goal]:.3f} at feature_factor="
+            f"{best.feature_factor:g}, learning_rate={best.learning_rate:g} of {'/'.join(best.pair)}; {shares}; "
+            f"language modelling {'worse' if best.cost >= 0 else 'better'} by {abs(best.cost):.2%}"
+        )
+
+
+class Scorer:
+    """Scores the model as it is at the moment.
+
+    Args:
+        classes: The feature's classes.
+        class_probabilities: Gives `(texts, classes)`, the probability of each class at the slot of each text.
+        language_modelling: Gives `{"loss": …, "lms": …}`.
+        masked: Whether cost is counted in accuracy (masked models) or in loss.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        class_probabilities: Callable[[], Tensor],
+        language_modelling: Callable[[], dict[str, float]],
+        *,
+        masked: bool,
+    ) -> None:
+        self.classes = list(classes)
+        self._class_probabilities = class_probabilities
+        self._language_modelling = language_modelling
+        self._masked = masked
+        names = ["balance", *self.classes, *(["bpi"] if len(self.classes) == 2 else [])]
+        names += [name for name in ("fpi", "mpi") if _is_defined(name, self.classes)]
+        self.goals = {name: goal_by_name(name, self.classes) for name in names}
+
+    def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
+        """Score the model as it is now, under these names; `base` is what cost is counted from."""
+        p, lm = self._class_probabilities().double(), self._language_modelling()
+        loss, lms = lm["loss"], lm["lms"]
+        cost = 0.0
+        if base is not None:
+            cost = 1 - lms / base.lms if self._masked else loss / base.loss - 1
+        return Point(
+            pair,
+            feature_factor,
+            learning_rate,
+            {name: float(lms * goal(p).mean()) for name, goal in self.goals.items()},
+            {name: float(p[:, i].mean()) for i, name in enumerate(self.classes)},
+            loss,
+            lms,
+            cost if math.isfinite(cost) else math.inf,
+        )
+
+
+def scan(
+    model: nn.Module,
+    adapter_name: str,
+    scorer: Scorer,
+    pairs: Iterable[tuple[str, str]],
+    budget: float,
+    feature_factors: Sequence[float] = FEATURE_FACTORS,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+) -> Iterator[Point]:
+    """Score the unedited model, then every point of the grid.
+
+    Along one feature factor the steps grow; where language modelling has lost `FAR` times the budget, larger steps in
+    that direction are left out.
+    """
+    pairs = list(pairs)
+    with edited(model, adapter_name, feature_factor=0.0, learning_rate=0.0, pair=pairs[0]):
+        base = scorer.score(pairs[0], 0.0, 0.0, None)
+    yield base
+    for pair in pairs:
+        for factor in feature_factors:
+            for rates in _by_direction(learning_rates):
+                for rate in rates:
+                    with edited(model, adapter_name, feature_factor=factor, learning_rate=rate, pair=pair):
+                        point = scorer.score(pair, factor, rate, base)
+                    yield point
+                    if point.cost > FAR * budget:
+                        break
+
+
+def choose(base: Point, points: Sequence[Point], goal: str, budget: float) -> Point:
+    """The best point within the budget; the unedited model, with a warning, where none is better than that."""
+    affordable = [point for point in points if point.cost <= budget and math.isfinite(point.goals[goal])]
+    best = max(affordable, key=lambda point: point.goals[goal], default=base)
+    if best.goals[goal] > base.goals[goal]:
+        return best
+    cheapest = min(points, key=lambda point: point.cost)
+    warnings.warn(
+        f"None of {len(points)} edits raises {goal} above the model's own {base.goals[goal]:.3f} while language modelling "
+        f"gets worse by {budget:.1%} at most, so the model stays as it is (learning_rate=0). The cheapest edit, "
+        f"feature_factor={cheapest.feature_factor:g} and learning_rate={cheapest.learning_rate:g}, costs "
+        f"{cheapest.cost:.1%}: give other learning_rates or a larger budget.",
+        stacklevel=3,
+    )
+    return base
+
+
+def _by_direction(learning_rates: Sequence[float]) -> list[list[float]]:
+    positive = sorted(rate for rate in learning_rates if rate > 0)
+    negative = sorted((rate for rate in learning_rates if rate < 0), reverse=True)
+    return [rates for rates in (positive, negative) if rates]
+
+
+def _is_defined(name: str, classes: Sequence[str]) -> bool:
+    try:
+        goal_by_name(name, classes)
+    except ValueError:
+        return False
+    return True

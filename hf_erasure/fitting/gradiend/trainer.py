@@ -1,0 +1,404 @@
+"""`GradiendTrainer`: pairs in, a feature neuron in the adapter out, and the choice of an edit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import TrainOutput
+
+from hf_erasure._version import __version__
+from hf_erasure.adapters import GradiendConfig, set_features, steer, targeted_parameters
+from hf_erasure.gradiend import Feature
+
+from .arguments import GradiendTrainingArguments
+from .calibration import ENOUGH, calibrated
+from .evaluation import EncodedValues, encoded, together
+from .forwards import SlotReader, task_of
+from .gradients import GradientReader
+from .language import LanguageModelling
+from .pairs import PairBatch, PairSet, neutral_batches
+from .processes import Processes
+from .progress import Progress
+from .selection import FEATURE_FACTORS, LEARNING_RATES, Scorer, Selection, choose, scan
+from .shelf import KeptFeatures
+from .training import Encode, Fitted, Pair, Training
+from .unsteered import unsteered
+from .vocabulary import ClassWords, class_words, slots
+
+FEATURES = "features"
+
+
+class GradiendTrainer:
+    """Learns a feature neuron from gradients of a model and puts it into the model's GRADIEND adapter.
+
+    The weights of the model are not trained: gradients are only read, with the adapter without effect. Afterwards the
+    adapter has no effect until `select` or `GradiendAdapter.steer` says how far to go.
+
+    Args:
+        model: With a GRADIEND adapter (`model.add_adapter(GradiendConfig(…))`), bare or in a `PeftModel`.
+        args: `GradiendTrainingArguments`.
+        train_dataset: Pairs: `text` with one `[FEATURE]` slot, `factual`, `counterfactual`, `label`.
+        eval_dataset: Pairs that were not trained on, or a dictionary of several such sets by name.
+        neutral_dataset: `text` without the feature: encoded as 0 in `evaluate`, language modelling in `select`.
+        processing_class: The tokenizer.
+        callbacks: Of transformers' `TrainerCallback`.
+        tokenizer: Another name of `processing_class`.
+        adapter_name: Which adapter; may be left out where the model has one GRADIEND adapter.
+
+    Raises:
+        ValueError: If the adapter is missing, or the data cannot be used; names the row and what to write instead.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: GradiendTrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        neutral_dataset: Dataset | None = None,
+        processing_class: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        *,
+        tokenizer: Any = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        self.model = model
+        self.args = args or GradiendTrainingArguments()
+        self.adapter_name = adapter_name or _only_adapter(model)
+        self.processing_class = _one_of(processing_class, tokenizer)
+        self.train_dataset, self.eval_dataset, self.neutral_dataset = train_dataset, eval_dataset, neutral_dataset
+        self.callbacks = [c() for c in get_reporting_integration_callbacks(self.args.report_to)] + (callbacks or [])
+        self.task = task_of(model)
+        self.fitted: list[Fitted] = []
+        self.classes = self._classes()
+        self._tokenised: dict[int, tuple[Dataset, PairSet]] = {}
+        for dataset in [train_dataset, *self._eval_sets().values()]:
+            if dataset is not None:
+                self._pair_set(dataset)
+        self._processes = Processes()
+
+    @property
+    def config(self) -> GradiendConfig:
+        """The adapter's configuration."""
+        peft_config: dict[str, Any] = self.model.peft_config  # type: ignore[assignment]
+        return peft_config[self.adapter_name]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs of classes; each has a feature neuron."""
+        return list(itertools.combinations(self.classes, 2))
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Estimate the feature neuron of every pair, and fill the adapter.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or `True` for the last one in `output_dir`.
+
+        Returns:
+            The steps done, the mean loss of the latest (0 for the closed form, which minimises none), and `cor` of each
+            pair.
+
+        Raises:
+            ValueError: If there is no training data, a gradient is not finite, or the checkpoint is not of this
+                training.
+        """
+        if self.train_dataset is None:
+            raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
+        progress = Progress(
+            self.model, self.args, self.callbacks, self.processing_class, is_main=self._processes.is_main
+        )
+        keeps_files = str(self.args.save_strategy) not in ("no", "SaveStrategy.NO")
+        several = self.args.estimator == "trained" or len(self.pairs) > 1
+        folder = Path(str(self.args.output_dir)) / FEATURES if keeps_files and several else None
+        with self._reader() as reader:
+            training = Training(
+                reader,
+                self.config.source,
+                self.args,
+                progress,
+                self._training_batches,
+                (lambda pair, encode: self._encode(pair, encode, reader)) if self._eval_sets() else None,
+                self._processes,
+                KeptFeatures(folder),
+            )
+            self.fitted = training.run(self.pairs, resume_from_checkpoint)
+            self._fill_adapter(reader)
+        metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
+        losses = training.losses
+        return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
+
+    def _fill_adapter(self, reader: GradientReader) -> None:
+        features = [fitted.feature for fitted in self.fitted]
+        if self.config.keep_encoder:
+            features = [self._calibrated(fitted, reader) for fitted in self.fitted]
+        set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
+        self.config.provenance |= {
+            "hf_erasure_version": __version__,
+            "estimator": self.args.estimator,
+            "task": self.task,
+            "examples": len(self.train_dataset or ()),
+            "correlation": {f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted},
+        }
+
+    def _calibrated(self, fitted: Fitted, reader: GradientReader) -> Feature:
+        """The feature with an encoder that is as sparse as the adapter will keep it."""
+        source = self.config.source
+
+        def reading(batch: PairBatch) -> Callable[[], dict[str, Tensor]]:
+            return lambda: reader.gradients(batch, wanted=(source,))[source]
+
+        if self.train_dataset is None:
+            return fitted.feature
+        batches = self._pair_set(self.train_dataset).batches(1, pair=fitted.pair, seed=self.args.seed, shuffle=True)
+        first = self.classes.index(fitted.pair[0])
+        up = [reading(batch) for batch in batches if batch.label == first][:ENOUGH]
+        down = [reading(batch) for batch in batches if batch.label != first][:ENOUGH]
+        encoder = calibrated(fitted.feature.encoder, self.config.density, up, down)
+        return replace(fitted.feature, encoder=encoder)
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        neutral_dataset: Dataset | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """How well the feature neuron reads pairs it was not trained on.
+
+        Args:
+            eval_dataset: In the place of the one given to the trainer; of several sets by name, each is measured.
+            neutral_dataset: In the place of the one given to the trainer.
+            metric_key_prefix: Every figure is also returned under its name with this in front.
+
+        Returns:
+            `cor` and `acc`, and with neutral texts `cor_enc` and `acc_enc`; of several pairs of classes the means, and
+            each under its names; of several sets each under `prefix_set_name`.
+
+        Raises:
+            ValueError: If there is nothing to measure, or the adapter is not fitted.
+        """
+        sets = self._eval_sets() if eval_dataset is None else _by_name(eval_dataset)
+        if not sets:
+            raise ValueError("GradiendTrainer has no eval_dataset: give one to evaluate(), of pairs not trained on.")
+        results: dict[str, float] = {}
+        for name, dataset in sets.items():
+            figures = together(self.encode(dataset, neutral_dataset))
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            results |= {f"{prefix}_{key}": value for key, value in figures.items()}
+            if len(sets) == 1:
+                results |= figures
+        return results
+
+    def encode(self, dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> list[EncodedValues]:
+        """The feature neuron's value for every pair and every neutral text, one `EncodedValues` a pair of classes."""
+        if dataset is None:
+            (dataset,) = list(self._eval_sets().values())[:1] or [None]
+        if dataset is None:
+            raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
+        neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
+        encoders = self._encoders()
+        with self._reader() as reader:
+            return [self._encode(pair, encoders[pair], reader, dataset=dataset, neutral=neutral) for pair in self.pairs]
+
+    def _encoders(self) -> dict[Pair, Encode]:
+        """The feature neurons as they were estimated, or as the adapter keeps them."""
+        from .adapter import GradiendAdapter
+
+        if self.fitted:
+            return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
+        return GradiendAdapter.of(self.model, self.adapter_name).encoders()
+
+    def _encode(
+        self,
+        pair: Pair,
+        encode: Encode,
+        reader: GradientReader,
+        *,
+        dataset: Dataset | None = None,
+        neutral: Dataset | None = None,
+    ) -> EncodedValues:
+        """One gradient a text; shared among processes."""
+        if dataset is None:
+            dataset = next(iter(self._eval_sets().values()))
+        batches: list[tuple[PairBatch, int]] = []
+        for batch in self._pair_set(dataset).batches(1, pair=pair):
+            batches.append((batch, 1 if batch.label == self.classes.index(pair[0]) else -1))
+        if neutral is not None:
+            words = self._words().all
+            batches += [
+                (batch, 0)
+                for batch in neutral_batches(
+                    neutral,
+                    self.processing_class,
+                    self.task,
+                    words,
+                    batch_size=1,
+                    seed=self.args.seed,
+                    config=self._model_config,
+                )
+            ]
+        source = self.config.source
+        mine = [
+            (encode(reader.gradients(b, wanted=(source,))[source]), sign) for b, sign in self._processes.mine(batches)
+        ]
+        values, labels = zip(*self._processes.gathered(mine), strict=True)
+        return encoded(values, labels, pair)
+
+    # ---- selection --------------------------------------------------------------------------------------------------
+
+    def select(
+        self,
+        goal: str = "bpi",
+        *,
+        budget: float = 0.02,
+        feature_factors: Sequence[float] = FEATURE_FACTORS,
+        learning_rates: Sequence[float] = LEARNING_RATES,
+        eval_dataset: Dataset | None = None,
+        neutral_dataset: Dataset | None = None,
+    ) -> Selection:
+        """Find the edit that serves `goal` best, and steer the adapter to it.
+
+        Args:
+            goal: `"bpi"`, `"fpi"`, `"mpi"`, `"balance"`, or the name of the class to strengthen.
+            budget: By how much language modelling on the neutral texts may get worse: a share of the loss, for masked
+                models of the accuracy.
+            feature_factors: The grid's values of h.
+            learning_rates: The grid's values of α.
+            eval_dataset: Pairs whose slots are looked at; report the result on others.
+            neutral_dataset: Texts for language modelling; report the result on others.
+
+        Returns:
+            The chosen edit and everything that was tried. Where no edit within the budget serves the goal better than
+            the model as it is, that is chosen, with a warning.
+
+        Raises:
+            ValueError: If the goal is not defined for these classes, or data is missing.
+        """
+        scorer = self.scorer(eval_dataset, neutral_dataset)
+        if goal not in scorer.goals:
+            from .goals import goal_by_name
+
+            goal_by_name(goal, self.classes)  # raises with what can be asked for
+        scanned = scan(self.model, self.adapter_name, scorer, self.pairs, budget, feature_factors, learning_rates)
+        total = len(self.pairs) * len(feature_factors) * len(learning_rates) + 1
+        bar = tqdm(scanned, total=total, desc=f"select {goal}", disable=self.args.disable_tqdm)
+        base, *points = list(bar)
+        best = choose(base, points, goal, budget)
+        steer(
+            self.model,
+            self.adapter_name,
+            feature_factor=best.feature_factor,
+            learning_rate=best.learning_rate,
+            pair=list(best.pair),
+        )
+        selection = Selection(goal, budget, best, base, tuple(points))
+        self.config.provenance["selection"] = selection.to_dict()
+        return selection
+
+    def scorer(self, eval_dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> Scorer:
+        """What `select` scores an edit with: class probabilities at the slots, and language modelling."""
+        sets = self._eval_sets()
+        dataset = eval_dataset if eval_dataset is not None else next(iter(sets.values()), None)
+        neutral = neutral_dataset if neutral_dataset is not None else self.neutral_dataset
+        if dataset is None or neutral is None:
+            missing = "eval_dataset" if dataset is None else "neutral_dataset"
+            raise ValueError(f"Scoring an edit needs eval_dataset and neutral_dataset; {missing} is missing.")
+        words, size, config = self._words(), self.args.per_device_eval_batch_size, self._model_config
+        batches = slots(dataset, self.processing_class, self.task, self.classes, config, size)
+        tokens = words.tokens(self.processing_class, self.task, config)
+        # The model is scored as it stands when a score is asked for: with the edit in its weights.
+        reader = SlotReader(self.model, self.task)
+        language = LanguageModelling(
+            reader, neutral, self.processing_class, feature_words=words.all, batch_size=size, seed=self.args.seed
+        )
+
+        def probabilities() -> Tensor:
+            return torch.cat([words.probabilities(reader, batch, tokens) for batch in batches])
+
+        return Scorer(self.classes, probabilities, language.score, masked=self.task == "masked")
+
+    # ---- what it works on -------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the adapter, as `model.save_pretrained` does."""
+        if self._processes.is_main:
+            model: Any = self.model
+            model.save_pretrained(output_dir or self.args.output_dir)
+
+    def _words(self) -> ClassWords:
+        sets = [d for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
+        return class_words(sets, self.classes)
+
+    def _training_batches(self, pair: Pair, seed: int | None) -> tuple[list[PairBatch], list[PairBatch]]:
+        if self.train_dataset is None:
+            raise ValueError("GradiendTrainer has no train_dataset.")
+        size, first = self.args.per_device_train_batch_size, self.classes.index(pair[0])
+        pairs = self._pair_set(self.train_dataset)
+        batches = pairs.batches(size, pair=pair, seed=seed, shuffle=seed is not None)
+        return [b for b in batches if b.label == first], [b for b in batches if b.label != first]
+
+    def _pair_set(self, dataset: Dataset) -> PairSet:
+        """Checked and tokenised once; the data set is kept with it, so that its id stays its own."""
+        if id(dataset) not in self._tokenised:
+            pairs = PairSet(dataset, self.processing_class, self.task, self.classes, self._model_config)
+            self._tokenised[id(dataset)] = dataset, pairs
+        return self._tokenised[id(dataset)][1]
+
+    @property
+    def _model_config(self) -> Any:
+        return self.model.config
+
+    @contextmanager
+    def _reader(self) -> Iterator[GradientReader]:
+        """Reads the gradients of the base model, whatever the adapter is steered to."""
+        with unsteered(self.model, self.adapter_name):
+            yield GradientReader(self.model, targeted_parameters(self.model, self.adapter_name), self.task)
+
+    def _eval_sets(self) -> dict[str, Dataset]:
+        return {} if self.eval_dataset is None else _by_name(self.eval_dataset)
+
+    def _classes(self) -> list[str]:
+        if self.config.classes is not None:
+            return list(self.config.classes)
+        if self.train_dataset is None or "label" not in self.train_dataset.column_names:
+            raise ValueError(
+                "The classes are not known: write GradiendConfig(classes=['female', 'male']), or give a train_dataset "
+                "with a column `label`."
+            )
+        self.config.classes = sorted(set(self.train_dataset["label"]))
+        return list(self.config.classes)
+
+
+def _by_name(dataset: Dataset | dict[str, Dataset]) -> dict[str, Dataset]:
+    return dict(dataset) if isinstance(dataset, dict) else {"": dataset}
+
+
+def _one_of(processing_class: Any, tokenizer: Any) -> Any:
+    if processing_class is not None and tokenizer is not None:
+        raise ValueError("processing_class and tokenizer are two names of one argument: give one of them.")
+    return processing_class if processing_class is not None else tokenizer
+
+
+def _only_adapter(model: nn.Module) -> str:
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    names = [name for name, config in configs.items() if isinstance(config, GradiendConfig)]
+    if len(names) == 1:
+        return names[0]
+    raise ValueError(
+        f"The model has {'several' if names else 'no'} GRADIEND adapters{f': {names}' if names else ''}. "
+        + ("Say which with adapter_name=…" if names else "Add one: model.add_adapter(GradiendConfig(feature=…)).")
+    )

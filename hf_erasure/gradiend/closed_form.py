@@ -1,0 +1,309 @@
+"""A feature from class means of gradients: one pass, no optimizer, four vectors of memory.
+
+With unit source gradients `ĝ` and targets `d` of batches of sign ±1: `w = mean(ĝ | +) − mean(ĝ | −)`,
+`h = tanh(c · (⟨w, ĝ⟩ + b))` with c and b such that the class means of `⟨w, ĝ⟩` read ±0.9, and
+`Wd = (mean(d | +) − mean(d | −)) / 2`, `bd = (mean(d | +) + mean(d | −)) / 2`: the least squared error of
+`h · Wd + bd` to the targets (the loss of arXiv 2502.01406, section 3) for h = ±1, classes counting alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .blocks import (
+    as_shapes,
+    check_state,
+    flat,
+    flat_blocks,
+    is_finite,
+    pieces,
+    require_blocks,
+    require_finite,
+    sum_of_squares,
+)
+from .features import Feature, FeatureDecoder, FeatureEncoder
+from .selection import check_density, select
+
+SIGNS = (1, -1)
+CLASS_MEAN = 0.9
+PARTS = {("source", 1): "source+", ("source", -1): "source-", ("target", 1): "target+", ("target", -1): "target-"}
+
+
+class ClosedFormEstimator:
+    """Class means of unit source gradients and of targets, in float32 as running means.
+
+    A running mean (`mean += (x − mean) / k`) stays within float32's rounding of the mean over hundreds of thousands of
+    batches, where a running sum would drift. The unit norm is over all blocks, so a source comes whole; targets may
+    come block by block, as a backward pass produces them, and are not kept.
+
+    Attributes:
+        shapes: Name to shape of every block.
+        device: Where the means live.
+    """
+
+    def __init__(self, shapes: Mapping[str, Iterable[int]], device: torch.device | str | None = None) -> None:
+        """Start with no batches.
+
+        Args:
+            shapes: Name to shape of every block.
+            device: Where the means live; None is the CPU.
+
+        Raises:
+            ValueError: If there is no block, or one without entries.
+        """
+        self.shapes = as_shapes(shapes)
+        self.device = torch.device(device or "cpu")
+        self._means = {part: self._zeros() for part in PARTS}
+        self._counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
+        self._open_source: int | None = None
+        self._open_targets: dict[str, int] = {}
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
+            for name, shape in self.shapes.items()
+        }
+
+    @property
+    def batches(self) -> dict[int, int]:
+        """Sign to how many source gradients were added."""
+        first = next(iter(self.shapes))
+        return {sign: self._counts["source", sign][first] for sign in SIGNS}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the four means."""
+        return 4 * sum(4 * shape.numel() for shape in self.shapes.values())
+
+    def add_source(self, gradients: Mapping[str, Tensor], sign: int) -> None:
+        """Count the source gradient of one single-class batch, brought to unit norm.
+
+        Args:
+            gradients: Name to gradient in the block's shape, all blocks, any floating-point dtype.
+            sign: +1 or −1, the class of the batch.
+
+        Raises:
+            TypeError: If a gradient is not a tensor of floating-point numbers.
+            ValueError: If a block is missing, has another shape or is not finite, the whole gradient is zero, the sign
+                is neither, or the batch has a source already. Nothing is changed then.
+        """
+        blocks, norm = self._read_source(gradients, sign)
+        for name, block in blocks.items():
+            self._average("source", sign, name, block, 1.0 / norm)
+        self._open_source = sign
+
+    def _read_source(self, gradients: Mapping[str, Tensor], sign: int) -> tuple[dict[str, Tensor], float]:
+        _check_sign(sign)
+        if self._open_source is not None:
+            raise ValueError("This batch has a source already: call end_batch, or drop_batch, before the next one.")
+        blocks = flat_blocks(gradients, self.shapes, self.device, "The source gradient")
+        squares = {name: sum_of_squares(block) for name, block in blocks.items()}
+        require_finite(squares, "source gradient")
+        norm = math.sqrt(sum(squares.values()))
+        if norm == 0.0:
+            raise ValueError("The source gradient is zero in all blocks: it has no direction; leave this batch out.")
+        return blocks, norm
+
+    def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
+        """Count one block of the target of the current batch.
+
+        Args:
+            name: The block.
+            gradient: The target in the block's shape, any floating-point dtype.
+            sign: +1 or −1, the class of the batch.
+
+        Raises:
+            TypeError: If the target is not a tensor of floating-point numbers.
+            ValueError: If the block is unknown or came already in this batch, the target has another shape or is not
+                finite, or the sign is neither. Nothing is changed then.
+        """
+        block = self._read_target(name, gradient, sign)
+        self._average("target", sign, name, block, 1.0)
+        self._open_targets[name] = sign
+
+    def _read_target(self, name: str, gradient: Tensor, sign: int) -> Tensor:
+        _check_sign(sign)
+        if name not in self.shapes:
+            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
+        if name in self._open_targets:
+            raise ValueError(
+                f"Block {name!r} came already in this batch: add a parameter's gradient once it is complete, and call "
+                "end_batch, or drop_batch, between batches."
+            )
+        block = flat(name, gradient, self.shapes[name], self.device)
+        if not is_finite(block):
+            require_finite({name: math.nan}, "target")
+        return block
+
+    def end_batch(self, sign: int) -> None:
+        """Close the batch.
+
+        Args:
+            sign: +1 or −1, the class of the batch.
+
+        Raises:
+            ValueError: If the source or the target of a block did not come, or came with the other sign.
+        """
+        _check_sign(sign)
+        missing = [name for name in self.shapes if name not in self._open_targets]
+        if self._open_source is None or missing:
+            what = "its source" if self._open_source is None else f"the target of {_some(missing)}"
+            raise ValueError(f"The batch cannot be closed: {what} did not come. Add it, or call drop_batch.")
+        if {self._open_source, *self._open_targets.values()} != {sign}:
+            raise ValueError(f"Not all of the batch was added with sign {sign:+d}: call drop_batch and fit anew.")
+        self.drop_batch()
+
+    def drop_batch(self) -> None:
+        """Forget that a batch is open, after a failure inside it.
+
+        What was added of it stays in the means of the blocks it reached; each block's mean is over the batches that
+        reached that block, so the means remain means.
+        """
+        self._open_source = None
+        self._open_targets = {}
+
+    def update(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], sign: int) -> None:
+        """Count one single-class batch: `add_source`, every `add_target` and `end_batch`, all or nothing.
+
+        Args:
+            source: Name to source gradient.
+            target: Name to target.
+            sign: +1 or −1, the class of the batch.
+
+        Raises:
+            TypeError: As `add_source`.
+            ValueError: As `add_source` and `add_target`. Nothing is changed then.
+        """
+        blocks, norm = self._read_source(source, sign)
+        require_blocks(target, self.shapes, "The target")
+        targets = {name: self._read_target(name, target[name], sign) for name in self.shapes}
+        for name, block in blocks.items():
+            self._average("source", sign, name, block, 1.0 / norm)
+            self._average("target", sign, name, targets[name], 1.0)
+
+    @torch.no_grad()
+    def _average(self, part: str, sign: int, name: str, block: Tensor, factor: float) -> None:
+        self._counts[part, sign][name] += 1
+        share = 1.0 / self._counts[part, sign][name]
+        for mean, piece in pieces(self._means[part, sign][name], block):
+            piece = piece.float()
+            mean.lerp_(piece if factor == 1.0 else piece * factor, share)
+
+    @torch.no_grad()
+    def merge(self, other: ClosedFormEstimator) -> ClosedFormEstimator:
+        """Add the batches of another estimator over the same blocks; returns itself.
+
+        Raises:
+            ValueError: If the blocks differ, or a batch is open in either.
+        """
+        if self.shapes != other.shapes:
+            raise ValueError("The estimators have different blocks: only shards of one fit can be merged.")
+        for estimator in (self, other):
+            estimator._require_closed("merged")
+        for part in PARTS:
+            for name, mean in self._means[part].items():
+                added = other._counts[part][name]
+                if added:
+                    self._counts[part][name] += added
+                    mean.lerp_(other._means[part][name].to(self.device), added / self._counts[part][name])
+        return self
+
+    def _require_closed(self, verb: str) -> None:
+        if self._open_source is not None or self._open_targets:
+            raise ValueError(f"A batch is open: call end_batch, or drop_batch, before the estimator is {verb}.")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the means and counts: `source+/name`, `source-/name`, `target+/name`, `target-/name` and counts.
+
+        Raises:
+            ValueError: If a batch is open.
+        """
+        self._require_closed("saved")
+        state = {}
+        for part, prefix in PARTS.items():
+            state[f"{prefix}count"] = torch.tensor(list(self._counts[part].values()))
+            state |= {f"{prefix}/{name}": mean.clone() for name, mean in self._means[part].items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` returned, in place of what was gathered.
+
+        Raises:
+            ValueError: If an entry is missing, has another shape or is not finite. Nothing is changed then.
+        """
+        expected = {f"{prefix}/{name}": (s.numel(),) for prefix in PARTS.values() for name, s in self.shapes.items()}
+        expected |= {f"{prefix}count": (len(self.shapes),) for prefix in PARTS.values()}
+        check_state(state, expected)
+        for part, prefix in PARTS.items():
+            self._counts[part] = dict(zip(self.shapes, state[f"{prefix}count"].tolist(), strict=True))
+            for name, mean in self._means[part].items():
+                mean.copy_(state[f"{prefix}/{name}"])
+        self.drop_batch()
+
+    def feature(self, density: float = 1.0, *, encoder_density: float = 1.0) -> Feature:
+        """The feature, in tensors of its own.
+
+        Args:
+            density: Share of all entries that the decoder keeps, those of largest `|Wd|`. Below 1 no dense decoder is
+                ever made.
+            encoder_density: Share that the encoder keeps, those of largest `|w|`. Scale and bias are such that the
+                class means read ±0.9 after pruning too.
+
+        Raises:
+            ValueError: If a sign was never seen, the two classes' mean gradients are equal, or a density is not in
+                (0, 1].
+        """
+        check_density(density)
+        check_density(encoder_density)
+        for part, prefix in PARTS.items():
+            if min(self._counts[part].values()) == 0:
+                raise ValueError(
+                    f"No batch of sign {part[1]:+d} has added its {part[0]} ({prefix}): a feature needs batches of "
+                    "both classes."
+                )
+        return Feature(self._encoder(encoder_density), self._decoder(density))
+
+    def _encoder(self, density: float) -> FeatureEncoder:
+        plus, minus = (self._means["source", sign] for sign in SIGNS)
+
+        def difference(name: str) -> Tensor:
+            return plus[name] - minus[name]
+
+        support = select(difference, dict.fromkeys(self.shapes), self.shapes, density)
+        reader = FeatureEncoder(support.of(difference), support.index, dict(self.shapes), activation="identity")
+        high, low = (
+            reader.encode({name: mean[name].view(shape) for name, shape in self.shapes.items()})
+            for mean in (plus, minus)
+        )
+        if not high > low:
+            raise ValueError(
+                "The mean source gradients of the two classes are equal: there is nothing to read. Check that the "
+                "batches of the two signs differ."
+            )
+        scale = 2.0 * math.atanh(CLASS_MEAN) / (high - low)
+        return replace(reader, scale=scale, bias=-(high + low) / 2.0, activation="tanh", unit_norm=True)
+
+    def _decoder(self, density: float) -> FeatureDecoder:
+        plus, minus = (self._means["target", sign] for sign in SIGNS)
+
+        def half_difference(name: str) -> Tensor:
+            return (plus[name] - minus[name]).mul_(0.5)
+
+        support = select(half_difference, dict.fromkeys(self.shapes), self.shapes, density)
+        bias = support.of(lambda name: (plus[name] + minus[name]).mul_(0.5))
+        return FeatureDecoder(support.of(half_difference), bias, support.index, dict(self.shapes))
+
+
+def _check_sign(sign: int) -> None:
+    if sign not in SIGNS:
+        raise ValueError(f"sign is {sign!r}: write 1 for a batch of the class that reads +1, -1 for the other.")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
