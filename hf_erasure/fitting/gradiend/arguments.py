@@ -33,6 +33,7 @@ class GradiendTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of one class in one gradient."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Of the trained estimator."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two logs of loss and correlation."})
+    eval_strategy: str = field(default="steps", metadata={"help": "As in TrainingArguments."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between two evaluations."})
     report_to: str | list[str] | None = field(default="none", metadata={"help": "As in TrainingArguments."})
     estimator: str = field(default="closed_form", metadata={"help": "'closed_form' or 'trained'."})

@@ -261,6 +261,7 @@ class EncodedRow:
 
 
 def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
+    """Rows of one class (and of one counterfactual class) as one batch."""
     slots = tuple(row.slot for row in rows)
     factual = layout.fill(slots, [row.factual for row in rows])
     shared = layout.task in ("masked", "classification") or all(

@@ -95,8 +95,8 @@ class GradientReader(SlotReader):
         The source is needed whole, for its norm is global; it is given to ``estimator.add_source`` and let go. The
         target (the difference) then comes from a second backward through the same graph, and each block is given to
         ``estimator.add_target`` and freed as soon as backward has made it. With the source ``difference`` one backward
-        serves both. Blocks that the loss does not reach come as zeros, after the others. After a failure the estimator
-        is told to drop the batch.
+        serves both. Blocks come in the parameters' dtype; those that the loss does not reach come as zeros, after the
+        others. After a failure the estimator is told to drop the batch.
 
         Args:
             batch: Rows of one class.
@@ -120,7 +120,7 @@ class GradientReader(SlotReader):
     def _accumulate(self, batch: PairBatch, source: str, estimator: Estimator, sign: int) -> None:
         alone = source == "difference"
         losses = self._losses(batch, (source,) if alone else (source, "difference"))
-        gradient = self._backward(losses, source, last=alone)
+        gradient = self._backward(losses, source, last=alone, dtype=None)
         estimator.add_source(gradient, sign)
         if alone:
             for name, block in gradient.items():
@@ -136,7 +136,6 @@ class GradientReader(SlotReader):
         if batch.apart is not None:
             wrong = batch.apart.to(self.device)
         both = "difference" in wanted
-        # bf16 logits are compared in float32; so is a float16 model's loss, which would overflow else.
         shared = batch.apart is None
         right_logits = self.logits(right).float() if shared or both or "factual" in wanted else None
         wrong_logits = right_logits if shared else None
@@ -170,8 +169,10 @@ class GradientReader(SlotReader):
             "parameters that the model's prediction goes through"
         )
 
-    def _backward(self, losses: dict[str, Tensor], kind: str, *, last: bool) -> Blocks:
-        """One backward; the graph lives on unless it is the last. Gradients become float32 one at a time."""
+    def _backward(
+        self, losses: dict[str, Tensor], kind: str, *, last: bool, dtype: torch.dtype | None = torch.float32
+    ) -> Blocks:
+        """One backward; the graph lives on unless it is the last. Blocks become `dtype` (`None`: stay) one by one."""
         loss = losses.pop(kind) if last else losses[kind]
         targets = list(self.parameters.values())
         raw: list[Tensor | None] = [*torch.autograd.grad(loss, targets, retain_graph=not last, allow_unused=True)]
@@ -181,8 +182,9 @@ class GradientReader(SlotReader):
         for index, (name, parameter) in enumerate(self.parameters.items()):
             gradient = raw[index]
             raw[index] = None
-            blocks[name] = torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
-            del gradient
+            block = torch.zeros_like(parameter) if gradient is None else gradient
+            blocks[name] = block if dtype is None else block.to(dtype)
+            del gradient, block
         return blocks
 
     def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any]) -> None:
@@ -194,7 +196,7 @@ class GradientReader(SlotReader):
                 gradient, parameter.grad = parameter.grad, None
                 if gradient is not None:
                     del waiting[name]
-                    take(name, gradient.float())
+                    take(name, gradient)
 
             return hook
 
@@ -205,7 +207,7 @@ class GradientReader(SlotReader):
             for handle in handles:
                 handle.remove()
         for name, parameter in waiting.items():
-            take(name, torch.zeros_like(parameter, dtype=torch.float32))
+            take(name, torch.zeros_like(parameter))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

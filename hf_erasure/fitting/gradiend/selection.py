@@ -183,8 +183,9 @@ def choose(base: Point, points: Sequence[Point], goal: str, budget: float) -> Po
         return best
     cheapest = min(points, key=lambda point: point.cost)
     warnings.warn(
-        f"None of {len(points)} edits raises {goal} above the model's own {base.goals[goal]:.3f} while language modelling "
-        f"gets worse by {budget:.1%} at most, so the model stays as it is (learning_rate=0). The cheapest edit, "
+        f"None of {len(points)} edits raises {goal} above the {base.goals[goal]:.3f} of the model itself while "
+        f"language modelling gets worse by {budget:.1%} at most, so the model stays as it is (learning_rate=0). The "
+        "cheapest edit, "
         f"feature_factor={cheapest.feature_factor:g} and learning_rate={cheapest.learning_rate:g}, costs "
         f"{cheapest.cost:.1%}: give other learning_rates or a larger budget.",
         stacklevel=3,
