@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.hooks import ModelHook
@@ -152,6 +154,24 @@ def execution_device(module: nn.Module) -> Any:
     hook: Any = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook]) if isinstance(hook, ModelHook) else []
     return next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), None)
+
+
+@contextmanager
+def device_map_of_offloaded(model: Any) -> Iterator[None]:
+    """Give a model whose weights accelerate keeps elsewhere a map while an adapter is loaded, if it has none.
+
+    Without one, transformers would load to the device of the placeholders, that is nowhere.
+    """
+    devices = [] if hasattr(model, "hf_device_map") else [execution_device(module) for module in model.modules()]
+    device = next((device for device in devices if device is not None), None)
+    if device is None:
+        yield
+        return
+    model.hf_device_map = {"": device}
+    try:
+        yield
+    finally:
+        del model.hf_device_map
 
 
 def _enter_in_device_map(model: nn.Module, adapter_name: str) -> None:

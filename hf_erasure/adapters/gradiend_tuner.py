@@ -206,8 +206,10 @@ def _own_parameters(config: GradiendConfig, owner: nn.Module, path: str, claimed
 def _fitted_parameters(
     config: GradiendConfig, fitted: dict[str, dict[str, Any]], owner: nn.Module, path: str, claimed: set[int]
 ) -> tuple[str, ...]:
-    names = [full.rpartition(".")[2] for full in fitted if full.rpartition(".")[0] == path]
-    for name in names:
+    wanted = [full.rpartition(".")[2] for full in fitted if full.rpartition(".")[0] == path]
+    # In the order of the module: a file has names sorted.
+    names = [name for name in owner._parameters if name in wanted]
+    for name in [*names, *(set(wanted) - set(names))]:
         full, parameter = f"{path}.{name}", owner._parameters.get(name)
         if parameter is None:
             raise ValueError(

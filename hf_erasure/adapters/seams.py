@@ -19,7 +19,14 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from .base_config import ChildConfig
 from .child import adapter_children, child_configs
-from .child_tuner import ChildTuner, move_inside_wrappers, rehome_layers, remove_adapter, remove_empty_layers
+from .child_tuner import (
+    ChildTuner,
+    device_map_of_offloaded,
+    move_inside_wrappers,
+    rehome_layers,
+    remove_adapter,
+    remove_empty_layers,
+)
 
 _MARK = "_hf_erasure_seam"
 
@@ -113,7 +120,8 @@ def _load_adapter(
     before = _Before(model)
     name = adapter_name or "default"
     try:
-        result = original(peft_model_id, adapter_name, *args, **kwargs)
+        with device_map_of_offloaded(model):
+            result = original(peft_model_id, adapter_name, *args, **kwargs)
         _check_loaded(model, name)
     except BaseException as error:
         if _is_ours(model, name):

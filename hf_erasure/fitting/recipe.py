@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -20,6 +20,7 @@ from .data import concept_dataloader
 from .erasure import fit_concept_erasure
 from .occupations import occupation_sentences
 from .probing import pooled_states, probe_table
+from .recipe_file import check_keys, load_source, read_content
 from .report import ErasureReport
 
 if TYPE_CHECKING:
@@ -102,36 +103,16 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         ValueError: If the file is no recipe, or a key is unknown; names the keys there are.
     """
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no recipe: expected keys such as model, concept, labels, output.")
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise ValueError(f"{override!r} is no key=value, as in model=bert-base-uncased.")
-        section = content
-        *parents, last = key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise ValueError(f"{key!r}: {parent!r} is a value, not a section of the recipe.")
-        section[last] = yaml.safe_load(value)
-    _check_keys(content, Recipe, "")
+    content = read_content(path, overrides, "model, concept, labels, output")
+    check_keys(content, Recipe, "")
     missing = [name for name in ("model", "concept", "labels", "output") if name not in content]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     for name, section_class in (("data", DataRecipe), ("fit", FitRecipe)):
         section = content.get(name) or {}
-        _check_keys(section, section_class, f"{name}.")
+        check_keys(section, section_class, f"{name}.")
         content[name] = section_class(**section)
     return Recipe(**content)
-
-
-def _check_keys(content: dict[str, Any], kind: type, prefix: str) -> None:
-    known = [entry.name for entry in fields(kind)]
-    for key in content:
-        if key not in known:
-            raise ValueError(f"{prefix}{key} is not known in a recipe; {prefix or 'it'} has {', '.join(known)}.")
 
 
 @dataclass
@@ -244,18 +225,11 @@ def load_data(recipe: DataRecipe) -> DatasetDict:
     Raises:
         ValueError: If a split of the recipe is not there.
     """
-    data = occupation_sentences() if recipe.source == "occupations" else _load(recipe.source, recipe.name)
+    data = occupation_sentences() if recipe.source == "occupations" else load_source(recipe.source, recipe.name)
     for split in (recipe.train, recipe.test):
         if split not in data:
             raise ValueError(f"The data set {recipe.source!r} has no split {split!r}; it has {sorted(data)}.")
     return data
-
-
-def _load(source: str, name: str | None) -> DatasetDict:
-    if Path(source).is_file():
-        kind = {"jsonl": "json", "txt": "text"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
-        return load_dataset(kind, data_files=source)
-    return load_dataset(source, name)
 
 
 def _loader(recipe: Recipe, rows: Dataset, tokenizer: Any) -> Any:
@@ -273,5 +247,5 @@ def _loader(recipe: Recipe, rows: Dataset, tokenizer: Any) -> Any:
 def _background(recipe: Recipe, tokenizer: Any) -> Any:
     if recipe.data.background is None:
         return None
-    rows = _load(recipe.data.background, None)[recipe.data.train]
+    rows = load_source(recipe.data.background, None)[recipe.data.train]
     return concept_dataloader(rows, tokenizer, "text", None, recipe.fit.batch_size, max_length=recipe.fit.max_length)

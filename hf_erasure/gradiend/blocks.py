@@ -11,7 +11,7 @@ from torch import Tensor
 # Entries of a piece. On a CPU few enough that the dozen vectors an update holds stay in cache (6 MB), and so many that
 # starting an operation takes little of its time; on an accelerator a piece only bounds the temporaries.
 CPU_PIECE = 1 << 17
-DEVICE_PIECE = 1 << 26
+DEVICE_PIECE = 1 << 24
 
 
 def piece_size(device: torch.device) -> int:
@@ -102,8 +102,9 @@ def sum_of_squares(a: Tensor) -> float:
     """`‖a‖²` in float64, also where float32 squares would vanish or overflow."""
     if a.numel() == 0:
         return 0.0
-    single = a if a.dtype == torch.float64 else a.float()
-    result = dot(single, single)
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    sums = [torch.dot(x, x) for x in (piece.to(dtype) for (piece,) in pieces(a))]
+    result = float(torch.stack(sums).double().sum())
     if a.dtype != torch.float64 and not 1e-30 < result < 1e30:
         result = sum(float(x.double().square().sum()) for (x,) in pieces(a))
     return result

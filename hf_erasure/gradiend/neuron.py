@@ -246,7 +246,7 @@ class FeatureNeuron:
         if not bool(torch.isfinite(sums).all()):
             # Nothing times a number that is not finite is finite, so the inner products find it wherever it is.
             for what, blocks in (("source gradient", sources), ("target", targets)):
-                require_finite({name: sum_of_squares(block.float()) for name, block in blocks.items()}, what)
+                require_finite({name: sum_of_squares(block) for name, block in blocks.items()}, what)
         for value in (*sums.tolist(), *self._gram.flatten().tolist()):
             self._finite(value)
         return sums[:k], sums[k : 2 * k]

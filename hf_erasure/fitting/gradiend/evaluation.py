@@ -73,9 +73,10 @@ def together(parts: Sequence[EncodedValues]) -> dict[str, float]:
 def pearson(values: Tensor, labels: Tensor) -> float:
     """Pearson's correlation; NaN where one of the two does not vary, since there is none then."""
     x, y = values.double(), labels.double()
+    if x.numel() == 0 or bool((x == x[0]).all()) or bool((y == y[0]).all()):
+        return math.nan
     x, y = x - x.mean(), y - y.mean()
-    scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale > 0 else math.nan
+    return float(x @ y / (x.norm() * y.norm()))
 
 
 def balanced_accuracy(decided: Tensor, labels: Tensor) -> float:

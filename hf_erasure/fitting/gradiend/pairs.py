@@ -7,6 +7,7 @@ A row has ``text`` with one ``[FEATURE]`` slot, ``factual`` and ``counterfactual
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from .batches import EncodedRow, Filled, Layout, PairBatch, Slot, Task, collate,
 from .neutral import neutral_batches
 from .words import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
 
-__all__ = ["Filled", "PairBatch", "PairSet", "Task", "check_pairs", "neutral_batches", "pair_batches"]
+__all__ = ["Filled", "PairBatch", "PairSet", "Task", "check_pairs", "neutral_batches", "pair_batches", "usable_rows"]
 
 
 class PairSet:
@@ -126,6 +127,25 @@ def check_pairs(
         PairError: As `PairSet`.
     """
     PairSet(dataset, tokenizer, task, classes, config)
+
+
+def usable_rows(
+    dataset: Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
+) -> list[int]:
+    """The rows whose words a model can use: known to its tokenizer, and aligned; the others `PairSet` refuses.
+
+    Raises:
+        PairError: The columns or classes are wrong, which leaving out rows does not mend.
+    """
+    layout, kept = Layout.of(tokenizer, task, config), []
+    for pair in _read(dataset, list(classes)):
+        with contextlib.suppress(PairError):
+            if task == "classification":
+                _encode_labels([pair], tokenizer, config)
+            else:
+                _encode_words([pair], tokenizer, layout)
+            kept.append(pair.row)
+    return kept
 
 
 def pair_batches(

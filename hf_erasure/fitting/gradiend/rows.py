@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .pairs import Filled, PairBatch
@@ -16,19 +17,29 @@ IGNORED = -100
 def single_rows(batch: PairBatch) -> Iterator[PairBatch]:
     """Every row of a batch as a batch of its own."""
     for row in range(batch.size):
-        filled = _row(batch.filled, row)
-        apart = None if batch.apart is None else _row(batch.apart, row)
-        counterfactual = batch.counterfactual[batch.rows == row] if apart is None else apart.tokens
-        yield replace(
-            batch,
-            inputs=filled.inputs,
-            rows=filled.rows,
-            positions=filled.positions,
-            factual=filled.tokens,
-            counterfactual=counterfactual,
-            apart=apart,
-            template=None,
-        )
+        yield some_rows(batch, [row])
+
+
+def some_rows(batch: PairBatch, chosen: Sequence[int]) -> PairBatch:
+    """The chosen rows of a batch, at least one, in their order there."""
+    kept = torch.zeros(batch.size, dtype=torch.bool)
+    kept[list(chosen)] = True
+    filled = _subset(batch.filled, kept)
+    apart = None if batch.apart is None else _subset(batch.apart, kept)
+    template = None
+    if batch.template is not None:
+        slots = tuple(slot for slot, keep in zip(batch.template.slots, kept.tolist(), strict=True) if keep)
+        template = replace(batch.template, slots=slots)
+    return replace(
+        batch,
+        inputs=filled.inputs,
+        rows=filled.rows,
+        positions=filled.positions,
+        factual=filled.tokens,
+        counterfactual=batch.counterfactual[kept[batch.rows]] if apart is None else apart.tokens,
+        apart=apart,
+        template=template,
+    )
 
 
 def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source: str) -> PairBatch:
@@ -67,7 +78,8 @@ def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source:
     return PairBatch(inputs, rows, at - 1 if task == "causal" else at, factual=tokens, counterfactual=tokens)
 
 
-def _row(filled: Filled, row: int) -> Filled:
-    mine = filled.rows == row
-    inputs = {name: value[row : row + 1] for name, value in filled.inputs.items()}
-    return Filled(inputs, filled.rows[mine] - row, filled.positions[mine], filled.tokens[mine])
+def _subset(filled: Filled, kept: Tensor) -> Filled:
+    mine = kept[filled.rows]
+    moved = kept.long().cumsum(0) - 1
+    inputs = {name: value[kept] for name, value in filled.inputs.items()}
+    return Filled(inputs, moved[filled.rows[mine]], filled.positions[mine], filled.tokens[mine])

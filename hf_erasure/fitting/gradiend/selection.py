@@ -108,7 +108,7 @@ class Scorer:
         classes: The feature's classes.
         class_probabilities: Gives `(texts, classes)`, the probability of each class at the slot of each text.
         language_modelling: Gives `{"loss": …, "lms": …}`.
-        masked: Whether cost is counted in accuracy (masked models) or in loss.
+        masked: Whether cost is counted in accuracy (masked models; in loss where they get nothing right) or in loss.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Scorer:
         loss, lms = lm["loss"], lm["lms"]
         cost = 0.0
         if base is not None:
-            cost = 1 - lms / base.lms if self._masked else loss / base.loss - 1
+            cost = 1 - lms / base.lms if self._masked and base.lms > 0 else loss / base.loss - 1
         return Point(
             pair,
             feature_factor,

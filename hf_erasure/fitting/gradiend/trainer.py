@@ -34,7 +34,7 @@ from .selection import FEATURE_FACTORS, LEARNING_RATES, Scorer, Selection, choos
 from .shelf import KeptFeatures
 from .training import Encode, Fitted, Pair, Training
 from .unsteered import unsteered
-from .vocabulary import ClassWords, class_words, slots
+from .vocabulary import ClassWords, class_words
 
 FEATURES = "features"
 
@@ -318,7 +318,7 @@ class GradiendTrainer:
             missing = "eval_dataset" if dataset is None else "neutral_dataset"
             raise ValueError(f"Scoring an edit needs eval_dataset and neutral_dataset; {missing} is missing.")
         words, size, config = self._words(), self.args.per_device_eval_batch_size, self._model_config
-        batches = slots(dataset, self.processing_class, self.task, self.classes, config, size)
+        batches = self._pair_set(dataset).slots(size)
         tokens = words.tokens(self.processing_class, self.task, config)
         # The model is scored as it stands when a score is asked for: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
@@ -343,10 +343,12 @@ class GradiendTrainer:
         sets = [d for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
         return class_words(sets, self.classes)
 
-    def _training_batches(self, pair: Pair, seed: int | None) -> tuple[list[PairBatch], list[PairBatch]]:
+    def _training_batches(
+        self, pair: Pair, seed: int | None, times: int = 1
+    ) -> tuple[list[PairBatch], list[PairBatch]]:
         if self.train_dataset is None:
             raise ValueError("GradiendTrainer has no train_dataset.")
-        size, first = self.args.per_device_train_batch_size, self.classes.index(pair[0])
+        size, first = self.args.per_device_train_batch_size * times, self.classes.index(pair[0])
         pairs = self._pair_set(self.train_dataset)
         batches = pairs.batches(size, pair=pair, seed=seed, shuffle=seed is not None)
         return [b for b in batches if b.label == first], [b for b in batches if b.label != first]

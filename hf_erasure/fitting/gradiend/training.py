@@ -25,6 +25,7 @@ from .gradients import GradientReader
 from .pairs import PairBatch
 from .processes import Processes
 from .progress import Progress
+from .rows import some_rows
 from .shelf import KeptFeatures
 
 Pair = tuple[str, str]
@@ -36,8 +37,11 @@ WINDOW = 100
 class Batches(Protocol):
     """The training data."""
 
-    def __call__(self, pair: Pair, seed: int | None) -> tuple[list[PairBatch], list[PairBatch]]:
-        """The batches of a pair's class 0 and of its class 1, shuffled where there is a seed."""
+    def __call__(self, pair: Pair, seed: int | None, times: int = 1) -> tuple[list[PairBatch], list[PairBatch]]:
+        """The batches of a pair's class 0 and of its class 1, so many times the size of one device's batch.
+
+        They are shuffled where there is a seed.
+        """
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Training:
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._epoch_key: tuple[int, int] | None = None
-        self._epoch: list[tuple[list[PairBatch], int]] = []
+        self._epoch: list[tuple[PairBatch, int]] = []
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -136,11 +140,12 @@ class Training:
 
     def _start(self, number: int, pair_and_seed: tuple[Pair, int]) -> Start:
         pair, seed = pair_and_seed
-        a_pass = len(self.processes.in_step(self.batches(pair, None)))
-        steps = math.ceil(a_pass * self.args.num_train_epochs)
-        if self.args.max_steps > 0:
-            steps = self.args.max_steps
-        return Start(number, pair, seed, a_pass, a_pass if self.args.estimator == "closed_form" else steps)
+        if self.args.estimator == "closed_form":
+            a_pass = len(self.processes.in_step(self.batches(pair, None)))
+            return Start(number, pair, seed, a_pass, a_pass)
+        a_pass = sum(len(group) for group in self.batches(pair, None, self.processes.count))
+        steps = self.args.max_steps if self.args.max_steps > 0 else math.ceil(a_pass * self.args.num_train_epochs)
+        return Start(number, pair, seed, a_pass, steps)
 
     # ---- closed form ------------------------------------------------------------------------------------------------
 
@@ -203,20 +208,21 @@ class Training:
                 break
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
-        """The batch of a step and its sign; the order of an epoch depends on seed and epoch only."""
+        """This process's rows of a step's batch, and its sign; the order depends on seed and epoch only."""
         epoch, within = divmod(step, start.per_epoch)
         if self._epoch_key != (start.number, epoch):
             self._epoch_key, self._epoch = (start.number, epoch), self._order(start, epoch)
-        row, sign = self._epoch[within]
-        return self.processes.take(row), sign
+        batch, sign = self._epoch[within]
+        mine = self.processes.mine(range(batch.size))
+        return (some_rows(batch, mine) if mine else None), sign
 
-    def _order(self, start: Start, epoch: int) -> list[tuple[list[PairBatch], int]]:
+    def _order(self, start: Start, epoch: int) -> list[tuple[PairBatch, int]]:
         # A prime far above any number of epochs keeps the orders of two seeds apart.
         seed = start.seed * 1_000_003 + epoch
-        groups = self.batches(start.pair, seed)
-        rows = [(r, sign) for group, sign in zip(groups, (1, -1), strict=True) for r in self.processes.in_step([group])]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [rows[i] for i in order]
+        groups = self.batches(start.pair, seed, self.processes.count)
+        batches = [(batch, sign) for group, sign in zip(groups, (1, -1), strict=True) for batch in group]
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [batches[i] for i in order]
 
     def _step(self, neuron: FeatureNeuron, batch: PairBatch | None, sign: int) -> None:
         wanted = tuple(dict.fromkeys((self.source, "difference")))

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from .batches import PairBatch
 from .forwards import SlotReader
-from .pairs import PairBatch, PairSet
 from .words import word_tokens
 
 
@@ -58,17 +58,6 @@ def class_words(datasets: Iterable[Dataset], classes: Sequence[str]) -> ClassWor
             for word, owner in zip(dataset[column], owners, strict=True):
                 found[owner].setdefault(word.strip())
     return ClassWords({label: list(words) for label, words in found.items()})
-
-
-def slots(
-    dataset: Dataset, tokenizer: Any, task: str, classes: Sequence[str], config: Any, batch_size: int
-) -> list[PairBatch]:
-    """Batches of the texts of pairs, each text once, whatever its words."""
-    first: dict[str, int] = {}
-    for row, text in enumerate(dataset["text"]):
-        first.setdefault(text, row)
-    by_text = dataset.select(list(first.values()))
-    return PairSet(by_text, tokenizer, task, classes, config).batches(batch_size)
 
 
 def _names(dataset: Dataset, column: str) -> list[str]:

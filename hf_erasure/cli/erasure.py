@@ -1,28 +1,14 @@
-"""The `hf-erasure` command."""
+"""The commands that fit, check, merge, export and add erasures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-app = typer.Typer(
-    help="Erase a concept from a Hugging Face model, as a PEFT adapter.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-
-
-@app.callback()
-def main() -> None:
-    """Erase a concept from a Hugging Face model, as a PEFT adapter."""
+from .app import app
+from .common import errors_as_sentences, rendered
 
 
 @app.command()
@@ -43,12 +29,12 @@ def fit(
     """
     from hf_erasure.fitting.recipe import FIGURE_FILE, read_recipe, run_recipe
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         plan = read_recipe(recipe, overrides or [])
         outcome = run_recipe(plan, progress)
     typer.echo(f"\n{outcome.report}\n")
     typer.echo(f"Probe accuracy on the split {plan.data.test!r}, probes fitted on {plan.data.train!r}:\n")
-    typer.echo(_render(outcome.table))
+    typer.echo(rendered(outcome.table))
     typer.echo(f"\nadapter: {plan.output}\nfigure:  {Path(plan.output) / FIGURE_FILE}")
 
 
@@ -60,9 +46,9 @@ def check(
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
     from hf_erasure.fitting.recipe import check_output
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         now, written = check_output(folder, progress)
-    typer.echo(_render(now))
+    typer.echo(rendered(now))
     # Same weights, same data, same probes: what differs is only the order in which threads add floats.
     drift = float((now - written).abs().max().max())
     same = drift <= 1e-6
@@ -86,7 +72,7 @@ def merge(
     """
     from hf_erasure.adapters.checkpoints import save_merged
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         text = save_merged(model, adapter, out)
     typer.echo(f"{text}\nmodel: {out}")
 
@@ -104,7 +90,7 @@ def export_lora(
     from hf_erasure.adapters.checkpoints import load_with_erasure
     from hf_erasure.adapters.lora_export import export_to_lora
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         exported = export_to_lora(load_with_erasure(model, adapter), "default", out)
     typer.echo(str(exported))
 
@@ -120,26 +106,8 @@ def merge_fits(
     """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
     from hf_erasure.fitting.adding import merge_fits as add
 
-    with _errors_as_sentences():
+    with errors_as_sentences():
         config = add(one, other, output)
     typer.echo(
         f"{config.concept}: {config.provenance['examples']} examples, {config.provenance['tokens']} tokens: {output}"
     )
-
-
-def _render(table: pd.DataFrame) -> str:
-    return table.to_string(float_format=lambda value: f"{value:.3f}")
-
-
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """Turn the errors a user can mend into one line instead of a traceback."""
-    try:
-        yield
-    except (ValueError, ImportError, OSError, NotImplementedError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
-if __name__ == "__main__":
-    app()

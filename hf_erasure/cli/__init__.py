@@ -1,0 +1,6 @@
+"""The `hf-erasure` command; a file a topic."""
+
+from . import erasure, gradiend
+from .app import app
+
+__all__ = ["app", "erasure", "gradiend"]

@@ -1,0 +1,5 @@
+"""`python -m hf_erasure.cli`."""
+
+from . import app
+
+app()

@@ -1,0 +1,293 @@
+"""A GRADIEND adapter among others: another one, a LoRA, an erasure."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
+from hf_erasure.adapters import edited, erasure_layers, gradiend_layers, steer, targeted_parameters
+from tests.adapters.gradiend.lifecycle import (
+    MODELS,
+    NAME,
+    RATE,
+    Gradiends,
+    batch_of,
+    config_of,
+    edit_by_hand,
+    feature_of,
+    fit,
+    lora,
+    state_of,
+)
+from tests.small_models import LABELS, distance, outputs_of, same, small_batches
+
+every_model = pytest.mark.parametrize("name", MODELS)
+wrapping_models = pytest.mark.parametrize("name", ["llama", "tied_llama", "gpt2", "bert", "t5"])
+# A weight that takes two edits one after the other is rounded once more: 2^-24 relative, as for the oracle.
+TOLERANCE = 2e-5
+
+
+# ---- two of a kind --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("densities", [(1e-2, 2e-2), (1.0, 1e-2), (1.0, 1.0)], ids=str)
+@every_model
+def test_two_adapters_add_up(name: str, densities: tuple[float, float], gradiends: Gradiends):
+    batch = batch_of(name)
+    model = gradiends.base(name)
+    features = {}
+    for seed, (adapter, density) in enumerate(zip(("one", "two"), densities, strict=True)):
+        model.add_adapter(config_of(density), adapter_name=adapter)
+        features[adapter] = fit(model, adapter, seed)
+    model.set_adapter(["two", "one"])
+    together = outputs_of(model, batch)
+    model.set_adapter(["one", "two"])
+    assert same(outputs_of(model, batch), together)
+    by_hand = gradiends.base(name)
+    for adapter, density in zip(("one", "two"), densities, strict=True):
+        by_hand = edit_by_hand(by_hand, features[adapter], density, 1.0, RATE)
+    assert distance(together, outputs_of(by_hand, batch)) < TOLERANCE
+    for adapter in ("one", "two"):
+        model.set_adapter(adapter)
+        assert not same(outputs_of(model, batch), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_model
+def test_two_adapters_merge_as_they_act(name: str, dtype: torch.dtype, gradiends: Gradiends):
+    batch = batch_of(name)
+    model = PeftModel.from_pretrained(gradiends.base(name).to(dtype), gradiends.folder(name), "one")
+    model.load_adapter(gradiends.folder(name, 0.02, seed=1), "two")
+    model.base_model.set_adapter(["one", "two"])
+    together, before = outputs_of(model, batch), state_of(model, name)
+    model.merge_adapter()
+    assert same(outputs_of(model, batch), together)
+    model.unmerge_adapter()
+    before.assert_same(state_of(model, name))
+    model.merge_adapter(["two"])
+    with pytest.raises(ValueError, match="'two' is merged into the weights: call unmerge_adapter"):
+        steer(model, "two", learning_rate=1.0)
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("two")
+    model.merge_adapter(["one"])
+    if dtype == torch.float32:
+        assert distance(outputs_of(model, batch), together) < TOLERANCE
+    model.unmerge_adapter()
+    before.assert_same(state_of(model, name))
+
+
+def test_owners_of_one_weight_may_be_targeted_by_different_adapters(gradiends: Gradiends):
+    """The head of GPT-2 is its embedding: an adapter on either changes both."""
+    model, batch = gradiends.base("gpt2"), batch_of("gpt2")
+    for seed, (adapter, target) in enumerate((("one", "wte"), ("two", "lm_head"))):
+        model.add_adapter(config_of(1.0, target_modules=[target]), adapter_name=adapter)
+        fit(model, adapter, seed)
+    assert list(targeted_parameters(model, "one")) == ["transformer.wte.weight"]
+    assert list(targeted_parameters(model, "two")) == ["lm_head.weight"]
+    model.set_adapter(["one", "two"])
+    found = outputs_of(model, batch)
+    with edited(model, "one"), edited(model, "two"):
+        assert distance(outputs_of(model, batch), found) < TOLERANCE
+    for adapter in ("one", "two"):
+        model.set_adapter(adapter)
+        alone = outputs_of(model, batch)
+        with edited(model, adapter):
+            assert same(outputs_of(model, batch), alone)
+        model.set_adapter(["one", "two"])
+
+
+def test_a_weight_with_four_owners_is_stored_once(gradiends: Gradiends):
+    model = gradiends.fitted("t5", 1.0, target_modules=("shared", "embed_tokens", "lm_head"))
+    assert list(targeted_parameters(model, NAME)) == ["shared.weight"]
+    (layer,) = gradiend_layers(model).values()
+    assert len(layer.owners["weight"]) == 4
+    tensors = load_file(gradiends.folder("t5", 1.0, target_modules=("lm_head", "shared")) / "adapter_model.safetensors")
+    assert sorted(tensors) == [f"base_model.model.shared.gradiend.gradiend_{k}_weight" for k in ("feature", "offset")]
+
+
+# ---- with a LoRA ----------------------------------------------------------------------------------------
+
+
+def _lora_folder(gradiends: Gradiends, name: str, tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = gradiends.base(name)
+    model.add_adapter(lora(), adapter_name="tuned")
+    model.save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+@wrapping_models
+def test_both_orders_of_a_gradiend_and_a_lora_give_the_same(name: str, gradiends: Gradiends, tmp_path: Path):
+    folder, batch = _lora_folder(gradiends, name, tmp_path), batch_of(name)
+    tuned = gradiends.base(name)
+    tuned.load_adapter(folder)
+    only_lora, only_gradiend = outputs_of(tuned, batch), outputs_of(gradiends.fitted(name), batch)
+    feature = feature_of(targeted_parameters(gradiends.fitted(name), NAME))
+    by_hand = edit_by_hand(gradiends.base(name), feature, 1e-2, 1.0, RATE)
+    by_hand.load_adapter(folder)
+    models = []
+    for order in (("gradiend", "lora"), ("lora", "gradiend")):
+        model = gradiends.base(name)
+        for which in order:
+            if which == "lora":
+                model.load_adapter(folder, adapter_name="tuned")
+            else:
+                model.load_adapter(gradiends.folder(name), adapter_name=NAME)
+        model.set_adapter([NAME, "tuned"])
+        models.append(model)
+    first, second = models
+    together = outputs_of(first, batch)
+    assert same(together, outputs_of(second, batch))
+    assert distance(together, outputs_of(by_hand, batch)) < TOLERANCE
+    assert set(first.state_dict()) == set(second.state_dict())
+    assert list(targeted_parameters(first, NAME)) == list(targeted_parameters(second, NAME))
+    for number, model in enumerate(models):
+        model.set_adapter("tuned")
+        assert same(outputs_of(model, batch), only_lora)
+        model.set_adapter(NAME)
+        assert same(outputs_of(model, batch), only_gradiend)
+        model.save_pretrained(tmp_path / str(number))
+        saved = load_file(tmp_path / str(number) / "adapter_model.safetensors")
+        assert set(saved) == set(load_file(gradiends.folder(name) / "adapter_model.safetensors"))
+        model.delete_adapter("tuned")
+        model.delete_adapter(NAME)
+        assert same(outputs_of(model, batch), outputs_of(gradiends.base(name), batch))
+
+
+@wrapping_models
+def test_a_feature_fitted_beside_a_lora_has_the_plain_names(name: str, gradiends: Gradiends, tmp_path: Path):
+    model = gradiends.base(name)
+    model.load_adapter(_lora_folder(gradiends, name, tmp_path), adapter_name="tuned")
+    model.add_adapter(config_of(), adapter_name=NAME)
+    plain = gradiends.base(name)
+    plain.add_adapter(config_of(), adapter_name=NAME)
+    assert list(targeted_parameters(model, NAME)) == list(targeted_parameters(plain, NAME))
+    fit(model)
+    model.set_adapter(NAME)
+    assert same(outputs_of(model, batch_of(name)), outputs_of(gradiends.fitted(name), batch_of(name)))
+
+
+@pytest.mark.parametrize("verb", ["unload", "merge_and_unload"])
+@wrapping_models
+def test_a_gradiend_outlives_a_lora_that_is_merged(name: str, verb: str, gradiends: Gradiends):
+    model, batch = gradiends.fitted(name), batch_of(name)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        wrapped = peft.get_peft_model(model, lora(), adapter_name="tuned")
+    # PEFT has made the newcomer active alone.
+    for module in wrapped.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.set_adapter([NAME, "tuned"])
+    together = outputs_of(wrapped, batch)
+    wrapped.base_model.set_adapter("tuned")
+    plain = getattr(wrapped, verb)()
+    for layer in gradiend_layers(plain).values():
+        layer.set_adapter(NAME)
+    assert verify_adapter(plain, NAME, batch)
+    assert list(gradiend_layers(plain)) == list(gradiend_layers(gradiends.fitted(name)))
+    if verb == "unload":
+        assert same(outputs_of(plain, batch), outputs_of(gradiends.fitted(name), batch))
+    else:
+        assert distance(outputs_of(plain, batch), together) < TOLERANCE
+
+
+def test_a_lora_merged_over_a_merged_gradiend_stays_when_that_is_unmerged(gradiends: Gradiends):
+    model, batch = gradiends.fitted("bert"), batch_of("bert")
+    torch.manual_seed(0)
+    model.add_adapter(lora(target_modules=["query"]), adapter_name="tuned")
+    model.set_adapter("tuned")
+    expected = outputs_of(model, batch)
+    for layer in gradiend_layers(model).values():
+        layer.merge(adapter_names=[NAME])
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.merge()
+    for layer in gradiend_layers(model).values():
+        layer.unmerge()
+    assert distance(outputs_of(model, batch), expected) < TOLERANCE
+    assert not same(outputs_of(model, batch), outputs_of(gradiends.base("bert"), batch))
+
+
+def test_training_a_lora_over_an_active_gradiend(gradiends: Gradiends):
+    model, batch = gradiends.fitted("llama"), batch_of("llama")
+    model.add_adapter(lora(), adapter_name="tuned")
+    model.set_adapter([NAME, "tuned"])
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in n for n in trainable)
+    inputs = {k: v for k, v in batch.items() if k != "concept_labels"}
+    model(**inputs).logits.square().mean().backward()
+    assert all(p.grad is not None for p in trainable.values())
+
+
+def test_adding_a_lora_warns_that_the_gradiend_went_dark(gradiends: Gradiends):
+    model = gradiends.fitted("bert")
+    with pytest.warns(
+        UserWarning, match=rf"switched the GRADIEND adapter '{NAME}' off.*set_adapter\(\['{NAME}', 'x'\]\)"
+    ):
+        model.add_adapter(lora(), adapter_name="x")
+    assert "is not active" in str(verify_adapter(model, NAME, batch_of("bert")))
+
+
+def test_a_sticky_gradiend_stays_on(gradiends: Gradiends):
+    model, batch = gradiends.fitted("bert", sticky=True), batch_of("bert")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*switched the")
+        model.add_adapter(lora(init_lora_weights=True), adapter_name="tuned")
+    assert model.active_adapters() == ["tuned"]
+    assert distance(outputs_of(model, batch), outputs_of(gradiends.fitted("bert"), batch)) == 0
+    assert verify_adapter(model, NAME, batch)
+    model.disable_adapters()
+    assert same(outputs_of(model, batch), outputs_of(gradiends.base("bert"), batch))
+
+
+# ---- with an erasure ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def erasure_folder(gradiends: Gradiends, tmp_path_factory: pytest.TempPathFactory):
+    def make(name: str, target) -> Path:
+        folder = tmp_path_factory.mktemp("erasure")
+        model = gradiends.base(name)
+        model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=target, affine=False), adapter_name="none")
+        fit_concept_erasure(model, small_batches(name), "none", sequential=False, progress=False)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("target", [None, "all-linear"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_both_orders_of_a_gradiend_and_an_erasure_give_the_same(name: str, target, gradiends, erasure_folder):
+    folder, batch = erasure_folder(name, target), batch_of(name)
+    feature = feature_of(targeted_parameters(gradiends.fitted(name), NAME))
+    by_hand = edit_by_hand(gradiends.base(name), feature, 1e-2, 1.0, RATE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The base model has been trained further")
+        by_hand.load_adapter(folder)
+    models = []
+    for order in (("steering", "erasure"), ("erasure", "steering")):
+        model = gradiends.base(name)
+        for which in order:
+            source = folder if which == "erasure" else gradiends.folder(name)
+            model.load_adapter(source, adapter_name=which)
+        model.set_adapter(["steering", "erasure"])
+        models.append(model)
+    first, second = models
+    together = outputs_of(first, batch)
+    assert same(together, outputs_of(second, batch))
+    assert distance(together, outputs_of(by_hand, batch)) < TOLERANCE
+    for model in models:
+        assert verify_adapter(model, "steering", batch) and verify_adapter(model, "erasure", batch)
+        model.delete_adapter("erasure")
+        model.set_adapter("steering")
+        assert not erasure_layers(model)
+        assert same(outputs_of(model, batch), outputs_of(gradiends.fitted(name), batch))

@@ -1,0 +1,101 @@
+"""The numbers a feature neuron and an edit are judged by, against formulas written out and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score
+
+from hf_erasure.fitting.gradiend.evaluation import EncodedValues, encoded, together
+from hf_erasure.fitting.gradiend.goals import goal_by_name
+from hf_erasure.fitting.gradiend.selection import Point, choose
+
+GENDERS = ("female", "male")
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.sampled_from([1, -1, 0])), min_size=6, max_size=40))
+def test_metrics_are_those_of_numpy_and_scikit_learn(rows):
+    rows = [*rows, (0.3, 1), (-0.4, -1), (0.1, 0)]
+    values, labels = (np.array(column) for column in zip(*rows, strict=True))
+    found = encoded(values.tolist(), labels.tolist(), GENDERS).metrics()
+    featured = labels != 0
+    # float64 sums of at most 43 terms
+    assert found["cor"] == pytest.approx(np.corrcoef(values[featured], labels[featured])[0, 1], abs=1e-9, nan_ok=True)
+    assert found["cor_enc"] == pytest.approx(np.corrcoef(values, labels)[0, 1], abs=1e-9, nan_ok=True)
+    decided = np.where(values > 0.5, 1, np.where(values < -0.5, -1, 0))
+    recalls = [(decided[labels == label] == label).mean() for label in (-1, 0, 1)]
+    assert found["acc_enc"] == pytest.approx(np.mean(recalls))
+    signs = np.sign(values[featured])
+    if 0 not in signs:
+        assert found["acc"] == pytest.approx(balanced_accuracy_score(labels[featured], signs))
+
+
+def test_values_that_do_not_vary_have_no_correlation():
+    found = encoded([0.7, 0.7, 0.7], [1, -1, 1], GENDERS).metrics()
+    assert math.isnan(found["cor"])
+    assert found["acc"] == 0.5
+    assert "cor_enc" not in found
+
+
+def test_several_pairs_are_named_and_averaged():
+    one = encoded([1, -1, 0.2], [1, -1, 1], ("a", "b"))
+    other = encoded([1, 1, -1, -1], [1, -1, 1, -1], ("a", "c"))
+    found = together([one, other])
+    assert found["acc_a_b"] == 1.0
+    assert found["acc_a_c"] == 0.5
+    assert found["acc"] == 0.75
+    assert found["cor"] == pytest.approx((found["cor_a_b"] + found["cor_a_c"]) / 2)
+
+
+def test_encoded_values_as_a_table():
+    table = EncodedValues(torch.tensor([0.9, -0.9, 0.0]), torch.tensor([1, -1, 0]), GENDERS).to_pandas()
+    assert table["class"].tolist() == ["female", "male", "neutral"]
+
+
+P = torch.tensor([[0.6, 0.1], [0.2, 0.5]], dtype=torch.float64)  # texts x (female, male)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bpi", [(1 - 0.5) * 0.7, (1 - 0.3) * 0.7]),
+        ("fpi", [(1 - 0.1) * 0.6, (1 - 0.5) * 0.2]),
+        ("female", [(1 - 0.1) * 0.6, (1 - 0.5) * 0.2]),
+        ("mpi", [(1 - 0.6) * 0.1, (1 - 0.2) * 0.5]),
+        ("balance", [(1 - 0.5) * 0.1, (1 - 0.3) * 0.2]),
+    ],
+)
+def test_goals_are_the_formulas_of_the_paper(name: str, expected: list[float]):
+    assert goal_by_name(name, GENDERS)(P).tolist() == pytest.approx(expected)
+
+
+def test_the_goal_of_k_classes():
+    p = torch.tensor([[0.2, 0.5, 0.1]], dtype=torch.float64)
+    assert goal_by_name("balance", ["a", "b", "c"])(p).tolist() == pytest.approx([(1 - 0.4) * 0.1])
+    assert goal_by_name("b", ["a", "b", "c"])(p).tolist() == pytest.approx([(1 - 0.2) * 0.5])
+
+
+@pytest.mark.parametrize(("name", "classes"), [("bpi", ["a", "b", "c"]), ("fpi", ["cat", "dog"]), ("gpi", GENDERS)])
+def test_a_goal_that_is_not_defined_is_refused_with_those_that_are(name: str, classes):
+    with pytest.raises(ValueError, match=rf"goal='{name}' is not defined.*write one of the class names, 'balance'"):
+        goal_by_name(name, classes)
+
+
+def _point(score: float, cost: float) -> Point:
+    return Point(GENDERS, 1.0, 0.1, {"bpi": score}, {"female": 0.5, "male": 0.5}, 1.0, 0.5, cost)
+
+
+def test_the_best_point_within_the_budget_is_chosen():
+    base, points = _point(0.1, 0.0), [_point(0.9, 0.05), _point(0.5, 0.02), _point(0.4, 0.0), _point(math.nan, 0.0)]
+    assert choose(base, points, "bpi", 0.02) is points[1]
+
+
+def test_where_no_edit_is_better_the_model_stays_and_says_so():
+    base = _point(0.45, 0.0)
+    with pytest.warns(UserWarning, match=r"None of 2 edits raises bpi above the 0\.450.*a larger budget"):
+        assert choose(base, [_point(0.9, 0.05), _point(0.4, 0.0)], "bpi", 0.02) is base

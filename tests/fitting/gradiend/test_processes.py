@@ -1,0 +1,44 @@
+"""Several processes estimate what one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[3]
+
+
+def fitted(folder: Path, estimator: str, batch_size: int, processes: int) -> list[tuple[dict[str, torch.Tensor], dict]]:
+    """What each process ended with, and how many there were."""
+    folder.mkdir()
+    script = [str(ROOT / "tests/fitting/gradiend/two_processes.py"), str(folder), estimator, str(batch_size)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *(launcher if processes > 1 else []), *script]
+    subprocess.run(command, check=True, env=environment, cwd=folder, capture_output=True, timeout=300)
+    found = []
+    for path in sorted(folder.glob(f"{estimator}-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found.append((tensors, file.metadata()))
+    return found
+
+
+# Six rows, three of each class: with two processes the last step of a class is one process's alone.
+@pytest.mark.parametrize(("estimator", "alone", "together"), [("closed_form", 1, 1), ("trained", 2, 1)])
+def test_two_processes_end_as_one(estimator: str, alone: int, together: int, tmp_path: Path):
+    ((one, facts),) = fitted(tmp_path / "one", estimator, alone, 1)
+    two = fitted(tmp_path / "two", estimator, together, 2)
+    assert facts["processes"] == "1"
+    assert [other["processes"] for _, other in two] == ["2", "2"]
+    for name, value in one.items():
+        assert torch.equal(two[0][0][name], two[1][0][name]), name
+        # float32 gradients, added in another order; a trained neuron makes 8 steps from there
+        scale = float(value.abs().max())
+        torch.testing.assert_close(two[0][0][name], value, rtol=1e-3, atol=1e-5 * scale)

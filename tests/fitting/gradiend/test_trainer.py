@@ -1,0 +1,407 @@
+"""`GradiendTrainer` and `GradiendAdapter` on small models of every task: from pairs to a chosen edit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+
+from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
+from hf_erasure.adapters import features_of
+from hf_erasure.fitting.gradiend import PairBatch, PairSet
+from hf_erasure.fitting.gradiend.progress import checkpoints
+from hf_erasure.fitting.gradiend.rows import single_rows
+from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, task_name, tokenizer_of
+
+NAME = "gender"
+EVERY_TASK = ["llama", "bert", "t5", "bert_classifier"]
+
+
+def adapted(name: str, **fields: Any) -> PreTrainedModel:
+    model = model_of(name).eval()
+    config = GradiendConfig(feature="gender", classes=CLASSES, **{"density": 1.0, **fields})
+    model.add_adapter(config, adapter_name=NAME)
+    return model
+
+
+def trainer_of(model: PreTrainedModel, name: str, folder: Path, callbacks=None, **arguments: Any) -> GradiendTrainer:
+    settings: dict[str, Any] = {"disable_tqdm": True, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    return GradiendTrainer(
+        model,
+        args=GradiendTrainingArguments(output_dir=str(folder), **{**settings, **arguments}),
+        train_dataset=pairs(name),
+        eval_dataset=_other_texts(name),
+        neutral_dataset=neutral(),
+        tokenizer=tokenizer_of(name),
+        callbacks=callbacks,
+    )
+
+
+def _other_texts(name: str) -> Dataset:
+    """Pairs that the trainer does not learn from."""
+    swapped = {"Tom": "Lily", "king": "nurse", "fast": "late", "happy": "fast", "dog": "doctor"}
+
+    def swap(row: dict[str, str]) -> dict[str, str]:
+        return {**row, "text": " ".join(swapped.get(word, word) for word in row["text"].split(" "))}
+
+    return pairs(name).map(swap)
+
+
+def logits_of(model: PreTrainedModel, name: str) -> torch.Tensor:
+    ids = torch.arange(8, 16)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task_name(name) == "seq2seq":
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", EVERY_TASK)
+def test_closed_form_reads_the_class_of_texts_it_has_not_seen(name: str, tmp_path: Path):
+    model = adapted(name)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    unadapted = logits_of(model, name)
+    trainer = trainer_of(model, name, tmp_path)
+    output = trainer.train()
+    found = trainer.evaluate()
+
+    assert output.global_step == len(pairs(name))
+    assert found["acc"] == 1.0
+    assert found["cor"] > 0.9  # the words differ and little else: anything much lower means mixed-up signs
+    assert found["eval_cor"] == found["cor"]
+    assert {"cor_enc", "acc_enc"} <= set(found)
+    assert output.metrics["cor_female_male"] == pytest.approx(found["cor"])
+    # Gradients were read and nothing was trained; without a learning rate the adapter does nothing.
+    assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
+    assert torch.equal(logits_of(model, name), unadapted)
+    GradiendAdapter.of(model, NAME).steer(feature_factor=1.0, learning_rate=1e-2)
+    assert not torch.equal(logits_of(model, name), unadapted)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ["counterfactual", "difference"])
+def test_the_other_sources(source: str, tmp_path: Path):
+    trainer = trainer_of(adapted("bert", source=source), "bert", tmp_path)
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["acc"] == 1.0
+    assert found["cor"] > 0.9
+
+
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+def test_trained_estimator_turns_class_0_to_plus_1(activation: str, tmp_path: Path):
+    model = adapted("llama")
+    options = {"estimator": "trained", "learning_rate": 1e-3, "max_steps": 60, "eval_steps": 20, "seeds": 2}
+    trainer = trainer_of(model, "llama", tmp_path, activation=activation, **options)
+    output = trainer.train()
+    assert output.global_step == 120
+    assert math.isfinite(output.training_loss)
+    values = trainer.encode()[0].to_pandas().groupby("class")["value"].mean()
+    assert values["female"] > values["male"]
+    assert trainer.evaluate()["cor"] == pytest.approx(output.metrics["cor_female_male"])
+
+
+def test_the_trained_neuron_that_is_kept_is_the_best_that_was_evaluated(tmp_path: Path):
+    seen: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            seen.append(abs(state.log_history[-1]["eval_cor"]))
+
+    options = {"estimator": "trained", "learning_rate": 3e-2, "max_steps": 50, "eval_steps": 10}
+    trainer = trainer_of(adapted("bert"), "bert", tmp_path, callbacks=[Watch()], **options)
+    trainer.train()
+    assert len(seen) == 5
+    assert trainer.evaluate()["cor"] == pytest.approx(max(seen))
+
+
+def test_no_convergence_is_warned_of(tmp_path: Path):
+    options = {"estimator": "trained", "learning_rate": 0.0, "max_steps": 2, "convergence": 1.0}
+    with pytest.warns(UserWarning, match=r"None of 1 starts for female/male converged.*estimator='closed_form'"):
+        trainer_of(adapted("bert"), "bert", tmp_path, **options).train()
+
+
+class Stop(TrainerCallback):
+    """Breaks off after so many steps, as a kill would; what is due at that step is still written before the next."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._stop(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._stop(state)
+
+    def _stop(self, state) -> None:
+        if state.global_step > self.after:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"estimator": "trained", "learning_rate": 1e-2, "max_steps": 12, "eval_steps": 3, "seeds": 2}],
+    ids=["closed_form", "trained"],
+)
+@pytest.mark.parametrize("after", [2, 5])
+def test_resumed_training_ends_with_the_same_adapter(options: dict[str, Any], after: int, tmp_path: Path):
+    whole, broken = adapted("llama"), adapted("llama")
+    saving = {**options, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    trainer_of(whole, "llama", tmp_path / "whole", **saving).train()
+    with pytest.raises(InterruptedError):
+        trainer_of(broken, "llama", tmp_path / "broken", callbacks=[Stop(after)], **saving).train()
+    assert not broken.peft_config[NAME].fitted
+    assert len(checkpoints(tmp_path / "broken")) <= 2
+    again = adapted("llama")
+    output = trainer_of(again, "llama", tmp_path / "broken", **saving).train(resume_from_checkpoint=True)
+    assert output.global_step == (6 if not options else 24)
+    one, other = features_of(whole, NAME)[0].decoder, features_of(again, NAME)[0].decoder
+    for name in one.weight:
+        assert torch.equal(one.weight[name], other.weight[name]), name
+        assert torch.equal(one.bias[name], other.bias[name]), name
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(InterruptedError):
+        trainer_of(adapted("llama"), "llama", tmp_path, callbacks=[Stop(3)], **saving).train()
+    with pytest.raises(ValueError, match="another training"):
+        trainer_of(adapted("llama"), "llama", tmp_path, estimator="trained", max_steps=5, **saving).train(True)
+    with pytest.raises(ValueError, match="There is no checkpoint"):
+        trainer_of(adapted("llama"), "llama", tmp_path / "none", **saving).train(True)
+
+
+def test_select_steers_within_the_budget_and_leaves_the_weights(tmp_path: Path):
+    model = adapted("llama", density=0.05)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    trainer = trainer_of(model, "llama", tmp_path)
+    trainer.train()
+    grid = {"feature_factors": (-1.0, 0.0, 1.0), "learning_rates": (1e-3, -1e-3, 1e-1, -1e-1, 1.0)}
+    chosen = trainer.select("fpi", budget=0.5, **grid)
+    assert all(torch.equal(value, before[key]) for key, value in model.named_parameters())
+    assert chosen.best.goals["fpi"] > chosen.base.goals["fpi"]
+    assert chosen.best.cost <= 0.5
+    config = model.peft_config[NAME]
+    assert (config.feature_factor, config.learning_rate) == (chosen.best.feature_factor, chosen.best.learning_rate)
+    # What was scored with the edit in the weights is what the steered adapter gives.
+    steered = trainer.scorer().score(("female", "male"), 0, 0, None)
+    # float32 sums in another order: W + delta computed at each forward, and once
+    assert steered.goals["fpi"] == pytest.approx(chosen.best.goals["fpi"], rel=1e-4)
+    table = chosen.to_pandas()
+    assert len(table) == len(chosen.points) + 1
+    assert str(chosen).startswith("fpi: ")
+
+
+def test_select_says_what_is_missing(tmp_path: Path):
+    trainer = trainer_of(adapted("bert"), "bert", tmp_path)
+    with pytest.raises(ValueError, match="was never fitted"):
+        trainer.select("bpi")
+    trainer.train()
+    with pytest.raises(ValueError, match="goal='nurse' is not defined"):
+        trainer.select("nurse")
+    trainer.neutral_dataset = None
+    with pytest.raises(ValueError, match="neutral_dataset is missing"):
+        trainer.select("bpi")
+
+
+def three_classes() -> Dataset:
+    words = {"royal": "king", "learned": "doctor", "caring": "nurse"}
+    texts = ["Tom said that the [FEATURE] was late", "the [FEATURE] ate bread", "a dog ran to the [FEATURE]"]
+    rows = [
+        {"text": t, "factual": words[a], "counterfactual": words[b], "label": a, "counterfactual_label": b}
+        for t in texts
+        for a in words
+        for b in words
+        if a != b
+    ]
+    return Dataset.from_list(rows)
+
+
+def test_three_classes_have_three_neurons_and_are_balanced_by_the_formula_of_k(tmp_path: Path):
+    model = model_of("llama").eval()
+    classes = ["royal", "learned", "caring"]
+    model.add_adapter(GradiendConfig(feature="post", classes=classes, density=0.1), adapter_name=NAME)
+    arguments = GradiendTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, save_strategy="no")
+    trainer = GradiendTrainer(
+        model, arguments, three_classes(), three_classes(), neutral(), processing_class=tokenizer_of("llama")
+    )
+    trainer.train()
+    assert [tuple(pair) for pair in model.peft_config[NAME].pairs] == trainer.pairs
+    assert len(trainer.pairs) == 3
+    found = trainer.evaluate()
+    assert {f"cor_{a}_{b}" for a, b in trainer.pairs} <= set(found)
+    assert found["acc"] == 1.0
+    grid = {"feature_factors": (-1.0, 1.0), "learning_rates": (1e-2, 1e-1), "budget": 5.0}
+    chosen = trainer.select("caring", **grid)
+    assert chosen.best.probabilities["caring"] > chosen.base.probabilities["caring"]
+    assert tuple(model.peft_config[NAME].pair) == chosen.best.pair
+    assert trainer.select("balance", **grid).best.goals["balance"] >= chosen.base.goals["balance"]
+
+
+# ---- the adapter -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY_TASK)
+@pytest.mark.parametrize("density", [1.0, 0.05])
+def test_a_loaded_adapter_encodes_as_the_one_that_was_saved(name: str, density: float, tmp_path: Path):
+    model = adapted(name, density=density, keep_encoder=True)
+    trainer = trainer_of(model, name, tmp_path / "training")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    (batch,) = (b for b in _batches(name, 3) if b.label == 0)
+    values = GradiendAdapter.of(model, NAME).encode(batch)
+    assert values.shape == (3,)
+    # Class 0 is +1, and a sparse encoder is brought to the scale of the dense one: merely pruned it reads 0.05 to 0.2
+    # less here, calibrated the mean stays within 0.06.
+    with trainer._reader() as reader:
+        encode = trainer.fitted[0].feature.encoder.encode
+        dense = [encode(reader.gradients(row, wanted=("factual",))["factual"]) for row in single_rows(batch)]
+    assert min(dense) > 0.3
+    assert float(values.mean()) == pytest.approx(sum(dense) / 3, abs=0 if density == 1.0 else 0.06, rel=1e-5)
+
+    fresh = model_of(name).eval()
+    fresh.load_adapter(str(tmp_path / "adapter"), adapter_name="downloaded")
+    adapter = GradiendAdapter.of(fresh, "downloaded")
+    assert torch.equal(adapter.encode(batch), values)
+    adapter.steer(feature_factor=-1.0, learning_rate=1e-2)
+    assert torch.equal(adapter.encode(batch), values)  # of the base model, however it is steered
+    assert fresh.peft_config["downloaded"].learning_rate == 1e-2
+
+
+@pytest.mark.parametrize("name", EVERY_TASK)
+def test_a_batch_with_labels_encodes_as_the_pairs_do(name: str, tmp_path: Path):
+    model = adapted(name, keep_encoder=True)
+    trainer_of(model, name, tmp_path).train()
+    adapter = GradiendAdapter.of(model, NAME)
+    for batch in _batches(name, 3):
+        plain = _with_labels(batch, name)
+        # One graph with other padding: float32 rounding
+        assert adapter.encode(plain).tolist() == pytest.approx(adapter.encode(batch).tolist(), abs=1e-4)
+
+
+def _with_labels(batch: PairBatch, name: str) -> dict[str, torch.Tensor]:
+    task = task_name(name)
+    inputs = dict(batch.inputs)
+    if task == "classification":
+        return {**inputs, "labels": batch.factual}
+    if task == "causal":  # the word itself stands in the input, as in running text
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1))
+        labels = torch.full_like(ids, -100)
+        for row, position, token in zip(batch.rows, batch.positions, batch.factual, strict=True):
+            ids[row, position + 1] = labels[row, position + 1] = token
+            mask[row, position + 1] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    labels = torch.full_like(inputs["decoder_input_ids" if task == "seq2seq" else "input_ids"], -100)
+    labels[batch.rows, batch.positions] = batch.factual
+    return {**inputs, "labels": labels}
+
+
+def _batches(name: str, size: int) -> list[PairBatch]:
+    config = model_of(name).config
+    return PairSet(_other_texts(name), tokenizer_of(name), task_name(name), CLASSES, config).batches(size)
+
+
+def test_an_adapter_without_encoder_says_how_to_get_one(tmp_path: Path):
+    model = adapted("bert")
+    trainer = trainer_of(model, "bert", tmp_path)
+    adapter = GradiendAdapter.of(model, NAME)
+    with pytest.raises(ValueError, match="is not fitted"):
+        adapter.encode(_batches("bert", 1)[0])
+    trainer.train()
+    with pytest.raises(ValueError, match=r"keep_encoder=True"):
+        adapter.encode(_batches("bert", 1)[0])
+
+
+def test_encode_refuses_what_does_not_say_enough(tmp_path: Path):
+    model = adapted("bert", keep_encoder=True, source="difference")
+    trainer_of(model, "bert", tmp_path).train()
+    adapter = GradiendAdapter.of(model, NAME)
+    with pytest.raises(ValueError, match="reads the 'difference' gradient"):
+        adapter.encode(_with_labels(_batches("bert", 1)[0], "bert"))
+    with pytest.raises(ValueError, match="is not one of the pairs"):
+        adapter.encode(_batches("bert", 1)[0], pair=("male", "nurse"))
+    with pytest.raises(ValueError, match="is no GRADIEND adapter of this model"):
+        GradiendAdapter.of(model, "other")
+
+
+def test_importance_adds_up(tmp_path: Path):
+    model = adapted("bert", density=0.05)
+    trainer_of(model, "bert", tmp_path).train()
+    adapter = GradiendAdapter.of(model, NAME)
+    table = adapter.importance()
+    assert table["share"].sum() == pytest.approx(1.0)
+    assert table["share"].is_monotonic_decreasing
+    total = sum(p.numel() for n, p in model.named_parameters() if n in set(table["parameter"]))
+    assert table["kept"].sum() == math.ceil(0.05 * total)
+    assert "learning_rate=0" in repr(adapter)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_the_adapter_must_be_there_and_be_the_only_one_or_named(tmp_path: Path):
+    arguments = GradiendTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"has no GRADIEND adapters.*add_adapter"):
+        GradiendTrainer(model_of("bert"), arguments, pairs("bert"), tokenizer=tokenizer_of("bert"))
+    model = adapted("bert")
+    model.add_adapter(GradiendConfig(feature="other"), adapter_name="other")
+    with pytest.raises(ValueError, match=r"several GRADIEND adapters.*adapter_name="):
+        GradiendTrainer(model, arguments, pairs("bert"), tokenizer=tokenizer_of("bert"))
+    with pytest.raises(ValueError, match="two names of one argument"):
+        GradiendTrainer(
+            model, arguments, pairs("bert"), tokenizer=1, processing_class=tokenizer_of("bert"), adapter_name=NAME
+        )
+
+
+def test_classes_are_read_off_the_data_where_the_config_has_none(tmp_path: Path):
+    model = model_of("bert").eval()
+    model.add_adapter(GradiendConfig(feature="gender"), adapter_name=NAME)
+    trainer = trainer_of(model, "bert", tmp_path)
+    assert trainer.classes == ["female", "male"]
+    assert model.peft_config[NAME].classes == ["female", "male"]
+
+
+def test_a_merged_adapter_is_not_trained_on(tmp_path: Path):
+    import peft
+
+    model = peft.get_peft_model(model_of("bert").eval(), GradiendConfig(feature="gender", classes=CLASSES))
+    trainer = trainer_of(model, "bert", tmp_path)
+    trainer.train()
+    GradiendAdapter.of(model, "default").steer(1.0, 1e-2)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"is merged into the weights"):
+        trainer.train()
+    model.unmerge_adapter()
+    trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("estimator", "newton", "estimator='newton' is not known"),
+        ("activation", "relu", "activation='relu' is not known"),
+        ("seeds", 0, "at least one start"),
+        ("convergence", 2.0, "is a correlation"),
+        ("patience", 0, "positive number"),
+    ],
+)
+def test_arguments_are_checked(field: str, value: Any, message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        GradiendTrainingArguments(output_dir=str(tmp_path), **{field: value})
+
+
+def test_non_finite_weights_are_refused_and_nothing_is_left_behind(tmp_path: Path):
+    model = adapted("bert")
+    trainer = trainer_of(model, "bert", tmp_path)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="loss is nan"):
+        trainer.train()
+    assert not model.peft_config[NAME].fitted
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,106 @@
+"""Pairs from plain sentences and a table of counterpart words; tokens of words in running text."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_erasure.fitting.gradiend import PairError, check_pairs, pairs_from_sentences, word_tokens
+from hf_erasure.fitting.gradiend.words import occurrences, word_forms
+from tests.fitting.gradiend.language_models import LETTERS, tokenizer_of
+
+CLASSES = ["male", "female"]
+SENTENCES = ["He said that she ate.", "There the she-wolf ate.", "SHE and he's late"]
+
+
+def test_every_occurrence_at_a_word_boundary_makes_a_row() -> None:
+    made = [tuple(row.values()) for row in pairs_from_sentences(SENTENCES, {"he": "she"}, CLASSES)]
+    assert made == [
+        ("[FEATURE] said that she ate.", "He", "She", "male", "female"),
+        ("He said that [FEATURE] ate.", "she", "he", "female", "male"),
+        ("[FEATURE] and he's late", "SHE", "HE", "female", "male"),
+        ("SHE and [FEATURE]'s late", "he", "she", "male", "female"),
+    ]
+
+
+def test_the_result_is_a_data_set_of_pairs() -> None:
+    made = pairs_from_sentences(["Tom said that he ate", "Lily said that she ate"], {"he": "she"}, CLASSES)
+    check_pairs(made, CLASSES, tokenizer_of("bert"), "masked")
+    check_pairs(made, CLASSES, tokenizer_of("gpt2"), "causal")
+
+
+def test_sentences_with_several_words_can_be_left_out() -> None:
+    made = pairs_from_sentences([*SENTENCES, "he ate", "she ate"], {"he": "she"}, CLASSES, single=True)
+    assert made["text"] == ["[FEATURE] ate", "[FEATURE] ate"]
+
+
+def test_names_keep_their_capitals() -> None:
+    made = pairs_from_sentences(["Tom ate", "Lily ate", "a tom cat"], {"Tom": "Lily"}, CLASSES)
+    assert made["counterfactual"] == ["Lily", "Tom"], "tom is not Tom"
+
+
+def test_longer_words_win_and_may_have_several_tokens() -> None:
+    table = {"male": ["king", "old king"], "female": ["queen", "old queen"]}
+    made = pairs_from_sentences(["the old king", "the queen"], table, CLASSES)
+    assert made["text"] == ["the [FEATURE]", "the [FEATURE]"]
+    assert made["factual"] == ["old king", "queen"]
+
+
+def test_three_classes_make_two_rows_an_occurrence() -> None:
+    classes = ["animal", "colour", "place"]
+    table = {"animal": ["dog"], "colour": ["green"], "place": ["hill"]}
+    made = pairs_from_sentences(["a dog", "the hill"], table, classes)
+    assert list(zip(made["factual"], made["counterfactual"], made["counterfactual_label"], strict=True)) == [
+        ("dog", "green", "colour"),
+        ("dog", "hill", "place"),
+        ("hill", "dog", "animal"),
+        ("hill", "green", "colour"),
+    ]
+
+
+def test_a_word_with_several_counterparts_is_left_out_in_that_direction() -> None:
+    table = {"male": ["him", "his", "he"], "female": ["her", "her", "she"]}
+    made = pairs_from_sentences(["his hat", "saw him", "her hat", "she ate"], table, CLASSES)
+    assert list(zip(made["factual"], made["counterfactual"], strict=True)) == [
+        ("his", "her"),
+        ("him", "her"),
+        ("she", "he"),
+    ]
+
+
+def test_faults() -> None:
+    with pytest.raises(TypeError, match="one string"):
+        pairs_from_sentences("he ate", {"he": "she"}, CLASSES)
+    with pytest.raises(PairError, match="pairs of no class only; add sentences with words of 'male', such as 'he'"):
+        pairs_from_sentences(["a dog"], {"he": "she"}, CLASSES)
+    with pytest.raises(PairError, match=r"\['male'\] only; add sentences with words of 'female', such as 'she'"):
+        pairs_from_sentences(["he ate"], {"he": "she"}, CLASSES)
+    with pytest.raises(PairError, match=r"sentence 1 .* has a slot already"):
+        pairs_from_sentences(["he ate", "[FEATURE] ate"], {"he": "she"}, CLASSES)
+    with pytest.raises(PairError, match="table of counterparts is empty"):
+        pairs_from_sentences(["he ate"], {}, CLASSES)
+    with pytest.raises(PairError, match="'he' in two classes, 'male' and 'female'"):
+        pairs_from_sentences(["he ate"], {"he": "she", "it": "he"}, CLASSES)
+    with pytest.raises(PairError, match=r"for 3 write \{class: \[words\]\}"):
+        pairs_from_sentences(["he ate"], {"he": "she"}, ["a", "b", "c"])
+    with pytest.raises(PairError, match="one list for each of"):
+        pairs_from_sentences(["he ate"], {"male": ["he", "him"], "female": ["she"]}, CLASSES)
+    with pytest.raises(PairError, match="without spaces around it"):
+        pairs_from_sentences(["he ate"], {"he": " she"}, CLASSES)
+
+
+@pytest.mark.parametrize(("name", "space"), [("bert", ""), ("llama", "▁"), ("gpt2", "Ġ"), ("t5", "▁")])
+def test_tokens_of_words_in_running_text(name: str, space: str) -> None:
+    tokenizer = tokenizer_of(name)
+    he, she = word_tokens(tokenizer, ["he", "she"])
+    assert tokenizer.convert_ids_to_tokens([*he, *she]) == [f"{space}he", f"{space}she"]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_occurrences_of_words_are_found_in_tokens(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    forms = word_forms(tokenizer, ["he", "grandpa"])
+    text = "a king said he ate, grandpa too"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = sorted(occurrences(tokens, forms))
+    assert tokenizer.decode([tokens[i] for i in found]).replace(" ", "") == "hegrandpa"
+    assert set("hegrandpa") <= set(LETTERS)

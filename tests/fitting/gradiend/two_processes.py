@@ -1,0 +1,32 @@
+"""Fits in every process of a torchrun, and writes what the main one ended with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from hf_erasure.adapters import features_of
+from tests.fitting.gradiend.test_trainer import NAME, adapted, trainer_of
+
+
+def main(folder: Path, estimator: str, batch_size: int) -> None:
+    torch.set_num_threads(1)
+    options = {} if estimator == "closed_form" else {"learning_rate": 1e-2, "max_steps": 8, "eval_steps": 4}
+    model = adapted("llama")
+    trainer = trainer_of(model, "llama", folder, estimator=estimator, per_device_train_batch_size=batch_size, **options)
+    output = trainer.train()
+    decoder = features_of(model, NAME)[0].decoder
+    processes = trainer._processes
+    save_file(
+        {f"{kind}.{name}": value.contiguous() for kind in ("weight", "bias")
+         for name, value in getattr(decoder, kind).items()},
+        folder / f"{estimator}-{processes.rank}.safetensors",
+        metadata={"processes": str(processes.count), "steps": str(output.global_step)},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,197 @@
+"""The closed form against least squares and direct means, and the laws of shards and states."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_erasure.gradiend import ClosedFormEstimator
+
+from .data import SHAPES, equal, gradients, joined, same_feature
+
+BATCHES = [(seed, 1 if seed % 3 else -1) for seed in range(24)]
+
+
+def fitted(batches=BATCHES) -> ClosedFormEstimator:
+    estimator = ClosedFormEstimator(SHAPES)
+    for seed, sign in batches:
+        estimator.update(gradients(seed, sign), gradients(seed + 100, sign), sign)
+    return estimator
+
+
+def test_the_decoder_is_the_least_squares_fit_for_h_of_one():
+    decoder = fitted().feature().decoder
+    h = torch.tensor([float(sign) for _, sign in BATCHES], dtype=torch.float64)
+    targets = torch.stack([joined(gradients(seed + 100, sign)) for seed, sign in BATCHES]).double()
+    design = torch.stack([h, torch.ones_like(h)], 1)
+    expected = torch.linalg.lstsq(design, targets).solution
+    # The means are float32.
+    torch.testing.assert_close(joined(decoder.weight).double(), expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(joined(decoder.bias).double(), expected[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder_density", [1.0, 0.1])
+def test_the_class_means_read_nine_tenths(encoder_density):
+    encoder = fitted().feature(encoder_density=encoder_density).encoder
+    read = {1: [], -1: []}
+    for seed, sign in BATCHES:
+        read[sign].append(math.atanh(encoder.encode(gradients(seed, sign))))
+    for sign, values in read.items():
+        # The mean is that of the projections, so of the pre-activations; the accumulators are float32.
+        assert math.tanh(sum(values) / len(values)) == pytest.approx(sign * 0.9, abs=1e-5)
+
+
+def test_the_encoder_reads_held_out_gradients():
+    encoder = fitted().feature().encoder
+    assert all(encoder.encode(gradients(seed, sign)) * sign > 0.2 for seed in range(500, 510) for sign in (1, -1))
+
+
+def test_the_encoder_does_not_depend_on_the_scale_of_a_gradient():
+    encoder = fitted().feature().encoder
+    value = encoder.encode(gradients(7))
+    for factor in (1e-25, 1e-6, 1e6, 1e25):
+        # One rounding of each entry by the factor.
+        scaled = encoder.encode({name: g * factor for name, g in gradients(7).items()})
+        assert scaled == pytest.approx(value, abs=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=len(BATCHES), max_size=len(BATCHES)))
+def test_shards_add_up(shard_of):
+    shards = [
+        fitted([batch for batch, place in zip(BATCHES, shard_of, strict=True) if place == shard]) for shard in range(3)
+    ]
+    merged = shards[0].merge(shards[1]).merge(shards[2])
+    whole = fitted()
+    assert merged.batches == whole.batches
+    a, b = merged.state_dict(), whole.state_dict()
+    for name in b:
+        # Means of two dozen float32 numbers of size 1, in another order.
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-6)
+
+
+def test_streaming_equals_update():
+    streamed = ClosedFormEstimator(SHAPES)
+    for seed, sign in BATCHES:
+        streamed.add_source(gradients(seed, sign), sign)
+        for name, target in reversed(gradients(seed + 100, sign).items()):
+            streamed.add_target(name, target, sign)
+        streamed.end_batch(sign)
+    assert equal(streamed.state_dict(), fitted().state_dict())
+
+
+def test_a_batch_that_failed_half_way_leaves_means_of_what_arrived():
+    estimator = fitted(BATCHES[:4])
+    estimator.add_target("up", gradients(99, 1)["up"], 1)
+    with pytest.raises(ValueError, match="its source did not come"):
+        estimator.end_batch(1)
+    with pytest.raises(ValueError, match="A batch is open"):
+        estimator.state_dict()
+    before = estimator._means["target", 1]["embed"].clone()
+    estimator.drop_batch()
+    estimator.update(gradients(5, 1), gradients(6, 1), 1)
+    up = [gradients(seed + 100, sign)["up"] for seed, sign in BATCHES[:4] if sign == 1]
+    up += [gradients(99, 1)["up"], gradients(6, 1)["up"]]
+    state = estimator.state_dict()
+    torch.testing.assert_close(state["target+/up"], torch.stack(up).mean(0).reshape(-1), rtol=0, atol=1e-6)
+    assert not torch.equal(state["target+/embed"], before)
+
+
+def test_a_hundred_thousand_batches_stay_accurate():
+    estimator = ClosedFormEstimator({"a": (3,)})
+    constant = torch.full((100_000,), 0.1)
+    alternating = constant.clone()
+    alternating[::2] *= 3
+    noisy = 0.1 + 0.1 * torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    values = torch.stack([constant, alternating, noisy], 1)
+    for row in values:
+        estimator.add_target("a", row, 1)
+        estimator.drop_batch()
+    # A running float32 sum of 0.1 is wrong by 1e-4 here.
+    found = estimator._means["target", 1]["a"].double()
+    torch.testing.assert_close(found, values.double().mean(0), rtol=1e-5, atol=0)
+
+
+def test_resuming_equals_going_on_to_the_bit(tmp_path):
+    first = fitted(BATCHES[:11])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    resumed = ClosedFormEstimator(SHAPES)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed, sign in BATCHES[11:]:
+        resumed.update(gradients(seed, sign), gradients(seed + 100, sign), sign)
+    assert equal(resumed.state_dict(), fitted().state_dict())
+    assert same_feature(resumed.feature(), fitted().feature())
+
+
+def test_a_feature_stays_when_the_estimator_goes_on():
+    estimator = fitted()
+    feature = estimator.feature()
+    kept = copy.deepcopy(feature)
+    estimator.update(gradients(900), gradients(901), 1)
+    estimator.merge(fitted(BATCHES[:5]))
+    assert same_feature(feature, kept)
+    assert not same_feature(estimator.feature(), kept)
+
+
+def test_a_sparse_feature_is_the_dense_one_pruned():
+    estimator = fitted()
+    expected = estimator.feature().decoder.prune(0.07)
+    assert equal(estimator.feature(0.07).decoder.weight, expected.weight)
+    assert equal(estimator.feature(0.07).decoder.bias, expected.bias)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["source", "target"])
+def test_gradients_that_are_not_finite_are_refused_with_nothing_changed(bad, where):
+    estimator = fitted()
+    before = estimator.state_dict()
+    blocks = gradients(0)
+    blocks["up"][1, 2] = bad
+    pair = (blocks, gradients(1)) if where == "source" else (gradients(1), blocks)
+    with pytest.raises(ValueError, match=f"{where}.*'up' is not finite"):
+        estimator.update(*pair, 1)
+    assert equal(estimator.state_dict(), before)
+    with pytest.raises(ValueError, match="'up' is not finite"):
+        estimator.add_source(blocks, 1) if where == "source" else estimator.add_target("up", blocks["up"], 1)
+    assert equal(estimator.state_dict(), before)
+
+
+def test_bad_input_is_named():
+    estimator = fitted()
+    with pytest.raises(ValueError, match="sign is 0"):
+        estimator.update(gradients(0), gradients(1), 0)
+    with pytest.raises(ValueError, match="zero in all blocks"):
+        estimator.add_source({name: torch.zeros(shape) for name, shape in SHAPES.items()}, 1)
+    with pytest.raises(ValueError, match="no block 'head'"):
+        estimator.add_target("head", torch.zeros(3), 1)
+    with pytest.raises(ValueError, match="different blocks"):
+        estimator.merge(ClosedFormEstimator({"a": (3,)}))
+    with pytest.raises(ValueError, match="sign -1"):
+        fitted([(0, 1), (1, 1)]).feature()
+    with pytest.raises(ValueError, match="There are no blocks"):
+        ClosedFormEstimator({})
+    estimator.add_source(gradients(0), 1)
+    with pytest.raises(ValueError, match="has a source already"):
+        estimator.add_source(gradients(0), 1)
+    for name, target in gradients(1).items():
+        estimator.add_target(name, target, -1)
+    with pytest.raises(ValueError, match=r"with sign \+1"):
+        estimator.end_batch(1)
+
+
+def test_equal_classes_have_nothing_to_read():
+    estimator = ClosedFormEstimator(SHAPES)
+    for sign in (1, -1):
+        estimator.update(gradients(0), gradients(sign), sign)
+    with pytest.raises(ValueError, match="equal"):
+        estimator.feature()
+
+
+def test_memory_is_four_vectors():
+    estimator = fitted()
+    assert estimator.nbytes == 4 * 4 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
