@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,6 @@ VOCABULARY, LAYERS = 1000, 6
 # An encoder-decoder has two stacks of six layers.
 FITTING = [("llama", 256, 8), ("bert", 256, 8), ("t5", 256, 2), ("bert", 768, 2)]
 RESIDENT = (None, 8, 4, 2, 1)
-RETURNING = "MALLOC_MMAP_THRESHOLD_=1048576"
 
 
 # ---- models and data -------------------------------------------------------------------------------------------------
@@ -315,7 +313,7 @@ def high_water() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def peak(resident: int | None, count: int, variables: dict[str, str]) -> tuple[float, float]:
+def peak(resident: int | None, count: int) -> tuple[float, float]:
     """Peak memory of a fit in MB above the model, and its processor time, in a process of its own."""
     script = f"""
 import sys, time; sys.path.insert(0, {str(sys.path[0])!r})
@@ -329,9 +327,7 @@ before, start = b.high_water(), time.process_time()
 b.fit_concept_erasure(model, batches, "gender", progress=False, resident_batches={resident})
 print(b.high_water() - before, time.process_time() - start)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | variables, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     memory, taken = run.stdout.split()[-2:]
     return float(memory), float(taken)
 
@@ -340,12 +336,10 @@ def report_memory(residents: Sequence[int | None], count: int) -> None:
     """Print peak memory against the number of resident batches."""
     print("\nMemory: peak of a sequential fit above the model and one forward pass; BERT 768, 2 layers,")
     print(f"{count} batches of 4 x 256 tokens (an activation: 3.1 MB), each in a process of its own.")
-    print(f"glibc may keep what is freed; {RETURNING} makes it give large blocks back.")
-    print(f"  {'resident_batches':>16}  {'as it is':>18}  {RETURNING:>31}")
+    print(f"  {'resident_batches':>16}  {'peak':>9}  {'taken':>8}")
     for resident in residents:
-        found = [peak(resident, count, variables) for variables in ({}, dict([RETURNING.split("=")]))]
-        (memory, taken), (returned, slower) = found
-        print(f"  {resident!s:>16}  {memory:8.0f} MB {taken:4.1f} s  {returned:21.0f} MB {slower:4.1f} s", flush=True)
+        memory, taken = peak(resident, count)
+        print(f"  {resident!s:>16}  {memory:6.0f} MB  {taken:6.1f} s", flush=True)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,7 +133,7 @@ class GradiendAdapter:
             values = [encode(reader.gradients(row, wanted=(source,))[source]) for row in single_rows(batch)]
         return torch.tensor(values, dtype=torch.float32, device="cpu")
 
-    def encoders(self) -> dict[Pair, Callable[[dict[str, Tensor]], float]]:
+    def encoders(self) -> dict[Pair, Callable[[Mapping[str, Tensor]], float]]:
         """The encoder of every pair.
 
         Raises:
@@ -141,8 +141,8 @@ class GradiendAdapter:
         """
         if not self.config.fitted:
             raise ValueError(f"The GRADIEND adapter {self.name!r} is not fitted: train it with GradiendTrainer first.")
-        found = {}
-        for pair, feature in zip(self.config.pairs, features_of(self.model, self.name), strict=True):
+        found: dict[Pair, Callable[[Mapping[str, Tensor]], float]] = {}
+        for pair, feature in zip(self.config.pairs or [], features_of(self.model, self.name), strict=True):
             if feature.encoder is None:
                 raise ValueError(
                     f"The GRADIEND adapter {self.name!r} holds no encoder: it was fitted with keep_encoder=False. Fit "

@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from .rows import some_rows
 from .shelf import KeptFeatures
 
 Pair = tuple[str, str]
-Encode = Callable[[dict[str, Tensor]], float]
+Encode = Callable[[Mapping[str, Tensor]], float]
 # Correlation and loss of training steps are those of so many latest ones.
 WINDOW = 100
 
@@ -213,6 +213,8 @@ class Training:
         if self._epoch_key != (start.number, epoch):
             self._epoch_key, self._epoch = (start.number, epoch), self._order(start, epoch)
         batch, sign = self._epoch[within]
+        if self.processes.count == 1:
+            return batch, sign
         mine = self.processes.mine(range(batch.size))
         return (some_rows(batch, mine) if mine else None), sign
 
