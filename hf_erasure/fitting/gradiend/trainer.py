@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +20,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import TrainOutput
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import GradiendConfig, set_features, steer, targeted_parameters
+from hf_erasure.adapters import (
+    GradiendConfig,
+    kept_share,
+    set_features,
+    stated_bytes,
+    steer,
+    targeted_parameters,
+)
 from hf_erasure.gradiend import Feature
 
 from .arguments import GradiendTrainingArguments
@@ -30,13 +39,17 @@ from .language import LanguageModelling
 from .pairs import PairBatch, PairSet, neutral_batches
 from .processes import Processes
 from .progress import Progress
-from .selection import FEATURE_FACTORS, LEARNING_RATES, Scorer, Selection, choose, scan
+from .selection import FEATURE_FACTORS, LEARNING_RATES, Point, Scorer, Selection, choose, scan
 from .shelf import KeptFeatures
 from .training import Encode, Fitted, Pair, Training
 from .unsteered import unsteered
 from .vocabulary import ClassWords, class_words
 
 FEATURES = "features"
+# As where a merge warns.
+LEAST_KEPT = 0.9
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class GradiendTrainer:
@@ -117,6 +130,7 @@ class GradiendTrainer:
         """
         if self.train_dataset is None:
             raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
+        _LOGGER.info("GRADIEND adapter %r: %s", self.adapter_name, self._stated_size())
         progress = Progress(
             self.model, self.args, self.callbacks, self.processing_class, is_main=self._processes.is_main
         )
@@ -139,6 +153,15 @@ class GradiendTrainer:
         metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
         losses = training.losses
         return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
+
+    def _stated_size(self) -> str:
+        parameters = targeted_parameters(self.model, self.adapter_name).values()
+        n, held = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+        size = stated_bytes(self.model, self.adapter_name)
+        return (
+            f"{self.config.density:.2%} of {n:,} weights, so the adapter will take {size / 2**20:.2f} MiB, "
+            f"{size / held:.2f} times what these weights take."
+        )
 
     def _fill_adapter(self, reader: GradientReader) -> None:
         features = [fitted.feature for fitted in self.fitted]
@@ -306,8 +329,20 @@ class GradiendTrainer:
             pair=list(best.pair),
         )
         selection = Selection(goal, budget, best, base, tuple(points))
-        self.config.provenance["selection"] = selection.to_dict()
+        self.config.provenance["selection"] = selection.to_dict() | {"kept_share": self._kept_share(best)}
         return selection
+
+    def _kept_share(self, best: Point) -> float:
+        """What rounding leaves of the chosen edit once it is merged; said where that is little."""
+        share = kept_share(self.model, self.adapter_name) if best.learning_rate else 1.0
+        if share < LEAST_KEPT:
+            warnings.warn(
+                f"Merged into these weights, {share:.0%} of the chosen edit is left: the rest is below the spacing of "
+                "their values. What was scored is the merged edit; unmerged the adapter acts in full. A larger "
+                "learning_rate, or the base in float32, keeps more.",
+                stacklevel=3,
+            )
+        return share
 
     def scorer(self, eval_dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> Scorer:
         """What `select` scores an edit with: class probabilities at the slots, and language modelling."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
-from hf_erasure.adapters import features_of
+from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
 from hf_erasure.fitting.gradiend.progress import checkpoints
 from hf_erasure.fitting.gradiend.rows import single_rows
@@ -405,3 +406,30 @@ def test_non_finite_weights_are_refused_and_nothing_is_left_behind(tmp_path: Pat
         trainer.train()
     assert not model.peft_config[NAME].fitted
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_size_is_said_before_fitting(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    model = adapted("llama", density=0.1)
+    with caplog.at_level("INFO", logger="hf_erasure"):
+        trainer_of(model, "llama", tmp_path).train()
+    (said,) = [record.getMessage() for record in caplog.records if "MiB" in record.getMessage()]
+    n = sum(p.numel() for p in targeted_parameters(model, NAME).values())
+    # Wd, bd and positions of a tenth of the weights, four bytes each
+    assert f"10.00% of {n:,} weights" in said
+    assert f"{12 * math.ceil(n / 10) / 2**20:.2f} MiB, 0.30 times" in said
+    assert GradiendAdapter.of(model, NAME).nbytes == 12 * math.ceil(n / 10)
+
+
+def test_an_edit_that_vanishes_in_bfloat16_is_said_so(tmp_path: Path):
+    model = adapted("llama").to(torch.bfloat16)
+    trainer = trainer_of(model, "llama", tmp_path)
+    trainer.train()
+    kept = {}
+    for rate in (1e-6, 1.0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            chosen = trainer.select("female", budget=100.0, feature_factors=(1.0, -1.0), learning_rates=(rate, -rate))
+        kept[rate] = model.peft_config[NAME].provenance["selection"]["kept_share"]
+        assert any("of the chosen edit is left" in str(w.message) for w in caught) == (kept[rate] < 0.9)
+        assert chosen.base.lms > 0
+    assert kept[1.0] > 0.9
