@@ -10,7 +10,9 @@ import transformers
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .config import ConceptErasureConfig
+from .base_config import ChildConfig
+from .gradiend_config import GradiendConfig
+from .gradiend_state import targeted_parameters
 from .layer import erasure_layers
 
 _NAME = "default"
@@ -23,7 +25,7 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
         ValueError: If the folder holds another kind of adapter.
     """
     config = PeftConfig.from_pretrained(str(adapter))
-    if not isinstance(config, ConceptErasureConfig):
+    if not isinstance(config, ChildConfig):
         raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, and no erasure.")
     base = _model_class(model, config).from_pretrained(model)
     wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_NAME)
@@ -31,33 +33,35 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
 
 
 def save_merged(model: str, adapter: str | Path, folder: str | Path) -> str:
-    """Merge an erasure and save the model with its tokenizer or processor; returns what was merged, in a sentence."""
+    """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence."""
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_NAME]
-    sites = len(erasure_layers(wrapped, _NAME))
+    layers = erasure_layers(wrapped, _NAME)
     base: Any = wrapped.get_base_model()
     kept = base.config.to_dict()
     wrapped.merge_adapter()
-    written = len({id(module) for layer in erasure_layers(wrapped).values() for module in layer.written})
+    written = len({id(module) for layer in layers.values() for module in layer.written})
+    if isinstance(config, GradiendConfig):
+        where = f"into {len(targeted_parameters(wrapped, _NAME))} weights"
+    else:
+        where = f"at {len(layers)} sites into the weights of {written} layers"
     plain = wrapped.merge_and_unload()
     changed = [name for name, value in plain.config.to_dict().items() if kept.get(name) != value]
     plain.save_pretrained(folder)
     _copy_processor(model, folder)
     switched = f", with {', '.join(f'{name}=True' for name in changed)} in its configuration" if changed else ""
-    return (
-        f"Merged the erasure of {config.concept!r} at {sites} sites into the weights of {written} layers of "
-        f"{type(plain).__name__}{switched}. Outputs on a small input are the same up to rounding."
-    )
+    checked = "" if isinstance(config, GradiendConfig) else " Outputs on a small input are the same up to rounding."
+    return f"Merged the {config.described} {where} of {type(plain).__name__}{switched}.{checked}"
 
 
-def _model_class(model: str, config: ConceptErasureConfig) -> Any:
+def _model_class(model: str, config: ChildConfig) -> Any:
     plain = AutoConfig.from_pretrained(model)
     names = [*(plain.architectures or []), config.provenance.get("base_class", "")]
     classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     for candidate in classes:
         with torch.device("meta"):
             modules = {name for name, _ in candidate(plain).named_modules()}
-        if modules.issuperset(config.fitted_sites or {}):
+        if modules.issuperset(config.fitted_modules):
             return candidate
     return AutoModel
 

@@ -7,6 +7,7 @@ buffers, and hooks on the host let them act.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -144,6 +145,15 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's `convert_to_lora` names what it writes after the adapter's own modules, which are not the hosts."""
+        warnings.warn(
+            f"PEFT cannot convert the {self.noun} to a LoRA, but hf_erasure can: call "
+            f"hf_erasure.export_to_lora(model, {adapter_name!r}, folder).",
+            stacklevel=3,
+        )
+        return False
 
     def forget_originals(self) -> None:
         """Drop the copies that `unmerge` needs: what is merged stays merged."""

@@ -96,7 +96,10 @@ class ChildTuner(BaseTuner):
                 child.unmerge()
             child.forget_originals()
             child.detach()
-        if hasattr(self.model, "peft_config"):
+        left = {name: config for name, config in self.peft_config.items() if adapter_children(self.model, name)}
+        if left:  # adapters of the other kind
+            self.model.peft_config = left
+        elif hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
 

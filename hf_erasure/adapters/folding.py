@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .consumers import Uses, trace_uses
 from .drift import check_drift
+from .gradiend_layer import GradiendLayer
 from .layer import ErasureLayer, erasure_layers
 from .ledger import BiasSwitch, ledger_of, put_ledger, set_parameter, write
 from .merging import Edit, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
@@ -52,6 +53,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
     plan = plan_merge(model, names, probe)
     if not plan.edits:
         return
+    _refuse_beside_gradiend(model, plan)
     switches, values = _values(model, plan, names, safe_merge=safe_merge)
     layers = erasure_layers(model)
     with _acting_in_merge_order(layers, plan.names):
@@ -102,6 +104,20 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
     if folded:
         _plan_folded(plan, model, folded, names, probe, allow_tied=allow_tied)
     return plan
+
+
+def _refuse_beside_gradiend(model: nn.Module, plan: Plan) -> None:
+    """An eraser in a weight would not reach what a GRADIEND adapter adds to that weight later, on the forward pass."""
+    merging = {id(module): target for target, module in plan.modules.items()}
+    for layer in model.modules():
+        if isinstance(layer, GradiendLayer) and (layer.acting_adapters() or layer.merged):
+            names = layer.acting_adapters() or layer.merged_adapters
+            targets = [merging[id(m)] for places in layer.owners.values() for m, _ in places if id(m) in merging]
+            if targets:
+                raise ValueError(
+                    f"The erasure cannot be merged into {targets[0]!r} beside the GRADIEND adapter {names[0]!r}, whose "
+                    "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
+                )
 
 
 def _merging(layer: ErasureLayer, names: list[str]) -> list[str]:

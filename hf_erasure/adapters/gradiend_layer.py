@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .child import AdapterChild
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import Term, Written, why_not_editable, with_gradient, write
+from .ledger import ledger_of
 
 CHILD = "gradiend"
 # What is kept of a parameter. No kind is another with an underscore behind it, so that keys can be read back.
@@ -117,6 +118,7 @@ class GradiendLayer(AdapterChild):
             self._place(name, f"{kind}_{parameter}", value.clone(memory_format=torch.contiguous_format))
         elif isinstance(store, BufferDict) and name in store:
             del store[name]
+            self._drop_empty_stores()
         self._awaits_values.discard(name)
 
     def part(self, name: str, parameter: str, kind: str) -> Tensor | None:
@@ -131,9 +133,16 @@ class GradiendLayer(AdapterChild):
         if attribute not in self.other_param_names:
             self.other_param_names = (*self.other_param_names, attribute)
         store: Any = self._modules[attribute]
-        store[name] = value.to(self._device())
+        store[name] = value.to(self.state_device())
 
-    def _device(self) -> torch.device:
+    def _drop_empty_stores(self) -> None:
+        stores = {key: store for key, store in self._modules.items() if isinstance(store, BufferDict)}
+        for key in [key for key, store in stores.items() if not len(store) and key != STEERING]:
+            del self._modules[key]
+            self.other_param_names = tuple(name for name in self.other_param_names if name != key)
+
+    def state_device(self) -> torch.device:
+        """Where the state belongs: with the weights, or on the CPU where accelerate keeps these elsewhere."""
         weight = next((p for p in self.owner.parameters(recurse=False)), None)
         return torch.device("cpu") if weight is None or weight.device.type == "meta" else weight.device
 
@@ -237,6 +246,7 @@ class GradiendLayer(AdapterChild):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter that is not merged."""
         super().delete_adapter(adapter_name)
+        self._drop_empty_stores()
         used = {name for names in self.gradiend_parameters.values() for name in names}
         self._unhook()
         self.owners = {name: places for name, places in self.owners.items() if name in used}
@@ -271,7 +281,7 @@ class GradiendLayer(AdapterChild):
         if name in self.gradiend_steering and self.gradiend_steering[name].shape == steering.shape:
             self.gradiend_steering[name].copy_(steering)
         else:
-            self.gradiend_steering[name] = steering.to(self._device())
+            self.gradiend_steering[name] = steering.to(self.state_device())
         self.gradiend_on[name] = config.fitted and config.learning_rate != 0
 
     def terms(self, name: str, parameter: str, steering: Tensor | None = None) -> Term | None:
@@ -331,6 +341,8 @@ class GradiendLayer(AdapterChild):
                 reason = why_not_editable(self.parameter(parameter))
                 if reason is not None:
                     return f"{self.path}.{parameter} {reason} to merge"
+                if any(ledger_of(module) is not None for module, _ in self.owners[parameter]):
+                    return f"an erasure is merged into {self.path!r}. Unmerge that one, and merge it last"
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -489,7 +501,7 @@ class Swap:
         terms: dict[str, list[Term]] = {}
         for layer, parameter, name in self.slots:
             weight = self.module._parameters.get(name)
-            if weight is not None and layer.acting_adapters():
+            if weight is not None:
                 terms.setdefault(name, []).extend(layer.acting_terms(parameter, weight.device))
         return {
             name: with_gradient(self.module._parameters[name], found)  # type: ignore[arg-type]

@@ -140,7 +140,8 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
         for path, layer in layers.items():
             for own in layer.gradiend_parameters[adapter_name]:
                 part = layer.part(adapter_name, own, kind)
-                found[f"{path}.{own}"] = torch.zeros(0) if part is None else part[position]
+                empty = torch.zeros(0, device=layer.state_device())
+                found[f"{path}.{own}"] = empty if part is None else part[position]
         return found
 
     def positions(kind: str, values: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -148,8 +149,9 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
         for path, layer in layers.items():
             for own in layer.gradiend_parameters[adapter_name]:
                 part = layer.part(adapter_name, own, kind)
-                empty = part is None and not values[f"{path}.{own}"].numel()
-                found[f"{path}.{own}"] = torch.zeros(0, dtype=torch.int32) if empty else part
+                given = values[f"{path}.{own}"]
+                is_empty = part is None and not given.numel()
+                found[f"{path}.{own}"] = given.new_zeros(0, dtype=torch.int32) if is_empty else part
         return found
 
     features = []

@@ -5,7 +5,6 @@ The child holds the erasers of all adapters as buffers, and hooks on the host ap
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -269,15 +268,6 @@ class ErasureLayer(AdapterChild):
         for module in self._written:
             forget(module)
         self._written.clear()
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's `convert_to_lora` names what it writes after the adapter's own modules, which are not the hosts."""
-        warnings.warn(
-            "PEFT cannot convert an erasure to a LoRA, but hf_erasure can, and exactly: call "
-            f"hf_erasure.export_to_lora(model, {adapter_name!r}, folder).",
-            stacklevel=3,
-        )
-        return False
 
     def extra_repr(self) -> str:
         """The adapters with their sites and ranks."""

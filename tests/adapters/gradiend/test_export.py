@@ -104,6 +104,6 @@ def test_what_cannot_be_exported_says_why(gradiends: Gradiends, tmp_path: Path):
     with pytest.raises(ValueError, match="is merged into the weights"):
         export_to_lora(model, NAME, tmp_path)
     norms = gradiends.fitted("bert", 1.0, target_modules=("LayerNorm",))
-    with pytest.raises(ValueError, match="no linear layer and no embedding.*Merge it instead"):
+    with pytest.raises(ValueError, match=r"no linear layer and no embedding.*Merge it instead"):
         export_to_lora(norms, NAME, tmp_path)
     assert not any(tmp_path.iterdir())

@@ -58,6 +58,7 @@ def starting(start: str, gradiends: Gradiends) -> nn.Module:
 def loads(model: nn.Module, gradiends: Gradiends) -> None:
     """The retry: a good adapter loads and acts."""
     model.load_adapter(gradiends.folder("bert"), adapter_name=NAME)
+    model.set_adapter(NAME)
     model.eval()
     assert same(outputs_of(model, batch_of("bert")), outputs_of(gradiends.fitted("bert"), batch_of("bert")))
 

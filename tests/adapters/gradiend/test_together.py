@@ -12,7 +12,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
-from hf_erasure.adapters import edited, erasure_layers, gradiend_layers, steer, targeted_parameters
+from hf_erasure.adapters import (
+    ConceptErasureModel,
+    GradiendModel,
+    edited,
+    erasure_layers,
+    gradiend_layers,
+    steer,
+    targeted_parameters,
+)
 from tests.adapters.gradiend.lifecycle import (
     MODELS,
     NAME,
@@ -291,3 +299,35 @@ def test_both_orders_of_a_gradiend_and_an_erasure_give_the_same(name: str, targe
         model.set_adapter("steering")
         assert not erasure_layers(model)
         assert same(outputs_of(model, batch), outputs_of(gradiends.fitted(name), batch))
+
+
+@pytest.mark.parametrize("first", ["erasure", "steering"])
+def test_one_kind_is_merged_and_the_other_stays(first: str, gradiends: Gradiends, erasure_folder):
+    batch = batch_of("bert")
+    model = gradiends.base("bert")
+    model.load_adapter(erasure_folder("bert", "all-linear"), adapter_name="erasure")
+    model.load_adapter(gradiends.folder("bert"), adapter_name="steering")
+    model.set_adapter(["steering", "erasure"])
+    together = outputs_of(model, batch)
+    tuners = {}
+    for name, kind in (("steering", GradiendModel), ("erasure", ConceptErasureModel)):
+        tuners[name] = kind.__new__(kind)
+        torch.nn.Module.__init__(tuners[name])
+        tuners[name].model, tuners[name].peft_config, tuners[name].active_adapter = model, model.peft_config, [name]
+        tuners[name].targeted_module_names = []
+    if first == "erasure":
+        with pytest.raises(ValueError, match=r"beside the GRADIEND adapter 'steering'.*Merge that one first"):
+            tuners["erasure"].merge_adapter()
+        assert same(outputs_of(model, batch), together)
+        model.set_adapter("erasure")
+        tuners["erasure"].merge_adapter()
+        with pytest.raises(ValueError, match=r"an erasure is merged into .*merge it last"):
+            tuners["steering"].merge_adapter()
+        return
+    plain = tuners["steering"].merge_and_unload()
+    assert list(plain.peft_config) == ["erasure"] and not gradiend_layers(plain)
+    assert same(outputs_of(plain, batch), together)
+    tuners["erasure"].peft_config = plain.peft_config
+    merged = tuners["erasure"].merge_and_unload()
+    assert not hasattr(merged, "peft_config")
+    assert distance(outputs_of(merged, batch), together) < TOLERANCE

@@ -63,16 +63,16 @@ def test_values_that_cannot_be_used_are_refused(gradiends: Gradiends):
     model = gradiends.fitted("bert")
     before = state_of(model, "bert")
     for bad in ({"learning_rate": float("nan")}, {"feature_factor": float("inf")}, {"pair": ["male", "female"]}):
-        with pytest.raises(ValueError, match="finite|was not fitted"):
+        with pytest.raises(ValueError, match=r"finite|was not fitted"):
             steer(model, NAME, **{"feature_factor": 0.3, **bad})
-        with pytest.raises(ValueError, match="finite|was not fitted"), edited(model, NAME, **bad):
+        with pytest.raises(ValueError, match=r"finite|was not fitted"), edited(model, NAME, **bad):
             pass
     before.assert_same(state_of(model, "bert"))
     with pytest.raises(ValueError, match=r"no GRADIEND adapter of this model; those here are \['gender'\]"):
         steer(model, "nobody")
     fresh = gradiends.base("bert")
     fresh.add_adapter(config_of(), adapter_name=NAME)
-    with pytest.raises(ValueError, match="never fitted. Call GradiendTrainer"):
+    with pytest.raises(ValueError, match=r"never fitted. Call GradiendTrainer"):
         steer(fresh, NAME, learning_rate=0.1)
 
 
@@ -393,6 +393,16 @@ def test_dispatched_over_cpu_and_disk(name: str, gradiends: Gradiends, tmp_path)
     model.load_adapter(gradiends.folder(name), adapter_name=NAME)
     with torch.no_grad():
         assert torch.equal(model(**inputs_of(batch))[0], next(iter(expected.values())))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_peft_model_of_an_offloaded_base(name: str, gradiends: Gradiends):
+    batch, base = batch_of(name), gradiends.base(name)
+    accelerate.cpu_offload(base, execution_device="cpu")
+    model = peft.PeftModel.from_pretrained(base, gradiends.folder(name))
+    with torch.no_grad():
+        found = model(**inputs_of(batch))[0]
+    assert torch.equal(found, next(iter(outputs_of(gradiends.fitted(name), batch).values())))
 
 
 def test_hooks_of_accelerate_that_come_and_go(gradiends: Gradiends):
