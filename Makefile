@@ -41,9 +41,12 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	$(PIP) -c constraints.txt -e '.[bench]'
 	touch $@
 
-demo: $(VENV)/.demo  ## erase gender from a sentence encoder, then read the saved adapter in a second process
+demo: $(VENV)/.demo  ## erase gender from an encoder; then strengthen it in a language model trained on the spot
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure fit $(DEMO_RECIPE) output=$(DEMO_OUT)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure check $(DEMO_OUT)
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/gradiend_demo/train.py out/gradiend-demo
+	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend evaluate out/gradiend-demo/adapter
 
 test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -79,7 +79,8 @@ def select(
     folder: Folder,
     goal: Annotated[str, typer.Argument(help="balance, bpi, fpi, mpi, or the name of the class to strengthen.")],
     budget: Annotated[
-        float | None, typer.Option(help="Share by which language modelling may get worse; as in the recipe if left out.")
+        float | None,
+        typer.Option(help="Share by which language modelling may get worse; the recipe's if left out."),
     ] = None,
     progress: ProgressBars = True,
 ) -> None:

@@ -35,10 +35,10 @@ def histogram(parts: Sequence[EncodedValues], path: str | Path | None = None) ->
             if values:
                 panel.hist(values, bins=edges, label=f"{name} ({len(values)})", color=colour, alpha=0.6)
         found = part.metrics()
-        panel.set_title(", ".join(f"{key} {found[key]:.3f}" for key in ("cor", "cor_enc") if key in found))
+        title = ", ".join(f"{key} {found[key]:.3f}" for key in ("cor", "cor_enc") if key in found)
+        # Above the panel: values stand at both of its ends.
+        panel.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
         panel.set_xlabel(f"encoded value, {part.pair[0]} +1, {part.pair[1]} −1")
-        panel.set_yscale("symlog", linthresh=10)
-        panel.legend()
     panels[0].set_ylabel("texts")
     return _written(figure, path)
 

@@ -462,11 +462,16 @@ def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
 
     Raises:
         ValueError: If the checkpoint does not say which head it has.
+        OSError: If it is not there.
     """
     path = os.path.expandvars(recipe.model)
-    task = recipe.task if recipe.task != "auto" else _task(path)
-    model = getattr(transformers, TASKS[task]).from_pretrained(path)
-    return model.eval(), AutoTokenizer.from_pretrained(path), task
+    try:
+        task = recipe.task if recipe.task != "auto" else _task(path)
+        model = getattr(transformers, TASKS[task]).from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise OSError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.eval(), tokenizer, task
 
 
 def _task(path: str) -> str:

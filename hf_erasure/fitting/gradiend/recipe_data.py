@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 
 from ..recipe_file import check_keys, load_source
 from .templates import PAIR_COLUMNS, pairs_from_templates
-from .words import PairError, pairs_from_sentences, shortened
+from .words import SLOT, PairError, pairs_from_sentences, shortened
 
 PARTS = ("train", "choice", "test")
 NEUTRAL_PARTS = ("choice", "test")
@@ -243,16 +243,31 @@ def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float],
     if kind == "templates":
         raise ValueError("data.whole has templates: write those of train, choice and test apart, each with its own.")
     rows = read_pairs(str(recipe.file), recipe.split) if kind == "file" else None
+    words = word_table(recipe, classes, "data.whole") if rows is None else {}
     texts = list(dict.fromkeys(_sentences(recipe) if rows is None else rows["text"]))
-    random.Random(seed).shuffle(texts)
-    ends = [0, *(round(len(texts) * end) for end in itertools.accumulate(shares))]
-    parts = {name: texts[a:b] for name, a, b in zip(PARTS, ends, ends[1:], strict=False)}
+    # Sentences that differ in words of the table only have the same text once these give way to a slot.
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(_without_words(text, words), []).append(text)
+    groups = list(alike.values())
+    random.Random(seed).shuffle(groups)
+    ends = [0, *(round(len(groups) * end) for end in itertools.accumulate(shares))]
+    parts = {
+        name: [text for group in groups[a:b] for text in group]
+        for name, a, b in zip(PARTS, ends, ends[1:], strict=False)
+    }
     if rows is not None:
         owner = {text: name for name, part in parts.items() for text in part}
         owners = [owner.get(text) for text in rows["text"]]
         return {name: rows.select([i for i, own in enumerate(owners) if own == name]) for name in PARTS}
-    words = word_table(recipe, classes, "data.whole")
     return {name: _named(name, part, words, classes, recipe.single) for name, part in parts.items()}
+
+
+def _without_words(text: str, words: Mapping[str, Sequence[str]]) -> str:
+    every = sorted({word for entries in words.values() for word in entries}, key=len, reverse=True)
+    return (
+        re.sub(rf"(?<![\w-])(?:{'|'.join(map(re.escape, every))})(?![\w-])", SLOT, text, flags=re.I) if every else text
+    )
 
 
 def _named(name: str, texts: list[str], words: dict[str, list[str]], classes: Sequence[str], single: bool) -> Dataset:

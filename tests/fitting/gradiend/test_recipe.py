@@ -1,0 +1,198 @@
+"""GRADIEND recipes: what they read, what they refuse, and that sets which must not share a text do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from hf_erasure.fitting.gradiend import PairError
+from hf_erasure.fitting.gradiend.pairs import usable_rows
+from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe
+from hf_erasure.fitting.gradiend.recipe_data import load_materials, read_data
+from hf_erasure.fitting.gradiend.templates import pairs_from_templates
+from tests.fitting.gradiend.language_models import tokenizer_of
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("gradiend_*/recipe.yaml"))
+CLASSES = ["dog", "cat", "bird"]
+WORDS = {"dog": ["dog"], "cat": ["cat"], "bird": ["bird"]}
+
+
+def everything(rows: Dataset) -> list[int]:
+    return list(range(len(rows)))
+
+
+def templates(*texts: str) -> dict[str, Any]:
+    return {"templates": list(texts), "fillers": WORDS, "words": WORDS}
+
+
+def data(**entries: Any) -> dict[str, Any]:
+    return {
+        "train": templates("a {name} is a [FEATURE]"),
+        "choice": templates("the {name} is the [FEATURE]"),
+        "test": templates("one {name} is one [FEATURE]"),
+        "neutral": {"choice": ["it rained"], "test": ["the sun shone"]},
+        **entries,
+    }
+
+
+def test_a_template_gives_a_row_for_every_filler_word_and_other_class() -> None:
+    fillers = {"dog": ["pup", "hound"], "cat": ["kitten"], "bird": ["chick"]}
+    words = {"dog": ["dog", "dogs"], "cat": ["cat", "cats"], "bird": ["bird", "birds"]}
+    rows = pairs_from_templates(["a {name}: [FEATURE]"], fillers, words, CLASSES)
+    assert len(rows) == 4 * 2 * 2
+    assert rows[3] == {"text": "a pup: [FEATURE]", "factual": "dogs", "counterfactual": "birds", "label": "dog",
+                       "counterfactual_label": "bird"}  # fmt: skip
+    assert set(rows["text"]) == {f"a {name}: [FEATURE]" for names in fillers.values() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"templates": ["a [FEATURE]"]}, r"'a \[FEATURE\]' needs \{name\}"),
+        ({"templates": ["a {name} [FEATURE] [FEATURE]"]}, "each once"),
+        ({"fillers": {"dog": ["a"]}}, "fillers must have a list for each"),
+        ({"fillers": None}, "fillers must have a list for each"),
+        ({"words": {**WORDS, "dog": ["dog", "dogs"]}}, "equally many"),
+        ({"words": {**WORDS, "dog": []}}, "write a list of words"),
+    ],
+)
+def test_templates_that_cannot_be_filled_are_named(changed: dict[str, Any], said: str) -> None:
+    given = {"templates": ["a {name} [FEATURE]"], "fillers": WORDS, "words": WORDS, **changed}
+    with pytest.raises(PairError, match=said):
+        pairs_from_templates(**given, classes=CLASSES)
+
+
+def test_a_text_in_two_sets_is_refused_and_named() -> None:
+    shared = data(test=templates("one {name} is one [FEATURE]", "a {name} is a [FEATURE]"))
+    with pytest.raises(ValueError, match=r"data\.train and data\.test share 3 texts, such as 'a bird is"):
+        load_materials(read_data(shared), CLASSES, everything)
+    neutral = data(neutral={"choice": ["it rained", "so"], "test": ["it  rained", "so"]})
+    with pytest.raises(ValueError, match=r"neutral\.choice and data\.neutral\.test share 1 texts, such as 'so'"):
+        load_materials(read_data(neutral), CLASSES, everything)
+    loaded = load_materials(read_data(data()), CLASSES, everything)
+    assert loaded.counts() == {
+        "train": 6, "choice": 6, "test": 6, "train texts": 3, "choice texts": 3, "test texts": 3,
+        "neutral choice": 1, "neutral test": 1,
+    }  # fmt: skip
+
+
+def test_sentences_are_dealt_out_so_that_no_sentence_is_in_two_sets(tmp_path: Path) -> None:
+    tuples = tmp_path / "words.json"
+    tuples.write_text(json.dumps({"animal": [["dog", "cat", "bird"], ["dogs", "cats", "birds"]]}))
+    # Two words in a sentence make pairs with two texts; single=false keeps them, in one set.
+    # Without its words, a sentence is the same for all three: they stay together.
+    lines = [f"he saw {n} {a} and the {b}" for n in range(20)
+             for a, b in (("dogs", "cat"), ("cats", "bird"), ("birds", "dog"))]  # fmt: skip
+    (tmp_path / "lines.txt").write_text("\n".join([*lines, "", lines[0]]))
+    whole = {"sentences": str(tmp_path / "lines.txt"), "words": str(tuples), "words_key": "animal", "single": False}
+    recipe = read_data({"whole": whole, "shares": [0.5, 0.25, 0.25], "neutral": ["one", "two", "three", "four"]})
+    loaded = load_materials(recipe, CLASSES, everything)
+    # Two occurrences, two counterparts each; a sentence that is given twice is used once.
+    assert [loaded.counts()[name] for name in ("train", "choice", "test")] == [120, 60, 60]
+    assert [len(rows) for rows in loaded.neutral.values()] == [2, 2]
+    again = load_materials(recipe, CLASSES, everything)
+    assert again.train["text"] == loaded.train["text"]
+
+
+def test_pairs_come_from_files_too(tmp_path: Path) -> None:
+    rows = pairs_from_templates(
+        ["a {name} [FEATURE]", "the {name} [FEATURE]", "my {name} [FEATURE]"], WORDS, WORDS, CLASSES
+    )
+    rows.to_csv(tmp_path / "pairs.csv", index=False)
+    whole = {"file": str(tmp_path / "pairs.csv")}
+    loaded = load_materials(
+        read_data({"whole": whole, "shares": [0.4, 0.3, 0.3], "neutral": ["a", "b"]}), CLASSES, everything
+    )
+    assert len(loaded.train) + len(loaded.choice) + len(loaded.test) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"trian": {}}, "data.trian is not known"),
+        (data(train={"template": []}), "data.train.template is not known"),
+        (data(train=None), "lacks data.train"),
+        (data(neutral={"choice": ["a"]}), "lacks data.neutral.test"),
+        (data(neutral={"train": ["a"]}), "data.neutral.train is not known"),
+        (data(neutral={"choice": {"split": "a"}, "test": ["a"]}), "data.neutral.choice lacks texts"),
+        ([], "data of a recipe is a section"),
+    ],
+)
+def test_what_a_data_section_lacks_is_named(section: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_data(section)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"train": {"templates": ["a"], "sentences": ["a"]}}, "data.train has templates and sentences"),
+        ({"train": {"sentences": ["a dog"]}}, "data.train.words is missing"),
+        ({"train": {"sentences": ["a dog"], "words": [["dog", "cat"]]}}, "no list of one word for each"),
+        ({"whole": templates("a {name} is a [FEATURE]")}, "write those of train, choice and test apart"),
+        ({"whole": {"sentences": ["a dog", "a cat"], "words": WORDS}}, "sentences for choice: .*add sentences"),
+        ({"whole": {"sentences": ["a dog"], "words": WORDS}, "shares": [1, 1, 1]}, "data.shares"),
+    ],
+)
+def test_sets_that_cannot_be_made_are_named(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        load_materials(read_data(data(**changed)), CLASSES, everything)
+
+
+def test_rows_a_masked_model_cannot_use_are_found() -> None:
+    words = [("he", "she"), ("grandpa", "she"), ("he", "zebra"), ("grandpa", "grandma")]
+    rows = [
+        {"text": "Tom said [FEATURE] was late", "factual": a, "counterfactual": b, "label": "male"} for a, b in words
+    ]
+    rows += [{**rows[0], "factual": "she", "counterfactual": "he", "label": "female"}]
+    kept = usable_rows(Dataset.from_list(rows), ["female", "male"], tokenizer_of("bert"), "masked")
+    assert kept == [0, 3, 4]
+    recipe = read_data({**data(), "skip_unusable": True})
+    assert load_materials(recipe, CLASSES, lambda rows: [0, 1]).skipped == {"train": 4, "choice": 4, "test": 4}
+    with pytest.raises(ValueError, match=r"data.train: none of its 6 rows can be used"):
+        load_materials(recipe, CLASSES, lambda rows: [])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_recipes_in_the_repository_can_be_read_and_begin_with_their_command(path: Path) -> None:
+    recipe = read_gradiend_recipe(path)
+    assert recipe.classes
+    assert f"hf-erasure gradiend fit {path.relative_to(path.parents[2])}" in path.read_text().splitlines()[0]
+
+
+def test_overrides_reach_into_sections_and_numbers_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    content = {"model": "m", "feature": "animal", "classes": CLASSES, "output": "o", "data": data()}
+    path.write_text(yaml.safe_dump(content))
+    recipe = read_gradiend_recipe(path, ["config.density=1e-4", "select.goal=dog", "data.test.split=late"])
+    assert recipe.config == {"density": 1e-4}
+    assert recipe.select.goals == ["dog"]
+    assert recipe.data.test is not None
+    assert recipe.data.test.split == "late"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["colour=red"], "colour is not known"),
+        (["select.gaol=dog"], "select.gaol is not known"),
+        (["select.goal=cow"], "goal='cow' is not defined"),
+        (["select.goal=bpi"], "goal='bpi' is not defined"),
+        (["task=speech"], "task='speech' is not known"),
+        (["feature=null"], "lacks feature"),
+        (["goal"], "is no key=value"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_refused_before_anything_is_loaded(
+    tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    content = {"model": "m", "feature": "animal", "classes": CLASSES, "output": "o", "data": data()}
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=said):
+        read_gradiend_recipe(path, overrides)
