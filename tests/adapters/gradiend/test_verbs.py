@@ -242,6 +242,7 @@ def test_compiles_with_inductor(gradiends: Gradiends):
 
 def _gradients(model: nn.Module, batch, names) -> dict[str, torch.Tensor]:
     model.zero_grad()
+    torch.manual_seed(0)  # T5 drops values in attention, by a function and not a module
     output = model(**inputs_of(batch))
     (output.logits if "logits" in output else output.last_hidden_state).square().mean().backward()
     found = {n.replace(".base_layer", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
