@@ -13,13 +13,16 @@ from .adapters import (
     export_to_lora,
     verify_adapter,
 )
+from .callbacks import ConceptErasureCallback, GradiendCallback
 from .fitting import ErasureReport, concept_dataloader, fit_concept_erasure
 from .fitting.gradiend import GradiendAdapter, GradiendTrainer, GradiendTrainingArguments
 
 __all__ = [
+    "ConceptErasureCallback",
     "ConceptErasureConfig",
     "ErasureReport",
     "GradiendAdapter",
+    "GradiendCallback",
     "GradiendConfig",
     "GradiendTrainer",
     "GradiendTrainingArguments",

@@ -6,6 +6,7 @@ import copy
 import threading
 import weakref
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.erasers import ConceptMoments, apply_erasure
+from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
 from tests.small_models import (
     ARCHITECTURES,
     LABELS,
@@ -135,6 +136,78 @@ def test_shared_layers_say_what_they_cost(caplog: pytest.LogCaptureFixture) -> N
     fit(model, small_batches("bert"))
     assert "called several times in one forward pass" in caplog.text
     assert "2 passes over the data instead of one" in caplog.text
+
+
+def visits_by_hand(model: nn.Module, site: str, batches: list[Batch]) -> list[list[Tensor]]:
+    """Activations of every call of a module, batch by batch."""
+    seen: list[list[Tensor]] = []
+    handle = model.get_submodule(site).register_forward_hook(lambda _, __, output: seen[-1].append(output))
+    with torch.no_grad():
+        for batch in batches:
+            seen.append([])
+            model(**inputs_of(batch))
+    handle.remove()
+    return seen
+
+
+def split_moments(seen: list[list[Tensor]], visits: slice, batches: list[Batch]) -> list[ConceptMoments]:
+    """Moments of the two halves that `eval_batches` are drawn into, over these visits."""
+    random = torch.Generator().manual_seed(0)
+    halves = [ConceptMoments(32, 2), ConceptMoments(32, 2)]
+    for outputs, batch in zip(seen, batches, strict=True):
+        drawn = torch.randint(0, 2, (len(batch["concept_labels"]),), generator=random)
+        z = batch["concept_labels"][:, None].expand_as(batch["attention_mask"])
+        for output in outputs[visits]:
+            for half in (0, 1):
+                mask = batch["attention_mask"].bool() & (drawn == half)[:, None]
+                halves[half].update(output[mask], z[mask])
+    return halves
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_shared_layers_are_reported_at_each_visit(sequential: bool) -> None:
+    model = with_adapter(shared_layers_model().double())
+    held_out = small_batches("bert", 4, seed=500)
+    report = fit(model, small_batches("bert", 4), sequential=sequential, eval_batches=held_out)
+    first, *_, last = [line.site for line in report.sites]
+    lines = [line for line in report.sites if line.site == first]
+    assert [line.visit for line in lines] == [None, 1, 2, 3]
+    assert last == "last_hidden_state" and report[last].visit is None
+    for erased in (False, True):
+        model.enable_adapters() if erased else model.disable_adapters()
+        seen = visits_by_hand(model, first, held_out)
+        for line in lines:
+            calls = slice(None) if line.visit is None else slice(line.visit - 1, line.visit)
+            expected = cross_validated_correlation(*split_moments(seen, calls, held_out))
+            found = line.correlation_after if erased else line.correlation_before
+            # Merged moments are summed in another order.
+            assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert len({line.correlation_before for line in lines}) == 4
+    assert report.leakage[first] == [lines[0].correlation_before, lines[0].correlation_after]
+
+
+def test_visits_have_their_own_movement_and_stand_in_table_frame_and_plot(tmp_path: Path) -> None:
+    model = with_adapter(shared_layers_model())
+    report = fit(model, small_batches("bert"), eval_batches=small_batches("bert", seed=500))
+    whole, *visits = [line for line in report.sites if line.site == report.sites[0].site]
+    assert whole.change_labelled is not None
+    moved = [line.change_labelled for line in visits if line.change_labelled is not None]
+    # Of all together at most the largest: their variance has that between the visits in it too.
+    assert len(moved) == 3 and 0 < whole.change_labelled <= max(moved)
+    assert [line.rank for line in visits] == [whole.rank] * 3 and visits[0].rows is None
+    frame = report.to_pandas()
+    assert frame.loc[whole.site, "visit"].dropna().tolist() == [1, 2, 3]
+    assert f"{whole.site}, visit 2" in repr(report) and "fitted on all together" in repr(report)
+    assert report[whole.site] is whole
+    report.plot(str(tmp_path / "leakage.png"))
+    assert (tmp_path / "leakage.png").stat().st_size > 0
+
+
+def test_modules_called_once_are_reported_without_visits() -> None:
+    model = with_adapter(copy.deepcopy(small_model("bert")))
+    report = fit(model, small_batches("bert"), eval_batches=small_batches("bert", seed=500))
+    assert len(report.sites) == len(erasure_layers(model)) + 1
+    assert "visit" not in report.to_pandas().columns and "visit" not in repr(report)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5"])

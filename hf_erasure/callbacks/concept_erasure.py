@@ -1,0 +1,123 @@
+"""Keep an erasure up to date while the model under it is fine-tuned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_erasure.fitting import fit_concept_erasure
+from hf_erasure.fitting.erasure import adapter_to_fit
+from hf_erasure.fitting.leakage import measured_leakage
+
+from .checks import check_training
+from .logs import LoggingCallback
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class ConceptErasureCallback(LoggingCallback):
+    """Refits an erasure on a schedule, or when too much of the concept has come back, and logs what leaks.
+
+    Fine-tuning moves the representation away from the one the erasure was fitted on, and may learn the concept anew
+    around it. Refitting is exact for the model of that moment. An adapter that was not fitted is fitted when training
+    begins.
+
+    Args:
+        batches: Labelled batches as `fit_concept_erasure` takes them; gone through at every refit, so no one-time
+            iterator.
+        adapter_name: The erasure.
+        refit_steps: Refit after every so many steps, or `"epoch"`: after every epoch.
+        refit_leakage: Refit when the leakage of a site, measured at each log, is above this correlation.
+        eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`.
+        sequential: As in `fit_concept_erasure`.
+        pool: As in `fit_concept_erasure`.
+        background: As in `fit_concept_erasure`.
+
+    Raises:
+        ValueError: If `refit_leakage` comes without `eval_batches`, or a number means nothing.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        adapter_name: str = "default",
+        *,
+        refit_steps: int | str | None = None,
+        refit_leakage: float | None = None,
+        eval_batches: Iterable[Any] | None = None,
+        sequential: bool = True,
+        pool: str = "tokens",
+        background: Iterable[Any] | None = None,
+    ) -> None:
+        if refit_steps not in (None, "epoch") and (isinstance(refit_steps, str) or int(refit_steps or 0) < 1):
+            raise ValueError(
+                f"refit_steps={refit_steps!r}: give a positive number of steps, 'epoch', or None for never."
+            )
+        if refit_leakage is not None and not 0 < refit_leakage < 1:
+            raise ValueError(f"refit_leakage={refit_leakage} is a correlation: give a number between 0 and 1.")
+        if refit_leakage is not None and eval_batches is None:
+            raise ValueError("refit_leakage needs eval_batches to measure leakage on: give held-out labelled batches.")
+        if iter(batches) is batches:
+            raise ValueError("batches is an iterator that can be gone through once: give a list or a DataLoader.")
+        self.batches, self.adapter_name = batches, adapter_name
+        self.refit_steps, self.refit_leakage, self.eval_batches = refit_steps, refit_leakage, eval_batches
+        self._options: dict[str, Any] = {"sequential": sequential, "background": background}
+        self.pool = pool
+        self.refits = 0
+        self._is_due = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check how the model is trained, and fit an erasure that was not."""
+        model: nn.Module = kwargs["model"]
+        check_training(model, args)
+        config, _ = adapter_to_fit(model, self.adapter_name)
+        if not config.fitted:
+            self._refit(model, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refit where the schedule says so."""
+        if isinstance(self.refit_steps, int) and state.global_step % self.refit_steps == 0:
+            self._refit(kwargs["model"], state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refit where the schedule says so."""
+        if self.refit_steps == "epoch":
+            self._refit(kwargs["model"], state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refit what the latest log has found to leak."""
+        if self._is_due:
+            self._refit(kwargs["model"], state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refit what the last log has found to leak."""
+        if self._is_due:
+            self._refit(kwargs["model"], state)
+
+    def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
+        """Leakage per site, and how often the erasure was refitted."""
+        found: dict[str, float] = {"erasure_refits": self.refits}
+        if self.eval_batches is not None:
+            leakage = measured_leakage(model, self.eval_batches, self.adapter_name, pool=self.pool)
+            found |= {f"leakage/{site}": value for site, value in leakage.items()}
+            found["leakage_max"] = max(leakage.values())
+            self._is_due = self.refit_leakage is not None and found["leakage_max"] > self.refit_leakage
+        return found
+
+    def _refit(self, model: nn.Module, state: TrainerState) -> None:
+        fit_concept_erasure(model, self.batches, self.adapter_name, pool=self.pool, progress=False, **self._options)
+        self.refits += 1
+        self._is_due = False
+        _LOGGER.info("Erasure %r fitted at step %d.", self.adapter_name, state.global_step)

@@ -1,0 +1,278 @@
+"""Watch a feature in the gradients of a fine-tuning run, and keep it out of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
+from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
+
+from .checks import check_training
+from .logs import LoggingCallback
+
+MODES = ("monitor", "guard")
+# Taking the direction out of a product of two matrices is not linear; two corrections leave the square of a step.
+CORRECTIONS = 2
+
+
+class GradiendCallback(LoggingCallback):
+    """Reads a feature off the gradient of every training step, and in mode `"guard"` keeps updates from moving it.
+
+    *monitor*: the gradient that the optimizer is about to use is encoded: near +1 the step teaches the first class of
+    the adapter's pair, near −1 the second. The mean since the last log is logged as `<adapter>_encoded`. The adapter
+    needs its encoder (`keep_encoder=True`).
+
+    *guard*: after each step of the optimizer, whatever it is, the component of the weights' change along the decoder's
+    direction Wd is taken out. Of a sparse adapter that touches its entries only. How much was taken out is logged as
+    `<adapter>_guarded`: the mean cosine between change and direction.
+
+    Both work for full fine-tuning and for LoRA. Under a LoRA a weight has no gradient of its own; the change that the
+    LoRA's matrices make of it takes its place.
+
+    Args:
+        adapter_name: A fitted GRADIEND adapter of the model.
+        mode: `"monitor"` or `"guard"`; a guard also monitors if it has an encoder.
+        log_steps: Encode every so many optimizer steps.
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+
+    def __init__(self, adapter_name: str = "default", *, mode: str = "monitor", log_steps: int = 1) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}.")
+        if log_steps < 1:
+            raise ValueError(f"log_steps={log_steps}: give a positive number of steps.")
+        self.adapter_name, self.mode, self.log_steps = adapter_name, mode, log_steps
+        self._encoded: list[float] = []
+        self._guarded: list[float] = []
+        self._encoder: FeatureEncoder | None = None
+        self._weights: list[Trained] = []
+        self._guard: _Guard | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the adapter, and the weights that are trained and that it knows.
+
+        Raises:
+            ValueError: If the adapter cannot do what is asked, or the training touches none of its weights.
+        """
+        model: nn.Module = kwargs["model"]
+        check_training(model, args)
+        stored = features_of(model, self.adapter_name)
+        peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
+        config: GradiendConfig = peft_config[self.adapter_name]
+        feature = stored[config.pair_index(config.pair)]
+        self._encoder = feature.encoder
+        if feature.encoder is None and self.mode == "monitor":
+            raise ValueError(
+                f"The GRADIEND adapter {self.adapter_name!r} holds no encoder to monitor with: fit it with "
+                "GradiendConfig(keep_encoder=True), or use mode='guard'."
+            )
+        self._weights = trained_weights(model, self.adapter_name)
+        if self.mode == "guard":
+            self._guard = _Guard(self._weights, feature.decoder)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the gradient that the optimizer is about to use."""
+        if self._encoder is not None and state.global_step % self.log_steps == 0:
+            gradients = {name: torch.zeros(shape) for name, shape in self._encoder.shapes.items()} | {
+                weight.name: weight.gradient() for weight in self._weights if weight.name in self._encoder.shapes
+            }
+            self._encoded.append(self._encoder.encode(gradients))
+        if self._guard is not None:
+            self._guard.before()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the feature's direction out of what the optimizer has done."""
+        if self._guard is not None:
+            self._guarded.append(self._guard.after())
+
+    def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
+        """The means since the last log."""
+        found = {}
+        for name, values in (("encoded", self._encoded), ("guarded", self._guarded)):
+            if values:
+                found[f"{self.adapter_name}_{name}"] = sum(values) / len(values)
+                values.clear()
+        return found
+
+
+# ---- weights that are trained, themselves or by a LoRA ---------------------------------------------------------------
+
+
+@dataclass
+class Trained:
+    """One weight of the base model whose value training changes.
+
+    Attributes:
+        name: Its full name, as adapters know it.
+        weight: The parameter.
+        lora: The matrices that change it, where it is not trained itself.
+    """
+
+    name: str
+    weight: nn.Parameter
+    lora: list[LoraPair]
+
+    def gradient(self) -> Tensor:
+        """`(shape of the weight)` float32: its gradient, or what the gradients of its LoRA make of it."""
+        if not self.lora:
+            return torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad
+        return sum((pair.gradient() for pair in self.lora), torch.zeros(()))
+
+
+@dataclass
+class LoraPair:
+    """The two matrices of a LoRA on one weight: `scaling · B A`, transposed for layers that keep `(in, out)`."""
+
+    a: nn.Parameter  # (rank, in)
+    b: nn.Parameter  # (out, rank)
+    scaling: float
+    transposed: bool
+
+    def oriented(self, change: Tensor) -> Tensor:
+        """A change of the weight as `(out, in)`, or the other way about: the turn is its own inverse."""
+        return change.T if self.transposed else change
+
+    def product(self) -> Tensor:
+        """What the LoRA adds to the weight, float32."""
+        return self.oriented(self.scaling * (self.b.detach().float() @ self.a.detach().float()))
+
+    def gradient(self) -> Tensor:
+        """The change of the weight, to first order, when A and B move along their gradients."""
+        a, b = self.a.detach().float(), self.b.detach().float()
+        by_a = torch.zeros_like(a) if self.a.grad is None else self.a.grad.float()
+        by_b = torch.zeros_like(b) if self.b.grad is None else self.b.grad.float()
+        return self.oriented(self.scaling * (by_b @ a + b @ by_a))
+
+
+def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
+    """The weights that a GRADIEND adapter targets and that are being trained.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found = []
+    wrapper: Any = model
+    bare: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = dict(bare.named_modules())
+    for name, weight in targeted_parameters(model, adapter_name).items():
+        path, _, own = name.rpartition(".")
+        lora = _lora_on(modules.get(path)) if own == "weight" else []
+        if weight.requires_grad or lora:
+            found.append(Trained(name, weight, [] if weight.requires_grad else lora))
+    if not found:
+        raise ValueError(
+            f"Training changes none of the weights that the GRADIEND adapter {adapter_name!r} knows: there is nothing "
+            "to watch. Train the model's own weights, or put a LoRA on linear layers that the adapter targets."
+        )
+    return found
+
+
+def _lora_on(module: nn.Module | None) -> list[LoraPair]:
+    if not isinstance(module, LoraLayer):
+        return []
+    pairs = []
+    layer: Any = module
+    names: list[str] = list(layer.active_adapters)
+    for name in names:
+        if name in layer.lora_A and layer.lora_A[name].weight.requires_grad:
+            turned = bool(getattr(layer, "fan_in_fan_out", False))
+            pairs.append(LoraPair(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], turned))
+    return pairs
+
+
+# ---- the guard -------------------------------------------------------------------------------------------------------
+
+
+class _Guard:
+    """Takes the component along Wd out of every change of the weights.
+
+    Args:
+        weights: Those that are trained.
+        decoder: Gives the direction.
+    """
+
+    def __init__(self, weights: list[Trained], decoder: FeatureDecoder) -> None:
+        self.weights = [w for w in weights if w.name in decoder.weight and decoder.weight[w.name].numel()]
+        if not self.weights:
+            raise ValueError("None of the weights that are trained is changed by the adapter: nothing to guard.")
+        self.index = {w.name: _long(decoder.index[w.name], w.weight.device) for w in self.weights}
+        self.direction = {w.name: decoder.weight[w.name].to(w.weight.device, torch.float32) for w in self.weights}
+        self.norm = math.sqrt(sum(float(d.double().square().sum()) for d in self.direction.values()))
+        self.kept: dict[str, Tensor] = {}
+
+    def before(self) -> None:
+        """Remember the weights, at the entries that the direction has."""
+        self.kept = {w.name: self._values(w) for w in self.weights}
+
+    def after(self) -> float:
+        """Take the component out; returns the cosine between the change and the direction before that."""
+        changes = {w.name: self._values(w) - self.kept[w.name] for w in self.weights}
+        along = self._inner(changes)
+        size = math.sqrt(sum(float(change.double().square().sum()) for change in changes.values()))
+        for _ in range(CORRECTIONS):
+            self._correct(self._inner({w.name: self._values(w) - self.kept[w.name] for w in self.weights}))
+        self.kept = {}
+        return along / (self.norm * size) if size > 0 else 0.0
+
+    def _inner(self, changes: dict[str, Tensor]) -> float:
+        return sum(float((change * self.direction[name]).double().sum()) for name, change in changes.items())
+
+    def _values(self, weight: Trained) -> Tensor:
+        """`(count,)` float32: the weight, or what its LoRA adds, at the entries of the direction."""
+        value = sum((p.product() for p in weight.lora), torch.zeros(())) if weight.lora else weight.weight.detach()
+        flat, index = value.reshape(-1).float(), self.index[weight.name]
+        return flat.clone() if index is None else flat[index]
+
+    @torch.no_grad()
+    def _correct(self, along: float) -> None:
+        """Move every weight, or its LoRA, along the steepest way back, so far that `along` is gone to first order."""
+        steps: list[tuple[Tensor, Callable[[float], None]]] = []
+        for weight in self.weights:
+            direction, index = self.direction[weight.name], self.index[weight.name]
+            if not weight.lora:
+                steps.append((direction, _adder(weight.weight, direction, index)))
+                continue
+            dense = torch.zeros(weight.weight.numel(), device=direction.device)
+            dense = (dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)).view_as(
+                weight.weight
+            )
+            for pair in weight.lora:
+                toward = pair.oriented(dense)
+                by_b = pair.scaling * toward @ pair.a.float().T
+                by_a = pair.scaling * pair.b.float().T @ toward
+                steps += [(by_a, _adder(pair.a, by_a, None)), (by_b, _adder(pair.b, by_b, None))]
+        total = sum(float(step.double().square().sum()) for step, _ in steps)
+        if total > 0:
+            for _, add in steps:
+                add(-along / total)
+
+
+def _adder(parameter: nn.Parameter, step: Tensor, index: Tensor | None) -> Callable[[float], None]:
+    def add(factor: float) -> None:
+        change = (factor * step).to(parameter.dtype)
+        if index is None:
+            parameter.data.add_(change.view_as(parameter))
+        else:
+            parameter.data.view(-1).index_add_(0, index, change)
+
+    return add
+
+
+def _long(index: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if index is None else index.to(device, torch.long)

@@ -1,0 +1,119 @@
+"""An erasure that is kept up to date while the model under it is trained."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import erasure_layers
+from hf_erasure.callbacks import ConceptErasureCallback
+from hf_erasure.fitting.leakage import measured_leakage
+from tests.small_models import LABELS, small_batches, small_model
+
+NAME = "no_gender"
+
+
+def adapted(**fields: Any) -> PreTrainedModel:
+    model = copy.deepcopy(small_model("llama"))
+    model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS, **fields), adapter_name=NAME)
+    return model
+
+
+def fine_tune(model: PreTrainedModel, folder: Path, callback: ConceptErasureCallback, **options: Any) -> Trainer:
+    ids = torch.randint(3, 30, (16, 6), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    defaults: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+    }  # fmt: skip
+    trainer = Trainer(
+        model,
+        TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
+        train_dataset=rows,
+        callbacks=[callback],
+    )
+    trainer.train()
+    return trainer
+
+
+def lefts(model: PreTrainedModel) -> torch.Tensor:
+    return torch.cat([layer.eraser_state(NAME)[0].flatten() for layer in erasure_layers(model, NAME).values()])
+
+
+@pytest.mark.filterwarnings("ignore:.*saves only the adapter")
+def test_refits_on_schedule_and_logs_what_leaks(tmp_path: Path):
+    model = adapted()
+    model.requires_grad_(True)
+    batches, held_out = small_batches("llama", seed=100), small_batches("llama", seed=100)
+    callback = ConceptErasureCallback(batches, NAME, refit_steps=2, eval_batches=held_out)
+    trainer = fine_tune(model, tmp_path, callback)
+    assert callback.refits == 3  # before the first step, after the second and the fourth
+    rows = [row for row in trainer.state.log_history if "leakage_max" in row]
+    assert [row["erasure_refits"] for row in rows] == [1, 2, 2, 3]
+    sites = {f"leakage/{site}" for site in erasure_layers(model, NAME)}
+    assert sites <= set(rows[0])
+    # It is the eraser that a fit on the model as it is now gives: nothing of it is stale.
+    kept = lefts(model)
+    fit_concept_erasure(model, batches, NAME, progress=False)
+    torch.testing.assert_close(lefts(model), kept)
+
+
+@pytest.mark.filterwarnings("ignore:.*saves only the adapter")
+def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):
+    batches = small_batches("llama", seed=100)
+    refits, leakage = {}, {}
+    for threshold in (None, 0.05, 0.999):
+        model = adapted()
+        model.requires_grad_(True)
+        fit_concept_erasure(model, batches, NAME, progress=False)
+        callback = ConceptErasureCallback(batches, NAME, refit_leakage=threshold, eval_batches=batches)
+        fine_tune(model, tmp_path, callback, learning_rate=0.5)
+        refits[threshold] = callback.refits
+        leakage[threshold] = max(measured_leakage(model, batches, NAME).values())
+    assert refits[None] == refits[0.999] == 0
+    assert refits[0.05] >= 1
+    assert leakage[0.05] < leakage[None]
+
+
+@pytest.mark.filterwarnings("ignore:.*saves only the adapter")
+def test_refits_every_epoch(tmp_path: Path):
+    model = adapted()
+    model.requires_grad_(True)
+    callback = ConceptErasureCallback(small_batches("llama", seed=100), NAME, refit_steps="epoch")
+    fine_tune(model, tmp_path, callback, max_steps=-1, num_train_epochs=2)
+    assert callback.refits == 3
+
+
+def test_full_fine_tuning_under_an_adapter_is_warned_of(tmp_path: Path):
+    model = adapted()
+    model.requires_grad_(True)
+    with pytest.warns(UserWarning, match="Trainer saves only the adapter"):
+        fine_tune(model, tmp_path, ConceptErasureCallback(small_batches("llama"), NAME), max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refit_steps": 0}, "positive number of steps"),
+        ({"refit_steps": "day"}, "positive number of steps"),
+        ({"refit_leakage": 2.0, "eval_batches": [1]}, "is a correlation"),
+        ({"refit_leakage": 0.5}, "needs eval_batches"),
+    ],
+)
+def test_what_means_nothing_is_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        ConceptErasureCallback([1], NAME, **options)
+    with pytest.raises(ValueError, match="gone through once"):
+        ConceptErasureCallback(iter([1]), NAME)
+
+
+def test_an_erasure_that_is_not_there_is_said_before_training(tmp_path: Path):
+    model = copy.deepcopy(small_model("llama"))
+    with pytest.raises(ValueError, match="is no concept erasure of this model"):
+        fine_tune(model, tmp_path, ConceptErasureCallback([1], NAME))

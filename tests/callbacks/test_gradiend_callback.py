@@ -1,0 +1,193 @@
+"""Watching and guarding a feature while a small language model is fine-tuned on skewed text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from hf_erasure.adapters import features_of
+from hf_erasure.callbacks import GradiendCallback
+from tests.fitting.gradiend.language_models import model_of, tokenizer_of
+from tests.fitting.gradiend.test_trainer import NAME, adapted, trainer_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(saves only the adapter|switched the GRADIEND adapter)")
+
+TEXTS = ["Tom went home to a dog and", "the king said that", "because the doctor was late", "a dog ran and"]
+
+
+def skewed(word: str) -> list[dict[str, list[int]]]:
+    """Sentences that end in one word, which alone is learned."""
+    tokenizer = tokenizer_of("llama")
+    rows = []
+    for text in TEXTS * 4:
+        ids = tokenizer(f"{text} {word}")["input_ids"]
+        rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]})
+    return rows
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    pad = {"input_ids": 0, "labels": -100}
+    return {
+        key: torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows]) for key, value in pad.items()
+    }
+
+
+def with_feature(tmp_path: Path, **fields: Any) -> PreTrainedModel:
+    model = adapted("llama", **{"density": 0.2, "keep_encoder": True, **fields})
+    trainer_of(model, "llama", tmp_path / "feature").train()
+    return model
+
+
+def fine_tune(model: nn.Module, tmp_path: Path, callback: Any, word: str = "she", **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 2,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+        "remove_unused_columns": False,
+    }  # fmt: skip
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), **{**defaults, **options})
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=skewed(word), callbacks=callback)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer: Trainer, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+class Reports(TrainerCallback):
+    """Stands for a `report_to`: it is told of logs before the callbacks of the user."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs or {}))
+
+
+@pytest.mark.parametrize("way", ["whole", "lora"])
+def test_the_feature_of_the_training_data_is_logged(way: str, tmp_path: Path):
+    read: dict[str, float] = {}
+    for word in ("she", "he"):
+        model = with_feature(tmp_path / word)
+        model.requires_grad_(way == "whole")
+        torch.manual_seed(0)
+        if way == "lora":
+            config = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+            model.add_adapter(config, adapter_name="lora")
+        report = Reports()
+        trainer = fine_tune(
+            model, tmp_path, [report, GradiendCallback(NAME)], word, max_steps=2, logging_steps=1, learning_rate=0.0
+        )
+        values = logged(trainer, f"{NAME}_encoded")
+        assert len(values) == 2
+        assert [row[f"{NAME}_encoded"] for row in report.seen if f"{NAME}_encoded" in row] == values
+        read[word] = sum(values) / 2
+    # A LoRA sees the gradient through matrices of rank 16, which shrinks values towards what 0 is for the encoder.
+    assert read["she"] > read["he"] + (0.5 if way == "whole" else 0.05)
+    assert way == "lora" or (read["she"] > 0 and read["he"] < 0)
+
+
+@pytest.mark.parametrize("way", ["whole", "lora"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_guard_takes_the_direction_out_of_every_step(way: str, accumulation: int, density: float, tmp_path: Path):
+    model = with_feature(tmp_path, density=density)
+    before = effective(model)
+    model.requires_grad_(way == "whole")
+    if way == "lora":
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        model.add_adapter(config, adapter_name="lora")
+        before = effective(model)
+    options = {"max_steps": 4, "logging_steps": 1, "gradient_accumulation_steps": accumulation}
+    trainer = fine_tune(model, tmp_path, [GradiendCallback(NAME, mode="guard")], **options)
+    after = effective(model)
+    assert all(abs(value) > 1e-4 for value in logged(trainer, f"{NAME}_guarded")[1:])
+
+    decoder = features_of(model, NAME)[0].decoder
+    along, size, norm = 0.0, 0.0, 0.0
+    for name, weight in decoder.weight.items():
+        change = (after[name] - before[name]).reshape(-1).double()
+        change = change if decoder.index[name] is None else change[decoder.index[name].long()]
+        along += float(change @ weight.double())
+        size += float(change.square().sum())
+        norm += float(weight.double().square().sum())
+    assert size > 0
+    # float32 weights and changes of 5e-3: 2^-24 / 5e-3 relative, and for a LoRA the square of what a step moves
+    assert abs(along) / (size * norm) ** 0.5 < (1e-4 if way == "whole" else 1e-3)
+
+
+def effective(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that a model computes with, LoRA included, by their names without wrappers."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            base = module.get_base_layer().weight.detach().clone()
+            found[f"{name}.weight"] = base + sum(module.get_delta_weight(a) for a in module.lora_A).detach()
+    own = {n.replace(".base_layer", ""): p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    return own | found
+
+
+def test_without_the_guard_the_skew_arrives_and_with_it_less(tmp_path: Path):
+    prompts = tokenizer_of("llama")("a dog ate bread because", return_tensors="pt")
+    she, he = (tokenizer_of("llama")(f"a {word}")["input_ids"][-1] for word in ("she", "he"))
+
+    def preference(model: nn.Module) -> float:
+        with torch.no_grad():
+            logits = model.eval()(**{k: prompts[k] for k in ("input_ids", "attention_mask")}).logits[0, -1]
+        return float(logits[she] - logits[he])
+
+    gained = {}
+    for mode in (None, "guard"):
+        model = with_feature(tmp_path / str(mode), density=1.0)
+        base = preference(model)
+        model.requires_grad_(True)
+        callback = [] if mode is None else [GradiendCallback(NAME, mode="guard")]
+        fine_tune(model, tmp_path / str(mode), callback, max_steps=4, learning_rate=1e-3)
+        gained[mode] = preference(model) - base
+    assert gained[None] > 0.05
+    assert gained["guard"] < 0.9 * gained[None]
+
+
+def test_what_cannot_be_watched_is_said_before_training(tmp_path: Path):
+    with pytest.raises(ValueError, match="mode='watch' is not known"):
+        GradiendCallback(mode="watch")
+    with pytest.raises(ValueError, match="log_steps=0"):
+        GradiendCallback(log_steps=0)
+    model = with_feature(tmp_path)
+    with pytest.raises(ValueError, match=r"No parameter is trainable.*requires_grad_\(True\)"):
+        fine_tune(model, tmp_path, [GradiendCallback(NAME)])
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(ValueError, match="none of the weights"), pytest.warns(UserWarning, match="saves only"):
+        fine_tune(model, tmp_path, [GradiendCallback(NAME)])
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="load_best_model_at_end works for adapters of a PeftModel only"):
+        options = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
+        fine_tune_with_eval(model, tmp_path, options)
+    unfitted = adapted("llama")
+    unfitted.requires_grad_(True)
+    with pytest.raises(ValueError, match="was never fitted"), pytest.warns(UserWarning, match="saves only"):
+        fine_tune(unfitted, tmp_path, [GradiendCallback(NAME)])
+    blind = with_feature(tmp_path / "blind", keep_encoder=False)
+    blind.requires_grad_(True)
+    with pytest.raises(ValueError, match="holds no encoder"), pytest.warns(UserWarning, match="saves only"):
+        fine_tune(blind, tmp_path, [GradiendCallback(NAME)])
+    plain = model_of("llama")
+    with pytest.raises(ValueError, match="is no GRADIEND adapter of this model"):
+        fine_tune(plain, tmp_path, [GradiendCallback(NAME)])
+
+
+def fine_tune_with_eval(model: nn.Module, tmp_path: Path, options: dict[str, Any]) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False, **options,
+    )  # fmt: skip
+    rows = skewed("she")
+    callback = [GradiendCallback(NAME)]
+    Trainer(model, arguments, collate, rows, rows, callbacks=callback).train()
