@@ -137,8 +137,8 @@ def test_gender_is_read_and_written_on_unseen_names_and_prompts(assets: Path, tm
         assert mean([fit.encoding["cor"] for fit in fits]) >= 0.97
         assert mean([fit.encoding["cor_enc"] for fit in fits]) >= 0.93
         for goal in ("fpi", "mpi"):
-            assert mean([fit.edits[goal].times(goal) for fit in fits]) >= 3
-            assert mean([fit.edits[goal].after.cost for fit in fits]) <= 0.02
+            assert mean([fit.edits[goal].times(goal) for fit in fits]) >= 2.5
+            assert mean([fit.edits[goal].after.cost for fit in fits]) <= 0.025
 
 
 def mean(values: list[float]) -> float:
