@@ -10,6 +10,7 @@ from .language import LanguageModelling
 from .neutral import neutral_batches
 from .pairs import PairSet, check_pairs, pair_batches
 from .selection import Selection
+from .templates import pairs_from_templates
 from .trainer import GradiendTrainer
 from .words import SLOT, PairError, pairs_from_sentences, word_tokens
 
@@ -32,6 +33,7 @@ __all__ = [
     "neutral_batches",
     "pair_batches",
     "pairs_from_sentences",
+    "pairs_from_templates",
     "task_of",
     "word_tokens",
 ]
