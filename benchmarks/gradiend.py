@@ -346,25 +346,27 @@ def run_steps(kind: str, model: Any, reader: GradientReader, batches: Sequence[P
             found = reader.gradients(batch)
             neuron.step(found["factual"], found["difference"])
             del found
-    elif kind == "closed form":
-        closed_form(reader, batches, finish=False)
+    elif kind.startswith("closed form"):
+        closed_form(reader, batches, finish=False, low_memory=kind.endswith("low_memory"))
     else:
         with reader._reading():
             for batch in batches:
                 reader._stream(reader._losses(batch, ("factual",))["factual"], lambda name, block: None)
 
 
-def closed_form(reader: GradientReader, batches: Sequence[PairBatch], *, finish: bool = True) -> Any:
+def closed_form(
+    reader: GradientReader, batches: Sequence[PairBatch], *, finish: bool = True, low_memory: bool = False
+) -> Any:
     """The feature, or only what is gathered for it."""
     estimator = ClosedFormEstimator({name: p.shape for name, p in reader.parameters.items()})
     for batch in batches:
-        reader.accumulate(batch, "factual", estimator, 1 - 2 * int(batch.label or 0))
+        reader.accumulate(batch, "factual", estimator, 1 - 2 * int(batch.label or 0), low_memory=low_memory)
     return estimator.feature() if finish else estimator
 
 
 def report_memory(size: Size, case: Case, threads: int) -> None:
     """Peaks of the three ways of fitting, each in a process of its own."""
-    targets = {"activations": None, "trained": 12, "closed form": 5, "reference": None}
+    targets = {"activations": None, "trained": 12, "closed form": 5, "closed form, low_memory": 5, "reference": None}
     cells = []
     for kind, target in targets.items():
         numbers = map(str, (*size, *case))

@@ -61,6 +61,7 @@ class ClosedFormEstimator:
         self._means = {part: self._zeros() for part in PARTS}
         self._counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
         self._open_source: int | None = None
+        self._open_blocks: set[str] = set()
         self._open_targets: dict[str, int] = {}
 
     def _zeros(self) -> dict[str, Tensor]:
@@ -96,6 +97,37 @@ class ClosedFormEstimator:
         for name, block in blocks.items():
             self._average("source", sign, name, block, 1.0 / norm)
         self._open_source = sign
+
+    def add_source_block(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
+        """Count one block of the source gradient of the current batch, in the place of `add_source`.
+
+        For gradients that are never held whole: a first backward finds the norm, a second one gives the blocks.
+
+        Args:
+            name: The block.
+            gradient: The source gradient in the block's shape, any floating-point dtype.
+            norm: Of the whole source gradient, over all blocks.
+            sign: +1 or −1, the class of the batch.
+
+        Raises:
+            TypeError: If the gradient is not a tensor of floating-point numbers.
+            ValueError: If the block is unknown or came already, has another shape or is not finite, the norm is not a
+                positive number, or the sign is neither. Nothing is changed then.
+        """
+        _check_sign(sign)
+        if not (math.isfinite(norm) and norm > 0):
+            raise ValueError(f"The source gradient has the norm {norm}: it has no direction; leave this batch out.")
+        if self._open_source is not None or name in self._open_blocks:
+            raise ValueError(f"Block {name!r} of the source came already in this batch: call end_batch, or drop_batch.")
+        if name not in self.shapes:
+            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
+        block = flat(name, gradient, self.shapes[name], self.device)
+        if not is_finite(block):
+            require_finite({name: math.nan}, "source gradient")
+        self._average("source", sign, name, block, 1.0 / norm)
+        self._open_blocks.add(name)
+        if len(self._open_blocks) == len(self.shapes):
+            self._open_source, self._open_blocks = sign, set()
 
     def _read_source(self, gradients: Mapping[str, Tensor], sign: int) -> tuple[dict[str, Tensor], float]:
         _check_sign(sign)
@@ -165,6 +197,7 @@ class ClosedFormEstimator:
         reached that block, so the means remain means.
         """
         self._open_source = None
+        self._open_blocks = set()
         self._open_targets = {}
 
     def update(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], sign: int) -> None:
@@ -214,7 +247,7 @@ class ClosedFormEstimator:
         return self
 
     def _require_closed(self, verb: str) -> None:
-        if self._open_source is not None or self._open_targets:
+        if self._open_source is not None or self._open_blocks or self._open_targets:
             raise ValueError(f"A batch is open: call end_batch, or drop_batch, before the estimator is {verb}.")
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -195,3 +195,38 @@ def test_equal_classes_have_nothing_to_read():
 def test_memory_is_four_vectors():
     estimator = fitted()
     assert estimator.nbytes == 4 * 4 * sum(torch.Size(shape).numel() for shape in SHAPES.values())
+
+
+def test_a_source_in_blocks_is_the_source_whole():
+    whole, blocks = ClosedFormEstimator(SHAPES), ClosedFormEstimator(SHAPES)
+    for seed, sign in ((1, 1), (2, -1), (3, 1)):
+        source, target = gradients(seed), gradients(seed + 10)
+        whole.update(source, target, sign)
+        norm = math.sqrt(sum(float(block.double().square().sum()) for block in source.values()))
+        for name, block in source.items():
+            blocks.add_source_block(name, block, norm, sign)
+        for name, block in target.items():
+            blocks.add_target(name, block, sign)
+        blocks.end_batch(sign)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(blocks.state_dict()[name], value)
+
+
+def test_a_source_in_blocks_is_refused_where_it_does_not_fit():
+    estimator = ClosedFormEstimator(SHAPES)
+    name, *_ = SHAPES
+    block = gradients(1)[name]
+    for norm in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="has no direction"):
+            estimator.add_source_block(name, block, norm, 1)
+    with pytest.raises(ValueError, match="no block 'nowhere'"):
+        estimator.add_source_block("nowhere", block, 1.0, 1)
+    with pytest.raises(ValueError, match="finite"):
+        estimator.add_source_block(name, torch.full_like(block, math.nan), 1.0, 1)
+    estimator.add_source_block(name, block, 1.0, 1)
+    with pytest.raises(ValueError, match="came already"):
+        estimator.add_source_block(name, block, 1.0, 1)
+    with pytest.raises(ValueError, match="cannot be closed"):
+        estimator.end_batch(1)
+    estimator.drop_batch()
+    estimator.update(gradients(1), gradients(2), 1)

@@ -27,6 +27,10 @@ class GradiendTrainingArguments(TrainingArguments):
             kept.
         convergence: A start has converged when the absolute correlation on the evaluation data gets this far. None of
             them doing so is warned of.
+        mask_draws: Where a masked or an encoder-decoder model's language modelling is scored, it reads every neutral
+            text so often, each time with other tokens masked: more draws make the cost of an edit less noisy.
+        low_memory: The closed form does not hold a gradient whole: four vectors of the size of the targeted weights in
+            all, and not five, for one more backward pass a batch.
         patience: Stop a start when so many evaluations in a row did not improve its correlation; never when `None`.
     """
 
@@ -40,6 +44,8 @@ class GradiendTrainingArguments(TrainingArguments):
     activation: str = field(default="tanh", metadata={"help": "'tanh' or 'identity', of the trained estimator."})
     seeds: int = field(default=1, metadata={"help": "Starts of the trained estimator."})
     convergence: float = field(default=0.5, metadata={"help": "Correlation from which a start has converged."})
+    low_memory: bool = field(default=False, metadata={"help": "Hold no whole gradient, for one more backward."})
+    mask_draws: int = field(default=1, metadata={"help": "Draws of masked tokens in a neutral text."})
     patience: int | None = field(default=None, metadata={"help": "Evaluations without improvement before stopping."})
 
     def __post_init__(self) -> None:
@@ -50,6 +56,8 @@ class GradiendTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {known}.")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: at least one start is needed.")
+        if self.mask_draws < 1:
+            raise ValueError(f"mask_draws={self.mask_draws}: at least one draw is needed.")
         if not 0 <= self.convergence <= 1:
             raise ValueError(f"convergence={self.convergence} is a correlation: give a number between 0 and 1.")
         if self.patience is not None and self.patience < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_erasure.fitting.running import evaluating
+from hf_erasure.gradiend.blocks import sum_of_squares
 
 from .batches import Filled, PairBatch, Task
 from .forwards import SlotReader, task_of
@@ -31,6 +33,9 @@ class Estimator(Protocol):
 
     def add_target(self, name: str, gradient: Tensor, sign: int) -> Any:
         """Take one block of the target."""
+
+    def add_source_block(self, name: str, gradient: Tensor, norm: float, sign: int) -> Any:
+        """Take one block of a source gradient whose norm is known."""
 
     def end_batch(self, sign: int) -> Any:
         """Close the batch; every block has come."""
@@ -89,7 +94,9 @@ class GradientReader(SlotReader):
                 found[kind] = self._backward(losses, kind, last=index == len(wanted) - 1)
             return found
 
-    def accumulate(self, batch: PairBatch, source: str, estimator: Estimator, sign: int) -> None:
+    def accumulate(
+        self, batch: PairBatch, source: str, estimator: Estimator, sign: int, *, low_memory: bool = False
+    ) -> None:
         """Add one batch to a closed-form estimator without ever holding two gradients.
 
         The source is needed whole, for its norm is global; it is given to ``estimator.add_source`` and let go. The
@@ -104,6 +111,8 @@ class GradientReader(SlotReader):
             estimator: A `ClosedFormEstimator`, or what has its ``add_source``, ``add_target``, ``end_batch`` and
                 ``drop_batch``.
             sign: +1 or -1, passed on.
+            low_memory: Do not hold the source whole either: one more backward finds its norm before the one that gives
+                its blocks.
 
         Raises:
             ValueError: As `gradients`.
@@ -111,7 +120,10 @@ class GradientReader(SlotReader):
         _check_kinds((source,))
         try:
             with self._reading():
-                self._accumulate(batch, source, estimator, sign)
+                if low_memory:
+                    self._accumulate_by_block(batch, source, estimator, sign)
+                else:
+                    self._accumulate(batch, source, estimator, sign)
                 estimator.end_batch(sign)
         except BaseException:
             estimator.drop_batch()
@@ -127,6 +139,27 @@ class GradientReader(SlotReader):
                 estimator.add_target(name, block, sign)
         else:
             del gradient
+            self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
+
+    def _accumulate_by_block(self, batch: PairBatch, source: str, estimator: Estimator, sign: int) -> None:
+        alone = source == "difference"
+        losses = self._losses(batch, (source,) if alone else (source, "difference"))
+        squares = 0.0
+
+        def measure(name: str, block: Tensor) -> None:
+            nonlocal squares
+            squares += sum_of_squares(block.reshape(-1))
+
+        self._stream(losses[source], measure, last=False)
+        norm = math.sqrt(squares)
+
+        def take(name: str, block: Tensor) -> None:
+            estimator.add_source_block(name, block, norm, sign)
+            if alone:
+                estimator.add_target(name, block, sign)
+
+        self._stream(losses[source], take, last=alone)
+        if not alone:
             self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
 
     def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
@@ -187,7 +220,7 @@ class GradientReader(SlotReader):
             del gradient, block
         return blocks
 
-    def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any]) -> None:
+    def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any], *, last: bool = True) -> None:
         """One backward that gives each block to `take` when it is complete, and frees it."""
         waiting = dict(self.parameters)
 
@@ -202,7 +235,7 @@ class GradientReader(SlotReader):
 
         handles = [p.register_post_accumulate_grad_hook(hook_of(name)) for name, p in self.parameters.items()]
         try:
-            loss.backward()
+            loss.backward(retain_graph=not last)
         finally:
             for handle in handles:
                 handle.remove()

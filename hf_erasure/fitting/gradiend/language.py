@@ -45,6 +45,8 @@ class LanguageModelling:
         mask_share: Share of a text's tokens that is masked, at least one.
         max_length: Longest text in tokens; by default what the model takes, at most 512. Longer ones are cut into
             pieces.
+        mask_draws: Each text is laid out so often, each time with other tokens masked or cut out: the accuracy on few
+            tokens is a noisy measure. Without a meaning for causal models and classification, where none are drawn.
 
     Raises:
         PairError: There is no text, or no token to score.
@@ -61,23 +63,31 @@ class LanguageModelling:
         seed: int = 0,
         mask_share: float = 0.15,
         max_length: int | None = None,
+        mask_draws: int = 1,
     ) -> None:
-        if not 0 < mask_share < 1 or batch_size < 1:
-            raise PairError(f"mask_share is {mask_share} (between 0 and 1), batch_size {batch_size} (at least 1)")
+        if not 0 < mask_share < 1 or batch_size < 1 or mask_draws < 1:
+            raise PairError(
+                f"mask_share is {mask_share} (between 0 and 1), batch_size {batch_size} and mask_draws {mask_draws} (at "
+                "least 1)"
+            )
         self.reader = reader
         config = self.reader.model.config
         layout = Layout.of(tokenizer, self.reader.task, config)
         longest = neutral_length(tokenizer, config, max_length)
         neutral = NeutralTexts(dataset, tokenizer, layout, feature_words, longest, pieces=True)
         generator = random.Random(seed)
-        order = sorted(range(len(neutral.texts)), key=lambda index: len(neutral.texts[index]))
-        chosen = [_chosen(neutral, index, layout.task, mask_share, generator) for index in range(len(order))]
-        kept = [index for index in order if chosen[index] or layout.task == "classification"]
+        draws = mask_draws if layout.task in ("masked", "seq2seq") else 1
+        drawn = [
+            (text, _chosen(neutral, index, layout.task, mask_share, generator))
+            for _ in range(draws)
+            for index, text in enumerate(neutral.texts)
+        ]
+        kept = [(text, places) for text, places in drawn if places or layout.task == "classification"]
         if not kept:
             raise PairError("no neutral text has a token that could be scored; write longer texts")
+        kept.sort(key=lambda entry: len(entry[0]))
         chunks = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-        texts = neutral.texts
-        self.batches = [_lay_out(layout, [texts[i] for i in part], [chosen[i] for i in part]) for part in chunks]
+        self.batches = [_lay_out(layout, [t for t, _ in part], [places for _, places in part]) for part in chunks]
         if layout.task == "classification":
             self.batches = self._own_labels()
 

@@ -71,6 +71,22 @@ class Selection:
     base: Point
     points: tuple[Point, ...]
 
+    def choose(self, goal: str, budget: float | None = None) -> Selection:
+        """Choose among the same points for another goal; the model's adapter stays as it is.
+
+        Args:
+            goal: Any that the points were scored by.
+            budget: As this selection's by default. Under a larger one, remember that the scan left out edits that lost
+                many times its own budget.
+
+        Raises:
+            ValueError: If the points were not scored by this goal.
+        """
+        if goal not in self.base.goals:
+            raise ValueError(f"goal={goal!r} was not scored; there are {', '.join(self.base.goals)}.")
+        budget = self.budget if budget is None else budget
+        return Selection(goal, budget, choose(self.base, self.points, goal, budget), self.base, self.points)
+
     def to_pandas(self) -> pd.DataFrame:
         """One row a point."""
         import pandas as pd
@@ -154,10 +170,11 @@ def scan(
     budget: float,
     feature_factors: Sequence[float] = FEATURE_FACTORS,
     learning_rates: Sequence[float] = LEARNING_RATES,
+    far: float = FAR,
 ) -> Iterator[Point]:
     """Score the unedited model, then every point of the grid.
 
-    Along one feature factor the steps grow; where language modelling has lost `FAR` times the budget, larger steps in
+    Along one feature factor the steps grow; where language modelling has lost `far` times the budget, larger steps in
     that direction are left out.
     """
     pairs = list(pairs)
@@ -171,7 +188,7 @@ def scan(
                     with edited(model, adapter_name, feature_factor=factor, learning_rate=rate, pair=pair):
                         point = scorer.score(pair, factor, rate, base)
                     yield point
-                    if point.cost > FAR * budget:
+                    if point.cost > far * budget:
                         break
 
 

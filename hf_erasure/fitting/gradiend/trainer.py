@@ -358,7 +358,13 @@ class GradiendTrainer:
         # The model is scored as it stands when a score is asked for: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
         language = LanguageModelling(
-            reader, neutral, self.processing_class, feature_words=words.all, batch_size=size, seed=self.args.seed
+            reader,
+            neutral,
+            self.processing_class,
+            feature_words=words.all,
+            batch_size=size,
+            seed=self.args.seed,
+            mask_draws=self.args.mask_draws,
         )
 
         def probabilities() -> Tensor:

@@ -161,7 +161,8 @@ class Training:
                 continue
             batch = self.processes.take(row)
             if batch is not None:
-                self.reader.accumulate(batch, self.source, estimator, signs[id(batch)])
+                sign = signs[id(batch)]
+                self.reader.accumulate(batch, self.source, estimator, sign, low_memory=self.args.low_memory)
             self.progress.step()
             if self.progress.control.should_save and step + 1 < start.steps:
                 self._save(start, step + 1, self._added(estimator).state_dict(), None)

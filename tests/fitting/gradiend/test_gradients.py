@@ -373,8 +373,9 @@ def test_streamed_blocks_are_the_whole_gradients(name: str, words: tuple[str, st
 
 
 @pytest.mark.parametrize("source", KINDS)
+@pytest.mark.parametrize("low_memory", [False, True], ids=["whole source", "low memory"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_the_closed_form_is_filled_as_by_whole_gradients(source: str, dtype: torch.dtype) -> None:
+def test_the_closed_form_is_filled_as_by_whole_gradients(source: str, dtype: torch.dtype, low_memory: bool) -> None:
     model = model_of("bert")
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
     model.to(dtype)
@@ -382,7 +383,7 @@ def test_the_closed_form_is_filled_as_by_whole_gradients(source: str, dtype: tor
     shapes = {name: parameter.shape for name, parameter in targets(model).items()}
     streamed, whole = ClosedFormEstimator(shapes), ClosedFormEstimator(shapes)
     for batch, sign in zip(batches_of("bert", model), (1, -1), strict=True):
-        reader.accumulate(batch, source, streamed, sign)
+        reader.accumulate(batch, source, streamed, sign, low_memory=low_memory)
         gradients = reader.gradients(batch, (source, "difference"))
         whole.update(gradients[source], gradients["difference"], sign)
     got, goal = streamed.feature(), whole.feature()
@@ -405,6 +406,29 @@ def test_streaming_never_holds_two_gradients() -> None:
 
     GradientReader(model, targets(model)).accumulate(batches_of("llama", model)[0], "factual", Watching(), 1)
     assert len(held) == len(targets(model)) and max(held) == 0
+
+
+def test_low_memory_holds_one_block_at_a_time() -> None:
+    model = model_of("llama")
+    order: list[str] = []
+
+    class Watching(ClosedFormEstimator):
+        def add_source_block(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
+            assert not any(p.grad is not None for p in model.parameters())
+            order.append("source")
+            super().add_source_block(name, gradient, norm, sign)
+
+        def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
+            assert not any(p.grad is not None for p in model.parameters())
+            order.append("target")
+            super().add_target(name, gradient, sign)
+
+    parameters = targets(model)
+    estimator = Watching({name: parameter.shape for name, parameter in parameters.items()})
+    batch = batches_of("llama", model)[0]
+    GradientReader(model, parameters).accumulate(batch, "factual", estimator, 1, low_memory=True)
+    assert order == ["source"] * len(parameters) + ["target"] * len(parameters)
+    assert estimator.batches == {1: 1, -1: 0}
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------
