@@ -6,12 +6,13 @@ a *start*; the starts of all pairs and seeds follow one another.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from hf_erasure.gradiend import ClosedFormEstimator, Feature, FeatureNeuron
 
 from .arguments import GradiendTrainingArguments
+from .calibration import ENOUGH, centred
 from .evaluation import EncodedValues, encoded
 from .gradients import GradientReader
 from .pairs import PairBatch
@@ -167,9 +169,23 @@ class Training:
             if self.progress.control.should_save and step + 1 < start.steps:
                 self._save(start, step + 1, self._added(estimator).state_dict(), None)
         feature = self._added(estimator).feature()
+        if self.args.per_device_train_batch_size > 1:
+            encoder = centred(feature.encoder, self._singly(positive), self._singly(negative))
+            feature = replace(feature, encoder=encoder)
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.evaluated({"cor": correlation})
         self._finish(start, feature, correlation, start.steps)
+
+    def _singly(self, batches: list[PairBatch]) -> Iterator[Callable[[], dict[str, Tensor]]]:
+        """Gradients of single rows, as `encode` takes them, of as many batches as possible."""
+        most = max(batch.size for batch in batches)
+        rows = ((batch, row) for row in range(most) for batch in batches if row < batch.size)
+
+        def reading(batch: PairBatch, row: int) -> dict[str, Tensor]:
+            return self.reader.gradients(some_rows(batch, [row]), wanted=(self.source,))[self.source]
+
+        for batch, row in itertools.islice(rows, ENOUGH):
+            yield functools.partial(reading, batch, row)
 
     def _added(self, estimator: ClosedFormEstimator) -> ClosedFormEstimator:
         """The sum over all processes, in an estimator of its own."""
