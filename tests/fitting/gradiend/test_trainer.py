@@ -433,3 +433,14 @@ def test_an_edit_that_vanishes_in_bfloat16_is_said_so(tmp_path: Path):
         assert any("of the chosen edit is left" in str(w.message) for w in caught) == (kept[rate] < 0.9)
         assert chosen.base.lms > 0
     assert kept[1.0] > 0.9
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_values_are_on_one_scale_whatever_the_size_of_a_batch(size: int, tmp_path: Path):
+    trainer = trainer_of(adapted("llama"), "llama", tmp_path, per_device_train_batch_size=size)
+    trainer.train()
+    found = trainer.encode(pairs("llama"))[0].to_pandas()
+    preactivations = found["value"].map(math.atanh).groupby(found["class"]).mean()
+    # Fitted on batches of three and not centred on single texts, the first would be 0.66.
+    assert math.tanh(preactivations["female"]) == pytest.approx(0.9, abs=1e-3)
+    assert math.tanh(preactivations["male"]) == pytest.approx(-0.9, abs=1e-3)
