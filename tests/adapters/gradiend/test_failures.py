@@ -96,12 +96,13 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("verb", ["add_adapter", "get_peft_model"])
+# PEFT wraps a model once, so that `get_peft_model` has a bare one to begin with only.
+WAYS_TO_ADD = [("add_adapter", start) for start in STARTS] + [("get_peft_model", "bare")]
+
+
+@pytest.mark.parametrize(("verb", "start"), WAYS_TO_ADD)
 @pytest.mark.parametrize("case", BAD_CONFIGS)
-@every_start
 def test_adding(case: str, start: str, verb: str, gradiends: Gradiends):
-    if verb == "get_peft_model" and start != "bare":
-        pytest.skip("PEFT wraps a model once")
     fields, name, message = BAD_CONFIGS[case]
     model = starting(start, gradiends)
     before = state_of(model, "bert")
@@ -195,11 +196,12 @@ def test_peft_model_from_a_damaged_folder(damage: str, gradiends: Gradiends, tmp
     loads(model, gradiends)
 
 
-@pytest.mark.parametrize("name", ["default", "newcomer"])
-@every_damage
+# PEFT does not read the configuration of a name it knows.
+LOADED_OVER = [(d, n) for d in DAMAGES for n in ("default", "newcomer") if (d, n) != ("no parameters", "default")]
+
+
+@pytest.mark.parametrize(("damage", "name"), LOADED_OVER)
 def test_load_adapter_of_a_peft_model(damage: str, name: str, gradiends: Gradiends, tmp_path: Path):
-    if name == "default" and damage == "no parameters":
-        pytest.skip("PEFT does not read the configuration of a name it knows")
     folder = damaged(gradiends.folder("bert"), damage, tmp_path / "bad")
     model = peft.PeftModel.from_pretrained(gradiends.base("bert"), gradiends.folder("bert"))
     before = state_of(model, "bert")
