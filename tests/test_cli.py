@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import hf_erasure  # noqa: F401  registers the adapter type
 from hf_erasure import verify_adapter
 from hf_erasure.cli import app
+from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe
 from hf_erasure.fitting.occupations import occupation_sentences
 from hf_erasure.fitting.recipe import read_recipe
 
@@ -148,8 +149,14 @@ def test_merge_fits_writes_an_adapter_that_acts(recipe: Path, assets: Path, tmp_
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_every_recipe_reads_and_starts_with_its_command(path: Path) -> None:
-    assert path.read_text().startswith(f"# hf-erasure fit recipes/{path.parent.name}/{path.name}")
-    assert read_recipe(path).labels
+    first = path.read_text().splitlines()[0]
+    if path.parent.name.startswith("gradiend"):
+        assert first.startswith("# ")
+        assert f"hf-erasure gradiend fit recipes/{path.parent.name}/{path.name}" in first
+        assert len(read_gradiend_recipe(path).classes) >= 2
+    else:
+        assert first.startswith(f"# hf-erasure fit recipes/{path.parent.name}/{path.name}")
+        assert read_recipe(path).labels
 
 
 def test_a_pre_ln_model_goes_through_the_same_table(assets: Path, recipe: Path, tmp_path: Path) -> None:
