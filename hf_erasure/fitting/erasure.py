@@ -60,7 +60,8 @@ def fit_concept_erasure(
         progress: Show progress bars, on the main process.
 
     Returns:
-        An `ErasureReport`, one line a site and one for `last_hidden_state`.
+        An `ErasureReport`, one line a site and one for `last_hidden_state`. With `eval_batches` also one for each visit
+        of a module that is called several times in one forward pass.
 
     Raises:
         ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
@@ -72,7 +73,7 @@ def fit_concept_erasure(
         )
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
-    config, layers = _adapter(model, adapter_name)
+    config, layers = adapter_to_fit(model, adapter_name)
     _check_label_order(batches, config)
     checkpoint = None
     if checkpoint_dir is not None:
@@ -99,7 +100,7 @@ def _one_pass(
     return fits, tally
 
 
-def _adapter(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:
+def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:
     """The configuration and the sites of an adapter that can be fitted.
 
     Raises:
@@ -146,7 +147,7 @@ def _conclude(
             layer.restore_eraser_state(name, before[site])
         raise
     finals = [site for site in held_out if site not in layers]
-    lines = [_line(site, fits.get(site), held_out.get(site)) for site in [*layers, *finals]]
+    lines = [line for site in [*layers, *finals] for line in _lines(site, fits.get(site), held_out.get(site))]
     report = ErasureReport(
         config.concept, name, config.method, task.pool, tally.examples, tally.tokens, measured.examples, lines
     )
@@ -155,24 +156,27 @@ def _conclude(
     return report
 
 
-def _line(site: str, fit: SiteFit | None, held_out: HeldOut | None) -> SiteReport:
-    found: dict[str, Any] = {}
+def _lines(site: str, fit: SiteFit | None, held_out: HeldOut | None) -> list[SiteReport]:
+    """The line of a site, and those of its visits where there are several."""
+    eraser: dict[str, Any] = {} if fit is None else {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
+    fitted: dict[str, Any] = {}
     if fit is not None:
-        found = {
-            "width": fit.eraser.x_dim,
-            "rank": fit.eraser.rank,
-            "rows": fit.rows,
-            "correlation_fit": fit.correlation,
-            "change_labelled": fit.change,
-        }
-    if held_out is not None:
-        found |= {
-            "correlation_before": held_out.before,
-            "correlation_after": held_out.after,
-            "change_labelled": held_out.labelled,
-            "change_ignored": held_out.ignored,
-        }
-    return SiteReport(site=site, **found)
+        fitted = {"rows": fit.rows, "correlation_fit": fit.correlation, "change_labelled": fit.change}
+    if held_out is None:
+        return [SiteReport(site, **eraser, **fitted)]
+    visits = [
+        SiteReport(site, visit, **eraser, **_measured(figures)) for visit, figures in enumerate(held_out.visits, 1)
+    ]
+    return [SiteReport(site, **eraser, **fitted | _measured(held_out)), *visits]
+
+
+def _measured(figures: HeldOut) -> dict[str, Any]:
+    return {
+        "correlation_before": figures.before,
+        "correlation_after": figures.after,
+        "change_labelled": figures.labelled,
+        "change_ignored": figures.ignored,
+    }
 
 
 def _record(model: Any, config: ConceptErasureConfig, fits: dict[str, SiteFit], report: ErasureReport) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ class Movement:
         self.squares += float(old.square().sum())
         self.total = old.sum(0) if self.total is None else self.total + old.sum(0)
 
+    def merge(self, other: Movement) -> None:
+        """Add the rows of another."""
+        self.rows += other.rows
+        self.moved += other.moved
+        self.squares += other.squares
+        if other.total is not None:
+            self.total = other.total if self.total is None else self.total + other.total
+
     @property
     def relative(self) -> float | None:
         """The change, or None without rows."""
@@ -48,29 +57,40 @@ class Movement:
 
 @dataclass
 class HeldOut:
-    """Held-out figures of one site: correlation with the concept, and movement of labelled and ignored positions."""
+    """Held-out figures of one site.
 
-    before: float
-    after: float
+    Attributes:
+        before: Correlation with the concept without the adapter. None only for a visit with too few rows to tell.
+        after: The same with it.
+        labelled: Movement of labelled positions.
+        ignored: Movement of the others.
+        visits: Where a module is called several times in one forward pass: the same figures of each call.
+    """
+
+    before: float | None
+    after: float | None
     labelled: float | None
     ignored: float | None
+    visits: list[HeldOut] = field(default_factory=list)
 
 
 @dataclass
 class _Measurement:
-    """Both runs of the model over the held-out batches, one with the adapter and one without."""
+    """Both runs of the model over the held-out batches, one with the adapter and one without.
+
+    What is known of a site is kept by visit: calls of its module in one forward pass are counted from 1.
+    """
 
     task: FitTask
-    halves: dict[tuple[bool, int], SiteStatistics] = field(init=False)
-    labelled: dict[str, Movement] = field(default_factory=dict)
-    ignored: dict[str, Movement] = field(default_factory=dict)
+    halves: dict[tuple[bool, int, int], SiteStatistics] = field(init=False)  # (erased, half, visit)
+    labelled: dict[tuple[str, int], Movement] = field(default_factory=lambda: defaultdict(Movement))
+    ignored: dict[tuple[str, int], Movement] = field(default_factory=lambda: defaultdict(Movement))
     random: torch.Generator = field(default_factory=lambda: torch.Generator("cpu").manual_seed(0))
     drawn: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    called: Counter[tuple[bool, str]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.halves = {
-            (erased, half): SiteStatistics(self.task.config.z_dim) for erased in (False, True) for half in (0, 1)
-        }
+        self.halves = defaultdict(lambda: SiteStatistics(self.task.config.z_dim))
 
     def batch(self, batch: dict[str, Any]) -> None:
         labels = labels_of(batch, self.task.config, self.task.pool)
@@ -78,16 +98,19 @@ class _Measurement:
             n: m for n, m in self.task.runner.final_states().items() if labels.covers(self.task.runner.side_of(n))
         }
         plain: dict[str, Tensor] = {}
+        self.called.clear()
         # Halves are made of whole sequences, since two tokens of one text are no independent evidence, and drawn at
         # random, since rows often alternate between the classes.
         self.drawn = torch.randint(0, 2, (labels.rows,), generator=self.random, device="cpu")
 
         def without(site: str, hidden: Tensor) -> Tensor:
+            self.called[False, site] += 1
             self._record(False, site, *labels.select(hidden, site))
             return hidden
 
         def erase(site: str, hidden: Tensor) -> Tensor:
             layer = self.task.layers[site]
+            self.called[True, site] += 1
             erased = apply_erasure(hidden, *layer.parts_on(self.task.name, hidden.device))
             aligned, selection = labels.select(erased, site)
             self._record(True, site, aligned, selection)
@@ -113,16 +136,59 @@ class _Measurement:
     @on_cpu
     def _record(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
         aligned, selection = mean_pooled(aligned.float() if aligned.dtype.itemsize < 4 else aligned, selection)
+        # The last hidden states are not counted: there is one a forward pass.
+        visit = max(1, self.called[erased, site])
         for half in (0, 1):
             mask = (self.drawn == half).unsqueeze(1).to(aligned.device)
-            self.halves[erased, half].update(site, aligned, selection, mask)
+            self.halves[erased, half, visit].update(site, aligned, selection, mask)
 
     @on_cpu
     def _move(self, site: str, before: Tensor, after: Tensor, selection: Selection) -> None:
-        rest = selection.real & ~selection.counted
+        rest, visit = selection.real & ~selection.counted, max(1, self.called[True, site])
         for movements, rows in ((self.labelled, selection.counted), (self.ignored, rest)):
             old, new = (t[rows].reshape(-1, t.shape[-1]) for t in (before, after))
-            movements.setdefault(site, Movement()).update(old, new)
+            movements[site, visit].update(old, new)
+
+    @on_cpu
+    def figures(self) -> dict[str, HeldOut]:
+        """Site → what was measured there."""
+        sites: dict[str, set[int]] = {}
+        for (_, _, visit), statistics in self.halves.items():
+            for site in statistics.moments:
+                sites.setdefault(site, set()).add(visit)
+        figures = {site: self._held_out(site, sorted(visits)) for site, visits in sites.items()}
+        for site, visits in sites.items():
+            if len(visits) > 1:
+                figures[site].visits = [self._held_out(site, [visit]) for visit in sorted(visits)]
+        return figures
+
+    def _held_out(self, site: str, visits: list[int]) -> HeldOut:
+        """The figures of a site, over some of its visits together."""
+        correlations: list[float | None] = []
+        for erased in (False, True):
+            one, other = (self._moments(erased, half, site, visits) for half in (0, 1))
+            if _varies(one) and _varies(other):
+                correlations.append(cross_validated_correlation(one, other))
+            else:
+                correlations.append(None)
+        moved = []
+        for movements in (self.labelled, self.ignored):
+            together = Movement()
+            for visit in visits:
+                together.merge(movements[site, visit])
+            moved.append(together.relative)
+        return HeldOut(correlations[0], correlations[1], moved[0], moved[1])
+
+    def _moments(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments | None:
+        """Moments of a half over these visits; None if it has no rows there."""
+        found = [self.halves[erased, half, visit].moments.get(site) for visit in visits]
+        there = [moments for moments in found if moments is not None]
+        if len(there) < 2:
+            return there[0] if there else None
+        together = ConceptMoments(there[0].x_dim, there[0].z_dim)
+        for moments in there:
+            together.merge(moments)
+        return together
 
 
 def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], Tally]:
@@ -130,7 +196,8 @@ def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], 
 
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
     cross-validated: the direction of one half of the sequences, judged on the other. A correlation
-    taken in-sample would read `sqrt(width / rows)` where nothing is left.
+    taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
+    forward pass is measured over all its visits together, as it is fitted, and at each.
 
     Raises:
         ValueError: If the batches are empty or one half of them lacks a class.
@@ -143,26 +210,14 @@ def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], 
             shown.update(tally.count(batch))
     if not tally.examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
-    return _figures(measurement, tally), tally
+    figures = measurement.figures()
+    if any(found.before is None or found.after is None for found in figures.values()):
+        raise ValueError(
+            f"eval_batches hold too little to measure on: {tally.examples} sequences are split into halves at "
+            "random, and each half needs rows of two classes. Give more held-out data."
+        )
+    return figures, tally
 
 
-@on_cpu
-def _figures(measurement: _Measurement, tally: Tally) -> dict[str, HeldOut]:
-    halves, figures = measurement.halves, {}
-    for site in halves[False, 0].moments:
-        correlations = []
-        for erased in (False, True):
-            one, other = (halves[erased, half].moments.get(site) for half in (0, 1))
-            if one is None or other is None or not (_varies(one) and _varies(other)):
-                raise ValueError(
-                    f"eval_batches hold too little to measure on: {tally.examples} sequences are split into halves at "
-                    "random, and each half needs rows of two classes. Give more held-out data."
-                )
-            correlations.append(cross_validated_correlation(one, other))
-        moved = [movements[site].relative for movements in (measurement.labelled, measurement.ignored)]
-        figures[site] = HeldOut(correlations[0], correlations[1], moved[0], moved[1])
-    return figures
-
-
-def _varies(moments: ConceptMoments) -> bool:
-    return bool(moments.covariance_z.diagonal().max() > 0)
+def _varies(moments: ConceptMoments | None) -> TypeGuard[ConceptMoments]:
+    return moments is not None and bool(moments.covariance_z.diagonal().max() > 0)

@@ -36,4 +36,4 @@ def measured_leakage(
     config, layers = adapter_to_fit(model, adapter_name)
     task = FitTask(Runner(model, list(layers)), layers, adapter_name, config, pool, False, None, None)
     figures, _ = measure(task, batches)
-    return {site: found.after for site, found in figures.items()}
+    return {site: found.after for site, found in figures.items() if found.after is not None}

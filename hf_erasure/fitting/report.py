@@ -19,6 +19,8 @@ class SiteReport:
     Attributes:
         site: The module's name, or `last_hidden_state` (`encoder_last_hidden_state`), where nothing is erased but
             everything downstream reads.
+        visit: None, or which call of the module in one forward pass this line is about, from 1. Where layers share a
+            module, its eraser is fitted on all visits together; their leakage is measured together and at each.
         width: Features.
         rank: Directions erased; None where no eraser sits.
         rows: Labelled rows the eraser was fitted on.
@@ -33,6 +35,7 @@ class SiteReport:
     """
 
     site: str
+    visit: int | None = None
     width: int | None = None
     rank: int | None = None
     rows: int | None = None
@@ -41,6 +44,11 @@ class SiteReport:
     correlation_after: float | None = None
     change_labelled: float | None = None
     change_ignored: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The site, and which visit of it."""
+        return self.site if self.visit is None else f"{self.site}, visit {self.visit}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class ErasureReport:
         examples: Sequences fitted on.
         tokens: Real positions fitted on.
         eval_examples: Held-out sequences measured on; 0 without `eval_batches`.
-        sites: One `SiteReport` a site in the model's order, the last hidden states at the end.
+        sites: One `SiteReport` a site in the model's order, the last hidden states at the end. Behind a module that is
+            called several times in one forward pass, one more for each visit; needs `eval_batches`.
     """
 
     concept: str
@@ -68,13 +77,22 @@ class ErasureReport:
     sites: list[SiteReport] = field(default_factory=list)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a site, indexed by its name; columns are the attributes of `SiteReport`."""
+        """One row a line, indexed by the site; columns are the attributes of `SiteReport`.
+
+        There is a column `visit` where a module is called several times in one forward pass, without a value in the
+        row of all visits together.
+        """
         import pandas as pd
 
-        return pd.DataFrame([asdict(site) for site in self.sites]).set_index("site")
+        frame = pd.DataFrame([asdict(site) for site in self.sites]).set_index("site")
+        return frame.astype({"visit": "Int64"}) if self._has_visits else frame.drop(columns="visit")
+
+    @property
+    def _has_visits(self) -> bool:
+        return any(line.visit is not None for line in self.sites)
 
     def __getitem__(self, site: str) -> SiteReport:
-        """The line of one site.
+        """The line of one site, all its visits together.
 
         Raises:
             KeyError: Names the sites there are.
@@ -86,11 +104,11 @@ class ErasureReport:
 
     @property
     def leakage(self) -> dict[str, list[float]]:
-        """Held-out correlation before and after by site; empty without `eval_batches`."""
+        """Held-out correlation before and after by site, all visits together; empty without `eval_batches`."""
         return {
             line.site: [line.correlation_before, line.correlation_after]
             for line in self.sites
-            if line.correlation_before is not None and line.correlation_after is not None
+            if line.visit is None and line.correlation_before is not None and line.correlation_after is not None
         }
 
     def __repr__(self) -> str:
@@ -114,7 +132,8 @@ class ErasureReport:
     def _note(self) -> str:
         if not self.eval_examples:
             return "Leakage was not measured: pass eval_batches.\nmoved: sqrt(E|r(x) - x|^2 / Var x), rows fitted on."
-        return (
+        visits = "visit: a call of the module in one forward pass; its eraser is fitted on all together.\n"
+        return (visits if self._has_visits else "") + (
             f"before, after: correlation with the concept on {self.eval_examples} held-out examples, direction of one "
             "half judged on the other.\nmoved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of "
             "unlabelled ones. On pre-LN models intermediate hidden_states\nstay un-erased; "
@@ -139,7 +158,7 @@ class ErasureReport:
             raise ImportError("plot() needs matplotlib: pip install 'hf-erasure[plot]'") from error
         figure = Figure(figsize=(9, 6), layout="constrained")
         leakage, moved = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-        measured = [line for line in self.sites if line.site in self.leakage]
+        measured = [line for line in self.sites if line.correlation_before is not None]
         positions = range(len(measured))
         for column, style, label in (
             ("correlation_before", {"marker": "o", "color": "#b3541e"}, "before"),
@@ -152,7 +171,7 @@ class ErasureReport:
         leakage.legend()
         moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
         moved.set_ylabel("relative change")
-        moved.set_xticks(positions, _short([line.site for line in measured]), rotation=90, fontsize=7)
+        moved.set_xticks(positions, _short([line.name for line in measured]), rotation=90, fontsize=7)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
@@ -172,7 +191,7 @@ def _cells(line: SiteReport) -> tuple[str, ...]:
         return "-" if value is None else format(value, form)
 
     return (
-        line.site,
+        line.name,
         number(line.rank, "d"),
         number(line.rows, "d"),
         number(line.correlation_before, ".3f"),

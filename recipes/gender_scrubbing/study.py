@@ -9,13 +9,13 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-import yaml
 from concept_erasure import LeaceFitter
 from datasets import Dataset
 from torch import Tensor
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, Eraser
+from hf_erasure.fitting.recipe_file import check_keys, read_content
 
 GENDERS = ["male", "female"]
 ADAPTER = "no_gender"
@@ -91,16 +92,11 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     """Read the file, and what is written behind it on the command line.
 
     Raises:
-        ValueError: If a key is unknown.
+        ValueError: If the file is no recipe, or a key is unknown.
     """
     os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for override in overrides:
-        key, _, value = override.partition("=")
-        content[key] = yaml.safe_load(value)
-    known = [entry.name for entry in fields(Settings)]
-    if unknown := [key for key in content if key not in known]:
-        raise ValueError(f"{unknown[0]!r} is no setting; there are {', '.join(known)}.")
+    content = read_content(path, overrides, "model, stories, materials")
+    check_keys(content, Settings, "")
     content["materials"] = {name: Material(**lists) for name, lists in content["materials"].items()}
     paths = {name: os.path.expandvars(content[name]) for name in ("model", "stories")}
     return Settings(**content | paths)
@@ -201,15 +197,25 @@ def fit_in_order(model: Any, batches: Iterable[dict[str, Tensor]], solve: Solve)
         layer.set_eraser(ADAPTER, solve(*rows_at(layer.host, model, batches)), torch.float32)
 
 
+class Reached(Exception):
+    """A forward pass that came to the module it was run for."""
+
+
 @torch.no_grad()
 def rows_at(module: Any, model: Any, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The labelled rows of a module's output, `(rows, width)`, and their class ids."""
+    """The labelled rows of a module's output, `(rows, width)`, and their class ids; what comes after it is not run."""
     kept: list[Tensor] = []
-    handle = module.register_forward_hook(lambda host, inputs, output: kept.append(output))
+
+    def stop(host: Any, inputs: Any, output: Tensor) -> None:
+        kept.append(output)
+        raise Reached
+
+    handle = module.register_forward_hook(stop)
     labels = [batch["concept_labels"] for batch in batches]
     try:
         for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            with suppress(Reached):
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     finally:
         handle.remove()
     rows = [states[found != IGNORED] for states, found in zip(kept, labels, strict=True)]
@@ -358,6 +364,12 @@ def spread(values: list[float], form: str) -> str:
     return f"{mean} ({least}–{most})"
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """A table from its cells, the head first."""
+    rule = ["---", *("---:" for _ in lines[0][1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
 def table(outcomes: list[Outcome], pronouns: Iterable[str]) -> str:
     """The figures as a Markdown table: mean over seeds, and in brackets the least and the most."""
     columns: list[tuple[str, str, str]] = []
@@ -365,8 +377,7 @@ def table(outcomes: list[Outcome], pronouns: Iterable[str]) -> str:
         columns += [(f"P({pronoun}) {gender}", f"P({pronoun}) {gender}", ".3f") for gender in GENDERS]
     columns += [(f"gap P({p}) fell", f"gap P({p}) fell", ".0%") for p in pronouns]
     columns += [("loss", "loss on stories", ".3f"), ("loss rose", "loss rose", ".1%")]
-    head = ["fit", *(title for _, title, _ in columns)]
-    lines = [head, ["---", *("---:" for _ in columns)]]
+    lines = [["fit", *(title for _, title, _ in columns)]]
     for fit in outcomes[0].figures:
         first = fit == "none"
         cells = [
@@ -374,20 +385,20 @@ def table(outcomes: list[Outcome], pronouns: Iterable[str]) -> str:
             for name, _, form in columns
         ]
         lines.append([fit, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def by_prompt(outcomes: list[Outcome], pronouns: Iterable[str]) -> str:
     """The stricter gap, in which prompts cannot make up for each other, as a Markdown table."""
     names = [f"gap P({pronoun}) by prompt" for pronoun in pronouns]
-    lines = [["fit", *names, *(f"{name} fell" for name in names)], ["---", *("---:" for _ in names + names)]]
+    lines = [["fit", *names, *(f"{name} fell" for name in names)]]
     for fit in outcomes[0].figures:
         cells = [spread([o.figures[fit][name] for o in outcomes], ".3f") for name in names]
         cells += [
             "" if fit == "none" else spread([o.figures[fit][f"{n} fell"] for o in outcomes], ".0%") for n in names
         ]
         lines.append([fit, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def report(outcomes: list[Outcome], settings: Settings) -> str:
@@ -417,7 +428,7 @@ def figure(outcomes: list[Outcome], pronouns: Iterable[str], path: Path) -> None
     """Gap left against loss added, one colour a fit, one mark a pronoun, one point a seed; the target is shaded."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(6.4, 4.2), layout="constrained")
+    drawing = Figure(figsize=(8.4, 4.2), layout="constrained")
     axes = drawing.subplots()
     axes.fill_between([1e-2, 0.06], 0, 0.3, color="0.9", label="target", linewidth=0)
     for number, fit in enumerate(fit for fit in outcomes[0].figures if fit != "none"):
@@ -427,7 +438,7 @@ def figure(outcomes: list[Outcome], pronouns: Iterable[str], path: Path) -> None
             axes.plot(rose, left, mark, color=f"C{number}", label=f"{fit}, {pronoun}", alpha=0.8)
     axes.set(xscale="log", xlabel="loss on other stories, rise", ylabel="gap between names, share left", ylim=(0, None))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.legend(fontsize="small")
+    drawing.legend(loc="outside right upper", fontsize="small")
     drawing.savefig(path, dpi=150)
 
 

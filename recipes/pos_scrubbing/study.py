@@ -11,13 +11,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-import yaml
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +25,7 @@ from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_era
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.fitting.probing import majority, probe_accuracy
+from hf_erasure.fitting.recipe_file import check_keys, read_content
 
 # fmt: off
 TAGS = ["ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ",
@@ -70,16 +70,11 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     """Read the file, and what is written behind it on the command line.
 
     Raises:
-        ValueError: If a key is unknown.
+        ValueError: If the file is no recipe, or a key is unknown.
     """
     os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    for override in overrides:
-        key, _, value = override.partition("=")
-        content[key] = yaml.safe_load(value)
-    known = [entry.name for entry in fields(Settings)]
-    if unknown := [key for key in content if key not in known]:
-        raise ValueError(f"{unknown[0]!r} is no setting; there are {', '.join(known)}.")
+    content = read_content(path, overrides, "model, fit, test")
+    check_keys(content, Settings, "")
     return Settings(**{key: os.path.expandvars(v) if isinstance(v, str) else v for key, v in content.items()})
 
 
@@ -445,7 +440,7 @@ def figure(outcome: Outcome, path: Path) -> None:
     costs.set_yticks([row + 0.2 for row in range(len(outcome.bits))], list(outcome.bits))
     costs.invert_yaxis()
     costs.set_xlabel("bits per byte")
-    costs.legend(fontsize="small")
+    costs.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.4, -0.14), frameon=False)
     streams = [place for place in outcome.probes if place.startswith("residual stream")]
     norms = [place for place in outcome.probes if place not in [*streams, FINAL]]
     for name in PROBED:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.small_models import roughen
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "he she said that went home was happy because too Tom and ate bread Lily the doctor late nurse here grand to king "
     "queen a dog ran over green hill it fast"
 ).split()
@@ -193,7 +193,9 @@ def pairs(name: str, factual: str = "he", counterfactual: str = "she") -> Datase
         label = {MALE: "man", FEMALE: "woman"}
         other = {MALE: "woman", FEMALE: "man"}
         rows = [(text.replace("[FEATURE]", right), label[c], other[c], c) for text, right, _, c in rows]
-    return Dataset.from_dict(dict(zip(("text", "factual", "counterfactual", "label"), zip(*rows, strict=True))))
+    return Dataset.from_dict(
+        dict(zip(("text", "factual", "counterfactual", "label"), zip(*rows, strict=True), strict=True))
+    )
 
 
 def neutral() -> Dataset:
