@@ -407,6 +407,13 @@ def _steered(
     for name, value in fields.items():
         if not math.isfinite(value):
             raise ValueError(f"{name}={value} is no finite number.")
+    together = {"feature_factor": config.feature_factor, "learning_rate": config.learning_rate} | fields
+    product = together["feature_factor"] * together["learning_rate"]
+    if max(abs(product), abs(together["learning_rate"])) > torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"feature_factor={together['feature_factor']:g} and learning_rate={together['learning_rate']:g} are beyond "
+            "what float32 can hold."
+        )
     if pair is not None:
         config.pair_index(pair)
         fields["pair"] = list(pair)

@@ -66,10 +66,8 @@ class LanguageModelling:
         mask_draws: int = 1,
     ) -> None:
         if not 0 < mask_share < 1 or batch_size < 1 or mask_draws < 1:
-            raise PairError(
-                f"mask_share is {mask_share} (between 0 and 1), batch_size {batch_size} and mask_draws {mask_draws} (at "
-                "least 1)"
-            )
+            sizes = f"batch_size {batch_size} and mask_draws {mask_draws} (at least 1)"
+            raise PairError(f"mask_share is {mask_share} (between 0 and 1), {sizes}")
         self.reader = reader
         config = self.reader.model.config
         layout = Layout.of(tokenizer, self.reader.task, config)

@@ -8,13 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .arguments import GradiendTrainingArguments
-from .shelf import load_state, save_state
+from .shelf import KeptFeatures, load_state, save_state
 
 STATE = "gradiend_state.safetensors"
 TRAINER_STATE = "trainer_state.json"
@@ -83,7 +84,7 @@ class Progress:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def save(self, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], facts: dict[str, Any], kept: KeptFeatures) -> None:
         """Write a checkpoint, whole or not at all, and delete those beyond `save_total_limit`."""
         root = Path(str(self.args.output_dir))
         final = root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -91,6 +92,7 @@ class Progress:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_state(unfinished / STATE, state, facts)
+        kept.put_into(unfinished)
         self.state.save_to_json(str(unfinished / TRAINER_STATE))
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
@@ -103,11 +105,11 @@ class Progress:
             for old in checkpoints(root)[:-limit]:
                 shutil.rmtree(old)
 
-    def resume(self, checkpoint: str | bool | None) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The state and facts of a checkpoint: of the given one, of the last for `True`, or none.
+    def resume(self, checkpoint: str | bool | None) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+        """Folder, state and facts of a checkpoint: of the given one, of the last for `True`, or none.
 
         Raises:
-            ValueError: If there is no checkpoint.
+            ValueError: If there is no checkpoint, or it is damaged.
         """
         if checkpoint is None or checkpoint is False:
             return None
@@ -118,12 +120,18 @@ class Progress:
                 raise ValueError(f"There is no checkpoint in output_dir={str(root)!r} to resume from.")
             checkpoint = last
         folder = Path(str(checkpoint))
-        if not (folder / STATE).exists():
-            raise ValueError(f"{str(folder)!r} is no checkpoint of a GradiendTrainer: it has no {STATE}.")
+        for name in (STATE, TRAINER_STATE):
+            if not (folder / name).exists():
+                raise ValueError(f"{str(folder)!r} is no whole checkpoint of a GradiendTrainer: it has no {name}.")
         kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         self.state.log_history = kept["log_history"]
         self.state.global_step = kept["global_step"]
-        return load_state(folder / STATE)
+        try:
+            return folder, *load_state(folder / STATE)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The {STATE} of the checkpoint {str(folder)!r} is damaged ({error}): resume from an earlier one."
+            ) from error
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ..files import read_tensors, write_tensors
 
 # Between the keys of nested dictionaries in the name of a tensor; no key has it.
 _WITHIN = "::"
+FEATURES = "features"
 
 
 def save_feature(path: Path, feature: Feature, facts: Mapping[str, Any]) -> None:
@@ -87,6 +90,14 @@ def _join(tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> dict[str, Any
     return state
 
 
+def _link(path: Path, other: Path) -> None:
+    """The same bytes under another name; files here are replaced as a whole and never written into."""
+    try:
+        os.link(path, other)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, other)
+
+
 class KeptFeatures:
     """The best feature of every start so far: files in a folder, or in memory where nothing may be written.
 
@@ -110,8 +121,29 @@ class KeptFeatures:
         """A start's feature and the facts about it."""
         return self._held[start] if self.folder is None else load_feature(self._path(start))
 
-    def __contains__(self, start: int) -> bool:
-        return start in self._held if self.folder is None else self._path(start).exists()
+    def clear(self) -> None:
+        """Forget what another training has left here."""
+        self._held.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def put_into(self, checkpoint: Path) -> None:
+        """Make a checkpoint complete: add what is kept to it."""
+        if self.folder is not None and self.folder.is_dir():
+            (checkpoint / FEATURES).mkdir()
+            for path in self.folder.glob("start-*.safetensors"):
+                _link(path, checkpoint / FEATURES / path.name)
+
+    def take_from(self, checkpoint: Path) -> None:
+        """Keep what a checkpoint holds, and nothing else."""
+        self.clear()
+        if self.folder is None:
+            for path in sorted((checkpoint / FEATURES).glob("start-*.safetensors")):
+                self._held[int(path.stem.removeprefix("start-"))] = load_feature(path)
+        elif (checkpoint / FEATURES).is_dir():
+            self.folder.mkdir(parents=True)
+            for path in (checkpoint / FEATURES).glob("start-*.safetensors"):
+                _link(path, self.folder / path.name)
 
     def _path(self, start: int) -> Path:
         return Path(str(self.folder)) / f"start-{start:03d}.safetensors"

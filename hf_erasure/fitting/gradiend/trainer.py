@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -30,6 +32,7 @@ from hf_erasure.adapters import (
 )
 from hf_erasure.gradiend import Feature
 
+from .adapter import GradiendAdapter
 from .arguments import GradiendTrainingArguments
 from .calibration import ENOUGH, calibrated
 from .evaluation import EncodedValues, encoded, together
@@ -40,12 +43,11 @@ from .pairs import PairBatch, PairSet, neutral_batches
 from .processes import Processes
 from .progress import Progress
 from .selection import FEATURE_FACTORS, LEARNING_RATES, Point, Scorer, Selection, choose, scan
-from .shelf import KeptFeatures
+from .shelf import FEATURES, KeptFeatures
 from .training import Encode, Fitted, Pair, Training
 from .unsteered import unsteered
 from .vocabulary import ClassWords, class_words
 
-FEATURES = "features"
 # As where a merge warns.
 LEAST_KEPT = 0.9
 
@@ -89,8 +91,15 @@ class GradiendTrainer:
         self.model = model
         self.args = args or GradiendTrainingArguments()
         self.adapter_name = adapter_name or _only_adapter(model)
+        GradiendAdapter.of(model, self.adapter_name)  # raises where there is none
         self.processing_class = _one_of(processing_class, tokenizer)
+        if self.processing_class is None:
+            raise ValueError("GradiendTrainer needs the model's tokenizer: give it as processing_class (or tokenizer).")
         self.train_dataset, self.eval_dataset, self.neutral_dataset = train_dataset, eval_dataset, neutral_dataset
+        _require_dataset("train_dataset", train_dataset)
+        _require_dataset("neutral_dataset", neutral_dataset)
+        for name, dataset in self._eval_sets().items():
+            _require_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
         self.callbacks = [c() for c in get_reporting_integration_callbacks(self.args.report_to)] + (callbacks or [])
         self.task = task_of(model)
         self.fitted: list[Fitted] = []
@@ -99,6 +108,7 @@ class GradiendTrainer:
         for dataset in [train_dataset, *self._eval_sets().values()]:
             if dataset is not None:
                 self._pair_set(dataset)
+        self.config.classes = self.classes
         self._processes = Processes()
 
     @property
@@ -134,6 +144,7 @@ class GradiendTrainer:
         progress = Progress(
             self.model, self.args, self.callbacks, self.processing_class, is_main=self._processes.is_main
         )
+        again = self.config.fitted
         keeps_files = str(self.args.save_strategy) not in ("no", "SaveStrategy.NO")
         several = self.args.estimator == "trained" or len(self.pairs) > 1
         folder = Path(str(self.args.output_dir)) / FEATURES if keeps_files and several else None
@@ -147,9 +158,12 @@ class GradiendTrainer:
                 (lambda pair, encode: self._encode(pair, encode, reader)) if self._eval_sets() else None,
                 self._processes,
                 KeptFeatures(folder),
+                _digest(self.train_dataset),
             )
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
             self._fill_adapter(reader)
+        if again:  # the strength was chosen for what the adapter held before
+            steer(self.model, self.adapter_name, learning_rate=0.0)
         metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
         losses = training.losses
         return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
@@ -202,6 +216,9 @@ class GradiendTrainer:
     ) -> dict[str, float]:
         """How well the feature neuron reads pairs it was not trained on.
 
+        With `keep_encoder=True` that is the neuron as the adapter keeps it, at its density; otherwise the dense one,
+        which lives as long as this trainer.
+
         Args:
             eval_dataset: In the place of the one given to the trainer; of several sets by name, each is measured.
             neutral_dataset: In the place of the one given to the trainer.
@@ -239,11 +256,9 @@ class GradiendTrainer:
 
     def _encoders(self) -> dict[Pair, Encode]:
         """The feature neurons as they were estimated, or as the adapter keeps them."""
-        from .adapter import GradiendAdapter
-
-        if self.fitted:
+        if self.fitted and not self.config.keep_encoder:
             return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
-        return GradiendAdapter.of(self.model, self.adapter_name).encoders()
+        return dict(GradiendAdapter.of(self.model, self.adapter_name).encoders())
 
     def _encode(
         self,
@@ -309,8 +324,15 @@ class GradiendTrainer:
             the model as it is, that is chosen, with a warning.
 
         Raises:
-            ValueError: If the goal is not defined for these classes, or data is missing.
+            ValueError: If the goal is not defined for these classes, data is missing, or budget and grid mean nothing.
         """
+        for name, values in (("feature_factors", feature_factors), ("learning_rates", learning_rates)):
+            if not isinstance(values, Sequence) or not values or not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name}={values!r}: give a list of finite numbers, at least one.")
+        if not any(learning_rates):
+            raise ValueError("learning_rates has zeros only, which change nothing: give steps such as [1e-3, -1e-3].")
+        if not budget >= 0:
+            raise ValueError(f"budget={budget}: give the share that language modelling may lose, such as 0.02.")
         scorer = self.scorer(eval_dataset, neutral_dataset)
         if goal not in scorer.goals:
             from .goals import goal_by_name
@@ -396,6 +418,7 @@ class GradiendTrainer:
 
     def _pair_set(self, dataset: Dataset) -> PairSet:
         """Checked and tokenised once; the data set is kept with it, so that its id stays its own."""
+        _require_dataset("The data set of pairs", dataset)
         if id(dataset) not in self._tokenised:
             pairs = PairSet(dataset, self.processing_class, self.task, self.classes, self._model_config)
             self._tokenised[id(dataset)] = dataset, pairs
@@ -422,8 +445,28 @@ class GradiendTrainer:
                 "The classes are not known: write GradiendConfig(classes=['female', 'male']), or give a train_dataset "
                 "with a column `label`."
             )
-        self.config.classes = sorted(set(self.train_dataset["label"]))
-        return list(self.config.classes)
+        feature = self.train_dataset.features["label"]
+        names = feature.names if isinstance(feature, ClassLabel) else sorted(set(self.train_dataset["label"]))
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"The labels {names} are no names of classes: write GradiendConfig(classes=[…]).")
+        return list(names)
+
+
+def _digest(dataset: Dataset) -> str:
+    """What identifies the rows of pairs."""
+    names = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
+    found = hashlib.sha256()
+    for row in dataset.select_columns(names):
+        found.update(repr(sorted(row.items())).encode())
+    return found.hexdigest()
+
+
+def _require_dataset(name: str, dataset: Any) -> None:
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__}, not a datasets.Dataset: make one with Dataset.from_list(rows), "
+            "Dataset.from_pandas(frame), or of a stream with Dataset.from_generator(lambda: iter(stream))."
+        )
 
 
 def _by_name(dataset: Dataset | dict[str, Dataset]) -> dict[str, Dataset]:

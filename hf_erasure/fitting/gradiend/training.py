@@ -7,6 +7,7 @@ a *start*; the starts of all pairs and seeds follow one another.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
 import warnings
@@ -88,6 +89,7 @@ class Training:
         evaluate: Encodes the evaluation data of a pair with a function; `None` without evaluation data.
         processes: Those that share the work.
         kept: Where the best features go.
+        data: What identifies the training data, for checkpoints.
     """
 
     def __init__(
@@ -100,9 +102,11 @@ class Training:
         evaluate: Callable[[Pair, Encode], EncodedValues] | None,
         processes: Processes,
         kept: KeptFeatures,
+        data: str,
     ) -> None:
         self.reader, self.source, self.args, self.progress = reader, source, args, progress
         self.batches, self.evaluate, self.processes, self.kept = batches, evaluate, processes, kept
+        self.data = data
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._epoch_key: tuple[int, int] | None = None
@@ -123,12 +127,7 @@ class Training:
         closed = self.args.estimator == "closed_form"
         seeds = [self.args.seed + i for i in range(1 if closed else self.args.seeds)]
         starts = [self._start(*numbered) for numbered in enumerate(itertools.product(pairs, seeds))]
-        resumed = self.progress.resume(resume_from)
-        state, facts = resumed if resumed is not None else ({}, {"start": 0, "step": 0, "identity": self._identity()})
-        if facts["identity"] != self._identity():
-            raise ValueError(
-                f"The checkpoint belongs to another training: {facts['identity']}, not {self._identity()}."
-            )
+        state, facts = self._resumed(resume_from)
         self.progress.begin(sum(start.steps for start in starts), at=self.progress.state.global_step)
         for start in starts[facts["start"] :]:
             now = start.number == facts["start"]
@@ -137,8 +136,42 @@ class Training:
         self.progress.end()
         return [self._best([start for start in starts if start.pair == pair]) for pair in pairs]
 
+    def _resumed(self, resume_from: str | bool | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State and facts to go on from; what an earlier training left behind is not mistaken for this one's."""
+        resumed = self.progress.resume(resume_from)
+        if resumed is None:
+            if self.processes.is_main:
+                self.kept.clear()
+            self.processes.wait()
+            return {}, {"start": 0, "step": 0}
+        folder, state, facts = resumed
+        mine = self._identity()
+        for name, value in facts["identity"].items():
+            if mine.get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
+                    f"{mine.get(name)!r}. Resume with the same, or train anew in another output_dir."
+                )
+        if self.processes.is_main:
+            self.kept.take_from(folder)
+        self.processes.wait()
+        return state, facts
+
     def _identity(self) -> dict[str, Any]:
-        return {"estimator": self.args.estimator, "source": self.source, "blocks": len(self.shapes)}
+        """What must be the same for a checkpoint to be gone on from."""
+        blocks = hashlib.sha256(repr([(name, list(shape)) for name, shape in self.shapes.items()]).encode())
+        args = self.args
+        same: dict[str, Any] = {
+            "estimator": args.estimator,
+            "source": self.source,
+            "targeted weights": blocks.hexdigest(),
+            "train_dataset": self.data,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+        }
+        if args.estimator == "trained":
+            names = ("seed", "seeds", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+            same |= {name: getattr(args, name) for name in (*names, "max_steps", "num_train_epochs", "activation")}
+        return same
 
     def _start(self, number: int, pair_and_seed: tuple[Pair, int]) -> Start:
         pair, seed = pair_and_seed
@@ -297,7 +330,7 @@ class Training:
     def _save(self, start: Start, step: int, state: dict[str, Any], best: _Best | None) -> None:
         facts = {"start": start.number, "step": step, "identity": self._identity()}
         if self.processes.is_main:
-            self.progress.save(state, facts | ({"best": vars(best)} if best is not None else {}))
+            self.progress.save(state, facts | ({"best": vars(best)} if best is not None else {}), self.kept)
         self.processes.wait()
 
     def _finish(self, start: Start, feature: Feature, correlation: float, step: int) -> None:

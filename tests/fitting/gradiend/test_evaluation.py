@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from hf_erasure.fitting.gradiend.evaluation import EncodedValues, encoded, together
 from hf_erasure.fitting.gradiend.goals import goal_by_name
-from hf_erasure.fitting.gradiend.selection import Point, choose
+from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection, choose, scan
 
 GENDERS = ("female", "male")
 
@@ -93,6 +95,39 @@ def _point(score: float, cost: float) -> Point:
 def test_the_best_point_within_the_budget_is_chosen():
     base, points = _point(0.1, 0.0), [_point(0.9, 0.05), _point(0.5, 0.02), _point(0.4, 0.0), _point(math.nan, 0.0)]
     assert choose(base, points, "bpi", 0.02) is points[1]
+
+
+def test_one_scan_serves_several_goals_and_budgets():
+    base = replace(_point(0.1, 0.0), goals={"bpi": 0.1, "fpi": 0.2})
+    points = (
+        replace(_point(0, 0.01), goals={"bpi": 0.3, "fpi": 0.4}),
+        replace(_point(0, 0.02), goals={"bpi": 0.2, "fpi": 0.5}),
+    )
+    selection = Selection("bpi", 0.02, points[0], base, points)
+    other = selection.choose("fpi")
+    assert other == Selection("fpi", 0.02, points[1], base, points)
+    assert selection.choose("fpi", 0.015) == Selection("fpi", 0.015, points[0], base, points)
+    assert other.choose("bpi") == selection
+    with pytest.raises(ValueError, match="goal='mpi' was not scored; there are bpi, fpi"):
+        selection.choose("mpi")
+
+
+@pytest.mark.parametrize(("far", "tried"), [(2.0, [1.0, 2.0]), (5.0, [1.0, 2.0, 4.0])])
+def test_a_direction_is_left_where_it_costs_far_too_much(far: float, tried: list[float], monkeypatch):
+    """Each rate costs a tenth of itself; the budget is 0.07."""
+    rate = [0.0]
+
+    @contextmanager
+    def edited(*_, learning_rate: float, **__):
+        rate[0] = learning_rate
+        yield
+
+    monkeypatch.setattr("hf_erasure.fitting.gradiend.selection.edited", edited)
+    p = torch.tensor([[0.5, 0.5]])
+    scorer = Scorer(GENDERS, lambda: p, lambda: {"loss": 1 + 0.1 * rate[0], "lms": 0.5}, masked=False)
+    rates = [8.0, 1.0, 4.0, 2.0]
+    _, *points = scan(torch.nn.Identity(), "a", scorer, [GENDERS], 0.07, [1.0], rates, far=far)
+    assert [point.learning_rate for point in points] == tried
 
 
 def test_where_no_edit_is_better_the_model_stays_and_says_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_erasure.fitting.gradiend import LanguageModelling, PairError, SlotReader, word_tokens
+from hf_erasure.fitting.gradiend.batches import Filled
 from tests.fitting.gradiend.language_models import NAMES, model_of, neutral, task_name, tokenizer_of
 
 TEXTS = Dataset.from_dict(
@@ -122,6 +124,33 @@ def test_scores_follow_the_weights_and_repeat(name: str) -> None:
     assert not any(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["bert", "t5", "bart"])
+def test_further_draws_take_other_tokens_of_every_text(name: str) -> None:
+    model = model_of(name)
+    once, often = language(name, model, mask_share=0.3), language(name, model, mask_share=0.3, mask_draws=3)
+    first, more = ([b for filled in scored.batches for b in hidden(filled)] for scored in (once, often))
+    assert len(more) == 3 * len(first) == 3 * len(TEXTS)
+    assert not Counter(first) - Counter(more), "the first draw is the one there is without further ones"
+    assert len(set(more)) > len(set(first))
+    assert language(name, model, mask_share=0.3, mask_draws=3).score() == often.score() != once.score()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_where_nothing_is_masked_draws_make_no_difference(name: str) -> None:
+    model = model_of(name)
+    assert len(language(name, model, mask_draws=3).batches) == len(language(name, model).batches)
+    assert language(name, model, mask_draws=3).score() == language(name, model).score()
+
+
+def hidden(filled: Filled) -> list[tuple[tuple[int, ...], ...]]:
+    """Of each text the unpadded input, and the tokens to predict."""
+    ids, mask = filled.inputs["input_ids"], filled.inputs["attention_mask"].bool()
+    return [
+        (tuple(ids[row][mask[row]].tolist()), tuple(filled.tokens[filled.rows == row].tolist()))
+        for row in range(len(ids))
+    ]
+
+
 def test_longer_texts_are_cut_into_pieces() -> None:
     model = model_of("gpt2")
     text = "the king said that he was late because a dog ran over the hill and"
@@ -137,6 +166,8 @@ def test_faults() -> None:
         language("bert", model, texts=Dataset.from_dict({"text": ["dog", "dog dog"]}))
     with pytest.raises(PairError, match=r"mask_share is 1\.5"):
         language("bert", model, mask_share=1.5)
+    with pytest.raises(PairError, match="mask_draws 0"):
+        language("bert", model, mask_draws=0)
     with pytest.raises(ValueError, match="has no head"):
         SlotReader(model.bert)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
@@ -444,3 +445,152 @@ def test_values_are_on_one_scale_whatever_the_size_of_a_batch(size: int, tmp_pat
     # Fitted on batches of three and not centred on single texts, the first would be 0.66.
     assert math.tanh(preactivations["female"]) == pytest.approx(0.9, abs=1e-3)
     assert math.tanh(preactivations["male"]) == pytest.approx(-0.9, abs=1e-3)
+
+
+# ---- checkpoints are whole, and of one training ----------------------------------------------------------------------
+
+TRAINED: dict[str, Any] = {
+    "estimator": "trained", "learning_rate": 1e-2, "max_steps": 8, "eval_steps": 2, "save_strategy": "steps",
+    "save_steps": 4,
+}  # fmt: skip
+
+
+def decoder_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return features_of(model, NAME)[0].decoder.weight
+
+
+def test_what_another_run_left_in_the_folder_is_not_taken_for_this_one(tmp_path: Path):
+    first = adapted("llama")
+    trainer_of(first, "llama", tmp_path / "out", **TRAINED).train()
+    # Another run in the same folder is killed after it kept a feature and before it wrote a checkpoint.
+    other = {**TRAINED, "learning_rate": 5e-2, "save_steps": 100, "eval_steps": 1}
+    with pytest.raises(InterruptedError):
+        trainer_of(adapted("llama"), "llama", tmp_path / "out", callbacks=[Stop(2)], **other).train()
+    again = adapted("llama")
+    trainer_of(again, "llama", tmp_path / "out", **TRAINED).train(resume_from_checkpoint=True)
+    for name, value in decoder_of(first).items():
+        assert torch.equal(decoder_of(again)[name], value), name
+
+
+def test_a_checkpoint_can_be_moved(tmp_path: Path):
+    whole = adapted("llama")
+    trainer_of(whole, "llama", tmp_path / "out", **TRAINED).train()
+    shutil.copytree(tmp_path / "out" / "checkpoint-4", tmp_path / "moved" / "checkpoint-4")
+    again = adapted("llama")
+    trainer_of(again, "llama", tmp_path / "moved", **TRAINED).train(resume_from_checkpoint=True)
+    for name, value in decoder_of(whole).items():
+        assert torch.equal(decoder_of(again)[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"learning_rate": 1e-1}, "learning_rate"), ({"seed": 11}, "seed"), ({"max_steps": 6}, "max_steps"),
+     ({"activation": "identity"}, "activation"), ({"per_device_train_batch_size": 3}, "batch_size"),
+     ({"train_dataset": None}, "train_dataset")],
+)  # fmt: skip
+def test_resuming_with_other_settings_names_the_one_that_differs(changed: dict[str, Any], named: str, tmp_path: Path):
+    with pytest.raises(InterruptedError):
+        trainer_of(adapted("llama"), "llama", tmp_path, callbacks=[Stop(5)], **TRAINED).train()
+    other_data = "train_dataset" in changed
+    trainer = trainer_of(adapted("llama"), "llama", tmp_path, **{**TRAINED, **({} if other_data else changed)})
+    if other_data:
+        trainer.train_dataset = _other_texts("llama")
+    with pytest.raises(ValueError, match=f"is of another training: its .*{named}"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not trainer.config.fitted
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path):
+    with pytest.raises(InterruptedError):
+        trainer_of(adapted("llama"), "llama", tmp_path, callbacks=[Stop(5)], **TRAINED).train()
+    state = tmp_path / "checkpoint-4" / "gradiend_state.safetensors"
+    if damage == "truncated":
+        state.write_bytes(state.read_bytes()[:100])
+    else:
+        (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4' is damaged|checkpoint-4' is no whole checkpoint"):
+        trainer_of(adapted("llama"), "llama", tmp_path, **TRAINED).train(resume_from_checkpoint=True)
+
+
+# ---- what a stranger might do ----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_trained_again_waits_to_be_steered(tmp_path: Path):
+    model = adapted("llama")
+    unadapted = logits_of(model, "llama")
+    trainer = trainer_of(model, "llama", tmp_path)
+    trainer.train()
+    GradiendAdapter.of(model, NAME).steer(1.0, -0.01)
+    assert not torch.equal(logits_of(model, "llama"), unadapted)
+    trainer.train()
+    assert model.peft_config[NAME].learning_rate == 0.0
+    assert torch.equal(logits_of(model, "llama"), unadapted)
+
+
+def test_evaluate_measures_the_neuron_that_is_kept(tmp_path: Path):
+    model = adapted("llama", density=1e-2, keep_encoder=True)
+    trainer = trainer_of(model, "llama", tmp_path)
+    trainer.train()
+    found = trainer.evaluate()
+    trainer.save_model(str(tmp_path / "adapter"))
+    fresh = model_of("llama").eval()
+    fresh.load_adapter(str(tmp_path / "adapter"), adapter_name=NAME)
+    assert trainer_of(fresh, "llama", tmp_path).evaluate() == found
+
+
+@pytest.mark.parametrize("strength", [(1.0, 1e39), (1e30, 1e30), (float("nan"), 0.1)])
+def test_steering_beyond_float32_changes_nothing(strength: tuple[float, float], tmp_path: Path):
+    model = adapted("llama")
+    trainer_of(model, "llama", tmp_path).train()
+    adapter = GradiendAdapter.of(model, NAME)
+    adapter.steer(1.0, 0.01)
+    before = logits_of(model, "llama")
+    with pytest.raises(ValueError, match=r"float32|no finite number"):
+        adapter.steer(*strength)
+    assert (adapter.config.feature_factor, adapter.config.learning_rate) == (1.0, 0.01)
+    assert torch.equal(logits_of(model, "llama"), before)
+
+
+def test_labels_may_be_class_ids_with_names(tmp_path: Path):
+    named = pairs("llama").cast_column("label", ClassLabel(names=["male", "female"]))
+    model = model_of("llama").eval()
+    model.add_adapter(GradiendConfig(feature="gender"), adapter_name=NAME)
+    arguments = GradiendTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True)
+    trainer = GradiendTrainer(model, arguments, named, tokenizer=tokenizer_of("llama"))
+    assert trainer.classes == ["male", "female"]
+    trainer.train()
+    assert model.peft_config[NAME].pairs == [["male", "female"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rates": []}, "learning_rates=.*finite numbers"),
+        ({"learning_rates": [math.nan]}, "learning_rates=.*finite numbers"),
+        ({"learning_rates": 0.1}, "learning_rates=0.1: give a list"),
+        ({"learning_rates": [0.0]}, "zeros only"),
+        ({"feature_factors": []}, "feature_factors"),
+        ({"budget": math.nan}, "budget=nan"),
+        ({"budget": -1.0}, "budget=-1.0"),
+    ],
+)
+def test_a_grid_that_means_nothing_is_refused(options: dict[str, Any], message: str, tmp_path: Path):
+    model = adapted("llama")
+    trainer = trainer_of(model, "llama", tmp_path)
+    trainer.train()
+    with pytest.raises(ValueError, match=message):
+        trainer.select("female", **options)
+
+
+def test_data_of_other_types_and_a_missing_tokenizer_are_named(tmp_path: Path):
+    model, rows = adapted("llama"), pairs("llama").to_list()
+    arguments = GradiendTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True)
+    with pytest.raises(TypeError, match=r"train_dataset is a list.*Dataset.from_list"):
+        GradiendTrainer(model, arguments, rows, tokenizer=tokenizer_of("llama"))
+    with pytest.raises(TypeError, match=r"neutral_dataset is a list"):
+        GradiendTrainer(model, arguments, neutral_dataset=["a"], tokenizer=tokenizer_of("llama"))
+    with pytest.raises(ValueError, match="needs the model's tokenizer"):
+        GradiendTrainer(model, arguments, pairs("llama"))
+    with pytest.raises(ValueError, match="'nope' is no GRADIEND adapter"):
+        GradiendTrainer(model, arguments, pairs("llama"), tokenizer=tokenizer_of("llama"), adapter_name="nope")
