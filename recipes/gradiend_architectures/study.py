@@ -314,7 +314,7 @@ def table(rows: dict[str, Row], settings: Settings) -> str:
     """The results table."""
     lines = []
     for name, row in rows.items():
-        fits = [next(iter(outcome.fits.values())) for outcome in row.outcomes]
+        fits = [outcome.fits[outcome.written] for outcome in row.outcomes]
         cells = [f"{row.weights / 1e6:.2f} M", "given" if row.seconds is None else f"{row.seconds:.0f} s"]
         cells += [gender.spread([fit.encoding[key] for fit in fits], ".3f") for key in ("cor", "cor_enc")]
         for goal in settings.goals:

@@ -11,7 +11,7 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import typer
 import yaml
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,7 +32,7 @@ from transformers import (
 from hf_erasure import GradiendConfig
 from hf_erasure.adapters import edited, set_features
 from hf_erasure.fitting.gradiend import SLOT, EncodedValues, GradiendTrainer, GradiendTrainingArguments
-from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection, choose, scan
+from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection
 from hf_erasure.gradiend import FeatureDecoder
 
 if TYPE_CHECKING:
@@ -101,11 +101,12 @@ class Settings:
         eval_rows: … and so many to choose on, and to measure on, with as many neutral sentences at most.
         choice_stories: Stories whose loss counts when an edit is chosen.
         letters: So many of each story are read, at most.
-        masked_draws: A masked model reads every story so often, each time with other tokens masked: its accuracy on
-            few tokens is a noisy measure.
+        mask_draws: A masked model reads every story so often, each time with other tokens masked: its accuracy on few
+            tokens is a noisy measure.
         batch_size: Pairs in one gradient.
         source: The gradient that the encoder reads.
         other_sources: Further ones, whose encoders are measured too.
+        exclude_modules: Where a model has modules of these names, it is fitted and edited without them, too.
         density: The share of the weights that an edit changes.
         budget: The share of the loss (masked: of the accuracy) that an edit may cost on the choice stories.
         goals: What edits are chosen for.
@@ -129,10 +130,11 @@ class Settings:
     eval_rows: int = 72
     choice_stories: int = 40
     letters: int = 600
-    masked_draws: int = 3
+    mask_draws: int = 3
     batch_size: int = 8
     source: str = "factual"
     other_sources: list[str] = field(default_factory=lambda: ["difference", "counterfactual"])
+    exclude_modules: list[str] = field(default_factory=list)
     density: float = 0.01
     budget: float = 0.02
     goals: list[str] = field(default_factory=lambda: ["fpi", "mpi", "bpi"])
@@ -301,16 +303,28 @@ def load(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     return kind.from_pretrained(path, dtype=getattr(torch, dtype)).eval(), tokenizer
 
 
-def fitted(model: Any, tokenizer: Any, split: Split, settings: Settings, source: str, **training: Any) -> Any:
-    """A trainer whose model has a fitted adapter; an adapter from before is replaced."""
+def fitted(
+    model: Any,
+    tokenizer: Any,
+    split: Split,
+    settings: Settings,
+    source: str,
+    without: Sequence[str] = (),
+    **training: Any,
+) -> Any:
+    """A trainer whose model has a fitted adapter, `without` some modules; one from before is replaced."""
     if ADAPTER in (getattr(model, "peft_config", None) or {}):
         model.delete_adapter(ADAPTER)
-    config = GradiendConfig(feature="gender", classes=settings.classes, source=source, density=settings.density)
+    config = GradiendConfig(
+        feature="gender", classes=settings.classes, source=source, density=settings.density,
+        exclude_modules=list(without) or None,
+    )  # fmt: skip
     model.add_adapter(config, adapter_name=ADAPTER)
     args = GradiendTrainingArguments(
         output_dir=str(Path(settings.output) / "checkpoints"),
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=32,
+        mask_draws=settings.mask_draws,
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
@@ -372,25 +386,18 @@ class Edit:
 
 def chosen_edits(trainer: Any, split: Split, settings: Settings) -> tuple[dict[str, Edit], Selection]:
     """For every goal the best edit within the budget on the choice material, measured on the test material."""
-    scorer, measure = (
-        trainer.scorer(part.pairs, told(part, trainer.task, settings)) for part in (split.choice, split.test)
-    )
-    scanned = scan(
-        trainer.model, ADAPTER, scorer, trainer.pairs, settings.budget, settings.feature_factors, settings.rates
-    )
-    base, *points = list(scanned)
-    before = scored(trainer, measure, base, None)
+    selection = trainer.select(
+        settings.goals[0], budget=settings.budget,
+        feature_factors=settings.feature_factors, learning_rates=settings.rates,
+        eval_dataset=split.choice.pairs, neutral_dataset=split.choice.stories,
+    )  # fmt: skip
+    measure = trainer.scorer(split.test.pairs, split.test.stories)
+    before = scored(trainer, measure, selection.base, None)
     edits = {}
     for goal in settings.goals:
-        best = choose(base, points, goal, settings.budget)
+        best = selection.best if goal == selection.goal else selection.choose(goal).best
         edits[goal] = Edit(best, before, scored(trainer, measure, best, before))
-    first = settings.goals[0]
-    return edits, Selection(first, settings.budget, edits[first].chosen, base, tuple(points))
-
-
-def told(part: Part, task: str, settings: Settings) -> Dataset:
-    """The stories as they are read: several times by a masked model."""
-    return concatenate_datasets([part.stories] * (settings.masked_draws if task == "masked" else 1))
+    return edits, selection
 
 
 def scored(trainer: Any, scorer: Scorer, edit: Point, base: Point | None) -> Point:
@@ -492,44 +499,47 @@ class Outcome:
 
     Attributes:
         fits: Name of the fit → its figures.
+        written: Name of the fit whose edits are shown: without `exclude_modules`, where the model has them.
         split: What they were measured on.
         encoded: The encoder's values under the first fit.
-        selection: The grid of the first fit.
+        selection: The grid of the fit that is shown.
         weights: `weight_table` of the first fit.
         samples: Goal or `"before"` → what the model writes.
-        masked: Whether cost is counted in accuracy.
     """
 
     fits: dict[str, Fit]
+    written: str
     split: Split
     encoded: EncodedValues
     selection: Selection
     weights: pd.DataFrame
     samples: dict[str, list[str]]
-    masked: bool
 
 
 def run_seed(path: str, settings: Settings, seed: int, with_trained: bool = False) -> Outcome:
     """Fit one model in every way on one split, and measure."""
     split = split_data(read_stories(settings.stories), settings, seed)
     model, tokenizer = load(path, settings.dtype)
-    fits = {}
+    fits, read, weights = {}, [], []
+    present = [name for name in settings.exclude_modules if any(n.endswith(name) for n, _ in model.named_modules())]
+    for without in [[], present] if present else [[]]:
+        shown = ", ".join([f"closed form, {settings.source}", *(f"without {name}" for name in without)])
+        started = time.perf_counter()
+        trainer = fitted(model, tokenizer, split, settings, settings.source, without, eval_strategy="no")
+        seconds = time.perf_counter() - started
+        read.append(encoded_test(trainer, split))
+        edits, selection = chosen_edits(trainer, split, settings)
+        weights.append(weight_table(trainer.fitted[0].feature.decoder, settings.density))
+        fits[shown] = Fit(read[-1].metrics(), edits, seconds)
+    samples = sampled(trainer, tokenizer, edits, settings)
     for source in settings.other_sources:
         trainer = fitted(model, tokenizer, split, settings, source)
         fits[f"closed form, {source}"] = Fit(encoded_test(trainer, split).metrics())
-    started = time.perf_counter()
-    trainer = fitted(model, tokenizer, split, settings, settings.source, eval_strategy="no")
-    seconds = time.perf_counter() - started
-    encoded = encoded_test(trainer, split)
-    edits, selection = chosen_edits(trainer, split, settings)
-    weights = weight_table(trainer.fitted[0].feature.decoder, settings.density)
-    samples = sampled(trainer, tokenizer, edits, settings)
-    fits = {f"closed form, {settings.source}": Fit(encoded.metrics(), edits, seconds)} | fits
     if with_trained:
         trainer, facts = best_trained(model, tokenizer, split, settings)
         own = chosen_edits(trainer, split, settings)[0] if settings.trained.edits else {}
         fits[f"trained, {settings.source}"] = Fit(encoded_test(trainer, split).metrics(), own, facts["seconds"], facts)
-    return Outcome(fits, split, encoded, selection, weights, samples, trainer.task == "masked")
+    return Outcome(fits, shown, split, read[0], selection, weights[0], samples)
 
 
 def sampled(trainer: Any, tokenizer: Any, edits: dict[str, Edit], settings: Settings) -> dict[str, list[str]]:
@@ -615,10 +625,10 @@ def chosen_table(results: dict[str, list[Outcome]], settings: Settings) -> str:
     lines = []
     for model, outcomes in results.items():
         for goal in settings.goals:
-            edits = [outcome.fits[f"closed form, {settings.source}"].edits[goal].chosen for outcome in outcomes]
+            edits = [outcome.fits[outcome.written].edits[goal].chosen for outcome in outcomes]
             cells = [f"h = {e.feature_factor:g}, α = {e.learning_rate:g} ({e.cost:.1%})" for e in edits]
-            lines.append([model, goal, *cells])
-    return markdown(["model", "goal", *(f"seed {seed}" for seed in settings.seeds)], lines, 5)
+            lines.append([model, outcomes[0].written, goal, *cells])
+    return markdown(["model", "fit", "goal", *(f"seed {seed}" for seed in settings.seeds)], lines, 6)
 
 
 def weights_section(results: dict[str, list[Outcome]], most: int = 8) -> str:
@@ -663,8 +673,8 @@ def report(results: dict[str, list[Outcome]], settings: Settings, command: str) 
     ]
     if any(name.startswith("trained") for outcomes in results.values() for name in outcomes[0].fits):
         parts += ["## The trained estimator\n\nFirst seed only; wall time.", trained_table(results, settings)]
-    parts += ["## Which weights\n\nFirst seed.", weights_section(results)]
-    parts += ["## Before and after\n\nFirst seed.", sample_section(results)]
+    parts += ["## Which weights\n\nFirst seed, fitted on all modules.", weights_section(results)]
+    parts += ["## Before and after\n\nFirst seed, the edits chosen above.", sample_section(results)]
     return "\n\n".join([*parts, ""])
 
 
@@ -699,7 +709,7 @@ def figure_surface(results: dict[str, list[Outcome]], settings: Settings, path: 
     factors, rates = sorted(settings.feature_factors), sorted(settings.rates)
     for row, (model, outcomes) in zip(grid, results.items(), strict=True):
         points = {(p.feature_factor, p.learning_rate): p for p in outcomes[0].selection.points}
-        edits = next(iter(outcomes[0].fits.values())).edits
+        edits = outcomes[0].fits[outcomes[0].written].edits
         for axes, goal in zip(row, goals, strict=True):
             values = torch.full((len(factors), len(rates)), torch.nan)
             for (factor, rate), point in points.items():

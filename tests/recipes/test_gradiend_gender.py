@@ -15,7 +15,7 @@ from recipes.gradiend_gender import study
 FOLDER = Path(study.__file__).parent
 TINY = [
     "seeds=[0]", "train_rows=16", "eval_rows=8", "choice_stories=3", "letters=200", "feature_factors=[1, -1]",
-    "learning_rates=[1.0e-3]", "trained.steps=2", "trained.learning_rates=[1.0e-3]", "masked_draws=1",
+    "learning_rates=[1.0e-3]", "trained.steps=2", "trained.learning_rates=[1.0e-3]", "mask_draws=1",
     "other_sources=[difference]",
 ]  # fmt: skip
 
@@ -125,6 +125,8 @@ def test_a_small_study_writes_every_table_and_figure(tiny: study.Settings, tmp_p
     for model in ("stories260k", "story-mlm"):
         for fit in ("closed form, factual", "closed form, difference", "trained, factual"):
             assert f"| {model} | {fit} |" in text
+    assert text.count("| story-mlm | closed form, factual, without token_type_embeddings |") == 7
+    assert "| stories260k | closed form, factual, without" not in text
     for name in ("encoded", "surface", "weights"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
@@ -133,12 +135,12 @@ def test_a_small_study_writes_every_table_and_figure(tiny: study.Settings, tmp_p
 def test_gender_is_read_and_written_on_unseen_names_and_prompts(assets: Path, tmp_path: Path) -> None:
     settings = study.read_settings(FOLDER / "study.yaml", [f"output={tmp_path}", "trained.splits=0"])
     for outcomes in study.run(settings).values():
-        fits = [next(iter(outcome.fits.values())) for outcome in outcomes]
+        fits = [outcome.fits[outcome.written] for outcome in outcomes]
         assert mean([fit.encoding["cor"] for fit in fits]) >= 0.97
         assert mean([fit.encoding["cor_enc"] for fit in fits]) >= 0.93
         for goal in ("fpi", "mpi"):
-            assert mean([fit.edits[goal].times(goal) for fit in fits]) >= 2.5
-            assert mean([fit.edits[goal].after.cost for fit in fits]) <= 0.025
+            assert mean([fit.edits[goal].times(goal) for fit in fits]) >= 3
+            assert mean([fit.edits[goal].after.cost for fit in fits]) <= 0.02
 
 
 def mean(values: list[float]) -> float:
