@@ -18,7 +18,7 @@ HF_ERASURE_TEST_ASSETS ?= ../shared/assets
 override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
 export HF_ERASURE_TEST_ASSETS
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test matrix lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 \t\2/p' Makefile
@@ -50,6 +50,9 @@ demo: $(VENV)/.demo  ## erase gender from an encoder; then strengthen it in a la
 
 test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+matrix: $(VENV)/.test  ## run the ecosystem tests and write the tables of docs/compatibility.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix docs/compatibility.md tests/ecosystem tests/lifecycle
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

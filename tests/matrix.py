@@ -1,0 +1,45 @@
+"""The compatibility tables of the documentation, made of what a run of the tests has found.
+
+A test says what it saw with the fixture `matrix`; `make matrix` runs those tests and writes their words into the page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+PROPERTY = "matrix_cell"
+Found = tuple[str, str, str, str]  # table, row, column, outcome
+
+
+def render(cells: Iterable[Found]) -> str:
+    """One table in Markdown, rows and columns in the order in which they were found."""
+    outcomes: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for _, row, column, outcome in cells:
+        columns.setdefault(column)
+        known = outcomes.setdefault(row, {})
+        if known.setdefault(column, outcome) != outcome:
+            raise ValueError(f"{row} × {column} is said to be {known[column]!r} and {outcome!r}")
+    lines = ["| | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 1)]
+    lines += [f"| {row} | " + " | ".join(known.get(c, "") for c in columns) + " |" for row, known in outcomes.items()]
+    return "\n".join(lines)
+
+
+def write(page: Path, cells: list[Found]) -> None:
+    """Put the tables into the places that the page keeps for them.
+
+    Raises:
+        ValueError: If the page has no place for a table, or there is none for one of its places.
+    """
+    text = page.read_text(encoding="utf-8")
+    places = re.findall(r"<!-- matrix: (.*?) -->", text)
+    found = {cell[0] for cell in cells}
+    if found != set(places):
+        raise ValueError(f"{page} has places for {sorted(places)}, the tests have found {sorted(found)}")
+    for table in places:
+        rendered = render(cell for cell in cells if cell[0] == table)
+        between = re.compile(rf"(<!-- matrix: {re.escape(table)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = between.sub(lambda match, new=rendered: f"{match[1]}{new}\n{match[2]}", text)  # type: ignore[misc]
+    page.write_text(text, encoding="utf-8")
