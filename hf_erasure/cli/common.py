@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from hf_erasure.fitting.processes import AnotherProcessFailed
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -22,6 +24,6 @@ def errors_as_sentences() -> Iterator[None]:
     """Turn the errors a user can mend into one line instead of a traceback."""
     try:
         yield
-    except (ValueError, ImportError, OSError, NotImplementedError) as error:
+    except (ValueError, ImportError, OSError, NotImplementedError, AnotherProcessFailed) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -9,6 +9,7 @@ import typer
 
 from .app import app
 from .common import errors_as_sentences, rendered
+from .launching import AskedFor, launched
 
 
 @app.command()
@@ -19,19 +20,27 @@ def fit(
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. model=bert-base-uncased fit.pool=cls"),
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    processes: AskedFor = None,
 ) -> None:
     """Fit an erasure as a recipe says, and print what a probe reads before and after.
 
     Writes the adapter folder (load it with model.load_adapter), a figure of the leakage by depth and the results to
     the recipe's `output`.
 
+    Under torchrun each process takes its share of the data, all fit the same erasers, and the first writes them.
+
     Example: hf-erasure fit recipes/minilm-gender/recipe.yaml output=out/demo
+
+    Example: torchrun --nproc_per_node 2 -m hf_erasure.cli fit recipe.yaml
     """
     from hf_erasure.fitting.recipe import FIGURE_FILE, read_recipe, run_recipe
 
     with errors_as_sentences():
+        is_main = launched(processes).is_main
         plan = read_recipe(recipe, overrides or [])
         outcome = run_recipe(plan, progress)
+    if outcome is None or not is_main:
+        return
     typer.echo(f"\n{outcome.report}\n")
     typer.echo(f"Probe accuracy on the split {plan.data.test!r}, probes fitted on {plan.data.train!r}:\n")
     typer.echo(rendered(outcome.table))

@@ -9,6 +9,7 @@ import typer
 
 from .app import app
 from .common import errors_as_sentences
+from .launching import AskedFor, launched
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,7 @@ def fit(
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. model=gpt2 select.budget=0.05"),
     ] = None,
     progress: ProgressBars = True,
+    processes: AskedFor = None,
 ) -> None:
     """Learn a feature as a recipe says, choose an edit, and print what it does to test data.
 
@@ -48,8 +50,11 @@ def fit(
     from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe, run_gradiend_recipe
 
     with errors_as_sentences():
+        is_main = launched(processes).is_main
         plan = read_gradiend_recipe(recipe, overrides or [])
         outcome = run_gradiend_recipe(plan, progress)
+    if not is_main:
+        return
     typer.echo("\nCorrelation of the dense neuron on the choice data: " + _listed(outcome.correlation))
     left_out = {name: count for name, count in outcome.counts.items() if name.endswith("left out") and count}
     if left_out:

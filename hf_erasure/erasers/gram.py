@@ -48,18 +48,20 @@ class PackedGram:
         for start, stop, column in self.columns(out):
             column.addmm_(rows[:, :stop].T, rows[:, start:stop], beta=int(add))
 
-    def absorb(self, values: Tensor, vectors: Tensor, scales: Tensor) -> None:
+    def absorb(self, values: Tensor | None, vectors: Tensor, scales: Tensor) -> None:
         """Add values in this layout and `Σ scalesᵣ · vectorsᵣ vectorsᵣᵀ`.
 
         Args:
-            values: What `products` made, in any dtype.
+            values: What `products` made, in any dtype; None for no values.
             vectors: `(r, dim)` float64.
             scales: `(r,)` float64.
         """
         scaled = (vectors * scales[:, None]).T
-        for (start, stop, column), (_, _, more) in zip(self.columns(self.values), self.columns(values), strict=True):
+        added = None if values is None else self.columns(values)
+        for start, stop, column in self.columns(self.values):
             # One column after another: it is still in the cache for the second addition.
-            column.add_(more)
+            if added is not None:
+                column.add_(next(added)[2])
             if scaled.shape[1]:
                 column.addmm_(scaled[:stop], vectors[:, start:stop])
 

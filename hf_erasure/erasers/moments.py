@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,6 +128,40 @@ class ConceptMoments:
         self._absorb(gram, other._sums.to(device), other._gram.values.to(device), None)
         self._device = device
         self._resolution = max(self._resolution, other._resolution)
+        return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> ConceptMoments:
+        """Merge, in every process at once, the moments that all processes hold of one site.
+
+        Every process calls it, also one that has seen no rows, and ends with the same numbers. Only the covariance of
+        x is too large to be handed around: it is brought to the common mean and added in place.
+
+        Args:
+            gather: Takes an object and returns those of all processes, in the same order everywhere.
+            add: Adds a tensor over all processes, in place.
+
+        Raises:
+            RuntimeError: If an earlier update was interrupted halfway.
+        """
+        self._check_whole()
+        own = None if self._sums is None else self._sums.to(torch.device("cpu"))
+        parts: list[tuple[Sums | None, float]] = gather((own, self._resolution))
+        present = [sums for sums, _ in parts if sums is not None]
+        if not present:
+            return self
+        merged = functools.reduce(Sums.merged, present)
+        device = self._device or torch.device("cpu")
+        gram = self._gram or PackedGram(self._x_dim, device)
+        self._torn = True
+        if own is not None:
+            shift = (own.mean_x - merged.mean_x).to(device)
+            scale = torch.tensor([own.weight], dtype=torch.float64, device=device)
+            gram.absorb(None, shift[None], scale)
+        add(gram.values)
+        self._sums, self._gram, self._device, self._torn = merged.to(device), gram, device, False
+        self._resolution = max(resolution for _, resolution in parts)
         return self
 
     def _absorb(self, gram: PackedGram, sums: Sums, products: Tensor, rounding: Tensor | None) -> None:

@@ -38,13 +38,21 @@ class FitCheckpoint:
         sites: Where.
         pool: Which rows a sequence label counts for.
         sequential: The procedure.
+        processes: How many share the data: each continues with its own share.
 
     Raises:
         ValueError: If the folder belongs to another fit.
     """
 
     def __init__(
-        self, folder: str | Path, config: ConceptErasureConfig, sites: Iterable[str], *, pool: str, sequential: bool
+        self,
+        folder: str | Path,
+        config: ConceptErasureConfig,
+        sites: Iterable[str],
+        *,
+        pool: str,
+        sequential: bool,
+        processes: int = 1,
     ) -> None:
         self.folder = Path(folder)
         self.sites = list(sites)
@@ -54,6 +62,8 @@ class FitCheckpoint:
             "sites": self.sites,
             **{name: getattr(config, name) for name in ("labels", "concept_dim", "site", "method", "affine", "rank")},
         }
+        if processes > 1:
+            self.identity["processes"] = processes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
         self._last_written = time.monotonic()
@@ -189,3 +199,8 @@ class Digest:
                 self._hash.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
                 self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return self._hash.hexdigest()
+
+
+def together(digests: list[str]) -> str:
+    """What identifies the batches of several processes: that of the only one, or a hash of all of them in order."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()

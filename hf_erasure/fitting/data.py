@@ -20,9 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from .processes import Processes
 
 IGNORED = -100
 
@@ -41,6 +44,7 @@ def concept_dataloader(
     label_subwords: Literal["all", "first"] = "all",
     shuffle: bool = False,
     seed: int = 0,
+    split_between_processes: bool = False,
 ) -> DataLoader[Any]:
     """Turn a data set into batches that ``fit_concept_erasure`` reads.
 
@@ -65,6 +69,8 @@ def concept_dataloader(
         label_subwords: Whether ``"all"`` subwords of a word get its label or only the ``"first"``.
         shuffle: Visit the rows in random order; a stream is shuffled within a buffer.
         seed: Seed of that order.
+        split_between_processes: Give each process of a launcher its own share of the rows; every row is in one share,
+            so that shares differ in length and may be empty.
 
     Returns:
         A loader of dicts. ``loader.collate_fn.labels`` holds the class names in the order of their ids, or ``None``.
@@ -83,9 +89,13 @@ def concept_dataloader(
         read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
     dataset = _keep_columns(dataset, [*encode.columns, *([label_column] if label_column is not None else [])])
     collate = ConceptCollator(encode, read_labels)
+    if split_between_processes:
+        processes = Processes()
+        dataset = split_dataset_by_node(dataset, processes.rank, processes.count)
     if isinstance(dataset, IterableDataset):
         stream = dataset.shuffle(seed=seed) if shuffle else dataset
         return DataLoader(stream, batch_size=batch_size, collate_fn=collate)
+    shuffle = shuffle and len(dataset) > 0
     generator = torch.Generator().manual_seed(seed) if shuffle else None
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, generator=generator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,10 +19,11 @@ from .checkpoint import FitCheckpoint
 from .gathering import gather
 from .heldout import HeldOut, measure
 from .labels import POOLS
+from .processes import Processes
 from .report import ErasureReport, SiteReport
 from .running import Runner
 from .scrubbing import Scrubber
-from .solving import SiteFit, solve_site
+from .solving import SiteFit, share_out, solve_site
 from .statistics import Tally
 from .task import FitTask
 
@@ -40,6 +42,10 @@ def fit_concept_erasure(
     progress: bool = True,
 ) -> ErasureReport:
     """Estimate the erasers of an adapter from labelled data and put them in place.
+
+    Under `torchrun` or `accelerate launch` every process gives batches of its own: their shares of the data
+    (`concept_dataloader(…, split_between_processes=True)`). The statistics are added, so that all processes end with
+    the same erasers, those that one process would find on all the data. A share may be empty.
 
     Args:
         model: A model with a `ConceptErasureConfig` adapter, bare or wrapped in a `PeftModel`.
@@ -75,12 +81,14 @@ def fit_concept_erasure(
         raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
     config, layers = adapter_to_fit(model, adapter_name)
     _check_label_order(batches, config)
-    checkpoint = None
+    processes, checkpoint = Processes(), None
     if checkpoint_dir is not None:
-        checkpoint = FitCheckpoint(checkpoint_dir, config, layers, pool=pool, sequential=sequential)
-    task = FitTask(
-        Runner(model, list(layers)), layers, adapter_name, config, pool, progress, resident_batches, checkpoint
-    )
+        with processes.agreeing("opening checkpoint_dir"):
+            checkpoint = FitCheckpoint(
+                checkpoint_dir, config, layers, pool=pool, sequential=sequential, processes=processes.count
+            )
+    runner = Runner(model, list(layers))
+    task = FitTask(runner, layers, adapter_name, config, pool, progress, resident_batches, checkpoint, processes)
     fits, tally = Scrubber(task).fit(batches, background) if sequential else _one_pass(task, batches, background)
     return _conclude(task, fits, tally, eval_batches)
 
@@ -93,11 +101,13 @@ def _one_pass(
     around: dict[str, ConceptMoments] = {}
     if background is not None:
         around = gather(task, background, labelled=False)[0].moments
-    fits = {
-        site: solve_site(site, found.moments[site], around.get(site), found.dtypes[site], task.config)
+    solvers = {
+        site: functools.partial(
+            solve_site, site, found.moments[site], around.get(site), found.dtypes[site], task.config
+        )
         for site in task.layers
     }
-    return fits, tally
+    return share_out(task.processes, solvers), tally
 
 
 def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:

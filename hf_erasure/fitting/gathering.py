@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import Digest
+from .checkpoint import Digest, together
 from .labels import BatchLabels, check_batch
 from .observing import observed
 from .running import evaluating
@@ -18,7 +18,8 @@ from .task import FitTask
 def gather(task: FitTask, batches: Iterable[Any], *, labelled: bool) -> tuple[SiteStatistics, Tally]:
     """Run the model over batches, with the adapter left out, and collect the moments at its sites.
 
-    Where the task has a checkpoint, batches that its moments hold already are passed over.
+    Every process runs over batches of its own; all end with the moments of all. Where the task has a checkpoint,
+    batches that its moments hold already are passed over.
 
     Args:
         task: What is fitted.
@@ -27,37 +28,94 @@ def gather(task: FitTask, batches: Iterable[Any], *, labelled: bool) -> tuple[Si
 
     Raises:
         ValueError: If there is no data, a site is never reached, or its rows cannot be used.
+        RuntimeError: If another process failed.
     """
-    z_dim, kept_name = (task.config.z_dim, "labelled") if labelled else (0, "background")
-    statistics, tally, done, kept = SiteStatistics(z_dim), Tally(), 0, ""
-    if task.checkpoint is not None:
-        statistics, tally, done, kept = task.checkpoint.load_moments(kept_name, z_dim)
-    digest, data, seen = Digest(), "", 0
+    with task.processes.agreeing("running over its batches"):
+        progress = _Progress(task, labelled)
+        _run_over(task, progress, batches)
+        progress.save(final=True)
+    progress.statistics.pool(task.processes, task.layers)
+    tally = progress.tally.pooled(task.processes)
+    progress.save_sum(tally)
+    check_reached(progress.statistics.moments, tally, task.layers, labelled)
+    return progress.statistics, tally
+
+
+def _run_over(task: FitTask, progress: _Progress, batches: Iterable[Any]) -> None:
     current: list[BatchLabels] = []
+    what = f"fitting {task.name}" if progress.labelled else "background"
 
     def observer(site: str, activation: Tensor) -> Tensor:
-        aligned, selection = current[0].select(activation, site)
-        statistics.update(site, aligned, selection)
+        if current:
+            aligned, selection = current[0].select(activation, site)
+            progress.statistics.update(site, aligned, selection)
         return activation
 
-    what = f"fitting {task.name}" if labelled else "background"
-    with evaluating(task.runner.model), observed(task.layers, task.name, observer), bar(what, task.progress) as shown:
-        for position, given in enumerate(batches):
-            batch, seen = check_batch(given, position, labelled=labelled), position + 1
-            if task.checkpoint is not None:
-                data = digest.update(batch)
-                if seen == done:
-                    task.checkpoint.check_data(kept, data)
-            if seen <= done:
-                continue
-            current[:] = [labels_of(batch, task.config if labelled else None, task.pool)]
+    with (
+        evaluating(task.runner.model),
+        observed(task.layers, task.name, observer),
+        bar(what, task.progress, task.processes) as shown,
+    ):
+        for batch, counts in task.in_step(progress.remaining(batches)):
+            labels = labels_of(batch, task.config if progress.labelled else None, task.pool)
+            current[:] = [labels] if counts else []
             task.runner(batch)
-            shown.update(tally.count(batch))
-            if task.checkpoint is not None:
-                task.checkpoint.save_moments(kept_name, statistics, tally, seen, data, final=False)
-    if task.checkpoint is not None:
-        if seen < done:
-            task.checkpoint.check_data(kept, data)
-        task.checkpoint.save_moments(kept_name, statistics, tally, seen, data, final=True)
-    check_reached(statistics.moments, tally, task.layers, labelled)
-    return statistics, tally
+            if counts:
+                shown.update(progress.tally.count(batch))
+                progress.save()
+
+
+class _Progress:
+    """How far one process has come, kept in the task's checkpoint if it has one.
+
+    Attributes:
+        labelled: Whether the batches have a concept.
+        statistics: The moments so far.
+        tally: How much was seen.
+    """
+
+    def __init__(self, task: FitTask, labelled: bool) -> None:
+        self.labelled = labelled
+        self._checkpoint, self._processes = task.checkpoint, task.processes
+        self._name = "labelled" if labelled else "background"
+        self._digest, self._data, self._seen = Digest(), "", 0
+        self._done, self._kept = 0, ""
+        self.statistics, self.tally = SiteStatistics(task.config.z_dim if labelled else 0), Tally()
+        if self._checkpoint is not None:
+            self.statistics, self.tally, self._done, self._kept = self._checkpoint.load_moments(
+                self._own_name, self.statistics.z_dim
+            )
+
+    @property
+    def _own_name(self) -> str:
+        """Every process keeps the moments of its own share."""
+        processes = self._processes
+        return self._name if processes.count == 1 else f"{self._name}-{processes.rank}-of-{processes.count}"
+
+    def remaining(self, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """The batches that the moments do not hold yet."""
+        for position, given in enumerate(batches):
+            batch, self._seen = check_batch(given, position, labelled=self.labelled), position + 1
+            if self._checkpoint is not None:
+                self._data = self._digest.update(batch)
+                if self._seen == self._done:
+                    self._checkpoint.check_data(self._kept, self._data)
+            if self._seen > self._done:
+                yield batch
+        if self._checkpoint is not None and self._seen < self._done:
+            self._checkpoint.check_data(self._kept, self._data)
+
+    def save(self, *, final: bool = False) -> None:
+        """Keep the moments of this process's share, if there is where, and it was not done a moment ago."""
+        if self._checkpoint is not None:
+            self._checkpoint.save_moments(
+                self._own_name, self.statistics, self.tally, self._seen, self._data, final=final
+            )
+
+    def save_sum(self, tally: Tally) -> None:
+        """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
+        if self._checkpoint is None or self._processes.count == 1:
+            return
+        batches, data = int(self._processes.total(self._seen)), together(self._processes.gathered([self._data]))
+        if self._processes.is_main:
+            self._checkpoint.save_moments(self._name, self.statistics, tally, batches, data, final=True)

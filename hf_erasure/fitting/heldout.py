@@ -14,6 +14,7 @@ from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_co
 
 from .labels import Selection, check_batch, mean_pooled
 from .observing import observed, observed_final
+from .processes import Processes
 from .running import evaluating, on_cpu
 from .statistics import SiteStatistics, Tally, bar, labels_of
 from .task import FitTask
@@ -36,7 +37,8 @@ class Movement:
         self.rows += old.shape[0]
         self.moved += float((new - old).square().sum())
         self.squares += float(old.square().sum())
-        self.total = old.sum(0) if self.total is None else self.total + old.sum(0)
+        total = old.sum(0).cpu()
+        self.total = total if self.total is None else self.total + total
 
     def merge(self, other: Movement) -> None:
         """Add the rows of another."""
@@ -92,7 +94,12 @@ class _Measurement:
     def __post_init__(self) -> None:
         self.halves = defaultdict(lambda: SiteStatistics(self.task.config.z_dim))
 
-    def batch(self, batch: dict[str, Any]) -> None:
+    def batch(self, batch: dict[str, Any], counts: bool = True) -> None:
+        """Run over a batch without and with the erasure; one that does not count only keeps up with the others."""
+        if not counts:
+            self.task.runner(batch)
+            self.task.runner(batch)
+            return
         labels = labels_of(batch, self.task.config, self.task.pool)
         finals = {
             n: m for n, m in self.task.runner.final_states().items() if labels.covers(self.task.runner.side_of(n))
@@ -149,6 +156,23 @@ class _Measurement:
             old, new = (t[rows].reshape(-1, t.shape[-1]) for t in (before, after))
             movements[site, visit].update(old, new)
 
+    def pool(self, processes: Processes) -> None:
+        """Add what all processes have measured, in every one of them."""
+        if processes.count == 1:
+            return
+        seen = [(key, site) for key, statistics in self.halves.items() for site in statistics.moments]
+        everywhere: dict[tuple[bool, int, int], set[str]] = {}
+        for key, site in processes.gathered(seen):
+            everywhere.setdefault(key, set()).add(site)
+        for key in sorted(everywhere):
+            self.halves[key].pool(processes, sorted(everywhere[key]))
+        for movements in (self.labelled, self.ignored):
+            shares = processes.gathered([dict(movements)])
+            movements.clear()
+            for share in shares:
+                for place, movement in share.items():
+                    movements[place].merge(movement)
+
     @on_cpu
     def figures(self) -> dict[str, HeldOut]:
         """Site → what was measured there."""
@@ -199,15 +223,24 @@ def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], 
     taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
     forward pass is measured over all its visits together, as it is fitted, and at each.
 
+    Every process measures batches of its own; all end with the figures of all.
+
     Raises:
         ValueError: If the batches are empty or one half of them lacks a class.
+        RuntimeError: If another process failed.
     """
-    measurement, tally = _Measurement(task), Tally()
-    with evaluating(task.runner.model), bar(f"measuring {task.name}", task.progress) as shown:
-        for position, batch in enumerate(batches):
-            batch = check_batch(batch, position, labelled=True)
-            measurement.batch(batch)
-            shown.update(tally.count(batch))
+    measurement, tally, processes = _Measurement(task), Tally(), task.processes
+    checked = (check_batch(batch, position, labelled=True) for position, batch in enumerate(batches))
+    with (
+        processes.agreeing("measuring its batches"),
+        evaluating(task.runner.model),
+        bar(f"measuring {task.name}", task.progress, processes) as shown,
+    ):
+        for batch, counts in task.in_step(checked):
+            measurement.batch(batch, counts)
+            shown.update(tally.count(batch) if counts else 0)
+    measurement.pool(processes)
+    tally = tally.pooled(processes)
     if not tally.examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
     figures = measurement.figures()

@@ -13,6 +13,7 @@ from hf_erasure.erasers import apply_erasure
 
 from .labels import BatchLabels, check_batch
 from .observing import observed, observed_final
+from .processes import Processes
 from .running import Runner, evaluating
 from .statistics import Tally, bar
 
@@ -65,7 +66,7 @@ def pooled_states(
     tally = Tally()
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
     looking = observed(layers, adapter_name, at_site), observed_final(runner.final_states(), at_end)
-    with evaluating(runner.model), looking[0], looking[1], bar(what, progress) as shown:
+    with evaluating(runner.model), looking[0], looking[1], bar(what, progress, Processes()) as shown:
         for position, batch in enumerate(batches):
             batch = check_batch(batch, position, labelled=False)
             current[:] = [BatchLabels(batch, 0, True, "tokens")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -20,14 +20,18 @@ from .data import concept_dataloader
 from .erasure import fit_concept_erasure
 from .occupations import occupation_sentences
 from .probing import pooled_states, probe_table
+from .processes import Processes
 from .recipe_file import check_keys, load_source, read_content
 from .report import ErasureReport
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Splits = DatasetDict | IterableDatasetDict
+
 EMBEDDED = "embedded"
 ADAPTER_NAME = "erasure"
+STREAMED_PROBE_ROWS = 2000
 RECIPE_FILE, RESULTS_FILE, FIGURE_FILE = "recipe.yaml", "results.json", "leakage.png"
 
 
@@ -45,6 +49,8 @@ class DataRecipe:
         keep_column: Column of something that should stay readable, if there is one.
         background: A source of unlabelled text (column `text`) for the covariance, if there is one.
         probe_rows: Fit the probes on a random sample of so many training rows; all when None.
+        streaming: Read the data as a stream, for what is larger than the disk. Probes then see the first `probe_rows`
+            of each split, 2,000 when None.
     """
 
     source: str = "occupations"
@@ -56,6 +62,7 @@ class DataRecipe:
     keep_column: str | None = None
     background: str | None = None
     probe_rows: int | None = None
+    streaming: bool = False
 
 
 @dataclass
@@ -123,8 +130,11 @@ class Outcome:
     table: pd.DataFrame
 
 
-def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome:
+def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
     """Fit, measure, and write the adapter, the figure, the recipe and the results to `recipe.output`.
+
+    Returns:
+        What was found. In the main process only, which also writes: where several run, the others give None.
 
     Raises:
         ValueError: If model, data and concept do not go together.
@@ -135,16 +145,18 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome:
     data = load_data(recipe.data)
     report = fit_concept_erasure(
         model,
-        _loader(recipe, data[recipe.data.train], tokenizer),
+        _loader(recipe, data[recipe.data.train], tokenizer, share=True),
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
-        eval_batches=_loader(recipe, data[recipe.data.test], tokenizer),
+        eval_batches=_loader(recipe, data[recipe.data.test], tokenizer, share=True),
         background=_background(recipe, tokenizer),
         resident_batches=recipe.fit.resident_batches,
         checkpoint_dir=Path(recipe.output) / FIT_FOLDER if recipe.fit.checkpoint else None,
         progress=progress,
     )
+    if not Processes().is_main:
+        return None
     table = probe(recipe, model, tokenizer, data, progress)
     output = Path(recipe.output)
     model.save_pretrained(output)
@@ -176,12 +188,11 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
     return table, written.rename_axis("layer")
 
 
-def probe(recipe: Recipe, model: Any, tokenizer: Any, data: DatasetDict, progress: bool) -> pd.DataFrame:
+def probe(
+    recipe: Recipe, model: Any, tokenizer: Any, data: DatasetDict | IterableDatasetDict, progress: bool
+) -> pd.DataFrame:
     """The probe table of a model with the adapter, on the recipe's data."""
-    train, most = data[recipe.data.train], recipe.data.probe_rows
-    if most is not None and most < len(train):
-        train = train.shuffle(seed=0).select(range(most))
-    splits = {"train": train, "test": data[recipe.data.test]}
+    splits = _probe_splits(recipe.data, data)
     states: dict[tuple[str, bool], dict[str, Tensor]] = {}
     for split, rows in splits.items():
         for erased in (False, True):
@@ -195,14 +206,24 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: DatasetDict, progres
     return probe_table(states, labels, recipe.data.label_column, recipe.data.keep_column)
 
 
+def _probe_splits(recipe: DataRecipe, data: Splits) -> dict[str, Dataset]:
+    """The rows that probes are fitted on and tested on."""
+    train, test, most = data[recipe.train], data[recipe.test], recipe.probe_rows
+    if isinstance(train, IterableDataset):
+        train, test = (Dataset.from_list(list(split.take(most or STREAMED_PROBE_ROWS))) for split in (train, test))
+    elif most is not None and most < len(train):
+        train = train.shuffle(seed=0).select(range(most))
+    return {"train": train, "test": test}
+
+
 def load_base(recipe: Recipe) -> tuple[Any, Any]:
-    """The base model and its tokenizer.
+    """The base model, on this process's device, and its tokenizer.
 
     Raises:
         ImportError: If the embedded model's package is not installed.
     """
     path = embedded_model() if recipe.model == EMBEDDED else recipe.model
-    return AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return AutoModel.from_pretrained(path).to(Processes().device), AutoTokenizer.from_pretrained(path)
 
 
 def embedded_model() -> str:
@@ -219,20 +240,23 @@ def embedded_model() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def load_data(recipe: DataRecipe) -> DatasetDict:
+def load_data(recipe: DataRecipe) -> Splits:
     """The labelled data, by split.
 
     Raises:
         ValueError: If a split of the recipe is not there.
     """
-    data = occupation_sentences() if recipe.source == "occupations" else load_source(recipe.source, recipe.name)
+    if recipe.source == "occupations":
+        data = occupation_sentences()
+    else:
+        data = load_source(recipe.source, recipe.name, streaming=recipe.streaming)
     for split in (recipe.train, recipe.test):
         if split not in data:
             raise ValueError(f"The data set {recipe.source!r} has no split {split!r}; it has {sorted(data)}.")
     return data
 
 
-def _loader(recipe: Recipe, rows: Dataset, tokenizer: Any) -> Any:
+def _loader(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, share: bool = False) -> Any:
     return concept_dataloader(
         rows,
         tokenizer,
@@ -241,11 +265,20 @@ def _loader(recipe: Recipe, rows: Dataset, tokenizer: Any) -> Any:
         batch_size=recipe.fit.batch_size,
         max_length=recipe.fit.max_length,
         labels=recipe.labels,
+        split_between_processes=share,
     )
 
 
 def _background(recipe: Recipe, tokenizer: Any) -> Any:
     if recipe.data.background is None:
         return None
-    rows = load_source(recipe.data.background, None)[recipe.data.train]
-    return concept_dataloader(rows, tokenizer, "text", None, recipe.fit.batch_size, max_length=recipe.fit.max_length)
+    rows = load_source(recipe.data.background, None, streaming=recipe.data.streaming)[recipe.data.train]
+    return concept_dataloader(
+        rows,
+        tokenizer,
+        "text",
+        None,
+        recipe.fit.batch_size,
+        max_length=recipe.fit.max_length,
+        split_between_processes=True,
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import DatasetDict, load_dataset
+from datasets import DatasetDict, IterableDatasetDict, load_dataset
 
 
 def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> dict[str, Any]:
@@ -51,10 +51,10 @@ def check_keys(content: dict[str, Any], kind: type, prefix: str) -> None:
             raise ValueError(f"{prefix}{key} is not known in a recipe; {prefix or 'it'} has {', '.join(known)}.")
 
 
-def load_source(source: str, name: str | None = None) -> DatasetDict:
+def load_source(source: str, name: str | None = None, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """A Hub id, a folder or a file (CSV, JSON, Parquet, plain text) as a data set with splits."""
     source = os.path.expandvars(source)
     if Path(source).is_file():
         kind = {"jsonl": "json", "txt": "text"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
-        return load_dataset(kind, data_files=source)
-    return load_dataset(source, name)
+        return load_dataset(kind, data_files=source, streaming=streaming)
+    return load_dataset(source, name, streaming=streaming)

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils.generic import ModelOutput
 
 P = ParamSpec("P")
@@ -51,6 +52,9 @@ class Runner:
     Args:
         model: Bare or wrapped in a `PeftModel`.
         sites: Names of modules within the bare model.
+
+    Attributes:
+        is_sharded: Whether FSDP2 keeps a part of every weight in every process.
     """
 
     def __init__(self, model: nn.Module, sites: list[str]) -> None:
@@ -59,7 +63,9 @@ class Runner:
         backbone = getattr(self.model, "base_model", self.model)
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
         needs_all = any(id(self.model.get_submodule(site)) not in within for site in sites)
-        self.callee: nn.Module = self.model if needs_all else backbone
+        self.is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        # A sharded model gathers its weights at its root, so it is called there.
+        self.callee: nn.Module = model if self.is_sharded else self.model if needs_all else backbone
         self.device = _input_device(self.model)
         parameters = inspect.signature(self.callee.forward).parameters
         self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)

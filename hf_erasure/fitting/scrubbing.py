@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from hf_erasure.erasers import apply_erasure
 
-from .checkpoint import Digest
+from .checkpoint import Digest, together
 from .labels import BatchLabels, check_batch
 from .lockstep import Lane, lanes
 from .observing import observed
 from .running import evaluating
-from .solving import SiteFit, solve_site
+from .solving import SiteFit, share_out, solve_site
 from .spilling import Shelf
 from .statistics import SiteStatistics, Tally, bar, check_reached, labels_of
 from .task import FitTask
@@ -54,7 +54,8 @@ class Scrubber:
         """Fit all sites.
 
         Args:
-            batches: Labelled batches. All are held, and of the activations those of `task.resident_batches`.
+            batches: Labelled batches, in each process its own. All are held, and of the activations those of
+                `task.resident_batches`.
             background: Unlabelled batches for mean and covariance.
 
         Returns:
@@ -62,24 +63,33 @@ class Scrubber:
 
         Raises:
             ValueError: If there is no data, a site is never reached, or its rows cannot be used.
-            RuntimeError: If the model fails on a batch.
+            RuntimeError: If the model fails on a batch, or another process failed.
         """
-        self._take(batches, labelled=True)
+        task, processes = self.task, self.task.processes
+        with processes.agreeing("reading its batches"):
+            self._take(batches, labelled=True)
+            self._take([] if background is None else background, labelled=False)
+        self._tallies = {labelled: tally.pooled(processes) for labelled, tally in self._tallies.items()}
+        check_reached({}, self._tallies[True], {}, True)
         if background is not None:
-            self._take(background, labelled=False)
-        checkpoint, many = self.task.checkpoint, False
-        if checkpoint is not None:
-            self.fits, many = checkpoint.load_sites(self._data), checkpoint.one_site_a_pass
-            self._kept = set(self.fits)
-        title = f"scrubbing {self.task.name}"
-        with evaluating(self.task.runner.model), bar(title, self.task.progress, " sites") as shown:
-            shown.reset(len(self.task.layers))
+            check_reached({}, self._tallies[False], {}, False)
+        self._data = together(processes.gathered([self._data]))
+        many = task.runner.is_sharded
+        if task.checkpoint is not None:
+            checkpoint, data = task.checkpoint, self._data
+            self.fits, once = processes.on_main(
+                lambda: (checkpoint.load_sites(data), checkpoint.one_site_a_pass), "reading the checkpoint"
+            )
+            self._kept, many = set(self.fits), many or once
+        title = f"scrubbing {task.name}"
+        with evaluating(task.runner.model), bar(title, task.progress, processes, " sites") as shown:
+            shown.reset(len(task.layers))
             if not many:
                 many = not self._side_by_side(shown)
             if many:
-                shown.reset(len(self.task.layers))
+                shown.reset(len(task.layers))
                 self._one_site_a_pass(shown)
-        check_reached(self.fits, self._tallies[True], self.task.layers, True)
+        check_reached(self.fits, self._tallies[True], task.layers, True)
         return self.fits, self._tallies[True]
 
     def _take(self, batches: Iterable[Any], *, labelled: bool) -> None:
@@ -90,7 +100,6 @@ class Scrubber:
             self._tallies[labelled].count(batch)
             if self.task.checkpoint is not None:
                 self._data = self._digest.update(batch)
-        check_reached({}, self._tallies[labelled], {}, labelled)
 
     # ---- every module once ------------------------------------------------------------------------------------------
 
@@ -121,25 +130,43 @@ class Scrubber:
         return True
 
     def _all_to_the_end(self, opened: list[Lane], running: list[Lane], shelf: Shelf | None, shown: tqdm) -> None:
-        """Bring all batches to the next site, fit it, let them go on, until none is left."""
+        """Bring the batches of all processes to the next site, fit it, let them go on, until none is left."""
         statistics, waiting = self._statistics(), opened
-        while waiting:
+        while True:
             # To and fro, so that those whose tensors are in memory go first. The direction depends on the site alone:
             # sums are the same to the bit however many batches are resident, and wherever a killed fit continues.
-            for lane in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
-                running[:] = [lane]
-                self._advance(lane, shelf)
-                if lane.site is not None and lane.hidden is not None:
-                    self._look(statistics, lane.index, lane.site, lane.hidden)
-                    lane.hidden = None
-            stopped = [lane for lane in opened if not lane.finished]
-            if not stopped:
+            refusal = None
+            with self.task.processes.agreeing("running over its batches"):
+                try:
+                    for lane in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
+                        running[:] = [lane]
+                        self._advance(lane, shelf)
+                        if lane.site is not None and lane.hidden is not None:
+                            self._look(statistics, lane.index, lane.site, lane.hidden)
+                            lane.hidden = None
+                except _OutOfStep as reason:
+                    refusal = str(reason)
+            site = self._next_stop([lane for lane in opened if not lane.finished], refusal)
+            if site is None:
                 return
-            # Where a batch skips a module, others wait further up: the first in the model's order comes first.
-            site = next(site for site in self.task.layers if any(lane.site == site for lane in stopped))
-            waiting = [lane for lane in stopped if lane.site == site]
+            waiting = [lane for lane in opened if lane.site == site]
             self._solve(site, statistics)
             shown.update()
+
+    def _next_stop(self, stopped: list[Lane], refusal: str | None) -> str | None:
+        """The site to fit next, the same in all processes; None when all batches have come to the end.
+
+        Raises:
+            _OutOfStep: If a batch of any process cannot be fitted so.
+        """
+        order = list(self.task.layers)
+        # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+        first = min((order.index(lane.site) for lane in stopped if lane.site is not None), default=None)
+        reached = self.task.processes.gathered([(first, refusal)])
+        for _, reason in reached:
+            if reason is not None:
+                raise _OutOfStep(reason)
+        return min((order[index] for index, _ in reached if index is not None), key=order.index, default=None)
 
     def _give_up_one_pass(self, reason: _OutOfStep) -> None:
         logger.warning(
@@ -150,7 +177,7 @@ class Scrubber:
         )
         self.fits.clear()
         self._kept.clear()
-        if self.task.checkpoint is not None:
+        if self.task.checkpoint is not None and self.task.processes.is_main:
             self.task.checkpoint.begin_one_site_a_pass()
 
     def _advance(self, lane: Lane, shelf: Shelf | None) -> None:
@@ -182,30 +209,38 @@ class Scrubber:
 
     def _pass_over(self, site: str) -> dict[bool, SiteStatistics]:
         """One pass over all batches, with every fitted site erased, for the moments at one site."""
-        statistics, current = self._statistics(), [0]
+        statistics, current = self._statistics(), [-1]
 
         def observer(at: str, hidden: Tensor) -> Tensor:
-            if at == site:
+            if at == site and current[0] >= 0:
                 self._look(statistics, current[0], at, hidden)
             return self._erased(at, hidden) if at in self.fits else hidden
 
-        with observed(self.task.layers, self.task.name, observer):
-            for index, batch in enumerate(self._batches):
-                current[0] = index
+        with (
+            self.task.processes.agreeing(f"running over its batches to {site!r}"),
+            observed(self.task.layers, self.task.name, observer),
+        ):
+            for (index, batch), counts in self.task.in_step(enumerate(self._batches)):
+                current[0] = index if counts else -1
                 self.task.runner(batch)
         return statistics
 
     def _order(self) -> list[str]:
-        """The sites in the order of their first visit."""
+        """The sites in the order of their first visit, the same in all processes."""
         order: dict[str, None] = {}
 
         def observer(site: str, hidden: Tensor) -> Tensor:
             order.setdefault(site)
             return hidden
 
-        with observed(self.task.layers, self.task.name, observer):
-            self.task.runner(self._batches[0])
-        return [*order, *(site for site in self.task.layers if site not in order)]
+        with (
+            self.task.processes.agreeing("running over its first batch"),
+            observed(self.task.layers, self.task.name, observer),
+        ):
+            for batch, _ in self.task.in_step(self._batches[:1]):
+                self.task.runner(batch)
+        visited = max(self.task.processes.gathered([list(order)]), key=len)
+        return [*visited, *(site for site in self.task.layers if site not in visited)]
 
     # ---- one site ---------------------------------------------------------------------------------------------------
 
@@ -220,15 +255,17 @@ class Scrubber:
 
     def _solve(self, site: str, statistics: dict[bool, SiteStatistics]) -> None:
         found, around = statistics[True], statistics[False]
+        for seen in (found, around):
+            seen.pool(self.task.processes, [site])
         if site not in found.moments or (self._tallies[False].examples and site not in around.moments):
             check_reached(found.moments, self._tallies[True], {site: self.task.layers[site]}, True)
             check_reached(around.moments, self._tallies[False], {site: self.task.layers[site]}, False)
         # The moments are let go: only one site's are ever held.
-        moments = found.moments.pop(site)
-        fit = solve_site(site, moments, around.moments.pop(site, None), found.dtypes[site], self.task.config)
-        self.fits[site] = fit
-        if self.task.checkpoint is not None:
-            self.task.checkpoint.save_site(site, fit, self._data)
+        moments, background = found.moments.pop(site), around.moments.pop(site, None)
+        solve = functools.partial(solve_site, site, moments, background, found.dtypes[site], self.task.config)
+        self.fits[site] = share_out(self.task.processes, {site: solve})[site]
+        if self.task.checkpoint is not None and self.task.processes.is_main:
+            self.task.checkpoint.save_site(site, self.fits[site], self._data)
 
     def _erased(self, site: str, hidden: Tensor) -> Tensor:
         return apply_erasure(hidden, *self.fits[site].parts(hidden.device))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
 
+from .processes import Processes
 from .running import on_cpu
 
 
@@ -38,6 +41,28 @@ class SiteFit:
         bias = self.eraser.left.new_zeros(self.eraser.x_dim) if self.eraser.bias is None else self.eraser.bias
         left, right, bias = (t.to(device, self.dtype) for t in (self.eraser.left, self.eraser.right, bias))
         return left, right, bias
+
+    def to(self, device: torch.device) -> SiteFit:
+        """The same fit on another device."""
+        eraser = self.eraser
+        bias = None if eraser.bias is None else eraser.bias.to(device)
+        moved = Eraser(left=eraser.left.to(device), right=eraser.right.to(device), bias=bias)
+        return dataclasses.replace(self, eraser=moved, shares=self.shares.to(device))
+
+
+def share_out(processes: Processes, solvers: Mapping[str, Callable[[], SiteFit]]) -> dict[str, SiteFit]:
+    """Solve each site in one of the processes; all end with the same fits.
+
+    Raises:
+        ValueError: What a solver raised in this process.
+        RuntimeError: If one failed in another.
+    """
+    if processes.count == 1:
+        return {site: solve() for site, solve in solvers.items()}
+    with processes.agreeing("solving for its sites"):
+        mine = {site: solvers[site]().to(torch.device("cpu")) for site in processes.mine(list(solvers))}
+    solved = {site: fit for own in processes.gathered([mine]) for site, fit in own.items()}
+    return {site: solved[site] for site in solvers}
 
 
 @on_cpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 from hf_erasure.erasers import ConceptMoments
 
 from .labels import BatchLabels, Selection
+from .processes import Processes
 from .running import on_cpu
 
 
@@ -36,6 +37,10 @@ class Tally:
         self.examples += rows
         self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else rows
         return rows
+
+    def pooled(self, processes: Processes) -> Tally:
+        """What all processes have seen together."""
+        return Tally(int(processes.total(self.examples)), int(processes.total(self.tokens)))
 
 
 @dataclass
@@ -69,6 +74,18 @@ class SiteStatistics:
         except ValueError as error:
             raise ValueError(f"At {site!r}: {error}") from error
 
+    def pool(self, processes: Processes, sites: Iterable[str]) -> None:
+        """Make the moments of these sites those of all processes together, in every one of them."""
+        if processes.count == 1:
+            return
+        found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in sites if site in self.moments}
+        everywhere = {site: facts for own in processes.gathered([found]) for site, facts in own.items()}
+        for site in sites:
+            if site in everywhere:
+                width, self.dtypes[site] = everywhere[site]
+                moments = self.moments.setdefault(site, ConceptMoments(width, self.z_dim))
+                moments.pool(lambda own: processes.gathered([own]), processes.add_one)
+
 
 def labels_of(batch: dict[str, Any], config: ConceptErasureConfig | None, pool: str) -> BatchLabels:
     """The labels of a batch as the adapter's configuration reads them; None for a background."""
@@ -77,11 +94,9 @@ def labels_of(batch: dict[str, Any], config: ConceptErasureConfig | None, pool: 
     return BatchLabels(batch, config.z_dim, config.labels is not None, pool)
 
 
-def bar(what: str, progress: bool, unit: str = " rows") -> tqdm:
+def bar(what: str, progress: bool, processes: Processes, unit: str = " rows") -> tqdm:
     """A progress bar, on the main process only."""
-    from accelerate import PartialState
-
-    return tqdm(desc=what, unit=unit, disable=not (progress and PartialState().is_main_process))
+    return tqdm(desc=what, unit=unit, disable=not (progress and processes.is_main))
 
 
 def check_reached(found: Container[str], tally: Tally, layers: dict[str, ErasureLayer], labelled: bool) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 
 from .checkpoint import FitCheckpoint
+from .processes import Processes
 from .running import Runner
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class FitTask:
         progress: Whether to show progress bars.
         resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
         checkpoint: Where to keep what is finished, if anywhere.
+        processes: Those that share the data.
     """
 
     runner: Runner
@@ -33,3 +39,13 @@ class FitTask:
     progress: bool
     resident_batches: int | None = None
     checkpoint: FitCheckpoint | None = None
+    processes: Processes = field(default_factory=Processes)
+
+    def in_step(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """The batches to run the model on, and which of them count.
+
+        Every forward pass of a sharded model needs all processes, so that those with fewer batches repeat one.
+        """
+        if self.runner.is_sharded and self.processes.count > 1:
+            return self.processes.equally_often(batches)
+        return ((batch, True) for batch in batches)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_erasure.adapters import GradiendConfig, edited
 
+from ..processes import Processes
 from ..recipe_file import check_keys, read_content
 from .adapter import GradiendAdapter
 from .arguments import GradiendTrainingArguments
@@ -303,6 +304,8 @@ class GradiendRun:
 def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendOutcome:
     """Learn the feature, choose edits on the choice data, measure on the test data, and write all to `recipe.output`.
 
+    Several processes share the gradients; the first one writes.
+
     Raises:
         ValueError: If model, feature and data do not go together.
         ImportError: Without matplotlib.
@@ -314,6 +317,8 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     encoding, values = run.encoding()
     counts = run.data.counts() | {f"{name} left out": count for name, count in run.data.skipped.items()}
     outcome = GradiendOutcome(encoding, run.edits(chosen), correlation, counts, messages)
+    if not Processes().is_main:
+        return outcome
     run.save(outcome, chosen, recipe.select.goals[0])
     output = Path(recipe.output)
     grid: pd.DataFrame = selection.to_pandas()

@@ -32,6 +32,7 @@ from hf_erasure.adapters import (
 )
 from hf_erasure.gradiend import Feature
 
+from ..processes import Processes
 from .adapter import GradiendAdapter
 from .arguments import GradiendTrainingArguments
 from .calibration import ENOUGH, calibrated
@@ -40,7 +41,6 @@ from .forwards import SlotReader, task_of
 from .gradients import GradientReader
 from .language import LanguageModelling
 from .pairs import PairBatch, PairSet, neutral_batches
-from .processes import Processes
 from .progress import Progress
 from .selection import FEATURE_FACTORS, LEARNING_RATES, Point, Scorer, Selection, choose, scan
 from .shelf import FEATURES, KeptFeatures

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from hf_erasure.gradiend import ClosedFormEstimator, Feature, FeatureNeuron
 
+from ..processes import Processes
 from .arguments import GradiendTrainingArguments
 from .calibration import ENOUGH, centred
 from .evaluation import EncodedValues, encoded
 from .gradients import GradientReader
 from .pairs import PairBatch
-from .processes import Processes
 from .progress import Progress
 from .rows import some_rows
 from .shelf import KeptFeatures

@@ -1,0 +1,119 @@
+"""Fits that one process does alone and several do together, and a script that does them in each process."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import erasure_layers
+from tests.small_models import ARCHITECTURES, LABELS, inputs_of, shared_layers_model, small_batches, small_model
+
+NAME = "no_gender"
+BATCHES = 5
+# How many of the batches go to each of two processes.
+SHARES = {"ragged": (4, 1), "empty": (5, 0), "first empty": (0, 5)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One way of fitting.
+
+    Attributes:
+        model: An architecture, or "albert" for a model whose blocks are one module.
+        sequential: The procedure.
+        background: Whether mean and covariance come from unlabelled batches.
+        sharded: Whether FSDP2 keeps a part of every weight in each process.
+        options: Further arguments.
+    """
+
+    model: str
+    sequential: bool
+    background: bool = False
+    sharded: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        words = [self.model, "sequential" if self.sequential else "one pass"]
+        words += ["background"] * self.background + ["FSDP2"] * self.sharded + [f"{k}={v}" for k, v in self.options]
+        return " ".join(words)
+
+
+FITS = [
+    *(Fit(model, sequential) for model in ("bert", "llama", "t5") for sequential in (True, False)),
+    Fit("bert", True, background=True),
+    Fit("bert", False, background=True),
+    Fit("vit", True),
+    Fit("albert", True),
+    Fit("llama", True, options=(("pool", "mean"), ("resident_batches", 1))),
+    *(Fit(model, sequential, sharded=True) for model in ("bert", "llama") for sequential in (True, False)),
+]
+
+
+def fitted(fit: Fit, share: slice = slice(None), **options: Any) -> tuple[nn.Module, Any]:
+    """Fit on a share of the batches: the model, and the report."""
+    name = "bert" if fit.model == "albert" else fit.model
+    model: Any = shared_layers_model() if fit.model == "albert" else copy.deepcopy(small_model(name))
+    model = model.double()
+    model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name=NAME)
+    if fit.sharded and torch.distributed.is_initialized():
+        shard(model, fit.model)
+    extra: dict[str, Any] = dict(fit.options) | options
+    if fit.background:
+        extra["background"] = [_double(inputs_of(b)) for b in small_batches(name, BATCHES, seed=800)][share]
+    batches = [_double(batch) for batch in small_batches(name, BATCHES)][share]
+    held_out = [_double(batch) for batch in small_batches(name, BATCHES, seed=300)][share]
+    report = fit_concept_erasure(
+        model, batches, NAME, sequential=fit.sequential, eval_batches=held_out, progress=False, **extra
+    )
+    return model, report
+
+
+def shard(model: nn.Module, name: str) -> None:
+    """FSDP2: every block a group of its own, and the rest."""
+    for path, module in model.named_modules():
+        if re.fullmatch(ARCHITECTURES[name].blocks, path):
+            fully_shard(module)
+    fully_shard(model)
+
+
+def erasers(model: nn.Module) -> dict[str, Tensor]:
+    """`left · right` and the mean of every site: the map itself, whose factors have free signs."""
+    found = {}
+    for site, layer in erasure_layers(model, NAME).items():
+        left, right, bias = layer.eraser_state(NAME)
+        found |= {f"{site}.map": left @ right, f"{site}.mean": bias.clone()}
+    return found
+
+
+def _double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+
+
+def main(folder: Path, shares: str) -> None:
+    """Do all fits on this process's share, and write what it ended with."""
+    from hf_erasure.fitting.processes import Processes
+
+    torch.set_num_threads(1)
+    processes = Processes()
+    first = sum(SHARES[shares][: processes.rank])
+    share = slice(first, first + SHARES[shares][processes.rank])
+    for number, fit in enumerate(FITS):
+        model, report = fitted(fit, share)
+        held_out = [line.correlation_after or 0.0 for line in report.sites]
+        tensors = erasers(model) | {"held_out": torch.tensor(held_out, dtype=torch.float64)}
+        facts = {"world": str(torch.distributed.get_world_size()), "examples": str(report.examples)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{number}-{processes.rank}", facts)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,56 @@
+"""Two processes that share the data end with the erasers that one finds on all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tests.distributed import fits
+from tests.distributed.launching import launch
+
+# Statistics and solve are float64 on float64 activations. Adding in another order leaves a few units of 1e-16 of the
+# moments, which the solve multiplies by the condition number of the covariance, about 1e3 on these models.
+TOLERANCE = 1e-12
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[fits.Fit, tuple[dict[str, Tensor], int]]:
+    """What one process finds: the same for any way of sharing."""
+    return {}
+
+
+@pytest.fixture(scope="module", params=fits.SHARES)
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes wrote all fits."""
+    folder = tmp_path_factory.mktemp("fits")
+    status, printed = launch(2, fits.__file__, folder, request.param, folder=folder)
+    assert status == 0, printed
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(fits.FITS)), ids=[str(fit) for fit in fits.FITS])
+def test_two_processes_end_as_one(
+    number: int, together: Path, alone: dict[fits.Fit, tuple[dict[str, Tensor], int]]
+) -> None:
+    fit = fits.FITS[number]
+    if fit not in alone:
+        model, report = fits.fitted(fit)
+        alone[fit] = fits.erasers(model), report.examples
+    expected, examples = alone[fit]
+    shares = [read(together / f"{number}-{rank}") for rank in (0, 1)]
+    assert [facts["world"] for _, facts in shares] == ["2", "2"]
+    assert [int(facts["examples"]) for _, facts in shares] == [examples, examples]
+    (first, _), (second, _) = shares
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"the processes differ in {name}"
+    for name, value in expected.items():
+        assert float((first[name] - value).abs().max()) <= TOLERANCE * float(value.abs().max()), name
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
