@@ -52,7 +52,7 @@ test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 matrix: $(VENV)/.test  ## run the ecosystem tests and write the tables of docs/compatibility.md
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix docs/compatibility.md tests/ecosystem tests/lifecycle
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix docs/compatibility.md tests/ecosystem tests/lifecycle tests/distributed
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -27,7 +27,7 @@ from .report import ErasureReport
 if TYPE_CHECKING:
     import pandas as pd
 
-Splits = DatasetDict | IterableDatasetDict
+Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
 EMBEDDED = "embedded"
 ADAPTER_NAME = "erasure"

@@ -9,8 +9,9 @@ With unit source gradients `ĝ` and targets `d` of batches of sign ±1: `w = mea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,6 +246,26 @@ class ClosedFormEstimator:
                     self._counts[part][name] += added
                     mean.lerp_(other._means[part][name].to(self.device), added / self._counts[part][name])
         return self
+
+    def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> None:
+        """Become, in every process at once, the sum of the estimators that all processes hold; nothing is copied.
+
+        Args:
+            gather: Takes an object and returns those of all processes.
+            add: Adds a tensor over all processes, in place.
+
+        Raises:
+            ValueError: If a batch is open.
+        """
+        self._require_closed("added to others")
+        shares = gather(self._counts)
+        for part in PARTS:
+            for name, mean in self._means[part].items():
+                total = sum(counts[part][name] for counts in shares)
+                if total:
+                    mean.mul_(self._counts[part][name] / total)
+                    add(mean)
+                    self._counts[part][name] = total
 
     def _require_closed(self, verb: str) -> None:
         if self._open_source is not None or self._open_blocks or self._open_targets:

@@ -40,9 +40,7 @@ def main(folder: Path, what: str, sequential: bool) -> None:
         for layer in model.encoder.layer:
             layer.register_forward_hook(end)
     try:
-        fit_concept_erasure(
-            model, share, NAME, sequential=sequential, checkpoint_dir=folder / "fit", progress=False
-        )
+        fit_concept_erasure(model, share, NAME, sequential=sequential, checkpoint_dir=folder / "fit", progress=False)
     except Exception as error:
         unfitted = all(part.numel() == 0 for layer in erasure_layers(model).values() for part in layer.state_of(NAME))
         (folder / f"error-{processes.rank}").write_text(f"{type(error).__name__}: {error} unfitted={unfitted}")

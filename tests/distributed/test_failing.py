@@ -17,9 +17,7 @@ DEADLINE = 120
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES)
-def test_a_process_that_dies_ends_the_others_and_a_new_start_goes_on_from_there(
-    procedure: str, tmp_path: Path
-) -> None:
+def test_a_process_that_dies_ends_the_others_and_a_new_start_goes_on_from_there(procedure: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()

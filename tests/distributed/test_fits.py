@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,11 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("number", range(len(fits.FITS)), ids=[str(fit) for fit in fits.FITS])
 def test_two_processes_end_as_one(
-    number: int, together: Path, alone: dict[fits.Fit, tuple[dict[str, Tensor], int]]
+    number: int,
+    together: Path,
+    alone: dict[fits.Fit, tuple[dict[str, Tensor], int]],
+    matrix: Callable[[str, str, str, str], None],
+    request: pytest.FixtureRequest,
 ) -> None:
     fit = fits.FITS[number]
     if fit not in alone:
@@ -49,6 +54,8 @@ def test_two_processes_end_as_one(
         assert torch.equal(value, second[name]), f"the processes differ in {name}"
     for name, value in expected.items():
         assert float((first[name] - value).abs().max()) <= TOLERANCE * float(value.abs().max()), name
+    four, one = fits.SHARES[request.node.callspec.params["together"]]
+    matrix("Fitting on two processes", str(fit), f"{four} + {one} batches", "same")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

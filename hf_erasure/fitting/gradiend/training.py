@@ -200,8 +200,12 @@ class Training:
                 self.reader.accumulate(batch, self.source, estimator, sign, low_memory=self.args.low_memory)
             self.progress.step()
             if self.progress.control.should_save and step + 1 < start.steps:
-                self._save(start, step + 1, self._added(estimator).state_dict(), None)
-        feature = self._added(estimator).feature()
+                self._add_up(estimator)
+                self._save(start, step + 1, estimator.state_dict(), None)
+                if not self.processes.is_main:
+                    estimator = ClosedFormEstimator(self.shapes, device=self.device)  # the main one has it all
+        self._add_up(estimator)
+        feature = estimator.feature()
         if self.args.per_device_train_batch_size > 1:
             encoder = centred(feature.encoder, self._singly(positive), self._singly(negative))
             feature = replace(feature, encoder=encoder)
@@ -220,16 +224,10 @@ class Training:
         for batch, row in itertools.islice(rows, ENOUGH):
             yield functools.partial(reading, batch, row)
 
-    def _added(self, estimator: ClosedFormEstimator) -> ClosedFormEstimator:
-        """The sum over all processes, in an estimator of its own."""
-        if self.processes.count == 1:
-            return estimator
-        merged = ClosedFormEstimator(self.shapes, device=self.device)
-        for state in self.processes.gathered([_on_cpu(estimator.state_dict())]):
-            other = ClosedFormEstimator(self.shapes, device=self.device)
-            other.load_state_dict(state)
-            merged.merge(other)
-        return merged
+    def _add_up(self, estimator: ClosedFormEstimator) -> None:
+        """Make it the sum over all processes."""
+        if self.processes.count > 1:
+            estimator.pool(lambda own: self.processes.gathered([own]), self.processes.add_one)
 
     # ---- trained ----------------------------------------------------------------------------------------------------
 
@@ -367,10 +365,3 @@ class _Best:
     size: float = -1.0
     step: int = 0
     since: int = 0
-
-
-def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.cpu() if isinstance(value, Tensor) else _on_cpu(value) if isinstance(value, dict) else value
-        for key, value in state.items()
-    }

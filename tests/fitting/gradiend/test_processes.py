@@ -31,7 +31,10 @@ def fitted(folder: Path, estimator: str, batch_size: int, processes: int) -> lis
 
 
 # Six rows, three of each class: with two processes the last step of a class is one process's alone.
-@pytest.mark.parametrize(("estimator", "alone", "together"), [("closed_form", 1, 1), ("trained", 2, 1)])
+# With batches of three there is one of each class, and nothing for the second process.
+@pytest.mark.parametrize(
+    ("estimator", "alone", "together"), [("closed_form", 1, 1), ("closed_form", 3, 3), ("trained", 2, 1)]
+)
 def test_two_processes_end_as_one(estimator: str, alone: int, together: int, tmp_path: Path):
     ((one, facts),) = fitted(tmp_path / "one", estimator, alone, 1)
     two = fitted(tmp_path / "two", estimator, together, 2)
@@ -39,6 +42,10 @@ def test_two_processes_end_as_one(estimator: str, alone: int, together: int, tmp
     assert [other["processes"] for _, other in two] == ["2", "2"]
     for name, value in one.items():
         assert torch.equal(two[0][0][name], two[1][0][name]), name
-        # float32 gradients, added in another order; a trained neuron makes 8 steps from there
-        scale = float(value.abs().max())
-        torch.testing.assert_close(two[0][0][name], value, rtol=1e-3, atol=1e-5 * scale)
+        block = name.partition(".")[2]
+        # A bias is half the sum of two class means, whose difference is twice the weight: they may cancel.
+        scale = max(float(one[f"{kind}.{block}"].abs().max()) for kind in ("weight", "bias"))
+        difference = float((two[0][0][name] - value).abs().max())
+        # The same float32 gradients, added in another order: a few units of 2^-24. A trained neuron makes 8 steps from
+        # there, each of which divides by the root of a mean of squares.
+        assert difference <= scale * (8 * 2**-24 if estimator == "closed_form" else 1e-3), name
