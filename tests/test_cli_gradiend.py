@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 from typer.testing import CliRunner
 
 from hf_erasure import GradiendAdapter, verify_adapter
 from hf_erasure.cli import app
+from tests.distributed.launching import launch
 from tests.fitting.gradiend.language_models import model_of, tokenizer_of
 
 FILLERS = {"female": ["the queen", "the nurse"], "male": ["the king", "the doctor"]}
@@ -92,6 +95,26 @@ def test_fit_prints_both_tables_and_writes_adapter_figures_and_results(fitted: t
     assert results["rows"]["train texts"] == 8
     # The tables of the page are those that were printed.
     assert "| none | female/male | 0 | 0 |" in (folder / "results.md").read_text()
+
+
+
+def test_two_processes_share_the_gradients_and_the_first_writes(
+    recipe: Path, fitted: tuple[Path, str], tmp_path: Path
+) -> None:
+    overrides = [f"output={tmp_path / 'out'}", "config.density=1.0"]
+    status, printed = launch(
+        2, "-m", "hf_erasure.cli", "gradiend", "fit", recipe, *overrides, "--processes", 2, "--no-progress",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert status == 0, printed
+    assert printed.count("On the test data:") == 1
+    code, _, errors = invoke("fit", recipe, f"output={tmp_path / 'alone'}", "config.density=1.0", "--no-progress")
+    assert code == 0, errors
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "out"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        # The same float32 gradients, added in another order.
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6 * max(float(value.abs().max()), 1e-30))
 
 
 def test_the_folder_is_an_adapter_that_is_steered_and_can_encode(fitted: tuple[Path, str]) -> None:

@@ -156,21 +156,24 @@ class Processes:
         return self.from_one(result)  # type: ignore[return-value]
 
 
+def share_the_cpu() -> bool:
+    """Whether a launcher started several processes where there is no accelerator that could connect them."""
+    accelerator = torch.accelerator.current_accelerator()
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (accelerator is None or accelerator.type == "mps")
+
+
 def _connected() -> PartialState:
     """The processes as accelerate sees them.
 
     Without an accelerator it connects processes only when it is told that they run on the CPU; else every one of them
     takes itself for the only one.
     """
-    accelerator = torch.accelerator.current_accelerator()
+    state = PartialState(cpu=True) if share_the_cpu() else PartialState()
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > 1 and (accelerator is None or accelerator.type == "mps"):
-        state = PartialState(cpu=True)
-    else:
-        state = PartialState()
-    if launched > 1 and state.num_processes != launched:
+    if state.num_processes != launched and launched > 1:
         raise RuntimeError(
             f"The launcher started {launched} processes (WORLD_SIZE), but accelerate was set up in each as the only "
-            "one. Set ACCELERATE_USE_CPU=true where there is no GPU, before anything creates an Accelerator."
+            "one. Where there is no GPU, write PartialState(cpu=True) or Accelerator(cpu=True), or use_cpu=True in "
+            "training arguments, in the place of what was made first."
         )
     return state

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..processes import share_the_cpu
+
 ESTIMATORS = ("closed_form", "trained")
 ACTIVATIONS = ("tanh", "identity")
 
@@ -49,6 +51,8 @@ class GradiendTrainingArguments(TrainingArguments):
     patience: int | None = field(default=None, metadata={"help": "Evaluations without improvement before stopping."})
 
     def __post_init__(self) -> None:
+        # Else each process would take itself for the only one.
+        self.use_cpu = self.use_cpu or share_the_cpu()
         super().__post_init__()
         for name, choices in (("estimator", ESTIMATORS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
