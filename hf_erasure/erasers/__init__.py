@@ -5,7 +5,9 @@ frozen `Eraser`; `apply_erasure` is what an eraser does to an activation. LEACE 
 """
 
 from .apply import apply_erasure
+from .combining import combine_erasers
 from .eraser import Eraser
+from .joint import joint_moments
 from .leakage import cross_validated_correlation, relative_change
 from .moments import ConceptMoments
 
@@ -13,6 +15,8 @@ __all__ = [
     "ConceptMoments",
     "Eraser",
     "apply_erasure",
+    "combine_erasers",
     "cross_validated_correlation",
+    "joint_moments",
     "relative_change",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -256,6 +257,53 @@ class ConceptMoments:
         """Machine epsilon of the coarsest rows that were added."""
         return self._resolution
 
+    def check_concept(self) -> None:
+        """Check that there is something to erase.
+
+        Raises:
+            ValueError: If no rows were seen, there is no concept, or it does not vary.
+        """
+        sums, _ = self._known()
+        if self._z_dim == 0:
+            raise ValueError("z_dim=0: these moments are a background and know no concept. Set z_dim and give labels.")
+        present = None if sums.counts is None else sums.counts.nonzero().squeeze(1)
+        if present is not None and present.numel() == 1:
+            raise ValueError(
+                f"Only one class is present: all {sums.rows} rows have class id {int(present)}. A concept needs at "
+                "least two classes; add rows of another class."
+            )
+        spread_z = sums.concept.diagonal() / sums.weight
+        if bool((spread_z <= (1e-12 * sums.mean_z).square()).all()):
+            raise ValueError(
+                f"z does not vary over the {sums.rows} rows (mean_z={sums.mean_z.tolist()[:8]}): only one class or "
+                "value is present. Add rows in which the concept differs."
+            )
+
+    def without_concept(self) -> ConceptMoments:
+        """The mean and covariance of x alone, as of a background; they share memory with these moments."""
+        sums, gram = self._known()
+        nothing = sums.mean_z.new_zeros(0)
+        plain = replace(sums, mean_z=nothing, cross=sums.cross[:, :0], concept=nothing.diag(), counts=None)
+        return self._of(0, plain, gram)
+
+    def with_concept(self, mean: Tensor, cross: Tensor, covariance: Tensor) -> ConceptMoments:
+        """These mean and covariance of x, with what is known of a concept; they share memory with these moments.
+
+        Args:
+            mean: `(k,)`.
+            cross: `(x_dim, k)` covariance of x with the concept.
+            covariance: `(k, k)` of the concept.
+        """
+        sums, gram = self._known()
+        weight = sums.weight
+        known = replace(sums, mean_z=mean, cross=cross * weight, concept=covariance * weight, counts=None)
+        return self._of(mean.numel(), known, gram)
+
+    def _of(self, z_dim: int, sums: Sums, gram: PackedGram) -> ConceptMoments:
+        other = ConceptMoments(self._x_dim, z_dim, device=self._device)
+        other._sums, other._gram, other._resolution = sums, gram, self._resolution
+        return other
+
     def spread(self) -> Spread:
         """The second moments of x as the methods use them: float64, constant features marked by a variance of 0."""
         sums, gram = self._known()
@@ -313,7 +361,7 @@ class ConceptMoments:
         _check_options(method, rank, background_weight)
         check_shrinkage(shrinkage)
         sums, _ = self._known()
-        self._check_concept()
+        self.check_concept()
         own = self.spread()
         if not bool((own.variance > 0).any()):
             raise ValueError(
@@ -349,7 +397,7 @@ class ConceptMoments:
             ValueError: If no rows were seen, z does not vary, or `shrinkage` is unknown.
         """
         self._known()
-        self._check_concept()
+        self.check_concept()
         spread = self.spread()
         columns = self.cross_covariance @ whiten_concept(self.covariance_z)
         return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
@@ -374,23 +422,6 @@ class ConceptMoments:
         rows = 1 / (share**2 / other.rows + (1 - share) ** 2 / own.rows)
         mean = torch.lerp(self.mean_x, background.mean_x.to(device), share)
         return Spread(sigma, own.variance, rows, max(own.resolution, other.resolution)), mean
-
-    def _check_concept(self) -> None:
-        sums, _ = self._known()
-        if self._z_dim == 0:
-            raise ValueError("z_dim=0: these moments are a background and know no concept. Set z_dim and give labels.")
-        present = None if sums.counts is None else sums.counts.nonzero().squeeze(1)
-        if present is not None and present.numel() == 1:
-            raise ValueError(
-                f"Only one class is present: all {sums.rows} rows have class id {int(present)}. A concept needs at "
-                "least two classes; add rows of another class."
-            )
-        spread_z = sums.concept.diagonal() / sums.weight
-        if bool((spread_z <= (1e-12 * sums.mean_z).square()).all()):
-            raise ValueError(
-                f"z does not vary over the {sums.rows} rows (mean_z={sums.mean_z.tolist()[:8]}): only one class or "
-                "value is present. Add rows in which the concept differs."
-            )
 
     # ------------------------------------------------------------------ keeping
 

@@ -46,7 +46,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     fits = {}
     for site in sites:
         dtype = _parts_of(weights, site)["left"].dtype
-        fits[site] = solve_site(site, labelled[site], background.get(site), dtype, config)
+        fits[site] = solve_site(site, [labelled[site]], background.get(site), dtype, config)
     _write(config, configs[1], fits, weights, Path(output))
     return config
 

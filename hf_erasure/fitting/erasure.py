@@ -13,7 +13,6 @@ from torch import nn
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.fingerprint import fingerprint
-from hf_erasure.erasers import ConceptMoments
 
 from .checkpoint import FitCheckpoint
 from .gathering import gather
@@ -24,6 +23,7 @@ from .report import ErasureReport, SiteReport
 from .running import Runner
 from .scrubbing import Scrubber
 from .solving import SiteFit, share_out, solve_site
+from .sources import Source, sources_of
 from .statistics import Tally
 from .task import FitTask
 
@@ -89,25 +89,31 @@ def fit_concept_erasure(
             )
     runner = Runner(model, list(layers))
     task = FitTask(runner, layers, adapter_name, config, pool, progress, resident_batches, checkpoint, processes)
-    fits, tally = Scrubber(task).fit(batches, background) if sequential else _one_pass(task, batches, background)
+    fits, tally = solved(task, sources_of(config, batches, background), sequential=sequential)
     return _conclude(task, fits, tally, eval_batches)
 
 
-def _one_pass(
-    task: FitTask, batches: Iterable[Any], background: Iterable[Any] | None
-) -> tuple[dict[str, SiteFit], Tally]:
+def solved(task: FitTask, sources: list[Source], *, sequential: bool) -> tuple[dict[str, SiteFit], Tally]:
+    """The erasers of all sites, and how much labelled data they rest on."""
+    return Scrubber(task).fit(sources) if sequential else _one_pass(task, sources)
+
+
+def _one_pass(task: FitTask, sources: list[Source]) -> tuple[dict[str, SiteFit], Tally]:
     """Fit all sites on the activations of the model as it is."""
-    found, tally = gather(task, batches, labelled=True)
-    around: dict[str, ConceptMoments] = {}
-    if background is not None:
-        around = gather(task, background, labelled=False)[0].moments
+    labelled = [gather(task, source) for source in sources if source.labelled]
+    around = [gather(task, source)[0].moments for source in sources if not source.labelled]
     solvers = {
         site: functools.partial(
-            solve_site, site, found.moments[site], around.get(site), found.dtypes[site], task.config
+            solve_site,
+            site,
+            [found.moments[site] for found, _ in labelled],
+            around[0][site] if around else None,
+            labelled[0][0].dtypes[site],
+            task.config,
         )
         for site in task.layers
     }
-    return share_out(task.processes, solvers), tally
+    return share_out(task.processes, solvers), Tally.sum(tally for _, tally in labelled)
 
 
 def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:

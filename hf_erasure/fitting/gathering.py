@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -11,39 +11,39 @@ from .checkpoint import Digest, together
 from .labels import BatchLabels, check_batch
 from .observing import observed
 from .running import evaluating
-from .statistics import SiteStatistics, Tally, bar, check_reached, labels_of
+from .sources import Source
+from .statistics import SiteStatistics, Tally, bar, check_reached
 from .task import FitTask
 
 
-def gather(task: FitTask, batches: Iterable[Any], *, labelled: bool) -> tuple[SiteStatistics, Tally]:
-    """Run the model over batches, with the adapter left out, and collect the moments at its sites.
+def gather(task: FitTask, source: Source) -> tuple[SiteStatistics, Tally]:
+    """Run the model over the batches of a source, with the adapter left out, and collect the moments at its sites.
 
     Every process runs over batches of its own; all end with the moments of all. Where the task has a checkpoint,
     batches that its moments hold already are passed over.
 
     Args:
         task: What is fitted.
-        batches: Dicts of model inputs, plus `concept_labels` where `labelled`.
-        labelled: False for a background, which has no concept.
+        source: The batches.
 
     Raises:
         ValueError: If there is no data, a site is never reached, or its rows cannot be used.
         RuntimeError: If another process failed.
     """
     with task.processes.agreeing("running over its batches"):
-        progress = _Progress(task, labelled)
-        _run_over(task, progress, batches)
+        progress = _Progress(task, source)
+        _run_over(task, progress, source)
         progress.save(final=True)
     progress.statistics.pool(task.processes, task.layers)
     tally = progress.tally.pooled(task.processes)
     progress.save_sum(tally)
-    check_reached(progress.statistics.moments, tally, task.layers, labelled)
+    check_reached(progress.statistics.moments, tally, task.layers, source)
     return progress.statistics, tally
 
 
-def _run_over(task: FitTask, progress: _Progress, batches: Iterable[Any]) -> None:
+def _run_over(task: FitTask, progress: _Progress, source: Source) -> None:
     current: list[BatchLabels] = []
-    what = f"fitting {task.name}" if progress.labelled else "background"
+    what = f"fitting {task.name}" if source.labelled else "background"
 
     def observer(site: str, activation: Tensor) -> Tensor:
         if current:
@@ -56,9 +56,8 @@ def _run_over(task: FitTask, progress: _Progress, batches: Iterable[Any]) -> Non
         observed(task.layers, task.name, observer),
         bar(what, task.progress, task.processes) as shown,
     ):
-        for batch, counts in task.in_step(progress.remaining(batches)):
-            labels = labels_of(batch, task.config if progress.labelled else None, task.pool)
-            current[:] = [labels] if counts else []
+        for batch, counts in task.in_step(progress.remaining()):
+            current[:] = [source.labels_of(batch, task.pool)] if counts else []
             task.runner(batch)
             if counts:
                 shown.update(progress.tally.count(batch))
@@ -69,18 +68,15 @@ class _Progress:
     """How far one process has come, kept in the task's checkpoint if it has one.
 
     Attributes:
-        labelled: Whether the batches have a concept.
         statistics: The moments so far.
         tally: How much was seen.
     """
 
-    def __init__(self, task: FitTask, labelled: bool) -> None:
-        self.labelled = labelled
-        self._checkpoint, self._processes = task.checkpoint, task.processes
-        self._name = "labelled" if labelled else "background"
+    def __init__(self, task: FitTask, source: Source) -> None:
+        self._source, self._checkpoint, self._processes = source, task.checkpoint, task.processes
         self._digest, self._data, self._seen = Digest(), "", 0
         self._done, self._kept = 0, ""
-        self.statistics, self.tally = SiteStatistics(task.config.z_dim if labelled else 0), Tally()
+        self.statistics, self.tally = SiteStatistics(source.z_dim), Tally()
         if self._checkpoint is not None:
             self.statistics, self.tally, self._done, self._kept = self._checkpoint.load_moments(
                 self._own_name, self.statistics.z_dim
@@ -89,13 +85,13 @@ class _Progress:
     @property
     def _own_name(self) -> str:
         """Every process keeps the moments of its own share."""
-        processes = self._processes
-        return self._name if processes.count == 1 else f"{self._name}-{processes.rank}-of-{processes.count}"
+        key, processes = self._source.key, self._processes
+        return key if processes.count == 1 else f"{key}-{processes.rank}-of-{processes.count}"
 
-    def remaining(self, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    def remaining(self) -> Iterator[dict[str, Any]]:
         """The batches that the moments do not hold yet."""
-        for position, given in enumerate(batches):
-            batch, self._seen = check_batch(given, position, labelled=self.labelled), position + 1
+        for position, given in enumerate(self._source.batches):
+            batch, self._seen = check_batch(given, position, labelled=self._source.labelled), position + 1
             if self._checkpoint is not None:
                 self._data = self._digest.update(batch)
                 if self._seen == self._done:
@@ -118,4 +114,4 @@ class _Progress:
             return
         batches, data = int(self._processes.total(self._seen)), together(self._processes.gathered([self._data]))
         if self._processes.is_main:
-            self._checkpoint.save_moments(self._name, self.statistics, tally, batches, data, final=True)
+            self._checkpoint.save_moments(self._source.key, self.statistics, tally, batches, data, final=True)

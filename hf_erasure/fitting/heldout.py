@@ -16,7 +16,8 @@ from .labels import Selection, check_batch, mean_pooled
 from .observing import observed, observed_final
 from .processes import Processes
 from .running import evaluating, on_cpu
-from .statistics import SiteStatistics, Tally, bar, labels_of
+from .sources import Source
+from .statistics import SiteStatistics, Tally, bar
 from .task import FitTask
 
 
@@ -84,6 +85,7 @@ class _Measurement:
     """
 
     task: FitTask
+    source: Source
     halves: dict[tuple[bool, int, int], SiteStatistics] = field(init=False)  # (erased, half, visit)
     labelled: dict[tuple[str, int], Movement] = field(default_factory=lambda: defaultdict(Movement))
     ignored: dict[tuple[str, int], Movement] = field(default_factory=lambda: defaultdict(Movement))
@@ -92,7 +94,7 @@ class _Measurement:
     called: Counter[tuple[bool, str]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.halves = defaultdict(lambda: SiteStatistics(self.task.config.z_dim))
+        self.halves = defaultdict(lambda: SiteStatistics(self.source.z_dim))
 
     def batch(self, batch: dict[str, Any], counts: bool = True) -> None:
         """Run over a batch without and with the erasure; one that does not count only keeps up with the others."""
@@ -100,7 +102,7 @@ class _Measurement:
             self.task.runner(batch)
             self.task.runner(batch)
             return
-        labels = labels_of(batch, self.task.config, self.task.pool)
+        labels = self.source.labels_of(batch, self.task.pool)
         finals = {
             n: m for n, m in self.task.runner.final_states().items() if labels.covers(self.task.runner.side_of(n))
         }
@@ -229,7 +231,8 @@ def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], 
         ValueError: If the batches are empty or one half of them lacks a class.
         RuntimeError: If another process failed.
     """
-    measurement, tally, processes = _Measurement(task), Tally(), task.processes
+    source = Source("eval", "eval_batches", batches, task.config)
+    measurement, tally, processes = _Measurement(task, source), Tally(), task.processes
     checked = (check_batch(batch, position, labelled=True) for position, batch in enumerate(batches))
     with (
         processes.agreeing("measuring its batches"),

@@ -23,8 +23,9 @@ from .lockstep import Lane, lanes
 from .observing import observed
 from .running import evaluating
 from .solving import SiteFit, share_out, solve_site
+from .sources import Source
 from .spilling import Shelf
-from .statistics import SiteStatistics, Tally, bar, check_reached, labels_of
+from .statistics import SiteStatistics, Tally, bar, check_reached
 from .task import FitTask
 
 logger = logging.getLogger(__name__)
@@ -45,18 +46,18 @@ class Scrubber:
         self.task = task
         self.fits: dict[str, SiteFit] = {}
         self._kept: set[str] = set()
-        self._labels: list[BatchLabels] = []
+        self._sources: dict[str, Source] = {}
+        self._tallies: dict[str, Tally] = {}
+        self._labels: list[tuple[str, BatchLabels]] = []
         self._batches: list[dict[str, Any]] = []
-        self._tallies = {True: Tally(), False: Tally()}
         self._digest, self._data = Digest(), ""
 
-    def fit(self, batches: Iterable[Any], background: Iterable[Any] | None) -> tuple[dict[str, SiteFit], Tally]:
+    def fit(self, sources: Iterable[Source]) -> tuple[dict[str, SiteFit], Tally]:
         """Fit all sites.
 
         Args:
-            batches: Labelled batches, in each process its own. All are held, and of the activations those of
-                `task.resident_batches`.
-            background: Unlabelled batches for mean and covariance.
+            sources: Labelled batches of every concept that is erased, and perhaps a background; in each process its
+                own. All are held, and of the activations those of `task.resident_batches`.
 
         Returns:
             Site → its fit, and how much labelled data was seen.
@@ -67,12 +68,11 @@ class Scrubber:
         """
         task, processes = self.task, self.task.processes
         with processes.agreeing("reading its batches"):
-            self._take(batches, labelled=True)
-            self._take([] if background is None else background, labelled=False)
-        self._tallies = {labelled: tally.pooled(processes) for labelled, tally in self._tallies.items()}
-        check_reached({}, self._tallies[True], {}, True)
-        if background is not None:
-            check_reached({}, self._tallies[False], {}, False)
+            for source in sources:
+                self._take(source)
+        self._tallies = {key: tally.pooled(processes) for key, tally in self._tallies.items()}
+        for key, source in self._sources.items():
+            check_reached({}, self._tallies[key], [], source)
         self._data = together(processes.gathered([self._data]))
         many = task.runner.is_sharded
         if task.checkpoint is not None:
@@ -89,15 +89,17 @@ class Scrubber:
             if many:
                 shown.reset(len(task.layers))
                 self._one_site_a_pass(shown)
-        check_reached(self.fits, self._tallies[True], task.layers, True)
-        return self.fits, self._tallies[True]
+        labelled = [source for source in self._sources.values() if source.labelled]
+        check_reached(self.fits, self._tallies[labelled[0].key], task.layers, labelled[0])
+        return self.fits, Tally.sum(self._tallies[source.key] for source in labelled)
 
-    def _take(self, batches: Iterable[Any], *, labelled: bool) -> None:
-        for position, batch in enumerate(batches):
-            batch = check_batch(batch, position, labelled=labelled)
-            self._labels.append(labels_of(batch, self.task.config if labelled else None, self.task.pool))
+    def _take(self, source: Source) -> None:
+        self._sources[source.key], self._tallies[source.key] = source, Tally()
+        for position, batch in enumerate(source.batches):
+            batch = check_batch(batch, position, labelled=source.labelled)
+            self._labels.append((source.key, source.labels_of(batch, self.task.pool)))
             self._batches.append(batch)
-            self._tallies[labelled].count(batch)
+            self._tallies[source.key].count(batch)
             if self.task.checkpoint is not None:
                 self._data = self._digest.update(batch)
 
@@ -207,7 +209,7 @@ class Scrubber:
                 self._solve(site, self._pass_over(site))
             shown.update()
 
-    def _pass_over(self, site: str) -> dict[bool, SiteStatistics]:
+    def _pass_over(self, site: str) -> dict[str, SiteStatistics]:
         """One pass over all batches, with every fitted site erased, for the moments at one site."""
         statistics, current = self._statistics(), [-1]
 
@@ -244,25 +246,28 @@ class Scrubber:
 
     # ---- one site ---------------------------------------------------------------------------------------------------
 
-    def _statistics(self) -> dict[bool, SiteStatistics]:
-        """Moments of the labelled rows (True) and of the background (False)."""
-        return {True: SiteStatistics(self.task.config.z_dim), False: SiteStatistics(0)}
+    def _statistics(self) -> dict[str, SiteStatistics]:
+        """Moments of the rows of each source."""
+        return {key: SiteStatistics(source.z_dim) for key, source in self._sources.items()}
 
-    def _look(self, statistics: dict[bool, SiteStatistics], index: int, site: str, hidden: Tensor) -> None:
-        labels = self._labels[index]
+    def _look(self, statistics: dict[str, SiteStatistics], index: int, site: str, hidden: Tensor) -> None:
+        key, labels = self._labels[index]
         aligned, selection = labels.select(hidden, site)
-        statistics[labels.z_dim > 0].update(site, aligned, selection)
+        statistics[key].update(site, aligned, selection)
 
-    def _solve(self, site: str, statistics: dict[bool, SiteStatistics]) -> None:
-        found, around = statistics[True], statistics[False]
-        for seen in (found, around):
-            seen.pool(self.task.processes, [site])
-        if site not in found.moments or (self._tallies[False].examples and site not in around.moments):
-            check_reached(found.moments, self._tallies[True], {site: self.task.layers[site]}, True)
-            check_reached(around.moments, self._tallies[False], {site: self.task.layers[site]}, False)
-        # The moments are let go: only one site's are ever held.
-        moments, background = found.moments.pop(site), around.moments.pop(site, None)
-        solve = functools.partial(solve_site, site, moments, background, found.dtypes[site], self.task.config)
+    def _solve(self, site: str, statistics: dict[str, SiteStatistics]) -> None:
+        labelled, background = [], None
+        for key, source in self._sources.items():
+            statistics[key].pool(self.task.processes, [site])
+            check_reached(statistics[key].moments, self._tallies[key], [site], source)
+            # The moments are let go: only one site's are ever held.
+            moments = statistics[key].moments.pop(site)
+            if source.labelled:
+                labelled.append(moments)
+                dtype = statistics[key].dtypes[site]
+            else:
+                background = moments
+        solve = functools.partial(solve_site, site, labelled, background, dtype, self.task.config)
         self.fits[site] = share_out(self.task.processes, {site: solve})[site]
         if self.task.checkpoint is not None and self.task.processes.is_main:
             self.task.checkpoint.save_site(site, self.fits[site], self._data)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
-from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
+from hf_erasure.erasers import ConceptMoments, Eraser, joint_moments, relative_change
 
 from .processes import Processes
 from .running import on_cpu
@@ -68,7 +68,7 @@ def share_out(processes: Processes, solvers: Mapping[str, Callable[[], SiteFit]]
 @on_cpu
 def solve_site(
     site: str,
-    moments: ConceptMoments,
+    labelled: Sequence[ConceptMoments],
     background: ConceptMoments | None,
     dtype: torch.dtype,
     config: ConceptErasureConfig,
@@ -77,7 +77,7 @@ def solve_site(
 
     Args:
         site: Its name, for messages.
-        moments: Of the labelled rows.
+        labelled: Moments of the labelled rows, one for each concept that is erased together.
         background: Moments of rows that say what should not be disturbed; the labelled ones when None.
         dtype: Of the activations.
         config: Method, rank and whether the mean is kept.
@@ -85,6 +85,10 @@ def solve_site(
     Raises:
         ValueError: Names the site, and what the moments lack.
     """
+    try:
+        moments = joint_moments(labelled)
+    except ValueError as error:
+        raise ValueError(f"At {site!r}: {error}") from error
     if _is_constant(moments):
         # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
         empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)

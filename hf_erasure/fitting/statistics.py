@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 from hf_erasure.erasers import ConceptMoments
 
 from .labels import BatchLabels, Selection
 from .processes import Processes
 from .running import on_cpu
+from .sources import Source
 
 
 @dataclass
@@ -37,6 +37,14 @@ class Tally:
         self.examples += rows
         self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else rows
         return rows
+
+    @classmethod
+    def sum(cls, tallies: Iterable[Tally]) -> Tally:
+        """What was seen in all."""
+        total = cls()
+        for tally in tallies:
+            total.examples, total.tokens = total.examples + tally.examples, total.tokens + tally.tokens
+        return total
 
     def pooled(self, processes: Processes) -> Tally:
         """What all processes have seen together."""
@@ -87,35 +95,28 @@ class SiteStatistics:
                 moments.pool(lambda own: processes.gathered([own]), processes.add_one)
 
 
-def labels_of(batch: dict[str, Any], config: ConceptErasureConfig | None, pool: str) -> BatchLabels:
-    """The labels of a batch as the adapter's configuration reads them; None for a background."""
-    if config is None:
-        return BatchLabels(batch, 0, True, "tokens")
-    return BatchLabels(batch, config.z_dim, config.labels is not None, pool)
-
-
 def bar(what: str, progress: bool, processes: Processes, unit: str = " rows") -> tqdm:
     """A progress bar, on the main process only."""
     return tqdm(desc=what, unit=unit, disable=not (progress and processes.is_main))
 
 
-def check_reached(found: Container[str], tally: Tally, layers: dict[str, ErasureLayer], labelled: bool) -> None:
-    """Check that there was data, and that every site saw some of it.
+def check_reached(found: Container[str], tally: Tally, sites: Iterable[str], source: Source) -> None:
+    """Check that a source had data, and that every site saw some of it.
 
     Raises:
         ValueError: Says which was missing, and the remedy.
     """
-    name = "batches" if labelled else "background"
     if not tally.examples:
         raise ValueError(
-            f"{name} is empty: there is nothing to fit on. An iterator that was used up gives none either."
+            f"{source.title} is empty: there is nothing to fit on. An iterator that was used up gives none either."
         )
-    absent = [site for site in layers if site not in found]
+    sites = list(sites)
+    absent = [site for site in sites if site not in found]
     if not absent:
         return
-    if len(absent) == len(layers) and labelled:
+    if len(absent) == len(sites) and source.labelled:
         raise ValueError(f"None of the {tally.examples} examples has a labelled position: concept_labels are -100.")
     raise ValueError(
-        f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over {name}: name "
-        "only modules of the forward pass, or give batches that use them (decoder inputs for a decoder)."
+        f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over {source.title}: "
+        "name only modules of the forward pass, or give batches that use them (decoder inputs for a decoder)."
     )

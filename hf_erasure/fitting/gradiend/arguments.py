@@ -51,8 +51,8 @@ class GradiendTrainingArguments(TrainingArguments):
     patience: int | None = field(default=None, metadata={"help": "Evaluations without improvement before stopping."})
 
     def __post_init__(self) -> None:
-        # Else each process would take itself for the only one.
-        self.use_cpu = self.use_cpu or share_the_cpu()
+        if share_the_cpu():
+            self.use_cpu = True  # else each process would take itself for the only one
         super().__post_init__()
         for name, choices in (("estimator", ESTIMATORS), ("activation", ACTIVATIONS)):
             if getattr(self, name) not in choices:
