@@ -14,7 +14,7 @@ from .adapters import (
     verify_adapter,
 )
 from .callbacks import ConceptErasureCallback, GradiendCallback
-from .fitting import ErasureReport, concept_dataloader, fit_concept_erasure
+from .fitting import ErasureReport, combine_adapters, concept_dataloader, fit_concept_erasure
 from .fitting.gradiend import GradiendAdapter, GradiendTrainer, GradiendTrainingArguments
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "LoraExport",
     "Verification",
     "__version__",
+    "combine_adapters",
     "concept_dataloader",
     "export_to_lora",
     "fit_concept_erasure",

@@ -15,12 +15,16 @@ class ChildConfig(PeftConfig):
 
     Args:
         sticky: Stay active when another adapter is activated, until disabled or deleted.
+        modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether there are values to load.
         provenance: Written by fitting. What the adapter was made from: the plugin's version, the class of the base
             model, the fingerprint of its weights, and what was measured.
     """
 
     sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved with the adapter."}
+    )
     fitted: bool = field(default=False, metadata={"help": "Written by fitting."})
     provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "Written by fitting."})
 

@@ -8,13 +8,34 @@ buffers, and hooks on the host let them act.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .base_config import ChildConfig
+
+
+class StateDict(BufferDict):
+    """Tensors by the name of their adapter, which accelerate leaves where they are.
+
+    It asks a module for its buffers when it attaches hooks, and those would move them to the meta device
+    (`offload_buffers=True`), where no forward of this module brings them back, and put the values of then in the place
+    of later ones when the hooks are removed. A model that is asked for all its buffers has these among them.
+    """
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """None that are this module's alone."""
+        return iter(())
+
+
+# PEFT's status functions know the containers whose devices they report by the name of the class.
+StateDict.__name__ = BufferDict.__name__
 
 
 class AdapterChild(nn.Module, BaseTunerLayer):
@@ -24,6 +45,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         child_name: What the child is called on its host.
         noun: What messages call an adapter of this kind.
         path: The host's name in the model.
+        rows: Which adapter each row of the batch has while `adapter_names` are given; see `mixed_batches.Rows`.
     """
 
     child_name: ClassVar[str]
@@ -35,7 +57,10 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         # In a tuple, so that the host does not become a submodule of its own child.
         self._host = (host,)
         self._awaits_values: set[str] = set()
+        self.rows: Any = None
         self.merged_adapters = []
+        # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
+        self._disable_adapters = False
 
     @property
     def host(self) -> nn.Module:
@@ -107,6 +132,18 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         host.add_module(self.child_name, self)
         self._hook()
 
+    def _stay_real(self, converted: Tensor) -> Tensor:
+        """Refuse to let state go where accelerate does not bring it back from."""
+        sharding = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
+        if converted.device.type == "meta" and sharding:
+            raise ValueError(
+                f"The {self.noun} at {self.path!r} would be lost: with cpu_ram_efficient_loading accelerate moves the "
+                "model to the meta device to shard it, and brings parameters back, but no buffers. Set "
+                "cpu_ram_efficient_loading=False (fsdp_cpu_ram_efficient_loading: false in its file), or attach the "
+                "adapter after accelerator.prepare(…)."
+            )
+        return converted
+
     def _hook(self) -> None:
         raise NotImplementedError
 
@@ -123,7 +160,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         """The adapters here that are meant to act, in order: sticky ones that are not active, then the active."""
         if self._disable_adapters:
             return []
-        active = self.active_adapters
+        active = self.active_adapters if self.rows is None else self.rows.adapters
         on = [name for name, sticky in self.sticky_adapters.items() if sticky and name not in active]
         return on + [name for name in active if name in self.adapters]
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from accelerate.hooks import ModelHook
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .broadcasting import keep_from_broadcast
 from .child import AdapterChild, adapter_children
 from .fingerprint import check_base
+from .mixed_batches import Rows, check_names, keep_from_ignoring
 
 
 class ChildTuner(BaseTuner):
@@ -50,11 +54,15 @@ class ChildTuner(BaseTuner):
         try:
             _check_name(adapter_name, model)
             if config.fitted:
-                check_base(model, config)
+                _check_base(model, config)
             self._check_config(config)
+            if kwargs.get("state_dict") is not None:
+                kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            refuse_copies(model, adapter_name)
             self._complete(model, adapter_name)
             _enter_in_device_map(model, adapter_name)
+            note_adapters(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             remove_adapter(model, adapter_name)
@@ -72,6 +80,51 @@ class ChildTuner(BaseTuner):
         """Delete an adapter, and the children that held no other."""
         super().delete_adapter(adapter_name)
         remove_empty_layers(self.model)
+
+    def unmerge_adapter(self) -> None:
+        """Take back the merges of this kind; PEFT would take back those of all adapters, whoever merged them."""
+        for child in self._children():
+            child.unmerge()
+
+    def _keys_of_hosts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child."""
+        child = self.tuner_layer_cls.child_name
+        return {key.replace(f".{child}.{self.prefix}", f".{self.prefix}"): value for key, value in state_dict.items()}
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by `PeftModel` around `forward` and `generate`, with their arguments."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        check_names(self._children(), names)
+        with self._mixed_batch(Rows(tuple(names), int(kwargs.get("num_beams") or 1))):
+            yield
+
+    def _mixed_batch(self, rows: Rows) -> AbstractContextManager[None]:
+        """Let each row of the batches that are run now have an adapter of its own.
+
+        Raises:
+            ValueError: If that is impossible, as what to do instead.
+        """
+        raise NotImplementedError
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's way to make one LoRA of several.
+
+        Raises:
+            ValueError: Says what there is instead.
+        """
+        raise NotImplementedError
+
+    def _left_to_merge(self, names: list[str]) -> list[str]:
+        """The adapters that are not merged yet; warns like PEFT when there are none, and of those that are."""
+        merged = {name for child in self._children() for name in child.merged_adapters}
+        left = [name for name in names if name not in merged]
+        if merged and not left:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+        return left
 
     def _children(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
@@ -96,12 +149,22 @@ class ChildTuner(BaseTuner):
                 child.unmerge()
             child.forget_originals()
             child.detach()
+        for parent, name, wrapper in _saved_modules(self.model):
+            if wrapper._adapters <= self.peft_config.keys() and not adapter_children(wrapper):
+                setattr(parent, name, wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+        note_adapters(self.model)
         left = {name: config for name, config in self.peft_config.items() if adapter_children(self.model, name)}
         if left:  # adapters of the other kind
             self.model.peft_config = left
         elif hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+def note_adapters(model: nn.Module) -> None:
+    """What the model itself is told when adapters were added or removed; without any, it is as it was."""
+    keep_from_broadcast(model)
+    keep_from_ignoring(model)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -112,6 +175,10 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             child.detach()
         else:
             child.delete_adapter(adapter_name)
+    for _, _, wrapper in _saved_modules(model):
+        wrapper.delete_adapter(adapter_name, [])
+    _unwrap_saved(model)
+    note_adapters(model)
 
 
 def remove_empty_layers(model: nn.Module) -> None:
@@ -119,6 +186,44 @@ def remove_empty_layers(model: nn.Module) -> None:
     for child in adapter_children(model):
         if not child.adapters:
             child.detach()
+    _unwrap_saved(model)
+    note_adapters(model)
+
+
+def _saved_modules(model: nn.Module) -> list[tuple[nn.Module, str, AuxiliaryTrainingWrapper]]:
+    """The wrappers of `modules_to_save`, with where they are."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    return [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], wrapper) for n, wrapper in found]
+
+
+def _unwrap_saved(model: nn.Module) -> None:
+    """Put the modules back that no adapter has a copy of any more."""
+    for parent, name, wrapper in _saved_modules(model):
+        if not wrapper._adapters:
+            setattr(parent, name, wrapper.original_module)
+
+
+def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
+    """PEFT's `modules_to_save` copies a module with all that hangs on it, and saves no adapter from inside the copy.
+
+    Args:
+        model: The base model.
+        adapter_name: The adapter that is being added.
+        modules_to_save: Those of that adapter, before they are copied.
+
+    Raises:
+        ValueError: Names the module that has an adapter of ours and is copied.
+    """
+    copied = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    copied += [n for n, _ in model.named_modules() if n and any(n.endswith(end) for end in modules_to_save)]
+    for child in adapter_children(model):
+        inside = next((n for n in copied if f"{child.path}.".startswith(f"{n}.")), None)
+        if inside is not None and not is_child(inside):
+            raise ValueError(
+                f"{adapter_name!r} cannot be added: {inside!r} is one of modules_to_save, and a copy of it would have "
+                f"the {child.noun} at {child.path!r} too, which is not saved from there. Leave {inside!r} out of the "
+                "one, by exclude_modules, or of the other."
+            )
 
 
 def rehome_layers(model: nn.Module) -> None:
@@ -132,6 +237,25 @@ def rehome_layers(model: nn.Module) -> None:
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
             child.rehome(outermost)
+
+
+@contextmanager
+def out_of_sight(model: nn.Module) -> Iterator[None]:
+    """Take the children out of the tree of modules for a while; their hooks stay, so that they act as they do.
+
+    Another method that walks the tree to merge or unmerge its layers would merge them too.
+    """
+    hosts = {id(child.host): child.host for child in adapter_children(model)}
+    kept = [(host, dict(host._modules)) for host in hosts.values()]
+    try:
+        for host, _ in kept:
+            for kind in _kinds():
+                host._modules.pop(kind.child_name, None)
+        yield
+    finally:
+        for host, modules in kept:
+            host._modules.clear()
+            host._modules.update(modules)
 
 
 def move_inside_wrappers(model: nn.Module) -> None:
@@ -177,6 +301,22 @@ def device_map_of_offloaded(model: Any) -> Iterator[None]:
         del model.hf_device_map
 
 
+@contextmanager
+def left_in_place(model: Any) -> Iterator[None]:
+    """Hide the map of an offloaded model from PEFT, which would take accelerate's hooks off and spread it anew.
+
+    That brings back what is offloaded, or fails where it was loaded from disk; and hooks on modules that stay in place
+    do not need it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    places = base.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if places is not None:
+            base.hf_device_map = places
+
+
 def _enter_in_device_map(model: nn.Module, adapter_name: str) -> None:
     """Loading sends tensors where the map of an offloaded model sends their module: to disk, that is nowhere."""
     places: Any = getattr(model, "hf_device_map", None)
@@ -195,6 +335,20 @@ def is_child(key: str) -> bool:
 
 def _kinds(kind: type[AdapterChild] = AdapterChild) -> list[type[AdapterChild]]:
     return [known for child in kind.__subclasses__() for known in (child, *_kinds(child))]
+
+
+def _check_base(model: nn.Module, config: Any) -> None:
+    """`check_base`, and what to do where weights differ because something is merged into them."""
+    try:
+        check_base(model, config)
+    except ValueError as error:
+        merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
+        if not merged:
+            raise
+        raise ValueError(
+            f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before other "
+            "adapters are loaded, and merge again afterwards."
+        ) from error
 
 
 def _check_name(name: str, model: nn.Module) -> None:

@@ -40,6 +40,7 @@ class ConceptErasureConfig(ChildConfig):
         rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
             which the guarantee needs.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
+        modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether the erasers exist.
         fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`.
         provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .layer import ErasureLayer, erasure_layers
 from .merging import why_not_mergeable
 from .probing import Probe
+from .quantised import has_quantised
 
 # Operations that give a view without being declared as one, or that read a tensor's shape and not its values.
 _VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}
@@ -36,12 +37,14 @@ class Uses:
     Attributes:
         layers: Names of the linear layers that multiply it, in the order of their calls.
         obstacles: Names of the other operations it goes into.
+        quantised: Names of the modules with quantised weights that it goes into.
         returned: Whether it is part of what the model returns.
         runs: How many times the site was reached.
     """
 
     layers: list[str] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
+    quantised: list[str] = field(default_factory=list)
     returned: bool = False
     runs: int = 0
 
@@ -62,7 +65,7 @@ def trace_uses(
         or names of operations in angle brackets.
     """
     trace = _Trace(model)
-    with _observing(model, trace, sites, names), trace:
+    with _observing(model, trace, sites, names), _inside_quantised(model, trace), trace:
         outputs = probe.run()
     for output in outputs:
         site = trace.source_of(output)
@@ -94,6 +97,24 @@ def _observing(model: nn.Module, trace: _Trace, sites: dict[str, ErasureLayer], 
             layer.observers.pop(name, None)
 
 
+@contextmanager
+def _inside_quantised(model: nn.Module, trace: _Trace) -> Iterator[None]:
+    """Let the trace know while a module with quantised weights runs, whose operations mean nothing to a reader."""
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: setattr(trace, "quantised", name)
+
+    handles = []
+    for name, module in model.named_modules():
+        if has_quantised(module):
+            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(enter(""))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _unchanged(hidden: Tensor) -> Tensor:
     return hidden
 
@@ -112,6 +133,7 @@ class _Trace(TorchDispatchMode):
         # The tensors are kept, so that no other takes the place in memory that stands for them.
         self._sources: dict[int, tuple[str, Tensor]] = {}
         self._paused = False
+        self.quantised = ""
 
     def marker(self, path: str) -> Callable[[Tensor], Tensor]:
         """An observer that gives the activation of a site a storage of its own, and remembers it."""
@@ -163,6 +185,9 @@ class _Trace(TorchDispatchMode):
             return
         wrapper = next((self._wrapped[t.data_ptr()] for t in tensors if t.data_ptr() in self._wrapped), None)
         for path in sources:
+            if self.quantised:
+                self.uses[path].quantised.append(self.quantised)
+                continue
             self.uses[path].obstacles.append(name if wrapper is None else f"{name} of the adapter around {wrapper!r}")
         for tensor in tensors:
             weight_of = self._weight_storages.get(_storage(tensor))

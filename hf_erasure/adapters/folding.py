@@ -11,15 +11,18 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .consumers import Uses, trace_uses
 from .drift import check_drift
 from .gradiend_layer import GradiendLayer
 from .layer import ErasureLayer, erasure_layers
-from .ledger import BiasSwitch, ledger_of, put_ledger, set_parameter, write
+from .ledger import BiasSwitch, ledger_of, put_ledger, set_parameter, was_changed, write
 from .merging import Edit, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
+from .offloading import is_offloaded, owns_offloaded, value_of, values_of
 from .probing import Probe
+from .quantised import FLOAT_FIRST, has_quantised
 from .switches import bias_switches
 
 
@@ -49,15 +52,21 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
     Raises:
         ValueError: Names the site that cannot be merged exactly and what to do instead; nothing has changed then.
     """
+    _refuse_sharded(model)
     probe = Probe(model)
     plan = plan_merge(model, names, probe)
     if not plan.edits:
         return
     _refuse_beside_gradiend(model, plan)
+    _refuse_over_other_changes(plan)
     switches, values = _values(model, plan, names, safe_merge=safe_merge)
     layers = erasure_layers(model)
+    # Rounding is measured on weights that are there.
+    unchecked = "its weights are offloaded" if any(map(owns_offloaded, plan.modules.values())) else None
+    if unchecked is None and probe.failure:
+        unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
     with _acting_in_merge_order(layers, plan.names):
-        before = None if probe.failure else probe.run()
+        before = None if unchecked else probe.run()
     snapshot = Snapshot([layers[path] for path in plan.names], [*plan.modules.values(), *_given_biases(switches)])
     configs = [(switch.config, switch.name, switch.off) for switch in switches]
     try:
@@ -71,8 +80,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
         raise
     if before is None:
         warnings.warn(
-            f"{names} were merged without the usual comparison of outputs, since {type(model).__name__} cannot be run "
-            f"on a dummy input ({probe.failure}). Compare outputs yourself.",
+            f"{names} were merged without the usual comparison of outputs, since {unchecked}. Compare them yourself.",
             stacklevel=4,
         )
 
@@ -97,13 +105,23 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         for name in here:
             layer.check_values(name)
     plan = Plan()
-    direct = {path: layer for path, (layer, _) in layers.items() if is_weight_layer(layer.host)}
+    direct = {p: layer for p, (layer, _) in layers.items() if is_weight_layer(layer.host) or has_quantised(layer.host)}
     folded = {path: layer for path, (layer, _) in layers.items() if path not in direct}
     for path, layer in direct.items():
         _plan_direct(plan, model, layer, layers[path][1], allow_tied=allow_tied)
     if folded:
         _plan_folded(plan, model, folded, names, probe, allow_tied=allow_tied)
     return plan
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """Before any forward pass: a sharded model that first runs below its root is useless afterwards."""
+    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise ValueError(
+            f"The erasure cannot be merged: {sharded!r} and other weights of the model are sharded, and each process "
+            "has a part of them. Load the model whole to merge."
+        )
 
 
 def _refuse_beside_gradiend(model: nn.Module, plan: Plan) -> None:
@@ -118,6 +136,16 @@ def _refuse_beside_gradiend(model: nn.Module, plan: Plan) -> None:
                     f"The erasure cannot be merged into {targets[0]!r} beside the GRADIEND adapter {names[0]!r}, whose "
                     "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
                 )
+
+
+def _refuse_over_other_changes(plan: Plan) -> None:
+    """Erasers before and behind a change that is not an eraser's could not be told apart when they are taken back."""
+    for target, module in plan.modules.items():
+        if was_changed(module):
+            raise ValueError(
+                f"The erasure cannot be merged into {target!r}: an erasure is merged there, and something else, such "
+                "as a LoRA, was merged after it. Call unmerge_adapter() of the erasure first, then merge both together."
+            )
 
 
 def _merging(layer: ErasureLayer, names: list[str]) -> list[str]:
@@ -137,14 +165,22 @@ def _plan_direct(plan: Plan, model: nn.Module, layer: ErasureLayer, names: list[
             refusal = why_not_mergeable(layer.host, site)
             if refusal is not None:
                 raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
+            if allow_tied and owns_offloaded(layer.host):
+                raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
             _add(plan, path, layer.host, layer, name, site)
 
 
 def _plan_folded(
     plan: Plan, model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
 ) -> None:
+    path = next(iter(sites))
+    if is_offloaded(model):
+        raise ValueError(
+            f"The erasure at {path!r} cannot be merged: which layers take its activation is found by following it to "
+            "their weights, and weights of this model are offloaded. Load the model on one device to merge, use the "
+            "adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+        )
     if probe.failure:
-        path = next(iter(sites))
         raise ValueError(
             f"The erasure at {path!r} cannot be merged: which layers take its activation is found by running the "
             f"model on a dummy input, and this {type(model).__name__} cannot be ({probe.failure}). Use the adapter "
@@ -172,6 +208,12 @@ def _refuse_unless_foldable(
     remedy = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
     if len(reasons) < len(uses):
         remedy = f"Fit it again without them, exclude_modules={list(reasons)}, or use the adapter unmerged."
+    if any(uses[site].quantised for site in reasons):
+        on_float = not any(uses[site].obstacles or uses[site].returned for site in reasons)
+        remedy = f"Use the adapter unmerged{', or ' + FLOAT_FIRST if on_float else ''}."
+    if isinstance(model.get_submodule(path), BaseTunerLayer):
+        reason = "another adapter wraps its module, and what that one adds would not be erased"
+        remedy = "Call merge_and_unload() of that one first, or use the adapter unmerged."
     raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
 
 
@@ -189,6 +231,8 @@ def why_not_foldable(
             f"its activation goes into {obstacles}, and only linear layers (Linear, Conv1D) can take the projection "
             "into their weights"
         )
+    if uses.quantised:
+        return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after it"
     if not uses.layers:
         return "no layer of the model takes its activation"
     for target in dict.fromkeys(uses.layers):
@@ -282,8 +326,7 @@ def _values(
     """The merged parameters of each layer, and the switches that give it the bias it needs."""
     values = {}
     for target, module in plan.modules.items():
-        parameters = {key: p.detach() for key, p in module.named_parameters(recurse=False)}
-        values[target] = merged_parameters(module, parameters, plan.edits[target])
+        values[target] = merged_parameters(module, values_of(module), plan.edits[target])
         for key, value in values[target].items():
             if safe_merge and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
@@ -338,7 +381,7 @@ class Snapshot:
 
     def __init__(self, layers: list[ErasureLayer], modules: list[nn.Module]) -> None:
         self.layers = [(layer, [*layer.merged_adapters], [*layer._written]) for layer in layers]
-        self.modules = [(m, {n: None if p is None else p.data for n, p in m._parameters.items()}) for m in modules]
+        self.modules = [(m, {name: value_of(m, name) for name in m._parameters}) for m in modules]
         self.ledgers = [(module, copy.copy(ledger_of(module))) for module in modules]
         for _, ledger in self.ledgers:
             if ledger is not None:

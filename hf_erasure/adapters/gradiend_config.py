@@ -41,6 +41,7 @@ class GradiendConfig(ChildConfig):
             `"difference"`.
         pair: Which pair of classes acts; the first when `None`.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
+        modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether there is a feature.
         pairs: Written by fitting. The pairs of classes that features were learned for.
         fitted_parameters: Written by fitting. Parameter name → `{"shape", "count", "encoder_count"}`, of which the

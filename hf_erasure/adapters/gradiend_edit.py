@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .quantised import is_quantised
+
 
 @dataclass(frozen=True)
 class Term:
@@ -172,8 +174,10 @@ def written(changes: Sequence[tuple[nn.Parameter, list[Term]]]) -> Iterator[None
 
 def why_not_editable(parameter: Tensor) -> str | None:
     """The reason why a weight cannot be written to; None when it can."""
-    if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
-        return "is quantised or sharded, and an edit of it would not be exact. Load the plain weights"
+    if is_quantised(parameter):
+        return "is quantised, and an edit of it would not be exact. Load the float weights"
+    if type(parameter.data) is not Tensor:
+        return "is sharded. Load the model whole"
     if parameter.device.type == "meta":
         return "is offloaded. Load the model on one device"
     return None

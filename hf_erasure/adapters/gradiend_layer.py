@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .child import AdapterChild
+from .child import AdapterChild, StateDict
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import Term, Written, why_not_editable, with_gradient, write
 from .ledger import ledger_of
+from .offloading import held, owns_offloaded
+from .quantised import FLOAT_FIRST, is_quantised
 
 CHILD = "gradiend"
 # What is kept of a parameter. No kind is another with an underscore behind it, so that keys can be read back.
@@ -66,13 +67,13 @@ class GradiendLayer(AdapterChild):
         self.gradiend_sticky: dict[str, bool] = {}
         self.gradiend_on: dict[str, bool] = {}
         # (2, pairs): what Wd and bd of each pair are multiplied by. Filled in place, so that compiled code stays valid.
-        self.gradiend_steering = BufferDict(persistent=False)
+        self.gradiend_steering = StateDict(persistent=False)
         self.owners: dict[str, list[tuple[nn.Module, str]]] = {}
         self.bypass: Bypass | None = None
         self._handles: list[Any] = []
         self._held: set[str] = set()
         # One entry a merge: whose it was, and what it wrote.
-        self._written: list[tuple[list[str], list[Written]]] = []
+        self._written: list[tuple[list[str], list[tuple[str, Written]]]] = []
 
     @property
     def adapters(self) -> list[str]:
@@ -116,7 +117,7 @@ class GradiendLayer(AdapterChild):
         store = self._modules.get(f"gradiend_{kind}_{parameter}")
         if value is not None:
             self._place(name, f"{kind}_{parameter}", value.clone(memory_format=torch.contiguous_format))
-        elif isinstance(store, BufferDict) and name in store:
+        elif isinstance(store, StateDict) and name in store:
             del store[name]
             self._drop_empty_stores()
         self._awaits_values.discard(name)
@@ -124,19 +125,19 @@ class GradiendLayer(AdapterChild):
     def part(self, name: str, parameter: str, kind: str) -> Tensor | None:
         """A tensor of an adapter; None where it has no such part."""
         store = self._modules.get(f"gradiend_{kind}_{parameter}")
-        return store[name] if isinstance(store, BufferDict) and name in store else None
+        return store[name] if isinstance(store, StateDict) and name in store else None
 
     def _place(self, name: str, key: str, value: Tensor) -> None:
         attribute = f"gradiend_{key}"
-        if not isinstance(self._modules.get(attribute), BufferDict):
-            self.add_module(attribute, BufferDict(persistent=True))
+        if not isinstance(self._modules.get(attribute), StateDict):
+            self.add_module(attribute, StateDict(persistent=True))
         if attribute not in self.other_param_names:
             self.other_param_names = (*self.other_param_names, attribute)
         store: Any = self._modules[attribute]
         store[name] = value.to(self.state_device())
 
     def _drop_empty_stores(self) -> None:
-        stores = {key: store for key, store in self._modules.items() if isinstance(store, BufferDict)}
+        stores = {key: store for key, store in self._modules.items() if isinstance(store, StateDict)}
         for key in [key for key, store in stores.items() if not len(store) and key != STEERING]:
             del self._modules[key]
             self.other_param_names = tuple(name for name in self.other_param_names if name != key)
@@ -146,8 +147,8 @@ class GradiendLayer(AdapterChild):
         weight = next((p for p in self.owner.parameters(recurse=False)), None)
         return torch.device("cpu") if weight is None or weight.device.type == "meta" else weight.device
 
-    def _stores(self, name: str) -> dict[str, BufferDict]:
-        found = {key: store for key, store in self._modules.items() if isinstance(store, BufferDict)}
+    def _stores(self, name: str) -> dict[str, StateDict]:
+        found = {key: store for key, store in self._modules.items() if isinstance(store, StateDict)}
         return {key: store for key, store in found.items() if name in store and key != STEERING}
 
     def await_values(self, name: str) -> None:
@@ -200,7 +201,7 @@ class GradiendLayer(AdapterChild):
         for store in self.children():
             for name, value in list(store._buffers.items()):
                 if value is not None:
-                    converted = fn(value)
+                    converted = self._stay_real(fn(value))
                     same = converted.dtype == value.dtype or converted.is_meta
                     store._buffers[name] = (converted if same else value).to(converted.device, value.dtype)
         return self
@@ -311,7 +312,7 @@ class GradiendLayer(AdapterChild):
         """The changes of a parameter that a forward pass is to see, on a device.
 
         Raises:
-            ValueError: If values are missing.
+            ValueError: If values are missing, or the weights were quantised under the adapter.
         """
         found = []
         for name in self.acting_adapters():
@@ -324,6 +325,11 @@ class GradiendLayer(AdapterChild):
                 term = term.to(device)
             if term is not None:
                 found.append(term)
+        if found and not torch.compiler.is_compiling() and is_quantised(self.parameter(parameter)):
+            raise ValueError(
+                f"{self.path}.{parameter} was quantised after a GRADIEND adapter was attached to it. Instead, "
+                f"{FLOAT_FIRST}."
+            )
         return found
 
     def _move(self, name: str, device: torch.device) -> None:
@@ -334,11 +340,17 @@ class GradiendLayer(AdapterChild):
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
+    def why_not_editable(self, parameter: str) -> str | None:
+        """The reason why a parameter cannot be written to; None when it can."""
+        if any(owns_offloaded(module) for module, _ in self.owners[parameter]):
+            return "is offloaded. Load the model on one device"
+        return why_not_editable(self.parameter(parameter))
+
     def why_not_mergeable(self, names: list[str]) -> str | None:
         """The reason why adapters cannot be written into the weights here; None when they can."""
         for name in names:
             for parameter in self.gradiend_parameters.get(name, ()):
-                reason = why_not_editable(self.parameter(parameter))
+                reason = self.why_not_editable(parameter)
                 if reason is not None:
                     return f"{self.path}.{parameter} {reason} to merge"
                 if any(ledger_of(module) is not None for module, _ in self.owners[parameter]):
@@ -363,9 +375,9 @@ class GradiendLayer(AdapterChild):
             found = [self.terms(n, parameter) for n in names if self.gradiend_on[n]]
             terms = [term for term in found if term is not None]
             if terms:
-                written.append(write(self.parameter(parameter), terms))
+                written.append((parameter, write(self.parameter(parameter), terms)))
             if safe_merge and not bool(torch.isfinite(self.parameter(parameter)).all()):
-                for change in reversed(written):
+                for _, change in reversed(written):
                     change.undo()
                 raise ValueError(f"Merging {names} makes {self.path}.{parameter} non-finite; the adapter seems broken.")
         self._written.append((names, written))
@@ -380,8 +392,10 @@ class GradiendLayer(AdapterChild):
     def unmerge_last(self) -> None:
         """Take the last merge back."""
         names, written = self._written.pop()
-        for change in reversed(written):
-            change.undo()
+        for name, change in reversed(written):
+            # Not the tensor of then, if accelerate has put the weights elsewhere since.
+            with held(self.owners[name]) as change.parameter:
+                change.undo()
         self.merged_adapters = [name for name in self.merged_adapters if name not in names]
 
     def forget_originals(self) -> None:
@@ -461,10 +475,12 @@ class Swap:
         place = _place_of_forward(self.module)
         if self.slots or self.module.__dict__.get(place) is not self:
             return
-        if self.wrapped is None:
-            del self.module.__dict__[place]
-        else:
+        if self.wrapped is not None:
             self.module.__dict__[place] = self.wrapped
+        elif place == "forward":
+            del self.module.__dict__[place]
+        else:  # accelerate came later, and took this for the module's own
+            self.module.__dict__[place] = type(self.module).forward.__get__(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's `forward` returns with the changed values in place."""

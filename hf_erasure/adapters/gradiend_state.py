@@ -15,7 +15,7 @@ from hf_erasure.gradiend.features import Feature, FeatureDecoder, FeatureEncoder
 
 from .fingerprint import fingerprint
 from .gradiend_config import GradiendConfig
-from .gradiend_edit import Term, edited_tensor, why_not_editable, written
+from .gradiend_edit import Term, edited_tensor, written
 from .gradiend_layer import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendLayer, strength
 from .gradiend_tuner import modules_of_kind, share_kept
 
@@ -213,7 +213,7 @@ def edited(
     changes: list[tuple[nn.Parameter, list[Term]]] = []
     for name, layer, term in _terms(layers, adapter_name, steering):
         parameter = layer.parameter(name)
-        reason = why_not_editable(parameter)
+        reason = layer.why_not_editable(name)
         if reason is not None:
             raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
         changes.append((parameter, [term]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -13,7 +14,9 @@ from .child_tuner import ChildTuner, exactly, is_child
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import squares_of_change
 from .gradiend_layer import CHILD, Bypass, GradiendLayer, innermost
-from .targets import keep_layers
+from .mixed_batches import Rows
+from .quantised import FLOAT_FIRST, is_quantised, quantised_modules
+from .targets import is_fitted_at, keep_layers
 
 # Below this share of the edit that a merge keeps, the merged model is not what was selected.
 ENOUGH = 0.9
@@ -45,9 +48,8 @@ class GradiendModel(ChildTuner):
     def _check_target_module_exists(peft_config: GradiendConfig, key: str) -> Any:
         if is_child(key):
             return False
-        # A fitted adapter goes where it was fitted, whatever else a pattern may match in this model.
         if peft_config.fitted_parameters is not None:
-            return key in peft_config.fitted_modules
+            return is_fitted_at(peft_config, key, set(peft_config.fitted_modules))
         return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: GradiendConfig) -> None:
@@ -66,7 +68,7 @@ class GradiendModel(ChildTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        parameters = _own_parameters(peft_config, innermost(target), current_key, self._claimed)
+        parameters = _own_parameters(peft_config, innermost(target), current_key, self._claimed, self.model)
         if not parameters:
             return
         layer = target._modules.get(CHILD)
@@ -103,7 +105,7 @@ class GradiendModel(ChildTuner):
         Raises:
             ValueError: Names the weight that cannot be merged into; nothing has changed then.
         """
-        names = self._acting_adapters() if adapter_names is None else adapter_names
+        names = self._left_to_merge(self._acting_adapters() if adapter_names is None else adapter_names)
         layers: list[GradiendLayer] = [layer for layer in self._children() if set(names) & set(layer.adapters)]
         for layer in layers:
             if layer.disable_adapters:
@@ -121,6 +123,21 @@ class GradiendModel(ChildTuner):
             for layer in reversed(done):
                 layer.unmerge_last()
             raise
+
+    # ---- several adapters -------------------------------------------------------------------------------------------
+
+    def _mixed_batch(self, rows: Rows) -> AbstractContextManager[None]:
+        raise ValueError(
+            f"adapter_names={[*rows.names]} cannot be followed: a GRADIEND adapter changes weights, which all rows of "
+            "a batch share. Run the rows of each adapter as a batch of their own, with set_adapter(name)."
+        )
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refused: what the weights would do, steering does."""
+        raise ValueError(
+            f"{adapters} cannot be made one adapter. Use them together, model.base_model.set_adapter({adapters}): "
+            "their changes add up, each with the strength that GradiendAdapter.of(model, name).steer(…) gives it."
+        )
 
     def _warn_before_merge(self, names: list[str]) -> None:
         for name in names:
@@ -192,19 +209,26 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def _own_parameters(config: GradiendConfig, owner: nn.Module, path: str, claimed: set[int]) -> tuple[str, ...]:
+def _own_parameters(
+    config: GradiendConfig, owner: nn.Module, path: str, claimed: set[int], model: nn.Module
+) -> tuple[str, ...]:
     """Names of the parameters of a module that an adapter changes and that no other module has brought yet."""
     if config.fitted_parameters is not None:
-        return _fitted_parameters(config, config.fitted_parameters, owner, path, claimed)
+        return _fitted_parameters(config, config.fitted_parameters, owner, path, claimed, model)
     own = dict(owner.named_parameters(recurse=False))
     names = tuple(name for name, parameter in own.items() if id(parameter) not in claimed)
     for name in names:
-        _refuse_quantised(f"{path}.{name}", own[name], path)
+        _refuse_quantised(f"{path}.{name}", own[name], config, model)
     return names
 
 
 def _fitted_parameters(
-    config: GradiendConfig, fitted: dict[str, dict[str, Any]], owner: nn.Module, path: str, claimed: set[int]
+    config: GradiendConfig,
+    fitted: dict[str, dict[str, Any]],
+    owner: nn.Module,
+    path: str,
+    claimed: set[int],
+    model: nn.Module,
 ) -> tuple[str, ...]:
     wanted = [full.rpartition(".")[2] for full in fitted if full.rpartition(".")[0] == path]
     # In the order of the module: a file has names sorted.
@@ -221,7 +245,7 @@ def _fitted_parameters(
                 f"{full!r} is one tensor with another weight of this model, but was a weight of its own where the "
                 f"{config.described} was fitted. Load it into a model with untied weights (tie_word_embeddings=False)."
             )
-        _refuse_quantised(full, parameter, path)
+        _refuse_quantised(full, parameter, config, model)
         if list(parameter.shape) != list(fitted[full]["shape"]):
             raise ValueError(
                 f"The {config.described} was fitted where {full!r} has shape {fitted[full]['shape']}; here it has "
@@ -230,13 +254,17 @@ def _fitted_parameters(
     return tuple(names)
 
 
-def _refuse_quantised(full: str, parameter: nn.Parameter, path: str) -> None:
-    plain = type(parameter.data) is Tensor or type(parameter.data).__name__ == "DTensor"
-    if not parameter.is_floating_point() or not plain:
+def _refuse_quantised(full: str, parameter: nn.Parameter, config: GradiendConfig, model: nn.Module) -> None:
+    if not is_quantised(parameter):
+        return
+    if config.fitted:
         raise ValueError(
-            f"{full!r} is quantised, and a GRADIEND adapter changes weights. Load the plain weights, or leave the "
-            f"module out: exclude_modules=[{path!r}]."
+            f"{full!r} is quantised in this model, and the {config.described} changes it. Instead, {FLOAT_FIRST}."
         )
+    raise ValueError(
+        f"{full!r} is quantised, and a GRADIEND adapter changes weights. Instead, {FLOAT_FIRST}; or let the adapter "
+        f"change none but the float weights of this one: exclude_modules={quantised_modules(model)}."
+    )
 
 
 def link_owners(model: nn.Module) -> None:

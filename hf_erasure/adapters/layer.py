@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
 from . import hidden as hidden_states
-from .child import AdapterChild
+from .child import AdapterChild, StateDict
 from .config import SITES, ConceptErasureConfig
 from .ledger import forget, withdraw
 
@@ -49,9 +48,9 @@ class ErasureLayer(AdapterChild):
         # In a list, so that they do not become submodules.
         self._written: list[nn.Module] = []
         self.observers: dict[str, Observer] = {}
-        self.concept_erasure_left = BufferDict(persistent=True)
-        self.concept_erasure_right = BufferDict(persistent=True)
-        self.concept_erasure_bias = BufferDict(persistent=True)
+        self.concept_erasure_left = StateDict(persistent=True)
+        self.concept_erasure_right = StateDict(persistent=True)
+        self.concept_erasure_bias = StateDict(persistent=True)
         self.concept_erasure_site: dict[str, str] = {}
         self.concept_erasure_sticky: dict[str, bool] = {}
 
@@ -148,9 +147,11 @@ class ErasureLayer(AdapterChild):
 
     def _state_placement(self) -> tuple[torch.device, torch.dtype]:
         """Where erasers live and how precise they are: float32, or float64 on a float64 base."""
-        weight = next((p for p in self.host.parameters() if p.is_floating_point()), None)
-        if weight is None:
+        # A quantised layer may have no floating-point weight; where it is tells all the same.
+        weights = sorted(self.host.parameters(), key=lambda p: not p.is_floating_point())
+        if not weights:
             return torch.device("cpu"), torch.float32
+        weight = weights[0]
         device = torch.device("cpu") if weight.device.type == "meta" else weight.device
         return device, torch.float64 if weight.dtype == torch.float64 else torch.float32
 
@@ -203,24 +204,30 @@ class ErasureLayer(AdapterChild):
 
     def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
         for name in names:
-            if name in self.observers:
-                hidden = self.observers[name](hidden)
-                continue
-            left, right, bias = self._parts(name)
-            if left.shape[-1] == 0:
-                continue
-            if left.device != hidden.device:
-                left, right, bias = self.parts_on(name, hidden.device)
-            if hidden.shape[-1] != left.shape[0]:
-                raise ValueError(
-                    f"{self.path!r} has activations of width {hidden.shape[-1]}, but adapter {name!r} erases width "
-                    f"{left.shape[0]}: it was fitted on another model. Fit it again on this one."
-                )
-            # A check of values cannot be compiled; there a NaN shows in the output.
-            if name in self._awaits_values and not torch.compiler.is_compiling():
-                self.check_values(name)
-            hidden = apply_erasure(hidden, left, right, bias)
+            if self.rows is None or self.concept_erasure_sticky[name]:
+                hidden = self._erase_by(name, hidden)
+            else:
+                rows = self.rows.of(name, hidden, self.path)
+                hidden = hidden.index_copy(0, rows, self._erase_by(name, hidden.index_select(0, rows)))
         return hidden
+
+    def _erase_by(self, name: str, hidden: Tensor) -> Tensor:
+        if name in self.observers:
+            return self.observers[name](hidden)
+        left, right, bias = self._parts(name)
+        if left.shape[-1] == 0:
+            return hidden
+        if left.device != hidden.device:
+            left, right, bias = self.parts_on(name, hidden.device)
+        if hidden.shape[-1] != left.shape[0]:
+            raise ValueError(
+                f"{self.path!r} has activations of width {hidden.shape[-1]}, but adapter {name!r} erases width "
+                f"{left.shape[0]}: it was fitted on another model. Fit it again on this one."
+            )
+        # A check of values cannot be compiled; there a NaN shows in the output.
+        if name in self._awaits_values and not torch.compiler.is_compiling():
+            self.check_values(name)
+        return apply_erasure(hidden, left, right, bias)
 
     def parts_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """An eraser's `left`, `right` and `bias` on a device, where they stay: accelerate may have moved the model."""
@@ -233,7 +240,7 @@ class ErasureLayer(AdapterChild):
         """Follow `.to(device)` and `.double()`, but stay in float32 when the model goes to half precision."""
         for parts in (self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias):
             for name, part in list(parts.items()):
-                converted = fn(part)
+                converted = self._stay_real(fn(part))
                 half = converted.dtype.itemsize < 4
                 parts[name] = part.to(converted.device, torch.float32) if half else converted
         return self

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .merging import Edit, merged_parameters
+from .offloading import add_parameter, drop_parameter, owns_offloaded, value_of, values_of, write_value
 
 # A plain attribute of the module: it is copied with the module, and is no part of the state dict.
 _LEDGER = "_concept_erasure_ledger"
@@ -19,11 +21,19 @@ _LEDGER = "_concept_erasure_ledger"
 
 @dataclass
 class Ledger:
-    """The originals of a module's parameters (None: there was no such parameter) and what was written over them."""
+    """The originals of a module's parameters (None: there was no such parameter) and what was written over them.
+
+    Attributes:
+        originals: Parameter name → its values before any eraser.
+        edits: The erasers, in the order in which they were written.
+        switch: What has given the module its bias; None where it has its own, or none.
+        digests: Parameter name → `digest` of the values that were written last.
+    """
 
     originals: dict[str, Tensor | None]
     edits: list[Edit] = field(default_factory=list)
     switch: BiasSwitch | None = None
+    digests: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,7 +57,7 @@ class BiasSwitch:
         setattr(self.config, self.name, True)
         for module in self.modules.values():
             open_ledger(module).switch = self
-            weight = module.get_parameter("weight")
+            weight = values_of(module)["weight"]
             set_parameter(module, "bias", weight.new_zeros(weight.shape[0]))
 
     def close(self) -> None:
@@ -68,8 +78,8 @@ def open_ledger(module: nn.Module) -> Ledger:
     """The module's ledger; a new one takes copies of its parameters."""
     ledger = ledger_of(module)
     if ledger is None:
-        parameters = {name: module._parameters.get(name) for name in ("weight", "bias")}
-        ledger = Ledger({name: None if p is None else p.detach().clone() for name, p in parameters.items()})
+        values = {name: value_of(module, name) for name in ("weight", "bias")}
+        ledger = Ledger({name: None if value is None else value.clone() for name, value in values.items()})
         put_ledger(module, ledger)
     return ledger
 
@@ -84,24 +94,34 @@ def put_ledger(module: nn.Module, ledger: Ledger | None) -> None:
 
 def write(module: nn.Module, values: dict[str, Tensor], edits: list[Edit]) -> None:
     """Put merged values in place, and note whose they are."""
-    open_ledger(module).edits.extend(edits)
+    ledger = open_ledger(module)
+    ledger.edits.extend(edits)
+    ledger.digests = {**ledger.digests, **_digests(values)}
     for name, value in values.items():
         set_parameter(module, name, value)
 
 
 def withdraw(module: nn.Module, path: str) -> None:
-    """Take back what the erasers of one site did to a module; without others, its parameters are as they were."""
+    """Take back what the erasers of one site did to a module; without others, its parameters are as they were.
+
+    What something else has added since, as a LoRA that PEFT has merged, stays added.
+    """
     ledger = ledger_of(module)
     if ledger is None:
         return
-    ledger.edits = [edit for edit in ledger.edits if edit.path != path]
+    all_edits = ledger.edits
+    ledger.edits = [edit for edit in all_edits if edit.path != path]
     originals: dict[str, Any] = dict(ledger.originals)
     if ledger.switch is not None:
         originals["bias"] = originals["weight"].new_zeros(originals["weight"].shape[0])
-    if ledger.edits:
-        present = {name: value for name, value in originals.items() if value is not None}
-        originals |= merged_parameters(module, present, ledger.edits)
-    for name, value in originals.items():
+    present = {name: value for name, value in originals.items() if value is not None}
+    values = originals | (merged_parameters(module, present, ledger.edits) if ledger.edits else {})
+    later = _changed_since(module, ledger)
+    ledger.digests = _digests(values)
+    if later:
+        written = originals | merged_parameters(module, present, all_edits)
+        values |= {name: _with_change(now, written[name], values[name]) for name, now in later.items()}
+    for name, value in values.items():
         set_parameter(module, name, value)
     if ledger.switch is not None:
         if not any(_has_edits(other) for other in ledger.switch.modules.values()):
@@ -122,11 +142,45 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Give a parameter a value, where it lives; None takes the parameter away."""
     present = module._parameters.get(name)
     if value is None:
-        module._parameters[name] = None
+        drop_parameter(module, name)
+    elif present is None and owns_offloaded(module):
+        add_parameter(module, name, value, requires_grad=module.get_parameter("weight").requires_grad)
     elif present is None:
         module.register_parameter(name, nn.Parameter(value, module.get_parameter("weight").requires_grad))
+    elif owns_offloaded(module):
+        write_value(module, name, value)
     else:
         present.data = value.to(present.device, present.dtype)
+
+
+def was_changed(module: nn.Module) -> bool:
+    """Whether something else has written into a module's weights since erasers were."""
+    ledger = ledger_of(module)
+    return ledger is not None and bool(_changed_since(module, ledger))
+
+
+def _changed_since(module: nn.Module, ledger: Ledger) -> dict[str, Tensor]:
+    """The parameters that are not what was written, with their values now."""
+    present = {name: value_of(module, name) for name in ledger.digests}
+    return {name: v for name, v in present.items() if v is not None and _digest(v) != ledger.digests[name]}
+
+
+def _with_change(now: Tensor, written: Tensor, value: Tensor | None) -> Tensor | None:
+    """`value`, and on top of it what `now` differs by from `written`; where they agree, `value` to the bit."""
+    if value is None:
+        return None
+    written, value = written.to(now.device, now.dtype), value.to(now.device, now.dtype)
+    return torch.where(now == written, value, (now.double() - written.double() + value.double()).to(now.dtype))
+
+
+def _digests(values: dict[str, Any]) -> dict[str, int]:
+    return {name: _digest(value) for name, value in values.items() if value is not None}
+
+
+def _digest(value: Tensor) -> int:
+    """A number that another value of a parameter is most unlikely to have: the sum of its bits, read as integers."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(value.detach().contiguous().view(integers[value.dtype.itemsize]).sum(dtype=torch.int64))
 
 
 def _has_edits(module: nn.Module) -> bool:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .offloading import is_offloaded, why_not_reachable
+from .quantised import FLOAT_FIRST, has_quantised
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -101,7 +104,9 @@ def why_not_mergeable(host: nn.Module, site: str) -> str | None:
     kind = type(host).__name__
     if getattr(host, "parametrizations", None):
         return f"the weight of this {kind} is parametrized; remove the parametrization first."
-    # Subclasses with a forward of their own (scaled, quantised, wrapped layers) compute something else.
+    if has_quantised(host):
+        return f"its weight is quantised, and would not be exact after it. Use the adapter unmerged, or {FLOAT_FIRST}."
+    # Subclasses with a forward of their own (scaled, wrapped layers) compute something else.
     if type(host).forward is nn.Embedding.forward:
         if site == "input":
             return "an embedding takes token ids. Use site='output'."
@@ -113,18 +118,22 @@ def why_not_mergeable(host: nn.Module, site: str) -> str | None:
             "the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
         )
     weight = host.get_parameter("weight")
-    if weight.device.type == "meta":
-        return "its weight is offloaded. Load the model on one device to merge."
-    if not weight.is_floating_point() or type(weight.data) is not Tensor:
-        return "its weight is quantised or sharded, and the merged weight would not be exact. Load the plain weights."
+    unreachable = why_not_reachable(host)
+    if unreachable is not None:
+        return f"its weight {unreachable} to merge."
+    if type(weight.data) is not Tensor:
+        return "its weight is sharded. Load the model whole to merge."
     return None
 
 
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:
     """Parameter names that share their tensor with others (tied embeddings), each with all its names."""
-    names: dict[int, list[str]] = {}
+    # Offloaded, each place of a tied weight has a placeholder of its own.
+    ties: dict[str, str] = (getattr(model, "all_tied_weights_keys", None) or {}) if is_offloaded(model) else {}
+    tied = {*ties, *ties.values()}
+    names: dict[int | str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(ties.get(name, name) if name in tied else id(parameter), []).append(name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 

@@ -7,11 +7,13 @@ says that adding one adapter switched another off. Every wrapper calls the origi
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
@@ -22,7 +24,10 @@ from .child import adapter_children, child_configs
 from .child_tuner import (
     ChildTuner,
     device_map_of_offloaded,
+    left_in_place,
     move_inside_wrappers,
+    out_of_sight,
+    refuse_copies,
     rehome_layers,
     remove_adapter,
     remove_empty_layers,
@@ -41,7 +46,7 @@ class _Before:
         self.training = [(module, module.training) for module in model.modules()]
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self.acting = _acting(model)
+        self.acting = acting_adapters(model)
         children = adapter_children(model)
         self.values = [
             (child, overwritten, tuple(part.clone() for part in child.state_of(overwritten)))
@@ -78,6 +83,8 @@ def install() -> None:
     _wrap(PeftModel, "load_adapter", _peft_load_adapter)
     _wrap(PeftModel, "from_pretrained", _peft_from_pretrained)
     _wrap(BaseTuner, "inject_adapter", _inject_adapter)
+    _wrap(BaseTuner, "merge_adapter", _merge_or_unmerge)
+    _wrap(BaseTuner, "unmerge_adapter", _merge_or_unmerge)
     _wrap(BaseTuner, "unload", _unload)
     _wrap(BaseTuner, "merge_and_unload", _unload)
 
@@ -106,7 +113,7 @@ def _add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_na
         if isinstance(adapter_config, ChildConfig) or not isinstance(adapter_config, PeftConfig):
             before.restore(adapter_name or "default")
         raise
-    _warn_of_darkened(before.acting, _acting(model), adapter_name or "default")
+    warn_of_darkened(before.acting, acting_adapters(model), adapter_name or "default")
 
 
 def _load_adapter(
@@ -128,7 +135,7 @@ def _load_adapter(
             before.restore(name)
             _explain_damage(error, peft_model_id)
         raise
-    _warn_of_darkened(before.acting, _acting(model), name)
+    warn_of_darkened(before.acting, acting_adapters(model), name)
     return result
 
 
@@ -145,7 +152,8 @@ def _peft_load_adapter(
     for child in adapter_children(model, adapter_name):
         child.await_values(adapter_name)
     try:
-        result = original(model_id, adapter_name, *args, **kwargs)
+        with _staying_in_place(model, model_id, model.peft_config.get(adapter_name), kwargs):
+            result = original(model_id, adapter_name, *args, **kwargs)
         _check_loaded(model, adapter_name)
     except BaseException as error:
         if _is_ours(model, adapter_name):
@@ -158,17 +166,47 @@ def _peft_load_adapter(
 def _peft_from_pretrained(original: Callable, cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Weights are loaded after PEFT has injected the adapter and frozen the model, so both are undone here."""
     before = _Before(model)
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     try:
-        return original(model, *args, **kwargs)
+        with _staying_in_place(model, given["model_id"], given.get("config"), kwargs):
+            return original(model, *args, **kwargs)
     except BaseException:
         for name in {n for child in adapter_children(model) for n in child.adapters} - before.ours:
             before.restore(name)
         raise
 
 
-def _inject_adapter(original: Callable, tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    original(model, *args, **kwargs)
+def _staying_in_place(
+    model: nn.Module, model_id: Any, config: PeftConfig | None, kwargs: dict[str, Any]
+) -> AbstractContextManager[None]:
+    """Keep an offloaded model where it is while PEFT puts an adapter of ours on it."""
+    if not hasattr(model, "hf_device_map"):
+        return nullcontext()
+    if config is None:
+        places = ("subfolder", "revision", "cache_dir", "token")
+        kind = PeftConfig._get_peft_type(model_id, **{key: kwargs[key] for key in places if key in kwargs})
+        ours = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], ChildConfig)
+    else:
+        ours = isinstance(config, ChildConfig)
+    return left_in_place(model) if ours else nullcontext()
+
+
+def _inject_adapter(
+    original: Callable, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    try:
+        refuse_copies(model, adapter_name, getattr(tuner.peft_config[adapter_name], "modules_to_save", None) or ())
+    except ValueError:
+        tuner.peft_config.pop(adapter_name)
+        raise
+    original(model, adapter_name, *args, **kwargs)
     rehome_layers(model)
+
+
+def _merge_or_unmerge(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+    """Another method (ours have their own) merges its layers, and no others."""
+    with out_of_sight(tuner.model):
+        return original(*args, **kwargs)
 
 
 def _unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
@@ -211,12 +249,13 @@ def _check_loaded(model: nn.Module, name: str) -> None:
         child.settle(name)
 
 
-def _acting(model: nn.Module) -> dict[str, str]:
+def acting_adapters(model: nn.Module) -> dict[str, str]:
     """The adapters of ours that act, with what messages call them."""
     return {name: child.noun for child in adapter_children(model) for name in child.acting_adapters()}
 
 
-def _warn_of_darkened(before: dict[str, str], after: dict[str, str], newcomer: str) -> None:
+def warn_of_darkened(before: dict[str, str], after: dict[str, str], newcomer: str, stacklevel: int = 4) -> None:
+    """Name the adapters that acted before a newcomer came and do not act now; for callers that a user calls."""
     names = sorted(before.keys() - after.keys())
     if names:
         dark = ", ".join(f"the {before[name]} {name!r}" for name in names)
@@ -224,5 +263,5 @@ def _warn_of_darkened(before: dict[str, str], after: dict[str, str], newcomer: s
             f"Adding {newcomer!r} switched {dark} off, since PEFT activates only the newcomer. Use both with "
             f"model.set_adapter({[*names, newcomer]}), or write sticky=True in the configuration of an adapter that "
             "must stay on.",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )

@@ -7,8 +7,11 @@ a pre-LN model the norms inside the blocks feed the sublayers only and leave the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from typing import Any
 
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 # Norms registered before the blocks are those of the embeddings, unless their name says that they come last.
@@ -44,6 +47,17 @@ def keep_layers(names: list[str], layers: int | list[int], pattern: str | list[s
     wanted = {layers} if isinstance(layers, int) else set(layers)
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
     return [name for name in names if _layer_index(name, patterns) in wanted]
+
+
+def is_fitted_at(config: PeftConfig, name: str, places: Container[str]) -> Any:
+    """Whether a fitted adapter acts at a module: where it was fitted, whatever else a pattern matches in this model.
+
+    Of the rest it is only told what `exclude_modules` left out, or PEFT would warn that this left out nothing.
+    """
+    if name in places:
+        return True
+    found = BaseTuner._check_target_module_exists(config, name)
+    return False if found else found
 
 
 def _layer_index(name: str, patterns: list[str]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -11,7 +12,8 @@ from .child_tuner import ChildTuner, exactly, is_child
 from .config import ConceptErasureConfig
 from .folding import merge
 from .layer import CHILD, ErasureLayer
-from .targets import default_targets, keep_layers
+from .mixed_batches import Rows, rows_have_adapters
+from .targets import default_targets, is_fitted_at, keep_layers
 
 
 class ConceptErasureModel(ChildTuner):
@@ -38,9 +40,8 @@ class ConceptErasureModel(ChildTuner):
     def _check_target_module_exists(peft_config: ConceptErasureConfig, key: str) -> Any:
         if is_child(key):
             return False
-        # A fitted adapter goes where it was fitted, whatever else a pattern may match in this model.
         if peft_config.fitted_sites is not None:
-            return key in peft_config.fitted_sites
+            return is_fitted_at(peft_config, key, peft_config.fitted_sites)
         return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
@@ -77,4 +78,20 @@ class ConceptErasureModel(ChildTuner):
         if adapter_names is None:
             adapter_names = self._acting_adapters()
         self._check_merge_allowed()
-        merge(self.model, adapter_names, safe_merge=safe_merge)
+        merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge)
+
+    # ---- several adapters -------------------------------------------------------------------------------------------
+
+    def _mixed_batch(self, rows: Rows) -> AbstractContextManager[None]:
+        if self.training:
+            raise ValueError(
+                f"adapter_names={[*rows.names]} is for inference, and the model is in training mode: call eval() first."
+            )
+        return rows_have_adapters(self._children(), rows)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of erasers erases none of the concepts."""
+        raise ValueError(
+            f"{adapters} cannot be added with weights: a weighted sum of erasers erases none of the concepts. "
+            "hf_erasure.combine_adapters(model, names, into) makes one erasure that erases all of them."
+        )

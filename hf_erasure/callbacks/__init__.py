@@ -2,7 +2,7 @@
 
 from .concept_erasure import ConceptErasureCallback
 from .gradiend import GradiendCallback
-from .logs import install
+from .seams import install
 
 install()
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -14,7 +15,7 @@ from hf_erasure.fitting.erasure import adapter_to_fit
 from hf_erasure.fitting.leakage import measured_leakage
 
 from .checks import check_training
-from .logs import LoggingCallback
+from .logs import LoggingCallback, devices_of
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ class ConceptErasureCallback(LoggingCallback):
     begins.
 
     Args:
-        batches: Labelled batches as `fit_concept_erasure` takes them; gone through at every refit, so no one-time
-            iterator.
+        batches: Labelled batches as `fit_concept_erasure` takes them, of several processes each its own share; gone
+            through at every refit, so no one-time iterator.
         adapter_name: The erasure.
         refit_steps: Refit after every so many steps, or `"epoch"`: after every epoch.
         refit_leakage: Refit when the leakage of a site, measured at each log, is above this correlation.
@@ -63,12 +64,17 @@ class ConceptErasureCallback(LoggingCallback):
             raise ValueError("refit_leakage needs eval_batches to measure leakage on: give held-out labelled batches.")
         if iter(batches) is batches:
             raise ValueError("batches is an iterator that can be gone through once: give a list or a DataLoader.")
-        self.batches, self.adapter_name = batches, adapter_name
+        super().__init__(adapter_name, {"refits": 0, "is_due": False})
+        self.batches = batches
         self.refit_steps, self.refit_leakage, self.eval_batches = refit_steps, refit_leakage, eval_batches
         self._options: dict[str, Any] = {"sequential": sequential, "background": background}
         self.pool = pool
-        self.refits = 0
-        self._is_due = False
+
+    @property
+    def refits(self) -> int:
+        """How often the erasure was fitted so far, before a checkpoint that was resumed from too."""
+        refits: int = self.memory["refits"]
+        return refits
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,6 +82,7 @@ class ConceptErasureCallback(LoggingCallback):
         """Check how the model is trained, and fit an erasure that was not."""
         model: nn.Module = kwargs["model"]
         check_training(model, args)
+        self.remember(state)
         config, _ = adapter_to_fit(model, self.adapter_name)
         if not config.fitted:
             self._refit(model, state)
@@ -96,14 +103,16 @@ class ConceptErasureCallback(LoggingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refit what the latest log has found to leak."""
-        if self._is_due:
+        if self.memory["is_due"]:
             self._refit(kwargs["model"], state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refit what the last log has found to leak."""
-        if self._is_due:
+        """Refit what leaks at the end: found by the last log, or in the best model, which is another one."""
+        if args.load_best_model_at_end and self.refit_leakage is not None:
+            self.logged(state, kwargs["model"])
+        if self.memory["is_due"]:
             self._refit(kwargs["model"], state)
 
     def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
@@ -113,11 +122,12 @@ class ConceptErasureCallback(LoggingCallback):
             leakage = measured_leakage(model, self.eval_batches, self.adapter_name, pool=self.pool)
             found |= {f"leakage/{site}": value for site, value in leakage.items()}
             found["leakage_max"] = max(leakage.values())
-            self._is_due = self.refit_leakage is not None and found["leakage_max"] > self.refit_leakage
+            self.memory["is_due"] = self.refit_leakage is not None and found["leakage_max"] > self.refit_leakage
         return found
 
     def _refit(self, model: nn.Module, state: TrainerState) -> None:
-        fit_concept_erasure(model, self.batches, self.adapter_name, pool=self.pool, progress=False, **self._options)
-        self.refits += 1
-        self._is_due = False
+        # Batches that are shuffled must not move the random numbers that training draws.
+        with torch.random.fork_rng(devices=devices_of(model)):
+            fit_concept_erasure(model, self.batches, self.adapter_name, pool=self.pool, progress=False, **self._options)
+        self.memory.update(refits=self.refits + 1, is_due=False)
         _LOGGER.info("Erasure %r fitted at step %d.", self.adapter_name, state.global_step)

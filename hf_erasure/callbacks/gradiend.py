@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
 from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
 
-from .checks import check_training
+from .checks import check_training, is_sharded
 from .logs import LoggingCallback
 
 MODES = ("monitor", "guard")
@@ -51,9 +51,8 @@ class GradiendCallback(LoggingCallback):
             raise ValueError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}.")
         if log_steps < 1:
             raise ValueError(f"log_steps={log_steps}: give a positive number of steps.")
-        self.adapter_name, self.mode, self.log_steps = adapter_name, mode, log_steps
-        self._encoded: list[float] = []
-        self._guarded: list[float] = []
+        super().__init__(adapter_name, {"encoded": [], "guarded": []})
+        self.mode, self.log_steps = mode, log_steps
         self._encoder: FeatureEncoder | None = None
         self._weights: list[Trained] = []
         self._guard: _Guard | None = None
@@ -68,6 +67,12 @@ class GradiendCallback(LoggingCallback):
         """
         model: nn.Module = kwargs["model"]
         check_training(model, args)
+        if is_sharded():
+            raise ValueError(
+                "GradiendCallback reads whole gradients and weights, and here they are sharded (FSDP, DeepSpeed): "
+                "train with DDP, or on one device."
+            )
+        self.remember(state)
         stored = features_of(model, self.adapter_name)
         peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
         config: GradiendConfig = peft_config[self.adapter_name]
@@ -77,6 +82,11 @@ class GradiendCallback(LoggingCallback):
             raise ValueError(
                 f"The GRADIEND adapter {self.adapter_name!r} holds no encoder to monitor with: fit it with "
                 "GradiendConfig(keep_encoder=True), or use mode='guard'."
+            )
+        if args.fp16 and not args.max_grad_norm and feature.encoder is not None and not feature.encoder.unit_norm:
+            raise ValueError(
+                f"With fp16=True and max_grad_norm={args.max_grad_norm} gradients stay multiplied by the loss scale, "
+                f"and the encoder of {self.adapter_name!r} reads their size: set max_grad_norm, or bf16=True."
             )
         self._weights = trained_weights(model, self.adapter_name)
         if self.mode == "guard":
@@ -90,7 +100,7 @@ class GradiendCallback(LoggingCallback):
             gradients = {name: torch.zeros(shape) for name, shape in self._encoder.shapes.items()} | {
                 weight.name: weight.gradient() for weight in self._weights if weight.name in self._encoder.shapes
             }
-            self._encoded.append(self._encoder.encode(gradients))
+            self.memory["encoded"].append(self._encoder.encode(gradients))
         if self._guard is not None:
             self._guard.before()
 
@@ -99,12 +109,12 @@ class GradiendCallback(LoggingCallback):
     ) -> None:
         """Take the feature's direction out of what the optimizer has done."""
         if self._guard is not None:
-            self._guarded.append(self._guard.after())
+            self.memory["guarded"].append(self._guard.after())
 
     def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """The means since the last log."""
         found = {}
-        for name, values in (("encoded", self._encoded), ("guarded", self._guarded)):
+        for name, values in self.memory.items():
             if values:
                 found[f"{self.adapter_name}_{name}"] = sum(values) / len(values)
                 values.clear()

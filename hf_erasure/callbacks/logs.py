@@ -1,23 +1,25 @@
-"""Figures of a callback in the Trainer's own log.
-
-A callback is told of a log after those that report it, so what it added would be in no report. One wrapper around
-`CallbackHandler.on_log` asks for figures before anybody is told.
-"""
+"""What our callbacks share: figures for the Trainer's own log, and a memory that outlives a checkpoint."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_callback import CallbackHandler
-
-_MARK = "_hf_erasure_seam"
 
 
 class LoggingCallback(TrainerCallback):
-    """A callback with figures for the log."""
+    """A callback with figures for the log.
+
+    Attributes:
+        adapter_name: The adapter it is about.
+        memory: What a resumed training must know, in JSON's types.
+    """
+
+    def __init__(self, adapter_name: str, memory: dict[str, Any]) -> None:
+        self.adapter_name = adapter_name
+        self.memory = memory
 
     def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """What to add to the log that is about to be written.
@@ -28,22 +30,21 @@ class LoggingCallback(TrainerCallback):
         """
         raise NotImplementedError
 
+    def logged(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
+        """The figures, taken without moving the random numbers that training draws."""
+        with torch.random.fork_rng(devices=devices_of(model)):
+            return self.figures(state, model)
 
-def install() -> None:
-    """Wrap the seam; called again, it puts this wrapper in the place of the former."""
-    present = CallbackHandler.on_log
-    original = getattr(present, _MARK, present)
+    def remember(self, state: TrainerState) -> None:
+        """Let the Trainer keep `memory` in its state, after taking over what a checkpoint has brought.
 
-    @functools.wraps(original)
-    def on_log(self: Any, args: Any, state: Any, control: Any, logs: dict[str, float]) -> Any:
-        # Only logs of training: those of an evaluation are on their own.
-        for callback in self.callbacks if "loss" in logs else ():
-            if isinstance(callback, LoggingCallback):
-                added = callback.figures(state, self.model)
-                logs.update(added)
-                if state.log_history:
-                    state.log_history[-1].update(added)
-        return original(self, args, state, control, logs)
+        `ExportableState` would have the callback built anew from JSON, and its batches are no JSON.
+        """
+        key = f"{type(self).__name__} {self.adapter_name}"
+        self.memory.update(state.stateful_callbacks.get(key, {}))
+        state.stateful_callbacks[key] = self.memory
 
-    setattr(on_log, _MARK, original)
-    CallbackHandler.on_log = on_log
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """The accelerators that a model is on."""
+    return list({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")})

@@ -17,7 +17,7 @@ from hf_erasure.adapters.fingerprint import fingerprint
 from .checkpoint import FitCheckpoint
 from .gathering import gather
 from .heldout import HeldOut, measure
-from .labels import POOLS
+from .labels import check_pool
 from .processes import Processes
 from .report import ErasureReport, SiteReport
 from .running import Runner
@@ -77,8 +77,7 @@ def fit_concept_erasure(
             f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
             "holds one batch at a time anyway."
         )
-    if pool not in POOLS:
-        raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
+    check_pool(pool)
     config, layers = adapter_to_fit(model, adapter_name)
     _check_label_order(batches, config)
     processes, checkpoint = Processes(), None
@@ -90,7 +89,7 @@ def fit_concept_erasure(
     runner = Runner(model, list(layers))
     task = FitTask(runner, layers, adapter_name, config, pool, progress, resident_batches, checkpoint, processes)
     fits, tally = solved(task, sources_of(config, batches, background), sequential=sequential)
-    return _conclude(task, fits, tally, eval_batches)
+    return conclude(task, fits, tally, eval_batches)
 
 
 def solved(task: FitTask, sources: list[Source], *, sequential: bool) -> tuple[dict[str, SiteFit], Tally]:
@@ -145,7 +144,7 @@ def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
         )
 
 
-def _conclude(
+def conclude(
     task: FitTask, fits: dict[str, SiteFit], tally: Tally, eval_batches: Iterable[Any] | None
 ) -> ErasureReport:
     """Put the erasers in place, measure them, and write down what was done."""

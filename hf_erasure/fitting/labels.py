@@ -18,6 +18,12 @@ POOLS = ("tokens", "mean", "cls", "last")
 IGNORE = -100
 
 
+def check_pool(pool: str) -> None:
+    """Raise a `ValueError` for a way of pooling that is not known."""
+    if pool not in POOLS:
+        raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
+
+
 @dataclass(frozen=True)
 class Selection:
     """The labelled rows of one activation of shape (batch, seq, …, width).

@@ -9,7 +9,7 @@ from torch import nn
 
 from .erasure import adapter_to_fit
 from .heldout import measure
-from .labels import POOLS
+from .labels import check_pool
 from .running import Runner
 from .task import FitTask
 
@@ -31,8 +31,7 @@ def measured_leakage(
     Raises:
         ValueError: If there is no such adapter, it is merged, or the batches hold too little.
     """
-    if pool not in POOLS:
-        raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
+    check_pool(pool)
     config, layers = adapter_to_fit(model, adapter_name)
     task = FitTask(Runner(model, list(layers)), layers, adapter_name, config, pool, False, None, None)
     figures, _ = measure(task, batches)

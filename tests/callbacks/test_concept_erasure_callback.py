@@ -25,7 +25,7 @@ def adapted(**fields: Any) -> PreTrainedModel:
     return model
 
 
-def fine_tune(model: PreTrainedModel, folder: Path, callback: ConceptErasureCallback, **options: Any) -> Trainer:
+def fine_tune(model: PreTrainedModel, folder: Path, callback: ConceptErasureCallback | None, **options: Any) -> Trainer:
     ids = torch.randint(3, 30, (16, 6), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in ids]
     defaults: dict[str, Any] = {
@@ -36,7 +36,7 @@ def fine_tune(model: PreTrainedModel, folder: Path, callback: ConceptErasureCall
         model,
         TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
         train_dataset=rows,
-        callbacks=[callback],
+        callbacks=[callback] if callback else [],
     )
     trainer.train()
     return trainer
@@ -46,7 +46,6 @@ def lefts(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat([layer.eraser_state(NAME)[0].flatten() for layer in erasure_layers(model, NAME).values()])
 
 
-@pytest.mark.filterwarnings("ignore:.*saves only the adapter")
 def test_refits_on_schedule_and_logs_what_leaks(tmp_path: Path):
     model = adapted()
     model.requires_grad_(True)
@@ -64,7 +63,6 @@ def test_refits_on_schedule_and_logs_what_leaks(tmp_path: Path):
     torch.testing.assert_close(lefts(model), kept)
 
 
-@pytest.mark.filterwarnings("ignore:.*saves only the adapter")
 def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):
     batches = small_batches("llama", seed=100)
     refits, leakage = {}, {}
@@ -81,7 +79,6 @@ def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):
     assert leakage[0.05] < leakage[None]
 
 
-@pytest.mark.filterwarnings("ignore:.*saves only the adapter")
 def test_refits_every_epoch(tmp_path: Path):
     model = adapted()
     model.requires_grad_(True)
@@ -90,11 +87,31 @@ def test_refits_every_epoch(tmp_path: Path):
     assert callback.refits == 3
 
 
-def test_full_fine_tuning_under_an_adapter_is_warned_of(tmp_path: Path):
+def test_without_a_callback_full_fine_tuning_under_an_adapter_is_warned_of(tmp_path: Path):
     model = adapted()
     model.requires_grad_(True)
-    with pytest.warns(UserWarning, match="Trainer saves only the adapter"):
-        fine_tune(model, tmp_path, ConceptErasureCallback(small_batches("llama"), NAME), max_steps=1)
+    fit_concept_erasure(model, small_batches("llama"), NAME, progress=False)
+    with pytest.warns(UserWarning, match="Trainer saves only the adapter.*Give Trainer a ConceptErasureCallback"):
+        fine_tune(model, tmp_path, None, max_steps=1, save_strategy="steps", save_steps=1)
+
+
+def test_measuring_and_refitting_leave_the_random_numbers_of_training_alone(tmp_path: Path):
+    class Shuffled(list):
+        def __iter__(self):
+            torch.rand(3)
+            return super().__iter__()
+
+    ends = []
+    for watched in (False, True):
+        model = adapted()
+        model.requires_grad_(True)
+        fit_concept_erasure(model, small_batches("llama", seed=100), NAME, progress=False)
+        batches = Shuffled(small_batches("llama", seed=100))
+        callback = ConceptErasureCallback(batches, NAME, eval_batches=batches) if watched else None
+        torch.manual_seed(0)
+        fine_tune(model, tmp_path, callback, neftune_noise_alpha=5.0)  # noise that is drawn in every step
+        ends.append(model.lm_head.weight.detach().clone())
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize(

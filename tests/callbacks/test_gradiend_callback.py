@@ -8,15 +8,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_erasure.adapters import features_of
 from hf_erasure.callbacks import GradiendCallback
 from tests.fitting.gradiend.language_models import model_of, tokenizer_of
 from tests.fitting.gradiend.test_trainer import NAME, adapted, trainer_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(saves only the adapter|switched the GRADIEND adapter)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*switched the GRADIEND adapter")
 
 TEXTS = ["Tom went home to a dog and", "the king said that", "because the doctor was late", "a dog ran and"]
 
@@ -164,30 +166,66 @@ def test_what_cannot_be_watched_is_said_before_training(tmp_path: Path):
     with pytest.raises(ValueError, match=r"No parameter is trainable.*requires_grad_\(True\)"):
         fine_tune(model, tmp_path, [GradiendCallback(NAME)])
     model.lm_head.requires_grad_(True)
-    with pytest.raises(ValueError, match="none of the weights"), pytest.warns(UserWarning, match="saves only"):
+    with pytest.raises(ValueError, match="none of the weights"):
         fine_tune(model, tmp_path, [GradiendCallback(NAME)])
     model.requires_grad_(True)
-    with pytest.raises(ValueError, match="load_best_model_at_end works for adapters of a PeftModel only"):
-        options = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
-        fine_tune_with_eval(model, tmp_path, options)
     unfitted = adapted("llama")
     unfitted.requires_grad_(True)
-    with pytest.raises(ValueError, match="was never fitted"), pytest.warns(UserWarning, match="saves only"):
+    with pytest.raises(ValueError, match="was never fitted"):
         fine_tune(unfitted, tmp_path, [GradiendCallback(NAME)])
     blind = with_feature(tmp_path / "blind", keep_encoder=False)
     blind.requires_grad_(True)
-    with pytest.raises(ValueError, match="holds no encoder"), pytest.warns(UserWarning, match="saves only"):
+    with pytest.raises(ValueError, match="holds no encoder"):
         fine_tune(blind, tmp_path, [GradiendCallback(NAME)])
     plain = model_of("llama")
     with pytest.raises(ValueError, match="is no GRADIEND adapter of this model"):
         fine_tune(plain, tmp_path, [GradiendCallback(NAME)])
 
 
-def fine_tune_with_eval(model: nn.Module, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_gradients_in_an_unknown_scale_are_refused(tmp_path: Path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=0.0)
+    arguments.fp16 = True  # which a processor does not do
+    model = with_feature(tmp_path / "unit").requires_grad_(True)
+    told = arguments, TrainerState(), TrainerControl()
+    GradiendCallback(NAME).on_train_begin(*told, model=model)
+    model.peft_config[NAME].encoders[0]["unit_norm"] = False
+    with pytest.raises(ValueError, match="multiplied by the loss scale"):
+        GradiendCallback(NAME).on_train_begin(*told, model=model)
+    arguments.max_grad_norm = 1.0
+    GradiendCallback(NAME).on_train_begin(*told, model=model)
+
+
+def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = with_feature(tmp_path).requires_grad_(True)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert arguments.device.type == "cpu"  # which starts accelerate anew, as Trainer has it before training begins
+    Accelerator(cpu=True)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType.FSDP)
+    with (
+        pytest.raises(ValueError, match="here they are sharded"),
+        pytest.warns(UserWarning, match="Trainer saves only the adapter"),
+    ):
+        GradiendCallback(NAME).on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+
+
+def test_a_guard_that_is_not_the_checkpoints_is_refused(tmp_path: Path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    model = with_feature(tmp_path).requires_grad_(True)
+    fine_tune(model, tmp_path, [GradiendCallback(NAME)], **options)
+    other = with_feature(tmp_path, density=0.1).requires_grad_(True)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True,
-        remove_unused_columns=False, **options,
-    )  # fmt: skip
-    rows = skewed("she")
-    callback = [GradiendCallback(NAME)]
-    Trainer(model, arguments, collate, rows, rows, callbacks=callback).train()
+        output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", remove_unused_columns=False, max_steps=4
+    )
+    trainer = Trainer(other, arguments, collate, skewed("she"), callbacks=[GradiendCallback(NAME)])
+    with pytest.raises(ValueError, match="is not the one that the checkpoint was trained with"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_what_is_trained_is_refused(tmp_path: Path):
+    model = with_feature(tmp_path).requires_grad_(True)
+    model.save_pretrained(tmp_path / "out" / "checkpoint-2")
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    arguments = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, report_to="none", max_steps=4)
+    trainer = Trainer(model, arguments, collate, skewed("she"), callbacks=[GradiendCallback(NAME)])
+    with pytest.raises(ValueError, match="saved without a callback of hf_erasure"):
+        trainer.train(resume_from_checkpoint=True)

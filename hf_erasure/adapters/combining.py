@@ -1,0 +1,186 @@
+"""One erasure adapter for the concepts of several that are fitted already."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel, inject_adapter_in_model
+from torch import nn
+
+from hf_erasure._version import __version__
+from hf_erasure.erasers import Eraser, combine_erasers
+
+from .child_tuner import exactly
+from .config import CONCEPT_ERASURE, ConceptErasureConfig
+from .layer import ErasureLayer, erasure_layers
+from .seams import acting_adapters, warn_of_darkened
+
+Sites = dict[str, Eraser]
+
+
+def combine_fitted(
+    model: Any, names: Sequence[str], into: str, *, sticky: bool = False, fitted_anew: bool = False
+) -> ConceptErasureConfig:
+    """Make one erasure adapter that removes the concepts of several fitted ones, from their erasers.
+
+    Args:
+        model: A model with fitted erasures, bare or wrapped in a `PeftModel`.
+        names: The adapters, at least two.
+        into: The name of the new adapter.
+        sticky: Whether the new adapter stays active when another is activated.
+        fitted_anew: Say nothing of deeper sites, since the erasers will be replaced.
+
+    Returns:
+        The configuration of the new adapter.
+
+    Raises:
+        ValueError: As `hf_erasure.combine_adapters`; the model is as it was then.
+    """
+    configs = _configs_to_combine(model, names, into)
+    parts = {name: erasure_layers(model, name) for name in configs}
+    sites = _combined_sites(model, configs, parts)
+    config = _combined_config(configs, sites, sticky)
+    _attach(model, config, into, list(configs))
+    for path, layer in erasure_layers(model, into).items():
+        kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
+        layer.set_eraser(into, sites[path], torch.float64 if torch.float64 in kept else torch.float32)
+    if len(sites) > 1 and not fitted_anew:
+        warnings.warn(
+            f"{into!r} was combined from erasers that were fitted while the other concepts were still there upstream. "
+            "It is exact at the sites whose input the other adapters leave alone, such as the first one; what arrives "
+            "at deeper sites is changed by all of them. To erase the concepts from the whole network, fit anew: give "
+            "batches={name: …} with the labels of each.",
+            stacklevel=3,
+        )
+    attached: ConceptErasureConfig = model.peft_config[into]
+    return attached
+
+
+def _configs_to_combine(model: Any, names: Sequence[str], into: str) -> dict[str, ConceptErasureConfig]:
+    """The configurations of adapters that can be combined."""
+    if isinstance(names, str) or len(set(names)) < 2:
+        raise ValueError(f"names={names!r}: give the names of at least two adapters, as in ['gender', 'pos'].")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names={list(names)} has an adapter twice: give each once.")
+    known = getattr(model, "peft_config", None) or {}
+    if into in known:
+        raise ValueError(f"into={into!r} is the name of an adapter that is there already: choose another name.")
+    erasures = [name for name, config in known.items() if isinstance(config, ConceptErasureConfig)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"There is no adapter {name!r}; the erasures of this model are {erasures or 'none'}.")
+        if name not in erasures:
+            kind = getattr(known[name].peft_type, "value", known[name].peft_type)
+            raise ValueError(
+                f"Adapter {name!r} is no concept erasure but {kind}: combine erasures, of which this model has "
+                f"{erasures or 'none'}."
+            )
+        if not known[name].fitted:
+            raise ValueError(f"Adapter {name!r} was never fitted. {known[name].remedy}")
+    configs: dict[str, ConceptErasureConfig] = {name: known[name] for name in names}
+    for field, remedy in (
+        ("site", "only erasers at the same side of a module act on the same activations"),
+        ("affine", "fit all of them with the same"),
+    ):
+        values = {name: getattr(config, field) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            raise ValueError(f"The adapters differ in {field}, {values}: {remedy}.")
+    return configs
+
+
+def _combined_sites(
+    model: nn.Module, configs: dict[str, ConceptErasureConfig], parts: dict[str, dict[str, ErasureLayer]]
+) -> Sites:
+    """The eraser of every site that one of the adapters acts on, in the model's order."""
+    for name, layers in parts.items():
+        if any(name in layer.merged_adapters for layer in layers.values()):
+            raise ValueError(f"Adapter {name!r} is merged into the weights: call unmerge_adapter() first.")
+        for layer in layers.values():
+            layer.check_values(name)
+    sites = {}
+    for path in erasure_layers(model):
+        # In an order of their own, so that the same adapters give the same eraser to the bit.
+        here = [name for name in sorted(configs) if path in parts[name]]
+        if not here:
+            continue
+        erasers = [_eraser_of(parts[name][path], name, affine=configs[name].affine) for name in here]
+        rows = [float(configs[name].provenance.get("examples", 0)) for name in here]
+        try:
+            sites[path] = combine_erasers(erasers, rows if all(rows) else None)
+        except ValueError as error:
+            raise ValueError(f"At {path!r} {here} cannot be combined: {error}") from error
+    return sites
+
+
+def _eraser_of(layer: ErasureLayer, name: str, *, affine: bool) -> Eraser:
+    """An adapter's eraser in the precision in which it is kept, on the CPU."""
+    left, right, bias = (part.cpu() for part in layer.eraser_state(name))
+    return Eraser(left, right, bias if affine else None)
+
+
+def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sticky: bool) -> ConceptErasureConfig:
+    first = next(iter(configs.values()))
+    methods = {config.method for config in configs.values()}
+    ranks = [eraser.rank for eraser in sites.values()]
+    return ConceptErasureConfig(
+        task_type=first.task_type,
+        concept="+".join(dict.fromkeys(config.concept for config in configs.values())),
+        concept_dim=sum(config.z_dim for config in configs.values()),
+        target_modules=list(sites),
+        site=first.site,
+        # Orthogonal projections together make one; with an oblique one among them, they do not.
+        method=first.method if len(methods) == 1 else "leace",
+        affine=first.affine,
+        rank=max(ranks) or None,
+        sticky=sticky,
+        fitted=True,
+        fitted_sites={path: {"width": eraser.x_dim, "rank": eraser.rank} for path, eraser in sites.items()},
+        provenance=_combined_provenance(configs),
+    )
+
+
+def _combined_provenance(configs: dict[str, ConceptErasureConfig]) -> dict[str, Any]:
+    """What the new adapter says about itself: nothing was measured of it, and its parts were."""
+    sources = [config.provenance for config in configs.values()]
+    pools = list(dict.fromkeys(str(source["pool"]) for source in sources if "pool" in source))
+    return {
+        "hf_erasure_version": __version__,
+        "base_class": sources[0].get("base_class"),
+        "examples": sum(source.get("examples", 0) for source in sources),
+        "tokens": sum(source.get("tokens", 0) for source in sources),
+        "pool": "+".join(pools),
+        "leakage": {},
+        "combined_from": {name: _described(config) for name, config in configs.items()},
+        "fingerprint": {key: value for source in sources for key, value in source.get("fingerprint", {}).items()},
+    }
+
+
+def _described(config: ConceptErasureConfig) -> dict[str, Any]:
+    plain = config.to_dict()
+    told = {field: plain[field] for field in ("concept", "labels", "concept_dim", "method", "rank")}
+    return told | {key: value for key, value in config.provenance.items() if key != "fingerprint"}
+
+
+def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str]) -> None:
+    """Add the adapter as this model adds adapters; that the former ones went dark needs no warning."""
+    if isinstance(model, PeftModel) and model.peft_type != CONCEPT_ERASURE:
+        raise ValueError(
+            f"This PeftModel takes {getattr(model.peft_type, 'value', model.peft_type)} adapters only: call "
+            "combine_adapters(model.get_base_model(), …)."
+        )
+    before = {name: noun for name, noun in acting_adapters(model).items() if name not in names}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config.target_modules = exactly(list(config.fitted_modules), base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f"Adding {into!r} switched ")
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        if isinstance(model, PeftModel):
+            model.add_adapter(into, config)
+        elif hasattr(model, "add_adapter"):
+            model.add_adapter(config, adapter_name=into)
+        else:
+            inject_adapter_in_model(config, model, adapter_name=into)
+    warn_of_darkened(before, acting_adapters(model), into, stacklevel=5)

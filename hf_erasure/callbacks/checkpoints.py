@@ -1,0 +1,204 @@
+"""What Trainer writes for a model with adapters of ours, and reads back: all that training has changed.
+
+Of a model with adapters Trainer saves one adapter. The model's own weights, fine-tuned under it, and an erasure that
+was refitted beside a LoRA would be lost without a word; two active adapters stop it; and into a model that is no
+`PeftModel` it can load no checkpoint at all. Where one of our callbacks takes part, a checkpoint holds instead
+
+- in the folder itself the trained adapter, as ever; or, where the model's own weights are trained, the model without
+  adapters, for `from_pretrained`;
+- in a folder of its own name every other adapter, for `load_adapter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
+from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.child_tuner import is_child
+
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def configs_of(model: Any) -> dict[str, PeftConfig]:
+    """The configurations of all adapters by name; none of a plain model."""
+    return dict(getattr(model, "peft_config", None) or {})
+
+
+def own_trained(model: nn.Module) -> list[str]:
+    """The names of the model's own weights that are trained, without those of adapters."""
+    base = _base_of(model)
+    named = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
+    return [name for name in named if _plain_name(name, model) is not None]
+
+
+def is_lost(model: nn.Module) -> bool:
+    """Whether Trainer by itself would save less of a model than training changes, or could not load what it saves."""
+    return bool(configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained(model)))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def saving_all(model: Any) -> Iterator[None]:
+    """Let `model.save_pretrained(folder)` write all that training changes, for a while."""
+
+    def save_pretrained(folder: str | Path, *, is_main_process: bool = True, **ignored: Any) -> None:
+        if is_main_process:
+            save_trained(model, Path(folder))
+
+    model.save_pretrained = save_pretrained
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write the model's own weights, where they are trained, and every adapter."""
+    top = None
+    if own_trained(model):
+        _save_base(model, folder)
+    else:
+        others = [name for name, config in configs_of(model).items() if not isinstance(config, ChildConfig)]
+        top = others[0] if len(others) == 1 else None
+    save_adapters(model, folder, top)
+
+
+def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: Collection[str] | None = None) -> None:
+    """Write every adapter, or `only` some, into a folder of its own name, but `top` into the folder itself."""
+    for name, config in configs_of(model).items():
+        if only is not None and name not in only:
+            continue
+        place = folder if name == top else folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(str(place))
+        save_file(_adapter_state(model, name), place / WEIGHTS, metadata={"format": "pt"})
+
+
+def _save_base(model: nn.Module, folder: Path) -> None:
+    base: Any = _base_of(model)
+    named = {key: _plain_name(key, model) for key in base.state_dict()}
+    state = {plain: base.state_dict()[key] for key, plain in named.items() if plain is not None}
+    loaded = base._hf_peft_config_loaded
+    base._hf_peft_config_loaded = False
+    try:
+        # The method of the class: the instance's own may be the one that led here.
+        type(base).save_pretrained(base, folder, state_dict=state)
+    finally:
+        base._hf_peft_config_loaded = loaded
+
+
+def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """An adapter's tensors by the keys of its file."""
+    # "auto" is PEFT's own choice; it takes an embedding that is targeted for one that is saved too.
+    embeddings: Any = False if isinstance(configs_of(model)[name], ChildConfig) else "auto"
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
+    return {f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach().clone().contiguous() for key, value in state.items()}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Put back in place what `save_trained`, or PEFT for a `PeftModel`, has written.
+
+    Raises:
+        ValueError: If something that is trained, or an adapter, is not in the folder.
+    """
+    own = own_trained(model)
+    if own:
+        _load_base(model, folder, own)
+    for name, config in configs_of(model).items():
+        place = _place_of(folder, name, config)
+        if isinstance(config, ConceptErasureConfig):
+            _load_erasure(model, name, config, place)
+        elif isinstance(config, ChildConfig):
+            _check_same(model, name, place)
+        else:
+            _load_other(model, name, place)
+
+
+def _load_base(model: nn.Module, folder: Path, own: list[str]) -> None:
+    base = _base_of(model)
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(file)
+    named = {key: _plain_name(key, model) for key in base.state_dict()}
+    values = {key: found[plain] for key, plain in named.items() if plain in found}
+    missing = [name for name in own if name not in values]
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} has no values for {missing[0]!r} and {len(missing) - 1} other weights that are trained: "
+            "it was saved without a callback of hf_erasure, or for another model."
+        )
+    base.load_state_dict(values, strict=False)
+
+
+def _load_erasure(model: nn.Module, name: str, config: ConceptErasureConfig, place: Path) -> None:
+    saved: Any = PeftConfig.from_pretrained(str(place))
+    tensors = load_file(place / WEIGHTS)
+    for path, layer in erasure_layers(model, name).items():
+        stem = f"{PREFIX}{path}.{layer.child_name}.{layer.child_name}"
+        parts = [tensors[f"{stem}_{part}"] for part in ("left", "right", "bias")]
+        device = layer.state_of(name)[0].device
+        layer.restore_state(name, tuple(part.to(device) for part in parts))
+    for field in ("fitted", "fitted_sites", "provenance"):
+        setattr(config, field, getattr(saved, field))
+
+
+def _check_same(model: nn.Module, name: str, place: Path) -> None:
+    """Training never changes a GRADIEND adapter, so the model must have the one that the checkpoint has."""
+    saved, present = load_file(place / WEIGHTS), _adapter_state(model, name)
+    same = saved.keys() == present.keys() and all(torch.equal(saved[k], v.cpu()) for k, v in present.items())
+    if not same:
+        raise ValueError(
+            f"The adapter {name!r} of the model is not the one that the checkpoint was trained with: load that one, "
+            f"model.load_adapter({str(place)!r}, adapter_name={name!r}), before training goes on."
+        )
+
+
+def _load_other(model: nn.Module, name: str, place: Path) -> None:
+    saved, present = load_file(place / WEIGHTS), _adapter_state(model, name)
+    missing = present.keys() - saved.keys()
+    if missing:
+        raise ValueError(f"{str(place)!r} lacks {sorted(missing)[0]!r}, a tensor of the adapter {name!r}.")
+    strip = "" if isinstance(model, PeftModel) else PREFIX
+    set_peft_model_state_dict(model, {k.removeprefix(strip): v for k, v in saved.items()}, adapter_name=name)
+
+
+def _place_of(folder: Path, name: str, config: PeftConfig) -> Path:
+    for place in (folder / name, folder):
+        if (place / CONFIG).is_file() and PeftConfig.from_pretrained(str(place)).peft_type == config.peft_type:
+            return place
+    raise ValueError(
+        f"{str(folder)!r} does not have the adapter {name!r}: it was saved without a callback of hf_erasure, or for "
+        "another model."
+    )
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def _base_of(model: Any) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _plain_name(key: str, model: nn.Module) -> str | None:
+    """What a tensor is called in the model without adapters; None for what belongs to an adapter."""
+    parts = key.split(".")
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in configs_of(model).values())
+    if is_child(key) or "modules_to_save" in parts or any(part.startswith(prefixes) for part in parts):
+        return None
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
