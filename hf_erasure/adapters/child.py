@@ -115,10 +115,14 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter that is not merged."""
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
+        self.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
         self._awaits_values.discard(adapter_name)
+
+    def refuse_if_merged(self, adapter_name: str) -> None:
+        """Raise a `ValueError` if an adapter is in the weights, since nothing could take it out of them afterwards."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
 
     def detach(self) -> None:
         """Take this child and its hooks off the host."""

@@ -78,6 +78,8 @@ class ChildTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the children that held no other."""
+        for child in self._children():  # before PEFT forgets its configuration
+            child.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
         remove_empty_layers(self.model)
 
@@ -222,7 +224,8 @@ def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable
             raise ValueError(
                 f"{adapter_name!r} cannot be added: {inside!r} is one of modules_to_save, and a copy of it would have "
                 f"the {child.noun} at {child.path!r} too, which is not saved from there. Leave {inside!r} out of the "
-                "one, by exclude_modules, or of the other."
+                f"targets of the {child.noun}: PEFT does so where modules_to_save=[{inside!r}] is in the same "
+                "configuration."
             )
 
 

@@ -52,7 +52,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
     Raises:
         ValueError: Names the site that cannot be merged exactly and what to do instead; nothing has changed then.
     """
-    _refuse_sharded(model)
+    refuse_sharded(model)
     probe = Probe(model)
     plan = plan_merge(model, names, probe)
     if not plan.edits:
@@ -114,13 +114,17 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
     return plan
 
 
-def _refuse_sharded(model: nn.Module) -> None:
-    """Before any forward pass: a sharded model that first runs below its root is useless afterwards."""
+def refuse_sharded(model: nn.Module) -> None:
+    """Before any forward pass: a sharded model that first runs below its root is useless afterwards.
+
+    Raises:
+        ValueError: If FSDP2 keeps only a part of some weight in this process.
+    """
     sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
     if sharded is not None:
         raise ValueError(
             f"The erasure cannot be merged: {sharded!r} and other weights of the model are sharded, and each process "
-            "has a part of them. Load the model whole to merge."
+            "has a part of them. Load the model whole to merge or to export."
         )
 
 

@@ -114,7 +114,7 @@ class Written:
         else:
             after = self.after.to(flat.device)
         now = flat if index is None else flat.index_select(0, index)
-        if torch.equal(now, after.to(flat.dtype)):
+        if torch.allclose(now, after.to(flat.dtype), rtol=0, atol=0, equal_nan=True):
             values = before.to(flat.dtype)
         else:  # as when a LoRA was merged into the same weight since
             dtype = working_dtype(flat)

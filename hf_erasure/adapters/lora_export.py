@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .base_config import ChildConfig
 from .child_tuner import exactly
 from .config import ConceptErasureConfig
-from .folding import Plan, plan_merge
+from .folding import Plan, plan_merge, refuse_sharded
 from .gradiend_config import GradiendConfig
 from .gradiend_layer import innermost
 from .gradiend_state import changes_of
@@ -90,6 +90,7 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
     if rank is not None:
         raise ValueError(f"rank={rank} is for GRADIEND adapters; an erasure is exported exactly, with its own rank.")
     config = _fitted_config(wrapper, base, adapter_name)
+    refuse_sharded(base)
     with _alone(base, adapter_name):
         plan = plan_merge(base, [adapter_name], Probe(base), allow_tied=True)
     changes = _changes(plan)

@@ -216,7 +216,8 @@ def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
     """A small input the model accepts: its own `dummy_inputs`, or noise of the shape its main input has."""
     wrapper: Any = model
     base: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    device = next(base.parameters()).device
+    # Inputs for offloaded weights are moved by accelerate.
+    device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
     if getattr(base, "main_input_name", "input_ids") == "pixel_values":
         config = base.config
         size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2

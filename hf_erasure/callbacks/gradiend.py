@@ -32,7 +32,8 @@ class GradiendCallback(LoggingCallback):
 
     *guard*: after each step of the optimizer, whatever it is, the component of the weights' change along the decoder's
     direction Wd is taken out. Of a sparse adapter that touches its entries only. How much was taken out is logged as
-    `<adapter>_guarded`: the mean cosine between change and direction.
+    `<adapter>_guarded`: the mean cosine between change and direction. That is one direction: what the data teach about
+    the feature through others arrives all the same (recipes/guarded_finetuning measures how much of it).
 
     Both work for full fine-tuning and for LoRA. Under a LoRA a weight has no gradient of its own; the change that the
     LoRA's matrices make of it takes its place.

@@ -1,0 +1,418 @@
+"""Fine-tuning on skewed sentences: what of the skew arrives without a guard, with one, and what the task pays.
+
+The feature is learned from other names and sentences. A guard takes its direction out of every step of the optimizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
+
+from hf_erasure import GradiendCallback, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
+from hf_erasure.fitting.recipe_file import check_keys, read_content
+
+ADAPTER = "gender"
+PRONOUNS = ("she", "he")
+IGNORED = -100
+WAYS = ("no guard", "monitor", "guard")
+# Skew → the pronoun of the person at a position among those trained on.
+SKEWS = {
+    "all he": lambda position: "he",
+    "all she": lambda position: "she",
+    "half and half": lambda position: PRONOUNS[position % 2],
+}
+ASSETS = Path(__file__).parents[2].parent / "shared" / "assets"
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    """What `study.yaml` says.
+
+    Attributes:
+        model: A Hub id or a folder of a causal language model.
+        stories: A text file of stories.
+        output: Where tables and figure go.
+        feature_people: Who the feature is learned from.
+        feature_sentences: With `{person}` and `[FEATURE]` in them.
+        people: Who is written about in fine-tuning, or only measured on.
+        things: One for each of those trained on.
+        task_sentences: With `{person}` and `{thing}` in them.
+        pronoun_sentences: With `{person}` and `{pronoun}` in them.
+        held_out_task: How many of the former are only measured on.
+        held_out_pronoun: How many of the latter.
+        held_out_people: How many people.
+        skews: Which pronoun they get, keys of `SKEWS`.
+        seeds: One split and one order of the data each.
+        steps: Of fine-tuning.
+        batch_size: Sentences a step.
+        learning_rate: Of AdamW.
+        log_steps: Steps between two logs of the feature neuron.
+        density: Of the GRADIEND adapter.
+        story_count: Stories on which the loss of other text is measured.
+    """
+
+    model: str
+    stories: str
+    output: str
+    feature_people: list[str]
+    feature_sentences: list[str]
+    people: list[str]
+    things: list[str]
+    task_sentences: list[str]
+    pronoun_sentences: list[str]
+    held_out_task: int = 4
+    held_out_pronoun: int = 4
+    held_out_people: int = 6
+    skews: list[str] = field(default_factory=lambda: list(SKEWS))
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    steps: int = 150
+    batch_size: int = 16
+    learning_rate: float = 3e-4
+    log_steps: int = 5
+    density: float = 1.0
+    story_count: int = 60
+
+
+def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
+    """Read the file, and what is written behind it on the command line.
+
+    Raises:
+        ValueError: If the file is no recipe, or a key is unknown.
+    """
+    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
+    content = read_content(
+        path,
+        overrides,
+        "model, stories, feature_people, feature_sentences, people, things, task_sentences, pronoun_sentences",
+    )
+    check_keys(content, Settings, "")
+    paths = {name: os.path.expandvars(content[name]) for name in ("model", "stories")}
+    return Settings(**content | paths)
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """Who and what is trained on, and what is only measured on.
+
+    Attributes:
+        owners: Person → thing, of those trained on.
+        strangers: People who are never trained on.
+        task: Task sentences trained on.
+        task_test: Task sentences only measured on.
+        pronoun: Sentences with a pronoun, trained on.
+        pronoun_test: Sentences with a pronoun, only measured on.
+    """
+
+    owners: dict[str, str]
+    strangers: list[str]
+    task: list[str]
+    task_test: list[str]
+    pronoun: list[str]
+    pronoun_test: list[str]
+
+
+def split_data(settings: Settings, seed: int) -> Split:
+    """Draw people, their things, and sentences."""
+    draw = random.Random(seed)
+    lists = (settings.people, settings.things, settings.task_sentences, settings.pronoun_sentences)
+    people, things, task, pronoun = (draw.sample(items, len(items)) for items in lists)
+    first, second, third = settings.held_out_people, settings.held_out_task, settings.held_out_pronoun
+    owners = dict(zip(people[first:], things, strict=False))
+    return Split(owners, people[:first], task[second:], task[:second], pronoun[third:], pronoun[:third])
+
+
+def skewed_rows(split: Split, skew: str, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Every training sentence about everybody, with the pronoun that the skew gives them."""
+    texts = []
+    for position, (person, thing) in enumerate(split.owners.items()):
+        texts += [sentence.format(person=person, thing=thing) for sentence in split.task]
+        texts += [sentence.format(person=person, pronoun=SKEWS[skew](position)) for sentence in split.pronoun]
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad on the right."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
+    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": mask}
+
+
+# ---- model and feature ----------------------------------------------------------------------------------------------
+
+
+def load(settings: Settings) -> tuple[Any, Any]:
+    """The model, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(settings.model), tokenizer
+
+
+def learn_feature(model: Any, tokenizer: Any, settings: Settings) -> float:
+    """Give the model a fitted adapter, that does nothing but know the direction; returns its correlation."""
+    rows = []
+    for word, other in (PRONOUNS, PRONOUNS[::-1]):
+        for person in settings.feature_people:
+            rows += [(text.replace("{person}", person), word, other, word) for text in settings.feature_sentences]
+    columns = dict(zip(("text", "factual", "counterfactual", "label"), map(list, zip(*rows, strict=True)), strict=True))
+    pairs = Dataset.from_dict(columns).shuffle(seed=0)
+    config = GradiendConfig(
+        feature="gender", classes=list(PRONOUNS), density=settings.density, keep_encoder=True, sticky=True
+    )
+    model.add_adapter(config, adapter_name=ADAPTER)
+    args = GradiendTrainingArguments(output_dir=settings.output, save_strategy="no", disable_tqdm=True, use_cpu=True)
+    cut = len(pairs) * 4 // 5
+    trainer = GradiendTrainer(
+        model, args, pairs.select(range(cut)), pairs.select(range(cut, len(pairs))), processing_class=tokenizer
+    )
+    trainer.train()
+    return float(trainer.evaluate()["cor"])
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def leaning(model: Any, tokenizer: Any, people: Iterable[str], sentences: Iterable[str]) -> torch.Tensor:
+    """`(people, 2)`: P(she) − P(he) where the pronoun comes, and log P(she)/P(he), averaged over sentences."""
+    she, he = (tokenizer(f"a {word}")["input_ids"][-1] for word in PRONOUNS)
+    found = []
+    for person in people:
+        values = []
+        for sentence in sentences:
+            ids = tokenizer(sentence.split(" {pronoun}")[0].format(person=person), return_tensors="pt").input_ids
+            likely = model(ids).logits[0, -1].double().log_softmax(-1)
+            values.append(torch.stack([likely[she].exp() - likely[he].exp(), likely[she] - likely[he]]))
+        found.append(torch.stack(values).mean(0))
+    return torch.stack(found)
+
+
+def task_accuracy(model: Any, tokenizer: Any, split: Split) -> float:
+    """How often, in unseen sentences, a person's own thing is the likeliest of all things."""
+    things, right = list(split.owners.values()), 0
+    for person, thing in split.owners.items():
+        for sentence in split.task_test:
+            texts = [sentence.format(person=person, thing=candidate) for candidate in things]
+            likely = log_likelihoods(model, [tokenizer(text)["input_ids"] for text in texts])
+            right += things[int(likely.argmax())] == thing
+    return right / (len(things) * len(split.task_test))
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, rows: list[list[int]]) -> torch.Tensor:
+    """`(rows,)`: the log-probability of each row."""
+    batch = collate([{"input_ids": row, "labels": row} for row in rows])
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1].float().log_softmax(-1)
+    return (logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORED)).sum(1)
+
+
+def story_loss(model: Any, tokenizer: Any, stories: list[str]) -> float:
+    """Nats a token."""
+    rows = [tokenizer(story)["input_ids"][:256] for story in stories]
+    total = sum(float(log_likelihoods(model, [row])[0]) for row in rows)
+    return -total / sum(len(row) - 1 for row in rows)
+
+
+def measure(model: Any, tokenizer: Any, split: Split, skew: str, stories: list[str]) -> dict[str, float]:
+    """How far the model leans the way of the data, for people trained on and for strangers, and the task beside it."""
+    model.eval()
+    signs = torch.tensor([1.0 if SKEWS[skew](n) == "she" else -1.0 for n in range(len(split.owners))]).double()
+    known = signs @ leaning(model, tokenizer, split.owners, split.pronoun_test) / len(signs)
+    found = {"skew": float(known[0]), "log-odds": float(known[1])}
+    if abs(signs.sum()) == len(signs):  # with both pronouns there is no way for strangers to lean
+        strangers = signs[0] * leaning(model, tokenizer, split.strangers, split.pronoun_test).mean(0)
+        found |= {"skew of strangers": float(strangers[0]), "log-odds of strangers": float(strangers[1])}
+    return found | {
+        "accuracy": task_accuracy(model, tokenizer, split),
+        "loss on stories": story_loss(model, tokenizer, stories),
+    }
+
+
+# ---- the study ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What one seed and one skew ended with.
+
+    Attributes:
+        seed: Of split and order.
+        skew: A key of `SKEWS`.
+        figures: "before" and the ways of training → what was measured.
+        neuron: Way of training → `(step, value of the feature neuron)` at every log.
+    """
+
+    seed: int
+    skew: str
+    figures: dict[str, dict[str, float]]
+    neuron: dict[str, list[tuple[int, float]]]
+
+
+def fine_tune(model: Any, rows: list[dict[str, list[int]]], way: str, settings: Settings, seed: int) -> list[tuple]:
+    """Train in place; returns what the monitor has logged."""
+    model.requires_grad_(True)
+    args = TrainingArguments(
+        output_dir=settings.output, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate, logging_steps=settings.log_steps, seed=seed, report_to="none",
+        save_strategy="no", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    callbacks = [] if way == "no guard" else [GradiendCallback(ADAPTER, mode=way)]
+    trainer = Trainer(model, args, collate, rows, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    key = f"{ADAPTER}_encoded"
+    return [(row["step"], row[key]) for row in trainer.state.log_history if key in row]
+
+
+def run_seed(settings: Settings, seed: int) -> list[Outcome]:
+    """All skews and ways of training on one split."""
+    model, tokenizer = load(settings)
+    learn_feature(model, tokenizer, settings)
+    stories = read_stories(settings.stories, settings.story_count)
+    split = split_data(settings, seed)
+    outcomes = []
+    for skew in settings.skews:
+        rows = skewed_rows(split, skew, tokenizer)
+        figures = {"before": measure(model, tokenizer, split, skew, stories)}
+        neuron = {}
+        for way in WAYS:
+            tuned = copy.deepcopy(model)
+            neuron[way] = fine_tune(tuned, rows, way, settings, seed)
+            figures[way] = measure(tuned, tokenizer, split, skew, stories)
+        outcomes.append(Outcome(seed, skew, figures, neuron))
+    return outcomes
+
+
+def read_stories(path: str, count: int) -> list[str]:
+    """The first stories of a file whose only marks are empty lines: one begins with "Once" or "One day, a …"."""
+    text = Path(path).read_text(encoding="utf-8")
+    stories = re.split(r"\n\s*\n(?=Once |One day, an? )", text)
+    # The model was trained on stories whose paragraphs follow each other without an empty line.
+    return [re.sub(r"\s*\n\s*", "\n", story.strip()) for story in stories][:count]
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    """Mean, and range in brackets."""
+    return f"{sum(values) / len(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def tables(outcomes: list[Outcome]) -> str:
+    """One table a skew: a line for the model before, and for each way of training."""
+    parts = []
+    for skew in dict.fromkeys(outcome.skew for outcome in outcomes):
+        chosen = [outcome for outcome in outcomes if outcome.skew == skew]
+        names = list(chosen[0].figures["before"])
+        lines = [["", *names], ["---", *["---:"] * len(names)]]
+        lines += [
+            [way, *(spread([o.figures[way][name] for o in chosen]) for name in names)] for way in ("before", *WAYS)
+        ]
+        held = [kept_out(outcome) for outcome in chosen]
+        parts.append(
+            f"## {skew}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\nOf the shift in log-odds "
+            f"the guard kept out {spread([h[0] for h in held], '.0%')}"
+            + (f", of that of strangers {spread([h[1] for h in held], '.0%')}." if len(held[0]) > 1 else ".")
+        )
+    return "\n\n".join(parts)
+
+
+def kept_out(outcome: Outcome) -> list[float]:
+    """The share of the shift in log-odds that did not arrive: people trained on, and strangers."""
+    found = []
+    for name in ("log-odds", "log-odds of strangers"):
+        if name in outcome.figures["before"]:
+            start, free, guarded = (outcome.figures[way][name] for way in ("before", "no guard", "guard"))
+            found.append(1 - (guarded - start) / (free - start))
+    return found
+
+
+def neuron_table(outcomes: list[Outcome]) -> str:
+    """The monitored neuron by skew: at the first log, and its mean over the later ones."""
+    lines = ["| skew | first log | later, mean |", "| --- | ---: | ---: |"]
+    for skew in dict.fromkeys(outcome.skew for outcome in outcomes):
+        runs = [[value for _, value in o.neuron["monitor"]] for o in outcomes if o.skew == skew]
+        first, later = [run[0] for run in runs], [sum(run[1:]) / len(run[1:]) for run in runs]
+        lines.append(f"| {skew} | {spread(first)} | {spread(later)} |")
+    return "\n".join(lines)
+
+
+def report(outcomes: list[Outcome], settings: Settings) -> str:
+    """The page of results."""
+    return (
+        "# Fine-tuning on skewed text: results\n\n"
+        f"{settings.steps} steps of {settings.batch_size} sentences, learning rate {settings.learning_rate:g}, full "
+        f"fine-tuning, feature with density {settings.density:g}. Seeds {settings.seeds}: mean (range).\n\n"
+        "*skew*: the probability of the pronoun that the data give a person, less that of the other one, in unseen "
+        "sentences. *log-odds*: the logarithm of their ratio, which does not saturate. *accuracy*: of whose thing is "
+        f"whose, in unseen sentences.\n\n{tables(outcomes)}\n\n## The neuron\n\nWhat the monitor logs, "
+        "+1 for she and −1 for he; four fifths of the sentences have no pronoun, and are read, too.\n\n"
+        f"{neuron_table(outcomes)}\n"
+    )
+
+
+def figure(outcomes: list[Outcome], path: Path) -> None:
+    """Left the neuron during training, one line a seed; right the log-odds after it, one point a seed."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = drawing.subplots(1, 2)
+    skews = list(dict.fromkeys(outcome.skew for outcome in outcomes))
+    for outcome in outcomes:
+        color = f"C{skews.index(outcome.skew)}"
+        label = outcome.skew if outcome.seed == outcomes[0].seed else None
+        left.plot(*zip(*outcome.neuron["monitor"], strict=True), color=color, label=label, alpha=0.8)
+        signed = {way: outcome.figures[way]["log-odds"] for way in ("before", "no guard", "guard")}
+        place = [skews.index(outcome.skew) + shift for shift in (-0.25, 0, 0.25)]
+        right.plot(place, list(signed.values()), color="0.8", zorder=0)
+        for x, (way, value), mark in zip(place, signed.items(), "os^", strict=True):
+            named = outcome is outcomes[0]
+            right.plot(x, value, mark, color=color, label=way if named else None)
+    left.axhline(0, color="0.7", linewidth=0.8)
+    left.set(xlabel="step", ylabel="feature neuron (+1 she, −1 he)", title="what the monitor logs")
+    right.set(xticks=range(len(skews)), xticklabels=skews, ylabel="log-odds, the way of the data", title="the skew")
+    left.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=3, fontsize="small", frameon=False)
+    right.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=3, fontsize="small", frameon=False)
+    drawing.savefig(path, dpi=150)
+
+
+def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
+    """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
+    settings = read_settings(settings_file, overrides)
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for seed in settings.seeds:
+        typer.echo(f"seed {seed}", err=True)
+        outcomes += run_seed(settings, seed)
+    text = report(outcomes, settings)
+    (output / "results.md").write_text(text, encoding="utf-8")
+    rows = ",\n".join(json.dumps(vars(outcome)) for outcome in outcomes)
+    (output / "results.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    figure(outcomes, output / "figure.png")
+    typer.echo(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
