@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
 from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
@@ -19,7 +19,7 @@ from .checks import check_training, is_sharded
 from .logs import LoggingCallback
 
 MODES = ("monitor", "guard")
-# Taking the direction out of a product of two matrices is not linear; two corrections leave the square of a step.
+# Taking a direction out of a product of two matrices is not linear; two corrections leave the square of a step.
 CORRECTIONS = 2
 
 
@@ -31,12 +31,14 @@ class GradiendCallback(LoggingCallback):
     needs its encoder (`keep_encoder=True`).
 
     *guard*: after each step of the optimizer, whatever it is, the component of the weights' change along the decoder's
-    direction Wd is taken out. Of a sparse adapter that touches its entries only. How much was taken out is logged as
-    `<adapter>_guarded`: the mean cosine between change and direction. That is one direction: what the data teach about
-    the feature through others arrives all the same (recipes/guarded_finetuning measures how much of it).
+    direction Wd is taken out of every output of every layer (a row of its weight) by itself. One component of all
+    weights together would be a single direction among millions: measured, it keeps out a fraction of what the rows do.
+    Of a sparse adapter that touches its entries only. How much was taken out is logged as `<adapter>_guarded`: the
+    mean cosine between change and direction. What the data teach about the feature through other directions arrives
+    all the same (recipes/guarded_finetuning measures how much of it).
 
     Both work for full fine-tuning and for LoRA. Under a LoRA a weight has no gradient of its own; the change that the
-    LoRA's matrices make of it takes its place.
+    LoRA's matrices make of it takes its place. They share their rows, so that a guard acts on each weight as a whole.
 
     Args:
         adapter_name: A fitted GRADIEND adapter of the model.
@@ -133,11 +135,22 @@ class Trained:
         name: Its full name, as adapters know it.
         weight: The parameter.
         lora: The matrices that change it, where it is not trained itself.
+        transposed: Whether it is kept as `(in, out)`.
     """
 
     name: str
     weight: nn.Parameter
     lora: list[LoraPair]
+    transposed: bool = False
+
+    def rows(self, index: Tensor | None) -> Tensor:
+        """`(count,)` int64: the layer's output that each entry, or each of those at `index`, belongs to."""
+        weight = self.weight
+        if index is None:
+            index = torch.arange(weight.numel(), device=weight.device)
+        if weight.dim() < 2:
+            return torch.zeros_like(index)
+        return index % weight.shape[-1] if self.transposed else index // weight[0].numel()
 
     def gradient(self) -> Tensor:
         """`(shape of the weight)` float32: its gradient, or what the gradients of its LoRA make of it."""
@@ -185,7 +198,8 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
         path, _, own = name.rpartition(".")
         lora = _lora_on(modules.get(path)) if own == "weight" else []
         if weight.requires_grad or lora:
-            found.append(Trained(name, weight, [] if weight.requires_grad else lora))
+            transposed = isinstance(modules.get(path), Conv1D)
+            found.append(Trained(name, weight, [] if weight.requires_grad else lora, transposed))
     if not found:
         raise ValueError(
             f"Training changes none of the weights that the GRADIEND adapter {adapter_name!r} knows: there is nothing "
@@ -233,16 +247,21 @@ class _Guard:
 
     def after(self) -> float:
         """Take the component out; returns the cosine between the change and the direction before that."""
-        changes = {w.name: self._values(w) - self.kept[w.name] for w in self.weights}
-        along = self._inner(changes)
-        size = math.sqrt(sum(float(change.double().square().sum()) for change in changes.values()))
-        for _ in range(CORRECTIONS):
-            self._correct(self._inner({w.name: self._values(w) - self.kept[w.name] for w in self.weights}))
+        along = size = 0.0
+        for weight in self.weights:
+            change = self._change(weight)
+            along += float((change * self.direction[weight.name]).double().sum())
+            size += float(change.double().square().sum())
+            if weight.lora:
+                for _ in range(CORRECTIONS):
+                    self._correct_lora(weight)
+            else:
+                self._correct_rows(weight, change)
         self.kept = {}
-        return along / (self.norm * size) if size > 0 else 0.0
+        return along / (self.norm * math.sqrt(size)) if size > 0 else 0.0
 
-    def _inner(self, changes: dict[str, Tensor]) -> float:
-        return sum(float((change * self.direction[name]).double().sum()) for name, change in changes.items())
+    def _change(self, weight: Trained) -> Tensor:
+        return self._values(weight) - self.kept[weight.name]
 
     def _values(self, weight: Trained) -> Tensor:
         """`(count,)` float32: the weight, or what its LoRA adds, at the entries of the direction."""
@@ -250,39 +269,39 @@ class _Guard:
         flat, index = value.reshape(-1).float(), self.index[weight.name]
         return flat.clone() if index is None else flat[index]
 
-    @torch.no_grad()
-    def _correct(self, along: float) -> None:
-        """Move every weight, or its LoRA, along the steepest way back, so far that `along` is gone to first order."""
-        steps: list[tuple[Tensor, Callable[[float], None]]] = []
-        for weight in self.weights:
-            direction, index = self.direction[weight.name], self.index[weight.name]
-            if not weight.lora:
-                steps.append((direction, _adder(weight.weight, direction, index)))
-                continue
-            dense = torch.zeros(weight.weight.numel(), device=direction.device)
-            dense = (dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)).view_as(
-                weight.weight
-            )
-            for pair in weight.lora:
-                toward = pair.oriented(dense)
-                by_b = pair.scaling * toward @ pair.a.float().T
-                by_a = pair.scaling * pair.b.float().T @ toward
-                steps += [(by_a, _adder(pair.a, by_a, None)), (by_b, _adder(pair.b, by_b, None))]
-        total = sum(float(step.double().square().sum()) for step, _ in steps)
-        if total > 0:
-            for _, add in steps:
-                add(-along / total)
+    def _correct_rows(self, weight: Trained, change: Tensor) -> None:
+        """Take the component out of every output of the layer; a norm or a bias is one row."""
+        direction, index = self.direction[weight.name], self.index[weight.name]
+        rows = weight.rows(index)
+        count = int(rows.max()) + 1
+        along = change.new_zeros(count).index_add_(0, rows, change * direction)
+        squares = change.new_zeros(count).index_add_(0, rows, direction.square())
+        share = along / squares.clamp_min(torch.finfo(torch.float32).tiny)
+        _add(weight.weight, -share[rows] * direction, index)
+
+    def _correct_lora(self, weight: Trained) -> None:
+        """Move a LoRA along the steepest way back, until to first order its weight has no component left."""
+        direction, index = self.direction[weight.name], self.index[weight.name]
+        along = float((self._change(weight) * direction).double().sum())
+        dense = torch.zeros(weight.weight.numel(), device=direction.device)
+        dense = dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)
+        steps: list[tuple[nn.Parameter, Tensor]] = []
+        for pair in weight.lora:
+            toward = pair.oriented(dense.view_as(weight.weight))
+            steps.append((pair.b, pair.scaling * toward @ pair.a.detach().float().T))
+            steps.append((pair.a, pair.scaling * pair.b.detach().float().T @ toward))
+        total = sum(float(step.double().square().sum()) for _, step in steps)
+        for parameter, step in steps if total > 0 else ():
+            _add(parameter, -along / total * step, None)
 
 
-def _adder(parameter: nn.Parameter, step: Tensor, index: Tensor | None) -> Callable[[float], None]:
-    def add(factor: float) -> None:
-        change = (factor * step).to(parameter.dtype)
-        if index is None:
-            parameter.data.add_(change.view_as(parameter))
-        else:
-            parameter.data.view(-1).index_add_(0, index, change)
-
-    return add
+@torch.no_grad()
+def _add(parameter: nn.Parameter, change: Tensor, index: Tensor | None) -> None:
+    change = change.to(parameter.dtype)
+    if index is None:
+        parameter.data.add_(change.view_as(parameter))
+    else:
+        parameter.data.view(-1).index_add_(0, index, change)
 
 
 def _long(index: Tensor | None, device: torch.device) -> Tensor | None:
