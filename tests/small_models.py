@@ -7,6 +7,7 @@ ones, biases that are all zero, attention that is nearly uniform. So every param
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,6 +94,14 @@ _LLAMA_LIKE = {
     "bias_free": True,
 }
 
+
+def _vit() -> PreTrainedModel:
+    return hf.ViTModel(hf.ViTConfig(**_SIZES, image_size=16, patch_size=4))
+
+
+# Its blocks have moved from one release of transformers to another.
+_VIT_BLOCKS = "layers" if hasattr(_vit(), "layers") else "encoder.layer"
+
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(build=lambda: hf.BertModel(hf.BertConfig(**_TEXT)), **_BERT_LIKE),
     "distilbert": Architecture(
@@ -163,14 +172,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         tied=True,
     ),
     "vit": Architecture(
-        build=lambda: hf.ViTModel(hf.ViTConfig(**_SIZES, image_size=16, patch_size=4)),
+        build=_vit,
         auto=hf.AutoModel,
         task_type=None,
-        blocks=r"layers\.\d+",
-        attention=["attention"],
+        blocks=rf"{re.escape(_VIT_BLOCKS)}\.\d+",
+        attention=["attention"] if _VIT_BLOCKS == "layers" else r"encoder\.layer\.\d+\.attention",
         # Its embeddings take pixels, which are floating-point numbers in rows, so that both sites exist.
         embeddings=["embeddings"],
-        norms=[*_per_layer("layers", "layernorm_before", "layernorm_after"), "layernorm"],
+        norms=[*_per_layer(_VIT_BLOCKS, "layernorm_before", "layernorm_after"), "layernorm"],
     ),
 }
 

@@ -1,5 +1,6 @@
 """Everything that touches PEFT's internals."""
 
+from . import required  # noqa: F401  it checks what the others import, so it comes first
 from .config import ConceptErasureConfig
 from .gradiend_config import GradiendConfig
 from .gradiend_state import (

@@ -87,12 +87,12 @@ def rows_have_adapters(children: Sequence[AdapterChild], rows: Rows) -> Iterator
             child.rows = None
 
 
-def keep_from_ignoring(model: nn.Module) -> None:
+def keep_from_ignoring(model: Any) -> None:
     """Let a model with adapters refuse `adapter_names`, which most models of transformers take and do not read.
 
     A `PeftModel` reads it and does not hand it on. Without adapters, the model is as it was.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     present = [key for key, hook in base._forward_pre_hooks.items() if hook is _refuse_names]
     if adapter_children(base):
         if not present:

@@ -17,6 +17,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
+from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .base_config import ChildConfig
@@ -130,6 +131,7 @@ def _load_adapter(
         with device_map_of_offloaded(model):
             result = original(peft_model_id, adapter_name, *args, **kwargs)
         _check_loaded(model, name)
+        _check_copies(model, name)
     except BaseException as error:
         if _is_ours(model, name):
             before.restore(name)
@@ -247,6 +249,16 @@ def _check_loaded(model: nn.Module, name: str) -> None:
     for child in adapter_children(model, name):
         child.check_values(name)
         child.settle(name)
+
+
+def _check_copies(model: Any, name: str) -> None:
+    """Older releases of transformers load no `modules_to_save`, and report them as weights that are not needed."""
+    wanted = model.peft_config[name].modules_to_save if _is_ours(model, name) else None
+    if wanted and "adapter_state_dict_load_map" not in inspect.getsource(integration):
+        raise ValueError(
+            f"This release of transformers does not load modules_to_save={wanted} with load_adapter: load the adapter "
+            "with PeftModel.from_pretrained(model, folder), or use a newer transformers."
+        )
 
 
 def acting_adapters(model: nn.Module) -> dict[str, str]:

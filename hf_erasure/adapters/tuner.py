@@ -11,7 +11,7 @@ from torch import nn
 from .child_tuner import ChildTuner, exactly, is_child
 from .config import ConceptErasureConfig
 from .folding import merge
-from .layer import CHILD, ErasureLayer
+from .layer import CHILD, ErasureLayer, erasure_layers
 from .mixed_batches import Rows, rows_have_adapters
 from .targets import default_targets, is_fitted_at, keep_layers
 
@@ -25,6 +25,11 @@ class ConceptErasureModel(ChildTuner):
     def _check_config(self, config: ConceptErasureConfig) -> None:
         if not config.fitted and config.labels is None and config.concept_dim is None:
             config.z_dim  # noqa: B018  raises with the remedy
+
+    def _complete(self, model: nn.Module, adapter_name: str) -> None:
+        if not erasure_layers(model, adapter_name):  # some releases of PEFT say so of a model's first adapter only
+            config = self.peft_config[adapter_name]
+            raise ValueError(f"target_modules={config.target_modules!r} not found in {type(model).__name__}.")
 
     def _prepare_adapter_config(self, peft_config: ConceptErasureConfig, model_config: dict) -> ConceptErasureConfig:
         if not peft_config.fitted and peft_config.target_modules is None:

@@ -47,9 +47,11 @@ def loads(model: nn.Module, lifecycle: Lifecycle, name: str = NAME) -> None:
     assert not model.training
 
 
+# What PEFT says of targets that are not there, depending on its release.
+NOWHERE = "not found|No modules were targeted"
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, type[Exception], str]] = {
-    "wrong target": ({"target_modules": ["no_such_module"]}, NAME, ValueError, "no_such_module.*not found"),
-    "wrong expression": ({"target_modules": r"encoder\.layer\.\d+\.nothing"}, NAME, ValueError, "not found"),
+    "wrong target": ({"target_modules": ["no_such_module"]}, NAME, ValueError, NOWHERE),
+    "wrong expression": ({"target_modules": r"encoder\.layer\.\d+\.nothing"}, NAME, ValueError, NOWHERE),
     "embedding input": ({"target_modules": ["LayerNorm", "word_embeddings"], "site": "input"}, NAME, ValueError, "ids"),
     "name with a dot": ({}, "no.gender", ValueError, "adapter_name='no.gender'.*dot"),
     "name of the prefix": ({}, "concept_erasure_1", ValueError, "adapter_name='concept_erasure_1'"),
@@ -273,7 +275,8 @@ def test_a_fitted_config_without_its_tensors_raises_at_the_first_forward(lifecyc
     for _ in range(2):
         with pytest.raises(ValueError, match=r"missing or not finite.*Load the complete folder"):
             outputs_of(model, small_batch("bert"))
-    peft.set_peft_model_state_dict(model, load_file(lifecycle.folder(CELL) / "adapter_model.safetensors"), NAME)
+    state = peft.get_peft_model_state_dict(lifecycle.fitted(CELL), adapter_name=NAME)
+    peft.set_peft_model_state_dict(model, state, NAME)
     assert same(outputs_of(model, small_batch("bert")), outputs_of(lifecycle.fitted(CELL), small_batch("bert")))
 
 

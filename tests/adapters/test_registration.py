@@ -8,16 +8,19 @@ import json
 import pickle
 import subprocess
 import sys
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import peft
 import pytest
+from packaging.requirements import Requirement
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
 
 import hf_erasure
 from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters import ConceptErasureModel, registration, seams
+from hf_erasure.adapters.required import INTERNALS, check_internals
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.small_models import LABELS, outputs_of, same, small_batch
 
@@ -144,3 +147,42 @@ print(model.peft_type.value, len(model.targeted_module_names))
 """
     done = run(program)
     assert done.stdout.split() == ["CONCEPT_ERASURE", str(len(CELL.parts.norms))], done.stderr
+
+
+# How a release could differ, and what the message says is missing.
+DIFFERENT = {
+    "a method is gone": (
+        "from peft.tuners.tuners_utils import BaseTuner; del BaseTuner._check_merge_allowed",
+        "peft.tuners.tuners_utils.BaseTuner._check_merge_allowed, which peft VERSION does not have",
+    ),
+    "a module is gone": (
+        "import sys, peft; sys.modules['peft.tuners._buffer_dict'] = None",
+        "the module peft.tuners._buffer_dict, which peft VERSION does not have",
+    ),
+    "a parameter is gone": (
+        "import peft; peft.PeftModel.load_adapter = lambda self, model_id: None",
+        "the parameter 'adapter_name' of peft.PeftModel.load_adapter, which peft VERSION does not have",
+    ),
+    "a method of transformers is gone": (
+        "from transformers.integrations.peft import PeftAdapterMixin; del PeftAdapterMixin.delete_adapter",
+        "transformers.integrations.peft.PeftAdapterMixin.delete_adapter, which transformers VERSION does not have",
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENT)
+def test_a_release_without_what_is_relied_on_fails_at_import(difference: str):
+    """In words that name what is missing, the release that lacks it, and those that have it."""
+    change, message = DIFFERENT[difference]
+    done = run(f"{change}\nimport hf_erasure")
+    package = "transformers" if "transformers VERSION" in message else "peft"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: hf_erasure relies on {message.replace('VERSION', version(package))}"), last
+    wanted = next(r for r in map(Requirement, requires("hf-erasure") or ()) if r.name == package)
+    assert f"It supports {package}{wanted.specifier}: pip install" in last
+
+
+def test_every_internal_is_there_and_named_once():
+    check_internals()
+    names = [(internal.module, internal.name) for internal in INTERNALS]
+    assert len(set(names)) == len(names)

@@ -86,7 +86,7 @@ def test_a_configuration_that_means_nothing(case: str):
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "wrong target": ({"target_modules": ["no_such_module"]}, NAME, "no_such_module.*not found"),
+    "wrong target": ({"target_modules": ["no_such_module"]}, NAME, "not found|No modules were targeted"),
     "container": ({"target_modules": ["attention"]}, NAME, "matches no module that owns parameters itself"),
     "name with a dot": ({}, "a.b", "adapter_name='a.b'.*dot"),
     "name of the prefix": ({}, "gradiend_1", "adapter_name='gradiend_1'"),
@@ -318,7 +318,8 @@ def test_a_fitted_config_without_its_tensors_raises_at_the_first_forward(gradien
     for _ in range(2):
         with pytest.raises(ValueError, match=r"missing or not finite.*Load the complete folder"):
             outputs_of(model, batch_of("bert"))
-    peft.set_peft_model_state_dict(model, load_file(gradiends.folder("bert") / "adapter_model.safetensors"), NAME)
+    state = peft.get_peft_model_state_dict(gradiends.fitted("bert"), adapter_name=NAME)
+    peft.set_peft_model_state_dict(model, state, NAME)
     assert same(outputs_of(model, batch_of("bert")), outputs_of(gradiends.fitted("bert"), batch_of("bert")))
 
 

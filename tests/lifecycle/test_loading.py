@@ -1,0 +1,102 @@
+"""Weights that come later than the modules: from a state dict, onto the meta device, in little memory."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+
+from tests.lifecycle.verbs import KINDS, MODELS, OF, OURS, TABLE, as_base, base, children, outputs
+from tests.small_models import ARCHITECTURES, same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_injected_from_a_state_dict(architecture: str, kind: str, matrix):
+    """The keys say where the adapter goes, whatever the configuration's targets say."""
+    model = OF[kind].added(architecture, "a")
+    config, state = model.peft_config["a"], peft.get_peft_model_state_dict(model, adapter_name="a")
+    again = base(architecture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # that configuration and keys disagree
+        peft.inject_adapter_in_model(config, again, "b", state_dict=state)
+    peft.set_peft_model_state_dict(again, state, "b")
+    assert children(again) == children(model)
+    assert same(outputs(again, architecture), outputs(model, architecture))
+    matrix(TABLE, "`inject_adapter_in_model(state_dict=…)`", kind, "same")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_state_dict_of_some_modules_goes_to_these(kind: str):
+    """As PEFT does, with its warning; fitted values must all arrive."""
+    model = OF[kind].added("bert", "a")
+    state = peft.get_peft_model_state_dict(model, adapter_name="a")
+    half = {key: value for key, value in state.items() if "layer.0." in key}
+    again = base("bert")
+    with pytest.warns(RuntimeWarning, match="inconsistency"):
+        peft.inject_adapter_in_model(model.peft_config["a"], again, "a", state_dict=half)
+    assert children(again) == [path for path in children(model) if "layer.0." in path]
+    peft.set_peft_model_state_dict(again, half, "a")
+    assert not as_base(again, "bert") and not same(outputs(again, "bert"), outputs(model, "bert"))
+    missing = dict(list(half.items())[:-1])
+    incomplete = base("bert")
+    with pytest.warns(RuntimeWarning):
+        peft.inject_adapter_in_model(model.peft_config["a"], incomplete, "a", state_dict=half)
+    peft.set_peft_model_state_dict(incomplete, missing, "a")
+    with pytest.raises(ValueError, match="missing or not finite"):
+        outputs(incomplete, "bert")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_state_dict_of_another_model_is_refused(kind: str):
+    model = OF[kind].added("bert", "a")
+    state = {f"elsewhere.{key}": v for key, v in peft.get_peft_model_state_dict(model, adapter_name="a").items()}
+    again = base("bert")
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="not found in the base model"):
+        peft.inject_adapter_in_model(model.peft_config["a"], again, "a", state_dict=state)
+    assert as_base(again, "bert") and not children(again)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["gpt2", "t5"])
+@pytest.mark.parametrize("way", ["from_pretrained", "PeftModel.load_adapter", "load_adapter", "inject"])
+def test_low_cpu_mem_usage(way: str, architecture: str, kind: str, tmp_path, matrix):
+    """Nothing is on the meta device when it is done, and the output is that of ordinary loading."""
+    task_type = ARCHITECTURES[architecture].task_type
+    model = OF[kind].added(architecture, "default", task_type=task_type)
+    model.save_pretrained(tmp_path)
+    low, expected = {"low_cpu_mem_usage": True}, outputs(model, architecture)
+    again = base(architecture)
+    if way == "from_pretrained":
+        again = peft.PeftModel.from_pretrained(again, str(tmp_path), "new", **low)
+    elif way == "PeftModel.load_adapter":
+        again = peft.get_peft_model(again, OF[kind].config(task_type=task_type), "first")
+        again.load_adapter(str(tmp_path), "new", **low)
+        again.set_adapter("new")
+        again.eval()
+    elif way == "load_adapter":
+        again.load_adapter(str(tmp_path), "new", **low)
+    else:
+        peft.inject_adapter_in_model(model.peft_config["default"], again, "new", **low)
+        state = peft.get_peft_model_state_dict(model, adapter_name="default")
+        peft.set_peft_model_state_dict(again, state, "new", **low)
+    assert not [name for name, tensor in again.state_dict().items() if tensor.device.type == "meta"]
+    assert same(outputs(again, architecture), expected)
+    matrix(TABLE, "`low_cpu_mem_usage=True`", kind, "same")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_loaded_in_little_memory_the_tensors_are_the_adapters_own(kind: str, tmp_path):
+    """Not views into the file, or into the tensors of whoever gave them."""
+    model = OF[kind].added("llama", "a")
+    state = {key: value.clone() for key, value in peft.get_peft_model_state_dict(model, adapter_name="a").items()}
+    again = base("llama")
+    peft.inject_adapter_in_model(model.peft_config["a"], again, "a", low_cpu_mem_usage=True)
+    peft.set_peft_model_state_dict(again, state, "a", low_cpu_mem_usage=True)
+    expected = outputs(again, "llama")
+    assert same(expected, outputs(model, "llama"))
+    copied = again.state_dict()
+    assert all(value.isfinite().all() for key, value in copied.items() if value.is_floating_point())
+    assert torch.equal(next(iter(copied.values())), next(iter(model.state_dict().values())))

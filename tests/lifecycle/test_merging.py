@@ -1,0 +1,123 @@
+"""Merging as PEFT has it: once, in part, never with values that are not finite."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+
+from hf_erasure.adapters import erasure_layers, gradiend_layers
+from tests.lifecycle.verbs import KINDS, OF, OURS, TABLE, as_base, children, outputs, same_weights, weights
+from tests.small_models import distance, same
+
+# GPT-2 and ViT have biases everywhere, so that erasures merge exactly; GPT-2's layers are Conv1D.
+MODELS = ("bert", "gpt2", "vit")
+# Of float32 outputs after two blocks; see tests/adapters/lifecycle.py.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_merging_twice_is_merging_once(architecture: str, kind: str, matrix):
+    model = OF[kind].wrapped(architecture, "a", "ab")
+    before = outputs(model, architecture)
+    model.merge_adapter(["a"])
+    once = weights(model)
+    with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
+        model.merge_adapter(["a"])
+    assert same_weights(weights(model), once)
+    assert distance(outputs(model, architecture), before) < TOLERANCE
+    assert model.get_model_status().merged_adapters == ["a"]
+    model.unmerge_adapter()
+    assert model.get_model_status().merged_adapters == []
+    matrix(TABLE, "merged twice: merged once, with PEFT's warning", kind, "same")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_merging_for_the_first_time_does_not_warn(kind: str):
+    model = OF[kind].wrapped("bert", "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_one_of_two_is_merged_for_good(architecture: str, kind: str, matrix):
+    """Although another one is active; nothing of either is left on the model."""
+    model = OF[kind].wrapped(architecture, "a", "ab")
+    model.set_adapter("ab")
+    expected = outputs(model, architecture)
+    model.set_adapter("a")
+    merged = model.merge_and_unload(adapter_names=["ab"])
+    assert distance(outputs(merged, architecture), expected) < TOLERANCE
+    assert not children(merged) and not hasattr(merged, "peft_config")
+    matrix(TABLE, "`merge_and_unload(adapter_names=[…])`", kind, "same")
+
+
+def poison_adapter(kind: str, model: peft.PeftModel, name: str) -> None:
+    """Put a NaN into the adapter, at its last module, as a damaged training would."""
+    if kind == "erasure":
+        list(erasure_layers(model).values())[-1].concept_erasure_left[name][0, 0] = torch.nan
+    elif kind == "GRADIEND":
+        layer = list(gradiend_layers(model).values())[-1]
+        for key, tensor in layer.state_dict(keep_vars=True).items():
+            if key.endswith(f".{name}") and tensor.is_floating_point() and tensor.numel():
+                tensor.data.view(-1)[0] = torch.nan
+    else:
+        last = [parameter for key, parameter in model.named_parameters() if f"lora_B.{name}." in key][-1]
+        last.data[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("broken", ["adapter", "weights"])
+@pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_safe_merge_refuses_what_is_not_finite(kind: str, verb: str, broken: str, matrix):
+    model = OF[kind].wrapped("gpt2", "a")
+    if broken == "adapter":
+        poison_adapter(kind, model, "a")
+    else:
+        module = model.base_model.model.transformer.h[1].mlp.c_proj
+        getattr(module, "base_layer", module).weight.data[0, 0] = torch.nan
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"finite|NaN|broken"):
+        getattr(model, verb)(safe_merge=True)
+    if kind in OURS:  # PEFT leaves the layers merged that came before the one that is broken
+        after = weights(model)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)) for key in before)
+        assert model.get_model_status().merged_adapters == []
+        assert model.get_model_status().enabled
+        matrix(TABLE, "`safe_merge=True` with NaN", kind, "refused")
+    elif verb == "merge_adapter":
+        assert model.get_model_status().merged_adapters == "irregular"
+        matrix(TABLE, "`safe_merge=True` with NaN", kind, "refused; the layers before the broken one stay merged")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_disabled_while_merged(kind: str, matrix):
+    """The output is the base model's; enabled again, the adapter acts."""
+    model = OF[kind].wrapped("bert", "a")
+    active = outputs(model, "bert")
+    model.merge_adapter()
+    with model.disable_adapter():
+        if kind == "LoRA":
+            base = outputs(model.base_model.model, "bert")
+            assert distance(base, outputs(model, "bert")) == 0
+        else:
+            assert as_base(model, "bert")
+    assert distance(outputs(model, "bert"), active) < TOLERANCE
+    matrix(TABLE, "`disable_adapter` while merged", kind, "same")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_after_unloading_another_adapter_can_be_added(kind: str):
+    model = OF[kind].wrapped("bert", "a")
+    plain = model.unload()
+    assert as_base(plain, "bert")
+    OF[kind].add(plain, "bert", "a", 3)
+    assert not as_base(plain, "bert") and plain.active_adapters() == ["a"]
+    plain.delete_adapter("a")
+    assert same(outputs(plain, "bert"), outputs(model.base_model.model, "bert"))
