@@ -64,7 +64,8 @@ test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
 # Left out is what older releases of PEFT do otherwise: layers_pattern where the list of blocks is at the top of the model,
 # and which names a PeftModel still knows after a call that failed.
 test-oldest: $(OLDEST)/.test  ## run the tests of adapters with the oldest releases that are supported
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -p no:cacheprovider $(PYTEST_ARGS) tests/adapters tests/lifecycle \
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS) -p no:cacheprovider -m 'not slow and not lifecycle' \
+		$(PYTEST_ARGS) tests/adapters tests/lifecycle \
 		--deselect tests/adapters/test_targets.py::test_layers_to_transform_and_exclude_modules \
 		--deselect tests/adapters/test_oracle.py::test_verbs_do_what_they_do_for_lora
 
