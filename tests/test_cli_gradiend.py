@@ -97,7 +97,6 @@ def test_fit_prints_both_tables_and_writes_adapter_figures_and_results(fitted: t
     assert "| none | female/male | 0 | 0 |" in (folder / "results.md").read_text()
 
 
-
 def test_two_processes_share_the_gradients_and_the_first_writes(
     recipe: Path, fitted: tuple[Path, str], tmp_path: Path
 ) -> None:
