@@ -132,7 +132,7 @@ def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sti
         target_modules=list(sites),
         site=first.site,
         # Orthogonal projections together make one; with an oblique one among them, they do not.
-        method=first.method if len(methods) == 1 else "leace",
+        method="leace" if "leace" in methods else "inlp" if methods == {"inlp"} else "orth",
         affine=first.affine,
         rank=max(ranks) or None,
         sticky=sticky,

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_erasure.erasers.inlp import ROUNDS
+
 from .base_config import ChildConfig
 from .registration import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 
-METHODS = ("leace", "orth")
+METHODS = ("leace", "orth", "mean_projection", "inlp")
 SITES = ("output", "input")
 
 
@@ -33,12 +35,15 @@ class ConceptErasureConfig(ChildConfig):
         layers_to_transform: Indices of the blocks to act on; all when `None`.
         layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
         site: Erase the `"output"` of each target or its `"input"`.
-        method: `"leace"` (least-squares optimal, arXiv 2306.03819) or `"orth"` (the same guarantee by an orthogonal
-            projection, which disturbs more).
+        method: `"leace"` (least-squares optimal, arXiv 2306.03819); `"orth"` (the same guarantee by an orthogonal
+            projection, which disturbs more; known as SAL, arXiv 2203.07893); `"mean_projection"` (the same map as
+            `"orth"` where the rank is not capped; needs `labels`); or `"inlp"` (iterative null-space projection,
+            arXiv 2004.07667, with a least-squares probe; it removes more directions and guarantees less). R-LACE and
+            INLP with logistic regression need rows, which fitting keeps none of: see `hf_erasure.erasers.Eraser.fit`.
         affine: Keep the mean of the activations. `False` gives a purely linear map, for which a bias-free layer needs
             no bias when the adapter is merged.
         rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
-            which the guarantee needs.
+            which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether the erasers exist.
@@ -58,7 +63,7 @@ class ConceptErasureConfig(ChildConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     site: str = field(default="output", metadata={"help": "'output' or 'input' of the targets."})
-    method: str = field(default="leace", metadata={"help": "'leace' or 'orth'."})
+    method: str = field(default="leace", metadata={"help": "'leace', 'orth', 'mean_projection' or 'inlp'."})
     affine: bool = field(default=True, metadata={"help": "Keep the mean of the activations."})
     rank: int | None = field(default=None, metadata={"help": "At most so many directions a site."})
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "Written by fitting."})
@@ -77,6 +82,12 @@ class ConceptErasureConfig(ChildConfig):
             )
 
     def _check_choices(self) -> None:
+        if self.method == "rlace":
+            raise ValueError(
+                "method='rlace' plays its game on rows, and fitting a model keeps none: fit it on arrays, with "
+                "hf_erasure.erasers.Eraser.fit(x, z, 'rlace'). For k classes and k − 1 directions its optimum is what "
+                "method='orth' computes."
+            )
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
         if self.site not in SITES:
@@ -100,6 +111,12 @@ class ConceptErasureConfig(ChildConfig):
                 )
         elif self.concept_dim is not None and self.concept_dim < 1:
             raise ValueError(f"concept_dim={self.concept_dim} must be at least 1.")
+        # Fitted ones that were combined have the concepts of several side by side.
+        if self.method == "mean_projection" and self.concept_dim is not None and not (self.labels or self.fitted):
+            raise ValueError(
+                f"method='mean_projection' projects away the differences of class means, and concept_dim="
+                f"{self.concept_dim} has no classes: give labels, or take method='orth', which erases values as well."
+            )
 
     @property
     def described(self) -> str:
@@ -130,8 +147,13 @@ class ConceptErasureConfig(ChildConfig):
 
     @property
     def max_rank(self) -> int:
-        """The number of directions the guarantee needs: k − 1 for classes, `concept_dim` otherwise."""
+        """The number of directions the guarantee needs: k − 1 for classes, `concept_dim` otherwise.
+
+        For INLP, which guarantees nothing, it is what its rounds remove, or the `rank` that was asked for.
+        """
         needed = self.z_dim - 1 if self.labels is not None else self.z_dim
+        if self.method == "inlp":
+            return needed * ROUNDS if self.rank is None else self.rank
         return needed if self.rank is None else min(self.rank, needed)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

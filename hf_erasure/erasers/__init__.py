@@ -1,22 +1,38 @@
 """Closed-form concept erasure on tensors: linear algebra that needs torch and nothing else.
 
 `ConceptMoments` gathers means and covariances over any number of batches; `ConceptMoments.eraser` turns them into a
-frozen `Eraser`; `apply_erasure` is what an eraser does to an activation. LEACE is arXiv 2306.03819.
+frozen `Eraser`; `apply_erasure` is what an eraser does to an activation. A method is one file with its paper:
+
+* from moments, for arrays and for adapters: `leace`, `orth` (which is SAL, spectral attribute removal),
+  `mean_projection`, and `inlp` with a least-squares probe,
+* from rows, for arrays (`Eraser.fit`): `inlp` with logistic regression, and `rlace`,
+* told the concept of every row, for analysis alone: `OracleEraser` and `QuadraticEraser`.
+
+LEACE, `orth` and `mean_projection` guard against every linear probe, and so does `OracleEraser`; `inlp` and `rlace`
+against those they came to; only `QuadraticEraser` against quadratic ones as well; none against all others.
 """
 
 from .apply import apply_erasure
 from .combining import combine_erasers
 from .eraser import Eraser
+from .inlp import fit_inlp
 from .joint import joint_moments
 from .leakage import cross_validated_correlation, relative_change
 from .moments import ConceptMoments
+from .oracle import OracleEraser
+from .quadratic import QuadraticEraser
+from .rlace import fit_rlace
 
 __all__ = [
     "ConceptMoments",
     "Eraser",
+    "OracleEraser",
+    "QuadraticEraser",
     "apply_erasure",
     "combine_erasers",
     "cross_validated_correlation",
+    "fit_inlp",
+    "fit_rlace",
     "joint_moments",
     "relative_change",
 ]

@@ -60,15 +60,27 @@ class Eraser:
         Args:
             x: `(…, x_dim)` activations.
             z: Integer class ids `(…)`, −100 to leave a row out; or values `(…, z_dim)`; or one value per row `(…)`.
-            method: "leace" or "orth".
+            method: "leace", "orth" (which is SAL) or "mean_projection", from the moments of the rows; "inlp" or
+                "rlace", which train probes on the rows.
             weight: `(…)` non-negative weights of rows.
             mask: `(…)` bool, False leaves a row out.
-            **options: As for `ConceptMoments.eraser`.
+            **options: As for `ConceptMoments.eraser`; for "inlp" as for `fit_inlp`, for "rlace" as for `fit_rlace`.
+                `probe="least_squares"` with "inlp" takes the rounds from the moments, as `ConceptMoments.eraser` does;
+                the default is `probe="logistic"`.
 
         Raises:
             TypeError: If `x` or `z` is not a tensor of numbers.
             ValueError: As `ConceptMoments.update` and `ConceptMoments.eraser` do.
         """
+        if method == "rlace":
+            from .rlace import fit_rlace
+
+            return fit_rlace(x, z, weight=weight, mask=mask, **options)
+        if method == "inlp":
+            from .inlp import check_probe, fit_inlp
+
+            if check_probe(options.pop("probe", "logistic")) == "logistic":
+                return fit_inlp(x, z, weight=weight, mask=mask, **options)
         from .moments import ConceptMoments
         from .rows import infer_z_dim
 

@@ -13,17 +13,20 @@ from torch import Tensor
 
 from .eraser import Eraser
 from .gram import PackedGram
+from .inlp import check_rounds, inlp_factors, ridge_factor
 from .leace import leace_factors
 from .linalg import Spread, concept_columns, factorise, whiten_concept
+from .mean_projection import mean_projection_factors
 from .orth import orth_factors
-from .precision import EXACT, product_dtype
+from .precision import EXACT, product_dtype, significance
 from .products import centred_products
 from .rows import read_rows
 from .shrinkage import check_shrinkage
 from .state import read_state, write_state
 from .sums import Sums, sum_rows
 
-METHODS = ("leace", "orth")
+METHODS = ("leace", "orth", "mean_projection", "inlp")
+"""Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
 
 
 class ConceptMoments:
@@ -330,6 +333,7 @@ class ConceptMoments:
         *,
         affine: bool = True,
         rank: int | None = None,
+        rounds: int | None = None,
         shrinkage: str | float | None = "oas",
         background: ConceptMoments | None = None,
         background_weight: float = 1.0,
@@ -338,17 +342,26 @@ class ConceptMoments:
 
         After it, no linear predictor of z trained with a convex loss on these rows does better than the best
         constant. The guarantee rests on the covariances with z alone; Σ, whether shrunk or taken from a background,
-        only decides which of all maps that give it is chosen.
+        only decides which of all maps that give it is chosen. "inlp" has no such guarantee, and says what it does.
 
         Args:
-            method: "leace" changes the activations least in the metric of Σ; "orth" projects orthogonally.
+            method: "leace" changes the activations least in the metric of Σ. "orth" projects orthogonally; it is SAL
+                (spectral attribute removal). "mean_projection" projects away the differences of the class means; it
+                needs class ids, and is the same map as "orth" unless the rank is capped. "inlp" is iterative null-space
+                projection with a least-squares probe: as such a probe is a function of the moments, so are all its
+                rounds, each of which projects away the probe that reads best what the rounds before have left.
+                For INLP with logistic regression, and for R-LACE, which need rows, see `Eraser.fit`.
             affine: Keep the mean in place. Without, the map is linear.
             rank: At most that many directions, those of the largest canonical correlations; None for all that are
-                more than rounding, at most k − 1 for k classes. A cap below that leaves a part of the concept.
+                more than rounding, at most k − 1 for k classes. A cap below that leaves a part of the concept. For
+                "inlp", those of the first rounds.
+            rounds: For "inlp" alone: at most so many, each of which adds k − 1 directions for k classes; None for 10,
+                or, where a rank is given, as many as it takes. They end early where no covariance with z is left.
             shrinkage: "oas", a share of the identity in [0, 1], or None; applied to the correlation matrix of x, so
-                the scale of features does not matter.
+                the scale of features does not matter. For "inlp" a ridge of that share of the mean variance.
             background: Moments of unlabelled activations that should change as little as possible; Σ and the mean are
-                `background_weight` times theirs plus the rest of these moments' own.
+                `background_weight` times theirs plus the rest of these moments' own. The probes of "inlp" are those of
+                the labelled rows in any case; it and the other orthogonal methods take the mean alone from there.
             background_weight: From 0 to 1.
 
         Returns:
@@ -358,7 +371,7 @@ class ConceptMoments:
             TypeError: If `background` is no `ConceptMoments` or `rank` no int.
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
         """
-        _check_options(method, rank, background_weight)
+        _check_options(method, rank, rounds, background_weight)
         check_shrinkage(shrinkage)
         sums, _ = self._known()
         self.check_concept()
@@ -378,9 +391,29 @@ class ConceptMoments:
         spread, mean = self._surroundings(own, background, background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
+        elif method == "mean_projection":
+            left, right = mean_projection_factors(columns, self.cross_covariance, self._class_shares(), rank)
+        elif method == "inlp":
+            limit, cutoff = check_rounds(rounds, rank), significance(self._resolution)
+            left, right = inlp_factors(columns, ridge_factor(self.spread(), shrinkage), limit, rank, cutoff)
         else:
             left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
         return Eraser(left, right, mean if affine else None)
+
+    def _class_shares(self) -> Tensor:
+        """`(k,)` shares of the classes.
+
+        Raises:
+            ValueError: If the concept was not given as class ids of one concept.
+        """
+        sums, _ = self._known()
+        if sums.counts is None:
+            raise ValueError(
+                "method is 'mean_projection', but the concept was not given as the class ids of one concept, so there "
+                "are no class means: give integer ids, or take 'orth', which removes the same directions and needs "
+                "covariances only."
+            )
+        return sums.mean_z * (sums.counts > 0)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -470,7 +503,14 @@ class ConceptMoments:
         return f"ConceptMoments(x_dim={self._x_dim}, z_dim={self._z_dim}, rows={self.rows})"
 
 
-def _check_options(method: str, rank: int | None, background_weight: float) -> None:
+def _check_options(method: str, rank: int | None, rounds: int | None, background_weight: float) -> None:
+    if method == "rlace":
+        raise ValueError(
+            "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, 'rlace'). "
+            "Its optimum for k classes and k − 1 directions is what 'orth' computes."
+        )
+    if rounds is not None and method != "inlp":
+        raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):

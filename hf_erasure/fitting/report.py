@@ -58,7 +58,7 @@ class ErasureReport:
     Attributes:
         concept: What was erased.
         adapter_name: The adapter.
-        method: `"leace"` or `"orth"`.
+        method: As in the adapter's configuration.
         pool: Which rows a sequence label counted for.
         examples: Sequences fitted on.
         tokens: Real positions fitted on.

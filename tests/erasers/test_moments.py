@@ -252,7 +252,9 @@ def test_bad_dimensions_are_refused(arguments, error, message: str) -> None:
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"method": "inlp"}, ValueError, "method is 'inlp'.*'leace', 'orth'"),
+        ({"method": "pca"}, ValueError, "method is 'pca'.*'leace', 'orth'"),
+        ({"method": "rlace"}, ValueError, r"keep none: call Eraser.fit"),
+        ({"rounds": 2}, ValueError, "only 'inlp' has rounds"),
         ({"rank": 0}, ValueError, "rank is 0"),
         ({"rank": 1.0}, TypeError, "rank is 1.0"),
         ({"shrinkage": "lw"}, ValueError, "shrinkage is 'lw'"),

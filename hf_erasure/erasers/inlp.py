@@ -1,0 +1,183 @@
+"""Iterative null-space projection, INLP (Ravfogel et al. 2020, arXiv 2004.07667).
+
+A round trains a linear probe of the concept and projects x orthogonally onto the null space of its weights; the next
+round trains on what is left. Two probes are here:
+
+* least squares, whose rounds are functions of the moments alone (`inlp_factors`; `ConceptMoments.eraser("inlp")`),
+* logistic regression, the paper's, which needs the rows (`fit_inlp`; `Eraser.fit(x, z, "inlp")`).
+
+Neither gives the guarantee of LEACE after a few rounds. A round takes away the direction that its probe reads, and
+leaves a covariance with the concept that another direction reads; only what the rounds removed stays removed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .eraser import Eraser
+from .linalg import Factor, Spread, factorise
+from .logistic import class_rows, logistic_probe, nothing_known
+from .shrinkage import oas_shrinkage
+
+ROUNDS = 10
+"""Rounds where neither their number nor a rank is given."""
+
+PROBES = ("logistic", "least_squares")
+
+# A direction that shares all but this with those removed before is rounding.
+_NEW = 1e-9
+# A probe that saves less than this share of the entropy of the concept knows nothing.
+_GAIN = 1e-3
+
+
+def inlp_factors(
+    columns: Tensor, factor: Factor, rounds: int, rank: int | None, cutoff: float
+) -> tuple[Tensor, Tensor]:
+    """INLP with a least-squares probe, from moments.
+
+    With `A` the covariances with the concept and `U` the directions removed so far, the probe of a round minimises
+    `tr Wᵀ Σ W − 2 tr Wᵀ A` over the W orthogonal to U. In `Y = F W`, `Σ = Fᵀ F`, the minimum is what of `F⁻ᵀ A` is
+    orthogonal to `F⁻ᵀ U`; so one factorisation of Σ serves all rounds, and the singular values of Y are the
+    correlations that the probe finds. In exact arithmetic the rounds together remove the block Krylov space
+    `Σ⁻¹A, Σ⁻²A, …, Σ⁻ʳA`. Each adds as many directions as the concept varies in, k − 1 for k classes.
+
+    Args:
+        columns: `(d, r)` float64, covariances of x with r concept directions that are whitened, linearly independent.
+        factor: The factored Σ of the rows that the probe is trained on, as `ridge_factor` makes it.
+        rounds: At most so many.
+        rank: At most so many directions, those of the first rounds; None for all.
+        cutoff: The correlation with the concept below which what is left is rounding.
+
+    Returns:
+        `left` `(d, rank)` with orthonormal columns, and `right`, its transpose.
+    """
+    basis, wanted = columns[:, :0], factor.whiten(columns)
+    spent = basis
+    for _ in range(rounds):
+        found = wanted - spent @ (spent.T @ wanted)
+        vectors, strength, _ = torch.linalg.svd(found, full_matrices=False)
+        probe = factor.readings(vectors[:, strength > cutoff]).T
+        new = beyond(probe, basis)
+        basis = torch.cat([basis, new], dim=1)
+        if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
+            break
+        spent = torch.cat([spent, beyond(factor.whiten(new), spent)], dim=1)
+    basis = basis[:, :rank]
+    return basis, basis.T
+
+
+def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
+    """Σ of a least-squares probe with a ridge; `spread.sigma` is used up.
+
+    The ridge is on the weights as they are, as in scikit-learn's `Ridge`: `(1 − s) Σ + s · mean(var) · I`. LEACE
+    shrinks towards the variances instead, whatever the scale of a feature. Here scale matters: without a ridge in these
+    units a feature that hardly varies has the largest weight of all, and rounds go by that remove nothing else.
+
+    Args:
+        spread: Of the rows that the probe is trained on.
+        shrinkage: "oas", the share s, or None for no ridge.
+    """
+    sigma, variance = spread.sigma, spread.variance
+    if shrinkage == "oas":
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        correlation = sigma.like(sigma.values.clone())
+        correlation.scale(scale)
+        correlation.set_diagonal(torch.ones_like(scale))
+        shrinkage = oas_shrinkage(correlation.mean_square(), sigma.dim, spread.rows)
+    share = float(shrinkage or 0.0)
+    if share:
+        sigma.values.mul_(1 - share)
+        sigma.set_diagonal(sigma.diagonal + share * variance.mean())
+    return factorise(spread, None)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fit_inlp(
+    x: Tensor,
+    z: Tensor,
+    *,
+    rounds: int | None = None,
+    rank: int | None = None,
+    affine: bool = True,
+    penalty: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Eraser:
+    """INLP with logistic regression, on one batch of rows.
+
+    The probe is the minimum of the mean log loss plus `penalty / 2 · ‖W‖²` over x divided by its one overall standard
+    deviation: with class ids of two classes one direction a round, of k classes k − 1. The rounds end early when the
+    probe saves less than a thousandth of the entropy of the classes. The paper counts accuracy instead, by which a rare
+    class is never worth a round.
+
+    Args:
+        x: `(…, x_dim)` activations.
+        z: Integer class ids `(…)`, −100 to leave a row out.
+        rounds: At most so many; None for 10, or, where a rank is given, as many as it takes.
+        rank: At most so many directions, those of the first rounds.
+        affine: Keep the mean in place. The paper's map is without.
+        penalty: Ridge on the weights; None for one over the rows, which is `C=1` in scikit-learn.
+        weight: `(…)` non-negative weights of rows.
+        mask: `(…)` bool, False leaves a row out.
+
+    Raises:
+        TypeError: If an argument is no tensor of numbers, or a count no int.
+        ValueError: If `z` is no class ids, there is one class only, x does not vary, or an option is out of range.
+    """
+    limit = check_rounds(rounds, rank)
+    rows = class_rows(x, z, weight, mask, "inlp")
+    known = nothing_known(rows)
+    basis = rows.x.new_zeros(rows.x.shape[1], 0)
+    for _ in range(limit):
+        remaining = rows.x - (rows.x @ basis) @ basis.T
+        probe = logistic_probe(rows.with_x(remaining), penalty)
+        if known - probe.loss < _GAIN * known:
+            break
+        new = beyond(probe.directions(), basis)
+        basis = torch.cat([basis, new], dim=1)
+        if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
+            break
+    basis = rows.cleaned(basis[:, :rank])
+    return Eraser(basis, basis.T, rows.mean if affine else None)
+
+
+def check_probe(probe: str) -> str:
+    """Refuse a probe that there is not.
+
+    Raises:
+        ValueError: The message says which there are.
+    """
+    if probe not in PROBES:
+        raise ValueError(f"probe is {probe!r}: it must be one of {', '.join(map(repr, PROBES))}.")
+    return probe
+
+
+def check_rounds(rounds: int | None, rank: int | None) -> int:
+    """At most how many rounds are meant.
+
+    Raises:
+        TypeError: If one is no int.
+        ValueError: If one is below 1.
+    """
+    for name, value in (("rounds", rounds), ("rank", rank)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} is {value!r}: give an int, or None.")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: it must be 1 or more, or None.")
+    if rounds is not None:
+        return rounds
+    # A round adds at least one direction or is the last.
+    return ROUNDS if rank is None else rank
+
+
+def beyond(block: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal directions of `block` that are not in the span of `basis`, which is orthonormal."""
+    lengths = block.norm(dim=0)
+    block = block / torch.where(lengths > 0, lengths, 1.0)
+    for _ in range(2):  # once more, for what rounding left of the basis
+        block = block - basis @ (basis.T @ block)
+    vectors, strength, _ = torch.linalg.svd(block, full_matrices=False)
+    new = vectors[:, strength > _NEW]
+    return torch.linalg.qr(new - basis @ (basis.T @ new))[0]
