@@ -4,6 +4,9 @@ Importing this package registers its adapter types with PEFT; from then on `mode
 `PeftModel.from_pretrained` and all the other calls of PEFT work with them.
 """
 
+import importlib
+from types import ModuleType
+
 from ._version import __version__
 from .adapters import (
     ConceptErasureConfig,
@@ -35,3 +38,10 @@ __all__ = [
     "fit_concept_erasure",
     "verify_adapter",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """`hf_erasure.metrics`, which is imported when it is asked for: most programs measure nothing."""
+    if name == "metrics":
+        return importlib.import_module("hf_erasure.metrics")
+    raise AttributeError(f"module 'hf_erasure' has no attribute {name!r}")

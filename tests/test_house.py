@@ -14,8 +14,10 @@ MAY_IMPORT = {
     "gradiend": set(),
     "adapters": {"erasers", "gradiend"},
     "fitting": {"adapters", "erasers", "gradiend"},
+    "metrics": {"fitting", "adapters", "erasers", "gradiend"},
+    "evaluation": {"metrics", "fitting", "adapters", "erasers", "gradiend"},
     "callbacks": {"fitting", "adapters", "erasers", "gradiend"},
-    "cli": {"callbacks", "fitting", "adapters", "erasers", "gradiend"},
+    "cli": {"callbacks", "evaluation", "metrics", "fitting", "adapters", "erasers", "gradiend"},
 }
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"}
 

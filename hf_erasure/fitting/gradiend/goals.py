@@ -36,13 +36,25 @@ def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
     if name == "bpi" and len(classes) == 2:
         return lambda p: (1 - (p[:, 0] - p[:, 1]).abs()) * p.sum(1)
     if name in _GENDERS:
-        matches = [i for i, label in enumerate(classes) if label.lower().startswith(_GENDERS[name])]
+        matches = _of_gender(name, classes)
         if len(matches) == 1:
             return _prefers(matches[0])
     raise ValueError(
         f"goal={name!r} is not defined for the classes {list(classes)}: write one of the class names, 'balance'"
         + (", 'bpi', or 'fpi' and 'mpi' for a female and a male class." if len(classes) == 2 else ".")
     )
+
+
+def goal_names(classes: Sequence[str]) -> list[str]:
+    """Every name that `goal_by_name` knows for these classes."""
+    names = ["balance", *classes]
+    if len(classes) == 2:
+        names.append("bpi")
+    return names + [name for name in _GENDERS if len(_of_gender(name, classes)) == 1 and name not in classes]
+
+
+def _of_gender(name: str, classes: Sequence[str]) -> list[int]:
+    return [i for i, label in enumerate(classes) if label.lower().startswith(_GENDERS[name])]
 
 
 def _prefers(index: int) -> Goal:

@@ -1,0 +1,82 @@
+"""How well a feature neuron reads a feature: correlation and balanced accuracy (arXiv 2502.01406, section 4).
+
+The figures are those of `hf_erasure.fitting.gradiend.EncodedValues`; here they get intervals.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import Features, Value
+
+from hf_erasure.fitting.gradiend.evaluation import encoded
+
+# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
+from hf_erasure.metrics import base, checks, resampling
+
+
+def score(
+    values: Any,
+    labels: Any,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Correlation and accuracy of encoded values.
+
+    Args:
+        values: `(texts,)` Values of the feature neuron.
+        labels: `(texts,)` +1, −1, and 0 for neutral texts.
+        confidence: Of the intervals.
+        resamples: Of the bootstrap over texts, within each label.
+        seed: Of the resamples.
+
+    Returns:
+        `cor`, Pearson's correlation with the label, and `acc`, the balanced accuracy of the sign, without neutral
+        texts; with neutral texts, if there are any, `cor_enc`, and `acc_enc`, of three classes told apart at ±0.5. A
+        correlation is NaN where the values do not vary. `texts`, `intervals`.
+
+    Raises:
+        ValueError: If +1 or −1 has no text, a label is another number, or the input is malformed.
+    """
+    found = checks.numbers("predictions", values, dims=1)
+    of = np.array(checks.labels("references", labels, len(found)))
+    if not set(of.tolist()) <= {-1, 0, 1} or not {-1, 1} <= set(of.tolist()):
+        raise ValueError(
+            f"references hold {sorted(set(of.tolist()))}: give texts of +1 and of −1, and 0 for neutral ones."
+        )
+
+    def figures(index: checks.Ints) -> dict[str, float]:
+        return encoded(found[index].tolist(), of[index].astype(int).tolist(), ("+1", "-1")).metrics()
+
+    measured = figures(np.arange(len(found)))
+    # Figures that have no value at all have no interval either.
+    defined = [name for name, value in measured.items() if np.isfinite(value)]
+    intervals = resampling.bootstrap(
+        lambda index: {name: value for name, value in figures(index).items() if name in defined},
+        len(found), strata=of.tolist(), resamples=resamples, confidence=confidence, seed=seed,
+    )  # fmt: skip
+    return {**measured, "texts": len(found), **intervals.as_dict()}
+
+
+class EncoderCorrelation(base.Measure):
+    """`score` as an `evaluate` metric."""
+
+    facts = base.Facts(
+        title="Encoder correlation",
+        figure="cor",
+        paper="Drechsel & Herbold 2025",
+        url="https://arxiv.org/abs/2502.01406",
+        formula="Pearson correlation of encoded values with labels of ±1",
+        better="higher",
+        bounds=(-1.0, 1.0),
+        ideal=1.0,
+        interval="bootstrap over texts within each label",
+    )
+    inputs = Features({"predictions": Value("float64"), "references": Value("int64")})
+    usage = "predictions: encoded values; references: +1, -1, 0 for neutral; confidence=, resamples=, seed="
+
+    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+        return score(predictions, references, **options)

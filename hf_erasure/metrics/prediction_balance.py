@@ -1,0 +1,88 @@
+"""BPI, FPI, MPI and the balance of k classes: what GRADIEND's edits are chosen by (arXiv 2502.01406, section 5).
+
+The formulas stand in `hf_erasure.fitting.gradiend.goals`, where edits are chosen; here they are measured with an
+interval. Each is `LMS · mean over texts of …`, so a model that no longer models language scores 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Features, Sequence, Value
+
+from hf_erasure.fitting.gradiend.goals import goal_by_name, goal_names
+
+# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
+from hf_erasure.metrics import base, checks, resampling
+
+
+def score(
+    probabilities: Any,
+    classes: Many[str] = ("female", "male"),
+    *,
+    lms: float = 1.0,
+    goals: Many[str] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The goals of GRADIEND for given class probabilities.
+
+    Args:
+        probabilities: `(texts, classes)` Of the words of each class at the slot; they need not sum to 1.
+        classes: Names of the columns.
+        lms: Language-modelling score between 0 and 1, taken as known.
+        goals: Which to compute; by default all that these classes have: `balance`, every class, and for two classes
+            `bpi`, `fpi`, `mpi` where they are defined.
+        confidence: Of the intervals.
+        resamples: Of the bootstrap over texts.
+        seed: Of the resamples.
+
+    Returns:
+        Goal → value between 0 and 1; `means`, the mean probability of each class; `lms`, `texts`, `intervals`.
+
+    Raises:
+        ValueError: If a probability is no probability, a goal means nothing for the classes, or the input is malformed.
+    """
+    p = checks.numbers("predictions", probabilities, width=len(classes))
+    if p.min() < 0 or p.sum(1).max() > 1 + 1e-6:
+        raise ValueError("predictions hold a negative number, or a row with a sum above 1: give probabilities.")
+    if not 0 <= lms <= 1:
+        raise ValueError(f"lms={lms}: write a language-modelling score between 0 and 1.")
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise ValueError(f"classes={list(classes)}: write two or more different names.")
+    tensor = torch.from_numpy(p)
+    named = goal_names(classes) if goals is None else list(goals)
+    values = {name: lms * goal_by_name(name, classes)(tensor).numpy() for name in named}
+    intervals = resampling.bootstrap(
+        lambda index: {name: each[index].mean() for name, each in values.items()},
+        len(p), resamples=resamples, confidence=confidence, seed=seed,
+    )  # fmt: skip
+    found = {name: float(np.mean(each)) for name, each in values.items()}
+    means = dict(zip(classes, p.mean(0).tolist(), strict=True))
+    return {**found, "means": means, "lms": float(lms), "texts": len(p), **intervals.as_dict()}
+
+
+class PredictionBalance(base.Measure):
+    """`score` as an `evaluate` metric."""
+
+    facts = base.Facts(
+        title="Balanced, female and male prediction (BPI, FPI, MPI) and the balance of k classes",
+        figure="balance",
+        paper="Drechsel & Herbold 2025",
+        url="https://arxiv.org/abs/2502.01406",
+        formula="LMS · mean[(1 − (max p − min p)) · min p]; BPI = LMS · mean[(1 − |P(M) − P(F)|)(P(M) + P(F))]; "
+        "FPI = LMS · mean[(1 − P(M)) P(F)]; MPI mirrored",
+        better="higher",
+        bounds=(0.0, 1.0),
+        ideal=1.0,
+        interval="bootstrap over texts, LMS taken as known",
+    )
+    inputs = Features({"predictions": Sequence(Value("float64"))})
+    usage = "predictions: class probabilities; classes=, lms=, goals=, confidence=, resamples=, seed="
+
+    def _compute(self, predictions: Any, **options: Any) -> dict[str, Any]:
+        return score(predictions, **options)

@@ -1,0 +1,103 @@
+"""The pronoun gap on sentences like WinoBias (Zhao et al. 2018, arXiv 1804.06876), for language models.
+
+Zhao et al. compare how well coreference systems do on sentences whose pronoun fits the stereotype of the occupation
+that it refers to, and on the same sentences with the other pronoun. A language model "does well" on the version that it
+finds likelier, so with the pairs of either gender weighing the same, accuracy on pro- minus accuracy on
+anti-stereotypical versions is
+
+`gap = P(he likelier | male stereotype) − P(he likelier | female stereotype)`.
+
+A model that always says "he" has a gap of 0, one that follows the stereotypes has 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import Sequence, Value
+
+# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
+from hf_erasure.metrics import base, checks, resampling
+
+GENDERS = ("male", "female")
+
+
+def score(
+    scores: Any,
+    stereotypes: Any,
+    *,
+    permutations: int = 1000,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How far pronouns follow the stereotypes of occupations.
+
+    Args:
+        scores: `(pairs, 2)` Log-likelihood of the pro- and of the anti-stereotypical version.
+        stereotypes: `(pairs,)` `"male"` or `"female"`: the gender of the pro-stereotypical pronoun.
+        permutations: Shuffles of the stereotypes over the pairs, for the two-sided p value of `gap`.
+        confidence: Of the intervals.
+        resamples: Of the bootstrap over pairs, within each stereotype.
+        seed: Of shuffles and resamples.
+
+    Returns:
+        `gap` between −1 and 1; `log_odds_gap`, the same difference for `log P(he) − log P(she)` in nats, halved so that
+        it is the mean of pro minus anti; `male` and `female`, the share of pairs of that stereotype whose
+        pro-stereotypical version is likelier; `items`, `ties` (which count half), `p_value`, `intervals`.
+
+    Raises:
+        ValueError: If a stereotype has no pair or is neither of the two, or the input is malformed.
+    """
+    values = checks.numbers("predictions", scores, width=2)
+    named = np.array(checks.labels("references", stereotypes, len(values)))
+    if set(named.tolist()) != set(GENDERS):
+        raise ValueError(f"references hold {sorted(set(map(str, named)))}: give pairs of 'male' and of 'female'.")
+    male = named == "male"
+    odds = np.where(male, 1, -1) * (values[:, 0] - values[:, 1])  # log P(he) − log P(she)
+    prefers = (odds > 0) + (odds == 0) / 2
+
+    def gap(index: checks.Ints, of: Any) -> float:
+        return float(prefers[index][of].mean() - prefers[index][~of].mean())
+
+    def figures(index: checks.Ints) -> dict[str, float]:
+        of = male[index]
+        difference = float(odds[index][of].mean() - odds[index][~of].mean()) / 2
+        shares = {"male": prefers[index][of].mean(), "female": 1 - prefers[index][~of].mean()}
+        return {"gap": gap(index, of), "log_odds_gap": difference, **shares}
+
+    everything = np.arange(len(values))
+    test = resampling.shuffled(
+        lambda index: abs(gap(everything, male[index])), len(values), permutations=permutations, seed=seed
+    )
+    intervals = resampling.bootstrap(
+        figures, len(values), strata=male.tolist(), resamples=resamples, confidence=confidence, seed=seed
+    )
+    found = {name: float(value) for name, value in figures(everything).items()}
+    counts = {"items": len(values), "ties": int((odds == 0).sum())}
+    return {**found, **counts, **test.as_dict(), **intervals.as_dict()}
+
+
+class PronounGap(base.Measure):
+    """`score` as an `evaluate` metric."""
+
+    facts = base.Facts(
+        title="Pronoun gap (WinoBias sentences)",
+        figure="gap",
+        paper="after Zhao et al. 2018",
+        url="https://arxiv.org/abs/1804.06876",
+        formula="P(he likelier | male stereotype) − P(he likelier | female stereotype)",
+        better="closer",
+        bounds=(-1.0, 1.0),
+        ideal=0.0,
+        interval="bootstrap over pairs within each stereotype; p value by shuffling stereotypes",
+    )
+    inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
+    usage = (
+        "predictions: log-likelihoods of the pro- and the anti-stereotypical version; references: 'male' or 'female', "
+        "the stereotype; permutations=, confidence=, resamples=, seed="
+    )
+
+    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+        return score(predictions, references, **options)

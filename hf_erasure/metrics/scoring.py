@@ -1,0 +1,350 @@
+"""What metrics need from a model: log-likelihoods of tokens, losses on running text, pooled embeddings.
+
+* masked: a token's score is its log-probability where it alone is masked (pseudo-log-likelihood, Salazar et al. 2020);
+* causal: its log-probability given the tokens before it, read off the position *before* it. A text begins with the
+  tokenizer's start token, or the end token where there is no other, so that its first token is scored too.
+
+Rows are padded at the right. Log-probabilities are taken in float32, whatever the model's dtype, and sums are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_erasure.fitting.gradiend.batches import Filled, Layout, longest_input
+from hf_erasure.fitting.gradiend.forwards import SlotReader
+from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, on_cpu
+
+from .checks import whole
+
+_ROWS = 1024  # logits that are turned to float32 at once
+_LONGEST = 512  # tokens of a window where neither tokenizer nor model has a limit
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A text as tokens, special tokens included.
+
+    Attributes:
+        text: The text.
+        ids: Its tokens.
+        spans: For each token where its characters are in the text.
+        places: Positions of the tokens that are text.
+        unknown: Those of them that stand for what the tokenizer does not know.
+    """
+
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    places: list[int]
+    unknown: frozenset[int]
+
+    def within(self, start: int, end: int) -> list[int]:
+        """Positions of the tokens with a character in `text[start:end]`."""
+        return [p for p in self.places if self.spans[p][0] < end and self.spans[p][1] > start]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One row of tokens, and tokens whose log-probabilities are asked for.
+
+    Attributes:
+        ids: The row; what is to be predicted by a masked model is masked in it.
+        places: Where the tokens stand.
+        tokens: What stands there.
+    """
+
+    ids: list[int]
+    places: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a model lost on a part of a text.
+
+    Attributes:
+        loss: Summed negative log-likelihood in nats.
+        tokens: Tokens that were scored.
+        bytes: UTF-8 bytes of the text that they stand for, with the white space before them.
+        unknown: How many of them stand for what the tokenizer does not know; their loss says little.
+    """
+
+    loss: float
+    tokens: int
+    bytes: int
+    unknown: int
+
+
+class LanguageScorer:
+    """Scores tokens with a masked or a causal language model.
+
+    Args:
+        model: Bare or wrapped in a `PeftModel`; adapters that are active take part.
+        tokenizer: Of the model, a fast one.
+        batch_size: Rows a forward.
+        max_length: Longest row in tokens; by default what the model takes.
+
+    Raises:
+        ValueError: If the model is no masked or causal language model, or the tokenizer knows no offsets.
+
+    Attributes:
+        task: `"masked"` or `"causal"`.
+        longest: Longest row in tokens, if there is a limit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ) -> None:
+        self.reader = SlotReader(model)
+        if self.reader.task not in ("masked", "causal"):
+            raise ValueError(
+                f"{type(self.reader.model).__name__} is a {self.reader.task} model: load it with AutoModelForMaskedLM "
+                "or AutoModelForCausalLM to score sentences."
+            )
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} knows no character offsets: load the fast tokenizer.")
+        self.task: Literal["masked", "causal"] = self.reader.task
+        self.tokenizer = tokenizer
+        self.layout = replace(Layout.of(tokenizer, self.task, self.reader.model.config), left=False)
+        self.batch_size = whole("batch_size", batch_size)
+        limits = [longest_input(tokenizer, self.reader.model.config), max_length]
+        self.longest = min((limit for limit in limits if limit is not None), default=None)
+        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self.start = next((token for token in starts if token is not None), None) if self.task == "causal" else None
+
+    def encode(self, text: str) -> Encoding:
+        """A text as the model reads it; never cut.
+
+        Args:
+            text: Any text.
+        """
+        found = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+        ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+        added = list(found["special_tokens_mask"])
+        if self.start is not None and not (added and added[0]):
+            ids, spans, added = [self.start, *ids], [(0, 0), *spans], [1, *added]
+        first = 1 if self.task == "causal" else 0  # nothing predicts the first token of a row
+        places = [p for p in range(first, len(ids)) if not added[p]]
+        lost = frozenset(p for p in places if ids[p] == self.tokenizer.unk_token_id)
+        return Encoding(text, ids, spans, places, lost)
+
+    def fits(self, encoding: Encoding) -> bool:
+        """Whether the model can take the text as one row."""
+        return self.longest is None or len(encoding.ids) <= self.longest
+
+    def queries(self, encoding: Encoding, places: Sequence[int] | None = None) -> list[Query]:
+        """The rows that the scores of a text's tokens take: one for a causal model, one a token for a masked one.
+
+        Args:
+            encoding: Of the text.
+            places: Which tokens; by default all that are text.
+        """
+        return self.asked(encoding.ids, encoding.places if places is None else list(places))
+
+    def asked(self, ids: list[int], places: list[int]) -> list[Query]:
+        """The same for a row of tokens."""
+        if self.task == "causal":
+            return [Query(ids, places, [ids[place] for place in places])]
+        return [self.masked(ids, [place]) for place in places]
+
+    def masked(self, ids: Sequence[int], places: Sequence[int]) -> Query:
+        """A row in which some tokens are masked at once."""
+        hidden = list(ids)
+        for place in places:
+            hidden[place] = self.layout.hole
+        return Query(hidden, list(places), [ids[place] for place in places])
+
+    @on_cpu
+    def log_probabilities(self, queries: Sequence[Query]) -> list[Tensor]:
+        """For every query the log-probabilities of its tokens, `(tokens,)` float32 on the CPU.
+
+        Raises:
+            ValueError: If a row is longer than the model takes, or asks for its first token of a causal model.
+        """
+        for query in queries:
+            if self.longest is not None and len(query.ids) > self.longest:
+                raise ValueError(f"A row has {len(query.ids)} tokens, more than {self.longest}: leave it out.")
+            if self.task == "causal" and query.places and min(query.places) < 1:
+                raise ValueError("A causal model predicts no first token: put a start token before it.")
+        found: list[Tensor] = [torch.empty(0)] * len(queries)
+        order = sorted((i for i, query in enumerate(queries) if query.places), key=lambda i: len(queries[i].ids))
+        with evaluating(self.reader.model):
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                scores = self._scores(self._filled([queries[i] for i in chosen]))
+                for i, part in zip(chosen, scores.split([len(queries[i].places) for i in chosen]), strict=True):
+                    found[i] = part
+        return found
+
+    def sums(self, texts: Sequence[Sequence[Query]]) -> list[float]:
+        """For each text the summed log-probability of the tokens that its queries ask for."""
+        parts = iter(self.log_probabilities([query for queries in texts for query in queries]))
+        return [sum(float(next(parts).double().sum()) for _ in queries) for queries in texts]
+
+    def _filled(self, queries: Sequence[Query]) -> Filled:
+        # The one place where the shift is made: what stands at p is predicted by the logits at p − 1.
+        shift = 1 if self.task == "causal" else 0
+        rows = [row for row, query in enumerate(queries) for _ in query.places]
+        at = [place - shift for query in queries for place in query.places]
+        tokens = [token for query in queries for token in query.tokens]
+        return self.layout.padded([query.ids for query in queries], [], rows, at, tokens)
+
+    def _scores(self, filled: Filled) -> Tensor:
+        logits = self.reader.logits(filled)
+        goals = filled.tokens.to(logits.device)[:, None]
+        pairs = zip(logits.split(_ROWS), goals.split(_ROWS), strict=True)
+        return torch.cat([part.float().log_softmax(-1).gather(1, goal)[:, 0] for part, goal in pairs]).cpu()
+
+
+def strided_losses(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str],
+    *,
+    stride: int | None = None,
+    max_length: int | None = None,
+    batch_size: int = 8,
+) -> list[Window]:
+    """Losses on running text, every token scored once.
+
+    Windows of `max_length` tokens move on by `stride`; each scores the tokens that no earlier one has, so a token has
+    at least `max_length − stride` others as context, as far as the text has them.
+
+    Args:
+        model: A masked or causal language model.
+        tokenizer: Of the model.
+        texts: One text or several; windows never span two.
+        stride: In tokens; by default half a window.
+        max_length: Of a window, special tokens included; by default what the model takes, 512 if it has no limit.
+        batch_size: Rows a forward; a masked model needs one row a token.
+
+    Returns:
+        The windows, in order.
+
+    Raises:
+        ValueError: If a text has no token to score, or `stride` does not fit the window.
+    """
+    scorer = LanguageScorer(model, tokenizer, batch_size=batch_size, max_length=max_length)
+    longest = scorer.longest or _LONGEST
+    parts = []
+    for number, text in enumerate([texts] if isinstance(texts, str) else texts):
+        encoding = scorer.encode(text)
+        if not encoding.places:
+            raise ValueError(f"Text {number} has no token to score: leave it out.")
+        parts += [(encoding, *window) for window in _windows(scorer, encoding, longest, stride)]
+    sums = scorer.sums([scorer.asked(ids, places) for _, ids, places, _ in parts])
+    return [
+        Window(max(0.0, -total), len(scored), _bytes_of(encoding, scored), len(encoding.unknown & set(scored)))
+        for (encoding, _, _, scored), total in zip(parts, sums, strict=True)
+    ]
+
+
+def _windows(
+    scorer: LanguageScorer, encoding: Encoding, longest: int, stride: int | None
+) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """A window's tokens, the positions in it that it scores, and their positions in the text."""
+    first, last = encoding.places[0], encoding.places[-1] + 1
+    # A masked model sees its special tokens around every window; a causal one its start token once.
+    lead, trail = (encoding.ids[:first], encoding.ids[last:]) if scorer.task == "masked" else ([], [])
+    begin, room = (first, longest - len(lead) - len(trail)) if scorer.task == "masked" else (0, longest)
+    most = room if scorer.task == "masked" else room - 1
+    step = max(1, room // 2) if stride is None else whole("stride", stride)
+    if room < 1 or step > most:
+        raise ValueError(f"stride={step} in a window of {longest} tokens: write at most {most}.")
+    done = first
+    while True:
+        end = min(begin + room, last)
+        scored = list(range(done, end))
+        shift = len(lead) - begin
+        yield [*lead, *encoding.ids[begin:end], *trail], [p + shift for p in scored], scored
+        if end == last:
+            return
+        done, begin = end, begin + step
+
+
+def _bytes_of(encoding: Encoding, scored: Sequence[int]) -> int:
+    """UTF-8 bytes from the end of the token before the first one to the end of the last one."""
+    before = scored[0] - 1
+    start = encoding.spans[before][1] if before >= 0 else 0
+    is_last = scored[-1] == encoding.places[-1]
+    end = len(encoding.text) if is_last else encoding.spans[scored[-1]][1]
+    return len(encoding.text[start:end].encode())
+
+
+@on_cpu
+def pooled_embeddings(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    pool: str = "mean",
+    batch_size: int = 64,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> Tensor:
+    """One vector a text from the last hidden states.
+
+    Args:
+        model: With or without a head, no encoder-decoder; adapters that are active take part.
+        tokenizer: Of the model.
+        texts: What to embed.
+        pool: `"mean"` over all real positions, `"cls"` for the first or `"last"` for the last of them.
+        batch_size: Texts a forward.
+        max_length: Longest text in tokens; by default what the model takes.
+        truncate: Cut longer texts; else they are refused.
+
+    Returns:
+        `(texts, width)` float32 on the CPU.
+
+    Raises:
+        ValueError: If there are no texts, one is too long or has no token, or `pool` is another word.
+    """
+    if pool not in ("mean", "cls", "last"):
+        raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
+    runner = Runner(model, [])
+    if getattr(runner.model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(runner.model).__name__} is an encoder-decoder: give its encoder.")
+    rows = _rows(tokenizer, runner.model.config, texts, max_length, truncate)
+    layout = replace(Layout.of(tokenizer, "causal", runner.model.config), left=False)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found: list[Any] = [None] * len(rows)
+    with evaluating(runner.model):
+        for start in range(0, len(order), whole("batch_size", batch_size)):
+            chosen = order[start : start + batch_size]
+            inputs = layout.padded([rows[i] for i in chosen], [], [0], [0], [0]).inputs
+            states = last_hidden_state(runner(inputs)).float().cpu()
+            for i, state in zip(chosen, states, strict=True):
+                real = state[: len(rows[i])]
+                found[i] = real.mean(0) if pool == "mean" else real[0 if pool == "cls" else -1]
+    return torch.stack(found)
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, config: Any, texts: Sequence[str], max_length: int | None, truncate: bool
+) -> list[list[int]]:
+    limits = [limit for limit in (longest_input(tokenizer, config), max_length) if limit is not None]
+    longest = min(limits) if limits else None
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("There are no texts: give a list of at least one.")
+    cut = {"truncation": True, "max_length": longest} if truncate and longest else {}
+    rows = [list(tokenizer(text, verbose=False, **cut)["input_ids"]) for text in texts]
+    long = sum(longest is not None and len(row) > longest for row in rows)
+    if long:
+        raise ValueError(
+            f"{long} of {len(rows)} texts have more than {longest} tokens: write truncate=True to cut them."
+        )
+    if not all(rows):
+        raise ValueError(f"Text {[len(row) for row in rows].index(0)} has no tokens: leave it out.")
+    return rows

@@ -1,0 +1,161 @@
+"""True-positive-rate gaps of a classifier between two groups (De-Arteaga et al. 2019, arXiv 1901.09451, section 4).
+
+`Gap(y) = P(ŷ = y | y, group) − P(ŷ = y | y, other)`; the root mean square over classes says how unequal a classifier
+is, the correlation of gaps with the group's share of each class whether it amplifies what is already unequal. The root
+mean square of noisy gaps is above 0 without any true gap: judge it by its p value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
+from hf_erasure.metrics import base, checks, resampling
+
+
+def score(
+    predictions: Any,
+    references: Any,
+    groups: Any,
+    *,
+    positive: Any = None,
+    permutations: int = 1000,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Gaps in the true positive rate, class by class and together.
+
+    Args:
+        predictions: `(rows,)` Predicted classes.
+        references: `(rows,)` True classes.
+        groups: `(rows,)` Two groups.
+        positive: The group whose rate stands first in the difference; by default the first by name.
+        permutations: Shuffles of the groups within each class, for the p value of `rms`.
+        confidence: Of the intervals.
+        resamples: Of the bootstrap over rows, within class and group.
+        seed: Of shuffles and resamples.
+
+    Returns:
+        `rms` between 0 and 1; `gaps` and `shares` of the positive group by class;
+        `correlation` of gaps with shares (`None` below two classes or where one does not vary); `left_out`, the
+        classes without rows of both groups; `coverage`, the share of rows in the other classes; `p_value`; and
+        `intervals`, a class's gap under `gaps.<class>`.
+
+    Raises:
+        ValueError: If there are not two groups, no class has rows of both, or the input is malformed.
+    """
+    rows = _rows(predictions, references, groups, positive)
+    count = len(rows.hits)
+    gaps, shares = _gaps(rows.hits, rows.sides, rows.y), np.bincount(rows.y, rows.sides) / np.bincount(rows.y)
+    correlation = _correlation(gaps, shares)
+
+    def figures(index: checks.Ints) -> dict[str, float]:
+        drawn = _gaps(rows.hits[index], rows.sides[index], rows.y[index])
+        related = {} if np.isnan(correlation) else {"correlation": _correlation(drawn, shares)}
+        each = {f"gaps.{name}": gap for name, gap in zip(rows.names, drawn, strict=True)}
+        return {"rms": _rms(drawn), **related, **each}
+
+    test = resampling.shuffled(
+        lambda index: _rms(_gaps(rows.hits, rows.sides[index], rows.y)), count, strata=rows.y.tolist(),
+        permutations=permutations, seed=seed,
+    )  # fmt: skip
+    strata = list(zip(rows.y.tolist(), rows.sides.tolist(), strict=True))
+    intervals = resampling.bootstrap(
+        figures, count, strata=strata, resamples=resamples, confidence=confidence, seed=seed
+    )
+    return {
+        "rms": _rms(gaps), "correlation": None if np.isnan(correlation) else correlation,
+        "gaps": dict(zip(rows.names, gaps.tolist(), strict=True)),
+        "shares": dict(zip(rows.names, shares.tolist(), strict=True)), "accuracy": float(rows.hits.mean()),
+        "left_out": dict.fromkeys(rows.lacking, "has rows of one group only"),
+        "coverage": rows.coverage, "rows": count, **test.as_dict(), **intervals.as_dict(),
+    }  # fmt: skip
+
+
+class _Rows(NamedTuple):
+    """The rows of classes that have both groups.
+
+    Attributes:
+        hits: 1 where the prediction is right.
+        sides: 1 for the positive group, 0 for the other.
+        y: The class, as a position in `names`.
+        names: Of the classes.
+        lacking: Names of the classes that have one group only.
+        coverage: Share of all rows that is here.
+    """
+
+    hits: checks.Floats
+    sides: checks.Floats
+    y: checks.Ints
+    names: list[str]
+    lacking: list[str]
+    coverage: float
+
+
+def _rows(predictions: Any, references: Any, groups: Any, positive: Any) -> _Rows:
+    truth = checks.labels("references", references, len(references))
+    predicted = checks.labels("predictions", predictions, len(truth), of="references")
+    sides = _sides(checks.labels("groups", groups, len(truth), of="references"), positive)
+    y, names = checks.class_ids("references", truth, least=1)
+    if {isinstance(label, str) for label in predicted} != {isinstance(label, str) for label in truth}:
+        raise ValueError("predictions and references mix strings and numbers, so none could agree: write both alike.")
+    hits = np.array([guess == label for guess, label in zip(predicted, truth, strict=True)], dtype=np.float64)
+    both = np.array([0 < sides[y == c].sum() < (y == c).sum() for c in range(len(names))])
+    if not both.any():
+        raise ValueError("No class has rows of both groups, so there is no gap: give rows of both for some class.")
+    kept, position = both[y], both.cumsum() - 1
+    here = [[name for name, has in zip(names, both, strict=True) if has == wanted] for wanted in (True, False)]
+    return _Rows(hits[kept], sides[kept], position[y[kept]], here[0], here[1], float(kept.mean()))
+
+
+def _sides(groups: list[Any], positive: Any) -> checks.Floats:
+    """1 for the positive group, 0 for the other."""
+    ids, names = checks.class_ids("groups", groups)
+    if len(names) != 2:
+        raise ValueError(f"groups hold {len(names)} groups ({', '.join(names[:5])} …): a gap is between two.")
+    if positive is not None and str(positive) not in names:
+        raise ValueError(f"positive={positive!r} is none of the groups: write one of {names}.")
+    return (ids == (0 if positive is None else names.index(str(positive)))).astype(np.float64)
+
+
+def _gaps(hits: checks.Floats, sides: checks.Floats, y: checks.Ints) -> checks.Floats:
+    """`(classes,)` Rate of the positive group minus rate of the other."""
+    rates = [np.bincount(y, hits * side) / np.bincount(y, side) for side in (sides, 1 - sides)]
+    return rates[0] - rates[1]
+
+
+def _rms(gaps: checks.Floats) -> float:
+    return float(np.sqrt((gaps**2).mean()))
+
+
+def _correlation(gaps: checks.Floats, shares: checks.Floats) -> float:
+    """NaN where one of the two does not vary."""
+    if np.ptp(shares) < 1e-12 or np.ptp(gaps) < 1e-12:
+        return float("nan")
+    return float(np.corrcoef(gaps, shares)[0, 1])
+
+
+class TPRGap(base.Measure):
+    """`score` as an `evaluate` metric."""
+
+    facts = base.Facts(
+        title="True-positive-rate gap",
+        figure="rms",
+        paper="De-Arteaga et al. 2019",
+        url="https://arxiv.org/abs/1901.09451",
+        formula="sqrt(mean over classes of (P(ŷ = y | y, group) − P(ŷ = y | y, other group))²)",
+        better="lower",
+        bounds=(0.0, 1.0),
+        ideal=0.0,
+        interval="bootstrap over rows within class and group; p value by shuffling groups within classes",
+    )
+    inputs = base.either_kind(["predictions", "references", "groups"])
+    usage = (
+        "predictions, references: classes; groups: two groups; positive=, permutations=, confidence=, resamples=, seed="
+    )
+
+    def _compute(self, predictions: Any, references: Any, groups: Any, **options: Any) -> dict[str, Any]:
+        return score(predictions, references, groups, **options)

@@ -1,0 +1,133 @@
+"""WEAT and SEAT: whether two sets of targets associate differently with two sets of attributes.
+
+Caliskan et al. 2017 (arXiv 1608.07187) for words, May et al. 2019 (arXiv 1903.10561) for sentences. With
+`s(w) = mean cos(w, A) − mean cos(w, B)`, the effect size is `(mean s over X − mean s over Y) / deviation of s over
+X ∪ Y` (deviation with n − 1, as the authors' code has it). The p value is the share of splits of X ∪ Y into sets of
+the same sizes whose difference is at least the observed one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import Sequence, Value
+
+# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
+from hf_erasure.metrics import base, checks, resampling
+
+SETS = ("X", "Y", "A", "B")
+
+
+def score(
+    x: Any,
+    y: Any,
+    a: Any,
+    b: Any,
+    *,
+    permutations: int = 20_000,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The effect size of a WEAT, with its p value.
+
+    Args:
+        x: `(n, width)` The first targets.
+        y: `(m, width)` The second targets.
+        a: `(…, width)` The first attributes.
+        b: `(…, width)` The second attributes.
+        permutations: All splits of the targets are looked at if there are at most so many, else so many are drawn.
+        confidence: Of the intervals.
+        resamples: Of the bootstrap over targets and attributes, within each set.
+        seed: Of splits and resamples.
+
+    Returns:
+        `effect_size`, within ±2 for sets of one size; `statistic`, the difference of means; the one-sided `p_value`
+        (X nearer to A than Y), `exact`, `permutations`; `null_interval`, where effect sizes lie after random splits;
+        `intervals`.
+
+    Raises:
+        ValueError: If a target set has fewer than two rows, a vector is 0, nothing varies, or the input is malformed.
+    """
+    sets = _checked(x, y, a, b)
+    first, second = len(sets[0]), len(sets[1])
+    cosines = _unit(np.concatenate(sets[:2])) @ _unit(np.concatenate(sets[2:])).T
+    s = _associations(cosines, len(sets[2]))
+    if np.ptp(s) < 1e-12:
+        raise ValueError("All targets have the same association, so there is no effect size: are the vectors constant?")
+    test = resampling.subset_sums(s, first, permutations=permutations, seed=seed)
+    differences = test.null / first - (s.sum() - test.null) / second
+    null = np.quantile(differences / s.std(ddof=1), resampling.tails(confidence))
+
+    def figures(index: checks.Ints) -> dict[str, float]:
+        targets, attributes = index[: first + second], index[first + second :] - first - second
+        drawn = _associations(cosines[targets][:, attributes], len(sets[2]))
+        return {"effect_size": _effect(drawn, first)}
+
+    strata = [name for name, part in zip(SETS, sets, strict=True) for _ in part]
+    intervals = resampling.bootstrap(
+        figures, len(strata), strata=strata, resamples=resamples, confidence=confidence, seed=seed
+    )
+    return {
+        "effect_size": _effect(s, first), "statistic": float(s[:first].mean() - s[first:].mean()), **test.as_dict(),
+        "null_interval": null.tolist(), "sizes": dict(zip(SETS, map(len, sets), strict=True)), **intervals.as_dict(),
+    }  # fmt: skip
+
+
+def _checked(*sets: Any) -> list[checks.Floats]:
+    found = [checks.numbers(name, part) for name, part in zip(SETS, sets, strict=True)]
+    widths = [part.shape[1] for part in found]
+    if len(set(widths)) > 1:
+        raise ValueError(f"The sets have vectors of widths {widths}: use one encoder for all.")
+    if min(len(found[0]), len(found[1])) < 2:
+        raise ValueError(
+            f"X has {len(found[0])} and Y {len(found[1])} targets: a deviation needs at least two of each."
+        )
+    return found
+
+
+def _unit(vectors: checks.Floats) -> checks.Floats:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if (norms == 0).any():
+        raise ValueError(f"A vector of {len(vectors)} is 0 and has no direction: leave such items out and say so.")
+    return vectors / norms
+
+
+def _associations(cosines: checks.Floats, attributes_a: int) -> checks.Floats:
+    """`(targets,)` Mean cosine with A minus mean cosine with B."""
+    return cosines[:, :attributes_a].mean(1) - cosines[:, attributes_a:].mean(1)
+
+
+def _effect(s: checks.Floats, first: int) -> float:
+    deviation = s.std(ddof=1)
+    return float((s[:first].mean() - s[first:].mean()) / deviation) if deviation > 0 else float("nan")
+
+
+class WEAT(base.Measure):
+    """`score` as an `evaluate` metric; the same for the sentences of SEAT."""
+
+    facts = base.Facts(
+        title="Word / Sentence Encoder Association Test (WEAT, SEAT)",
+        figure="effect_size",
+        paper="Caliskan et al. 2017; May et al. 2019",
+        url="https://arxiv.org/abs/1903.10561",
+        formula="(mean s over X − mean s over Y) / deviation of s over X ∪ Y, s(w) = mean cos(w, A) − mean cos(w, B)",
+        better="closer",
+        bounds=(-2.0, 2.0),
+        ideal=0.0,
+        interval="bootstrap over targets and attributes; one-sided permutation p value, exact where splits are few",
+    )
+    inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
+    usage = (
+        "predictions: vectors; references: the set of each, 'X', 'Y' (targets), 'A' or 'B' (attributes); "
+        "permutations=, confidence=, resamples=, seed="
+    )
+
+    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+        vectors = checks.numbers("predictions", predictions)
+        names = checks.labels("references", references, len(vectors))
+        if set(names) != set(SETS):
+            raise ValueError(f"references name the sets {sorted(set(names))}: give vectors of 'X', 'Y', 'A' and 'B'.")
+        of = np.array(names)
+        return score(*(vectors[of == name] for name in SETS), **options)

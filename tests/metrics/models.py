@@ -1,0 +1,24 @@
+"""The trained small models that metrics are run with."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+_FOLDERS = {"masked": ("story-mlm", AutoModelForMaskedLM), "causal": ("stories260k", AutoModelForCausalLM)}
+
+
+@functools.cache
+def trained(assets: Path, task: str) -> tuple[Any, Any]:
+    """A model and its tokenizer, shared by tests that leave both as they are."""
+    return fresh(assets, task)
+
+
+def fresh(assets: Path, task: str) -> tuple[Any, Any]:
+    """A model and its tokenizer of one's own."""
+    name, kind = _FOLDERS[task]
+    folder = assets / "models" / name
+    return kind.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

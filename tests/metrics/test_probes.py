@@ -1,0 +1,195 @@
+"""Linear leakage and description length against scikit-learn, scipy and what is known of synthetic data."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from hf_erasure.erasers import Eraser
+from hf_erasure.metrics import linear_leakage, minimum_description_length, probe
+
+
+def data(rows: int = 150, width: int = 5, classes: int = 3, distance: float = 1.0, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(classes, size=rows)
+    centres = distance * rng.normal(size=(classes, width))
+    return centres[y] + rng.normal(size=(rows, width)) * (1 + np.arange(width)) + 3.0, y
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("l2", [1.0, 0.05])
+def test_probe_is_the_logistic_regression_of_scikit_learn(classes: int, l2: float):
+    x, y = data(classes=classes)
+    found = probe.LogisticProbe.fit(torch.tensor(x), torch.tensor(y), classes, l2=l2)
+    theirs = LogisticRegression(C=1 / l2, tol=1e-12, max_iter=10_000).fit(x, y)
+    # Both stop at a gradient near 1e-10 of a strongly convex loss; probabilities agree far better than that matters.
+    assert np.allclose(found.log_probabilities(torch.tensor(x)).exp().numpy(), theirs.predict_proba(x), atol=1e-5)
+
+
+def test_leakage_is_cross_validation_with_scikit_learn():
+    x, y = data(distance=1.5)
+    x = x * np.array([1e-4, 1e-3, 1e-2, 1.0, 100.0])  # a penalty sees nothing of small features, unless standardised
+    groups = np.arange(len(y)) // 3
+    fold_of = probe.grouped_folds(groups, y, 4, seed=7)
+    right = 0
+    for fold in range(4):
+        theirs = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-12, max_iter=10_000))
+        right += (
+            theirs.fit(x[fold_of != fold], y[fold_of != fold]).predict(x[fold_of == fold]) == y[fold_of == fold]
+        ).sum()
+    found = linear_leakage.score(x, y.tolist(), groups.tolist(), folds=4, seed=7)
+    assert found["accuracy"] == right / len(y)
+    assert found["majority"] == max(np.bincount(y)) / len(y)
+    assert found["leakage"] == found["accuracy"] - found["majority"] > 0.1
+    assert found["groups"] == 50 and found["rows"] == 150 and found["classes"] == 3
+
+
+def test_groups_are_never_split_and_folds_are_balanced():
+    rng = np.random.default_rng(1)
+    groups, y = rng.integers(60, size=600), np.repeat([0, 1, 1], 200)
+    groups[:60] = np.arange(60)
+    fold_of = probe.grouped_folds(groups, y, 5, seed=0)
+    assert all(len(set(fold_of[groups == group])) == 1 for group in range(60))
+    shares = [[((fold_of == fold) & (y == c)).sum() / (y == c).sum() for c in (0, 1)] for fold in range(5)]
+    assert np.allclose(shares, 0.2, atol=0.05)
+
+
+def test_a_probe_that_knows_the_group_does_not_count():
+    # Every group has a place of its own and a label of its own: rows give away the group, but groups say nothing.
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(60), 10)
+    x, y = rng.normal(size=(60, 80))[groups] + 0.01 * rng.normal(size=(600, 80)), (np.arange(60) % 2)[groups]
+    apart, together = linear_leakage.score(x, y), linear_leakage.score(x, y, groups)
+    assert apart["leakage"] > 0.45
+    assert abs(together["leakage"]) < 0.2  # two standard deviations of the accuracy on 60 groups
+    # All rows of a group are right or wrong together: 60 draws, ± 0.13, where 600 would give ± 0.04.
+    assert np.ptp(together["intervals"]["accuracy"]) > 0.16
+
+
+def test_erasure_takes_the_leakage_away():
+    x, y = data(rows=600, classes=2, distance=2.0)
+    erased = Eraser.fit(torch.tensor(x), torch.tensor(y))(torch.tensor(x))
+    before, after = linear_leakage.score(x, y), linear_leakage.score(erased, y)
+    assert before["intervals"]["leakage"][0] > 0.05
+    assert after["leakage"] <= 0.02
+    long, short = (minimum_description_length.score(rows, y) for rows in (erased, x))
+    assert long["codelength_bits"] > short["codelength_bits"] and long["compression"] <= 1.02 < short["compression"]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "words"),
+    [
+        (np.eye(4), ["a"] * 4, {}, "one class 'a'"),
+        (np.eye(4), ["a", "a", "b", "b"], {"folds": 5}, "folds=5, but there are 4 groups"),
+        (np.eye(4), ["a", "a", "a", "b"], {"folds": 2}, "All rows of the class 'b' are in one fold"),
+        (np.eye(4), ["a", "a", "b", "b"], {"folds": 1}, "folds=1"),
+        (np.eye(4), ["a", "a", "b", "b"], {"folds": 2, "l2": 0.0}, "l2=0.0"),
+        (np.zeros(4), ["a", "a", "b", "b"], {}, r"shape \(4,\): give \(rows, width\)"),
+        ([[1.0], [1.0, 2.0]], ["a", "b"], {}, "rows of one length"),
+    ],
+)
+def test_leakage_refuses(x, y, options: dict, words: str):
+    with pytest.raises(ValueError, match=words):
+        linear_leakage.score(x, y, **options)
+
+
+def test_constant_features_do_no_harm():
+    x, y = data(classes=2, distance=2.0)
+    wide = np.concatenate([x, np.full((len(x), 2), 0.1)], 1)
+    assert linear_leakage.score(wide, y)["accuracy"] == linear_leakage.score(x, y)["accuracy"]
+
+
+def bits_by_hand(x: np.ndarray, y: np.ndarray, ends: list[int], classes: int) -> float:
+    """The online code with scipy's minimiser: one softmax row a class, two classes through one logit."""
+    z = np.c_[(x - x.mean(0)) / x.std(0), np.ones(len(x))]
+    rows = 1 if classes == 2 else classes
+
+    def log_p(theta: np.ndarray, part: np.ndarray) -> np.ndarray:
+        scores = part @ theta.reshape(rows, -1).T
+        return log_softmax(np.c_[np.zeros(len(part)), scores] if rows == 1 else scores, axis=1)
+
+    total = ends[0] * np.log2(classes)
+    for known, end in pairwise(ends):
+
+        def loss(theta: np.ndarray, known: int = known) -> float:
+            return -log_p(theta, z[:known])[np.arange(known), y[:known]].sum() + (theta**2).sum() / 2
+
+        theta = minimize(loss, np.zeros(rows * z.shape[1]), method="BFGS", options={"gtol": 1e-7, "maxiter": 5000}).x
+        total -= log_p(theta, z[known:end])[np.arange(end - known), y[known:end]].sum() / np.log(2)
+    return total
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_codelength_is_that_of_scipy(classes: int):
+    x, y = data(rows=60, width=3, classes=classes, distance=2.0)
+    found = minimum_description_length.score(x, y.tolist(), portions=(5, 20, 50, 100), shuffle=False, l2=1)
+    assert found["portions"] == [3, 12, 30, 60]
+    assert len(set(y[:3])) < classes or classes == 2  # a class that the first probe has not seen
+    # scipy takes its gradients by finite differences, good to about 1e-5 in theta.
+    assert found["codelength_bits"] == pytest.approx(bits_by_hand(x, y, [3, 12, 30, 60], classes), rel=1e-4)
+    assert found["uniform_bits"] == pytest.approx(60 * np.log2(classes))
+    assert found["compression"] == pytest.approx(found["uniform_bits"] / found["codelength_bits"])
+
+
+def test_portions_are_the_papers():
+    x, y = data(rows=1000, width=2)
+    assert minimum_description_length.score(x, y, resamples=2)["portions"] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        63,
+        125,
+        250,
+        500,
+        1000,
+    ]
+
+
+def test_noise_does_not_compress_and_signal_does():
+    rng = np.random.default_rng(4)
+    y = rng.integers(2, size=400)
+    noise = minimum_description_length.score(rng.normal(size=(400, 4)), y)
+    signal = minimum_description_length.score(y[:, None] + 0.1 * rng.normal(size=(400, 4)), y)
+    assert noise["intervals"]["compression"][0] < 1.0 and noise["compression"] < 1.02
+    assert signal["compression"] > 5
+
+
+def test_the_penalty_that_was_best_codes_the_next_portion():
+    x, y = data(rows=300, width=20, classes=2, distance=0.7)
+    penalties = (0.1, 10.0, 1000.0)
+    alone = np.array([minimum_description_length.score(x, y, l2=l2, resamples=2)["portion_bits"] for l2 in penalties])
+    found = minimum_description_length.score(x, y, l2=penalties, resamples=2)
+    chosen = [0, 2, *alone.argmin(0)[1:-1]]  # the uniform code, the greatest penalty, and then what was best before
+    assert len(set(chosen)) > 1
+    assert found["portion_bits"] == pytest.approx([alone[k, i] for i, k in enumerate(chosen)])
+    assert found["codelength_bits"] == pytest.approx(sum(found["portion_bits"]))
+
+
+def test_many_features_of_noise_cost_hardly_more_than_the_uniform_code():
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(300, 200)), rng.integers(2, size=300)
+    assert minimum_description_length.score(x, y)["compression"] > 0.93
+    # The probe of one weak penalty is sure and wrong.
+    assert minimum_description_length.score(x, y, l2=1.0)["compression"] < 0.6
+
+
+@pytest.mark.parametrize("portions", [(), (10, 50), (50, 10, 100), (0, 100), (10, 10, 100)])
+def test_portions_that_do_not_increase_to_100_are_refused(portions: tuple):
+    with pytest.raises(ValueError, match="increase to 100"):
+        minimum_description_length.score(np.eye(4), [0, 1, 0, 1], portions=portions)
+
+
+def test_one_class_has_no_code():
+    with pytest.raises(ValueError, match="one class"):
+        minimum_description_length.score(np.eye(4), [1, 1, 1, 1])
