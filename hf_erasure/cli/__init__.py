@@ -1,6 +1,6 @@
 """The `hf-erasure` command; a file a topic."""
 
-from . import erasure, gradiend
+from . import erasure, evaluation, gradiend
 from .app import app
 
-__all__ = ["app", "erasure", "gradiend"]
+__all__ = ["app", "erasure", "evaluation", "gradiend"]

@@ -1,0 +1,75 @@
+"""The command that measures a model before and after adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .common import errors_as_sentences
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model's folder, its name on the Hub, or `embedded`.")],
+    data: Annotated[
+        Path, typer.Option(help="A folder with bias-in-bios/, stereoset/, crows-pairs/, seat/, winobias/, ud-ewt/, …")
+    ],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Folders of adapters, ours or stock LoRA.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help="gender, pos, stereotypes or all.")] = "gender",
+    output: Annotated[Path, typer.Option(help="Where results.json and report.html go.")] = Path("out/evaluation"),
+    limit: Annotated[int | None, typer.Option(help="At most so many items of each data set, spread evenly.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, resamples and permutations.")] = 0,
+    resamples: Annotated[int, typer.Option(help="Of every bootstrap.")] = 1000,
+    strengths: Annotated[
+        str, typer.Option(help="Measure GRADIEND adapters at these multiples of their learning rate too, e.g. 0.5,2")
+    ] = "",
+    harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = "",
+    harness_tasks: Annotated[str | None, typer.Option(help="A folder of further task definitions for it.")] = None,
+    allow_inactive: Annotated[bool, typer.Option(help="Go on where an adapter does not act.")] = False,
+    progress: Annotated[bool, typer.Option(help="Say what is measured next.")] = True,
+) -> None:
+    """Measure a model alone, with each adapter, and with all together: bias, what is still readable, what was paid.
+
+    Each adapter is verified first: one that does not act has the numbers of the base. Prints a table and writes
+    results.json and report.html, one file that needs nothing else.
+
+    Example: hf-erasure evaluate bert-base-uncased out/no-gender --suite gender --data data --output out/evaluation
+    """
+    from hf_erasure.evaluation import LIMITS, Evaluation
+    from hf_erasure.evaluation import evaluate as measure
+    from hf_erasure.evaluation.report import write
+
+    def say(what: str) -> None:
+        if progress:
+            typer.echo(f"… {what}", err=True)
+
+    with errors_as_sentences():
+        plan = Evaluation(
+            model, data, adapters or [], suite=suite, limit=limit, seed=seed, resamples=resamples,
+            strengths=_numbers(strengths), harness=_names(harness), harness_tasks=harness_tasks,
+            allow_inactive=allow_inactive,
+        )  # fmt: skip
+        results = measure(plan, say)
+        written, page = write(results, output)
+    typer.echo(f"\n{results.table()}\n")
+    typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number. +, -: outside the base's.")
+    for note in results.notes():
+        typer.echo(f"Not measured: {note}")
+    typer.echo("\n" + "\n".join(f"* {limit}" for limit in LIMITS))
+    typer.echo(f"\nresults: {written}\nreport:  {page}")
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in _names(text)]
+    except ValueError as error:
+        raise ValueError(f"--strengths {text}: write numbers separated by commas, such as 0.5,2.") from error

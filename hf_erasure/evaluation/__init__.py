@@ -1,0 +1,19 @@
+"""Measure a model before and after adapters: bias, what is still readable, and what was paid for it."""
+
+from .data import LAYOUT, DataFolder, MissingData
+from .loading import AdapterDoesNotAct
+from .measures import SUITES
+from .results import LIMITS, Results
+from .running import Evaluation, evaluate
+
+__all__ = [
+    "LAYOUT",
+    "LIMITS",
+    "SUITES",
+    "AdapterDoesNotAct",
+    "DataFolder",
+    "Evaluation",
+    "MissingData",
+    "Results",
+    "evaluate",
+]

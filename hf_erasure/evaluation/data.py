@@ -1,0 +1,159 @@
+"""The folder of data that an evaluation reads: how it is laid out, and what to say where a part is missing."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from .treebank import Sentence, read_treebank
+
+T = TypeVar("T")
+
+# Part → the files that are looked for, and what is in them.
+LAYOUT: dict[str, str] = {
+    "bias-in-bios": "*.csv with the columns hard_text (or text), profession and gender",
+    "crows-pairs": "crows_pairs_anonymized.csv",
+    "seat": "sent-weat6.jsonl, … as in bias-bench",
+    "stereoset": "dev.json",
+    "ud-ewt": "*.conllu; the file of the test split is read where there is one",
+    "winobias": "pro_ and anti_stereotyped_type1 and 2 .txt.dev, female_occupations.txt, male_occupations.txt",
+    "wikitext-2": "test.txt",
+    "tinystories-sample": "tinystories.txt (optional: a second kind of text)",
+}
+_FILES = {
+    "crows-pairs": "crows_pairs_anonymized.csv",
+    "seat": "*.jsonl",
+    "stereoset": "dev.json",
+    "winobias": "*_stereotyped_type*.txt.*",
+    "wikitext-2": "test.txt",
+    "tinystories-sample": "tinystories.txt",
+    "bias-in-bios": "*.csv",
+    "ud-ewt": "*.conllu",
+}
+TEXTS = ("wikitext-2", "tinystories-sample")
+# Shorter lines are headings and fragments.
+_LEAST_CHARACTERS = 40
+# Of longer paragraphs the beginning is read: more paragraphs say more than long ones.
+_MOST_CHARACTERS = 200
+
+
+class MissingData(ValueError):
+    """A part of the data folder is not there; the message says which file was looked for."""
+
+
+@dataclass(frozen=True)
+class Biographies:
+    """Texts with the profession and the gender of the person.
+
+    Attributes:
+        texts: Without the name of the profession, where the file has taken it out.
+        professions: One a text.
+        genders: One a text, in lower case.
+    """
+
+    texts: list[str]
+    professions: list[str]
+    genders: list[str]
+
+
+class DataFolder:
+    """A folder laid out as `LAYOUT` says; parts are looked for when they are asked for.
+
+    Args:
+        path: The folder.
+        limit: At most so many items of each part, spread evenly; all when None.
+
+    Raises:
+        MissingData: If there is no such folder.
+    """
+
+    def __init__(self, path: str | Path, limit: int | None = None) -> None:
+        self.path, self.limit = Path(path), limit
+        if not self.path.is_dir():
+            raise MissingData(f"--data {self.path}: there is no such folder. It should hold {described()}")
+
+    def part(self, name: str) -> Path:
+        """The folder of a part.
+
+        Raises:
+            MissingData: If the part or its files are not there.
+        """
+        folder = self.path / name
+        if not folder.is_dir() or not any(folder.glob(_FILES[name])):
+            raise MissingData(f"{self.path} has no {name}/{_FILES[name]}: put there {LAYOUT[name]}")
+        return folder
+
+    def file(self, name: str) -> Path:
+        """The one file of a part."""
+        return self.part(name) / _FILES[name]
+
+    def biographies(self) -> Biographies:
+        """Biographies, sorted by profession and gender before they are thinned, so that all kinds stay.
+
+        Raises:
+            MissingData: If there are none, or a column is missing.
+        """
+        rows: list[tuple[str, str, str]] = []
+        for path in sorted(self.part("bias-in-bios").glob("*.csv")):
+            with path.open(encoding="utf-8", newline="") as lines:
+                for row in csv.DictReader(lines):
+                    text = row.get("hard_text") or row.get("text")
+                    if not text or not row.get("profession") or not row.get("gender"):
+                        raise MissingData(f"{path}: a row has not all of {LAYOUT['bias-in-bios']}")
+                    rows.append((row["profession"], row["gender"].strip().lower(), text))
+        rows = spread(sorted(rows, key=lambda row: row[:2]), self.limit)
+        return Biographies([r[2] for r in rows], [r[0] for r in rows], [r[1] for r in rows])
+
+    def sentences(self) -> list[Sentence]:
+        """Sentences of the treebank with a part of speech a word."""
+        folder = self.part("ud-ewt")
+        files = sorted(folder.glob("*test*.conllu")) or sorted(folder.glob("*.conllu"))
+        return spread([sentence for path in files for sentence in read_treebank(path)], self.limit)
+
+    def texts(self) -> dict[str, list[str]]:
+        """Running text by its kind, a paragraph (the beginning of a long one) an entry.
+
+        Raises:
+            MissingData: If there is none of any kind.
+        """
+        found = {}
+        for name in TEXTS:
+            path = self.path / name / _FILES[name]
+            if path.is_file():
+                lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+                long = [_cut(line) for line in lines if len(line) >= _LEAST_CHARACTERS and not line.startswith("=")]
+                found[name] = spread(long, self.limit)
+        if not found:
+            raise MissingData(f"{self.path} has no text: put there {' or '.join(f'{n}/{_FILES[n]}' for n in TEXTS)}")
+        return found
+
+    def occupations(self) -> list[tuple[str, str]]:
+        """Occupations and the gender that most who have them are of, as WinoBias lists them."""
+        folder, found = self.part("winobias"), []
+        for gender in ("female", "male"):
+            path = folder / f"{gender}_occupations.txt"
+            if not path.is_file():
+                raise MissingData(f"{folder} has no {path.name}: put there {LAYOUT['winobias']}")
+            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            found += [(name, gender) for name in names]
+        return found
+
+
+def _cut(text: str) -> str:
+    """The beginning of a text, whole words."""
+    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS].rsplit(" ", 1)[0]
+
+
+def spread(items: Sequence[T], most: int | None) -> list[T]:
+    """At most so many items, evenly over the whole, always the same ones."""
+    if most is None or len(items) <= most:
+        return list(items)
+    return [items[index * len(items) // most] for index in range(most)]
+
+
+def described() -> str:
+    """The layout in a sentence."""
+    return "; ".join(f"{name}/: {what}" for name, what in LAYOUT.items()) + "."

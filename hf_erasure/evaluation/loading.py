@@ -1,0 +1,248 @@
+"""A model with none, one or several adapters, loaded anew, and checked that they act."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from hf_erasure.adapters import GradiendConfig, steer, verify_adapter
+from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.verification import dummy_batch
+from hf_erasure.fitting.gradiend.forwards import task_of
+from hf_erasure.fitting.processes import Processes
+from hf_erasure.fitting.recipe import EMBEDDED, embedded_model
+from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state
+
+BASE, TOGETHER = "base", "together"
+
+
+class AdapterDoesNotAct(ValueError):
+    """An adapter that is to be measured leaves the model as it is; the message says why."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's folder.
+
+    Attributes:
+        name: What it is called in tables, and in the model.
+        folder: Where it is.
+        config: Its configuration.
+    """
+
+    name: str
+    folder: str
+    config: Any
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a word or two."""
+        return str(self.config.described) if isinstance(self.config, ChildConfig) else str(self.config.peft_type.value)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One column of the tables: the base, an adapter, an adapter at another strength, or all adapters.
+
+    Attributes:
+        name: Of the column.
+        adapters: What is loaded and active.
+        strength: What learning rates of GRADIEND adapters are multiplied with.
+    """
+
+    name: str
+    adapters: tuple[Adapter, ...] = ()
+    strength: float = 1.0
+
+
+def read_adapters(folders: Sequence[str]) -> list[Adapter]:
+    """The adapters in some folders, each with a name of its own.
+
+    Raises:
+        ValueError: If a folder holds no adapter.
+    """
+    found: list[Adapter] = []
+    for folder in folders:
+        try:
+            config = PeftConfig.from_pretrained(folder)
+        except (ValueError, OSError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{folder} holds no adapter with a configuration that can be read: {reason}") from error
+        # A dot parts the keys of a state dict, as do the prefixes "gradiend_" and "concept_erasure_"; hyphens are free.
+        plain = re.sub(r"[\W_]+", "-", Path(folder).resolve().name).strip("-") or "adapter"
+        plain = "gradiend-adapter" if plain == "gradiend" else plain
+        taken, number, name = {BASE, TOGETHER, *(adapter.name for adapter in found)}, 2, plain
+        while name in taken:
+            name, number = f"{plain}-{number}", number + 1
+        found.append(Adapter(name, str(folder), config))
+    return found
+
+
+def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> list[Entry]:
+    """The base, each adapter, GRADIEND adapters at other strengths, and all adapters together where there are several.
+
+    Raises:
+        ValueError: If strengths are given, and there is no GRADIEND adapter, or one is 0.
+    """
+    steered = [adapter for adapter in adapters if isinstance(adapter.config, GradiendConfig)]
+    if strengths and not steered:
+        raise ValueError("--strengths multiply the learning rate of GRADIEND adapters, and there is none here.")
+    if 0 in strengths:
+        raise ValueError("--strengths 0 is the base itself, which is always measured: leave it out.")
+    entries = [Entry(BASE)]
+    for adapter in adapters:
+        entries.append(Entry(adapter.name, (adapter,)))
+        if adapter in steered:
+            entries += [Entry(f"{adapter.name} ×{s:g}", (adapter,), s) for s in strengths if s != 1]
+    return [*entries, Entry(TOGETHER, tuple(adapters))] if len(adapters) > 1 else entries
+
+
+class Loader:
+    """Loads a model in one class for all entries.
+
+    Args:
+        model: A folder, a name on the Hub, or `"embedded"`.
+        adapters: All that will be loaded into it.
+
+    Attributes:
+        path: Where the model is.
+        kind: The class it is loaded in.
+        note: Why this is not the class of the checkpoint, if it is not.
+        tokenizer: Of the model.
+
+    Raises:
+        OSError: If there is no such model.
+    """
+
+    def __init__(self, model: str, adapters: Sequence[Adapter]) -> None:
+        self.path = embedded_model() if model == EMBEDDED else os.path.expandvars(model)
+        try:
+            self._config = AutoConfig.from_pretrained(self.path)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError) as error:
+            raise OSError(f"model {self.path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        named = [name for name in self._config.architectures or [] if hasattr(transformers, name)]
+        own = getattr(transformers, named[0]) if named else AutoModel
+        self.kind, self.note = own, ""
+        ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
+        if ours and (lacking := [a for a in ours if not self._has_sites(own, a.config)]):
+            fitted_on = [str(a.config.provenance.get("base_class", "")) for a in ours]
+            others = [getattr(transformers, name) for name in fitted_on if hasattr(transformers, name)]
+            for kind in (*others, AutoModel):
+                if kind is not own and all(self._has_sites(kind, adapter.config) for adapter in ours):
+                    self.kind = kind
+                    self.note = (
+                        f"loaded as {_name(kind)} and not as {_name(own)}, since only there are the modules that "
+                        f"{lacking[0].name} was fitted on"
+                    )
+                    break
+
+    def _has_sites(self, kind: Any, config: ChildConfig) -> bool:
+        make = kind.from_config if kind is AutoModel else kind
+        with torch.device("meta"):
+            model = make(self._config)
+        return host_of(model, config) is not None
+
+    def load(self, entry: Entry) -> nn.Module:
+        """The model with the adapters of an entry, all of them active, in evaluation mode.
+
+        Raises:
+            ValueError: If an adapter does not fit the model.
+        """
+        model: Any = self.kind.from_pretrained(self.path).to(Processes().device).eval()
+        with warnings.catch_warnings():
+            # Said when the second adapter is loaded; below all are made active.
+            warnings.filterwarnings("ignore", message="Adding .* switched ")
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            for adapter in entry.adapters:
+                (host_of(model, adapter.config) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
+        names = [adapter.name for adapter in entry.adapters]
+        if all(host_of(model, adapter.config) is model for adapter in entry.adapters):
+            if names:
+                model.set_adapter(names if len(names) > 1 else names[0])
+        else:
+            # The model and its backbone hold adapters of their own, and neither's set_adapter knows the other's.
+            for layer in model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.set_adapter(names)
+        for adapter in entry.adapters:
+            if entry.strength != 1 and isinstance(adapter.config, GradiendConfig):
+                rate = adapter.config.learning_rate * entry.strength
+                steer(host_of(model, adapter.config), adapter.name, learning_rate=rate)
+        return model.eval()
+
+
+def verified(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:
+    """What `verify_adapter` says of each adapter of an entry; of other kinds, whether the output differs without them.
+
+    Raises:
+        AdapterDoesNotAct: If one is false, unless `allow_inactive`.
+    """
+    said = {}
+    for adapter in entry.adapters:
+        if isinstance(adapter.config, ChildConfig):
+            found = verify_adapter(host_of(model, adapter.config) or model, adapter.name)
+            ok, text = found.ok, found.text
+        else:
+            ok, text = _acts(model, adapter)
+        said[adapter.name] = text
+        if not ok and not allow_inactive:
+            raise AdapterDoesNotAct(
+                f"{text} Its numbers would be those of the base. (--allow-inactive measures it all the same.)"
+            )
+    return said
+
+
+def _acts(model: nn.Module, adapter: Adapter) -> tuple[bool, str]:
+    switched: Any = model
+    active = list(switched.active_adapters())
+    batch, runner = dummy_batch(model), Runner(model, [])
+    with evaluating(model):
+        now = last_hidden_state(runner(batch))
+        others = [name for name in active if name != adapter.name]
+        switched.set_adapter(others) if others else switched.disable_adapters()
+        without = last_hidden_state(runner(batch))
+        switched.enable_adapters()
+        switched.set_adapter(active)
+    change = float((now - without).norm() / without.norm())
+    acts = "changes" if change else "does not act: it does not change"
+    return change > 0, f"Adapter {adapter.name!r} ({adapter.kind}) {acts} the last hidden states ({change:.2%})."
+
+
+def host_of(model: Any, config: Any) -> Any:
+    """The model that an adapter is loaded into: this one, or its backbone where it was fitted on that alone.
+
+    Returns:
+        None where neither has the modules that the adapter was fitted on.
+    """
+    if not isinstance(config, ChildConfig):
+        return model
+    for host in (model, model.base_model):
+        if {name for name, _ in host.named_modules()}.issuperset(config.fitted_modules):
+            return host
+    return None
+
+
+def head_of(model: nn.Module) -> str | None:
+    """`"masked"` or `"causal"`; None for a model that predicts no words."""
+    try:
+        task = task_of(model)
+    except ValueError:
+        return None
+    return task if task in ("masked", "causal") else None
+
+
+def _name(kind: Any) -> str:
+    return str(kind.__name__)

@@ -1,0 +1,169 @@
+"""What the report draws besides the measures: embeddings in two dimensions, probability shifts, the feature neuron."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
+from hf_erasure.fitting.gradiend.forwards import SlotReader
+from hf_erasure.fitting.gradiend.neutral import neutral_batches
+from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
+from hf_erasure.fitting.gradiend.recipe import RECIPE_FILE, read_gradiend_recipe
+from hf_erasure.fitting.gradiend.recipe_data import word_table
+from hf_erasure.fitting.gradiend.words import SLOT, encode, occurrences, pairs_from_sentences, word_forms, word_tokens
+from hf_erasure.metrics import encoder_correlation
+
+from .data import DataFolder, spread
+from .loading import Adapter, host_of
+from .measures import Subject
+from .states import FINAL
+
+# A gradient a text, so fewer than elsewhere.
+_NEURON_TEXTS = 40
+_POINTS = 120
+_PRONOUNS = {"female": "she", "male": "he"}
+_FEMALE, _MALE = {"female", "f", "she", "woman", "women", "feminine"}, {"male", "m", "he", "man", "men", "masculine"}
+_PREFIX = "The {} said that "
+
+
+class Plane:
+    """A fixed plane to look at states in: along the difference of the genders' means, and across it.
+
+    Directions come from one half of the base's states; only the other half is drawn, of the base and of every adapter.
+
+    Args:
+        states: `(rows, width)` Of the base.
+        labels: Two kinds.
+    """
+
+    def __init__(self, states: Tensor, labels: list[str]) -> None:
+        self.labels = labels
+        kinds = sorted(set(labels))
+        fitted = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % 2 == 0
+        self.shown = spread((~fitted).nonzero().flatten().tolist(), _POINTS)
+        x = states.double()[fitted]
+        of = [label for label, chosen in zip(labels, fitted.tolist(), strict=True) if chosen]
+        self.mean = x.mean(0)
+        means = [x[[i for i, label in enumerate(of) if label == kind]].mean(0) for kind in kinds[:2]]
+        along = means[1] - means[0]
+        self.along = along / along.norm()
+        rest = x - self.mean
+        rest = rest - (rest @ self.along)[:, None] * self.along
+        # The sign of a singular vector is arbitrary: the largest entry is made positive.
+        across = torch.linalg.svd(rest, full_matrices=False).Vh[0]
+        self.across = across * across[across.abs().argmax()].sign()
+
+    def points(self, states: Tensor) -> list[dict[str, Any]]:
+        """`x`, `y` and `label` of the states that are drawn."""
+        rows = states.double()[self.shown] - self.mean
+        x, y = (rows @ self.along).tolist(), (rows @ self.across).tolist()
+        return [{"x": a, "y": b, "label": self.labels[i]} for a, b, i in zip(x, y, self.shown, strict=True)]
+
+
+def embedding(subject: Subject, plane: Plane | None) -> tuple[Plane, list[dict[str, Any]]]:
+    """The plane of the base, and an entry's states in it."""
+    found, states = subject.biographies
+    plane = plane or Plane(states[FINAL], found.genders)
+    return plane, plane.points(states[FINAL])
+
+
+def pronoun_shares(subject: Subject) -> dict[str, Any]:
+    """For each occupation the share of "she" in the probability of "she" and "he", after "The … said that".
+
+    Raises:
+        ValueError: If the model has no head that predicts words, or its tokenizer does not know the pronouns.
+    """
+    if subject.head is None:
+        raise ValueError(f"{type(subject.model).__name__} has no head that predicts words")
+    tokenizer, occupations = subject.tokenizer, subject.data.occupations()
+    tokens = encode(tokenizer, [_PREFIX.format(name) for name, _ in occupations])
+    known = [each for each, ids in zip(occupations, tokens, strict=True) if tokenizer.unk_token_id not in ids]
+    ending = " was tired." if subject.head == "masked" else ""
+    if not known:
+        raise ValueError("The tokenizer knows none of the occupations.")
+    texts = [_PREFIX.format(name) + SLOT + ending for name, _ in known]
+    # Both classes, as pairs have them; each text has its slot once all the same.
+    words = {"female": ("she", "he"), "male": ("he", "she")}
+    rows = [
+        {"text": text, "factual": one, "counterfactual": other, "label": label}
+        for text in texts
+        for label, (one, other) in words.items()
+    ]
+    config = getattr(subject.model, "config", None)
+    pairs = PairSet(Dataset.from_list(rows), tokenizer, subject.head, ["female", "male"], config)
+    batches, reader = pairs.slots(32), SlotReader(subject.model)
+    tokens_of = word_tokens(tokenizer, list(_PRONOUNS.values()), "said that ")
+    scores = torch.cat([reader.word_log_probabilities(batch, tokens_of).cpu() for batch in batches]).double()
+    shares = (scores[:, 0] - scores[:, 1]).sigmoid().tolist()
+    found = [{"occupation": n, "stereotype": of, "she": s} for (n, of), s in zip(known, shares, strict=True)]
+    return {"occupations": found, "left_out": len(occupations) - len(known)}
+
+
+def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
+    """What the feature neuron of a GRADIEND adapter reads off texts of each class, and off neutral ones.
+
+    Texts are sentences of the data folder with a word of one class; the words are those of the recipe that lies beside
+    the adapter, or "she" and "he" for classes with such names.
+
+    Raises:
+        ValueError: If the adapter has no encoder, there are no words for its classes, or no sentences with them.
+    """
+    if subject.head is None:
+        raise ValueError(f"{type(subject.model).__name__} has no head that predicts words")
+    handle = GradiendAdapter.of(host_of(subject.model, adapter.config), adapter.name)
+    handle.encoders()  # says so where there are none
+    pair = tuple(handle.config.pair or (handle.config.pairs or [])[0])
+    table = _words(adapter, list(handle.config.classes or []))
+    texts = _sentences(subject.data)
+    config = getattr(subject.model, "config", None)
+    rows = pairs_from_sentences(texts, {name: table[name] for name in pair}, list(pair), single=True)
+    rows = rows.select(usable_rows(rows, list(pair), subject.tokenizer, subject.head, config))
+    chosen: list[int] = []
+    for name in pair:
+        own = [i for i, label in enumerate(rows["label"]) if label == name]
+        if not own:
+            raise ValueError(f"no sentence of {subject.data.path} has a word of {name!r} alone")
+        chosen += spread(own, _NEURON_TEXTS)
+    feature_words = [word for words in table.values() for word in words]
+    forms = word_forms(subject.tokenizer, feature_words)
+    plain = [t for t, ids in zip(texts, encode(subject.tokenizer, texts), strict=True) if not occurrences(ids, forms)]
+    neutral = Dataset.from_list([{"text": text} for text in spread(plain, _NEURON_TEXTS)])
+    values: dict[str, list[float]] = {name: [] for name in pair}
+    for batch in PairSet(rows.select(chosen), subject.tokenizer, subject.head, list(pair), config).batches(16):
+        values[pair[int(batch.label or 0)]] += handle.encode(batch, list(pair)).tolist()
+    batches = neutral_batches(neutral, subject.tokenizer, subject.head, feature_words, batch_size=16, config=config)
+    values["neutral"] = [v for batch in batches for v in handle.encode(batch, list(pair)).tolist()]
+    labels = [1] * len(values[pair[0]]) + [-1] * len(values[pair[1]]) + [0] * len(values["neutral"])
+    figures = encoder_correlation.score([v for own in values.values() for v in own], labels, **subject.statistics)
+    return {"feature": handle.config.feature, "pair": list(pair), "values": values, **figures}
+
+
+def _words(adapter: Adapter, classes: list[str]) -> dict[str, list[str]]:
+    """Counterpart words of each class."""
+    recipe = Path(adapter.folder) / RECIPE_FILE
+    if recipe.is_file():
+        data = read_gradiend_recipe(recipe).data
+        for source in (data.test, data.whole, data.train):
+            if source is not None and source.words:
+                return word_table(source, classes, "data")
+    found = {}
+    for name in classes:
+        key = name.lower()
+        if key in _FEMALE | _MALE:
+            found[name] = ["she", "herself"] if key in _FEMALE else ["he", "himself"]
+    if len(found) < len(classes) or len({tuple(words) for words in found.values()}) < 2:
+        raise ValueError(f"no words are known for its classes {classes}; with a recipe beside the adapter they are")
+    return found
+
+
+def _sentences(data: DataFolder) -> list[str]:
+    """Short sentences of the data folder's texts, the tamest kind of text first."""
+    texts = DataFolder(data.path).texts()
+    paragraphs = [text for name in sorted(texts) for text in spread(texts[name], 1500)]
+    cut = (sentence.strip() for text in paragraphs for sentence in text.replace("? ", ". ").split(". "))
+    return [f"{sentence.rstrip('.')}." for sentence in cut if 20 < len(sentence) < 160]

@@ -1,0 +1,179 @@
+"""What an evaluation found: values by entry and measure, what could not be measured, and what the report draws."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .loading import BASE
+
+FORMAT = 1
+RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
+ARROWS = {"lower": "↓", "higher": "↑", "closer": "→"}
+
+# What the numbers do not say.
+LIMITS = (
+    "Erasure guards linearly: after it no linear predictor with a convex loss does better than a constant, at these "
+    "sites and on the distribution it was fitted on. It says nothing of other layers, other text or nonlinear readers.",
+    "Nonlinear probes may still read the concept; the MLP probe's number stands beside the linear one.",
+    "On pre-LN models the intermediate hidden states stay un-erased unless whole blocks are targeted: look at the "
+    "leakage by depth.",
+    "CrowS-Pairs and StereoSet hold noisy pairs, SEAT effect sizes have wide permutation intervals on small models, "
+    "and a value near the ideal is no proof that a model is unbiased.",
+    "Intervals say how much other items would move a number, the model and the fitted adapter being what they are.",
+)
+
+
+@dataclass
+class Results:
+    """The results of one run; everything in it is plain data.
+
+    Attributes:
+        about: Model, data, suite, seed, limit and versions.
+        entries: The columns: `name`, `adapters`, `kind`, `strength`, and what `verify_adapter` said.
+        measures: The rows: the facts of every measure that was taken of at least one entry.
+        values: Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
+        not_measured: `measure`, `entry` (None for all) and `reason`.
+        depth: Concept → entry → linear leakage by layer.
+        embedding: Entry → points in a plane.
+        shifts: Entry → share of "she" by occupation.
+        neurons: Adapter → values of the feature neuron.
+    """
+
+    about: dict[str, Any]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    measures: list[dict[str, Any]] = field(default_factory=list)
+    values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    not_measured: list[dict[str, Any]] = field(default_factory=list)
+    depth: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    embedding: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    shifts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    neurons: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the entries, in order."""
+        return [entry["name"] for entry in self.entries]
+
+    def cell(self, entry: str, key: str) -> dict[str, Any] | None:
+        """Value and interval; None where it could not be measured."""
+        return self.values.get(entry, {}).get(key)
+
+    def verdict(self, entry: str, measure: dict[str, Any]) -> str:
+        """`"better"` or `"worse"` where a value lies outside the base's interval, else nothing."""
+        base, own = self.cell(BASE, measure["key"]), self.cell(entry, measure["key"])
+        if entry == BASE or base is None or own is None or base["interval"] is None:
+            return ""
+        low, high = base["interval"]
+        if low <= own["value"] <= high:
+            return ""
+        change = _badness(measure, own["value"]) - _badness(measure, base["value"])
+        return "better" if change < 0 else "worse" if change > 0 else ""
+
+    def frontiers(self) -> list[dict[str, Any]]:
+        """For every bias a panel: distance from the ideal against capability, a point an entry."""
+        capabilities = [m for m in self.measures if m["purpose"] == "capability" and self._complete(m)]
+        if not capabilities:
+            return []
+        # Perplexity says most of what was paid; then what is still read off the states.
+        rank = {"perplexity": 0, "profession": 1}
+        paid = min(capabilities, key=lambda measure: rank.get(measure["figure"], rank.get(measure["key"], 2)))
+        panels = []
+        for bias in self.measures:
+            if bias["purpose"] == "bias" and self._complete(bias):
+                points = [
+                    {
+                        "name": name,
+                        "bias": _badness(bias, self.values[name][bias["key"]]["value"]),
+                        "capability": self.values[name][paid["key"]]["value"],
+                    }
+                    for name in self.names
+                ]
+                panels.append({"bias": bias, "capability": paid, "points": points})
+        return panels
+
+    def _complete(self, measure: dict[str, Any]) -> bool:
+        return all(self.cell(name, measure["key"]) is not None for name in self.names)
+
+    def to_json(self) -> str:
+        """The same text for the same results; what is not finite is null."""
+        content = {"format": FORMAT, **vars(self), "limits": list(LIMITS)}
+        return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Results:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the folder holds no evaluation.
+        """
+        path = Path(folder) / RESULTS_FILE
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{folder} holds no evaluation that this version reads: run `hf-erasure evaluate` again.")
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+    def table(self) -> str:
+        """The measures by entry as text, with intervals and the direction that is better."""
+        head = ["", "", *self.names]
+        rows = [head]
+        for purpose, title in (("bias", "Bias"), ("capability", "Capability kept")):
+            own = [measure for measure in self.measures if measure["purpose"] == purpose]
+            if own:
+                rows.append([title, *[""] * (len(head) - 1)])
+            for measure in own:
+                cells = [self._cell_text(name, measure) for name in self.names]
+                rows.append([f"  {measure['title']}", direction(measure), *cells])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def _cell_text(self, name: str, measure: dict[str, Any]) -> str:
+        cell = self.cell(name, measure["key"])
+        if cell is None:
+            return "not measured"
+        mark = {"better": " +", "worse": " -"}.get(self.verdict(name, measure), "")
+        return f"{shown(cell['value'])}{interval_text(cell['interval'])}{mark}"
+
+    def notes(self) -> list[str]:
+        """What could not be measured, a sentence each."""
+        return [
+            f"{entry['measure']}{' of ' + entry['entry'] if entry['entry'] else ''}: {entry['reason']}"
+            for entry in self.not_measured
+        ]
+
+
+def direction(measure: dict[str, Any]) -> str:
+    """An arrow for what is better, with the ideal where it is a number in between."""
+    if measure["better"] == "closer":
+        return f"{ARROWS['closer']}{measure['ideal']:g}"
+    return ARROWS[measure["better"]]
+
+
+def shown(value: float) -> str:
+    """A number with as many digits as it deserves."""
+    return f"{value:,.1f}" if abs(value) >= 20 else f"{value:.3f}"
+
+
+def interval_text(interval: list[float] | None) -> str:
+    """An interval behind its value."""
+    return "" if interval is None else f" [{shown(interval[0])}, {shown(interval[1])}]"
+
+
+def _badness(measure: dict[str, Any], value: float) -> float:
+    if measure["ideal"] is None:
+        return -value
+    # A probe that does worse than a constant reads no less than nothing.
+    return max(0.0, value - measure["ideal"]) if measure["better"] == "lower" else abs(value - measure["ideal"])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

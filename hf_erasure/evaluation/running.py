@@ -1,0 +1,216 @@
+"""One run: the base, each adapter and all together, on the same data with the same seeds."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_erasure._version import __version__
+from hf_erasure.adapters import GradiendConfig
+
+from .data import DataFolder, MissingData
+from .harness import require_harness, run_harness
+from .loading import BASE, Entry, Loader, entries_of, read_adapters, verified
+from .measures import Measure, Shared, Subject, leakage_by_depth, measures_of
+from .pictures import Plane, embedding, neuron_values, pronoun_shares
+from .results import Results
+
+Progress = Callable[[str], None]
+# Probes at every layer are drawn with narrower lines than the table has digits.
+_DEPTH_CONCEPTS = {"gender": ("gender",), "pos": ("pos",), "stereotypes": (), "all": ("gender", "pos")}
+
+
+@dataclass
+class Evaluation:
+    """What to evaluate.
+
+    Attributes:
+        model: A folder, a name on the Hub, or `"embedded"`.
+        data: The folder of data; see `hf_erasure.evaluation.LAYOUT`.
+        adapters: Folders of adapters.
+        suite: `"gender"`, `"pos"`, `"stereotypes"` or `"all"`.
+        limit: At most so many items of each data set; all when None.
+        seed: Of folds, resamples and permutations.
+        resamples: Of every bootstrap.
+        confidence: Of every interval.
+        strengths: Factors of the learning rate at which GRADIEND adapters are measured besides.
+        harness: Tasks of lm-evaluation-harness.
+        harness_tasks: A folder of further task definitions.
+        allow_inactive: Go on where an adapter does not act.
+    """
+
+    model: str
+    data: str | Path
+    adapters: Sequence[str] = ()
+    suite: str = "gender"
+    limit: int | None = None
+    seed: int = 0
+    resamples: int = 1000
+    confidence: float = 0.95
+    strengths: Sequence[float] = ()
+    harness: Sequence[str] = ()
+    harness_tasks: str | None = None
+    allow_inactive: bool = False
+
+
+def evaluate(plan: Evaluation, progress: Progress = lambda _: None) -> Results:
+    """Measure the base, each adapter, and all adapters together.
+
+    Every entry is a model loaded anew, so that nothing of one is left in another.
+
+    Args:
+        plan: What to evaluate.
+        progress: Is told what is measured next.
+
+    Raises:
+        AdapterDoesNotAct: If an adapter leaves the model as it is.
+        MissingData: If there is no folder of data, or nothing of the suite can be measured with it.
+        ValueError: If a folder holds no adapter, or an adapter does not fit the model.
+        ImportError: If the harness is asked for and not installed.
+    """
+    if plan.limit is not None and plan.limit < 1:
+        raise ValueError(f"--limit {plan.limit}: write at least 1.")
+    data = DataFolder(plan.data, plan.limit)
+    if plan.harness:
+        require_harness()
+    return _Run(plan, data, progress).run()
+
+
+class _Run:
+    def __init__(self, plan: Evaluation, data: DataFolder, progress: Progress) -> None:
+        self.plan, self.progress = plan, progress
+        self.adapters = read_adapters([str(folder) for folder in plan.adapters])
+        self.entries = entries_of(self.adapters, plan.strengths)
+        self.measures = measures_of(plan.suite, data)
+        self.loader = Loader(plan.model, self.adapters)
+        self.shared = Shared(data, plan.seed, plan.resamples, plan.confidence)
+        self.plane: Plane | None = None
+        self.results = Results(self._about())
+        self.reasons: dict[str, dict[str, str]] = {}
+
+    def run(self) -> Results:
+        self._verify()
+        for entry in self.entries:
+            subject = Subject(self.loader.load(entry), self.loader.tokenizer, self.shared)
+            if entry.name == BASE:
+                self.results.about["class"] = type(subject.model).__name__
+                self.results.about["predicts"] = subject.head
+            self._measure(entry, subject)
+            self._draw(entry, subject)
+            if self.plan.harness:
+                self._harness(entry, subject)
+        taken = {key for values in self.results.values.values() for key in values}
+        known = {measure["key"] for measure in self.results.measures}
+        self.results.measures[:0] = [m.described() for m in self.measures if m.key in taken and m.key not in known]
+        self._gather_reasons()
+        own = {measure.key for measure in self.measures if measure.purpose == "bias"}
+        if not own & taken:
+            lines = "; ".join(self.results.notes())
+            raise MissingData(f"Nothing of the suite {self.plan.suite!r} can be measured: {lines}.")
+        return self.results
+
+    def _about(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "hf_erasure": __version__, "model": plan.model, "data": str(plan.data), "suite": plan.suite,
+            "limit": plan.limit, "seed": plan.seed, "resamples": plan.resamples, "confidence": plan.confidence,
+            "note": self.loader.note,
+        }  # fmt: skip
+
+    def _verify(self) -> None:
+        """First of all, since what does not act needs no measuring."""
+        for entry in self.entries:
+            said: dict[str, str] = {}
+            if entry.adapters:
+                self.progress(f"verify {entry.name}")
+                said = verified(self.loader.load(entry), entry, allow_inactive=self.plan.allow_inactive)
+            kinds = ", ".join(adapter.kind for adapter in entry.adapters)
+            names = [adapter.name for adapter in entry.adapters]
+            self.results.entries.append(
+                {"name": entry.name, "adapters": names, "kind": kinds, "strength": entry.strength, "verified": said}
+            )
+
+    def _measure(self, entry: Entry, subject: Subject) -> None:
+        values = self.results.values.setdefault(entry.name, {})
+        for measure in self.measures:
+            self.progress(f"{entry.name}: {measure.title}")
+            reason = measure.why_not(subject)
+            if reason is None:
+                try:
+                    values[measure.key] = _cell(measure, measure.take(subject))
+                    continue
+                except ValueError as error:  # the refusals of metrics and data, which say what is missing
+                    reason = str(error)
+            self.reasons.setdefault(measure.title, {})[entry.name] = reason
+
+    def _draw(self, entry: Entry, subject: Subject) -> None:
+        for concept in _DEPTH_CONCEPTS[self.plan.suite]:
+            self.progress(f"{entry.name}: leakage of {concept} by depth")
+            self._try(f"Leakage of {concept} by depth", entry, functools.partial(self._depth, entry, subject, concept))
+        if "gender" in _DEPTH_CONCEPTS[self.plan.suite]:
+            self._try("Embeddings in two dimensions", entry, lambda: self._embed(entry, subject))
+            self._try("Probability shifts", entry, lambda: self._shift(entry, subject))
+        if len(entry.adapters) == 1 and entry.strength == 1 and isinstance(entry.adapters[0].config, GradiendConfig):
+            self.progress(f"{entry.name}: feature neuron")
+            values = self.results.neurons
+            self._try("Feature neuron", entry, lambda: values.update(
+                {entry.name: neuron_values(subject, entry.adapters[0])}
+            ))  # fmt: skip
+
+    def _depth(self, entry: Entry, subject: Subject, concept: str) -> None:
+        self.results.depth.setdefault(concept, {})[entry.name] = leakage_by_depth(subject, concept)
+
+    def _shift(self, entry: Entry, subject: Subject) -> None:
+        self.results.shifts[entry.name] = pronoun_shares(subject)
+
+    def _embed(self, entry: Entry, subject: Subject) -> None:
+        self.plane, points = embedding(subject, self.plane)
+        self.results.embedding[entry.name] = points
+
+    def _harness(self, entry: Entry, subject: Subject) -> None:
+        self.progress(f"{entry.name}: lm-evaluation-harness")
+        self._try("lm-evaluation-harness", entry, lambda: self._take_harness(entry, subject))
+
+    def _take_harness(self, entry: Entry, subject: Subject) -> None:
+        found = run_harness(subject, list(self.plan.harness), task_folder=self.plan.harness_tasks)
+        known = {measure["key"] for measure in self.results.measures}
+        for name, cell in found.items():
+            key = f"harness.{name}"
+            if key not in known:
+                self.results.measures.append({
+                    "key": key, "title": f"harness: {name}", "purpose": "capability", "figure": name,
+                    "better": cell["better"], "says": "as lm-evaluation-harness reports it", "source": "",
+                    "ideal": 0.0 if cell["better"] == "lower" else None,
+                })  # fmt: skip
+            figures = {"value": cell["value"], "interval": cell["interval"], "details": {}}
+            self.results.values[entry.name][key] = figures
+
+    def _try(self, what: str, entry: Entry, take: Callable[[], Any]) -> None:
+        try:
+            take()
+        except (ValueError, OSError) as error:
+            self.reasons.setdefault(what, {})[entry.name] = str(error)
+
+    def _gather_reasons(self) -> None:
+        """One line for a reason that all entries share."""
+        for what, by_entry in self.reasons.items():
+            same = len(set(by_entry.values())) == 1 and len(by_entry) == len(self.entries)
+            for name, reason in list(by_entry.items())[: 1 if same else None]:
+                self.results.not_measured.append({"measure": what, "entry": None if same else name, "reason": reason})
+
+
+def _cell(measure: Measure, found: dict[str, Any]) -> dict[str, Any]:
+    """Value, interval and the whole result of a measure.
+
+    Raises:
+        ValueError: If the value is not finite.
+    """
+    value = found[measure.figure]
+    if value is None or not math.isfinite(value):
+        raise ValueError(f"{measure.figure} has no value on these items")
+    interval = found.get("intervals", {}).get(measure.figure)
+    return {"value": float(value), "interval": interval, "details": found}

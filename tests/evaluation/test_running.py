@@ -1,0 +1,426 @@
+"""One run measures the base, every adapter and all together, and says what it could not measure."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import steer
+from hf_erasure.cli import app
+from hf_erasure.evaluation import AdapterDoesNotAct, DataFolder, Evaluation, MissingData, evaluate, harness, probes
+from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verified
+from hf_erasure.evaluation.measures import Shared, Subject, measures_of
+from hf_erasure.evaluation.results import Results
+from hf_erasure.evaluation.states import FINAL, StateReader
+from hf_erasure.evaluation.treebank import read_sentence
+from hf_erasure.metrics.linear_leakage import score
+from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, small_data
+
+
+@pytest.fixture(scope="module")
+def adapters(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return erasure_folder(assets, folder / "erasure"), gradiend_folder(assets, folder / "steered")
+
+
+@pytest.fixture(scope="module")
+def story(assets: Path) -> str:
+    return str(assets / "models" / "story-mlm")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--no-progress"])
+
+
+# ---- end to end -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(
+    assets: Path, story: str, adapters: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Results, str, Path]:
+    """What the command prints and writes, with little data."""
+    folder = tmp_path_factory.mktemp("whole")
+    parts = ("bias-in-bios", "crows-pairs", "seat", "stereoset", "winobias", "tinystories-sample")
+    data = small_data(assets, folder / "data", parts)
+    out = folder / "out"
+    result = run(story, *adapters, "--data", data, "--output", out, "--limit", 12, "--resamples", 20)
+    assert result.exit_code == 0, result.output
+    return Results.read(out), result.stdout, out
+
+
+def test_every_entry_has_every_measure(whole: tuple[Results, str, Path]) -> None:
+    results, _, _ = whole
+    assert results.names == ["base", "erasure", "steered", "together"]
+    keys = [measure["key"] for measure in results.measures]
+    assert keys == [
+        "gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "seat_gender", "winobias", "crows_pairs_gender",
+        "stereoset_ss_gender", "stereoset_lms_gender", "perplexity_tinystories-sample", "profession", "distortion",
+    ]  # fmt: skip
+    assert [list(results.values[name]) for name in results.names] == [keys] * 4
+    without = {key for key in keys if results.values["base"][key]["interval"] is None}
+    assert without == {"seat_gender"}
+    for name in results.names:
+        for key in keys:
+            cell = results.values[name][key]
+            if cell["interval"] is not None and key not in ("tpr_gap", "stereoset_ss_gender"):
+                # A root mean square and a mean over terms are biased in resamples; the others lie within.
+                assert cell["interval"][0] <= cell["value"] + 1e-9 and cell["value"] - 1e-9 <= cell["interval"][1], key
+
+
+def test_adapters_change_what_they_change(whole: tuple[Results, str, Path]) -> None:
+    values = whole[0].values
+    assert values["base"]["distortion"]["value"] == 0
+    for name in ("erasure", "steered", "together"):
+        assert values[name]["distortion"]["value"] > 0.01
+        perplexity = "perplexity_tinystories-sample"
+        assert values[name][perplexity]["value"] != values["base"][perplexity]["value"]
+    # All together is neither of the two alone.
+    distortions = [values[name]["distortion"]["value"] for name in ("erasure", "steered", "together")]
+    assert len({round(value, 6) for value in distortions}) == 3
+
+
+def test_the_figures_have_their_data(whole: tuple[Results, str, Path]) -> None:
+    results = whole[0]
+    assert list(results.depth["gender"]) == list(results.embedding) == list(results.shifts) == results.names
+    assert [row["layer"] for row in results.depth["gender"]["base"]] == [f"layer {i}" for i in range(4)] + [FINAL]
+    neuron = results.neurons["steered"]
+    assert set(neuron["values"]) == {"female", "male", "neutral"} and all(neuron["values"].values())
+    assert all(0 < row["she"] < 1 for row in results.shifts["base"]["occupations"])
+    last = results.depth["gender"]["erasure"][-1]["leakage"]
+    assert last == pytest.approx(results.values["erasure"]["gender_linear"]["value"])
+
+
+def test_what_is_printed(whole: tuple[Results, str, Path]) -> None:
+    results, printed, out = whole
+    assert results.table() in printed
+    head = next(line for line in printed.splitlines() if "base" in line)
+    assert head.split() == results.names
+    row = next(line for line in printed.splitlines() if "Gender, linear probe" in line)
+    assert "↓" in row and len(re.findall(r"\[-?\d\.\d{3}, -?\d\.\d{3}\]", row)) == 4
+    assert "→50" in next(line for line in printed.splitlines() if "CrowS-Pairs" in line)
+    assert "Nonlinear probes may still read the concept" in printed
+    assert str(out / "report.html") in printed and (out / "report.html").is_file()
+    verified = {entry["name"]: entry["verified"] for entry in results.entries}
+    assert "erases 'gender'" in verified["together"]["erasure"] and "steers" in verified["together"]["steered"]
+
+
+def test_one_seed_gives_one_file(assets: Path, story: str, adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    data = small_data(assets, tmp_path / "data", ("bias-in-bios", "winobias", "seat"))
+    plan = {"model": story, "data": data, "adapters": [str(adapters[1])], "limit": 18, "resamples": 20}
+    first, again, other = (evaluate(Evaluation(**plan, seed=seed)).to_json() for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    json.loads(first)
+
+
+# ---- adapters that do not act ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def idle(assets: Path, tmp_path: Path) -> Path:
+    """A GRADIEND adapter that is never steered."""
+    return gradiend_folder(assets, tmp_path / "idle", rate=0.0)
+
+
+def test_an_adapter_that_does_not_act_stops_the_run(assets: Path, story: str, idle: Path, tmp_path: Path) -> None:
+    result = run(story, idle, "--data", assets / "data", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "'idle' does not act" in result.stderr and "learning_rate is 0" in result.stderr
+    assert "--allow-inactive" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_can_be_allowed(assets: Path, story: str, idle: Path, tmp_path: Path) -> None:
+    data = small_data(assets, tmp_path / "data", ("bias-in-bios",))
+    results = evaluate(Evaluation(story, data, [str(idle)], limit=18, resamples=10, allow_inactive=True))
+    assert "does not act" in results.entries[1]["verified"]["idle"]
+    same = [results.values[name]["gender_linear"]["value"] for name in ("base", "idle")]
+    assert same[0] == same[1]
+
+
+def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
+    folders = {}
+    for name, starts in (("zero", True), ("random", False)):
+        model = AutoModelForMaskedLM.from_pretrained(story)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=starts), adapter_name=name)
+        model.save_pretrained(tmp_path / name)
+        folders[name] = str(tmp_path / name)
+    entries = entries_of(read_adapters(list(folders.values())))
+    loader = Loader(story, [])
+    with pytest.raises(AdapterDoesNotAct, match="does not change the last hidden states"):
+        verified(loader.load(entries[1]), entries[1])
+    model = loader.load(entries[2])
+    assert "'random' (LORA) changes the last hidden states" in verified(model, entries[2])["random"]
+    assert list(model.active_adapters()) == ["random"]  # as it was before it was looked at
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_strengths(adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    found = read_adapters([str(adapters[0]), str(adapters[1]), str(adapters[0])])
+    assert [adapter.name for adapter in found] == ["erasure", "steered", "erasure-2"]
+    names = [entry.name for entry in entries_of(found[:2], [0.5, 1, 2])]
+    assert names == ["base", "erasure", "steered", "steered ×0.5", "steered ×2", "together"]
+    awkward = tmp_path / "gradiend"
+    shutil.copytree(adapters[1], awkward)
+    assert read_adapters([str(awkward)])[0].name == "gradiend-adapter"  # PEFT's keys leave no room for the bare word
+    with pytest.raises(ValueError, match="none here"):
+        entries_of(found[:1], [2.0])
+
+
+def test_strength_multiplies_the_learning_rate(story: str, adapters: tuple[Path, Path]) -> None:
+    found = read_adapters([str(adapters[1])])
+    twice = Loader(story, found).load(Entry("twice", tuple(found), 2.0))
+    by_hand = AutoModelForMaskedLM.from_pretrained(story)
+    by_hand.load_adapter(str(adapters[1]), adapter_name="steered")
+    steer(by_hand, "steered", learning_rate=0.04)
+    inputs = AutoTokenizer.from_pretrained(story)("tom went home.", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(twice(**inputs).logits, by_hand.eval()(**inputs).logits)
+
+
+def test_an_adapter_of_the_backbone_works_beside_one_of_the_whole_model(
+    story: str, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """`hf-erasure fit` fits the bare encoder, `gradiend fit` the model with its head: both are measured with it."""
+    backbone = AutoModel.from_pretrained(story)
+    backbone.add_adapter(ConceptErasureConfig(concept="gender", labels=list(PAIR)), adapter_name="bare")
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(5, 500, (32, 8), generator=generator),
+        "attention_mask": torch.ones(32, 8, dtype=torch.long), "concept_labels": torch.arange(32) % 2,
+    }  # fmt: skip
+    fit_concept_erasure(backbone, [batch], "bare", sequential=False, progress=False)
+    backbone.save_pretrained(tmp_path / "bare")
+    found = read_adapters([str(tmp_path / "bare"), str(adapters[1])])
+    loader = Loader(story, found)
+    assert loader.kind.__name__ == "BertForMaskedLM" and not loader.note
+    together = entries_of(found)[-1]
+    model = loader.load(together)
+    assert set(verified(model, together)) == {"bare", "steered"}
+    inputs = {name: value for name, value in batch.items() if name != "concept_labels"}
+    with torch.no_grad():
+        outputs = [loader.load(entry)(**inputs).logits for entry in entries_of(found)]
+    for i, one in enumerate(outputs):
+        assert all(not torch.equal(one, other) for other in outputs[i + 1 :])
+
+
+def test_a_folder_without_an_adapter(tmp_path: Path, story: str, assets: Path) -> None:
+    result = run(story, tmp_path, "--data", assets / "data")
+    assert result.exit_code == 2 and "holds no adapter" in result.stderr
+
+
+# ---- what cannot be measured ----------------------------------------------------------------------------------------
+
+
+def test_an_encoder_without_a_head_says_what_it_cannot_do(assets: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    AutoModel.from_pretrained(assets / "models" / "story-mlm").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(assets / "models" / "story-mlm").save_pretrained(folder)
+    data = small_data(assets, tmp_path / "data", ("bias-in-bios", "crows-pairs", "winobias"))
+    results = evaluate(Evaluation(str(folder), data, limit=18, resamples=10))
+    reasons = {note["measure"]: note["reason"] for note in results.not_measured}
+    head = "BertModel has no head that predicts words"
+    assert reasons["CrowS-Pairs (gender), % stereotype"] == reasons["Probability shifts"] == head
+    assert (
+        "no seat/" in reasons["SEAT gender, mean |d|"] and "no text" in reasons["Distortion of the last hidden state"]
+    )
+    assert all(note["entry"] is None for note in results.not_measured)
+    taken = {measure["key"] for measure in results.measures}
+    assert taken == {"gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "profession"}
+    # Every measure is either taken or listed.
+    known = {m.key: m.title for m in measures_of("gender", DataFolder(data))}
+    assert {known[key] for key in taken} | set(reasons) >= set(known.values())
+
+
+def test_a_folder_with_nothing_for_the_suite(story: str, assets: Path, tmp_path: Path) -> None:
+    data = small_data(assets, tmp_path / "data", ("wikitext-2",))
+    with pytest.raises(MissingData, match=r"Nothing of the suite 'pos' .* no ud-ewt/\*\.conllu"):
+        evaluate(Evaluation(story, data, suite="pos", limit=2, resamples=10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "there is no such folder"),
+        (["--suite", "everything"], "write one of gender, pos, stereotypes, all"),
+        (["--limit", "0"], "write at least 1"),
+        (["--strengths", "much"], "numbers separated by commas"),
+    ],
+)
+def test_a_mistake_is_one_sentence(story: str, assets: Path, arguments: list[str], message: str) -> None:
+    result = run(story, *([] if "--data" in arguments else ["--data", assets / "data"]), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_part_of_speech_suite(story: str, assets: Path, tmp_path: Path) -> None:
+    data = small_data(assets, tmp_path / "data", ("ud-ewt", "bias-in-bios"))
+    results = evaluate(Evaluation(story, data, suite="pos", limit=40, resamples=10))
+    found = results.values["base"]["pos_linear"]
+    # Half of all words are told by their letters alone; a probe that saw no labels would stay below 0.1.
+    assert found["value"] > 0.15
+    assert found["details"]["rows"] > 300 and "SYM" in found["details"]["rare"]
+    assert [row["layer"] for row in results.depth["pos"]["base"]][-1] == FINAL
+    assert "profession" in results.values["base"]
+
+
+def test_states_are_the_models_own(story: str) -> None:
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(story).eval(), AutoTokenizer.from_pretrained(story)
+    texts = ["tom went home.", "the big dog ran to the park and sat down."]
+    reader = StateReader(model, tokenizer)
+    pooled, final = reader.pooled(texts), reader.final(texts)
+    for number, text in enumerate(texts):
+        with torch.no_grad():
+            alone = model.bert(**tokenizer(text, return_tensors="pt"), output_hidden_states=True)
+        # Padding changes sums by rounding only.
+        torch.testing.assert_close(final[number], alone.last_hidden_state[0], rtol=0, atol=1e-5)
+        for layer in range(4):
+            expected = alone.hidden_states[layer][0].mean(0)
+            torch.testing.assert_close(pooled[f"layer {layer}"][number], expected, rtol=0, atol=1e-5)
+
+
+def test_probes_read_what_they_can() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 2, generator=generator)
+    straight = ["a" if value > 0 else "b" for value in x[:, 0].tolist()]
+    crossed = ["a" if value > 0 else "b" for value in (x[:, 0] * x[:, 1]).tolist()]
+    statistics: dict[str, Any] = {"resamples": 10}
+    for labels, nonlinear, low, high in (
+        (straight, False, 0.9, 1.0),
+        (crossed, False, 0.3, 0.65),  # a linear probe cannot read a product of signs
+        (crossed, True, 0.85, 1.0),
+    ):
+        found = probes.accuracy(probes.answers(x, labels, nonlinear=nonlinear), labels, **statistics)
+        assert low <= found["accuracy"] <= high
+
+
+def test_many_classes_are_read_as_with_few() -> None:
+    """The early end of LBFGS for many classes gives the answers of the optimum."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(6, 8, generator=generator)
+    y = torch.arange(240) % 6
+    x = centres[y] + torch.randn(240, 8, generator=generator)
+    labels = [f"class {label}" for label in y.tolist()]
+    found = probes.accuracy(probes.answers(x, labels), labels, resamples=10)
+    # One answer of 240 may stand on the edge.
+    assert found["leakage"] == pytest.approx(score(x, labels, resamples=10)["leakage"], abs=1.5 / 240)
+
+
+def test_a_sentence_of_the_treebank() -> None:
+    lines = ["# text = I don't, im", "1\tI\t_\tPRON", "2-3\tdon't\t_\t_", "2\tdo\t_\tAUX", "3\tn't\t_\tPART",
+             "4\t,\t_\tPUNCT", "5-6\tim\t_\t_", "5\tI\t_\tPRON", "6\tam\t_\tAUX"]  # fmt: skip
+    sentence = read_sentence(lines)
+    assert sentence.spans == [(0, 1, "PRON"), (2, 4, "AUX"), (4, 7, "PART"), (7, 8, "PUNCT")]
+    assert sentence.tags([(0, 1), (1, 4), (4, 7), (7, 8), (8, 11), (0, 0)]) == [
+        "PRON", "AUX", "PART", "PUNCT", None, None,
+    ]  # fmt: skip
+
+
+def test_biographies_keep_their_kinds_when_few_are_taken(assets: Path) -> None:
+    found = DataFolder(assets / "data", 12).biographies()
+    kinds = list(zip(found.professions, found.genders, strict=True))
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(kinds, 2) and len(set(kinds)) == 6
+
+
+# ---- the harness ----------------------------------------------------------------------------------------------------
+
+TASK = """
+task: small_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {rows}}}}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: ["he was happy.", "zq xv jk."]
+doc_to_target: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def _subject(assets: Path) -> Subject:
+    path = assets / "models" / "stories260k"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    return Subject(model, tokenizer, Shared(DataFolder(assets / "data", 8)))
+
+
+def test_the_harness_gets_the_model(assets: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    rows = tmp_path / "rows.json"
+    rows.write_text("\n".join(json.dumps({"text": f"{name} went to the park and"}) for name in ("Tom", "Ben", "Max")))
+    (tmp_path / "small_choice.yaml").write_text(TASK.format(rows=rows))
+    found = harness.run_harness(_subject(assets), ["small_choice"], task_folder=str(tmp_path))
+    # A model of stories would not say letters at random.
+    assert found["small_choice.acc"]["value"] == 1.0 and found["small_choice.acc"]["better"] == "higher"
+
+
+def test_a_task_that_is_not_there(assets: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    with pytest.raises(ValueError, match="no such task"):
+        harness.run_harness(_subject(assets), ["no_such_task_at_all"])
+
+
+def test_what_is_handed_to_the_harness(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The boundary, without the package: the model as it is, adapters and all, goes over, with seed and limit."""
+    seen: dict[str, Any] = {}
+
+    def simple_evaluate(**given: Any) -> dict[str, Any]:
+        seen.update(given)
+        scores = {"acc,none": 0.5, "acc_stderr,none": 0.1, "ppl,none": 9.0, "ppl_stderr,none": "N/A", "alias": "t"}
+        return {"results": {"t": scores}, "higher_is_better": {"t": {"acc": True, "ppl": False}}}
+
+    manager = types.SimpleNamespace(all_tasks=["t"])
+    for name, content in {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda **given: given},
+        "lm_eval.tasks": {"TaskManager": lambda include_path: manager},
+    }.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    subject = _subject(assets)
+    found = harness.run_harness(subject, ["t"])
+    assert seen["model"]["pretrained"] is subject.model and seen["model"]["tokenizer"] is subject.tokenizer
+    assert seen["limit"] == 8 and seen["random_seed"] == 0
+    assert found["t.acc"]["interval"] == pytest.approx([0.304, 0.696])
+    assert found["t.ppl"] == {"value": 9.0, "interval": None, "better": "lower"}
+
+
+def test_without_the_harness_there_is_a_sentence(story: str, assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    result = run(story, "--data", assets / "data", "--harness", "hellaswag")
+    assert result.exit_code == 2 and "pip install 'lm_eval[hf]" in result.stderr
+
+
+# ---- packaging ------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_needs_no_extras() -> None:
+    """Neither matplotlib nor scikit-learn: figures are drawn and probes fitted by this package."""
+    code = "import sys\nfor name in ('matplotlib', 'sklearn'): sys.modules[name] = None\n"
+    code += "from hf_erasure.evaluation import report, measures\nfrom tests.evaluation.material import made_up\n"
+    code += "print(len(report.rendered(made_up())))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 10_000
