@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_config import ChildConfig
+from .merging import shared_weights
 from .offloading import value_of, why_not_reachable
 from .quantised import dequantised, is_quantised
 
@@ -125,7 +126,9 @@ def _compare(pairs: _Pairs, config: ChildConfig, related: float) -> None:
 def _telling_weights(model: nn.Module, sites: list[str]) -> Iterator[tuple[str, Tensor, str]]:
     """One matrix next to each site, with the name of its dtype; a norm alone tells little, as many stay at ones."""
     matrices = [n for n, p in model.named_parameters() if p.dim() > 1 and "lora_" not in n]
-    matrices = [n for n in matrices if _is_whole(model.get_parameter(n))]
+    # Of a tied weight one name is enough, the same wherever the model is.
+    tied = shared_weights(model)
+    matrices = [n for n in matrices if _is_whole(model.get_parameter(n)) and tied.get(n, [n])[0] == n]
     told: dict[str, bool] = {}  # names → whether there was something to read
     for site in sites:
         for full in _outwards(site, matrices):
