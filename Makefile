@@ -70,7 +70,9 @@ test-oldest: $(OLDEST)/.test  ## run the tests of adapters with the oldest relea
 		--deselect tests/adapters/test_oracle.py::test_verbs_do_what_they_do_for_lora
 
 matrix: $(VENV)/.test  ## run the ecosystem tests and write the tables of docs/compatibility.md
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix docs/compatibility.md tests/ecosystem tests/lifecycle tests/distributed
+	rm -f out/matrix.jsonl
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix out/matrix.jsonl tests/ecosystem tests/lifecycle tests/distributed
+	$(BIN)/python -m tests.matrix out/matrix.jsonl docs/compatibility.md
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

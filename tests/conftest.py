@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests.matrix import PROPERTY, write
+from tests.matrix import PROPERTY, record
 
 torch.set_num_threads(1)
 
@@ -41,10 +41,27 @@ def matrix(request: pytest.FixtureRequest) -> Callable[[str, str, str, str], Non
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--matrix", type=Path, help="write the compatibility tables into this page")
+    parser.addoption(
+        "--matrix", type=Path, help="append what the tests enter into the compatibility tables to this file"
+    )
+
+
+class MatrixRecorder:
+    """Keeps what passing tests enter, as it comes: several runs, one of them killed, add up to one table."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            record(self.path, report.location, [v for k, v in report.user_properties if k == PROPERTY])
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--matrix")
+    # In the process that gathers the reports of all.
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(MatrixRecorder(path.resolve()))
     config.addinivalue_line(
         "markers", "lifecycle: a cell of the matrix architecture x target x site x verb, counted in the summary"
     )
@@ -57,13 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.user_properties.append((CELL, item.nodeid))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    page = config.getoption("--matrix")
-    if page is not None and not terminalreporter.getreports("failed") + terminalreporter.getreports("error"):
-        # In the order of collection, whatever process of xdist ran them when.
-        reports = sorted(terminalreporter.getreports("passed"), key=lambda report: report.location)
-        write(page, [tuple(v) for r in reports if r.when == "call" for k, v in r.user_properties if k == PROPERTY])
-        terminalreporter.write_sep("-", f"tables written to {page}")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = {
         outcome: sum(
             1

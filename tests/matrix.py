@@ -1,16 +1,33 @@
 """The compatibility tables of the documentation, made of what a run of the tests has found.
 
-A test says what it saw with the fixture `matrix`; `make matrix` runs those tests and writes their words into the page.
+A test says what it saw with the fixture `matrix`; `make matrix` runs those tests, gathers their words in a file, and
+writes them into the page.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 PROPERTY = "matrix_cell"
 Found = tuple[str, str, str, str]  # table, row, column, outcome
+
+
+def record(path: Path, location: tuple[str, int | None, str], cells: list[Found]) -> None:
+    """Append what one test has entered."""
+    if cells:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([location, cells]) + "\n")
+
+
+def recorded(path: Path) -> list[Found]:
+    """All that was recorded, in the order of the tests, whichever process ran them when; each test's last word."""
+    found = {tuple(location): cells for location, cells in map(json.loads, path.read_text("utf-8").splitlines())}
+    return [tuple(cell) for location in sorted(found) for cell in found[location]]
 
 
 def render(cells: Iterable[Found]) -> str:
@@ -43,3 +60,7 @@ def write(page: Path, cells: list[Found]) -> None:
         between = re.compile(rf"(<!-- matrix: {re.escape(table)} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = between.sub(lambda match, new=rendered: f"{match[1]}{new}\n{match[2]}", text)  # type: ignore[misc]
     page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[2]), recorded(Path(sys.argv[1])))
