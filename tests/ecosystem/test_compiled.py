@@ -299,7 +299,9 @@ def compare_gradients(adapter: Adapter, backend: str) -> None:
     plain = base(adapter.architecture).train()
     without = gradients(plain, plain, adapter)
     names = {name: name.replace(".base_layer", "") for name in expected}
-    assert set(names.values()) >= without.keys() and found.keys() == expected.keys()
+    assert set(names.values()) >= without.keys() and found.keys() >= expected.keys()
+    # What the loss does not reach, a pooler, has no gradient, or a compiled one of zero.
+    assert not any(found[name].any() for name in found.keys() - expected.keys())
     for name, gradient in expected.items():
         assert float((found[name] - gradient).norm()) <= GRADIENT_TOLERANCE * float(gradient.norm()), name
     moved = [n for n, own in names.items() if own in without and not torch.allclose(expected[n], without[own])]
