@@ -302,8 +302,11 @@ def compare_gradients(adapter: Adapter, backend: str) -> None:
     assert set(names.values()) >= without.keys() and found.keys() >= expected.keys()
     # What the loss does not reach, a pooler, has no gradient, or a compiled one of zero.
     assert not any(found[name].any() for name in found.keys() - expected.keys())
+    # Softmax does not feel the bias of keys: its gradient is rounding, of the size of float32's in the others.
+    rounding = 1e-6 * max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
-        assert float((found[name] - gradient).norm()) <= GRADIENT_TOLERANCE * float(gradient.norm()), name
+        scale = GRADIENT_TOLERANCE * float(gradient.norm())
+        assert float((found[name] - gradient).norm()) <= max(scale, rounding), name
     moved = [n for n, own in names.items() if own in without and not torch.allclose(expected[n], without[own])]
     assert moved
 
