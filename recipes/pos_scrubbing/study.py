@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
+from hf_erasure.evaluation.treebank import Sentence, read_treebank
 from hf_erasure.fitting.probing import majority, probe_accuracy
 from hf_erasure.fitting.recipe_file import check_keys, read_content
 
@@ -81,68 +82,15 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
 # ---- treebank -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """A sentence as it was written, and what part of speech stands where.
-
-    Attributes:
-        text: The sentence.
-        spans: `(start, end, tag)` of every word in characters of `text`.
-    """
-
-    text: str
-    spans: list[tuple[int, int, str]]
-
-
-def read_treebank(path: str | Path) -> list[Sentence]:
-    """The sentences of a CoNLL-U file."""
-    blocks = Path(path).read_text(encoding="utf-8").strip().split("\n\n")
-    return [read_sentence(block.splitlines()) for block in blocks]
-
-
 def read_lines(path: str | Path) -> list[Sentence]:
     """The lines of a plain text, without tags."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return [Sentence(line.strip(), []) for line in lines if line.strip()]
 
 
-def read_sentence(lines: list[str]) -> Sentence:
-    """One sentence of a CoNLL-U file.
-
-    A line `1-2` holds a surface token that is several words ("don't": "do" + "n't"). Where these spell it, each has its
-    own characters; where they do not ("im": "I" + "am"), the characters have no tag.
-    """
-    text = next(line for line in lines if line.startswith("# text = ")).removeprefix("# text = ")
-    rows = [line.split("\t") for line in lines if not line.startswith("#")]
-    rows = [row for row in rows if "." not in row[0]]  # empty nodes stand for words that were not written
-    words = {int(row[0]): (row[1], row[3]) for row in rows if "-" not in row[0]}
-    spans, position, inside = [], 0, 0
-    for row in rows:
-        first, _, last = row[0].partition("-")
-        if not last and int(first) <= inside:
-            continue
-        members = [words[index] for index in range(int(first), int(last or first) + 1)]
-        inside = int(last or first)
-        start = text.index(row[1], position)
-        position = start + len(row[1])
-        if "".join(form for form, _ in members) == row[1]:
-            for form, tag in members:
-                spans.append((start, start + len(form), tag))
-                start += len(form)
-    return Sentence(text, spans)
-
-
 def tag_of_tokens(sentence: Sentence, offsets: list[tuple[int, int]]) -> list[int]:
     """A class id a token: the tag of the word its last visible character belongs to, −100 where there is none."""
-    owner = {at: TAGS.index(tag) for start, end, tag in sentence.spans for at in range(start, end)}
-    labels = []
-    for start, end in offsets:
-        visible = [at for at in range(start, end) if not sentence.text[at].isspace()]
-        labels.append(owner.get(visible[-1], IGNORED) if visible else IGNORED)
-    # Some tokenizers put a lone mark of a word's beginning before the first word; like every other it has no tag.
-    if len(offsets) > 1 and offsets[0] == (0, 1) and offsets[1][0] == 0:
-        labels[0] = IGNORED
-    return labels
+    return [IGNORED if tag is None else TAGS.index(tag) for tag in sentence.tags(offsets)]
 
 
 def tokenised(sentences: list[Sentence], tokenizer: Any, max_tokens: int) -> Dataset:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_erasure.evaluation.treebank import read_sentence
 from recipes.pos_scrubbing import study
 
 FOLDER = Path(study.__file__).parent
@@ -48,14 +49,14 @@ def tokenizer(model_path: str):
 
 
 def test_words_of_a_contraction_have_their_own_characters_where_they_spell_it() -> None:
-    sentence = study.read_sentence(CONLLU.splitlines())
+    sentence = read_sentence(CONLLU.splitlines())
     assert [(sentence.text[a:b], tag) for a, b, tag in sentence.spans] == [
         ("Do", "AUX"), ("n't", "PART"), ("go", "VERB"), (",", "PUNCT"), ("sure", "ADJ"), ("!", "PUNCT"),
     ]  # fmt: skip
 
 
 def test_a_subword_has_the_tag_of_the_word_its_last_letter_is_in() -> None:
-    sentence = study.read_sentence(CONLLU.splitlines())
+    sentence = read_sentence(CONLLU.splitlines())
     pieces = {(0, 1): "AUX", (1, 3): "PART", (3, 5): "PART", (5, 8): "VERB", (5, 6): None, (9, 12): None}
     found = study.tag_of_tokens(sentence, list(pieces))
     assert [None if label == study.IGNORED else study.TAGS[label] for label in found] == list(pieces.values())
@@ -69,7 +70,7 @@ def test_every_word_of_the_treebank_stands_in_its_sentence(assets: Path) -> None
 
 
 def test_bits_are_those_of_the_models_own_loss_with_every_token_predicted(model_path: str, tokenizer) -> None:
-    sentence = study.read_sentence(CONLLU.splitlines())
+    sentence = read_sentence(CONLLU.splitlines())
     rows = study.tokenised([sentence, study.Sentence("The cat sat.", [(0, 3, "DET")])], tokenizer, 64)
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
     expected = 0.0
