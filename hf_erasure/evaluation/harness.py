@@ -18,7 +18,7 @@ def require_harness() -> None:
         import_module("lm_eval.models.huggingface")
     except ImportError as error:
         raise ImportError(
-            f"--harness needs lm-evaluation-harness ({error}): pip install 'lm_eval[hf]>=0.4.8'"
+            f"--harness needs lm-evaluation-harness ({error}): pip install 'hf-erasure[harness]'"
         ) from error
 
 

@@ -119,7 +119,8 @@ class Loader:
     Attributes:
         path: Where the model is.
         kind: The class it is loaded in.
-        note: Why this is not the class of the checkpoint, if it is not.
+        note: What a reader of the results should know: why this is not the class of the checkpoint, if it is not, and
+            which side of an encoder-decoder is read.
         tokenizer: Of the model.
 
     Raises:
@@ -135,7 +136,9 @@ class Loader:
             raise OSError(f"model {self.path} cannot be loaded: {str(error).splitlines()[0]}") from error
         named = [name for name in self._config.architectures or [] if hasattr(transformers, name)]
         own = getattr(transformers, named[0]) if named else AutoModel
-        self.kind, self.note = own, ""
+        self.kind, notes = own, []
+        if getattr(self._config, "is_encoder_decoder", False):
+            notes.append("its encoder reads the texts, and hidden states are the encoder's")
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
         if ours and (lacking := [a for a in ours if not self._has_sites(own, a.config)]):
             fitted_on = [str(a.config.provenance.get("base_class", "")) for a in ours]
@@ -143,11 +146,12 @@ class Loader:
             for kind in (*others, AutoModel):
                 if kind is not own and all(self._has_sites(kind, adapter.config) for adapter in ours):
                     self.kind = kind
-                    self.note = (
+                    notes.append(
                         f"loaded as {_name(kind)} and not as {_name(own)}, since only there are the modules that "
                         f"{lacking[0].name} was fitted on"
                     )
                     break
+        self.note = "; ".join(notes)
 
     def _has_sites(self, kind: Any, config: ChildConfig) -> bool:
         make = kind.from_config if kind is AutoModel else kind

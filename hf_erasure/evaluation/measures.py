@@ -185,9 +185,7 @@ def _tpr_gap(subject: Subject) -> dict[str, Any]:
 def _seat(subject: Subject, tests: Sequence[str] | None) -> dict[str, Any]:
     folder = subject.data.part("seat")
     chosen = None if tests is None else [name for name in tests if any(folder.glob(f"{name}.json*"))]
-    found = benchmarks.seat(subject.model, subject.tokenizer, folder, tests=chosen, **subject.statistics)
-    # The tests share words, so they are not drawn independently: the mean has no interval of its own.
-    return {**found, "intervals": {}}
+    return benchmarks.seat(subject.model, subject.tokenizer, folder, tests=chosen, **subject.statistics)
 
 
 def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:

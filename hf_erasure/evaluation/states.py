@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.fitting.gradiend.batches import longest_input
-from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state
+from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, text_encoder
 
 from .treebank import Sentence
 
@@ -37,18 +37,13 @@ class StateReader:
     """Hidden states by layer, the embeddings first and the last hidden state at the end.
 
     Args:
-        model: With its adapters.
+        model: With its adapters. Of an encoder-decoder the encoder is read, which sees the text as it is.
         tokenizer: Of the model.
         batch_size: Texts a forward.
-
-    Raises:
-        ValueError: If it is an encoder-decoder, whose two sides have no common depth.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 32) -> None:
-        self.runner, self.tokenizer, self.batch_size = Runner(model, []), tokenizer, batch_size
-        if getattr(self.runner.model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(self.runner.model).__name__} is an encoder-decoder: evaluate its encoder.")
+        self.runner, self.tokenizer, self.batch_size = Runner(text_encoder(model), []), tokenizer, batch_size
         longest = longest_input(tokenizer, self.runner.model.config)
         self.longest = min(longest, _LONGEST) if longest else _LONGEST
 

@@ -107,6 +107,17 @@ def last_hidden_state(output: Any) -> Tensor:
     return found
 
 
+def text_encoder(model: nn.Module) -> nn.Module:
+    """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as ever.
+
+    Args:
+        model: Bare or wrapped in a `PeftModel`.
+    """
+    wrapped: Any = model
+    bare = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    return bare.get_encoder() if _is_encoder_decoder(bare) else model
+
+
 def _is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 

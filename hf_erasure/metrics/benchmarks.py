@@ -180,7 +180,7 @@ def seat(
     values and intervals of SEAT are more certain than its few words warrant.
 
     Args:
-        model: Any model but an encoder-decoder, adapters included.
+        model: Any model, adapters included; of an encoder-decoder its encoder embeds.
         tokenizer: Of the model.
         folder: With `sent-weat6.jsonl` and the like.
         tests: Which of them; by default all.
@@ -189,9 +189,9 @@ def seat(
         **statistics: As for `hf_erasure.metrics.weat.score`.
 
     Returns:
-        `tests`, name → what `score` returns, with its own `coverage`; `mean_absolute_effect_size` over them; `skipped`,
-        name → why, for tests that have too few texts left; `coverage` over all texts of all tests, `asked`, and
-        `left_out`.
+        `tests`, name → what `score` returns, with its own `coverage`; `mean_absolute_effect_size` over them, with its
+        `intervals` over the texts that they share; `skipped`, name → why, for tests that have too few texts left;
+        `coverage` over all texts of all tests, `asked`, and `left_out`.
 
     Raises:
         ValueError: If no test can be computed, or a file is not there.
@@ -203,7 +203,7 @@ def seat(
         raise ValueError(f"{folder}: the tokenizer knows no text completely, so nothing can be embedded.")
     vectors = pooled_embeddings(model, tokenizer, known, pool=pool, batch_size=batch_size).double().numpy()
     row = {text: i for i, text in enumerate(known)}
-    found, skipped, total, used = {}, {}, 0, 0
+    found, taken, skipped, total, used = {}, [], {}, 0, 0
     for name, parts in sets.items():
         rows = {key: [row[text] for text in part if text in row] for key, part in parts.items()}
         size, kept = sum(map(len, parts.values())), sum(map(len, rows.values()))
@@ -213,11 +213,13 @@ def seat(
             continue
         arrays = (vectors[rows[key]] for key in weat_metric.SETS)
         found[name] = {**weat_metric.score(*arrays, **statistics), "coverage": kept / size}
+        taken.append(rows)
     if not found:
         raise ValueError(f"{folder}: the tokenizer knows too few words for any of {', '.join(sets)}.")
-    mean = float(np.mean([abs(result["effect_size"]) for result in found.values()]))
+    drawing = {key: value for key, value in statistics.items() if key != "permutations"}
+    mean = weat_metric.mean_absolute_effect(taken, vectors, **drawing)
     counts = {"coverage": used / total, "asked": total, "left_out": {UNKNOWN: total - used} if used < total else {}}
-    return {"tests": found, "mean_absolute_effect_size": mean, "skipped": skipped, "pool": pool, **counts}
+    return {"tests": found, **mean, "skipped": skipped, "pool": pool, **counts}
 
 
 def text_perplexity(

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_erasure.fitting.gradiend.batches import Filled, Layout, longest_input
 from hf_erasure.fitting.gradiend.forwards import SlotReader
-from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, on_cpu
+from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
 
 from .checks import whole
 
@@ -297,7 +297,7 @@ def pooled_embeddings(
     """One vector a text from the last hidden states.
 
     Args:
-        model: With or without a head, no encoder-decoder; adapters that are active take part.
+        model: With or without a head, of an encoder-decoder its encoder is read; adapters that are active take part.
         tokenizer: Of the model.
         texts: What to embed.
         pool: `"mean"` over all real positions, `"cls"` for the first or `"last"` for the last of them.
@@ -313,9 +313,7 @@ def pooled_embeddings(
     """
     if pool not in ("mean", "cls", "last"):
         raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
-    runner = Runner(model, [])
-    if getattr(runner.model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(runner.model).__name__} is an encoder-decoder: give its encoder.")
+    runner = Runner(text_encoder(model), [])
     rows = _rows(tokenizer, runner.model.config, texts, max_length, truncate)
     layout = replace(Layout.of(tokenizer, "causal", runner.model.config), left=False)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -8,10 +8,12 @@ the same sizes whose difference is at least the observed one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Sequence, Value
+from datasets import Sequence as ListOf
+from datasets import Value
 
 # `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
 from hf_erasure.metrics import base, checks, resampling
@@ -104,6 +106,56 @@ def _effect(s: checks.Floats, first: int) -> float:
     return float((s[:first].mean() - s[first:].mean()) / deviation) if deviation > 0 else float("nan")
 
 
+def mean_absolute_effect(
+    tests: Sequence[Mapping[str, Sequence[int]]],
+    vectors: Any,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The mean of |effect size| over tests that may share items, with an interval.
+
+    A bootstrap of each test alone would take an item that is in several of them for several items. Here each item gets
+    one random weight a resample (exponential: Rubin's Bayesian bootstrap, 1981), in whichever tests it is. An absolute
+    value is pushed up by noise, so the interval of an encoder without any association lies above 0.
+
+    Args:
+        tests: Of each, the set's name (`"X"`, `"Y"`, `"A"`, `"B"`) → rows of `vectors`.
+        vectors: `(items, width)`.
+        confidence: Of the interval.
+        resamples: How many.
+        seed: Of the weights.
+
+    Returns:
+        `mean_absolute_effect_size` and its `intervals`.
+    """
+    unit = _unit(checks.numbers("vectors", vectors))
+    weights = np.random.default_rng(seed).exponential(size=(checks.whole("resamples", resamples), len(unit)))
+    even = np.ones((1, len(unit)))
+    mean, drawn = (
+        np.mean([np.abs(_weighted_effect(unit, test, w)) for test in tests], axis=0) for w in (even, weights)
+    )
+    low, high = np.quantile(drawn, resampling.tails(confidence))
+    bounds = {"mean_absolute_effect_size": [float(low), float(high)]}
+    return {"mean_absolute_effect_size": float(mean[0]), **resampling.Intervals(bounds).as_dict()}
+
+
+def _weighted_effect(unit: checks.Floats, test: Mapping[str, Sequence[int]], weights: checks.Floats) -> checks.Floats:
+    """`(resamples,)` Effect sizes under the weights `(resamples, items)` of items."""
+    targets = [*test["X"], *test["Y"]]
+    first = len(test["X"])
+    s = np.zeros((len(weights), len(targets)))
+    for sign, name in ((1, "A"), (-1, "B")):
+        of = weights[:, test[name]]
+        s += sign * (of / of.sum(1, keepdims=True)) @ (unit[test[name]] @ unit[targets].T)
+    of = weights[:, targets] / weights[:, targets].sum(1, keepdims=True)
+    centred = s - (of * s).sum(1, keepdims=True)
+    deviation = np.sqrt((of * centred**2).sum(1) * len(targets) / (len(targets) - 1))
+    means = [(of[:, part] * s[:, part]).sum(1) / of[:, part].sum(1) for part in (slice(first), slice(first, None))]
+    return (means[0] - means[1]) / deviation
+
+
 class WEAT(base.Measure):
     """`score` as an `evaluate` metric; the same for the sentences of SEAT."""
 
@@ -118,7 +170,7 @@ class WEAT(base.Measure):
         ideal=0.0,
         interval="bootstrap over targets and attributes; one-sided permutation p value, exact where splits are few",
     )
-    inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
+    inputs = base.either_kind([], predictions=ListOf(Value("float64")), references=Value("string"))
     usage = (
         "predictions: vectors; references: the set of each, 'X', 'Y' (targets), 'A' or 'B' (attributes); "
         "permutations=, confidence=, resamples=, seed="

@@ -7,13 +7,12 @@ Everything is measured on sentences and stories that nothing was fitted on.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,13 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.fitting.probing import majority, probe_accuracy
-from hf_erasure.fitting.recipe_file import check_keys, read_content
 from hf_erasure.metrics.benchmarks import text_perplexity
+from recipes import studies
 from recipes.gradiend_gender.study import read_stories
 from recipes.over_seeds import cell, markdown, t_interval
 from recipes.pos_scrubbing import study as pos
 
 ADAPTER = "no_tags"
-ASSETS = Path(__file__).parents[2].parent / "shared" / "assets"
 
 
 @dataclass
@@ -80,10 +78,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         ValueError: If the file is no recipe, or a key is unknown.
     """
-    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = read_content(path, overrides, "model, fit, test")
-    check_keys(content, Settings, "")
-    return Settings(**{key: os.path.expandvars(v) if isinstance(v, str) else v for key, v in content.items()})
+    return studies.read_settings(Settings, path, overrides, "model, fit, test")
 
 
 # ---- the study ------------------------------------------------------------------------------------------------------
@@ -299,19 +294,9 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
     """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
     settings = read_settings(settings_file, overrides)
-    output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for seed in settings.seeds:
-        typer.echo(f"seed {seed}", err=True)
-        outcomes.append(run_seed(settings, seed))
-        written = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
-        (output / "results.json").write_text(written, encoding="utf-8")
-    command = " ".join(["python recipes/amnesic_probing/study.py", str(settings_file), *overrides])
-    text = report(outcomes, settings, command)
-    (output / "results.md").write_text(text, encoding="utf-8")
-    figure(outcomes, output / "figure.png")
-    typer.echo(text)
+    command = studies.command_line("amnesic_probing", settings_file, overrides)
+    runs = {f"seed {seed}": partial(run_seed, settings, seed) for seed in settings.seeds}
+    studies.run(runs, settings.output, lambda outcomes: report(outcomes, settings, command), figure)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ neither the erasure nor a classifier was fitted on.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,13 @@ from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_era
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.fitting.recipe import EMBEDDED, embedded_model
-from hf_erasure.fitting.recipe_file import check_keys, read_content
 from hf_erasure.metrics import linear_leakage, tpr_gap
 from hf_erasure.metrics.probe import LogisticProbe
 from hf_erasure.metrics.scoring import pooled_embeddings
+from recipes import studies
 from recipes.over_seeds import cell, markdown, t_interval
 
 ADAPTER = "no_gender"
-ASSETS = Path(__file__).parents[2].parent / "shared" / "assets"
 ERASURES = ("none", "last norm", "every norm")
 CLASSIFIERS = ("same", "refitted")
 FIGURES = ("profession", "gender", "fresh", "rms", "chance", "correlation")
@@ -104,10 +102,8 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         ValueError: If the file is no recipe, or a key is unknown.
     """
-    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = read_content(path, overrides, "model, data, seeds")
-    check_keys(content, Settings, "")
-    return Settings(**content | {"data": os.path.expandvars(content["data"]), "positive": str(content["positive"])})
+    settings = studies.read_settings(Settings, path, overrides, "model, data, seeds")
+    return replace(settings, positive=str(settings.positive))
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -211,7 +207,7 @@ class Classifier:
 
 def load(settings: Settings) -> tuple[Any, Any]:
     """The encoder and its tokenizer."""
-    path = embedded_model() if settings.model == EMBEDDED else os.path.expandvars(settings.model)
+    path = embedded_model() if settings.model == EMBEDDED else settings.model
     return AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
 
 
@@ -443,19 +439,10 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
     """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
     settings = read_settings(settings_file, overrides)
-    output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
-    rows, outcomes, known = read_biographies(settings), [], {}
-    for seed in settings.seeds:
-        typer.echo(f"seed {seed}", err=True)
-        outcomes.append(run_seed(settings, rows, seed, known))
-        written = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
-        (output / "results.json").write_text(written, encoding="utf-8")
-    command = " ".join(["python recipes/biographies/study.py", str(settings_file), *overrides])
-    text = report(outcomes, settings, command)
-    (output / "results.md").write_text(text, encoding="utf-8")
-    figure(outcomes, output / "figure.png")
-    typer.echo(text)
+    command = studies.command_line("biographies", settings_file, overrides)
+    rows, known = read_biographies(settings), {}
+    runs = {f"seed {seed}": partial(run_seed, settings, rows, seed, known) for seed in settings.seeds}
+    studies.run(runs, settings.output, lambda outcomes: report(outcomes, settings, command), figure)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ Every fit uses the same names and prompts; only where the covariance comes from,
 
 from __future__ import annotations
 
-import os
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,16 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, Eraser
-from hf_erasure.fitting.recipe_file import check_keys, read_content
+from recipes import studies
 
 GENDERS = ["male", "female"]
 ADAPTER = "no_gender"
 IGNORED = -100
-ASSETS = Path(__file__).parents[2].parent / "shared" / "assets"
 Solve = Callable[[Tensor, Tensor], Eraser]  # (rows, width) and class ids (rows,) → eraser
 
 
@@ -94,12 +95,8 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         ValueError: If the file is no recipe, or a key is unknown.
     """
-    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = read_content(path, overrides, "model, stories, materials")
-    check_keys(content, Settings, "")
-    content["materials"] = {name: Material(**lists) for name, lists in content["materials"].items()}
-    paths = {name: os.path.expandvars(content[name]) for name in ("model", "stories")}
-    return Settings(**content | paths)
+    settings = studies.read_settings(Settings, path, overrides, "model, stories, materials")
+    return replace(settings, materials={name: Material(**lists) for name, lists in settings.materials.items()})
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ was fitted or chosen on.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from hf_erasure.fitting.gradiend import SLOT
 from hf_erasure.fitting.gradiend.language import LanguageModelling
 from hf_erasure.metrics import benchmarks, prediction_balance, pronoun_gap
 from hf_erasure.metrics.scoring import LanguageScorer
+from recipes import studies
 from recipes.gradiend_gender import study as gender
 from recipes.over_seeds import cell, markdown, t_interval
 
@@ -335,20 +336,13 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
     """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
     settings = read_settings(settings_file, overrides)
-    output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for name in settings.models:
-        for seed in settings.seeds:
-            typer.echo(f"{name}, seed {seed}", err=True)
-            outcomes.append(run_seed(name, settings, seed))
-            written = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
-            (output / "results.json").write_text(written, encoding="utf-8")
-    command = " ".join(["python recipes/gradiend_composed/study.py", str(settings_file), *overrides])
-    text = report(outcomes, settings, command)
-    (output / "results.md").write_text(text, encoding="utf-8")
-    figure(outcomes, output / "figure.png")
-    typer.echo(text)
+    command = studies.command_line("gradiend_composed", settings_file, overrides)
+    runs = {
+        f"{name}, seed {seed}": partial(run_seed, name, settings, seed)
+        for name in settings.models
+        for seed in settings.seeds
+    }
+    studies.run(runs, settings.output, lambda outcomes: report(outcomes, settings, command), figure)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,10 @@ import typer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+
 from hf_erasure import GradiendCallback, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
-from hf_erasure.fitting.recipe_file import check_keys, read_content
+from recipes import studies
 
 ADAPTER = "gender"
 PRONOUNS = ("she", "he")
@@ -33,7 +35,6 @@ SKEWS = {
     "all she": lambda position: "she",
     "half and half": lambda position: PRONOUNS[position % 2],
 }
-ASSETS = Path(__file__).parents[2].parent / "shared" / "assets"
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -94,15 +95,12 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         ValueError: If the file is no recipe, or a key is unknown.
     """
-    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = read_content(
+    return studies.read_settings(
+        Settings,
         path,
         overrides,
         "model, stories, feature_people, feature_sentences, people, things, task_sentences, pronoun_sentences",
     )
-    check_keys(content, Settings, "")
-    paths = {name: os.path.expandvars(content[name]) for name in ("model", "stories")}
-    return Settings(**content | paths)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------

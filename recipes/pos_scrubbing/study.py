@@ -6,7 +6,7 @@ The study of arXiv 2306.03819, section 5, on a treebank. Everything is measured 
 from __future__ import annotations
 
 import math
-import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +21,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
+
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.evaluation.treebank import Sentence, read_treebank
 from hf_erasure.fitting.probing import majority, probe_accuracy
-from hf_erasure.fitting.recipe_file import check_keys, read_content
+from recipes import studies
 
 # fmt: off
 TAGS = ["ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART", "PRON", "PROPN", "PUNCT", "SCONJ",
@@ -34,7 +36,6 @@ TAGS = ["ADJ", "ADP", "ADV", "AUX", "CCONJ", "DET", "INTJ", "NOUN", "NUM", "PART
 # fmt: on
 IGNORED = -100
 FINAL = "last_hidden_state"
-ASSETS = Path(__file__).parents[2].parent / "shared" / "assets"
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -73,10 +74,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         ValueError: If the file is no recipe, or a key is unknown.
     """
-    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = read_content(path, overrides, "model, fit, test")
-    check_keys(content, Settings, "")
-    return Settings(**{key: os.path.expandvars(v) if isinstance(v, str) else v for key, v in content.items()})
+    return studies.read_settings(Settings, path, overrides, "model, fit, test")
 
 
 # ---- treebank -------------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ fitted on pairs of words such as "king" and "queen", none of which is in a test;
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as 
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.fitting.recipe import EMBEDDED, embedded_model
-from hf_erasure.fitting.recipe_file import check_keys, read_content
 from hf_erasure.metrics import linear_leakage, weat
 from hf_erasure.metrics.readers import read_seat
+from recipes import studies
 from recipes.over_seeds import cell, markdown, t_interval
 
 ADAPTER = "no_gender"
 GENDERS = ["male", "female"]
 METHODS = {"none": None, "LEACE": "leace", "INLP": "inlp"}
-ASSETS = Path(__file__).parents[2].parent / "shared" / "assets"
 
 
 @dataclass
@@ -75,10 +74,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         ValueError: If the file is no recipe, or a key is unknown.
     """
-    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
-    content = read_content(path, overrides, "model, pairs, tests")
-    check_keys(content, Settings, "")
-    return Settings(**{key: os.path.expandvars(v) if isinstance(v, str) else v for key, v in content.items()})
+    return studies.read_settings(Settings, path, overrides, "model, pairs, tests")
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -356,19 +352,14 @@ def figure(outcomes: list[Outcome], settings: Settings, path: Path) -> None:
 def main(settings_file: Path, overrides: list[str] = typer.Argument(default_factory=list)) -> None:  # noqa: B008
     """Run the study: SETTINGS_FILE, and what to set behind it as KEY=VALUE."""
     settings = read_settings(settings_file, overrides)
-    output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
-    outcomes = []
-    for seed in settings.seeds:
-        typer.echo(f"seed {seed}", err=True)
-        outcomes.append(run_seed(settings, seed))
-        written = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
-        (output / "results.json").write_text(written, encoding="utf-8")
-    command = " ".join(["python recipes/word_embeddings/study.py", str(settings_file), *overrides])
-    text = report(outcomes, settings, command)
-    (output / "results.md").write_text(text, encoding="utf-8")
-    figure(outcomes, settings, output / "figure.png")
-    typer.echo(text)
+    command = studies.command_line("word_embeddings", settings_file, overrides)
+    runs = {f"seed {seed}": partial(run_seed, settings, seed) for seed in settings.seeds}
+    studies.run(
+        runs,
+        settings.output,
+        lambda outcomes: report(outcomes, settings, command),
+        lambda outcomes, path: figure(outcomes, settings, path),
+    )
 
 
 if __name__ == "__main__":

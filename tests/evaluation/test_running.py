@@ -14,7 +14,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner, Result
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
@@ -298,6 +305,25 @@ def test_states_are_the_models_own(story: str) -> None:
             torch.testing.assert_close(pooled[f"layer {layer}"][number], expected, rtol=0, atol=1e-5)
 
 
+def test_of_an_encoder_decoder_the_encoder_is_read(story: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(story)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
+    texts = ["tom went home.", "the big dog ran to the park and sat down."]
+    pooled = StateReader(model, tokenizer).pooled(texts)
+    assert list(pooled) == ["layer 0", "layer 1", FINAL]
+    for number, text in enumerate(texts):
+        with torch.no_grad():
+            alone = model.encoder(**_ids_and_mask(tokenizer(text, return_tensors="pt")), output_hidden_states=True)
+        # Padding changes sums by rounding only.
+        torch.testing.assert_close(pooled["layer 1"][number], alone.hidden_states[1][0].mean(0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(pooled[FINAL][number], alone.last_hidden_state[0].mean(0), rtol=0, atol=1e-5)
+
+
+def _ids_and_mask(encoded: Any) -> dict[str, torch.Tensor]:
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
 def test_probes_read_what_they_can() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 2, generator=generator)
@@ -410,7 +436,7 @@ def test_without_the_harness_there_is_a_sentence(story: str, assets: Path, monke
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     result = run(story, "--data", assets / "data", "--harness", "hellaswag")
-    assert result.exit_code == 2 and "pip install 'lm_eval[hf]" in result.stderr
+    assert result.exit_code == 2 and "pip install 'hf-erasure[harness]'" in result.stderr
 
 
 # ---- packaging ------------------------------------------------------------------------------------------------------

@@ -153,6 +153,8 @@ def test_seat_of_language_models(task: str, assets: Path):
     assert set(found["tests"]) == {"sent-weat6", "weat7"} and found["skipped"] == {}
     effects = [abs(test["effect_size"]) for test in found["tests"].values()]
     assert found["mean_absolute_effect_size"] == pytest.approx(np.mean(effects))
+    low, high = found["intervals"]["mean_absolute_effect_size"]
+    assert low < high
     assert found["coverage"] == 1.0 and found["tests"]["weat7"]["exact"]
 
 

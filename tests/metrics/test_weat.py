@@ -72,6 +72,25 @@ def test_effect_is_below_two_and_nearly_reaches_it():
     assert not found["exact"] and found["p_value"] == 1 / 501
 
 
+def test_mean_over_tests_is_that_of_the_effects_and_its_interval_knows_of_shared_items():
+    x, y, a, b = sets(shift=0.3)
+    vectors = np.concatenate([x, y, a, b])
+    one = dict(zip("XYAB", (range(5), range(5, 10), range(10, 14), range(14, 17)), strict=True))
+    turned = {**one, "X": one["Y"], "Y": one["X"]}
+    single = weat.mean_absolute_effect([one], vectors)
+    assert single["mean_absolute_effect_size"] == pytest.approx(abs(by_hand(x, y, a, b)[0]), rel=1e-12)
+    # A test and its mirror image have the same items: they tell as much as one of them, to the last resample.
+    twice = weat.mean_absolute_effect([one, turned], vectors)
+    assert twice["mean_absolute_effect_size"] == pytest.approx(single["mean_absolute_effect_size"])
+    assert twice["intervals"] == single["intervals"]
+    # Two tests without a common item tell more: their interval is narrower.
+    low, high = single["intervals"]["mean_absolute_effect_size"]
+    other = {name: [row + len(vectors) for row in rows] for name, rows in one.items()}
+    apart = weat.mean_absolute_effect([one, other], np.concatenate([vectors, vectors]))
+    ends = apart["intervals"]["mean_absolute_effect_size"]
+    assert low < ends[0] < apart["mean_absolute_effect_size"] < ends[1] < high
+
+
 def test_null_interval_holds_most_effects_of_noise():
     inside, significant = 0, 0
     for seed in range(100):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_special_tokens_around_a_text_are_found(assets: Path) -> None:
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(ValueError, match="'sed' is no setting"):
+    with pytest.raises(ValueError, match="sed is not known in a recipe; it has models"):
         study.read_settings(FOLDER / "study.yaml", ["sed=1"])
 
 
@@ -127,6 +128,9 @@ def test_a_small_study_writes_every_table_and_figure(tiny: study.Settings, tmp_p
             assert f"| {model} | {fit} |" in text
     assert text.count("| story-mlm | closed form, factual, without token_type_embeddings |") == 7
     assert "| stories260k | closed form, factual, without" not in text
+    kept = {(row["model"], row["seed"]): row["fits"] for row in json.loads((tmp_path / "results.json").read_text())}
+    assert list(kept) == [("stories260k", 0), ("story-mlm", 0)]
+    assert f"{kept['stories260k', 0]['trained, factual']['encoding']['cor_enc']:.3f}" in text
     for name in ("encoded", "surface", "weights"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 

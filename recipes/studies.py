@@ -1,0 +1,75 @@
+"""What the studies share as commands: settings from a file, one outcome a run, and the three files they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+
+from hf_erasure.fitting.recipe_file import check_keys, read_content
+
+# Where models and data of the studies are looked for, unless the environment names a folder.
+ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"
+
+Settings = TypeVar("Settings")
+Outcome = TypeVar("Outcome")
+
+
+def read_settings(kind: type[Settings], path: str | Path, overrides: Iterable[str], expected: str) -> Settings:
+    """Read a study's file, and what is written behind it on the command line, into the dataclass `kind`.
+
+    Args:
+        kind: What the study says of its settings.
+        path: The file.
+        overrides: `key=value`.
+        expected: Some keys of it, for the message when the file is none.
+
+    Raises:
+        ValueError: If the file is no recipe, or a key is unknown.
+    """
+    os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
+    content = read_content(path, overrides, expected)
+    check_keys(content, kind, "")
+    return kind(**{key: os.path.expandvars(v) if isinstance(v, str) else v for key, v in content.items()})
+
+
+def keep(outcomes: Sequence[Any], folder: str | Path) -> None:
+    """Write `results.json`: the dataclass of each outcome."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
+    (Path(folder) / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def run(
+    runs: Mapping[str, Callable[[], Outcome]],
+    output: str | Path,
+    report: Callable[[list[Outcome]], str],
+    figure: Callable[[list[Outcome], Path], None],
+) -> None:
+    """Do every run and write `results.json` (after each), `results.md` and `figure.png`; the text is printed, too.
+
+    Args:
+        runs: What is said when a run begins, such as `"seed 0"`, and the run.
+        output: The folder.
+        report: All outcomes as Markdown.
+        figure: Draws them into a file.
+    """
+    outcomes: list[Outcome] = []
+    for said, one in runs.items():
+        typer.echo(said, err=True)
+        outcomes.append(one())
+        keep(outcomes, output)
+    text = report(outcomes)
+    (Path(output) / "results.md").write_text(text, encoding="utf-8")
+    figure(outcomes, Path(output) / "figure.png")
+    typer.echo(text)
+
+
+def command_line(study: str, settings_file: Path, overrides: Iterable[str]) -> str:
+    """The command that makes these results, as `results.md` states it."""
+    return " ".join([f"python recipes/{study}/study.py", str(settings_file), *overrides])
