@@ -269,7 +269,7 @@ def test_refused(assets: Path):
 def test_of_an_encoder_decoder_the_encoder_is_read_and_nothing_is_predicted(assets: Path):
     tokenizer = trained(assets, "causal")[1]
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes))
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
     with pytest.raises(ValueError, match="is a seq2seq model"):
         LanguageScorer(model, tokenizer)
     found = pooled_embeddings(model, tokenizer, TEXTS)
