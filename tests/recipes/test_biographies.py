@@ -35,7 +35,7 @@ def small(settings: study.Settings, assets: Path) -> study.Settings:
     """The study with a small BERT and the beginnings of biographies."""
     return replace(
         settings, model=str(assets / "models" / "story-mlm"), last="encoder.layer.3.output.LayerNorm", max_length=24,
-        shuffles=5, seeds=[0, 1],
+        train_rows=0.25, test_rows=0.25, shuffles=5, seeds=[0, 1],
     )  # fmt: skip
 
 

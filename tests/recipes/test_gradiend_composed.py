@@ -19,14 +19,34 @@ FOLDER = Path(study.__file__).parent
 
 @pytest.fixture(scope="module")
 def settings(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> study.Settings:
+    folder = tmp_path_factory.mktemp("composed")
+    told = (assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
+    (folder / "stories.txt").write_text(told[:16_000], encoding="utf-8")
     return replace(
         study.read_settings(FOLDER / "study.yaml"),
         models={name: str(assets / "models" / name) for name in ("stories260k", "story-mlm")},
-        stories=str(assets / "data" / "tinystories-sample" / "tinystories.txt"), seat=str(assets / "data" / "seat"),
-        stereoset=str(assets / "data" / "stereoset" / "dev.json"), output=str(tmp_path_factory.mktemp("composed")),
+        stories=str(folder / "stories.txt"), seat=str(few_sentences(assets, folder)),
+        stereoset=str(few_items(assets, folder)), output=str(folder),
         train_rows=32, eval_rows=12, choice_stories=4, background_stories=4, letters=120, feature_factors=[0.0],
         learning_rates=[1e-3],
     )  # fmt: skip
+
+
+def few_sentences(assets: Path, folder: Path) -> Path:
+    """SEAT's gender tests with a few sentences in each set: the study's own are hundreds, six times over."""
+    for name in study.GENDER_TESTS:
+        test = json.loads((assets / "data" / "seat" / f"{name}.jsonl").read_text(encoding="utf-8"))
+        short = {key: {**part, "examples": part["examples"][:6]} for key, part in test.items()}
+        (folder / f"{name}.jsonl").write_text(json.dumps(short), encoding="utf-8")
+    return folder
+
+
+def few_items(assets: Path, folder: Path) -> Path:
+    """The first of StereoSet's items about gender."""
+    whole = json.loads((assets / "data" / "stereoset" / "dev.json").read_text(encoding="utf-8"))
+    items = [item for item in whole if item["bias_type"] == "gender"]
+    (folder / "dev.json").write_text(json.dumps(items[:12]), encoding="utf-8")
+    return folder / "dev.json"
 
 
 def test_the_settings_start_with_the_command_that_runs_them() -> None:
