@@ -8,6 +8,20 @@ from typing import Any
 
 from peft import PeftConfig
 
+from .fields import check_names, check_types, fits, short
+
+# The names that safetensors has for float32 and float64, and for int32.
+FLOATS, INDICES = ("F32", "F64"), ("I32",)
+# What this package reads of `provenance`; cards show the rest.
+_PROVENANCE: dict[str, Any] = {
+    "base_class": str,
+    "fingerprint": dict[str, Any],
+    "leakage": dict[str, list[float]],
+    "examples": float,
+    "tokens": float,
+    "pool": str,
+}
+
 
 @dataclass
 class ChildConfig(PeftConfig):
@@ -42,6 +56,26 @@ class ChildConfig(PeftConfig):
     def fitted_modules(self) -> Iterable[str]:
         """Names of the modules that a fitted adapter acts on."""
         raise NotImplementedError
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
+        raise NotImplementedError
+
+    def _check_types(self) -> None:
+        """What may be in the fields at all; any file may be the source of them.
+
+        Raises:
+            TypeError: If a value is of another type than the field's.
+            ValueError: If a name is none.
+        """
+        check_types(self)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}].")
+        check_names("modules_to_save", self.modules_to_save)
+        check_names("layers_pattern", getattr(self, "layers_pattern", None))
+        for key, kind in _PROVENANCE.items():
+            if self.provenance.get(key) is not None and not fits(self.provenance[key], kind):
+                raise TypeError(f"provenance[{key!r}]={short(self.provenance[key])} is not what fitting writes there.")
 
     def _as_sets(self) -> None:
         for name in ("target_modules", "exclude_modules"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,11 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
     return wrapped
 
 
-def save_merged(model: str, adapter: str | Path, folder: str | Path) -> str:
-    """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence."""
+def save_merged(model: str, adapter: str | Path, folder: str | Path, *, max_shard_size: str | None = None) -> str:
+    """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence.
+
+    `max_shard_size` is that of `save_pretrained`; transformers' own when None.
+    """
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_NAME]
     layers = erasure_layers(wrapped, _NAME)
@@ -47,17 +51,25 @@ def save_merged(model: str, adapter: str | Path, folder: str | Path) -> str:
         where = f"at {len(layers)} sites into the weights of {written} layers"
     plain = wrapped.merge_and_unload()
     changed = [name for name, value in plain.config.to_dict().items() if kept.get(name) != value]
-    plain.save_pretrained(folder)
+    plain.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     _copy_processor(model, folder)
     switched = f", with {', '.join(f'{name}=True' for name in changed)} in its configuration" if changed else ""
     checked = "" if isinstance(config, GradiendConfig) else " Outputs on a small input are the same up to rounding."
     return f"Merged the {config.described} {where} of {type(plain).__name__}{switched}.{checked}"
 
 
+def model_class(name: str) -> type[transformers.PreTrainedModel] | None:
+    """The class of a model that transformers has under a name; None where it has none."""
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
+
+
 def _model_class(model: str, config: ChildConfig) -> Any:
     plain = AutoConfig.from_pretrained(model)
     names = [*(plain.architectures or []), config.provenance.get("base_class", "")]
-    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    # The names are out of files: of all that transformers has, only a model may be made.
+    classes = [found for name in names if (found := model_class(name)) is not None]
     for candidate in classes:
         with torch.device("meta"):
             modules = {name for name, _ in candidate(plain).named_modules()}
@@ -67,9 +79,11 @@ def _model_class(model: str, config: ChildConfig) -> Any:
 
 
 def _copy_processor(model: str, folder: str | Path) -> None:
-    """Save the tokenizer or processor beside the model, where there is one."""
+    """Save the tokenizer or processor beside the model; warns where none can be loaded, as of a model alone."""
     try:
         processor = AutoProcessor.from_pretrained(model)
-    except (OSError, ValueError, KeyError):
-        return  # a model alone
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"{folder} holds the model alone, without tokenizer or processor: {reason}", stacklevel=3)
+        return
     processor.save_pretrained(folder)

@@ -19,6 +19,11 @@ from .broadcasting import keep_from_broadcast
 from .child import AdapterChild, adapter_children
 from .fingerprint import check_base
 from .mixed_batches import Rows, check_names, keep_from_ignoring
+from .patterns import check_patterns
+from .untrusted import refuse_unseen
+
+# So many names more than a model has modules may be in a list, as of a model with more layers.
+_SPARE_NAMES = 10_000
 
 
 class ChildTuner(BaseTuner):
@@ -53,14 +58,24 @@ class ChildTuner(BaseTuner):
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             _check_name(adapter_name, model)
+            refuse_unseen()
+            _check_lists(config, model)
+            check_patterns(config, (path for path, _ in model.named_modules()))
             if config.fitted:
                 _check_base(model, config)
+                if config.target_modules is None:  # PEFT takes that for a default of its own
+                    config.target_modules = exactly(list(config.fitted_modules), model)
+            elif config.revision is None:
+                # Of the base, like its name: what was downloaded.
+                config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
             self._check_config(config)
             if kwargs.get("state_dict") is not None:
                 kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             refuse_copies(model, adapter_name)
             self._complete(model, adapter_name)
+            if kwargs.get("state_dict") is None:  # which would be a wish for some of the modules
+                _check_complete(model, adapter_name, config)
             _enter_in_device_map(model, adapter_name)
             note_adapters(model)
         except BaseException:
@@ -354,6 +369,30 @@ def _check_base(model: nn.Module, config: Any) -> None:
         ) from error
 
 
+def _check_lists(config: Any, model: nn.Module) -> None:
+    """PEFT compares every name with every module, which takes forever for lists that no model is as long as."""
+    modules = sum(1 for _ in model.modules())
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(config, field, None) or ()
+        if not isinstance(names, str) and len(names) > modules + _SPARE_NAMES:
+            raise ValueError(
+                f"{field} names {len(names)} modules, and this {type(model).__name__} has {modules} in all: the "
+                "configuration is damaged, or for another model."
+            )
+
+
+def _check_complete(model: nn.Module, adapter_name: str, config: Any) -> None:
+    """A fitted adapter acts wherever it was fitted; a part of it that got no child would be missing in silence."""
+    if config.fitted:
+        places = {child.path for child in adapter_children(model, adapter_name)}
+        left_out = [name for name in config.fitted_modules if name not in places]
+        if left_out:
+            raise ValueError(
+                f"The {config.described} acts at {left_out[0]!r} and {len(left_out) - 1} other modules that no adapter "
+                f"can be put on in this {type(model).__name__}."
+            )
+
+
 def _check_name(name: str, model: nn.Module) -> None:
     for kind in _kinds():
         prefix = f"{kind.child_name}_"
@@ -362,6 +401,8 @@ def _check_name(name: str, model: nn.Module) -> None:
                 f"adapter_name={name!r} cannot be used: it becomes part of state-dict keys, so it must not be empty, "
                 f"contain a dot, be {kind.child_name!r} or contain {prefix!r}."
             )
+    if set(name) & set("/\\\0"):
+        raise ValueError(f"adapter_name={name!r} cannot be used: a folder is called so when it is saved.")
     if any(name in path.split(".") for path, _ in model.named_modules()):
         raise ValueError(
             f"adapter_name={name!r} cannot be used: {type(model).__name__} has modules of that name, and PEFT would "

@@ -9,7 +9,9 @@ from typing import Any
 
 from hf_erasure.erasers.inlp import ROUNDS
 
-from .base_config import ChildConfig
+from .base_config import FLOATS, ChildConfig
+from .fields import short
+from .places import target_of
 from .registration import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -71,6 +73,7 @@ class ConceptErasureConfig(ChildConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = CONCEPT_ERASURE
+        self._check_types()
         self._as_sets()
         self._check_choices()
         self._check_concept()
@@ -80,6 +83,16 @@ class ConceptErasureConfig(ChildConfig):
                 "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config; in a "
                 "loaded adapter_config.json their absence means the file is damaged."
             )
+        self._check_sites()
+
+    def _check_sites(self) -> None:
+        for name, size in (self.fitted_sites or {}).items():
+            width, rank = size.get("width", -1), size.get("rank", -1)
+            if size.keys() != {"width", "rank"} or not 0 <= rank <= width:
+                raise ValueError(
+                    f"fitted_sites has {short(size)} at {name!r}, which is no width with a rank of at most that. "
+                    "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
+                )
 
     def _check_choices(self) -> None:
         if self.method == "rlace":
@@ -133,6 +146,16 @@ class ConceptErasureConfig(ChildConfig):
         """Names of the sites."""
         return self.fitted_sites or {}
 
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
+        found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        for site, size in (self.fitted_sites or {}).items():
+            width, rank = size["width"], size["rank"]
+            shapes: dict[str, tuple[int, ...]] = {"left": (width, rank), "right": (rank, width), "bias": (width,)}
+            for part, shape in shapes.items():
+                found[f"{site}.concept_erasure.concept_erasure_{part}"] = shape, FLOATS
+        return found
+
     @property
     def z_dim(self) -> int:
         """The number of columns the concept is coded in: classes, or `concept_dim`."""
@@ -160,8 +183,8 @@ class ConceptErasureConfig(ChildConfig):
         """Write `adapter_config.json`; warns when there is no eraser to go with it."""
         if not self.fitted:
             warnings.warn(
-                f"The erasure of {self.concept!r} saved to {save_directory} was never fitted: loaded again it changes "
-                "nothing. Call fit_concept_erasure(model, batches, adapter_name=…) first.",
+                f"The erasure of {self.concept!r} saved to {target_of(save_directory)} was never fitted: loaded again "
+                "it changes nothing. Call fit_concept_erasure(model, batches, adapter_name=…) first.",
                 stacklevel=2,
             )
         super().save_pretrained(save_directory, **kwargs)

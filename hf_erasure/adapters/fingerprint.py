@@ -2,10 +2,21 @@
 
 A hash would call a float32 and a bf16 copy of one checkpoint different; sampled values, compared within the coarser
 dtype's rounding, do not. Of a quantised weight the numbers that it stands for are compared, only by their correlation.
+
+Sampled is every weight that an adapter acts on: those of its modules, and of a module without a matrix (a norm, whose
+weights often are all ones) the next matrix besides. Up to 64 values of each, and fewer where the weights are many:
+2,048 in all, but never less than 4 of one, so that the configuration stays a few hundred kilobytes for models with a
+thousand weights. Only these values are read, also of weights that accelerate keeps on disk; what cannot be read
+(sharded, or packed so that nothing unpacks it) is left out, and loading says so.
+
+Values are correlated within each weight, about its own mean and in units of its own spread: otherwise norms near one
+among matrices near zero would make any two models alike. Weights that are constant take no part in that.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,16 +26,22 @@ import torch
 from torch import Tensor, nn
 
 from .base_config import ChildConfig
+from .fields import fits, short
 from .merging import shared_weights
 from .offloading import value_of, why_not_reachable
 from .quantised import dequantised, is_quantised
 
-SAMPLES = 64
+SAMPLES, TOTAL, FEWEST = 64, 2048, 4
 QUANTISED = "quantised"
 # Below this correlation of the sampled values the weights are those of another model, not a further training of it.
 RELATED = 0.9
 # Packed into 2 bits a normal sample still correlates by 0.85 with itself, and 64 values of another model by 0 ± 0.13.
 RELATED_QUANTISED = 0.5
+# 4 bits in groups leave 0.99 of a normal sample, 8 bits 0.9999; below this, what differs is no rounding of theirs.
+ROUNDED = 0.97
+# One matrix that is another's, among others that are the same; of fewer values chance alone may say so.
+ENOUGH_OF_ONE, RELATED_ONE = 16, 0.5
+ANY_BASE = "HF_ERASURE_ANY_BASE"
 
 
 def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
@@ -38,15 +55,20 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
         Parameter name → `{"shape", "dtype", "positions", "values"}`, for JSON; of a quantised one the shape and values
         are those it stands for.
     """
+    names = _telling_weights(model, sites)
+    each = max(FEWEST, min(SAMPLES, TOTAL // max(1, len(names))))
     found: dict[str, Any] = {}
-    for name, weight, dtype in _telling_weights(model, sites):
-        flat = weight.reshape(-1)
-        positions = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), device="cpu").long().unique()
+    for name in names:
+        weight, dtype = _weight(model, name)
+        if weight is None or not weight.numel():
+            continue
+        positions = torch.linspace(0, weight.numel() - 1, min(each, weight.numel()), device="cpu", dtype=torch.double)
+        chosen = positions.long().unique()
         found[name] = {
             "shape": list(weight.shape),
             "dtype": dtype,
-            "positions": positions.tolist(),
-            "values": flat[positions.to(flat.device)].double().tolist(),
+            "positions": chosen.tolist(),
+            "values": _at(weight, chosen).tolist(),
         }
     return found
 
@@ -54,92 +76,205 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
 def check_base(model: nn.Module, config: ChildConfig) -> None:
     """Compare a fitted adapter with the model it is about to be attached to.
 
-    Warns when the weights are a further-trained version of the adapter's base, and when none of them can be read.
+    Warns when the weights are a further-trained version of the adapter's base, and of weights that cannot be read.
 
     Raises:
-        ValueError: If a site is missing, has another width, or the weights are those of another model.
+        ValueError: If a site is missing, has another width, or the weights are those of another model. The last is a
+            warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
+        TypeError: If the fingerprint is none.
     """
     sites = list(config.fitted_modules)
     modules = dict(model.named_modules())
-    fitted_on = config.provenance.get("base_class", "another model")
     missing = [site for site in sites if site not in modules]
     if missing:
         raise ValueError(
-            f"The {config.described} was fitted on {fitted_on} and acts at {missing[0]!r} and "
+            f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r} and "
             f"{len(missing) - 1} other modules that this {type(model).__name__} does not have.{_hint(model, sites)}"
         )
-    exact, rough = _Pairs(), _Pairs()
-    fingerprinted = config.provenance.get("fingerprint", {})
-    for name, sample in fingerprinted.items():
+    kept = config.provenance.get("fingerprint") or {}
+    if not kept:
+        warnings.warn(
+            f"The {config.described} does not say what weights it was fitted on ({_fitted_on(config)}): whether this "
+            "is the same base cannot be checked.",
+            stacklevel=2,
+        )
+    pairs, unread = [], []
+    for name, sample in kept.items():
+        _check_sample(name, sample)
         weight, dtype = _weight(model, name)
         if weight is None:
+            unread.append(name)
             continue
         if list(weight.shape) != sample["shape"]:
             raise ValueError(
-                f"The {config.described} was fitted on {fitted_on}, where {name!r} has shape "
+                f"The {config.described} was fitted on {_fitted_on(config)}, where {name!r} has shape "
                 f"{sample['shape']}; here it has {list(weight.shape)}. Load it into the model it was fitted on."
             )
-        positions = torch.tensor(sample["positions"], device=weight.device)
-        pairs = rough if QUANTISED in (dtype, sample["dtype"]) else exact
-        pairs.seen += weight.reshape(-1)[positions].double().tolist()
-        pairs.kept += sample["values"]
-    if fingerprinted and not exact.seen and not rough.seen:
-        warnings.warn(
-            f"Whether this is the base that the {config.described} was fitted on ({fitted_on}) could not be checked: "
-            f"none of the {len(fingerprinted)} weights to compare, {next(iter(fingerprinted))!r} among them, can be "
-            "read here, since they are offloaded, sharded, or packed by a quantiser.",
-            stacklevel=2,
-        )
-    _compare(exact, config, RELATED)
-    _compare(rough, config, RELATED_QUANTISED)
+        values = _at(weight, torch.tensor(sample["positions"], device="cpu", dtype=torch.long))
+        kept_values = torch.tensor(sample["values"], device="cpu", dtype=torch.double)
+        pairs.append(_Pair(name, values, kept_values, (dtype, sample["dtype"]), weight.dim() > 1))
+    _say_unread(unread, len(kept), config)
+    _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
+    _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Pairs:
-    """Sampled values, as they are here and as they were where the adapter was fitted."""
+class _Pair:
+    """Sampled values of one weight, as they are here and as they were where the adapter was fitted."""
 
-    seen: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
+    name: str
+    seen: Tensor
+    kept: Tensor
+    dtypes: tuple[str, str]
+    is_matrix: bool
+    is_rough: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_rough = QUANTISED in self.dtypes
+
+    def is_same(self) -> bool:
+        """Whether the values differ by the coarser dtype's rounding at most: each was rounded by half a step."""
+        if self.is_rough:
+            return bool(torch.equal(self.seen, self.kept))
+        steps = [torch.finfo(getattr(torch, name)) for name in self.dtypes]
+        rtol, atol = max(step.eps for step in steps), max(step.smallest_normal * step.eps for step in steps)
+        return bool(torch.isclose(self.seen, self.kept, rtol=rtol, atol=atol).all())
+
+    def products(self) -> tuple[float, float, float, float]:
+        """Of the values about their means, in units of the old ones' spread: here², old², here · old, difference²."""
+        spread = float(self.kept.std(correction=0))
+        # Rounding makes a spread of what is constant.
+        if not spread > 1e-6 * float(self.kept.abs().max()):
+            return 0.0, 0.0, 0.0, 0.0
+        seen, kept = (self.seen - self.seen.mean()) / spread, (self.kept - self.kept.mean()) / spread
+        change = (self.seen - self.kept) / spread
+        return tuple(float(part.sum()) for part in (seen * seen, kept * kept, seen * kept, change * change))  # type: ignore[return-value]
 
 
-def _compare(pairs: _Pairs, config: ChildConfig, related: float) -> None:
-    seen, kept = torch.tensor(pairs.seen, device="cpu"), torch.tensor(pairs.kept, device="cpu")
-    # bf16 keeps 8 significant bits; two copies rounded once each differ by at most 2^-8 of the value.
-    if seen.numel() < 2 or bool(torch.isclose(seen, kept, rtol=2**-7, atol=1e-6).all()):
+def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
+    """The correlation of all values within their weights, and how far they moved, by their spread; nan of constants."""
+    seen, kept, both, change = (math.fsum(parts) for parts in zip(*(pair.products() for pair in pairs), strict=True))
+    if not kept or math.isnan(seen):
+        return math.nan, math.nan
+    return (both / math.sqrt(seen * kept) if seen else 0.0), math.sqrt(change / kept)
+
+
+def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
+    changed = [pair for pair in pairs if not pair.is_same()]
+    if not changed:
         return
-    correlation = float(torch.corrcoef(torch.stack([seen, kept]))[0, 1])
-    fitted_on = config.base_model_name_or_path or config.provenance.get("base_class")
-    if not correlation >= related:
-        raise ValueError(
-            f"The {config.described} was fitted on {fitted_on}, whose weights correlate with this model's "
-            f"by {correlation:.2f}: this is another model. Load the adapter into its own base, or fit it on this one."
-        )
-    if related == RELATED_QUANTISED:
+    correlation, drift = _correlation(pairs)
+    if related == RELATED_QUANTISED and correlation >= ROUNDED:
         return  # what a quantiser has rounded off cannot be told from further training
+    worst = min(changed, key=_one)
+    is_another = worst.is_matrix and worst.seen.numel() >= ENOUGH_OF_ONE and not _one(worst) >= RELATED_ONE
+    if all(bool(pair.seen.isfinite().all()) for pair in changed):
+        is_another = is_another or correlation < related
+    else:
+        is_another = True
+    told = (
+        f"sampled weights correlate by {correlation:.4f} and have moved by {drift:.1%} of their spread, most at "
+        f"{worst.name!r}, by {_one(worst):.2f}"
+    )
+    if is_another and os.environ.get(ANY_BASE, "").lower() not in ("1", "true", "yes", "on"):
+        raise ValueError(
+            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told}). Load the "
+            f"adapter into its own base, or fit it on this one. To load it all the same, set the environment variable "
+            f"{ANY_BASE}=1."
+        )
+    if is_another:
+        warnings.warn(
+            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told}): it is "
+            f"loaded all the same, since {ANY_BASE} is set.",
+            stacklevel=3,
+        )
+        return
     warnings.warn(
-        f"The base model has been trained further since the {config.described} was fitted (sampled weights "
-        f"correlate by {correlation:.4f}). It was made for the old weights: fit the adapter again.",
-        stacklevel=2,
+        f"The base model has been trained further since the {config.described} was fitted ({told}). It was made for "
+        "the old weights: fit the adapter again.",
+        stacklevel=3,
     )
 
 
-def _telling_weights(model: nn.Module, sites: list[str]) -> Iterator[tuple[str, Tensor, str]]:
-    """One matrix next to each site, with the name of its dtype; a norm alone tells little, as many stay at ones."""
-    matrices = [n for n, p in model.named_parameters() if p.dim() > 1 and "lora_" not in n]
+def _one(pair: _Pair) -> float:
+    """The correlation of one weight's values, 1 for what says nothing."""
+    correlation, _ = _correlation([pair])
+    return 1.0 if math.isnan(correlation) else correlation
+
+
+def _check_sample(name: str, sample: Any) -> None:
+    """A fingerprint comes out of a file like everything else."""
+    types = {"shape": list[int], "dtype": str, "positions": list[int], "values": list[float]}
+    is_sample = isinstance(sample, dict) and all(fits(sample.get(key), kind) for key, kind in types.items())
+    if is_sample:
+        size = math.prod(sample["shape"])
+        known = (QUANTISED, "float64", "float32", "float16", "bfloat16")
+        is_sample = (
+            sample["dtype"] in known
+            and len(sample["positions"]) == len(sample["values"]) > 0
+            and all(0 <= position < size for position in sample["positions"])
+            and all(abs(value) < math.inf for value in sample["values"])
+        )
+    if not is_sample:
+        raise ValueError(f"The fingerprint has {short(sample)} of {name!r}, which is no sample: the file is damaged.")
+
+
+def _say_unread(unread: list[str], total: int, config: ChildConfig) -> None:
+    if not unread:
+        return
+    fitted_on = _fitted_on(config)
+    if len(unread) == total:
+        said = (
+            f"Whether this is the base that the {config.described} was fitted on ({fitted_on}) could not be checked: "
+            f"none of the {total} weights to compare, {unread[0]!r} among them, can be read here"
+        )
+    else:
+        said = (
+            f"Whether this is the base that the {config.described} was fitted on ({fitted_on}) was checked in part: "
+            f"{len(unread)} of the {total} weights to compare, {unread[0]!r} among them, cannot be read here"
+        )
+    warnings.warn(f"{said}, since they are offloaded, sharded, or packed by a quantiser.", stacklevel=3)
+
+
+def _fitted_on(config: ChildConfig) -> str:
+    """What an adapter says of its base: where it came from, or else its class."""
+    name, kind = config.base_model_name_or_path, config.provenance.get("base_class")
+    revision = f" at {config.revision}" if name and config.revision else ""
+    if name and kind:
+        return f"{name}{revision} ({kind})"
+    return f"{name}{revision}" if name else kind or "another model"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
+    """Names of the weights at each site, and of a matrix next to it where it has none that can be read."""
+    named = [n for n, _ in model.named_parameters(remove_duplicate=False) if "lora_" not in n]
     # Of a tied weight one name is enough, the same wherever the model is.
     tied = shared_weights(model)
-    matrices = [n for n in matrices if _is_whole(model.get_parameter(n)) and tied.get(n, [n])[0] == n]
-    told: dict[str, bool] = {}  # names → whether there was something to read
+    named = [n for n in named if tied.get(n, [n])[0] == n]
+    matrices = [n for n in named if model.get_parameter(n).dim() > 1 or is_quantised(model.get_parameter(n))]
+    own: dict[str, list[str]] = {}
+    for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
+        own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(tied.get(name, [name])[0])
+    are_matrices = set(matrices)
+    told: dict[str, bool] = {}  # names → whether there is something to read
+
+    def tell(full: str) -> bool:
+        name = full.replace(".base_layer.", ".")
+        if name not in told:
+            told[name] = _is_readable(model, name)
+        return told[name]
+
     for site in sites:
-        for full in _outwards(site, matrices):
-            name = full.replace(".base_layer.", ".")
-            if name not in told:
-                weight, dtype = _weight(model, name)
-                told[name] = weight is not None
-                if weight is not None:
-                    yield name, weight, dtype
-            if told[name]:
-                break
+        here = [tell(name) and name in are_matrices for name in own.get(site, []) if "lora_" not in name]
+        if not any(here):
+            any(tell(name) for name in _outwards(site, matrices))
+    return [name for name, readable in told.items() if readable]
 
 
 def _outwards(site: str, matrices: list[str]) -> Iterator[str]:
@@ -151,13 +286,39 @@ def _outwards(site: str, matrices: list[str]) -> Iterator[str]:
     yield from matrices
 
 
+def _at(weight: Tensor, positions: Tensor) -> Tensor:
+    """Values at flat positions, as float64 on the CPU; nothing else of the weight is read."""
+    if weight.is_contiguous():
+        return weight.view(-1)[positions.to(weight.device)].to("cpu", torch.double)
+    return weight[torch.unravel_index(positions.to(weight.device), weight.shape)].to("cpu", torch.double)
+
+
+def _is_readable(model: nn.Module, name: str) -> bool:
+    module, own = _place(model, name)
+    if module is None:
+        return False
+    parameter = module._parameters[own]
+    return not is_quantised(parameter) or dequantised(module, own) is not None  # type: ignore[arg-type]
+
+
 def _is_whole(parameter: nn.Parameter) -> bool:
     """Whether one process sees all of a parameter."""
     return type(parameter.data) is Tensor or is_quantised(parameter)
 
 
 def _weight(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
-    """The numbers of a parameter with the name of their dtype; None where there is nothing to read.
+    """The numbers of a parameter with the name of their dtype; None where there is nothing to read."""
+    module, own = _place(model, name)
+    if module is None:
+        return None, ""
+    parameter = module.get_parameter(own)
+    if is_quantised(parameter):
+        return dequantised(module, own), QUANTISED
+    return value_of(module, own), str(parameter.dtype).removeprefix("torch.")
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that owns a parameter, and its name there; None where it cannot be read.
 
     It is found also where a LoRA has wrapped its module since.
     """
@@ -170,11 +331,9 @@ def _weight(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
         parameter = module._parameters.get(own)
         if parameter is None or not _is_whole(parameter) or why_not_reachable(module) is not None:
             continue
-        if not is_quantised(parameter):
-            return value_of(module, own), str(parameter.dtype).removeprefix("torch.")
-        if parameter.device.type != "meta":
-            return dequantised(module, own), QUANTISED
-    return None, ""
+        if not (is_quantised(parameter) and parameter.device.type == "meta"):
+            return module, own
+    return None, own
 
 
 def _hint(model: nn.Module, sites: list[str]) -> str:

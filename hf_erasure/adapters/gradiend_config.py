@@ -9,12 +9,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base_config import ChildConfig
+from hf_erasure.gradiend.features import ACTIVATIONS
+
+from .base_config import FLOATS, INDICES, ChildConfig
+from .fields import fits, short
+from .places import target_of
 from .registration import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
 
 SOURCES = ("factual", "counterfactual", "difference")
+# What is kept of a parameter. No kind is another with an underscore behind it, so that keys can be read back.
+FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX = "feature", "offset", "index", "encoder", "encoderindex"
+# The largest float32.
+_LARGEST = (2 - 2**-23) * 2.0**127
 
 
 @dataclass
@@ -72,6 +80,7 @@ class GradiendConfig(ChildConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = GRADIEND
+        self._check_types()
         self._as_sets()
         self._check_classes()
         self._check_numbers()
@@ -83,6 +92,7 @@ class GradiendConfig(ChildConfig):
                 "fitted=True needs pairs, encoders and fitted_parameters, the shape of each weight's change. Leave all "
                 "of them out of a new config; in a loaded adapter_config.json their absence means the file is damaged."
             )
+        self._check_fitted()
         if self.pair is not None and self.pairs:
             self.pair_index(self.pair)
 
@@ -100,12 +110,29 @@ class GradiendConfig(ChildConfig):
             if unknown:
                 raise ValueError(f"pair {list(pair)!r} has {unknown[0]!r}, which is none of classes={classes!r}.")
 
+    def _check_fitted(self) -> None:
+        """What fitting writes; in a file it may be anything."""
+        for name, size in (self.fitted_parameters or {}).items():
+            if not _is_size(size):
+                raise ValueError(
+                    f"fitted_parameters has {short(size)} at {name!r}, which is no shape with the number of entries "
+                    "kept. Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
+                )
+        for encoder in self.encoders or []:
+            if not _is_encoder(encoder):
+                raise ValueError(f"encoders has {short(encoder)}, which is no encoder: the file is damaged.")
+        if self.fitted and len(self.encoders or []) != len(self.pairs or []):
+            raise ValueError(
+                f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}: the file is damaged."
+            )
+
     def _check_numbers(self) -> None:
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density} is not a share of the weights: write a number in (0, 1].")
         for name in ("feature_factor", "learning_rate"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} is no finite number.")
+        refuse_beyond_float32(self.feature_factor, self.learning_rate)
 
     def pair_index(self, pair: Iterable[str] | None) -> int:
         """The position of a pair of classes among those fitted; None stands for the first.
@@ -141,12 +168,60 @@ class GradiendConfig(ChildConfig):
         """Names of the modules that own the changed parameters."""
         return dict.fromkeys(name.rpartition(".")[0] for name in self.fitted_parameters or {})
 
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
+        found = {}
+        for name in self.fitted_parameters or {}:
+            module, _, own = name.rpartition(".")
+            for kind, (shape, types) in self.parts(name).items():
+                found[f"{module}.gradiend.gradiend_{kind}_{own}"] = shape, types
+        return found
+
+    def parts(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """What a fitted adapter keeps of one parameter, with the shape and the types by which safetensors knows it."""
+        size, pairs = (self.fitted_parameters or {})[name], self.expected_pairs()
+        parts: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        for kinds, key in (((FEATURE, OFFSET, INDEX), "count"), ((ENCODER, ENCODER_INDEX), "encoder_count")):
+            count = size.get(key, 0)
+            if count == 0:
+                continue
+            for kind in kinds[:-1]:
+                parts[kind] = (pairs, math.prod(size["shape"]) if count is None else count), FLOATS
+            if count is not None:
+                parts[kinds[-1]] = (count,), INDICES
+        return parts
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; warns when there is no feature to go with it."""
         if not self.fitted:
             warnings.warn(
-                f"The {self.described} saved to {save_directory} was never fitted: loaded again it changes nothing. "
-                f"{self.remedy}",
+                f"The {self.described} saved to {target_of(save_directory)} was never fitted: loaded again it "
+                f"changes nothing. {self.remedy}",
                 stacklevel=2,
             )
         super().save_pretrained(save_directory, **kwargs)
+
+
+def refuse_beyond_float32(feature_factor: float, learning_rate: float) -> None:
+    """Raise a `ValueError` for a strength that the weights' changes could not be multiplied by."""
+    if max(abs(feature_factor * learning_rate), abs(learning_rate)) > _LARGEST:
+        raise ValueError(
+            f"feature_factor={feature_factor:g} and learning_rate={learning_rate:g} are beyond what float32 can hold."
+        )
+
+
+def _is_size(size: dict[str, Any]) -> bool:
+    """Whether it is the shape of a weight, with how many of its entries are kept."""
+    if not size.keys() <= {"shape", "count", "encoder_count"} or not fits(size.get("shape"), list[int]):
+        return False
+    counts = (size.get("count", 0), size.get("encoder_count", 0))
+    if isinstance(size["shape"], str) or min(size["shape"], default=0) < 0 or not fits(counts, list[int | None]):
+        return False
+    return all(count is None or 0 <= count <= math.prod(size["shape"]) for count in counts)
+
+
+def _is_encoder(encoder: dict[str, Any]) -> bool:
+    types = {"scale": float, "bias": float, "activation": str, "unit_norm": bool}
+    if encoder.keys() != types.keys() or not all(fits(encoder[name], kind) for name, kind in types.items()):
+        return False
+    return encoder["activation"] in ACTIVATIONS and math.isfinite(encoder["scale"]) and math.isfinite(encoder["bias"])

@@ -16,17 +16,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .base_config import INDICES
 from .child import AdapterChild, StateDict
-from .gradiend_config import GradiendConfig
+from .gradiend_config import FEATURE, INDEX, OFFSET, GradiendConfig
 from .gradiend_edit import Term, Written, why_not_editable, with_gradient, write
 from .ledger import ledger_of
 from .offloading import held, owns_offloaded
 from .quantised import FLOAT_FIRST, is_quantised
 
 CHILD = "gradiend"
-# What is kept of a parameter. No kind is another with an underscore behind it, so that keys can be read back.
-FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX = "feature", "offset", "index", "encoder", "encoderindex"
-KINDS = (FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX)
 STEERING = "gradiend_steering"
 
 
@@ -431,18 +429,11 @@ def _layout(config: GradiendConfig, name: str) -> dict[str, Tensor]:
     """Empty tensors of the shapes that a file has for a parameter."""
     if not config.fitted or config.fitted_parameters is None:
         return {FEATURE: torch.zeros(0, 0)}
-    sizes, pairs = config.fitted_parameters[name], config.expected_pairs()
-    n = torch.Size(sizes["shape"]).numel()
-    parts = {}
-    for kinds, key in (((FEATURE, OFFSET, INDEX), "count"), ((ENCODER, ENCODER_INDEX), "encoder_count")):
-        count = sizes.get(key, 0)
-        if count == 0:
-            continue
-        for kind in kinds[:-1]:
-            parts[kind] = torch.empty(pairs, n if count is None else count)
-        if count is not None:
-            parts[kinds[-1]] = torch.empty(count, dtype=torch.int32)
-    return parts
+    kept = config.parts(name)
+    return {
+        kind: torch.empty(shape, dtype=torch.int32 if types == INDICES else torch.float32)
+        for kind, (shape, types) in kept.items()
+    }
 
 
 # ---- the forward pass ------------------------------------------------------------------------------------------------

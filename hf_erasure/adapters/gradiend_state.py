@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from hf_erasure.gradiend.features import Feature, FeatureDecoder, FeatureEncoder, prune_together
 
 from .fingerprint import fingerprint
-from .gradiend_config import GradiendConfig
+from .gradiend_config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig, refuse_beyond_float32
 from .gradiend_edit import Term, edited_tensor, written
-from .gradiend_layer import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendLayer, strength
+from .gradiend_layer import GradiendLayer, strength
 from .gradiend_tuner import modules_of_kind, share_kept
-
-# Modules whose weights are sampled for the fingerprint of the base; default targets are hundreds.
-_SAMPLED_MODULES = 24
 
 
 @dataclass(frozen=True)
@@ -387,12 +384,10 @@ def _record(
         {"scale": e.scale, "bias": e.bias, "activation": e.activation, "unit_norm": e.unit_norm} for e in encoders
     ]
     config.fitted = True
-    owners = list(config.fitted_modules)
-    sampled = owners[:: max(1, math.ceil(len(owners) / _SAMPLED_MODULES))]
     config.provenance = {
         **config.provenance,
         "base_class": type(base).__name__,
-        "fingerprint": fingerprint(base, sampled),
+        "fingerprint": fingerprint(base, list(config.fitted_modules)),
     }
 
 
@@ -408,12 +403,7 @@ def _steered(
         if not math.isfinite(value):
             raise ValueError(f"{name}={value} is no finite number.")
     together = {"feature_factor": config.feature_factor, "learning_rate": config.learning_rate} | fields
-    product = together["feature_factor"] * together["learning_rate"]
-    if max(abs(product), abs(together["learning_rate"])) > torch.finfo(torch.float32).max:
-        raise ValueError(
-            f"feature_factor={together['feature_factor']:g} and learning_rate={together['learning_rate']:g} are beyond "
-            "what float32 can hold."
-        )
+    refuse_beyond_float32(**together)
     if pair is not None:
         config.pair_index(pair)
         fields["pair"] = list(pair)

@@ -15,6 +15,7 @@ from .gradiend_config import GradiendConfig
 from .gradiend_edit import squares_of_change
 from .gradiend_layer import CHILD, Bypass, GradiendLayer, innermost
 from .mixed_batches import Rows
+from .patterns import as_names
 from .quantised import FLOAT_FIRST, is_quantised, quantised_modules
 from .targets import is_fitted_at, keep_layers
 
@@ -49,8 +50,8 @@ class GradiendModel(ChildTuner):
         if is_child(key):
             return False
         if peft_config.fitted_parameters is not None:
-            return is_fitted_at(peft_config, key, set(peft_config.fitted_modules))
-        return BaseTuner._check_target_module_exists(peft_config, key)
+            return is_fitted_at(as_names(peft_config, key), key, set(peft_config.fitted_modules))
+        return BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: GradiendConfig) -> None:
         """A tied weight is changed for all its owners, so that nothing is to be warned of."""

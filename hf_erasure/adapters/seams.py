@@ -1,7 +1,8 @@
 """The few places where PEFT and transformers offer no hook, wrapped once.
 
-Neither undoes a failed `add_adapter` or `load_adapter`, neither notices a missing or non-finite tensor, and neither
-says that adding one adapter switched another off. Every wrapper calls the original and adds only that.
+Neither undoes a failed `add_adapter` or `load_adapter`, neither notices a missing or non-finite tensor or looks at
+files before it uses them, neither says that adding one adapter switched another off, and neither saves all of an
+adapter or nothing. Every wrapper calls the original and adds only that.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -33,6 +37,8 @@ from .child_tuner import (
     remove_adapter,
     remove_empty_layers,
 )
+from .saving import finish, save_model, save_peft_model
+from .untrusted import Source, looked_at
 
 _MARK = "_hf_erasure_seam"
 
@@ -55,6 +61,7 @@ class _Before:
             if overwritten in child.adapters
         ]
         self.ours = {name for child in children for name in child.adapters}
+        self.copies = [(tensor, tensor.detach().clone()) for tensor in _saved_tensors(model, overwritten or "")]
 
     def restore(self, adapter_name: str) -> None:
         """Undo whatever the call did to the model."""
@@ -66,6 +73,9 @@ class _Before:
                 del self.model.peft_config
         for child, name, state in self.values:
             child.restore_state(name, state)
+        with torch.no_grad():
+            for tensor, value in self.copies:
+                tensor.copy_(value)
         for tuner_layer, active in self.active:
             tuner_layer._active_adapter = active
         for parameter, required in self.trainable:
@@ -83,6 +93,8 @@ def install() -> None:
     _wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter)
     _wrap(PeftModel, "load_adapter", _peft_load_adapter)
     _wrap(PeftModel, "from_pretrained", _peft_from_pretrained)
+    _wrap(PeftModel, "save_pretrained", save_peft_model)
+    _wrap(PreTrainedModel, "save_pretrained", save_model)
     _wrap(BaseTuner, "inject_adapter", _inject_adapter)
     _wrap(BaseTuner, "merge_adapter", _merge_or_unmerge)
     _wrap(BaseTuner, "unmerge_adapter", _merge_or_unmerge)
@@ -127,9 +139,10 @@ def _load_adapter(
 ) -> Any:
     before = _Before(model)
     name = adapter_name or "default"
+    given = inspect.signature(original).bind(peft_model_id, adapter_name, *args, **kwargs).arguments
     try:
-        with device_map_of_offloaded(model):
-            result = original(peft_model_id, adapter_name, *args, **kwargs)
+        with _looked_at(model, given) as place, device_map_of_offloaded(model):
+            result = original(place, adapter_name, *args, **kwargs)
         _check_loaded(model, name)
         _check_copies(model, name)
     except BaseException as error:
@@ -139,6 +152,19 @@ def _load_adapter(
         raise
     warn_of_darkened(before.acting, acting_adapters(model), name)
     return result
+
+
+def _looked_at(model: nn.Module, given: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Look at the files that `load_adapter` of a transformers model is about to read; none when it is given tensors."""
+    load_config, more = given.get("load_config"), given.get("kwargs", {})
+    place = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
+    if place is None or given.get("adapter_state_dict") is not None:
+        return nullcontext(given.get("peft_model_id"))
+    options = (getattr(load_config, "download_kwargs", None), more.get("download_kwargs"), given.get("adapter_kwargs"))
+    source = Source.of(place, *options, more, given)
+    finish(source.folder)
+    pickled = more.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
+    return looked_at(model, source, given.get("peft_config"), pickled=pickled)
 
 
 def _delete_adapter(original: Callable, model: Any, adapter_names: list[str] | str) -> None:
@@ -154,8 +180,10 @@ def _peft_load_adapter(
     for child in adapter_children(model, adapter_name):
         child.await_values(adapter_name)
     try:
-        with _staying_in_place(model, model_id, model.peft_config.get(adapter_name), kwargs):
-            result = original(model_id, adapter_name, *args, **kwargs)
+        source, config = Source.of(model_id, kwargs), model.peft_config.get(adapter_name)
+        finish(source.folder)
+        with looked_at(model, source, config) as place, _staying_in_place(model, place, config, kwargs):
+            result = original(place, adapter_name, *args, **kwargs)
         _check_loaded(model, adapter_name)
     except BaseException as error:
         if _is_ours(model, adapter_name):
@@ -168,10 +196,14 @@ def _peft_load_adapter(
 def _peft_from_pretrained(original: Callable, cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Weights are loaded after PEFT has injected the adapter and frozen the model, so both are undone here."""
     before = _Before(model)
-    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    call = inspect.signature(original).bind(model, *args, **kwargs)
+    given = call.arguments
     try:
-        with _staying_in_place(model, given["model_id"], given.get("config"), kwargs):
-            return original(model, *args, **kwargs)
+        source, config = Source.of(given["model_id"], kwargs), given.get("config")
+        finish(source.folder)
+        with looked_at(model, source, config) as place, _staying_in_place(model, place, config, kwargs):
+            given["model_id"] = place
+            return original(*call.args, **call.kwargs)
     except BaseException:
         for name in {n for child in adapter_children(model) for n in child.adapters} - before.ours:
             before.restore(name)
@@ -245,10 +277,26 @@ def _explain_damage(error: BaseException, folder: Any) -> None:
         ) from error
 
 
-def _check_loaded(model: nn.Module, name: str) -> None:
+def _saved_tensors(model: nn.Module, name: str) -> list[Tensor]:
+    """An adapter's copies of `modules_to_save`."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [wrapper.modules_to_save[name] for wrapper in wrappers if name in wrapper.modules_to_save]
+    return [tensor for copy in copies for tensor in copy.state_dict(keep_vars=True).values()]
+
+
+def _check_loaded(model: Any, name: str) -> None:
     for child in adapter_children(model, name):
-        child.check_values(name)
         child.settle(name)
+        child.check_values(name)
+    broken = any(
+        tensor.device.type != "meta" and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        for tensor in (_saved_tensors(model, name) if _is_ours(model, name) else ())
+    )
+    if broken:
+        raise ValueError(
+            f"The modules_to_save={model.peft_config[name].modules_to_save} of adapter {name!r} are not finite: "
+            "adapter_model.safetensors holds NaN. Copy or download it again."
+        )
 
 
 def _check_copies(model: Any, name: str) -> None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from .child_tuner import ChildTuner, exactly, is_child
@@ -13,6 +14,7 @@ from .config import ConceptErasureConfig
 from .folding import merge
 from .layer import CHILD, ErasureLayer, erasure_layers
 from .mixed_batches import Rows, rows_have_adapters
+from .patterns import as_names
 from .targets import default_targets, is_fitted_at, keep_layers
 
 
@@ -46,8 +48,11 @@ class ConceptErasureModel(ChildTuner):
         if is_child(key):
             return False
         if peft_config.fitted_sites is not None:
-            return is_fitted_at(peft_config, key, peft_config.fitted_sites)
-        return BaseTuner._check_target_module_exists(peft_config, key)
+            return is_fitted_at(as_names(peft_config, key), key, peft_config.fitted_sites)
+        return BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: ConceptErasureConfig) -> None:
+        super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
 
     def _create_and_replace(
         self,

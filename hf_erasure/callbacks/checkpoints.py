@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
 from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.child_tuner import is_child
+from hf_erasure.adapters.saving import staged
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,9 +83,9 @@ def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: 
         if only is not None and name not in only:
             continue
         place = folder if name == top else folder / name
-        place.mkdir(parents=True, exist_ok=True)
-        config.save_pretrained(str(place))
-        save_file(_adapter_state(model, name), place / WEIGHTS, metadata={"format": "pt"})
+        with staged(place) as content:
+            config.save_pretrained(str(content))
+            save_file(_adapter_state(model, name), content / WEIGHTS, metadata={"format": "pt"})
 
 
 def _save_base(model: nn.Module, folder: Path) -> None:

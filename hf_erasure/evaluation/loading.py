@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.checkpoints import model_class
 from hf_erasure.adapters.verification import dummy_batch
 from hf_erasure.fitting.gradiend.forwards import task_of
 from hf_erasure.fitting.processes import Processes
@@ -142,7 +143,7 @@ class Loader:
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
         if ours and (lacking := [a for a in ours if not self._has_sites(own, a.config)]):
             fitted_on = [str(a.config.provenance.get("base_class", "")) for a in ours]
-            others = [getattr(transformers, name) for name in fitted_on if hasattr(transformers, name)]
+            others = [found for name in fitted_on if (found := model_class(name)) is not None]
             for kind in (*others, AutoModel):
                 if kind is not own and all(self._has_sites(kind, adapter.config) for adapter in ours):
                     self.kind = kind

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.saving import staged
 from hf_erasure.erasers import ConceptMoments
 
 from .checkpoint import FitCheckpoint
@@ -113,5 +114,6 @@ def _write(
         config.provenance[count] += other.provenance[count]
     # What was measured of the first alone says nothing of the sum.
     config.provenance["leakage"] = {}
-    config.save_pretrained(str(output))
-    save_file(weights, output / _WEIGHTS, metadata={"format": "pt"})
+    with staged(output) as content:
+        config.save_pretrained(str(content))
+        save_file(weights, content / _WEIGHTS, metadata={"format": "pt"})

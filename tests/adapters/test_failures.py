@@ -149,13 +149,12 @@ def damaged(folder: Path, damage: str, target: Path) -> str:
 
 
 DAMAGES = {
-    "missing tensor": (ValueError, "missing or not finite.*Load the complete folder"),
+    "missing tensor": (ValueError, "tensors of the erasure of 'gender' are missing in.*Load the complete folder"),
     "NaN": (ValueError, "missing or not finite"),
     "infinity": (ValueError, "missing or not finite"),
-    "wrong shape": (RuntimeError, "size|shape"),
+    "wrong shape": (ValueError, r"has shape \[3, 3\].*not of the same adapter"),
     "truncated": (ValueError, "is damaged.*copy or download it again"),
-    # PEFT then asks the Hub for a repository of the folder's name.
-    "no weights": ((OSError, ValueError), "adapter_model|Repo id"),
+    "no weights": (ValueError, "has no adapter_model.safetensors"),
     "no sites": (ValueError, "fitted_sites.*damaged"),
 }
 every_damage = pytest.mark.parametrize("damage", DAMAGES)

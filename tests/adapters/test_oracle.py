@@ -37,8 +37,12 @@ def raised(call: Any, *args: Any) -> str:
 
 
 def saved_in(folder: Path) -> dict[str, Any]:
-    """What lies in a folder: files, the modules that have tensors, and the fields every adapter's config has."""
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """What lies in a folder: files, the modules that have tensors, and the fields every adapter's config has.
+
+    Cards are left out: of a LoRA only a `PeftModel` writes one.
+    """
+    written = [path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"]
+    files = sorted(str(path.relative_to(folder)) for path in written)
     found: dict[str, Any] = {"files": files}
     for file in files:
         if file.endswith("adapter_model.safetensors"):

@@ -161,12 +161,12 @@ def damaged(folder: Path, damage: str, target: Path) -> str:
 
 
 DAMAGES = {
-    "missing tensor": (ValueError, "missing or not finite.*Load the complete folder"),
-    "missing positions": (ValueError, "missing or not finite"),
+    "missing tensor": (ValueError, "other tensors of the GRADIEND of .* are missing in.*Load the complete folder"),
+    "missing positions": (ValueError, "gradiend_index_.* are missing in"),
     "NaN": (ValueError, "missing or not finite"),
     "position outside": (ValueError, "missing or not finite"),
     "position twice": (ValueError, "missing or not finite"),
-    "wrong shape": (RuntimeError, "size|shape"),
+    "wrong shape": (ValueError, r"has shape .*not of the same adapter"),
     "truncated": (ValueError, "is damaged.*copy or download it again"),
     "no parameters": (ValueError, "fitted_parameters.*damaged"),
 }

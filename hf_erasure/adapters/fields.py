@@ -1,0 +1,73 @@
+"""Types of the fields of a configuration, which may come from a file that anybody has written."""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+import typing
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
+
+# What may be a name of modules; as part of a regular expression, which PEFT makes of it, it stands for itself.
+_NAME = re.compile(r"[\w.\-]+")
+
+
+def check_types(config: Any) -> None:
+    """Compare the values of a configuration's fields with the types that it declares.
+
+    A text where a list of texts is declared passes: what is wrong with it, the configuration can say better.
+
+    Raises:
+        TypeError: Names the field, its value and the type.
+    """
+    kind: Any = type(config)
+    hints = _hints(kind)
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if not fits(value, hints[entry.name]):
+            raise TypeError(
+                f"{entry.name}={short(value)} of a {type(config).__name__} must be {_words(hints[entry.name])}."
+            )
+
+
+def check_names(field: str, value: list[str] | str | None) -> None:
+    """Raise a `ValueError` for what is no name of a module, such as a regular expression."""
+    for name in [value] if isinstance(value, str) else value or []:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{field}={short(value)}: {short(name)} is no name of a module.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value that could come from JSON is of a declared type; a list, tuple or set of a list's."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is list:
+        if isinstance(value, str):
+            return parts == (str,)
+        return isinstance(value, (list, tuple, set, frozenset, range)) and all(fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if hint is Any or not isinstance(hint, type):
+        return True
+    if hint in (int, float):  # True is no number here
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, str) if issubclass(hint, str) else isinstance(value, hint)
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _words(hint: Any) -> str:
+    text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
+    return re.sub(r"\b(typing|peft\.utils\.peft_types)\.|<enum '|<class '|'>", "", text)

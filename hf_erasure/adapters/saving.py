@@ -1,0 +1,363 @@
+"""Saving an adapter so that a folder holds all of one save or all of another, whenever the process is killed.
+
+`save_pretrained` of a model whose adapter is of this package writes into a hidden folder inside the target (*staging*),
+brings all of it to disk, and renames it to `.hf-erasure-commit`: from that moment on the save has happened. Then its
+files are moved to their places, `adapter_config.json` first, and the empty folder goes away. Whoever comes across a
+folder of that name finishes the moving first: loading does, and so does the next save. Renaming a folder onto one that
+is not empty fails, so that of several processes that save at once one commits after the other and their files are never
+mixed. After a save nothing but the adapter remains; what a killed one has left is removed by the next save.
+
+Each adapter is committed by itself: of a `PeftModel` with several, each in the folder of its name, then the folder
+itself.
+
+**What is to lie beside an adapter**, as its card, is written into the staged folder by a function in `ON_STAGED`::
+
+    from hf_erasure.adapters.saving import ON_STAGED
+
+    def write_card(folder: Path, model: Any, adapter_name: str) -> None: ...
+
+    ON_STAGED.append(write_card)
+
+It is called once for every adapter of this package that a save writes, on the process that writes, after
+`adapter_config.json` and `adapter_model.safetensors` are complete in `folder`, and before anything has been committed:
+what it writes there is committed with them, and what it raises fails the save and leaves the target as it was. A
+`README.md` that is in the target already is in the staged folder too, to be updated (PEFT has updated its copy for a
+`PeftModel` by then). `model` is what `save_pretrained` was called on, a `PeftModel` or a transformers model. For a
+`PeftModel` `folder` is below the folder that is saved to where the adapter is not called "default"; `root_of(folder)`
+is the staged form of the latter, where PEFT has put its `README.md`, and `target_of(folder)` the place where all this
+will lie. Only files directly in `folder` and in `root_of(folder)`: a push uploads one level of folders.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .base_config import ChildConfig
+from .places import CARD, COMMIT, CONFIG, STAGING, WEIGHTS, root_of, target_of
+from .untrusted import PREFIX, is_saved, read_config
+
+__all__ = ["ON_STAGED", "finish", "root_of", "save_model", "save_peft_model", "staged", "target_of"]
+
+# What is to be committed is in this folder of a staging; a file beside it is locked by its writer while that lives.
+_CONTENT, _ALIVE = "content", ".lock"
+
+OnStaged = Callable[[Path, Any, str], None]
+ON_STAGED: list[OnStaged] = []
+
+
+# ---- one folder ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder to write a save into; what is in it when the block ends takes its place in `folder`, at once.
+
+    An exception leaves `folder` as it was.
+
+    Args:
+        folder: Made if it is not there.
+
+    Raises:
+        ValueError: If `folder`, or a folder in it that is to be written to, is a link or no folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder)
+    _sweep(folder)
+    with _staging_in(folder) as content:
+        yield content
+        _commit(content, folder)
+
+
+def finish(folder: str | Path) -> None:
+    """Finish a save that was killed after it had been committed; does nothing where there is none.
+
+    Raises:
+        ValueError: If what is there was not put there by a save.
+        OSError: If the files cannot be moved, as in a folder that may only be read.
+    """
+    folder = Path(folder)
+    commit = folder / COMMIT
+    while os.path.lexists(commit):
+        try:
+            if not stat.S_ISDIR(commit.lstat().st_mode):
+                raise ValueError(f"{str(commit)!r} is no folder that a save has left: delete it.")
+            # The configuration first: with it the folder is found to be an adapter's, and the rest is moved then.
+            for file in sorted(commit.iterdir(), key=lambda path: (path.name != CONFIG, path.name)):
+                _move(file, folder / file.name)
+            commit.rmdir()
+        except FileNotFoundError:
+            continue  # another process is finishing it too
+        except OSError as error:
+            if not _is_another(error):
+                raise OSError(
+                    f"A save into {str(folder)!r} was interrupted, and cannot be finished here ({error}): move the "
+                    f"files in {COMMIT!r} one folder up."
+                ) from error
+        _sync(folder)
+
+
+def _commit(content: Path, folder: Path) -> None:
+    """Bring everything to disk, then let folder after folder take its place."""
+    places = [path for path in content.rglob("*") if path.is_dir()]
+    for place in places:
+        _refuse_link(folder / place.relative_to(content))
+    for file in (path for path in content.rglob("*") if path.is_file()):
+        _sync(file)
+    # The deepest first, the folder itself last: it has the card of the whole.
+    for place in sorted(places, key=lambda path: -len(path.parts)):
+        _sync(place)
+        _commit_one(place, folder / place.relative_to(content))
+    _sync(content)
+    _commit_one(content, folder)
+
+
+def _commit_one(content: Path, folder: Path) -> None:
+    if not any(content.iterdir()):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        finish(folder)
+        try:
+            os.rename(content, folder / COMMIT)  # the save has happened
+            break
+        except OSError as error:
+            if not _is_another(error):
+                raise
+    _sync(folder)
+    finish(folder)
+
+
+def _is_another(error: OSError) -> bool:
+    """Whether a folder could not be renamed or removed because another save is being committed there."""
+    return error.errno in (errno.ENOTEMPTY, errno.EEXIST) or (os.name == "nt" and isinstance(error, PermissionError))
+
+
+def _move(file: Path, target: Path) -> None:
+    """Move one file to its place; a link stays what it is, and what is in its place is replaced, not written to."""
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise ValueError(f"{str(file)!r} is no file that a save has left: delete {str(file.parent)!r}.")
+    os.replace(file, target)
+
+
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise ValueError(f"{str(folder)!r} is a link to another place: delete it, or save into another folder.")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on disk, as far as the system can say so."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # file systems that cannot do it for folders
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _staging_in(folder: Path) -> Iterator[Path]:
+    """A staging with its content, and beside it a file that is locked as long as this process is at work on it."""
+    while True:
+        staging = folder / f"{STAGING}{secrets.token_hex(8)}"
+        alive = staging.with_suffix(_ALIVE)
+        lock = _locked(alive)
+        if alive.exists():
+            break
+        lock.release()  # another save took the file for one of a process that was killed
+    try:
+        content = staging / _CONTENT
+        content.mkdir(parents=True)
+        yield content
+    finally:
+        _remove(staging, lock)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what saves have left that were killed before they were committed."""
+    for alive in folder.glob(f"{STAGING}*{_ALIVE}"):
+        # A link would be somebody's trap: a lock empties the file that it is on.
+        if alive.is_symlink() or not alive.is_file():
+            continue
+        lock = FileLock(alive, timeout=0)
+        try:
+            lock.acquire()
+        except (Timeout, NotImplementedError):
+            continue  # its writer is at work, or nobody can say
+        _remove(alive.with_suffix(""), lock)
+
+
+def _locked(alive: Path) -> BaseFileLock:
+    """A new file that this process holds locked; on file systems without locks one that is merely there."""
+    lock: BaseFileLock = FileLock(alive)
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        alive.unlink(missing_ok=True)
+        lock = SoftFileLock(alive)
+        lock.acquire()
+    return lock
+
+
+def _remove(staging: Path, lock: BaseFileLock) -> None:
+    """Remove a staging, and last of all its lock."""
+    if not staging.is_symlink():
+        shutil.rmtree(staging, ignore_errors=True)
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
+
+
+# ---- save_pretrained -------------------------------------------------------------------------------------------------
+
+
+def save_peft_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.save_pretrained`, staged where an adapter that it writes is of this package.
+
+    Raises:
+        ValueError: If a folder holds another adapter, or the call asks for what cannot be loaded again.
+    """
+    call = inspect.signature(original).bind(*args, **kwargs)
+    given = call.arguments
+    folder = Path(given["save_directory"])
+    names = given.get("selected_adapters")
+    names = list(model.peft_config) if names is None else names
+    ours = [name for name in names if isinstance(model.peft_config.get(name), ChildConfig)]
+    if not ours or not given.get("is_main_process", True) or folder.is_file():
+        return original(*args, **kwargs)
+    _check_wishes(given)
+    # "auto" would compare vocabularies, and write the embeddings of the model itself.
+    given["save_embedding_layers"] = False
+    places = {name: "" if name == "default" else name for name in ours}
+    with _save_to(folder, model, places) as content:
+        given["save_directory"] = str(content)
+        original(*call.args, **call.kwargs)
+
+
+def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
+    """`save_pretrained` of a transformers model, staged where its active adapter is of this package.
+
+    With `push_to_hub=True` the folder is complete before anything is uploaded.
+
+    Raises:
+        ValueError: If the folder holds another adapter, or the call asks for what cannot be loaded again.
+    """
+    call = inspect.signature(original).bind(*args, **kwargs)
+    given = call.arguments
+    folder = Path(given["save_directory"])
+    ours = _active_of_ours(model)
+    if not ours or folder.is_file() or given.get("distributed_checkpoint") or not _writes(model, given):
+        return original(*args, **kwargs)
+    _check_wishes(given)
+    push = given.pop("push_to_hub", False)
+    options = {name: given.get("kwargs", {}).pop(name) for name in _PUSH if name in given.get("kwargs", {})}
+    given["max_shard_size"] = sys.maxsize  # PEFT reads one file
+    with _save_to(folder, model, dict.fromkeys(ours, "")) as content:
+        given["save_directory"] = str(content)
+        original(*call.args, **call.kwargs)
+    if push:
+        if given.get("token") is not None:
+            options["token"] = given["token"]
+        model.push_to_hub(options.pop("repo_id", folder.resolve().name), **options)
+
+
+# What transformers takes for a push besides `push_to_hub=True`.
+_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+
+
+@contextmanager
+def _save_to(folder: Path, model: Any, places: dict[str, str]) -> Iterator[Path]:
+    """Stage a save of adapters of ours, each into a place below `folder`."""
+    for name, place in places.items():
+        _refuse_others(folder / place, model.peft_config[name])
+    with staged(folder) as content:
+        for place in {"", *places.values()}:
+            _bring_card(folder / place, content / place)
+        yield content
+        for name, place in places.items():
+            _keep_own_tensors(content / place / WEIGHTS, model.peft_config[name])
+            for write in ON_STAGED:
+                write(content / place, model, name)
+
+
+def _active_of_ours(model: Any) -> list[str]:
+    """The active adapters of a transformers model that are ours; transformers itself refuses several."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return []
+    configs = getattr(model, "peft_config", None) or {}
+    return [name for name in model.active_adapters() if isinstance(configs.get(name), ChildConfig)]
+
+
+def _writes(model: Any, given: dict[str, Any]) -> bool:
+    """Whether this process is the one that writes."""
+    is_main = given.get("is_main_process", True)
+    decide = getattr(model, "should_save_on_this_rank", None)
+    return bool(is_main if decide is None else decide(is_main))
+
+
+def _check_wishes(given: dict[str, Any]) -> None:
+    if not given.get("safe_serialization", given.get("kwargs", {}).get("safe_serialization", True)):
+        raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
+    if given.get("save_embedding_layers", "auto") not in ("auto", False):
+        raise ValueError(
+            f"save_embedding_layers={given['save_embedding_layers']!r} would put the model's own embeddings into the "
+            "adapter, where no model loads them from: save the model itself, without adapters."
+        )
+
+
+def _refuse_others(place: Path, config: ChildConfig) -> None:
+    """Raise if the folder of an adapter holds one of another method."""
+    finish(place)
+    file = place / CONFIG
+    if not os.path.lexists(file):
+        return
+    try:
+        kind = str(read_config(file).get("peft_type"))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(place)!r} holds an adapter already, and of which kind cannot be told ({error}). Save the "
+            f"{config.described} into another folder, or delete that one first."
+        ) from error
+    if kind != config.peft_type:
+        raise ValueError(
+            f"{str(place)!r} holds a {kind} adapter, which the {config.described} would overwrite. Save it into "
+            "another folder, or delete that one first."
+        )
+
+
+def _bring_card(place: Path, content: Path) -> None:
+    """A card that is there already is to be updated, not replaced."""
+    card = place / CARD
+    if card.is_file() and not card.is_symlink():
+        content.mkdir(exist_ok=True)
+        shutil.copyfile(card, content / CARD)
+
+
+def _keep_own_tensors(file: Path, config: ChildConfig) -> None:
+    """Take out what PEFT adds to an adapter's tensors: embeddings of a model whose vocabulary has changed."""
+    marker = f".{(config.peft_type or '').lower()}_"
+    with safe_open(file, framework="pt") as tensors:
+        names = list(tensors.keys())
+        metadata = tensors.metadata()
+        own = [name for name in names if marker in name or is_saved(name.removeprefix(PREFIX), config)]
+        if len(own) == len(names):
+            return
+        kept = {name: tensors.get_tensor(name).clone() for name in own}
+    save_file(kept, file, metadata=metadata)

@@ -1,0 +1,184 @@
+"""Processes that save adapters and are killed in the middle of it, for `test_saving`; run as a script.
+
+`python -m tests.adapters.saving_processes FOLDER [ROLE …]` prints what it found as JSON. The processes that are killed
+are forks of it, so that torch is imported once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import PreTrainedModel
+
+from hf_erasure import ConceptErasureConfig
+from tests.adapters.lifecycle import fit
+from tests.small_models import LABELS, outputs_of, same, small_batch, small_model
+
+# Other sites, so that a configuration of one does not fit the tensors of the other.
+SITES = {"old": ["encoder.layer.0.output.LayerNorm"], "new": ["encoder.layer.1.output.LayerNorm", "query"]}
+# What Python calls when files are made, moved and removed.
+EVENTS = {"open", "os.mkdir", "os.listdir", "os.scandir", "os.rename", "os.rmdir", "os.remove", "shutil.rmtree"}
+KILLED = -signal.SIGKILL
+
+
+def adapted(which: str, name: str = "default") -> PreTrainedModel:
+    model = copy.deepcopy(small_model("bert"))
+    config = ConceptErasureConfig(concept=which, labels=LABELS, target_modules=SITES[which])
+    model.add_adapter(config, adapter_name=name)
+    fit(model, "bert", name, seed=len(which) + 100)
+    return model
+
+
+def wrapped(which: str) -> peft.PeftModel:
+    """A `PeftModel` with two adapters, one of which is saved in the folder itself and one below it."""
+    config = ConceptErasureConfig(concept=which, labels=LABELS, target_modules=SITES[which])
+    model = peft.get_peft_model(copy.deepcopy(small_model("bert")), copy.copy(config))
+    model.add_adapter("other", config)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        fit(model, "bert", name, seed=len(which) + 100)
+    return model
+
+
+def outputs(model: Any) -> dict[str, torch.Tensor]:
+    return outputs_of(model, small_batch("bert", seed=7))
+
+
+def in_fork(work: Callable[[], None]) -> int:
+    """How a process ends that does some work: 0, or the negative number of the signal that killed it."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(step: int, folder: Path, save: Callable[[], None]) -> None:
+    """Save, and be killed right before the `step`-th time that a file or a folder inside `folder` is touched."""
+    left = [step]
+
+    def count(event: str, args: tuple) -> None:
+        if event in EVENTS and any(isinstance(arg, (str, bytes)) and str(folder) in os.fsdecode(arg) for arg in args):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    save()
+
+
+def which_is_in(folder: Path, expected: dict[str, Any]) -> str:
+    """Whose adapter a folder loads as; what loading says where it cannot be loaded."""
+    model = copy.deepcopy(small_model("bert"))
+    try:
+        model.load_adapter(str(folder))
+    except (ValueError, OSError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    found = outputs(model)
+    return next((which for which, wanted in expected.items() if same(found, wanted)), "a mix")
+
+
+def kills(
+    folder: Path, old: Any, new: Any, save: Callable[[Any], None], places: tuple[str, ...], stride: int = 1
+) -> dict[str, Any]:
+    """Kill a save of `new` over `old` at every step: what each place holds then, and what the next save leaves."""
+    expected = {"old": outputs(old), "new": outputs(new)}
+    found: list[list[str]] = []
+    left: set[str] = set()
+    for step in range(1, 400, stride):
+        save(old)
+        before = names(folder)
+        ended = in_fork(lambda step=step: killed_at(step, folder, lambda: save(new)))
+        found.append([which_is_in(folder / place, expected) for place in places])
+        save(old)
+        left |= names(folder) ^ before
+        if ended == 0:
+            break
+        if ended != KILLED:
+            raise RuntimeError(f"the process that saves ended with {ended}")
+    return {"found": found, "left": sorted(left)}
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def model_saves(folder: Path) -> dict[str, Any]:
+    return kills(folder, adapted("old"), adapted("new"), lambda model: model.save_pretrained(folder), ("",))
+
+
+def model_saves_unstaged(folder: Path) -> dict[str, Any]:
+    """The control: transformers' own way of saving."""
+    plain = PreTrainedModel.save_pretrained._hf_erasure_seam
+    return kills(folder, adapted("old"), adapted("new"), lambda model: plain(model, folder), ("",))
+
+
+def peft_model_saves(folder: Path) -> dict[str, Any]:
+    return kills(folder, wrapped("old"), wrapped("new"), lambda model: model.save_pretrained(folder), ("", "other"), 4)
+
+
+def first_save(folder: Path) -> dict[str, Any]:
+    """A save into a folder that is not there yet, killed at every step: nothing, or the new one."""
+    new = adapted("new")
+    expected, found = {"new": outputs(new)}, []
+    for step in range(1, 400, 2):
+        place = folder / str(step)
+        ended = in_fork(lambda step=step, place=place: killed_at(step, place, lambda: new.save_pretrained(place)))
+        is_adapter = (place / "adapter_config.json").exists() or (place / ".hf-erasure-commit").exists()
+        found.append(which_is_in(place, expected) if is_adapter else "nothing")
+        if ended == 0:
+            break
+    return {"found": found}
+
+
+def at_once(folder: Path) -> dict[str, Any]:
+    """Two processes that save into one folder over and over, while a third one loads from it."""
+    models = {which: adapted(which) for which in SITES}
+    expected = {which: outputs(model) for which, model in models.items()}
+    models["old"].save_pretrained(folder)
+    until = time.monotonic() + 4
+
+    def keep_saving(model: PreTrainedModel) -> None:
+        while time.monotonic() < until:
+            model.save_pretrained(folder)
+
+    savers = []
+    for model in models.values():
+        child = os.fork()
+        if not child:
+            try:
+                keep_saving(model)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+            os._exit(0)
+        savers.append(child)
+    found = []
+    while time.monotonic() < until:
+        found.append(which_is_in(folder, expected))
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in savers]
+    return {"found": found, "ended": ended, "last": which_is_in(folder, expected), "left": sorted(names(folder))}
+
+
+ROLES = {role.__name__: role for role in (model_saves, model_saves_unstaged, peft_model_saves, first_save, at_once)}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # a fork has no other threads
+    warnings.simplefilter("ignore")
+    root, roles = Path(sys.argv[1]), sys.argv[2:] or list(ROLES)
+    print(json.dumps({role: ROLES[role](root / role) for role in roles}))

@@ -1,0 +1,290 @@
+"""An adapter recognises the base that it was fitted on, in other dtypes too, and says how far another one is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from transformers import PreTrainedModel
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import fingerprint, targeted_parameters
+from hf_erasure.adapters.child import adapter_children
+from tests.adapters.gradiend import lifecycle as gradiend
+from tests.ecosystem.quantised_bases import Bases
+from tests.small_models import LABELS, VOCABULARY, outputs_of, roughen, same, small_batch, small_batches, small_model
+
+ABOUT_THE_BASE = re.compile("fitted on|trained further|could not be checked|in part")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+INT8 = ("bitsandbytes int8", "quanto int8", "torchao int8")
+KINDS = ("erasure", "gradiend")
+
+
+def said(act: Callable[[], Any]) -> list[str]:
+    """What is said about the base while an adapter is loaded."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return [str(warning.message) for warning in caught if ABOUT_THE_BASE.search(str(warning.message))]
+
+
+def saved(model: PreTrainedModel, kind: str, folder: Path, **fields: Any) -> Path:
+    """Fit an adapter to a model and save it; the model is left without."""
+    if kind == "erasure":
+        model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS, **fields), adapter_name="x")
+        vocabulary = model.config.vocab_size
+        batches = [{k: v % vocabulary if k == "input_ids" else v for k, v in b.items()} for b in small_batches("llama")]
+        fit_concept_erasure(model, batches, "x", sequential=False, progress=False)
+    else:
+        model.add_adapter(gradiend.config_of(**fields), adapter_name="x")
+        gradiend.fit(model, "x")
+    model.save_pretrained(folder)
+    model.delete_adapter("x")
+    return folder
+
+
+def llama(seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """The small Llama with other weights."""
+    model = copy.deepcopy(small_model("llama"))
+    return model if not seed else roughen(model, torch.Generator().manual_seed(seed)).eval()
+
+
+def moved(model: PreTrainedModel, step: float) -> PreTrainedModel:
+    """A model with noise of that share of each weight's spread."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * step * (parameter.std() if parameter.numel() > 1 else 1))
+    return model
+
+
+# ---- the same base ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_in_another_dtype_is_the_same_base(kind: str, tmp_path: Path):
+    """Each fitted on a copy in one dtype, loaded into one in another; rounding by both is allowed for."""
+    for name in ("float32", "bfloat16"):
+        folder = saved(llama().to(DTYPES[name]), kind, tmp_path / name)
+        for dtype in DTYPES.values():
+            assert said(lambda f=folder, d=dtype: llama().to(d).load_adapter(str(f))) == []
+
+
+@pytest.mark.parametrize("kind", INT8)
+def test_an_int8_copy_is_the_same_base_and_another_one_is_not(kind: str, tmp_path: Path):
+    """Also from int8 to float: the adapter is fitted on either. Half of the sites are at quantised weights."""
+    bases, fields = Bases(tmp_path), {"target_modules": ["q_proj", "down_proj", "input_layernorm", "embed_tokens"]}
+    of_float = saved(bases.load("llama"), "erasure", tmp_path / "float", **fields)
+    of_int8 = saved(bases.load("llama", kind), "erasure", tmp_path / "int8", **fields)
+    for folder in (of_float, of_int8):
+        for loaded in (None, kind):
+            assert said(lambda f=folder, k=loaded: bases.load("llama", k).load_adapter(str(f))) == []
+        for loaded in (None, kind):
+            with pytest.raises(ValueError, match="and this is another model"):
+                bases.load("llama", loaded, seed=1).load_adapter(str(folder))
+    sampled = json.loads((of_int8 / "adapter_config.json").read_text())["provenance"]["fingerprint"]
+    assert {sample["dtype"] for sample in sampled.values()} == {"quantised", "float32"}
+
+
+# ---- how far from it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("step", "words"), [(1e-4, "0.0%"), (0.1, "trained further .* correlate by 0.99"), (3.0, None)]
+)
+def test_the_warning_says_how_far_the_weights_have_moved(kind: str, step: float, words: str | None, tmp_path: Path):
+    folder = saved(llama(), kind, tmp_path / "adapter")
+    model = moved(llama(), step)
+    if words is None:
+        with pytest.raises(ValueError, match=r"and this is another model \(.*Load the adapter into its own base"):
+            model.load_adapter(str(folder))
+        return
+    (told,) = said(lambda: model.load_adapter(str(folder)))
+    assert re.search(words, told) and "fit the adapter again" in told
+    # Noise of that share has moved the sampled values by it, up to the chance of some hundred samples.
+    drift = float(re.search(r"moved by ([\d.]+)% of their spread", told)[1]) / 100
+    assert abs(drift - step) < 0.2 * step + 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_model_of_the_same_kind_is_refused_before_anything_is_put_on_it(kind: str, tmp_path: Path):
+    folder, model = saved(llama(), kind, tmp_path / "adapter"), llama(seed=7)
+    with pytest.raises(ValueError, match=r"another model.*set the environment variable HF_ERASURE_ANY_BASE=1"):
+        model.load_adapter(str(folder))
+    assert not adapter_children(model) and not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_can_be_loaded_all_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, model, batch = saved(llama(), kind, tmp_path / "adapter"), llama(seed=7), small_batch("llama")
+    plain = outputs_of(model, batch)
+    for value in ("0", ""):
+        monkeypatch.setenv(fingerprint.ANY_BASE, value)
+        with pytest.raises(ValueError, match="another model"):
+            model.load_adapter(str(folder))
+    monkeypatch.setenv(fingerprint.ANY_BASE, "1")
+    (told,) = said(lambda: model.load_adapter(str(folder)))
+    assert "loaded all the same, since HF_ERASURE_ANY_BASE is set" in told
+    assert adapter_children(model)
+    if kind == "erasure":  # a GRADIEND acts when it is given a strength
+        assert not same(outputs_of(model, batch), plain)
+
+
+def test_norms_of_ones_do_not_make_models_alike(tmp_path: Path):
+    """Erasers sit at norms, which a new model has at one: matrices next to them are sampled too."""
+    models = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(hf.LlamaForCausalLM(small_model("llama").config).eval())
+    assert all(
+        bool((m.weight == 1).all()) for model in models for m in model.modules() if hasattr(m, "variance_epsilon")
+    )
+    folder = saved(models[0], "erasure", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="another model"):
+        models[1].load_adapter(str(folder))
+    assert said(lambda: models[0].load_adapter(str(folder))) == []
+
+
+def test_norms_near_one_do_not_make_matrices_near_zero_correlate(tmp_path: Path):
+    """All values together do, since means differ between the two; within each weight they do not."""
+    models = [llama(seed) for seed in (1, 2)]
+    with torch.no_grad():
+        for model in models:
+            for name, parameter in model.named_parameters():
+                parameter.mul_(0.02 / parameter.std()).add_("norm" in name)
+    known = [fingerprint.fingerprint(model, [n for n, _ in model.named_modules() if n]) for model in models]
+    values = [torch.tensor([v for sample in found.values() for v in sample["values"]]) for found in known]
+    assert float(torch.corrcoef(torch.stack(values))[0, 1]) > 0.9
+    folder = saved(models[0], "gradiend", tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"another model \(sampled weights correlate by -?0\.0"):
+        models[1].load_adapter(str(folder))
+
+
+def test_one_matrix_that_was_made_anew_is_told_by_its_name(tmp_path: Path):
+    folder, model = saved(llama(), "gradiend", tmp_path / "adapter"), llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.normal_(generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"another model .*most at 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        model.load_adapter(str(folder))
+
+
+# ---- what is sampled -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_targeted_weight_is_sampled(kind: str):
+    model = llama()
+    if kind == "erasure":
+        model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["q_proj", "norm"]), adapter_name="x")
+        fit_concept_erasure(model, small_batches("llama"), "x", sequential=False, progress=False)
+        targeted = {f"{child.path}.{n}" for child in adapter_children(model) for n, _ in child.host.named_parameters()}
+    else:
+        model.add_adapter(gradiend.config_of(), adapter_name="x")
+        gradiend.fit(model, "x")
+        targeted = set(targeted_parameters(model, "x"))
+    sampled = model.peft_config["x"].provenance["fingerprint"]
+    assert targeted <= sampled.keys() and len(targeted) > 2
+    weights = dict(model.named_parameters())
+    for name, sample in sampled.items():
+        flat = weights[name].detach().flatten()
+        assert [float(flat[position]) for position in sample["positions"]] == sample["values"]
+
+
+def test_hundreds_of_weights_stay_a_small_file_and_are_told_apart(tmp_path: Path):
+    config = hf.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=24, num_attention_heads=2, intermediate_size=32
+    )
+    models = [roughen(hf.BertModel(config), torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    owners = [name for name, module in models[0].named_modules() if module._parameters]
+    found = fingerprint.fingerprint(models[0], owners)
+    assert len(found) == len(list(models[0].parameters())) > 380
+    assert all(len(sample["values"]) >= 4 for sample in found.values())
+    assert len(json.dumps(found, indent=2)) < 200_000
+    folder = saved(models[0], "gradiend", tmp_path / "adapter")
+    assert said(lambda: models[0].load_adapter(str(folder))) == []
+    with pytest.raises(ValueError, match=r"another model \(sampled weights correlate by -?0\.0"):
+        models[1].load_adapter(str(folder))
+
+
+def test_where_the_base_came_from_is_kept(tmp_path: Path):
+    """The id and the commit of what was downloaded, and the class."""
+    model = llama()
+    model.config._commit_hash, model.name_or_path = "c0ffee", "user/base"
+    folder = saved(model, "erasure", tmp_path / "adapter")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("user/base", "c0ffee")
+    assert written["provenance"]["base_class"] == "LlamaForCausalLM"
+    with pytest.raises(
+        ValueError, match=r"was fitted on user/base at c0ffee \(LlamaForCausalLM\), and this is another"
+    ):
+        llama(seed=7).load_adapter(str(folder))
+
+
+# ---- what cannot be read ---------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_out_of_reach_are_left_out_and_it_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As of a model that is sharded, or whose weights accelerate keeps where they cannot be reached."""
+    folder = saved(llama(), "gradiend", tmp_path / "adapter")
+    original = fingerprint.why_not_reachable
+
+    def unreachable(module: Any) -> str | None:
+        return "is sharded" if isinstance(module, torch.nn.Linear) else original(module)
+
+    monkeypatch.setattr(fingerprint, "why_not_reachable", unreachable)
+    (told,) = said(lambda: llama().load_adapter(str(folder)))
+    assert re.search(r"was checked in part: 14 of the \d+ weights .* cannot be read here", told)
+    with pytest.raises(ValueError, match="another model"):  # by those that can be
+        llama(seed=7).load_adapter(str(folder))
+
+
+def test_an_adapter_without_a_fingerprint_says_so(tmp_path: Path):
+    folder = saved(llama(), "erasure", tmp_path / "adapter")
+    written = json.loads((folder / "adapter_config.json").read_text())
+    del written["provenance"]["fingerprint"]
+    (folder / "adapter_config.json").write_text(json.dumps(written))
+    (told,) = said(lambda: llama().load_adapter(str(folder)))
+    assert "does not say what weights it was fitted on" in told
+
+
+# ---- real models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_stories_its_further_training_and_a_new_start(kind: str, assets: Path, tmp_path: Path):
+    """Copies in other dtypes are the same, 20 steps of training are told, an untrained one is refused."""
+    place = assets / "models" / "stories260k"
+
+    def base(**kwargs: Any) -> PreTrainedModel:
+        model: PreTrainedModel = hf.AutoModelForCausalLM.from_pretrained(place, **{"dtype": torch.float32, **kwargs})
+        return model.eval()
+
+    folder = saved(base(), kind, tmp_path / "adapter")
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert said(lambda d=dtype: base(dtype=DTYPES[d]).load_adapter(str(folder))) == []
+    model, tokenizer = base(), hf.AutoTokenizer.from_pretrained(place)
+    text = (assets / "data" / "tinystories-sample" / "tinystories.txt").read_text()[:20_000]
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(20):
+        rows = ids[step * 200 :][: 4 * 48].view(4, 48)
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (told,) = said(lambda: model.load_adapter(str(folder)))
+    assert re.search(r"trained further .* correlate by 0\.9\d+ and have moved by \d+\.\d%", told)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"another model \(sampled weights correlate by -?0\.[0-4]"):
+        hf.LlamaForCausalLM(base().config).load_adapter(str(folder))
