@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from .origin import origin_of
 from .processes import Processes
 
 IGNORED = -100
@@ -87,8 +88,9 @@ def concept_dataloader(
     if label_column is not None:
         _require_column(first, label_column, "label_column")
         read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
+    origin = {} if label_column is None else origin_of(dataset, f"the column {label_column!r}")
     dataset = _keep_columns(dataset, [*encode.columns, *([label_column] if label_column is not None else [])])
-    collate = ConceptCollator(encode, read_labels)
+    collate = ConceptCollator(encode, read_labels, origin)
     if split_between_processes:
         processes = Processes()
         dataset = split_dataset_by_node(dataset, processes.rank, processes.count)
@@ -101,11 +103,16 @@ def concept_dataloader(
 
 
 class ConceptCollator:
-    """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them."""
+    """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them.
 
-    def __init__(self, encode: _Encoder, read_labels: _LabelReader | None) -> None:
+    Attributes:
+        origin: Where the rows come from, as in `origin.origin_of`.
+    """
+
+    def __init__(self, encode: _Encoder, read_labels: _LabelReader | None, origin: dict[str, Any]) -> None:
         self.encode = encode
         self.read_labels = read_labels
+        self.origin = origin
 
     @property
     def labels(self) -> tuple[str, ...] | None:

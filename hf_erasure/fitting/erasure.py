@@ -18,6 +18,7 @@ from .checkpoint import FitCheckpoint
 from .gathering import gather
 from .heldout import HeldOut, measure
 from .labels import check_pool
+from .origin import origin_of_batches
 from .processes import Processes
 from .report import ErasureReport, SiteReport
 from .running import Runner
@@ -89,7 +90,9 @@ def fit_concept_erasure(
     runner = Runner(model, list(layers))
     task = FitTask(runner, layers, adapter_name, config, pool, progress, resident_batches, checkpoint, processes)
     fits, tally = solved(task, sources_of(config, batches, background), sequential=sequential)
-    return conclude(task, fits, tally, eval_batches)
+    report = conclude(task, fits, tally, eval_batches)
+    config.provenance["data"] = origin_of_batches(batches)
+    return report
 
 
 def solved(task: FitTask, sources: list[Source], *, sequential: bool) -> tuple[dict[str, SiteFit], Tally]:

@@ -30,9 +30,16 @@ def write_whole(path: Path, write: Callable[[str], Any]) -> None:
     """Write beside the file and rename, so that a kill leaves the old one or the new one."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
+    # Nobody else may read a temporary file; one that `write` makes anew has the rights that files have here.
+    os.unlink(temporary)
     try:
         write(temporary)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same with text, whose line ends stay as they are."""
+    write_whole(path, lambda temporary: Path(temporary).write_bytes(text.encode("utf-8")))

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_erasure.fitting.data import concept_dataloader
+from hf_erasure.fitting.origin import origin_of_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = Path(os.environ.get("HF_ERASURE_TEST_ASSETS") or ROOT.parent / "shared" / "assets")
@@ -466,3 +467,19 @@ class TestRefusals:
 def test_texts_are_cut_at_the_tokenizers_own_limit(minilm):
     rows = Dataset.from_dict({"text": ["word " * 2000], "label": [0]})
     assert next(iter(concept_dataloader(rows, minilm)))["input_ids"].shape[1] == minilm.model_max_length
+
+
+def test_a_loader_knows_where_its_rows_come_from(story_mlm):
+    rows = Dataset.from_dict({"text": ["a b", "b a"], "gender": [0, 1]}, split="train")
+    loader = concept_dataloader(rows, story_mlm, label_column="gender")
+    assert origin_of_batches(loader) == {
+        "datasets": [], "labels_from": "the column 'gender' of a data set of its maker, split 'train'",
+    }  # fmt: skip
+    # What `load_dataset` notes of the files of a repository.
+    rows.info.download_checksums = {f"hf://datasets/someone/people@0f1e2d/{name}.parquet": {} for name in "ab"}
+    loader = concept_dataloader(rows, story_mlm, label_column="gender")
+    assert origin_of_batches(loader) == {
+        "datasets": ["someone/people"], "labels_from": "the column 'gender' of someone/people, split 'train'",
+    }  # fmt: skip
+    assert origin_of_batches(concept_dataloader(rows, story_mlm, label_column=None)) == {}
+    assert origin_of_batches([{}]) == {}

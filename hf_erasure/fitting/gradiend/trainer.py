@@ -32,6 +32,7 @@ from hf_erasure.adapters import (
 )
 from hf_erasure.gradiend import Feature
 
+from ..origin import origin_of
 from ..processes import Processes
 from .adapter import GradiendAdapter
 from .arguments import GradiendTrainingArguments
@@ -187,7 +188,13 @@ class GradiendTrainer:
             "estimator": self.args.estimator,
             "task": self.task,
             "examples": len(self.train_dataset or ()),
-            "correlation": {f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted},
+            "data": origin_of(self.train_dataset, "the columns factual, counterfactual and label")
+            if self.train_dataset is not None
+            else {},
+            # Without data to evaluate on there is no correlation; NaN is no JSON.
+            "correlation": {
+                f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
+            },
         }
 
     def _calibrated(self, fitted: Fitted, reader: GradientReader) -> Feature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import warnings
@@ -84,6 +85,16 @@ def test_closed_form_reads_the_class_of_texts_it_has_not_seen(name: str, tmp_pat
     GradiendAdapter.of(model, NAME).steer(feature_factor=1.0, learning_rate=1e-2)
     assert not torch.equal(logits_of(model, name), unadapted)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_configuration_is_json_where_nothing_was_evaluated(tmp_path: Path):
+    model = adapted("bert")
+    args = GradiendTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, save_strategy="no")
+    GradiendTrainer(model, args, pairs("bert"), tokenizer=tokenizer_of("bert")).train()
+    assert model.peft_config[NAME].provenance["correlation"] == {}
+    model.save_pretrained(tmp_path / "saved")
+    text = (tmp_path / "saved" / "adapter_config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 @pytest.mark.parametrize("source", ["counterfactual", "difference"])
