@@ -13,12 +13,12 @@ from .adapters import (
     GradiendConfig,
     LoraExport,
     Verification,
-    export_to_lora,
     verify_adapter,
 )
 from .callbacks import ConceptErasureCallback, GradiendCallback
 from .fitting import ErasureReport, combine_adapters, concept_dataloader, fit_concept_erasure
 from .fitting.gradiend import GradiendAdapter, GradiendTrainer, GradiendTrainingArguments
+from .hub import export_to_lora
 
 __all__ = [
     "ConceptErasureCallback",

@@ -16,8 +16,9 @@ MAY_IMPORT = {
     "fitting": {"adapters", "erasers", "gradiend"},
     "metrics": {"fitting", "adapters", "erasers", "gradiend"},
     "evaluation": {"metrics", "fitting", "adapters", "erasers", "gradiend"},
-    "callbacks": {"fitting", "adapters", "erasers", "gradiend"},
-    "cli": {"callbacks", "evaluation", "metrics", "fitting", "adapters", "erasers", "gradiend"},
+    "hub": {"fitting", "adapters", "erasers", "gradiend"},
+    "callbacks": {"hub", "fitting", "adapters", "erasers", "gradiend"},
+    "cli": {"callbacks", "hub", "evaluation", "metrics", "fitting", "adapters", "erasers", "gradiend"},
 }
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"}
 

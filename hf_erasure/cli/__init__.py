@@ -1,6 +1,6 @@
 """The `hf-erasure` command; a file a topic."""
 
-from . import erasure, evaluation, gradiend
+from . import erasure, evaluation, gradiend, hub
 from .app import app
 
-__all__ = ["app", "erasure", "evaluation", "gradiend"]
+__all__ = ["app", "erasure", "evaluation", "gradiend", "hub"]

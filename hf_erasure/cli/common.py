@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
+from huggingface_hub.errors import HTTPError
 
 from hf_erasure.fitting.processes import AnotherProcessFailed
 
@@ -26,4 +27,8 @@ def errors_as_sentences() -> Iterator[None]:
         yield
     except (ValueError, ImportError, OSError, NotImplementedError, AnotherProcessFailed) as error:
         typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except HTTPError as error:
+        # A connection that broke while something was loaded from the Hub.
+        typer.echo(f"Error: the connection to the Hub broke ({type(error).__name__}: {error}). Try again.", err=True)
         raise typer.Exit(2) from error

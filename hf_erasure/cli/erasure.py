@@ -9,6 +9,7 @@ import typer
 
 from .app import app
 from .common import errors_as_sentences, rendered
+from .hub import Private, Push, push_exported
 from .launching import AskedFor, launched
 
 
@@ -34,11 +35,14 @@ def fit(
     Example: torchrun --nproc_per_node 2 -m hf_erasure.cli fit recipe.yaml
     """
     from hf_erasure.fitting.recipe import FIGURE_FILE, read_recipe, run_recipe
+    from hf_erasure.hub import write_card
 
     with errors_as_sentences():
         is_main = launched(processes).is_main
         plan = read_recipe(recipe, overrides or [])
         outcome = run_recipe(plan, progress)
+        if outcome is not None and is_main:
+            write_card(plan.output)  # once more, since the results of the recipe lie there now
     if outcome is None or not is_main:
         return
     typer.echo(f"\n{outcome.report}\n")
@@ -70,8 +74,11 @@ def check(
 @app.command()
 def merge(
     model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.")],
-    adapter: Annotated[Path, typer.Argument(help="The folder of an erasure.", exists=True)],
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="Where the merged model is written.")],
+    max_shard_size: Annotated[str | None, typer.Option(help="Of each file of weights, e.g. 5GB")] = None,
+    push: Push = None,
+    private: Private = False,
 ) -> None:
     """Write an erasure into a model's weights: a plain checkpoint, with the tokenizer, that needs no hf-erasure.
 
@@ -80,28 +87,36 @@ def merge(
     Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
     """
     from hf_erasure.adapters.checkpoints import save_merged
+    from hf_erasure.hub import write_merged_card
 
     with errors_as_sentences():
-        text = save_merged(model, adapter, out)
-    typer.echo(f"{text}\nmodel: {out}")
+        text = save_merged(model, adapter, out, max_shard_size=max_shard_size)
+        write_merged_card(out, model, adapter, text)
+        typer.echo(f"{text}\nmodel: {out}")
+        if push is not None:
+            push_exported(out, push, private)
 
 
 @app.command()
 def export_lora(
     model: Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.")],
-    adapter: Annotated[Path, typer.Argument(help="The folder of an erasure.", exists=True)],
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")],
     out: Annotated[Path, typer.Argument(help="Where the LoRA adapter is written.")],
+    push: Push = None,
+    private: Private = False,
 ) -> None:
     """Write an erasure as a stock LoRA adapter, which PEFT loads without hf-erasure.
 
     Example: hf-erasure export-lora gpt2 out/demo out/demo-lora
     """
     from hf_erasure.adapters.checkpoints import load_with_erasure
-    from hf_erasure.adapters.lora_export import export_to_lora
+    from hf_erasure.hub import export_to_lora
 
     with errors_as_sentences():
         exported = export_to_lora(load_with_erasure(model, adapter), "default", out)
-    typer.echo(str(exported))
+        typer.echo(str(exported))
+        if push is not None:
+            push_exported(out, push, private)
 
 
 @app.command()
@@ -114,9 +129,11 @@ def merge_fits(
 ) -> None:
     """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
     from hf_erasure.fitting.adding import merge_fits as add
+    from hf_erasure.hub import write_card
 
     with errors_as_sentences():
         config = add(one, other, output)
+        write_card(output)
     typer.echo(
         f"{config.concept}: {config.provenance['examples']} examples, {config.provenance['tokens']} tokens: {output}"
     )

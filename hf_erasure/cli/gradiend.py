@@ -48,11 +48,14 @@ def fit(
     Example: hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml output=out/demo
     """
     from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe, run_gradiend_recipe
+    from hf_erasure.hub import write_card
 
     with errors_as_sentences():
         is_main = launched(processes).is_main
         plan = read_gradiend_recipe(recipe, overrides or [])
         outcome = run_gradiend_recipe(plan, progress)
+        if is_main:
+            write_card(plan.output)  # once more, since the results of the recipe lie there now
     if not is_main:
         return
     typer.echo("\nCorrelation of the dense neuron on the choice data: " + _listed(outcome.correlation))
@@ -94,9 +97,11 @@ def select(
     Example: hf-erasure gradiend select out/demo she --budget 0.01
     """
     from hf_erasure.fitting.gradiend.recipe import select_gradiend_output
+    from hf_erasure.hub import write_card
 
     with errors_as_sentences():
         outcome = select_gradiend_output(folder, goal, budget, progress)
+        write_card(folder)
     typer.echo(_text(outcome.edits))
     _warn(outcome)
     typer.echo(f"\nadapter: {folder}, steered for {goal!r}")

@@ -1,0 +1,107 @@
+"""The commands that make cards and push to the Hub, and what `--push` of other commands does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .app import app
+from .common import errors_as_sentences
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.", exists=True, file_okay=False)]
+BaseModel = Annotated[
+    str | None, typer.Option(help="The base model's name on the Hub, where the adapter was fitted on a local copy.")
+]
+Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it to this repository on the Hub, too.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private, where it is made.")]
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; it is made if there is none.")],
+    private: Private = False,
+    revision: Annotated[str | None, typer.Option(help="A branch; it is made if there is none.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="A folder within the repository.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    token: Annotated[str | None, typer.Option(help="Of the Hub; by default the one of `hf auth login`.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    base_model: BaseModel = None,
+) -> None:
+    """Upload an adapter with its card to the Hub, in one commit.
+
+    Uploads adapter_config.json, adapter_model.safetensors, README.md and its pictures, and nothing else. What somebody
+    has written into the README.md is kept.
+
+    Example: hf-erasure push out/demo alice/no-gender --private
+    """
+    from hf_erasure.hub import push_adapter
+
+    with errors_as_sentences():
+        commit = push_adapter(
+            folder, repo_id, private=private or None, revision=revision, subfolder=subfolder, create_pr=create_pr,
+            token=token, message=message, base_model=base_model,
+        )  # fmt: skip
+    _say(commit)
+
+
+@app.command()
+def card(
+    folder: Folder,
+    results: Annotated[
+        Path | None, typer.Option(help="What `hf-erasure evaluate` measured: results.json, or its folder.", exists=True)
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="What the adapter is called in the results, if not like its folder.")
+    ] = None,
+    base_model: BaseModel = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="A data set on the Hub that it was fitted on.")] = None,
+    labels_from: Annotated[str | None, typer.Option(help="Who or what labelled the data, in words.")] = None,
+    license: Annotated[str | None, typer.Option(help="As the Hub writes it, e.g. apache-2.0")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="A code such as en.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace text of the README.md that somebody has written, too.")
+    ] = False,
+) -> None:
+    """Make or update the card, README.md, of an adapter.
+
+    What is given here is kept in the adapter's configuration, so that later saves and pushes have it too. Text that
+    somebody has written into the README.md is kept.
+
+    Example: hf-erasure card out/demo --results out/evaluation --license apache-2.0
+    """
+    from hf_erasure.hub import describe_folder, write_card
+
+    with errors_as_sentences():
+        names = [adapter] if adapter else [] if results is None else [_evaluated_name(folder)]
+        rows = describe_folder(
+            folder, results=results, names=names, base_model=base_model, datasets=dataset, labels_from=labels_from,
+            license=license, language=language,
+        )  # fmt: skip
+        written = write_card(folder, overwrite=overwrite)
+    typer.echo(str(written) + (f" It has {len(rows)} measures of {results}." if results else ""))
+    if written.outcome == "left":
+        raise typer.Exit(1)
+
+
+def push_exported(folder: Path, repo_id: str, private: bool) -> None:
+    """Upload what `merge` or `export-lora` has written, and say where it is."""
+    from hf_erasure.hub import push_model
+
+    _say(push_model(folder, repo_id, private=private or None))
+
+
+def _say(commit: CommitInfo) -> None:
+    typer.echo(f"pull request: {commit.pr_url}" if commit.pr_url else f"pushed: {commit.commit_url}")
+
+
+def _evaluated_name(folder: Path) -> str:
+    """What `hf-erasure evaluate` calls the adapter of a folder."""
+    from hf_erasure.evaluation.loading import read_adapters
+
+    return read_adapters([str(folder)])[0].name

@@ -1,0 +1,242 @@
+"""Uploading a folder: an adapter with its card, or a whole model. One commit, so that a failure changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .cards import CONFIG, README, Card, gather, has_own_text, own_adapters, rendered, text_of, updated
+from .facts import PICTURES
+from .failures import explained
+from .measured import read_json
+from .naming import hub_id
+from .templates import SOMEWHERE
+
+WEIGHTS = "adapter_model.safetensors"
+# What a repository of a model consists of; training states and pickles are none of it.
+_MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
+_ATTEMPTS = 3
+
+
+def push_adapter(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    message: str | None = None,
+    base_model: str | None = None,
+) -> CommitInfo:
+    """Upload an adapter with its card to the Hub.
+
+    The repository is made if there is none. What people have written into its README.md, or into that of the folder,
+    is kept, as `write_card` does; the folder itself is left as it is, but for its picture.
+
+    Args:
+        folder: An adapter's folder, or one with adapters in folders of their names.
+        repo_id: `user/name`.
+        private: Make the repository private, where it is made.
+        revision: The branch; it is made if there is none.
+        subfolder: The folder within the repository, so that one can hold several adapters.
+        create_pr: Open a pull request instead.
+        token: Of the Hub; the one of `hf auth login` when None.
+        message: Of the commit.
+        base_model: The base's name on the Hub, where the adapter was fitted on a local copy; what is uploaded names it.
+
+    Returns:
+        Where the commit is.
+
+    Raises:
+        ValueError: If the folder holds no fitted adapter of ours, or a name is none of a repository.
+        PushError: If the Hub refuses, or does not answer.
+    """
+    folder, place = Path(folder), _place(subfolder)
+    _check_fitted(folder)
+    if base_model is not None and hub_id(base_model) is None:
+        raise ValueError(f"base_model={base_model!r} is no name on the Hub: write it as in 'user/name'.")
+
+    def files(present: Callable[[str], str | None], to: str) -> Iterator[CommitOperationAdd]:
+        facts = gather(folder, base_model=base_model)
+        facts.repo_id = to
+        if place:
+            facts.subfolder = f"{place}/{facts.subfolder}" if facts.subfolder else place
+            facts.others = {_within(place, name): what for name, what in facts.others.items()}
+        for name in _adapter_files(folder):
+            renamed = base_model is not None and PurePosixPath(name).name == CONFIG
+            content = _based_on(folder / name, base_model) if renamed else folder / name
+            yield CommitOperationAdd(_within(place, name), content)
+        path = _within(place, README)
+        yield _readme(rendered(facts), text_of(folder / README), present(path), path)
+        for name in [name for name, _ in own_adapters(folder) if name]:
+            inner = replace(gather(folder / name, base_model=base_model), repo_id=to, subfolder=_within(place, name))
+            path = _within(place, f"{name}/{README}")
+            yield _readme(rendered(inner), text_of(folder / name / README), present(path), path)
+        if place and present(README) is None:
+            # The Hub shows the card at the top, where a new repository would have none.
+            facts.pictures = {_within(place, name): text for name, text in facts.pictures.items()}
+            yield _readme(rendered(facts), None, None, README)
+
+    return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
+
+
+def push_model(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    message: str | None = None,
+) -> CommitInfo:
+    """Upload a folder that `merge` or `export-lora` wrote: configuration, weights, tokenizer and card.
+
+    Arguments and errors are those of `push_adapter`. The card of the folder takes the place of one that nobody wrote.
+    """
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in _MODEL_SUFFIXES)
+    names = [name for name in names if not name.startswith(".") and name != README]
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{folder} holds no weights in safetensors: there is nothing to push.")
+
+    def files(present: Callable[[str], str | None], to: str) -> Iterator[CommitOperationAdd]:
+        for name in names:
+            yield CommitOperationAdd(name, folder / name)
+        here, there = text_of(folder / README), present(README)
+        card = None if here is None else Card.read(here)
+        if card is not None:
+            yield _readme(replace(card, text=card.text.replace(SOMEWHERE, to)), here, there, README)
+        elif here is not None:
+            yield CommitOperationAdd(README, here.encode("utf-8"))
+
+    return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
+
+
+Files = Callable[[Callable[[str], str | None], str], Iterator[CommitOperationAdd]]
+
+
+@explained
+def _push(
+    repo_id: str,
+    files: Files,
+    message: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    token: str | bool | None,
+) -> CommitInfo:
+    """Commit files onto what the repository holds; anew if somebody else commits in between."""
+    validate_repo_id(repo_id)
+    api = HfApi(token=token)
+    to = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr/"):
+        _make_branch(api, to, revision, create_pr)
+    attempts = 0
+    while True:
+        head = api.model_info(to, revision=revision).sha
+        present = _reader(to, head or revision, token)
+        attempts += 1
+        try:
+            return api.create_commit(
+                to, list(files(present, to)), commit_message=message, revision=revision, create_pr=create_pr,
+                parent_commit=head,
+            )  # fmt: skip
+        except HfHubHTTPError as error:
+            # 412: the README.md that ours was made from is no longer the latest.
+            if error.response is None or error.response.status_code != 412 or attempts == _ATTEMPTS:
+                raise
+
+
+def _make_branch(api: HfApi, repo_id: str, revision: str, create_pr: bool) -> None:
+    try:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    except HfHubHTTPError as error:
+        # Who may only propose changes cannot make branches; the commit says so if there is none.
+        if not create_pr or error.response is None or error.response.status_code != 403:
+            raise
+
+
+def _reader(repo_id: str, revision: str | None, token: Any) -> Callable[[str], str | None]:
+    """Reads a card of a repository as it is now; None where there is none."""
+
+    def present(name: str) -> str | None:
+        try:
+            return text_of(Path(hf_hub_download(repo_id, name, revision=revision, token=token)))
+        except (RemoteEntryNotFoundError, RevisionNotFoundError):
+            return None  # and not where the Hub could not be asked: somebody's card would be overwritten
+
+    return present
+
+
+def _readme(card: Card, here: str | None, there: str | None, path: str) -> CommitOperationAdd:
+    """The card in the text that somebody has written, in the folder or on the Hub."""
+    text, outcome, reason = updated(here if has_own_text(here) else there, card)
+    if outcome == "left":
+        raise ValueError(f"The {README} of the repository or of the folder cannot be kept: {reason}")
+    return CommitOperationAdd(path, text.encode("utf-8"))
+
+
+def _check_fitted(folder: Path) -> None:
+    adapters = dict(own_adapters(folder))
+    if not adapters:
+        raise ValueError(
+            f"{folder} holds no adapter of hf_erasure: give the folder that save_pretrained or `hf-erasure fit` wrote. "
+            "Other adapters and models are pushed with `hf upload`."
+        )
+    for name, config in adapters.items():
+        if not config.fitted:
+            raise ValueError(f"The {config.described} in {folder / name} was never fitted. {config.remedy}")
+        if not (folder / name / WEIGHTS).is_file():
+            raise ValueError(f"{folder / name} has no {WEIGHTS}: the adapter is not complete.")
+
+
+def _adapter_files(folder: Path) -> Iterator[str]:
+    """What is uploaded of an adapter, or of several in folders of their names: no recipe, no training state."""
+    for name in dict(own_adapters(folder)):
+        for file in (CONFIG, WEIGHTS, *PICTURES):
+            if (folder / name / file).is_file():
+                yield str(PurePosixPath(name, file))
+
+
+def _based_on(file: Path, base_model: str | None) -> bytes:
+    """A configuration that names the base as the Hub does, so that `AutoModel.from_pretrained` finds it."""
+    content = read_json(file) | {"base_model_name_or_path": base_model}
+    return json.dumps(content, indent=2, sort_keys=True).encode("utf-8")
+
+
+def _within(place: str, name: str) -> str:
+    return f"{place}/{name}" if place else name
+
+
+@explained
+def card_on_hub(repo_id: str, token: str | bool | None = None) -> str | None:
+    """The README.md of a repository; None where there is none.
+
+    Raises:
+        PushError: If the Hub could not be asked.
+    """
+    return _reader(repo_id, None, token)(README)
+
+
+def _place(subfolder: str | None) -> str:
+    """A folder within a repository.
+
+    Raises:
+        ValueError: If it leads out of it.
+    """
+    if subfolder is None:
+        return ""
+    parts = PurePosixPath(subfolder).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\\" in subfolder:
+        raise ValueError(f"subfolder={subfolder!r} is no folder within a repository: write a name such as 'gender'.")
+    return "/".join(parts)
