@@ -19,7 +19,7 @@ HF_ERASURE_TEST_ASSETS ?= ../shared/assets
 override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
 export HF_ERASURE_TEST_ASSETS
 
-.PHONY: help demo test test-oldest matrix lint format bench clean
+.PHONY: help demo test test-oldest matrix docs docs-tables notebooks release-check lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \t\2/p' Makefile
@@ -45,6 +45,12 @@ $(OLDEST)/.torch: constraints-oldest.txt
 
 $(OLDEST)/.test: $(OLDEST)/.torch pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[oldest]'
+	touch $@
+
+# Only what builds: the check makes an environment of its own.
+$(VENV)/.release: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt build
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml
@@ -74,6 +80,23 @@ matrix: $(VENV)/.test  ## run the ecosystem tests and write the tables of docs/c
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix out/matrix.jsonl tests/ecosystem tests/lifecycle tests/distributed
 	$(BIN)/python -m tests.matrix out/matrix.jsonl docs/compatibility.md
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(PIP) -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## build the documentation site in site/; needs no network
+	$(BIN)/python -m mkdocs build --quiet --strict
+
+docs-tables: $(VENV)/.test  ## write the tables of the documentation that repeat what the code says
+	$(BIN)/python -m tests.docs.tables
+
+notebooks: $(VENV)/.test  ## run the notebooks of the documentation and keep what they print
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.docs.notebooks
+
+# RELEASE_ARGS="--borrow SITE_PACKAGES" saves the installation of the dependencies.
+release-check: $(VENV)/.release  ## build wheel and sdist, and try them in a clean environment (TAG=v0.1.0 for a release)
+	$(BIN)/python -m tests.release $(if $(TAG),--tag $(TAG)) $(RELEASE_ARGS)
+
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,5 +110,5 @@ bench: $(VENV)/.bench  ## time the erasers against concept-erasure and the floor
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/erasers.py $(BENCH_ARGS)
 
 clean:  ## remove the environment, the caches and what the recipes wrote
-	rm -rf $(VENV) $(OLDEST) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) out build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

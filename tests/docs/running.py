@@ -1,0 +1,115 @@
+"""A page run from top to bottom, as a reader would who copies every block."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.docs.blocks import JSON, PYTHON, SHELL, YAML, Block, PageError, blocks_of
+from tests.docs.commands import OURS, check_command, check_yaml, commands_of, run_ours
+from tests.docs.names import check_names
+from tests.docs.setups import SETUPS
+
+_SAME = doctest.OutputChecker()
+_LENIENT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+# What a block without a language must not begin with: it would be a command that no one has checked.
+_COMMAND = re.compile(r"^\s*(\$ )?(hf-erasure|make|pip|python|torchrun|accelerate) ", re.MULTILINE)
+
+
+@dataclass
+class Page:
+    """A page on its way: what its blocks share.
+
+    Attributes:
+        path: The file.
+        folder: Where it is run; files that blocks write are there.
+        namespace: Of all Python blocks.
+        printed: What the latest block printed.
+        done: Set-ups that were made.
+        undone: What puts back what set-ups have substituted.
+    """
+
+    path: Path
+    folder: Path
+    namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
+    printed: str = ""
+    done: set[str] = field(default_factory=set)
+    undone: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def substitute(self, name: str, value: Any) -> None:
+        """Let another object stand under a name, as in `package.module.name`, until the page has been run."""
+        self.undone.enter_context(mock.patch(name, value))
+
+
+def run_page(path: Path, folder: Path) -> int:
+    """Run or check every block of a page, in the present folder; returns how many there are.
+
+    Raises:
+        PageError: A block is not what its page says it is. Python that fails raises its own error, at the page's line.
+    """
+    page, blocks = Page(path, folder), blocks_of(path)
+    with page.undone:
+        for block in blocks:
+            for name in block.needs:
+                if name not in SETUPS:
+                    raise PageError(f"{block.where}: no set-up {name!r}; there are {', '.join(SETUPS)}")
+                if name not in page.done:
+                    page.done.add(name)
+                    SETUPS[name](page)
+            _take(page, block)
+    return len(blocks)
+
+
+def _take(page: Page, block: Block) -> None:
+    if "output" in block.directives:
+        _compare(page, block)
+    elif block.language in PYTHON:
+        if "not run" in block.directives:
+            check_names(block)
+        else:
+            page.printed = _run(page, block)
+    elif block.language in SHELL:
+        page.printed = _shell(block)
+    elif block.language in YAML:
+        check_yaml(block, page.folder)
+    elif block.language in JSON:
+        try:
+            json.loads(block.code)
+        except ValueError as error:
+            raise PageError(f"{block.where}: {error}") from error
+    elif (found := _COMMAND.search(block.code)) is not None:
+        raise PageError(f"{block.where}: {found[0].strip()!r} looks like a command: write ```bash, to have it checked")
+
+
+def _run(page: Page, block: Block) -> str:
+    check_names(block)
+    printed = io.StringIO()
+    # Empty lines in front, so that a traceback shows the line of the page.
+    code = compile("\n" * (block.line - 1) + block.code, str(block.page), "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(code, page.namespace)
+    return printed.getvalue()
+
+
+def _shell(block: Block) -> str:
+    printed = []
+    for words in commands_of(block):
+        check_command(words, block.where)
+        if "run" in block.directives:
+            if words[0] != OURS:
+                raise PageError(f"{block.where}: only {OURS} is run here, not {words[0]!r}")
+            printed.append(run_ours(words[1:], block.where))
+    return "".join(printed)
+
+
+def _compare(page: Page, block: Block) -> None:
+    """Refuse output that is not what the block before it has printed."""
+    if not _SAME.check_output(block.code.strip(), page.printed.strip(), _LENIENT):
+        raise PageError(f"{block.where}: the page says\n{block.code}\nand what is printed is\n{page.printed}")

@@ -1,0 +1,347 @@
+"""What blocks of the documentation take for granted: small models under the names of large ones, and data at hand.
+
+`from_pretrained("bert-base-uncased")` takes a folder of that name before it asks the Hub. So a set-up puts a small
+model there, in the folder where the page is run, and the block stays as its reader will type it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+import transformers as hf
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from hf_erasure import (
+    ConceptErasureCallback,
+    ConceptErasureConfig,
+    GradiendCallback,
+    GradiendConfig,
+    GradiendTrainer,
+    GradiendTrainingArguments,
+    combine_adapters,
+    concept_dataloader,
+    fit_concept_erasure,
+)
+from hf_erasure.adapters import steer
+from hf_erasure.fitting.gradiend import pairs_from_templates
+from hf_erasure.fitting.occupations import occupation_sentences
+from tests.small_models import roughen
+
+if TYPE_CHECKING:
+    from tests.docs.running import Page
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUPS: dict[str, Callable[[Page], None]] = {}
+LABELS = ["female", "male"]
+
+
+def setup(function: Callable[[Page], None]) -> Callable[[Page], None]:
+    """Let pages name this function."""
+    SETUPS[function.__name__] = function
+    return function
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def _words_of(texts: Iterable[str]) -> list[str]:
+    return sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
+
+
+def _tokenizer(words: list[str], special: dict[str, str], template: str, decoder: Any) -> PreTrainedTokenizerFast:
+    """A lower-case word a token."""
+    known = [*dict.fromkeys([*special.values(), *words])]
+    ids = {word: index for index, word in enumerate(known)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special["unk_token"]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    frame = [(token, ids[token]) for token in special.values() if token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(template, None, frame)
+    tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **special
+    )
+
+
+@functools.cache
+def _demo() -> Any:
+    """The script that trains the demo's masked model."""
+    path = ROOT / "recipes" / "gradiend_demo" / "train.py"
+    spec = importlib.util.spec_from_file_location("gradiend_demo_train", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def _bert() -> Path:
+    """A masked language model that knows which pronoun goes with which name; trained in seconds, once a process."""
+    demo, folder = _demo(), Path(tempfile.mkdtemp(prefix="hf-erasure-docs-"))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+               "mask_token": "[MASK]"}  # fmt: skip
+    names = [name for group in demo.NAMES.values() for name in group]
+    texts = [*demo.sentences(4000, seed=0), *occupation_sentences()["train"]["text"], *names]
+
+    def tokenizer() -> PreTrainedTokenizerFast:
+        return _tokenizer(_words_of(texts), special, "[CLS] $A [SEP]", decoders.WordPiece())
+
+    original = demo.make_tokenizer, demo.STEPS
+    demo.make_tokenizer, demo.STEPS = tokenizer, 150
+    try:
+        demo.train(folder)
+    finally:
+        demo.make_tokenizer, demo.STEPS = original
+    _lengthen(folder / "model", 64)
+    return folder
+
+
+def _lengthen(path: Path, length: int) -> None:
+    """Give a model positions for texts that are longer than those it was trained on."""
+    short = hf.AutoModelForMaskedLM.from_pretrained(path)
+    model = type(short)(hf.AutoConfig.from_pretrained(path, max_position_embeddings=length))
+    state, name = short.state_dict(), "bert.embeddings.position_embeddings.weight"
+    known = state.pop(name)
+    model.load_state_dict(state, strict=False)
+    model.state_dict()[name][: len(known)] = known
+    model.save_pretrained(path)
+
+
+def _random_llama(page: Page, name: str) -> None:
+    """A Llama of random weights that knows the words of the page."""
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = _words_of([page.path.read_text(encoding="utf-8"), *occupation_sentences()["train"]["text"]])
+    tokenizer = _tokenizer(words, special, "<s> $A", decoders.WordPiece(prefix="##"))
+    config = hf.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = roughen(hf.LlamaForCausalLM(config), torch.Generator().manual_seed(0))
+    model.save_pretrained(page.folder / name)
+    tokenizer.save_pretrained(page.folder / name)
+
+
+@setup
+def small_bert(page: Page) -> None:
+    """`bert-base-uncased`: one layer, trained on sentences about people with names."""
+    shutil.copytree(_bert() / "model", page.folder / "bert-base-uncased")
+
+
+@setup
+def small_llama(page: Page) -> None:
+    """`meta-llama/Llama-3.2-1B`: two layers of random weights."""
+    _random_llama(page, "meta-llama/Llama-3.2-1B")
+
+
+@setup
+def demo_model(page: Page) -> None:
+    """What `python recipes/gradiend_demo/train.py out/gradiend-demo` leaves."""
+    _demo().train(page.folder / "out" / "gradiend-demo")
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _sentences(rows: int = 240) -> Dataset:
+    return occupation_sentences()["train"].shuffle(seed=0).select(range(rows))
+
+
+@setup
+def biographies(page: Page) -> None:
+    """`biographies.csv`, with `text` and `gender`."""
+    _sentences().select_columns(["text", "gender"]).to_csv(page.folder / "biographies.csv", index=False)
+
+
+@setup
+def stories(page: Page) -> None:
+    """`stories.txt`, a paragraph a line: text that is about nothing in particular."""
+    (page.folder / "stories.txt").write_text("\n".join(_neutral(60)), encoding="utf-8")
+
+
+@setup
+def neutral(page: Page) -> None:
+    """`neutral.txt`, a sentence a line, without words of gender."""
+    (page.folder / "neutral.txt").write_text("\n".join(_neutral(60)), encoding="utf-8")
+
+
+def _neutral(count: int) -> list[str]:
+    return list(dict.fromkeys(_demo().sentences(10 * count, seed=2, neutral_share=1.0)))[:count]
+
+
+@setup
+def values(page: Page) -> None:
+    """`x` and `z`: rows in which a class can be read from several features, which are correlated."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(0, 2, (2000,), generator=generator)
+    noise = torch.randn(2000, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    page.namespace |= {"x": noise + 3 * z[:, None] * torch.randn(16, generator=generator), "z": z}
+
+
+# ---- fitted adapters and training ------------------------------------------------------------------------------------
+
+
+@setup
+def no_gender(page: Page) -> None:
+    """`no-gender/`: an erasure of the small BERT; `base`, `tokenizer` and `batches` with it."""
+    model, tokenizer = (auto.from_pretrained(_bert() / "model") for auto in (hf.AutoModel, hf.AutoTokenizer))
+    batches = concept_dataloader(_sentences(), tokenizer, label_column="gender", labels=LABELS)
+    model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS), adapter_name="no_gender")
+    fit_concept_erasure(model, batches, "no_gender", progress=False)
+    model.save_pretrained(page.folder / "no-gender")
+
+
+@setup
+def erasing(page: Page) -> None:
+    """A model with nothing on it, and labelled batches to fit on and to measure on."""
+    path = _bert() / "model"
+    tokenizer = hf.AutoTokenizer.from_pretrained(path)
+    rows = _sentences()
+    loaders = [
+        concept_dataloader(rows.select(part), tokenizer, label_column="gender", labels=LABELS)
+        for part in (range(160), range(160, 240))
+    ]
+    page.namespace |= {
+        "model": hf.AutoModel.from_pretrained(path), "tokenizer": tokenizer, "batches": loaders[0],
+        "held_out": loaders[1],
+    }  # fmt: skip
+
+
+@setup
+def training(page: Page) -> None:
+    """A classifier to be fine-tuned: model, arguments, rows; and batches labelled with the concept."""
+    erasing(page)
+    path, rows = _bert() / "model", _sentences()
+    tokenizer = page.namespace["tokenizer"]
+    fields = sorted(set(rows["field"]))
+    encoded = rows.map(lambda row: {**tokenizer(row["text"]), "labels": fields.index(row["field"])})
+    page.namespace |= {
+        "model": hf.AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(fields)),
+        "rows": encoded.select_columns(["input_ids", "attention_mask", "labels"]),
+        "args": _arguments(page),
+        "Trainer": functools.partial(hf.Trainer, processing_class=tokenizer),
+    }
+
+
+def _arguments(page: Page) -> hf.TrainingArguments:
+    return hf.TrainingArguments(
+        str(page.folder / "trained"), max_steps=4, per_device_train_batch_size=8, logging_steps=2, report_to="none",
+        use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+
+
+@setup
+def fine_tuning_mlm(page: Page) -> None:
+    """Masked language modelling: arguments and texts for `Trainer`, which knows the tokenizer and what to mask."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(_bert() / "model")
+    collator = hf.DataCollatorForLanguageModeling(tokenizer)
+    page.namespace |= {
+        "args": _arguments(page),
+        "texts": _sentences().map(lambda row: tokenizer(row["text"])).select_columns(["input_ids", "attention_mask"]),
+        "Trainer": functools.partial(hf.Trainer, processing_class=tokenizer, data_collator=collator),
+    }
+
+
+@functools.cache
+def _gender() -> Path:
+    """A feature of the small BERT, with its encoder, that stays on beside other adapters."""
+    folder = Path(tempfile.mkdtemp(prefix="hf-erasure-docs-"))
+    path, names = _bert() / "model", _demo().NAMES
+    model, tokenizer = (a.from_pretrained(path) for a in (hf.AutoModelForMaskedLM, hf.AutoTokenizer))
+    pairs, held_out = (
+        pairs_from_templates(
+            ["{name} said that [FEATURE] was late today.", "{name} went to the park because [FEATURE] was happy."],
+            {label: names[pronoun][part] for label, pronoun in zip(LABELS, ("she", "he"), strict=True)},
+            {"female": ["she"], "male": ["he"]},
+            LABELS,
+        )
+        for part in (slice(0, 6), slice(6, 8))
+    )
+    config = GradiendConfig(feature="gender", classes=LABELS, density=0.2, keep_encoder=True, sticky=True)
+    model.add_adapter(config, adapter_name="gender")
+    arguments = GradiendTrainingArguments(str(folder / "run"), per_device_train_batch_size=1, disable_tqdm=True)
+    GradiendTrainer(model, arguments, train_dataset=pairs, eval_dataset=held_out, processing_class=tokenizer).train()
+    steer(model, "gender", learning_rate=0.01)
+    model.save_pretrained(folder / "gender")
+    return folder / "gender"
+
+
+@setup
+def gender_feature(page: Page) -> None:
+    """`gender/`: a GRADIEND adapter of `bert-base-uncased`."""
+    if not (page.folder / "bert-base-uncased").exists():
+        small_bert(page)
+    if not (page.folder / "gender").exists():
+        shutil.copytree(_gender(), page.folder / "gender")
+
+
+# ---- the README, whose blocks leave out what is around them ----------------------------------------------------------
+
+
+@setup
+def small_encoder(page: Page) -> None:
+    """The encoder of the extra `demo`: the small BERT in its place, since 2,500 sentences take minutes on one core."""
+    page.substitute("hf_erasure.fitting.recipe.embedded_model", lambda: str(_bert() / "model"))
+
+
+@setup
+def readme_training(page: Page) -> None:
+    """As `training`, with the names that the block does not import."""
+    training(page)
+    page.namespace |= {"LoraConfig": peft.LoraConfig, "ConceptErasureCallback": ConceptErasureCallback}
+
+
+@setup
+def readme_guard(page: Page) -> None:
+    """A causal model with a feature that stays on, texts for `SFTTrainer`, and the names that are not imported."""
+    import trl
+
+    from tests.ecosystem.test_trainer import sft_data, sft_tokenizer
+    from tests.ecosystem.trainer_runs import fitted, options_for
+
+    page.namespace |= {
+        "model": fitted("guard", sticky=True), "rows": sft_data(), "GradiendCallback": GradiendCallback,
+        "args": trl.SFTConfig(**options_for(page.folder / "sft", bf16=False, max_steps=4)),
+        "SFTTrainer": functools.partial(trl.SFTTrainer, processing_class=sft_tokenizer()),
+    }  # fmt: skip
+
+
+@setup
+def readme_two_concepts(page: Page) -> None:
+    """A model with erasures `gender` and `pos`, batches labelled with each, and the function that is not imported."""
+    erasing(page)
+    model, one, other = page.namespace["model"], page.namespace["batches"], page.namespace["held_out"]
+    for name, batches in (("gender", one), ("pos", other)):
+        model.add_adapter(ConceptErasureConfig(concept=name, labels=LABELS), adapter_name=name)
+        model.set_adapter(name)
+        fit_concept_erasure(model, batches, name, sequential=False, progress=False)
+    page.namespace |= {"one": one, "other": other, "combine_adapters": combine_adapters}
+
+
+# ---- sharing ---------------------------------------------------------------------------------------------------------
+
+
+@setup
+def no_gender_model(page: Page) -> None:
+    """`model` with a fitted erasure `no_gender`."""
+    no_gender(page)
+    model = hf.AutoModel.from_pretrained(_bert() / "model")
+    model.load_adapter(str(page.folder / "no-gender"), adapter_name="no_gender")
+    page.namespace["model"] = model
+
+
+@setup
+def pushed(page: Page) -> None:
+    """`alice/bert-no-gender`: what was saved, where its reader will have downloaded it."""
+    shutil.copytree(page.folder / "no-gender", page.folder / "alice" / "bert-no-gender")
