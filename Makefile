@@ -64,8 +64,9 @@ demo: $(VENV)/.demo  ## erase gender from an encoder; then strengthen it in a la
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend evaluate out/gradiend-demo/adapter
 
+# One core a worker: processes that tests start would take all of them otherwise. Fixtures of a file are made once.
 test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # Left out is what older releases of PEFT do otherwise: layers_pattern where the list of blocks is at the top of the model,
 # and which names a PeftModel still knows after a call that failed.

@@ -83,6 +83,7 @@ def test_check_reproduces_the_results_in_a_second_process(fitted: tuple[Path, st
     assert result.stdout.rstrip().endswith("same")
 
 
+@pytest.mark.slow
 def test_check_notices_other_weights(fitted: tuple[Path, str], tmp_path: Path) -> None:
     import shutil
 
@@ -159,6 +160,7 @@ def test_every_recipe_reads_and_starts_with_its_command(path: Path) -> None:
         assert read_recipe(path).labels
 
 
+@pytest.mark.slow
 def test_a_pre_ln_model_goes_through_the_same_table(assets: Path, recipe: Path, tmp_path: Path) -> None:
     """A post-LN encoder hides the leak of the residual stream; on a pre-LN model the final norm has to be a site."""
     leaks = {}

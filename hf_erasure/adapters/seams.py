@@ -7,7 +7,6 @@ adapter or nothing. Every wrapper calls the original and adds only that.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -39,8 +38,9 @@ from .child_tuner import (
 )
 from .saving import finish, save_model, save_peft_model
 from .untrusted import Source, looked_at
+from .wrapping import wrap
 
-_MARK = "_hf_erasure_seam"
+_MARK = "hf_erasure.adapters"
 
 
 class _Before:
@@ -88,33 +88,18 @@ class _Before:
 
 def install() -> None:
     """Wrap the seams; called again, as after a reload, it puts the wrappers of now in the place of the former."""
-    _wrap(PeftAdapterMixin, "add_adapter", _add_adapter)
-    _wrap(PeftAdapterMixin, "load_adapter", _load_adapter)
-    _wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter)
-    _wrap(PeftModel, "load_adapter", _peft_load_adapter)
-    _wrap(PeftModel, "from_pretrained", _peft_from_pretrained)
-    _wrap(PeftModel, "save_pretrained", save_peft_model)
-    _wrap(PreTrainedModel, "save_pretrained", save_model)
-    _wrap(BaseTuner, "inject_adapter", _inject_adapter)
-    _wrap(BaseTuner, "merge_adapter", _merge_or_unmerge)
-    _wrap(BaseTuner, "unmerge_adapter", _merge_or_unmerge)
-    _wrap(BaseTuner, "unload", _unload)
-    _wrap(BaseTuner, "merge_and_unload", _unload)
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace `owner.name` by a function that calls `wrapper(original, owner or instance, *args, **kwargs)`."""
-    present = owner.__dict__[name]
-    is_classmethod = isinstance(present, classmethod)
-    function = present.__func__ if is_classmethod else present
-    original = getattr(function, _MARK, function)
-
-    @functools.wraps(original)
-    def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(functools.partial(original, self), self, *args, **kwargs)
-
-    setattr(seam, _MARK, original)
-    setattr(owner, name, classmethod(seam) if is_classmethod else seam)
+    wrap(PeftAdapterMixin, "add_adapter", _add_adapter, _MARK)
+    wrap(PeftAdapterMixin, "load_adapter", _load_adapter, _MARK)
+    wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter, _MARK)
+    wrap(PeftModel, "load_adapter", _peft_load_adapter, _MARK)
+    wrap(PeftModel, "from_pretrained", _peft_from_pretrained, _MARK)
+    wrap(PeftModel, "save_pretrained", save_peft_model, _MARK)
+    wrap(PreTrainedModel, "save_pretrained", save_model, _MARK)
+    wrap(BaseTuner, "inject_adapter", _inject_adapter, _MARK)
+    wrap(BaseTuner, "merge_adapter", _merge_or_unmerge, _MARK)
+    wrap(BaseTuner, "unmerge_adapter", _merge_or_unmerge, _MARK)
+    wrap(BaseTuner, "unload", _unload, _MARK)
+    wrap(BaseTuner, "merge_and_unload", _unload, _MARK)
 
 
 def _add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_name: str | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,34 +12,22 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import CallbackHandler
 
 from hf_erasure.adapters.child import child_configs
+from hf_erasure.adapters.wrapping import wrap
 
 from .checkpoints import is_lost, load_trained, own_trained, save_adapters, saving_all
 from .checks import is_sharded
 from .logs import LoggingCallback
 
-_MARK = "_hf_erasure_seam"
+_MARK = "hf_erasure.callbacks"
 
 
 def install() -> None:
     """Wrap the seams; called again, it puts the wrappers of now in the place of the former."""
-    _wrap(CallbackHandler, "on_log", _on_log)
-    _wrap(Trainer, "_save", _save)
-    _wrap(Trainer, "_load_from_checkpoint", _load_from_checkpoint)
-    _wrap(Trainer, "_load_best_model", _load_best_model)
-    _wrap(Trainer, "_push_from_checkpoint", _push_from_checkpoint)
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace `owner.name` by a function that calls `wrapper(original, instance, *args, **kwargs)`."""
-    present = owner.__dict__[name]
-    original = getattr(present, _MARK, present)
-
-    @functools.wraps(original)
-    def seam(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(functools.partial(original, self), self, *args, **kwargs)
-
-    setattr(seam, _MARK, original)
-    setattr(owner, name, seam)
+    wrap(CallbackHandler, "on_log", _on_log, _MARK)
+    wrap(Trainer, "_save", _save, _MARK)
+    wrap(Trainer, "_load_from_checkpoint", _load_from_checkpoint, _MARK)
+    wrap(Trainer, "_load_best_model", _load_best_model, _MARK)
+    wrap(Trainer, "_push_from_checkpoint", _push_from_checkpoint, _MARK)
 
 
 def _on_log(original: Callable, handler: Any, args: Any, state: Any, control: Any, logs: dict[str, float]) -> Any:

@@ -24,12 +24,13 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.saving import ON_STAGED, root_of, target_of
+from hf_erasure.adapters.wrapping import is_wrapped, wrap
 
 from .cards import README, WrittenCard, config_in, has_own_text, own_adapters, text_of, write_card
 from .metadata import filled
 from .pushing import card_on_hub
 
-_MARK = "_hf_erasure_hub_seam"
+_MARK = "hf_erasure.hub"
 _TRAINING = "## Training procedure"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -38,32 +39,14 @@ def install() -> None:
     """Wrap the seams; called again, it puts the wrappers of now in the place of the former."""
     ON_STAGED[:] = [function for function in ON_STAGED if not hasattr(function, _MARK)]
     ON_STAGED.append(_on_staged)
-    _wrap(transformers.utils.hub, "create_and_tag_model_card", _create_and_tag_model_card)
-    _wrap(transformers.modeling_utils, "create_and_tag_model_card", _create_and_tag_model_card)
-    _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
-    _wrap(PeftModel, "create_or_update_model_card", _create_or_update_model_card)
-    _wrap(Trainer, "_save", _save)
-    _wrap(Trainer, "create_model_card", _create_model_card)
-    _wrap(Trainer, "push_to_hub", _push_to_hub)
-    _wrap(Trainer, "_push_from_checkpoint", _push_from_checkpoint)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a function of a module or class by one that calls `wrapper(original, *args, **kwargs)`.
-
-    Of a method `original` is bound already, and the instance comes first among the arguments.
-    """
-    present = owner.__dict__[name]
-    original = getattr(present, _MARK, present)
-    is_method = isinstance(owner, type)
-
-    @functools.wraps(original)
-    def seam(*args: Any, **kwargs: Any) -> Any:
-        called = functools.partial(original, args[0]) if is_method else original
-        return wrapper(called, *args, **kwargs)
-
-    setattr(seam, _MARK, original)
-    setattr(owner, name, seam)
+    wrap(transformers.utils.hub, "create_and_tag_model_card", _create_and_tag_model_card, _MARK)
+    wrap(transformers.modeling_utils, "create_and_tag_model_card", _create_and_tag_model_card, _MARK)
+    wrap(PreTrainedModel, "save_pretrained", _save_pretrained, _MARK)
+    wrap(PeftModel, "create_or_update_model_card", _create_or_update_model_card, _MARK)
+    wrap(Trainer, "_save", _save, _MARK)
+    wrap(Trainer, "create_model_card", _create_model_card, _MARK)
+    wrap(Trainer, "push_to_hub", _push_to_hub, _MARK)
+    wrap(Trainer, "_push_from_checkpoint", _push_from_checkpoint, _MARK)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -214,7 +197,7 @@ def _with_training(folder: Path, theirs: ModelCard, repo_id: str | None) -> Writ
 def _push_to_hub(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     """Trainers of other libraries have a `create_model_card` of their own."""
     theirs = type(trainer).create_model_card
-    if hasattr(theirs, _MARK):
+    if is_wrapped(theirs, _MARK):
         return original(*args, **kwargs)
     trainer.create_model_card = functools.partial(_create_model_card, theirs.__get__(trainer), trainer)
     try:

@@ -124,7 +124,7 @@ def model_saves(folder: Path) -> dict[str, Any]:
 
 def model_saves_unstaged(folder: Path) -> dict[str, Any]:
     """The control: transformers' own way of saving."""
-    plain = PreTrainedModel.save_pretrained._hf_erasure_seam
+    plain = PreTrainedModel.save_pretrained.__wrapped__
     return kills(folder, adapted("old"), adapted("new"), lambda model: plain(model, folder), ("",))
 
 

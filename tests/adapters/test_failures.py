@@ -219,8 +219,14 @@ def _masked_lm() -> nn.Module:
 
 WRONG_BASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "other width": (_wider, r"has shape \[.*here it has \[.*Load it into the model it was fitted on"),
-    "other weights": (_other_weights, "this is another model. Load the adapter into its own base, or fit it"),
-    "another head": (_masked_lm, r"fitted on BertModel.*this BertForMaskedLM does not have.*model\.bert\.load_adapter"),
+    "other weights": (
+        _other_weights,
+        "this is another model \\(sampled weights.*Load the adapter into its own base, or fit it",
+    ),
+    "another head": (
+        _masked_lm,
+        r"fitted on .*BertModel.*this BertForMaskedLM does not have.*model\.bert\.load_adapter",
+    ),
 }
 
 

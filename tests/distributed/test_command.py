@@ -61,7 +61,7 @@ def maps(folder: Path) -> dict[str, torch.Tensor]:
     return {key: value @ tensors[key.replace("_left", "_right")] for key, value in lefts.items()}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torchrun_fits_what_one_process_fits_and_the_first_process_writes(
     streaming: bool, recipe: Path, expected: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tests.distributed import failing
 from tests.distributed.launching import launch
 
-PROCEDURES = ["sequential", "one-pass"]
+# Every launch takes two processes some ten seconds to begin.
+PROCEDURES = [pytest.param("sequential", marks=pytest.mark.slow), "one-pass"]
 # Far less than the half hour after which a process that waits for another gives up.
 DEADLINE = 120
 
@@ -43,6 +44,7 @@ def test_what_one_process_raises_is_told_in_all(procedure: str, tmp_path: Path) 
     assert own.endswith("unfitted=True") and other.endswith("unfitted=True")
 
 
+@pytest.mark.slow
 def test_shares_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
     assert launch(2, failing.__file__, tmp_path, "nothing", "one-pass", folder=tmp_path)[0] == 0
     assert launch(3, failing.__file__, tmp_path, "nothing", "one-pass", folder=tmp_path)[0] == 0

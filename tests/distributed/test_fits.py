@@ -24,7 +24,10 @@ def alone() -> dict[fits.Fit, tuple[dict[str, Tensor], int]]:
     return {}
 
 
-@pytest.fixture(scope="module", params=fits.SHARES)
+SHARES = [pytest.param(name, marks=pytest.mark.slow) if name == "first empty" else name for name in fits.SHARES]
+
+
+@pytest.fixture(scope="module", params=SHARES)
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes wrote all fits."""
     folder = tmp_path_factory.mktemp("fits")

@@ -35,7 +35,10 @@ NAME = "no_gender"
 # BERT has its erasers at norms, which stay float; Llama at the quantised layers themselves.
 TARGETS = {"bert": None, "llama": "all-linear"}
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
+# For int4 quanto compiles an extension when it is first used, which takes minutes.
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "quanto int4" else kind for kind in KINDS]
+)
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 # What bitsandbytes and torchao say about their own kernels is not looked at here.
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*deprecated")

@@ -143,7 +143,7 @@ torch.save([p for n, p in sorted(model.state_dict().items()) if "concept_erasure
 """
 
 
-@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("sequential", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_killed_at_several_points_it_ends_with_the_same_erasers(sequential: bool, tmp_path: Path) -> None:
     def start(folder: Path, result: Path) -> subprocess.Popen[bytes]:
         script = SCRIPT.format(root=str(ROOT), sequential=sequential, folder=str(folder), result=str(result))

@@ -177,6 +177,7 @@ def embeddings(split):
     return torch.cat(pooled).numpy()
 
 
+@pytest.mark.slow
 def test_probes_on_unseen_occupations(sentences):
     """Gender and field can be read off sentences whose occupation, template and names the probe never saw."""
     linear_model = pytest.importorskip("sklearn.linear_model")

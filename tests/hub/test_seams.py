@@ -236,6 +236,16 @@ def test_a_named_adapter_of_a_peft_model_is_pushed_with_a_card_on_top(wrapped: C
         assert 'adapter_kwargs={"subfolder": "gender"}' in card.text
 
 
+def test_other_seams_that_are_wrapped_anew_leave_those_of_cards_outermost(
+    made: Callable, pushed: Callable, tmp_path: Path
+) -> None:
+    from hf_erasure.adapters import seams as of_adapters
+
+    of_adapters.install()
+    (tmp_path / "README.md").write_text(MINE)
+    assert "Do not lose me." in readme(pushed(made("erasure"), folder=tmp_path))
+
+
 def test_saving_and_pushing_at_once_keeps_what_was_written_in_the_folder(
     made: Callable, pushed: Callable, tmp_path: Path
 ) -> None:

@@ -33,7 +33,8 @@ def fitted(folder: Path, estimator: str, batch_size: int, processes: int) -> lis
 # Six rows, three of each class: with two processes the last step of a class is one process's alone.
 # With batches of three there is one of each class, and nothing for the second process.
 @pytest.mark.parametrize(
-    ("estimator", "alone", "together"), [("closed_form", 1, 1), ("closed_form", 3, 3), ("trained", 2, 1)]
+    ("estimator", "alone", "together"),
+    [pytest.param("closed_form", 1, 1, marks=pytest.mark.slow), ("closed_form", 3, 3), ("trained", 2, 1)],
 )
 def test_two_processes_end_as_one(estimator: str, alone: int, together: int, tmp_path: Path):
     ((one, facts),) = fitted(tmp_path / "one", estimator, alone, 1)
