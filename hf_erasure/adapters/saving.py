@@ -351,12 +351,21 @@ def _bring_card(place: Path, content: Path) -> None:
 
 
 def _keep_own_tensors(file: Path, config: ChildConfig) -> None:
-    """Take out what PEFT adds to an adapter's tensors: embeddings of a model whose vocabulary has changed."""
+    """Take out what PEFT adds to an adapter's tensors.
+
+    These are embeddings of a model whose vocabulary has changed, and in older releases tensors of the other adapters.
+    """
     marker = f".{(config.peft_type or '').lower()}_"
+    expected = config.tensors() if config.fitted else None
+
+    def is_own(name: str) -> bool:
+        plain = name.removeprefix(PREFIX)
+        return is_saved(plain, config) or (marker in name if expected is None else plain in expected)
+
     with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())
         metadata = tensors.metadata()
-        own = [name for name in names if marker in name or is_saved(name.removeprefix(PREFIX), config)]
+        own = [name for name in names if is_own(name)]
         if len(own) == len(names):
             return
         kept = {name: tensors.get_tensor(name).clone() for name in own}
