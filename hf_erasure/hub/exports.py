@@ -19,7 +19,7 @@ from .facts import CardFacts, facts_of
 from .markdown import plain
 from .measured import read_json
 from .metadata import OURS
-from .naming import head_of, hub_id
+from .naming import Head, head_of, hub_id
 from .templates import render
 
 
@@ -42,17 +42,7 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
     facts = _facts(config, Path(adapter), model)
     names = read_json(folder / "config.json").get("architectures") or [None]
     head = head_of(names[0] if isinstance(names[0], str) else None)
-    data = ModelCardData(
-        library_name="transformers",
-        base_model=facts.base_id,
-        pipeline_tag=None if head is None else head.pipeline_tag,
-        tags=[OURS, "merged", "debiasing"],
-        datasets=facts.datasets or None,
-        license=facts.license,
-        language=facts.language or None,
-    )
-    if facts.base_id is not None:
-        data["base_model_relation"] = "finetune"
+    data = _data(facts, head, library="transformers", tag="merged", relation="finetune")
     title = f"{facts.base_id or facts.base_class or 'A model'} with {_noun(facts)} merged into its weights"
     values = {"what": what, "adapter": hub_id(str(adapter)), "auto_class": head.auto_class if head else "AutoModel"}
     return _write(folder, Card(data, render("merged", facts=facts, title=title, **values)))
@@ -88,17 +78,7 @@ def write_lora_card(exported: LoraExport, config: ChildConfig) -> WrittenCard:
     """Make the card of a LoRA that an adapter was exported to."""
     facts = _facts(config, None, None)
     head = head_of(facts.base_class)
-    data = ModelCardData(
-        library_name="peft",
-        base_model=facts.base_id,
-        pipeline_tag=None if head is None else head.pipeline_tag,
-        tags=[OURS, "lora", "debiasing"],
-        datasets=facts.datasets or None,
-        license=facts.license,
-        language=facts.language or None,
-    )
-    if facts.base_id is not None:
-        data["base_model_relation"] = "adapter"
+    data = _data(facts, head, library="peft", tag="lora", relation="adapter")
     noun, where = _noun(facts), f" for {facts.base_id}" if facts.base_id else ""
     title = f"{noun[:1].upper()}{noun[1:]} as a LoRA{where}"
     reasons = list(dict.fromkeys(exported.unmergeable.values()))
@@ -110,6 +90,21 @@ def _facts(config: ChildConfig, folder: Path | None, model: str | None) -> CardF
     facts = facts_of(config, folder if folder is not None and folder.is_dir() else None)
     facts.base_id = facts.base_id or hub_id(model)
     return facts
+
+
+def _data(facts: CardFacts, head: Head | None, *, library: str, tag: str, relation: str) -> ModelCardData:
+    data = ModelCardData(
+        library_name=library,
+        base_model=facts.base_id,
+        pipeline_tag=None if head is None else head.pipeline_tag,
+        tags=[OURS, tag, "debiasing"],
+        datasets=facts.datasets or None,
+        license=facts.license,
+        language=facts.language or None,
+    )
+    if facts.base_id is not None:
+        data["base_model_relation"] = relation
+    return data
 
 
 def _noun(facts: CardFacts) -> str:
