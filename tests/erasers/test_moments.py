@@ -24,6 +24,16 @@ def same(one: ConceptMoments, other: ConceptMoments) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
 
 
+def alike(one: ConceptMoments, other: ConceptMoments) -> bool:
+    """Whether the same rows were counted, up to the order in which they were added.
+
+    Rows that were taken out of a batch lie elsewhere in memory, where the vector units of some processors add them in
+    another order: at most the number of rows (300) times 2^-53 times the magnitude of a term (below 9 for products).
+    """
+    close = (torch.allclose(getattr(one, name), getattr(other, name), rtol=0, atol=3e-13) for name in TENSORS)
+    return one.rows == other.rows and all(close)
+
+
 @pytest.mark.parametrize("width", [1, 5, 127, 129, 300, 1100])
 def test_moments_equal_the_definition(width: int) -> None:
     x, z = rows(600, width, 3)
@@ -83,12 +93,9 @@ def test_ignored_ids_masks_and_zero_weights_leave_the_same_rows() -> None:
     expected = ConceptMoments(8, 3).update(x[keep], z[keep])
     poisoned = torch.where(keep[:, None], x, torch.nan)
     ignored = torch.where(keep, z, -100)
-    assert same(ConceptMoments(8, 3).update(poisoned, ignored), expected)
-    assert same(ConceptMoments(8, 3).update(poisoned, z, mask=keep), expected)
-    weighted = ConceptMoments(8, 3).update(poisoned, z, keep.float())
-    assert weighted.rows == expected.rows
-    for name in TENSORS:
-        assert torch.allclose(getattr(weighted, name), getattr(expected, name), atol=1e-13)
+    assert alike(ConceptMoments(8, 3).update(poisoned, ignored), expected)
+    assert alike(ConceptMoments(8, 3).update(poisoned, z, mask=keep), expected)
+    assert alike(ConceptMoments(8, 3).update(poisoned, z, keep.float()), expected)
     weights = torch.where(keep, 1.0, torch.nan)
     assert ConceptMoments(8, 3).update(x, z, weights, mask=keep).rows == expected.rows
 
@@ -96,7 +103,7 @@ def test_ignored_ids_masks_and_zero_weights_leave_the_same_rows() -> None:
 def test_an_integer_attention_mask_is_a_mask() -> None:
     x, z = rows(30, 4, 2)
     keep = torch.arange(30) < 20
-    assert same(ConceptMoments(4, 2).update(x, z, mask=keep.long()), ConceptMoments(4, 2).update(x[:20], z[:20]))
+    assert alike(ConceptMoments(4, 2).update(x, z, mask=keep.long()), ConceptMoments(4, 2).update(x[:20], z[:20]))
 
 
 def test_a_batch_without_counted_rows_changes_nothing() -> None:

@@ -32,12 +32,10 @@ def test_it_is_that_of_concept_erasure(classes: int) -> None:
     assert torch.allclose(OracleEraser.fit(x, z)(x, z), theirs, atol=1e-12)  # float64 rounding
 
 
-def test_a_rare_class_is_erased_where_the_peer_leaves_it() -> None:
+def test_a_rare_class_is_erased() -> None:
     x, _ = rows(2000, 4, 2)
     z = (torch.arange(2000) < 8).long()
     x = x + 5.0 * z[:, None]
-    theirs = OracleFitter.fit(x, one_hot(z, 2).double()).eraser(x, one_hot(z, 2).double())
-    assert leak(theirs, z, x) > 0.1
     assert leak(OracleEraser.fit(x, z)(x, z), z, x) < 1e-12  # float64 rounding
 
 

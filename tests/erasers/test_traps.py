@@ -1,4 +1,6 @@
-"""What closed-form erasure gets wrong when it is written down naively, one test each, beside the reference's result.
+"""What closed-form erasure gets wrong when it is written down naively, one test each.
+
+They say what ours does. What others make of the same rows is theirs to test.
 
 `F32 = 1e-6` bounds what float32 rows may show after erasure: their own rounding is 6e-8 of a feature, 1e-6 is the
 cut-off below which the project calls a float32 direction rounding. `F64 = 1e-12` is the same for float64.
@@ -7,7 +9,6 @@ cut-off below which the project calls a float32 direction rounding. `F64 = 1e-12
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -16,13 +17,7 @@ from torch import Tensor
 from hf_erasure.erasers import ConceptMoments, Eraser
 from tests.erasers.data import as_values, leak, moments_of, ols_r2, rows
 
-peer = pytest.importorskip("concept_erasure", reason="the reference, concept-erasure, is not installed")
-
 F32, F64 = 1e-6, 1e-12
-
-
-def peer_eraser(x: Tensor, z: Tensor):
-    return peer.LeaceEraser.fit(x, as_values(z).to(x.dtype))
 
 
 def white(n: int, d: int, generator: torch.Generator) -> Tensor:
@@ -46,7 +41,6 @@ def test_outlier_dimensions_with_std_ratio_300_in_float32() -> None:
     assert eraser.rank == 1
     assert leak(eraser(x.double()), z, x) < F64
     assert leak(eraser(x), z, x) < F32
-    assert leak(peer_eraser(x, z)(x), z, x) > 1e-3  # its pseudo-inverse cuts off everything but the outliers
 
 
 def test_class_with_probability_one_in_a_thousand() -> None:
@@ -57,8 +51,6 @@ def test_class_with_probability_one_in_a_thousand() -> None:
     eraser = Eraser.fit(x, z)
     assert eraser.rank == 2
     assert leak(eraser(x), z, x) < F32
-    theirs = peer_eraser(x, z)(x)
-    assert leak(theirs, z, x) > 0.02  # the rare class is below its absolute cut-off of 0.01
 
     def separation(erased: Tensor) -> float:
         """Distance of the rare class's mean from the rest's, in standard deviations along their difference."""
@@ -67,11 +59,9 @@ def test_class_with_probability_one_in_a_thousand() -> None:
         return float(direction.norm() / (rest @ (direction / direction.norm())).std())
 
     assert separation(eraser(x)) < 1e-4  # rounding of 20 rows
-    assert separation(theirs) > 1.0
 
 
 def test_fewer_rows_than_features() -> None:
-    """The reference holds its guarantee here as well, but says nothing of what the fit is worth."""
     x, z = rows(50, 100, 3)
     with pytest.warns(UserWarning, match=r"rows=50 .* x_dim=100"):
         eraser = Eraser.fit(x, z)
@@ -80,24 +70,17 @@ def test_fewer_rows_than_features() -> None:
     with pytest.warns(UserWarning, match="rows=50"):
         unshrunk = Eraser.fit(x.float(), z, shrinkage=None)
     assert leak(unshrunk(x.float().double()), z, x) < F64
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        peer_eraser(x, z)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
 def test_scale_of_the_activations(scale: float) -> None:
-    """The reference turns into orthogonal projection at 1e-3; at 1e4 it does not fail."""
     x, z = rows(2000, 16, 3, dtype=torch.float32)
 
-    def drift(fit) -> float:
-        return float((fit(x, z)(x) - fit(x * scale, z)(x * scale) / scale).abs().max() / x.abs().max())
-
-    assert drift(Eraser.fit) < 1e-5  # rounding of float32 inputs, a few times 6e-8, times the condition of Σ
     scaled = x * scale
-    assert leak(Eraser.fit(scaled, z)(scaled), z, scaled) < F32
-    if scale < 1:
-        assert drift(peer_eraser) > 0.1
+    erased = Eraser.fit(scaled, z)(scaled)
+    drift = float((Eraser.fit(x, z)(x) - erased / scale).abs().max() / x.abs().max())
+    assert drift < 1e-5  # rounding of float32 inputs, a few times 6e-8, times the condition of Σ
+    assert leak(erased, z, scaled) < F32
 
 
 def test_white_data() -> None:
@@ -108,12 +91,9 @@ def test_white_data() -> None:
     assert leak(eraser(x), z, x) < F64
     # On white data the optimal map is the orthogonal projection, whatever the shrinkage.
     assert torch.allclose(eraser.matrix, Eraser.fit(x, z, "orth").matrix, atol=1e-9)
-    # Whiter than chance: the reference divides by how far from white the covariance is, here 7 % in two directions.
+    # Whiter than chance: a shrinkage that divides by the distance from white divides by almost 0.
     x[:, 0] *= 1.07**0.5
     x[:, 1] *= 0.93**0.5
-    shrunk = peer.optimal_linear_shrinkage(torch.cov(x.T, correction=0), 2000)
-    assert float(torch.linalg.eigvalsh(shrunk)[0]) < -1
-    assert leak(peer_eraser(x, z)(x), z, x) > 0.1
     assert leak(Eraser.fit(x, z)(x), z, x) < F64
 
 
@@ -123,44 +103,33 @@ def test_offset_of_a_thousand() -> None:
     eraser = Eraser.fit(x, z)
     assert leak(eraser(x.double()), z, x) < F64
     # One float32 number near 1000 is rounded by up to 3e-5; over 2000 rows that averages to about 1e-6.
-    ours, theirs = leak(eraser(x), z, x), leak(peer_eraser(x, z)(x), z, x)
-    assert ours < 5e-6 < 1e-5 < theirs
+    assert leak(eraser(x), z, x) < 5e-6
 
 
 def test_first_batch_far_from_the_mean() -> None:
     x, z = rows(4096, 8, 2)
     x[:256] += 1e4
     x = x.float()
-    ours, theirs = ConceptMoments(8, 2), peer.LeaceFitter(8, 2, dtype=torch.float32)
+    ours = ConceptMoments(8, 2)
     for part, ids in zip(x.split(256), z.split(256), strict=True):
         ours.update(part, ids)
-        theirs.update(part, as_values(ids, 2).float())
     truth = torch.cov(x.double().T, correction=0)
-
-    def error(covariance: Tensor) -> float:
-        return float((covariance - truth).abs().max() / truth.max())
-
     # What a batch adds within itself is float32, what lies between batches float64.
-    assert error(ours.covariance_x) < 1e-9
-    assert error(theirs.sigma_xx_ / 4096) > 1e-6
+    assert float((ours.covariance_x - truth).abs().max() / truth.max()) < 1e-9
     assert leak(ours.eraser()(x.double()), z, x) < F64
 
 
 def test_hundred_thousand_rows_in_bfloat16() -> None:
     x, z = rows(100_000, 8, 2)
     x = (x + 3).bfloat16()
-    ours, theirs = ConceptMoments(8, 2), peer.LeaceFitter(8, 2, dtype=torch.bfloat16)
+    ours = ConceptMoments(8, 2)
     for part, ids in zip(x.split(4096), z.split(4096), strict=True):
         ours.update(part, ids)
-        theirs.update(part, as_values(ids, 2).bfloat16())
     exact = x.double()
     truth = torch.cov(exact.T, correction=0)
     assert torch.allclose(ours.mean_x, exact.mean(0), rtol=1e-13)  # float64 sums of 8-bit numbers
     assert float((ours.covariance_x - truth).abs().max() / truth.max()) < 1e-5  # float32 products
-    assert float((theirs.mean_x.double() - exact.mean(0)).abs().max()) > 1e-2
     assert leak(ours.eraser()(exact), z, exact) < F64
-    with pytest.raises(RuntimeError):  # it keeps bfloat16 statistics, which cannot be solved at all
-        _ = theirs.eraser
 
 
 def test_padding_is_not_counted_nor_looked_at() -> None:
@@ -172,11 +141,9 @@ def test_padding_is_not_counted_nor_looked_at() -> None:
     moments = ConceptMoments(8, 2).update(padded, ids, mask=mask)
     plain = ConceptMoments(8, 2).update(x[mask.reshape(-1)], z[mask.reshape(-1)])
     assert moments.rows == int(mask.sum())
-    assert torch.equal(moments.mean_x, plain.mean_x)
+    # Float64 sums of 37 numbers near 1, which may be added in another order where they lie elsewhere in memory.
+    assert torch.allclose(moments.mean_x, plain.mean_x, rtol=0, atol=1e-13)
     assert torch.allclose(moments.covariance_x, plain.covariance_x, rtol=1e-6)
-    theirs = peer.LeaceFitter(8, 2, dtype=torch.float32)
-    theirs.update(padded.reshape(-1, 8), as_values(z, 2).float())
-    assert theirs.mean_x.isnan().all()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -189,9 +156,6 @@ def test_non_finite_rows_are_rejected_and_the_statistics_untouched(value: float)
     with pytest.raises(ValueError, match=r"2 of 40 counted rows, the first at row 7 .*feature 4"):
         moments.update(bad, z)
     assert unchanged(moments, before)
-    theirs = peer.LeaceFitter(6, 2, dtype=torch.float64).update(x, as_values(z))
-    theirs.update(bad, as_values(z))
-    assert not bool(theirs.sigma_xx_.isfinite().all())
 
 
 def test_non_finite_concept_values_are_rejected_and_the_statistics_untouched() -> None:
@@ -213,7 +177,6 @@ def test_one_class() -> None:
         moments.eraser()
     with pytest.raises(ValueError, match="does not vary"):
         ConceptMoments(6, 2).update(x, as_values(z, 2)).eraser()
-    assert peer.LeaceEraser.fit(x, as_values(z, 2)).proj_left.shape == (6, 2)  # accepted without a word
 
 
 def test_constant_activations() -> None:
@@ -221,11 +184,10 @@ def test_constant_activations() -> None:
     x = torch.full((40, 6), 0.1)
     with pytest.raises(ValueError, match=r"x is constant over all 40 rows"):
         moments_of(x, z).eraser()
-    assert peer_eraser(x, z).proj_left.shape == (6, 2)  # accepted without a word
 
 
 def test_constant_features_are_neither_read_nor_moved() -> None:
-    """The reference copes with these in float64: the trap is the division by a variance of 0."""
+    """The trap is the division by a variance of 0."""
     x, z = rows(400, 6, 2)
     x[:, 2], x[:, 4] = 0.1, 0.0
     eraser = Eraser.fit(x, z)
@@ -234,12 +196,11 @@ def test_constant_features_are_neither_read_nor_moved() -> None:
 
 
 def test_features_whose_squares_underflow_are_erased() -> None:
-    """Trained norms switch features off by weights like 1e-33. The reference, in float32, sees no variance there."""
+    """Trained norms switch features off by weights like 1e-33, whose squares are 0 in float32."""
     x, z = rows(2000, 16, 2, dtype=torch.float32)
     x[:, 3] *= 1e-33
     eraser = Eraser.fit(x, z)
     assert leak(eraser(x.double()), z, x) < F64
-    assert leak(peer_eraser(x, z)(x).double(), z, x) > F32
 
 
 def test_wrong_width() -> None:
@@ -248,8 +209,6 @@ def test_wrong_width() -> None:
     with pytest.raises(ValueError, match=r"x has shape \(6, 4\).*x_dim=8"):
         moments.update(x, torch.tensor([0, 1, 0, 1, 0, 1]))
     assert moments.rows == 0
-    # The reference reads six rows of 4 as three rows of 8.
-    assert int(peer.LeaceFitter(8, 2, dtype=torch.float32).update(x, torch.eye(2)[[0, 1, 0]]).n) == 3
 
 
 def test_empty_batch() -> None:
@@ -259,10 +218,6 @@ def test_empty_batch() -> None:
     with pytest.raises(ValueError, match=r"x has shape \(0, 6\).*empty"):
         moments.update(torch.empty(0, 6), torch.empty(0, dtype=torch.long))
     assert unchanged(moments, before)
-    theirs = peer.LeaceFitter(6, 2)
-    with pytest.raises(RuntimeError):
-        theirs.update(torch.empty(0, 6), torch.empty(0, 2))
-    assert theirs.mean_x.isnan().all()  # it raises too, but only after it has divided by no rows
 
 
 def test_eraser_is_unchanged_by_later_updates() -> None:
@@ -272,36 +227,25 @@ def test_eraser_is_unchanged_by_later_updates() -> None:
     kept = [t.clone() for t in (eraser.left, eraser.right, eraser.bias)]
     moments.update(x + 5, z)
     assert all(torch.equal(a, b) for a, b in zip(kept, (eraser.left, eraser.right, eraser.bias), strict=True))
-    theirs = peer.LeaceFitter(6, 2, dtype=torch.float64).update(x, as_values(z))
-    fitted = theirs.eraser
-    bias = fitted.bias.clone()
-    theirs.update(x + 5, as_values(z))
-    assert not torch.equal(fitted.bias, bias)
 
 
-def test_class_ids_are_no_ordinal_column() -> None:
+def test_class_ids_are_not_an_ordinal_column() -> None:
     x, z = rows(3000, 16, 4)
     eraser = Eraser.fit(x, z)
     assert eraser.rank == 3
     assert leak(eraser(x), z, x) < F64
-    theirs = peer.LeaceEraser.fit(x, z)
-    assert theirs.proj_left.shape == (16, 1)
-    assert leak(theirs(x), z, x) > 0.1
 
 
 def test_float32_rows_leave_nothing_for_float64_least_squares() -> None:
     x, z = rows(4000, 32, 2, dtype=torch.float32)
     assert ols_r2(Eraser.fit(x, z)(x.double()), z, 1e-12) < F64
-    assert ols_r2(peer_eraser(x, z)(x), z, 1e-12) > 0.5
 
 
 def test_rows_beyond_the_range_of_float32_squares() -> None:
-    """Squares of 1e25 overflow float32, those of 1e-25 vanish in it. The reference poisons or loses its statistics."""
+    """Squares of 1e25 overflow float32, those of 1e-25 vanish in it."""
     x, z = rows(500, 8, 2, dtype=torch.float32)
     for scale in (1e25, 1e-25):
         scaled = x * scale
         eraser = Eraser.fit(scaled, z)
         assert eraser.rank == 1
         assert leak(eraser(scaled.double()), z, scaled) < F64
-    theirs = peer.LeaceFitter(8, 2, dtype=torch.float32)
-    assert not bool(theirs.update(x * 1e25, as_values(z).float()).sigma_xx_.isfinite().all())
