@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)-oldest
+NEWEST := $(VENV)-newest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
@@ -19,7 +20,7 @@ HF_ERASURE_TEST_ASSETS ?= ../shared/assets
 override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
 export HF_ERASURE_TEST_ASSETS
 
-.PHONY: help demo test test-oldest matrix docs docs-tables notebooks release-check lint format bench clean
+.PHONY: help demo test test-oldest test-newest test-processors matrix docs docs-tables notebooks release-check lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \t\2/p' Makefile
@@ -46,6 +47,16 @@ $(OLDEST)/.torch: constraints-oldest.txt
 $(OLDEST)/.test: $(OLDEST)/.torch pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[oldest]'
 	touch $@
+
+# Always anew: what is newest changes. Only torch is pinned, so that pip takes the build that is there already.
+$(NEWEST)/.test: constraints.txt pyproject.toml FORCE
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,oldest]'
+	touch $@
+
+FORCE:
 
 # Only what builds: the check makes an environment of its own.
 $(VENV)/.release: constraints.txt
@@ -76,6 +87,20 @@ test-oldest: $(OLDEST)/.test  ## run the tests of adapters with the oldest relea
 		--deselect tests/adapters/test_targets.py::test_layers_to_transform_and_exclude_modules \
 		--deselect tests/adapters/test_oracle.py::test_verbs_do_what_they_do_for_lora \
 		--deselect tests/adapters/test_saving.py::test_a_process_that_is_not_the_main_one_writes_nothing
+
+test-newest: $(NEWEST)/.test  ## run the tests of adapters and README with the newest releases that pyproject.toml allows
+	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE '^(torch|transformers|peft|accelerate|datasets|huggingface_hub) '
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -p no:cacheprovider \
+		$(PYTEST_ARGS) tests/adapters tests/lifecycle tests/docs/test_pages.py
+
+# What a processor adds in which order shows in the last bits. PROCESSOR_TESTS narrows it.
+PROCESSOR_TESTS ?= tests/erasers tests/gradiend tests/adapters
+test-processors: $(VENV)/.test  ## run the tests of the mathematics and of adapters as on other processors
+	for capability in default avx2; do for threads in 1 2; do \
+		echo "ATEN_CPU_CAPABILITY=$$capability, threads: $$threads"; \
+		HF_HUB_OFFLINE=1 ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q \
+			-n $(PYTEST_WORKERS) --dist loadfile -p no:cacheprovider $(PYTEST_ARGS) $(PROCESSOR_TESTS); \
+	done; done
 
 matrix: $(VENV)/.test  ## run the ecosystem tests and write the tables of docs/compatibility.md
 	rm -f out/matrix.jsonl
@@ -112,5 +137,5 @@ bench: $(VENV)/.bench  ## time the erasers against concept-erasure and the floor
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/erasers.py $(BENCH_ARGS)
 
 clean:  ## remove the environment, the caches and what the recipes wrote
-	rm -rf $(VENV) $(OLDEST) out build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) out build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

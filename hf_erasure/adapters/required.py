@@ -1,17 +1,21 @@
 """What this package relies on in PEFT, transformers and accelerate beyond their documented surface, checked at import.
 
 All of it is used in this folder. A release that lacks one of these would fail later, in the middle of a user's call, or
-not at all and give wrong results; so the import fails, and says what is missing where.
+not at all and give wrong results; so the import fails, and says what is missing where. A release of transformers that
+demands a newer PEFT than the installed one still imports, and then fails in every `add_adapter`: the import warns of it.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers.integrations import peft as integration
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,24 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
             )
 
 
+def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
+    """Warn where the installed transformers demands a newer PEFT than the installed one.
+
+    Args:
+        demanded: The oldest PEFT that transformers accepts; None when it does not say.
+    """
+    if demanded is None or Version(_installed("peft")) >= Version(demanded):
+        return
+    transformers = _installed("transformers")
+    warnings.warn(
+        f"transformers {transformers} demands peft>={demanded}, and peft {_installed('peft')} is installed: "
+        "model.add_adapter and model.load_adapter will raise for every adapter, LoRA's too. Install releases that go "
+        f"together: pip install 'peft>={demanded}', or, while that is not released, pip install "
+        f"'transformers<{transformers}'.",
+        stacklevel=2,
+    )
+
+
 def _installed(package: str) -> str:
     try:
         return version(package)
@@ -132,3 +154,4 @@ def _supported(package: str) -> str:
 
 
 check_internals()
+check_pair()

@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from peft.utils.peft_types import PeftType
 import hf_erasure
 from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters import ConceptErasureModel, registration, seams
-from hf_erasure.adapters.required import INTERNALS, check_internals
+from hf_erasure.adapters.required import INTERNALS, check_internals, check_pair
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.small_models import LABELS, outputs_of, same, small_batch
 
@@ -190,3 +191,15 @@ def test_every_internal_is_there_and_named_once():
     check_internals()
     names = [(internal.module, internal.name) for internal in INTERNALS]
     assert len(set(names)) == len(names)
+
+
+def test_a_transformers_that_demands_a_newer_peft_is_named_at_import():
+    with pytest.warns(
+        UserWarning, match=r"demands peft>=99\.0, and peft .* pip install 'peft>=99\.0', or.*'transformers<"
+    ):
+        check_pair("99.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_pair("0.1")
+        check_pair(None)  # a release that says nothing
+        check_pair()  # the pair that is installed
