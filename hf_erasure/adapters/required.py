@@ -2,7 +2,7 @@
 
 All of it is used in this folder. A release that lacks one of these would fail later, in the middle of a user's call, or
 not at all and give wrong results; so the import fails, and says what is missing where. A release of transformers that
-demands a newer PEFT than the installed one still imports, and then fails in every `add_adapter`: the import warns of it.
+demands a newer PEFT than the installed one still imports, and fails in every `add_adapter`: the import warns of it.
 """
 
 from __future__ import annotations
