@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
@@ -77,6 +78,25 @@ class ChildConfig(PeftConfig):
             if self.provenance.get(key) is not None and not fits(self.provenance[key], kind):
                 raise TypeError(f"provenance[{key!r}]={short(self.provenance[key])} is not what fitting writes there.")
 
+    def copied(self, more_to_save: Iterable[str] = ()) -> ChildConfig:
+        """A copy with a list `modules_to_save` of its own, which names `more_to_save` too."""
+        config = copy.copy(self)
+        names = [*(self.modules_to_save or ()), *more_to_save]
+        config.modules_to_save = list(dict.fromkeys(names)) or self.modules_to_save
+        return config
+
+    def take_fitted(self, saved: ChildConfig) -> None:
+        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
+
+        Raises:
+            ValueError: If the two do not go together.
+        """
+        if saved.fitted and not self.fitted:
+            for known in fields(self):
+                if known.metadata.get("help") == "Written by fitting.":
+                    setattr(self, known.name, getattr(saved, known.name))
+            self.__post_init__()
+
     def _as_sets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -87,11 +107,13 @@ class ChildConfig(PeftConfig):
         target: Any = getattr(self, "target_modules", None)
         layers: Any = getattr(self, "layers_to_transform", None)
         pattern: Any = getattr(self, "layers_pattern", None)
-        is_expression = isinstance(target, str) and target != "all-linear"
-        if is_expression and (layers is not None or pattern is not None):
+        if isinstance(target, str) and (layers is not None or pattern is not None):
+            remedy = "write the layers into the expression"
+            if target.lower() == "all-linear":
+                remedy = "name the linear layers, as in target_modules=['q_proj', 'v_proj']"
             raise ValueError(
-                "layers_to_transform and layers_pattern go with a list of target_modules or None, not with the "
-                f"regular expression {target!r}: write the layers into the expression."
+                "layers_to_transform and layers_pattern go with a list of target_modules or None, not with "
+                f"target_modules={target!r}, which they would not narrow: {remedy}."
             )
         if pattern and layers is None:
             raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")

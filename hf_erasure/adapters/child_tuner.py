@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -54,7 +53,8 @@ class ChildTuner(BaseTuner):
             ValueError: If the name, the targets or the base model do not fit the adapter.
         """
         # A configuration of its own: fitting writes into it, and the caller may use one for several models.
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = config.copied()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             _check_name(adapter_name, model)

@@ -85,6 +85,16 @@ class ConceptErasureConfig(ChildConfig):
             )
         self._check_sites()
 
+    def take_fitted(self, saved: Any) -> None:
+        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
+
+        Raises:
+            ValueError: If that one erases at the other side of its modules.
+        """
+        super().take_fitted(saved)
+        if saved.fitted and saved.site != self.site:
+            raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, and not for {self.site!r}.")
+
     def _check_sites(self) -> None:
         for name, size in (self.fitted_sites or {}).items():
             width, rank = size.get("width", -1), size.get("rank", -1)

@@ -96,6 +96,19 @@ class GradiendConfig(ChildConfig):
         if self.pair is not None and self.pairs:
             self.pair_index(self.pair)
 
+    def take_fitted(self, saved: Any) -> None:
+        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
+
+        A strength that was not chosen here (`learning_rate=0`) is taken over with it.
+
+        Raises:
+            ValueError: If the classes are other ones.
+        """
+        if saved.fitted and not self.fitted and self.learning_rate == 0:
+            self.learning_rate, self.pair = saved.learning_rate, self.pair or saved.pair
+            self.feature_factor = saved.feature_factor if self.feature_factor == 1 else self.feature_factor
+        super().take_fitted(saved)
+
     def _check_classes(self) -> None:
         classes = self.classes
         if classes is not None and (isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes)):

@@ -360,7 +360,7 @@ def _keep_own_tensors(file: Path, config: ChildConfig) -> None:
 
     def is_own(name: str) -> bool:
         plain = name.removeprefix(PREFIX)
-        return is_saved(plain, config) or (marker in name if expected is None else plain in expected)
+        return is_saved(plain, config.modules_to_save) or (marker in name if expected is None else plain in expected)
 
     with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())

@@ -14,7 +14,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    PeftModelForQuestionAnswering,
+    PeftModelForTokenClassification,
+    peft_model,
+)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -37,10 +45,15 @@ from .child_tuner import (
     remove_empty_layers,
 )
 from .saving import finish, save_model, save_peft_model
-from .untrusted import Source, looked_at
+from .untrusted import Source, looked_at, with_what_was_fitted
 from .wrapping import wrap
 
 _MARK = "hf_erasure.adapters"
+# The heads that PEFT adds to modules_to_save after it has attached an adapter, which is too late to keep it off them.
+_LATE_HEADS: dict[type[PeftModel], tuple[str, ...]] = {
+    PeftModelForTokenClassification: ("classifier", "score"),
+    PeftModelForQuestionAnswering: ("qa_outputs",),
+}
 
 
 class _Before:
@@ -91,6 +104,9 @@ def install() -> None:
     wrap(PeftAdapterMixin, "add_adapter", _add_adapter, _MARK)
     wrap(PeftAdapterMixin, "load_adapter", _load_adapter, _MARK)
     wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter, _MARK)
+    for kind in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        wrap(kind, "__init__", _peft_init, _MARK)
+    wrap(peft_model, "set_peft_model_state_dict", _set_peft_model_state_dict, _MARK)
     wrap(PeftModel, "load_adapter", _peft_load_adapter, _MARK)
     wrap(PeftModel, "from_pretrained", _peft_from_pretrained, _MARK)
     wrap(PeftModel, "save_pretrained", save_peft_model, _MARK)
@@ -124,10 +140,12 @@ def _load_adapter(
 ) -> Any:
     before = _Before(model)
     name = adapter_name or "default"
-    given = inspect.signature(original).bind(peft_model_id, adapter_name, *args, **kwargs).arguments
+    call = inspect.signature(original).bind(peft_model_id, adapter_name, *args, **kwargs)
+    given, config = call.arguments, call.arguments.get("peft_config")
     try:
-        with _looked_at(model, given) as place, device_map_of_offloaded(model):
-            result = original(place, adapter_name, *args, **kwargs)
+        with _looked_at(model, given) as given["peft_model_id"], device_map_of_offloaded(model):
+            result = original(*call.args, **call.kwargs)
+        _keep_given(model, name, config)
         _check_loaded(model, name)
         _check_copies(model, name)
     except BaseException as error:
@@ -148,6 +166,8 @@ def _looked_at(model: nn.Module, given: dict[str, Any]) -> AbstractContextManage
     options = (getattr(load_config, "download_kwargs", None), more.get("download_kwargs"), given.get("adapter_kwargs"))
     source = Source.of(place, *options, more, given)
     finish(source.folder)
+    if isinstance(given.get("peft_config"), ChildConfig):
+        given["peft_config"] = with_what_was_fitted(given["peft_config"], source)
     pickled = more.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
     return looked_at(model, source, given.get("peft_config"), pickled=pickled)
 
@@ -155,6 +175,38 @@ def _looked_at(model: nn.Module, given: dict[str, Any]) -> AbstractContextManage
 def _delete_adapter(original: Callable, model: Any, adapter_names: list[str] | str) -> None:
     original(adapter_names)
     remove_empty_layers(model)
+
+
+def _peft_init(
+    original: Callable,
+    wrapped: PeftModel,
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    **kwargs: Any,
+) -> None:
+    """What the class of a task adds to the configuration goes into a copy, as the adapter itself has one."""
+    if not isinstance(peft_config, ChildConfig):
+        original(model, peft_config, adapter_name, **kwargs)
+        return
+    before = _Before(model)
+    try:
+        original(model, peft_config.copied(_LATE_HEADS.get(type(wrapped), ())), adapter_name, **kwargs)
+    except BaseException:
+        before.restore(adapter_name)
+        raise
+
+
+def _set_peft_model_state_dict(
+    original: Callable, model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> Any:
+    """An adapter saved without a head, and loaded by a class of PEFT that wants one, is used with the model's own."""
+    if isinstance(model.peft_config.get(adapter_name), ChildConfig):
+        for name, module in model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                for key, value in module.original_module.state_dict().items():
+                    tensors.setdefault(f"{name}.{key}", value)
+    return original(model, tensors, adapter_name, *args, **kwargs)
 
 
 def _peft_load_adapter(
@@ -186,13 +238,25 @@ def _peft_from_pretrained(original: Callable, cls: type, model: nn.Module, *args
     try:
         source, config = Source.of(given["model_id"], kwargs), given.get("config")
         finish(source.folder)
-        with looked_at(model, source, config) as place, _staying_in_place(model, place, config, kwargs):
+        if isinstance(config, ChildConfig):
+            given["config"] = with_what_was_fitted(config, source)
+        wanted = given.get("config")
+        with looked_at(model, source, wanted) as place, _staying_in_place(model, place, wanted, kwargs):
             given["model_id"] = place
-            return original(*call.args, **call.kwargs)
+            result = original(*call.args, **call.kwargs)
+        _keep_given(result, given.get("adapter_name", "default"), config)
+        return result
     except BaseException:
         for name in {n for child in adapter_children(model) for n in child.adapters} - before.ours:
             before.restore(name)
         raise
+
+
+def _keep_given(model: Any, name: str, config: PeftConfig | None) -> None:
+    """The configuration that a caller gave for loading is the adapter's own afterwards, as in PEFT."""
+    if isinstance(config, ChildConfig):
+        config.__dict__.update(model.peft_config[name].__dict__)
+        model.peft_config[name] = config
 
 
 def _staying_in_place(

@@ -13,7 +13,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -129,8 +129,14 @@ def looked_at(
             yield source.name  # PEFT says better what went wrong
         return
     seen = _stamps(file)
-    if config is None and file is not None:
-        config = _config_of(file, source)
+    stated = config if file is None else _config_of(file, source)
+    if config is None:
+        config = stated
+    if isinstance(stated, ChildConfig) and type(config) is not type(stated):
+        raise ValueError(
+            f"{str(source.folder)!r} holds the {stated.described}, and the configuration that is given is a "
+            f"{type(config).__name__}: leave it out, or give one of the same kind."
+        )
     if not isinstance(config, ChildConfig):
         with _not_seen(None if isinstance(config, PeftConfig) else f"there is no {CONFIG}"):
             yield source.name
@@ -141,12 +147,27 @@ def looked_at(
     source = source.pinned(weights)
     seen += _stamps(weights)
     try:
-        check_tensors(weights, config, model)
+        check_tensors(weights, config, model, getattr(stated, "modules_to_save", None))
         yield source.name
     except Exception as error:
         _check_unchanged(source, _stamps(file, weights) == seen, error)
         raise
     _check_unchanged(source, _stamps(file, weights) == seen)
+
+
+def with_what_was_fitted(config: ChildConfig, source: Source) -> ChildConfig:
+    """A copy of a configuration that is given in the place of a saved one, with what fitting wrote into the saved one.
+
+    So the configuration that an adapter was made with will do, and what differs in it from the saved one counts.
+
+    Raises:
+        ValueError: If the two do not go together.
+    """
+    config, file = config.copied(), source.file(CONFIG)
+    saved = None if file is None else _config_of(file, source)
+    if isinstance(saved, ChildConfig) and type(saved) is type(config):
+        config.take_fitted(saved)
+    return config
 
 
 def refuse_unseen() -> None:
@@ -223,8 +244,15 @@ def _weights_of(source: Source) -> Path:
     return weights
 
 
-def check_tensors(file: Path, config: ChildConfig, model: nn.Module) -> None:
+def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
     """Compare the names, types and shapes in a file with what its configuration says.
+
+    Args:
+        file: The tensors.
+        config: The configuration.
+        model: What the adapter is loaded into.
+        saved: The `modules_to_save` that must be there. PEFT's class of a task adds the head to those of `config`, and
+            where an adapter was saved without one, the model's own stays.
 
     Raises:
         ValueError: Names the first tensor that is missing, too many, or of another type or shape.
@@ -233,7 +261,7 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module) -> None:
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
-    _check_saved(found.keys() - own.keys(), found, config, model, where)
+    _check_saved(found.keys() - own.keys(), found, config, model, saved, where)
     if not config.fitted:
         filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
         if filled is not None:
@@ -309,11 +337,17 @@ def _refuse_holes(file: Path, size: int) -> None:
 
 
 def _check_saved(
-    names: Any, found: dict[str, tuple[str, tuple[int, ...]]], config: ChildConfig, model: nn.Module, where: str
+    names: Any,
+    found: dict[str, tuple[str, tuple[int, ...]]],
+    config: ChildConfig,
+    model: nn.Module,
+    saved: list[str] | None,
+    where: str,
 ) -> None:
-    """Of tensors that are none of the adapter, only those of `modules_to_save` may come, and must."""
+    """Of tensors that are none of the adapter, only those of `modules_to_save` may come, and those of `saved` must."""
     wanted = _saved_tensors(model, config)
-    extra, missing = sorted(names - wanted.keys()), sorted(wanted.keys() - names)
+    required = {name for name in wanted if is_saved(name, saved)}
+    extra, missing = sorted(names - wanted.keys()), sorted(required - names)
     if extra:
         raise ValueError(
             f"{extra[0]!r} and {len(extra) - 1} other tensors {where} are none of the {config.described}, nor of its "
@@ -325,16 +359,16 @@ def _check_saved(
             f"are missing {where}. Load the complete folder."
         )
     for name, shape in wanted.items():
-        if found[name][1] != shape:
+        if name in found and found[name][1] != shape:
             raise ValueError(
                 f"{name!r} {where} has shape {list(found[name][1])}; in this model it has {list(shape)}. Load the "
                 "adapter into the model it was fitted on."
             )
 
 
-def is_saved(name: str, config: ChildConfig) -> bool:
+def is_saved(name: str, modules_to_save: Iterable[str] | None) -> bool:
     """Whether a module is one of `modules_to_save`, which PEFT knows by the ends of their names, or inside of one."""
-    ends, parts = tuple(config.modules_to_save or ()), name.split(".")
+    ends, parts = tuple(modules_to_save or ()), name.split(".")
     return any(".".join(parts[: depth + 1]).endswith(ends) for depth in range(len(parts)))
 
 
@@ -351,7 +385,7 @@ def _saved_tensors(model: nn.Module, config: ChildConfig) -> dict[str, tuple[int
         if "modules_to_save" in parts:
             continue
         plain = ".".join(part for part in parts if part not in ("original_module", "base_layer"))
-        if is_saved(plain, config):
+        if is_saved(plain, config.modules_to_save):
             tensors = module.state_dict(keep_vars=True)
             own = {*module._parameters, *module._buffers} & tensors.keys()
             shapes |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in own}

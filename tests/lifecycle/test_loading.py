@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 
+from hf_erasure.adapters import steer
 from tests.lifecycle.verbs import KINDS, MODELS, OF, OURS, TABLE, as_base, base, children, outputs
 from tests.small_models import ARCHITECTURES, same
 
@@ -100,3 +101,41 @@ def test_loaded_in_little_memory_the_tensors_are_the_adapters_own(kind: str, tmp
     copied = again.state_dict()
     assert all(value.isfinite().all() for key, value in copied.items() if value.is_floating_point())
     assert torch.equal(next(iter(copied.values())), next(iter(model.state_dict().values())))
+
+
+@pytest.mark.parametrize("road", ["PeftModel.from_pretrained", "load_adapter"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_configuration_that_is_given_becomes_the_adapters_own(kind: str, road: str, tmp_path):
+    """In the place of the saved one, also the one that the adapter was made with, which no fit has written into."""
+    config = OF[kind].config(task_type="CAUSAL_LM")
+    made = peft.get_peft_model(base("llama"), config).eval()
+    OF[kind].fit(made, "llama", "default", 0)
+    made.save_pretrained(tmp_path)
+    if road == "load_adapter":
+        model = base("llama")
+        model.load_adapter(str(tmp_path), peft_config=config)
+        assert kind == "LoRA" or model.peft_config["default"] is config
+    else:
+        model = peft.PeftModel.from_pretrained(base("llama"), str(tmp_path), config=config)
+        assert model.peft_config["default"] is config and config.inference_mode
+    assert same(outputs(model, "llama"), outputs(made, "llama"))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_what_a_given_configuration_says_counts(kind: str, tmp_path):
+    made = OF[kind].wrapped("llama", "default")
+    made.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(str(tmp_path))
+    config.sticky = True
+    if kind == "GRADIEND":
+        config.feature_factor = -1.0
+        steer(made, "default", feature_factor=-1.0)
+    model = peft.PeftModel.from_pretrained(base("llama"), str(tmp_path), config=config)
+    assert same(outputs(model, "llama"), outputs(made, "llama"))
+    model.add_adapter("other", OF[kind].config())
+    model.set_adapter("other")
+    assert same(outputs(model, "llama"), outputs(made, "llama"))
+    wrong = peft.LoraConfig() if kind == "GRADIEND" else OF[kind].config(site="input")
+    with pytest.raises(ValueError, match=r"holds the GRADIEND of .* LoraConfig|fitted with site='output'"):
+        peft.PeftModel.from_pretrained(base("llama"), str(tmp_path), config=wrong)
+    assert not getattr(wrong, "fitted", False)

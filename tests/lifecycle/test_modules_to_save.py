@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.lifecycle.verbs import KINDS, OF, OURS, TABLE, as_base, base, children, outputs
-from tests.small_models import distance, outputs_of, roughen, same, small_batch, small_model
+from tests.small_models import distance, same, small_model
 
 FIELDS = {"modules_to_save": ["pooler.dense"], "exclude_modules": ["pooler.dense"]}
 COPIES = ["pooler.dense.modules_to_save.a.bias", "pooler.dense.modules_to_save.a.weight"]
@@ -88,25 +88,6 @@ def test_merged_for_good_with_the_trained_copy(kind: str):
     assert type(merged.pooler.dense) is nn.Linear and not children(merged)
     assert distance(outputs(merged, "bert"), expected) < 1e-5  # as in tests/adapters/lifecycle.py
     assert merged.state_dict().keys() == small_model("bert").state_dict().keys()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_classifier_is_saved_without_being_named(kind: str, tmp_path):
-    """What PEFT does for task_type="SEQ_CLS"."""
-    config = hf.BertConfig(**{**small_model("bert").config.to_dict(), "num_labels": 3})
-    plain = roughen(hf.BertForSequenceClassification(config), torch.Generator().manual_seed(0)).eval()
-    batch = small_batch("bert", seed=7)
-    plain.save_pretrained(tmp_path / "base")
-    fields = {"task_type": "SEQ_CLS", "target_modules": ["query"]}
-    model = peft.get_peft_model(plain, OF[kind].config(**fields), "a")
-    assert trainable(model) == [f"base_model.model.classifier.modules_to_save.a.{n}" for n in ("bias", "weight")]
-    OF[kind].fit(model, "bert", "a", 0)
-    train(model)
-    expected = outputs_of(model.eval(), batch)
-    model.save_pretrained(tmp_path / "adapter")
-    again = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    again = peft.PeftModel.from_pretrained(again, str(tmp_path / "adapter" / "a"))
-    assert same(outputs_of(again, batch), expected)
 
 
 @pytest.mark.parametrize("kind", OURS)

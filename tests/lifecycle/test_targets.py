@@ -70,6 +70,14 @@ def test_defaults_are_narrowed_too(architecture: str, kind: str):
     assert without == [path for path in everywhere if path != in_second[0]]
 
 
+@pytest.mark.parametrize("layers", [{"layers_to_transform": [0]}, {"layers_pattern": "layers"}], ids=str)
+@pytest.mark.parametrize("target", ["all-linear", "All-Linear", r".*query"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_an_expression_or_of_all_linear_are_refused(kind: str, target: str, layers: dict[str, object]):
+    with pytest.raises(ValueError, match=r"layers_to_transform|layers_pattern"):
+        OF[kind].config(target_modules=target, **layers)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
