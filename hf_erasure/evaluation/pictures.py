@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_erasure.fitting.concepts import FEMALE, MALE
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
 from hf_erasure.fitting.gradiend.forwards import SlotReader
 from hf_erasure.fitting.gradiend.neutral import neutral_batches
@@ -27,7 +28,6 @@ from .states import FINAL
 _NEURON_TEXTS = 40
 _POINTS = 120
 _PRONOUNS = {"female": "she", "male": "he"}
-_FEMALE, _MALE = {"female", "f", "she", "woman", "women", "feminine"}, {"male", "m", "he", "man", "men", "masculine"}
 _PREFIX = "The {} said that "
 
 
@@ -154,8 +154,8 @@ def _words(adapter: Adapter, classes: list[str]) -> dict[str, list[str]]:
     found = {}
     for name in classes:
         key = name.lower()
-        if key in _FEMALE | _MALE:
-            found[name] = ["she", "herself"] if key in _FEMALE else ["he", "himself"]
+        if key in FEMALE | MALE:
+            found[name] = ["she", "herself"] if key in FEMALE else ["he", "himself"]
     if len(found) < len(classes) or len({tuple(words) for words in found.values()}) < 2:
         raise ValueError(f"no words are known for its classes {classes}; with a recipe beside the adapter they are")
     return found

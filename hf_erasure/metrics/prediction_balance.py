@@ -35,8 +35,8 @@ def score(
         probabilities: `(texts, classes)` Of the words of each class at the slot; they need not sum to 1.
         classes: Names of the columns.
         lms: Language-modelling score between 0 and 1, taken as known.
-        goals: Which to compute; by default all that these classes have: `balance`, every class, and for two classes
-            `bpi`, `fpi`, `mpi` where they are defined.
+        goals: Which to compute; by default all that these classes have: `balance`, every class, `bpi` for two classes,
+            `fpi` and `mpi` for the two classes female and male.
         confidence: Of the intervals.
         resamples: Of the bootstrap over texts.
         seed: Of the resamples.

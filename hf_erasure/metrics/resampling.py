@@ -80,7 +80,7 @@ def bootstrap(
             than half of the resamples.
     """
     whole("resamples", resamples, 2)
-    ends = tails(confidence)
+    tails(confidence)
     if strata is not None and clusters is not None:
         raise ValueError("Both strata and clusters are given: draw by one of them.")
     generator = np.random.default_rng(seed)
@@ -89,9 +89,23 @@ def bootstrap(
     for index in islice(draws, resamples):
         for name, value in statistic(index).items():
             found.setdefault(name, []).append(float(value))
+    return percentiles({name: np.array(values) for name, values in found.items()}, confidence)
+
+
+def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> Intervals:
+    """Percentile intervals of figures whose resamples are there already.
+
+    Args:
+        resampled: Figure → `(resamples,)` its values; NaN where it has none.
+        confidence: Share of the resamples within the interval.
+
+    Raises:
+        ValueError: If the confidence is no share, or a figure is undefined in more than half of the resamples.
+    """
+    ends = tails(confidence)
     bounds, undefined = {}, {}
-    for name, values in found.items():
-        defined = np.array(values)[np.isfinite(values)]
+    for name, values in resampled.items():
+        defined = values[np.isfinite(values)]
         if missing := len(values) - len(defined):
             undefined[name] = missing
         if 2 * len(defined) < len(values):
@@ -189,6 +203,16 @@ def shuffled(
         for part in members:
             index[part] = generator.permutation(part)
         null[draw] = statistic(index)
+    return among(observed, null)
+
+
+def among(observed: float, null: Floats) -> Permutation:
+    """Test whether a statistic is greater than those of random permutations.
+
+    Args:
+        observed: The statistic.
+        null: `(permutations,)` Its values after each permutation.
+    """
     return _judged(observed, null, False, abs(observed))
 
 

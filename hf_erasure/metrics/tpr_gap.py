@@ -47,31 +47,29 @@ def score(
     Raises:
         ValueError: If there are not two groups, no class has rows of both, or the input is malformed.
     """
+    resampling.tails(confidence)
+    draws, shuffles = checks.whole("resamples", resamples, 2), checks.whole("permutations", permutations)
     rows = _rows(predictions, references, groups, positive)
-    count = len(rows.hits)
-    gaps, shares = _gaps(rows.hits, rows.sides, rows.y), np.bincount(rows.y, rows.sides) / np.bincount(rows.y)
-    correlation = _correlation(gaps, shares)
+    sizes, hits = rows.counted()
+    gaps, shares = _gaps(hits, sizes), sizes[0] / sizes.sum(0)
+    rms, correlation = float(_rms(gaps)), float(_correlation(gaps, shares))
 
-    def figures(index: checks.Ints) -> dict[str, float]:
-        drawn = _gaps(rows.hits[index], rows.sides[index], rows.y[index])
-        related = {} if np.isnan(correlation) else {"correlation": _correlation(drawn, shares)}
-        each = {f"gaps.{name}": gap for name, gap in zip(rows.names, drawn, strict=True)}
-        return {"rms": _rms(drawn), **related, **each}
-
-    test = resampling.shuffled(
-        lambda index: _rms(_gaps(rows.hits, rows.sides[index], rows.y)), count, strata=rows.y.tolist(),
-        permutations=permutations, seed=seed,
-    )  # fmt: skip
-    strata = list(zip(rows.y.tolist(), rows.sides.tolist(), strict=True))
-    intervals = resampling.bootstrap(
-        figures, count, strata=strata, resamples=resamples, confidence=confidence, seed=seed
-    )
+    # Rows that are drawn again within class and group hit as often as a binomial variable says.
+    drawn = _gaps(np.random.default_rng(seed).binomial(sizes, hits / sizes, (draws, *sizes.shape)), sizes)
+    resampled = {"rms": _rms(drawn), **{f"gaps.{name}": drawn[:, i] for i, name in enumerate(rows.names)}}
+    if not np.isnan(correlation):
+        resampled["correlation"] = _correlation(drawn, shares)
+    intervals = resampling.percentiles(resampled, confidence)
+    # Groups that are shuffled within a class share its hits as a hypergeometric variable says.
+    both = hits.sum(0)
+    one = np.random.default_rng(seed).hypergeometric(both, sizes.sum(0) - both, sizes[0], (shuffles, len(both)))
+    test = resampling.among(rms, _rms(_gaps(np.stack([one, both - one], 1), sizes)))
     return {
-        "rms": _rms(gaps), "correlation": None if np.isnan(correlation) else correlation,
+        "rms": rms, "correlation": None if np.isnan(correlation) else correlation,
         "gaps": dict(zip(rows.names, gaps.tolist(), strict=True)),
         "shares": dict(zip(rows.names, shares.tolist(), strict=True)), "accuracy": float(rows.hits.mean()),
         "left_out": dict.fromkeys(rows.lacking, "has rows of one group only"),
-        "coverage": rows.coverage, "rows": count, **test.as_dict(), **intervals.as_dict(),
+        "coverage": rows.coverage, "rows": len(rows.hits), **test.as_dict(), **intervals.as_dict(),
     }  # fmt: skip
 
 
@@ -93,6 +91,12 @@ class _Rows(NamedTuple):
     names: list[str]
     lacking: list[str]
     coverage: float
+
+    def counted(self) -> tuple[checks.Ints, checks.Ints]:
+        """`(2, classes)` each: rows of the positive group and of the other by class, and how many of them are right."""
+        sides = np.stack([self.sides, 1 - self.sides])
+        sizes, hits = (np.stack([np.bincount(self.y, side * own) for side in sides]) for own in (1, self.hits))
+        return sizes.astype(np.int64), hits.astype(np.int64)
 
 
 def _rows(predictions: Any, references: Any, groups: Any, positive: Any) -> _Rows:
@@ -121,21 +125,23 @@ def _sides(groups: list[Any], positive: Any) -> checks.Floats:
     return (ids == (0 if positive is None else names.index(str(positive)))).astype(np.float64)
 
 
-def _gaps(hits: checks.Floats, sides: checks.Floats, y: checks.Ints) -> checks.Floats:
-    """`(classes,)` Rate of the positive group minus rate of the other."""
-    rates = [np.bincount(y, hits * side) / np.bincount(y, side) for side in (sides, 1 - sides)]
-    return rates[0] - rates[1]
+def _gaps(hits: checks.Ints, sizes: checks.Ints) -> checks.Floats:
+    """`(…, classes)` Rate of the positive group minus rate of the other, of `(…, 2, classes)` hits."""
+    rates = hits / sizes
+    return rates[..., 0, :] - rates[..., 1, :]
 
 
-def _rms(gaps: checks.Floats) -> float:
-    return float(np.sqrt((gaps**2).mean()))
+def _rms(gaps: checks.Floats) -> checks.Floats:
+    """`(…,)` of `(…, classes)` gaps."""
+    return np.sqrt((gaps**2).mean(-1))
 
 
-def _correlation(gaps: checks.Floats, shares: checks.Floats) -> float:
-    """NaN where one of the two does not vary."""
-    if np.ptp(shares) < 1e-12 or np.ptp(gaps) < 1e-12:
-        return float("nan")
-    return float(np.corrcoef(gaps, shares)[0, 1])
+def _correlation(gaps: checks.Floats, shares: checks.Floats) -> checks.Floats:
+    """`(…,)` Pearson's, of `(…, classes)` gaps with the shares; NaN where one of the two does not vary."""
+    x, y = gaps - gaps.mean(-1, keepdims=True), shares - shares.mean()
+    varies = (np.ptp(gaps, -1) >= 1e-12) & (np.ptp(shares) >= 1e-12)
+    norms = np.where(varies, np.linalg.norm(x, axis=-1) * np.linalg.norm(y), np.nan)
+    return x @ y / norms
 
 
 class TPRGap(base.Measure):

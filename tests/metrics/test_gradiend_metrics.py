@@ -44,6 +44,24 @@ def test_k_classes():
     assert "bpi" not in found and "fpi" not in found and "mpi" not in found
 
 
+@pytest.mark.parametrize(
+    "classes", [["jewish", "christian", "muslim"], ["fox", "dog"], ["female", "male", "other"], ["male", "muslim"]]
+)
+def test_female_and_male_prediction_is_of_female_and_male_only(classes: list[str]):
+    p = probabilities(classes=len(classes))
+    assert not {"fpi", "mpi"} & set(prediction_balance.score(p, classes, resamples=5))
+    with pytest.raises(ValueError, match="goal='mpi' is not defined"):
+        prediction_balance.score(p, classes, goals=["mpi"])
+
+
+@pytest.mark.parametrize("classes", [["M", "F"], ["woman", "man"], ["Feminine", "masculine"]])
+def test_female_and_male_have_other_names_too(classes: list[str]):
+    p = probabilities()
+    found = prediction_balance.score(p, classes, resamples=5)
+    female, male = ("F", "M") if "F" in classes else tuple(classes)
+    assert found["fpi"] == found[female] and found["mpi"] == found[male]
+
+
 def test_limits_and_direction():
     assert prediction_balance.score([[0.5, 0.5]] * 3)["bpi"] == 1.0
     assert prediction_balance.score([[1.0, 0.0]] * 3)["bpi"] == 0.0

@@ -4,7 +4,8 @@ Every goal is `LMS · mean over texts of …` with `p` the probabilities of the 
 language-modelling score:
 
 - `bpi`, balanced prediction: `(1 − |p₀ − p₁|)(p₀ + p₁)`;
-- `fpi` and `mpi`, female and male prediction, or the name of any class `c`: `(1 − max over the others of p) · p_c`;
+- the name of any class `c`: `(1 − max over the others of p) · p_c`;
+- `fpi` and `mpi`, female and male prediction: the same for the two classes female and male, and for no others;
 - `balance`, for any number of classes: `(1 − (max p − min p)) · min p`.
 """
 
@@ -14,9 +15,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from hf_erasure.fitting.concepts import female_and_male
+
 Goal = Callable[[Tensor], Tensor]  # (texts, classes) probabilities → (texts,)
 
-_GENDERS = {"fpi": "f", "mpi": "m"}
+_GENDERS = ("fpi", "mpi")
 
 
 def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
@@ -35,10 +38,9 @@ def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
         return lambda p: (1 - (p.amax(1) - p.amin(1))) * p.amin(1)
     if name == "bpi" and len(classes) == 2:
         return lambda p: (1 - (p[:, 0] - p[:, 1]).abs()) * p.sum(1)
-    if name in _GENDERS:
-        matches = _of_gender(name, classes)
-        if len(matches) == 1:
-            return _prefers(matches[0])
+    genders = female_and_male(classes)
+    if name in _GENDERS and genders is not None:
+        return _prefers(genders[_GENDERS.index(name)])
     raise ValueError(
         f"goal={name!r} is not defined for the classes {list(classes)}: write one of the class names, 'balance'"
         + (", 'bpi', or 'fpi' and 'mpi' for a female and a male class." if len(classes) == 2 else ".")
@@ -50,11 +52,7 @@ def goal_names(classes: Sequence[str]) -> list[str]:
     names = ["balance", *classes]
     if len(classes) == 2:
         names.append("bpi")
-    return names + [name for name in _GENDERS if len(_of_gender(name, classes)) == 1 and name not in classes]
-
-
-def _of_gender(name: str, classes: Sequence[str]) -> list[int]:
-    return [i for i, label in enumerate(classes) if label.lower().startswith(_GENDERS[name])]
+    return [*names, *(name for name in _GENDERS if female_and_male(classes) is not None and name not in classes)]
 
 
 def _prefers(index: int) -> Goal:

@@ -7,9 +7,8 @@ A row has ``text`` with one ``[FEATURE]`` slot, ``factual`` and ``counterfactual
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +20,9 @@ from .neutral import neutral_batches
 from .words import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
 
 __all__ = ["Filled", "PairBatch", "PairSet", "Task", "check_pairs", "neutral_batches", "pair_batches", "usable_rows"]
+
+# A text's number, and by class the token sequences of its words.
+Reading = tuple[int, list[set[tuple[int, ...]]]]
 
 
 class PairSet:
@@ -48,12 +50,13 @@ class PairSet:
     ) -> None:
         self.layout = Layout.of(tokenizer, task, config)
         self.classes = list(classes)
-        rows = _read(dataset, self.classes)
-        if self.layout.task == "classification":
-            self.rows = _encode_labels(rows, tokenizer, config)
-        else:
-            self.rows = _encode_words(rows, tokenizer, self.layout)
-        _check_lengths(self.rows, longest_input(tokenizer, config))
+        pairs = _read(dataset, self.classes)
+        _check_classes(pairs, self.classes)
+        self.rows: list[EncodedRow] = []
+        for row in _encoded(pairs, tokenizer, self.layout, config):
+            if isinstance(row, PairError):
+                raise row
+            self.rows.append(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,6 +101,18 @@ class PairSet:
         rows = list(found.values())
         return [collate(self.layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
+    def readings(self) -> list[Reading]:
+        """Every text with a word that stood there, once: the text's place in `slots`, and by class its rows' words."""
+        places: dict[Any, int] = {}
+        found: dict[Any, Reading] = {}
+        for row in self.rows:
+            slot = (tuple(row.slot.head), tuple(row.slot.tail))
+            place = places.setdefault(slot, len(places))
+            _, words = found.setdefault((slot, tuple(row.factual), row.label), (place, [set() for _ in self.classes]))
+            words[row.label or 0].add(tuple(row.factual))
+            words[row.other or 0].add(tuple(row.counterfactual))
+        return list(found.values())
+
     def _groups(self, pair: Sequence[str] | None) -> dict[tuple[int | None, int | None], list[EncodedRow]]:
         groups: dict[tuple[int | None, int | None], list[EncodedRow]] = {}
         for row in self.rows:
@@ -132,20 +147,25 @@ def check_pairs(
 def usable_rows(
     dataset: Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
 ) -> list[int]:
-    """The rows whose words a model can use: known to its tokenizer, and aligned; the others `PairSet` refuses.
+    """The rows that `PairSet` takes: their words are known and aligned, and the model takes texts of their length.
 
     Raises:
-        PairError: The columns or classes are wrong, which leaving out rows does not mend.
+        PairError: The columns, the classes or a cell are wrong, which leaving out rows does not mend; or what is left
+            has less than two classes.
     """
-    layout, kept = Layout.of(tokenizer, task, config), []
-    for pair in _read(dataset, list(classes)):
-        with contextlib.suppress(PairError):
-            if task == "classification":
-                _encode_labels([pair], tokenizer, config)
-            else:
-                _encode_words([pair], tokenizer, layout)
-            kept.append(pair.row)
-    return kept
+    layout, names = Layout.of(tokenizer, task, config), list(classes)
+    pairs = _read(dataset, names)
+    found = list(_encoded(pairs, tokenizer, layout, config))
+    kept = [pair for pair, row in zip(pairs, found, strict=True) if not isinstance(row, PairError)]
+    faults = [row for row in found if isinstance(row, PairError)]
+    if not kept:
+        raise PairError(f"none of the {len(pairs)} rows can be used with this model; the first: {faults[0]}")
+    try:
+        _check_classes(kept, names)
+    except PairError as error:
+        left_out = f" ({len(faults)} others cannot be used with this model; the first: {faults[0]})" if faults else ""
+        raise PairError(f"{error}{left_out}") from None
+    return [pair.row for pair in kept]
 
 
 def pair_batches(
@@ -192,13 +212,15 @@ def _read(dataset: Dataset, classes: list[str]) -> list[_Pair]:
         raise PairError(f"the pairs have no column {missing[0]!r}{why}; they have {dataset.column_names}")
     if len(dataset) == 0:
         raise PairError("the pairs are empty; they need rows of at least two classes")
-    pairs = [_read_row(index, row, dataset, classes) for index, row in enumerate(dataset)]
+    return [_read_row(index, row, dataset, classes) for index, row in enumerate(dataset)]
+
+
+def _check_classes(pairs: Sequence[_Pair], classes: list[str]) -> None:
     present = {pair.label for pair in pairs}
     if len(present) < 2:
         only = classes[next(iter(present))]
         needed = [name for name in classes if name != only]
         raise PairError(f"all {len(pairs)} rows have the label {only!r}; add rows of {', '.join(map(repr, needed))}")
-    return pairs
 
 
 def _read_row(index: int, row: Mapping[str, Any], dataset: Dataset, classes: list[str]) -> _Pair:
@@ -230,38 +252,65 @@ def _class_id(row: Mapping[str, Any], column: str, dataset: Dataset, classes: li
     return classes.index(value)
 
 
-def _encode_words(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout) -> list[EncodedRow]:
-    cuts = [_cut_at_slot(pair, tokenizer, layout) for pair in pairs]
-    before, after = [cut[0] for cut in cuts], [cut[1] for cut in cuts]
+def _encoded(
+    pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout, config: Any
+) -> Iterator[EncodedRow | PairError]:
+    """Every row, or what is wrong with it; what `PairSet` refuses and `usable_rows` leaves out."""
+    limit = longest_input(tokenizer, config)
+    if layout.task == "classification":
+        read = _label_reader(pairs, tokenizer, config)
+    else:
+        read = _word_reader(pairs, tokenizer, layout)
+    for number, pair in enumerate(pairs):
+        try:
+            row = read(number)
+            length = len(row.slot.head) + max(len(row.factual), len(row.counterfactual)) + len(row.slot.tail)
+            if limit is not None and length > limit:
+                raise pair.fault(f"it has {length} tokens, and the model takes {limit}; shorten its text")
+            yield row
+        except PairError as error:
+            yield error
+
+
+def _word_reader(
+    pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout
+) -> Callable[[int], EncodedRow]:
+    """Tokenises all at once; gives the row of a number, or raises what is wrong with it."""
+    texts = [_with_slot(pair.text, tokenizer) for pair in pairs]
+    before, after = ([text.partition(SLOT)[part] for text in texts] for part in (0, 2))
+    after = [""] * len(pairs) if layout.task == "causal" else after
     lead, trail = special_ends(tokenizer)
     factual = place_words(tokenizer, before, [pair.factual for pair in pairs], after)
     counterfactual = place_words(tokenizer, before, [pair.counterfactual for pair in pairs], after)
-    rows = []
-    for pair, right, wrong in zip(pairs, factual, counterfactual, strict=True):
-        right = _checked(pair, pair.factual, right, tokenizer)
-        wrong = _checked(pair, pair.counterfactual, wrong, tokenizer)
+
+    def read(number: int) -> EncodedRow:
+        pair = pairs[number]
+        _check_slot(pair, texts[number], layout)
+        right = _checked(pair, pair.factual, factual[number], tokenizer)
+        wrong = _checked(pair, pair.counterfactual, counterfactual[number], tokenizer)
         _check_both(pair, right, wrong, layout)
         slot = Slot([*lead, *right.head], [] if layout.task == "causal" else [*right.tail, *trail])
-        rows.append(EncodedRow(slot, right.word, wrong.word, pair.label, pair.other))
-    return rows
+        return EncodedRow(slot, right.word, wrong.word, pair.label, pair.other)
+
+    return read
 
 
-def _cut_at_slot(pair: _Pair, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> tuple[str, str]:
-    """The text before and after the slot; the tokenizer's mask token may stand for it."""
-    mask, text = tokenizer.mask_token, pair.text
-    if SLOT not in text and mask is not None:
-        text = text.replace(mask, SLOT)
+def _with_slot(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's mask token may stand for the slot."""
+    mask = tokenizer.mask_token
+    return text if SLOT in text or mask is None else text.replace(mask, SLOT)
+
+
+def _check_slot(pair: _Pair, text: str, layout: Layout) -> None:
     count = text.count(SLOT)
     if count != 1:
         found = "is no slot" if count == 0 else f"are {count} slots"
         raise pair.fault(f"there {found}; write {SLOT} exactly once, where {pair.factual!r} goes")
-    before, after = text.split(SLOT)
-    if layout.task == "causal" and not before.strip():
+    if layout.task == "causal" and not text.partition(SLOT)[0].strip():
         raise pair.fault(
             f"nothing stands before {SLOT}, but a causal model predicts a word from what is before it; "
             "put the slot further to the right"
         )
-    return before, "" if layout.task == "causal" else after
 
 
 def _checked(pair: _Pair, word: str, placed: Placed | None, tokenizer: PreTrainedTokenizerBase) -> Placed:
@@ -293,26 +342,23 @@ def _check_both(pair: _Pair, right: Placed, wrong: Placed, layout: Layout) -> No
         )
 
 
-def _encode_labels(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any) -> list[EncodedRow]:
+def _label_reader(
+    pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any
+) -> Callable[[int], EncodedRow]:
     ids = getattr(config, "label2id", None)
     if not ids:
         raise PairError("classification needs the model's config with its label2id; pass config=model.config")
-    for pair in pairs:
+    lead, trail = special_ends(tokenizer)
+    texts = encode(tokenizer, [pair.text for pair in pairs])
+
+    def read(number: int) -> EncodedRow:
+        pair = pairs[number]
         if SLOT in pair.text:
             raise pair.fault(f"a classifier has no slot; write the word itself instead of {SLOT}")
         for name in (pair.factual, pair.counterfactual):
             if name not in ids:
                 raise pair.fault(f"{name!r} is no label of the model; write one of {list(ids)}")
-    lead, trail = special_ends(tokenizer)
-    texts = encode(tokenizer, [pair.text for pair in pairs])
-    return [
-        EncodedRow(Slot([*lead, *text, *trail], []), [ids[p.factual]], [ids[p.counterfactual]], p.label, p.other)
-        for p, text in zip(pairs, texts, strict=True)
-    ]
+        slot = Slot([*lead, *texts[number], *trail], [])
+        return EncodedRow(slot, [ids[pair.factual]], [ids[pair.counterfactual]], pair.label, pair.other)
 
-
-def _check_lengths(rows: Sequence[EncodedRow], limit: int | None) -> None:
-    for number, row in enumerate(rows):
-        length = len(row.slot.head) + max(len(row.factual), len(row.counterfactual)) + len(row.slot.tail)
-        if limit is not None and length > limit:
-            raise PairError(f"row {number} has {length} tokens, and the model takes {limit}; shorten its text")
+    return read

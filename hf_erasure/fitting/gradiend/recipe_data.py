@@ -170,7 +170,10 @@ def load_materials(
     skipped = {}
     if recipe.skip_unusable:
         for name, rows in parts.items():
-            kept = usable(rows)
+            try:
+                kept = usable(rows)
+            except PairError as error:
+                raise PairError(f"data.{name}: {error}") from error
             skipped[name] = len(rows) - len(kept)
             if not kept:
                 raise PairError(f"data.{name}: none of its {len(rows)} rows can be used with this model's tokenizer")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import edited
 
-from .goals import goal_by_name
+from .goals import goal_by_name, goal_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,9 +139,7 @@ class Scorer:
         self._class_probabilities = class_probabilities
         self._language_modelling = language_modelling
         self._masked = masked
-        names = ["balance", *self.classes, *(["bpi"] if len(self.classes) == 2 else [])]
-        names += [name for name in ("fpi", "mpi") if _is_defined(name, self.classes)]
-        self.goals = {name: goal_by_name(name, self.classes) for name in names}
+        self.goals = {name: goal_by_name(name, self.classes) for name in goal_names(self.classes)}
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
         """Score the model as it is now, under these names; `base` is what cost is counted from."""
@@ -214,11 +212,3 @@ def _by_direction(learning_rates: Sequence[float]) -> list[list[float]]:
     positive = sorted(rate for rate in learning_rates if rate > 0)
     negative = sorted((rate for rate in learning_rates if rate < 0), reverse=True)
     return [rates for rates in (positive, negative) if rates]
-
-
-def _is_defined(name: str, classes: Sequence[str]) -> bool:
-    try:
-        goal_by_name(name, classes)
-    except ValueError:
-        return False
-    return True

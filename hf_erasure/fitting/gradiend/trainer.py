@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -332,6 +331,7 @@ class GradiendTrainer:
 
         Raises:
             ValueError: If the goal is not defined for these classes, data is missing, or budget and grid mean nothing.
+            PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
         """
         for name, values in (("feature_factors", feature_factors), ("learning_rates", learning_rates)):
             if not isinstance(values, Sequence) or not values or not all(math.isfinite(value) for value in values):
@@ -382,8 +382,7 @@ class GradiendTrainer:
             missing = "eval_dataset" if dataset is None else "neutral_dataset"
             raise ValueError(f"Scoring an edit needs eval_dataset and neutral_dataset; {missing} is missing.")
         words, size, config = self._words(), self.args.per_device_eval_batch_size, self._model_config
-        batches = self._pair_set(dataset).slots(size)
-        tokens = words.tokens(self.processing_class, self.task, config)
+        probabilities = words.scores(self._pair_set(dataset), self.processing_class, config, size)
         # The model is scored as it stands when a score is asked for: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
         language = LanguageModelling(
@@ -395,11 +394,7 @@ class GradiendTrainer:
             seed=self.args.seed,
             mask_draws=self.args.mask_draws,
         )
-
-        def probabilities() -> Tensor:
-            return torch.cat([words.probabilities(reader, batch, tokens) for batch in batches])
-
-        return Scorer(self.classes, probabilities, language.score, masked=self.task == "masked")
+        return Scorer(self.classes, lambda: probabilities(reader), language.score, masked=self.task == "masked")
 
     # ---- what it works on -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from .batches import PairBatch
 from .forwards import SlotReader
-from .words import word_tokens
+from .pairs import PairSet, Reading
+from .words import PairError, word_tokens
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,47 @@ class ClassWords:
             return [[config.label2id[word]] for word in self.all]
         return word_tokens(tokenizer, self.all)
 
-    def probabilities(self, reader: SlotReader, batch: PairBatch, tokens: list[list[int]]) -> Tensor:
-        """`(batch, classes)`: the probability that the slot holds a word of the class."""
-        by_word = reader.word_log_probabilities(batch, tokens).double().exp().cpu()
-        position = {word: index for index, word in enumerate(self.all)}
-        return torch.stack([by_word[:, [position[w] for w in words]].sum(1) for words in self.words.values()], dim=1)
+    def scores(self, pairs: PairSet, tokenizer: Any, config: Any, batch_size: int) -> Callable[[SlotReader], Tensor]:
+        """What gives `(texts, classes)`: the probability that the slot of a text holds a word of the class.
+
+        A word counts once, however it is spelled. Where a word belongs to several classes, no sum over the words of a
+        class tells them apart: each text is then scored by the words that its own rows give to each class.
+
+        Args:
+            pairs: The texts.
+            tokenizer: Of the model.
+            config: The model's.
+            batch_size: Texts a forward pass.
+
+        Raises:
+            PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
+        """
+        tokens = map(tuple, self.tokens(tokenizer, pairs.layout.task, config))
+        of_word = dict(zip(self.all, tokens, strict=True))
+        words = [{of_word[word] for word in own} for own in self.words.values()]
+        owners = {word: [i for i, own in enumerate(words) if of_word[word] in own] for word in self.all}
+        several = [word for word in self.all if len(owners[word]) > 1]
+        batches = pairs.slots(batch_size)
+        if several:
+            names = [pairs.classes[i] for i in owners[several[0]]]
+            said = f"{several[0]!r} is a word of {' and '.join(map(repr, names))}"
+            warnings.warn(f"{said}: each text is scored by the words that its rows give to each class.", stacklevel=4)
+            readings = _checked(pairs.readings(), pairs.classes, said)
+            texts, by_text = torch.tensor([text for text, _ in readings]), [each for _, each in readings]
+        else:
+            texts, by_text = torch.arange(sum(map(len, batches))), [words]
+        known = sorted({word for each in by_text for own in each for word in own})
+        position = {word: index for index, word in enumerate(known)}
+        chosen = torch.zeros(len(by_text), len(words), len(known), dtype=torch.double)
+        for row, each in enumerate(by_text):
+            for column, own in enumerate(each):
+                chosen[row, column, [position[word] for word in own]] = 1
+
+        def probabilities(reader: SlotReader) -> Tensor:
+            found = [reader.word_log_probabilities(batch, known).double().exp().cpu() for batch in batches]
+            return (torch.cat(found)[texts, None] * chosen).sum(2)
+
+        return probabilities
 
 
 def class_words(datasets: Iterable[Dataset], classes: Sequence[str]) -> ClassWords:
@@ -58,6 +95,18 @@ def class_words(datasets: Iterable[Dataset], classes: Sequence[str]) -> ClassWor
             for word, owner in zip(dataset[column], owners, strict=True):
                 found[owner].setdefault(word.strip())
     return ClassWords({label: list(words) for label, words in found.items()})
+
+
+def _checked(readings: list[Reading], classes: Sequence[str], said: str) -> list[Reading]:
+    for text, words in readings:
+        for name, own in zip(classes, words, strict=True):
+            if not own or any(own & other for other in words if other is not own):
+                lacks = f"give {'two classes the same word' if own else f'no word of {name!r}'}"
+                raise PairError(
+                    f"{said}, so each text is scored by the words that its own rows give to each class, and those of "
+                    f"text {text} {lacks}; add rows with its other words, or use words of one class only"
+                )
+    return readings
 
 
 def _names(dataset: Dataset, column: str) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset
 
 from hf_erasure.fitting.gradiend import PairError, PairSet, check_pairs, neutral_batches, pair_batches, word_tokens
+from hf_erasure.fitting.gradiend.pairs import usable_rows
 from tests.fitting.gradiend.language_models import (
     CLASSES,
     FEMALE,
@@ -203,6 +204,28 @@ def test_faults_of_a_row_are_named(fault: str) -> None:
     assert str(caught.value).startswith("row 1 "), "the row is named"
     if fault not in ("too long", "no text"):
         assert change.get("text", ROW["text"]) in str(caught.value), "and its text is shown"
+
+
+# What the text, the words or their length are to blame for; a cell that is wrong is refused by both.
+UNUSABLE = [name for name in FAULTS if name not in ("same word", "no text", "no word", "unknown label")]
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_what_is_refused_is_what_is_left_out(fault: str) -> None:
+    name, change, message = FAULTS[fault]
+    data = Dataset.from_list([{**ROW, **change}, OTHER, ROW])
+
+    def usable(rows: list[int]) -> list[int]:
+        config = model_of(name).config
+        return usable_rows(data.select(rows), CLASSES, tokenizer_of(name), task_name(name), config)
+
+    assert usable([0, 1, 2]) == [1, 2]
+    check(name, *data.select([1, 2]))
+    said = "all 1 rows have the label 'female'; add rows of 'male' .1 others cannot be used with this model; the first"
+    with pytest.raises(PairError, match=f"{said}.*{message}"):
+        usable([0, 1])
+    with pytest.raises(PairError, match=f"none of the 1 rows can be used with this model; the first: .*{message}"):
+        usable([0])
 
 
 def test_a_token_that_reaches_over_the_start_of_a_word() -> None:

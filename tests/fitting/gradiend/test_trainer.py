@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -12,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
+from tokenizers import normalizers
 from transformers import PreTrainedModel, TrainerCallback
 
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
+from hf_erasure.fitting.gradiend.forwards import SlotReader
 from hf_erasure.fitting.gradiend.progress import checkpoints
 from hf_erasure.fitting.gradiend.rows import single_rows
+from hf_erasure.fitting.gradiend.vocabulary import class_words
 from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, task_name, tokenizer_of
 
 NAME = "gender"
@@ -254,6 +258,69 @@ def test_three_classes_have_three_neurons_and_are_balanced_by_the_formula_of_k(t
     assert chosen.best.probabilities["caring"] > chosen.base.probabilities["caring"]
     assert tuple(model.peft_config[NAME].pair) == chosen.best.pair
     assert trainer.select("balance", **grid).best.goals["balance"] >= chosen.base.goals["balance"]
+
+
+def scored(name: str, classes: list[str], rows: list[tuple[str, ...]], folder: Path):
+    """Class probabilities of a model by `(text, factual, counterfactual, label, other)` rows, and what it was asked."""
+    columns = ("text", "factual", "counterfactual", "label", "counterfactual_label")
+    data = Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
+    model = model_of(name).eval()
+    model.add_adapter(GradiendConfig(feature="post", classes=classes), adapter_name=NAME)
+    arguments = GradiendTrainingArguments(output_dir=str(folder), disable_tqdm=True)
+    trainer = GradiendTrainer(model, arguments, data, data, neutral(), processing_class=tokenizer_of(name))
+    return trainer.scorer().score((classes[0], classes[1]), 0, 0, None), trainer
+
+
+def alone(trainer: GradiendTrainer, text: str, words: list[str]) -> list[float]:
+    """The oracle: a softmax at the slot of one text."""
+    tokenizer = trainer.processing_class
+    before = tokenizer(text.partition(" [FEATURE]")[0], return_tensors="pt")
+    with torch.no_grad():
+        p = trainer.model(**before).logits[0, -1].softmax(-1)
+    return [float(p[tokenizer(f"a {word}")["input_ids"][-1]]) for word in words]
+
+
+def test_a_word_of_two_classes_counts_where_its_row_says(tmp_path: Path):
+    one, two = "Tom said that the [FEATURE]", "a dog ran to the [FEATURE]"
+    rows = [(one, "king", "nurse", "a", "b"), (one, "doctor", "king", "a", "b"), (two, "nurse", "king", "b", "a")]
+    with pytest.warns(UserWarning, match="'king' is a word of 'a' and 'b': each text is scored by the words that its"):
+        point, trainer = scored("llama", ["a", "b"], rows, tmp_path)
+    king, nurse, doctor = alone(trainer, one, ["king", "nurse", "doctor"])
+    second = alone(trainer, two, ["king", "nurse"])
+    expected = {"a": [king, doctor, second[0]], "b": [nurse, king, second[1]]}
+    for name, values in expected.items():
+        assert point.probabilities[name] == pytest.approx(sum(values) / 3, rel=1e-5)
+
+
+def test_a_word_of_two_of_three_classes_needs_the_words_of_all_in_a_text(tmp_path: Path):
+    one, two = "Tom said that the [FEATURE]", "a dog ran to the [FEATURE]"
+    rows = [(one, "king", "nurse", "a", "b"), (one, "king", "doctor", "a", "c"),
+            (two, "doctor", "king", "b", "a"), (two, "doctor", "nurse", "b", "c")]  # fmt: skip
+    with pytest.warns(UserWarning, match="is a word of"):
+        point, trainer = scored("llama", ["a", "b", "c"], rows, tmp_path)
+    king, nurse, doctor = alone(trainer, one, ["king", "nurse", "doctor"])
+    second = alone(trainer, two, ["king", "doctor", "nurse"])
+    for name, values in {"a": [king, second[0]], "b": [nurse, second[1]], "c": [doctor, second[2]]}.items():
+        assert point.probabilities[name] == pytest.approx(sum(values) / 2, rel=1e-5)
+    with pytest.warns(UserWarning, match="is a word of"), pytest.raises(ValueError, match="text 1 give no word of 'c'"):
+        scored("llama", ["a", "b", "c"], [*rows[:3], (one, "nurse", "doctor", "c", "b")], tmp_path)
+    twice = [(one, "king", "nurse", "a", "b"), (one, "king", "nurse", "a", "c"), (two, "doctor", "king", "b", "a")]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="text 0 give two classes the same word"):
+        scored("llama", ["a", "b", "c"], twice, tmp_path)
+
+
+def test_one_word_in_two_spellings_counts_once():
+    uncased = copy.deepcopy(tokenizer_of("bert"))
+    uncased.backend_tokenizer.normalizer = normalizers.Lowercase()
+    row = {"text": "Tom said [FEATURE] was late", "factual": "he", "counterfactual": "she", "label": CLASSES[0]}
+    spelled = {"factual": "SHE", "counterfactual": "He", "label": CLASSES[1]}
+    once = Dataset.from_list([row, {**row, "factual": "she", "counterfactual": "he", "label": CLASSES[1]}])
+    twice = Dataset.from_list([row, {**row, **spelled}])
+    found = []
+    for data in (once, twice):
+        words, reader = class_words([data], CLASSES), SlotReader(model_of("bert").eval())
+        found.append(words.scores(PairSet(data, uncased, "masked", CLASSES), uncased, None, 4)(reader))
+    assert torch.equal(*found)
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""Which concept of the field an adapter is about, told by its name and by its classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+GENDER, POS, STEREOTYPES = "gender", "part of speech", "stereotypes"
+
+FEMALE = {"female", "f", "fem", "feminine", "woman", "women", "girl", "girls", "she"}
+MALE = {"male", "m", "masc", "masculine", "man", "men", "boy", "boys", "he"}
+# The universal parts of speech.
+_TAGS = {"adj", "adp", "adv", "aux", "cconj", "det", "intj", "noun", "num", "part", "pron", "propn", "punct", "sconj"}
+_TAGS |= {"sym", "verb", "x"}
+_NAMES = {
+    GENDER: {"gender", "genders", "sex", "pronoun", "pronouns"},
+    POS: {"pos", "upos", "part of speech", "parts of speech", "word class", "word classes"},
+    STEREOTYPES: {"stereotype", "stereotypes"},
+}
+
+
+def concept_of(name: Any, classes: Iterable[Any] | None = None) -> str | None:
+    """The concept that a name or classes stand for.
+
+    Args:
+        name: What an adapter calls its concept or feature.
+        classes: Its classes, where it has any.
+
+    Returns:
+        `GENDER`, `POS` or `STEREOTYPES`; None for any other concept.
+    """
+    words = " " + " ".join(re.findall(r"[^\W_]+", str(name).lower())) + " "
+    for concept, names in _NAMES.items():
+        if any(f" {one} " in words for one in names):
+            return concept
+    labels = [str(label).strip().lower() for label in classes or []]
+    if female_and_male(labels) is not None:
+        return GENDER
+    return POS if len(labels) > 1 and _TAGS.issuperset(labels) else None
+
+
+def concept_of_config(config: Any) -> str | None:
+    """The concept of an adapter of ours, by its configuration."""
+    name = getattr(config, "feature", None) or getattr(config, "concept", None)
+    return concept_of(name, getattr(config, "classes", None) or getattr(config, "labels", None))
+
+
+def female_and_male(classes: Sequence[str]) -> tuple[int, int] | None:
+    """Where the female and the male class stand, if the classes are these two."""
+    labels = [label.strip().lower() for label in classes]
+    female, male = ([i for i, label in enumerate(labels) if label in names] for names in (FEMALE, MALE))
+    return (female[0], male[0]) if len(labels) == 2 and female and male else None
