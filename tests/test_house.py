@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "hf_erasure"
 MAY_IMPORT = {
     "erasers": set(),
     "gradiend": set(),
-    "adapters": {"erasers", "gradiend"},
-    "fitting": {"adapters", "erasers", "gradiend"},
-    "metrics": {"fitting", "adapters", "erasers", "gradiend"},
-    "evaluation": {"metrics", "fitting", "adapters", "erasers", "gradiend"},
-    "hub": {"fitting", "adapters", "erasers", "gradiend"},
-    "callbacks": {"hub", "fitting", "adapters", "erasers", "gradiend"},
-    "cli": {"callbacks", "hub", "evaluation", "metrics", "fitting", "adapters", "erasers", "gradiend"},
+    "models": set(),
+    "adapters": {"models", "erasers", "gradiend"},
+    "fitting": {"adapters", "models", "erasers", "gradiend"},
+    "metrics": {"fitting", "adapters", "models", "erasers", "gradiend"},
+    "evaluation": {"metrics", "fitting", "adapters", "models", "erasers", "gradiend"},
+    "hub": {"fitting", "adapters", "models", "erasers", "gradiend"},
+    "callbacks": {"hub", "fitting", "adapters", "models", "erasers", "gradiend"},
+    "cli": {"callbacks", "hub", "evaluation", "metrics", "fitting", "adapters", "models", "erasers", "gradiend"},
 }
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"}
 

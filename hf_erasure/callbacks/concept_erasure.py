@@ -35,7 +35,7 @@ class ConceptErasureCallback(LoggingCallback):
         refit_leakage: Refit when the leakage of a site, measured at each log, is above this correlation.
         eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`.
         sequential: As in `fit_concept_erasure`.
-        pool: As in `fit_concept_erasure`.
+        pool: As in `fit_concept_erasure`: by default what the model's head reads.
         background: As in `fit_concept_erasure`.
 
     Raises:
@@ -51,7 +51,7 @@ class ConceptErasureCallback(LoggingCallback):
         refit_leakage: float | None = None,
         eval_batches: Iterable[Any] | None = None,
         sequential: bool = True,
-        pool: str = "tokens",
+        pool: str | None = None,
         background: Iterable[Any] | None = None,
     ) -> None:
         if refit_steps not in (None, "epoch") and (isinstance(refit_steps, str) or int(refit_steps or 0) < 1):

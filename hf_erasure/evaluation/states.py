@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_erasure.fitting.gradiend.batches import longest_input
 from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, text_encoder
+from hf_erasure.models import pooled
 
 from .treebank import Sentence
 
@@ -47,14 +48,12 @@ class StateReader:
         longest = longest_input(tokenizer, self.runner.model.config)
         self.longest = min(longest, _LONGEST) if longest else _LONGEST
 
-    def pooled(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Layer → `(texts, width)`, the mean over the tokens of each text."""
+    def pooled(self, texts: Sequence[str], pool: str = "mean") -> dict[str, Tensor]:
+        """Layer → `(texts, width)`: the mean over the tokens of each text, its first or its last (`pool`)."""
         parts: dict[str, list[Tensor]] = {}
         for _, states, mask in self._batches(texts):
-            weight = (mask / mask.sum(1, keepdim=True)).to(torch.float32)
             for name, state in states.items():
-                kept = torch.where(mask[..., None], state, 0.0)
-                parts.setdefault(name, []).append(torch.einsum("bsw,bs->bw", kept, weight))
+                parts.setdefault(name, []).append(pooled(state, mask, pool))
         return {name: torch.cat(found) for name, found in parts.items()}
 
     def final(self, texts: Sequence[str]) -> list[Tensor]:

@@ -9,9 +9,10 @@ from typing import Any
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.child import adapter_children
 from hf_erasure.adapters.combining import combine_fitted
+from hf_erasure.models import check_pool
 
 from .erasure import adapter_to_fit, conclude, solved
-from .labels import check_pool
+from .pools import Peeked, pool_for
 from .processes import Processes
 from .running import Runner
 from .sources import Source, background_source
@@ -26,7 +27,7 @@ def combine_adapters(
     batches: Mapping[str, Iterable[Any]] | None = None,
     background: Iterable[Any] | None = None,
     sequential: bool = True,
-    pool: str = "tokens",
+    pool: str | None = None,
     resident_batches: int | None = None,
     sticky: bool = False,
     progress: bool = True,
@@ -57,7 +58,7 @@ def combine_adapters(
             process its own share.
         background: As in `fit_concept_erasure`; only with `batches`, as are the next three.
         sequential: Fit each site on activations that are already erased upstream.
-        pool: Which rows a sequence label counts for.
+        pool: As in `fit_concept_erasure`.
         resident_batches: How many batches keep their activations in memory.
         sticky: Whether the new adapter stays active when another is activated.
         progress: Show progress bars.
@@ -83,9 +84,12 @@ def combine_adapters(
         config, layers = adapter_to_fit(model, into)
         concepts = {name: model.peft_config[name] for name in names}
         config.rank = sum(concept.max_rank for concept in concepts.values())
-        runner = Runner(model, list(layers))
-        task = FitTask(runner, layers, into, config, pool, progress, resident_batches, None, Processes())
-        sources = [Source(name, f"batches[{name!r}]", batches[name], concept) for name, concept in concepts.items()]
+        runner, processes = Runner(model, list(layers)), Processes()
+        with processes.agreeing("reading its batches"):
+            peeked = {name: Peeked(batches[name]) for name in names}
+        guarded = pool_for(pool, model, runner, concepts[names[0]], peeked[names[0]].first, processes)
+        task = FitTask(runner, layers, into, config, guarded, progress, resident_batches, None, processes)
+        sources = [Source(name, f"batches[{name!r}]", peeked[name], concept) for name, concept in concepts.items()]
         made_of = config.provenance["combined_from"]
         with _without(model, names):
             fits, tally = solved(task, [*sources, *background_source(background)], sequential=sequential)

@@ -13,12 +13,13 @@ from torch import nn
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.fingerprint import fingerprint
+from hf_erasure.models import check_pool
 
 from .checkpoint import FitCheckpoint
 from .gathering import gather
 from .heldout import HeldOut, measure
-from .labels import check_pool
 from .origin import origin_of_batches
+from .pools import Peeked, pool_for
 from .processes import Processes
 from .report import ErasureReport, SiteReport
 from .running import Runner
@@ -35,7 +36,7 @@ def fit_concept_erasure(
     adapter_name: str = "default",
     *,
     sequential: bool = True,
-    pool: str = "tokens",
+    pool: str | None = None,
     eval_batches: Iterable[Any] | None = None,
     background: Iterable[Any] | None = None,
     resident_batches: int | None = None,
@@ -56,7 +57,10 @@ def fit_concept_erasure(
         sequential: Fit each site on activations that are already erased upstream (concept scrubbing, arXiv 2306.03819
             section 5). `False` fits all sites in one pass.
         pool: Which rows a sequence label counts for: `"tokens"` (all alike), `"mean"` (each weighted 1/length, so that
-            the mean-pooled embedding is guarded), `"cls"` (the first) or `"last"` (the last real one).
+            the mean-pooled embedding is guarded), `"cls"` (the first) or `"last"` (the last real one). By default what
+            the model's head reads, or the pooling module of a SentenceTransformer; it is found by one backward from
+            the logits of two rows of the first batch. A bare model has no head: all tokens alike. Labels of tokens
+            always count for their token.
         eval_batches: Held-out batches to measure leakage and distortion on.
         background: Unlabelled batches to take the covariance and the mean from. They decide how little other text is
             disturbed, and never touch the guarantee.
@@ -81,15 +85,17 @@ def fit_concept_erasure(
     check_pool(pool)
     config, layers = adapter_to_fit(model, adapter_name)
     _check_label_order(batches, config)
-    processes, checkpoint = Processes(), None
+    processes, checkpoint, runner = Processes(), None, Runner(model, list(layers))
+    with processes.agreeing("reading its batches"):
+        peeked = Peeked(batches)
+    guarded = pool_for(pool, model, runner, config, peeked.first, processes)
     if checkpoint_dir is not None:
         with processes.agreeing("opening checkpoint_dir"):
             checkpoint = FitCheckpoint(
-                checkpoint_dir, config, layers, pool=pool, sequential=sequential, processes=processes.count
+                checkpoint_dir, config, layers, pool=guarded.name, sequential=sequential, processes=processes.count
             )
-    runner = Runner(model, list(layers))
-    task = FitTask(runner, layers, adapter_name, config, pool, progress, resident_batches, checkpoint, processes)
-    fits, tally = solved(task, sources_of(config, batches, background), sequential=sequential)
+    task = FitTask(runner, layers, adapter_name, config, guarded, progress, resident_batches, checkpoint, processes)
+    fits, tally = solved(task, sources_of(config, peeked, background), sequential=sequential)
     report = conclude(task, fits, tally, eval_batches)
     config.provenance["data"] = origin_of_batches(batches)
     return report
@@ -167,8 +173,9 @@ def conclude(
     finals = [site for site in held_out if site not in layers]
     lines = [line for site in [*layers, *finals] for line in _lines(site, fits.get(site), held_out.get(site))]
     report = ErasureReport(
-        config.concept, name, config.method, task.pool, tally.examples, tally.tokens, measured.examples, lines
-    )
+        config.concept, name, config.method, task.pool.name, task.pool.reader, tally.examples, tally.tokens,
+        measured.examples, lines,
+    )  # fmt: skip
     _record(task.runner.model, config, fits, report)
     _warn_of_absent_classes(config, fits)
     return report
@@ -207,6 +214,7 @@ def _record(model: Any, config: ConceptErasureConfig, fits: dict[str, SiteFit], 
         "examples": report.examples,
         "tokens": report.tokens,
         "pool": report.pool,
+        "reader": report.reader,
         "leakage": report.leakage,
         "fingerprint": fingerprint(model, list(fits)),
     }

@@ -57,7 +57,7 @@ def _run_over(task: FitTask, progress: _Progress, source: Source) -> None:
         bar(what, task.progress, task.processes) as shown,
     ):
         for batch, counts in task.in_step(progress.remaining()):
-            current[:] = [source.labels_of(batch, task.pool)] if counts else []
+            current[:] = [source.labels_of(batch, task.pool.name)] if counts else []
             task.runner(batch)
             if counts:
                 shown.update(progress.tally.count(batch))

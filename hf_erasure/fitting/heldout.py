@@ -102,7 +102,7 @@ class _Measurement:
             self.task.runner(batch)
             self.task.runner(batch)
             return
-        labels = self.source.labels_of(batch, self.task.pool)
+        labels = self.source.labels_of(batch, self.task.pool.name)
         finals = {
             n: m for n, m in self.task.runner.final_states().items() if labels.covers(self.task.runner.side_of(n))
         }

@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_erasure.models import counted
+
 from .running import on_cpu
 
-POOLS = ("tokens", "mean", "cls", "last")
 IGNORE = -100
-
-
-def check_pool(pool: str) -> None:
-    """Raise a `ValueError` for a way of pooling that is not known."""
-    if pool not in POOLS:
-        raise ValueError(f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}.")
 
 
 @dataclass(frozen=True)
@@ -175,14 +170,10 @@ class BatchLabels:
 
     def _pooled(self, real: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows a sequence label counts for, and their weight."""
-        if self.pool == "tokens":
-            return real, None
-        length = real.sum(1, keepdim=True)
-        if self.pool == "mean":
-            # Each sequence weighs 1, so that the mean-pooled embedding is what is guarded.
-            return real, (real / length.clamp_min(1)).double()
-        order = real.cumsum(1)
-        return real & (order == (1 if self.pool == "cls" else length)), None
+        if self.pool != "mean":
+            return counted(real, self.pool), None
+        # Each sequence weighs 1, so that the mean-pooled embedding is what is guarded.
+        return real, (real / real.sum(1, keepdim=True).clamp_min(1)).double()
 
     def _labels(self) -> Tensor:
         labels = torch.as_tensor(self.batch["concept_labels"]).cpu()

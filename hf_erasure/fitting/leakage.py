@@ -7,15 +7,18 @@ from typing import Any
 
 from torch import nn
 
+from hf_erasure.models import POOLS
+
 from .erasure import adapter_to_fit
 from .heldout import measure
-from .labels import check_pool
+from .pools import Peeked, Pool, pool_for
+from .processes import Processes
 from .running import Runner
 from .task import FitTask
 
 
 def measured_leakage(
-    model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str = "tokens"
+    model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str | None = None
 ) -> dict[str, float]:
     """The correlation of erased activations with the concept, at every site and at the last hidden states.
 
@@ -23,7 +26,7 @@ def measured_leakage(
         model: With a concept-erasure adapter, bare or wrapped in a `PeftModel`; it runs twice over the batches.
         batches: Held-out batches with `concept_labels`.
         adapter_name: The adapter.
-        pool: As in `fit_concept_erasure`.
+        pool: As in `fit_concept_erasure`; by default what the adapter was fitted for, or else what the head reads.
 
     Returns:
         Module name → cross-validated canonical correlation, 0 where nothing is left.
@@ -31,8 +34,13 @@ def measured_leakage(
     Raises:
         ValueError: If there is no such adapter, it is merged, or the batches hold too little.
     """
-    check_pool(pool)
     config, layers = adapter_to_fit(model, adapter_name)
-    task = FitTask(Runner(model, list(layers)), layers, adapter_name, config, pool, False, None, None)
-    figures, _ = measure(task, batches)
+    runner, processes, peeked = Runner(model, list(layers)), Processes(), Peeked(batches)
+    known = config.provenance.get("pool") if pool is None else None
+    if known in POOLS:
+        guarded = Pool(known, config.provenance.get("reader", ""))
+    else:
+        guarded = pool_for(pool, model, runner, config, peeked.first, processes)
+    task = FitTask(runner, layers, adapter_name, config, guarded, False, processes=processes)
+    figures, _ = measure(task, peeked)
     return {site: found.after for site, found in figures.items() if found.after is not None}

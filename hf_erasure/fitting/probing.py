@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import apply_erasure
+from hf_erasure.models import pooled
 
 from .labels import BatchLabels, check_batch
 from .observing import observed, observed_final
@@ -51,7 +52,7 @@ def pooled_states(
 
     def keep(site: str, activation: Tensor, where: str) -> None:
         aligned, selection = current[0].select(activation, where)
-        found.setdefault(site, []).append(_pool(aligned.float(), selection.real, pool).cpu())
+        found.setdefault(site, []).append(pooled(aligned.float(), selection.real, pool).cpu())
 
     def at_site(site: str, hidden: Tensor) -> Tensor:
         if erased:
@@ -75,17 +76,6 @@ def pooled_states(
     if not tally.examples:
         raise ValueError("There are no batches to read states from.")
     return {site: torch.cat(parts) for site, parts in found.items()}
-
-
-def _pool(states: Tensor, real: Tensor, pool: str) -> Tensor:
-    """`(batch, seq, width)` → `(batch, width)`, padding left out."""
-    if pool == "mean":
-        weight = real / real.sum(1, keepdim=True).clamp_min(1)
-        return torch.einsum("bsw,bs->bw", states, weight.to(states.dtype))
-    order = real.cumsum(1)
-    target = torch.ones_like(order[:, :1]) if pool == "cls" else order[:, -1:]
-    position = (real & (order == target)).int().argmax(1)
-    return states[torch.arange(len(states)), position]
 
 
 def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: list[str]) -> float:

@@ -59,7 +59,8 @@ class ErasureReport:
         concept: What was erased.
         adapter_name: The adapter.
         method: As in the adapter's configuration.
-        pool: Which rows a sequence label counted for.
+        pool: Which rows a sequence label counted for: what is guarded, and what the figures are of.
+        reader: What the model's head reads, in words.
         examples: Sequences fitted on.
         tokens: Real positions fitted on.
         eval_examples: Held-out sequences measured on; 0 without `eval_batches`.
@@ -71,6 +72,7 @@ class ErasureReport:
     adapter_name: str
     method: str
     pool: str
+    reader: str
     examples: int
     tokens: int
     eval_examples: int

@@ -54,32 +54,36 @@ class Runner:
         sites: Names of modules within the bare model.
 
     Attributes:
+        model: The bare model, with its head if it has one.
+        backbone: The part of it that returns the last hidden state.
         is_sharded: Whether FSDP2 keeps a part of every weight in every process.
     """
 
     def __init__(self, model: nn.Module, sites: list[str]) -> None:
         wrapped: Any = model
         self.model: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
-        backbone = getattr(self.model, "base_model", self.model)
+        backbone = self.backbone = getattr(self.model, "base_model", self.model)
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
         needs_all = any(id(self.model.get_submodule(site)) not in within for site in sites)
         self.is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         # A sharded model gathers its weights at its root, so it is called there.
         self.callee: nn.Module = model if self.is_sharded else self.model if needs_all else backbone
         self.device = _input_device(self.model)
-        parameters = inspect.signature(self.callee.forward).parameters
-        self._takes = None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
-        self._extra = {"use_cache": False} if "use_cache" in parameters else {}
 
     def __call__(self, batch: dict[str, Any]) -> Any:
         """One forward pass over a batch, labels taken off."""
+        return self.call(self.callee, batch)
+
+    def call(self, callee: nn.Module, batch: dict[str, Any]) -> Any:
+        """The same of another part of the model."""
+        parameters = inspect.signature(callee.forward).parameters
         inputs = {name: value for name, value in batch.items() if name not in _LOSS_INPUTS}
         if "labels" in batch and _is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
-        if self._takes is not None:
-            inputs = {name: value for name, value in inputs.items() if name in self._takes}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            inputs = {name: value for name, value in inputs.items() if name in parameters}
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        return self.callee(**placed, **self._extra)
+        return callee(**placed, **({"use_cache": False} if "use_cache" in parameters else {}))
 
     def final_states(self) -> dict[str, nn.Module]:
         """The modules that return a last hidden state, by the name it has in transformers' outputs."""
@@ -88,7 +92,7 @@ class Runner:
                 "encoder_last_hidden_state": self.model.get_encoder(),
                 "last_hidden_state": self.model.get_decoder(),
             }
-        return {"last_hidden_state": getattr(self.model, "base_model", self.model)}
+        return {"last_hidden_state": self.backbone}
 
     def side_of(self, name: str) -> str:
         """A final state's name for aligning labels: the decoder's says so."""

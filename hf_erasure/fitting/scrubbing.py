@@ -97,7 +97,7 @@ class Scrubber:
         self._sources[source.key], self._tallies[source.key] = source, Tally()
         for position, batch in enumerate(source.batches):
             batch = check_batch(batch, position, labelled=source.labelled)
-            self._labels.append((source.key, source.labels_of(batch, self.task.pool)))
+            self._labels.append((source.key, source.labels_of(batch, self.task.pool.name)))
             self._batches.append(batch)
             self._tallies[source.key].count(batch)
             if self.task.checkpoint is not None:

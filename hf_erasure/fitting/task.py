@@ -9,6 +9,7 @@ from typing import TypeVar
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
 
 from .checkpoint import FitCheckpoint
+from .pools import Pool
 from .processes import Processes
 from .running import Runner
 
@@ -24,7 +25,7 @@ class FitTask:
         layers: The sites, by the name of their module, in the model's order.
         name: The adapter.
         config: Its configuration.
-        pool: Which rows a sequence label counts for.
+        pool: Which rows a sequence label counts for, and what the model's head reads.
         progress: Whether to show progress bars.
         resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
         checkpoint: Where to keep what is finished, if anywhere.
@@ -35,7 +36,7 @@ class FitTask:
     layers: dict[str, ErasureLayer]
     name: str
     config: ConceptErasureConfig
-    pool: str
+    pool: Pool
     progress: bool
     resident_batches: int | None = None
     checkpoint: FitCheckpoint | None = None

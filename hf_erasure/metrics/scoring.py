@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_erasure.fitting.gradiend.batches import Filled, Layout, longest_input
 from hf_erasure.fitting.gradiend.forwards import SlotReader
 from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
+from hf_erasure.models import pooled
 
 from .checks import whole
 
@@ -323,9 +324,8 @@ def pooled_embeddings(
             chosen = order[start : start + batch_size]
             inputs = layout.padded([rows[i] for i in chosen], [], [0], [0], [0]).inputs
             states = last_hidden_state(runner(inputs)).float().cpu()
-            for i, state in zip(chosen, states, strict=True):
-                real = state[: len(rows[i])]
-                found[i] = real.mean(0) if pool == "mean" else real[0 if pool == "cls" else -1]
+            for i, vector in zip(chosen, pooled(states, inputs["attention_mask"].bool().cpu(), pool), strict=True):
+                found[i] = vector
     return torch.stack(found)
 
 

@@ -1,0 +1,130 @@
+"""Which pool a fit guards: the one that was asked for, or what the model's head reads."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
+from hf_erasure.models.pooling import IN_WORDS
+
+from .labels import BatchLabels
+from .processes import Processes
+from .running import Runner, evaluating, on_cpu
+
+# Where a head reads every token by itself, it reads these two as well.
+_POSITIONS = ("cls", "last")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a fit guards.
+
+    Attributes:
+        name: One of `POOLS`.
+        reader: What the model's head reads, in words.
+    """
+
+    name: str
+    reader: str
+
+
+class Peeked:
+    """Batches of which the first is known; the first pass over them still has it, also of an iterator.
+
+    Attributes:
+        first: None where there is no batch.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        rest = iter(batches)
+        found = list(itertools.islice(rest, 1))
+        self.first: Any = found[0] if found else None
+        self._begun: Iterator[Any] | None = itertools.chain(found, rest)
+
+    def __iter__(self) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        return iter(self._batches) if begun is None else begun
+
+
+def pool_for(
+    pool: str | None, model: nn.Module, runner: Runner, config: ConceptErasureConfig, first: Any, processes: Processes
+) -> Pool:
+    """The pool of a fit; warns where it is not what the model's head reads, or where that could not be found out.
+
+    Args:
+        pool: What was asked for; None for what the head reads.
+        model: The model as the caller has given it.
+        runner: Calls it.
+        config: By whose labels the batches are read.
+        first: The first of the labelled batches; None where this process has no batch.
+        processes: Those that share the data.
+
+    Raises:
+        ValueError: If `pool` is not known.
+    """
+    check_pool(pool)
+    rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
+    if rows is None:
+        return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
+    if pool in (None, "tokens") and _label_tokens(rows, config):
+        return Pool("tokens", "the labels are of single tokens")
+    reading = sentence_reading(model) or _reading(runner, rows)
+    if pool is None:
+        if not reading.clear:
+            warnings.warn(
+                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded: "
+                f"pool={' or '.join(map(repr, POOLS))}.",
+                stacklevel=4,
+            )
+        return Pool(reading.pool or "tokens", reading.text)
+    is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
+    if reading.pool is not None and not is_read:
+        warnings.warn(
+            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text} (pool={reading.pool!r}): what the head reads "
+            f"is not guarded. Leave pool out, or give pool={reading.pool!r}.",
+            stacklevel=4,
+        )
+    return Pool(pool, reading.text)
+
+
+def _two_rows(batch: Any) -> dict[str, Any] | None:
+    """The longest and the shortest row of a batch; None where it is not one."""
+    if not isinstance(batch, Mapping):
+        return None
+    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    inputs = [value for name, value in tensors.items() if name != "concept_labels"]
+    if not inputs or not len(inputs[0]):
+        return None
+    mask = tensors.get("attention_mask", torch.ones(len(inputs[0]), 1, device="cpu"))
+    lengths = mask.flatten(1).sum(1)
+    chosen = sorted({int(lengths.argmax()), int(lengths.argmin())})
+    return {
+        name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == len(lengths) else value
+        for name, value in batch.items()
+    }
+
+
+def _label_tokens(rows: dict[str, Any], config: ConceptErasureConfig) -> bool:
+    labels = torch.as_tensor(rows.get("concept_labels", ()), device="cpu")
+    return labels.dim() == (2 if config.labels is not None else 3)
+
+
+@on_cpu
+def _reading(runner: Runner, rows: dict[str, Any]) -> Reading:
+    root = runner.callee if runner.is_sharded else runner.model
+    asked = {**rows, "output_hidden_states": True} if runner.backbone is runner.model else rows
+
+    def real_of(hidden: Tensor) -> Tensor:
+        return BatchLabels(rows, 0, True, "tokens").select(hidden, runner.side_of("last_hidden_state"))[1].real
+
+    with evaluating(runner.model):
+        return reading_of(runner.model, runner.backbone, lambda: runner.call(root, asked), real_of)
