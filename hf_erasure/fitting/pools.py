@@ -81,8 +81,8 @@ def pool_for(
     if pool is None:
         if not reading.clear:
             warnings.warn(
-                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded: "
-                f"pool={' or '.join(map(repr, POOLS))}.",
+                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded, "
+                f"pool={' or '.join(map(repr, POOLS))}, and pad batches on the side that the head expects.",
                 stacklevel=4,
             )
         return Pool(reading.pool or "tokens", reading.text)
@@ -121,10 +121,12 @@ def _label_tokens(rows: dict[str, Any], config: ConceptErasureConfig) -> bool:
 @on_cpu
 def _reading(runner: Runner, rows: dict[str, Any]) -> Reading:
     root = runner.callee if runner.is_sharded else runner.model
-    asked = {**rows, "output_hidden_states": True} if runner.backbone is runner.model else rows
+    is_bare = runner.backbone is runner.model
+    asked = {**rows, "output_hidden_states": True} if is_bare else rows
+    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
 
     def real_of(hidden: Tensor) -> Tensor:
         return BatchLabels(rows, 0, True, "tokens").select(hidden, runner.side_of("last_hidden_state"))[1].real
 
     with evaluating(runner.model):
-        return reading_of(runner.model, runner.backbone, lambda: runner.call(root, asked), real_of)
+        return reading_of(runner.model, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare)

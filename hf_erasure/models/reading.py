@@ -37,7 +37,12 @@ class Reading:
 
 
 def reading_of(
-    model: nn.Module, backbone: nn.Module, forward: Callable[[], Any], real_of: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    backbone: nn.Module,
+    forward: Callable[[], Any],
+    real_of: Callable[[Tensor], Tensor],
+    *,
+    is_bare: bool,
 ) -> Reading:
     """Find out which positions a head reads.
 
@@ -45,26 +50,29 @@ def reading_of(
 
     Args:
         model: The model with its head.
-        backbone: The module that returns the last hidden state; the model itself where it is bare.
+        backbone: The module that returns the last hidden state.
         forward: Runs the model on two rows of different lengths, the shorter one padded.
         real_of: From a last hidden state `(batch, seq, width)` to its positions that are not padding, `(batch, seq)`.
 
+        is_bare: Whether the class of the model adds no module to its base; such a model may return logits all the same.
+
     Returns:
-        What is read. A head that fails on these rows is not told.
+        What is read; it is not clear where the model fails on these rows.
     """
     name = type(model).__name__
+    no_head = Reading(None, f"{name} has no head that reads: all tokens count alike")
+    if is_bare and type(model).__module__.startswith("transformers.") and name.endswith("Model"):
+        return no_head
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            found = _gradient(model, backbone, forward)
+            found = _gradient(model, backbone, forward, is_bare)
             if found is None:
-                return Reading(None, f"{name} has no head that reads: all tokens count alike")
+                return no_head
             gradient, hidden = found
             pool, words = _classified(gradient, real_of(hidden).to(gradient.device))
     except Exception as error:  # whatever a model raises: fitting itself may need less of it
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return Reading(
-            None, f"what {name} reads could not be found out ({type(error).__name__}: {reason})", clear=False
-        )
+        return Reading(None, f"what {name} reads could not be found out ({reason})", clear=False)
     return Reading(pool, f"{name} reads {words}", clear=pool is not None)
 
 
@@ -82,7 +90,9 @@ def sentence_reading(model: nn.Module) -> Reading | None:
 # ---- the backward ----------------------------------------------------------------------------------------------------
 
 
-def _gradient(model: nn.Module, backbone: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, Tensor] | None:
+def _gradient(
+    model: nn.Module, backbone: nn.Module, forward: Callable[[], Any], is_bare: bool
+) -> tuple[Tensor, Tensor] | None:
     """The gradient of the output with regard to the last hidden state, and that state; None for a bare model.
 
     Raises:
@@ -91,7 +101,7 @@ def _gradient(model: nn.Module, backbone: nn.Module, forward: Callable[[], Any])
     trace = _Trace(backbone)
     with _hooked(model, trace.record):
         output = forward()
-    if backbone is model and not _logits(output):
+    if is_bare and not _logits(output):
         return None
     hidden = _last_hidden_state(trace.returned)
     if hidden is None or hidden.dim() != 3:
@@ -216,8 +226,9 @@ def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str]:
         if torch.equal(read, counted(real, pool)):
             return pool, IN_WORDS[pool]
     rest = real & ~counted(real, "cls")
-    if torch.equal(read, rest) and _alike(gradient, read):
-        return "mean", f"{IN_WORDS['mean']} behind the first"
+    if torch.equal(read, rest):
+        pool = "mean" if _alike(gradient, read) else "tokens"
+        return pool, f"{IN_WORDS[pool]} behind the first"
     if bool((read | ~real).all()):
         if not _alike(gradient, read):
             return "tokens", IN_WORDS["tokens"]
