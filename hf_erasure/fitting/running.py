@@ -72,7 +72,10 @@ class Runner:
 
     def __call__(self, batch: dict[str, Any]) -> Any:
         """One forward pass over a batch, labels taken off."""
-        return self.call(self.callee, batch)
+        # A classifier makes the decoder's inputs from those of the encoder, which its base model need not do.
+        given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+        makes = _is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
+        return self.call(self.model if makes and self.callee is self.backbone else self.callee, batch)
 
     def call(self, callee: nn.Module, batch: dict[str, Any]) -> Any:
         """The same of another part of the model."""

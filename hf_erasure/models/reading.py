@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .pooling import IN_WORDS, counted
 
@@ -63,6 +64,8 @@ def reading_of(
     no_head = Reading(None, f"{name} has no head that reads: all tokens count alike")
     if is_bare and type(model).__module__.startswith("transformers.") and name.endswith("Model"):
         return no_head
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        return Reading("tokens", f"{name} reads {IN_WORDS['tokens']}")  # a language model, whose logits are large
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found = _gradient(model, backbone, forward, is_bare)

@@ -1,0 +1,182 @@
+"""What heads read of the last hidden state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.fitting.pools import Pool, pool_for
+from hf_erasure.fitting.processes import Processes
+from hf_erasure.fitting.running import Runner
+from hf_erasure.models import pooled
+from tests.small_models import _GROUPED, _SIZES, _TEXT, _TOKENS, VOCABULARY, WIDTH, roughen
+
+EOS = 2
+GPT2 = {**_TOKENS, "n_embd": WIDTH, "n_layer": 1, "n_head": 4, "n_inner": 64, "n_positions": 48}
+T5 = {
+    "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4,
+    "pad_token_id": 0, "eos_token_id": EOS, "decoder_start_token_id": 0,
+}  # fmt: skip
+BART = {
+    **_TOKENS, "d_model": WIDTH, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 48,
+    "decoder_start_token_id": EOS,
+}  # fmt: skip
+IMAGE = {**_SIZES, "image_size": 16, "patch_size": 4, "num_labels": 3}
+SWIN = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+
+TEXTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "bert": (lambda: hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)), "cls"),
+    "roberta": (lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_TEXT)), "cls"),
+    "gpt2": (lambda: hf.GPT2ForSequenceClassification(hf.GPT2Config(**GPT2)), "last"),
+    "llama": (lambda: hf.LlamaForSequenceClassification(hf.LlamaConfig(**_GROUPED)), "last"),
+    "t5": (lambda: hf.T5ForSequenceClassification(hf.T5Config(**T5)), "last"),
+    "bart": (lambda: hf.BartForSequenceClassification(hf.BartConfig(**BART)), "last"),
+    "bert tokens": (lambda: hf.BertForTokenClassification(hf.BertConfig(**_TEXT)), "tokens"),
+    "bert masked": (lambda: hf.BertForMaskedLM(hf.BertConfig(**_TEXT)), "tokens"),
+    "llama causal": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED)), "tokens"),
+    "modernbert mean": (
+        lambda: hf.ModernBertForSequenceClassification(
+            hf.ModernBertConfig(**_TEXT, cls_token_id=1, sep_token_id=2, classifier_pooling="mean")
+        ),
+        "mean",
+    ),
+}
+IMAGES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "vit": (lambda: hf.ViTForImageClassification(hf.ViTConfig(**IMAGE)), "cls", "the first token"),
+    "beit": (lambda: hf.BeitForImageClassification(hf.BeitConfig(**IMAGE)), "mean", "mean of the tokens behind"),
+    "swin": (lambda: hf.SwinForImageClassification(hf.SwinConfig(**SWIN)), "mean", "the mean of the tokens"),
+    "dinov2": (lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**IMAGE)), "tokens", "every token"),
+}
+
+
+def text_batch(*, left: bool = False) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY, (3, 8), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((8, 3, 5)):
+        mask[row, slice(0, 8 - length) if left else slice(length, 8)] = 0
+        ids[row, 7 if left else length - 1] = EOS
+    return {"input_ids": ids * mask, "attention_mask": mask, "concept_labels": torch.tensor([0, 1, 0])}
+
+
+def image_batch() -> dict[str, Tensor]:
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, "concept_labels": torch.tensor([0, 1, 0])}
+
+
+def found(model: nn.Module, batch: dict[str, Tensor], pool: str | None = None) -> Pool:
+    roughen(model, torch.Generator().manual_seed(0)).eval()
+    config = ConceptErasureConfig(labels=["a", "b"])
+    return pool_for(pool, model, Runner(model, []), config, batch, Processes())
+
+
+@pytest.mark.filterwarnings("error:pool")
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_head_s_positions_are_found(name: str, left: bool) -> None:
+    build, pool = TEXTS[name]
+    if left and pool == "cls":
+        with pytest.warns(UserWarning, match=r"reads positions \[0\] of 8, padding among them"):
+            assert found(build(), text_batch(left=True)).name == "tokens"
+    else:
+        assert found(build(), text_batch(left=left)).name == pool
+
+
+@pytest.mark.filterwarnings("error:pool")
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_head_s_positions_are_found(name: str) -> None:
+    build, pool, words = IMAGES[name]
+    guarded = found(build(), image_batch())
+    assert guarded.name == pool and words in guarded.reader
+
+
+def test_frozen_half_precision_weights_are_read_too_and_stay_as_they_were() -> None:
+    model = hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)).to(torch.bfloat16).requires_grad_(False).train()
+    with torch.inference_mode():
+        guarded = pool_for(
+            None, model, Runner(model, []), ConceptErasureConfig(labels=["a", "b"]), text_batch(), Processes()
+        )
+    assert guarded.name == "cls" and model.training
+    assert all(not p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.filterwarnings("error:pool")
+def test_a_bare_model_has_no_reader_and_any_pool_is_taken() -> None:
+    model = hf.BertModel(hf.BertConfig(**_TEXT))
+    assert found(model, text_batch()) == Pool("tokens", "BertModel has no head that reads: all tokens count alike")
+    assert found(model, text_batch(), "mean").name == "mean"
+
+
+@pytest.mark.parametrize(("pool", "warns"), [("cls", False), ("mean", True), ("last", True), ("tokens", True)])
+def test_a_pool_that_the_head_does_not_read_warns_and_names_both(pool: str, warns: bool) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert found(hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)), text_batch(), pool).name == pool
+    texts = [str(warning.message) for warning in seen if "pool=" in str(warning.message)]
+    assert len(texts) == warns and all(f"pool={pool!r}" in text and "pool='cls'" in text for text in texts)
+
+
+@pytest.mark.filterwarnings("error:pool")
+def test_a_language_model_reads_its_first_and_its_last_token_among_the_others() -> None:
+    for pool in ("cls", "last"):
+        assert found(hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), text_batch(), pool).name == pool
+
+
+def test_labels_of_tokens_need_no_reader() -> None:
+    batch = text_batch()
+    batch["concept_labels"] = torch.zeros_like(batch["input_ids"])
+    guarded = found(hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)), batch)
+    assert guarded == Pool("tokens", "the labels are of single tokens")
+
+
+def test_a_head_that_fails_on_the_rows_is_said_to_be_unknown() -> None:
+    model = hf.BertForSequenceClassification(hf.BertConfig(**_TEXT))
+    model.classifier = nn.Linear(WIDTH + 1, 2)
+    with pytest.warns(UserWarning, match="what BertForSequenceClassification reads could not be found out"):
+        assert found(model, text_batch()).name == "tokens"
+
+
+def test_a_sentence_encoder_s_pooling_module_is_asked() -> None:
+    models = pytest.importorskip("sentence_transformers").sentence_transformer.modules
+
+    class Encoder(nn.Sequential):
+        config: Any = None
+
+    for mode, pool in (("cls", "cls"), ("mean", "mean"), ("lasttoken", "last")):
+        bare = hf.BertModel(hf.BertConfig(**_TEXT))
+        encoder = Encoder(bare, models.Pooling(WIDTH, pooling_mode=mode))
+        config = ConceptErasureConfig(labels=["a", "b"])
+        assert pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes()).name == pool
+    with pytest.warns(UserWarning, match="its pooling module reads 'max'"):
+        encoder = Encoder(bare, models.Pooling(WIDTH, pooling_mode="max"))
+        pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes())
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_pooled_vectors_are_those_of_a_loop(left: bool) -> None:
+    mask = text_batch(left=left)["attention_mask"].bool()
+    states = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(1))
+    states[~mask] = float("nan")
+    for pool, pick in {
+        "mean": lambda rows: rows.mean(0),
+        "cls": lambda rows: rows[0],
+        "last": lambda rows: rows[-1],
+    }.items():
+        expected = torch.stack([pick(state[real]) for state, real in zip(states, mask, strict=True)])
+        torch.testing.assert_close(pooled(states, mask, pool), expected)
+
+
+def test_a_classifier_that_makes_its_decoder_s_inputs_is_fitted() -> None:
+    model = roughen(hf.T5ForSequenceClassification(hf.T5Config(**T5)), torch.Generator().manual_seed(0)).eval()
+    model.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name="erasure")
+    report = fit_concept_erasure(model, [text_batch()], "erasure", progress=False)
+    assert report.pool == "last" and any(line.site.startswith("transformer.decoder") for line in report.sites)
