@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from hf_erasure.metrics.rows import (
+    BadRow,
+    LeftOutRows,
+    Rows,
+    cells_of,
+    content_lines,
+    csv_rows,
+    good_rows,
+    lines_of,
+    text_at,
+)
 
 from .treebank import Sentence, read_treebank
 
@@ -36,6 +47,7 @@ _FILES = {
 TEXTS = ("wikitext-2", "tinystories-sample")
 # Shorter lines are headings and fragments.
 _LEAST_CHARACTERS = 40
+LONG = f"paragraphs, one a line, of at least {_LEAST_CHARACTERS} characters"
 # Of longer paragraphs the beginning is read: more paragraphs say more than long ones.
 _MOST_CHARACTERS = 200
 
@@ -66,12 +78,16 @@ class DataFolder:
         path: The folder.
         limit: At most so many items of each part, spread evenly; all when None.
 
+    Attributes:
+        left_out: File → its rows that could not be read, of the parts that were asked for.
+
     Raises:
         MissingData: If there is no such folder.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
         self.path, self.limit = Path(path), limit
+        self.left_out: dict[str, LeftOutRows] = {}
         if not self.path.is_dir():
             raise MissingData(f"--data {self.path}: there is no such folder. It should hold {described()}")
 
@@ -98,12 +114,8 @@ class DataFolder:
         """
         rows: list[tuple[str, str, str]] = []
         for path in sorted(self.part("bias-in-bios").glob("*.csv")):
-            with path.open(encoding="utf-8", newline="") as lines:
-                for row in csv.DictReader(lines):
-                    text = row.get("hard_text") or row.get("text")
-                    if not text or not row.get("profession") or not row.get("gender"):
-                        raise MissingData(f"{path}: a row has not all of {LAYOUT['bias-in-bios']}")
-                    rows.append((row["profession"], row["gender"].strip().lower(), text))
+            named = csv_rows(path, ("profession", "gender"))
+            rows += self._noted(good_rows(path, named, _biography, LAYOUT["bias-in-bios"]))
         rows = spread(sorted(rows, key=lambda row: row[:2]), self.limit)
         return Biographies([r[2] for r in rows], [r[0] for r in rows], [r[1] for r in rows])
 
@@ -111,7 +123,7 @@ class DataFolder:
         """Sentences of the treebank with a part of speech a word."""
         folder = self.part("ud-ewt")
         files = sorted(folder.glob("*test*.conllu")) or sorted(folder.glob("*.conllu"))
-        return spread([sentence for path in files for sentence in read_treebank(path)], self.limit)
+        return spread([sentence for path in files for sentence in self._noted(read_treebank(path))], self.limit)
 
     def texts(self) -> dict[str, list[str]]:
         """Running text by its kind, a paragraph (the beginning of a long one) an entry.
@@ -119,16 +131,17 @@ class DataFolder:
         Raises:
             MissingData: If there is none of any kind.
         """
-        found = {}
-        for name in TEXTS:
-            path = self.path / name / _FILES[name]
-            if path.is_file():
-                lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-                long = [_cut(line) for line in lines if len(line) >= _LEAST_CHARACTERS and not line.startswith("=")]
-                found[name] = spread(long, self.limit)
+        found = {name: self.paragraphs(name) for name in TEXTS if (self.path / name / _FILES[name]).is_file()}
         if not found:
             raise MissingData(f"{self.path} has no text: put there {' or '.join(f'{n}/{_FILES[n]}' for n in TEXTS)}")
         return found
+
+    def paragraphs(self, name: str) -> list[str]:
+        """Running text of one kind, as `texts` has it."""
+        path = self.file(name)
+        lines = [(where, line.strip()) for where, line in lines_of(path)]
+        long = [(where, line) for where, line in lines if len(line) >= _LEAST_CHARACTERS and not line.startswith("=")]
+        return spread(self._noted(good_rows(path, long, _cut, LONG)), self.limit)
 
     def occupations(self) -> list[tuple[str, str]]:
         """Occupations and the gender that most who have them are of, as WinoBias lists them."""
@@ -137,14 +150,28 @@ class DataFolder:
             path = folder / f"{gender}_occupations.txt"
             if not path.is_file():
                 raise MissingData(f"{folder} has no {path.name}: put there {LAYOUT['winobias']}")
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = self._noted(good_rows(path, content_lines(path), str.strip, "an occupation a line"))
             found += [(name, gender) for name in names]
         return found
 
+    def _noted(self, rows: Rows[T]) -> Rows[T]:
+        self.left_out |= {entry.file: entry for entry in rows.left_out}
+        return rows
+
+
+def _biography(row: dict[str, str] | str) -> tuple[str, str, str]:
+    cells = cells_of(row)
+    text = cells.get("hard_text") or cells.get("text")
+    if not text or not text.strip():
+        raise BadRow("lacks hard_text (or text)")
+    return text_at(cells, "profession").strip(), text_at(cells, "gender").strip().lower(), text
+
 
 def _cut(text: str) -> str:
-    """The beginning of a text, whole words."""
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS].rsplit(" ", 1)[0]
+    """The beginning of a text, whole words; where words are not parted by spaces, as many characters."""
+    beginning = text[:_MOST_CHARACTERS]
+    space = beginning.rfind(" ")
+    return text if text == beginning else beginning[:space] if space > _MOST_CHARACTERS // 2 else beginning
 
 
 def spread(items: Sequence[T], most: int | None) -> list[T]:

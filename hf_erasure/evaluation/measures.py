@@ -335,10 +335,7 @@ def stereotype_measures() -> list[Measure]:
 
 
 def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
-    texts = subject.data.texts()
-    if name not in texts:
-        subject.data.file(name)  # says what is missing
-    chosen, longest = texts[name], subject.reader.longest
+    chosen, longest = subject.data.paragraphs(name), subject.reader.longest
     if subject.head == "masked":
         # A forward row a token: few texts, and windows that are short.
         chosen, longest = spread(chosen, _PSEUDO_TEXTS), min(longest, _PSEUDO_WINDOW)

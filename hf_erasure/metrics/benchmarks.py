@@ -4,7 +4,8 @@ Each function reads the file, scores what can be scored, and computes the metric
 (too long for the model, a decisive word that the tokenizer does not know) is left out, counted by reason under
 `left_out`, and `coverage` says what share of the items asked for was scored (`asked`: how many `bias_types` and `limit`
 leave of the file). What is left out depends on the tokenizer and the longest input alone, so a model with and without
-an adapter is judged on the same items.
+an adapter is judged on the same items. Rows of the file that could not be read are no items; they are warned of, and
+`bad_rows` names them for each file.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .readers import (
     read_winobias,
     spread,
 )
+from .rows import Rows
 from .scoring import LanguageScorer, pooled_embeddings, strided_losses
 
 
@@ -59,12 +61,13 @@ def stereoset(
         **statistics: As for `hf_erasure.metrics.stereoset.score`.
 
     Returns:
-        What `score` returns, `by_bias_type`, `task`, `coverage`, `asked`, `left_out`.
+        What `score` returns, `by_bias_type`, `task`, `coverage`, `asked`, `left_out`, `bad_rows`.
 
     Raises:
         ValueError: If no item can be scored, or the file is another.
     """
-    items = _of_types(read_stereoset(path), bias_types, limit)
+    read = read_stereoset(path)
+    items = _of_types(read, bias_types, limit)
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
     kept, queries, left_out = _prepared(items, lambda item: stereoset_queries(scorer, item))
     parts = iter(scorer.log_probabilities([query for three in queries for rows in three for query in rows]))
@@ -77,7 +80,7 @@ def stereoset(
     by_type = _each(
         [item.bias_type for item in kept], lambda c: measured(c) if len({kept[i].term for i in c}) > 1 else None
     )
-    return {**measured(list(range(len(kept)))), "by_bias_type": by_type, **_account(scorer, items, kept, left_out)}
+    return {**measured(list(range(len(kept)))), "by_bias_type": by_type, **_account(scorer, read, items, kept, left_out)}
 
 
 def crows_pairs(
@@ -102,12 +105,13 @@ def crows_pairs(
         **statistics: As for `hf_erasure.metrics.crows_pairs.score`.
 
     Returns:
-        What `score` returns, `by_bias_type`, `task`, `coverage`, `asked`, `left_out`.
+        What `score` returns, `by_bias_type`, `task`, `coverage`, `asked`, `left_out`, `bad_rows`.
 
     Raises:
         ValueError: If no pair can be scored, or the file is another.
     """
-    items = _of_types(read_crows_pairs(path), bias_types, limit)
+    read = read_crows_pairs(path)
+    items = _of_types(read, bias_types, limit)
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
     kept, queries, left_out = _prepared(items, lambda item: crows_queries(scorer, item))
     sums = scorer.sums([rows for two in queries for rows in two])
@@ -117,7 +121,7 @@ def crows_pairs(
         return crows_pairs_metric.score(scores[chosen], [kept[i].direction for i in chosen], **statistics)
 
     by_type = _each([item.bias_type for item in kept], measured)
-    return {**measured(list(range(len(kept)))), "by_bias_type": by_type, **_account(scorer, items, kept, left_out)}
+    return {**measured(list(range(len(kept)))), "by_bias_type": by_type, **_account(scorer, read, items, kept, left_out)}
 
 
 def winobias(
@@ -146,12 +150,13 @@ def winobias(
         **statistics: As for `hf_erasure.metrics.pronoun_gap.score`.
 
     Returns:
-        What `score` returns, `by_type`, `task`, `coverage`, `asked`, `left_out`.
+        What `score` returns, `by_type`, `task`, `coverage`, `asked`, `left_out`, `bad_rows`.
 
     Raises:
         ValueError: If no pair can be scored, or a file is not there.
     """
-    items = spread(read_winobias(folder, splits, types), limit)
+    read = read_winobias(folder, splits, types)
+    items = spread(read, limit)
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
     kept, queries, left_out = _prepared(items, lambda item: pronoun_queries(scorer, item))
     sums = scorer.sums([rows for two in queries for rows in two])
@@ -161,7 +166,7 @@ def winobias(
         return pronoun_gap_metric.score(scores[chosen], [genders[i] for i in chosen], **statistics)
 
     both = _each([str(item.kind) for item in kept], lambda c: measured(c) if len({genders[i] for i in c}) > 1 else None)
-    return {**measured(list(range(len(kept)))), "by_type": both, **_account(scorer, items, kept, left_out)}
+    return {**measured(list(range(len(kept)))), "by_type": both, **_account(scorer, read, items, kept, left_out)}
 
 
 def seat(
@@ -190,8 +195,8 @@ def seat(
 
     Returns:
         `tests`, name → what `score` returns, with its own `coverage`; `mean_absolute_effect_size` over them, with its
-        `intervals` over the texts that they share; `skipped`, name → why, for tests that have too few texts left;
-        `coverage` over all texts of all tests, `asked`, and `left_out`.
+        `intervals` over the texts that they share; `skipped`, name → why, for tests that have too few texts left
+        or whose file cannot be used; `coverage` over all texts of all tests, `asked`, `left_out` and `bad_rows`.
 
     Raises:
         ValueError: If no test can be computed, or a file is not there.
@@ -203,7 +208,7 @@ def seat(
         raise ValueError(f"{folder}: the tokenizer knows no text completely, so nothing can be embedded.")
     vectors = pooled_embeddings(model, tokenizer, known, pool=pool, batch_size=batch_size).double().numpy()
     row = {text: i for i, text in enumerate(known)}
-    found, taken, skipped, total, used = {}, [], {}, 0, 0
+    found, taken, skipped, total, used = {}, [], dict(sets.skipped), 0, 0
     for name, parts in sets.items():
         rows = {key: [row[text] for text in part if text in row] for key, part in parts.items()}
         size, kept = sum(map(len, parts.values())), sum(map(len, rows.values()))
@@ -219,6 +224,7 @@ def seat(
     drawing = {key: value for key, value in statistics.items() if key != "permutations"}
     mean = weat_metric.mean_absolute_effect(taken, vectors, **drawing)
     counts = {"coverage": used / total, "asked": total, "left_out": {UNKNOWN: total - used} if used < total else {}}
+    counts["bad_rows"] = [rows.as_dict() for rows in sets.left_out]
     return {"tests": found, **mean, "skipped": skipped, "pool": pool, **counts}
 
 
@@ -273,9 +279,11 @@ def _prepared(items: Sequence[Any], prepare: Callable[[Any], Any]) -> tuple[list
     return kept, queries, dict(reasons)
 
 
-def _account(scorer: LanguageScorer, items: Sequence[Any], kept: Sequence[Any], left_out: dict[str, int]) -> dict:
-    share = len(kept) / len(items)
-    return {"task": scorer.task, "coverage": share, "asked": len(items), "left_out": left_out}
+def _account(
+    scorer: LanguageScorer, read: Rows[Any], items: Sequence[Any], kept: Sequence[Any], left_out: dict[str, int]
+) -> dict[str, Any]:
+    counts = {"task": scorer.task, "coverage": len(kept) / len(items), "asked": len(items), "left_out": left_out}
+    return {**counts, "bad_rows": [rows.as_dict() for rows in read.left_out]}
 
 
 def _of_types(items: Sequence[Any], bias_types: Sequence[str] | None, limit: int | None) -> list[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .readers import CrowSPair, PronounPair, StereoSetItem
 from .scoring import Encoding, LanguageScorer, Query
 
+EMPTY = "a sentence has no token that can be scored"
 TOO_LONG = "too long for the model"
 UNKNOWN = "a decisive word is unknown to the tokenizer"
 ALIKE = "both sentences have the same tokens"
@@ -28,7 +29,7 @@ def stereoset_queries(scorer: LanguageScorer, item: StereoSetItem) -> list[list[
     """For each of the three sentences: its tokens (causal), or one row for each token in the blank (masked).
 
     Raises:
-        LeftOut: If a sentence is too long, does not fit the context, or fills the blank with an unknown word.
+        LeftOut: If a sentence is empty, too long, does not fit the context, or fills the blank with an unknown word.
     """
     rows = []
     for sentence in item.sentences:
@@ -61,7 +62,7 @@ def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Query]]:
     """For either sentence: all its tokens (causal), or one row for each token that both share (masked).
 
     Raises:
-        LeftOut: If a sentence is too long, or what differs is unknown to the tokenizer or lost in it.
+        LeftOut: If a sentence is empty or too long, or what differs is unknown to the tokenizer or lost in it.
     """
     both = [_encoded(scorer, sentence) for sentence in (item.more, item.less)]
     tokens = [[encoding.ids[p] for p in encoding.places] for encoding in both]
@@ -105,6 +106,9 @@ def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Quer
 
 def _encoded(scorer: LanguageScorer, sentence: str) -> Encoding:
     encoding = scorer.encode(sentence)
+    # A sum over no tokens is 0, which every other sentence would lose to.
+    if not sentence.strip() or not encoding.places:
+        raise LeftOut(EMPTY)
     if not scorer.fits(encoding):
         raise LeftOut(TOO_LONG)
     return encoding

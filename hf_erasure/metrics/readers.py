@@ -1,21 +1,29 @@
-"""Readers of the benchmarks' own files."""
+"""Readers of the benchmarks' own files.
+
+Each gives `Rows`: the good rows, and under `left_out` those that could not be read, with file, row and reason.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .crows_pairs import DIRECTIONS
+from .rows import BadRow, LeftOutRows, Rows, Source, cells_of, content_lines, csv_rows, good_rows, json_of, text_at
+
 Item = TypeVar("Item")
-Source = str | Path
 
 # Male and female pronouns that WinoBias exchanges; "her" stands for "him" as well as for "his".
 PRONOUNS = {"male": {"he", "him", "his", "himself"}, "female": {"she", "her", "hers", "herself"}}
 _WORDS = re.compile(r"\w+|[^\w\s]")
+# Chinese characters beside it do not make another word of it, as letters do ("BLANKET").
+_BLANK = re.compile(r"(?<![A-Za-z])BLANK(?![A-Za-z])")
+_CROWS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
+_SETS = {"X": "targ1", "Y": "targ2", "A": "attr1", "B": "attr2"}
 _ENDINGS = ("stereotype", "anti-stereotype", "unrelated")
 
 
@@ -37,12 +45,12 @@ class StereoSetItem:
 
     def blank(self, sentence: str) -> tuple[int, int] | None:
         """Where in a sentence the blank was filled; None if the sentence does not fit the context, but for case."""
-        if self.context.count("BLANK") != 1:
+        parts = _BLANK.split(self.context)
+        if len(parts) != 2:
             return None
-        before, after = self.context.lower().split("blank", 1) if "blank" in self.context.lower() else ("", "")
-        lower, end = sentence.lower(), len(sentence) - len(after)
-        fits = lower.startswith(before) and lower.endswith(after) and end > len(before) and len(lower) == len(sentence)
-        return (len(before), end) if fits else None
+        start, end = len(parts[0]), len(sentence) - len(parts[1])
+        around = [sentence[:start].casefold(), sentence[end:].casefold()]
+        return (start, end) if end > start and around == [part.casefold() for part in parts] else None
 
 
 @dataclass(frozen=True)
@@ -74,43 +82,69 @@ class PronounPair:
     slots: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] = ((), ())
 
 
-def read_stereoset(path: Source) -> list[StereoSetItem]:
+def read_stereoset(path: Source) -> Rows[StereoSetItem]:
     """Items of StereoSet, from its own JSON or a plain list of items.
 
     Raises:
-        ValueError: If an item lacks one of its three sentences, or the file holds something else.
+        ValueError: If the file holds something else, or no item has its three sentences.
     """
-    found: Any = json.loads(_text(path))
+    found = json_of(path)
     if isinstance(found, dict):
-        found = found.get("data", {}).get("intrasentence")
+        data = found.get("data")
+        found = data.get("intrasentence") if isinstance(data, dict) else None
     if not isinstance(found, list) or not found:
         raise ValueError(f"{path} has no intrasentence items: give dev.json or test.json of StereoSet.")
-    items = []
-    for entry in found:
-        try:
-            by_label = {sentence["gold_label"]: sentence["sentence"] for sentence in entry["sentences"]}
-            sentences = tuple(by_label[label] for label in _ENDINGS)
-            items.append(StereoSetItem(entry["target"], entry["bias_type"], entry["context"], sentences))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: item {entry.get('id', len(items))!r} lacks {error}.") from error
-    return items
+    named = [(f"item {_name(entry, number)}", entry) for number, entry in enumerate(found, 1)]
+    return good_rows(path, named, _stereoset_item, "intrasentence items, as dev.json of StereoSet does")
 
 
-def read_crows_pairs(path: Source) -> list[CrowSPair]:
+def _stereoset_item(entry: Any) -> StereoSetItem:
+    context, term, kind = (text_at(entry, key) for key in ("context", "target", "bias_type"))
+    given = entry.get("sentences")
+    by_label = {part.get("gold_label"): part for part in given if isinstance(part, dict)} if given else {}
+    if lacking := [label for label in _ENDINGS if not isinstance(by_label.get(label, {}).get("sentence"), str)]:
+        raise BadRow(f"lacks {lacking[0]!r} among its sentences")
+    first, second, third = (by_label[label]["sentence"] for label in _ENDINGS)
+    return StereoSetItem(term, kind, context, (first, second, third))
+
+
+def _name(entry: Any, number: int) -> str:
+    return repr(entry["id"]) if isinstance(entry, dict) and entry.get("id") else str(number)
+
+
+def read_crows_pairs(path: Source) -> Rows[CrowSPair]:
     """Pairs of crows_pairs_anonymized.csv.
 
     Raises:
         ValueError: If the file lacks a column or has no pair.
     """
-    rows = list(csv.DictReader(_text(path).splitlines()))
-    wanted = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
-    lacking = [name for name in wanted if not rows or rows[0].get(name) is None]
-    if lacking:
-        raise ValueError(f"{path} has no pairs with {', '.join(lacking)}: give crows_pairs_anonymized.csv.")
-    return [CrowSPair(*(row[name] for name in wanted)) for row in rows]
+    return good_rows(path, csv_rows(path, _CROWS), _crows_pair, "pairs, as crows_pairs_anonymized.csv does")
 
 
-def read_seat(folder: Source, tests: Sequence[str] | None = None) -> dict[str, dict[str, list[str]]]:
+def _crows_pair(row: dict[str, str] | str) -> CrowSPair:
+    more, less, direction, kind = (cells_of(row)[name] for name in _CROWS)
+    if direction.strip() not in DIRECTIONS:
+        raise BadRow(f"has the stereo_antistereo {direction!r}, not {' or '.join(map(repr, DIRECTIONS))}")
+    if not kind.strip():
+        raise BadRow("lacks bias_type")
+    return CrowSPair(more, less, direction.strip(), kind.strip())
+
+
+class SeatTests(dict[str, dict[str, list[str]]]):
+    """Tests of WEAT and SEAT: name → `X`, `Y`, `A`, `B` → texts.
+
+    Attributes:
+        skipped: Tests whose file cannot be used → why.
+        left_out: Bad rows of the others, an entry for each file that has some.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: dict[str, str] = {}
+        self.left_out: list[LeftOutRows] = []
+
+
+def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
     """Sets of WEAT and SEAT: test → `X`, `Y`, `A`, `B` → texts.
 
     Args:
@@ -118,7 +152,7 @@ def read_seat(folder: Source, tests: Sequence[str] | None = None) -> dict[str, d
         tests: Names of files without their ending; by default every file.
 
     Raises:
-        ValueError: If a test has no file, or a file lacks a set.
+        ValueError: If a test that is asked for has no file, or no file can be used.
     """
     paths = {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.json*"))}
     if not paths:
@@ -126,33 +160,60 @@ def read_seat(folder: Source, tests: Sequence[str] | None = None) -> dict[str, d
     unknown = [name for name in tests or () if name not in paths]
     if unknown:
         raise ValueError(f"{folder} has no test {unknown[0]!r}: write some of {', '.join(paths)}.")
-    names = {"X": "targ1", "Y": "targ2", "A": "attr1", "B": "attr2"}
-    found = {}
-    for name in tests or paths:
-        sets = json.loads(_text(paths[name]))
-        sets = sets if isinstance(sets, dict) else {}
-        if lacking := [key for key in names.values() if not sets.get(key, {}).get("examples")]:
-            raise ValueError(f"{paths[name]} lacks {lacking[0]}: it should hold {', '.join(names.values())}.")
-        found[name] = {short: list(sets[key]["examples"]) for short, key in names.items()}
+    found = SeatTests()
+    for name in paths if tests is None else tests:
+        try:
+            found[name] = _seat_test(paths[name], found.left_out)
+        except ValueError as error:
+            found.skipped[name] = str(error)
+    if not found:
+        raise ValueError(next(iter(found.skipped.values()), f"{folder}: no test is asked for: name one or more."))
+    for name, reason in found.skipped.items():
+        warnings.warn(f"The test {name} is left out: {reason}", stacklevel=2)
     return found
 
 
-def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Iterable[int] = (1, 2)) -> list[PronounPair]:
-    """Sentence pairs of WinoBias, from `pro_stereotyped_type1.txt.dev` and its like.
+def _seat_test(path: Path, left_out: list[LeftOutRows]) -> dict[str, list[str]]:
+    sets = json_of(path)
+    found = {}
+    for short, key in _SETS.items():
+        part = sets.get(key) if isinstance(sets, dict) else None
+        texts = part.get("examples") if isinstance(part, dict) else None
+        if not isinstance(texts, list) or not texts:
+            raise ValueError(f"{path} lacks {key}: it should hold {', '.join(_SETS.values())}.")
+        named = [(f"{key}, example {number}", text) for number, text in enumerate(texts, 1)]
+        rows = good_rows(path, named, _text, f"texts under {key}")
+        found[short] = list(rows)
+        left_out += rows.left_out
+    return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"is {value!r}, which is not a text")
+    return value
+
+
+def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Iterable[int] = (1, 2)) -> Rows[PronounPair]:
+    """Sentence pairs of WinoBias, from `pro_stereotyped_type1.txt.dev` and its like; blank lines do not count.
 
     Raises:
         ValueError: If a file is not there, or the two files of a pair differ in length.
     """
-    pairs = []
+    pairs: Rows[PronounPair] = Rows()
     for kind in types:
         for split in splits:
-            pro, anti = (
-                _text(Path(folder) / f"{name}_stereotyped_type{kind}.txt.{split}").splitlines()
-                for name in ("pro", "anti")
-            )
+            paths = [Path(folder) / f"{name}_stereotyped_type{kind}.txt.{split}" for name in ("pro", "anti")]
+            pro, anti = (content_lines(path) for path in paths)
             if len(pro) != len(anti):
                 raise ValueError(f"{folder}: type {kind} of {split} has {len(pro)} pro and {len(anti)} anti sentences.")
-            pairs += [_pronoun_pair(_plain(a), _plain(b), kind) for a, b in zip(pro, anti, strict=True)]
+            lines = [(where, [one, other]) for (where, one), (_, other) in zip(pro, anti, strict=True)]
+            rows = good_rows(
+                paths[0], lines, lambda two, kind=kind: _pronoun_pair(_plain(two[0]), _plain(two[1]), kind),
+                "sentences of WinoBias",
+            )  # fmt: skip
+            pairs += rows
+            pairs.left_out += rows.left_out
     return pairs
 
 
@@ -167,13 +228,6 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i * len(items) // limit] for i in range(limit)]
-
-
-def _text(path: Source) -> str:
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"There is no file {file}: give the path of the benchmark's own file.")
-    return file.read_text(encoding="utf-8")
 
 
 def _plain(line: str) -> str:
