@@ -36,7 +36,8 @@ def evaluate(
     """Measure a model alone, with each adapter, and with all together: bias, what is still readable, what was paid.
 
     Each adapter is verified first: one that does not act has the numbers of the base. Prints a table and writes
-    results.json and report.html, one file that needs nothing else.
+    results.json and report.html, one file that needs nothing else. What cannot be measured is listed with the reason,
+    and the rest goes on; results.json is written as results come, so that a run that is killed leaves what it had.
 
     Example: hf-erasure evaluate bert-base-uncased out/no-gender --suite gender --data data --output out/evaluation
     """
@@ -54,12 +55,14 @@ def evaluate(
             strengths=_numbers(strengths), harness=_names(harness), harness_tasks=harness_tasks,
             allow_inactive=allow_inactive,
         )  # fmt: skip
-        results = measure(plan, say)
+        results = measure(plan, say, output)
         written, page = write(results, output)
     typer.echo(f"\n{results.table()}\n")
     typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number. +, -: outside the base's.")
     for note in results.notes():
         typer.echo(f"Not measured: {note}")
+    for rows in results.bad_rows():
+        typer.echo(f"Left out: {rows}")
     typer.echo("\n" + "\n".join(f"* {limit}" for limit in LIMITS))
     typer.echo(f"\nresults: {written}\nreport:  {page}")
 

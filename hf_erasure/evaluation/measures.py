@@ -62,12 +62,14 @@ class Subject:
         model: With the adapters of its entry.
         tokenizer: Of the model.
         shared: What all entries have in common.
+        is_base: Whether it is the model without adapters, which others are compared with.
         kept: Results that several measures read.
     """
 
     model: nn.Module
     tokenizer: Any
     shared: Shared
+    is_base: bool = True
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @functools.cached_property
@@ -352,8 +354,10 @@ def _profession(subject: Subject) -> dict[str, Any]:
 def _distortion(subject: Subject) -> dict[str, Any]:
     texts = [text for part in subject.data.texts().values() for text in spread(part, _DISTORTION_TEXTS)]
     now, shared = subject.reader.final(texts), subject.shared
+    if subject.is_base:
+        shared.base_states = now
     if shared.base_states is None:
-        shared.base_states = now  # the base is measured first
+        raise ValueError("distortion is relative to the base's states, which could not be read")
     mean = torch.cat(shared.base_states).double().mean(0)
     pairs = list(zip(shared.base_states, now, strict=True))
     moved = np.array([float((b.double() - a.double()).square().sum()) for a, b in pairs])

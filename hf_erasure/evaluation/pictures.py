@@ -39,6 +39,9 @@ class Plane:
     Args:
         states: `(rows, width)` Of the base.
         labels: Two kinds.
+
+    Raises:
+        ValueError: If there are too few rows of either kind.
     """
 
     def __init__(self, states: Tensor, labels: list[str]) -> None:
@@ -49,6 +52,11 @@ class Plane:
         x = states.double()[fitted]
         of = [label for label, chosen in zip(labels, fitted.tolist(), strict=True) if chosen]
         self.mean = x.mean(0)
+        if len(kinds) < 2 or set(of) != set(kinds) or not self.shown:
+            raise ValueError(
+                f"{len(labels)} biographies of the genders {kinds} are too few for a plane, whose directions come from "
+                "one half and whose points are the other: raise --limit."
+            )
         means = [x[[i for i, label in enumerate(of) if label == kind]].mean(0) for kind in kinds[:2]]
         along = means[1] - means[0]
         self.along = along / along.norm()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hf_erasure.fitting.files import write_text
+
 from . import figures, svg
-from .results import LIMITS, REPORT_FILE, RESULTS_FILE, Results, direction, interval_text, shown
+from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, reason_of, shown
 
 _TEMPLATE = "report.html.j2"
 
@@ -17,9 +20,8 @@ def write(results: Results, folder: str | Path) -> tuple[Path, Path]:
     """Write the results as JSON and the report as HTML into a folder; returns both paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data, page = folder / RESULTS_FILE, folder / REPORT_FILE
-    data.write_text(results.to_json(), encoding="utf-8")
-    page.write_text(rendered(results), encoding="utf-8")
+    data, page = results.save(folder), folder / REPORT_FILE
+    write_text(page, rendered(results))
     return data, page
 
 
@@ -56,24 +58,31 @@ def _tables(results: Results) -> list[dict[str, Any]]:
 
 def _sections(results: Results) -> list[dict[str, Any]]:
     """The figures under their headings; those without a figure are left out, and say why under "Not measured"."""
-    sections = [
+    sections: list[tuple[str, str, str, Callable[[Results], list[figures.Figure]]]] = [
         ("frontier", "Bias against capability", "What was gained and what was paid, a point for each entry. Best is "
-         "low, and where the arrow under the axis points.", figures.frontiers(results)),
+         "low, and where the arrow under the axis points.", figures.frontiers),
         ("depth", "Leakage by depth", "What a linear probe reads at each layer from states it was not fitted on.",
-         figures.depth(results)),
+         figures.depth),
         ("embeddings", "Biographies before and after", "Last hidden states in one fixed plane: along the difference of "
          "the genders' means in the base, and along what varies most across it. The plane comes from other biographies "
          "than those drawn. A cloud that looks mixed here may still be separable in the other dimensions.",
-         figures.embeddings(results)),
-        ("shifts", "Probability shifts", "What the model would rather say next.", figures.shifts(results)),
+         figures.embeddings),
+        ("shifts", "Probability shifts", "What the model would rather say next.", figures.shifts),
         ("neuron", "The feature neuron", "What a GRADIEND adapter reads off the gradients of single texts, relative to "
-         "the highest bar of each row.", figures.neurons(results)),
+         "the highest bar of each row.", figures.neurons),
         ("bars", "Every measure with its interval", "The dashed line is the ideal, where it is near.",
-         figures.interval_bars(results)),
+         figures.interval_bars),
     ]  # fmt: skip
-    return [
-        {"key": key, "title": title, "text": text, "figures": drawn} for key, title, text, drawn in sections if drawn
-    ]
+    found = []
+    for key, title, text, draw in sections:
+        drawn: list[figures.Figure] = []
+        try:
+            drawn = draw(results)
+        except Exception as error:  # one picture's failure is not the report's
+            text = f"This could not be drawn: {reason_of(error)}."
+        if drawn or text.startswith("This could not"):
+            found.append({"key": key, "title": title, "text": text, "figures": drawn})
+    return found
 
 
 def _numbers(results: Results) -> list[dict[str, Any]]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hf_erasure.fitting.files import write_text
+from hf_erasure.metrics.rows import LeftOutRows
 
 from .loading import BASE
 
@@ -37,6 +41,8 @@ class Results:
         measures: The rows: the facts of every measure that was taken of at least one entry.
         values: Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
         not_measured: `measure`, `entry` (None for all) and `reason`.
+        left_out: Rows of the data that could not be read: `file`, `count`, and the first `rows`, each with `row` and
+            `reason`.
         depth: Concept → entry → linear leakage by layer.
         embedding: Entry → points in a plane.
         shifts: Entry → share of "she" by occupation.
@@ -48,6 +54,7 @@ class Results:
     measures: list[dict[str, Any]] = field(default_factory=list)
     values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     not_measured: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
     depth: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     embedding: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     shifts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -101,7 +108,13 @@ class Results:
     def to_json(self) -> str:
         """The same text for the same results; what is not finite is null."""
         content = {"format": FORMAT, **vars(self), "limits": list(LIMITS)}
-        return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+    def save(self, folder: Path) -> Path:
+        """Write them as JSON into a folder that is there, whole or not at all; returns the file."""
+        path = folder / RESULTS_FILE
+        write_text(path, self.to_json())
+        return path
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
@@ -114,7 +127,7 @@ class Results:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if content.get("format") != FORMAT:
             raise ValueError(f"{folder} holds no evaluation that this version reads: run `hf-erasure evaluate` again.")
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
     def table(self) -> str:
         """The measures by entry as text, with intervals and the direction that is better."""
@@ -143,6 +156,18 @@ class Results:
             f"{entry['measure']}{' of ' + entry['entry'] if entry['entry'] else ''}: {entry['reason']}"
             for entry in self.not_measured
         ]
+
+    def bad_rows(self) -> list[str]:
+        """The rows of the data that could not be read, a sentence a file."""
+        return [str(LeftOutRows(**entry)) for entry in self.left_out]
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says; of one that no measure raises on purpose, also its type and where it comes from."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def direction(measure: dict[str, Any]) -> str:
@@ -176,4 +201,5 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value
+    # Half a character, from a file that is not UTF-8, cannot be written.
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

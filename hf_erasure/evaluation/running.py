@@ -17,7 +17,7 @@ from .harness import require_harness, run_harness
 from .loading import BASE, Entry, Loader, entries_of, read_adapters, verified
 from .measures import Measure, Shared, Subject, leakage_by_depth, measures_of
 from .pictures import Plane, embedding, neuron_values, pronoun_shares
-from .results import Results
+from .results import Results, reason_of
 
 Progress = Callable[[str], None]
 # Probes at every layer are drawn with narrower lines than the table has digits.
@@ -57,14 +57,17 @@ class Evaluation:
     allow_inactive: bool = False
 
 
-def evaluate(plan: Evaluation, progress: Progress = lambda _: None) -> Results:
+def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str | Path | None = None) -> Results:
     """Measure the base, each adapter, and all adapters together.
 
-    Every entry is a model loaded anew, so that nothing of one is left in another.
+    Every entry is a model loaded anew, so that nothing of one is left in another. Every measure and every picture
+    stands alone: whatever one raises, it is "not measured", with the reason, and the others go on.
 
     Args:
         plan: What to evaluate.
         progress: Is told what is measured next.
+        output: A folder where `results.json` is written whenever something was measured, so that a run that is killed
+            leaves what it had; its `about` then has `finished` false.
 
     Raises:
         AdapterDoesNotAct: If an adapter leaves the model as it is.
@@ -77,12 +80,12 @@ def evaluate(plan: Evaluation, progress: Progress = lambda _: None) -> Results:
     data = DataFolder(plan.data, plan.limit)
     if plan.harness:
         require_harness()
-    return _Run(plan, data, progress).run()
+    return _Run(plan, data, progress, None if output is None else Path(output)).run()
 
 
 class _Run:
-    def __init__(self, plan: Evaluation, data: DataFolder, progress: Progress) -> None:
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: Evaluation, data: DataFolder, progress: Progress, output: Path | None) -> None:
+        self.plan, self.progress, self.output = plan, progress, output
         self.adapters = read_adapters([str(folder) for folder in plan.adapters])
         self.entries = entries_of(self.adapters, plan.strengths)
         self.measures = measures_of(plan.suite, data)
@@ -90,27 +93,29 @@ class _Run:
         self.shared = Shared(data, plan.seed, plan.resamples, plan.confidence)
         self.plane: Plane | None = None
         self.results = Results(self._about())
+        self.harness_measures: list[dict[str, Any]] = []
         self.reasons: dict[str, dict[str, str]] = {}
+        self.too_few = False
 
     def run(self) -> Results:
         self._verify()
+        if self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
         for entry in self.entries:
-            subject = Subject(self.loader.load(entry), self.loader.tokenizer, self.shared)
-            if entry.name == BASE:
-                self.results.about["class"] = type(subject.model).__name__
-                self.results.about["predicts"] = subject.head
-            self._measure(entry, subject)
-            self._draw(entry, subject)
-            if self.plan.harness:
-                self._harness(entry, subject)
-        taken = {key for values in self.results.values.values() for key in values}
-        known = {measure["key"] for measure in self.results.measures}
-        self.results.measures[:0] = [m.described() for m in self.measures if m.key in taken and m.key not in known]
-        self._gather_reasons()
+            self.results.values[entry.name] = {}
+            subject = self._load(entry)
+            if subject is not None:
+                self._measure(entry, subject)
+                self._draw(entry, subject)
+                if self.plan.harness:
+                    self.progress(f"{entry.name}: lm-evaluation-harness")
+                    self._try("lm-evaluation-harness", entry, functools.partial(self._take_harness, entry, subject))
         own = {measure.key for measure in self.measures if measure.purpose == "bias"}
-        if not own & taken:
+        if not self.too_few and not any(own & set(values) for values in self.results.values.values()):
             lines = "; ".join(self.results.notes())
             raise MissingData(f"Nothing of the suite {self.plan.suite!r} can be measured: {lines}.")
+        self.results.about["finished"] = True
+        self._keep()
         return self.results
 
     def _about(self) -> dict[str, Any]:
@@ -118,7 +123,7 @@ class _Run:
         return {
             "hf_erasure": __version__, "model": plan.model, "data": str(plan.data), "suite": plan.suite,
             "limit": plan.limit, "seed": plan.seed, "resamples": plan.resamples, "confidence": plan.confidence,
-            "note": self.loader.note,
+            "note": self.loader.note, "class": "", "predicts": None, "finished": False,
         }  # fmt: skip
 
     def _verify(self) -> None:
@@ -134,18 +139,29 @@ class _Run:
                 {"name": entry.name, "adapters": names, "kind": kinds, "strength": entry.strength, "verified": said}
             )
 
+    def _load(self, entry: Entry) -> Subject | None:
+        """The model of an entry; None where it cannot be loaded, and then nothing of the entry is measured."""
+        made: list[Subject] = []
+
+        def load() -> None:
+            model, base = self.loader.load(entry), entry.name == BASE
+            made.append(Subject(model, self.loader.tokenizer, self.shared, base))
+            if base:
+                self.results.about |= {"class": type(model).__name__, "predicts": made[0].head}
+
+        self._try("Every measure", entry, load)
+        return made[0] if made else None
+
     def _measure(self, entry: Entry, subject: Subject) -> None:
-        values = self.results.values.setdefault(entry.name, {})
         for measure in self.measures:
             self.progress(f"{entry.name}: {measure.title}")
-            reason = measure.why_not(subject)
-            if reason is None:
-                try:
-                    values[measure.key] = _cell(measure, measure.take(subject))
-                    continue
-                except ValueError as error:  # the refusals of metrics and data, which say what is missing
-                    reason = str(error)
-            self.reasons.setdefault(measure.title, {})[entry.name] = reason
+            self._try(measure.title, entry, functools.partial(self._take, measure, entry, subject))
+
+    def _take(self, measure: Measure, entry: Entry, subject: Subject) -> None:
+        reason = measure.why_not(subject)
+        if reason is not None:
+            raise NotForThisModel(reason)
+        self.results.values[entry.name][measure.key] = _cell(measure, measure.take(subject))
 
     def _draw(self, entry: Entry, subject: Subject) -> None:
         for concept in _DEPTH_CONCEPTS[self.plan.suite]:
@@ -168,20 +184,18 @@ class _Run:
         self.results.shifts[entry.name] = pronoun_shares(subject)
 
     def _embed(self, entry: Entry, subject: Subject) -> None:
+        if self.plane is None and not subject.is_base:
+            raise ValueError("the plane is that of the base, whose biographies could not be drawn")
         self.plane, points = embedding(subject, self.plane)
         self.results.embedding[entry.name] = points
 
-    def _harness(self, entry: Entry, subject: Subject) -> None:
-        self.progress(f"{entry.name}: lm-evaluation-harness")
-        self._try("lm-evaluation-harness", entry, lambda: self._take_harness(entry, subject))
-
     def _take_harness(self, entry: Entry, subject: Subject) -> None:
         found = run_harness(subject, list(self.plan.harness), task_folder=self.plan.harness_tasks)
-        known = {measure["key"] for measure in self.results.measures}
+        known = {measure["key"] for measure in self.harness_measures}
         for name, cell in found.items():
             key = f"harness.{name}"
             if key not in known:
-                self.results.measures.append({
+                self.harness_measures.append({
                     "key": key, "title": f"harness: {name}", "purpose": "capability", "figure": name,
                     "better": cell["better"], "says": "as lm-evaluation-harness reports it", "source": "",
                     "ideal": 0.0 if cell["better"] == "lower" else None,
@@ -190,17 +204,41 @@ class _Run:
             self.results.values[entry.name][key] = figures
 
     def _try(self, what: str, entry: Entry, take: Callable[[], Any]) -> None:
+        """Take one cell; whatever it raises is its reason for not being there, and no other cell's concern."""
         try:
             take()
-        except (ValueError, OSError) as error:
-            self.reasons.setdefault(what, {})[entry.name] = str(error)
+        except Exception as error:
+            self.reasons.setdefault(what, {})[entry.name] = reason_of(error)
+            self.too_few |= type(error) is ValueError
+        self._keep()
 
-    def _gather_reasons(self) -> None:
-        """One line for a reason that all entries share."""
+    def _keep(self) -> None:
+        """Bring the lists of the results up to date, and write them."""
+        results = self.results
+        taken = {key for values in results.values.values() for key in values}
+        results.measures = [m.described() for m in self.measures if m.key in taken] + self.harness_measures
+        results.left_out = _left_out(self.shared.data, results)
+        results.not_measured = []
         for what, by_entry in self.reasons.items():
+            # One line for a reason that all entries share.
             same = len(set(by_entry.values())) == 1 and len(by_entry) == len(self.entries)
             for name, reason in list(by_entry.items())[: 1 if same else None]:
-                self.results.not_measured.append({"measure": what, "entry": None if same else name, "reason": reason})
+                results.not_measured.append({"measure": what, "entry": None if same else name, "reason": reason})
+        if self.output is not None:
+            results.save(self.output)
+
+
+class NotForThisModel(ValueError):
+    """A measure cannot be asked of a model; the message says why."""
+
+
+def _left_out(data: DataFolder, results: Results) -> list[dict[str, Any]]:
+    """The rows that could not be read, an entry a file."""
+    found = {name: rows.as_dict() for name, rows in data.left_out.items()}
+    for values in results.values.values():
+        for cell in values.values():
+            found |= {rows["file"]: rows for rows in cell["details"].get("bad_rows", [])}
+    return list(found.values())
 
 
 def _cell(measure: Measure, found: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def read_sentence(lines: list[str]) -> Sentence:
     rows = [row for row in rows if "." not in row[0]]  # empty nodes stand for words that were not written
     for row in rows:
         if not _NUMBER.fullmatch(row[0]) or ("-" not in row[0] and len(row) < 4):
-            raise BadRow(f"has {' '.join(row)!r} where a word has number, form, lemma and part of speech, parted by tabs")
+            raise BadRow(
+                f"has {' '.join(row)!r} where a word has number, form, lemma and part of speech, parted by tabs"
+            )
     words = {int(row[0]): (row[1], row[3]) for row in rows if "-" not in row[0]}
     spans, position, inside = [], 0, 0
     for row in rows:

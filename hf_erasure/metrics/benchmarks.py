@@ -80,7 +80,11 @@ def stereoset(
     by_type = _each(
         [item.bias_type for item in kept], lambda c: measured(c) if len({kept[i].term for i in c}) > 1 else None
     )
-    return {**measured(list(range(len(kept)))), "by_bias_type": by_type, **_account(scorer, read, items, kept, left_out)}
+    return {
+        **measured(list(range(len(kept)))),
+        "by_bias_type": by_type,
+        **_account(scorer, read, items, kept, left_out),
+    }
 
 
 def crows_pairs(
@@ -121,7 +125,11 @@ def crows_pairs(
         return crows_pairs_metric.score(scores[chosen], [kept[i].direction for i in chosen], **statistics)
 
     by_type = _each([item.bias_type for item in kept], measured)
-    return {**measured(list(range(len(kept)))), "by_bias_type": by_type, **_account(scorer, read, items, kept, left_out)}
+    return {
+        **measured(list(range(len(kept)))),
+        "by_bias_type": by_type,
+        **_account(scorer, read, items, kept, left_out),
+    }
 
 
 def winobias(

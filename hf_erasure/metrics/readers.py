@@ -5,6 +5,7 @@ Each gives `Rows`: the good rows, and under `left_out` those that could not be r
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -208,10 +209,7 @@ def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Itera
             if len(pro) != len(anti):
                 raise ValueError(f"{folder}: type {kind} of {split} has {len(pro)} pro and {len(anti)} anti sentences.")
             lines = [(where, [one, other]) for (where, one), (_, other) in zip(pro, anti, strict=True)]
-            rows = good_rows(
-                paths[0], lines, lambda two, kind=kind: _pronoun_pair(_plain(two[0]), _plain(two[1]), kind),
-                "sentences of WinoBias",
-            )  # fmt: skip
+            rows = good_rows(paths[0], lines, functools.partial(_pronoun_pair, kind=kind), "sentences of WinoBias")
             pairs += rows
             pairs.left_out += rows.left_out
     return pairs
@@ -235,7 +233,8 @@ def _plain(line: str) -> str:
     return re.sub(r"^\s*\d+\s+", "", line).replace("[", "").replace("]", "").strip()
 
 
-def _pronoun_pair(pro: str, anti: str, kind: int) -> PronounPair:
+def _pronoun_pair(lines: list[str], kind: int) -> PronounPair:
+    pro, anti = map(_plain, lines)
     words = [list(_WORDS.finditer(sentence)) for sentence in (pro, anti)]
     if len(words[0]) != len(words[1]):
         return PronounPair(pro, anti, None, kind)

@@ -67,9 +67,7 @@ class Rows(list[Item], Generic[Item]):
         self.left_out = list(left_out)
 
 
-def good_rows(
-    path: Source, rows: Iterable[tuple[str, Raw]], read: Callable[[Raw], Item], expected: str
-) -> Rows[Item]:
+def good_rows(path: Source, rows: Iterable[tuple[str, Raw]], read: Callable[[Raw], Item], expected: str) -> Rows[Item]:
     """Read every row; warn of those that cannot be read.
 
     Args:

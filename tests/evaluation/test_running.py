@@ -27,12 +27,23 @@ from typer.testing import CliRunner, Result
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import steer
 from hf_erasure.cli import app
-from hf_erasure.evaluation import AdapterDoesNotAct, DataFolder, Evaluation, MissingData, evaluate, harness, probes
+from hf_erasure.evaluation import (
+    AdapterDoesNotAct,
+    DataFolder,
+    Evaluation,
+    MissingData,
+    evaluate,
+    harness,
+    measures,
+    probes,
+    report,
+    running,
+)
 from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verified
 from hf_erasure.evaluation.measures import Shared, Subject, measures_of
 from hf_erasure.evaluation.results import Results
 from hf_erasure.evaluation.states import FINAL, StateReader
-from hf_erasure.evaluation.treebank import read_sentence
+from hf_erasure.evaluation.treebank import read_sentence, read_treebank
 from hf_erasure.metrics.linear_leakage import score
 from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, small_data
 
@@ -277,6 +288,139 @@ def test_a_mistake_is_one_sentence(story: str, assets: Path, arguments: list[str
     assert message in result.stderr and "Traceback" not in result.stderr
 
 
+# ---- one bad cell ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(assets: Path, tmp_path: Path) -> Path:
+    return small_data(assets, tmp_path / "data", ("bias-in-bios", "seat", "winobias"))
+
+
+def _raising(error: BaseException) -> Any:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), TypeError("boom"), torch.linalg.LinAlgError("boom"), torch.OutOfMemoryError("boom")]
+)
+def test_whatever_a_measure_or_a_picture_raises_the_others_go_on(
+    story: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(measures.benchmarks, "seat", _raising(error))
+    monkeypatch.setattr(running, "embedding", _raising(error))
+    monkeypatch.setattr(report.figures, "interval_bars", _raising(error))
+    result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 18, "--resamples", 10)
+    assert result.exit_code == 0, result.output
+    results = Results.read(tmp_path / "out")
+    assert results.about["finished"]
+    assert {"gender_linear", "tpr_gap", "winobias"} <= set(results.values["base"])
+    reasons = {note["measure"]: note["reason"] for note in results.not_measured}
+    for what in ("SEAT gender, mean |d|", "Embeddings in two dimensions"):
+        assert re.fullmatch(rf"{type(error).__name__}: boom \(test_running.py, line \d+\)", reasons[what])
+        assert f"Not measured: {what}: {reasons[what]}" in result.stdout
+    assert "This could not be drawn" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_model_that_cannot_be_loaded_costs_its_own_column(
+    story: str, few: Path, adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = Loader.load
+
+    def second_time(self: Loader, entry: Entry) -> Any:
+        loads.append(entry.name)
+        if loads.count("erasure") == 2:  # the first time it is verified
+            raise torch.OutOfMemoryError("no room")
+        return load(self, entry)
+
+    monkeypatch.setattr(Loader, "load", second_time)
+    monkeypatch.setattr(running, "measures_of", lambda *_: measures_of("gender", DataFolder(few))[:1])
+    results = evaluate(Evaluation(story, few, [str(adapters[0])], limit=18, resamples=10))
+    assert list(results.values["base"]) == ["gender_linear"] and not results.values["erasure"]
+    note = {"measure": "Every measure", "entry": "erasure"}
+    assert any(note.items() <= found.items() and "no room" in found["reason"] for found in results.not_measured)
+
+
+def test_a_killed_run_leaves_what_it_measured(
+    story: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures.benchmarks, "winobias", _raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Evaluation(story, few, limit=18, resamples=10), output=tmp_path / "out")
+    left = Results.read(tmp_path / "out")
+    assert not left.about["finished"]
+    assert list(left.values["base"]) == ["gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "seat_gender"]
+    assert [measure["key"] for measure in left.measures] == list(left.values["base"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
+
+
+def test_without_the_bases_states_nothing_is_relative_to_an_adapters(
+    story: str, assets: Path, adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first entry that could be read was taken for the base, and had a distortion of 0."""
+    data = small_data(assets, tmp_path / "data", ("tinystories-sample", "winobias"))
+    chosen = [m for m in measures_of("gender", DataFolder(data)) if m.key in ("winobias", "distortion")]
+    monkeypatch.setattr(running, "measures_of", lambda *_: chosen)
+    calls: list[int] = []
+    final = StateReader.final
+
+    def fails_first(self: StateReader, texts: Any) -> Any:
+        calls.append(1)
+        return final(self, texts) if len(calls) > 1 else _raising(RuntimeError("boom"))()
+
+    monkeypatch.setattr(StateReader, "final", fails_first)
+    results = evaluate(Evaluation(story, data, [str(adapters[0])], limit=8, resamples=10))
+    assert [list(values) for values in results.values.values()] == [["winobias"]] * 2
+    reasons = [note["reason"] for note in results.not_measured if note["entry"] == "erasure"]
+    assert any("relative to the base's states" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("suite", ["all", "pos"])
+def test_one_item_of_each_is_enough_for_a_first_look(story: str, assets: Path, tmp_path: Path, suite: str) -> None:
+    parts = ("bias-in-bios", "crows-pairs", "stereoset", "ud-ewt", "winobias", "wikitext-2")
+    data = small_data(assets, tmp_path / "data", parts)
+    (data / "seat").mkdir()
+    (data / "seat" / "sent-weat6.jsonl").symlink_to(assets / "data/seat/sent-weat6.jsonl")
+    results = evaluate(Evaluation(story, data, suite=suite, limit=1, resamples=10))
+    taken = set(results.values["base"])
+    assert {"perplexity_wikitext-2", "distortion"} <= taken
+    reasons = {note["measure"]: note["reason"] for note in results.not_measured}
+    known = {measure.key: measure.title for measure in measures_of(suite, DataFolder(data))}
+    assert {known[key] for key in known if key not in taken} <= set(reasons)
+    assert "raise --limit" in reasons["Part of speech, linear probe − majority"]
+    if suite == "all":
+        assert {"seat_all", "crows_pairs"} <= taken and "raise --limit" in reasons["Embeddings in two dimensions"]
+
+
+def test_a_bad_row_is_named_in_the_results_and_where_they_are_printed(
+    story: str, few: Path, assets: Path, tmp_path: Path
+) -> None:
+    (few / "bias-in-bios").unlink()
+    (few / "bias-in-bios").mkdir()
+    lines = (assets / "data/bias-in-bios/Nurse_balanced_200.csv").read_bytes().splitlines(keepends=True)
+    lines = [lines[0], *lines[1:20], *lines[-20:]]
+    (few / "bias-in-bios" / "x.csv").write_bytes(b"\xef\xbb\xbf" + b"".join([*lines, b"She is one.,nurse\n"]))
+    (few / "crows-pairs").mkdir()
+    lines = (assets / "data/crows-pairs/crows_pairs_anonymized.csv").read_bytes().splitlines(keepends=True)[:50]
+    (few / "crows-pairs" / "crows_pairs_anonymized.csv").write_bytes(b"".join([*lines, b"99,only one\n"]))
+    with pytest.warns(UserWarning, match="1 row is left out"):
+        result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 40, "--resamples", 10)
+    assert result.exit_code == 0, result.output
+    results = Results.read(tmp_path / "out")
+    assert {"gender_linear", "crows_pairs_gender"} <= set(results.values["base"])
+    found = {Path(entry["file"]).name: (entry["count"], entry["rows"][0]) for entry in results.left_out}
+    assert found == {
+        "x.csv": (1, {"row": "line 41", "reason": "has 2 cells, and the first line has 3"}),
+        "crows_pairs_anonymized.csv": (1, {"row": "line 51", "reason": "has 2 cells, and the first line has 8"}),
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (result.stdout, page):
+        assert "line 41 has 2 cells" in text and "line 51 has 2 cells" in text
+
+
 # ---- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +504,32 @@ def test_a_sentence_of_the_treebank() -> None:
     assert sentence.tags([(0, 1), (1, 4), (4, 7), (7, 8), (8, 11), (0, 0)]) == [
         "PRON", "AUX", "PART", "PUNCT", None, None,
     ]  # fmt: skip
+
+
+def test_treebanks_as_people_have_them(tmp_path: Path) -> None:
+    good = "# text = He ran .\n1\tHe\the\tPRON\n2\tran\trun\tVERB\n3\t.\t.\tPUNCT\n\n"
+    path = tmp_path / "t.conllu"
+    taken = [
+        good.replace("text = ", "text ="), good.replace("# text", "#text"), good + "# end\n", good + "\n \n" + good,
+        "\ufeff" + good, good.replace("\n", "\r\n"),
+    ]  # fmt: skip
+    for content in taken:
+        path.write_bytes(content.encode())
+        found = read_treebank(path)
+        assert [sentence.text for sentence in found] == ["He ran ."] * content.count("ran .")
+        assert found[0].spans == [(0, 2, "PRON"), (3, 6, "VERB"), (7, 8, "PUNCT")] and not found.left_out
+    for bad, reason in (
+        (good.replace("2\tran\trun\tVERB", "2\tran"), "line 6 has '2 ran' where a word has"),
+        (good.replace("# text", "# words"), "line 6 has no line '# text = …'"),
+        (good.replace("\tran", "\tran\u00a0off"), "line 6 has the word 'ran\\xa0off', which is not in its text"),
+        (good.replace("3\t.", "3-4\t."), "line 6 has no word 3, which 3-4 is made of"),
+    ):
+        path.write_text(good + bad + good, encoding="utf-8")
+        with pytest.warns(UserWarning, match=re.escape(f"1 row is left out: {reason}")):
+            assert len(read_treebank(path)) == 2
+        path.write_text(bad, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"t.conllu has no good row"):
+            read_treebank(path)
 
 
 def test_biographies_keep_their_kinds_when_few_are_taken(assets: Path) -> None:

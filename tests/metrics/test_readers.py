@@ -146,7 +146,10 @@ def test_a_byte_order_mark_windows_lines_and_a_comment_are_taken(tmp_path: Path,
     (tmp_path / "seat").mkdir()
     (tmp_path / "seat" / "weat6.jsonl").write_bytes(BOM + seat.replace(b"\n", b"\r\n"))
     assert read_seat(tmp_path / "seat") == read_seat(assets / "data/seat", ["weat6"])
-    for name, text in (("pro", "1 [He] ran.\r\n\r\n2 [She] ran."), ("anti", "1 [She] ran.\r\n2 [He] ran.\r\n# end\r\n")):
+    for name, text in (
+        ("pro", "1 [He] ran.\r\n\r\n2 [She] ran."),
+        ("anti", "1 [She] ran.\r\n2 [He] ran.\r\n# end\r\n"),
+    ):
         (tmp_path / f"{name}_stereotyped_type1.txt.dev").write_bytes(BOM + text.encode())
     assert [pair.pro for pair in read_winobias(tmp_path, types=[1])] == ["He ran.", "She ran."]
 
