@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .auxiliary import ActiveCopies
 from .broadcasting import keep_from_broadcast
 from .child import AdapterChild, adapter_children
 from .fingerprint import check_base
@@ -56,6 +57,7 @@ class ChildTuner(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = config.copied()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        copies = ActiveCopies(model)
         try:
             _check_name(adapter_name, model)
             refuse_unseen()
@@ -81,6 +83,7 @@ class ChildTuner(BaseTuner):
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             remove_adapter(model, adapter_name)
+            copies.restore()
             for parameter, required in trainable:
                 parameter.requires_grad_(required)
             raise
@@ -193,7 +196,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         else:
             child.delete_adapter(adapter_name)
     for _, _, wrapper in _saved_modules(model):
-        wrapper.delete_adapter(adapter_name, [])
+        if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
+            wrapper.delete_adapter(adapter_name, [])
     _unwrap_saved(model)
     note_adapters(model)
 

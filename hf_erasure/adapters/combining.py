@@ -13,10 +13,10 @@ from torch import nn
 from hf_erasure._version import __version__
 from hf_erasure.erasers import Eraser, combine_erasers
 
+from .active import naming_what_goes_off
 from .child_tuner import exactly
 from .config import CONCEPT_ERASURE, ConceptErasureConfig
 from .layer import ErasureLayer, erasure_layers
-from .seams import acting_adapters, warn_of_darkened
 
 Sites = dict[str, Eraser]
 
@@ -171,11 +171,9 @@ def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str
             f"This PeftModel takes {getattr(model.peft_type, 'value', model.peft_type)} adapters only: call "
             "combine_adapters(model.get_base_model(), …)."
         )
-    before = {name: noun for name, noun in acting_adapters(model).items() if name not in names}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config.target_modules = exactly(list(config.fitted_modules), base)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f"Adding {into!r} switched ")
+    with warnings.catch_warnings(), naming_what_goes_off(model, into, expected=names):
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         if isinstance(model, PeftModel):
             model.add_adapter(into, config)
@@ -183,4 +181,3 @@ def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str
             model.add_adapter(config, adapter_name=into)
         else:
             inject_adapter_in_model(config, model, adapter_name=into)
-    warn_of_darkened(before, acting_adapters(model), into, stacklevel=5)

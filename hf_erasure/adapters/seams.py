@@ -8,7 +8,6 @@ adapter or nothing. Every wrapper calls the original and adds only that.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -24,13 +23,15 @@ from peft import (
     peft_model,
 )
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
+from .active import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
+from .auxiliary import ActiveCopies, active_copies, auxiliary_wrappers, check_one_copy, set_by_hand
 from .base_config import ChildConfig
 from .child import adapter_children, child_configs
 from .child_tuner import (
@@ -66,7 +67,7 @@ class _Before:
         self.training = [(module, module.training) for module in model.modules()]
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self.acting = acting_adapters(model)
+        self.trained_copies = ActiveCopies(model)
         children = adapter_children(model)
         self.values = [
             (child, overwritten, tuple(part.clone() for part in child.state_of(overwritten)))
@@ -91,6 +92,7 @@ class _Before:
                 tensor.copy_(value)
         for tuner_layer, active in self.active:
             tuner_layer._active_adapter = active
+        self.trained_copies.restore()
         for parameter, required in self.trainable:
             parameter.requires_grad_(required)
         for module, training in self.training:
@@ -107,11 +109,14 @@ def install() -> None:
     for kind in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
         wrap(kind, "__init__", _peft_init, _MARK)
     wrap(peft_model, "set_peft_model_state_dict", _set_peft_model_state_dict, _MARK)
+    wrap(PeftAdapterMixin, "set_adapter", _set_adapter, _MARK)
     wrap(PeftModel, "load_adapter", _peft_load_adapter, _MARK)
     wrap(PeftModel, "from_pretrained", _peft_from_pretrained, _MARK)
     wrap(PeftModel, "save_pretrained", save_peft_model, _MARK)
     wrap(PreTrainedModel, "save_pretrained", save_model, _MARK)
     wrap(BaseTuner, "inject_adapter", _inject_adapter, _MARK)
+    wrap(BaseTuner, "set_adapter", _set_adapter_of_method, _MARK)
+    wrap(BaseTuner, "delete_adapter", _delete_adapter_of_method, _MARK)
     wrap(BaseTuner, "merge_adapter", _merge_or_unmerge, _MARK)
     wrap(BaseTuner, "unmerge_adapter", _merge_or_unmerge, _MARK)
     wrap(BaseTuner, "unload", _unload, _MARK)
@@ -119,15 +124,59 @@ def install() -> None:
 
 
 def _add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_name: str | None = None) -> None:
-    before = _Before(model)
+    name, before = adapter_name or "default", _Before(model)
+    ours = isinstance(adapter_config, ChildConfig)
     try:
-        original(adapter_config, adapter_name)
+        with naming_what_goes_off(model, name):
+            original(adapter_config, adapter_name)
+            # What else was on is off now, but for trained modules: without them untrained ones would answer.
+            before.trained_copies.restore(
+                trained=False, where=lambda on, wrapper: _stays(model, on, wrapper, name, ours=ours)
+            )
     except BaseException:
         # Another method's adapter is PEFT's to clean up.
-        if isinstance(adapter_config, ChildConfig) or not isinstance(adapter_config, PeftConfig):
-            before.restore(adapter_name or "default")
+        if ours or not isinstance(adapter_config, PeftConfig):
+            before.restore(name)
+        elif adapter_children(model):
+            before.trained_copies.restore()
         raise
-    warn_of_darkened(before.acting, acting_adapters(model), adapter_name or "default")
+
+
+def _stays(model: nn.Module, on: str, wrapper: AuxiliaryTrainingWrapper, newcomer: str, *, ours: bool) -> bool:
+    """Whether a copy that acted acts on beside a newcomer of another method, one of which is of this package."""
+    is_concerned = ours or isinstance(all_configs(model).get(on), ChildConfig)
+    return on != "" and is_concerned and newcomer not in wrapper._adapters
+
+
+def _set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -> None:
+    """The original tells all modules all names, and stops halfway at a module of `modules_to_save` that lacks one."""
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    if not adapter_children(model) or not auxiliary_wrappers(model):
+        return original(adapter_name)
+    check_one_copy(model, names)
+    before = active_copies(model)
+    with set_by_hand(model, names):
+        original(adapter_name)
+    say_which_copies_went_off(model, before)
+
+
+def _set_adapter_of_method(original: Callable, tuner: BaseTuner, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
+    """PEFT switches the layers of one method, but the trained modules of all: those of others stay as they are."""
+    model = tuner.model
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    configs = {**all_configs(model), **tuner.peft_config}
+    method = {kind_of(configs[name]) for name in names if name in configs}
+
+    def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
+        is_concerned = isinstance(tuner, ChildTuner) or isinstance(configs.get(on), ChildConfig)
+        is_other = on in configs and kind_of(configs[on]) not in method
+        return is_concerned and is_other and not wrapper._adapters & set(names)
+
+    if isinstance(tuner, ChildTuner):
+        check_one_copy(model, names)
+    copies = ActiveCopies(model)
+    original(adapter_name, *args, **kwargs)
+    copies.restore(where=stays)
 
 
 def _load_adapter(
@@ -143,17 +192,17 @@ def _load_adapter(
     call = inspect.signature(original).bind(peft_model_id, adapter_name, *args, **kwargs)
     given, config = call.arguments, call.arguments.get("peft_config")
     try:
-        with _looked_at(model, given) as given["peft_model_id"], device_map_of_offloaded(model):
-            result = original(*call.args, **call.kwargs)
-        _keep_given(model, name, config)
-        _check_loaded(model, name)
-        _check_copies(model, name)
+        with naming_what_goes_off(model, name):
+            with _looked_at(model, given) as given["peft_model_id"], device_map_of_offloaded(model):
+                result = original(*call.args, **call.kwargs)
+            _keep_given(model, name, config)
+            _check_loaded(model, name)
+            _check_copies(model, name)
     except BaseException as error:
         if _is_ours(model, name):
             before.restore(name)
             _explain_damage(error, peft_model_id)
         raise
-    warn_of_darkened(before.acting, acting_adapters(model), name)
     return result
 
 
@@ -173,8 +222,18 @@ def _looked_at(model: nn.Module, given: dict[str, Any]) -> AbstractContextManage
 
 
 def _delete_adapter(original: Callable, model: Any, adapter_names: list[str] | str) -> None:
+    copies, concerned = ActiveCopies(model), bool(adapter_children(model))
     original(adapter_names)
+    if concerned:
+        copies.restore(where=lambda on, wrapper: on in wrapper._adapters)
     remove_empty_layers(model)
+
+
+def _delete_adapter_of_method(original: Callable, tuner: BaseTuner, adapter_name: str) -> None:
+    copies, concerned = ActiveCopies(tuner.model), bool(adapter_children(tuner.model))
+    original(adapter_name)
+    if concerned:
+        copies.restore(where=lambda on, wrapper: on in wrapper._adapters)
 
 
 def _peft_init(
@@ -219,9 +278,10 @@ def _peft_load_adapter(
     try:
         source, config = Source.of(model_id, kwargs), model.peft_config.get(adapter_name)
         finish(source.folder)
-        with looked_at(model, source, config) as place, _staying_in_place(model, place, config, kwargs):
-            result = original(place, adapter_name, *args, **kwargs)
-        _check_loaded(model, adapter_name)
+        with naming_what_goes_off(model, adapter_name):
+            with looked_at(model, source, config) as place, _staying_in_place(model, place, config, kwargs):
+                result = original(place, adapter_name, *args, **kwargs)
+            _check_loaded(model, adapter_name)
     except BaseException as error:
         if _is_ours(model, adapter_name):
             before.restore(adapter_name)
@@ -282,8 +342,9 @@ def _inject_adapter(
     except ValueError:
         tuner.peft_config.pop(adapter_name)
         raise
-    original(model, adapter_name, *args, **kwargs)
-    rehome_layers(model)
+    with naming_what_goes_off(model, adapter_name):
+        original(model, adapter_name, *args, **kwargs)
+        rehome_layers(model)
 
 
 def _merge_or_unmerge(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
@@ -355,22 +416,4 @@ def _check_copies(model: Any, name: str) -> None:
         raise ValueError(
             f"This release of transformers does not load modules_to_save={wanted} with load_adapter: load the adapter "
             "with PeftModel.from_pretrained(model, folder), or use a newer transformers."
-        )
-
-
-def acting_adapters(model: nn.Module) -> dict[str, str]:
-    """The adapters of ours that act, with what messages call them."""
-    return {name: child.noun for child in adapter_children(model) for name in child.acting_adapters()}
-
-
-def warn_of_darkened(before: dict[str, str], after: dict[str, str], newcomer: str, stacklevel: int = 4) -> None:
-    """Name the adapters that acted before a newcomer came and do not act now; for callers that a user calls."""
-    names = sorted(before.keys() - after.keys())
-    if names:
-        dark = ", ".join(f"the {before[name]} {name!r}" for name in names)
-        warnings.warn(
-            f"Adding {newcomer!r} switched {dark} off, since PEFT activates only the newcomer. Use both with "
-            f"model.set_adapter({[*names, newcomer]}), or write sticky=True in the configuration of an adapter that "
-            "must stay on.",
-            stacklevel=stacklevel,
         )
