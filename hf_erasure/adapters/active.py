@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -109,7 +109,7 @@ def _warn_of_adapters(model: nn.Module, off: dict[str, str], newcomer: str) -> N
     copies = f" The trained {' and '.join(kept)} stays on." if kept else ""
     warnings.warn(
         f"Adding {newcomer!r} switched {dark} off, since PEFT activates only the newcomer.{copies} Use both with "
-        f"{_switch(model)}({[*sorted(off), newcomer]}){sticky}.",
+        f"{_switch(model, [*sorted(off), newcomer])}{sticky}.",
         stacklevel=users_level(),
     )
 
@@ -126,9 +126,11 @@ def _warn_of_copies(before: dict[str, str], after: dict[str, str]) -> None:
             )
 
 
-def _switch(model: Any) -> str:
+def _switch(model: Any, names: list[str]) -> str:
     """How the adapters of a model are switched on together."""
-    return "model.base_model.set_adapter" if isinstance(model, PeftModel) else "model.set_adapter"
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return f"model.set_adapter({names})"
+    return f"base_model.set_adapter({names}) of the PeftModel"
 
 
 def users_level() -> int:

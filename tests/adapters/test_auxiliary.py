@@ -1,0 +1,198 @@
+"""A head that was trained with one adapter stays on when an adapter of another method comes, goes, or fails to come."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from hf_erasure.adapters.child import adapter_children
+from tests.lifecycle.verbs import OF, OURS
+from tests.small_models import inputs_of, roughen, small_batch, small_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:(Already found a `peft_config`|Adding .* switched|.*was deleted)")
+LORA = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
+TOKENS = {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [5, 6, 30]}}
+BATCH = small_batch("bert", seed=7)
+
+
+@functools.cache
+def _classifier() -> nn.Module:
+    config = hf.BertConfig(**{**small_model("bert").config.to_dict(), "num_labels": 3})
+    return roughen(hf.BertForSequenceClassification(config), torch.Generator().manual_seed(0)).eval()
+
+
+def classifier() -> Any:
+    return copy.deepcopy(_classifier())
+
+
+def tuned(**fields: Any) -> Any:
+    """The classifier with a LoRA whose copies were trained."""
+    model = classifier()
+    OF["LoRA"].add(model, "bert", "lora", **{**LORA, **fields})
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name or "trainable_tokens_delta" in name:
+            with torch.no_grad():
+                parameter.add_(0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, found = tmp_path_factory.mktemp("folders"), {}
+    for kind in OURS:
+        for sticky in (False, True):
+            model = classifier()
+            OF[kind].add(model, "bert", "ours", target_modules=["key"], sticky=sticky)
+            found[f"{kind} {sticky}"] = root / f"{kind} {sticky}"
+            model.save_pretrained(found[f"{kind} {sticky}"])
+    found["lora"] = root / "lora"
+    tuned().save_pretrained(found["lora"])
+    return found
+
+
+def head_that_acts(model: Any) -> str:
+    """Whose head gives the logits: that of an adapter, or the one of the base model."""
+    inputs = inputs_of(BATCH)
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    with torch.no_grad():
+        logits, pooled = base(**inputs).logits, base.bert(**inputs).pooler_output
+        heads = {**base.classifier.modules_to_save, "base": base.classifier.original_module}
+        (name,) = [name for name, head in heads.items() if torch.allclose(head(pooled), logits, atol=1e-5)]
+    return name
+
+
+def logits_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs_of(BATCH)).logits
+
+
+@pytest.mark.parametrize("sticky", [False, True])
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("road", ["load", "add", "PeftModel of ours", "PeftModel of the LoRA", "get_peft_model"])
+def test_the_trained_head_stays_on(road: str, kind: str, sticky: bool, folders: dict[str, Path]):
+    ours = folders[f"{kind} {sticky}"]
+    if road == "PeftModel of the LoRA":
+        model = peft.PeftModel.from_pretrained(classifier(), folders["lora"], adapter_name="lora")
+        model.get_base_model().load_adapter(ours, adapter_name="ours")
+    else:
+        model = classifier()
+        model.load_adapter(folders["lora"], adapter_name="lora")
+    if road == "load":
+        model.load_adapter(ours, adapter_name="ours")
+    elif road == "add":
+        model.add_adapter(OF[kind].config(target_modules=["key"], sticky=sticky), "ours")
+    elif road == "PeftModel of ours":
+        model = peft.PeftModel.from_pretrained(model, ours, adapter_name="ours")
+    elif road == "get_peft_model":
+        model = peft.get_peft_model(model, OF[kind].config(target_modules=["key"]), "ours")
+    assert head_that_acts(model.eval()) == "lora"
+    model = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if road in ("load", "add"):
+        model.set_adapter(["lora", "ours"])
+        assert head_that_acts(model) == "lora"
+        model.delete_adapter("ours")
+        assert torch.equal(logits_of(model), logits_of(tuned()))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_it_does_whichever_came_last(kind: str, folders: dict[str, Path]):
+    model = classifier()
+    for name in ("ours", "lora"):
+        model.load_adapter(folders["lora" if name == "lora" else f"{kind} False"], adapter_name=name)
+    assert head_that_acts(model) == "lora"
+    # And the other way about: the head is ours, and the LoRA has none.
+    model = classifier()
+    OF[kind].add(model, "bert", "ours", target_modules=["key"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.classifier.modules_to_save["ours"].weight.add_(0.5)
+    model.add_adapter(peft.LoraConfig(target_modules=["query"]), "lora")
+    assert head_that_acts(model.eval()) == "ours"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["value"]), "more")
+    assert head_that_acts(wrapped) == "ours"
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_failed_call_leaves_it_on(kind: str, folders: dict[str, Path], tmp_path: Path):
+    model = tuned()
+    expected, heads = logits_of(model), model.classifier.active_adapters
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    wrong = OF[kind].config(target_modules=["nowhere"])
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in folders[f"{kind} False"].iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[: 200 if file.suffix == ".safetensors" else None])
+    for call in (
+        lambda: model.add_adapter(wrong, "ours"),
+        lambda: model.add_adapter(OF[kind].config(target_modules=["classifier"]), "ours"),
+        lambda: model.load_adapter(damaged, adapter_name="ours"),
+        lambda: peft.PeftModel.from_pretrained(model, damaged, adapter_name="ours"),
+        lambda: peft.get_peft_model(model, wrong, "ours"),
+        lambda: peft.inject_adapter_in_model(wrong, model, "ours"),
+    ):
+        with pytest.raises(ValueError):
+            call()
+        assert list(model.peft_config) == ["lora"] and model.active_adapters() == ["lora"]
+        assert not adapter_children(model) and model.classifier.active_adapters == heads
+        assert torch.equal(logits_of(model), expected)
+        assert trained == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_two_heads_of_one_module_are_refused_before_anything_changes(kind: str):
+    model = tuned()
+    OF[kind].add(model, "bert", "ours", target_modules=["key"])
+    OF[kind].add(model, "bert", "rival", target_modules=["value"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.classifier.modules_to_save["rival"].weight.add_(0.25)
+    model.set_adapter(["lora", "ours"])
+    expected = logits_of(model)
+    with pytest.raises(
+        ValueError, match=r"\['lora', 'rival'\] cannot all be active.*set_adapter\(\['lora', 'ours'\]\)"
+    ):
+        model.set_adapter(["lora", "ours", "rival"])
+    assert torch.equal(logits_of(model), expected)
+    # Only ours: then the head of the base model answers, and that is said.
+    with pytest.warns(
+        UserWarning, match=r"'classifier' that was trained with the adapter 'lora' does not act any more"
+    ):
+        model.set_adapter("ours")
+    assert head_that_acts(model) == "base"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.set_adapter(["ours", "lora"])
+        model.set_adapter("rival")
+    assert head_that_acts(model) == "rival"
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_trained_tokens_stay_on_too(kind: str, folders: dict[str, Path]):
+    alone = tuned(**TOKENS, modules_to_save=None)
+    plain = tuned(modules_to_save=None)
+    assert not torch.equal(logits_of(alone), logits_of(plain))
+    model = copy.deepcopy(alone)
+    with pytest.raises(ValueError):
+        model.add_adapter(OF[kind].config(target_modules=["nowhere"]), "ours")
+    assert torch.equal(logits_of(model), logits_of(alone))
+    model.add_adapter(OF[kind].config(target_modules=["key"]), "ours")
+    by_hand = copy.deepcopy(plain)
+    with torch.no_grad():
+        rows = torch.tensor(TOKENS["trainable_token_indices"]["word_embeddings"])
+        deltas = alone.bert.embeddings.word_embeddings.token_adapter.trainable_tokens_delta["lora"]
+        by_hand.bert.embeddings.word_embeddings.weight[rows] = deltas
+    assert torch.equal(logits_of(by_hand), logits_of(alone))
+    for loading in (model, by_hand):
+        loading.load_adapter(folders[f"{kind} False"], adapter_name="fitted")
+    model.set_adapter(["lora", "fitted"])
+    assert torch.allclose(logits_of(model), logits_of(by_hand), atol=1e-6)
+    for name in ("fitted", "ours"):
+        model.delete_adapter(name)
+    assert torch.equal(logits_of(model), logits_of(alone))
