@@ -9,7 +9,7 @@ adapter of another method comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +77,18 @@ class ActiveCopies:
                 part._active_adapter = active
             for parameter, required in kept.trained if trained else ():
                 parameter.requires_grad_(required)
+
+    def hand_on(self, newcomer: str, but: Collection[str]) -> None:
+        """Let the copies of a newcomer start from those that acted; PEFT takes them from the base model, untrained.
+
+        Args:
+            newcomer: An adapter.
+            but: Not from the copies of these, of the same method: they go off with all that is theirs.
+        """
+        for name, acted in self.on.items():
+            copies = self._kept[name].wrapper._modules.get("modules_to_save")
+            if copies is not None and newcomer in copies and acted not in but:
+                copies[newcomer].load_state_dict(copies[acted].state_dict())
 
 
 def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:

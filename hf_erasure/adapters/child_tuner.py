@@ -74,6 +74,8 @@ class ChildTuner(BaseTuner):
             if kwargs.get("state_dict") is not None:
                 kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
+            copies.hand_on(adapter_name, but=kin)
             refuse_copies(model, adapter_name)
             self._complete(model, adapter_name)
             if kwargs.get("state_dict") is None:  # which would be a wish for some of the modules

@@ -121,6 +121,23 @@ def test_it_does_whichever_came_last(kind: str, folders: dict[str, Path]):
 
 
 @pytest.mark.parametrize("kind", OURS)
+def test_a_class_of_peft_that_wants_a_head_starts_from_the_one_that_acts(kind: str, tmp_path: Path):
+    model = classifier()
+    OF[kind].add(model, "bert", "ours", target_modules=["key"], task_type="SEQ_CLS")
+    model.save_pretrained(tmp_path)
+    for road in ("from_pretrained", "get_peft_model"):
+        model = tuned()
+        trained = copy.deepcopy(model.classifier.modules_to_save["lora"])
+        if road == "from_pretrained":
+            model = peft.PeftModel.from_pretrained(model, tmp_path, adapter_name="ours")
+        else:
+            model = peft.get_peft_model(model, OF[kind].config(target_modules=["key"], task_type="SEQ_CLS"), "ours")
+        with torch.no_grad():
+            pooled = model.get_base_model().bert(**inputs_of(BATCH)).pooler_output
+        assert torch.allclose(trained(pooled), logits_of(model.eval()), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_a_failed_call_leaves_it_on(kind: str, folders: dict[str, Path], tmp_path: Path):
     model = tuned()
     expected, heads = logits_of(model), model.classifier.active_adapters
