@@ -86,7 +86,7 @@ class ActiveCopies:
             but: Not from the copies of these, of the same method: they go off with all that is theirs.
         """
         for name, acted in self.on.items():
-            copies = self._kept[name].wrapper._modules.get("modules_to_save")
+            copies: Any = self._kept[name].wrapper._modules.get("modules_to_save")
             if copies is not None and newcomer in copies and acted not in but:
                 copies[newcomer].load_state_dict(copies[acted].state_dict())
 
