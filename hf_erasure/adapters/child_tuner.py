@@ -154,7 +154,8 @@ class ChildTuner(BaseTuner):
     def _acting_adapters(self) -> list[str]:
         """The active adapters, and before them the sticky ones that act all the same."""
         sticky = {name for child in self._children() for name, on in child.sticky_adapters.items() if on}
-        return [*sorted(sticky - set(self.active_adapters)), *self.active_adapters]
+        known = dict.fromkeys([*self.peft_config, *sorted(sticky)])
+        return [*(name for name in known if name in sticky - set(self.active_adapters)), *self.active_adapters]
 
     def _unload_and_optionally_merge(
         self,

@@ -18,7 +18,7 @@ from .consumers import Uses, trace_uses
 from .drift import check_drift
 from .gradiend_layer import GradiendLayer
 from .layer import ErasureLayer, erasure_layers
-from .ledger import BiasSwitch, ledger_of, put_ledger, set_parameter, was_changed, write
+from .ledger import BiasSwitch, ledger_of, originals, put_ledger, set_parameter, was_changed, write
 from .merging import Edit, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
 from .offloading import is_offloaded, owns_offloaded, value_of, values_of
 from .probing import Probe
@@ -32,13 +32,17 @@ class Plan:
 
     Attributes:
         names: The adapters, by the path of the site they are merged at.
+        orders: The same with those that are merged there already, in the order in which they will act.
         edits: The erasers that go into each layer, by the layer's name, the one next to the weight first.
         modules: Those layers.
+        rewritten: Whether erasers go in front of some that are merged already, so that these are written anew too.
     """
 
     names: dict[str, list[str]] = field(default_factory=dict)
+    orders: dict[str, list[str]] = field(default_factory=dict)
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    rewritten: bool = False
 
 
 def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> None:
@@ -65,8 +69,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
     unchecked = "its weights are offloaded" if any(map(owns_offloaded, plan.modules.values())) else None
     if unchecked is None and probe.failure:
         unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
-    with _acting_in_merge_order(layers, plan.names):
-        before = None if unchecked else probe.run()
+    before = None if unchecked else _run_before(model, plan, probe)
     snapshot = Snapshot([layers[path] for path in plan.names], [*plan.modules.values(), *_given_biases(switches)])
     configs = [(switch.config, switch.name, switch.off) for switch in switches]
     try:
@@ -165,7 +168,7 @@ def _plan_direct(plan: Plan, model: nn.Module, layer: ErasureLayer, names: list[
             "the weights (tie_word_embeddings=False) or use the adapter unmerged."
         )
     for site in ("output", "input"):
-        for name in merge_order(layer, names, site):
+        for name in outwards(plan, layer, names, site):
             refusal = why_not_mergeable(layer.host, site)
             if refusal is not None:
                 raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
@@ -195,7 +198,7 @@ def _plan_folded(
     modules = dict(model.named_modules())
     for path, layer in sites.items():
         for site in ("output", "input"):
-            for name in merge_order(layer, _merging(layer, names), site):
+            for name in outwards(plan, layer, _merging(layer, names), site):
                 for target in dict.fromkeys(uses[path].layers):
                     _add(plan, target, modules[target], layer, name, "input")
 
@@ -272,22 +275,34 @@ def _add(plan: Plan, target: str, module: nn.Module, layer: ErasureLayer, name: 
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
 
 
-def merge_order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
+def outwards(plan: Plan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
     """The order in which erasers at one side of a module enter the weight: from the weight outwards.
+
+    They act in the order in which they are named, and after those that are merged already. Where all of these are
+    active, and each call named them in the order in which they act, that order stays.
 
     Raises:
         ValueError: If one that is not to be merged acts between them and the weight.
     """
-    applied = layer.applied_adapters(site)
-    outwards = applied if _weight_first(layer, site) else applied[::-1]
     here = [name for name in names if layer.concept_erasure_site[name] == site]
-    merging = [name for name in outwards if name in here]
-    if merging != outwards[: len(merging)]:
+    _refuse_between(layer, here, site)
+    merged = [name for name in layer.merged_adapters if layer.concept_erasure_site[name] == site]
+    acting = [name for name in layer.switched_on() if name in (*merged, *here)]
+    parts = [[name for name in acting if name in part] for part in (merged, here)]
+    order = acting if parts == [merged, here] else [*merged, *here]
+    plan.orders.setdefault(layer.path, []).extend(order)
+    return [name for name in (order if _weight_first(layer, site) else order[::-1]) if name in here]
+
+
+def _refuse_between(layer: ErasureLayer, here: list[str], site: str) -> None:
+    applied = layer.applied_adapters(site)
+    present = applied if _weight_first(layer, site) else applied[::-1]
+    merging = [name for name in present if name in here]
+    if merging != present[: len(merging)]:
         raise ValueError(
-            f"{merging} cannot be merged into {layer.path!r} before {outwards[0]!r}, which acts between them and the "
-            f"weight: merge {outwards[: outwards.index(merging[-1]) + 1]} together."
+            f"{merging} cannot be merged into {layer.path!r} before {present[0]!r}, which acts between them and the "
+            f"weight: merge {present[: present.index(merging[-1]) + 1]} together."
         )
-    return [name for name in here if name not in merging] + merging
 
 
 def _weight_first(layer: ErasureLayer, site: str) -> bool:
@@ -295,29 +310,48 @@ def _weight_first(layer: ErasureLayer, site: str) -> bool:
     return site == "output" and is_weight_layer(layer.host)
 
 
-class _acting_in_merge_order:
-    """Let adapters act as they will once merged, also those that are not active."""
+def _arranged(layers: dict[str, ErasureLayer], plan: Plan, target: str) -> list[Edit]:
+    """All erasers in a layer, old and new: those of one site in the order that the plan has for them."""
+    ledger = ledger_of(plan.modules[target])
+    found = [*(ledger.edits if ledger is not None else []), *plan.edits[target]]
+    for path in dict.fromkeys(edit.path for edit in plan.edits[target]):
+        for side in ("output", "input"):
+            places = [i for i, edit in enumerate(found) if (edit.path, edit.side) == (path, side)]
+            sites = {layers[path].concept_erasure_site[found[i].adapter] for i in places}
+            order = plan.orders[path] if sites and _weight_first(layers[path], sites.pop()) else plan.orders[path][::-1]
+            sorted_edits = sorted((found[i] for i in places), key=lambda edit: order.index(edit.adapter))
+            for place, edit in zip(places, sorted_edits, strict=True):
+                found[place] = edit
+    return found
 
-    def __init__(self, layers: dict[str, ErasureLayer], names: dict[str, list[str]]) -> None:
-        self.layers = [(layers[path], here) for path, here in names.items()]
-        self.active = [layer._active_adapter for layer, _ in self.layers]
 
-    def __enter__(self) -> None:
-        orders = [_order_of_action(layer, here) for layer, here in self.layers]
-        for (layer, _), order in zip(self.layers, orders, strict=True):
-            layer._active_adapter = order
-
-    def __exit__(self, *exception: object) -> None:
-        for (layer, _), active in zip(self.layers, self.active, strict=True):
-            layer._active_adapter = active
+def _run_before(model: nn.Module, plan: Plan, probe: Probe) -> list[Tensor]:
+    """What the model gives while erasers act unmerged in the order in which they will act once merged."""
+    layers = erasure_layers(model)
+    written = [module for module in model.modules() if plan.rewritten and ledger_of(module) is not None]
+    snapshot = Snapshot(list(layers.values()), written)
+    active = {path: layer._active_adapter for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            order = plan.orders.get(path, layer.merged_adapters)
+            layer.merged_adapters = [] if plan.rewritten else layer.merged_adapters
+            layer._active_adapter = _order_of_action(layer, order)
+        for module in written:
+            for name, value in originals(module).items():
+                set_parameter(module, name, value)
+        return probe.run()
+    finally:
+        snapshot.restore()
+        for path, layer in layers.items():
+            layer._active_adapter = active[path]
 
 
 def _order_of_action(layer: ErasureLayer, names: list[str]) -> list[str]:
     order = []
     for site in ("output", "input"):
-        applied = layer.applied_adapters(site)
-        idle = [n for n in names if layer.concept_erasure_site[n] == site and n not in applied]
-        order += [*idle, *applied] if _weight_first(layer, site) else [*applied, *idle[::-1]]
+        merged = [name for name in names if layer.concept_erasure_site[name] == site]
+        others = [name for name in layer.applied_adapters(site) if name not in merged]
+        order += [*merged, *others] if _weight_first(layer, site) else [*others, *merged]
     return order
 
 
@@ -329,8 +363,16 @@ def _values(
 ) -> tuple[list[BiasSwitch], dict[str, dict[str, Tensor]]]:
     """The merged parameters of each layer, and the switches that give it the bias it needs."""
     values = {}
+    layers = erasure_layers(model)
     for target, module in plan.modules.items():
-        values[target] = merged_parameters(module, values_of(module), plan.edits[target])
+        edits, ledger = _arranged(layers, plan, target), ledger_of(module)
+        if ledger is not None and edits[: len(ledger.edits)] != ledger.edits:  # one goes in front of those
+            plan.rewritten = True
+            present = {name: value for name, value in originals(module).items() if value is not None}
+            values[target] = merged_parameters(module, present, edits)
+        else:
+            values[target] = merged_parameters(module, values_of(module), plan.edits[target])
+        plan.edits[target] = edits
         for key, value in values[target].items():
             if safe_merge and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
@@ -376,8 +418,8 @@ def _write(
         write(module, values[target], plan.edits[target])
         for path in {edit.path for edit in plan.edits[target]}:
             layers[path].note_written(module)
-    for path, here in plan.names.items():
-        layers[path].merged_adapters.extend(here)
+    for path in plan.names:
+        layers[path].merged_adapters = plan.orders[path]
 
 
 class Snapshot:

@@ -25,7 +25,7 @@ class Ledger:
 
     Attributes:
         originals: Parameter name → its values before any eraser.
-        edits: The erasers, in the order in which they were written.
+        edits: The erasers, the one next to the weight first.
         switch: What has given the module its bias; None where it has its own, or none.
         digests: Parameter name → `digest` of the values that were written last.
     """
@@ -92,10 +92,19 @@ def put_ledger(module: nn.Module, ledger: Ledger | None) -> None:
         setattr(module, _LEDGER, ledger)
 
 
-def write(module: nn.Module, values: dict[str, Tensor], edits: list[Edit]) -> None:
-    """Put merged values in place, and note whose they are."""
+def originals(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's parameters as they were before any eraser, with a bias of zero where a switch has given it one."""
     ledger = open_ledger(module)
-    ledger.edits.extend(edits)
+    found = dict(ledger.originals)
+    if ledger.switch is not None and found["weight"] is not None:
+        found["bias"] = found["weight"].new_zeros(found["weight"].shape[0])
+    return found
+
+
+def write(module: nn.Module, values: dict[str, Tensor], edits: list[Edit]) -> None:
+    """Put merged values in place, and note all the erasers that are in them, the one next to the weight first."""
+    ledger = open_ledger(module)
+    ledger.edits = edits
     ledger.digests = {**ledger.digests, **_digests(values)}
     for name, value in values.items():
         set_parameter(module, name, value)
@@ -111,15 +120,13 @@ def withdraw(module: nn.Module, path: str) -> None:
         return
     all_edits = ledger.edits
     ledger.edits = [edit for edit in all_edits if edit.path != path]
-    originals: dict[str, Any] = dict(ledger.originals)
-    if ledger.switch is not None:
-        originals["bias"] = originals["weight"].new_zeros(originals["weight"].shape[0])
-    present = {name: value for name, value in originals.items() if value is not None}
-    values = originals | (merged_parameters(module, present, ledger.edits) if ledger.edits else {})
+    unmerged = originals(module)
+    present = {name: value for name, value in unmerged.items() if value is not None}
+    values = unmerged | (merged_parameters(module, present, ledger.edits) if ledger.edits else {})
     later = _changed_since(module, ledger)
     ledger.digests = _digests(values)
     if later:
-        written = originals | merged_parameters(module, present, all_edits)
+        written = unmerged | merged_parameters(module, present, all_edits)
         values |= {name: _with_change(now, written[name], values[name]) for name, now in later.items()}
     for name, value in values.items():
         set_parameter(module, name, value)

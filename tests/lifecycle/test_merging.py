@@ -121,3 +121,38 @@ def test_after_unloading_another_adapter_can_be_added(kind: str):
     assert not as_base(plain, "bert") and plain.active_adapters() == ["a"]
     plain.delete_adapter("a")
     assert same(outputs(plain, "bert"), outputs(model.base_model.model, "bert"))
+
+
+@pytest.mark.parametrize("active", [["ab"], ["a", "ab"], ["ab", "a"]], ids="-".join)
+@pytest.mark.parametrize(
+    ("targets", "site"),
+    [(["c_fc"], "output"), (["c_fc"], "input"), (r".*\.ln_[12]", "output")],
+    ids=["out", "in", "norm"],
+)
+def test_named_erasures_merge_in_the_order_in_which_they_are_named(targets, site: str, active: list[str]):
+    """Whatever is active, in one call or in two; to erase one concept and then another is not the reverse."""
+
+    def wrapped(order: list[str]) -> peft.PeftModel:
+        model = OF["erasure"].wrapped("gpt2", "a", "ab", target_modules=targets, site=site)
+        model.base_model.set_adapter(order)
+        return model
+
+    orders = [["a", "ab"], ["ab", "a"]]
+    acting = [outputs(wrapped(order), "gpt2") for order in orders]
+    assert distance(*acting) > 1e-2
+    for order, expected in zip(orders, acting, strict=True):
+        model = wrapped(active)
+        before, plain = outputs(model, "gpt2"), weights(model)
+        model.merge_adapter(order)
+        assert distance(outputs(model, "gpt2"), expected) < TOLERANCE
+        assert next(iter(erasure_layers(model).values())).merged_adapters == order
+        model.unmerge_adapter()
+        assert same_weights(weights(model), plain) and same(outputs(model, "gpt2"), before)
+        if len(active) == 1:  # of two that act both, the one next to the weight goes first
+            for name in order:
+                model.merge_adapter([name])
+            assert distance(outputs(model, "gpt2"), expected) < TOLERANCE
+            model.unmerge_adapter()
+            assert same_weights(weights(model), plain)
+        merged = model.merge_and_unload(adapter_names=order)
+        assert distance(outputs(merged, "gpt2"), expected) < TOLERANCE
