@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from .base_config import ChildConfig
@@ -82,6 +82,27 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def bias(self) -> Tensor:
         """There is none, and PEFT takes that for an answer."""
         raise AttributeError(f"the {self.noun} has no bias of its own")
+
+    @property
+    def in_features(self) -> int:
+        """What the host takes, as a LoRA in its place would say."""
+        return self._features()[0]
+
+    @property
+    def out_features(self) -> int:
+        """What the host gives, as a LoRA in its place would say."""
+        return self._features()[1]
+
+    def _features(self) -> tuple[int, int]:
+        host: Any = self.host
+        while isinstance(host, BaseTunerLayer):
+            host = host.get_base_layer()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a host that no LoRA goes on
+            found = _get_in_out_features(host)
+        if None in found:
+            raise AttributeError(f"{type(host).__name__} at {self.path!r} has no in_features and out_features")
+        return found
 
     # ---- adapters come and go ---------------------------------------------------------------------------------------
 
@@ -199,6 +220,21 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def forget_originals(self) -> None:
         """Drop the copies that `unmerge` needs: what is merged stays merged."""
         raise NotImplementedError
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether a module is a list of others, which a model goes through: a child in it would be one of them."""
+    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    return isinstance(module, lists) or type(module).forward is nn.Module.forward
+
+
+def refuse_container(path: str, module: nn.Module) -> None:
+    """Raise a `ValueError` if a target is a list of modules."""
+    if is_container(module):
+        raise ValueError(
+            f"{path!r} is a {type(module).__name__}, whose modules the model goes through, and no adapter can be put "
+            rf"on it: name the modules in it, as in target_modules=r'{path}\.\d+'."
+        )
 
 
 def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[AdapterChild]:

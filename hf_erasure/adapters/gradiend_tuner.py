@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from .child import refuse_container
 from .child_tuner import ChildTuner, exactly, is_child
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import squares_of_change
@@ -71,6 +72,8 @@ class GradiendModel(ChildTuner):
     ) -> None:
         parameters = _own_parameters(peft_config, innermost(target), current_key, self._claimed, self.model)
         if not parameters:
+            if not isinstance(self.peft_config[adapter_name].target_modules, str):  # an expression matches much
+                refuse_container(current_key, target)
             return
         layer = target._modules.get(CHILD)
         if not isinstance(layer, GradiendLayer):

@@ -172,10 +172,10 @@ def _changed_since(module: nn.Module, ledger: Ledger) -> dict[str, Tensor]:
     return {name: v for name, v in present.items() if v is not None and _digest(v) != ledger.digests[name]}
 
 
-def _with_change(now: Tensor, written: Tensor, value: Tensor | None) -> Tensor | None:
+def _with_change(now: Tensor, written: Tensor | None, value: Tensor | None) -> Tensor | None:
     """`value`, and on top of it what `now` differs by from `written`; where they agree, `value` to the bit."""
-    if value is None:
-        return None
+    if value is None or written is None:
+        return value
     written, value = written.to(now.device, now.dtype), value.to(now.device, now.dtype)
     return torch.where(now == written, value, (now.double() - written.double() + value.double()).to(now.dtype))
 

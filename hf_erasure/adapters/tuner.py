@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
+from .child import refuse_container
 from .child_tuner import ChildTuner, exactly, is_child
 from .config import ConceptErasureConfig
 from .folding import merge
@@ -66,6 +67,7 @@ class ConceptErasureModel(ChildTuner):
     ) -> None:
         if isinstance(target, nn.Embedding) and peft_config.site == "input":
             raise ValueError(f"{current_key!r} takes token ids, which hold no activation to erase: use site='output'.")
+        refuse_container(current_key, target)
         layer = target._modules.get(CHILD)
         if not isinstance(layer, ErasureLayer):
             layer = ErasureLayer(target, current_key)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .base_config import ChildConfig
 from .child import adapter_children, child_configs
@@ -208,7 +209,7 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _first_floating(output: Any) -> Tensor:
-    values = output.values() if isinstance(output, dict) else output
+    values = tree_leaves(dict(output) if isinstance(output, dict) else output)
     return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point()).detach().float()
 
 

@@ -103,13 +103,17 @@ class Runner:
 
 
 def last_hidden_state(output: Any) -> Tensor:
-    """The last hidden state among what a backbone returned.
+    """The last hidden state among what a backbone returned: a tensor that is all it returned, or the first of several.
 
     Raises:
         ValueError: If there is none.
     """
-    found = output.get("last_hidden_state") if isinstance(output, (dict, ModelOutput)) else output[0]
-    if not isinstance(found, Tensor):
+    found = output
+    if isinstance(output, (dict, ModelOutput)):
+        found = output.get("last_hidden_state")
+    elif isinstance(output, (tuple, list)):
+        found = output[0] if output else None
+    if not isinstance(found, Tensor) or not found.dim():
         raise ValueError("the model returns no last_hidden_state")
     return found
 
