@@ -99,10 +99,10 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             host = host.get_base_layer()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a host that no LoRA goes on
-            found = _get_in_out_features(host)
-        if None in found:
+            features, given = _get_in_out_features(host)
+        if features is None or given is None:
             raise AttributeError(f"{type(host).__name__} at {self.path!r} has no in_features and out_features")
-        return found
+        return features, given
 
     # ---- adapters come and go ---------------------------------------------------------------------------------------
 
