@@ -109,6 +109,18 @@ def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
+def set_copies(model: nn.Module, names: Iterable[str]) -> None:
+    """Let each wrapper have the adapter of `names` that it has a copy of, or none."""
+    for wrapper in auxiliary_wrappers(model).values():
+        wrapper.set_adapter([name for name in names if name in wrapper._adapters])
+
+
+def enable_copies(model: nn.Module) -> None:
+    """Let the wrappers take part again, which `enable_adapters` of transformers forgets."""
+    for wrapper in auxiliary_wrappers(model).values():
+        wrapper.enable_adapters(True)
+
+
 @contextmanager
 def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """While transformers switches adapters on, let each wrapper have the one of `names` that it has a copy of, or none.
@@ -123,5 +135,4 @@ def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     finally:
         for wrapper in wrappers:
             del wrapper.__dict__["set_adapter"]
-    for wrapper in wrappers:
-        wrapper.set_adapter([name for name in names if name in wrapper._adapters])
+    set_copies(model, names)

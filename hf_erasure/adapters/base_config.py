@@ -21,6 +21,7 @@ _PROVENANCE: dict[str, Any] = {
     "examples": float,
     "tokens": float,
     "pool": str,
+    "active_adapters": list[dict[str, Any]],
 }
 
 
@@ -33,7 +34,7 @@ class ChildConfig(PeftConfig):
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether there are values to load.
         provenance: Written by fitting. What the adapter was made from: the plugin's version, the class of the base
-            model, the fingerprint of its weights, and what was measured.
+            model, the fingerprint of its weights, the other adapters that acted, and what was measured.
     """
 
     sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})

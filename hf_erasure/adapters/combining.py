@@ -14,6 +14,7 @@ from hf_erasure._version import __version__
 from hf_erasure.erasers import Eraser, combine_erasers
 
 from .active import naming_what_goes_off
+from .beside import RECORD, without
 from .child_tuner import exactly
 from .config import CONCEPT_ERASURE, ConceptErasureConfig
 from .layer import ErasureLayer, erasure_layers
@@ -154,6 +155,7 @@ def _combined_provenance(configs: dict[str, ConceptErasureConfig]) -> dict[str, 
         "pool": "+".join(pools),
         "leakage": {},
         "combined_from": {name: _described(config) for name, config in configs.items()},
+        RECORD: without((entry for source in sources for entry in source.get(RECORD, ())), configs),
         "fingerprint": {key: value for source in sources for key, value in source.get("fingerprint", {}).items()},
     }
 
@@ -161,7 +163,7 @@ def _combined_provenance(configs: dict[str, ConceptErasureConfig]) -> dict[str, 
 def _described(config: ConceptErasureConfig) -> dict[str, Any]:
     plain = config.to_dict()
     told = {field: plain[field] for field in ("concept", "labels", "concept_dim", "method", "rank")}
-    return told | {key: value for key, value in config.provenance.items() if key != "fingerprint"}
+    return told | {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
 
 
 def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str]) -> None:

@@ -31,8 +31,9 @@ from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .active import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
-from .auxiliary import ActiveCopies, active_copies, auxiliary_wrappers, check_one_copy, set_by_hand
+from .auxiliary import ActiveCopies, active_copies, auxiliary_wrappers, check_one_copy, enable_copies, set_by_hand
 from .base_config import ChildConfig
+from .beside import comparing_with_fitting
 from .child import adapter_children, child_configs
 from .child_tuner import (
     ChildTuner,
@@ -110,6 +111,7 @@ def install() -> None:
         wrap(kind, "__init__", _peft_init, _MARK)
     wrap(peft_model, "set_peft_model_state_dict", _set_peft_model_state_dict, _MARK)
     wrap(PeftAdapterMixin, "set_adapter", _set_adapter, _MARK)
+    wrap(PeftAdapterMixin, "enable_adapters", _enable_adapters, _MARK)
     wrap(PeftModel, "load_adapter", _peft_load_adapter, _MARK)
     wrap(PeftModel, "from_pretrained", _peft_from_pretrained, _MARK)
     wrap(PeftModel, "save_pretrained", save_peft_model, _MARK)
@@ -160,6 +162,12 @@ def _set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) 
     say_which_copies_went_off(model, before)
 
 
+def _enable_adapters(original: Callable, model: Any) -> None:
+    original()
+    if adapter_children(model):
+        enable_copies(model)
+
+
 def _set_adapter_of_method(original: Callable, tuner: BaseTuner, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
     """PEFT switches the layers of one method, but the trained modules of all: those of others stay as they are."""
     model = tuner.model
@@ -192,7 +200,7 @@ def _load_adapter(
     call = inspect.signature(original).bind(peft_model_id, adapter_name, *args, **kwargs)
     given, config = call.arguments, call.arguments.get("peft_config")
     try:
-        with naming_what_goes_off(model, name):
+        with naming_what_goes_off(model, name), comparing_with_fitting(model, name):
             with _looked_at(model, given) as given["peft_model_id"], device_map_of_offloaded(model):
                 result = original(*call.args, **call.kwargs)
             _keep_given(model, name, config)
@@ -278,7 +286,7 @@ def _peft_load_adapter(
     try:
         source, config = Source.of(model_id, kwargs), model.peft_config.get(adapter_name)
         finish(source.folder)
-        with naming_what_goes_off(model, adapter_name):
+        with naming_what_goes_off(model, adapter_name), comparing_with_fitting(model, adapter_name):
             with looked_at(model, source, config) as place, _staying_in_place(model, place, config, kwargs):
                 result = original(place, adapter_name, *args, **kwargs)
             _check_loaded(model, adapter_name)
@@ -301,7 +309,11 @@ def _peft_from_pretrained(original: Callable, cls: type, model: nn.Module, *args
         if isinstance(config, ChildConfig):
             given["config"] = with_what_was_fitted(config, source)
         wanted = given.get("config")
-        with looked_at(model, source, wanted) as place, _staying_in_place(model, place, wanted, kwargs):
+        with (
+            comparing_with_fitting(model, given.get("adapter_name", "default")),
+            looked_at(model, source, wanted) as place,
+            _staying_in_place(model, place, wanted, kwargs),
+        ):
             given["model_id"] = place
             result = original(*call.args, **call.kwargs)
         _keep_given(result, given.get("adapter_name", "default"), config)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .base_config import ChildConfig
+from .beside import other_than_when_fitted
 from .child import adapter_children, child_configs
 from .config import ConceptErasureConfig
 from .gradiend_config import GradiendConfig
@@ -46,7 +47,8 @@ def verify_adapter(
 
     Returns:
         A `Verification`. For an erasure its text states the leakage of `last_hidden_state` that was measured when the
-        adapter was fitted, beside the worst of the sites.
+        adapter was fitted, beside the worst of the sites. Where other adapters act now than at fitting, it names them:
+        what was measured holds beside those of then.
     """
     reason = _why_inactive(model, adapter_name)
     if reason is not None:
@@ -76,7 +78,8 @@ def verify_adapter(
     return Verification(
         True,
         f"Adapter {adapter_name!r} {_deed(model, adapter_name, config)} and {how}."
-        + _remarks(model, adapter_name, config),
+        + _remarks(model, adapter_name, config)
+        + f" {other_than_when_fitted(model, adapter_name)}".rstrip(),
     )
 
 

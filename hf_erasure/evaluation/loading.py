@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import GradiendConfig, steer, verify_adapter
+from hf_erasure.adapters.auxiliary import enable_copies, set_copies
 from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.checkpoints import model_class
 from hf_erasure.adapters.verification import dummy_batch
@@ -169,7 +170,7 @@ class Loader:
         model: Any = self.kind.from_pretrained(self.path).to(Processes().device).eval()
         with warnings.catch_warnings():
             # Said when the second adapter is loaded; below all are made active.
-            warnings.filterwarnings("ignore", message="Adding .* switched ")
+            warnings.filterwarnings("ignore", message="(Adding .* switched |Other adapters act here)")
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             for adapter in entry.adapters:
                 (host_of(model, adapter.config) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
@@ -182,6 +183,7 @@ class Loader:
             for layer in model.modules():
                 if isinstance(layer, BaseTunerLayer):
                     layer.set_adapter(names)
+            set_copies(model, names)
         for adapter in entry.adapters:
             if entry.strength != 1 and isinstance(adapter.config, GradiendConfig):
                 rate = adapter.config.learning_rate * entry.strength
@@ -220,6 +222,7 @@ def _acts(model: nn.Module, adapter: Adapter) -> tuple[bool, str]:
         switched.set_adapter(others) if others else switched.disable_adapters()
         without = last_hidden_state(runner(batch))
         switched.enable_adapters()
+        enable_copies(model)
         switched.set_adapter(active)
     change = float((now - without).norm() / without.norm())
     acts = "changes" if change else "does not act: it does not change"

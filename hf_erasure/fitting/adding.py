@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.beside import RECORD
 from hf_erasure.adapters.saving import staged
 from hf_erasure.erasers import ConceptMoments
 
@@ -68,6 +69,11 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
     """The moments' own folder checks the rest: sites, labels, method, pool."""
     if one.provenance.get("fingerprint") != other.provenance.get("fingerprint"):
         raise ValueError("The two erasures were fitted on different base models: their activations cannot be added.")
+    if one.provenance.get(RECORD, []) != other.provenance.get(RECORD, []):
+        raise ValueError(
+            "The two erasures were fitted beside different active adapters: their activations cannot be added. Fit "
+            "both with the same adapters on."
+        )
 
 
 def _sum(stores: list[FitCheckpoint], total: FitCheckpoint, name: str, z_dim: int) -> dict[str, ConceptMoments]:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.beside import RECORD, warn_of_what_is_off, without
 from hf_erasure.adapters.child import adapter_children
 from hf_erasure.adapters.combining import combine_fitted
 from hf_erasure.models import check_pool
@@ -90,11 +91,13 @@ def combine_adapters(
         guarded = pool_for(pool, model, runner, concepts[names[0]], peeked[names[0]].first, processes)
         task = FitTask(runner, layers, into, config, guarded, progress, resident_batches, None, processes)
         sources = [Source(name, f"batches[{name!r}]", peeked[name], concept) for name, concept in concepts.items()]
+        warn_of_what_is_off(model, into, expected=names)
         made_of = config.provenance["combined_from"]
         with _without(model, names):
             fits, tally = solved(task, [*sources, *background_source(background)], sequential=sequential)
             conclude(task, fits, tally, None)
         config.provenance["combined_from"] = made_of
+        config.provenance[RECORD] = without(config.provenance[RECORD], names)
     return config
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
+from hf_erasure.adapters.beside import RECORD, active_beside, warn_of_what_is_off
 from hf_erasure.adapters.fingerprint import fingerprint
 from hf_erasure.models import check_pool
 
@@ -53,7 +54,8 @@ def fit_concept_erasure(
         model: A model with a `ConceptErasureConfig` adapter, bare or wrapped in a `PeftModel`.
         batches: Dicts of model inputs plus `concept_labels`: `(batch,)` class ids for whole sequences, `(batch, seq)`
             class ids for tokens with −100 = ignore, or floats `(…, concept_dim)`. Padding never counts.
-        adapter_name: The adapter to fit. Other active adapters stay active while it is.
+        adapter_name: The adapter to fit. Other active adapters stay active while it is, and are written down in its
+            provenance; loaded ones that are off are named in a warning.
         sequential: Fit each site on activations that are already erased upstream (concept scrubbing, arXiv 2306.03819
             section 5). `False` fits all sites in one pass.
         pool: Which rows a sequence label counts for: `"tokens"` (all alike), `"mean"` (each weighted 1/length, so that
@@ -85,6 +87,7 @@ def fit_concept_erasure(
     check_pool(pool)
     config, layers = adapter_to_fit(model, adapter_name)
     _check_label_order(batches, config)
+    warn_of_what_is_off(model, adapter_name)
     processes, checkpoint, runner = Processes(), None, Runner(model, list(layers))
     with processes.agreeing("reading its batches"):
         peeked = Peeked(batches)
@@ -176,7 +179,7 @@ def conclude(
         config.concept, name, config.method, task.pool.name, task.pool.reader, tally.examples, tally.tokens,
         measured.examples, lines,
     )  # fmt: skip
-    _record(task.runner.model, config, fits, report)
+    _record(task, fits, report)
     _warn_of_absent_classes(config, fits)
     return report
 
@@ -204,8 +207,9 @@ def _measured(figures: HeldOut) -> dict[str, Any]:
     }
 
 
-def _record(model: Any, config: ConceptErasureConfig, fits: dict[str, SiteFit], report: ErasureReport) -> None:
+def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:
     """What the saved adapter says about itself."""
+    model, config = task.runner.model, task.config
     config.fitted_sites = {site: {"width": f.eraser.x_dim, "rank": f.eraser.rank} for site, f in fits.items()}
     config.fitted = True
     config.provenance = {
@@ -217,6 +221,7 @@ def _record(model: Any, config: ConceptErasureConfig, fits: dict[str, SiteFit], 
         "reader": report.reader,
         "leakage": report.leakage,
         "fingerprint": fingerprint(model, list(fits)),
+        RECORD: active_beside(model, task.name),
     }
 
 

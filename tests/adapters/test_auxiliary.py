@@ -99,6 +99,10 @@ def test_the_trained_head_stays_on(road: str, kind: str, sticky: bool, folders: 
     if road in ("load", "add"):
         model.set_adapter(["lora", "ours"])
         assert head_that_acts(model) == "lora"
+        model.disable_adapters()
+        assert head_that_acts(model) == "base"
+        model.enable_adapters()
+        assert head_that_acts(model) == "lora"
         model.delete_adapter("ours")
         assert torch.equal(logits_of(model), logits_of(tuned()))
 

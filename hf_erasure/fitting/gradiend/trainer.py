@@ -29,6 +29,7 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
+from hf_erasure.adapters.beside import RECORD, active_beside, warn_of_what_is_off
 from hf_erasure.gradiend import Feature
 
 from ..origin import origin_of
@@ -140,6 +141,7 @@ class GradiendTrainer:
         """
         if self.train_dataset is None:
             raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
+        warn_of_what_is_off(self.model, self.adapter_name)
         _LOGGER.info("GRADIEND adapter %r: %s", self.adapter_name, self._stated_size())
         progress = Progress(
             self.model, self.args, self.callbacks, self.processing_class, is_main=self._processes.is_main
@@ -184,6 +186,7 @@ class GradiendTrainer:
         set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
         self.config.provenance |= {
             "hf_erasure_version": __version__,
+            RECORD: active_beside(self.model, self.adapter_name),
             "estimator": self.args.estimator,
             "task": self.task,
             "examples": len(self.train_dataset or ()),
