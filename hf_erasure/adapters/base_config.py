@@ -22,6 +22,9 @@ _PROVENANCE: dict[str, Any] = {
     "tokens": float,
     "pool": str,
     "active_adapters": list[dict[str, Any]],
+    "reader": str,
+    "leakage_intervals": dict[str, list[float]],
+    "measured_on": str,
 }
 
 

@@ -115,22 +115,30 @@ def _remarks(model: nn.Module, name: str, config: ChildConfig) -> str:
 
 
 def leakage_sentence(config: ConceptErasureConfig) -> str:
-    """What was measured at fitting, in words; says so when nothing was."""
-    leakage: dict[str, list[float]] = config.provenance.get("leakage", {})
+    """What is guarded, and what was measured at fitting, in words; says so when nothing was."""
+    told = config.provenance
+    reader = f" ({told['reader']})" if told.get("reader") else ""
+    guarded = f"It was fitted for pool={told['pool']!r}{reader}. " if told.get("pool") else ""
+    leakage: dict[str, list[float]] = told.get("leakage", {})
     if not leakage:
-        return "No leakage was measured when it was fitted: pass eval_batches to fit_concept_erasure."
-    final = leakage.get("last_hidden_state")
-    sites = {name: pair for name, pair in leakage.items() if "last_hidden_state" not in name}
-    worst = max(sites, key=lambda name: sites[name][1], default=None)
-    parts = []
-    if worst is not None:
-        before, after = sites[worst]
-        parts.append(f"worst site {worst} {before:.3f} → {after:.3f}")
-    if final is not None:
-        parts.append(f"last_hidden_state {final[0]:.3f} → {final[1]:.3f}")
+        return f"{guarded}No leakage was measured when it was fitted: pass eval_batches to fit_concept_erasure."
+    intervals: dict[str, list[float]] = told.get("leakage_intervals", {})
+
+    def shown(site: str) -> str:
+        before, after = (f"{value:.3f}" for value in leakage[site])
+        if len(ends := intervals.get(site, [])) == 4:
+            before, after = f"{before} [{ends[0]:.2f}, {ends[1]:.2f}]", f"{after} [{ends[2]:.2f}, {ends[3]:.2f}]"
+        return f"{site} {before} → {after}"
+
+    sites = [name for name in leakage if "last_hidden_state" not in name]
+    worst = max(sites, key=lambda name: leakage[name][1], default=None)
+    parts = [] if worst is None else [f"worst site {shown(worst)}"]
+    if "last_hidden_state" in leakage:
+        parts.append(shown("last_hidden_state"))
     return (
-        f"Held-out correlation with the concept when fitted: {', '.join(parts)}. On pre-LN models the intermediate "
-        "hidden_states stay un-erased unless whole blocks are targeted."
+        f"{guarded}Correlation with the concept on {told.get('measured_on', 'held-out data')} when fitted: "
+        f"{', '.join(parts)}. On pre-LN models the intermediate hidden_states stay un-erased unless whole blocks are "
+        "targeted."
     )
 
 

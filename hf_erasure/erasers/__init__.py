@@ -17,7 +17,7 @@ from .combining import combine_erasers
 from .eraser import Eraser
 from .inlp import fit_inlp
 from .joint import joint_moments
-from .leakage import cross_validated_correlation, relative_change
+from .leakage import correlation_interval, cross_validated_correlation, relative_change
 from .moments import ConceptMoments
 from .oracle import OracleEraser
 from .quadratic import QuadraticEraser
@@ -30,6 +30,7 @@ __all__ = [
     "QuadraticEraser",
     "apply_erasure",
     "combine_erasers",
+    "correlation_interval",
     "cross_validated_correlation",
     "fit_inlp",
     "fit_rlace",

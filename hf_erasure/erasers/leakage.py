@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,27 @@ def cross_validated_correlation(
         )
     there = _transferred(half_a, half_b, shrinkage)
     return (there + _transferred(half_b, half_a, shrinkage)) / 2
+
+
+def correlation_interval(correlation: float, groups: int, *, deviations: float = 1.96) -> tuple[float, float]:
+    """An interval for the magnitude of a cross-validated correlation, by Fisher's z transformation.
+
+    `tanh(atanh r ± deviations / sqrt(groups − 6))`: each of the two halves costs three. It is for the directions that
+    were found, and takes groups, not rows, for independent. A value below 0 is not leakage: the interval is cut there.
+
+    Args:
+        correlation: As `cross_validated_correlation` gives it, signed.
+        groups: Independent groups of rows in both halves together, such as sequences.
+        deviations: 1.96 for 95 %.
+
+    Returns:
+        Lower and upper end, between 0 and 1; `(0.0, 1.0)` for too few groups.
+    """
+    if groups <= 6:
+        return 0.0, 1.0
+    middle = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, correlation)))
+    spread = deviations / math.sqrt(groups - 6)
+    return max(0.0, math.tanh(middle - spread)), max(0.0, math.tanh(middle + spread))
 
 
 def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: str | float | None) -> float:

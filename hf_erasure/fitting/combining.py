@@ -15,6 +15,7 @@ from hf_erasure.models import check_pool
 from .erasure import adapter_to_fit, conclude, solved
 from .pools import Peeked, pool_for
 from .processes import Processes
+from .rows_seen import RowsSeen
 from .running import Runner
 from .sources import Source, background_source
 from .task import FitTask
@@ -95,7 +96,7 @@ def combine_adapters(
         made_of = config.provenance["combined_from"]
         with _without(model, names):
             fits, tally = solved(task, [*sources, *background_source(background)], sequential=sequential)
-            conclude(task, fits, tally, None)
+            conclude(task, fits, tally, None, RowsSeen())
         config.provenance["combined_from"] = made_of
         config.provenance[RECORD] = without(config.provenance[RECORD], names)
     return config

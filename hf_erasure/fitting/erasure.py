@@ -18,11 +18,12 @@ from hf_erasure.models import check_pool
 
 from .checkpoint import FitCheckpoint
 from .gathering import gather
-from .heldout import HeldOut, measure
+from .heldout import HeldOut, Measured, measure
 from .origin import origin_of_batches
 from .pools import Peeked, pool_for
 from .processes import Processes
 from .report import ErasureReport, SiteReport
+from .rows_seen import RowsSeen
 from .running import Runner
 from .scrubbing import Scrubber
 from .solving import SiteFit, share_out, solve_site
@@ -98,8 +99,9 @@ def fit_concept_erasure(
                 checkpoint_dir, config, layers, pool=guarded.name, sequential=sequential, processes=processes.count
             )
     task = FitTask(runner, layers, adapter_name, config, guarded, progress, resident_batches, checkpoint, processes)
-    fits, tally = solved(task, sources_of(config, peeked, background), sequential=sequential)
-    report = conclude(task, fits, tally, eval_batches)
+    rows = RowsSeen()
+    fits, tally = solved(task, sources_of(config, rows.watching(peeked), background), sequential=sequential)
+    report = conclude(task, fits, tally, eval_batches, rows)
     config.provenance["data"] = origin_of_batches(batches)
     return report
 
@@ -157,27 +159,27 @@ def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
 
 
 def conclude(
-    task: FitTask, fits: dict[str, SiteFit], tally: Tally, eval_batches: Iterable[Any] | None
+    task: FitTask, fits: dict[str, SiteFit], tally: Tally, eval_batches: Iterable[Any] | None, rows: RowsSeen
 ) -> ErasureReport:
-    """Put the erasers in place, measure them, and write down what was done."""
+    """Put the erasers in place, measure them, and write down what was done; `rows` are those fitted on."""
     config, name, layers = task.config, task.name, task.layers
     before = {site: layer.eraser_state(name) for site, layer in layers.items()}
     for site, layer in layers.items():
         layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
-    held_out: dict[str, HeldOut] = {}
-    measured = Tally()
+    measured = Measured({}, Tally(), 0)
+    rows.pool(task.processes)
     try:
         if eval_batches is not None:
-            held_out, measured = measure(task, eval_batches)
+            measured = measure(task, eval_batches, rows)
     except BaseException:
         for site, layer in layers.items():
             layer.restore_eraser_state(name, before[site])
         raise
-    finals = [site for site in held_out if site not in layers]
-    lines = [line for site in [*layers, *finals] for line in _lines(site, fits.get(site), held_out.get(site))]
+    finals = [site for site in measured.sites if site not in layers]
+    lines = [line for site in [*layers, *finals] for line in _lines(site, fits.get(site), measured.sites.get(site))]
     report = ErasureReport(
         config.concept, name, config.method, task.pool.name, task.pool.reader, tally.examples, tally.tokens,
-        measured.examples, lines,
+        measured.tally.examples, measured.fitted, lines,
     )  # fmt: skip
     _record(task, fits, report)
     _warn_of_absent_classes(config, fits)
@@ -202,6 +204,8 @@ def _measured(figures: HeldOut) -> dict[str, Any]:
     return {
         "correlation_before": figures.before,
         "correlation_after": figures.after,
+        "interval_before": figures.before_interval,
+        "interval_after": figures.after_interval,
         "change_labelled": figures.labelled,
         "change_ignored": figures.ignored,
     }
@@ -220,6 +224,8 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
         "pool": report.pool,
         "reader": report.reader,
         "leakage": report.leakage,
+        "leakage_intervals": report.leakage_intervals,
+        "measured_on": report.measured_on,
         "fingerprint": fingerprint(model, list(fits)),
         RECORD: active_beside(model, task.name),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
+from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
 
 from .labels import Selection, check_batch, mean_pooled
 from .observing import observed, observed_final
 from .processes import Processes
+from .rows_seen import RowsSeen, hashes_of
 from .running import evaluating, on_cpu
 from .sources import Source
 from .statistics import SiteStatistics, Tally, bar
@@ -63,8 +65,11 @@ class HeldOut:
     """Held-out figures of one site.
 
     Attributes:
-        before: Correlation with the concept without the adapter. None only for a visit with too few rows to tell.
+        before: Leakage without the adapter, a magnitude between 0 and 1: the cross-validated correlation with the
+            concept, 0 where the other half does not confirm a direction. None only for a visit with too few rows.
         after: The same with it.
+        before_interval: 95 % by Fisher's z over distinct sequences.
+        after_interval: The same with the adapter.
         labelled: Movement of labelled positions.
         ignored: Movement of the others.
         visits: Where a module is called several times in one forward pass: the same figures of each call.
@@ -74,7 +79,24 @@ class HeldOut:
     after: float | None
     labelled: float | None
     ignored: float | None
+    before_interval: tuple[float, float] | None = None
+    after_interval: tuple[float, float] | None = None
     visits: list[HeldOut] = field(default_factory=list)
+
+
+@dataclass
+class Measured:
+    """What was measured.
+
+    Attributes:
+        sites: Its figures by site.
+        tally: On how much.
+        fitted: How many of those sequences were fitted on.
+    """
+
+    sites: dict[str, HeldOut]
+    tally: Tally
+    fitted: int
 
 
 @dataclass
@@ -176,34 +198,38 @@ class _Measurement:
                     movements[place].merge(movement)
 
     @on_cpu
-    def figures(self) -> dict[str, HeldOut]:
-        """Site → what was measured there."""
+    def figures(self, groups: int) -> dict[str, HeldOut]:
+        """Site → what was measured there, on so many distinct sequences."""
         sites: dict[str, set[int]] = {}
         for (_, _, visit), statistics in self.halves.items():
             for site in statistics.moments:
                 sites.setdefault(site, set()).add(visit)
-        figures = {site: self._held_out(site, sorted(visits)) for site, visits in sites.items()}
+        figures = {site: self._held_out(site, sorted(visits), groups) for site, visits in sites.items()}
         for site, visits in sites.items():
             if len(visits) > 1:
-                figures[site].visits = [self._held_out(site, [visit]) for visit in sorted(visits)]
+                figures[site].visits = [self._held_out(site, [visit], groups) for visit in sorted(visits)]
         return figures
 
-    def _held_out(self, site: str, visits: list[int]) -> HeldOut:
+    def _held_out(self, site: str, visits: list[int], groups: int) -> HeldOut:
         """The figures of a site, over some of its visits together."""
-        correlations: list[float | None] = []
+        magnitudes: list[float | None] = []
+        intervals: list[tuple[float, float] | None] = []
         for erased in (False, True):
             one, other = (self._moments(erased, half, site, visits) for half in (0, 1))
             if _varies(one) and _varies(other):
-                correlations.append(cross_validated_correlation(one, other))
+                correlation = cross_validated_correlation(one, other)
+                magnitudes.append(max(0.0, correlation))
+                intervals.append(correlation_interval(correlation, groups))
             else:
-                correlations.append(None)
+                magnitudes.append(None)
+                intervals.append(None)
         moved = []
         for movements in (self.labelled, self.ignored):
             together = Movement()
             for visit in visits:
                 together.merge(movements[site, visit])
             moved.append(together.relative)
-        return HeldOut(correlations[0], correlations[1], moved[0], moved[1])
+        return HeldOut(magnitudes[0], magnitudes[1], moved[0], moved[1], intervals[0], intervals[1])
 
     def _moments(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments | None:
         """Moments of a half over these visits; None if it has no rows there."""
@@ -217,7 +243,7 @@ class _Measurement:
         return together
 
 
-def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], Tally]:
+def measure(task: FitTask, batches: Iterable[Any], fitted_on: RowsSeen | None = None) -> Measured:
     """Leakage and movement on held-out batches, at every site and at the last hidden states.
 
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
@@ -225,14 +251,15 @@ def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], 
     taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
     forward pass is measured over all its visits together, as it is fitted, and at each.
 
-    Every process measures batches of its own; all end with the figures of all.
+    Every process measures batches of its own; all end with the figures of all. Warns where the batches share sequences
+    with those that were fitted on.
 
     Raises:
         ValueError: If the batches are empty or one half of them lacks a class.
         RuntimeError: If another process failed.
     """
     source = Source("eval", "eval_batches", batches, task.config)
-    measurement, tally, processes = _Measurement(task, source), Tally(), task.processes
+    measurement, tally, processes, own, fitted = _Measurement(task, source), Tally(), task.processes, RowsSeen(), 0
     checked = (check_batch(batch, position, labelled=True) for position, batch in enumerate(batches))
     with (
         processes.agreeing("measuring its batches"),
@@ -241,18 +268,30 @@ def measure(task: FitTask, batches: Iterable[Any]) -> tuple[dict[str, HeldOut], 
     ):
         for batch, counts in task.in_step(checked):
             measurement.batch(batch, counts)
-            shown.update(tally.count(batch) if counts else 0)
+            if counts:
+                shown.update(tally.count(batch))
+                hashes = hashes_of(batch)
+                own.add(hashes)
+                fitted += fitted_on.count(hashes) if fitted_on is not None else 0
     measurement.pool(processes)
     tally = tally.pooled(processes)
     if not tally.examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
-    figures = measurement.figures()
+    own.pool(processes)
+    fitted = int(processes.total(fitted))
+    if fitted:
+        warnings.warn(
+            f"{fitted} of the {tally.examples} rows of eval_batches are rows that {task.name!r} was fitted on: the "
+            "figures are on fitted rows, and say little of others. Give rows that are not in batches.",
+            stacklevel=4,
+        )
+    figures = measurement.figures(len(own.hashes) or tally.examples)
     if any(found.before is None or found.after is None for found in figures.values()):
         raise ValueError(
             f"eval_batches hold too little to measure on: {tally.examples} sequences are split into halves at "
             "random, and each half needs rows of two classes. Give more held-out data."
         )
-    return figures, tally
+    return Measured(figures, tally, fitted)
 
 
 def _varies(moments: ConceptMoments | None) -> TypeGuard[ConceptMoments]:

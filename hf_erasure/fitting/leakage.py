@@ -20,7 +20,7 @@ from .task import FitTask
 def measured_leakage(
     model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str | None = None
 ) -> dict[str, float]:
-    """The correlation of erased activations with the concept, at every site and at the last hidden states.
+    """The leakage of erased activations, a magnitude, at every site and at the last hidden states.
 
     Args:
         model: With a concept-erasure adapter, bare or wrapped in a `PeftModel`; it runs twice over the batches.
@@ -29,7 +29,7 @@ def measured_leakage(
         pool: As in `fit_concept_erasure`; by default what the adapter was fitted for, or else what the head reads.
 
     Returns:
-        Module name → cross-validated canonical correlation, 0 where nothing is left.
+        Module name → cross-validated correlation with the concept, 0 where nothing is left and never below.
 
     Raises:
         ValueError: If there is no such adapter, it is merged, or the batches hold too little.
@@ -42,5 +42,5 @@ def measured_leakage(
     else:
         guarded = pool_for(pool, model, runner, config, peeked.first, processes)
     task = FitTask(runner, layers, adapter_name, config, guarded, False, processes=processes)
-    figures, _ = measure(task, peeked)
-    return {site: found.after for site, found in figures.items() if found.after is not None}
+    found = measure(task, peeked).sites
+    return {site: figures.after for site, figures in found.items() if figures.after is not None}

@@ -69,12 +69,14 @@ class DataRecipe:
 class FitRecipe:
     """How to fit: the arguments of `fit_concept_erasure`, batch size and longest text in tokens.
 
+    Recipes load models without a head, so without a `pool` all tokens count alike.
+
     With `checkpoint`, what is finished is kept in `OUTPUT/fit`: a run that was killed continues there, and one-pass
     fits can be added by `hf-erasure merge-fits`.
     """
 
     sequential: bool = True
-    pool: str = "mean"
+    pool: str | None = None
     batch_size: int = 64
     max_length: int | None = 256
     resident_batches: int | None = None
@@ -193,11 +195,12 @@ def probe(
 ) -> pd.DataFrame:
     """The probe table of a model with the adapter, on the recipe's data."""
     splits = _probe_splits(recipe.data, data)
+    guarded = model.peft_config[ADAPTER_NAME].provenance["pool"]
+    pool = "mean" if guarded == "tokens" else guarded
     states: dict[tuple[str, bool], dict[str, Tensor]] = {}
     for split, rows in splits.items():
         for erased in (False, True):
             loader = _loader(recipe, rows, tokenizer)
-            pool = recipe.fit.pool if recipe.fit.pool != "tokens" else "mean"
             states[split, erased] = pooled_states(
                 model, loader, ADAPTER_NAME, erased=erased, pool=pool, progress=progress
             )

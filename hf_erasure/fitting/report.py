@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hf_erasure.models.pooling import IN_WORDS
+
+from .rows_seen import in_words
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -26,9 +30,11 @@ class SiteReport:
         rows: Labelled rows the eraser was fitted on.
         correlation_fit: Largest canonical correlation with the concept on the rows it was fitted on, before erasure.
             In-sample: close to 1 wherever rows are not many more than features.
-        correlation_before: Held-out correlation with the concept without the adapter, of what the fit guards: tokens,
-            or with `pool="mean"` the mean over each sequence.
+        correlation_before: Leakage without the adapter: the correlation with the concept on `eval_batches`, a magnitude
+            between 0 and 1, of what the fit guards: tokens, or with `pool="mean"` the mean over each sequence.
         correlation_after: The same with it.
+        interval_before: 95 % about it, by Fisher's z over distinct sequences.
+        interval_after: The same with the adapter.
         change_labelled: `sqrt(E|r(x) − x|² / E|x − E x|²)` over labelled rows, held out where `eval_batches` were
             given. For a last hidden state: how far the whole adapter moves it.
         change_ignored: The same over real positions without a label; needs `eval_batches`.
@@ -42,6 +48,8 @@ class SiteReport:
     correlation_fit: float | None = None
     correlation_before: float | None = None
     correlation_after: float | None = None
+    interval_before: tuple[float, float] | None = None
+    interval_after: tuple[float, float] | None = None
     change_labelled: float | None = None
     change_ignored: float | None = None
 
@@ -63,7 +71,8 @@ class ErasureReport:
         reader: What the model's head reads, in words.
         examples: Sequences fitted on.
         tokens: Real positions fitted on.
-        eval_examples: Held-out sequences measured on; 0 without `eval_batches`.
+        eval_examples: Sequences of `eval_batches`; 0 without them.
+        eval_fitted: How many of these were fitted on, too.
         sites: One `SiteReport` a site in the model's order, the last hidden states at the end. Behind a module that is
             called several times in one forward pass, one more for each visit; needs `eval_batches`.
     """
@@ -76,10 +85,11 @@ class ErasureReport:
     examples: int
     tokens: int
     eval_examples: int
+    eval_fitted: int
     sites: list[SiteReport] = field(default_factory=list)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a line, indexed by the site; columns are the attributes of `SiteReport`.
+        """One row a line, indexed by the site; columns are the attributes of `SiteReport`, and `attrs` says of what.
 
         There is a column `visit` where a module is called several times in one forward pass, without a value in the
         row of all visits together.
@@ -87,6 +97,7 @@ class ErasureReport:
         import pandas as pd
 
         frame = pd.DataFrame([asdict(site) for site in self.sites]).set_index("site")
+        frame.attrs |= {"pool": self.pool, "reader": self.reader, "measured_on": self.measured_on}
         return frame.astype({"visit": "Int64"}) if self._has_visits else frame.drop(columns="visit")
 
     @property
@@ -106,12 +117,28 @@ class ErasureReport:
 
     @property
     def leakage(self) -> dict[str, list[float]]:
-        """Held-out correlation before and after by site, all visits together; empty without `eval_batches`."""
+        """Correlation before and after by site, all visits together; empty without `eval_batches`."""
         return {
             line.site: [line.correlation_before, line.correlation_after]
             for line in self.sites
             if line.visit is None and line.correlation_before is not None and line.correlation_after is not None
         }
+
+    @property
+    def leakage_intervals(self) -> dict[str, list[float]]:
+        """The ends of the interval before and of that after, by site; of the sites of `leakage`."""
+        return {
+            line.site: [*line.interval_before, *line.interval_after]
+            for line in self.sites
+            if line.visit is None and line.interval_before is not None and line.interval_after is not None
+        }
+
+    @property
+    def measured_on(self) -> str:
+        """What the figures are on: held-out rows, or fitted ones."""
+        if not self.eval_examples:
+            return in_words(self.examples, self.examples)
+        return in_words(self.eval_examples, self.eval_fitted)
 
     def __repr__(self) -> str:
         head = ("site", "rank", "rows", "before", "after", "moved", "moved elsewhere")
@@ -128,18 +155,21 @@ class ErasureReport:
     def _title(self) -> str:
         return (
             f"{self.method} erasure of {self.concept!r} as adapter {self.adapter_name!r}: {self.examples} examples, "
-            f"{self.tokens} tokens, pool={self.pool!r}"
+            f"{self.tokens} tokens, pool={self.pool!r}" + (f" ({self.reader})" if self.reader else "")
         )
 
     def _note(self) -> str:
         if not self.eval_examples:
-            return "Leakage was not measured: pass eval_batches.\nmoved: sqrt(E|r(x) - x|^2 / Var x), rows fitted on."
+            return (
+                f"All figures are on {self.measured_on}. Leakage was not measured: pass eval_batches.\n"
+                "moved: sqrt(E|r(x) - x|^2 / Var x)."
+            )
         visits = "visit: a call of the module in one forward pass; its eraser is fitted on all together.\n"
         return (visits if self._has_visits else "") + (
-            f"before, after: correlation with the concept on {self.eval_examples} held-out examples, direction of one "
-            "half judged on the other.\nmoved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of "
-            "unlabelled ones. On pre-LN models intermediate hidden_states\nstay un-erased; "
-            "target whole blocks to erase them."
+            f"before, after: correlation of {IN_WORDS[self.pool]} with the concept on {self.measured_on},\n"
+            "direction of one half judged on the other, [95 % by Fisher's z over sequences].\n"
+            "moved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of unlabelled ones.\n"
+            "On pre-LN models intermediate hidden_states stay un-erased; target whole blocks to erase them."
         )
 
     def plot(self, path: str | None = None) -> Figure:
@@ -162,14 +192,17 @@ class ErasureReport:
         leakage, moved = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         measured = [line for line in self.sites if line.correlation_before is not None]
         positions = range(len(measured))
-        for column, style, label in (
-            ("correlation_before", {"marker": "o", "color": "#b3541e"}, "before"),
-            ("correlation_after", {"marker": "s", "color": "#1f5f8b", "linestyle": "--"}, "after"),
+        for label, style in (
+            ("before", {"marker": "o", "color": "#b3541e"}),
+            ("after", {"marker": "s", "color": "#1f5f8b", "linestyle": "--"}),
         ):
-            leakage.plot(positions, [getattr(line, column) for line in measured], label=label, **style)
+            values = [getattr(line, f"correlation_{label}") for line in measured]
+            leakage.plot(positions, values, label=label, **style)
+            ends = [getattr(line, f"interval_{label}") for line in measured]
+            leakage.fill_between(positions, *zip(*ends, strict=True), color=style["color"], alpha=0.15)
         leakage.axhline(0, color="grey", linewidth=0.8)
-        leakage.set_ylabel("held-out correlation")
-        leakage.set_title(f"{self.concept}: {self.method}, {self.eval_examples} held-out examples")
+        leakage.set_ylabel("correlation, 95 % interval")
+        leakage.set_title(f"{self.concept}: {self.method}, pool={self.pool!r}, on {self.measured_on}")
         leakage.legend()
         moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
         moved.set_ylabel("relative change")
@@ -192,12 +225,15 @@ def _cells(line: SiteReport) -> tuple[str, ...]:
     def number(value: Any, form: str) -> str:
         return "-" if value is None else format(value, form)
 
+    def leakage(value: float | None, ends: tuple[float, float] | None) -> str:
+        return number(value, ".3f") + ("" if ends is None else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
+
     return (
         line.name,
         number(line.rank, "d"),
         number(line.rows, "d"),
-        number(line.correlation_before, ".3f"),
-        number(line.correlation_after, ".3f"),
+        leakage(line.correlation_before, line.interval_before),
+        leakage(line.correlation_after, line.interval_after),
         number(line.change_labelled, ".1%"),
         number(line.change_ignored, ".1%"),
     )

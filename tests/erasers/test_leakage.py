@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_erasure.erasers import ConceptMoments, Eraser, cross_validated_correlation, relative_change
+from hf_erasure.erasers import (
+    ConceptMoments,
+    Eraser,
+    correlation_interval,
+    cross_validated_correlation,
+    relative_change,
+)
 from tests.erasers.data import moments_of, rows
 
 
@@ -122,3 +128,26 @@ def test_relative_change_refuses_what_it_cannot_say() -> None:
         relative_change(eraser, ConceptMoments(5, 0).update(torch.full((9, 5), 0.1)))
     empty = torch.zeros(5, 0, dtype=torch.float64)
     assert relative_change(Eraser(empty, empty.T, None), moments_of(*rows(40, 5, 2))) == 0.0
+
+
+def test_the_interval_holds_the_true_correlation_as_often_as_it_says() -> None:
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(300):
+        z = torch.arange(400) % 2
+        x = torch.randn(400, 2, generator=generator, dtype=torch.float64)
+        x[:, 0] += 0.8 * z
+        halves = []
+        for half in (0, 1):
+            moments = ConceptMoments(2, 2)
+            rows = torch.arange(400) // 2 % 2 == half
+            moments.update(x[rows], z[rows])
+            halves.append(moments)
+        low, high = correlation_interval(cross_validated_correlation(*halves), 400)
+        held += low <= 0.4 / (1 + 0.16) ** 0.5 <= high
+    assert 0.9 < held / 300 < 0.99
+
+
+def test_the_interval_of_a_value_below_zero_begins_at_zero() -> None:
+    low, high = correlation_interval(-0.05, 400)
+    assert low == 0.0 < high < 0.1 and correlation_interval(-0.9, 400) == (0.0, 0.0)
+    assert correlation_interval(0.5, 6) == (0.0, 1.0)

@@ -1,0 +1,112 @@
+"""Splits that share rows are noticed, whatever their order, their padding and how often they are gone through."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
+from hf_erasure.fitting.report import ErasureReport
+from hf_erasure.fitting.rows_seen import RowsSeen, hashes_of
+from tests.small_models import ARCHITECTURES, LABELS, small_batches
+
+NAME = "no_gender"
+
+
+def fitted(name: str, batches: Any, eval_batches: Any = None, **options: Any) -> tuple[Any, ErasureReport, list[str]]:
+    model = ARCHITECTURES[name].build()
+    model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS), adapter_name=NAME)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        report = fit_concept_erasure(model, batches, NAME, eval_batches=eval_batches, progress=False, **options)
+    return model, report, [text for text in (str(w.message) for w in seen) if "rows of eval_batches" in text]
+
+
+def repadded(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same rows backwards, one a batch, with three more columns of padding on the left."""
+    rows = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(16)]
+    wider = {"input_ids", "attention_mask"}
+    return [
+        {key: torch.nn.functional.pad(v, (3, 0)) if key in wider else v for key, v in row.items()}
+        for row in reversed(rows)
+    ]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_same_rows_in_another_order_padding_and_epoch_are_fitted_rows(sequential: bool) -> None:
+    batches = small_batches("bert", 2)
+    again = [*repadded(batches), *batches]
+    _, report, told = fitted("bert", iter(batches), again, sequential=sequential)
+    assert report.eval_fitted == report.eval_examples == 64 and report.measured_on == "fitted rows (all of 64)"
+    assert len(told) == 1 and "64 of the 64" in told[0]
+    assert "on fitted rows (all of 64)" in repr(report)
+
+
+def test_some_shared_rows_are_counted_and_other_rows_are_held_out() -> None:
+    batches, others = small_batches("bert", 2), small_batches("bert", 2, seed=500)
+    _, report, told = fitted("bert", batches, [batches[0], *others])
+    assert report.measured_on == "fitted rows (16 of 48)" and "16 of the 48" in told[0]
+    _, report, told = fitted("bert", batches, others)
+    assert not told and report.measured_on == "32 held-out examples" and "on 32 held-out examples" in repr(report)
+
+
+def test_images_are_rows_too() -> None:
+    batches = small_batches("vit", 2)
+    assert fitted("vit", batches, batches[:1])[1].eval_fitted == 16
+
+
+def test_a_report_without_held_out_rows_says_that_its_figures_are_on_the_fitted_ones() -> None:
+    _, report, _ = fitted("bert", small_batches("bert", 2))
+    assert "All figures are on fitted rows (all of 32)" in repr(report)
+
+
+def test_plot_verification_and_saved_adapter_say_so(tmp_path: Path) -> None:
+    batches = small_batches("bert", 2)
+    model, report, _ = fitted("bert", batches, batches, pool="mean")
+    assert "on fitted rows (all of 32)" in report.plot().axes[0].get_title()
+    assert "pool='mean'" in report.plot().axes[0].get_title()
+    text = str(verify_adapter(model, NAME))
+    assert "fitted rows (all of 32)" in text and "pool='mean' (BertModel has no head that reads" in text
+    model.save_pretrained(tmp_path)
+    other = ARCHITECTURES["bert"].build()
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "concept_erasure" not in k})
+    other.load_adapter(str(tmp_path), adapter_name=NAME)
+    assert other.peft_config[NAME].provenance["measured_on"] == "fitted rows (all of 32)"
+    assert report.to_pandas().attrs["measured_on"] == "fitted rows (all of 32)"
+
+
+def test_a_hash_a_row_is_all_that_is_kept() -> None:
+    seen = RowsSeen()
+    for _ in range(40):
+        seen.add(np.arange(10_000, dtype=np.uint64))
+    assert seen.hashes.nbytes == 80_000 and sum(part.nbytes for part in seen._parts) < 2 << 20
+    assert len(set(hashes_of(small_batches("bert", 1)[0]).tolist())) == 16
+
+
+def test_leakage_is_a_magnitude_within_its_interval() -> None:
+    batches, others = small_batches("bert", 3), small_batches("bert", 4, seed=500)
+    model, report, _ = fitted("bert", batches, others)
+    for line in report.sites:
+        for value, ends in (
+            (line.correlation_before, line.interval_before), (line.correlation_after, line.interval_after),
+        ):  # fmt: skip
+            assert (
+                value is not None and ends is not None and 0 <= ends[0] <= value <= ends[1] <= 1 and ends[0] < ends[1]
+            )
+    frame = report.to_pandas()
+    assert {"interval_before", "interval_after"} <= set(frame.columns) and (frame["correlation_after"] >= 0).all()
+    last = report["last_hidden_state"]
+    assert last.interval_before is not None and last.interval_after is not None
+    assert f"{last.correlation_before:.3f} [{last.interval_before[0]:.2f}, {last.interval_before[1]:.2f}]" in repr(
+        report
+    )
+    text = str(verify_adapter(model, NAME))
+    assert f"{last.correlation_after:.3f} [{last.interval_after[0]:.2f}, {last.interval_after[1]:.2f}]" in text
+    # On fitted rows the direction of one half is opposite in the other: nothing of it is leakage.
+    assert fitted("bert", batches, batches)[1]["last_hidden_state"].correlation_after == 0
