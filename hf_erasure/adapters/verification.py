@@ -125,10 +125,9 @@ def leakage_sentence(config: ConceptErasureConfig) -> str:
     intervals: dict[str, list[float]] = told.get("leakage_intervals", {})
 
     def shown(site: str) -> str:
-        before, after = (f"{value:.3f}" for value in leakage[site])
-        if len(ends := intervals.get(site, [])) == 4:
-            before, after = f"{before} [{ends[0]:.2f}, {ends[1]:.2f}]", f"{after} [{ends[2]:.2f}, {ends[3]:.2f}]"
-        return f"{site} {before} → {after}"
+        ends = [f"{end:.2f}" for end in intervals.get(site, [])]
+        interval = f" (95 %: [{ends[0]}, {ends[1]}] → [{ends[2]}, {ends[3]}])" if len(ends) == 4 else ""
+        return f"{site} {leakage[site][0]:.3f} → {leakage[site][1]:.3f}{interval}"
 
     sites = [name for name in leakage if "last_hidden_state" not in name]
     worst = max(sites, key=lambda name: leakage[name][1], default=None)

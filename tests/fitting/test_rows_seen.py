@@ -107,6 +107,7 @@ def test_leakage_is_a_magnitude_within_its_interval() -> None:
         report
     )
     text = str(verify_adapter(model, NAME))
-    assert f"{last.correlation_after:.3f} [{last.interval_after[0]:.2f}, {last.interval_after[1]:.2f}]" in text
+    assert f" → {last.correlation_after:.3f} (95 %: [" in text
+    assert f"→ [{last.interval_after[0]:.2f}, {last.interval_after[1]:.2f}])" in text
     # On fitted rows the direction of one half is opposite in the other: nothing of it is leakage.
     assert fitted("bert", batches, batches)[1]["last_hidden_state"].correlation_after == 0
