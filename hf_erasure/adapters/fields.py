@@ -28,7 +28,7 @@ def check_types(config: Any) -> None:
         value = getattr(config, entry.name)
         if not fits(value, hints[entry.name]):
             raise TypeError(
-                f"{entry.name}={short(value)} of a {type(config).__name__} must be {_words(hints[entry.name])}."
+                f"{entry.name}={short(value)} of a {type(config).__name__} must be {in_words(hints[entry.name])}."
             )
 
 
@@ -68,6 +68,7 @@ def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
+    """A declared type as a message shows it."""
     text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
     return re.sub(r"\b(typing|peft\.utils\.peft_types)\.|<enum '|<class '|'>", "", text)

@@ -40,6 +40,18 @@ def write_whole(path: Path, write: Callable[[str], Any]) -> None:
         raise
 
 
+def read_text(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """The same with text, whose line ends stay as they are."""
     write_whole(path, lambda temporary: Path(temporary).write_bytes(text.encode("utf-8")))

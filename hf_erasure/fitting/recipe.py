@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.models import check_pool
 
 from .adding import FIT_FOLDER
 from .data import concept_dataloader
@@ -21,7 +22,7 @@ from .erasure import fit_concept_erasure
 from .occupations import occupation_sentences
 from .probing import pooled_states, probe_table
 from .processes import Processes
-from .recipe_file import check_keys, load_source, read_content
+from .recipe_file import check_section, check_values, load_source, numbers, read_content, section_of
 from .report import ErasureReport
 
 if TYPE_CHECKING:
@@ -110,18 +111,39 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
 
     Raises:
-        ValueError: If the file is no recipe, or a key is unknown; names the keys there are.
+        ValueError: If the file is no recipe, a key is unknown, or a value is not what the run could use.
     """
     content = read_content(path, overrides, "model, concept, labels, output")
-    check_keys(content, Recipe, "")
-    missing = [name for name in ("model", "concept", "labels", "output") if name not in content]
+    check_section(content, Recipe)
+    missing = [name for name in ("model", "concept", "labels", "output") if content.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
-    for name, section_class in (("data", DataRecipe), ("fit", FitRecipe)):
-        section = content.get(name) or {}
-        check_keys(section, section_class, f"{name}.")
-        content[name] = section_class(**section)
-    return Recipe(**content)
+    content["data"] = section_of(content.get("data") or {}, DataRecipe, "data")
+    content["fit"] = section_of(numbers(content.get("fit") or {}), FitRecipe, "fit")
+    content["adapter"] = check_section(numbers(content.get("adapter") or {}), ConceptErasureConfig, "adapter")
+    check_values(content, Recipe)
+    recipe = Recipe(**content)
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise a `ValueError` for what would fail once the model is loaded."""
+    try:
+        check_pool(recipe.fit.pool)
+    except ValueError as error:
+        raise ValueError(f"fit.{error}") from error
+    for section, names in (("fit", ("batch_size", "max_length", "resident_batches")), ("data", ("probe_rows",))):
+        for name in names:
+            count = getattr(getattr(recipe, section), name)
+            if count is not None and count < 1:
+                raise ValueError(f"{section}.{name}={count} in a recipe must be 1 or more.")
+    check_values(recipe.adapter, ConceptErasureConfig, "adapter")
+    _config(recipe)
+
+
+def _config(recipe: Recipe) -> ConceptErasureConfig:
+    return ConceptErasureConfig(concept=recipe.concept, labels=recipe.labels, **recipe.adapter)
 
 
 @dataclass
@@ -142,8 +164,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
         ValueError: If model, data and concept do not go together.
     """
     model, tokenizer = load_base(recipe)
-    config = ConceptErasureConfig(concept=recipe.concept, labels=recipe.labels, **recipe.adapter)
-    model.add_adapter(config, adapter_name=ADAPTER_NAME)
+    model.add_adapter(_config(recipe), adapter_name=ADAPTER_NAME)
     data = load_data(recipe.data)
     report = fit_concept_erasure(
         model,

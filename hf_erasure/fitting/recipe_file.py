@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+import typing
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
+
+from hf_erasure.adapters.fields import fits, in_words, short
+
+from .files import read_text
+
+Section = TypeVar("Section")
+_FEW = 20  # fields that a message lists
 
 
 def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> dict[str, Any]:
@@ -24,7 +34,7 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
         ValueError: If the file is no recipe, or an override cannot be applied.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(Path(path)))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -43,12 +53,54 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
     return content
 
 
-def check_keys(content: dict[str, Any], kind: type, prefix: str) -> None:
-    """Raise for the first key that is no field of the dataclass `kind`; names those there are."""
-    known = [entry.name for entry in fields(kind)]
+def check_section(content: Any, kind: type, section: str = "") -> dict[str, Any]:
+    """A section of a recipe whose keys are fields of a dataclass; `check_values` looks at what they hold.
+
+    Raises:
+        ValueError: If it is not a section, or a key is not known; names those there are.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{section} of a recipe is a section with keys of its own, not {short(content)}.")
+    known = [entry.name for entry in fields(kind) if entry.init]
     for key in content:
         if key not in known:
-            raise ValueError(f"{prefix}{key} is not known in a recipe; {prefix or 'it'} has {', '.join(known)}.")
+            prefix = f"{section}." if section else ""
+            if len(known) < _FEW:
+                there = f"is not known in a recipe; {prefix or 'it'} has {', '.join(known)}."
+            else:
+                close = difflib.get_close_matches(str(key), known, 3)
+                there = f"is not a field of {kind.__name__}{'; it has ' if close else ''}{', '.join(close)}."
+            raise ValueError(f"{prefix}{key} {there}")
+    return dict(content)
+
+
+def check_values(content: dict[str, Any], kind: type, section: str = "") -> None:
+    """Raise a `ValueError` for a value that is not of the type that its field in a dataclass declares."""
+    hints = typing.get_type_hints(kind)
+    for key, value in content.items():
+        if not fits(value, hints[key]):
+            name = f"{section}.{key}" if section else key
+            raise ValueError(f"{name}={short(value)} in a recipe must be {in_words(hints[key])}.")
+
+
+def section_of(content: Any, kind: type[Section], section: str) -> Section:
+    """A section of a recipe as its dataclass.
+
+    Raises:
+        ValueError: If a key is not known, one is missing, or a value is of another type.
+    """
+    found = check_section(content, kind, section)
+    check_values(found, kind, section)
+    return kind(**found)
+
+
+def numbers(value: Any) -> Any:
+    """What YAML reads as text though it is a number, such as 1e-4."""
+    if isinstance(value, dict):
+        return {key: numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [numbers(entry) for entry in value]
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
 
 
 def load_source(source: str, name: str | None = None, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from hf_erasure.adapters import GradiendConfig, edited
 
 from ..processes import Processes
-from ..recipe_file import check_keys, read_content
+from ..recipe_file import check_section, check_values, numbers, read_content, section_of
 from .adapter import GradiendAdapter
 from .arguments import GradiendTrainingArguments
 from .batches import collate
@@ -110,33 +109,30 @@ def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Gra
     """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `select.budget=0.05`.
 
     Raises:
-        ValueError: If the file is no recipe, or a key is unknown; names the keys there are.
+        ValueError: If the file is no recipe, a key is unknown, or a value is not what the run could use.
     """
     content = read_content(path, overrides, "model, feature, classes, data, output")
-    check_keys(content, GradiendRecipe, "")
+    check_section(content, GradiendRecipe)
     missing = [name for name in ("model", "feature", "classes", "output", "data") if content.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
-    for name in ("config", "arguments", "select"):
-        content[name] = _numbers(content.get(name) or {})
-    check_keys(content["select"], SelectRecipe, "select.")
-    content["select"] = SelectRecipe(**content["select"])
+    for name, kind in (("config", GradiendConfig), ("arguments", GradiendTrainingArguments)):
+        content[name] = check_section(numbers(content.get(name) or {}), kind, name)
+        check_values(content[name], kind, name)
+    content["select"] = section_of(numbers(content.get("select") or {}), SelectRecipe, "select")
     content["data"] = read_data(content["data"])
+    check_values(content, GradiendRecipe)
     recipe = GradiendRecipe(**content)
     if recipe.task not in ("auto", *TASKS):
         raise ValueError(f"task={recipe.task!r} is not known; write auto, {', '.join(TASKS)}.")
     for goal in recipe.select.goals:
         goal_by_name(goal, recipe.classes)
+    _config(recipe)
     return recipe
 
 
-def _numbers(value: Any) -> Any:
-    """What YAML reads as text though it is a number, such as 1e-4."""
-    if isinstance(value, dict):
-        return {key: _numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
+def _config(recipe: GradiendRecipe) -> GradiendConfig:
+    return GradiendConfig(feature=recipe.feature, classes=recipe.classes, **{"keep_encoder": True} | recipe.config)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -178,18 +174,16 @@ class GradiendRun:
 
     def __init__(self, recipe: GradiendRecipe, progress: bool = True, adapter: str | Path | None = None) -> None:
         self.recipe = recipe
+        arguments: dict[str, Any] = {
+            "output_dir": str(Path(recipe.output) / "training"), "save_strategy": "no", "disable_tqdm": not progress,
+        } | recipe.arguments  # fmt: skip
+        self.args = GradiendTrainingArguments(**arguments)  # before what takes long
         self.model, self.tokenizer, self.task = load_model(recipe)
         if adapter is None:
-            config = {"keep_encoder": True} | recipe.config
-            self.model.add_adapter(_made(GradiendConfig, "config", feature=recipe.feature, classes=recipe.classes,
-                                         **config), adapter_name=ADAPTER_NAME)  # fmt: skip
+            self.model.add_adapter(_config(recipe), adapter_name=ADAPTER_NAME)
         else:
             self.model.load_adapter(str(adapter), adapter_name=ADAPTER_NAME)
         self.data: Materials = load_materials(recipe.data, recipe.classes, self._usable)
-        arguments = {
-            "output_dir": str(Path(recipe.output) / "training"), "save_strategy": "no", "disable_tqdm": not progress,
-        } | recipe.arguments  # fmt: skip
-        self.args = _made(GradiendTrainingArguments, "arguments", **arguments)
         self.model.to(self.args.device)
         self.trainer = self._trainer()
 
@@ -492,16 +486,6 @@ def _task(path: str) -> str:
         f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say what it "
         f"predicts: write task: {', '.join(TASKS)}."
     )
-
-
-def _made(kind: Any, section: str, **given: Any) -> Any:
-    try:
-        return kind(**given)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None:
-            raise
-        raise ValueError(f"{section}.{unknown.group(1)} is no field of {kind.__name__}.") from error
 
 
 def _row(point: Point) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from ..recipe_file import check_keys, load_source
+from ..files import read_text
+from ..recipe_file import check_section, load_source, section_of
 from .templates import PAIR_COLUMNS, pairs_from_templates
 from .words import SLOT, PairError, pairs_from_sentences, shortened
 
@@ -123,26 +124,27 @@ def read_data(content: Any) -> GradiendDataRecipe:
     Raises:
         ValueError: If a key is unknown, or a set is missing.
     """
-    section = _section(content, GradiendDataRecipe, "data.")
-    defaults = section.get("defaults") or {}
-    check_keys(defaults, PairsRecipe, "data.defaults.")
+    section = check_section(content, GradiendDataRecipe, "data")
+    defaults = check_section(section.get("defaults") or {}, PairsRecipe, "data.defaults")
     for name in (*PARTS, "whole"):
         if section.get(name) is not None:
-            part = _section(section[name], PairsRecipe, f"data.{name}.")
-            section[name] = PairsRecipe(**{**defaults, **part})
-    neutral = section.get("neutral")
+            part = check_section(section[name], PairsRecipe, f"data.{name}")
+            section[name] = section_of({**defaults, **part}, PairsRecipe, f"data.{name}")
+    neutral = section.get("neutral") or {}
     if isinstance(neutral, (str, list)):
         neutral = {"whole": {"texts": neutral}}
+    if not isinstance(neutral, dict):
+        raise ValueError(f"data.neutral={neutral!r} in a recipe must be texts, or a section with choice and test.")
     found = {}
-    for name, texts in (neutral or {}).items():
+    for name, texts in neutral.items():
         if name not in (*NEUTRAL_PARTS, "whole"):
             raise ValueError(f"data.neutral.{name} is not known in a recipe; it has choice and test, or whole.")
         texts = {"texts": texts} if isinstance(texts, (str, list)) else texts
-        texts = _section(texts, TextsRecipe, f"data.neutral.{name}.")
+        texts = check_section(texts, TextsRecipe, f"data.neutral.{name}")
         if "texts" not in texts:
             raise ValueError(f"data.neutral.{name} lacks texts: write a file, a Hub id or a list.")
-        found[name] = TextsRecipe(**texts)
-    recipe = GradiendDataRecipe(**{**section, "neutral": found})
+        found[name] = section_of(texts, TextsRecipe, f"data.neutral.{name}")
+    recipe = section_of({**section, "defaults": defaults, "neutral": found}, GradiendDataRecipe, "data")
     missing = [] if recipe.whole else [f"data.{name}" for name in PARTS if getattr(recipe, name) is None]
     missing += [] if "whole" in found else [f"data.neutral.{name}" for name in NEUTRAL_PARTS if name not in found]
     if missing:
@@ -198,7 +200,7 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
     words: Any = recipe.words
     if isinstance(words, str):
         path = Path(os.path.expandvars(words))
-        words = json.loads(path.read_text(encoding="utf-8"))
+        words = json.loads(read_text(path))
         if recipe.words_key is not None:
             if not isinstance(words, dict) or recipe.words_key not in words:
                 known = ", ".join(words) if isinstance(words, dict) else "no keys"
@@ -313,7 +315,7 @@ def _texts(recipe: TextsRecipe) -> list[str]:
     if isinstance(source, str):
         path = Path(os.path.expandvars(source))
         if path.suffix == ".txt" and path.is_file():
-            found = re.split(recipe.separator, path.read_text(encoding="utf-8"))
+            found = re.split(recipe.separator, read_text(path))
         else:
             rows = _only_split(load_source(source), source, recipe.split)
             if "text" not in rows.column_names:
@@ -333,13 +335,6 @@ def _only_split(data: DatasetDict, source: str, split: str | None) -> Dataset:
         what = "several splits" if split is None else f"no split {split!r}"
         raise ValueError(f"The data set {source!r} has {what}; write split: one of {sorted(data)}.")
     return data[split]
-
-
-def _section(content: Any, kind: type, prefix: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ValueError(f"{prefix[:-1]} of a recipe is a section with keys of its own, not {content!r}.")
-    check_keys(content, kind, prefix)
-    return dict(content)
 
 
 def with_pair_columns(rows: Dataset) -> bool:

@@ -1,0 +1,53 @@
+"""A recipe of an erasure is read before anything is loaded, and what the run could not use is named then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_erasure.fitting.recipe import read_recipe
+
+CONTENT = {"model": "m", "concept": "gender", "labels": ["female", "male"], "output": "o"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    found = tmp_path / "recipe.yaml"
+    found.write_bytes(b"\xef\xbb\xbf" + yaml.safe_dump(CONTENT).encode())  # as editors on Windows save it
+    return found
+
+
+def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
+    recipe = read_recipe(path, ["fit.batch_size=8", "adapter.rank=2", "data.probe_rows=50", "fit.max_length=null"])
+    assert (recipe.model, recipe.fit.batch_size, recipe.fit.max_length) == ("m", 8, None)
+    assert recipe.adapter == {"rank": 2} and recipe.data.probe_rows == 50
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("fit.pool=average", "fit.pool='average' is not known; choose one of"),
+        ("fit.pool=5", "fit.pool=5 in a recipe must be"),
+        ("fit.batch_size=many", "fit.batch_size='many' in a recipe must be int"),
+        ("fit.batch_size=0", "fit.batch_size=0 in a recipe must be 1 or more"),
+        ("fit.sequential=maybe", "fit.sequential='maybe' in a recipe must be bool"),
+        ("fit.max_length=1e2", r"fit.max_length=100.0 in a recipe must be int \| None"),
+        ("fit=5", "fit of a recipe is a section with keys of its own, not 5"),
+        ("data=5", "data of a recipe is a section with keys of its own, not 5"),
+        ("data.probe_rows=-1", "data.probe_rows=-1 in a recipe must be 1 or more"),
+        ("data.text_column=[a]", "data.text_column=.* in a recipe must be str"),
+        ("adapter.methodd=leace", "adapter.methodd is not a field of ConceptErasureConfig; it has method"),
+        ("adapter.method=laece", "'laece'"),
+        ("adapter.method=5", "adapter.method=5 in a recipe must be str"),
+        ("adapter=leace", "adapter of a recipe is a section"),
+        ("labels=[no, yes]", r"labels=\[False, True\] in a recipe must be list\[str\]"),
+        ("labels=[female]", "at least two classes"),
+        ("output=5", "output=5 in a recipe must be str"),
+        ("concept=null", "lacks concept"),
+    ],
+)
+def test_what_a_run_could_not_use_is_refused_before_anything_is_loaded(path: Path, override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_recipe(path, [override])
