@@ -118,6 +118,45 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
     _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
 
 
+def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
+    """Sample a model at the places of a fingerprint; weights that cannot be read or are smaller here are left out.
+
+    Args:
+        model: Any model with those weights.
+        kept: What `fingerprint` gave.
+    """
+    found = {}
+    for name, sample in kept.items():
+        _check_sample(name, sample)
+        weight, dtype = _weight(model, name)
+        if weight is not None and max(sample["positions"]) < weight.numel():
+            values = _at(weight, torch.tensor(sample["positions"], device="cpu", dtype=torch.long)).tolist()
+            found[name] = sample | {"shape": list(weight.shape), "dtype": dtype, "values": values}
+    return found
+
+
+def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
+    """What tells two fingerprints of the same places apart.
+
+    Args:
+        kept: Of the base that an adapter was fitted on.
+        seen: `sampled_again` of another model.
+
+    Returns:
+        The weight that differs most; nothing where all are the same up to rounding and quantising.
+    """
+    pairs = []
+    for name in kept.keys() & seen.keys():
+        _check_sample(name, kept[name])
+        _check_sample(name, seen[name])
+        values = [torch.tensor(sample[name]["values"], dtype=torch.double, device="cpu") for sample in (seen, kept)]
+        dtypes = (seen[name]["dtype"], kept[name]["dtype"])
+        pairs.append(_Pair(name, values[0], values[1], dtypes, len(kept[name]["shape"]) > 1))
+    changed = [pair for pair in pairs if not pair.is_same()]
+    changed = [pair for pair in changed if not (pair.is_rough and _correlation(changed)[0] >= ROUNDED)]
+    return min(changed, key=_one).name if changed else ""
+
+
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 

@@ -127,6 +127,8 @@ def load_trained(model: nn.Module, folder: Path) -> None:
             _load_erasure(model, name, config, place)
         elif isinstance(config, ChildConfig):
             _check_same(model, name, place)
+            saved: Any = PeftConfig.from_pretrained(str(place))
+            config.provenance = saved.provenance
         else:
             _load_other(model, name, place)
 

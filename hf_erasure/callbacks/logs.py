@@ -8,6 +8,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
+from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.fitting.origin import TRAINING
+
+from .checkpoints import configs_of
+
 
 class LoggingCallback(TrainerCallback):
     """A callback with figures for the log.
@@ -31,9 +36,13 @@ class LoggingCallback(TrainerCallback):
         raise NotImplementedError
 
     def logged(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
-        """The figures, taken without moving the random numbers that training draws."""
+        """The figures, taken without moving the random numbers that training draws; the adapter's card has them too."""
         with torch.random.fork_rng(devices=devices_of(model)):
-            return self.figures(state, model)
+            found = self.figures(state, model)
+        config = configs_of(model).get(self.adapter_name)
+        if found and isinstance(config, ChildConfig):
+            config.provenance = config.provenance | {TRAINING: {"step": state.global_step, "figures": found}}
+        return found
 
     def remember(self, state: TrainerState) -> None:
         """Let the Trainer keep `memory` in its state, after taking over what a checkpoint has brought.

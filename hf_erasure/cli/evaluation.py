@@ -58,7 +58,8 @@ def evaluate(
         results = measure(plan, say, output)
         written, page = write(results, output)
     typer.echo(f"\n{results.table()}\n")
-    typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number. +, -: outside the base's.")
+    typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number.")
+    typer.echo("+ better, - worse; no mark where the interval holds the base's value.")
     for note in results.notes():
         typer.echo(f"Not measured: {note}")
     for rows in results.bad_rows():

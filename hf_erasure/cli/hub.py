@@ -57,7 +57,7 @@ def card(
         Path | None, typer.Option(help="What `hf-erasure evaluate` measured: results.json, or its folder.", exists=True)
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="What the adapter is called in the results, if not like its folder.")
+        str | None, typer.Option(help="What the adapter is called in the results, if it is there more than once.")
     ] = None,
     base_model: BaseModel = None,
     dataset: Annotated[list[str] | None, typer.Option(help="A data set on the Hub that it was fitted on.")] = None,
@@ -70,6 +70,8 @@ def card(
 ) -> None:
     """Make or update the card, README.md, of an adapter.
 
+    Results of another adapter, or measured on another base than the adapter was fitted on, are refused.
+
     What is given here is kept in the adapter's configuration, so that later saves and pushes have it too. Text that
     somebody has written into the README.md is kept.
 
@@ -78,10 +80,9 @@ def card(
     from hf_erasure.hub import describe_folder, write_card
 
     with errors_as_sentences():
-        names = [adapter] if adapter else [] if results is None else [_evaluated_name(folder)]
         rows = describe_folder(
-            folder, results=results, names=names, base_model=base_model, datasets=dataset, labels_from=labels_from,
-            license=license, language=language,
+            folder, results=results, names=[adapter] if adapter else [], base_model=base_model, datasets=dataset,
+            labels_from=labels_from, license=license, language=language,
         )  # fmt: skip
         written = write_card(folder, overwrite=overwrite)
     typer.echo(str(written) + (f" It has {len(rows)} measures of {results}." if results else ""))
@@ -98,10 +99,3 @@ def push_exported(folder: Path, repo_id: str, private: bool) -> None:
 
 def _say(commit: CommitInfo) -> None:
     typer.echo(f"pull request: {commit.pr_url}" if commit.pr_url else f"pushed: {commit.commit_url}")
-
-
-def _evaluated_name(folder: Path) -> str:
-    """What `hf-erasure evaluate` calls the adapter of a folder."""
-    from hf_erasure.evaluation.loading import read_adapters
-
-    return read_adapters([str(folder)])[0].name

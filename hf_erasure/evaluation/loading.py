@@ -21,6 +21,8 @@ from hf_erasure.adapters import GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.auxiliary import enable_copies, set_copies
 from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.checkpoints import model_class
+from hf_erasure.adapters.digest import digest_of, digest_of_data
+from hf_erasure.adapters.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.verification import dummy_batch
 from hf_erasure.fitting.gradiend.forwards import task_of
 from hf_erasure.fitting.processes import Processes
@@ -189,6 +191,29 @@ class Loader:
                 rate = adapter.config.learning_rate * entry.strength
                 steer(host_of(model, adapter.config), adapter.name, learning_rate=rate)
         return model.eval()
+
+
+def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """By which a base and adapters are known again.
+
+    Args:
+        model: The base.
+        adapters: All that are evaluated.
+
+    Returns:
+        `base`, a digest of a sample of all weights; `adapters` by name: `adapter`, a digest of its values, and of ours
+        `base`, the weights of this model where the adapter keeps a sample of its own base.
+    """
+    found: dict[str, Any] = {}
+    for adapter in adapters:
+        own = found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": {}}
+        kept = adapter.config.provenance.get("fingerprint") if isinstance(adapter.config, ChildConfig) else None
+        if kept:
+            own["base"] = sampled_again(host_of(model, adapter.config) or model, kept)
+    with_weights = [
+        name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+    ]
+    return {"base": digest_of_data(fingerprint(model, with_weights)), "adapters": found}
 
 
 def verified(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_erasure.fitting.concepts import GENDER, POS, STEREOTYPES
 from hf_erasure.metrics import METRICS, benchmarks, minimum_description_length, resampling, tpr_gap
 
 from . import probes
@@ -126,6 +127,7 @@ class Measure:
         needs_head: Whether the model must predict words.
         source: Paper and address, where it is one of the field's.
         harness: The task of lm-evaluation-harness that measures the same on causal models, if there is one.
+        concept: What it is a measure of; None where it is of no concept.
     """
 
     key: str
@@ -139,6 +141,7 @@ class Measure:
     needs_head: bool = False
     source: str = ""
     harness: str | None = None
+    concept: str | None = None
 
     def why_not(self, subject: Subject) -> str | None:
         """Why this model cannot be asked for it; None where it can."""
@@ -149,7 +152,7 @@ class Measure:
     def described(self) -> dict[str, Any]:
         """Its facts for the results."""
         ideal = self.ideal if math.isfinite(self.ideal) else None
-        names = ("key", "title", "purpose", "figure", "better", "says", "source", "harness")
+        names = ("key", "title", "purpose", "figure", "better", "says", "source", "harness", "concept")
         return {**{name: getattr(self, name) for name in names}, "ideal": ideal}
 
 
@@ -221,7 +224,7 @@ def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
     """StereoSet and CrowS-Pairs, of one kind of bias or of all."""
     stereoset = _once(f"stereoset {of}", functools.partial(_stereoset, bias_types=bias_types))
     crows = functools.partial(_crows_pairs, bias_types=bias_types)
-    name = f" ({of})" if of else ""
+    name = f" ({of or 'all kinds'})"
     suffix = f"_{of}" if of else ""
     return [
         _of_metric(
@@ -396,11 +399,11 @@ def capability_measures(data: DataFolder) -> list[Measure]:
 
 # ---- suites -----------------------------------------------------------------------------------------------------
 
-_SUITES: dict[str, tuple[Callable[[], list[Measure]], ...]] = {
-    "gender": (gender_measures,),
-    "pos": (pos_measures,),
-    "stereotypes": (stereotype_measures,),
-    "all": (gender_measures, pos_measures, stereotype_measures),
+_SUITES: dict[str, dict[str, Callable[[], list[Measure]]]] = {
+    "gender": {GENDER: gender_measures},
+    "pos": {POS: pos_measures},
+    "stereotypes": {STEREOTYPES: stereotype_measures},
+    "all": {GENDER: gender_measures, POS: pos_measures, STEREOTYPES: stereotype_measures},
 }
 SUITES = tuple(_SUITES)
 
@@ -413,7 +416,8 @@ def measures_of(suite: str, data: DataFolder) -> list[Measure]:
     """
     if suite not in _SUITES:
         raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")
-    return [*(measure for make in _SUITES[suite] for measure in make()), *capability_measures(data)]
+    own = [replace(measure, concept=concept) for concept, make in _SUITES[suite].items() for measure in make()]
+    return [*own, *capability_measures(data)]
 
 
 def leakage_by_depth(subject: Subject, concept: str) -> list[dict[str, Any]]:

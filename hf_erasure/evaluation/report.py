@@ -39,11 +39,11 @@ def rendered(results: Results) -> str:
 
 
 def _tables(results: Results) -> list[dict[str, Any]]:
-    """Rows of text by purpose."""
+    """Rows of text by heading."""
     found = []
-    for purpose, title in (("bias", "Bias"), ("capability", "Capability kept")):
+    for title, measures in results.groups():
         rows = []
-        for measure in (m for m in results.measures if m["purpose"] == purpose):
+        for measure in measures:
             cells = []
             for name in results.names:
                 cell = results.cell(name, measure["key"])
@@ -51,8 +51,7 @@ def _tables(results: Results) -> list[dict[str, Any]]:
                 interval = "" if cell is None else interval_text(cell["interval"]).strip()
                 cells.append({"value": value, "interval": interval, "verdict": results.verdict(name, measure)})
             rows.append({"measure": measure, "direction": direction(measure), "cells": cells})
-        if rows:
-            found.append({"title": title, "rows": rows})
+        found.append({"title": title, "rows": rows})
     return found
 
 

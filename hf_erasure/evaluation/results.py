@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_erasure.fitting.files import write_text
+from hf_erasure.fitting.verdicts import badness, verdict
 from hf_erasure.metrics.rows import LeftOutRows
 
 from .loading import BASE
 
 FORMAT = 1
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
+# The heading of measures that are of the concept of none of the adapters.
+OTHER = "Other measures, of what no adapter here is about"
 ARROWS = {"lower": "↓", "higher": "↑", "closer": "→"}
 
 # What the numbers do not say.
@@ -37,7 +40,8 @@ class Results:
 
     Attributes:
         about: Model, data, suite, seed, limit and versions.
-        entries: The columns: `name`, `adapters`, `kind`, `strength`, and what `verify_adapter` said.
+        fingerprints: Of the `base`, and of the `adapters` by name: `adapter`, and the `base` where it was fitted.
+        entries: The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, and what `verify_adapter` said.
         measures: The rows: the facts of every measure that was taken of at least one entry.
         values: Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
         not_measured: `measure`, `entry` (None for all) and `reason`.
@@ -59,6 +63,7 @@ class Results:
     embedding: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     shifts: dict[str, dict[str, Any]] = field(default_factory=dict)
     neurons: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fingerprints: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -70,15 +75,28 @@ class Results:
         return self.values.get(entry, {}).get(key)
 
     def verdict(self, entry: str, measure: dict[str, Any]) -> str:
-        """`"better"` or `"worse"` where a value lies outside the base's interval, else nothing."""
+        """`"better"` or `"worse"` than the base; nothing where the entry's interval holds the base's value."""
         base, own = self.cell(BASE, measure["key"]), self.cell(entry, measure["key"])
-        if entry == BASE or base is None or own is None or base["interval"] is None:
+        if entry == BASE or base is None or own is None:
             return ""
-        low, high = base["interval"]
-        if low <= own["value"] <= high:
-            return ""
-        change = _badness(measure, own["value"]) - _badness(measure, base["value"])
-        return "better" if change < 0 else "worse" if change > 0 else ""
+        return verdict(base["value"], own["value"], own["interval"], measure["better"], measure["ideal"])
+
+    def groups(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """The measures under their headings: bias by concept, what is of no adapter's concept, and what was paid."""
+        told = [entry.get("concepts") or [None] for entry in self.entries if entry["adapters"]]
+        concepts = {concept for each in told for concept in each}
+        # An adapter of another library does not say what it is about.
+        all_count = not told or any(None in each for each in told)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for measure in (m for m in self.measures if m["purpose"] == "bias"):
+            concept = measure.get("concept")
+            is_own = all_count or concept is None or concept in concepts
+            title = f"Bias: {concept}" if concept else "Bias"
+            found.setdefault(title if is_own else OTHER, []).append(measure)
+        if OTHER in found:
+            found[OTHER] = found.pop(OTHER)
+        paid = [measure for measure in self.measures if measure["purpose"] == "capability"]
+        return [*found.items(), *([("Capability kept", paid)] if paid else [])]
 
     def frontiers(self) -> list[dict[str, Any]]:
         """For every bias a panel: distance from the ideal against capability, a point an entry."""
@@ -89,12 +107,13 @@ class Results:
         rank = {"perplexity": 0, "profession": 1}
         paid = min(capabilities, key=lambda measure: rank.get(measure["figure"], rank.get(measure["key"], 2)))
         panels = []
-        for bias in self.measures:
-            if bias["purpose"] == "bias" and self._complete(bias):
+        own = [m for title, group in self.groups() if title != OTHER for m in group if m["purpose"] == "bias"]
+        for bias in own:
+            if self._complete(bias):
                 points = [
                     {
                         "name": name,
-                        "bias": _badness(bias, self.values[name][bias["key"]]["value"]),
+                        "bias": badness(self.values[name][bias["key"]]["value"], bias["better"], bias["ideal"]),
                         "capability": self.values[name][paid["key"]]["value"],
                     }
                     for name in self.names
@@ -133,11 +152,9 @@ class Results:
         """The measures by entry as text, with intervals and the direction that is better."""
         head = ["", "", *self.names]
         rows = [head]
-        for purpose, title in (("bias", "Bias"), ("capability", "Capability kept")):
-            own = [measure for measure in self.measures if measure["purpose"] == purpose]
-            if own:
-                rows.append([title, *[""] * (len(head) - 1)])
-            for measure in own:
+        for title, measures in self.groups():
+            rows.append([title, *[""] * (len(head) - 1)])
+            for measure in measures:
                 cells = [self._cell_text(name, measure) for name in self.names]
                 rows.append([f"  {measure['title']}", direction(measure), *cells])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
@@ -185,13 +202,6 @@ def shown(value: float) -> str:
 def interval_text(interval: list[float] | None) -> str:
     """An interval behind its value."""
     return "" if interval is None else f" [{shown(interval[0])}, {shown(interval[1])}]"
-
-
-def _badness(measure: dict[str, Any], value: float) -> float:
-    if measure["ideal"] is None:
-        return -value
-    # A probe that does worse than a constant reads no less than nothing.
-    return max(0.0, value - measure["ideal"]) if measure["better"] == "lower" else abs(value - measure["ideal"])
 
 
 def _plain(value: Any) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig
+from hf_erasure.fitting.concepts import concept_of_config
 
 from .data import DataFolder, MissingData
 from .harness import require_harness, run_harness
-from .loading import BASE, Entry, Loader, entries_of, read_adapters, verified
+from .loading import BASE, Entry, Loader, entries_of, fingerprints, read_adapters, verified
 from .measures import Measure, Shared, Subject, leakage_by_depth, measures_of
 from .pictures import Plane, embedding, neuron_values, pronoun_shares
 from .results import Results, reason_of
@@ -135,9 +136,11 @@ class _Run:
                 said = verified(self.loader.load(entry), entry, allow_inactive=self.plan.allow_inactive)
             kinds = ", ".join(adapter.kind for adapter in entry.adapters)
             names = [adapter.name for adapter in entry.adapters]
+            concepts = [concept_of_config(adapter.config) for adapter in entry.adapters]
             self.results.entries.append(
-                {"name": entry.name, "adapters": names, "kind": kinds, "strength": entry.strength, "verified": said}
-            )
+                {"name": entry.name, "adapters": names, "concepts": concepts, "kind": kinds,
+                 "strength": entry.strength, "verified": said}
+            )  # fmt: skip
 
     def _load(self, entry: Entry) -> Subject | None:
         """The model of an entry; None where it cannot be loaded, and then nothing of the entry is measured."""
@@ -149,7 +152,12 @@ class _Run:
             if base:
                 self.results.about |= {"class": type(model).__name__, "predicts": made[0].head}
 
+        def know_again() -> None:
+            self.results.fingerprints = fingerprints(made[0].model, self.adapters)
+
         self._try("Every measure", entry, load)
+        if made and entry.name == BASE:
+            self._try("Fingerprints", entry, know_again)
         return made[0] if made else None
 
     def _measure(self, entry: Entry, subject: Subject) -> None:

@@ -41,9 +41,10 @@ def concept_of(name: Any, classes: Iterable[Any] | None = None) -> str | None:
 
 
 def concept_of_config(config: Any) -> str | None:
-    """The concept of an adapter of ours, by its configuration."""
+    """What an adapter is about: a concept of the field, or else what it calls its own; None of other libraries'."""
     name = getattr(config, "feature", None) or getattr(config, "concept", None)
-    return concept_of(name, getattr(config, "classes", None) or getattr(config, "labels", None))
+    known = concept_of(name, getattr(config, "classes", None) or getattr(config, "labels", None))
+    return known or (None if name is None else str(name))
 
 
 def female_and_male(classes: Sequence[str]) -> tuple[int, int] | None:

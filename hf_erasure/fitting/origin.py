@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+# The part of an adapter's provenance in which a callback writes what it measured while the model was trained.
+TRAINING = "training"
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
 

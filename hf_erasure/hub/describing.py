@@ -78,14 +78,14 @@ def describe_folder(
     Args:
         folder: The adapter's.
         results: What `hf-erasure evaluate` wrote.
-        names: What the adapter may be called in it.
+        names: What the adapter is called in it; by default it is found by its values.
         **told: As of `describe`.
 
     Returns:
         The rows that were taken from the results.
 
     Raises:
-        ValueError: If the folder holds no adapter of ours, or the results none that can be told to be this one.
+        ValueError: If the folder holds no adapter of ours, or the results are of another adapter or of another base.
     """
     folder = Path(folder)
     config = config_in(folder)
@@ -93,7 +93,7 @@ def describe_folder(
         within = [name for name, _ in own_adapters(folder)]
         where = f"; there is one in {within}, give such a folder" if within else f", with its {CONFIG}"
         raise ValueError(f"{folder} itself holds no adapter of hf_erasure{where}.")
-    rows = [] if results is None else of_evaluation(results, names, config.described)
+    rows = [] if results is None else of_evaluation(results, names, config, folder)
     tell(config, **told)
     if rows:
         kept = {"results": [asdict(row) for row in rows], "results_of": state_of(config)}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,10 @@ import yaml
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
 from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.digest import digest_of_data
 
 from .markdown import is_number, plain
-from .measured import Measured, at_fitting, kept_rows, leakage_of, of_recipe, of_selection
+from .measured import Measured, at_fitting, kept_rows, leakage_of, of_recipe, of_selection, of_training
 from .naming import head_of, hub_id
 
 CARD = "card"  # the part of a configuration's provenance that `describe` writes
@@ -113,7 +112,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         base_revision=_text(config.revision or provenance.get("base_revision")),
         examples=_count(provenance.get("examples")),
         tokens=_count(provenance.get("tokens")),
-        fingerprint=_digest(provenance.get("fingerprint")),
+        fingerprint=digest_of_data(provenance.get("fingerprint")),
         parts=_texts(provenance.get("combined_from")),
         versions=_versions(config, provenance),
         license=_text(told.get("license")),
@@ -126,9 +125,9 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
     rows = _describe_kind(facts, config, provenance)
     evaluated = kept_rows(told.get("results")) if told.get("results_of") == state_of(config) else []
     measured = of_recipe(folder, recipe) if folder is not None else []
-    facts.measured = [asdict(row) for row in [*evaluated, *(measured or rows)]] + (
-        [asdict(row) for row in rows] if measured and facts.kind == "concept_erasure" else []
-    )
+    fitted = rows if facts.kind == "concept_erasure" or not measured else []
+    trained = of_training(facts.concept, provenance)
+    facts.measured = [row.as_dict() for row in [*evaluated, *trained, *measured, *fitted]]
     if folder is not None:
         facts.pictures = {name: text for name, text in PICTURES.items() if (folder / name).is_file()}
     return facts
@@ -140,7 +139,7 @@ def state_of(config: ChildConfig) -> str:
     provenance = plain_config.get("provenance") or {}
     names = ("fitted_sites", "fitted_parameters", "encoders", "feature_factor", "learning_rate", "pair")
     held = {name: plain_config.get(name) for name in names}
-    return str(_digest([held, {key: value for key, value in provenance.items() if key != CARD}]))
+    return str(digest_of_data([held, {key: value for key, value in provenance.items() if key != CARD}]))
 
 
 def _describe_kind(facts: CardFacts, config: Any, provenance: dict[str, Any]) -> list[Measured]:
@@ -266,13 +265,6 @@ def _versions(config: ChildConfig, provenance: dict[str, Any]) -> dict[str, str]
     if peft and peft != made.get("peft"):
         made["peft (configured with)"] = peft
     return {name: plain(value, 60) for name, value in made.items() if value}
-
-
-def _digest(value: Any) -> str | None:
-    """Sixteen hexadecimal digits for plain data."""
-    if not value:
-        return None
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -6,10 +6,18 @@ Everything read here lies in files that a stranger may have written, so what is 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.digest import digest_of
+from hf_erasure.adapters.fingerprint import unlike
+from hf_erasure.fitting.concepts import concept_of_config
+from hf_erasure.fitting.origin import TRAINING
+from hf_erasure.fitting.verdicts import verdict
 
 from .markdown import is_number, plain
 
@@ -19,6 +27,11 @@ FINAL = "last_hidden_state"
 _TEST = "the recipe's test split"
 # Of GRADIEND's tables: what a column is, and which way is better.
 _GRADIEND = {"lms": ("language modelling, score", "higher"), "loss": ("language modelling, loss", "lower")}
+# Of `GradiendCallback`: what a figure with this ending is.
+_WATCHED = {
+    "_encoded": "mean value of the feature neuron on the gradients of training",
+    "_guarded": "mean cosine between the change of the weights and the feature's direction, which was taken out",
+}
 _GOALS = ("balance", "bpi", "fpi", "mpi")
 
 
@@ -35,6 +48,8 @@ class Measured:
         data: What it was measured on.
         before_interval: 95 % of a bootstrap, where there is one.
         after_interval: The same with the adapter.
+        ideal: The best value, where there is one.
+        is_other: Whether it is a measure of another concept than the adapter's.
     """
 
     key: str
@@ -45,6 +60,20 @@ class Measured:
     data: str
     before_interval: list[float] | None = None
     after_interval: list[float] | None = None
+    ideal: float | None = None
+    is_other: bool = False
+
+    @property
+    def change(self) -> str:
+        """`"better"`, `"worse"` or `"no change"`; nothing where there is no interval to tell it by."""
+        way = self.better.partition(" ")[0]
+        if self.before is None or self.after_interval is None or way not in ("lower", "higher", "closer"):
+            return ""
+        return verdict(self.before, self.after, self.after_interval, way, self.ideal) or "no change"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return asdict(self) | {"change": self.change}
 
 
 # ---- at fitting ------------------------------------------------------------------------------------------------------
@@ -112,6 +141,32 @@ def _edit_rows(base: dict[str, Any], edited: dict[str, Any], goal: Any, data: st
     return rows
 
 
+def of_training(concept: str, provenance: dict[str, Any]) -> list[Measured]:
+    """What a callback of ours logged last while the model under the adapter was trained."""
+    told = provenance.get(TRAINING)
+    figures = told.get("figures") if isinstance(told, dict) else None
+    if not isinstance(told, dict) or not isinstance(figures, dict):
+        return []
+    where = f"at step {plain(told.get('step'))} of training"
+    refits = figures.get("erasure_refits")
+    held_out = f"held-out batches, {where}" + (f", refitted {refits:g} times by then" if is_number(refits) else "")
+    rows = []
+    for name, value in figures.items():
+        site = str(name).removeprefix("leakage/")
+        if not is_number(value):
+            continue
+        if name == "leakage_max":
+            title = f"correlation with {concept}: the site that leaks most"
+            rows.append(Measured("linear_leakage", title, None, value, "lower", held_out))
+        elif site != name and FINAL in site:
+            title = f"correlation with {concept}: {plain(site)}"
+            rows.append(Measured("linear_leakage", title, None, value, "lower", held_out))
+        for suffix, title in _WATCHED.items():
+            if str(name).endswith(suffix):
+                rows.append(Measured(suffix[1:], title, None, value, "", f"the steps up to the log {where}"))
+    return rows
+
+
 # ---- by a recipe -----------------------------------------------------------------------------------------------------
 
 
@@ -154,52 +209,73 @@ def _of_gradiend_recipe(results: dict[str, Any]) -> list[Measured]:
 # ---- by `hf-erasure evaluate` ----------------------------------------------------------------------------------------
 
 
-def of_evaluation(path: str | Path, names: Iterable[str], described: str) -> list[Measured]:
+def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
     """The rows of an adapter in what `hf-erasure evaluate` wrote.
 
     Args:
         path: `results.json`, or the folder with it.
-        names: What the adapter may be called there, the likeliest first.
-        described: What kind of adapter it is, as in the results.
+        names: What the adapter is called there; by default it is found by its values.
+        config: Of the adapter.
+        folder: Where it lies.
 
     Raises:
-        ValueError: If the file is no such results, or it cannot be told which of its adapters is meant.
+        ValueError: If the file holds no such results, or they are of another adapter or of another base.
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     content = read_json(path)
     if content.get("format") != EVALUATION_FORMAT or not isinstance(content.get("values"), dict):
         raise ValueError(f"{path} holds no results that this version reads: run `hf-erasure evaluate` again.")
-    name = _entry(content, list(names), described, path)
+    name = _column(content, list(names), config, folder, path)
     values, about = content["values"], content.get("about", {})
     data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
     limit = about.get("limit")
     data += f", at most {limit} items a data set" if is_number(limit) else ""
-    rows = []
+    concept, rows = concept_of_config(config), []
     for measure in content.get("measures", []):
         before, after = (values.get(entry, {}).get(measure.get("key")) for entry in (BASE, name))
         if not before or not after or not is_number(before.get("value")) or not is_number(after.get("value")):
             continue
-        better = measure.get("better")
-        better = f"closer to {measure.get('ideal'):g}" if better == "closer" else plain(better)
+        better, ideal = measure.get("better"), measure.get("ideal")
+        better = f"closer to {ideal:g}" if better == "closer" else plain(better)
         rows.append(Measured(
             plain(measure["key"]), plain(measure.get("title")), before["value"], after["value"], better, data,
-            _interval(before), _interval(after),
+            _interval(before), _interval(after), ideal if is_number(ideal) else None,
+            measure.get("purpose") == "bias" and measure.get("concept") not in (None, concept),
         ))  # fmt: skip
     return rows
 
 
-def _entry(content: dict[str, Any], names: list[str], described: str, path: Path) -> str:
-    """The column of the adapter: of its kind the one of that name, or else the only one."""
-    alone = [e for e in content.get("entries", []) if len(e["adapters"]) == 1 and e.get("strength", 1) == 1]
-    same = [str(entry["name"]) for entry in alone if entry.get("kind") == described]
-    named = [name for name in names if name in same]
-    if named or len(same) == 1:
-        return named[0] if named else same[0]
-    raise ValueError(
-        f"{path} has the adapters {[(entry['name'], entry.get('kind')) for entry in alone]}, and which of them this "
-        f"{described} is cannot be told: give its folder the name that it has there, or evaluate it alone."
-    )
+def _column(content: dict[str, Any], names: list[str], config: ChildConfig, folder: Path, path: Path) -> str:
+    """The column of the adapter, which is known by its values and those of its base, and by its name only besides."""
+    again = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
+    prints = content.get("fingerprints")
+    if not isinstance(prints, dict) or not isinstance(prints.get("adapters"), dict):
+        raise ValueError(f"{path} does not say which adapters and which base it is of (no fingerprints). {again}")
+    alone = [e["name"] for e in content.get("entries", []) if len(e["adapters"]) == 1 and e.get("strength", 1) == 1]
+    known = {name: own for name in alone if isinstance(own := prints["adapters"].get(name), dict)}
+    digest = digest_of(folder, config)
+    same = [name for name, own in known.items() if digest is not None and own.get("adapter") == digest]
+    chosen = [name for name in names if name in same] if names else same
+    if not chosen:
+        wanted = f" under the name {names[0]!r}" if names else ""
+        raise ValueError(
+            f"{path} has measures of the adapters {list(known)}, and the {config.described} in {folder} is not among "
+            f"them{wanted}: it is another one, or was fitted or steered anew since. {again}"
+        )
+    kept, seen = config.provenance.get("fingerprint") or {}, known[chosen[0]].get("base")
+    if not isinstance(seen, dict) or not kept.keys() & seen.keys():
+        warnings.warn(
+            f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
+            f"{'the adapter keeps no sample of it' if not kept else 'its weights could not be read there'}.",
+            stacklevel=4,
+        )
+    elif weight := unlike(kept, seen):
+        raise ValueError(
+            f"{path} was measured on another base than the {config.described} was fitted on, as the weight {weight!r} "
+            f"shows, so its figures are not those of this adapter. {again}"
+        )
+    return chosen[0]
 
 
 def _interval(cell: dict[str, Any]) -> list[float] | None:
@@ -229,5 +305,8 @@ def kept_rows(rows: Any) -> list[Measured]:
         if isinstance(row, dict) and is_number(row.get("before")) and is_number(row.get("after")):
             key, title, better, data = (plain(row.get(name, "")) for name in ("key", "title", "better", "data"))
             before, after = (_interval({"interval": row.get(n)}) for n in ("before_interval", "after_interval"))
-            found.append(Measured(key, title, row["before"], row["after"], better, data, before, after))
+            ideal, is_other = row.get("ideal") if is_number(row.get("ideal")) else None, row.get("is_other") is True
+            found.append(Measured(
+                key, title, row["before"], row["after"], better, data, before, after, ideal, is_other
+            ))  # fmt: skip
     return found

@@ -47,7 +47,7 @@ def _results(row: dict[str, Any], task: str | None) -> list[EvalResult]:
         EvalResult(
             task_type=task or "other",
             dataset_type=OURS,
-            dataset_name=row["data"],
+            dataset_name=row["data"] + (", other measures" if row["is_other"] else ""),
             metric_type=row["key"],
             metric_name=f"{row['title']} ({who})",
             metric_value=round(float(row[when]), 6),

@@ -20,7 +20,7 @@ def draw(facts: CardFacts, folder: Path) -> str | None:
     bars = [
         row
         for row in facts.measured
-        if row["before"] is not None and 0 <= row["before"] <= 1 and 0 <= row["after"] <= 1
+        if row["before"] is not None and not row["is_other"] and 0 <= row["before"] <= 1 and 0 <= row["after"] <= 1
     ]
     if find_spec("matplotlib") is None or not (lines if facts.kind == "concept_erasure" else bars):
         return None

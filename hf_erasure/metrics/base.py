@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 import evaluate
 from datasets import Features, Value
 
+from hf_erasure.fitting.verdicts import badness
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -42,9 +44,7 @@ class Facts:
 
     def badness(self, value: float) -> float:
         """How far a value falls short of the ideal; 0 at it, and beyond it unless the ideal is to be met exactly."""
-        if self.better == "closer":
-            return abs(value - self.ideal)
-        return max(0.0, value - self.ideal if self.better == "lower" else self.ideal - value)
+        return badness(value, self.better, self.ideal)
 
     def __str__(self) -> str:
         low, high = self.bounds

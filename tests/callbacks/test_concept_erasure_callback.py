@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
@@ -61,6 +62,27 @@ def test_refits_on_schedule_and_logs_what_leaks(tmp_path: Path):
     kept = lefts(model)
     fit_concept_erasure(model, batches, NAME, progress=False)
     torch.testing.assert_close(lefts(model), kept)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_was_measured_stands_on_the_card_of_the_checkpoint(wrapped: bool, tmp_path: Path):
+    model: Any = adapted()
+    if wrapped:
+        model = PeftModel(copy.deepcopy(small_model("llama")), model.peft_config[NAME], adapter_name=NAME)
+    model.requires_grad_(True)
+    batches = small_batches("llama", seed=100)
+    callback = ConceptErasureCallback(batches, NAME, eval_batches=batches)
+    trainer = fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=2)
+    for step in (2, 4):
+        card = (tmp_path / f"checkpoint-{step}" / NAME / "README.md").read_text()
+        assert f"On held-out batches, at step {step} of training, refitted 1 times by then:" in card
+        logged = next(row for row in trainer.state.log_history if row["step"] == step)
+        assert f"correlation with gender: the site that leaks most | – | {logged['leakage_max']:.3f} | lower" in card
+    model.save_pretrained(tmp_path / "saved")
+    assert "at step 4 of training" in next((tmp_path / "saved").rglob("README.md")).read_text()
+    fit_concept_erasure(model, batches, NAME, progress=False)
+    model.save_pretrained(tmp_path / "anew")
+    assert "of training" not in next((tmp_path / "anew").rglob("README.md")).read_text()
 
 
 def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):

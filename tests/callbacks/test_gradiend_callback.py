@@ -91,6 +91,10 @@ def test_the_feature_of_the_training_data_is_logged(way: str, tmp_path: Path):
         assert len(values) == 2
         assert [row[f"{NAME}_encoded"] for row in report.seen if f"{NAME}_encoded" in row] == values
         read[word] = sum(values) / 2
+        trainer.save_model(str(tmp_path / word / "kept"))
+        card = next((tmp_path / word / "kept").rglob(f"{NAME}/README.md")).read_text()
+        assert "On the steps up to the log at step 2 of training:" in card
+        assert f"the feature neuron on the gradients of training | – | {values[-1]:.3f} |" in card
     # A LoRA sees the gradient through matrices of rank 16, which shrinks values towards what 0 is for the encoder.
     assert read["she"] > read["he"] + (0.5 if way == "whole" else 0.05)
     assert way == "lora" or (read["she"] > 0 and read["he"] < 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_erasure.evaluation import report, svg
-from hf_erasure.evaluation.results import Results
+from hf_erasure.evaluation.results import OTHER, Results
 from tests.evaluation.browser import Browser, chromium
 from tests.evaluation.material import made_up
 
@@ -142,7 +142,7 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == report.rendered(again)
 
 
-def test_better_and_worse_are_said_outside_the_bases_interval_only() -> None:
+def test_better_and_worse_are_said_where_an_interval_leaves_the_bases_value_out() -> None:
     results = made_up(5)
     leak, crows, lms = results.measures
     # 0.40 ± 0.05, then 0.25, 0.10, −0.05, −0.20: a probe below the majority reads nothing, which is no harm.
@@ -150,9 +150,33 @@ def test_better_and_worse_are_said_outside_the_bases_interval_only() -> None:
     # 60 ± 5, then 57, 54, 51, 48 with 50 for ideal.
     assert [results.verdict(name, crows) for name in results.names] == ["", "", "better", "better", "better"]
     assert {results.verdict(name, lms) for name in results.names} == {""}  # no interval, no verdict
-    results.values["together"]["crows"]["value"] = 70.0
+    results.values["together"]["crows"] = {"value": 70.0, "interval": [61.0, 79.0]}
     assert results.verdict("together", crows) == "worse"
     assert results.frontiers()[0]["points"][-1] == {"name": "together", "bias": 0.0, "capability": 76.0}
+
+
+def test_measures_of_another_concept_are_not_listed_as_bias() -> None:
+    results = made_up(4)
+    leak, crows, _ = results.measures
+    leak["concept"], crows["concept"] = "gender", "stereotypes"
+
+    def headings(*concepts: str | None) -> dict[str, list[str]]:
+        for entry, concept in zip(results.entries[1:], concepts, strict=False):
+            entry.update(adapters=[entry["name"]], concepts=[concept])
+        return {title: [measure["key"] for measure in group] for title, group in results.groups()}
+
+    paid = {"Capability kept": ["lms"]}
+    apart = {"Bias: gender": ["leak"], "Bias: stereotypes": ["crows"]}
+    assert headings() == apart | paid  # the base alone
+    assert headings("gender") == {"Bias: gender": ["leak"], OTHER: ["crows"]} | paid
+    assert [panel["bias"]["key"] for panel in results.frontiers()] == ["leak"]
+    page, table = report.rendered(results), results.table()
+    for text in (page, table):
+        assert text.index("Bias: gender") < text.index(OTHER) < text.index("CrowS-Pairs, % stereotype")
+    assert headings("race") == {OTHER: ["leak", "crows"]} | paid
+    assert results.frontiers() == []
+    assert headings("race", "stereotypes") == {"Bias: stereotypes": ["crows"], OTHER: ["leak"]} | paid
+    assert headings("race", None) == apart | paid  # another library's adapter does not say what it is about
 
 
 def test_many_entries_are_drawn_too() -> None:

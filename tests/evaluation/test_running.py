@@ -111,6 +111,49 @@ def test_adapters_change_what_they_change(whole: tuple[Results, str, Path]) -> N
     assert len({round(value, 6) for value in distortions}) == 3
 
 
+def card(folder: Path, results: Path) -> Result:
+    return CliRunner().invoke(app, ["card", str(folder), "--results", str(results)])
+
+
+def test_a_card_takes_results_of_its_own_adapter_only(
+    whole: tuple[Results, str, Path], adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    results, _, out = whole
+    prints = results.fingerprints
+    assert len(prints["base"]) == 16 and set(prints["adapters"]) == {"erasure", "steered"}
+    for name, folder in zip(prints["adapters"], adapters, strict=True):
+        copied = Path(shutil.copytree(folder, tmp_path / f"a-copy-of-{name}"))
+        done = card(copied, out)
+        assert done.exit_code == 0, done.output
+        value = results.values[name]["distortion"]["value"]
+        line = next(x for x in (copied / "README.md").read_text().splitlines() if x.startswith("| Distortion"))
+        assert f"| {value:.3f} [" in line and line.endswith("| lower | worse |")
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps(config | {"learning_rate": 0.03}))
+    refused = card(copied, out)
+    assert refused.exit_code == 2 and "is not among them" in " ".join(refused.output.split())
+
+
+def test_results_on_another_base_are_refused(
+    assets: Path, story: str, adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    trained = AutoModelForMaskedLM.from_pretrained(story)
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.add_(1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    trained.save_pretrained(tmp_path / "trained")
+    AutoTokenizer.from_pretrained(story).save_pretrained(tmp_path / "trained")
+    data = small_data(assets, tmp_path / "data", ("seat",))
+    plan = Evaluation(str(tmp_path / "trained"), data, [str(adapters[0])], suite="stereotypes", limit=4, resamples=20)
+    with pytest.warns(UserWarning, match="has been trained further"):
+        results = evaluate(plan)
+    (tmp_path / "results.json").write_text(results.to_json())
+    folder = Path(shutil.copytree(adapters[0], tmp_path / "erasure"))
+    refused = card(folder, tmp_path / "results.json")
+    assert refused.exit_code == 2
+    assert "was measured on another base than the erasure of 'gender' was fitted on" in " ".join(refused.output.split())
+
+
 def test_the_figures_have_their_data(whole: tuple[Results, str, Path]) -> None:
     results = whole[0]
     assert list(results.depth["gender"]) == list(results.embedding) == list(results.shifts) == results.names

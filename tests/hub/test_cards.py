@@ -23,9 +23,10 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig, combine_adapters, fit_concept_erasure
+from hf_erasure.adapters.digest import digest_of
 from hf_erasure.cli import app
-from hf_erasure.hub import describe, export_to_lora, write_card
-from hf_erasure.hub.cards import rendered, updated
+from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
+from hf_erasure.hub.cards import config_in, rendered, updated
 from hf_erasure.hub.facts import CardFacts, facts_of
 from hf_erasure.hub.metadata import merged
 from hf_erasure.hub.templates import template_folder
@@ -382,27 +383,34 @@ def test_metadata_of_others_stays_and_paths_go() -> None:
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
 
-def evaluation(tmp_path: Path, *names: str, kind: str = "erasure of 'gender'") -> Path:
-    """What `hf-erasure evaluate` writes, with the measures that a card takes."""
+def evaluation(tmp_path: Path, folder: Path, *names: str, of: tuple[str, ...] | None = None) -> Path:
+    """What `hf-erasure evaluate` writes, with the measures that a card takes; `of` this adapter are these columns."""
     measures = [
-        {"key": "weat", "title": "WEAT", "purpose": "bias", "better": "closer", "ideal": 0.0},
+        {"key": "weat", "title": "WEAT", "purpose": "bias", "better": "closer", "ideal": 0.0, "concept": "gender"},
         {"key": "perplexity", "title": "Perplexity", "purpose": "capability", "better": "lower", "ideal": None},
         {"key": "gone", "title": "Not of this adapter", "purpose": "bias", "better": "lower", "ideal": 0.0},
-    ]
+        {"key": "all", "title": "StereoSet, all kinds", "purpose": "bias", "better": "closer", "ideal": 50.0,
+         "concept": "stereotypes"},
+    ]  # fmt: skip
     values = {
-        "base": {"weat": {"value": 1.5, "interval": [1.0, 2.0]}, "perplexity": {"value": 20.25, "interval": None}}
-    }
+        "base": {"weat": {"value": 1.5, "interval": [1.0, 2.0]}, "perplexity": {"value": 20.25, "interval": None},
+                 "all": {"value": 60.0, "interval": [50.0, 70.0]}}
+    }  # fmt: skip
     entries = [{"name": "base", "adapters": [], "kind": "", "strength": 1.0, "verified": {}}]
+    config = config_in(folder)
+    prints: dict[str, Any] = {"base": "0" * 16, "adapters": {}}
     for number, name in enumerate(names):
-        entries.append({"name": name, "adapters": [name], "kind": kind, "strength": 1.0, "verified": {}})
+        entries.append({"name": name, "adapters": [name], "kind": "", "strength": 1.0, "verified": {}})
         values[name] = {
-            "weat": {"value": 0.5 + number, "interval": [0.25, 0.75]}, "perplexity": {"value": 21.0, "interval": None}
+            "weat": {"value": 0.5 + number, "interval": [0.25, 0.75]}, "perplexity": {"value": 21.0, "interval": None},
+            "all": {"value": 58.0, "interval": [53.0, 63.0]},
         }  # fmt: skip
+        digest = digest_of(folder, config) if of is None or name in of else "f" * 16
+        prints["adapters"][name] = {"adapter": digest, "base": config.provenance.get("fingerprint", {})}
     about = {"suite": "gender", "limit": None, "model": "/models/base"}
     path = tmp_path / "results.json"
-    path.write_text(
-        json.dumps({"format": 1, "about": about, "entries": entries, "measures": measures, "values": values})
-    )
+    content = {"format": 1, "about": about, "entries": entries, "measures": measures, "values": values}
+    path.write_text(json.dumps(content | {"fingerprints": prints}))
     return path
 
 
@@ -413,14 +421,17 @@ def invoke(*arguments: object) -> Any:
 def test_the_command_makes_a_card_with_results_that_later_saves_keep(
     folder: Path, lifecycle: Lifecycle, tmp_path: Path
 ) -> None:
-    results = evaluation(tmp_path, "other", "no-gender")
+    results = evaluation(tmp_path, folder, "other", "no-gender", of=("no-gender",))
     done = invoke("card", folder, "--results", results, "--base-model", "meta/base", "--dataset", "alice/people",
                   "--license", "mit", "--language", "en")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "anew" in done.output and "2 measures" in done.output
+    assert "anew" in done.output and "3 measures" in done.output
     row = "| WEAT | 1.500 [1.000, 2.000] | 1.500 [0.250, 0.750] | closer to 0 |"
     text = (folder / "README.md").read_text()
     assert row in text
+    ours, _, others = text.partition("## What was measured")[2].partition("Other measures, which are not of gender:")
+    assert "| WEAT |" in ours and "| Perplexity |" in ours and "StereoSet" not in ours
+    assert "| 60.000 [50.000, 70.000] | 58.000 [53.000, 63.000] | closer to 50 | no change |" in others
     assert "suite gender" in text and "/models/base" not in text
     card = ModelCard(text)
     assert results_of(card)["weat", "with the adapter"] == 1.5
@@ -439,7 +450,7 @@ def test_results_of_a_gradiend_are_forgotten_when_it_is_steered(gradiends: Gradi
     from hf_erasure.adapters import steer
 
     folder = Path(shutil.copytree(gradiends.folder("llama"), tmp_path / "adapter"))
-    done = invoke("card", folder, "--results", evaluation(tmp_path, "feature", kind="GRADIEND of 'gender'"))
+    done = invoke("card", folder, "--results", evaluation(tmp_path, folder, "feature"))
     assert done.exit_code == 0, done.output
     model = gradiends.base("llama")
     model.load_adapter(folder, "gender")
@@ -450,18 +461,56 @@ def test_results_of_a_gradiend_are_forgotten_when_it_is_steered(gradiends: Gradi
     assert "WEAT" not in (tmp_path / "steered/README.md").read_text()
 
 
-def test_the_command_refuses_what_it_cannot_tell(folder: Path, tmp_path: Path) -> None:
+def test_the_command_refuses_what_is_not_of_this_adapter(folder: Path, lifecycle: Lifecycle, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    several = invoke("card", folder, "--results", evaluation(tmp_path, "one", "two"))
-    assert several.exit_code == 2 and "cannot be told" in several.output
-    chosen = evaluation(tmp_path, "one", "two")
-    other = tmp_path / "other.json"
-    other.write_text("{}")
-    assert "holds no results" in invoke("card", folder, "--results", other).output
+
+    def refused(results: Path, *more: str) -> str:
+        done = invoke("card", folder, "--results", results, *more)
+        assert done.exit_code == 2
+        return " ".join(done.output.split())
+
+    said = refused(evaluation(tmp_path, folder, "no-gender", of=()))
+    assert "the erasure of 'gender' in" in said and "is not among them: it is another one, or was fitted" in said
+    chosen = evaluation(tmp_path, folder, "one", "two", of=("two",))
+    assert "is not among them under the name 'one'" in refused(chosen, "--adapter", "one")
+    old = json.loads(chosen.read_text())
+    for change, words in (
+        (lambda content: content.pop("fingerprints"), "does not say which adapters and which base it is of"),
+        (lambda content: content.update(format=0), "holds no results"),
+        (lambda content: other_weights(content["fingerprints"]["adapters"]["two"]["base"]), "on another base than"),
+    ):
+        content = copy.deepcopy(old)
+        change(content)
+        chosen.write_text(json.dumps(content))
+        assert words in refused(chosen)
     assert "no name on the Hub" in invoke("card", folder, "--base-model", "./base").output
     assert "there is one in ['no-gender']" in invoke("card", tmp_path).output
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert invoke("card", folder, "--results", chosen, "--adapter", "two").exit_code == 0
+
+    # A copy that a model has saved is the same adapter; fitted anew it is another one.
+    chosen.write_text(json.dumps(old))
+    model = lifecycle.base("llama")
+    model.load_adapter(folder, NAME)
+    model.save_pretrained(tmp_path / "again")
+    assert invoke("card", tmp_path / "again", "--results", chosen, "--adapter", "two").exit_code == 0
+    fit_concept_erasure(model, small_batches("llama", seed=9), NAME, sequential=False, progress=False)
+    model.save_pretrained(tmp_path / "anew")
+    with pytest.raises(ValueError, match="is not among them"):
+        describe_folder(tmp_path / "anew", results=chosen)
+
+
+def other_weights(samples: dict[str, Any]) -> None:
+    for sample in samples.values():
+        sample["values"] = [1.0 - value for value in sample["values"]]
+
+
+def test_results_on_a_base_that_nobody_knows_are_taken_with_a_warning(folder: Path, tmp_path: Path) -> None:
+    chosen = evaluation(tmp_path, folder, "no-gender")
+    content = json.loads(chosen.read_text())
+    content["fingerprints"]["adapters"]["no-gender"]["base"] = {}
+    chosen.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="cannot be checked: its weights could not be read there"):
+        assert len(describe_folder(folder, results=chosen)) == 3
 
 
 def test_the_command_keeps_a_card_by_hand_unless_it_is_told_not_to(folder: Path) -> None:
