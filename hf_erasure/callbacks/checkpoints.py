@@ -2,7 +2,8 @@
 
 Of a model with adapters Trainer saves one adapter. The model's own weights, fine-tuned under it, and an erasure that
 was refitted beside a LoRA would be lost without a word; two active adapters stop it; and into a model that is no
-`PeftModel` it can load no checkpoint at all. Where one of our callbacks takes part, a checkpoint holds instead
+`PeftModel` it can load no checkpoint at all. Where one of our callbacks takes part, and where several adapters of a
+model that is no `PeftModel` are active, a checkpoint holds instead
 
 - in the folder itself the trained adapter, as ever; or, where the model's own weights are trained, the model without
   adapters, for `from_pretrained`;
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
 from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.child import child_configs
 from hf_erasure.adapters.child_tuner import is_child
 from hf_erasure.adapters.saving import staged
 
@@ -46,6 +48,21 @@ def own_trained(model: nn.Module) -> list[str]:
 def is_lost(model: nn.Module) -> bool:
     """Whether Trainer by itself would save less of a model than training changes, or could not load what it saves."""
     return bool(configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained(model)))
+
+
+def several_active(model: nn.Module) -> bool:
+    """Whether several adapters are active, and one of this package is there: transformers refuses to save that."""
+    wanted: Any = model
+    if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False) or not child_configs(model):
+        return False
+    return len(wanted.active_adapters()) > 1
+
+
+def left_out(model: Any) -> list[str]:
+    """The adapters of this package that Trainer by itself does not save with the one that it saves."""
+    if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False):
+        return []
+    return [name for name in child_configs(model) if name not in model.active_adapters()]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -6,10 +6,14 @@ import warnings
 from typing import Any
 
 from accelerate.state import AcceleratorState, DistributedType
+from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
-from .checkpoints import is_lost, own_trained
+from hf_erasure.adapters.active import acting_adapters, loaded_adapters, users_level
+from hf_erasure.adapters.child import child_configs
+
+from .checkpoints import is_lost, left_out, own_trained, several_active
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -31,6 +35,45 @@ def check_training(model: nn.Module, args: TrainingArguments) -> None:
     # Elsewhere seams.py has all of it saved and loaded.
     if is_sharded() and is_lost(model):
         _check_what_is_lost(model, args)
+
+
+def warn_of_what_is_left_out(model: nn.Module) -> None:
+    """Say before training which adapters of this package its checkpoints will lack, or that there will be none.
+
+    Args:
+        model: What Trainer trains by itself, without a callback of this package; the model inside where it is another
+            library's, such as a SentenceTransformer.
+    """
+    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel) and child_configs(module))
+    holder: Any = model if isinstance(model, (PreTrainedModel, PeftModel)) else next(inside, None)
+    if holder is None:
+        return
+    if several_active(holder):  # of a model that Trainer saves itself, all are saved
+        active = holder.active_adapters()
+        ours = [name for name in active if name in child_configs(holder)]
+        others = [name for name in active if name not in ours]
+        warnings.warn(
+            f"Several adapters are active, {active}, and Trainer cannot save them here: its first save would fail. "
+            f"Write sticky=True in the configuration of {ours}, so that they act without being active, switch on "
+            f"{others or ours[:1]} alone, and save {ours} yourself.",
+            stacklevel=users_level(),
+        )
+        return
+    names = left_out(holder)
+    acting, loaded = acting_adapters(holder), loaded_adapters(holder)
+    if names:
+        told = ", ".join(f"the {loaded[name]} {name!r}, which {_acts(name in acting)}" for name in names)
+        saved = holder.active_adapters()
+        warnings.warn(
+            f"Trainer will save {saved} without {told}. Call model.set_adapter({[*names, *saved]}) before training to "
+            "train with them on; checkpoints then hold every adapter, each in a folder of its name. Or save "
+            f"{names} yourself: model.set_adapter({names[0]!r}) and model.save_pretrained(folder).",
+            stacklevel=users_level(),
+        )
+
+
+def _acts(on: bool) -> str:
+    return "acts while it is trained" if on else "does not act"
 
 
 def is_sharded() -> bool:

@@ -14,8 +14,8 @@ from transformers.trainer_callback import CallbackHandler
 from hf_erasure.adapters.child import child_configs
 from hf_erasure.adapters.wrapping import wrap
 
-from .checkpoints import is_lost, load_trained, own_trained, save_adapters, saving_all
-from .checks import is_sharded
+from .checkpoints import is_lost, load_trained, own_trained, save_adapters, saving_all, several_active
+from .checks import is_sharded, warn_of_what_is_left_out
 from .logs import LoggingCallback
 
 _MARK = "hf_erasure.callbacks"
@@ -24,6 +24,7 @@ _MARK = "hf_erasure.callbacks"
 def install() -> None:
     """Wrap the seams; called again, it puts the wrappers of now in the place of the former."""
     wrap(CallbackHandler, "on_log", _on_log, _MARK)
+    wrap(Trainer, "train", _train, _MARK)
     wrap(Trainer, "_save", _save, _MARK)
     wrap(Trainer, "_load_from_checkpoint", _load_from_checkpoint, _MARK)
     wrap(Trainer, "_load_best_model", _load_best_model, _MARK)
@@ -42,8 +43,14 @@ def _on_log(original: Callable, handler: Any, args: Any, state: Any, control: An
     return original(args, state, control, logs)
 
 
+def _train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _saves_all(trainer):
+        warn_of_what_is_left_out(trainer.model)
+    return original(*args, **kwargs)
+
+
 def _save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
-    if _takes_part(trainer):
+    if _saves_all(trainer):
         if is_lost(trainer.model):
             with saving_all(trainer.model):
                 return original(*args, **kwargs)
@@ -58,14 +65,14 @@ def _save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _load_from_checkpoint(original: Callable, trainer: Any, folder: str, model: Any = None) -> None:
-    if _takes_part(trainer):
+    if _saves_all(trainer):
         load_trained(trainer.model if model is None else model, Path(folder))
     else:
         original(folder, model)
 
 
 def _load_best_model(original: Callable, trainer: Any) -> None:
-    if _takes_part(trainer):
+    if _saves_all(trainer):
         load_trained(trainer.model, Path(trainer.state.best_model_checkpoint))
     else:
         original()
@@ -73,14 +80,17 @@ def _load_best_model(original: Callable, trainer: Any) -> None:
 
 def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None:
     """Trainer copies the files that it knows from a checkpoint before it pushes them, and no folders."""
-    if _takes_part(trainer) and trainer.is_world_process_zero():
+    if _saves_all(trainer) and trainer.is_world_process_zero():
         places = [name for name in child_configs(trainer.model) if (Path(folder) / name).is_dir()]
         save_adapters(trainer.model, Path(trainer.args.output_dir), only=places)
     original(folder)
 
 
-def _takes_part(trainer: Any) -> bool:
-    """Whether a callback of ours is there, for a model with adapters that is whole on every process."""
+def _saves_all(trainer: Any) -> bool:
+    """Whether checkpoints hold all that training changes, of a model with adapters that is whole on every process.
+
+    They do with a callback of this package, and where several adapters are active, which Trainer itself cannot save.
+    """
     ours = any(isinstance(callback, LoggingCallback) for callback in trainer.callback_handler.callbacks)
     is_whole = isinstance(trainer.model, (PreTrainedModel, PeftModel)) and not is_sharded()
-    return ours and is_whole and bool(child_configs(trainer.model))
+    return is_whole and bool(child_configs(trainer.model)) and (ours or several_active(trainer.model))

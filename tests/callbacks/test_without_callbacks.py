@@ -1,0 +1,119 @@
+"""A Trainer without our callbacks: it saves what our warnings advise, and says first what it leaves out."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_erasure.adapters import steer
+from tests.callbacks.test_gradiend_callback import collate, skewed
+from tests.ecosystem.test_trainer import sft_data, sft_tokenizer
+from tests.ecosystem.trainer_runs import LORA, NAME, assert_same_state, fitted, logits, options_for, state_of
+from tests.fitting.gradiend.language_models import model_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:(Already found a `peft_config`|.*second time)")
+KINDS = {"erasure": "the erasure", "monitor": "the GRADIEND adapter"}
+both_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def trainer_of(kind: str, model: Any, folder: Path, **options: Any) -> Trainer:
+    options = options_for(folder, **{"save_strategy": "steps", "save_steps": 2, "max_steps": 2, **options})
+    if kind == "SFTTrainer":
+        trl = pytest.importorskip("trl")
+        arguments = trl.SFTConfig(**options, bf16=False)
+        return trl.SFTTrainer(model, arguments, train_dataset=sft_data(), processing_class=sft_tokenizer())
+    return Trainer(model, TrainingArguments(**options, remove_unused_columns=False), collate, skewed("she"))
+
+
+def with_lora(kind: str, *, sticky: bool = False, name: str = "lora") -> tuple[Any, list[str]]:
+    """The model with a fitted adapter and a fresh LoRA, and what was said when that came."""
+    model = fitted(kind, sticky=sticky)
+    if kind == "monitor":
+        steer(model, NAME, learning_rate=1e-2)
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=LORA), adapter_name=name)
+    return model, [str(w.message) for w in caught if "switched" in str(w.message)]
+
+
+def said_at_start(trainer: Trainer) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    found = [w for w in caught if "Trainer " in str(w.message)]
+    assert all(w.filename == __file__ for w in found)
+    return [str(w.message) for w in found]
+
+
+@both_kinds
+@pytest.mark.parametrize("trainer", ["Trainer", "SFTTrainer"])
+def test_what_the_warning_advises_is_saved_and_goes_on(trainer: str, kind: str, tmp_path: Path):
+    model, (said,) = with_lora(kind)
+    advice = re.search(r"model\.set_adapter\(\[.*?\]\)", said)
+    eval(advice[0], {"model": model})
+    whole = trainer_of(trainer, model, tmp_path, max_steps=4)
+    assert said_at_start(whole) == []
+    loaded = model_of("llama").eval()
+    loaded.load_adapter(tmp_path / "checkpoint-4" / NAME, adapter_name=NAME)
+    loaded.load_adapter(tmp_path / "checkpoint-4", adapter_name="lora")
+    loaded.set_adapter([NAME, "lora"])
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    if kind == "monitor":  # resuming is the same for both
+        return
+    again, _ = with_lora(kind)
+    again.set_adapter([NAME, "lora"])
+    resumed = trainer_of(trainer, again, tmp_path / "again", max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_state(state_of(model), state_of(again))
+
+
+@pytest.mark.parametrize(
+    ("kind", "trainer", "sticky"),
+    [("erasure", "Trainer", True), ("erasure", "SFTTrainer", True), ("erasure", "Trainer", False),
+     ("monitor", "Trainer", True)],
+)  # fmt: skip
+def test_a_trainer_that_saves_without_it_says_so_when_it_starts(kind: str, trainer: str, sticky: bool, tmp_path: Path):
+    model, _ = with_lora(kind, sticky=sticky)
+    (said,) = said_at_start(trainer_of(trainer, model, tmp_path))
+    acts = "acts while it is trained" if sticky else "does not act"
+    assert f"Trainer will save ['lora'] without {KINDS[kind]} '{NAME}', which {acts}" in said
+    assert not (tmp_path / "checkpoint-2" / NAME).exists()
+    assert f"model.set_adapter(['{NAME}', 'lora'])" in said
+    model.set_adapter([NAME, "lora"])
+    assert said_at_start(trainer_of(trainer, model, tmp_path / "both")) == []
+    assert (tmp_path / "both" / "checkpoint-2" / NAME / "adapter_model.safetensors").is_file()
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path):
+    wrapped = peft.get_peft_model(fitted("erasure", sticky=True), peft.LoraConfig(r=4, target_modules=LORA))
+    assert said_at_start(trainer_of("Trainer", wrapped, tmp_path)) == []
+    assert (tmp_path / "checkpoint-2" / NAME / "adapter_model.safetensors").is_file()
+    plain = model_of("llama")
+    plain.add_adapter(peft.LoraConfig(r=4, target_modules=LORA))
+    assert said_at_start(trainer_of("Trainer", plain, tmp_path / "plain")) == []
+
+
+def test_a_model_inside_another_librarys_says_what_to_do(tmp_path: Path):
+    class Around(torch.nn.Module):
+        def __init__(self, inside: Any) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inside(**inputs)
+
+    model, _ = with_lora("erasure")
+    model.set_adapter([NAME, "lora"])
+    (said,) = said_at_start(trainer_of("Trainer", Around(model), tmp_path, save_strategy="no"))
+    assert (
+        rf"Several adapters are active, ['{NAME}', 'lora']" in said
+        and f"sticky=True in the configuration of ['{NAME}']" in said
+    )
