@@ -37,18 +37,17 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from .base_config import ChildConfig
-from .places import CARD, COMMIT, CONFIG, STAGING, WEIGHTS, root_of, target_of
-from .untrusted import PREFIX, is_saved, read_config
+from .own_tensors import own_tensors, refuse_embeddings
+from .places import CARD, COMMIT, CONFIG, STAGING, root_of, target_of
+from .untrusted import read_config
 
 __all__ = ["ON_STAGED", "finish", "root_of", "save_model", "save_peft_model", "staged", "target_of"]
 
@@ -232,7 +231,8 @@ def save_peft_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     """`PeftModel.save_pretrained`, staged where an adapter that it writes is of this package.
 
     Raises:
-        ValueError: If a folder holds another adapter, or the call asks for what cannot be loaded again.
+        ValueError: If a folder holds another adapter, an adapter is no longer whole, or the call asks for what cannot
+            be loaded again.
     """
     call = inspect.signature(original).bind(*args, **kwargs)
     given = call.arguments
@@ -243,10 +243,8 @@ def save_peft_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     if not ours or not given.get("is_main_process", True) or folder.is_file():
         return original(*args, **kwargs)
     _check_wishes(given)
-    # "auto" would compare vocabularies, and write the embeddings of the model itself.
-    given["save_embedding_layers"] = False
     places = {name: "" if name == "default" else name for name in ours}
-    with _save_to(folder, model, places) as content:
+    with _save_to(folder, model, places, given.get("kwargs", {}).get("state_dict")) as content:
         given["save_directory"] = str(content)
         original(*call.args, **call.kwargs)
 
@@ -257,19 +255,20 @@ def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Non
     With `push_to_hub=True` the folder is complete before anything is uploaded.
 
     Raises:
-        ValueError: If the folder holds another adapter, or the call asks for what cannot be loaded again.
+        ValueError: If the folder holds another adapter, the adapter is no longer whole, or the call asks for what
+            cannot be loaded again.
     """
     call = inspect.signature(original).bind(*args, **kwargs)
     given = call.arguments
     folder = Path(given["save_directory"])
     ours = _active_of_ours(model)
-    if not ours or folder.is_file() or given.get("distributed_checkpoint") or not _writes(model, given):
+    if not ours or folder.is_file() or not _writes(model, given):
         return original(*args, **kwargs)
     _check_wishes(given)
     push = given.pop("push_to_hub", False)
     options = {name: given.get("kwargs", {}).pop(name) for name in _PUSH if name in given.get("kwargs", {})}
     given["max_shard_size"] = sys.maxsize  # PEFT reads one file
-    with _save_to(folder, model, dict.fromkeys(ours, "")) as content:
+    with _save_to(folder, model, dict.fromkeys(ours, ""), given.get("state_dict")) as content:
         given["save_directory"] = str(content)
         original(*call.args, **call.kwargs)
     if push:
@@ -283,16 +282,16 @@ _PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", 
 
 
 @contextmanager
-def _save_to(folder: Path, model: Any, places: dict[str, str]) -> Iterator[Path]:
+def _save_to(folder: Path, model: Any, places: dict[str, str], state_dict: Mapping[str, Any] | None) -> Iterator[Path]:
     """Stage a save of adapters of ours, each into a place below `folder`."""
     for name, place in places.items():
         _refuse_others(folder / place, model.peft_config[name])
+        own_tensors(model, name, state_dict)  # nothing is begun for an adapter that is not whole
     with staged(folder) as content:
         for place in {"", *places.values()}:
             _bring_card(folder / place, content / place)
         yield content
         for name, place in places.items():
-            _keep_own_tensors(content / place / WEIGHTS, model.peft_config[name])
             for write in ON_STAGED:
                 write(content / place, model, name)
 
@@ -315,11 +314,9 @@ def _writes(model: Any, given: dict[str, Any]) -> bool:
 def _check_wishes(given: dict[str, Any]) -> None:
     if not given.get("safe_serialization", given.get("kwargs", {}).get("safe_serialization", True)):
         raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
-    if given.get("save_embedding_layers", "auto") not in ("auto", False):
-        raise ValueError(
-            f"save_embedding_layers={given['save_embedding_layers']!r} would put the model's own embeddings into the "
-            "adapter, where no model loads them from: save the model itself, without adapters."
-        )
+    refuse_embeddings(given.get("save_embedding_layers", "auto"))
+    if given.get("distributed_checkpoint"):
+        raise ValueError("distributed_checkpoint=True would write what no adapter is loaded from: leave it out.")
 
 
 def _refuse_others(place: Path, config: ChildConfig) -> None:
@@ -348,25 +345,3 @@ def _bring_card(place: Path, content: Path) -> None:
     if card.is_file() and not card.is_symlink():
         content.mkdir(exist_ok=True)
         shutil.copyfile(card, content / CARD)
-
-
-def _keep_own_tensors(file: Path, config: ChildConfig) -> None:
-    """Take out what PEFT adds to an adapter's tensors.
-
-    These are embeddings of a model whose vocabulary has changed, and in older releases tensors of the other adapters.
-    """
-    marker = f".{(config.peft_type or '').lower()}_"
-    expected = config.tensors() if config.fitted else None
-
-    def is_own(name: str) -> bool:
-        plain = name.removeprefix(PREFIX)
-        return is_saved(plain, config.modules_to_save) or (marker in name if expected is None else plain in expected)
-
-    with safe_open(file, framework="pt") as tensors:
-        names = list(tensors.keys())
-        metadata = tensors.metadata()
-        own = [name for name in names if is_own(name)]
-        if len(own) == len(names):
-            return
-        kept = {name: tensors.get_tensor(name).clone() for name in own}
-    save_file(kept, file, metadata=metadata)

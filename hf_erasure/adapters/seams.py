@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import peft
 import torch
 from peft import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -46,6 +47,7 @@ from .child_tuner import (
     remove_adapter,
     remove_empty_layers,
 )
+from .own_tensors import adapter_state_dict
 from .saving import finish, save_model, save_peft_model
 from .untrusted import Source, looked_at, with_what_was_fitted
 from .wrapping import wrap
@@ -116,6 +118,8 @@ def install() -> None:
     wrap(PeftModel, "from_pretrained", _peft_from_pretrained, _MARK)
     wrap(PeftModel, "save_pretrained", save_peft_model, _MARK)
     wrap(PreTrainedModel, "save_pretrained", save_model, _MARK)
+    for place in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
+        wrap(place, "get_peft_model_state_dict", adapter_state_dict, _MARK)
     wrap(BaseTuner, "inject_adapter", _inject_adapter, _MARK)
     wrap(BaseTuner, "set_adapter", _set_adapter_of_method, _MARK)
     wrap(BaseTuner, "delete_adapter", _delete_adapter_of_method, _MARK)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
@@ -34,8 +35,9 @@ MAX_CONFIG_BYTES = 16 * 2**20
 # The names and shapes of that many tensors.
 MAX_HEADER_BYTES = 64 * 2**20
 PREFIX = "base_model.model."
-# The types of tensors by the names that safetensors has for them, with their bytes.
+# The types of tensors by the names that safetensors has for them: with their bytes, and those that adapters have.
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
 # Of a file below this nobody needs to know how much of it is on disk.
 _SMALL = 2**28
 

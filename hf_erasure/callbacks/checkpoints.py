@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -96,13 +97,12 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: Collection[str] | None = None) -> None:
     """Write every adapter, or `only` some, into a folder of its own name, but `top` into the folder itself."""
-    for name, config in configs_of(model).items():
-        if only is not None and name not in only:
-            continue
-        place = folder if name == top else folder / name
-        with staged(place) as content:
+    chosen = {name: config for name, config in configs_of(model).items() if only is None or name in only}
+    states = {name: _adapter_state(model, name) for name in chosen}  # all of them, before one is written
+    for name, config in chosen.items():
+        with staged(folder if name == top else folder / name) as content:
             config.save_pretrained(str(content))
-            save_file(_adapter_state(model, name), content / WEIGHTS, metadata={"format": "pt"})
+            save_file(states[name], content / WEIGHTS, metadata={"format": "pt"})
 
 
 def _save_base(model: nn.Module, folder: Path) -> None:
@@ -120,9 +120,7 @@ def _save_base(model: nn.Module, folder: Path) -> None:
 
 def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """An adapter's tensors by the keys of its file."""
-    # "auto" is PEFT's own choice; it takes an embedding that is targeted for one that is saved too.
-    embeddings: Any = False if isinstance(configs_of(model)[name], ChildConfig) else "auto"
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
+    state = peft.get_peft_model_state_dict(model, adapter_name=name)
     return {f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach().clone().contiguous() for key, value in state.items()}
 
 

@@ -1,0 +1,171 @@
+"""A save has all tensors of an adapter, or there is no save and the folder stays as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.own_tensors import own_tensors
+from hf_erasure.adapters.untrusted import PREFIX
+from hf_erasure.callbacks.checkpoints import save_adapters
+from tests.lifecycle.verbs import OF, OURS, base, outputs
+from tests.small_models import same
+
+WEIGHTS = "adapter_model.safetensors"
+LORA = {"r": 2, "target_modules": ["query"], "init_lora_weights": False}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(act: Callable[[], Any], folder: Path, words: str) -> None:
+    """An act fails, and a folder is as it was."""
+    before = content(folder) if folder.exists() else None
+    with pytest.raises(ValueError, match=words):
+        act()
+    assert (content(folder) if folder.exists() else None) == before
+
+
+# ---- what is gone ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+def test_an_adapter_that_was_taken_off_is_not_saved_empty(kind: str, way: str, tmp_path: Path):
+    model = OF[kind].wrapped("bert", "default", "other")
+    model.save_pretrained(tmp_path / "kept")
+    getattr(model.base_model, way)()
+    for folder in (tmp_path / "kept", tmp_path / "new"):
+        words = r"no module of this BertModel has adapter 'default' any more, as after merge_and_unload"
+        refused(lambda f=folder: model.save_pretrained(f), folder, words)
+        refused(
+            lambda f=folder: model.save_pretrained(f, selected_adapters=["other"]), folder, "adapter 'other' any more"
+        )
+    again = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / "kept"))
+    assert len(own_tensors(again, "default")) == len(load_file(tmp_path / "kept" / WEIGHTS))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_nor_is_one_that_was_never_fitted(kind: str, tmp_path: Path):
+    model = peft.get_peft_model(base("bert"), OF[kind].config())
+    with pytest.warns(UserWarning, match="was never fitted"):
+        model.save_pretrained(tmp_path)
+    model.unload()
+    refused(lambda: model.save_pretrained(tmp_path), tmp_path, "no module of this BertModel has adapter 'default'")
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub", "Trainer", "callback"])
+def test_a_part_of_an_adapter_is_not_saved(kind: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A layer was cut off under it: some modules still have the adapter, and others are gone."""
+    folder, model = tmp_path / "adapter", OF[kind].added("bert", "default")
+    names = [*own_tensors(model, "default")]
+    total, kept = len(names), sum(".layer.1." not in name for name in names)
+    model.save_pretrained(folder)
+    model.encoder.layer = model.encoder.layer[:1]
+    monkeypatch.setattr(model, "push_to_hub", lambda *_, **__: pytest.fail("pushed"))
+    act = {
+        "save_pretrained": lambda: model.save_pretrained(folder),
+        "push_to_hub": lambda: model.save_pretrained(folder, push_to_hub=True),
+        "Trainer": lambda: hf.Trainer(
+            model, hf.TrainingArguments(str(tmp_path / "run"), report_to=[], use_cpu=True)
+        ).save_model(str(folder)),
+        "callback": lambda: save_adapters(model, folder, top="default"),
+    }[way]
+    refused(act, folder, rf"this BertModel has {kept} of the {total} tensors of adapter 'default', and 'encoder")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_of_two_adapters_neither_is_written_when_one_is_not_whole(kind: str, tmp_path: Path):
+    model = OF[kind].added("bert", "one", "two")
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name)
+    OF[kind].fit(model, "bert", "one", 7)
+    next(iter(adapter_children(model, "two"))).delete_adapter("two")
+    refused(lambda: save_adapters(model, tmp_path), tmp_path, "tensors of adapter 'two'")
+
+
+def test_values_that_never_arrived_are_not_saved(tmp_path: Path):
+    """The configuration of a fitted adapter without its file, as when only the former was copied."""
+    for kind in OURS:
+        config = OF[kind].added("bert", "a").peft_config["a"]
+        model = base("bert")
+        model.add_adapter(config, "a")
+        refused(lambda m=model: m.save_pretrained(tmp_path / "a"), tmp_path / "a", "is missing or not finite")
+
+
+def test_a_model_without_values_has_none_to_save(tmp_path: Path):
+    model = OF["erasure"].added("bert", "a").to("meta")
+    refused(lambda: model.save_pretrained(tmp_path / "a"), tmp_path / "a", "is on the meta device and has no values")
+
+
+# ---- what PEFT leaves out --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("lora", ["attention", "output", "encoder", "0", "concept_erasure", "gradiend"])
+def test_an_adapter_beside_a_lora_named_like_a_module_is_saved_whole(kind: str, lora: str, tmp_path: Path):
+    model = base("bert")
+    model.add_adapter(peft.LoraConfig(**LORA), lora)
+    OF[kind].add(model, "bert", "ours", modules_to_save=["pooler"])
+    expected = own_tensors(model, "ours")
+    wanted = outputs(model, "bert")
+    model.save_pretrained(tmp_path / "save")
+    save_adapters(model, tmp_path, only=["ours"])
+    for place in ("save", "ours"):
+        found = load_file(tmp_path / place / WEIGHTS)
+        assert found.keys() == {f"{PREFIX}{name}" for name in expected}
+        assert all(torch.equal(found[f"{PREFIX}{name}"], tensor) for name, tensor in expected.items())
+        again = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / place))
+        assert same(outputs(again, "bert"), wanted)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_an_adapter_named_like_a_part_of_a_wrapper_or_a_parameter_is_saved_whole(kind: str, tmp_path: Path):
+    """PEFT puts `base_model.model` in front of all keys, and takes the last parts of a key for an adapter's name."""
+    names = ("base_model", "model", "weight", "bias")
+    model = OF[kind].wrapped("bert", *names, modules_to_save=["pooler"])
+    model.save_pretrained(tmp_path)
+    for name in names:
+        model.set_adapter(name)
+        again = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path / name))
+        assert same(outputs(again, "bert"), outputs(model, "bert"))
+
+
+# ---- what is given ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_values_that_are_given_go_before_the_models_own(kind: str, wrapped: bool, tmp_path: Path):
+    """As Trainer gives those it has gathered; what it has not gathered is the model's own."""
+    model = OF[kind].wrapped("bert", "default") if wrapped else OF[kind].added("bert", "default")
+    expected = own_tensors(model, "default")
+    changed = next(name for name, tensor in expected.items() if tensor.is_floating_point() and tensor.numel())
+    key = f"{PREFIX if wrapped else ''}{changed}.default"
+    model.save_pretrained(tmp_path, state_dict={key: expected[changed] + 1})
+    found = load_file(tmp_path / WEIGHTS)
+    assert found.keys() == {f"{PREFIX}{name}" for name in expected}
+    for name, tensor in expected.items():
+        assert torch.equal(found[f"{PREFIX}{name}"], tensor + 1 if name == changed else tensor)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_an_adapter_of_compiled_layers_is_saved_under_their_own_names(kind: str, tmp_path: Path):
+    model = OF[kind].added("bert", "a")
+    expected = outputs(model, "bert")
+    model.encoder.layer[0] = torch.compile(model.encoder.layer[0], backend="eager")
+    model.save_pretrained(tmp_path)
+    again = base("bert")
+    again.load_adapter(str(tmp_path))
+    assert same(outputs(again, "bert"), expected)
