@@ -68,7 +68,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
         if isinstance(module, AdapterChild) and adapter_name in module.adapters:
             module.check_values(adapter_name)
     _check_whole(own, config, adapter_name, base)
-    _check_copies(copies, config)
+    _check_copies(copies, config, base)
     nowhere = next((name for name, tensor in (own | copies).items() if tensor.device.type == "meta"), None)
     if nowhere is not None:
         raise ValueError(
@@ -133,12 +133,13 @@ def _check_whole(own: dict[str, Tensor], config: ChildConfig, adapter_name: str,
         )
 
 
-def _check_copies(copies: dict[str, Tensor], config: ChildConfig) -> None:
-    """Raise if the copy of a module is missing that the configuration names."""
+def _check_copies(copies: dict[str, Tensor], config: ChildConfig, base: nn.Module) -> None:
+    """Raise if a module that the configuration names has no copy; a name that no module has is nothing to save."""
     for end in config.modules_to_save or ():
-        if not any(name.rpartition(".")[0].endswith(end) or f"{end}." in name for name in copies):
+        named = [path for path, _ in base.named_modules() if path.endswith(end) and "modules_to_save" not in path]
+        if named and not any(name.startswith(f"{path}.") for path in named for name in copies):
             raise ValueError(
-                f"The {config.described} cannot be saved: the model has no copy of {end!r}, one of its "
-                f"modules_to_save={config.modules_to_save}, any more. Nothing was written. Load the adapter again, "
-                "with PeftModel.from_pretrained(model, folder)."
+                f"The {config.described} cannot be saved: {named[0]!r} is one of its modules_to_save="
+                f"{config.modules_to_save}, and the adapter has no copy of it any more. Nothing was written. Load the "
+                "adapter again, with PeftModel.from_pretrained(model, folder)."
             )

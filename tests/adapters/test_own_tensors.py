@@ -84,6 +84,13 @@ def test_a_part_of_an_adapter_is_not_saved(kind: str, way: str, tmp_path: Path, 
     refused(act, folder, rf"this BertModel has {kept} of the {total} tensors of adapter 'default', and 'encoder")
 
 
+def test_an_adapter_whose_copy_of_a_module_was_replaced_is_not_saved(tmp_path: Path):
+    model = OF["erasure"].wrapped("bert", "default", modules_to_save=["pooler", "classifier"])
+    model.save_pretrained(tmp_path)  # this model has no classifier
+    model.get_base_model().pooler = model.get_base_model().pooler.original_module
+    refused(lambda: model.save_pretrained(tmp_path), tmp_path, "'pooler' is one of its modules_to_save")
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_of_two_adapters_neither_is_written_when_one_is_not_whole(kind: str, tmp_path: Path):
     model = OF[kind].added("bert", "one", "two")
