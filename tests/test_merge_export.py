@@ -560,7 +560,7 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> N
         export_to_lora(fitted("bert"), "gender", tmp_path / "new")
     with pytest.raises(ValueError, match=r"PEFT does not support for the embedding 'transformer.wte'"):
         export_to_lora(fitted("gpt2", ("wte", "c_fc")), "gender", tmp_path / "new")
-    with pytest.raises(ValueError, match=r"'nowhere' is no erasure of this model; the erasures here are \['gender'\]"):
+    with pytest.raises(ValueError, match=r"'nowhere' is not an hf_erasure adapter .*; those here are \['gender'\]"):
         export_to_lora(fitted("gpt2", ("c_fc",)), "nowhere", tmp_path / "new")
     unfitted = base_of("gpt2")
     unfitted.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["c_fc"]), adapter_name="gender")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 
@@ -38,7 +38,14 @@ class ChildConfig(PeftConfig):
         fitted: Written by fitting. Whether there are values to load.
         provenance: Written by fitting. What the adapter was made from: the plugin's version, the class of the base
             model, the fingerprint of its weights, the other adapters that acted, and what was measured.
+
+    Attributes:
+        noun: What messages call an adapter of this kind.
+        example: A configuration to write in a message.
     """
+
+    noun: ClassVar[str] = "hf_erasure adapter"
+    example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"
 
     sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})
     modules_to_save: list[str] | None = field(

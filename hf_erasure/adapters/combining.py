@@ -18,6 +18,7 @@ from .beside import RECORD, without
 from .child_tuner import exactly
 from .config import CONCEPT_ERASURE, ConceptErasureConfig
 from .layer import ErasureLayer, erasure_layers
+from .lookup import adapter_of, as_attribute
 
 Sites = dict[str, Eraser]
 
@@ -28,7 +29,7 @@ def combine_fitted(
     """Make one erasure adapter that removes the concepts of several fitted ones, from their erasers.
 
     Args:
-        model: A model with fitted erasures, bare or wrapped in a `PeftModel`.
+        model: A model with fitted erasures, or whatever it is inside of.
         names: The adapters, at least two.
         into: The name of the new adapter.
         sticky: Whether the new adapter stays active when another is activated.
@@ -40,7 +41,7 @@ def combine_fitted(
     Raises:
         ValueError: As `hf_erasure.combine_adapters`; the model is as it was then.
     """
-    configs = _configs_to_combine(model, names, into)
+    configs, model = _to_combine(model, names, into)
     parts = {name: erasure_layers(model, name) for name in configs}
     sites = _combined_sites(model, configs, parts)
     config = _combined_config(configs, sites, sticky)
@@ -60,28 +61,23 @@ def combine_fitted(
     return attached
 
 
-def _configs_to_combine(model: Any, names: Sequence[str], into: str) -> dict[str, ConceptErasureConfig]:
-    """The configurations of adapters that can be combined."""
+def _to_combine(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, ConceptErasureConfig], Any]:
+    """The configurations of adapters that can be combined, and what holds them all."""
     if isinstance(names, str) or len(set(names)) < 2:
         raise ValueError(f"names={names!r}: give the names of at least two adapters, as in ['gender', 'pos'].")
     if len(set(names)) < len(names):
         raise ValueError(f"names={list(names)} has an adapter twice: give each once.")
-    known = getattr(model, "peft_config", None) or {}
-    if into in known:
+    found = [adapter_of(model, name, ConceptErasureConfig) for name in names]
+    holder = found[0].holder
+    if any(place.owner is not found[0].owner for place in found):
+        places = {place.name: as_attribute(place.path) for place in found}
+        raise ValueError(f"The adapters are on different models, {places}: combine those of one.")
+    if into in holder.peft_config:
         raise ValueError(f"into={into!r} is the name of an adapter that is there already: choose another name.")
-    erasures = [name for name, config in known.items() if isinstance(config, ConceptErasureConfig)]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"There is no adapter {name!r}; the erasures of this model are {erasures or 'none'}.")
-        if name not in erasures:
-            kind = getattr(known[name].peft_type, "value", known[name].peft_type)
-            raise ValueError(
-                f"Adapter {name!r} is no concept erasure but {kind}: combine erasures, of which this model has "
-                f"{erasures or 'none'}."
-            )
-        if not known[name].fitted:
-            raise ValueError(f"Adapter {name!r} was never fitted. {known[name].remedy}")
-    configs: dict[str, ConceptErasureConfig] = {name: known[name] for name in names}
+    for place in found:
+        if not place.config.fitted:
+            raise ValueError(f"Adapter {place.name!r} was never fitted. {place.config.remedy}")
+    configs = {place.name: place.config for place in found}
     for field, remedy in (
         ("site", "only erasers at the same side of a module act on the same activations"),
         ("affine", "fit all of them with the same"),
@@ -89,7 +85,7 @@ def _configs_to_combine(model: Any, names: Sequence[str], into: str) -> dict[str
         values = {name: getattr(config, field) for name, config in configs.items()}
         if len(set(values.values())) > 1:
             raise ValueError(f"The adapters differ in {field}, {values}: {remedy}.")
-    return configs
+    return configs, holder
 
 
 def _combined_sites(

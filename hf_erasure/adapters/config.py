@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_erasure.erasers.inlp import ROUNDS
 
@@ -53,6 +53,8 @@ class ConceptErasureConfig(ChildConfig):
         provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
             base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
     """
+
+    noun: ClassVar[str] = "concept erasure"
 
     concept: str = field(default="concept", metadata={"help": "What is erased, in a word."})
     labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})

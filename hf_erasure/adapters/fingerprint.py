@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .base_config import ChildConfig
 from .fields import fits, short
-from .merging import shared_weights
+from .merging import is_sharded, shared_weights
 from .offloading import value_of, why_not_reachable
 from .quantised import dequantised, is_quantised
 
@@ -342,7 +342,7 @@ def _is_readable(model: nn.Module, name: str) -> bool:
 
 def _is_whole(parameter: nn.Parameter) -> bool:
     """Whether one process sees all of a parameter."""
-    return type(parameter.data) is Tensor or is_quantised(parameter)
+    return (type(parameter.data) is Tensor and not is_sharded(parameter)) or is_quantised(parameter)
 
 
 def _weight(model: nn.Module, name: str) -> tuple[Tensor | None, str]:

@@ -19,7 +19,7 @@ from .drift import check_drift
 from .gradiend_layer import GradiendLayer
 from .layer import ErasureLayer, erasure_layers
 from .ledger import BiasSwitch, ledger_of, originals, put_ledger, set_parameter, was_changed, write
-from .merging import Edit, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
+from .merging import Edit, is_sharded, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
 from .offloading import is_offloaded, owns_offloaded, value_of, values_of
 from .probing import Probe
 from .quantised import FLOAT_FIRST, has_quantised
@@ -121,9 +121,9 @@ def refuse_sharded(model: nn.Module) -> None:
     """Before any forward pass: a sharded model that first runs below its root is useless afterwards.
 
     Raises:
-        ValueError: If FSDP2 keeps only a part of some weight in this process.
+        ValueError: If FSDP keeps only a part of some weight in this process.
     """
-    sharded = next((name for name, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
     if sharded is not None:
         raise ValueError(
             f"The erasure cannot be merged: {sharded!r} and other weights of the model are sharded, and each process "

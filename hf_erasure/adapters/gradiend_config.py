@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
@@ -57,6 +57,9 @@ class GradiendConfig(ChildConfig):
         encoders: Written by fitting. For each pair `{"scale", "bias", "activation", "unit_norm"}` of its encoder.
         provenance: Written by fitting. What the feature was learned from and on.
     """
+
+    noun: ClassVar[str] = "GRADIEND adapter"
+    example: ClassVar[str] = "GradiendConfig(feature=…, classes=[…])"
 
     feature: str = field(default="feature", metadata={"help": "What the feature is, in a word."})
     classes: list[str] | None = field(default=None, metadata={"help": "Names of its classes."})

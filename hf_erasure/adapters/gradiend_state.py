@@ -18,6 +18,7 @@ from .gradiend_config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, Gra
 from .gradiend_edit import Term, edited_tensor, written
 from .gradiend_layer import GradiendLayer, strength
 from .gradiend_tuner import modules_of_kind, share_kept
+from .lookup import adapter_of, class_name
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def set_features(
             layer.set_part(adapter_name, own, ENCODER_INDEX, index)
             layer.set_part(adapter_name, own, ENCODER, None if values is None else values[0])
             sizes[name]["encoder_count"] = _count(index, values)
-    _record(model, config, sizes, encoders, pairs)
+    _record(adapter_of(model, adapter_name, GradiendConfig).owner, config, sizes, encoders, pairs)
     for layer in layers.values():
         layer.steer(adapter_name, config)
 
@@ -260,16 +261,9 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
 # ---- finding the adapter ---------------------------------------------------------------------------------------------
 
 
-def _adapter(model: Any, name: str) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
-    layers = gradiend_layers(model, name)
-    config = (getattr(model, "peft_config", None) or {}).get(name)
-    if not layers or not isinstance(config, GradiendConfig):
-        known = sorted({other for layer in gradiend_layers(model).values() for other in layer.adapters})
-        raise ValueError(
-            f"adapter_name={name!r} is no GRADIEND adapter of this model; those here are {known or 'none'}. Add one: "
-            "model.add_adapter(GradiendConfig(feature=…, classes=[…]), adapter_name=…)."
-        )
-    return layers, config
+def _adapter(model: nn.Module, name: str) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
+    found = adapter_of(model, name, GradiendConfig)
+    return gradiend_layers(found.owner, name), found.config
 
 
 def _fitted(model: nn.Module, name: str) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
@@ -370,14 +364,13 @@ def _count(index: Tensor | None, values: list[Tensor] | None) -> int | None:
 
 
 def _record(
-    model: Any,
+    base: nn.Module,
     config: GradiendConfig,
     sizes: dict[str, dict[str, Any]],
     encoders: Sequence[FeatureEncoder],
     pairs: Sequence[tuple[str, str]],
 ) -> None:
     """What the saved adapter says about itself."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     config.pairs = [list(pair) for pair in pairs]
     config.fitted_parameters = sizes
     config.encoders = [
@@ -386,7 +379,7 @@ def _record(
     config.fitted = True
     config.provenance = {
         **config.provenance,
-        "base_class": type(base).__name__,
+        "base_class": class_name(base),
         "fingerprint": fingerprint(base, list(config.fitted_modules)),
     }
 

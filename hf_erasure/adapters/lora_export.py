@@ -30,6 +30,7 @@ from .gradiend_layer import innermost
 from .gradiend_state import changes_of
 from .gradiend_tuner import base_modules
 from .layer import erasure_layers
+from .lookup import adapter_of
 from .merging import WeightChange, is_weight_layer, shared_weights, weight_change
 from .probing import Probe
 
@@ -71,7 +72,7 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
     that is.
 
     Args:
-        model: The model with the fitted adapter, bare or wrapped in a `PeftModel`. It is not changed.
+        model: The model with the fitted adapter, or whatever it is inside of. It is not changed.
         adapter_name: The adapter; it is exported as it acts alone.
         folder: Where `adapter_config.json` and `adapter_model.safetensors` are written.
         rank: Of the LoRA, for a GRADIEND adapter; 16 when left out. An erasure has its own.
@@ -83,13 +84,14 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
         ValueError: If the adapter is not fitted, is merged, or has a site that is no linear layer and whose activation
             does not go into linear layers only; names the site and what stands in the way.
     """
-    wrapper: Any = model
-    base: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    if isinstance((getattr(wrapper, "peft_config", None) or {}).get(adapter_name), GradiendConfig):
-        return _export_gradiend(wrapper, base, adapter_name, Path(folder), DEFAULT_RANK if rank is None else rank)
+    found = adapter_of(model, adapter_name, ChildConfig)
+    base = found.owner
+    if isinstance(found.config, GradiendConfig):
+        return _export_gradiend(base, found.config, adapter_name, Path(folder), DEFAULT_RANK if rank is None else rank)
     if rank is not None:
         raise ValueError(f"rank={rank} is for GRADIEND adapters; an erasure is exported exactly, with its own rank.")
-    config = _fitted_config(wrapper, base, adapter_name)
+    config: Any = found.config
+    _check_exportable(base, config, adapter_name)
     refuse_sharded(base)
     with _alone(base, adapter_name):
         plan = plan_merge(base, [adapter_name], Probe(base), allow_tied=True)
@@ -112,8 +114,7 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
     return LoraExport(Path(folder), list(changes), unmergeable, _text(Path(folder), lora, list(changes), unmergeable))
 
 
-def _export_gradiend(model: Any, base: nn.Module, name: str, folder: Path, rank: int) -> LoraExport:
-    config: GradiendConfig = model.peft_config[name]
+def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder: Path, rank: int) -> LoraExport:
     if rank < 1:
         raise ValueError(f"rank={rank} is no rank: write a positive number.")
     if not config.fitted or config.learning_rate == 0:
@@ -125,7 +126,7 @@ def _export_gradiend(model: Any, base: nn.Module, name: str, folder: Path, rank:
     kept = lost = 0.0
     left_out: dict[str, float] = {}
     names = {id(innermost(module)): path for path, module in base_modules(base)}
-    for layer, parameter, delta in changes_of(model, name):
+    for layer, parameter, delta in changes_of(base, name):
         energy = float(delta.double().square().sum())
         carriers = layer.owners[parameter]
         if not energy:
@@ -194,17 +195,11 @@ def low_rank(delta: Tensor, rank: int) -> LowRank:
     return LowRank(v[:rank].to(delta.dtype), (u[:, :rank] * s[:rank]).to(delta.dtype), kept)
 
 
-def _fitted_config(model: Any, base: nn.Module, name: str) -> ConceptErasureConfig:
-    layers = erasure_layers(base, name)
-    if not layers:
-        known = sorted({other for layer in erasure_layers(base).values() for other in layer.adapters})
-        raise ValueError(f"adapter_name={name!r} is no erasure of this model; the erasures here are {known or 'none'}.")
-    config: ConceptErasureConfig = model.peft_config[name]
+def _check_exportable(base: nn.Module, config: ConceptErasureConfig, name: str) -> None:
     if not config.fitted:
         raise ValueError(f"The erasure {name!r} was never fitted: call fit_concept_erasure(model, batches, {name!r}).")
     if any(layer.merged for layer in erasure_layers(base).values()):
         raise ValueError("Erasures are merged into the weights: call unmerge_adapter() before exporting one.")
-    return config
 
 
 @contextmanager

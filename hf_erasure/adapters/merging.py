@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FlatParameter
 from transformers.pytorch_utils import Conv1D
 
 from .offloading import is_offloaded, why_not_reachable
@@ -121,9 +122,15 @@ def why_not_mergeable(host: nn.Module, site: str) -> str | None:
     unreachable = why_not_reachable(host)
     if unreachable is not None:
         return f"its weight {unreachable} to merge."
-    if type(weight.data) is not Tensor:
+    if type(weight.data) is not Tensor or is_sharded(weight):
         return "its weight is sharded. Load the model whole to merge."
     return None
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP keeps only a part of a parameter in this process."""
+    by_fsdp1 = isinstance(parameter, FlatParameter) or getattr(parameter, "_fsdp_flattened", False)
+    return by_fsdp1 or type(parameter.data).__name__ == "DTensor"
 
 
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from .base_config import ChildConfig
 from .beside import other_than_when_fitted
-from .child import adapter_children, child_configs
+from .child import adapter_children
 from .config import ConceptErasureConfig
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import why_not_editable
 from .gradiend_layer import GradiendLayer
 from .gradiend_state import edited, gradiend_layers, kept_share, targeted_parameters
 from .layer import erasure_layers
+from .lookup import AdapterNotFound, Found, adapter_of, bare_model
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def verify_adapter(
     """Check that an adapter is loaded, active and changes the model's output.
 
     Args:
-        model: A model with adapters, bare or wrapped in a `PeftModel`.
+        model: A model with adapters, or whatever such a model is inside of: a `PeftModel`, a `SentenceTransformer`,
+            `DataParallel`, DDP, FSDP, a compiled model, a module of your own.
         adapter_name: The adapter to check.
         batch: Model inputs for the comparison of outputs; a dummy input of the model's own when left out.
 
@@ -49,17 +52,24 @@ def verify_adapter(
         A `Verification`. For an erasure its text states the leakage of `last_hidden_state` that was measured when the
         adapter was fitted, beside the worst of the sites. Where other adapters act now than at fitting, it names them:
         what was measured holds beside those of then.
+
+    Raises:
+        ValueError: If several models inside have an adapter of that name.
     """
-    reason = _why_inactive(model, adapter_name)
+    try:
+        found = adapter_of(model, adapter_name, ChildConfig)
+    except AdapterNotFound as error:
+        return Verification(False, f"Adapter {adapter_name!r} does not act: {error}")
+    reason = _why_inactive(found)
     if reason is not None:
         return Verification(False, f"Adapter {adapter_name!r} does not act: {reason}")
-    children = adapter_children(model, adapter_name)
-    config = child_configs(model)[adapter_name]
+    owner, config = found.owner, found.config
+    children = adapter_children(owner, adapter_name)
     merged = all(adapter_name in child.merged_adapters for child in children)
     change = None
     if not merged:
-        outputs = _Outputs(model, batch)
-        active, plain = outputs.now(), outputs.without(adapter_name)
+        outputs = _Outputs(model, found, batch)
+        active, plain = outputs.now(), outputs.without_adapter()
         change = _distance(active, plain)
         if change == 0:
             return Verification(
@@ -67,7 +77,7 @@ def verify_adapter(
                 f"Adapter {adapter_name!r} is active at {len(children)} {_places(config)} but the output is the same "
                 "without it.",
             )
-        if isinstance(config, GradiendConfig) and _is_partial(model, adapter_name, outputs, active, plain):
+        if isinstance(config, GradiendConfig) and _is_partial(owner, adapter_name, outputs, active, plain):
             return Verification(
                 False,
                 f"Adapter {adapter_name!r} acts in part only: the output differs from that of the merged weights. Some "
@@ -77,9 +87,9 @@ def verify_adapter(
     how = "merged into the weights" if change is None else f"changes the output by {change:.2%} of its norm"
     return Verification(
         True,
-        f"Adapter {adapter_name!r} {_deed(model, adapter_name, config)} and {how}."
-        + _remarks(model, adapter_name, config)
-        + f" {other_than_when_fitted(model, adapter_name)}".rstrip(),
+        f"Adapter {adapter_name!r} {_deed(owner, adapter_name, config)} and {how}."
+        + _remarks(owner, adapter_name, config)
+        + f" {other_than_when_fitted(found.model, adapter_name)}".rstrip(),
     )
 
 
@@ -141,14 +151,8 @@ def leakage_sentence(config: ConceptErasureConfig) -> str:
     )
 
 
-def _why_inactive(model: nn.Module, name: str) -> str | None:
-    config = child_configs(model).get(name)
-    children = adapter_children(model, name)
-    if config is None or not children:
-        known = sorted({other for child in adapter_children(model) for other in child.adapters})
-        kinds = {child.noun for child in adapter_children(model)}
-        noun = f"{kinds.pop()}s" if len(kinds) == 1 else "adapters of this package" if kinds else "erasures"
-        return f"it is not loaded; the {noun} here are {known or 'none'}. Call model.load_adapter(…)."
+def _why_inactive(found: Found[ChildConfig]) -> str | None:
+    name, config, children = found.name, found.config, adapter_children(found.owner, found.name)
     if not config.fitted:
         return f"it was never fitted. {config.remedy}"
     absent = sorted(set(config.fitted_modules) - {child.path for child in children})
@@ -179,29 +183,43 @@ def _why_inactive(model: nn.Module, name: str) -> str | None:
 
 
 class _Outputs:
-    """What a model returns for one batch, in evaluation mode and without gradients."""
+    """What the model around an adapter returns for one batch, in evaluation mode and without gradients.
 
-    def __init__(self, model: nn.Module, batch: dict[str, Any] | None) -> None:
-        self.model = model
-        self.inputs = dummy_batch(model) if batch is None else {k: v for k, v in batch.items() if k != "concept_labels"}
+    A batch that has inputs which only a wrapper of the user's own takes goes through that wrapper.
+    """
+
+    def __init__(self, model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> None:
+        self.found = found
+        self.callee: nn.Module = found.callee
+        if batch is None:
+            self.inputs: dict[str, Any] = dummy_batch(found.model)
+        else:
+            self.inputs = {name: value for name, value in batch.items() if name != "concept_labels"}
+            if not _takes(found.model, self.inputs) and _takes(model, self.inputs):
+                self.callee = model
 
     def now(self) -> Tensor:
         """With the model as it is."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
+        training = [module for module in self.callee.modules() if module.training]
+        self.callee.eval()
         try:
             with torch.no_grad():
-                return _first_floating(self.model(**self.inputs))
+                return _first_floating(self.callee(**self.inputs))
         finally:
             for module in training:
                 module.training = True
 
-    def without(self, name: str) -> Tensor:
-        """When one adapter does not act, and all others do as they do."""
+    def without_adapter(self) -> Tensor:
+        """When the adapter does not act, and all others do as they do."""
         with ExitStack() as stack:
-            for child in adapter_children(self.model, name):
-                stack.enter_context(child.without(name))
+            for child in adapter_children(self.found.owner, self.found.name):
+                stack.enter_context(child.without(self.found.name))
             return self.now()
+
+
+def _takes(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether a model names all inputs among its parameters; a `**kwargs` takes anything and tells nothing."""
+    return inputs.keys() <= inspect.signature(model.forward).parameters.keys()
 
 
 def _is_partial(model: nn.Module, name: str, outputs: _Outputs, active: Tensor, plain: Tensor) -> bool:
@@ -225,8 +243,7 @@ def _first_floating(output: Any) -> Tensor:
 
 def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
     """A small input the model accepts: its own `dummy_inputs`, or noise of the shape its main input has."""
-    wrapper: Any = model
-    base: Any = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    base = bare_model(model)
     # Inputs for offloaded weights are moved by accelerate.
     device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
     if getattr(base, "main_input_name", "input_ids") == "pixel_values":

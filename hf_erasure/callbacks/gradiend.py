@@ -13,6 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
+from hf_erasure.adapters.lookup import adapter_of
 from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
 
 from .checks import check_training, is_sharded
@@ -77,8 +78,7 @@ class GradiendCallback(LoggingCallback):
             )
         self.remember(state)
         stored = features_of(model, self.adapter_name)
-        peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
-        config: GradiendConfig = peft_config[self.adapter_name]
+        config = adapter_of(model, self.adapter_name, GradiendConfig).config
         feature = stored[config.pair_index(config.pair)]
         self._encoder = feature.encoder
         if feature.encoder is None and self.mode == "monitor":
@@ -191,9 +191,7 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
         ValueError: If there are none.
     """
     found = []
-    wrapper: Any = model
-    bare: nn.Module = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = dict(bare.named_modules())
+    modules = dict(adapter_of(model, adapter_name, GradiendConfig).owner.named_modules())
     for name, weight in targeted_parameters(model, adapter_name).items():
         path, _, own = name.rpartition(".")
         lora = _lora_on(modules.get(path)) if own == "weight" else []

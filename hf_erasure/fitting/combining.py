@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.beside import RECORD, warn_of_what_is_off, without
 from hf_erasure.adapters.child import adapter_children
 from hf_erasure.adapters.combining import combine_fitted
+from hf_erasure.adapters.lookup import adapter_of, adapters_in
 from hf_erasure.models import check_pool
 
 from .erasure import adapter_to_fit, conclude, solved
@@ -53,7 +55,7 @@ def combine_adapters(
     moves all activations alike and has no influence on what can be read from them.
 
     Args:
-        model: A model with fitted erasures, bare or wrapped in a `PeftModel`.
+        model: A model with fitted erasures, or whatever it is inside of.
         names: The adapters, at least two. Their order does not matter, and they stay as they are.
         into: The name of the new adapter.
         batches: Adapter → batches with the labels of its concept, as `fit_concept_erasure` takes them; in each
@@ -84,9 +86,9 @@ def combine_adapters(
     with _undone_on_failure(model, into):
         combine_fitted(model, names, into, sticky=sticky, fitted_anew=True)
         config, layers = adapter_to_fit(model, into)
-        concepts = {name: model.peft_config[name] for name in names}
+        concepts = {name: adapter_of(model, name, ConceptErasureConfig).config for name in names}
         config.rank = sum(concept.max_rank for concept in concepts.values())
-        runner, processes = Runner(model, list(layers)), Processes()
+        runner, processes = Runner(model, layers.values()), Processes()
         with processes.agreeing("reading its batches"):
             peeked = {name: Peeked(batches[name]) for name in names}
         guarded = pool_for(pool, model, runner, concepts[names[0]], peeked[names[0]].first, processes)
@@ -115,13 +117,15 @@ def _without(model: Any, names: Sequence[str]) -> Iterator[None]:
 @contextmanager
 def _undone_on_failure(model: Any, into: str) -> Iterator[None]:
     """Take the new adapter off again if it could not be fitted."""
-    known = set(getattr(model, "peft_config", None) or {})
+    known = {place.name for place in adapters_in(model, ChildConfig)}
     active = {id(child): (child, child.active_adapters) for child in adapter_children(model)}
     try:
         yield
     except BaseException:
-        if into not in known and into in (getattr(model, "peft_config", None) or {}):
-            model.delete_adapter(into)
+        added = [] if into in known else list(adapters_in(model, ConceptErasureConfig, into))
+        for place in added:
+            place.holder.delete_adapter(into)
+        if added:
             for child, names in active.values():
                 child.set_adapter(names)
         raise

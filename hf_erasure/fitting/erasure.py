@@ -14,6 +14,7 @@ from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.beside import RECORD, active_beside, warn_of_what_is_off
 from hf_erasure.adapters.fingerprint import fingerprint
+from hf_erasure.adapters.lookup import adapter_of, class_name
 from hf_erasure.models import check_pool
 
 from .checkpoint import FitCheckpoint
@@ -52,7 +53,8 @@ def fit_concept_erasure(
     the same erasers, those that one process would find on all the data. A share may be empty.
 
     Args:
-        model: A model with a `ConceptErasureConfig` adapter, bare or wrapped in a `PeftModel`.
+        model: A model with a `ConceptErasureConfig` adapter, or whatever it is inside of: a `PeftModel`, a
+            `SentenceTransformer`, `DataParallel`, DDP, FSDP, a compiled model, a module of your own.
         batches: Dicts of model inputs plus `concept_labels`: `(batch,)` class ids for whole sequences, `(batch, seq)`
             class ids for tokens with −100 = ignore, or floats `(…, concept_dim)`. Padding never counts.
         adapter_name: The adapter to fit. Other active adapters stay active while it is, and are written down in its
@@ -89,7 +91,7 @@ def fit_concept_erasure(
     config, layers = adapter_to_fit(model, adapter_name)
     _check_label_order(batches, config)
     warn_of_what_is_off(model, adapter_name)
-    processes, checkpoint, runner = Processes(), None, Runner(model, list(layers))
+    processes, checkpoint, runner = Processes(), None, Runner(model, layers.values())
     with processes.agreeing("reading its batches"):
         peeked = Peeked(batches)
     guarded = pool_for(pool, model, runner, config, peeked.first, processes)
@@ -135,17 +137,11 @@ def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, d
     Raises:
         ValueError: If there is no such adapter, or its eraser is part of the weights at present.
     """
-    layers = erasure_layers(model, name)
-    config = (getattr(model, "peft_config", None) or {}).get(name)
-    if not isinstance(config, ConceptErasureConfig) or not layers:
-        known = sorted({other for layer in erasure_layers(model).values() for other in layer.adapters})
-        raise ValueError(
-            f"adapter_name={name!r} is no concept erasure of this model; it has {known or 'none'}. Add one first: "
-            f"model.add_adapter(ConceptErasureConfig(labels=[…]), adapter_name={name!r})."
-        )
+    found = adapter_of(model, name, ConceptErasureConfig)
+    layers = erasure_layers(found.owner, name)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
-    return config, layers
+    return found.config, layers
 
 
 def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
@@ -213,12 +209,12 @@ def _measured(figures: HeldOut) -> dict[str, Any]:
 
 def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:
     """What the saved adapter says about itself."""
-    model, config = task.runner.model, task.config
+    owner, config = adapter_of(task.runner.model, task.name, ConceptErasureConfig).owner, task.config
     config.fitted_sites = {site: {"width": f.eraser.x_dim, "rank": f.eraser.rank} for site, f in fits.items()}
     config.fitted = True
     config.provenance = {
         "hf_erasure_version": __version__,
-        "base_class": type(model).__name__,
+        "base_class": class_name(owner),
         "examples": report.examples,
         "tokens": report.tokens,
         "pool": report.pool,
@@ -226,8 +222,8 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
         "leakage": report.leakage,
         "leakage_intervals": report.leakage_intervals,
         "measured_on": report.measured_on,
-        "fingerprint": fingerprint(model, list(fits)),
-        RECORD: active_beside(model, task.name),
+        "fingerprint": fingerprint(owner, list(fits)),
+        RECORD: active_beside(task.runner.model, task.name),
     }
 
 

@@ -23,7 +23,7 @@ def measured_leakage(
     """The leakage of erased activations, a magnitude, at every site and at the last hidden states.
 
     Args:
-        model: With a concept-erasure adapter, bare or wrapped in a `PeftModel`; it runs twice over the batches.
+        model: With a concept-erasure adapter, or whatever it is inside of; it runs twice over the batches.
         batches: Held-out batches with `concept_labels`.
         adapter_name: The adapter.
         pool: As in `fit_concept_erasure`; by default what the adapter was fitted for, or else what the head reads.
@@ -35,7 +35,7 @@ def measured_leakage(
         ValueError: If there is no such adapter, it is merged, or the batches hold too little.
     """
     config, layers = adapter_to_fit(model, adapter_name)
-    runner, processes, peeked = Runner(model, list(layers)), Processes(), Peeked(batches)
+    runner, processes, peeked = Runner(model, layers.values()), Processes(), Peeked(batches)
     known = config.provenance.get("pool") if pool is None else None
     if known in POOLS:
         guarded = Pool(known, config.provenance.get("reader", ""))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.adapters import erasure_layers
+from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
+from hf_erasure.adapters.lookup import adapter_of
 from hf_erasure.erasers import apply_erasure
 from hf_erasure.models import pooled
 
@@ -47,8 +48,10 @@ def pooled_states(
     Raises:
         ValueError: If there are no batches.
     """
-    layers = erasure_layers(model, adapter_name)
-    runner, found, current = Runner(model, list(layers)), {}, []  # type: Runner, dict[str, list[Tensor]], list[BatchLabels]
+    layers = erasure_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
+    runner = Runner(model, layers.values())
+    found: dict[str, list[Tensor]] = {}
+    current: list[BatchLabels] = []
 
     def keep(site: str, activation: Tensor, where: str) -> None:
         aligned, selection = current[0].select(activation, where)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.utils.generic import ModelOutput
+
+from hf_erasure.adapters.child import AdapterChild
+from hf_erasure.adapters.lookup import bare_model, callee_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,24 +53,23 @@ class Runner:
     A language-model head is left out where no site needs it: its logits can cost more than the blocks.
 
     Args:
-        model: Bare or wrapped in a `PeftModel`.
-        sites: Names of modules within the bare model.
+        model: A bare model, or whatever it is inside of.
+        sites: The children at the modules whose activations are wanted.
 
     Attributes:
         model: The bare model, with its head if it has one.
         backbone: The part of it that returns the last hidden state.
-        is_sharded: Whether FSDP2 keeps a part of every weight in every process.
+        is_sharded: Whether FSDP keeps a part of every weight in every process.
     """
 
-    def __init__(self, model: nn.Module, sites: list[str]) -> None:
-        wrapped: Any = model
-        self.model: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    def __init__(self, model: nn.Module, sites: Iterable[AdapterChild] = ()) -> None:
+        self.model: Any = bare_model(model)
         backbone = self.backbone = getattr(self.model, "base_model", self.model)
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
-        needs_all = any(id(self.model.get_submodule(site)) not in within for site in sites)
-        self.is_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        needs_all = any(id(site.host) not in within for site in sites)
+        self.is_sharded = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
         # A sharded model gathers its weights at its root, so it is called there.
-        self.callee: nn.Module = model if self.is_sharded else self.model if needs_all else backbone
+        self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
         self.device = _input_device(self.model)
 
     def __call__(self, batch: dict[str, Any]) -> Any:
@@ -122,10 +124,9 @@ def text_encoder(model: nn.Module) -> nn.Module:
     """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as ever.
 
     Args:
-        model: Bare or wrapped in a `PeftModel`.
+        model: A bare model, or whatever it is inside of.
     """
-    wrapped: Any = model
-    bare = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
+    bare = bare_model(model)
     return bare.get_encoder() if _is_encoder_decoder(bare) else model
 
 

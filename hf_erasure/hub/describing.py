@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.lookup import adapter_of
 from hf_erasure.fitting.files import write_text
 
 from .cards import CONFIG, config_in, own_adapters
@@ -42,9 +43,7 @@ def describe(
     Raises:
         ValueError: If there is no such adapter of ours, or a name is none of a repository.
     """
-    config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
-    if not isinstance(config, ChildConfig):
-        raise ValueError(f"adapter_name={adapter_name!r} is no adapter of hf_erasure in this model.")
+    config = adapter_of(model, adapter_name, ChildConfig).config
     tell(config, datasets=datasets, labels_from=labels_from, base_model=base_model, license=license, language=language)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 from peft import PeftConfig
@@ -12,6 +11,7 @@ from torch import nn
 from hf_erasure.adapters import LoraExport
 from hf_erasure.adapters import export_to_lora as export
 from hf_erasure.adapters.base_config import ChildConfig
+from hf_erasure.adapters.lookup import adapter_of
 from hf_erasure.fitting.files import write_text
 
 from .cards import README, Card, WrittenCard, text_of, updated
@@ -56,7 +56,7 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
     that is.
 
     Args:
-        model: The model with the fitted adapter, bare or wrapped in a `PeftModel`. It is not changed.
+        model: The model with the fitted adapter, or whatever it is inside of. It is not changed.
         adapter_name: The adapter; it is exported as it acts alone.
         folder: Where `adapter_config.json`, `adapter_model.safetensors` and `README.md` are written.
         rank: Of the LoRA, for a GRADIEND adapter; 16 when left out. An erasure has its own.
@@ -69,8 +69,7 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
             does not go into linear layers only; names the site and what stands in the way.
     """
     exported = export(model, adapter_name, folder, rank=rank)
-    wrapper: Any = model
-    write_lora_card(exported, wrapper.peft_config[adapter_name])
+    write_lora_card(exported, adapter_of(model, adapter_name, ChildConfig).config)
     return exported
 
 

@@ -89,9 +89,13 @@ def test_every_reason_why_an_adapter_does_not_act(lifecycle: Lifecycle):
         assert not verified
         return str(verified)
 
-    assert "is not loaded; the erasures here are none" in reason(lifecycle.base("bert"))
+    assert "is not an hf_erasure adapter of this model (BertModel); those here are none" in reason(
+        lifecycle.base("bert")
+    )
     model = lifecycle.fitted(CELL)
-    assert f"is not loaded; the erasures here are ['{NAME}']" in reason(model, "nobody")
+    assert f"is not an hf_erasure adapter of this model (BertModel); those here are ['{NAME}']" in reason(
+        model, "nobody"
+    )
     model.disable_adapters()
     assert "disabled. Call model.enable_adapters()" in reason(model)
     model.enable_adapters()

@@ -154,5 +154,5 @@ def test_what_means_nothing_is_refused(options: dict[str, Any], message: str):
 
 def test_an_erasure_that_is_not_there_is_said_before_training(tmp_path: Path):
     model = copy.deepcopy(small_model("llama"))
-    with pytest.raises(ValueError, match="is no concept erasure of this model"):
+    with pytest.raises(ValueError, match="is not a concept erasure of this model"):
         fine_tune(model, tmp_path, ConceptErasureCallback([1], NAME))

@@ -190,7 +190,7 @@ def test_what_cannot_be_watched_is_said_before_training(tmp_path: Path):
     with pytest.raises(ValueError, match="holds no encoder"):
         fine_tune(blind, tmp_path, [GradiendCallback(NAME)])
     plain = model_of("llama")
-    with pytest.raises(ValueError, match="is no GRADIEND adapter of this model"):
+    with pytest.raises(ValueError, match="is not a GRADIEND adapter of this model"):
         fine_tune(plain, tmp_path, [GradiendCallback(NAME)])
 
 

@@ -235,7 +235,7 @@ def test_what_its_maker_tells_is_in_every_card_until_it_is_fitted_anew(lifecycle
     assert "two annotators" not in (tmp_path / "three/README.md").read_text()
     with pytest.raises(ValueError, match="is no name on the Hub"):
         describe(model, NAME, datasets=[str(tmp_path)])
-    with pytest.raises(ValueError, match="'absent' is no adapter"):
+    with pytest.raises(ValueError, match="'absent' is not an hf_erasure adapter"):
         describe(model, "absent")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
+from hf_erasure.adapters.lookup import adapter_of, bare_model
 
 from .forwards import task_of
 from .gradients import GradientReader
@@ -34,7 +35,8 @@ class GradiendAdapter:
     """A handle on one GRADIEND adapter; it holds nothing itself.
 
     Args:
-        model: Bare or wrapped in a `PeftModel`.
+        model: A model with the adapter, or whatever it is inside of: a `PeftModel`, a `SentenceTransformer`,
+            `DataParallel`, DDP, FSDP, a compiled model, a module of your own.
         name: The adapter's name.
 
     Raises:
@@ -42,13 +44,7 @@ class GradiendAdapter:
     """
 
     def __init__(self, model: nn.Module, name: str = "default") -> None:
-        configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-        if not isinstance(configs.get(name), GradiendConfig):
-            known = [n for n, config in configs.items() if isinstance(config, GradiendConfig)]
-            raise ValueError(
-                f"{name!r} is no GRADIEND adapter of this model; those here are {known or 'none'}. Add one with "
-                "model.add_adapter(GradiendConfig(feature=…), adapter_name=…) or model.load_adapter(folder)."
-            )
+        adapter_of(model, name, GradiendConfig)  # raises where there is none
         self.model, self.name = model, name
 
     @classmethod
@@ -59,8 +55,7 @@ class GradiendAdapter:
     @property
     def config(self) -> GradiendConfig:
         """The adapter's configuration."""
-        peft_config: dict[str, Any] = self.model.peft_config  # type: ignore[assignment]
-        return peft_config[self.name]
+        return adapter_of(self.model, self.name, GradiendConfig).config
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +122,7 @@ class GradiendAdapter:
         encode = list(self.encoders().values())[self._index(pair)]
         task, source = task_of(self.model), self.config.source
         if not isinstance(batch, PairBatch):
-            batch = as_pair_batch(batch, self.model, task, source)
+            batch = as_pair_batch(batch, bare_model(self.model), task, source)
         with unsteered(self.model, self.name):
             reader = GradientReader(self.model, targeted_parameters(self.model, self.name), task)
             values = [encode(reader.gradients(row, wanted=(source,))[source]) for row in single_rows(batch)]

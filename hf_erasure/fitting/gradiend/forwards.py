@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.utils.generic import ModelOutput
 
+from hf_erasure.adapters.lookup import bare_model
 from hf_erasure.fitting.running import evaluating
 
 from .batches import Filled, PairBatch, Task
@@ -28,12 +29,12 @@ def task_of(model: nn.Module) -> Task:
     """What a model's head predicts: ``masked``, ``causal``, ``seq2seq`` or ``classification``.
 
     Args:
-        model: Bare or wrapped in a `PeftModel`.
+        model: A bare model, or whatever it is inside of.
 
     Raises:
         ValueError: It has no head that GRADIEND can use.
     """
-    base = _bare(model)
+    base = bare_model(model)
     names = {kind.__name__ for kind in type(base).__mro__}
     encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     for task, mapping, endings in _HEADS:
@@ -61,12 +62,6 @@ def _check_classifier(model: Any) -> None:
         )
 
 
-def _bare(model: Any) -> Any:
-    """The transformers model within a compiled one or a `PeftModel`."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 class SlotReader:
     """Reads logits and log-probabilities at slots off a model, without gradients.
 
@@ -81,7 +76,7 @@ class SlotReader:
     """
 
     def __init__(self, model: nn.Module, task: Task | None = None) -> None:
-        self.model: Any = _bare(model)
+        self.model: Any = bare_model(model)
         self.task: Task = task_of(self.model) if task is None else task
         self._backbone = _backbone(self.model)
         taken = inspect.signature(self.model.forward).parameters

@@ -30,6 +30,7 @@ from hf_erasure.adapters import (
     targeted_parameters,
 )
 from hf_erasure.adapters.beside import RECORD, active_beside, warn_of_what_is_off
+from hf_erasure.adapters.lookup import adapter_of, bare_model, only_adapter
 from hf_erasure.gradiend import Feature
 
 from ..origin import origin_of
@@ -62,7 +63,7 @@ class GradiendTrainer:
     adapter has no effect until `select` or `GradiendAdapter.steer` says how far to go.
 
     Args:
-        model: With a GRADIEND adapter (`model.add_adapter(GradiendConfig(…))`), bare or in a `PeftModel`.
+        model: With a GRADIEND adapter (`model.add_adapter(GradiendConfig(…))`), or whatever it is inside of.
         args: `GradiendTrainingArguments`.
         train_dataset: Pairs: `text` with one `[FEATURE]` slot, `factual`, `counterfactual`, `label`.
         eval_dataset: Pairs that were not trained on, or a dictionary of several such sets by name.
@@ -91,7 +92,7 @@ class GradiendTrainer:
     ) -> None:
         self.model = model
         self.args = args or GradiendTrainingArguments()
-        self.adapter_name = adapter_name or _only_adapter(model)
+        self.adapter_name = adapter_name or only_adapter(model, GradiendConfig)
         GradiendAdapter.of(model, self.adapter_name)  # raises where there is none
         self.processing_class = _one_of(processing_class, tokenizer)
         if self.processing_class is None:
@@ -115,8 +116,7 @@ class GradiendTrainer:
     @property
     def config(self) -> GradiendConfig:
         """The adapter's configuration."""
-        peft_config: dict[str, Any] = self.model.peft_config  # type: ignore[assignment]
-        return peft_config[self.adapter_name]
+        return adapter_of(self.model, self.adapter_name, GradiendConfig).config
 
     @property
     def pairs(self) -> list[Pair]:
@@ -404,7 +404,7 @@ class GradiendTrainer:
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the adapter, as `model.save_pretrained` does."""
         if self._processes.is_main:
-            model: Any = self.model
+            model: Any = adapter_of(self.model, self.adapter_name, GradiendConfig).holder
             model.save_pretrained(output_dir or self.args.output_dir)
 
     def _words(self) -> ClassWords:
@@ -431,7 +431,7 @@ class GradiendTrainer:
 
     @property
     def _model_config(self) -> Any:
-        return self.model.config
+        return bare_model(self.model).config
 
     @contextmanager
     def _reader(self) -> Iterator[GradientReader]:
@@ -482,14 +482,3 @@ def _one_of(processing_class: Any, tokenizer: Any) -> Any:
     if processing_class is not None and tokenizer is not None:
         raise ValueError("processing_class and tokenizer are two names of one argument: give one of them.")
     return processing_class if processing_class is not None else tokenizer
-
-
-def _only_adapter(model: nn.Module) -> str:
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    names = [name for name, config in configs.items() if isinstance(config, GradiendConfig)]
-    if len(names) == 1:
-        return names[0]
-    raise ValueError(
-        f"The model has {'several' if names else 'no'} GRADIEND adapters{f': {names}' if names else ''}. "
-        + ("Say which with adapter_name=…" if names else "Add one: model.add_adapter(GradiendConfig(feature=…)).")
-    )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
 from hf_erasure.adapters import GradiendConfig, gradiend_layers, steer
+from hf_erasure.adapters.lookup import adapter_of
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def unsteered(model: nn.Module, adapter_name: str) -> Iterator[None]:
             f"The adapter {adapter_name!r} is merged into the weights, whose gradients are not those of the base "
             "model: call unmerge_adapter() first."
         )
-    peft_config: dict[str, Any] = model.peft_config  # type: ignore[assignment]
-    config: GradiendConfig = peft_config[adapter_name]
+    config = adapter_of(model, adapter_name, GradiendConfig).config
     if not config.fitted:  # it has no effect
         yield
         return

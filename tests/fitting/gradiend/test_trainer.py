@@ -406,7 +406,7 @@ def test_encode_refuses_what_does_not_say_enough(tmp_path: Path):
         adapter.encode(_with_labels(_batches("bert", 1)[0], "bert"))
     with pytest.raises(ValueError, match="is not one of the pairs"):
         adapter.encode(_batches("bert", 1)[0], pair=("male", "nurse"))
-    with pytest.raises(ValueError, match="is no GRADIEND adapter of this model"):
+    with pytest.raises(ValueError, match="is not a GRADIEND adapter of this model"):
         GradiendAdapter.of(model, "other")
 
 
@@ -427,7 +427,7 @@ def test_importance_adds_up(tmp_path: Path):
 
 def test_the_adapter_must_be_there_and_be_the_only_one_or_named(tmp_path: Path):
     arguments = GradiendTrainingArguments(output_dir=str(tmp_path), disable_tqdm=True)
-    with pytest.raises(ValueError, match=r"has no GRADIEND adapters.*add_adapter"):
+    with pytest.raises(ValueError, match=r"has no GRADIEND adapter.*add_adapter"):
         GradiendTrainer(model_of("bert"), arguments, pairs("bert"), tokenizer=tokenizer_of("bert"))
     model = adapted("bert")
     model.add_adapter(GradiendConfig(feature="other"), adapter_name="other")
@@ -670,5 +670,5 @@ def test_data_of_other_types_and_a_missing_tokenizer_are_named(tmp_path: Path):
         GradiendTrainer(model, arguments, neutral_dataset=["a"], tokenizer=tokenizer_of("llama"))
     with pytest.raises(ValueError, match="needs the model's tokenizer"):
         GradiendTrainer(model, arguments, pairs("llama"))
-    with pytest.raises(ValueError, match="'nope' is no GRADIEND adapter"):
+    with pytest.raises(ValueError, match="'nope' is not a GRADIEND adapter"):
         GradiendTrainer(model, arguments, pairs("llama"), tokenizer=tokenizer_of("llama"), adapter_name="nope")
