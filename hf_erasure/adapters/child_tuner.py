@@ -15,6 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .auxiliary import ActiveCopies
+from .base_config import ChildConfig
 from .broadcasting import keep_from_broadcast
 from .child import AdapterChild, adapter_children
 from .fingerprint import check_base
@@ -165,6 +166,7 @@ class ChildTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         children = self._children()
+        own = {name for child in children for name in child.adapters}
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
         for child in children:
@@ -173,11 +175,19 @@ class ChildTuner(BaseTuner):
             child.forget_originals()
             child.detach()
         for parent, name, wrapper in _saved_modules(self.model):
-            if wrapper._adapters <= self.peft_config.keys() and not adapter_children(wrapper):
+            if wrapper._adapters <= own and not adapter_children(wrapper):
                 setattr(parent, name, wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+            for adapter in wrapper._adapters & own if wrapper._adapters - own else ():
+                wrapper.delete_adapter(adapter, [])
         note_adapters(self.model)
-        left = {name: config for name, config in self.peft_config.items() if adapter_children(self.model, name)}
-        if left:  # adapters of the other kind
+        configs: dict[str, Any] = self.peft_config
+        # Adapters of the other kind, and those of other methods, which stay.
+        left = {
+            name: config
+            for name, config in configs.items()
+            if name not in own and (adapter_children(self.model, name) or not isinstance(config, ChildConfig))
+        }
+        if left:
             self.model.peft_config = left
         elif hasattr(self.model, "peft_config"):
             del self.model.peft_config

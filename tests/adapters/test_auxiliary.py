@@ -217,3 +217,18 @@ def test_trained_tokens_stay_on_too(kind: str, folders: dict[str, Path]):
     for name in ("fitted", "ours"):
         model.delete_adapter(name)
     assert torch.equal(logits_of(model), logits_of(alone))
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+@pytest.mark.parametrize("kind", OURS)
+def test_taking_ours_away_leaves_the_other_adapter_whole(kind: str, how: str, folders: dict[str, Path], tmp_path: Path):
+    model = peft.PeftModel.from_pretrained(tuned(), folders[f"{kind} False"], adapter_name="ours").eval()
+    together = logits_of(model)
+    plain = getattr(model, how)()
+    assert not adapter_children(plain) and list(plain.peft_config) == ["lora"]
+    expected = together if how == "merge_and_unload" else logits_of(tuned())
+    assert torch.allclose(logits_of(plain), expected, atol=1e-5)
+    plain.save_pretrained(tmp_path)
+    again = classifier()
+    again.load_adapter(tmp_path, adapter_name="lora")
+    assert torch.equal(logits_of(again), logits_of(tuned()))
