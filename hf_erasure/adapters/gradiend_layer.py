@@ -1,15 +1,9 @@
-"""The change of weights as a child of the module that owns them.
-
-While the module's innermost `forward` runs, an attribute of the changed value hides the parameter; the parameter itself
-stays where it is, for the optimizer, `state_dict` and other threads.
-"""
+"""The change of weights as a child of the module that owns them, which acts while that module's `forward` runs."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,30 +13,14 @@ from torch import Tensor, nn
 from .base_config import INDICES
 from .child import AdapterChild, StateDict
 from .gradiend_config import FEATURE, INDEX, OFFSET, GradiendConfig
-from .gradiend_edit import Term, Written, why_not_editable, with_gradient, write
+from .gradiend_edit import Term, Written, why_not_editable, write
+from .gradiend_forward import forward_of
 from .ledger import ledger_of
 from .offloading import held, owns_offloaded
 from .quantised import FLOAT_FIRST, is_quantised
 
 CHILD = "gradiend"
 STEERING = "gradiend_steering"
-
-
-@dataclass(frozen=True)
-class Bypass:
-    """A module that reads parameters of another one, or reads its own past their names.
-
-    Attributes:
-        reader: The module.
-        refused: Whether adapters that are not merged are refused; otherwise the hook alone makes it call the owner.
-    """
-
-    reader: nn.Module
-    refused: bool
-
-
-# Held while a forward pass puts its values in place or takes them away, never while a module runs.
-_LOCK = threading.RLock()
 
 
 class GradiendLayer(AdapterChild):
@@ -52,7 +30,7 @@ class GradiendLayer(AdapterChild):
         gradiend_parameters: Adapter name → names of the module's parameters that it changes.
         gradiend_sticky: Adapter name → whether it stays active beside others.
         owners: Parameter name → all modules that own that very tensor, with its name there.
-        bypass: What reads the parameters without calling their module; None where nothing does.
+        readers: Modules that may read a parameter of an owner without calling it, each with that owner.
     """
 
     child_name = CHILD
@@ -67,8 +45,7 @@ class GradiendLayer(AdapterChild):
         # (2, pairs): what Wd and bd of each pair are multiplied by. Filled in place, so that compiled code stays valid.
         self.gradiend_steering = StateDict(persistent=False)
         self.owners: dict[str, list[tuple[nn.Module, str]]] = {}
-        self.bypass: Bypass | None = None
-        self._handles: list[Any] = []
+        self.readers: list[tuple[nn.Module, nn.Module]] = []
         self._held: set[str] = set()
         # One entry a merge: whose it was, and what it wrote.
         self._written: list[tuple[list[str], list[tuple[str, Written]]]] = []
@@ -206,41 +183,24 @@ class GradiendLayer(AdapterChild):
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
 
-    def link(self, owners: dict[str, list[tuple[nn.Module, str]]], bypass: Bypass | None) -> None:
-        """Say which modules own the parameters, and what reads them without calling their module."""
+    def link(self, owners: dict[str, list[tuple[nn.Module, str]]], readers: list[tuple[nn.Module, nn.Module]]) -> None:
+        """Say which modules own the parameters, and which read them without calling their owner."""
         self._unhook()
-        self.owners, self.bypass = owners, bypass
+        self.owners, self.readers = owners, readers
         self._hook()
 
     def _hook(self) -> None:
         for name, places in self.owners.items():
             for module, own_name in places:
-                swap_of(module).add(self, name, own_name)
-        if self.bypass is not None:
-            self._handles.append(self.bypass.reader.register_forward_pre_hook(self._refuse_bypass))
+                forward_of(module).add(self, name, own_name)
+        for reader, owner in self.readers:
+            forward_of(reader).add_read(self, forward_of(owner))
 
     def _unhook(self) -> None:
-        for places in self.owners.values():
-            for module, _ in places:
-                swap_of(module).remove(self)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _refuse_bypass(self, *_: Any) -> None:
-        reason = self.why_bypassed()
-        if reason is not None:
-            raise ValueError(f"The GRADIEND adapter {self.acting_adapters()[0]!r} cannot act unmerged: {reason}")
-
-    def why_bypassed(self) -> str | None:
-        """The reason why an adapter that should act here has no effect unless merged; None where it has one."""
-        if self.bypass is None or not self.bypass.refused or not self.acting_adapters():
-            return None
-        return (
-            f"the weights of {self.path!r} are read by {type(self.bypass.reader).__name__} itself and not by the "
-            "module that owns them, so that a change that is not merged would be ignored. Merge it, by merge_adapter() "
-            "or merge_and_unload() of the PeftModel, or leave such modules out by exclude_modules."
-        )
+        for module in [module for places in self.owners.values() for module, _ in places]:
+            forward_of(module).remove(self)
+        for reader, _ in self.readers:
+            forward_of(reader).remove(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter that is not merged."""
@@ -249,6 +209,8 @@ class GradiendLayer(AdapterChild):
         used = {name for names in self.gradiend_parameters.values() for name in names}
         self._unhook()
         self.owners = {name: places for name, places in self.owners.items() if name in used}
+        left = {id(module) for places in self.owners.values() for module, _ in places}
+        self.readers = [(reader, owner) for reader, owner in self.readers if id(owner) in left]
         self._hook()
 
     # ---- which adapters act ------------------------------------------------------------------------------------------
@@ -434,107 +396,3 @@ def _layout(config: GradiendConfig, name: str) -> dict[str, Tensor]:
         kind: torch.empty(shape, dtype=torch.int32 if types == INDICES else torch.float32)
         for kind, (shape, types) in kept.items()
     }
-
-
-# ---- the forward pass ------------------------------------------------------------------------------------------------
-
-
-class Swap:
-    """Stands in for a module's `forward`, and hides parameters behind their changed values while that runs.
-
-    It is put inside of accelerate's own wrapper, which brings the weights of an offloaded module. Several threads may
-    be inside at once: the values stay until the last one leaves.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.slots: list[tuple[GradiendLayer, str, str]] = []
-        self.inside = 0
-        self.wrapped: Callable[..., Any] | None = None
-
-    def add(self, layer: GradiendLayer, parameter: str, own_name: str) -> None:
-        """Hide `own_name` behind what `layer` makes of its `parameter`."""
-        if not self.slots:
-            place = _place_of_forward(self.module)
-            self.wrapped = self.module.__dict__.get(place)
-            self.module.__dict__[place] = self
-        self.slots.append((layer, parameter, own_name))
-
-    def remove(self, layer: GradiendLayer) -> None:
-        """Take back what `add` did for a layer; without others, the module is as it was."""
-        self.slots = [slot for slot in self.slots if slot[0] is not layer]
-        place = _place_of_forward(self.module)
-        if self.slots or self.module.__dict__.get(place) is not self:
-            return
-        if self.wrapped is not None:
-            self.module.__dict__[place] = self.wrapped
-        elif place == "forward":
-            del self.module.__dict__[place]
-        else:  # accelerate came later, and took this for the module's own
-            self.module.__dict__[place] = type(self.module).forward.__get__(self.module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's `forward` returns with the changed values in place."""
-        if torch.compiler.is_compiling():
-            values = self._values()
-            self.module.__dict__.update(values)
-            try:
-                return self._run(*args, **kwargs)
-            finally:
-                for name in values:
-                    del self.module.__dict__[name]
-        with _LOCK:
-            values = self._values()
-            if values:
-                self.inside += 1
-                self._show(values)
-        try:
-            return self._run(*args, **kwargs)
-        finally:
-            if values:
-                with _LOCK:
-                    self.inside -= 1
-                    if not self.inside:
-                        for _, _, name in self.slots:
-                            self.module.__dict__.pop(name, None)
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.wrapped is not None:
-            return self.wrapped(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def _values(self) -> dict[str, Tensor]:
-        """What the acting adapters make of the parameters; those that none changes are left out."""
-        terms: dict[str, list[Term]] = {}
-        for layer, parameter, name in self.slots:
-            weight = self.module._parameters.get(name)
-            if weight is not None:
-                terms.setdefault(name, []).extend(layer.acting_terms(parameter, weight.device))
-        return {
-            name: with_gradient(self.module._parameters[name], found)  # type: ignore[arg-type]
-            for name, found in terms.items()
-            if found
-        }
-
-    def _show(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            shown = self.module.__dict__.get(name)
-            # Another thread that runs without gradients must not take the graph away from one that runs with them.
-            if shown is None or value.requires_grad or not shown.requires_grad:
-                self.module.__dict__[name] = value
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """What `inspect.signature` is to look at."""
-        return self.wrapped or type(self.module).forward.__get__(self.module)
-
-
-def swap_of(module: nn.Module) -> Swap:
-    """The swap of a module, a new one where it has none."""
-    present = module.__dict__.get(_place_of_forward(module))
-    return present if isinstance(present, Swap) else Swap(module)
-
-
-def _place_of_forward(module: nn.Module) -> str:
-    """Where the forward of a module is to be replaced: what accelerate calls, where it has put its own in front."""
-    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"

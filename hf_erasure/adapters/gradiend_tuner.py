@@ -10,14 +10,15 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from .child import refuse_container
+from .child import AdapterChild, refuse_container
 from .child_tuner import ChildTuner, exactly, is_child
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import squares_of_change
-from .gradiend_layer import CHILD, Bypass, GradiendLayer, innermost
+from .gradiend_layer import CHILD, GradiendLayer, innermost
 from .mixed_batches import Rows
 from .patterns import as_names
 from .quantised import FLOAT_FIRST, is_quantised, quantised_modules
+from .readers import Readers
 from .targets import is_fitted_at, keep_layers
 
 # Below this share of the edit that a merge keeps, the merged model is not what was selected.
@@ -97,7 +98,6 @@ class GradiendModel(ChildTuner):
         if config.fitted_parameters is None:
             # PEFT shortens long lists to suffixes, and takes "embed_tokens" for a wish to save the embeddings too.
             config.target_modules = exactly([x.path for x in self._children() if adapter_name in x.adapters], model)
-        link_owners(model)
 
     # ---- merging: the whole adapter, or nothing of it ----------------------------------------------------------------
 
@@ -272,22 +272,26 @@ def _refuse_quantised(full: str, parameter: nn.Parameter, config: GradiendConfig
 
 
 def link_owners(model: nn.Module) -> None:
-    """Tell every layer which modules own its parameters: a tied weight has several."""
+    """Tell every layer which modules own its parameters, for a tied weight has several, and which others read them."""
+    layers = modules_of_kind(model)
+    if not layers:
+        return
     modules = [m for m in model.modules() if not isinstance(m, GradiendLayer)]
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, name))
-    readers = {id(child): module for module in modules for child in module.children()}
+    readers = Readers(model, left_out=AdapterChild)
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    for layer in modules_of_kind(model):
+    for layer in layers:
         used = dict.fromkeys(name for names in layer.gradiend_parameters.values() for name in names)
         places = {name: owners[id(layer.parameter(name))] for name in used}
         for name, found in places.items():
             if layer.parameter(name).device.type == "meta":
                 places[name] = found + _tied_by_name(model, ties, f"{layer.path}.{name}", found)
-        layer.link(places, _bypass(layer.owner, readers))
+        read = [(m, owner) for place in places.values() for owner, name in place for m in readers.of(owner, name)]
+        layer.link(places, list(dict.fromkeys(read)))
 
 
 def modules_of_kind(model: nn.Module) -> list[GradiendLayer]:
@@ -308,14 +312,3 @@ def _tied_by_name(
         if not any(module is known for known, _ in found):
             places.append((module, own))
     return places
-
-
-def _bypass(owner: nn.Module, readers: dict[int, nn.Module]) -> Bypass | None:
-    if isinstance(owner, nn.RNNBase):  # reads a list of its weights that was made in advance
-        return Bypass(owner, refused=True)
-    reader = readers.get(id(owner))
-    if isinstance(reader, nn.MultiheadAttention) and owner is reader.out_proj:
-        return Bypass(reader, refused=True)
-    if isinstance(reader, nn.TransformerEncoderLayer):  # its fast path, which any hook switches off
-        return Bypass(reader, refused=False)
-    return None

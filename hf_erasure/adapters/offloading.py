@@ -50,6 +50,13 @@ def value_of(module: nn.Module, name: str) -> Tensor | None:
     return parameter.detach()
 
 
+def value_where_it_runs(module: nn.Module, name: str) -> Tensor | None:
+    """The values of an offloaded parameter on the device where accelerate runs its module; None out of its reach."""
+    hook = _hook_of(module)
+    value = None if hook is None else value_of(module, name)
+    return None if value is None else value.to(hook.execution_device)
+
+
 def values_of(module: nn.Module) -> dict[str, Tensor]:
     """The values of all of a module's own parameters, wherever they are."""
     found = {name: value_of(module, name) for name in module._parameters}

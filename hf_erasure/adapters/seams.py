@@ -47,6 +47,7 @@ from .child_tuner import (
     remove_adapter,
     remove_empty_layers,
 )
+from .gradiend_tuner import link_owners
 from .own_tensors import adapter_state_dict
 from .saving import finish, save_model, save_peft_model
 from .untrusted import Source, looked_at, with_what_was_fitted
@@ -361,6 +362,7 @@ def _inject_adapter(
     with naming_what_goes_off(model, adapter_name):
         original(model, adapter_name, *args, **kwargs)
         rehome_layers(model)
+        link_owners(model)
 
 
 def _merge_or_unmerge(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:

@@ -17,10 +17,10 @@ from .child import adapter_children
 from .config import ConceptErasureConfig
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import why_not_editable
-from .gradiend_layer import GradiendLayer
 from .gradiend_state import edited, gradiend_layers, kept_share, targeted_parameters
 from .layer import erasure_layers
 from .lookup import AdapterNotFound, Found, adapter_of, bare_model
+from .readers import UsedAsTheyAre
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,14 @@ def verify_adapter(
                 "without it.",
             )
         if isinstance(config, GradiendConfig) and _is_partial(owner, adapter_name, outputs, active, plain):
+            with UsedAsTheyAre(targeted_parameters(owner, adapter_name)) as used:
+                outputs.now()
             return Verification(
                 False,
-                f"Adapter {adapter_name!r} acts in part only: the output differs from that of the merged weights. Some "
-                "weights are read past the modules that own them. Merge the adapter, by merge_adapter() or "
-                "merge_and_unload() of the PeftModel.",
+                f"Adapter {adapter_name!r} acts in part only: the output differs from that of the merged weights. "
+                f"{used.names or 'Some weights'} are not read as attributes of their modules, so that a change that is "
+                "not merged is ignored. Merge the adapter, by merge_adapter() or merge_and_unload() of the PeftModel, "
+                "or leave such modules out by exclude_modules.",
             )
     how = "merged into the weights" if change is None else f"changes the output by {change:.2%} of its norm"
     return Verification(
@@ -177,8 +180,6 @@ def _why_inactive(found: Found[ChildConfig]) -> str | None:
             return "the adapters are disabled. Call model.enable_adapters() (enable_adapter_layers() of a PeftModel)."
         if name not in child.switched_on():
             return f"it is not active; active is {child.active_adapters}. Call model.set_adapter({name!r})."
-        if isinstance(child, GradiendLayer) and child.why_bypassed() is not None:
-            return str(child.why_bypassed())
     return None
 
 

@@ -19,7 +19,7 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
-from hf_erasure.adapters.gradiend_layer import Swap
+from hf_erasure.adapters.gradiend_forward import ForwardWithEdits
 from tests.adapters.gradiend.lifecycle import (
     DENSITIES,
     LEFT_OUT,
@@ -164,7 +164,9 @@ def test_merging_equals_the_forward_pass_and_is_undone_to_the_bit(
     assert same(outputs_of(plain, batch), unmerged)
     assert list(plain.state_dict()) == list(type(plain)(plain.config).state_dict())
     assert not any("forward" in module.__dict__ for module in plain.modules())
-    assert not any(isinstance(value, Swap) for module in plain.modules() for value in module.__dict__.values())
+    assert not any(
+        isinstance(value, ForwardWithEdits) for module in plain.modules() for value in module.__dict__.values()
+    )
 
 
 @every_model
