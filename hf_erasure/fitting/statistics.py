@@ -115,8 +115,13 @@ def check_reached(found: Container[str], tally: Tally, sites: Iterable[str], sou
     if not absent:
         return
     if len(absent) == len(sites) and source.labelled:
-        raise ValueError(f"None of the {tally.examples} examples has a labelled position: concept_labels are -100.")
+        raise ValueError(
+            f"None of the {tally.examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
+            "-100, or the forward pass does not call this module, as where another one reads its weight itself. Name "
+            "modules that are called."
+        )
     raise ValueError(
         f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over {source.title}: "
-        "name only modules of the forward pass, or give batches that use them (decoder inputs for a decoder)."
+        "name only modules that the forward pass calls (one whose weight another module reads itself is not called), "
+        "or give batches that use them (decoder inputs for a decoder)."
     )

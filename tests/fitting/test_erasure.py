@@ -11,12 +11,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedModel
 
 from hf_erasure import ConceptErasureConfig, ErasureReport, concept_dataloader, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.fitting.probing import pooled_states
-from tests.small_models import LABELS, inputs_of, outputs_of, same, small_batch, small_batches, small_model
+from tests.small_models import LABELS, VOCABULARY, inputs_of, outputs_of, same, small_batch, small_batches, small_model
 
 
 def with_adapter(name: str = "bert", **config: Any) -> PreTrainedModel:
@@ -273,6 +273,20 @@ def test_a_class_without_rows_is_named() -> None:
     model.add_adapter(ConceptErasureConfig(labels=["a", "b", "unseen"]), adapter_name="no_gender")
     with pytest.warns(UserWarning, match=r"\['unseen'\].*not guarded"):
         fit(model, small_batches("bert"))
+
+
+@pytest.mark.parametrize("sequential", [True, False], ids=["in sequence", "in one pass"])
+@pytest.mark.parametrize("targets", [["rel_embeddings"], ["rel_embeddings", "output.LayerNorm"]], ids=["alone", "both"])
+def test_a_site_whose_weight_is_read_past_its_module_is_refused(targets: list[str], sequential: bool) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = DebertaV2Model(
+        DebertaV2Config(vocab_size=VOCABULARY, **sizes, relative_attention=True, pos_att_type=["c2p"])
+    )
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=targets), adapter_name="no_gender")
+    with pytest.raises(
+        ValueError, match=r"'encoder.rel_embeddings'.*reads its weight itself|weight another module reads"
+    ):
+        fit_concept_erasure(model, small_batches("bert"), "no_gender", sequential=sequential, progress=False)
 
 
 def _refused() -> dict[str, tuple[Any, dict[str, Any], str]]:
