@@ -148,7 +148,7 @@ class ForwardWithEdits:
         weights: dict[str, Tensor] = {}
         terms: dict[str, list[Term]] = {}
         for layer, parameter, name in self.edits:
-            weight = self.module._parameters.get(name)
+            weight: Tensor | None = self.module._parameters.get(name)
             if weight is not None and weight.device.type == "meta":
                 weight = value_where_it_runs(self.module, name)
             if weight is not None:

@@ -51,16 +51,18 @@ class Readers:
     def of(self, owner: nn.Module, parameter: str) -> list[nn.Module]:
         """The modules around `owner`, from the nearest, whose forward may read a parameter of it past its own."""
         names = frozenset(name for _, name in self._parents.get(id(owner), ()))
-        methods = _methods_that_read(type(owner), frozenset({(SELF, parameter)}), frozenset({"forward"})) - {"forward"}
+        kind: Any = type(owner)
+        methods = _methods_that_read(kind, frozenset({(SELF, parameter)}), frozenset({"forward"})) - {"forward"}
         reads = frozenset({(ANY, parameter), *((name, parameter) for name in names)})
         # What is not called is read, in whatever way; a list of parameters is read by positions.
         pending = not _has_forward(owner)
         mentions = names if pending else frozenset()
         found = []
         for ancestor in self._ancestors(owner):
-            if _writes(type(ancestor), parameter):  # as RWKV divides its weights; that must not go into a hidden value
+            kind = type(ancestor)
+            if _writes(kind, parameter):  # as RWKV divides its weights; that must not go into a hidden value
                 break
-            reading = _methods_that_read(type(ancestor), reads, methods | mentions)
+            reading = _methods_that_read(kind, reads, methods | mentions)
             methods |= reading - {"forward"}
             pending = pending or bool(reading) or _has_variant(ancestor)
             if pending and _has_forward(ancestor):
