@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from hf_erasure.adapters import GradiendConfig, steer, verify_adapter
+from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.auxiliary import enable_copies, set_copies
 from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.checkpoints import model_class
@@ -28,6 +28,7 @@ from hf_erasure.fitting.gradiend.forwards import task_of
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.recipe import EMBEDDED, embedded_model
 from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state
+from hf_erasure.models import POOLS
 
 BASE, TOGETHER = "base", "together"
 
@@ -92,6 +93,17 @@ def read_adapters(folders: Sequence[str]) -> list[Adapter]:
             name, number = f"{plain}-{number}", number + 1
         found.append(Adapter(name, str(folder), config))
     return found
+
+
+def pools_of(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """The pools that erasures were fitted for, which their texts are probed by; the mean where there is none.
+
+    An erasure that was fitted on all tokens alike is probed by their mean, since a text needs one vector.
+    """
+    kept = [a.config.provenance.get("pool") for a in adapters if isinstance(a.config, ConceptErasureConfig)]
+    named = [name for pool in kept if isinstance(pool, str) for name in pool.split("+")]
+    found = ("mean" if name == "tokens" else name for name in named if name in POOLS)
+    return tuple(dict.fromkeys(found)) or ("mean",)
 
 
 def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> list[Entry]:

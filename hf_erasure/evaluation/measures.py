@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_erasure.fitting.concepts import GENDER, POS, STEREOTYPES
 from hf_erasure.metrics import METRICS, benchmarks, minimum_description_length, resampling, tpr_gap
+from hf_erasure.models.pooling import IN_WORDS
 
 from . import probes
 from .data import Biographies, DataFolder, spread
@@ -64,14 +65,24 @@ class Subject:
         tokenizer: Of the model.
         shared: What all entries have in common.
         is_base: Whether it is the model without adapters, which others are compared with.
+        pool: How the states of a text become one vector.
         kept: Results that several measures read.
+        others: The same model with other pools.
     """
 
     model: nn.Module
     tokenizer: Any
     shared: Shared
     is_base: bool = True
+    pool: str = "mean"
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: dict[str, Subject] = field(default_factory=dict)
+
+    def at(self, pool: str) -> Subject:
+        """The same model, whose texts are pooled in another way."""
+        if pool == self.pool:
+            return self
+        return self.others.setdefault(pool, replace(self, pool=pool, kept={}, others={}))
 
     @functools.cached_property
     def head(self) -> str | None:
@@ -97,7 +108,7 @@ class Subject:
     def biographies(self) -> tuple[Biographies, dict[str, Tensor]]:
         """The biographies, and their pooled states by layer."""
         found = self.data.biographies()
-        return found, self.reader.pooled(found.texts)
+        return found, self.reader.pooled(found.texts, self.pool)
 
     @functools.cached_property
     def tokens(self) -> TokenStates:
@@ -128,6 +139,7 @@ class Measure:
         source: Paper and address, where it is one of the field's.
         harness: The task of lm-evaluation-harness that measures the same on causal models, if there is one.
         concept: What it is a measure of; None where it is of no concept.
+        pool: Of a measure of pooled states, which pool it reads; None of others.
     """
 
     key: str
@@ -142,6 +154,7 @@ class Measure:
     source: str = ""
     harness: str | None = None
     concept: str | None = None
+    pool: str | None = None
 
     def why_not(self, subject: Subject) -> str | None:
         """Why this model cannot be asked for it; None where it can."""
@@ -152,7 +165,7 @@ class Measure:
     def described(self) -> dict[str, Any]:
         """Its facts for the results."""
         ideal = self.ideal if math.isfinite(self.ideal) else None
-        names = ("key", "title", "purpose", "figure", "better", "says", "source", "harness", "concept")
+        names = ("key", "title", "purpose", "figure", "better", "says", "source", "harness", "concept", "pool")
         return {**{name: getattr(self, name) for name in names}, "ideal": ideal}
 
 
@@ -190,14 +203,16 @@ def _tpr_gap(subject: Subject) -> dict[str, Any]:
 def _seat(subject: Subject, tests: Sequence[str] | None) -> dict[str, Any]:
     folder = subject.data.part("seat")
     chosen = None if tests is None else [name for name in tests if any(folder.glob(f"{name}.json*"))]
-    return benchmarks.seat(subject.model, subject.tokenizer, folder, tests=chosen, **subject.statistics)
+    return benchmarks.seat(
+        subject.model, subject.tokenizer, folder, tests=chosen, pool=subject.pool, **subject.statistics
+    )
 
 
 def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
     return _of_metric(
         "weat", key, title, functools.partial(_seat, tests=tests),
         "mean over the tests of |effect size|; each test with its permutation p value is in the JSON",
-        figure="mean_absolute_effect_size", better="lower",
+        figure="mean_absolute_effect_size", better="lower", pool="mean",
     )  # fmt: skip
 
 
@@ -261,21 +276,21 @@ def gender_measures() -> list[Measure]:
     return [
         _of_metric(
             "linear_leakage", "gender_linear", "Gender, linear probe − majority", _leakage,
-            "accuracy of a cross-validated logistic regression on mean-pooled last hidden states of biographies, minus "
-            "the share of the larger gender",
+            "accuracy of a cross-validated logistic regression on the last hidden states of biographies, minus the "
+            "share of the larger gender", pool="mean",
         ),
         _of_metric(
             "linear_leakage", "gender_mlp", "Gender, MLP probe − majority", functools.partial(_leakage, nonlinear=True),
-            "the same with a multilayer perceptron: what is not linearly readable may still be readable",
+            "the same with a multilayer perceptron: what is not linearly readable may still be readable", pool="mean",
         ),
         _of_metric(
             "minimum_description_length", "gender_mdl", "Gender, MDL compression", _compression,
-            "how much shorter the online code of the gender is than a uniform one; 1 is no shorter",
+            "how much shorter the online code of the gender is than a uniform one; 1 is no shorter", pool="mean",
         ),
         _of_metric(
             "tpr_gap", "tpr_gap", "TPR gap of profession (RMS)", _tpr_gap,
             "root mean square over professions of the difference in true positive rate between the genders, of a "
-            "linear probe fitted on the same states",
+            "linear probe fitted on the same states", pool="mean",
         ),
         _seat_mean("seat_gender", "SEAT gender, mean |d|", GENDER_SEAT),
         _of_metric(
@@ -389,6 +404,7 @@ def capability_measures(data: DataFolder) -> list[Measure]:
         Measure(
             "profession", "Profession, linear probe", "capability", "accuracy", "higher", 1.0,
             "accuracy of a cross-validated logistic regression on the same states of biographies", _profession,
+            pool="mean",
         ),
         Measure(
             "distortion", "Distortion of the last hidden state", "capability", "distortion", "lower", 0.0,
@@ -408,8 +424,8 @@ _SUITES: dict[str, dict[str, Callable[[], list[Measure]]]] = {
 SUITES = tuple(_SUITES)
 
 
-def measures_of(suite: str, data: DataFolder) -> list[Measure]:
-    """What a suite measures, capability at the end.
+def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) -> list[Measure]:
+    """What a suite measures, capability at the end; what reads pooled states once for each pool.
 
     Raises:
         ValueError: If there is no such suite.
@@ -417,7 +433,26 @@ def measures_of(suite: str, data: DataFolder) -> list[Measure]:
     if suite not in _SUITES:
         raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")
     own = [replace(measure, concept=concept) for concept, make in _SUITES[suite].items() for measure in make()]
-    return [*own, *capability_measures(data)]
+    chosen = [*own, *capability_measures(data)]
+    return [own for measure in chosen for own in ([measure] if measure.pool is None else _at_pools(measure, pools))]
+
+
+def _at_pools(measure: Measure, pools: Sequence[str]) -> list[Measure]:
+    """A measure of pooled states at each pool; the first keeps the key, and the title where it is the mean."""
+    found = []
+    for pool in pools:
+        words = IN_WORDS[pool]
+        found.append(
+            replace(
+                measure,
+                key=measure.key if pool == pools[0] else f"{measure.key}_{pool}",
+                title=measure.title if pools == ("mean",) else f"{measure.title}, {words}",
+                says=f"{measure.says}; pooled: {words}",
+                pool=pool,
+                take=functools.partial(lambda subject, pool: measure.take(subject.at(pool)), pool=pool),
+            )
+        )
+    return found
 
 
 def leakage_by_depth(subject: Subject, concept: str) -> list[dict[str, Any]]:

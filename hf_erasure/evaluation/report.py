@@ -34,7 +34,7 @@ def rendered(results: Results) -> str:
     marks = [svg.MARKERS[i % len(svg.MARKERS)] for i in range(len(results.names))]
     return environment.get_template(_TEMPLATE).render(
         results=results, sections=_sections(results), tables=_tables(results), limits=LIMITS, marks=marks,
-        shown=shown, numbers=_numbers(results),
+        shown=shown, numbers=_numbers(results), pools=results.pooling(),
     )  # fmt: skip
 
 

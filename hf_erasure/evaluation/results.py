@@ -12,6 +12,7 @@ from typing import Any
 from hf_erasure.fitting.files import write_text
 from hf_erasure.fitting.verdicts import badness, verdict
 from hf_erasure.metrics.rows import LeftOutRows
+from hf_erasure.models.pooling import IN_WORDS
 
 from .loading import BASE
 
@@ -166,6 +167,14 @@ class Results:
             return "not measured"
         mark = {"better": " +", "worse": " -"}.get(self.verdict(name, measure), "")
         return f"{shown(cell['value'])}{interval_text(cell['interval'])}{mark}"
+
+    def pooling(self) -> str:
+        """By what vector of a text probes read it, as a sentence; empty where the results do not say."""
+        words = [IN_WORDS[pool] for pool in self.about.get("pools", []) if pool in IN_WORDS]
+        if not words:
+            return ""
+        first = f"; layers and embeddings by {words[0]}" if len(words) > 1 else ""
+        return f"Probes and SEAT read a text by {' and by '.join(words)}{first}."
 
     def notes(self) -> list[str]:
         """What could not be measured, a sentence each."""

@@ -15,7 +15,7 @@ from hf_erasure.fitting.concepts import concept_of_config
 
 from .data import DataFolder, MissingData
 from .harness import require_harness, run_harness
-from .loading import BASE, Entry, Loader, entries_of, fingerprints, read_adapters, verified
+from .loading import BASE, Entry, Loader, entries_of, fingerprints, pools_of, read_adapters, verified
 from .measures import Measure, Shared, Subject, leakage_by_depth, measures_of
 from .pictures import Plane, embedding, neuron_values, pronoun_shares
 from .results import Results, reason_of
@@ -89,7 +89,8 @@ class _Run:
         self.plan, self.progress, self.output = plan, progress, output
         self.adapters = read_adapters([str(folder) for folder in plan.adapters])
         self.entries = entries_of(self.adapters, plan.strengths)
-        self.measures = measures_of(plan.suite, data)
+        self.pools = pools_of(self.adapters)
+        self.measures = measures_of(plan.suite, data, self.pools)
         self.loader = Loader(plan.model, self.adapters)
         self.shared = Shared(data, plan.seed, plan.resamples, plan.confidence)
         self.plane: Plane | None = None
@@ -124,7 +125,7 @@ class _Run:
         return {
             "hf_erasure": __version__, "model": plan.model, "data": str(plan.data), "suite": plan.suite,
             "limit": plan.limit, "seed": plan.seed, "resamples": plan.resamples, "confidence": plan.confidence,
-            "note": self.loader.note, "class": "", "predicts": None, "finished": False,
+            "note": self.loader.note, "pools": list(self.pools), "class": "", "predicts": None, "finished": False,
         }  # fmt: skip
 
     def _verify(self) -> None:
@@ -148,7 +149,7 @@ class _Run:
 
         def load() -> None:
             model, base = self.loader.load(entry), entry.name == BASE
-            made.append(Subject(model, self.loader.tokenizer, self.shared, base))
+            made.append(Subject(model, self.loader.tokenizer, self.shared, base, self.pools[0]))
             if base:
                 self.results.about |= {"class": type(model).__name__, "predicts": made[0].head}
 

@@ -18,7 +18,7 @@ from tests.adapters.gradiend.lifecycle import feature_of
 PAIR = ("female", "male")
 
 
-def erasure_folder(assets: Path, folder: Path) -> Path:
+def erasure_folder(assets: Path, folder: Path, pool: str = "mean") -> Path:
     """An erasure of gender for `story-mlm`, fitted on biographies."""
     path = assets / "models" / "story-mlm"
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -28,7 +28,7 @@ def erasure_folder(assets: Path, folder: Path) -> Path:
     batches = concept_dataloader(
         rows, tokenizer, text_column="text", label_column="gender", batch_size=40, max_length=64, labels=list(PAIR)
     )
-    fit_concept_erasure(model, batches, "erasure", sequential=False, pool="mean", progress=False)
+    fit_concept_erasure(model, batches, "erasure", sequential=False, pool=pool, progress=False)
     model.save_pretrained(folder)
     return folder
 

@@ -664,3 +664,26 @@ def test_an_evaluation_needs_no_extras() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:pool=")
+def test_probes_read_a_text_by_the_pool_of_each_adapter(
+    story: str, few: Path, adapters: tuple[Path, Path], assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(suite: str, data: DataFolder, pools: Any) -> list[Any]:
+        return [m for m in measures_of(suite, data, pools) if m.key.startswith("gender_linear")]
+
+    monkeypatch.setattr(running, "measures_of", chosen)
+    first = erasure_folder(assets, tmp_path / "first", "cls")
+    results = evaluate(Evaluation(story, few, [str(first), str(adapters[0])], limit=18, resamples=10))
+    assert all(set(values) == {"gender_linear", "gender_linear_mean"} for values in results.values.values())
+    assert [measure["pool"] for measure in results.measures] == ["cls", "mean"]
+    assert results.measures[0]["title"].endswith(", the first token") and "by the first token" in results.pooling()
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(story).eval(), AutoTokenizer.from_pretrained(story)
+    found = DataFolder(few, 18).biographies()
+    rows = [tokenizer(text, truncation=True, max_length=256, return_tensors="pt") for text in found.texts]
+    with torch.no_grad():
+        states = torch.cat([model.base_model(**row).last_hidden_state[:, 0] for row in rows])
+    given = probes.answers(states, found.genders, seed=0)
+    expected = sum(a == b for a, b in zip(given, found.genders, strict=True)) / len(given)
+    assert results.values["base"]["gender_linear"]["details"]["accuracy"] == pytest.approx(expected)
