@@ -108,9 +108,9 @@ def bare_model(model: Any) -> Any:
 
     A module that holds several transformers models beside each other, or none, is taken for the model itself.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     while inner is not model:
-        model, inner = inner, _unwrapped(inner)
+        model, inner = inner, unwrapped(inner)
     within = {path: module for path, module in model.named_modules() if _is_bare(module)}
     outermost = next(iter(within), "")
     is_around = all(path.startswith(f"{outermost}.") for path in within if path != outermost)
@@ -149,7 +149,8 @@ def _configs_on(module: nn.Module) -> dict[str, PeftConfig] | None:
     return configs if isinstance(configs, dict) else None
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """What is inside of one wrapper of accelerate's, torch's or PEFT's own; other modules are given back."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

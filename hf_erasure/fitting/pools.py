@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.lookup import unwrapped
 from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
 from hf_erasure.models.pooling import IN_WORDS
 
@@ -77,7 +78,7 @@ def pool_for(
         return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
     if pool in (None, "tokens") and _label_tokens(rows, config):
         return Pool("tokens", "the labels are of single tokens")
-    reading = sentence_reading(model) or _reading(runner, rows)
+    reading = sentence_reading(model) or _reading(model, runner, rows)
     if pool is None:
         if not reading.clear:
             warnings.warn(
@@ -119,14 +120,19 @@ def _label_tokens(rows: dict[str, Any], config: ConceptErasureConfig) -> bool:
 
 
 @on_cpu
-def _reading(runner: Runner, rows: dict[str, Any]) -> Reading:
-    root = runner.callee if runner.is_sharded else runner.model
+def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
     is_bare = runner.backbone is runner.model
-    asked = {**rows, "output_hidden_states": True} if is_bare else rows
     final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
+    # Around a bare model a module of the caller's own may have the head.
+    while (inner := unwrapped(model)) is not model:
+        model = inner
+    has_own_head = is_bare and model is not runner.model and not runner.is_sharded
+    read = model if has_own_head else runner.model
+    root = runner.callee if runner.is_sharded else read
+    asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
 
     def real_of(hidden: Tensor) -> Tensor:
         return BatchLabels(rows, 0, True, "tokens").select(hidden, runner.side_of("last_hidden_state"))[1].real
 
-    with evaluating(runner.model):
-        return reading_of(runner.model, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare)
+    with evaluating(read):
+        return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)

@@ -75,7 +75,7 @@ def image_batch() -> dict[str, Tensor]:
 def found(model: nn.Module, batch: dict[str, Tensor], pool: str | None = None) -> Pool:
     roughen(model, torch.Generator().manual_seed(0)).eval()
     config = ConceptErasureConfig(labels=["a", "b"])
-    return pool_for(pool, model, Runner(model, []), config, batch, Processes())
+    return pool_for(pool, model, Runner(model), config, batch, Processes())
 
 
 @pytest.mark.filterwarnings("error:pool")
@@ -180,3 +180,24 @@ def test_a_classifier_that_makes_its_decoder_s_inputs_is_fitted() -> None:
     model.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name="erasure")
     report = fit_concept_erasure(model, [text_batch()], "erasure", progress=False)
     assert report.pool == "last" and any(line.site.startswith("transformer.decoder") for line in report.sites)
+
+
+class Around(nn.Module):
+    """Somebody's own classifier around a bare encoder."""
+
+    def __init__(self, reads: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.bert = hf.BertModel(hf.BertConfig(**_TEXT))
+        self.head, self.reads = nn.Linear(WIDTH, 2), reads
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.head(self.reads(self.bert(input_ids, attention_mask).last_hidden_state))
+
+
+@pytest.mark.filterwarnings("error:pool")
+def test_the_head_of_a_module_around_a_bare_model_is_asked() -> None:
+    assert found(Around(lambda states: states[:, 0]), text_batch()).name == "cls"
+    guarded = found(Around(lambda states: states.mean(1)), text_batch())
+    assert guarded == Pool("mean", "Around reads the mean of the tokens, padding included")
+    assert found(Around(lambda states: states), text_batch()).name == "tokens"
+    assert found(nn.DataParallel(Around(lambda states: states[:, 0])), text_batch()).name == "cls"
