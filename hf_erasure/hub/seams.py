@@ -57,7 +57,10 @@ def _on_staged(folder: Path, model: Any, adapter_name: str) -> None:
     _kept_quiet(folder, lambda: write_card(folder, redraw=True))
     root = root_of(folder)
     target = target_of(root)
-    if root != folder and (holds_adapters_only(target) or not any((target / name).exists() for name in _MODEL_FILES)):
+    # Of another method's adapter that lies there, PEFT has written the card.
+    is_ours = next(own_adapters(root), None) is not None
+    is_free = holds_adapters_only(target) or not any((target / name).exists() for name in _MODEL_FILES)
+    if root != folder and is_ours and is_free:
         _kept_quiet(root, lambda: write_card(root, beside=target))
 
 

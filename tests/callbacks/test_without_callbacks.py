@@ -48,6 +48,7 @@ def said_at_start(trainer: Trainer) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
+    assert not [w for w in caught if "could not be written" in str(w.message)]
     found = [w for w in caught if "Trainer " in str(w.message)]
     assert all(w.filename == __file__ for w in found)
     return [str(w.message) for w in found]
