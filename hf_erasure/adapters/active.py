@@ -33,28 +33,33 @@ def all_configs(model: nn.Module) -> dict[str, PeftConfig]:
 
 def acting_adapters(model: nn.Module) -> dict[str, str]:
     """The adapters that act, merged or not, with what messages call them."""
-    return {name: noun for name, noun, acts in _adapters(model) if acts}
+    return {name: noun for name, noun, _, acts in _adapters(model) if acts}
+
+
+def switched_on_adapters(model: nn.Module) -> dict[str, str]:
+    """The same with those that would act but for having no effect yet, as before they are fitted."""
+    return {name: noun for name, noun, on, _ in _adapters(model) if on}
 
 
 def loaded_adapters(model: nn.Module) -> dict[str, str]:
     """The adapters that are there, acting or not, with what messages call them."""
-    return {name: noun for name, noun, _ in _adapters(model)}
+    return {name: noun for name, noun, *_ in _adapters(model)}
 
 
-def _adapters(model: nn.Module) -> Iterator[tuple[str, str, bool]]:
-    """Each adapter at each layer: its name, what messages call it, whether it acts there."""
+def _adapters(model: nn.Module) -> Iterator[tuple[str, str, bool, bool]]:
+    """Each adapter at each layer: its name, what messages call it, whether it is switched on, and acts, there."""
     configs = all_configs(model)
     # What a wrapper of an embedding has inside goes with the adapter that it was trained with.
     inside = {id(wrapper._modules.get("token_adapter")) for wrapper in auxiliary_wrappers(model).values()}
     for module in model.modules():
         if isinstance(module, AdapterChild):
-            acting = {*module.acting_adapters(), *module.merged_adapters}
-            yield from ((name, module.noun, name in acting) for name in module.adapters)
+            on, acting = {*module.switched_on()}, {*module.acting_adapters(), *module.merged_adapters}
+            yield from ((name, module.noun, name in on | acting, name in acting) for name in module.adapters)
         elif isinstance(module, BaseTunerLayer) and id(module) not in inside:
             for name in {n for part in module.adapter_layer_names for n in getattr(module, part, ())}:
                 noun = f"{kind_of(configs.get(name), module)} adapter"
-                on = {*module.active_adapters, *module.merged_adapters}
-                yield name, noun, name in on and not module.disable_adapters
+                acts = name in {*module.active_adapters, *module.merged_adapters} and not module.disable_adapters
+                yield name, noun, acts, acts
 
 
 def kind_of(config: PeftConfig | None, layer: nn.Module | None = None) -> str:
@@ -79,14 +84,14 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
     if _ADDING.get():
         yield
         return
-    before, copies = acting_adapters(model), active_copies(model)
+    before, copies = switched_on_adapters(model), active_copies(model)
     token = _ADDING.set(True)
     try:
         yield
     finally:
         _ADDING.reset(token)
     if adapter_children(model):
-        after = acting_adapters(model)
+        after = switched_on_adapters(model)
         off = {name: noun for name, noun in before.items() if name not in after and name not in expected}
         _warn_of_adapters(model, off, newcomer)
         _warn_of_copies(copies, active_copies(model))

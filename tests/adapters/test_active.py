@@ -41,6 +41,14 @@ def test_what_an_added_adapter_switches_off_is_named(first: str, last: str):
     assert "first" in acting_adapters(model)
 
 
+@pytest.mark.parametrize("kind", ["erasure", "GRADIEND"])
+def test_one_that_is_not_fitted_yet_is_named_too(kind: str):
+    model = base("bert")
+    model.add_adapter(OF[kind].config(target_modules=["query"]), "first")
+    (said,) = warned(lambda: model.add_adapter(OF["LoRA"].config(target_modules=["value"]), "last"))
+    assert f"Adding 'last' switched {NOUNS[kind]} 'first' off" in said
+
+
 def test_two_adapters_that_go_off_are_named_together():
     model = base("bert")
     for kind in ("erasure", "LoRA"):
