@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
@@ -39,8 +40,9 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     _check_same(configs[0], configs[1])
     config, sites = configs[0], list(configs[0].fitted_sites or {})
     pool = config.provenance["pool"]
-    stores = [FitCheckpoint(Path(f) / FIT_FOLDER, config, sites, pool=pool, sequential=False) for f in (one, other)]
-    total = FitCheckpoint(Path(output) / FIT_FOLDER, config, sites, pool=pool, sequential=False)
+    procedure: dict[str, Any] = {"pool": pool, "sequential": False, "active": config.provenance.get(RECORD, ())}
+    stores = [FitCheckpoint(Path(folder) / FIT_FOLDER, config, sites, **procedure) for folder in (one, other)]
+    total = FitCheckpoint(Path(output) / FIT_FOLDER, config, sites, **procedure)
     labelled, background = (_sum(stores, total, name, z) for name, z in (("labelled", config.z_dim), ("background", 0)))
     if not labelled:
         raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")

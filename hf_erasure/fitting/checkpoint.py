@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.beside import RECORD
 from hf_erasure.erasers import ConceptMoments, Eraser
 
 from .files import read_tensors, write_tensors, write_whole
@@ -39,6 +40,7 @@ class FitCheckpoint:
         pool: Which rows a sequence label counts for.
         sequential: The procedure.
         processes: How many share the data: each continues with its own share.
+        active: The other adapters that act, as `hf_erasure.adapters.beside` records them.
 
     Raises:
         ValueError: If the folder belongs to another fit.
@@ -53,6 +55,7 @@ class FitCheckpoint:
         pool: str,
         sequential: bool,
         processes: int = 1,
+        active: Iterable[dict[str, Any]] = (),
     ) -> None:
         self.folder = Path(folder)
         self.sites = list(sites)
@@ -60,6 +63,7 @@ class FitCheckpoint:
             "sequential": sequential,
             "pool": pool,
             "sites": self.sites,
+            RECORD: [f"{entry.get('kind')} {entry.get('name')}" for entry in active],
             **{name: getattr(config, name) for name in ("labels", "concept_dim", "site", "method", "affine", "rank")},
         }
         if processes > 1:
@@ -76,7 +80,7 @@ class FitCheckpoint:
             return
         kept = json.loads(manifest.read_text(encoding="utf-8"))
         for name, value in self.identity.items():
-            if kept.get(name) != value:
+            if kept.get(name, [] if name == RECORD else None) != value:
                 raise ValueError(
                     f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={kept.get(name)!r}, this one has "
                     f"{value!r}: give another folder, or delete that one."

@@ -98,7 +98,13 @@ def fit_concept_erasure(
     if checkpoint_dir is not None:
         with processes.agreeing("opening checkpoint_dir"):
             checkpoint = FitCheckpoint(
-                checkpoint_dir, config, layers, pool=guarded.name, sequential=sequential, processes=processes.count
+                checkpoint_dir,
+                config,
+                layers,
+                pool=guarded.name,
+                sequential=sequential,
+                processes=processes.count,
+                active=active_beside(model, adapter_name),
             )
     task = FitTask(runner, layers, adapter_name, config, guarded, progress, resident_batches, checkpoint, processes)
     rows = RowsSeen()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
@@ -141,6 +142,17 @@ fit_concept_erasure(model, small_batches("bert", 6), "no_gender", sequential={se
                     progress=False)
 torch.save([p for n, p in sorted(model.state_dict().items()) if "concept_erasure" in n], {result!r})
 """
+
+
+@pytest.mark.filterwarnings("ignore:(Already found|Adding .* switched|.*being fitted while)")
+def test_a_fit_beside_other_adapters_is_another_one(tmp_path: Path) -> None:
+    model, batches = with_adapter(), small_batches("bert", count=1)
+    model.add_adapter(LoraConfig(target_modules=["value"], init_lora_weights=False), adapter_name="lora")
+    model.set_adapter(["lora", "no_gender"])
+    fit(model, batches, tmp_path)
+    model.set_adapter("no_gender")
+    with pytest.raises(ValueError, match=r"a fit with active_adapters=\['LORA adapter lora'\], this one has \[\]"):
+        fit(model, batches, tmp_path)
 
 
 @pytest.mark.parametrize("sequential", [pytest.param(True, marks=pytest.mark.slow), False])
