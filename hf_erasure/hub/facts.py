@@ -16,7 +16,17 @@ from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.digest import digest_of_data
 
 from .markdown import is_number, plain
-from .measured import Measured, at_fitting, kept_rows, leakage_of, of_recipe, of_selection, of_training
+from .measured import (
+    Measured,
+    at_fitting,
+    figures_on,
+    intervals_of,
+    kept_rows,
+    leakage_of,
+    of_recipe,
+    of_selection,
+    of_training,
+)
 from .naming import head_of, hub_id
 
 CARD = "card"  # the part of a configuration's provenance that `describe` writes
@@ -124,7 +134,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
     facts.labels_from = _text(told.get("labels_from")) or _labels_from(recipe) or _text(data.get("labels_from"))
     rows = _describe_kind(facts, config, provenance)
     evaluated = kept_rows(told.get("results")) if told.get("results_of") == state_of(config) else []
-    measured = of_recipe(folder, recipe) if folder is not None else []
+    measured = of_recipe(folder, recipe, provenance.get("pool")) if folder is not None else []
     fitted = rows if facts.kind == "concept_erasure" or not measured else []
     trained = of_training(facts.concept, provenance)
     facts.measured = [row.as_dict() for row in [*evaluated, *trained, *measured, *fitted]]
@@ -145,18 +155,21 @@ def state_of(config: ChildConfig) -> str:
 def _describe_kind(facts: CardFacts, config: Any, provenance: dict[str, Any]) -> list[Measured]:
     """What only one kind of adapter has; returns what was measured at fitting."""
     if isinstance(config, ConceptErasureConfig):
-        leakage = leakage_of(provenance)
+        leakage, intervals = leakage_of(provenance), intervals_of(provenance)
         sites = list((config.fitted_sites or {}).items())
-        facts.sites = [_site(name, entry, leakage) for name, entry in sites[:MOST_SITES]]
+        facts.sites = [_site(name, entry, leakage, intervals) for name, entry in sites[:MOST_SITES]]
         facts.more_sites = max(0, len(sites) - MOST_SITES)
-        facts.finals = [_site(name, {}, leakage) for name in leakage if name not in {plain(n) for n, _ in sites}]
+        facts.finals = [
+            _site(name, {}, leakage, intervals) for name in leakage if name not in {plain(n) for n, _ in sites}
+        ]
         ranks = [entry["rank"] for entry in facts.sites if is_number(entry["rank"])]
         facts.method = {
             "name": config.method, "side": config.site, "affine": bool(config.affine), "sites": len(sites),
-            "pool": _text(provenance.get("pool")), "concept_dim": _count(config.concept_dim),
+            "pool": _text(provenance.get("pool")), "reader": _text(provenance.get("reader")),
+            "figures_on": figures_on(provenance), "concept_dim": _count(config.concept_dim),
             "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": _is_guarded(config),
         }  # fmt: skip
-        return at_fitting(facts.concept, leakage)
+        return at_fitting(facts.concept, provenance)
     if isinstance(config, GradiendConfig):
         facts.method = _gradiend_method(config, provenance)
         return of_selection(provenance)
@@ -195,10 +208,16 @@ def _gradiend_method(config: GradiendConfig, provenance: dict[str, Any]) -> dict
     }  # fmt: skip
 
 
-def _site(name: str, entry: dict[str, Any], leakage: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def _site(
+    name: str, entry: dict[str, Any], leakage: dict[str, tuple[float, float]], intervals: dict[str, Any]
+) -> dict[str, Any]:
     before, after = leakage.get(plain(name), (None, None))
+    ends = intervals.get(plain(name), (None, None))
     width, rank = (entry.get(key) if is_number(entry.get(key)) else None for key in ("width", "rank"))
-    return {"name": plain(name), "width": width, "rank": rank, "before": before, "after": after}
+    return {
+        "name": plain(name), "width": width, "rank": rank, "before": before, "after": after,
+        "before_interval": ends[0], "after_interval": ends[1],
+    }  # fmt: skip
 
 
 # ---- the recipe that made it -----------------------------------------------------------------------------------------

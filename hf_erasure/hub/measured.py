@@ -18,6 +18,7 @@ from hf_erasure.adapters.fingerprint import unlike
 from hf_erasure.fitting.concepts import concept_of_config
 from hf_erasure.fitting.origin import TRAINING
 from hf_erasure.fitting.verdicts import verdict
+from hf_erasure.models.pooling import IN_WORDS
 
 from .markdown import is_number, plain
 
@@ -84,24 +85,50 @@ def leakage_of(provenance: dict[str, Any]) -> dict[str, tuple[float, float]]:
     kept = provenance.get("leakage")
     pairs = kept.items() if isinstance(kept, dict) else ()
     found = {
-        plain(site): (float(pair[0]), float(pair[1]))
+        plain(site): (max(0.0, float(pair[0])), max(0.0, float(pair[1])))
         for site, pair in pairs
         if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_number, pair))
     }
     return {s: p for s, p in found.items() if FINAL not in s} | {s: p for s, p in found.items() if FINAL in s}
 
 
-def at_fitting(concept: str, leakage: dict[str, tuple[float, float]]) -> list[Measured]:
+def intervals_of(provenance: dict[str, Any]) -> dict[str, tuple[list[float] | None, list[float] | None]]:
+    """Site → the intervals about its leakage before and after."""
+    kept = provenance.get("leakage_intervals")
+    ends = kept.items() if isinstance(kept, dict) else ()
+    return {
+        plain(site): (_interval({"interval": own[:2]}), _interval({"interval": own[2:]}))
+        for site, own in ends
+        if isinstance(own, list) and len(own) == 4
+    }
+
+
+def figures_on(provenance: dict[str, Any]) -> str:
+    """What the leakage is of, and what it was measured on."""
+    on, pool = provenance.get("measured_on"), IN_WORDS.get(str(provenance.get("pool")))
+    found = plain(on) if isinstance(on, str) and on else "held-out examples"
+    return f"{found}, of {pool}" if pool else found
+
+
+def at_fitting(concept: str, provenance: dict[str, Any]) -> list[Measured]:
     """The last hidden states, and of the sites the one that leaks most."""
+    leakage, intervals = leakage_of(provenance), intervals_of(provenance)
     finals = [site for site in leakage if FINAL in site]
     sites = [site for site in leakage if FINAL not in site]
     worst = max(sites, key=lambda site: leakage[site][1], default=None)
     shown = [(site, site) for site in finals]
     if worst is not None:
         shown.append((worst, f"the site that leaks most, {worst}"))
-    data = "held-out examples, when it was fitted"
+    data = f"{figures_on(provenance)}, when it was fitted"
     return [
-        Measured("linear_leakage", f"correlation with {concept}: {name}", *leakage[site], "lower", data)
+        Measured(
+            "linear_leakage",
+            f"correlation with {concept}: {name}",
+            *leakage[site],
+            "lower",
+            data,
+            *intervals.get(site, (None, None)),
+        )
         for site, name in shown
     ]
 
@@ -170,8 +197,12 @@ def of_training(concept: str, provenance: dict[str, Any]) -> list[Measured]:
 # ---- by a recipe -----------------------------------------------------------------------------------------------------
 
 
-def of_recipe(folder: Path, recipe: dict[str, Any]) -> list[Measured]:
-    """The last line of an erasure's probe table, or the saved edit of a GRADIEND; nothing where no recipe ran."""
+def of_recipe(folder: Path, recipe: dict[str, Any], pool: Any = None) -> list[Measured]:
+    """The last line of an erasure's probe table, or the saved edit of a GRADIEND; nothing where no recipe ran.
+
+    The probes read one vector a text: that of the erasure's pool, and of all tokens their mean.
+    """
+    probed = _TEST + (f", {IN_WORDS['mean' if pool == 'tokens' else pool]}" if pool in IN_WORDS else "")
     results = read_json(folder / "results.json")
     if not recipe or not results:
         return []
@@ -188,13 +219,13 @@ def of_recipe(folder: Path, recipe: dict[str, Any]) -> list[Measured]:
         majority = row.get(f"{column} majority")
         constant = f" (always the majority: {majority:.3f})" if is_number(majority) else ""
         title = f"accuracy of a linear probe for {plain(column)}, {plain(last)}{constant}"
-        rows.append(Measured("probe_accuracy", title, before, after, better, _TEST))
+        rows.append(Measured("probe_accuracy", title, before, after, better, probed))
         refitted = row.get(f"{column} refitted")
         if is_number(refitted):
             title = (
                 f"the same of a probe fitted on one half of the erased test split, judged on the other: {plain(column)}"
             )
-            rows.append(Measured("refitted_probe_accuracy", title, None, refitted, "lower", _TEST))
+            rows.append(Measured("refitted_probe_accuracy", title, None, refitted, "lower", probed))
     return rows
 
 
@@ -236,10 +267,12 @@ def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, f
         before, after = (values.get(entry, {}).get(measure.get("key")) for entry in (BASE, name))
         if not before or not after or not is_number(before.get("value")) or not is_number(after.get("value")):
             continue
-        better, ideal = measure.get("better"), measure.get("ideal")
+        better, ideal, pool = measure.get("better"), measure.get("ideal"), IN_WORDS.get(str(measure.get("pool")))
+        title = plain(measure.get("title"))
+        title += f", {pool}" if pool and not title.endswith(pool) else ""
         better = f"closer to {ideal:g}" if better == "closer" else plain(better)
         rows.append(Measured(
-            plain(measure["key"]), plain(measure.get("title")), before["value"], after["value"], better, data,
+            plain(measure["key"]), title, before["value"], after["value"], better, data,
             _interval(before), _interval(after), ideal if is_number(ideal) else None,
             measure.get("purpose") == "bias" and measure.get("concept") not in (None, concept),
         ))  # fmt: skip

@@ -24,12 +24,14 @@ def draw(facts: CardFacts, folder: Path) -> str | None:
     ]
     if find_spec("matplotlib") is None or not (lines if facts.kind == "concept_erasure" else bars):
         return None
-    figure, name = (_leakage(lines), LEAKAGE) if facts.kind == "concept_erasure" else (_effect(bars), EFFECT)
+    figure, name = (
+        (_leakage(lines, facts.method), LEAKAGE) if facts.kind == "concept_erasure" else (_effect(bars), EFFECT)
+    )
     write_whole(folder / name, lambda path: figure.savefig(path, format="png", dpi=110))
     return name
 
 
-def _leakage(lines: list[dict[str, Any]]) -> Any:
+def _leakage(lines: list[dict[str, Any]], method: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -37,8 +39,13 @@ def _leakage(lines: list[dict[str, Any]]) -> Any:
     where = range(len(lines))
     axes.plot(where, [line["before"] for line in lines], marker="o", color=_BEFORE, label="before")
     axes.plot(where, [line["after"] for line in lines], marker="s", color=_AFTER, linestyle="--", label="after")
+    for when, color in (("before", _BEFORE), ("after", _AFTER)):
+        ends = [line.get(f"{when}_interval") for line in lines]
+        if all(ends):
+            axes.fill_between(where, *zip(*ends, strict=True), color=color, alpha=0.15)
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_ylabel("held-out correlation with the concept")
+    axes.set_ylabel("correlation with the concept")
+    axes.set_title(_literal(f"on {method['figures_on']}"), fontsize=9)
     axes.set_xticks(where, [_literal(line["name"]) for line in lines], rotation=90, fontsize=6)
     axes.legend()
     return figure

@@ -556,3 +556,26 @@ def test_facts_are_plain_data() -> None:
     for config in (erasure(), gradiend()):
         facts = facts_of(config)
         assert CardFacts(**json.loads(json.dumps(vars(facts)))) == facts
+
+
+def test_a_card_says_what_is_guarded_what_was_measured_on_and_how_sure_it_is(tmp_path: Path) -> None:
+    told = {
+        "base_class": "BertForSequenceClassification", "examples": 40, "tokens": 400, "pool": "cls",
+        "reader": "BertForSequenceClassification reads the first token",
+        "leakage": {"layers.0.norm": [0.9, -0.2], "last_hidden_state": [0.8, 0.1]},
+        "leakage_intervals": {"layers.0.norm": [0.8, 0.95, 0.0, 0.1], "last_hidden_state": [0.7, 0.9, 0.0, 0.3]},
+        "measured_on": "fitted rows (all of 40)",
+    }  # fmt: skip
+    facts = facts_of(erasure(provenance=told))
+    text = str(rendered(facts))
+    for words in (
+        "What is guarded (`pool`): `cls`; BertForSequenceClassification reads the first token.",
+        "On fitted rows (all of 40), of the first token, when it was fitted:",
+        "0.800 [0.700, 0.900] | 0.100 [0.000, 0.300] | lower",
+        "| `layers.0.norm` | 8 | 1 | 0.900 [0.800, 0.950] | 0.000 [0.000, 0.100] |",
+        "how much other text of the same kind leaks was not measured",
+        "by Fisher's z over sequences",
+    ):
+        assert words in text, words
+    assert "held-out" not in text
+    assert draw(facts, tmp_path) == "leakage.png"
