@@ -86,7 +86,8 @@ def pool_for(
                 f"pool={' or '.join(map(repr, POOLS))}, and pad batches on the side that the head expects.",
                 stacklevel=4,
             )
-        return Pool(reading.pool or "tokens", reading.text)
+        alike = ": all tokens count alike" if reading.pool is None else ""
+        return Pool(reading.pool or "tokens", reading.text + alike)
     is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
     if reading.pool is not None and not is_read:
         warnings.warn(

@@ -61,7 +61,7 @@ def reading_of(
         What is read; it is not clear where the model fails on these rows.
     """
     name = type(model).__name__
-    no_head = Reading(None, f"{name} has no head that reads: all tokens count alike")
+    no_head = Reading(None, f"{name} has no head that reads")
     if is_bare and type(model).__module__.startswith("transformers.") and name.endswith("Model"):
         return no_head
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:

@@ -29,6 +29,7 @@ from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
 from hf_erasure.hub.cards import config_in, rendered, updated
 from hf_erasure.hub.facts import CardFacts, facts_of
 from hf_erasure.hub.metadata import merged
+from hf_erasure.hub.plots import draw
 from hf_erasure.hub.templates import template_folder
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
