@@ -7,6 +7,8 @@ from typing import Any
 
 # The part of an adapter's provenance in which a callback writes what it measured while the model was trained.
 TRAINING = "training"
+# The part that says which results of a recipe, in the file beside the adapter, are its own: their digest.
+RECIPE = "recipe"
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
 

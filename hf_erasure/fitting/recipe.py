@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.digest import digest_of_data
 from hf_erasure.models import check_pool
 
 from .adding import FIT_FOLDER
 from .data import concept_dataloader
 from .erasure import fit_concept_erasure
 from .occupations import occupation_sentences
+from .origin import RECIPE
 from .probing import pooled_states, probe_table
 from .processes import Processes
 from .recipe_file import check_section, check_values, load_source, numbers, read_content, section_of
@@ -182,9 +184,11 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
         return None
     table = probe(recipe, model, tokenizer, data, progress)
     output = Path(recipe.output)
+    results = json.dumps(table.to_dict("index"), indent=1)
+    model.peft_config[ADAPTER_NAME].provenance[RECIPE] = digest_of_data(results)
     model.save_pretrained(output)
     (output / RECIPE_FILE).write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
-    (output / RESULTS_FILE).write_text(json.dumps(table.to_dict("index"), indent=1), encoding="utf-8")
+    (output / RESULTS_FILE).write_text(results, encoding="utf-8")
     report.plot(str(output / FIGURE_FILE))
     return Outcome(report, table)
 

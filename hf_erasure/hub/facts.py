@@ -134,7 +134,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
     facts.labels_from = _text(told.get("labels_from")) or _labels_from(recipe) or _text(data.get("labels_from"))
     rows = _describe_kind(facts, config, provenance)
     evaluated = kept_rows(told.get("results")) if told.get("results_of") == state_of(config) else []
-    measured = of_recipe(folder, recipe, provenance.get("pool")) if folder is not None else []
+    measured = of_recipe(folder, recipe, config) if folder is not None else []
     fitted = rows if facts.kind == "concept_erasure" or not measured else []
     trained = of_training(facts.concept, provenance)
     facts.measured = [row.as_dict() for row in [*evaluated, *trained, *measured, *fitted]]

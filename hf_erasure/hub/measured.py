@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_erasure.adapters.base_config import ChildConfig
-from hf_erasure.adapters.digest import digest_of
+from hf_erasure.adapters.digest import digest_of, digest_of_data
 from hf_erasure.adapters.fingerprint import unlike
 from hf_erasure.fitting.concepts import concept_of_config
-from hf_erasure.fitting.origin import TRAINING
+from hf_erasure.fitting.origin import RECIPE, TRAINING
 from hf_erasure.fitting.verdicts import verdict
 from hf_erasure.models.pooling import IN_WORDS
 
@@ -197,17 +197,21 @@ def of_training(concept: str, provenance: dict[str, Any]) -> list[Measured]:
 # ---- by a recipe -----------------------------------------------------------------------------------------------------
 
 
-def of_recipe(folder: Path, recipe: dict[str, Any], pool: Any = None) -> list[Measured]:
-    """The last line of an erasure's probe table, or the saved edit of a GRADIEND; nothing where no recipe ran.
+def of_recipe(folder: Path, recipe: dict[str, Any], config: ChildConfig) -> list[Measured]:
+    """The last line of an erasure's probe table, or the saved edit of a GRADIEND.
 
-    The probes read one vector a text: that of the erasure's pool, and of all tokens their mean.
+    The probes read one vector a text: that of the erasure's pool, and of all tokens their mean. Nothing where no recipe
+    ran, or the adapter was fitted or steered anew since.
     """
+    pool = config.provenance.get("pool")
     probed = _TEST + (f", {IN_WORDS['mean' if pool == 'tokens' else pool]}" if pool in IN_WORDS else "")
     results = read_json(folder / "results.json")
     if not recipe or not results:
         return []
+    if config.provenance.get(RECIPE) != digest_of_data((folder / "results.json").read_text(encoding="utf-8")):
+        return []
     if isinstance(results.get("edits"), dict):
-        return _of_gradiend_recipe(results)
+        return _of_gradiend_recipe(results, config)
     data = recipe["data"] if isinstance(recipe.get("data"), dict) else {}
     last = list(results)[-1]
     row = results[last] if isinstance(results[last], dict) else {}
@@ -229,10 +233,12 @@ def of_recipe(folder: Path, recipe: dict[str, Any], pool: Any = None) -> list[Me
     return rows
 
 
-def _of_gradiend_recipe(results: dict[str, Any]) -> list[Measured]:
+def _of_gradiend_recipe(results: dict[str, Any], config: Any) -> list[Measured]:
     edits = results["edits"]
     base, saved = edits.get("none"), edits.get(results.get("saved"))
     if not (isinstance(base, dict) and isinstance(saved, dict)):
+        return []
+    if (saved.get("h"), saved.get("α")) != (config.feature_factor, config.learning_rate):
         return []
     return _edit_rows(base, saved, results.get("saved"), _TEST)
 

@@ -23,8 +23,9 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig, combine_adapters, fit_concept_erasure
-from hf_erasure.adapters.digest import digest_of
+from hf_erasure.adapters.digest import digest_of, digest_of_data
 from hf_erasure.cli import app
+from hf_erasure.fitting.origin import RECIPE
 from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
 from hf_erasure.hub.cards import config_in, rendered, updated
 from hf_erasure.hub.facts import CardFacts, facts_of
@@ -503,6 +504,29 @@ def test_the_command_refuses_what_is_not_of_this_adapter(folder: Path, lifecycle
 def other_weights(samples: dict[str, Any]) -> None:
     for sample in samples.values():
         sample["values"] = [1.0 - value for value in sample["values"]]
+
+
+@pytest.mark.parametrize("kind", ["erasure", "gradiend"])
+def test_results_of_a_recipe_stay_with_the_adapter_that_it_made(kind: str, tmp_path: Path) -> None:
+    point = {"h": 1.0, "α": 0.01, "bpi": 0.25}
+    results = {
+        "erasure": {"layer 1": {"gender before": 0.9, "gender after": 0.5}},
+        "gradiend": {"edits": {"none": point, "bpi": point | {"bpi": 0.75}}, "saved": "bpi"},
+    }[kind]
+    text = json.dumps(results)
+    (tmp_path / "results.json").write_text(text)
+    (tmp_path / "recipe.yaml").write_text("data: {label_column: gender}")
+
+    def has_them(is_its_own: bool = True, **fields: Any) -> bool:
+        config = erasure() if kind == "erasure" else gradiend(feature_factor=1.0, **fields)
+        config.provenance = config.provenance | ({RECIPE: digest_of_data(text)} if is_its_own else {})
+        return any(row["data"] == "the recipe's test split" for row in facts_of(config, tmp_path).measured)
+
+    assert has_them()
+    assert not has_them(is_its_own=False)  # fitted by a program since, into the same folder
+    assert kind == "erasure" or not has_them(learning_rate=0.02)
+    (tmp_path / "results.json").write_text(json.dumps(results | {"more": {}}))
+    assert not has_them()
 
 
 def test_results_on_a_base_that_nobody_knows_are_taken_with_a_warning(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_erasure.adapters import GradiendConfig, edited
+from hf_erasure.adapters.digest import digest_of_data
 
+from ..origin import RECIPE
 from ..processes import Processes
 from ..recipe_file import check_section, check_values, numbers, read_content, section_of
 from .adapter import GradiendAdapter
@@ -276,9 +278,7 @@ class GradiendRun:
     def save(self, outcome: GradiendOutcome, chosen: dict[str, Point], saved: str) -> None:
         """Write the adapter, the recipe, the results and the edits to the recipe's output."""
         output = Path(self.recipe.output)
-        self.model.save_pretrained(output)
         content = json.loads(json.dumps(asdict(self.recipe)))
-        (output / RECIPE_FILE).write_text(_as_yaml(_without_none(content)), encoding="utf-8")
         results = {
             "encoding": outcome.encoding.to_dict("index"),
             "edits": outcome.edits.to_dict("index"),
@@ -287,7 +287,11 @@ class GradiendRun:
             "correlation on choice data": outcome.correlation,
             "rows": outcome.counts,
         }
-        (output / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        text = json.dumps(results, indent=1)
+        self.trainer.config.provenance[RECIPE] = digest_of_data(text)
+        self.model.save_pretrained(output)
+        (output / RECIPE_FILE).write_text(_as_yaml(_without_none(content)), encoding="utf-8")
+        (output / RESULTS_FILE).write_text(text, encoding="utf-8")
         outcome.edits.to_csv(output / EDITS_FILE)
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
         sizes = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
