@@ -10,6 +10,7 @@ GENDER, POS, STEREOTYPES = "gender", "part of speech", "stereotypes"
 
 FEMALE = {"female", "f", "fem", "feminine", "woman", "women", "girl", "girls", "she"}
 MALE = {"male", "m", "masc", "masculine", "man", "men", "boy", "boys", "he"}
+_BEYOND = {"neutral", "nonbinary", "non-binary", "diverse", "other", "unknown", "they"}
 # The universal parts of speech.
 _TAGS = {"adj", "adp", "adv", "aux", "cconj", "det", "intj", "noun", "num", "part", "pron", "propn", "punct", "sconj"}
 _TAGS |= {"sym", "verb", "x"}
@@ -30,12 +31,13 @@ def concept_of(name: Any, classes: Iterable[Any] | None = None) -> str | None:
     Returns:
         `GENDER`, `POS` or `STEREOTYPES`; None for any other concept.
     """
-    words = " " + " ".join(re.findall(r"[^\W_]+", str(name).lower())) + " "
+    apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", str(name)).lower()
+    words = " ".join(["", *re.findall(r"[^\W_]+", apart), ""])
     for concept, names in _NAMES.items():
         if any(f" {one} " in words for one in names):
             return concept
     labels = [str(label).strip().lower() for label in classes or []]
-    if female_and_male(labels) is not None:
+    if FEMALE.intersection(labels) and MALE.intersection(labels) and (FEMALE | MALE | _BEYOND).issuperset(labels):
         return GENDER
     return POS if len(labels) > 1 and _TAGS.issuperset(labels) else None
 

@@ -13,9 +13,12 @@ from hf_erasure.fitting.concepts import GENDER, POS, STEREOTYPES, concept_of_con
     [
         (ConceptErasureConfig(concept="gender", labels=["0", "1"]), GENDER),
         (ConceptErasureConfig(concept="no_Gender-bias", labels=["0", "1"]), GENDER),
+        (ConceptErasureConfig(concept="genderBias", labels=["0", "1"]), GENDER),
         (ConceptErasureConfig(labels=["male", "female"]), GENDER),
         (GradiendConfig(feature="pronouns of people", classes=["a", "b"]), GENDER),
         (GradiendConfig(feature="who", classes=["she", "he"]), GENDER),
+        (GradiendConfig(feature="who", classes=["she", "he", "they"]), GENDER),
+        (GradiendConfig(feature="article", classes=["masculine", "feminine", "neuter"]), "article"),
         (ConceptErasureConfig(concept="part of speech", labels=["a", "b"]), POS),
         (ConceptErasureConfig(labels=["NOUN", "VERB", "ADJ"]), POS),
         (ConceptErasureConfig(concept="stereotypes", labels=["a", "b"]), STEREOTYPES),
