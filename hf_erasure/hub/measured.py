@@ -176,7 +176,10 @@ def of_training(concept: str, provenance: dict[str, Any]) -> list[Measured]:
         return []
     where = f"at step {plain(told.get('step'))} of training"
     refits = figures.get("erasure_refits")
-    held_out = f"held-out batches, {where}" + (f", refitted {refits:g} times by then" if is_number(refits) else "")
+    pool = IN_WORDS.get(str(provenance.get("pool")))
+    held_out = f"held-out batches{f', of {pool}' if pool else ''}, {where}" + (
+        f", refitted {refits:g} times by then" if is_number(refits) else ""
+    )
     rows = []
     for name, value in figures.items():
         site = str(name).removeprefix("leakage/")
@@ -203,7 +206,7 @@ def of_recipe(folder: Path, recipe: dict[str, Any], config: ChildConfig) -> list
     The probes read one vector a text: that of the erasure's pool, and of all tokens their mean. Nothing where no recipe
     ran, or the adapter was fitted or steered anew since.
     """
-    pool = config.provenance.get("pool")
+    pool = str(config.provenance.get("pool"))
     probed = _TEST + (f", {IN_WORDS['mean' if pool == 'tokens' else pool]}" if pool in IN_WORDS else "")
     results = read_json(folder / "results.json")
     if not recipe or not results:
