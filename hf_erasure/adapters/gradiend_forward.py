@@ -85,6 +85,8 @@ class ForwardWithEdits:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's `forward` returns with the changed values in place."""
+        if args and args[0] is self.module:  # accelerate binds what it unwraps to the module
+            args = args[1:]
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
         here = (threading.get_ident(), torch.is_grad_enabled())

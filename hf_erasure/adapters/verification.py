@@ -83,9 +83,10 @@ def verify_adapter(
             return Verification(
                 False,
                 f"Adapter {adapter_name!r} acts in part only: the output differs from that of the merged weights. "
-                f"{used.names or 'Some weights'} are not read as attributes of their modules, so that a change that is "
-                "not merged is ignored. Merge the adapter, by merge_adapter() or merge_and_unload() of the PeftModel, "
-                "or leave such modules out by exclude_modules.",
+                f"{used.names or 'Some weights'} are read where a change that is not merged does not reach: not as an "
+                "attribute of their module, or outside of the model that the adapter was added to. Merge the adapter, "
+                "by merge_adapter() or merge_and_unload() of the PeftModel, or leave such modules out by "
+                "exclude_modules.",
             )
     how = "merged into the weights" if change is None else f"changes the output by {change:.2%} of its norm"
     return Verification(

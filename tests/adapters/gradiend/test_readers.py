@@ -400,6 +400,23 @@ def test_a_weight_that_is_no_attribute_when_it_is_read_is_named():
     assert "acts in part only" in str(verified) and "['inner.weight']" in str(verified)
 
 
+def test_a_tied_weight_outside_of_the_adapters_model_is_named():
+    model = copy.deepcopy(small_model("bert"))
+    whole = hf.BertForMaskedLM(model.config)
+    _attach(whole.bert, ["word_embeddings"])
+    verified = verify_adapter(whole, NAME)
+    assert not verified and "['embeddings.word_embeddings.weight'] are read" in str(verified)
+
+
+def test_a_reader_at_the_root_from_which_accelerate_takes_its_autocast():
+    model, x = _attach(_ByName()), torch.randn(2, 8)
+    expected, own = model(x)[0], model.forward
+    # As `Accelerator.prepare` with mixed precision leaves it.
+    model._original_forward, model.forward = own, accelerate.utils.convert_outputs_to_fp32(own)
+    model = accelerate.utils.extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert torch.equal(model(x)[0], expected)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit"])
 def test_no_reader_is_seen_where_every_module_is_called(name: str):
     model = small_model(name)
