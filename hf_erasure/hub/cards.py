@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +139,8 @@ def write_card(
     beside: str | Path | None = None,
     redraw: bool = False,
     overwrite: bool = False,
+    tags: Iterable[str] = (),
+    base_class: str | None = None,
 ) -> WrittenCard:
     """Make or update the card of an adapter's folder.
 
@@ -156,6 +158,8 @@ def write_card(
         beside: A folder in which more adapters lie, in folders of their names.
         redraw: Draw the picture anew, though there is one.
         overwrite: Take the place of text that somebody has written or changed.
+        tags: For the metadata, besides those that there are.
+        base_class: The class of the base model, where the configuration does not say it.
 
     Returns:
         What was done.
@@ -168,6 +172,7 @@ def write_card(
     if facts.subfolder and beside is not None:
         more = {name: plain(other.described) for name, other in own_adapters(Path(beside)) if name != facts.subfolder}
         facts.others = more | facts.others
+    facts.tags, facts.base_class = list(tags), facts.base_class or base_class
     facts.repo_id, facts.subfolder, facts.training = repo_id, subfolder or facts.subfolder, training
     path = folder / README
     try:
@@ -208,6 +213,15 @@ def gather(
 def text_of(path: Path) -> str | None:
     """The text of a README.md; None where there is none."""
     return path.read_bytes().decode("utf-8-sig") if path.is_file() else None
+
+
+def tags_of(text: str | None) -> list[str]:
+    """The tags in the metadata of a README.md; none where it cannot be read."""
+    try:
+        tags = ModelCard(text or "").data.tags
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError):
+        return []
+    return [str(tag) for tag in tags] if isinstance(tags, list) else []
 
 
 def has_own_text(present: str | None) -> bool:

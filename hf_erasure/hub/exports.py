@@ -18,7 +18,7 @@ from .cards import README, Card, WrittenCard, text_of, updated
 from .facts import CardFacts, facts_of
 from .markdown import plain
 from .measured import read_json
-from .metadata import OURS
+from .metadata import OURS, peft_tags
 from .naming import Head, head_of, hub_id
 from .templates import render
 
@@ -96,7 +96,7 @@ def _data(facts: CardFacts, head: Head | None, *, library: str, tag: str, relati
         library_name=library,
         base_model=facts.base_id,
         pipeline_tag=None if head is None else head.pipeline_tag,
-        tags=[OURS, tag, "debiasing"],
+        tags=[OURS, tag, "debiasing", *(peft_tags(facts) if relation == "adapter" else [])],
         datasets=facts.datasets or None,
         license=facts.license,
         language=facts.language or None,

@@ -71,6 +71,7 @@ class CardFacts:
         license: As the Hub writes it.
         language: Codes.
         training: Markdown on a training run that ended with this adapter, as Trainer words it.
+        tags: Of the base model, as they were given to `add_model_tags`, and what else the model tells.
     """
 
     kind: str
@@ -99,6 +100,7 @@ class CardFacts:
     license: str | None = None
     language: list[str] = field(default_factory=list)
     training: str = ""
+    tags: list[str] = field(default_factory=list)
 
 
 def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str | None = None) -> CardFacts:

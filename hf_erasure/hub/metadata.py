@@ -8,14 +8,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .facts import CardFacts, head
 from .markdown import plain
-from .naming import hub_id
+from .naming import head_of, hub_id
 
 OURS = "hf-erasure"
 _TAGS = {
     "concept_erasure": ["concept-erasure", "debiasing", "interpretability"],
     "gradiend": ["gradiend", "debiasing", "model-editing"],
 }
-# What a card had before ours that says something about another library's adapter.
+# What a card had before ours may name another base, or a folder of somebody's disk.
 _REPLACED_TAGS = ("base_model:",)
 
 
@@ -24,6 +24,7 @@ def metadata_of(facts: CardFacts, title: str) -> ModelCardData:
     _, task = head(facts)
     method = facts.method.get("name")
     tags = [OURS, *_TAGS[facts.kind], *([method] if method in ("leace", "inlp") else [])]
+    tags = _together([*tags, *peft_tags(facts)], [t for t in facts.tags if not t.startswith(_REPLACED_TAGS)])
     data = ModelCardData(
         library_name="peft",
         base_model=facts.base_id,
@@ -39,6 +40,17 @@ def metadata_of(facts: CardFacts, title: str) -> ModelCardData:
     if results:
         data.model_name, data.eval_results = plain(title), results
     return data
+
+
+def peft_tags(facts: CardFacts) -> list[str]:
+    """What PEFT tells of an adapter in tags, besides its method: the base, and the library that this is for."""
+    library = ["transformers"] if head_of(facts.base_class) is not None else []
+    return [*_adapter_tags(facts.base_id), *library]
+
+
+def _adapter_tags(base: Any) -> list[str]:
+    """By these the Hub lists the adapters of a base model."""
+    return [f"base_model:adapter:{name}" for name in _listed(base)]
 
 
 def _results(row: dict[str, Any], task: str | None) -> list[EvalResult]:
@@ -69,7 +81,9 @@ def merged(present: Any, ours: ModelCardData) -> ModelCardData:
         found["base_model_relation"] = relation
     else:
         found.pop("base_model_relation")
-    found.tags = _together([tag for tag in _listed(present.tags) if not tag.startswith(_REPLACED_TAGS)], ours.tags)
+    of_base = _adapter_tags(found.base_model) if found.library_name == "peft" else []
+    theirs = [tag for tag in _listed(present.tags) if not tag.startswith(_REPLACED_TAGS)]
+    found.tags = _together(theirs, [*_listed(ours.tags), *of_base])
     found.datasets = _together(present.datasets, ours.datasets) or None
     for name in ("pipeline_tag", "license", "language"):
         found[name] = present.get(name) or ours.get(name)

@@ -26,7 +26,7 @@ from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.saving import ON_STAGED, root_of, target_of
 from hf_erasure.adapters.wrapping import is_wrapped, wrap
 
-from .cards import README, WrittenCard, config_in, has_own_text, own_adapters, text_of, write_card
+from .cards import README, WrittenCard, config_in, has_own_text, own_adapters, tags_of, text_of, write_card
 from .metadata import filled
 from .pushing import card_on_hub
 
@@ -54,14 +54,15 @@ def install() -> None:
 
 def _on_staged(folder: Path, model: Any, adapter_name: str) -> None:
     """The card of an adapter that is about to be saved, and of the folder with several."""
-    _kept_quiet(folder, lambda: write_card(folder, redraw=True))
+    known = _told_by(model)
+    _kept_quiet(folder, lambda: write_card(folder, redraw=True, **known))
     root = root_of(folder)
     target = target_of(root)
     # Of another method's adapter that lies there, PEFT has written the card.
     is_ours = next(own_adapters(root), None) is not None
     is_free = holds_adapters_only(target) or not any((target / name).exists() for name in _MODEL_FILES)
     if root != folder and is_ours and is_free:
-        _kept_quiet(root, lambda: write_card(root, beside=target))
+        _kept_quiet(root, lambda: write_card(root, beside=target, **known))
 
 
 setattr(_on_staged, _MARK, True)
@@ -72,7 +73,14 @@ def _create_or_update_model_card(original: Callable, model: Any, output_dir: Any
     if not any(isinstance(config, ChildConfig) for config in model.peft_config.values()):
         original(output_dir)
     elif holds_adapters_only(Path(output_dir)):
-        _kept_quiet(output_dir, lambda: write_card(output_dir))
+        _kept_quiet(output_dir, lambda: write_card(output_dir, **_told_by(model)))
+
+
+def _told_by(model: Any) -> dict[str, Any]:
+    """What the model tells of the base, for the card of an adapter of it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    library = ["transformers"] if isinstance(base, PreTrainedModel) else []
+    return {"tags": [*library, *(getattr(base, "model_tags", None) or [])], "base_class": type(base).__name__}
 
 
 def holds_adapters_only(folder: Path) -> bool:
@@ -113,8 +121,8 @@ class _PushedCard(ModelCard):
         # Of what lies in the folder and what lies on the Hub, that counts which somebody has written.
         here = text_of(path) if _saved_to.get() is None else text_of(Path(_saved_to.get() or "", README))
         present = here if has_own_text(here) else self._there()
-        where = self.hf_erasure_repo_id
-        _kept_quiet(path.parent, lambda: write_card(path.parent, repo_id=where, present=present))
+        where, tags = self.hf_erasure_repo_id, [*tags_of(here), *(self.data.tags or [])]
+        _kept_quiet(path.parent, lambda: write_card(path.parent, repo_id=where, present=present, tags=tags))
         for name in [name for name, _ in own_adapters(path.parent) if name]:
             write = functools.partial(write_card, path.parent / name, repo_id=where, subfolder=name)
             _kept_quiet(path.parent / name, write)
@@ -157,17 +165,17 @@ def _create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **k
 def _save(original: Callable, trainer: Any, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
     """Adapters that a callback of ours puts into folders of their names get their cards there."""
     result = original(output_dir, *args, **kwargs)
-    _cards_within(Path(output_dir or trainer.args.output_dir))
+    _cards_within(Path(output_dir or trainer.args.output_dir), **_told_by(trainer.model))
     return result
 
 
-def _cards_within(folder: Path, into: Path | None = None) -> None:
+def _cards_within(folder: Path, into: Path | None = None, **told: Any) -> None:
     for place in [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []:
         config = config_in(place)
         target = place if into is None else into / place.name
         if config is not None and (into is not None or not (place / README).is_file()):
             target.mkdir(parents=True, exist_ok=True)
-            _kept_quiet(target, functools.partial(write_card, target, config))
+            _kept_quiet(target, functools.partial(write_card, target, config, **told))
 
 
 def _create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -213,9 +221,10 @@ def _push_from_checkpoint(original: Callable, trainer: Any, checkpoint_folder: s
     """Trainer copies an adapter's files from the checkpoint, and not its card."""
     source, target = Path(checkpoint_folder), Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        _cards_within(source, target)
+        told = _told_by(trainer.model)
+        _cards_within(source, target, **told)
         config = config_in(source)
         if config is not None:
             repo_id = getattr(trainer, "hub_model_id", None)
-            _kept_quiet(target, lambda: write_card(target, config, repo_id=repo_id))
+            _kept_quiet(target, lambda: write_card(target, config, repo_id=repo_id, **told))
     original(checkpoint_folder)

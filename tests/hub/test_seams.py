@@ -21,7 +21,7 @@ from hf_erasure import GradiendCallback
 from hf_erasure.hub import cards, seams
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.lifecycle import Cell, Lifecycle, config_of, fit
-from tests.small_models import small_batch
+from tests.small_models import LABELS, small_batch
 
 CELL = Cell("llama", "norms", "output")
 TEMPLATE = "[More Information Needed]"
@@ -255,6 +255,36 @@ def test_saving_and_pushing_at_once_keeps_what_was_written_in_the_folder(
     there = readme(pushed(made("erasure"), folder=folder))
     assert "Do not lose me." in there
     assert "Do not lose me." in readme(folder)
+
+
+@pytest.mark.parametrize("fitted", [True, False], ids=["fitted", "new"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tags_of_peft_and_of_the_model_are_in_the_card_by_every_road(
+    kind: str, fitted: bool, made: Callable, pushed: Callable, tmp_path: Path
+) -> None:
+    """Those that PEFT writes for a LoRA, its guess of the pipeline, and what `add_model_tags` was given."""
+    expected = {"base_model:adapter:some-org/some-llama", "transformers", "of-the-model", "hf-erasure"}
+    expected.add("concept-erasure" if kind == "erasure" else "gradiend")
+    model = made(kind)
+    name, config = next(iter(model.peft_config.items()))
+    model.add_model_tags(["of-the-model"])
+    model.config._name_or_path = model.name_or_path = config.base_model_name_or_path = "some-org/some-llama"
+    if not fitted:
+        fresh = {"labels": LABELS} if kind == "erasure" else {}
+        model.delete_adapter(name)
+        model.add_adapter(type(config)(**fresh, base_model_name_or_path="some-org/some-llama"), name)
+    model.save_pretrained(tmp_path / "added")
+    folders = [tmp_path / "added", pushed(model)]
+    trainer = trainer_of(model, tmp_path / "trained")
+    trainer.save_model()
+    trainer.create_model_card()
+    model.delete_adapter(name)
+    around = peft.PeftModel.from_pretrained(model, tmp_path / "added", adapter_name=name)
+    around.save_pretrained(tmp_path / "peft")
+    for folder in [*folders, tmp_path / "trained", tmp_path / "peft" / ("" if name == "default" else name)]:
+        data = ModelCard.load(folder / "README.md").data
+        assert expected <= set(data.tags) and len(data.tags) == len(set(data.tags))
+        assert (data.pipeline_tag, data.base_model) == ("text-generation", "some-org/some-llama")
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------
