@@ -24,7 +24,7 @@ from peft import (
     peft_model,
 )
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, transformers_weight_conversion
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -49,6 +49,7 @@ from .child_tuner import (
 )
 from .gradiend_tuner import link_owners
 from .own_tensors import adapter_state_dict
+from .renaming import conversions_kept, weight_mapping
 from .saving import finish, save_model, save_peft_model
 from .untrusted import Source, looked_at, with_what_was_fitted
 from .wrapping import wrap
@@ -110,6 +111,9 @@ def install() -> None:
     wrap(PeftAdapterMixin, "add_adapter", _add_adapter, _MARK)
     wrap(PeftAdapterMixin, "load_adapter", _load_adapter, _MARK)
     wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter, _MARK)
+    for place in (integration, transformers_weight_conversion):  # where it is differs between releases
+        if hasattr(place, "build_peft_weight_mapping"):
+            wrap(place, "build_peft_weight_mapping", weight_mapping, _MARK)
     for kind in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
         wrap(kind, "__init__", _peft_init, _MARK)
     wrap(peft_model, "set_peft_model_state_dict", _set_peft_model_state_dict, _MARK)
@@ -206,7 +210,8 @@ def _load_adapter(
     given, config = call.arguments, call.arguments.get("peft_config")
     try:
         with naming_what_goes_off(model, name), comparing_with_fitting(model, name):
-            with _looked_at(model, given) as given["peft_model_id"], device_map_of_offloaded(model):
+            looking = _looked_at(model, given)
+            with looking as given["peft_model_id"], device_map_of_offloaded(model), conversions_kept(model, name):
                 result = original(*call.args, **call.kwargs)
             _keep_given(model, name, config)
             _check_loaded(model, name)

@@ -64,7 +64,7 @@ class Runner:
 
     def __init__(self, model: nn.Module, sites: Iterable[AdapterChild] = ()) -> None:
         self.model: Any = bare_model(model)
-        backbone = self.backbone = getattr(self.model, "base_model", self.model)
+        backbone = self.backbone = _backbone(self.model)
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
         needs_all = any(id(site.host) not in within for site in sites)
         self.is_sharded = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
@@ -128,6 +128,14 @@ def text_encoder(model: nn.Module) -> nn.Module:
     """
     bare = bare_model(model)
     return bare.get_encoder() if _is_encoder_decoder(bare) else model
+
+
+def _backbone(model: Any) -> Any:
+    """The base model, unless it is a part that takes other inputs than the model does, as DINOv3's encoder."""
+    found, name = getattr(model, "base_model", model), getattr(model, "main_input_name", "input_ids")
+    if not isinstance(found, nn.Module) or name not in inspect.signature(model.forward).parameters:
+        return found
+    return found if name in inspect.signature(found.forward).parameters else model
 
 
 def _is_encoder_decoder(model: Any) -> bool:

@@ -20,7 +20,7 @@ from .facts import CardFacts, facts_of, head
 from .generic import is_generic
 from .markdown import plain
 from .measured import read_json
-from .metadata import merged, metadata_of
+from .metadata import filled, merged, metadata_of
 from .plots import draw
 from .templates import render
 
@@ -215,13 +215,12 @@ def text_of(path: Path) -> str | None:
     return path.read_bytes().decode("utf-8-sig") if path.is_file() else None
 
 
-def tags_of(text: str | None) -> list[str]:
-    """The tags in the metadata of a README.md; none where it cannot be read."""
+def with_metadata_of(present: str, other: str | None) -> str:
+    """A README.md with what the metadata of another one says besides; as it is where either cannot be read."""
     try:
-        tags = ModelCard(text or "").data.tags
+        return filled(present, ModelCard(other).data) if other else present
     except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError):
-        return []
-    return [str(tag) for tag in tags] if isinstance(tags, list) else []
+        return present
 
 
 def has_own_text(present: str | None) -> bool:

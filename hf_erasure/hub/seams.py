@@ -26,7 +26,7 @@ from hf_erasure.adapters.base_config import ChildConfig
 from hf_erasure.adapters.saving import ON_STAGED, root_of, target_of
 from hf_erasure.adapters.wrapping import is_wrapped, wrap
 
-from .cards import README, WrittenCard, config_in, has_own_text, own_adapters, tags_of, text_of, write_card
+from .cards import README, WrittenCard, config_in, has_own_text, own_adapters, text_of, with_metadata_of, write_card
 from .metadata import filled
 from .pushing import card_on_hub
 
@@ -120,8 +120,8 @@ class _PushedCard(ModelCard):
             return
         # Of what lies in the folder and what lies on the Hub, that counts which somebody has written.
         here = text_of(path) if _saved_to.get() is None else text_of(Path(_saved_to.get() or "", README))
-        present = here if has_own_text(here) else self._there()
-        where, tags = self.hf_erasure_repo_id, [*tags_of(here), *(self.data.tags or [])]
+        present = here if has_own_text(here) else with_metadata_of(self._there(), text_of(path))
+        where, tags = self.hf_erasure_repo_id, self.data.tags or []
         _kept_quiet(path.parent, lambda: write_card(path.parent, repo_id=where, present=present, tags=tags))
         for name in [name for name, _ in own_adapters(path.parent) if name]:
             write = functools.partial(write_card, path.parent / name, repo_id=where, subfolder=name)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import peft
 import pytest
 import torch
+import transformers as hf
+from safetensors.torch import load_file
+from transformers.core_model_loading import WeightRenaming
+from transformers.integrations import peft as integration
 
 from hf_erasure.adapters import steer
 from tests.lifecycle.verbs import KINDS, MODELS, OF, OURS, TABLE, as_base, base, children, outputs
-from tests.small_models import ARCHITECTURES, same
+from tests.small_models import ARCHITECTURES, outputs_of, roughen, same, small_batch
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,3 +144,49 @@ def test_what_a_given_configuration_says_counts(kind: str, tmp_path):
     with pytest.raises(ValueError, match=r"holds the GRADIEND of .* LoraConfig|fitted with site='output'"):
         peft.PeftModel.from_pretrained(base("llama"), str(tmp_path), config=wrong)
     assert not getattr(wrong, "fitted", False)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_what_is_renamed_in_old_checkpoints_is_not_renamed_in_an_adapter(
+    kind: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    """transformers has such patterns for many model types, and applies them to the files of adapters, too."""
+    made = OF[kind].added("bert", "a", modules_to_save=["pooler.dense"], exclude_modules=["pooler.dense"])
+    made.save_pretrained(tmp_path)
+    renamings = [("encoder.layer", "encoder.block"), ("weight", "gamma"), ("concept_erasure", "x"), ("gradiend", "x")]
+    mapping = [WeightRenaming(source, target) for source, target in renamings]
+    monkeypatch.setattr(integration, "get_model_conversion_mapping", lambda *_, **__: mapping)
+    model = base("bert")
+    model.load_adapter(str(tmp_path), "b")
+    assert same(outputs(model, "bert"), outputs(made, "bert"))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_model_type_whose_keys_are_renamed_takes_its_adapters(kind: str, tmp_path):
+    """The patterns for DINOv3 match the name that its layer scale gives a parameter, and its blocks' names."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    plain = hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**sizes, image_size=16, patch_size=4))
+    plain = roughen(plain, torch.Generator().manual_seed(0)).eval()
+    model, batch = copy.deepcopy(plain), small_batch("vit", seed=7)
+    targets = r".*layer_scale\d|.*layer\.\d+\.mlp\..*" if kind == "GRADIEND" else ["up_proj", "down_proj"]
+    OF[kind].add(model, "vit", "a", target_modules=targets)
+    model.save_pretrained(tmp_path)
+    again = copy.deepcopy(plain)
+    again.load_adapter(str(tmp_path), "b")
+    assert same(outputs_of(again, batch), outputs_of(model, batch))
+    assert not same(outputs_of(plain, batch), outputs_of(model, batch))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_model_is_saved_under_its_own_names_after_an_adapter_came_and_went(kind: str, tmp_path):
+    """transformers notes how the adapter's keys were renamed, and would save the model by that."""
+    OF[kind].added("llama", "a").save_pretrained(tmp_path / "adapter")
+    base("llama").save_pretrained(tmp_path / "base")
+    for model in (base("llama"), type(base("llama")).from_pretrained(tmp_path / "base")):
+        model.load_adapter(str(tmp_path / "adapter"), "a")
+        model.delete_adapter("a")
+        model.save_pretrained(tmp_path / "saved")
+        assert (
+            load_file(tmp_path / "saved/model.safetensors").keys()
+            == load_file(tmp_path / "base/model.safetensors").keys()
+        )
