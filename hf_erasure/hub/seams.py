@@ -121,7 +121,7 @@ class _PushedCard(ModelCard):
         # Of what lies in the folder and what lies on the Hub, that counts which somebody has written.
         here = text_of(path) if _saved_to.get() is None else text_of(Path(_saved_to.get() or "", README))
         present = here if has_own_text(here) else with_metadata_of(self._there(), text_of(path))
-        where, tags = self.hf_erasure_repo_id, self.data.tags or []
+        where, tags = self.hf_erasure_repo_id, self.data.get("tags") or []
         _kept_quiet(path.parent, lambda: write_card(path.parent, repo_id=where, present=present, tags=tags))
         for name in [name for name, _ in own_adapters(path.parent) if name]:
             write = functools.partial(write_card, path.parent / name, repo_id=where, subfolder=name)
