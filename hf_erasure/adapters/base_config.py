@@ -73,6 +73,15 @@ class ChildConfig(PeftConfig):
         """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
         raise NotImplementedError
 
+    def has_size_of(self, name: str, shape: list[int]) -> bool:
+        """Whether tensors of a fitted adapter have a size that is one of a weight's.
+
+        Args:
+            name: The weight.
+            shape: Its shape where the adapter was fitted.
+        """
+        raise NotImplementedError
+
     def _check_types(self) -> None:
         """What may be in the fields at all; any file may be the source of them.
 

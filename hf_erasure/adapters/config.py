@@ -168,6 +168,11 @@ class ConceptErasureConfig(ChildConfig):
                 found[f"{site}.concept_erasure.concept_erasure_{part}"] = shape, FLOATS
         return found
 
+    def has_size_of(self, name: str, shape: list[int]) -> bool:
+        """Whether it erases the output of a head with a column for each row of the weight."""
+        size = (self.fitted_sites or {}).get(name.rpartition(".")[0])
+        return size is not None and self.site == "output" and [size["width"]] == shape[:1] != shape[-1:]
+
     @property
     def z_dim(self) -> int:
         """The number of columns the concept is coded in: classes, or `concept_dim`."""

@@ -30,6 +30,7 @@ from .fields import fits, short
 from .merging import is_sharded, shared_weights
 from .offloading import value_of, why_not_reachable
 from .quantised import dequantised, is_quantised
+from .vocabulary import first_new_row, row_size, token_weights
 
 SAMPLES, TOTAL, FEWEST = 64, 2048, 4
 QUANTISED = "quantised"
@@ -77,10 +78,11 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
     """Compare a fitted adapter with the model it is about to be attached to.
 
     Warns when the weights are a further-trained version of the adapter's base, and of weights that cannot be read.
+    Where tokens were added or removed, the rows that both models have are compared.
 
     Raises:
-        ValueError: If a site is missing, has another width, or the weights are those of another model. The last is a
-            warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
+        ValueError: If a site is missing, the adapter's tensors do not fit a weight, or the weights are those of another
+            model. The last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
         TypeError: If the fingerprint is none.
     """
     sites = list(config.fitted_modules)
@@ -98,21 +100,28 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             "is the same base cannot be checked.",
             stacklevel=2,
         )
-    pairs, unread = [], []
+    pairs, unread, of_tokens = [], [], token_weights(model)
     for name, sample in kept.items():
         _check_sample(name, sample)
         weight, dtype = _weight(model, name)
         if weight is None:
             unread.append(name)
             continue
-        if list(weight.shape) != sample["shape"]:
-            raise ValueError(
-                f"The {config.described} was fitted on {_fitted_on(config)}, where {name!r} has shape "
-                f"{sample['shape']}; here it has {list(weight.shape)}. Load it into the model it was fitted on."
-            )
-        values = _at(weight, torch.tensor(sample["positions"], device="cpu", dtype=torch.long))
-        kept_values = torch.tensor(sample["values"], device="cpu", dtype=torch.double)
-        pairs.append(_Pair(name, values, kept_values, (dtype, sample["dtype"]), weight.dim() > 1))
+        shape = list(weight.shape)
+        if shape != sample["shape"]:
+            is_resized = name in of_tokens and len(shape) == len(sample["shape"]) and shape[1:] == sample["shape"][1:]
+            _check_shape(name, shape, sample["shape"], config, is_resized)
+            if not is_resized:
+                continue
+        size = row_size(shape)
+        common = min(shape[:1] + sample["shape"][:1], default=1) * size
+        positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
+        kept_values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
+        pair = _Pair(name, _at(weight, positions), kept_values, (dtype, sample["dtype"]), weight.dim() > 1)
+        if name in of_tokens and not pair.is_rough:
+            pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
+        if len(pair.seen):
+            pairs.append(pair)
     _say_unread(unread, len(kept), config)
     _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
     _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
@@ -152,7 +161,7 @@ def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
         values = [torch.tensor(sample[name]["values"], dtype=torch.double, device="cpu") for sample in (seen, kept)]
         dtypes = (seen[name]["dtype"], kept[name]["dtype"])
         pairs.append(_Pair(name, values[0], values[1], dtypes, len(kept[name]["shape"]) > 1))
-    changed = [pair for pair in pairs if not pair.is_same()]
+    changed = [pair for pair in pairs if bool(pair.differ().any())]
     changed = [pair for pair in changed if not (pair.is_rough and _correlation(changed)[0] >= ROUNDED)]
     return min(changed, key=_one).name if changed else ""
 
@@ -174,13 +183,13 @@ class _Pair:
     def __post_init__(self) -> None:
         self.is_rough = QUANTISED in self.dtypes
 
-    def is_same(self) -> bool:
-        """Whether the values differ by the coarser dtype's rounding at most: each was rounded by half a step."""
+    def differ(self) -> Tensor:
+        """Which values differ by more than the coarser dtype's rounding: each was rounded by half a step."""
         if self.is_rough:
-            return bool(torch.equal(self.seen, self.kept))
+            return self.seen != self.kept
         steps = [torch.finfo(getattr(torch, name)) for name in self.dtypes]
         rtol, atol = max(step.eps for step in steps), max(step.smallest_normal * step.eps for step in steps)
-        return bool(torch.isclose(self.seen, self.kept, rtol=rtol, atol=atol).all())
+        return ~torch.isclose(self.seen, self.kept, rtol=rtol, atol=atol)
 
     def products(self) -> tuple[float, float, float, float]:
         """Of the values about their means, in units of the old ones' spread: here², old², here · old, difference²."""
@@ -201,8 +210,57 @@ def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
     return (both / math.sqrt(seen * kept) if seen else 0.0), math.sqrt(change / kept)
 
 
+def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConfig, is_resized: bool) -> None:
+    """Raise where a weight of another shape is in the way of an adapter; of more or fewer tokens it is not always."""
+    fitted_on = _fitted_on(config)
+    if is_resized and config.has_size_of(name, kept):
+        raise ValueError(
+            f"The {config.described} was fitted on {fitted_on}, where the vocabulary has {kept[0]} tokens; here it has "
+            f"{shape[0]} tokens. The adapter acts on the rows of {name!r}, one for each token, and they are not the "
+            f"same any more. Call model.resize_token_embeddings({kept[0]}) before loading it, or fit it on this model."
+        )
+    if is_resized:
+        return
+    told = f"where {name!r} has shape {kept}; here it has {shape}"
+    if config.has_size_of(name, kept) or not _any_base():
+        raise ValueError(
+            f"The {config.described} was fitted on {fitted_on}, {told}. Load it into the model it was fitted on."
+        )
+    warnings.warn(
+        f"The {config.described} was fitted on {fitted_on}, {told}. It is loaded all the same, since {ANY_BASE} is "
+        "set.",
+        stacklevel=4,
+    )
+
+
+def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
+    """The values of rows that were not made anew, since tokens were added, where the adapter was fitted or here."""
+    spread = float(pair.kept.std(correction=0)) or 1.0
+    first = first_new_row(rows, pair.differ(), (pair.seen - pair.kept) / spread)
+    if first is None:
+        return pair
+    if config.has_size_of(pair.name, []) and last_changed >= first:
+        told = (
+            f"The {config.described} changes rows of added tokens: those of {pair.name!r} from row {first} or before "
+            f"are not those it was fitted on ({_fitted_on(config)}), since resize_token_embeddings makes new rows anew "
+            "each time"
+        )
+        if not _any_base():
+            raise ValueError(
+                f"{told}. Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter "
+                f"into that one. To load it all the same, set the environment variable {ANY_BASE}=1."
+            )
+        warnings.warn(f"{told}: it is loaded all the same, since {ANY_BASE} is set.", stacklevel=4)
+    old = rows < first
+    return _Pair(pair.name, pair.seen[old], pair.kept[old], pair.dtypes, pair.is_matrix)
+
+
+def _any_base() -> bool:
+    return os.environ.get(ANY_BASE, "").lower() in ("1", "true", "yes", "on")
+
+
 def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
-    changed = [pair for pair in pairs if not pair.is_same()]
+    changed = [pair for pair in pairs if bool(pair.differ().any())]
     if not changed:
         return
     correlation, drift = _correlation(pairs)
@@ -218,7 +276,7 @@ def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
         f"sampled weights correlate by {correlation:.4f} and have moved by {drift:.1%} of their spread, most at "
         f"{worst.name!r}, by {_one(worst):.2f}"
     )
-    if is_another and os.environ.get(ANY_BASE, "").lower() not in ("1", "true", "yes", "on"):
+    if is_another and not _any_base():
         raise ValueError(
             f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told}). Load the "
             f"adapter into its own base, or fit it on this one. To load it all the same, set the environment variable "
@@ -256,6 +314,7 @@ def _check_sample(name: str, sample: Any) -> None:
             and len(sample["positions"]) == len(sample["values"]) > 0
             and all(0 <= position < size for position in sample["positions"])
             and all(abs(value) < math.inf for value in sample["values"])
+            and fits(sample.get("last", 0), int)
         )
     if not is_sample:
         raise ValueError(f"The fingerprint has {short(sample)} of {name!r}, which is no sample: the file is damaged.")

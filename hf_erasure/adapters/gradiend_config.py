@@ -193,6 +193,11 @@ class GradiendConfig(ChildConfig):
                 found[f"{module}.gradiend.gradiend_{kind}_{own}"] = shape, types
         return found
 
+    def has_size_of(self, name: str, shape: list[int]) -> bool:
+        """Whether it changes or reads entries of the weight."""
+        size = (self.fitted_parameters or {}).get(name)
+        return size is not None and (size.get("count", 0) != 0 or size.get("encoder_count", 0) != 0)
+
     def parts(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """What a fitted adapter keeps of one parameter, with the shape and the types by which safetensors knows it."""
         size, pairs = (self.fitted_parameters or {})[name], self.expected_pairs()

@@ -105,6 +105,7 @@ def set_features(
     decoders = _pruned([feature.decoder for feature in features], config.density, n)
     encoders = [f.encoder.prune(config.density) if config.keep_encoder else f.encoder for f in features]
     sizes: dict[str, dict[str, Any]] = {}
+    last: dict[str, int] = {}
     for path, layer in layers.items():
         for own in layer.gradiend_parameters[adapter_name]:
             name = f"{path}.{own}"
@@ -114,12 +115,14 @@ def set_features(
             for kind, value in zip((FEATURE, OFFSET), values or (None, None), strict=True):
                 layer.set_part(adapter_name, own, kind, value)
             sizes[name] = {"shape": list(shape), "count": _count(index, values)}
+            if sizes[name]["count"] != 0:
+                last[name] = shape.numel() - 1 if index is None else int(index[-1])
             kept = [(e.index, (e.weight,)) for e in encoders] if config.keep_encoder else []
             index, values = _aligned(name, shape, kept)
             layer.set_part(adapter_name, own, ENCODER_INDEX, index)
             layer.set_part(adapter_name, own, ENCODER, None if values is None else values[0])
             sizes[name]["encoder_count"] = _count(index, values)
-    _record(adapter_of(model, adapter_name, GradiendConfig).owner, config, sizes, encoders, pairs)
+    _record(adapter_of(model, adapter_name, GradiendConfig).owner, config, sizes, encoders, pairs, last)
     for layer in layers.values():
         layer.steer(adapter_name, config)
 
@@ -369,19 +372,19 @@ def _record(
     sizes: dict[str, dict[str, Any]],
     encoders: Sequence[FeatureEncoder],
     pairs: Sequence[tuple[str, str]],
+    last: dict[str, int],
 ) -> None:
-    """What the saved adapter says about itself."""
+    """What the saved adapter says about itself; `last` is the last entry of each weight that it changes."""
     config.pairs = [list(pair) for pair in pairs]
     config.fitted_parameters = sizes
     config.encoders = [
         {"scale": e.scale, "bias": e.bias, "activation": e.activation, "unit_norm": e.unit_norm} for e in encoders
     ]
     config.fitted = True
-    config.provenance = {
-        **config.provenance,
-        "base_class": class_name(base),
-        "fingerprint": fingerprint(base, list(config.fitted_modules)),
-    }
+    samples = fingerprint(base, list(config.fitted_modules))
+    for name in samples.keys() & last.keys():
+        samples[name]["last"] = last[name]
+    config.provenance = {**config.provenance, "base_class": class_name(base), "fingerprint": samples}
 
 
 # ---- how strongly ----------------------------------------------------------------------------------------------------

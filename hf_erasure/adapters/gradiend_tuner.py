@@ -250,7 +250,7 @@ def _fitted_parameters(
                 f"{config.described} was fitted. Load it into a model with untied weights (tie_word_embeddings=False)."
             )
         _refuse_quantised(full, parameter, config, model)
-        if list(parameter.shape) != list(fitted[full]["shape"]):
+        if list(parameter.shape) != list(fitted[full]["shape"]) and config.has_size_of(full, fitted[full]["shape"]):
             raise ValueError(
                 f"The {config.described} was fitted where {full!r} has shape {fitted[full]['shape']}; here it has "
                 f"{list(parameter.shape)}. Load it into the model it was fitted on."

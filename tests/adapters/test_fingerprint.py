@@ -20,7 +20,17 @@ from hf_erasure.adapters import fingerprint, targeted_parameters
 from hf_erasure.adapters.child import adapter_children
 from tests.adapters.gradiend import lifecycle as gradiend
 from tests.ecosystem.quantised_bases import Bases
-from tests.small_models import LABELS, VOCABULARY, outputs_of, roughen, same, small_batch, small_batches, small_model
+from tests.small_models import (
+    LABELS,
+    VOCABULARY,
+    WIDTH,
+    outputs_of,
+    roughen,
+    same,
+    small_batch,
+    small_batches,
+    small_model,
+)
 
 ABOUT_THE_BASE = re.compile("fitted on|trained further|could not be checked|in part")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -176,6 +186,98 @@ def test_one_matrix_that_was_made_anew_is_told_by_its_name(tmp_path: Path):
         model.model.layers[1].mlp.up_proj.weight.normal_(generator=torch.Generator().manual_seed(1))
     with pytest.raises(ValueError, match=r"another model .*most at 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         model.load_adapter(str(folder))
+
+
+# ---- another vocabulary ----------------------------------------------------------------------------------------------
+
+
+def resized(tokens: int, base: PreTrainedModel | None = None, seed: int = 0, **fields: Any) -> PreTrainedModel:
+    """The small Llama with tokens added or removed; new rows are drawn anew, as in every run."""
+    model = llama() if base is None else base
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(tokens, **fields)
+    return model.eval()
+
+
+@pytest.mark.parametrize("mean_resizing", [True, False])
+@pytest.mark.parametrize(("there", "here"), [(64, 65), (65, 64), (65, 65), (64, 128), (128, 128), (80, 72), (64, 40)])
+def test_an_erasure_loads_where_tokens_were_added_or_removed(
+    there: int, here: int, mean_resizing: bool, tmp_path: Path
+):
+    """Also where it acts on the embeddings; rows that one of the models lacks, or that are new in both, say nothing."""
+    fields = {"target_modules": ["embed_tokens", "input_layernorm", "norm"]}
+    folder = saved(resized(there, mean_resizing=mean_resizing), "erasure", tmp_path / "adapter", **fields)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = resized(here, seed=1, mean_resizing=mean_resizing).to(dtype)
+        assert said(lambda m=model: m.load_adapter(str(folder))) == []
+    with pytest.raises(ValueError, match="and this is another model"):
+        resized(here, llama(seed=7), seed=1).load_adapter(str(folder))
+    (told,) = said(lambda: resized(here, moved(llama(), 0.1), seed=1).load_adapter(str(folder)))
+    assert "trained further" in told
+
+
+def test_a_head_with_a_column_for_each_token_keeps_its_width(tmp_path: Path):
+    folder = saved(llama(), "erasure", tmp_path / "adapter", target_modules=["lm_head"])
+    model = resized(65)
+    with pytest.raises(ValueError, match=r"has 64 tokens; here it has 65 tokens\. .* rows of 'lm_head\.weight'"):
+        model.load_adapter(str(folder))
+    assert not adapter_children(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gradiend_of_another_vocabulary_is_refused_with_that_reason(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def base() -> PreTrainedModel:
+        return copy.deepcopy(gradiend._tied_llama()) if tied else llama()
+
+    monkeypatch.setenv(fingerprint.ANY_BASE, "1")  # its tensors fit no other shape
+    for there, here in ((64, 66), (66, 64)):
+        folder = saved(resized(there, base()), "gradiend", tmp_path / f"{there}")
+        model = resized(here, base())
+        with pytest.raises(
+            ValueError,
+            match=rf"has {there} tokens; here it has {here} tokens\. .* rows of 'model\.embed_tokens\.weight'.*"
+            rf"model\.resize_token_embeddings\({there}\)",
+        ):
+            model.load_adapter(str(folder))
+        assert not adapter_children(model)
+    elsewhere = saved(base(), "gradiend", tmp_path / "elsewhere", exclude_modules=["embed_tokens", "lm_head"])
+    assert said(lambda: resized(66, base()).load_adapter(str(elsewhere))) == []
+
+
+def test_a_gradiend_that_changes_rows_of_added_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They are others in every run; one that changes none of them loads."""
+    of_all = saved(resized(72), "gradiend", tmp_path / "all", density=1.0, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ValueError, match=r"changes rows of added tokens: .* from row \d+ .* Save the resized model"):
+        resized(72, seed=1).load_adapter(str(of_all))
+    assert said(lambda: resized(72).load_adapter(str(of_all))) == []  # the same run
+    monkeypatch.setenv(fingerprint.ANY_BASE, "1")
+    (told,) = said(lambda: resized(72, seed=1).load_adapter(str(of_all)))
+    assert "changes rows of added tokens" in told and "loaded all the same" in told
+    monkeypatch.delenv(fingerprint.ANY_BASE)
+    of_few = saved(resized(72), "gradiend", tmp_path / "few", density=5e-4, target_modules=["embed_tokens", "q_proj"])
+    sample = json.loads((of_few / "adapter_config.json").read_text())["provenance"]["fingerprint"]
+    assert 0 < sample["model.embed_tokens.weight"]["last"] < 64 * WIDTH
+    assert said(lambda: resized(72, seed=1).load_adapter(str(of_few))) == []
+
+
+def test_a_model_of_another_shape_takes_what_fits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An erasure at norms needs their width and no other; a GRADIEND needs the shape of every weight it changes."""
+    config = copy.deepcopy(small_model("llama").config)
+    config.intermediate_size = 48
+    folders = {kind: saved(llama(), kind, tmp_path / kind) for kind in KINDS}
+    linear = saved(llama(), "erasure", tmp_path / "linear", target_modules=["up_proj"])
+    for folder in (*folders.values(), linear):
+        with pytest.raises(ValueError, match=r"another model|has shape .*64.*; here it has .*48"):
+            hf.LlamaForCausalLM(config).load_adapter(str(folder))
+    monkeypatch.setenv(fingerprint.ANY_BASE, "1")
+    model = hf.LlamaForCausalLM(config).eval()
+    assert any("loaded all the same" in words for words in said(lambda: model.load_adapter(str(folders["erasure"]))))
+    assert adapter_children(model) and outputs_of(model, small_batch("llama"))
+    for folder in (folders["gradiend"], linear):
+        with pytest.raises(ValueError, match=r"has shape .*64.*; here it has .*48"):
+            hf.LlamaForCausalLM(config).load_adapter(str(folder))
 
 
 # ---- what is sampled -------------------------------------------------------------------------------------------------
