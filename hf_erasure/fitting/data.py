@@ -281,8 +281,8 @@ def _choose_encoder(
     text = _plain(first[text_column])
     if not isinstance(text, str | list):
         raise ValueError(
-            f"text_column={text_column!r} holds {type(text).__name__} values: it must hold strings or lists of words, "
-            f"or images together with an image processor."
+            f"text_column={text_column!r} holds {text!r} in the first row: it must hold strings or lists of words, or "
+            f"images together with an image processor. Filter rows without a text out of dataset."
         )
     return _TextEncoder(tokenizer, text_column, max_length, isinstance(text, list), label_subwords)
 

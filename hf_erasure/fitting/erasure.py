@@ -153,7 +153,15 @@ def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, d
 def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
     """A loader of `concept_dataloader` knows the names of its class ids; they must be the adapter's."""
     named = getattr(getattr(batches, "collate_fn", None), "labels", None)
-    if named is not None and config.labels is not None and list(named) != list(config.labels):
+    if named is None or config.labels is None:
+        return
+    if unknown := [label for label in named if label not in config.labels]:
+        raise ValueError(
+            f"The batches have the class {unknown[0]!r}, and the adapter has {list(config.labels)}: name it in "
+            "ConceptErasureConfig(labels=[…]), or filter its rows out of the data and write "
+            "concept_dataloader(…, labels=config.labels)."
+        )
+    if list(named) != list(config.labels):
         raise ValueError(
             f"The batches number their classes {list(named)}, the adapter {list(config.labels)}. Give both the same "
             "order: concept_dataloader(…, labels=config.labels)."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,23 +178,41 @@ class BatchLabels:
 
     def _labels(self) -> Tensor:
         labels = torch.as_tensor(self.batch["concept_labels"]).cpu()
+        of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
         if self.categorical:
             if labels.is_floating_point() or labels.dim() not in (1, 2):
                 raise ValueError(
-                    f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no class ids of shape "
-                    "(batch,) or (batch, seq). A continuous concept is declared by ConceptErasureConfig(concept_dim=…)."
+                    f"{of} are no class ids of shape (batch,) or (batch, seq). A continuous concept is declared by "
+                    "ConceptErasureConfig(concept_dim=…)."
                 )
+            self._check_ids(labels, of)
         elif not labels.is_floating_point() or labels.shape[-1] != self.z_dim or labels.dim() not in (2, 3):
             raise ValueError(
-                f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)} are no floats of shape "
-                f"(batch, {self.z_dim}) or (batch, seq, {self.z_dim}). Classes are "
+                f"{of} are no floats of shape (batch, {self.z_dim}) or (batch, seq, {self.z_dim}). Classes are "
                 "declared by ConceptErasureConfig(labels=[…])."
             )
+        if labels.shape[0] != self.rows:
+            raise ValueError(f"{of} label {labels.shape[0]} rows, and the batch has {self.rows}: give one for each.")
         if self.pool != "tokens" and self._by_token(labels):
             raise ValueError(
                 f"pool={self.pool!r} is for labels of whole sequences; these label tokens: use pool='tokens'."
             )
         return labels
+
+    def _check_ids(self, labels: Tensor, of: str) -> None:
+        """Raise a `ValueError` for a column of class ids, and for ids that no class has."""
+        lengths = {mask.shape[1] for mask in (self._mask(False), self._mask(True)) if mask is not None}
+        if labels.dim() == 2 and labels.shape[1] == 1 and 1 not in lengths:
+            raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
+        if labels.dim() == 2 and labels.shape[1] == self.z_dim and lengths and self.z_dim not in lengths:
+            raise ValueError(f"{of} cannot be matched with the tokens: of one-hot rows write concept_labels.argmax(1).")
+        if bool(((labels < 0) & (labels != IGNORE)).any()) or bool((labels >= self.z_dim).any()):
+            strange = labels[((labels < 0) & (labels != IGNORE)) | (labels >= self.z_dim)][0].item()
+            raise ValueError(
+                f"concept_labels hold the class id {strange}, and the adapter has {self.z_dim} classes, 0 to "
+                f"{self.z_dim - 1}: name every class in ConceptErasureConfig(labels=[…]), or write {IGNORE} where a "
+                "row has none of them."
+            )
 
 
 def check_batch(batch: Any, position: int, *, labelled: bool) -> dict[str, Any]:
@@ -209,4 +228,11 @@ def check_batch(batch: Any, position: int, *, labelled: bool) -> dict[str, Any]:
             f"{name}[{position}] has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
             "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
         )
+    for key, value in batch.items():
+        numbers = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
+        if key != "concept_labels" and (isinstance(value, np.ndarray) or numbers):
+            raise TypeError(
+                f"{name}[{position}][{key!r}] is a {type(value).__name__}, and a model takes tensors: write "
+                f"torch.as_tensor(…)."
+            )
     return dict(batch)

@@ -104,6 +104,24 @@ class Runner:
         return f"decoder.{name}" if name == "last_hidden_state" and _is_encoder_decoder(self.model) else name
 
 
+class TextTooLong(ValueError):
+    """A model has no position for a token; the message says how long its texts may be."""
+
+
+def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> None:
+    """Raise `TextTooLong` where torch refused a batch that is longer than the model's positions."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most, ids = getattr(config, "max_position_embeddings", None), inputs.get("input_ids")
+    # Errors of other packages, such as those that stop a forward pass, are not about positions.
+    from_torch = type(error).__module__.split(".")[0] in ("builtins", "torch")
+    if from_torch and isinstance(most, int) and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > most:
+        raise TextTooLong(
+            f"A batch is {ids.shape[1]} tokens wide, and {type(model).__name__} has {most} positions: cut the texts, "
+            f"as with concept_dataloader(…, max_length={most})."
+        ) from error
+
+
 def last_hidden_state(output: Any) -> Tensor:
     """The last hidden state among what a backbone returned: a tensor that is all it returned, or the first of several.
 

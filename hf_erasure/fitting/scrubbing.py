@@ -21,7 +21,7 @@ from .checkpoint import Digest, together
 from .labels import BatchLabels, check_batch
 from .lockstep import Lane, lanes
 from .observing import observed
-from .running import evaluating
+from .running import TextTooLong, evaluating
 from .solving import SiteFit, share_out, solve_site
 from .sources import Source
 from .spilling import Shelf
@@ -194,6 +194,8 @@ class Scrubber:
             lane.advance()
         except _OutOfStep:
             raise
+        except TextTooLong as error:
+            raise TextTooLong(f"Batch {lane.index}: {error}") from error
         except Exception as error:
             place = f"after {lane.visited[-1]!r}" if lane.visited else "before the first site"
             raise RuntimeError(f"Batch {lane.index} failed {place}: {type(error).__name__}: {error}") from error

@@ -42,6 +42,13 @@ def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) 
     return array
 
 
+def check_texts(texts: Sequence[Any]) -> None:
+    """Raise a `ValueError` for the first that is not a text."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {number} is {text!r}, which is not a text: leave it out.")
+
+
 def labels(name: str, values: Any, count: int, *, of: str = "predictions") -> list[Any]:
     """One label a row, as a list of strings or numbers.
 

@@ -22,7 +22,7 @@ from hf_erasure.fitting.gradiend.forwards import SlotReader
 from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
 from hf_erasure.models import pooled
 
-from .checks import whole
+from .checks import check_texts, whole
 
 _ROWS = 1024  # logits that are turned to float32 at once
 _LONGEST = 512  # tokens of a window where neither tokenizer nor model has a limit
@@ -240,7 +240,9 @@ def strided_losses(
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size, max_length=max_length)
     longest = scorer.longest or _LONGEST
     parts = []
-    for number, text in enumerate([texts] if isinstance(texts, str) else texts):
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    check_texts(texts)
+    for number, text in enumerate(texts):
         encoding = scorer.encode(text)
         if not encoding.places:
             raise ValueError(f"Text {number} has no token to score: leave it out.")
@@ -336,6 +338,7 @@ def _rows(
     longest = min(limits) if limits else None
     if isinstance(texts, str) or not len(texts):
         raise ValueError("There are no texts: give a list of at least one.")
+    check_texts(texts)
     cut = {"truncation": True, "max_length": longest} if truncate and longest else {}
     rows = [list(tokenizer(text, verbose=False, **cut)["input_ids"]) for text in texts]
     long = sum(longest is not None and len(row) > longest for row in rows)
