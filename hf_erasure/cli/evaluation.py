@@ -31,6 +31,9 @@ def evaluate(
     harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = "",
     harness_tasks: Annotated[str | None, typer.Option(help="A folder of further task definitions for it.")] = None,
     allow_inactive: Annotated[bool, typer.Option(help="Go on where an adapter does not act.")] = False,
+    stereoset: Annotated[
+        str, typer.Option(help="A causal model's score of StereoSet: sentence, after the start token, or authors.")
+    ] = "sentence",
     progress: Annotated[bool, typer.Option(help="Say what is measured next.")] = True,
 ) -> None:
     """Measure a model alone, with each adapter, and with all together: bias, what is still readable, what was paid.
@@ -53,7 +56,7 @@ def evaluate(
         plan = Evaluation(
             model, data, adapters or [], suite=suite, limit=limit, seed=seed, resamples=resamples,
             strengths=_numbers(strengths), harness=_names(harness), harness_tasks=harness_tasks,
-            allow_inactive=allow_inactive,
+            allow_inactive=allow_inactive, stereoset=stereoset,
         )  # fmt: skip
         results = measure(plan, say, output)
         written, page = write(results, output)

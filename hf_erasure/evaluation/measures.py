@@ -41,6 +41,7 @@ class Shared:
         seed: Of folds, resamples and permutations.
         resamples: Of every bootstrap.
         confidence: Of every interval.
+        stereoset: How causal models score StereoSet, as in `benchmarks.stereoset`.
         base_states: The base's last hidden states by text, which distortion is relative to.
     """
 
@@ -48,6 +49,7 @@ class Shared:
     seed: int = 0
     resamples: int = 1000
     confidence: float = 0.95
+    stereoset: str = "sentence"
     base_states: list[Tensor] | None = None
 
     @property
@@ -231,8 +233,9 @@ def _crows_pairs(subject: Subject, bias_types: Sequence[str] | None) -> dict[str
 def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, Any]:
     path, limit = subject.data.file("stereoset"), subject.data.limit
     return benchmarks.stereoset(
-        subject.model, subject.tokenizer, path, bias_types=bias_types, limit=limit, **subject.statistics
-    )
+        subject.model, subject.tokenizer, path, bias_types=bias_types, limit=limit,
+        convention=subject.shared.stereoset, **subject.statistics,
+    )  # fmt: skip
 
 
 def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
@@ -249,7 +252,8 @@ def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
         ),
         _of_metric(
             "stereoset", f"stereoset_ss{suffix}", f"StereoSet SS{name}, % stereotype", stereoset,
-            "share of terms for which the stereotype is likelier than the anti-stereotype; 50 is ideal",
+            "share of terms for which the stereotype is likelier than the anti-stereotype; 50 is ideal. A masked model "
+            "is asked for the word in the blank, a causal one for the whole sentence (the JSON names the convention)",
             needs_head=True, figure="ss", better="closer", ideal=50.0,
         ),
         _of_metric(

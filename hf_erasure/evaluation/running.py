@@ -12,6 +12,7 @@ from typing import Any
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig
 from hf_erasure.fitting.concepts import concept_of_config
+from hf_erasure.metrics.items import CAUSAL_CONVENTIONS
 
 from .data import DataFolder, MissingData
 from .harness import require_harness, run_harness
@@ -42,6 +43,8 @@ class Evaluation:
         harness: Tasks of lm-evaluation-harness.
         harness_tasks: A folder of further task definitions.
         allow_inactive: Go on where an adapter does not act.
+        stereoset: How a causal model scores a sentence of StereoSet: `"sentence"`, after its start token, or
+            `"authors"`, as the authors' code does; see `hf_erasure.metrics.benchmarks.stereoset`.
     """
 
     model: str
@@ -56,6 +59,7 @@ class Evaluation:
     harness: Sequence[str] = ()
     harness_tasks: str | None = None
     allow_inactive: bool = False
+    stereoset: str = "sentence"
 
 
 def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str | Path | None = None) -> Results:
@@ -78,6 +82,8 @@ def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str 
     """
     if plan.limit is not None and plan.limit < 1:
         raise ValueError(f"--limit {plan.limit}: write at least 1.")
+    if plan.stereoset not in CAUSAL_CONVENTIONS:
+        raise ValueError(f"--stereoset {plan.stereoset}: write {' or '.join(CAUSAL_CONVENTIONS)}.")
     data = DataFolder(plan.data, plan.limit)
     if plan.harness:
         require_harness()
@@ -92,7 +98,7 @@ class _Run:
         self.pools = pools_of(self.adapters)
         self.measures = measures_of(plan.suite, data, self.pools)
         self.loader = Loader(plan.model, self.adapters)
-        self.shared = Shared(data, plan.seed, plan.resamples, plan.confidence)
+        self.shared = Shared(data, plan.seed, plan.resamples, plan.confidence, plan.stereoset)
         self.plane: Plane | None = None
         self.results = Results(self._about())
         self.harness_measures: list[dict[str, Any]] = []
@@ -113,7 +119,8 @@ class _Run:
                     self.progress(f"{entry.name}: lm-evaluation-harness")
                     self._try("lm-evaluation-harness", entry, functools.partial(self._take_harness, entry, subject))
         own = {measure.key for measure in self.measures if measure.purpose == "bias"}
-        if not self.too_few and not any(own & set(values) for values in self.results.values.values()):
+        tried = self.plan.limit is not None and self.too_few  # a first look at a few items, and some measures need more
+        if not tried and not any(own & set(values) for values in self.results.values.values()):
             lines = "; ".join(self.results.notes())
             raise MissingData(f"Nothing of the suite {self.plan.suite!r} can be measured: {lines}.")
         self.results.about["finished"] = True

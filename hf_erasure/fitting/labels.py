@@ -232,7 +232,7 @@ def check_batch(batch: Any, position: int, *, labelled: bool) -> dict[str, Any]:
         numbers = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
         if key != "concept_labels" and (isinstance(value, np.ndarray) or numbers):
             raise TypeError(
-                f"{name}[{position}][{key!r}] is a {type(value).__name__}, and a model takes tensors: write "
-                f"torch.as_tensor(…)."
+                f"{name}[{position}][{key!r}] is of type {type(value).__name__}, and a model takes "
+                "tensors: write torch.as_tensor(…)."
             )
     return dict(batch)

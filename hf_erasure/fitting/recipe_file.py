@@ -108,5 +108,7 @@ def load_source(source: str, name: str | None = None, *, streaming: bool = False
     source = os.path.expandvars(source)
     if Path(source).is_file():
         kind = {"jsonl": "json", "txt": "text"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
-        return load_dataset(kind, data_files=source, streaming=streaming)
+        # The readers of tables and of JSON take a byte order mark by themselves.
+        encoding = {"encoding": "utf-8-sig"} if kind == "text" else {}
+        return load_dataset(kind, data_files=source, streaming=streaming, **encoding)
     return load_dataset(source, name, streaming=streaming)

@@ -88,7 +88,11 @@ class Runner:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             inputs = {name: value for name, value in inputs.items() if name in parameters}
         placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        return callee(**placed, **({"use_cache": False} if "use_cache" in parameters else {}))
+        try:
+            return callee(**placed, **({"use_cache": False} if "use_cache" in parameters else {}))
+        except (IndexError, RuntimeError) as error:
+            _explain_length(self.model, inputs, error)
+            raise
 
     def final_states(self) -> dict[str, nn.Module]:
         """The modules that return a last hidden state, by the name it has in transformers' outputs."""
@@ -111,7 +115,7 @@ class TextTooLong(ValueError):
 def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> None:
     """Raise `TextTooLong` where torch refused a batch that is longer than the model's positions."""
     config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     most, ids = getattr(config, "max_position_embeddings", None), inputs.get("input_ids")
     # Errors of other packages, such as those that stop a forward pass, are not about positions.
     from_torch = type(error).__module__.split(".")[0] in ("builtins", "torch")

@@ -23,7 +23,15 @@ from . import perplexity as perplexity_metric
 from . import pronoun_gap as pronoun_gap_metric
 from . import stereoset as stereoset_metric
 from . import weat as weat_metric
-from .items import UNKNOWN, LeftOut, crows_queries, pronoun_queries, stereoset_queries, stereoset_score
+from .items import (
+    CAUSAL_CONVENTIONS,
+    UNKNOWN,
+    LeftOut,
+    crows_queries,
+    pronoun_queries,
+    stereoset_queries,
+    stereoset_score,
+)
 from .readers import (
     Source,
     read_crows_pairs,
@@ -44,12 +52,15 @@ def stereoset(
     bias_types: Sequence[str] | None = None,
     limit: int | None = None,
     batch_size: int = 32,
+    convention: str = "sentence",
     **statistics: Any,
 ) -> dict[str, Any]:
     """StereoSet's intrasentence items.
 
-    Scores are those of the authors' code: for masked models the mean probability of the blank's tokens, each predicted
-    from the context and the word's earlier tokens; for causal models the mean log-likelihood of the sentence's tokens.
+    A masked model scores a sentence by the mean probability of the blank's tokens, each predicted from the context and
+    the word's earlier tokens, as the authors' code does. A causal model scores it by the mean log-likelihood of all its
+    tokens. By default they stand after the start token (`"sentence"`), as the model was trained to read a text. In the
+    authors' code (`"authors"`) only the first token does; the others are scored in a row without a start token.
 
     Args:
         model: A masked or causal language model, adapters included.
@@ -58,18 +69,23 @@ def stereoset(
         bias_types: Some of `gender`, `profession`, `race`, `religion`; by default all.
         limit: At most so many items, from everywhere in the file.
         batch_size: Rows a forward.
+        convention: Of causal models: `"sentence"` or `"authors"`.
         **statistics: As for `hf_erasure.metrics.stereoset.score`.
 
     Returns:
-        What `score` returns, `by_bias_type`, `task`, `coverage`, `asked`, `left_out`, `bad_rows`.
+        What `score` returns, `by_bias_type`, `convention` (`"blank"` of a masked model), `task`, `coverage`,
+        `asked`, `left_out`, `bad_rows`.
 
     Raises:
-        ValueError: If no item can be scored, or the file is another.
+        ValueError: If no item can be scored, the file is another, or the convention is not known or needs a start token
+            that the tokenizer does not have.
     """
+    if convention not in CAUSAL_CONVENTIONS:
+        raise ValueError(f"convention={convention!r}: write one of {', '.join(map(repr, CAUSAL_CONVENTIONS))}.")
     read = read_stereoset(path)
     items = _of_types(read, bias_types, limit)
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
-    kept, queries, left_out = _prepared(items, lambda item: stereoset_queries(scorer, item))
+    kept, queries, left_out = _prepared(items, lambda item: stereoset_queries(scorer, item, convention))
     parts = iter(scorer.log_probabilities([query for three in queries for rows in three for query in rows]))
     scores = [[stereoset_score(scorer, [next(parts) for _ in rows]) for rows in three] for three in queries]
 

@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .readers import CrowSPair, PronounPair, StereoSetItem
 from .scoring import Encoding, LanguageScorer, Query
 
+# How a causal model scores a sentence of StereoSet.
+CAUSAL_CONVENTIONS = ("sentence", "authors")
 EMPTY = "a sentence has no token that can be scored"
 TOO_LONG = "too long for the model"
 UNKNOWN = "a decisive word is unknown to the tokenizer"
@@ -25,8 +28,15 @@ class LeftOut(Exception):
     """An item cannot be scored; the message is the reason, one of the constants above."""
 
 
-def stereoset_queries(scorer: LanguageScorer, item: StereoSetItem) -> list[list[Query]]:
+def stereoset_queries(
+    scorer: LanguageScorer, item: StereoSetItem, convention: str = CAUSAL_CONVENTIONS[0]
+) -> list[list[Query]]:
     """For each of the three sentences: its tokens (causal), or one row for each token in the blank (masked).
+
+    Args:
+        scorer: Of the model.
+        item: What to ask.
+        convention: Of causal models, one of `CAUSAL_CONVENTIONS`.
 
     Raises:
         LeftOut: If a sentence is empty, too long, does not fit the context, or fills the blank with an unknown word.
@@ -36,7 +46,7 @@ def stereoset_queries(scorer: LanguageScorer, item: StereoSetItem) -> list[list[
         encoding, blank = _encoded(scorer, sentence), item.blank(sentence)
         if scorer.task == "causal":
             _check_known(encoding, encoding.places if blank is None else encoding.within(*blank))
-            rows.append(scorer.queries(encoding))
+            rows.append(scorer.queries(encoding) if convention == "sentence" else _as_the_authors(scorer, encoding))
             continue
         if blank is None:
             raise LeftOut(NO_BLANK)
@@ -44,6 +54,19 @@ def stereoset_queries(scorer: LanguageScorer, item: StereoSetItem) -> list[list[
         _check_known(encoding, places)
         rows.append([_left_to_right(scorer, encoding.ids, places, place) for place in places])
     return rows
+
+
+def _as_the_authors(scorer: LanguageScorer, encoding: Encoding) -> list[Query]:
+    """The first token after a start token, the others in a row without one, as in the code of StereoSet's authors.
+
+    Raises:
+        ValueError: If the tokenizer has no start token.
+    """
+    if scorer.start is None:
+        raise ValueError(f"{type(scorer.tokenizer).__name__} has no start token: write convention='sentence'.")
+    ids = [encoding.ids[place] for place in encoding.places]
+    rest = scorer.asked(ids, list(range(1, len(ids)))) if len(ids) > 1 else []
+    return [*scorer.asked([scorer.start, ids[0]], [1]), *rest]
 
 
 def _left_to_right(scorer: LanguageScorer, ids: list[int], places: list[int], place: int) -> Query:
@@ -54,7 +77,7 @@ def _left_to_right(scorer: LanguageScorer, ids: list[int], places: list[int], pl
 def stereoset_score(scorer: LanguageScorer, parts: list[Tensor]) -> float:
     """A sentence's score from what its queries found: mean log-likelihood (causal) or mean probability (masked)."""
     if scorer.task == "causal":
-        return float(parts[0].double().mean())
+        return float(torch.cat(parts).double().mean())
     return float(np.mean([float(part.double().exp()[0]) for part in parts]))
 
 

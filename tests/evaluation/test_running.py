@@ -322,6 +322,7 @@ def test_a_folder_with_nothing_for_the_suite(story: str, assets: Path, tmp_path:
         (["--data", "nowhere"], "there is no such folder"),
         (["--suite", "everything"], "write one of gender, pos, stereotypes, all"),
         (["--limit", "0"], "write at least 1"),
+        (["--stereoset", "theirs"], "--stereoset theirs: write sentence or authors"),
         (["--strengths", "much"], "numbers separated by commas"),
     ],
 )

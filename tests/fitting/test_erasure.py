@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedModel
@@ -358,13 +359,28 @@ def test_a_module_outside_the_forward_pass_is_named() -> None:
 
 
 def test_label_order_of_loader_and_adapter_must_agree(assets: Path) -> None:
-    from datasets import Dataset
-
     tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "story-mlm")
     rows = Dataset.from_dict({"text": ["she ran", "he ran"], "gender": ["female", "male"]})
     loader = concept_dataloader(rows, tokenizer, label_column="gender", labels=["male", "female"])
     with pytest.raises(ValueError, match=r"number their classes \['male', 'female'\]"):
         fit(with_adapter(), loader)
+
+
+def test_a_class_that_the_adapter_does_not_have_is_named(assets: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models/story-mlm")
+    rows = Dataset.from_dict({"text": ["a dog", "a cat", "a hen"], "label": ["female", "male", "other"]})
+    with pytest.raises(ValueError, match=r"have the class 'other', and the adapter has \['female', 'male'\]: name it"):
+        fit(with_adapter(), concept_dataloader(rows, tokenizer))
+
+
+@pytest.mark.parametrize("options", [{"sequential": True, "pool": "mean"}, {"sequential": False}])
+def test_texts_longer_than_the_model_are_named_with_what_to_write(options: dict[str, Any]) -> None:
+    model = with_adapter()
+    most = model.config.max_position_embeddings
+    ids = torch.ones(4, most + 3, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "concept_labels": torch.tensor([0, 1, 0, 1])}
+    with pytest.raises(ValueError, match=rf"is {most + 3} tokens wide.* has {most} positions.*max_length={most}"):
+        fit_concept_erasure(model, [batch], "no_gender", progress=False, **options)
 
 
 def test_report_as_table_frame_and_plot(tmp_path: Path) -> None:

@@ -88,7 +88,12 @@ def test_a_model_that_is_all_decoder_has_one_mask() -> None:
         (torch.tensor([[0, 1, 1, 0]] * 3), "mean", "use pool='tokens'"),
         (torch.tensor([[[0]]]), "tokens", "no class ids"),
         (torch.tensor([[0.0, 1.0, 2.0]] * 3), "tokens", r"\(batch, 2\)"),
-        (torch.tensor([[0, 1]] * 3), "tokens", "cannot be matched"),
+        (torch.tensor([[0, 1]] * 3), "tokens", r"cannot be matched.*concept_labels.argmax\(1\)"),
+        (torch.tensor([[0], [1], [1]]), "tokens", r"shape \(3, 1\) are a column.*concept_labels.squeeze\(1\)"),
+        (torch.tensor([[0], [1], [1]]), "mean", r"concept_labels.squeeze\(1\)"),
+        (torch.tensor([0, 1, 2]), "mean", "hold the class id 2, and the adapter has 2 classes, 0 to 1"),
+        (torch.tensor([0, 1, -1]), "mean", "hold the class id -1"),
+        (torch.tensor([0, 1]), "mean", r"shape \(2,\) label 2 rows, and the batch has 3"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(concept: torch.Tensor, pool: str, message: str) -> None:
@@ -104,6 +109,9 @@ def test_an_activation_of_other_positions_is_refused() -> None:
 def test_a_batch_without_labels_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match=r"batches\[4\] has no 'concept_labels', only \['input_ids'\]"):
         check_batch({"input_ids": IDS}, 4, labelled=True)
+    for inputs in (IDS.numpy(), IDS.tolist()):
+        with pytest.raises(TypeError, match=r"batches\[2\]\['input_ids'\] is of type .*write torch.as_tensor"):
+            check_batch({"input_ids": inputs, "concept_labels": [0, 1, 1]}, 2, labelled=True)
     with pytest.raises(TypeError, match="a batch is a dict"):
         check_batch((IDS, MASK), 0, labelled=True)
 

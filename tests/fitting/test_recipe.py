@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from hf_erasure.fitting.recipe import read_recipe
+from hf_erasure.fitting.recipe_file import load_source
 
 CONTENT = {"model": "m", "concept": "gender", "labels": ["female", "male"], "output": "o"}
 
@@ -51,3 +52,12 @@ def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
 def test_what_a_run_could_not_use_is_refused_before_anything_is_loaded(path: Path, override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_recipe(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "text,label\r\na dog,x\r\n"), ("a.jsonl", '{"text": "a dog"}\r\n'), ("a.txt", "a dog\r\na cat\r\n")],
+)
+def test_data_files_may_begin_with_a_byte_order_mark(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert load_source(str(tmp_path / name))["train"][0]["text"] == "a dog"

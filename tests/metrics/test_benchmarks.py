@@ -14,6 +14,7 @@ import torch
 from hf_erasure.metrics import benchmarks, weat
 from hf_erasure.metrics.items import (
     ALIKE,
+    EMPTY,
     NO_BLANK,
     NOT_A_PAIR,
     TOO_LONG,
@@ -24,7 +25,7 @@ from hf_erasure.metrics.items import (
     stereoset_score,
 )
 from hf_erasure.metrics.readers import read_crows_pairs, read_stereoset, read_winobias, spread
-from hf_erasure.metrics.scoring import LanguageScorer
+from hf_erasure.metrics.scoring import LanguageScorer, pooled_embeddings
 from tests.metrics.models import trained
 
 QUICK = {"resamples": 50}
@@ -45,6 +46,51 @@ def sentence_log_p(model, tokenizer, sentence: str) -> list[float]:
 def masked_log_p(model, tokenizer, ids: list[int], at: int) -> float:
     hidden = [*ids[:at], tokenizer.mask_token_id, *ids[at + 1 :]]
     return log_p(model, hidden)[at, ids[at]].item()
+
+
+def test_a_causal_model_scores_stereoset_by_either_convention(assets: Path):
+    """The authors feed the sentence without a start token, and predict only its first token from one."""
+    model, tokenizer = trained(assets, "causal")
+    path = assets / "data/stereoset/dev.json"
+    scorer, item = LanguageScorer(model, tokenizer), read_stereoset(path)[0]
+    expected = []
+    for sentence in item.sentences:
+        ids = tokenizer(sentence, add_special_tokens=False)["input_ids"]
+        alone = log_p(model, ids)
+        parts = [log_p(model, [tokenizer.bos_token_id])[0, ids[0]].item()]
+        expected.append(np.mean(parts + [alone[at - 1, ids[at]].item() for at in range(1, len(ids))]))
+    rows = stereoset_queries(scorer, item, "authors")
+    assert [stereoset_score(scorer, scorer.log_probabilities(each)) for each in rows] == pytest.approx(
+        expected, rel=1e-4
+    )
+    found = {name: benchmarks.stereoset(model, tokenizer, path, limit=8, convention=name, **QUICK)
+             for name in ("sentence", "authors")}  # fmt: skip
+    assert {name: result["convention"] for name, result in found.items()} == {name: name for name in found}
+    with pytest.raises(ValueError, match="convention='theirs': write one of 'sentence', 'authors'"):
+        benchmarks.stereoset(model, tokenizer, path, convention="theirs")
+
+
+@TASKS
+def test_an_empty_sentence_wins_nothing(task: str, assets: Path, tmp_path: Path):
+    """A sum over no tokens is 0, and was likelier than any sentence for a causal model."""
+    model, tokenizer = trained(assets, task)
+    path = tmp_path / "crows.csv"
+    rows = ["a dog ran.,a cat ran.", "a dog ran.,", ",a dog ran.", " ,a dog ran.", "the dog sat.,the cat sat."]
+    path.write_text("sent_more,sent_less,stereo_antistereo,bias_type\n" + "".join(f"{r},stereo,race\n" for r in rows))
+    found = benchmarks.crows_pairs(model, tokenizer, path, **QUICK)
+    assert found["items"] == 2 and found["left_out"] == {EMPTY: 3} and found["coverage"] == pytest.approx(0.4)
+    path.write_text("sent_more,sent_less,stereo_antistereo,bias_type\na dog,,stereo,race\n")
+    with pytest.raises(ValueError, match="None of 1 items can be scored"):
+        benchmarks.crows_pairs(model, tokenizer, path, **QUICK)
+
+
+@pytest.mark.parametrize("text", [None, float("nan")])
+def test_what_is_not_a_text_is_named(text: object, assets: Path):
+    model, tokenizer = trained(assets, "masked")
+    with pytest.raises(ValueError, match=r"Text 1 is .*, which is not a text: leave it out"):
+        benchmarks.text_perplexity(model, tokenizer, ["a dog ran", text])
+    with pytest.raises(ValueError, match=r"Text 1 is .*, which is not a text: leave it out"):
+        pooled_embeddings(model, tokenizer, ["a dog ran", text])
 
 
 @TASKS

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from ..files import read_text
 from ..recipe_file import check_section, load_source, section_of
 from .templates import PAIR_COLUMNS, pairs_from_templates
-from .words import SLOT, PairError, pairs_from_sentences, shortened
+from .words import SLOT, PairError, pairs_from_sentences, shortened, whole_words
 
 PARTS = ("train", "choice", "test")
 NEUTRAL_PARTS = ("choice", "test")
@@ -269,10 +269,8 @@ def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float],
 
 
 def _without_words(text: str, words: Mapping[str, Sequence[str]]) -> str:
-    every = sorted({word for entries in words.values() for word in entries}, key=len, reverse=True)
-    return (
-        re.sub(rf"(?<![\w-])(?:{'|'.join(map(re.escape, every))})(?![\w-])", SLOT, text, flags=re.I) if every else text
-    )
+    every = {word for entries in words.values() for word in entries}
+    return whole_words(every).sub(SLOT, text) if every else text
 
 
 def _named(name: str, texts: list[str], words: dict[str, list[str]], classes: Sequence[str], single: bool) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 SLOT = "[FEATURE]"
+# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_STARTS_UNSPACED, _ENDS_UNSPACED = re.compile(f"[{_UNSPACED}]"), re.compile(f".*[{_UNSPACED}]\\Z", re.DOTALL)
+# A vowel or tone sign belongs to the letter before it.
+_SIGNS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u17b6-\u17d3"
 
 
 class PairError(ValueError):
@@ -87,12 +93,14 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prefix
     Args:
         tokenizer: Of the model.
         words: The words.
-        prefix: What stands before them, a space at its end included; empty for words that open a text.
+        prefix: What stands before them, a space at its end included; empty for words that open a text. Words of
+            scripts without spaces stand right behind it.
 
     Raises:
         PairError: A token reaches over the start of a word.
     """
-    placed = place_words(tokenizer, [prefix] * len(words), words, [""] * len(words))
+    prefixes = [prefix.rstrip(" ") if _STARTS_UNSPACED.match(word) else prefix for word in words]
+    placed = place_words(tokenizer, prefixes, words, [""] * len(words))
     for word, place in zip(words, placed, strict=True):
         if place is None:
             raise PairError(f"the tokens of {word!r} cannot be told from those of {prefix!r} before it")
@@ -103,8 +111,9 @@ def word_forms(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> set[
     """The token sequences under which words may occur in a text: capitalised or not, after a space or without one."""
     spelled = sorted({form for word in words for form in (word, word.lower(), _capitalised(word), word.upper())})
     forms = {tuple(tokens) for tokens in encode(tokenizer, spelled)}
-    after_space = place_words(tokenizer, ["a "] * len(spelled), spelled, [""] * len(spelled))
-    forms |= {tuple(place.word) for place in after_space if place is not None}
+    before = ["a" if _STARTS_UNSPACED.match(word) else "a " for word in spelled]
+    within = place_words(tokenizer, before, spelled, [""] * len(spelled))
+    forms |= {tuple(place.word) for place in within if place is not None}
     return {form for form in forms if form and tokenizer.unk_token_id not in form}
 
 
@@ -132,7 +141,9 @@ def pairs_from_sentences(
 
     Every occurrence of a word of the table becomes one row, or ``k - 1`` rows for ``k`` classes. Words are found at
     word boundaries only ("he" is not in "there" nor in "she-wolf"), as the table spells them, capitalised, or in
-    capitals, and the counterpart is spelled the same way. Longer words of the table win over shorter ones.
+    capitals, and the counterpart is spelled the same way. Longer words of the table win over shorter ones. Chinese,
+    Japanese, Thai and other scripts that put no space between words have no such boundaries: there a word is found
+    wherever its characters stand, which is warned of.
 
     A word with more than one counterpart in a class ("her" is "him" or "his") makes no row of that class: which one
     fits cannot be read off the table.
@@ -159,6 +170,8 @@ def pairs_from_sentences(
     pattern, spellings = _pattern(table), _spellings(table)
     rows: list[dict[str, str]] = []
     for number, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise PairError(f"sentence {number} is {sentence!r}, which is not a text; leave it out")
         if SLOT in sentence:
             raise PairError(f"sentence {number} ({shortened(sentence)}) has a slot already; pass it as a row of pairs")
         found = [match for match in pattern.finditer(sentence) if match.group() in spellings]
@@ -226,8 +239,27 @@ def _tuples(counterparts: Counterparts, classes: Sequence[str]) -> list[tuple[st
 
 
 def _pattern(table: Mapping[str, _Entry]) -> re.Pattern[str]:
-    longest_first = sorted(table, key=len, reverse=True)
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])", re.IGNORECASE)
+    unspaced = [word for word in table if _STARTS_UNSPACED.match(word) or _ENDS_UNSPACED.match(word)]
+    if unspaced:
+        warnings.warn(
+            f"The script of {unspaced[0]!r} puts no space between words, so it is found wherever its characters stand, "
+            "within longer words too: leave sentences with such words out, or put these words in the table.",
+            stacklevel=3,
+        )
+    return whole_words(table)
+
+
+def whole_words(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds words that are not part of longer ones, the longest first; in scripts without spaces, their characters."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(_whole_word, longest_first)), re.IGNORECASE)
+
+
+def _whole_word(word: str) -> str:
+    letter = rf"[^\W{_UNSPACED}]"  # Chinese characters beside it do not make another word of an English one
+    before = "" if _STARTS_UNSPACED.match(word) else rf"(?<!{letter})(?<!-)"
+    after = f"(?![{_SIGNS}])" if _ENDS_UNSPACED.match(word) else rf"(?!{letter})(?!-)"
+    return f"{before}{re.escape(word)}{after}"
 
 
 def _spellings(table: Mapping[str, _Entry]) -> dict[str, tuple[_Entry, Callable[[str], str]]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_erasure.fitting.gradiend import PairError, check_pairs, pairs_from_sentences, word_tokens
-from hf_erasure.fitting.gradiend.words import occurrences, word_forms
+from hf_erasure.fitting.gradiend.words import occurrences, whole_words, word_forms
 from tests.fitting.gradiend.language_models import LETTERS, tokenizer_of
 
 CLASSES = ["male", "female"]
@@ -104,3 +106,56 @@ def test_occurrences_of_words_are_found_in_tokens(name: str) -> None:
     found = sorted(occurrences(tokens, forms))
     assert tokenizer.decode([tokens[i] for i in found]).replace(" ", "") == "hegrandpa"
     assert set("hegrandpa") <= set(LETTERS)
+
+
+# ---- scripts that put no space between words ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sentences", "table", "texts"),
+    [
+        (["因为他很累。", "她在家。"], {"他": "她"}, ["因为[FEATURE]很累。", "[FEATURE]在家。"]),
+        (["だから彼は家にいる", "彼女はここ"], {"彼": "彼女"}, ["だから[FEATURE]は家にいる", "[FEATURE]はここ"]),
+        (["วันนี้เขาไปบ้าน", "หล่อนไปบ้าน"], {"เขา": "หล่อน"}, ["วันนี้[FEATURE]ไปบ้าน", "[FEATURE]ไปบ้าน"]),
+    ],
+)
+def test_words_are_found_where_no_space_parts_them(
+    sentences: list[str], table: dict[str, str], texts: list[str]
+) -> None:
+    with pytest.warns(UserWarning, match="puts no space between words"):
+        found = pairs_from_sentences(sentences, table, ["m", "f"])
+    assert found["text"] == texts
+    (one, other), *_ = table.items()
+    assert [(row["factual"], row["counterfactual"]) for row in found] == [(one, other), (other, one)]
+
+
+def test_words_of_letters_keep_their_boundaries_beside_such_scripts() -> None:
+    found = pairs_from_sentences(["2024年he来了。", "She来了, there"], {"he": "she"}, ["m", "f"])
+    assert found["text"] == ["2024年[FEATURE]来了。", "[FEATURE]来了, there"]
+
+
+def test_a_vowel_sign_belongs_to_its_letter() -> None:
+    assert not whole_words(["ก"]).search("กิน") and whole_words(["กิน"]).search("เขากินข้าว")
+
+
+def test_tokens_of_a_word_without_a_space_before_it() -> None:
+    """After a space a tokenizer gives other tokens, or one more."""
+    tokenizer = unspaced_tokenizer()
+    assert tokenizer.convert_ids_to_tokens(word_tokens(tokenizer, ["他"])[0]) == ["他"]
+    ids = tokenizer("因为他很累", add_special_tokens=False)["input_ids"]
+    assert occurrences(ids, word_forms(tokenizer, ["他"])) == {tokenizer.convert_ids_to_tokens(ids).index("他")}
+
+
+def unspaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As of XLM-R and Llama: a mark stands where a space is, and before a text."""
+    pieces = ["<unk>", "<pad>", "▁", "a", "▁a", *"因为他她很累"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("sentence", [None, float("nan")])
+def test_a_sentence_that_is_not_a_text_is_named(sentence: object) -> None:
+    with pytest.raises(PairError, match=r"sentence 2 is .*, which is not a text"):
+        pairs_from_sentences(["he ran", "she ran", sentence], {"he": "she"}, ["m", "f"])  # type: ignore[list-item]
