@@ -224,8 +224,11 @@ class _Run:
         try:
             take()
         except Exception as error:
-            self.reasons.setdefault(what, {})[entry.name] = reason_of(error)
-            self.too_few |= type(error) is ValueError
+            reason, refused = reason_of(error), type(error) is ValueError
+            if refused and self.plan.limit is not None and "raise --limit" not in reason:
+                reason = f"{reason.rstrip('.')}. With --limit {self.plan.limit} there may be too few items: raise it"
+            self.reasons.setdefault(what, {})[entry.name] = reason
+            self.too_few |= refused
         self._keep()
 
     def _keep(self) -> None:

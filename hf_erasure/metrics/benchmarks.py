@@ -99,6 +99,7 @@ def stereoset(
     return {
         **measured(list(range(len(kept)))),
         "by_bias_type": by_type,
+        "convention": "blank" if scorer.task == "masked" else convention,
         **_account(scorer, read, items, kept, left_out),
     }
 

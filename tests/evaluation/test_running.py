@@ -436,6 +436,7 @@ def test_one_item_of_each_is_enough_for_a_first_look(story: str, assets: Path, t
     assert {known[key] for key in known if key not in taken} <= set(reasons)
     assert "raise --limit" in reasons["Part of speech, linear probe − majority"]
     if suite == "all":
+        assert "With --limit 1 there may be too few items" in reasons["WinoBias pronoun gap"]
         assert {"seat_all", "crows_pairs"} <= taken and "raise --limit" in reasons["Embeddings in two dimensions"]
 
 
