@@ -277,11 +277,17 @@ def _peft_init(
 def _set_peft_model_state_dict(
     original: Callable, model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", *args: Any, **kwargs: Any
 ) -> Any:
-    """An adapter saved without a head, and loaded by a class of PEFT that wants one, is used with the one that acts."""
-    if isinstance(model.peft_config.get(adapter_name), ChildConfig):
+    """An adapter saved without a head, and loaded by a class of PEFT that wants one, is used with the model's own.
+
+    That is the head that was trained with a LoRA, where there is one.
+    """
+    configs = all_configs(model)
+    if isinstance(configs.get(adapter_name), ChildConfig):
+        trained = [name for name, config in configs.items() if not isinstance(config, ChildConfig)]
         for name, module in model.named_modules():
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                for key, value in module.modules_to_save[adapter_name].state_dict().items():
+                own = [module.modules_to_save[other] for other in trained if other in module.modules_to_save]
+                for key, value in [*own, module.original_module][0].state_dict().items():
                     tensors.setdefault(f"{name}.{key}", value)
     return original(model, tensors, adapter_name, *args, **kwargs)
 
