@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from .base_config import ChildConfig
 from .gradiend_config import GradiendConfig
 from .gradiend_state import targeted_parameters
+from .heads import renaming
 from .layer import erasure_layers
 
 _NAME = "default"
@@ -72,8 +73,8 @@ def _model_class(model: str, config: ChildConfig) -> Any:
     classes = [found for name in names if (found := model_class(name)) is not None]
     for candidate in classes:
         with torch.device("meta"):
-            modules = {name for name, _ in candidate(plain).named_modules()}
-        if modules.issuperset(config.fitted_modules):
+            has_sites = renaming(candidate(plain), config.fitted_modules) is not None
+        if has_sites:
             return candidate
     return AutoModel
 

@@ -19,6 +19,7 @@ from .base_config import ChildConfig
 from .broadcasting import keep_from_broadcast
 from .child import AdapterChild, adapter_children
 from .fingerprint import check_base
+from .heads import rename_fitted, renaming
 from .mixed_batches import Rows, check_names, keep_from_ignoring
 from .patterns import check_patterns
 from .untrusted import refuse_unseen
@@ -65,6 +66,9 @@ class ChildTuner(BaseTuner):
             _check_lists(config, model)
             check_patterns(config, (path for path, _ in model.named_modules()))
             if config.fitted:
+                rename = renaming(model, config.fitted_modules)
+                if rename not in (None, str):
+                    rename_fitted(config, rename)
                 _check_base(model, config)
                 if config.target_modules is None:  # PEFT takes that for a default of its own
                     config.target_modules = exactly(list(config.fitted_modules), model)

@@ -23,10 +23,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from .base_config import ChildConfig
 from .fields import fits, short
+from .heads import prefix_of
 from .merging import is_sharded, shared_weights
 from .offloading import value_of, why_not_reachable
 from .quantised import dequantised, is_quantised
@@ -91,7 +93,8 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
     if missing:
         raise ValueError(
             f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r} and "
-            f"{len(missing) - 1} other modules that this {type(model).__name__} does not have.{_hint(model, sites)}"
+            f"{len(missing) - 1} other modules that this {type(model).__name__} does not have."
+            + _hint(model, config, sites)
         )
     kept = config.provenance.get("fingerprint") or {}
     if not kept:
@@ -434,9 +437,19 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
     return None, own
 
 
-def _hint(model: nn.Module, sites: list[str]) -> str:
-    """Where the sites are found one level down or up, as between a bare encoder and a model with a head."""
+def _hint(model: nn.Module, config: ChildConfig, sites: list[str]) -> str:
+    """Where the sites are: in a head that this model does not have, or below one of its modules."""
     names = {name for name, _ in model.named_modules()}
+    base_class, prefix = config.provenance.get("base_class", ""), f"{prefix_of(model)}."
+    kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
+    missing = [site for site in sites if names.isdisjoint({site, prefix + site, site.removeprefix(prefix)})]
+    if kin and missing and not any(site.startswith(prefix) for site in missing):
+        place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"
+        return (
+            f" {len(sites) - len(missing)} of its {len(sites)} modules are here, {short(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} {place}: load it into a {base_class}, or fit it again with "
+            "targets that both models have."
+        )
     for child, _ in model.named_children():
         if all(f"{child}.{site}" in names for site in sites):
             return f" They exist below model.{child}: call model.{child}.load_adapter(…)."

@@ -45,6 +45,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from .base_config import ChildConfig
+from .below import refuse_loss
 from .own_tensors import own_tensors, refuse_embeddings
 from .places import CARD, COMMIT, CONFIG, STAGING, root_of, target_of
 from .untrusted import read_config
@@ -237,6 +238,7 @@ def save_peft_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     call = inspect.signature(original).bind(*args, **kwargs)
     given = call.arguments
     folder = Path(given["save_directory"])
+    refuse_loss(model)
     names = given.get("selected_adapters")
     names = list(model.peft_config) if names is None else names
     ours = [name for name in names if isinstance(model.peft_config.get(name), ChildConfig)]
@@ -255,12 +257,13 @@ def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Non
     With `push_to_hub=True` the folder is complete before anything is uploaded.
 
     Raises:
-        ValueError: If the folder holds another adapter, the adapter is no longer whole, or the call asks for what
-            cannot be loaded again.
+        ValueError: If the folder holds another adapter, the adapter is no longer whole, one on a part of the model
+            would be lost, or the call asks for what cannot be loaded again.
     """
     call = inspect.signature(original).bind(*args, **kwargs)
     given = call.arguments
     folder = Path(given["save_directory"])
+    refuse_loss(model, given.get("state_dict"))
     ours = _active_of_ours(model)
     if not ours or folder.is_file() or not _writes(model, given):
         return original(*args, **kwargs)

@@ -48,10 +48,11 @@ from .child_tuner import (
     remove_empty_layers,
 )
 from .gradiend_tuner import link_owners
+from .heads import prefix_of, rename_tensors
 from .own_tensors import adapter_state_dict
 from .renaming import conversions_kept, weight_mapping
 from .saving import finish, save_model, save_peft_model
-from .untrusted import Source, looked_at, with_what_was_fitted
+from .untrusted import PREFIX, Source, looked_at, with_what_was_fitted
 from .wrapping import wrap
 
 _MARK = "hf_erasure.adapters"
@@ -289,6 +290,8 @@ def _set_peft_model_state_dict(
                 own = [module.modules_to_save[other] for other in trained if other in module.modules_to_save]
                 for key, value in [*own, module.original_module][0].state_dict().items():
                     tensors.setdefault(f"{name}.{key}", value)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        tensors = rename_tensors(tensors, model.peft_config[adapter_name], prefix_of(base), PREFIX)
     return original(model, tensors, adapter_name, *args, **kwargs)
 
 

@@ -23,11 +23,12 @@ from typing import Any, NoReturn
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from torch import nn
 
 from .base_config import ChildConfig
 from .fields import fits, short
+from .heads import prefix_of, rename_tensors
 from .places import CONFIG, PICKLE, WEIGHTS
 
 # A configuration that names ten thousand weights, each with samples of its values, takes a few of these.
@@ -259,7 +260,8 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
     Raises:
         ValueError: Names the first tensor that is missing, too many, or of another type or shape.
     """
-    found = read_header(file)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = rename_tensors(read_header(file), config, prefix_of(base))
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
