@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import CallbackHandler
 
+from hf_erasure.adapters.below import refuse_loss
 from hf_erasure.adapters.child import child_configs
 from hf_erasure.adapters.wrapping import wrap
 
@@ -45,6 +46,8 @@ def _on_log(original: Callable, handler: Any, args: Any, state: Any, control: An
 
 def _train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
     if not _saves_all(trainer):
+        if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
+            refuse_loss(trainer.model)  # its first save would
         warn_of_what_is_left_out(trainer.model)
     return original(*args, **kwargs)
 

@@ -200,6 +200,19 @@ def test_a_save_that_would_lose_the_adapter_of_a_part_says_how_to_keep_it(tmp_pa
     again.save_pretrained(tmp_path / "whole")
 
 
+def test_a_trainer_says_at_the_start_that_its_saves_would_lose_the_adapter(tmp_path: Path):
+    model = on_a_part().requires_grad_(True)
+    steps: list[Any] = []
+    model.register_forward_pre_hook(lambda *inputs: steps.append(inputs))
+    rows = [{"input_ids": torch.tensor([4, 5]), "labels": 0}] * 2
+    arguments = {"output_dir": tmp_path, "max_steps": 1, "report_to": [], "use_cpu": True}
+    with pytest.raises(ValueError, match=r"would lose the erasure .*model\.bert\.save_pretrained"):
+        hf.Trainer(model, hf.TrainingArguments(**arguments), train_dataset=rows).train()
+    assert not steps
+    hf.Trainer(model, hf.TrainingArguments(**arguments, save_strategy="no"), train_dataset=rows).train()
+    assert steps
+
+
 def test_a_save_of_another_adapter_says_what_it_leaves_out(tmp_path: Path):
     model = on_a_part()
     lora = peft.LoraConfig(target_modules=["query"])
