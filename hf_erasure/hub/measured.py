@@ -141,7 +141,9 @@ def of_selection(provenance: dict[str, Any]) -> list[Measured]:
     base, best = selection.get("base"), selection.get("best")
     if not isinstance(base, dict) or not isinstance(best, dict):
         return []
-    return _edit_rows(_flat(base), _flat(best), selection.get("goal"), "the data that the edit was chosen on")
+    on = selection.get("measured_on")
+    data = "the data that the edit was chosen on" + (f", {plain(on)}" if "fitted" in str(on) else "")
+    return _edit_rows(_flat(base), _flat(best), selection.get("goal"), data)
 
 
 def _flat(point: dict[str, Any]) -> dict[str, Any]:

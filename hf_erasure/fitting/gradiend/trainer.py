@@ -31,6 +31,7 @@ from hf_erasure.adapters import (
 )
 from hf_erasure.adapters.beside import RECORD, active_beside, warn_of_what_is_off
 from hf_erasure.adapters.lookup import adapter_of, bare_model, only_adapter
+from hf_erasure.fitting.rows_seen import in_words
 from hf_erasure.gradiend import Feature
 
 from ..origin import origin_of
@@ -245,6 +246,7 @@ class GradiendTrainer:
             raise ValueError("GradiendTrainer has no eval_dataset: give one to evaluate(), of pairs not trained on.")
         results: dict[str, float] = {}
         for name, dataset in sets.items():
+            self._figures_on(dataset)
             figures = together(self.encode(dataset, neutral_dataset))
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             results |= {f"{prefix}_{key}": value for key, value in figures.items()}
@@ -361,8 +363,23 @@ class GradiendTrainer:
             pair=list(best.pair),
         )
         selection = Selection(goal, budget, best, base, tuple(points))
-        self.config.provenance["selection"] = selection.to_dict() | {"kept_share": self._kept_share(best)}
+        chosen_on = eval_dataset if eval_dataset is not None else next(iter(self._eval_sets().values()))
+        kept, measured_on = self._kept_share(best), self._figures_on(chosen_on)
+        self.config.provenance["selection"] = selection.to_dict() | {"kept_share": kept, "measured_on": measured_on}
         return selection
+
+    def _figures_on(self, dataset: Dataset) -> str:
+        """What figures on a data set of pairs are on, in words; warns where it has rows that were learned from."""
+        names = ("text", "factual", "counterfactual")
+        learned = set() if self.train_dataset is None else {_row_hash(row, names) for row in self.train_dataset}
+        fitted = sum(_row_hash(row, names) in learned for row in dataset)
+        if fitted:
+            warnings.warn(
+                f"{fitted} of the {len(dataset)} pairs measured on are pairs of train_dataset: the figures are "
+                "on fitted rows, and say little of others. Give pairs that were not learned from.",
+                stacklevel=3,
+            )
+        return in_words(len(dataset), fitted)
 
     def _kept_share(self, best: Point) -> float:
         """What rounding leaves of the chosen edit once it is merged; said where that is little."""
@@ -455,6 +472,10 @@ class GradiendTrainer:
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"The labels {names} are no names of classes: write GradiendConfig(classes=[…]).")
         return list(names)
+
+
+def _row_hash(row: dict[str, Any], names: Sequence[str]) -> int:
+    return hash(tuple(row.get(name) for name in names))
 
 
 def _digest(dataset: Dataset) -> str:

@@ -672,3 +672,17 @@ def test_data_of_other_types_and_a_missing_tokenizer_are_named(tmp_path: Path):
         GradiendTrainer(model, arguments, pairs("llama"))
     with pytest.raises(ValueError, match="'nope' is not a GRADIEND adapter"):
         GradiendTrainer(model, arguments, pairs("llama"), tokenizer=tokenizer_of("llama"), adapter_name="nope")
+
+
+def test_figures_on_the_pairs_that_were_learned_from_are_called_that(tmp_path: Path):
+    trainer = trainer_of(adapted("bert"), "bert", tmp_path)
+    trainer.train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*fitted rows")
+        trainer.evaluate()
+    learned = trainer.train_dataset
+    with pytest.warns(UserWarning, match=rf"{len(learned)} of the {len(learned)} pairs .* on fitted rows"):
+        trainer.evaluate(learned.select(reversed(range(len(learned)))))
+    with pytest.warns(UserWarning, match="on fitted rows"):
+        trainer.select("fpi", budget=0.5, eval_dataset=learned, feature_factors=[1.0], learning_rates=[0.01])
+    assert trainer.config.provenance["selection"]["measured_on"] == f"fitted rows (all of {len(learned)})"
