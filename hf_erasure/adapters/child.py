@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from .base_config import ChildConfig
+from .ordinary import ordinary
 
 
 class StateDict(BufferDict):
@@ -28,6 +29,10 @@ class StateDict(BufferDict):
     (`offload_buffers=True`), where no forward of this module brings them back, and put the values of then in the place
     of later ones when the hooks are removed. A model that is asked for all its buffers has these among them.
     """
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        """Keep a tensor that can be trained with, whatever mode it was made in."""
+        super().__setitem__(key, ordinary(value))
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """None that are this module's alone."""

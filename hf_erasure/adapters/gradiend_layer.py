@@ -17,6 +17,7 @@ from .gradiend_edit import Term, Written, why_not_editable, write
 from .gradiend_forward import forward_of
 from .ledger import ledger_of
 from .offloading import held, owns_offloaded
+from .ordinary import ordinary
 from .quantised import FLOAT_FIRST, is_quantised
 
 CHILD = "gradiend"
@@ -109,7 +110,7 @@ class GradiendLayer(AdapterChild):
         if attribute not in self.other_param_names:
             self.other_param_names = (*self.other_param_names, attribute)
         store: Any = self._modules[attribute]
-        store[name] = value.to(self.state_device())
+        store[name] = value.to(self.state_device(), torch.float32 if value.is_floating_point() else torch.int32)
 
     def _drop_empty_stores(self) -> None:
         stores = {key: store for key, store in self._modules.items() if isinstance(store, StateDict)}
@@ -178,7 +179,7 @@ class GradiendLayer(AdapterChild):
                 if value is not None:
                     converted = self._stay_real(fn(value))
                     same = converted.dtype == value.dtype or converted.is_meta
-                    store._buffers[name] = (converted if same else value).to(converted.device, value.dtype)
+                    store._buffers[name] = ordinary((converted if same else value).to(converted.device, value.dtype))
         return self
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
@@ -382,7 +383,7 @@ def innermost(module: nn.Module) -> nn.Module:
 
 def strength(pairs: int, acting: int, feature_factor: float, learning_rate: float) -> Tensor:
     """`(2, pairs)`: what Wd and bd of each pair are multiplied by, zero for pairs that do not act."""
-    factors = torch.zeros(2, pairs, device="cpu")
+    factors = torch.zeros(2, pairs, device="cpu", dtype=torch.float32)
     factors[0, acting], factors[1, acting] = learning_rate * feature_factor, learning_rate
     return factors
 
@@ -390,9 +391,9 @@ def strength(pairs: int, acting: int, feature_factor: float, learning_rate: floa
 def _layout(config: GradiendConfig, name: str) -> dict[str, Tensor]:
     """Empty tensors of the shapes that a file has for a parameter."""
     if not config.fitted or config.fitted_parameters is None:
-        return {FEATURE: torch.zeros(0, 0)}
+        return {FEATURE: torch.zeros(0, 0, device="cpu")}
     kept = config.parts(name)
     return {
-        kind: torch.empty(shape, dtype=torch.int32 if types == INDICES else torch.float32)
+        kind: torch.empty(shape, device="cpu", dtype=torch.int32 if types == INDICES else torch.float32)
         for kind, (shape, types) in kept.items()
     }

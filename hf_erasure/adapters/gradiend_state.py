@@ -141,7 +141,7 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
         for path, layer in layers.items():
             for own in layer.gradiend_parameters[adapter_name]:
                 part = layer.part(adapter_name, own, kind)
-                empty = torch.zeros(0, device=layer.state_device())
+                empty = torch.zeros(0, device=layer.state_device(), dtype=torch.float32)
                 found[f"{path}.{own}"] = empty if part is None else part[position]
         return found
 
@@ -257,7 +257,7 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
     _refuse_merged(layers, adapter_name)
     for name, layer, term in _terms(layers, adapter_name, _steering(config, None, None, None)):
         shape = layer.parameter(name).shape
-        zeros = torch.zeros(shape, device=term.values.device)
+        zeros = torch.zeros(shape, device=term.values.device, dtype=torch.float32)
         yield layer, name, edited_tensor(zeros, [term])
 
 
@@ -339,7 +339,8 @@ def _aligned(
         Positions `(count,)` int32, None for all of them in order; and each kind of values as `(features, count)`, None
         where no feature has an entry.
     """
-    empty = (torch.zeros(0, dtype=torch.int32), [torch.zeros(0)] * len(parts[0][1])) if parts else None
+    nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+    empty = (nothing.int(), [nothing] * len(parts[0][1])) if parts else None
     blocks = [(index[name], [v[name] for v in values]) if name in index else empty for index, values in parts]
     found = [block for block in blocks if block is not None]
     filled = [values[0] for _, values in found if values[0].numel()]
@@ -350,7 +351,7 @@ def _aligned(
     dense = any(index is None for index in indices)
     union = None if dense else torch.cat([index for index in indices if index is not None]).unique()
     count = shape.numel() if union is None else union.numel()
-    rows = [torch.zeros(len(found), count, device=device) for _ in found[0][1]]
+    rows = [torch.zeros(len(found), count, device=device, dtype=torch.float32) for _ in found[0][1]]
     for number, (index, (_, values)) in enumerate(zip(indices, found, strict=True)):
         for row, value in zip(rows, values, strict=True):
             if index is None:

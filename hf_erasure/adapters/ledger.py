@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .merging import Edit, merged_parameters
 from .offloading import add_parameter, drop_parameter, owns_offloaded, value_of, values_of, write_value
+from .ordinary import ordinary
 
 # A plain attribute of the module: it is copied with the module, and is no part of the state dict.
 _LEDGER = "_concept_erasure_ledger"
@@ -153,11 +154,11 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
     elif present is None and owns_offloaded(module):
         add_parameter(module, name, value, requires_grad=module.get_parameter("weight").requires_grad)
     elif present is None:
-        module.register_parameter(name, nn.Parameter(value, module.get_parameter("weight").requires_grad))
+        module.register_parameter(name, nn.Parameter(ordinary(value), module.get_parameter("weight").requires_grad))
     elif owns_offloaded(module):
         write_value(module, name, value)
     else:
-        present.data = value.to(present.device, present.dtype)
+        present.data = ordinary(value.to(present.device, present.dtype))
 
 
 def was_changed(module: nn.Module) -> bool:

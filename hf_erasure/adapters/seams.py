@@ -49,6 +49,7 @@ from .child_tuner import (
 )
 from .gradiend_tuner import link_owners
 from .heads import prefix_of, rename_tensors
+from .ordinary import ordinarily
 from .own_tensors import adapter_state_dict
 from .renaming import conversions_kept, weight_mapping
 from .saving import finish, save_model, save_peft_model
@@ -109,6 +110,9 @@ class _Before:
 
 def install() -> None:
     """Wrap the seams; called again, as after a reload, it puts the wrappers of now in the place of the former."""
+    verbs = [(PeftAdapterMixin, "add_adapter"), (PeftAdapterMixin, "load_adapter"), (PeftModel, "add_adapter")]
+    for owner, verb in [*verbs, (PeftModel, "load_adapter"), (PeftModel, "from_pretrained")]:
+        wrap(owner, verb, ordinarily, f"{_MARK}.ordinarily")
     wrap(PeftAdapterMixin, "add_adapter", _add_adapter, _MARK)
     wrap(PeftAdapterMixin, "load_adapter", _load_adapter, _MARK)
     wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter, _MARK)
