@@ -67,13 +67,13 @@ def test_a_loaded_adapter_is_the_same_and_trains(kind: str, mode: str, tmp_path:
     source = OF[kind].added(ARCHITECTURE, "a")
     expected, acted = {k: v.clone() for k, v in state_of(source).items()}, outputs(source, ARCHITECTURE)
     source.save_pretrained(tmp_path)
-    model = base(ARCHITECTURE)
+    model, other = base(ARCHITECTURE), base(ARCHITECTURE)
     with MODES[mode]():
         model.load_adapter(str(tmp_path), "a")
         if kind == "GRADIEND":
             for rate in (0.01, source.peft_config["a"].learning_rate):
                 steer(model, "a", learning_rate=rate)
-        wrapped = peft.PeftModel.from_pretrained(base(ARCHITECTURE), str(tmp_path), "a")
+        wrapped = peft.PeftModel.from_pretrained(other, str(tmp_path), "a")
     for found in (model, wrapped):
         assert state_of(found).keys() == expected.keys()
         assert all(torch.equal(state_of(found)[key], value) for key, value in expected.items())
@@ -110,9 +110,9 @@ def test_an_erasure_that_was_fitted_there_is_the_same(mode: str):
 @pytest.mark.parametrize("kind", OURS)
 def test_a_head_that_was_loaded_under_inference_mode_trains(kind: str, tmp_path: Path):
     OF[kind].added(ARCHITECTURE, "a", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
-    model = base(ARCHITECTURE)
+    model, other = base(ARCHITECTURE), base(ARCHITECTURE)
     with torch.inference_mode():
         model.load_adapter(str(tmp_path), "a")
-        wrapped = peft.PeftModel.from_pretrained(base(ARCHITECTURE), str(tmp_path))
+        wrapped = peft.PeftModel.from_pretrained(other, str(tmp_path))
     for found in (model, wrapped):
         check_ordinary(found)
