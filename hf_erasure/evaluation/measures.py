@@ -32,6 +32,10 @@ _DISTORTION_TEXTS = 300
 GENDER_SEAT = ("sent-weat6", "sent-weat6b", "sent-weat7", "sent-weat7b", "sent-weat8", "sent-weat8b")
 
 
+class NotForThisModel(ValueError):
+    """A measure cannot be asked of a model; the message says why."""
+
+
 @dataclass
 class Shared:
     """What the entries of one run have in common.

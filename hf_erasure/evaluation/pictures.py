@@ -22,7 +22,7 @@ from hf_erasure.metrics import encoder_correlation
 
 from .data import DataFolder, spread
 from .loading import Adapter, host_of
-from .measures import Subject
+from .measures import NotForThisModel, Subject
 from .states import FINAL
 
 # A gradient a text, so fewer than elsewhere.
@@ -89,7 +89,7 @@ def pronoun_shares(subject: Subject) -> dict[str, Any]:
         ValueError: If the model has no head that predicts words, or its tokenizer does not know the pronouns.
     """
     if subject.head is None:
-        raise ValueError(f"{type(subject.model).__name__} has no head that predicts words")
+        raise NotForThisModel(f"{type(subject.model).__name__} has no head that predicts words")
     tokenizer, occupations = subject.tokenizer, subject.data.occupations()
     tokens = encode(tokenizer, [_PREFIX.format(name) for name, _ in occupations])
     known = [each for each, ids in zip(occupations, tokens, strict=True) if tokenizer.unk_token_id not in ids]
@@ -124,7 +124,7 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
         ValueError: If the adapter has no encoder, there are no words for its classes, or no sentences with them.
     """
     if subject.head is None:
-        raise ValueError(f"{type(subject.model).__name__} has no head that predicts words")
+        raise NotForThisModel(f"{type(subject.model).__name__} has no head that predicts words")
     handle = GradiendAdapter.of(host_of(subject.model, adapter.config), adapter.name)
     handle.encoders()  # says so where there are none
     pair = tuple(handle.config.pair or (handle.config.pairs or [])[0])

@@ -17,7 +17,7 @@ from hf_erasure.metrics.items import CAUSAL_CONVENTIONS
 from .data import DataFolder, MissingData
 from .harness import require_harness, run_harness
 from .loading import BASE, Entry, Loader, entries_of, fingerprints, pools_of, read_adapters, verified
-from .measures import Measure, Shared, Subject, leakage_by_depth, measures_of
+from .measures import Measure, NotForThisModel, Shared, Subject, leakage_by_depth, measures_of
 from .pictures import Plane, embedding, neuron_values, pronoun_shares
 from .results import Results, reason_of
 
@@ -245,10 +245,6 @@ class _Run:
                 results.not_measured.append({"measure": what, "entry": None if same else name, "reason": reason})
         if self.output is not None:
             results.save(self.output)
-
-
-class NotForThisModel(ValueError):
-    """A measure cannot be asked of a model; the message says why."""
 
 
 def _left_out(data: DataFolder, results: Results) -> list[dict[str, Any]]:
