@@ -136,3 +136,19 @@ def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
         for wrapper in wrappers:
             del wrapper.__dict__["set_adapter"]
     set_copies(model, names)
+
+
+@contextmanager
+def keys_of_own_copies(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """While PEFT loads an adapter, let only the wrappers that it has a copy in look for keys in its file.
+
+    A wrapper of trained tokens would look for those of any adapter, and fail.
+    """
+    others = [wrapper for wrapper in auxiliary_wrappers(model).values() if adapter_name not in wrapper._adapters]
+    for wrapper in others:
+        wrapper.__dict__["adapter_state_dict_load_map"] = lambda name: {}
+    try:
+        yield
+    finally:
+        for wrapper in others:
+            del wrapper.__dict__["adapter_state_dict_load_map"]

@@ -32,7 +32,15 @@ from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .active import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
-from .auxiliary import ActiveCopies, active_copies, auxiliary_wrappers, check_one_copy, enable_copies, set_by_hand
+from .auxiliary import (
+    ActiveCopies,
+    active_copies,
+    auxiliary_wrappers,
+    check_one_copy,
+    enable_copies,
+    keys_of_own_copies,
+    set_by_hand,
+)
 from .base_config import ChildConfig
 from .beside import comparing_with_fitting
 from .child import adapter_children, child_configs
@@ -287,16 +295,18 @@ def _set_peft_model_state_dict(
     That is the head that was trained with a LoRA, where there is one.
     """
     configs = all_configs(model)
-    if isinstance(configs.get(adapter_name), ChildConfig):
-        trained = [name for name, config in configs.items() if not isinstance(config, ChildConfig)]
-        for name, module in model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                own = [module.modules_to_save[other] for other in trained if other in module.modules_to_save]
-                for key, value in [*own, module.original_module][0].state_dict().items():
-                    tensors.setdefault(f"{name}.{key}", value)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        tensors = rename_tensors(tensors, model.peft_config[adapter_name], prefix_of(base), PREFIX)
-    return original(model, tensors, adapter_name, *args, **kwargs)
+    if not isinstance(configs.get(adapter_name), ChildConfig):
+        return original(model, tensors, adapter_name, *args, **kwargs)
+    trained = [name for name, config in configs.items() if not isinstance(config, ChildConfig)]
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            own = [module.modules_to_save[other] for other in trained if other in module.modules_to_save]
+            for key, value in [*own, module.original_module][0].state_dict().items():
+                tensors.setdefault(f"{name}.{key}", value)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    tensors = rename_tensors(tensors, model.peft_config[adapter_name], prefix_of(base), PREFIX)
+    with keys_of_own_copies(model, adapter_name):
+        return original(model, tensors, adapter_name, *args, **kwargs)
 
 
 def _peft_load_adapter(

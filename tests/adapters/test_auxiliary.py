@@ -223,6 +223,9 @@ def test_trained_tokens_stay_on_too(kind: str, folders: dict[str, Path]):
         loading.load_adapter(folders[f"{kind} False"], adapter_name="fitted")
     model.set_adapter(["lora", "fitted"])
     assert torch.allclose(logits_of(model), logits_of(by_hand), atol=1e-6)
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(alone), folders[f"{kind} False"], adapter_name="fitted")
+    wrapped.load_adapter(folders[f"{kind} False"], adapter_name="more")
+    assert torch.allclose(logits_of(wrapped.eval()), logits_of(by_hand), atol=1e-6)
     for name in ("fitted", "ours"):
         model.delete_adapter(name)
     assert torch.equal(logits_of(model), logits_of(alone))
