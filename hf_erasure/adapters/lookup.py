@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -23,6 +22,7 @@ from .base_config import ChildConfig
 from .child import adapter_children
 
 C = TypeVar("C", bound=ChildConfig)
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 
 
 class AdapterNotFound(ValueError):
@@ -151,8 +151,11 @@ def _configs_on(module: nn.Module) -> dict[str, PeftConfig] | None:
 
 def unwrapped(model: Any) -> Any:
     """What is inside of one wrapper of accelerate's, torch's or PEFT's own; other modules are given back."""
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Older releases of accelerate fail at a module that has compiled ones inside.
+    inner = model._modules.get("_orig_mod", model.__dict__.get("_orig_mod", model))
+    while isinstance(inner, _PARALLEL) or type(inner).__name__ == "DeepSpeedEngine":
+        inner = inner.module
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, PeftConfig]]]:

@@ -92,9 +92,9 @@ def test_an_adapter_that_was_saved_without_a_head_goes_with_the_models_own(task:
     again = peft.PeftModel.from_pretrained(base(task), str(tmp_path))
     assert same(outputs_of(again, batch), expected)
     train(again)
-    with_head = outputs_of(again, batch)
-    again.load_adapter(str(tmp_path), "default")  # which brings no other head
-    assert same(outputs_of(again, batch), with_head) and not same(with_head, expected)
+    assert not same(outputs_of(again, batch), expected)
+    again.load_adapter(str(tmp_path), "default")
+    assert same(outputs_of(again, batch), expected)
 
 
 @pytest.mark.parametrize("kind", OURS)

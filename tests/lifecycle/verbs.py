@@ -10,6 +10,8 @@ from typing import Any
 
 import peft
 import torch
+import transformers as hf
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +25,8 @@ MODELS = ("bert", "gpt2", "llama", "t5", "vit")
 KINDS = ("erasure", "GRADIEND", "LoRA")
 OURS = KINDS[:2]
 TABLE = "PEFT's verbs"
+# Older releases of transformers load no copies of `modules_to_save`.
+LOADS_COPIES = Version(hf.__version__) >= Version("5.15")
 
 
 @dataclass(frozen=True)

@@ -226,12 +226,15 @@ def _masked_lm() -> nn.Module:
 
 
 WRONG_BASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "other vocabulary": (_wider, r"has shape \[64, 32\].*here it has \[80, 32\].*Load it into the model"),
+    "other vocabulary": (_wider, r"the vocabulary has 64 tokens; here it has 80 tokens.*resize_token_embeddings\(64\)"),
     "other weights": (
         _other_weights,
         "this is another model \\(sampled weights.*Load the adapter into its own base, or fit it",
     ),
-    "another head": (_masked_lm, r"GRADIEND of 'gender' was fitted on .*BertModel.*call model\.bert\.load_adapter"),
+    "other weights, with a head": (
+        _masked_lm,
+        r"GRADIEND of 'gender' was fitted on .*BertModel.*this is another model",
+    ),
 }
 
 
