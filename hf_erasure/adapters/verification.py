@@ -71,12 +71,6 @@ def verify_adapter(
         outputs = _Outputs(model, found, batch)
         active, plain = outputs.now(), outputs.without_adapter()
         change = _distance(active, plain)
-        if change == 0:
-            return Verification(
-                False,
-                f"Adapter {adapter_name!r} is active at {len(children)} {_places(config)} but the output is the same "
-                "without it.",
-            )
         if isinstance(config, GradiendConfig) and _is_partial(owner, adapter_name, outputs, active, plain):
             with UsedAsTheyAre(targeted_parameters(owner, adapter_name)) as used:
                 outputs.now()
@@ -87,6 +81,12 @@ def verify_adapter(
                 "attribute of their module, or outside of the model that the adapter was added to. Merge the adapter, "
                 "by merge_adapter() or merge_and_unload() of the PeftModel, or leave such modules out by "
                 "exclude_modules.",
+            )
+        if change == 0:
+            return Verification(
+                False,
+                f"Adapter {adapter_name!r} is active at {len(children)} {_places(config)} but the output is the same "
+                "without it.",
             )
     how = "merged into the weights" if change is None else f"changes the output by {change:.2%} of its norm"
     return Verification(
@@ -141,7 +141,8 @@ def leakage_sentence(config: ConceptErasureConfig) -> str:
     def shown(site: str) -> str:
         ends = [f"{end:.2f}" for end in intervals.get(site, [])]
         interval = f" (95 %: [{ends[0]}, {ends[1]}] → [{ends[2]}, {ends[3]}])" if len(ends) == 4 else ""
-        return f"{site} {leakage[site][0]:.3f} → {leakage[site][1]:.3f}{interval}"
+        before, after = (max(0.0, value) for value in leakage[site])  # older versions kept a sign
+        return f"{site} {before:.3f} → {after:.3f}{interval}"
 
     sites = [name for name in leakage if "last_hidden_state" not in name]
     worst = max(sites, key=lambda name: leakage[name][1], default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.erasure import adapter_to_fit
 from hf_erasure.fitting.leakage import measured_leakage
+from hf_erasure.fitting.rows_seen import in_words, shared_rows
 
 from .checks import check_training
 from .logs import LoggingCallback, devices_of
@@ -33,7 +35,8 @@ class ConceptErasureCallback(LoggingCallback):
         adapter_name: The erasure.
         refit_steps: Refit after every so many steps, or `"epoch"`: after every epoch.
         refit_leakage: Refit when the leakage of a site, measured at each log, is above this correlation.
-        eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`.
+        eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`. Where they
+            share rows with `batches`, a warning and the card of the checkpoint say so.
         sequential: As in `fit_concept_erasure`.
         pool: As in `fit_concept_erasure`: by default what the model's head reads.
         background: As in `fit_concept_erasure`.
@@ -84,6 +87,8 @@ class ConceptErasureCallback(LoggingCallback):
         check_training(model, args)
         self.remember(state)
         config, _ = adapter_to_fit(model, self.adapter_name)
+        if self.eval_batches is not None:
+            self._compare_rows(model, self.eval_batches)
         if not config.fitted:
             self._refit(model, state)
 
@@ -124,6 +129,18 @@ class ConceptErasureCallback(LoggingCallback):
             found["leakage_max"] = max(leakage.values())
             self.memory["is_due"] = self.refit_leakage is not None and found["leakage_max"] > self.refit_leakage
         return found
+
+    def _compare_rows(self, model: nn.Module, eval_batches: Iterable[Any]) -> None:
+        """Say where leakage is measured on rows that are fitted on."""
+        with torch.random.fork_rng(devices=devices_of(model)):
+            examples, fitted = shared_rows(self.batches, eval_batches)
+        self.measured_on = in_words(examples, fitted)
+        if fitted:
+            warnings.warn(
+                f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} is "
+                "fitted on: the leakage that is logged is on fitted rows, and says little of others. Give other rows.",
+                stacklevel=2,
+            )
 
     def _refit(self, model: nn.Module, state: TrainerState) -> None:
         # Batches that are shuffled must not move the random numbers that training draws.

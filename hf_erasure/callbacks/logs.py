@@ -20,7 +20,10 @@ class LoggingCallback(TrainerCallback):
     Attributes:
         adapter_name: The adapter it is about.
         memory: What a resumed training must know, in JSON's types.
+        measured_on: What the figures are on, in words; empty where nothing else than training's own rows is read.
     """
+
+    measured_on = ""
 
     def __init__(self, adapter_name: str, memory: dict[str, Any]) -> None:
         self.adapter_name = adapter_name
@@ -41,7 +44,8 @@ class LoggingCallback(TrainerCallback):
             found = self.figures(state, model)
         config = configs_of(model).get(self.adapter_name)
         if found and isinstance(config, ChildConfig):
-            config.provenance = config.provenance | {TRAINING: {"step": state.global_step, "figures": found}}
+            told = {"step": state.global_step, "figures": found, "measured_on": self.measured_on}
+            config.provenance = config.provenance | {TRAINING: told}
         return found
 
     def remember(self, state: TrainerState) -> None:

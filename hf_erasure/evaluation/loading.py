@@ -56,6 +56,12 @@ class Adapter:
         """What it is, in a word or two."""
         return str(self.config.described) if isinstance(self.config, ChildConfig) else str(self.config.peft_type.value)
 
+    @property
+    def pools(self) -> list[str]:
+        """What an erasure was fitted for; nothing for other kinds, and where it does not say."""
+        kept = self.config.provenance.get("pool") if isinstance(self.config, ConceptErasureConfig) else None
+        return [name for name in kept.split("+") if name in POOLS] if isinstance(kept, str) else []
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -100,9 +106,7 @@ def pools_of(adapters: Sequence[Adapter]) -> tuple[str, ...]:
 
     An erasure that was fitted on all tokens alike is probed by their mean, since a text needs one vector.
     """
-    kept = [a.config.provenance.get("pool") for a in adapters if isinstance(a.config, ConceptErasureConfig)]
-    named = [name for pool in kept if isinstance(pool, str) for name in pool.split("+")]
-    found = ("mean" if name == "tokens" else name for name in named if name in POOLS)
+    found = ("mean" if name == "tokens" else name for adapter in adapters for name in adapter.pools)
     return tuple(dict.fromkeys(found)) or ("mean",)
 
 

@@ -42,7 +42,8 @@ class Results:
     Attributes:
         about: Model, data, suite, seed, limit and versions.
         fingerprints: Of the `base`, and of the `adapters` by name: `adapter`, and the `base` where it was fitted.
-        entries: The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, and what `verify_adapter` said.
+        entries: The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, which of them were fitted for
+            all tokens (`of_tokens`), and what `verify_adapter` said.
         measures: The rows: the facts of every measure that was taken of at least one entry.
         values: Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
         not_measured: `measure`, `entry` (None for all) and `reason`.
@@ -174,7 +175,11 @@ class Results:
         if not words:
             return ""
         first = f"; layers and embeddings by {words[0]}" if len(words) > 1 else ""
-        return f"Probes and SEAT read a text by {' and by '.join(words)}{first}."
+        of_tokens = dict.fromkeys(name for entry in self.entries for name in entry.get("of_tokens", []))
+        guarded = (
+            f" {', '.join(of_tokens)}: fitted for {IN_WORDS['tokens']}, probed by their mean." if of_tokens else ""
+        )
+        return f"Probes and SEAT read a text by {' and by '.join(words)}{first}.{guarded}"
 
     def notes(self) -> list[str]:
         """What could not be measured, a sentence each."""

@@ -6,6 +6,7 @@ in an encoder, and sometimes with heads or flattened. This file is the one place
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +178,7 @@ class BatchLabels:
         return real, (real / real.sum(1, keepdim=True).clamp_min(1)).double()
 
     def _labels(self) -> Tensor:
-        labels = torch.as_tensor(self.batch["concept_labels"]).cpu()
+        labels = label_tensor(self.batch)
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
         if self.categorical:
             if labels.is_floating_point() or labels.dim() not in (1, 2):
@@ -213,6 +214,22 @@ class BatchLabels:
                 f"{self.z_dim - 1}: name every class in ConceptErasureConfig(labels=[…]), or write {IGNORE} where a "
                 "row has none of them."
             )
+
+
+def label_tensor(batch: Mapping[str, Any]) -> Tensor:
+    """The `concept_labels` of a batch, on the CPU.
+
+    Raises:
+        TypeError: If they are not numbers.
+    """
+    given = batch["concept_labels"]
+    try:
+        return torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"concept_labels are not numbers, the first is {given[0]!r}: write the id of each row's class, or let "
+            "concept_dataloader(…, labels=[…]) number the names."
+        ) from error
 
 
 def check_batch(batch: Any, position: int, *, labelled: bool) -> dict[str, Any]:

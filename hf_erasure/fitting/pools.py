@@ -16,7 +16,7 @@ from hf_erasure.adapters.lookup import unwrapped
 from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
 from hf_erasure.models.pooling import IN_WORDS
 
-from .labels import BatchLabels
+from .labels import BatchLabels, label_tensor
 from .processes import Processes
 from .running import Runner, evaluating, on_cpu
 
@@ -95,6 +95,12 @@ def pool_for(
             f"is not guarded. Leave pool out, or give pool={reading.pool!r}.",
             stacklevel=4,
         )
+    elif reading.is_other and pool != "tokens":
+        warnings.warn(
+            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}: what the head reads is not guarded. Pad "
+            "batches on the side that the head expects, or give pool='tokens'.",
+            stacklevel=4,
+        )
     return Pool(pool, reading.text)
 
 
@@ -116,8 +122,7 @@ def _two_rows(batch: Any) -> dict[str, Any] | None:
 
 
 def _label_tokens(rows: dict[str, Any], config: ConceptErasureConfig) -> bool:
-    labels = torch.as_tensor(rows.get("concept_labels", ()), device="cpu")
-    return labels.dim() == (2 if config.labels is not None else 3)
+    return "concept_labels" in rows and label_tensor(rows).dim() == (2 if config.labels is not None else 3)
 
 
 @on_cpu

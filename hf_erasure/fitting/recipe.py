@@ -122,7 +122,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     content["data"] = section_of(content.get("data") or {}, DataRecipe, "data")
     content["fit"] = section_of(numbers(content.get("fit") or {}), FitRecipe, "fit")
-    content["adapter"] = check_section(numbers(content.get("adapter") or {}), ConceptErasureConfig, "adapter")
+    given = numbers(content.get("adapter") or {})
+    content["adapter"] = check_section(given, ConceptErasureConfig, "adapter", above=("concept", "labels"))
     check_values(content, Recipe)
     recipe = Recipe(**content)
     _check(recipe)
@@ -140,6 +141,8 @@ def _check(recipe: Recipe) -> None:
             count = getattr(getattr(recipe, section), name)
             if count is not None and count < 1:
                 raise ValueError(f"{section}.{name}={count} in a recipe must be 1 or more.")
+    if recipe.fit.resident_batches is not None and not recipe.fit.sequential:
+        raise ValueError("fit.resident_batches in a recipe is for fit.sequential=true: leave it out.")
     check_values(recipe.adapter, ConceptErasureConfig, "adapter")
     _config(recipe)
 

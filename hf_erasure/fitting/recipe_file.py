@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,20 +49,31 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ValueError(f"{key!r}: {parent!r} is a value, not a section of the recipe.")
-        section[last] = yaml.safe_load(value)
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{override!r} has a value that is not YAML: {' '.join(str(error).split())}") from error
     return content
 
 
-def check_section(content: Any, kind: type, section: str = "") -> dict[str, Any]:
+def check_section(content: Any, kind: type, section: str = "", above: Sequence[str] = ()) -> dict[str, Any]:
     """A section of a recipe whose keys are fields of a dataclass; `check_values` looks at what they hold.
 
+    Args:
+        content: Of the section.
+        kind: The dataclass.
+        section: Its name in the recipe.
+        above: Fields that have a key of their own at the top of the recipe.
+
     Raises:
-        ValueError: If it is not a section, or a key is not known; names those there are.
+        ValueError: If it is not a section, or a key is not known or belongs at the top; names those there are.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{section} of a recipe is a section with keys of its own, not {short(content)}.")
     known = [entry.name for entry in fields(kind) if entry.init]
     for key in content:
+        if key in above:
+            raise ValueError(f"{section}.{key} is not known in a recipe: write {key} at the top alone.")
         if key not in known:
             prefix = f"{section}." if section else ""
             if len(known) < _FEW:

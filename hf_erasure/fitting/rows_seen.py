@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .processes import Processes
 
-_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds")
+# What is not the content of a row: labels, masks, and what follows from the text or its padding.
+_BESIDES = ("labels", "concept_labels", "token_type_ids", "position_ids", "cache_position")
 
 
 class RowsSeen:
@@ -62,22 +63,51 @@ class RowsSeen:
 
 
 def hashes_of(batch: Any) -> np.ndarray:
-    """One hash a row, of its input without padding: `(rows,)` uint64; empty for what is not a batch."""
+    """One hash a row, of its inputs without padding: `(rows,)` uint64; empty for what is not a batch."""
     if not isinstance(batch, Mapping):
         return np.empty(0, np.uint64)
-    found = {name: batch[name] for name in _INPUTS if isinstance(batch.get(name), Tensor)}
-    if not found:
+    inputs = {
+        name: value.detach().cpu()
+        for name, value in sorted(batch.items())
+        if isinstance(value, Tensor) and value.dim() and name not in _BESIDES
+        if not name.endswith("mask") and not name.startswith("decoder_")
+    }
+    if not inputs:
         return np.empty(0, np.uint64)
-    value = next(iter(found.values())).detach().cpu()
     mask = batch.get("attention_mask")
-    real = mask.detach().cpu().bool() if isinstance(mask, Tensor) and mask.shape == value.shape[:2] else None
-    rows = [row if real is None else row[real[index]] for index, row in enumerate(value)]
-    return np.array([_hash(row) for row in rows], np.uint64)
+    real = mask.detach().cpu().bool() if isinstance(mask, Tensor) else None
+    rows = len(inputs.get("input_ids", next(iter(inputs.values()))))
+    return np.array([_hash(_content(inputs, real, row, rows)) for row in range(rows)], np.uint64)
 
 
-def _hash(row: Tensor) -> int:
-    whole = row.to(torch.int64) if not row.is_floating_point() else row.float()
-    return int.from_bytes(hashlib.blake2b(whole.contiguous().numpy().tobytes(), digest_size=8).digest(), "little")
+def _content(inputs: Mapping[str, Tensor], real: Tensor | None, row: int, rows: int) -> Iterator[Tensor]:
+    """What a row holds; of inputs that are not one entry a row, such as the patches of all images, the whole."""
+    for value in inputs.values():
+        if len(value) != rows:
+            yield value
+        else:
+            is_padded = real is not None and real.shape == value.shape[:2]
+            yield value[row][real[row]] if is_padded and real is not None else value[row]
+
+
+def _hash(parts: Iterable[Tensor]) -> int:
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        whole = part.float() if part.is_floating_point() else part.to(torch.int64)
+        found.update(whole.contiguous().numpy().tobytes())
+    return int.from_bytes(found.digest(), "little")
+
+
+def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int]:
+    """How many rows the second batches have, and how many of these are among the first, in all processes together."""
+    processes, seen, examples, shared = Processes(), RowsSeen(), 0, 0
+    for batch in batches:
+        seen.add(hashes_of(batch))
+    seen.pool(processes)
+    for batch in others:
+        hashes = hashes_of(batch)
+        examples, shared = examples + len(hashes), shared + seen.count(hashes)
+    return int(processes.total(examples)), int(processes.total(shared))
 
 
 def in_words(examples: int, fitted: int) -> str:

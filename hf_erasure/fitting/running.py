@@ -22,6 +22,13 @@ R = TypeVar("R")
 # Inputs that belong to a loss, not to the activations.
 _LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
 
+# Model types that are made like RoBERTa: their first position is the one after that of the padding token.
+_SHIFTED = {
+    "altclip_text_model", "bridgetower_text_model", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt",
+    "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+    "xmod",
+}  # fmt: skip
+
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
     """Make the function's own small tensors on the CPU, whatever default device the caller has set for the model."""
@@ -112,14 +119,22 @@ class TextTooLong(ValueError):
     """A model has no position for a token; the message says how long its texts may be."""
 
 
+def positions_of(config: Any) -> int | None:
+    """For how many tokens a model has positions, as far as its configuration says."""
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    return most - (config.pad_token_id or 0) - 1 if str(getattr(config, "model_type", "")) in _SHIFTED else most
+
+
 def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> None:
     """Raise `TextTooLong` where torch refused a batch that is longer than the model's positions."""
     config = getattr(model, "config", None)
     config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    most, ids = getattr(config, "max_position_embeddings", None), inputs.get("input_ids")
+    most, ids = positions_of(config), inputs.get("input_ids")
     # Errors of other packages, such as those that stop a forward pass, are not about positions.
     from_torch = type(error).__module__.split(".")[0] in ("builtins", "torch")
-    if from_torch and isinstance(most, int) and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > most:
+    if from_torch and most is not None and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > most:
         raise TextTooLong(
             f"A batch is {ids.shape[1]} tokens wide, and {type(model).__name__} has {most} positions: cut the texts, "
             f"as with concept_dataloader(…, max_length={most})."

@@ -179,7 +179,9 @@ def of_training(concept: str, provenance: dict[str, Any]) -> list[Measured]:
     where = f"at step {plain(told.get('step'))} of training"
     refits = figures.get("erasure_refits")
     pool = IN_WORDS.get(str(provenance.get("pool")))
-    held_out = f"held-out batches{f', of {pool}' if pool else ''}, {where}" + (
+    on = told.get("measured_on")
+    on = plain(on) if isinstance(on, str) and on else "held-out batches"
+    held_out = f"{on}{f', of {pool}' if pool else ''}, {where}" + (
         f", refitted {refits:g} times by then" if is_number(refits) else ""
     )
     rows = []

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .crows_pairs import DIRECTIONS
-from .rows import BadRow, LeftOutRows, Rows, Source, cells_of, content_lines, csv_rows, good_rows, json_of, text_at
+from .rows import (
+    BadRow,
+    LeftOutRows,
+    Rows,
+    Source,
+    UnusableFile,
+    cells_of,
+    content_lines,
+    csv_rows,
+    good_rows,
+    json_of,
+    text_at,
+)
 
 Item = TypeVar("Item")
 
@@ -94,7 +106,7 @@ def read_stereoset(path: Source) -> Rows[StereoSetItem]:
         data = found.get("data")
         found = data.get("intrasentence") if isinstance(data, dict) else None
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{path} has no intrasentence items: give dev.json or test.json of StereoSet.")
+        raise UnusableFile(f"{path} has no intrasentence items: give dev.json or test.json of StereoSet.")
     named = [(f"item {_name(entry, number)}", entry) for number, entry in enumerate(found, 1)]
     return good_rows(path, named, _stereoset_item, "intrasentence items, as dev.json of StereoSet does")
 
@@ -157,7 +169,7 @@ def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
     """
     paths = {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.json*"))}
     if not paths:
-        raise ValueError(f"{folder} holds no tests: give the folder with sent-weat6.jsonl and the like.")
+        raise UnusableFile(f"{folder} holds no tests: give the folder with sent-weat6.jsonl and the like.")
     unknown = [name for name in tests or () if name not in paths]
     if unknown:
         raise ValueError(f"{folder} has no test {unknown[0]!r}: write some of {', '.join(paths)}.")
@@ -168,7 +180,7 @@ def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
         except ValueError as error:
             found.skipped[name] = str(error)
     if not found:
-        raise ValueError(next(iter(found.skipped.values()), f"{folder}: no test is asked for: name one or more."))
+        raise UnusableFile(next(iter(found.skipped.values()), f"{folder}: no test is asked for: name one or more."))
     for name, reason in found.skipped.items():
         warnings.warn(f"The test {name} is left out: {reason}", stacklevel=2)
     return found
@@ -181,7 +193,7 @@ def _seat_test(path: Path, left_out: list[LeftOutRows]) -> dict[str, list[str]]:
         part = sets.get(key) if isinstance(sets, dict) else None
         texts = part.get("examples") if isinstance(part, dict) else None
         if not isinstance(texts, list) or not texts:
-            raise ValueError(f"{path} lacks {key}: it should hold {', '.join(_SETS.values())}.")
+            raise UnusableFile(f"{path} lacks {key}: it should hold {', '.join(_SETS.values())}.")
         named = [(f"{key}, example {number}", text) for number, text in enumerate(texts, 1)]
         rows = good_rows(path, named, _text, f"texts under {key}")
         found[short] = list(rows)
@@ -207,7 +219,9 @@ def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Itera
             paths = [Path(folder) / f"{name}_stereotyped_type{kind}.txt.{split}" for name in ("pro", "anti")]
             pro, anti = (content_lines(path) for path in paths)
             if len(pro) != len(anti):
-                raise ValueError(f"{folder}: type {kind} of {split} has {len(pro)} pro and {len(anti)} anti sentences.")
+                raise UnusableFile(
+                    f"{folder}: type {kind} of {split} has {len(pro)} pro and {len(anti)} anti sentences."
+                )
             lines = [(where, [one, other]) for (where, one), (_, other) in zip(pro, anti, strict=True)]
             rows = good_rows(paths[0], lines, functools.partial(_pronoun_pair, kind=kind), "sentences of WinoBias")
             pairs += rows

@@ -26,6 +26,10 @@ _LINE_ENDS = re.compile(r"\r\n|\r|\n")
 _COMMENT = re.compile(r"\s*(#|//)")
 
 
+class UnusableFile(ValueError):
+    """Nothing of a file can be used; the message says why."""
+
+
 class BadRow(ValueError):
     """A row cannot be read; the message goes on after where the row is: "lacks gender"."""
 
@@ -77,7 +81,7 @@ def good_rows(path: Source, rows: Iterable[tuple[str, Raw]], read: Callable[[Raw
         expected: What the file should hold, for the message when no row is good.
 
     Raises:
-        ValueError: If no row is good.
+        UnusableFile: If no row is good.
     """
     found: Rows[Item] = Rows()
     bad: list[dict[str, str]] = []
@@ -91,7 +95,7 @@ def good_rows(path: Source, rows: Iterable[tuple[str, Raw]], read: Callable[[Raw
             bad.append({"row": where, "reason": f"cannot be read ({type(error).__name__}: {error})"})
     if not found:
         first = f" Its first bad row: {bad[0]['row']} {bad[0]['reason']}." if bad else ""
-        raise ValueError(f"{path} has no good row.{first} It should hold {expected}.")
+        raise UnusableFile(f"{path} has no good row.{first} It should hold {expected}.")
     if bad:
         found.left_out.append(LeftOutRows(str(path), len(bad), bad[:_NAMED]))
         warnings.warn(str(found.left_out[0]), stacklevel=2)
@@ -102,14 +106,14 @@ def text_of(path: Source) -> str:
     """The text of a file, without a byte order mark; a byte that is not UTF-8 makes the row it is in a bad row.
 
     Raises:
-        ValueError: If there is no such file, or it is UTF-16.
+        UnusableFile: If there is no such file, or it is UTF-16.
     """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"There is no file {file}: give the path of the benchmark's own file.")
+        raise UnusableFile(f"There is no file {file}: give the path of the benchmark's own file.")
     content = file.read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{file} is UTF-16: save it as UTF-8.")
+        raise UnusableFile(f"{file} is UTF-16: save it as UTF-8.")
     return content.decode("utf-8-sig", errors="surrogateescape")
 
 
@@ -127,16 +131,16 @@ def json_of(path: Source) -> Any:
     """The one JSON value of a file; comments may follow it.
 
     Raises:
-        ValueError: If the file holds something else.
+        UnusableFile: If the file holds something else.
     """
     text = text_of(path).lstrip()
     try:
         found, end = json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise UnusableFile(f"{path} is not JSON: {error}.") from error
     rest = [line for line in _LINE_ENDS.split(text[end:]) if line.strip()]
     if any(not _COMMENT.match(line) for line in rest):
-        raise ValueError(f"{path} goes on after its JSON value, with {rest[0][:40]!r}: leave that out.")
+        raise UnusableFile(f"{path} goes on after its JSON value, with {rest[0][:40]!r}: leave that out.")
     return found
 
 
@@ -150,13 +154,16 @@ def csv_rows(path: Source, wanted: Sequence[str]) -> list[tuple[str, dict[str, s
         wanted: Columns that it must have.
 
     Raises:
-        ValueError: If it lacks a column.
+        UnusableFile: If it lacks a column, or its first line is not CSV.
     """
     lines = list(io.StringIO(text_of(path), newline=""))
     reader, start = csv.reader(lines, strict=True), 0
-    head = [name.strip() for name in next(reader, [])]
+    try:
+        head = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise UnusableFile(f"{path} has a first line that is not CSV ({error}).") from error
     if lacking := [name for name in wanted if name not in head]:
-        raise ValueError(f"{path} has no column {', '.join(lacking)}; it has {', '.join(head) or 'nothing'}.")
+        raise UnusableFile(f"{path} has no column {', '.join(lacking)}; it has {', '.join(head) or 'nothing'}.")
     found: list[tuple[str, dict[str, str] | str]] = []
     while True:
         first = start + reader.line_num + 1

@@ -30,11 +30,13 @@ class Reading:
         pool: One of `POOLS`; None where there is no head, or none of them is what it reads.
         text: The same in words, as a sentence without its full stop.
         clear: False where there is a head and none of `POOLS` is known to be what it reads.
+        is_other: Whether it is known that the head reads something that is none of `POOLS`.
     """
 
     pool: str | None
     text: str
     clear: bool = True
+    is_other: bool = False
 
 
 def reading_of(
@@ -72,11 +74,11 @@ def reading_of(
             if found is None:
                 return no_head
             gradient, hidden = found
-            pool, words = _classified(gradient, real_of(hidden).to(gradient.device))
+            pool, words, is_other = _classified(gradient, real_of(hidden).to(gradient.device))
     except Exception as error:  # whatever a model raises: fitting itself may need less of it
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Reading(None, f"what {name} reads could not be found out ({reason})", clear=False)
-    return Reading(pool, f"{name} reads {words}", clear=pool is not None)
+    return Reading(pool, f"{name} reads {words}", clear=pool is not None, is_other=is_other)
 
 
 def sentence_reading(model: nn.Module) -> Reading | None:
@@ -86,7 +88,7 @@ def sentence_reading(model: nn.Module) -> Reading | None:
             mode: Any = module.pooling_mode
             pool = _SENTENCE_POOLS.get(mode) if isinstance(mode, str) else None
             words = IN_WORDS[pool] if pool else repr(mode)
-            return Reading(pool, f"its pooling module reads {words}", clear=pool is not None)
+            return Reading(pool, f"its pooling module reads {words}", clear=pool is not None, is_other=pool is None)
     return None
 
 
@@ -212,8 +214,8 @@ def _logits(output: Any) -> list[Tensor]:
 # ---- what it shows ---------------------------------------------------------------------------------------------------
 
 
-def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str]:
-    """The pool, and what is read in words.
+def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
+    """The pool, what is read in words, and whether that is known to be none of `POOLS`.
 
     Args:
         gradient: `(batch, seq, width)`.
@@ -223,22 +225,22 @@ def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str]:
     read = size > _COUNTS * size.amax(1, keepdim=True)
     several = (real.sum(1) > 1) & read.any(1)  # a row of one token tells nothing
     if not several.any():
-        return None, "rows that are too short to tell which position it reads"
+        return None, "rows that are too short to tell which position it reads", False
     gradient, real, read = gradient[several], real[several], read[several]
     for pool in ("cls", "last"):
         if torch.equal(read, counted(real, pool)):
-            return pool, IN_WORDS[pool]
+            return pool, IN_WORDS[pool], False
     rest = real & ~counted(real, "cls")
     if torch.equal(read, rest):
         pool = "mean" if _alike(gradient, read) else "tokens"
-        return pool, f"{IN_WORDS[pool]} behind the first"
+        return pool, f"{IN_WORDS[pool]} behind the first", False
     if bool((read | ~real).all()):
         if not _alike(gradient, read):
-            return "tokens", IN_WORDS["tokens"]
-        return "mean", IN_WORDS["mean"] + (", padding included" if bool((read & ~real).any()) else "")
+            return "tokens", IN_WORDS["tokens"], False
+        return "mean", IN_WORDS["mean"] + (", padding included" if bool((read & ~real).any()) else ""), False
     columns = read.any(0).nonzero().flatten().tolist()
     padding = ", padding among them" if bool((read & ~real).any()) else ""
-    return None, f"positions {columns} of {read.shape[1]}{padding}"
+    return None, f"positions {columns} of {read.shape[1]}{padding}", True
 
 
 def _alike(gradient: Tensor, read: Tensor) -> bool:

@@ -73,6 +73,8 @@ def test_the_text_states_the_leakage_that_was_measured(lifecycle: Lifecycle):
     text = str(verify_adapter(model, NAME))
     before, after = model.peft_config[NAME].provenance["leakage"]["last_hidden_state"]
     assert f"last_hidden_state {before:.3f} → {after:.3f}" in text and "pre-LN" in text
+    model.peft_config[NAME].provenance["leakage"]["last_hidden_state"] = [0.8, -0.06]  # as older versions kept it
+    assert "last_hidden_state 0.800 → 0.000" in str(verify_adapter(model, NAME))
 
 
 def test_a_model_without_a_dummy_input_asks_for_a_batch(lifecycle: Lifecycle):

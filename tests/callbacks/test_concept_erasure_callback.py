@@ -71,11 +71,11 @@ def test_what_was_measured_stands_on_the_card_of_the_checkpoint(wrapped: bool, t
         model = PeftModel(copy.deepcopy(small_model("llama")), model.peft_config[NAME], adapter_name=NAME)
     model.requires_grad_(True)
     batches = small_batches("llama", seed=100)
-    callback = ConceptErasureCallback(batches, NAME, eval_batches=batches)
+    callback = ConceptErasureCallback(batches, NAME, eval_batches=small_batches("llama", seed=900))
     trainer = fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=2)
     for step in (2, 4):
         card = (tmp_path / f"checkpoint-{step}" / NAME / "README.md").read_text()
-        assert f"On held-out batches, of every token, at step {step} of training, refitted 1 times by" in card
+        assert f"held-out examples, of every token, at step {step} of training, refitted 1 times by" in card
         logged = next(row for row in trainer.state.log_history if row["step"] == step)
         assert f"correlation with gender: the site that leaks most | – | {logged['leakage_max']:.3f} | lower" in card
     model.save_pretrained(tmp_path / "saved")
@@ -83,6 +83,17 @@ def test_what_was_measured_stands_on_the_card_of_the_checkpoint(wrapped: bool, t
     fit_concept_erasure(model, batches, NAME, progress=False)
     model.save_pretrained(tmp_path / "anew")
     assert "of training" not in next((tmp_path / "anew").rglob("README.md")).read_text()
+
+
+def test_leakage_on_rows_that_are_fitted_on_is_called_that(tmp_path: Path):
+    batches = small_batches("llama", seed=100)
+    eval_batches = [*batches[:1], *small_batches("llama", 1, seed=900)]
+    callback, model = ConceptErasureCallback(batches, NAME, eval_batches=eval_batches), adapted()
+    model.requires_grad_(True)
+    with pytest.warns(UserWarning, match="16 of the 32 rows of eval_batches are rows of batches, which 'no_gender'"):
+        fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=4)
+    card = (tmp_path / "checkpoint-4" / NAME / "README.md").read_text()
+    assert "On fitted rows (16 of 32), of every token, at step 4 of training" in card
 
 
 def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):

@@ -440,6 +440,22 @@ def test_one_item_of_each_is_enough_for_a_first_look(story: str, assets: Path, t
         assert {"seat_all", "crows_pairs"} <= taken and "raise --limit" in reasons["Embeddings in two dimensions"]
 
 
+def test_more_items_are_not_advised_where_a_file_is_at_fault(story: str, assets: Path, tmp_path: Path) -> None:
+    data = small_data(assets, tmp_path / "data", ("wikitext-2", "winobias"))
+    (data / "crows-pairs").mkdir()
+    (data / "crows-pairs" / "crows_pairs_anonymized.csv").write_bytes(b"")
+    (data / "seat").mkdir()
+    (data / "seat" / "sent-weat6.jsonl").write_text("[]", encoding="utf-16")
+    (data / "stereoset" / "dev.json").mkdir(parents=True)
+    found = evaluate(Evaluation(story, data, suite="gender", limit=2, resamples=10)).not_measured
+    reasons = {note["measure"]: note["reason"] for note in found}
+    for title, said in (("CrowS-Pairs", "has no column"), ("SEAT", "is UTF-16"), ("StereoSet SS", "There is no file")):
+        reason = next(reason for measure, reason in reasons.items() if measure.startswith(title))
+        assert said in reason and "--limit" not in reason
+    with pytest.raises(MissingData, match="Nothing of the suite 'stereotypes'"):
+        evaluate(Evaluation(story, data, suite="stereotypes", limit=2, resamples=10))
+
+
 def test_a_bad_row_is_named_in_the_results_and_where_they_are_printed(
     story: str, few: Path, assets: Path, tmp_path: Path
 ) -> None:
@@ -689,3 +705,13 @@ def test_probes_read_a_text_by_the_pool_of_each_adapter(
     given = probes.answers(states, found.genders, seed=0)
     expected = sum(a == b for a, b in zip(given, found.genders, strict=True)) / len(given)
     assert results.values["base"]["gender_linear"]["details"]["accuracy"] == pytest.approx(expected)
+
+
+def test_an_erasure_for_all_tokens_is_said_to_be_probed_by_their_mean(
+    story: str, few: Path, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "measures_of", lambda *_: measures_of("gender", DataFolder(few))[:1])
+    every = erasure_folder(assets, tmp_path / "every", "tokens")
+    results = evaluate(Evaluation(story, few, [str(every)], limit=18, resamples=10))
+    said = "Probes and SEAT read a text by the mean of the tokens. every: fitted for every token, probed by their mean."
+    assert results.pooling() == said

@@ -12,7 +12,17 @@ import torch
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2Model,
+    MPNetConfig,
+    MPNetModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from hf_erasure import ConceptErasureConfig, ErasureReport, concept_dataloader, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
@@ -381,6 +391,17 @@ def test_texts_longer_than_the_model_are_named_with_what_to_write(options: dict[
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "concept_labels": torch.tensor([0, 1, 0, 1])}
     with pytest.raises(ValueError, match=rf"is {most + 3} tokens wide.* has {most} positions.*max_length={most}"):
         fit_concept_erasure(model, [batch], "no_gender", progress=False, **options)
+
+
+@pytest.mark.parametrize("kind", [(RobertaConfig, RobertaModel), (MPNetConfig, MPNetModel)])
+def test_positions_that_begin_after_the_padding_token_are_counted(kind: tuple[Any, Any]) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = kind[1](kind[0](**sizes, vocab_size=30, max_position_embeddings=12, pad_token_id=1))
+    model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name="no_gender")
+    ids = torch.full((4, 11), 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "concept_labels": torch.tensor([0, 1, 0, 1])}
+    with pytest.raises(ValueError, match=r"is 11 tokens wide.* has 10 positions.*max_length=10"):
+        fit_concept_erasure(model, [batch], "no_gender", progress=False)
 
 
 def test_report_as_table_frame_and_plot(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.fitting.labels import BatchLabels, check_batch, mean_pooled
+from tests.small_models import ARCHITECTURES, LABELS
 
 IDS = torch.tensor([[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 5, 6]])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 1, 1]])
@@ -99,6 +101,16 @@ def test_a_model_that_is_all_decoder_has_one_mask() -> None:
 def test_labels_that_do_not_fit_are_refused(concept: torch.Tensor, pool: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         labels(concept, pool).select(STATES, "layer.0")
+
+
+def test_names_of_classes_instead_of_their_ids_are_refused() -> None:
+    batch = {"input_ids": IDS, "attention_mask": MASK, "concept_labels": ["female", "male", "male"]}
+    with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
+        BatchLabels(batch, 2, True, "mean").select(STATES, "layer.0")
+    model = ARCHITECTURES["bert"].build()
+    model.add_adapter(ConceptErasureConfig(labels=LABELS))
+    with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
+        fit_concept_erasure(model, [batch], progress=False)
 
 
 def test_an_activation_of_other_positions_is_refused() -> None:

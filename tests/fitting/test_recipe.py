@@ -43,6 +43,8 @@ def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
         ("adapter.method=laece", "'laece'"),
         ("adapter.method=5", "adapter.method=5 in a recipe must be str"),
         ("adapter=leace", "adapter of a recipe is a section"),
+        ("adapter.labels=[a, b]", "adapter.labels is not known in a recipe: write labels at the top alone"),
+        ("fit.pool={a", "'fit.pool={a' has a value that is not YAML"),
         ("labels=[no, yes]", r"labels=\[False, True\] in a recipe must be list\[str\]"),
         ("labels=[female]", "at least two classes"),
         ("output=5", "output=5 in a recipe must be str"),

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from peft import get_peft_model
+from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.fitting.report import ErasureReport
@@ -59,6 +60,25 @@ def test_some_shared_rows_are_counted_and_other_rows_are_held_out() -> None:
 def test_images_are_rows_too() -> None:
     batches = small_batches("vit", 2)
     assert fitted("vit", batches, batches[:1])[1].eval_fitted == 16
+
+
+def test_rows_of_any_inputs_are_noticed() -> None:
+    inputs, concept = torch.randn(16, 10, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
+    model = get_peft_model(nn.Sequential(nn.Linear(10, 8)), ConceptErasureConfig(labels=LABELS, target_modules=["0"]))
+    batch = {"input": inputs + concept[:, None], "concept_labels": concept}
+    with pytest.warns(UserWarning, match="16 of the 16 rows of eval_batches"):
+        assert fit_concept_erasure(model, [batch], eval_batches=[batch], progress=False).eval_fitted == 16
+
+
+def test_one_text_beside_other_images_is_another_row() -> None:
+    ids, pixels = torch.full((4, 3), 7), torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2)
+    seen = hashes_of({"input_ids": ids, "pixel_values": pixels})
+    assert len(set(seen.tolist())) == 4
+    patches = {"input_ids": ids, "pixel_values": torch.arange(12.0).reshape(6, 2)}  # of all images, in one list
+    rows = RowsSeen()
+    rows.add(hashes_of(patches))
+    assert rows.count(hashes_of(patches)) == 4
+    assert rows.count(hashes_of(patches | {"pixel_values": torch.zeros(6, 2)})) == 0
 
 
 def test_a_report_without_held_out_rows_says_that_its_figures_are_on_the_fitted_ones() -> None:

@@ -224,3 +224,9 @@ def test_utf_16_is_refused_by_name(tmp_path: Path):
     path.write_text("a,b\n", encoding="utf-16")
     with pytest.raises(ValueError, match="is UTF-16: save it as UTF-8"):
         rows.text_of(path)
+
+
+def test_a_first_line_that_is_not_csv_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "crows.csv").write_text('"sent_more,sent_less\n')
+    with pytest.raises(ValueError, match="has a first line that is not CSV"):
+        read_crows_pairs(tmp_path / "crows.csv")

@@ -159,6 +159,15 @@ def test_a_sentence_encoder_s_pooling_module_is_asked() -> None:
     with pytest.warns(UserWarning, match="its pooling module reads 'max'"):
         encoder = Encoder(bare, models.Pooling(WIDTH, pooling_mode="max"))
         pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes())
+    with pytest.warns(UserWarning, match="pool='mean' guards .*, but its pooling module reads 'max': what the head"):
+        pool_for("mean", encoder, Runner(bare, []), config, text_batch(), Processes())
+
+
+def test_a_pool_beside_a_head_that_reads_padding_warns() -> None:
+    with pytest.warns(
+        UserWarning, match=r"pool='cls' guards the first token, but .* reads positions \[0\] of 8, padding"
+    ):
+        found(hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)), text_batch(left=True), "cls")
 
 
 @pytest.mark.parametrize("left", [False, True])

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_erasure.fitting.running import positions_of
+
 from .words import PairError
 
 Task = Literal["masked", "causal", "seq2seq", "classification"]
@@ -283,11 +285,6 @@ def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | None:
     """The longest input in tokens, as far as the tokenizer and the config know."""
-    limits = [tokenizer.model_max_length]
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int):
-        # RoBERTa's first position is the one after its padding token.
-        shifted = "roberta" in str(getattr(config, "model_type", ""))
-        limits.append(positions - (config.pad_token_id or 0) - 1 if shifted else positions)
+    limits = [tokenizer.model_max_length, positions_of(config)]
     usable = [limit for limit in limits if limit and 0 < limit < 10**9]
     return min(usable) if usable else None

@@ -119,7 +119,8 @@ def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Gra
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     for name, kind in (("config", GradiendConfig), ("arguments", GradiendTrainingArguments)):
-        content[name] = check_section(numbers(content.get(name) or {}), kind, name)
+        above = ("feature", "classes") if name == "config" else ()
+        content[name] = check_section(numbers(content.get(name) or {}), kind, name, above)
         check_values(content[name], kind, name)
     content["select"] = section_of(numbers(content.get("select") or {}), SelectRecipe, "select")
     content["data"] = read_data(content["data"])
@@ -127,9 +128,11 @@ def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Gra
     recipe = GradiendRecipe(**content)
     if recipe.task not in ("auto", *TASKS):
         raise ValueError(f"task={recipe.task!r} is not known; write auto, {', '.join(TASKS)}.")
+    _config(recipe)
     for goal in recipe.select.goals:
         goal_by_name(goal, recipe.classes)
-    _config(recipe)
+    if not recipe.select.budget >= 0:
+        raise ValueError(f"select.budget={recipe.select.budget} in a recipe must be 0 or more.")
     return recipe
 
 

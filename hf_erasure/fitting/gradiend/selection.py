@@ -113,7 +113,7 @@ class Selection:
         return (
             f"{self.goal}: {base.goals[self.goal]:.3f} → {best.goals[self.goal]:.3f} at feature_factor="
             f"{best.feature_factor:g}, learning_rate={best.learning_rate:g} of {'/'.join(best.pair)}; {shares}; "
-            f"language modelling {'worse' if best.cost >= 0 else 'better'} by {abs(best.cost):.2%}"
+            f"cost in language modelling {best.cost:+.2%}"
         )
 
 

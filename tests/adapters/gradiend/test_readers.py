@@ -395,9 +395,14 @@ def test_a_weight_that_is_no_attribute_when_it_is_read_is_named():
         def weight_of_inner(self) -> Tensor:
             return dict(self.inner.named_parameters())["weight"]
 
-    verified = verify_adapter(_attach(Listing()), NAME, {"x": torch.randn(2, 8)})
-    assert not verified
-    assert "acts in part only" in str(verified) and "['inner.weight']" in str(verified)
+    class Alone(Listing):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            return (x @ self.weight_of_inner(),)
+
+    for reader in (Listing(), Alone()):  # of the second nothing arrives at all
+        verified = verify_adapter(_attach(reader), NAME, {"x": torch.randn(2, 8)})
+        assert not verified
+        assert "acts in part only" in str(verified) and "['inner.weight']" in str(verified)
 
 
 def test_a_tied_weight_outside_of_the_adapters_model_is_named():

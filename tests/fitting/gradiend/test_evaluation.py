@@ -109,6 +109,8 @@ def test_one_scan_serves_several_goals_and_budgets():
     assert other == Selection("fpi", 0.02, points[1], base, points)
     assert selection.choose("fpi", 0.015) == Selection("fpi", 0.015, points[0], base, points)
     assert other.choose("bpi") == selection
+    # Two numbers without intervals do not say what is better.
+    assert "cost in language modelling +2.00%" in str(other) and "better" not in str(other) + str(selection)
     with pytest.raises(ValueError, match="goal='mpi' was not scored; there are bpi, fpi"):
         selection.choose("mpi")
 

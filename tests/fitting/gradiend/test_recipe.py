@@ -181,6 +181,9 @@ def test_overrides_reach_into_sections_and_numbers_are_numbers(tmp_path: Path) -
     [
         (["colour=red"], "colour is not known"),
         (["select.gaol=dog"], "select.gaol is not known"),
+        (["select.budget=-1"], "select.budget=-1 in a recipe must be 0 or more"),
+        (["config.classes=[a, b]"], "config.classes is not known in a recipe: write classes at the top alone"),
+        (["classes=dog"], "classes='dog': a feature needs at least two different classes"),
         (["select.goal=cow"], "goal='cow' is not defined"),
         (["select.goal=bpi"], "goal='bpi' is not defined"),
         (["task=speech"], "task='speech' is not known"),
