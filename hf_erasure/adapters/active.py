@@ -112,9 +112,13 @@ def _warn_of_adapters(model: nn.Module, off: dict[str, str], newcomer: str) -> N
     sticky = ", or write sticky=True in the configuration of an adapter that must stay on" if of_ours else ""
     kept = [f"{place!r} of {name!r}" for place, name in active_copies(model).items() if name in off]
     copies = f" The trained {' and '.join(kept)} stays on." if kept else ""
+    elsewhere = [name for name in sorted(off) if name not in (getattr(model, "peft_config", None) or {})]
+    if elsewhere:
+        both = f"{elsewhere} and {newcomer!r} are of different models, one a part of the other: load both into one"
+    else:
+        both = f"Use both with {_switch(model, [*sorted(off), newcomer])}"
     warnings.warn(
-        f"Adding {newcomer!r} switched {dark} off, since PEFT activates only the newcomer.{copies} Use both with "
-        f"{_switch(model, [*sorted(off), newcomer])}{sticky}.",
+        f"Adding {newcomer!r} switched {dark} off, since PEFT activates only the newcomer.{copies} {both}{sticky}.",
         stacklevel=users_level(),
     )
 

@@ -39,6 +39,7 @@ def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
     part = as_attribute(first.path)
     keep = f"{part}.save_pretrained(folder) saves it in a folder of its own"
     if getattr(model, "peft_config", None):
+        _refuse_foreign(model, lost, keep)
         warnings.warn(f"Saving this {name} leaves out {told}: {keep}.", stacklevel=users_level())
         return
     raise ValueError(
@@ -46,6 +47,20 @@ def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
         f"without it. An adapter that is loaded into the whole model, model.load_adapter(folder), is saved by "
         "model.save_pretrained; it may come from the part's folder."
     )
+
+
+def _refuse_foreign(model: Any, lost: list[Found[ChildConfig]], keep: str) -> None:
+    """Raise where the adapter of a part is on in the place of the model's own: transformers would look for it here."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return
+    foreign = [name for name in model.active_adapters() if name not in model.peft_config]
+    if foreign:
+        own = list(model.peft_config)
+        raise ValueError(
+            f"This {type(model).__name__} cannot be saved: {foreign} is on, which is not an adapter of it but of "
+            f"{as_attribute(lost[0].path)}, and {own} is off. {keep}. Call model.set_adapter({own}) before saving this "
+            "model with its own."
+        )
 
 
 def _is_saved(model: Any, place: Found[ChildConfig]) -> bool:

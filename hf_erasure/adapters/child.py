@@ -233,6 +233,16 @@ def is_container(module: nn.Module) -> bool:
     return isinstance(module, lists) or type(module).forward is nn.Module.forward
 
 
+def refuse_another_owner(child: AdapterChild, path: str) -> None:
+    """Raise where a module has an adapter already that was added to a part of this model, or to one around it."""
+    if child.path != path:
+        raise ValueError(
+            f"{path!r} has an adapter already, {child.adapters}, of a model in which it is called "
+            f"{child.path!r}: one of the two models is a part of the other. Load both adapters into the same one: save "
+            "the one that is there, delete it, and load it into this model."
+        )
+
+
 def refuse_container(path: str, module: nn.Module) -> None:
     """Raise a `ValueError` if a target is a list of modules."""
     if is_container(module):

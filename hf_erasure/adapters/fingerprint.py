@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .base_config import ChildConfig
 from .fields import fits, short
-from .heads import prefix_of
+from .heads import absent, prefix_of
 from .merging import is_sharded, shared_weights
 from .offloading import value_of, why_not_reachable
 from .quantised import dequantised, is_quantised
@@ -87,14 +87,12 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             model. The last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
         TypeError: If the fingerprint is none.
     """
-    sites = list(config.fitted_modules)
-    modules = dict(model.named_modules())
-    missing = [site for site in sites if site not in modules]
+    missing = absent(model, config.fitted_modules)
     if missing:
+        others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
         raise ValueError(
-            f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r} and "
-            f"{len(missing) - 1} other modules that this {type(model).__name__} does not have."
-            + _hint(model, config, sites)
+            f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r}{others}, which this "
+            f"{type(model).__name__} does not have.{_hint(model, config, missing)}"
         )
     kept = config.provenance.get("fingerprint") or {}
     if not kept:
@@ -437,13 +435,12 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
     return None, own
 
 
-def _hint(model: nn.Module, config: ChildConfig, sites: list[str]) -> str:
+def _hint(model: nn.Module, config: ChildConfig, missing: list[str]) -> str:
     """Where the sites are: in a head that this model does not have, or below one of its modules."""
-    names = {name for name, _ in model.named_modules()}
+    sites, names = config.fitted_modules, {name for name, _ in model.named_modules()}
     base_class, prefix = config.provenance.get("base_class", ""), f"{prefix_of(model)}."
     kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
-    missing = [site for site in sites if names.isdisjoint({site, prefix + site, site.removeprefix(prefix)})]
-    if kin and missing and not any(site.startswith(prefix) for site in missing):
+    if kin and not any(site.startswith(prefix) for site in missing):
         place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"
         return (
             f" {len(sites) - len(missing)} of its {len(sites)} modules are here, {short(missing)} "

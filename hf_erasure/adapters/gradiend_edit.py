@@ -42,7 +42,11 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 
 
 def edited_tensor(weight: Tensor, terms: Sequence[Term]) -> Tensor:
-    """A new tensor like `weight` with the changes added; `weight` is not touched."""
+    """A new tensor like `weight` with the changes added; `weight` is not touched.
+
+    Raises:
+        ValueError: If the weight has another size than where the changes come from.
+    """
     dtype = working_dtype(weight)
     flat = weight.detach().reshape(-1)
     if len(terms) == 1 and terms[0].index is not None and flat.dtype != dtype:
@@ -53,10 +57,16 @@ def edited_tensor(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     result = flat.to(dtype, copy=True)
     for term in terms:
         values = term.values.to(dtype)
-        if term.index is None:
+        if term.index is not None:
+            result.index_add_(0, term.index, values)
+        elif values.shape == result.shape:
             result += values
         else:
-            result.index_add_(0, term.index, values)
+            raise ValueError(
+                f"A GRADIEND adapter changes {values.numel():,} entries of a weight that has shape "
+                f"{list(weight.shape)} by now: it was resized under the adapter, as by resize_token_embeddings. Resize "
+                "the model first; add and fit, or load, the adapter then."
+            )
     return result.to(weight.dtype).view(weight.shape)
 
 

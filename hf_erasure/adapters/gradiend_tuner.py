@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from .child import AdapterChild, refuse_container
+from .child import AdapterChild, refuse_another_owner, refuse_container
 from .child_tuner import ChildTuner, exactly, is_child
 from .gradiend_config import GradiendConfig
 from .gradiend_edit import squares_of_change
@@ -80,6 +80,7 @@ class GradiendModel(ChildTuner):
         if not isinstance(layer, GradiendLayer):
             layer = GradiendLayer(target, current_key)
             target.add_module(CHILD, layer)
+        refuse_another_owner(layer, current_key)
         layer.add_adapter(adapter_name, peft_config, parameters)
         layer.set_adapter(self.active_adapters)
         self._claimed.update(id(layer.parameter(name)) for name in parameters)

@@ -24,9 +24,20 @@ def renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
         None where a module is in this model neither as it is called, nor with or without the `base_model_prefix`.
     """
     names, modules = list(names), {name for name, _ in model.named_modules()}
+    return next((rename for rename in _known(model) if all(rename(name) in modules for name in names)), None)
+
+
+def absent(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of the names of modules, those that are not in a model; those under none of its names, where some have one."""
+    modules = {name for name, _ in model.named_modules()}
+    missing = [name for name in names if name not in modules]
+    nowhere = [name for name in missing if all(rename(name) not in modules for rename in _known(model))]
+    return nowhere or missing
+
+
+def _known(model: nn.Module) -> list[Rename]:
     prefix = f"{prefix_of(model)}."
-    known: list[Rename] = [str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)]
-    return next((rename for rename in known if all(rename(name) in modules for name in names)), None)
+    return [str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)]
 
 
 def prefix_of(model: Any) -> str:

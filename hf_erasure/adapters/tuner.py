@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from .child import refuse_container
+from .child import refuse_another_owner, refuse_container
 from .child_tuner import ChildTuner, exactly, is_child
 from .config import ConceptErasureConfig
 from .folding import merge
@@ -72,6 +72,7 @@ class ConceptErasureModel(ChildTuner):
         if not isinstance(layer, ErasureLayer):
             layer = ErasureLayer(target, current_key)
             target.add_module(CHILD, layer)
+        refuse_another_owner(layer, current_key)
         layer.add_adapter(adapter_name, peft_config)
         layer.set_adapter(self.active_adapters)
 

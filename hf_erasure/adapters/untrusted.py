@@ -265,7 +265,7 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
-    _check_saved(found.keys() - own.keys(), found, config, model, saved, where)
+    _check_saved(found.keys() - own.keys(), found, config, base, saved, where)
     if not config.fitted:
         filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
         if filled is not None:
@@ -352,6 +352,14 @@ def _check_saved(
     wanted = _saved_tensors(model, config)
     required = {name for name in wanted if is_saved(name, saved)}
     extra, missing = sorted(names - wanted.keys()), sorted(required - names)
+    of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
+    if of_modules:
+        raise ValueError(
+            f"{of_modules[0]!r} {where} is of a module that was trained with the {config.described}, one of its "
+            f"modules_to_save={short(config.modules_to_save)}. This {type(model).__name__} has no module of that name: "
+            f"load the adapter into a {config.provenance.get('base_class') or 'model like that'}, which it was fitted "
+            "on."
+        )
     if extra:
         raise ValueError(
             f"{extra[0]!r} and {len(extra) - 1} other tensors {where} are none of the {config.described}, nor of its "

@@ -253,6 +253,21 @@ def test_the_base_with_a_head_is_the_same_base(part: str, lifecycle: Lifecycle):
     assert torch.equal(hidden, outputs_of(lifecycle.fitted(CELL), batch)["last_hidden_state"])
 
 
+def test_what_the_message_says_to_write_works(lifecycle: Lifecycle):
+    config = copy.deepcopy(small_model("bert").config)
+    config.is_decoder = config.add_cross_attention = True
+    model = transformers.EncoderDecoderModel(
+        encoder=lifecycle.base("bert"), decoder=transformers.BertLMHeadModel(config)
+    )
+    with pytest.raises(
+        ValueError, match=r"BertModel.*this EncoderDecoderModel does not have.*call model\.encoder\.load"
+    ):
+        model.load_adapter(lifecycle.folder(CELL))
+    model.encoder.load_adapter(lifecycle.folder(CELL))
+    batch = small_batch("bert")
+    assert same(outputs_of(model.encoder.eval(), batch), outputs_of(lifecycle.fitted(CELL), batch))
+
+
 def test_a_base_in_bfloat16_is_the_same_base(lifecycle: Lifecycle):
     model = lifecycle.base("bert").to(torch.bfloat16)
     model.load_adapter(lifecycle.folder(CELL))

@@ -262,6 +262,17 @@ def test_a_gradiend_that_changes_rows_of_added_tokens_is_refused(tmp_path: Path,
     assert said(lambda: resized(72, seed=1).load_adapter(str(of_few))) == []
 
 
+def test_a_model_that_is_resized_under_a_gradiend_adapter_says_so(tmp_path: Path):
+    model = llama()
+    model.add_adapter(gradiend.config_of(1.0, target_modules=["embed_tokens"]), adapter_name="a")
+    gradiend.fit(model, "a")
+    model.resize_token_embeddings(66)
+    with pytest.raises(
+        ValueError, match=r"has shape \[66, 32\] by now: it was resized under the adapter.*Resize the model"
+    ):
+        model(torch.tensor([[4, 5]]))
+
+
 def test_a_model_of_another_shape_takes_what_fits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An erasure at norms needs their width and no other; a GRADIEND needs the shape of every weight it changes."""
     config = copy.deepcopy(small_model("llama").config)

@@ -18,6 +18,7 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import targeted_parameters
 from hf_erasure.adapters.checkpoints import load_with_erasure
 from tests.adapters.gradiend import lifecycle as gradiends
+from tests.lifecycle.verbs import OF, OURS
 from tests.small_models import (
     LABELS,
     WIDTH,
@@ -155,8 +156,27 @@ def test_modules_that_are_in_the_head_alone_are_named(tmp_path: Path):
     bare.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules="all-linear"), adapter_name=NAME)
     fit_concept_erasure(bare, small_batches("bert"), NAME, progress=False)
     bare.save_pretrained(tmp_path / "linear")
-    with pytest.raises(ValueError, match=r"12 of its 13 modules are here, \['pooler.dense'\] is not here"):
+    with pytest.raises(
+        ValueError,
+        match=r"acts at 'pooler.dense', which this .* 12 of its 13 modules are here, \['pooler.dense'\] is not here",
+    ):
         hf.BertForMaskedLM(bare.config).load_adapter(tmp_path / "linear")
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize(("origin", "trained"), [("head", "score"), ("bare", "ln_f")])
+def test_trained_modules_that_have_another_name_are_named(origin: str, trained: str, kind: str, tmp_path: Path):
+    config = small_model("gpt2").config
+    models = {"bare": hf.GPT2Model(config).eval(), "head": hf.GPT2ForSequenceClassification(config).eval()}
+    models["bare"].load_state_dict(models["head"].transformer.state_dict())
+    fitted = copy.deepcopy(models[origin])
+    OF[kind].add(fitted, "gpt2", NAME, target_modules=["c_attn"], modules_to_save=[trained])
+    fitted.save_pretrained(tmp_path)
+    other = models["head" if origin == "bare" else "bare"]
+    for road in ROADS:
+        with pytest.raises(ValueError, match=rf"'{trained}\.\w+' in .* one of its modules_to_save=\['{trained}'\]"):
+            loaded(other, tmp_path, road)
+        loaded(models[origin], tmp_path, road)
 
 
 def test_the_command_that_merges_takes_the_model_with_its_head(tmp_path: Path):
@@ -243,3 +263,41 @@ def test_a_module_around_keeps_its_own_way_of_saving(tmp_path: Path):
     assert verify_adapter(outer, NAME)
     with pytest.raises(ValueError, match="would lose"):
         outer.encoder.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_model_where_the_adapter_of_a_part_is_on_says_what_is_to_be_switched(kind: str, tmp_path: Path):
+    _, model = both("bert")
+    OF[kind].add(model, "bert", "whole", target_modules=["query"])
+    with pytest.warns(UserWarning, match=r"\['whole'\] and 'part' are of different models.*load both into one"):
+        OF[kind].add(model.bert, "bert", "part", target_modules=["key"])
+    with pytest.raises(
+        ValueError, match=r"\['part'\] is on.*of model\.bert, and \['whole'\] is off\. model\.bert\.save"
+    ):
+        model.save_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    # What it says, step by step.
+    model.bert.save_pretrained(tmp_path / "part")
+    model.set_adapter(["whole"])
+    with pytest.warns(UserWarning, match="leaves out the .* 'part', on model.bert"):
+        model.save_pretrained(tmp_path / "whole")
+    again = both("bert")[1]
+    again.load_adapter(tmp_path / "whole", adapter_name="whole")
+    again.load_adapter(tmp_path / "part", adapter_name="part")
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("is_part_first", [True, False])
+def test_a_module_has_adapters_of_one_model_alone(is_part_first: bool, kind: str, tmp_path: Path):
+    _, model = both("bert")
+    first, second = (model.bert, model) if is_part_first else (model, model.bert)
+    OF[kind].add(first, "bert", "a", target_modules=["query"])
+    expected = outputs_of(model, small_batch("bert"))
+    with pytest.raises(ValueError, match=r"has an adapter already, \['a'\], of a model in which it is called"):
+        OF[kind].add(second, "bert", "b", target_modules=["query"])
+    assert same(outputs_of(model, small_batch("bert")), expected)
+    first.save_pretrained(tmp_path)
+    first.delete_adapter("a")
+    second.load_adapter(tmp_path, adapter_name="a")
+    assert same(outputs_of(model, small_batch("bert")), expected)
+    OF[kind].add(second, "bert", "b", target_modules=["query"])
