@@ -437,7 +437,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
 
 def _hint(model: nn.Module, config: ChildConfig, missing: list[str]) -> str:
     """Where the sites are: in a head that this model does not have, or below one of its modules."""
-    sites, names = config.fitted_modules, {name for name, _ in model.named_modules()}
+    sites, names = list(config.fitted_modules), {name for name, _ in model.named_modules()}
     base_class, prefix = config.provenance.get("base_class", ""), f"{prefix_of(model)}."
     kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
     if kin and not any(site.startswith(prefix) for site in missing):
