@@ -41,11 +41,9 @@ def warn_of_what_is_left_out(model: nn.Module) -> None:
     """Say before training which adapters of this package its checkpoints will lack, or that there will be none.
 
     Args:
-        model: What Trainer trains by itself, without a callback of this package; the model inside where it is another
-            library's, such as a SentenceTransformer.
+        model: What Trainer trains by itself, without a callback of this package.
     """
-    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel) and child_configs(module))
-    holder: Any = model if isinstance(model, (PreTrainedModel, PeftModel)) else next(inside, None)
+    holder = _saved_by_trainer(model)
     if holder is None:
         return
     if several_active(holder):  # of a model that Trainer saves itself, all are saved
@@ -59,17 +57,42 @@ def warn_of_what_is_left_out(model: nn.Module) -> None:
             stacklevel=users_level(),
         )
         return
+    own = own_trained(holder) if holder is not model and child_configs(holder) else []
+    if own:
+        warnings.warn(
+            f"{len(own)} weights of the model itself are trained, but Trainer saves only the adapter of a model that "
+            f"has one, {holder.active_adapters()}. After training save the adapter, delete it, and save the model.",
+            stacklevel=users_level(),
+        )
     names = left_out(holder)
     acting, loaded = acting_adapters(holder), loaded_adapters(holder)
     if names:
         told = ", ".join(f"the {loaded[name]} {name!r}, which {_acts(name in acting)}" for name in names)
         saved = holder.active_adapters()
+        if holder is model:
+            together = (
+                f"Call model.set_adapter({[*names, *saved]}) before training to train with them on; checkpoints then "
+                "hold every adapter, each in a folder of its name. Or save"
+            )
+        else:
+            together = "To train with them on, write sticky=True in their configuration. Save"
         warnings.warn(
-            f"Trainer will save {saved} without {told}. Call model.set_adapter({[*names, *saved]}) before training to "
-            "train with them on; checkpoints then hold every adapter, each in a folder of its name. Or save "
-            f"{names} yourself: model.set_adapter({names[0]!r}) and model.save_pretrained(folder).",
+            f"Trainer will save {saved} without {told}. {together} {names} yourself: model.set_adapter({names[0]!r}) "
+            "and model.save_pretrained(folder).",
             stacklevel=users_level(),
         )
+
+
+def _saved_by_trainer(model: nn.Module) -> Any:
+    """The model whose adapter is saved in the place of its weights when Trainer saves `model`; None where all is saved.
+
+    That is the model inside of another library's, such as a SentenceTransformer. Of a module of one's own Trainer
+    writes all tensors.
+    """
+    if isinstance(model, (PreTrainedModel, PeftModel)):
+        return model
+    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel) and child_configs(module))
+    return next(inside, None) if hasattr(model, "save_pretrained") else None
 
 
 def _acts(on: bool) -> str:

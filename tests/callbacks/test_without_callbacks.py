@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_erasure.adapters import steer
@@ -102,19 +103,42 @@ def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path):
     assert said_at_start(trainer_of("Trainer", plain, tmp_path / "plain")) == []
 
 
+class Around(torch.nn.Module):
+    """A module of the user's own, of which Trainer writes all tensors."""
+
+    def __init__(self, inside: Any) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.inside(**inputs)
+
+
+class Library(Around):
+    """A model that is saved as that inside is, like a SentenceTransformer."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.inside.save_pretrained(folder)
+
+
 def test_a_model_inside_another_librarys_says_what_to_do(tmp_path: Path):
-    class Around(torch.nn.Module):
-        def __init__(self, inside: Any) -> None:
-            super().__init__()
-            self.inside = inside
-
-        def forward(self, **inputs: Any) -> Any:
-            return self.inside(**inputs)
-
     model, _ = with_lora("erasure")
+    (said,) = said_at_start(trainer_of("Trainer", Library(model), tmp_path, save_strategy="no"))
+    assert "without the erasure" in said and "set_adapter([" not in said and "sticky=True" in said
     model.set_adapter([NAME, "lora"])
-    (said,) = said_at_start(trainer_of("Trainer", Around(model), tmp_path, save_strategy="no"))
+    (said,) = said_at_start(trainer_of("Trainer", Library(model), tmp_path, save_strategy="no"))
     assert (
         rf"Several adapters are active, ['{NAME}', 'lora']" in said
         and f"sticky=True in the configuration of ['{NAME}']" in said
     )
+    model = fitted("erasure", sticky=False).requires_grad_(True)
+    (said,) = said_at_start(trainer_of("Trainer", Library(model), tmp_path, save_strategy="no"))
+    assert "weights of the model itself are trained, but Trainer saves only the adapter" in said and NAME in said
+
+
+def test_a_module_of_ones_own_is_saved_whole(tmp_path: Path):
+    model, _ = with_lora("erasure")
+    model.set_adapter([NAME, "lora"])
+    assert said_at_start(trainer_of("Trainer", Around(model), tmp_path)) == []
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert saved.keys() == Around(model).state_dict().keys()
