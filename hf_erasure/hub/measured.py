@@ -270,12 +270,20 @@ def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, f
     content = read_json(path)
     if content.get("format") != EVALUATION_FORMAT or not isinstance(content.get("values"), dict):
         raise ValueError(f"{path} holds no results that this version reads: run `hf-erasure evaluate` again.")
-    name = _column(content, list(names), config, folder, path)
+    try:
+        return _rows_of(content, _column(content, list(names), config, folder, path), concept_of_config(config))
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} holds no results that this version reads ({reason}).") from error
+
+
+def _rows_of(content: dict[str, Any], name: str, concept: str | None) -> list[Measured]:
+    """The measures of a column beside those of the base."""
     values, about = content["values"], content.get("about", {})
     data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
     limit = about.get("limit")
     data += f", at most {limit} items a data set" if is_number(limit) else ""
-    concept, rows = concept_of_config(config), []
+    rows = []
     for measure in content.get("measures", []):
         before, after = (values.get(entry, {}).get(measure.get("key")) for entry in (BASE, name))
         if not before or not after or not is_number(before.get("value")) or not is_number(after.get("value")):

@@ -13,6 +13,10 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+class NotFinite(ValueError):
+    """A number is missing or not finite."""
+
+
 def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) -> Floats:
     """An array of finite float64.
 
@@ -38,7 +42,7 @@ def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) 
         raise ValueError(f"{name} have the shape {tuple(array.shape)}: give {wanted}.")
     if not np.isfinite(array).all():
         row = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise ValueError(f"{name} hold NaN, infinity or nothing, first in row {row}: leave such rows out and say so.")
+        raise NotFinite(f"{name} hold NaN, infinity or nothing, first in row {row}: leave such rows out and say so.")
     return array
 
 

@@ -249,7 +249,10 @@ def strided_losses(
         parts += [(encoding, *window) for window in _windows(scorer, encoding, longest, stride)]
     sums = scorer.sums([scorer.asked(ids, places) for _, ids, places, _ in parts])
     return [
-        Window(max(0.0, -total), len(scored), _bytes_of(encoding, scored), len(encoding.unknown & set(scored)))
+        # A sum above 0 is rounding; one that is not a number stays so.
+        Window(
+            0.0 if total > 0 else -total, len(scored), _bytes_of(encoding, scored), len(encoding.unknown & {*scored})
+        )
         for (encoding, _, _, scored), total in zip(parts, sums, strict=True)
     ]
 

@@ -26,7 +26,7 @@ from hf_erasure.metrics.items import (
 )
 from hf_erasure.metrics.readers import read_crows_pairs, read_stereoset, read_winobias, spread
 from hf_erasure.metrics.scoring import LanguageScorer, pooled_embeddings
-from tests.metrics.models import trained
+from tests.metrics.models import fresh, trained
 
 QUICK = {"resamples": 50}
 TASKS = pytest.mark.parametrize("task", ["masked", "causal"])
@@ -175,6 +175,16 @@ def test_winobias_by_hand(task: str, assets: Path):
     assert found["log_odds_gap"] == pytest.approx(expected, abs=1e-4)
     assert found["items"] == len(pairs) and set(found["by_type"]) == {"1", "2"}
     assert found["left_out"] == ({NOT_A_PAIR: 30 - len(pairs)} if len(pairs) < 30 else {})
+
+
+@TASKS
+def test_a_model_that_overflows_has_no_perplexity(task: str, assets: Path):
+    """A loss that is not a number was taken for 0: a broken adapter had the best perplexity there is."""
+    model, tokenizer = fresh(assets, task)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = float("nan")
+    with pytest.raises(ValueError, match="hold NaN, infinity or nothing"):
+        benchmarks.text_perplexity(model, tokenizer, "a dog ran to the park", max_length=16, **QUICK)
 
 
 @TASKS
