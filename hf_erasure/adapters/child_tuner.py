@@ -60,6 +60,7 @@ class ChildTuner(BaseTuner):
         config = self.peft_config[adapter_name] = config.copied()
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         copies = ActiveCopies(model)
+        active = [(child, child._active_adapter) for child in adapter_children(model)]
         try:
             _check_name(adapter_name, model)
             refuse_unseen()
@@ -90,6 +91,8 @@ class ChildTuner(BaseTuner):
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             remove_adapter(model, adapter_name)
+            for child, names in active:
+                child._active_adapter = names
             copies.restore()
             for parameter, required in trainable:
                 parameter.requires_grad_(required)
@@ -211,6 +214,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if child.adapters == [adapter_name]:
             child.detach()
         else:
+            # So that PEFT does not choose another one to switch on, and say so: callers put back what was on.
+            child._active_adapter = [name for name in child.active_adapters if name != adapter_name]
             child.delete_adapter(adapter_name)
     for _, _, wrapper in _saved_modules(model):
         if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same

@@ -73,8 +73,9 @@ class GradiendModel(ChildTuner):
     ) -> None:
         parameters = _own_parameters(peft_config, innermost(target), current_key, self._claimed, self.model)
         if not parameters:
-            if not isinstance(self.peft_config[adapter_name].target_modules, str):  # an expression matches much
+            if not isinstance(self.peft_config[adapter_name].target_modules, str):
                 refuse_container(current_key, target)
+            self._passed_over[current_key] = target
             return
         layer = target._modules.get(CHILD)
         if not isinstance(layer, GradiendLayer):
@@ -88,6 +89,8 @@ class GradiendModel(ChildTuner):
     def _check_config(self, config: Any) -> None:
         # The parameters that the adapter being attached has already; a tied weight comes with its first owner.
         self._claimed: set[int] = set()
+        # Modules without parameters of their own, which an expression matched.
+        self._passed_over: dict[str, nn.Module] = {}
 
     def _complete(self, model: nn.Module, adapter_name: str) -> None:
         config: Any = self.peft_config[adapter_name]
@@ -96,9 +99,13 @@ class GradiendModel(ChildTuner):
                 f"target_modules={config.target_modules!r} matches no module that owns parameters itself: name the "
                 "linear layers, embeddings and norms inside, e.g. target_modules='all-linear' or a regular expression."
             )
+        at = [layer.path for layer in self._children() if adapter_name in layer.adapters]
+        for path, module in self._passed_over.items():
+            if next(module.parameters(), None) is not None and not any(name.startswith(f"{path}.") for name in at):
+                refuse_container(path, module)
         if config.fitted_parameters is None:
             # PEFT shortens long lists to suffixes, and takes "embed_tokens" for a wish to save the embeddings too.
-            config.target_modules = exactly([x.path for x in self._children() if adapter_name in x.adapters], model)
+            config.target_modules = exactly(at, model)
 
     # ---- merging: the whole adapter, or nothing of it ----------------------------------------------------------------
 

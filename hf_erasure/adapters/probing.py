@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .verification import dummy_batch
+from .verification import dummy_batch, tensors_of
 
 
 class Probe:
@@ -43,8 +42,7 @@ class Probe:
             torch.random.fork_rng(devices=sorted(cuda)),
         ):
             output: Any = self.model(**self.inputs)
-        leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return tensors_of(output)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -240,8 +240,20 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _first_floating(output: Any) -> Tensor:
-    values = tree_leaves(dict(output) if isinstance(output, dict) else output)
-    return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point()).detach().float()
+    found = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
+    if found is None:
+        raise ValueError(f"The model returns a {type(output).__name__}, in which no tensor to compare was found.")
+    return found.detach().float()
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in what a model returns: a tensor, or tuples, lists, dicts and dataclasses of such."""
+    if is_dataclass(output) and not isinstance(output, dict):
+        output = {field.name: getattr(output, field.name) for field in fields(output)}
+    leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
+    if len(leaves) == 1 and leaves[0] is output:
+        return [output] if isinstance(output, Tensor) else []
+    return [tensor for leaf in leaves for tensor in tensors_of(leaf)]
 
 
 def dummy_batch(model: nn.Module) -> dict[str, Tensor]:

@@ -153,7 +153,10 @@ def last_hidden_state(output: Any) -> Tensor:
     elif isinstance(output, (tuple, list)):
         found = output[0] if output else None
     if not isinstance(found, Tensor) or not found.dim():
-        raise ValueError("the model returns no last_hidden_state")
+        raise ValueError(
+            f"The model returns a {type(output).__name__} without a last_hidden_state to be measured: let its forward "
+            "return a tensor, a tuple with it in front, or a dict with that key."
+        )
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_erasure import fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
+from hf_erasure.adapters.child import adapter_children
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.lifecycle.verbs import KINDS, OF, OURS, children
 from tests.small_models import roughen
@@ -170,8 +172,52 @@ def test_a_list_of_modules_is_no_target(kind: str, target: str):
         peft.get_peft_model(model, config(kind, "MLP", target_modules=[target, "lin0"]))
     if kind in OURS:
         assert not children(model) and torch.equal(output(model, "MLP"), output(built("MLP"), "MLP"))
+        with pytest.raises(ValueError, match="no adapter can be put on it"):
+            peft.get_peft_model(model, config(kind, "MLP", target_modules=f"lin0|{target}"))
+        assert not children(model) and not hasattr(model, "peft_config")
         model = peft.get_peft_model(model, config(kind, "MLP", target_modules=["sequence.1", "more.0", "named.one"]))
         assert len(children(model)) == 3
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_what_fails_half_way_leaves_what_was_on(kind: str):
+    model = built("MLP")
+    for seed, name in enumerate(("a", "ab")):
+        peft.inject_adapter_in_model(config(kind, "MLP"), model, name)
+        fit(kind, model, "MLP", name, seed)
+    for child in adapter_children(model):
+        child.set_adapter(["ab", "a"])
+    expected = output(model, "MLP")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Adapter .* was active")
+        with pytest.raises(ValueError, match="no adapter can be put on it"):
+            peft.inject_adapter_in_model(config(kind, "MLP", target_modules=["lin0", "more"]), model, "third")
+    assert torch.equal(output(model, "MLP"), expected) and not adapter_children(model, "third")
+
+
+@dataclass
+class Returned:
+    """What a model of one's own returns."""
+
+    kept: None
+    states: list[Tensor]
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_model_that_returns_a_dataclass_is_verified(kind: str):
+    class Model(MLP):
+        def forward(self, X: Tensor) -> Any:
+            return Returned(None, [super().forward(X)])
+
+    model = wrapped(kind, "MLP", "a")
+    model.base_model.model.__class__ = Model
+    assert verify_adapter(model, "a", batch=batch("MLP"))
+    with model.disable_adapter():
+        assert not verify_adapter(model, "a", batch=batch("MLP"))
+    if kind == "erasure":
+        batches = [{**batch("MLP"), "concept_labels": LABELS}]
+        with pytest.raises(ValueError, match="returns a Returned without a last_hidden_state"):
+            fit_concept_erasure(model, batches, "a", eval_batches=batches, progress=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
