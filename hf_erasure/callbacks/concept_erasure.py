@@ -65,8 +65,9 @@ class ConceptErasureCallback(LoggingCallback):
             raise ValueError(f"refit_leakage={refit_leakage} is a correlation: give a number between 0 and 1.")
         if refit_leakage is not None and eval_batches is None:
             raise ValueError("refit_leakage needs eval_batches to measure leakage on: give held-out labelled batches.")
-        if iter(batches) is batches:
-            raise ValueError("batches is an iterator that can be gone through once: give a list or a DataLoader.")
+        for name, given in (("batches", batches), ("eval_batches", eval_batches)):
+            if given is not None and iter(given) is given:
+                raise ValueError(f"{name} is an iterator that can be gone through once: give a list or a DataLoader.")
         super().__init__(adapter_name, {"refits": 0, "is_due": False})
         self.batches = batches
         self.refit_steps, self.refit_leakage, self.eval_batches = refit_steps, refit_leakage, eval_batches

@@ -210,8 +210,9 @@ def of_recipe(folder: Path, recipe: dict[str, Any], config: ChildConfig) -> list
     The probes read one vector a text: that of the erasure's pool, and of all tokens their mean. Nothing where no recipe
     ran, or the adapter was fitted or steered anew since.
     """
-    pool = str(config.provenance.get("pool"))
+    pool, on = str(config.provenance.get("pool")), str(config.provenance.get("measured_on"))
     probed = _TEST + (f", {IN_WORDS['mean' if pool == 'tokens' else pool]}" if pool in IN_WORDS else "")
+    probed += f", {plain(on)}" if "fitted" in on else ""
     results = read_json(folder / "results.json")
     if not recipe or not results:
         return []
