@@ -75,6 +75,14 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
             f"The {config.described} cannot be saved: {nowhere!r} is on the meta device and has no values. Load the "
             "adapter again, into a model that has its weights."
         )
+    infinite = next(
+        (n for n, t in (own | copies).items() if t.is_floating_point() and not bool(t.isfinite().all())), None
+    )
+    if infinite is not None:
+        raise ValueError(
+            f"The {config.described} cannot be saved: {infinite!r} has values that are not finite, and could not be "
+            "loaded again. Nothing was written. Load the adapter again, or look at the state_dict that was given."
+        )
     return own | copies
 
 

@@ -37,13 +37,16 @@ import secrets
 import shutil
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
+from .active import users_level
 from .base_config import ChildConfig
 from .below import refuse_loss
 from .own_tensors import own_tensors, refuse_embeddings
@@ -242,6 +245,9 @@ def save_peft_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     names = given.get("selected_adapters")
     names = list(model.peft_config) if names is None else names
     ours = [name for name in names if isinstance(model.peft_config.get(name), ChildConfig)]
+    if given.get("is_main_process", True):
+        for name in set(names) - set(ours):
+            _warn_of_replaced(folder if name == "default" else folder / name)
     if not ours or not given.get("is_main_process", True) or folder.is_file():
         return original(*args, **kwargs)
     _check_wishes(given)
@@ -265,6 +271,8 @@ def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Non
     folder = Path(given["save_directory"])
     refuse_loss(model, given.get("state_dict"))
     ours = _active_of_ours(model)
+    if not ours and getattr(model, "_hf_peft_config_loaded", False) and _writes(model, given):
+        _warn_of_replaced(folder)
     if not ours or folder.is_file() or not _writes(model, given):
         return original(*args, **kwargs)
     _check_wishes(given)
@@ -339,6 +347,22 @@ def _refuse_others(place: Path, config: ChildConfig) -> None:
         raise ValueError(
             f"{str(place)!r} holds a {kind} adapter, which the {config.described} would overwrite. Save it into "
             "another folder, or delete that one first."
+        )
+
+
+def _warn_of_replaced(place: Path) -> None:
+    """Say that an adapter of another method takes the place of one of this package."""
+    if not (place / CONFIG).is_file():
+        return
+    try:
+        kind = str(read_config(place / CONFIG).get("peft_type"))
+    except ValueError:
+        return  # whatever it is, it could not be loaded
+    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), ChildConfig):
+        warnings.warn(
+            f"{str(place)!r} held a {kind} adapter, and what is saved there now replaces it. Save each adapter into a "
+            "folder of its own.",
+            stacklevel=users_level(),
         )
 
 

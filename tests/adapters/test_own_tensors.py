@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,31 @@ def test_values_that_are_given_go_before_the_models_own(kind: str, wrapped: bool
 
 
 @pytest.mark.skipif(Version(accelerate.__version__) < Version("1.11"), reason="transformers saves no compiled layers")
+@pytest.mark.parametrize("kind", OURS)
+def test_given_values_that_are_not_finite_are_not_saved(kind: str, tmp_path: Path):
+    model = OF[kind].added("bert", "a")
+    model.save_pretrained(tmp_path)
+    infinite = {key: value * float("nan") for key, value in model.state_dict().items() if value.is_floating_point()}
+    refused(lambda: model.save_pretrained(tmp_path, state_dict=infinite), tmp_path, "not finite.*Nothing was written")
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_adapter_of_another_method_says_what_it_replaces(kind: str, wrapped: bool, tmp_path: Path):
+    OF[kind].added("bert", "a").save_pretrained(tmp_path)
+    lora = peft.LoraConfig(**LORA)
+    model = base("bert")
+    if wrapped:
+        model = peft.get_peft_model(model, lora)
+    else:
+        model.add_adapter(lora)
+    with pytest.warns(UserWarning, match="held a .* adapter, and what is saved there now replaces it"):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_an_adapter_of_compiled_layers_is_saved_under_their_own_names(kind: str, tmp_path: Path):
     model = OF[kind].added("bert", "a")
