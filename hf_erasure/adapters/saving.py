@@ -355,7 +355,7 @@ def _warn_of_replaced(place: Path) -> None:
     if not (place / CONFIG).is_file():
         return
     try:
-        kind = str(read_config(place / CONFIG).get("peft_type"))
+        kind: Any = read_config(place / CONFIG).get("peft_type")
     except ValueError:
         return  # whatever it is, it could not be loaded
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), ChildConfig):
