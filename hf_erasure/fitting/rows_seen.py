@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .processes import Processes
 
-# What is not the content of a row: labels, masks, and what follows from the text or its padding.
+# The content of a row; a batch may hold more, such as the row's number.
+_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
+# Of a batch without any of these: what is not the content of a row, such as labels, or follows from its padding.
 _BESIDES = ("labels", "concept_labels", "token_type_ids", "position_ids", "cache_position")
 
 
@@ -74,6 +76,7 @@ def hashes_of(batch: Any) -> np.ndarray:
     }
     if not inputs:
         return np.empty(0, np.uint64)
+    inputs = {name: inputs[name] for name in _INPUTS if name in inputs} or inputs
     mask = batch.get("attention_mask")
     real = mask.detach().cpu().bool() if isinstance(mask, Tensor) else None
     rows = len(inputs.get("input_ids", next(iter(inputs.values()))))

@@ -74,6 +74,8 @@ def test_one_text_beside_other_images_is_another_row() -> None:
     ids, pixels = torch.full((4, 3), 7), torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2)
     seen = hashes_of({"input_ids": ids, "pixel_values": pixels})
     assert len(set(seen.tolist())) == 4
+    numbered = {"input_ids": ids, "idx": torch.arange(4)}  # what else a batch holds does not make other rows
+    assert len(set(hashes_of(numbered).tolist())) == 1
     patches = {"input_ids": ids, "pixel_values": torch.arange(12.0).reshape(6, 2)}  # of all images, in one list
     rows = RowsSeen()
     rows.add(hashes_of(patches))
