@@ -159,7 +159,10 @@ class FeatureNeuron:
 
     def _initialise(self, generator: torch.Generator, decoder_bias: bool) -> None:
         def rows(count: int, length: int, bound: float) -> _Trained:
-            drawn = (torch.empty(length).uniform_(-bound, bound, generator=generator) for _ in range(count))
+            drawn = (
+                torch.empty(length, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+                for _ in range(count)
+            )
             return _Trained([row.to(self.device) for row in drawn])
 
         bound = 1.0 / math.sqrt(self._n)
@@ -396,9 +399,9 @@ class _Update:
     def __init__(self, neuron: FeatureNeuron, encoded: list[float], slope: list[float]) -> None:
         self.neuron, self.encoded, self.slope = neuron, encoded, slope
         self.sums = _Sums(neuron.latent_dim)
-        self._count = torch.tensor(float(neuron.steps), device=neuron.device)
+        self._count = torch.tensor(neuron.steps, dtype=torch.float32, device=neuron.device)
         length, k = neuron._pieces[0].stop, neuron.latent_dim
-        self._buffers = [torch.empty(length, device=neuron.device) for _ in range(2 * k + 1)]
+        self._buffers = [torch.empty(length, dtype=torch.float32, device=neuron.device) for _ in range(2 * k + 1)]
         trained = (neuron._encoder, neuron._decoder, neuron._decoder_bias)
         self._vectors = [[v for part in trained for v in getattr(part, kind)] for kind in KINDS]
 

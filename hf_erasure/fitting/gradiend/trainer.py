@@ -31,6 +31,7 @@ from hf_erasure.adapters import (
 )
 from hf_erasure.adapters.beside import RECORD, active_beside, warn_of_what_is_off
 from hf_erasure.adapters.lookup import adapter_of, bare_model, only_adapter
+from hf_erasure.adapters.ordinary import outside_inference_mode
 from hf_erasure.fitting.rows_seen import in_words
 from hf_erasure.gradiend import Feature
 
@@ -126,6 +127,7 @@ class GradiendTrainer:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode()
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Estimate the feature neuron of every pair, and fill the adapter.
 
@@ -218,6 +220,7 @@ class GradiendTrainer:
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
+    @outside_inference_mode()
     def evaluate(
         self,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -254,6 +257,7 @@ class GradiendTrainer:
                 results |= figures
         return results
 
+    @outside_inference_mode()
     def encode(self, dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> list[EncodedValues]:
         """The feature neuron's value for every pair and every neutral text, one `EncodedValues` a pair of classes."""
         if dataset is None:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hf_erasure.fitting.gradiend.forwards import SlotReader
 from hf_erasure.fitting.gradiend.progress import checkpoints
 from hf_erasure.fitting.gradiend.rows import single_rows
 from hf_erasure.fitting.gradiend.vocabulary import class_words
+from tests.adapters.test_ordinary import MODES, state_of
 from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, task_name, tokenizer_of
 
 NAME = "gender"
@@ -89,6 +91,22 @@ def test_closed_form_reads_the_class_of_texts_it_has_not_seen(name: str, tmp_pat
     GradiendAdapter.of(model, NAME).steer(feature_factor=1.0, learning_rate=1e-2)
     assert not torch.equal(logits_of(model, name), unadapted)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("estimator", ["closed_form", "trained"])
+def test_a_feature_that_is_trained_in_another_mode_is_the_same(estimator: str, tmp_path: Path):
+    found = []
+    for mode in ("plain", "inference", "float64", "bfloat16"):
+        model = adapted("bert")
+        trainer = trainer_of(model, "bert", tmp_path, estimator=estimator)
+        with nullcontext() if mode == "plain" else MODES[mode]():
+            trainer.train()
+            figures = trainer.evaluate()
+        assert figures and not any(parameter.is_inference() for parameter in model.parameters())
+        found.append(state_of(model))
+    for other in found[1:]:
+        assert all(torch.allclose(value, other[key], atol=1e-6, rtol=1e-5) for key, value in found[0].items())
+        assert all(not value.is_inference() and value.dtype == found[0][key].dtype for key, value in other.items())
 
 
 def test_a_saved_configuration_is_json_where_nothing_was_evaluated(tmp_path: Path):
