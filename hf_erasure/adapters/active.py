@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -95,6 +96,8 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
         off = {name: noun for name, noun in before.items() if name not in after and name not in expected}
         _warn_of_adapters(model, off, newcomer)
         _warn_of_copies(copies, active_copies(model))
+        if newcomer in after:
+            _warn_of_own_copies(model, newcomer)
 
 
 def say_which_copies_went_off(model: nn.Module, before: dict[str, str]) -> None:
@@ -131,6 +134,22 @@ def _warn_of_copies(before: dict[str, str], after: dict[str, str]) -> None:
             warnings.warn(
                 f"The {place!r} that was trained with the adapter {name!r} does not act any more: {acting}. It acts "
                 f"where {name!r} is among the adapters that are switched on.",
+                stacklevel=users_level(),
+            )
+
+
+def _warn_of_own_copies(model: nn.Module, newcomer: str) -> None:
+    """Name the trained modules of an adapter that came, and acts without them, since those of another one act."""
+    wrappers = auxiliary_wrappers(model)
+    for place, name in active_copies(model).items():
+        copies: Any = wrappers[place]._modules.get("modules_to_save")
+        if name == newcomer or copies is None or newcomer not in copies:
+            continue
+        own, acting = copies[newcomer].state_dict(), copies[name].state_dict()
+        if any(not torch.equal(own[key], acting[key]) for key in own):
+            warnings.warn(
+                f"The {place!r} that was trained with the adapter {newcomer!r} does not act: that of {name!r} does. "
+                f"It acts where {newcomer!r} is switched on without {name!r}.",
                 stacklevel=users_level(),
             )
 

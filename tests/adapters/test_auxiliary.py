@@ -204,6 +204,18 @@ def test_two_heads_of_one_module_are_refused_before_anything_changes(kind: str):
 
 
 @pytest.mark.parametrize("kind", OURS)
+def test_a_trained_head_that_comes_and_does_not_act_is_named(kind: str, tmp_path: Path):
+    model = classifier()
+    OF[kind].add(model, "bert", "ours", target_modules=["key"], modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.classifier.modules_to_save["ours"].weight.add_(0.25)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"with the adapter 'ours' does not act: that of 'lora' does"):
+        model = peft.PeftModel.from_pretrained(tuned(), tmp_path, adapter_name="ours").eval()
+    assert head_that_acts(model) == "lora"
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_trained_tokens_stay_on_too(kind: str, folders: dict[str, Path]):
     alone = tuned(**TOKENS, modules_to_save=None)
     plain = tuned(modules_to_save=None)
