@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from hf_erasure.fitting.recipe_file import check_keys, read_content
+from hf_erasure.fitting.recipe_file import check_section, read_content
 
 # Where models and data of the studies are looked for, unless the environment names a folder.
 ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"
@@ -34,7 +34,7 @@ def read_settings(kind: type[Settings], path: str | Path, overrides: Iterable[st
     """
     os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
     content = read_content(path, overrides, expected)
-    check_keys(content, kind, "")
+    check_section(content, kind)
     return kind(**{key: os.path.expandvars(v) if isinstance(v, str) else v for key, v in content.items()})
 
 

@@ -37,7 +37,7 @@ from hf_erasure import GradiendConfig
 from hf_erasure.adapters import edited, set_features
 from hf_erasure.fitting.gradiend import SLOT, EncodedValues, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection
-from hf_erasure.fitting.recipe_file import check_keys, read_content
+from hf_erasure.fitting.recipe_file import check_section, read_content
 from hf_erasure.gradiend import FeatureDecoder
 from recipes import studies
 from recipes.over_seeds import cell, markdown
@@ -176,7 +176,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = (), kind: type = 
     """
     os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(studies.ASSETS))
     content = read_content(path, overrides, "models, stories, materials")
-    check_keys(content, kind, "")
+    check_section(content, kind)
     materials = content["materials"]
     if isinstance(materials, str):
         materials = yaml.safe_load((Path(path).parent / materials).read_text(encoding="utf-8"))
