@@ -17,6 +17,8 @@ from typing import Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .child import adapter_children
+
 
 def auxiliary_wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
     """The wrappers of a model, by their names in it."""
@@ -119,6 +121,15 @@ def enable_copies(model: nn.Module) -> None:
     """Let the wrappers take part again, which `enable_adapters` of transformers forgets."""
     for wrapper in auxiliary_wrappers(model).values():
         wrapper.enable_adapters(True)
+
+
+@contextmanager
+def copies_of_others_kept(model: nn.Module) -> Iterator[None]:
+    """While an adapter is deleted from a model that has one of ours, let the copies of those that stay act on."""
+    copies, concerned = ActiveCopies(model), bool(adapter_children(model))
+    yield
+    if concerned:
+        copies.restore(where=lambda on, wrapper: on in wrapper._adapters)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from .auxiliary import (
     active_copies,
     auxiliary_wrappers,
     check_one_copy,
+    copies_of_others_kept,
     enable_copies,
     keys_of_own_copies,
     set_by_hand,
@@ -253,18 +254,14 @@ def _looked_at(model: nn.Module, given: dict[str, Any]) -> AbstractContextManage
 
 
 def _delete_adapter(original: Callable, model: Any, adapter_names: list[str] | str) -> None:
-    copies, concerned = ActiveCopies(model), bool(adapter_children(model))
-    original(adapter_names)
-    if concerned:
-        copies.restore(where=lambda on, wrapper: on in wrapper._adapters)
+    with copies_of_others_kept(model):
+        original(adapter_names)
     remove_empty_layers(model)
 
 
 def _delete_adapter_of_method(original: Callable, tuner: BaseTuner, adapter_name: str) -> None:
-    copies, concerned = ActiveCopies(tuner.model), bool(adapter_children(tuner.model))
-    original(adapter_name)
-    if concerned:
-        copies.restore(where=lambda on, wrapper: on in wrapper._adapters)
+    with copies_of_others_kept(tuner.model):
+        original(adapter_name)
 
 
 def _peft_init(
