@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from hf_erasure.fitting.recipe_file import check_section, read_content
+from hf_erasure.recipes.schema import check_section, read_content
 
 # Where models and data of the studies are looked for, unless the environment names a folder.
 ASSETS = Path(__file__).parents[1].parent / "shared" / "assets"

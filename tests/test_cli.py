@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import hf_erasure  # noqa: F401  registers the adapter type
 from hf_erasure import verify_adapter
 from hf_erasure.cli import app
-from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe
-from hf_erasure.fitting.occupations import occupation_sentences
-from hf_erasure.fitting.recipe import read_recipe
+from hf_erasure.recipes.erasure import read_recipe
+from hf_erasure.recipes.gradiend import read_gradiend_recipe
+from hf_erasure.recipes.occupations import occupation_sentences
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/recipe.yaml"))
 

@@ -16,10 +16,22 @@ MAY_IMPORT = {
     "adapters": {"models", "erasers", "gradiend"},
     "fitting": {"adapters", "models", "erasers", "gradiend"},
     "metrics": {"fitting", "adapters", "models", "erasers", "gradiend"},
-    "evaluation": {"metrics", "fitting", "adapters", "models", "erasers", "gradiend"},
+    "recipes": {"metrics", "fitting", "adapters", "models", "erasers", "gradiend"},
+    "evaluation": {"recipes", "metrics", "fitting", "adapters", "models", "erasers", "gradiend"},
     "hub": {"fitting", "adapters", "models", "erasers", "gradiend"},
     "callbacks": {"hub", "fitting", "adapters", "models", "erasers", "gradiend"},
-    "cli": {"callbacks", "hub", "evaluation", "metrics", "fitting", "adapters", "models", "erasers", "gradiend"},
+    "cli": {
+        "recipes",
+        "callbacks",
+        "hub",
+        "evaluation",
+        "metrics",
+        "fitting",
+        "adapters",
+        "models",
+        "erasers",
+        "gradiend",
+    },
 }
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"}
 

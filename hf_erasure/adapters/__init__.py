@@ -1,9 +1,12 @@
 """Everything that touches PEFT's internals."""
 
 from . import required  # noqa: F401  it checks what the others import, so it comes first
-from .config import ConceptErasureConfig
-from .gradiend_config import GradiendConfig
-from .gradiend_state import (
+from .erasure.config import ConceptErasureConfig
+from .erasure.layer import ErasureLayer, erasure_layers
+from .erasure.model import ConceptErasureModel
+from .gradiend.config import GradiendConfig
+from .gradiend.model import GradiendModel
+from .gradiend.state import (
     StoredFeature,
     edited,
     features_of,
@@ -14,12 +17,9 @@ from .gradiend_state import (
     steer,
     targeted_parameters,
 )
-from .gradiend_tuner import GradiendModel
-from .layer import ErasureLayer, erasure_layers
-from .lora_export import LoraExport, export_to_lora
+from .merging.lora import LoraExport, export_to_lora
 from .registration import register
 from .seams import install
-from .tuner import ConceptErasureModel
 from .verification import Verification, verify_adapter
 
 register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)

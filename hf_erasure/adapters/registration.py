@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner
 
+
 # On a member that we added, so that it is known again after this module was reloaded.
 _MARK = "_added_by_hf_erasure"
 

@@ -46,12 +46,11 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
-from .active import users_level
-from .base_config import ChildConfig
-from .below import refuse_loss
-from .own_tensors import own_tensors, refuse_embeddings
-from .places import CARD, COMMIT, CONFIG, STAGING, root_of, target_of
-from .untrusted import read_config
+from .common.active import users_level
+from .common.config import ChildConfig
+from .common.files import CARD, COMMIT, CONFIG, STAGING, root_of, target_of
+from .loading.file_checks import read_config
+from .saved_tensors import own_tensors, refuse_embeddings, refuse_loss
 
 __all__ = ["ON_STAGED", "finish", "root_of", "save_model", "save_peft_model", "staged", "target_of"]
 

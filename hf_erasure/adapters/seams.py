@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .active import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
-from .auxiliary import (
+from .common.active import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
+from .common.auxiliary import (
     ActiveCopies,
     active_copies,
     auxiliary_wrappers,
@@ -42,13 +42,12 @@ from .auxiliary import (
     keys_of_own_copies,
     set_by_hand,
 )
-from .base_config import ChildConfig
-from .beside import comparing_with_fitting
-from .child import adapter_children, child_configs
-from .child_tuner import (
+from .common.config import ChildConfig
+from .common.fitted_with import comparing_with_fitting
+from .common.layer import adapter_children, child_configs, ordinarily
+from .common.placement import device_map_of_offloaded, left_in_place
+from .common.tuner import (
     ChildTuner,
-    device_map_of_offloaded,
-    left_in_place,
     move_inside_wrappers,
     out_of_sight,
     refuse_copies,
@@ -56,13 +55,11 @@ from .child_tuner import (
     remove_adapter,
     remove_empty_layers,
 )
-from .gradiend_tuner import link_owners
-from .heads import prefix_of, rename_tensors
-from .ordinary import ordinarily
-from .own_tensors import adapter_state_dict
-from .renaming import conversions_kept, weight_mapping
+from .gradiend.model import link_owners
+from .loading.file_checks import PREFIX, Source, looked_at, with_what_was_fitted
+from .loading.key_renaming import conversions_kept, prefix_of, rename_tensors, weight_mapping
+from .saved_tensors import adapter_state_dict
 from .saving import finish, save_model, save_peft_model
-from .untrusted import PREFIX, Source, looked_at, with_what_was_fitted
 from .wrapping import wrap
 
 _MARK = "hf_erasure.adapters"

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .base_config import ChildConfig
-from .beside import other_than_when_fitted
-from .child import adapter_children
-from .config import ConceptErasureConfig
-from .gradiend_config import GradiendConfig
-from .gradiend_edit import why_not_editable
-from .gradiend_state import edited, gradiend_layers, kept_share, targeted_parameters
-from .layer import erasure_layers
-from .lookup import AdapterNotFound, Found, adapter_of, bare_model
-from .readers import UsedAsTheyAre
+from hf_erasure.models.model import bare_model
+
+from .common.config import ChildConfig
+from .common.fitted_with import other_than_when_fitted
+from .common.layer import adapter_children
+from .common.lookup import AdapterNotFound, Found, adapter_of
+from .erasure.config import ConceptErasureConfig
+from .erasure.layer import erasure_layers
+from .gradiend.config import GradiendConfig
+from .gradiend.edit import why_not_editable
+from .gradiend.forward_readers import UsedAsTheyAre
+from .gradiend.state import edited, gradiend_layers, kept_share, targeted_parameters
 
 
 @dataclass(frozen=True)

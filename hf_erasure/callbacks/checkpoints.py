@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
-from hf_erasure.adapters.base_config import ChildConfig
-from hf_erasure.adapters.child import child_configs
-from hf_erasure.adapters.child_tuner import is_child
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.layer import child_configs
+from hf_erasure.adapters.common.tuner import is_child
 from hf_erasure.adapters.saving import staged
 
 PREFIX = "base_model.model."

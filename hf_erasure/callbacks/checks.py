@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_erasure.adapters.active import acting_adapters, loaded_adapters, users_level
-from hf_erasure.adapters.child import child_configs
+from hf_erasure.adapters.common.active import acting_adapters, loaded_adapters, users_level
+from hf_erasure.adapters.common.layer import child_configs
 
 from .checkpoints import is_lost, left_out, own_trained, several_active
 

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_erasure.fitting import fit_concept_erasure
-from hf_erasure.fitting.erasure import adapter_to_fit
-from hf_erasure.fitting.leakage import measured_leakage
+from hf_erasure.fitting.fit import adapter_to_fit, measured_leakage
 from hf_erasure.fitting.rows_seen import in_words, shared_rows
 
 from .checks import check_training

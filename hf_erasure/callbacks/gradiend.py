@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
-from hf_erasure.adapters.lookup import adapter_of
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
 
 from .checks import check_training, is_sharded

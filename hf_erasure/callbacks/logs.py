@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
-from hf_erasure.adapters.base_config import ChildConfig
-from hf_erasure.fitting.origin import TRAINING
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.fitting.provenance import TRAINING
 
 from .checkpoints import configs_of
 

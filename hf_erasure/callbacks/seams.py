@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import CallbackHandler
 
-from hf_erasure.adapters.below import refuse_loss
-from hf_erasure.adapters.child import child_configs
+from hf_erasure.adapters.common.layer import child_configs
+from hf_erasure.adapters.saved_tensors import refuse_loss
 from hf_erasure.adapters.wrapping import wrap
 
 from .checkpoints import is_lost, load_trained, own_trained, save_adapters, saving_all, several_active

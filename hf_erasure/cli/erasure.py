@@ -34,8 +34,8 @@ def fit(
 
     Example: torchrun --nproc_per_node 2 -m hf_erasure.cli fit recipe.yaml
     """
-    from hf_erasure.fitting.recipe import FIGURE_FILE, read_recipe, run_recipe
     from hf_erasure.hub import write_card
+    from hf_erasure.recipes.erasure import FIGURE_FILE, read_recipe, run_recipe
 
     with errors_as_sentences():
         is_main = launched(processes).is_main
@@ -57,7 +57,7 @@ def check(
     progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
 ) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
-    from hf_erasure.fitting.recipe import check_output
+    from hf_erasure.recipes.erasure import check_output
 
     with errors_as_sentences():
         now, written = check_output(folder, progress)
@@ -86,7 +86,7 @@ def merge(
 
     Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
     """
-    from hf_erasure.adapters.checkpoints import save_merged
+    from hf_erasure.adapters.merging.convert import save_merged
     from hf_erasure.hub import write_merged_card
 
     with errors_as_sentences():
@@ -109,7 +109,7 @@ def export_lora(
 
     Example: hf-erasure export-lora gpt2 out/demo out/demo-lora
     """
-    from hf_erasure.adapters.checkpoints import load_with_erasure
+    from hf_erasure.adapters.merging.convert import load_with_erasure
     from hf_erasure.hub import export_to_lora
 
     with errors_as_sentences():
@@ -128,7 +128,7 @@ def merge_fits(
     output: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
 ) -> None:
     """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
-    from hf_erasure.fitting.adding import merge_fits as add
+    from hf_erasure.fitting.combine import merge_fits as add
     from hf_erasure.hub import write_card
 
     with errors_as_sentences():

@@ -14,7 +14,7 @@ from .launching import AskedFor, launched
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hf_erasure.fitting.gradiend.recipe import GradiendOutcome
+    from hf_erasure.recipes.gradiend import GradiendOutcome
 
 # Sums of the same floats, in an order that threads decide.
 SAME = 1e-5
@@ -47,8 +47,8 @@ def fit(
 
     Example: hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml output=out/demo
     """
-    from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe, run_gradiend_recipe
     from hf_erasure.hub import write_card
+    from hf_erasure.recipes.gradiend import read_gradiend_recipe, run_gradiend_recipe
 
     with errors_as_sentences():
         is_main = launched(processes).is_main
@@ -70,7 +70,7 @@ def fit(
 @commands.command()
 def evaluate(folder: Folder, progress: ProgressBars = True) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
-    from hf_erasure.fitting.gradiend.recipe import check_gradiend_output
+    from hf_erasure.recipes.gradiend import check_gradiend_output
 
     with errors_as_sentences():
         now, drift = check_gradiend_output(folder, progress)
@@ -96,8 +96,8 @@ def select(
 
     Example: hf-erasure gradiend select out/demo she --budget 0.01
     """
-    from hf_erasure.fitting.gradiend.recipe import select_gradiend_output
     from hf_erasure.hub import write_card
+    from hf_erasure.recipes.gradiend import select_gradiend_output
 
     with errors_as_sentences():
         outcome = select_gradiend_output(folder, goal, budget, progress)
@@ -121,7 +121,7 @@ def encode(
 
     Example: hf-erasure gradiend encode out/demo texts.csv --output values.csv
     """
-    from hf_erasure.fitting.gradiend.recipe import encode_texts
+    from hf_erasure.recipes.gradiend import encode_texts
 
     with errors_as_sentences():
         values, plain = encode_texts(folder, data, split, progress)

@@ -12,16 +12,12 @@ LEACE, `orth` and `mean_projection` guard against every linear probe, and so doe
 against those they came to; only `QuadraticEraser` against quadratic ones as well; none against all others.
 """
 
+from .analysis import OracleEraser, QuadraticEraser
 from .apply import apply_erasure
-from .combining import combine_erasers
-from .eraser import Eraser
-from .inlp import fit_inlp
-from .joint import joint_moments
+from .joint import combine_erasers, joint_moments
 from .leakage import correlation_interval, cross_validated_correlation, relative_change
-from .moments import ConceptMoments
-from .oracle import OracleEraser
-from .quadratic import QuadraticEraser
-from .rlace import fit_rlace
+from .moments import ConceptMoments, Eraser
+from .on_rows import fit_inlp, fit_rlace
 
 __all__ = [
     "ConceptMoments",

@@ -15,10 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .eraser import Eraser
-from .linalg import Factor, Spread, factorise
-from .logistic import class_rows, logistic_probe, nothing_known
-from .shrinkage import oas_shrinkage
+from .whitening import Factor, Spread, factorise, oas_shrinkage
 
 ROUNDS = 10
 """Rounds where neither their number nor a rank is given."""
@@ -27,8 +24,6 @@ PROBES = ("logistic", "least_squares")
 
 # A direction that shares all but this with those removed before is rounding.
 _NEW = 1e-9
-# A probe that saves less than this share of the entropy of the concept knows nothing.
-_GAIN = 1e-3
 
 
 def inlp_factors(
@@ -90,57 +85,6 @@ def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
         sigma.values.mul_(1 - share)
         sigma.set_diagonal(sigma.diagonal + share * variance.mean())
     return factorise(spread, None)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def fit_inlp(
-    x: Tensor,
-    z: Tensor,
-    *,
-    rounds: int | None = None,
-    rank: int | None = None,
-    affine: bool = True,
-    penalty: float | None = None,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Eraser:
-    """INLP with logistic regression, on one batch of rows.
-
-    The probe is the minimum of the mean log loss plus `penalty / 2 · ‖W‖²` over x divided by its one overall standard
-    deviation: with class ids of two classes one direction a round, of k classes k − 1. The rounds end early when the
-    probe saves less than a thousandth of the entropy of the classes. The paper counts accuracy instead, by which a rare
-    class is never worth a round.
-
-    Args:
-        x: `(…, x_dim)` activations.
-        z: Integer class ids `(…)`, −100 to leave a row out.
-        rounds: At most so many; None for 10, or, where a rank is given, as many as it takes.
-        rank: At most so many directions, those of the first rounds.
-        affine: Keep the mean in place. The paper's map is without.
-        penalty: Ridge on the weights; None for one over the rows, which is `C=1` in scikit-learn.
-        weight: `(…)` non-negative weights of rows.
-        mask: `(…)` bool, False leaves a row out.
-
-    Raises:
-        TypeError: If an argument is no tensor of numbers, or a count no int.
-        ValueError: If `z` is no class ids, there is one class only, x does not vary, or an option is out of range.
-    """
-    limit = check_rounds(rounds, rank)
-    rows = class_rows(x, z, weight, mask, "inlp")
-    known = nothing_known(rows)
-    basis = rows.x.new_zeros(rows.x.shape[1], 0)
-    for _ in range(limit):
-        remaining = rows.x - (rows.x @ basis) @ basis.T
-        probe = logistic_probe(rows.with_x(remaining), penalty)
-        if known - probe.loss < _GAIN * known:
-            break
-        new = beyond(probe.directions(), basis)
-        basis = torch.cat([basis, new], dim=1)
-        if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
-            break
-    basis = rows.cleaned(basis[:, :rank])
-    return Eraser(basis, basis.T, rows.mean if affine else None)
 
 
 def check_probe(probe: str) -> str:

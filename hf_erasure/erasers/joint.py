@@ -1,12 +1,14 @@
-"""Moments of several concepts, each labelled on rows of its own, as those of one concept."""
+"""One eraser for several concepts: from joint statistics, or from erasers that are fitted already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from .moments import ConceptMoments
+from .moments import ConceptMoments, Eraser
+from .whitening import EXACT, significance
 
 
 def joint_moments(parts: Sequence[ConceptMoments]) -> ConceptMoments:
@@ -40,3 +42,130 @@ def joint_moments(parts: Sequence[ConceptMoments]) -> ConceptMoments:
         cross=torch.cat([part.cross_covariance for part in parts], dim=1),
         covariance=torch.block_diag(*(part.covariance_z for part in parts)),
     )
+
+
+def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None = None) -> Eraser:
+    """The eraser that removes the concepts of all `erasers`.
+
+    It projects along the joint span of the lefts, and reads from the joint span of the rights. That makes it
+
+    * exact: `(I − P) A = 0` for every `A` in the span of any of the lefts,
+    * the LEACE eraser of the joint concept, where all were fitted with the same covariance of x: the rights of LEACE
+      span `Σ⁻¹ A`, so that those of the joint concept are theirs together,
+    * the orthogonal projection away from all concepts, where all are orthogonal.
+
+    Concepts that overlap share directions, which count once. A direction that none of the rights can tell from what
+    the other erasers remove (there is none where the covariance is the same) is read by itself instead, as the
+    orthogonal method does: what remains exact, and needs no covariance.
+
+    Args:
+        erasers: At least one; those of rank 0 do nothing, and count for nothing.
+        weights: How much the mean of each counts, such as the rows it was taken from; all alike when None. It decides
+            where the activations are moved to, and nothing about what can be read from them.
+
+    Returns:
+        An eraser in float64, on the device of the first, of the rank of the joint span.
+
+    Raises:
+        ValueError: If there are none, widths differ, or only some keep a mean.
+    """
+    _check(erasers, weights)
+    shares = [1.0] * len(erasers) if weights is None else [float(weight) for weight in weights]
+    acting = [(eraser, share) for eraser, share in zip(erasers, shares, strict=True) if eraser.rank]
+    if len(acting) < 2:
+        return (acting[0][0] if acting else erasers[0]).to(dtype=torch.float64)
+    device = acting[0][0].left.device
+    parts = [(e.left.to(device).double(), e.right.to(device).double()) for e, _ in acting]
+    resolution = max(torch.finfo(e.left.dtype).eps for e, _ in acting)
+    left, right = _joint_projection(parts, resolution)
+    return Eraser(left, right, _mean([(e.bias, share) for e, share in acting], device))
+
+
+def _check(erasers: Sequence[Eraser], weights: Sequence[float] | None) -> None:
+    if not erasers:
+        raise ValueError("erasers is empty: give at least one eraser.")
+    widths = sorted({eraser.x_dim for eraser in erasers})
+    if len(widths) > 1:
+        raise ValueError(f"The erasers act on activations of different widths {widths}, so they have no joint eraser.")
+    if len({eraser.bias is None for eraser in erasers}) > 1:
+        raise ValueError(
+            "Some of the erasers keep the mean and some are purely linear: fit all of them with the same affine."
+        )
+    if weights is not None and (len(weights) != len(erasers) or min(weights) < 0 or not sum(weights) > 0):
+        raise ValueError(f"weights={list(weights)}: give one for each of the {len(erasers)} erasers, none negative.")
+
+
+def _mean(means: list[tuple[Tensor | None, float]], device: torch.device) -> Tensor | None:
+    present = [(mean.to(device).double(), share) for mean, share in means if mean is not None]
+    if not present:
+        return None
+    total = sum(share for _, share in present)
+    if total == 0:  # only erasers of rank 0 have a weight
+        return torch.stack([mean for mean, _ in present]).mean(0)
+    return torch.stack([mean * (share / total) for mean, share in present]).sum(0)
+
+
+def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> tuple[Tensor, Tensor]:
+    """`left` `(d, r)` that spans all lefts, and `right` `(r, d)` with `right @ left` the identity.
+
+    With orthonormal bases Q of the lefts and B of the rights, the singular values of `B Q` are the cosines of the
+    angles between the two spans; `left` and `right` are the directions that belong to them, and one over the smallest
+    is the norm of the projection.
+    """
+    # A feature of large scale would make all directions look alike, so lengths are taken in balanced coordinates.
+    scale = _balance(parts)
+    spans = [(_columns(left / scale[:, None]), _columns((right * scale).T)) for left, right in parts]
+    cutoff = significance(resolution)
+    basis = _joint_basis([own for own, _ in spans], cutoff)
+    readings = _joint_basis([own for _, own in spans], cutoff)
+    own_cosines = [torch.linalg.svdvals(reads.T @ own).min() for own, reads in spans]
+    within, cosines, directions = torch.linalg.svd(readings.T @ basis, full_matrices=True)
+    legible = cosines > _legibility(resolution) * torch.stack(own_cosines).min()
+    count = int(legible.sum())  # they come first, since the cosines fall
+    left = basis @ directions.T
+    read = (readings @ within[:, :count] / cosines[:count]).T
+    right = torch.cat([read, left[:, count:].T])
+    left, right = left * scale[:, None], right / scale
+    # One correction makes right · left the identity again, as in `leace_factors`.
+    return left, torch.linalg.solve(right @ left, right)
+
+
+def _balance(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """`(d,)` scales of the features, up to one common factor, as the erasers know them.
+
+    Lefts are covariances with x and grow with the scale of a feature; rights read x and shrink with it. So the root of
+    their ratio is the scale, and one for the orthogonal method, which has the same on both sides.
+    """
+    changed = torch.stack([left.square().sum(1) for left, _ in parts]).sum(0).sqrt()
+    read = torch.stack([right.square().sum(0) for _, right in parts]).sum(0).sqrt()
+    both = (changed > 0) & (read > 0)
+    # Of a feature that is only read, or only changed, one side has to do; one that is neither has no say.
+    alone = torch.where(read > 0, 1 / read, torch.where(changed > 0, changed, 1.0))
+    return torch.where(both, (changed / read).sqrt(), alone)
+
+
+def _columns(matrix: Tensor) -> Tensor:
+    """Orthonormal columns with the span of linearly independent ones."""
+    lengths = matrix.norm(dim=0)
+    return torch.linalg.qr(matrix / torch.where(lengths > 0, lengths, 1.0))[0]
+
+
+def _joint_basis(bases: list[Tensor], cutoff: float) -> Tensor:
+    """Orthonormal columns with the span of all `bases`, each of which is orthonormal.
+
+    The singular values of the bases side by side are `sqrt(1 ± cos θ)` for two spans at angles θ. A direction in both
+    gives a zero, or, as the bases are known to `cutoff` only, a value below it; to leave that one out leaves so much
+    of a covariance, relative to its length, which is what is known of it in the first place.
+    """
+    vectors, values, _ = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
+    return vectors[:, values > cutoff * values[0]]
+
+
+def _legibility(resolution: float) -> float:
+    """How much smaller than the worst of the parts a cosine may be that is still divided by.
+
+    What rounding leaves of a concept grows with one over the cosine: 1e-16 to 1e-11 in float64, 1e-7 to 1e-4 in
+    float32. And so does the distortion: a thousand times that of one eraser is no price for reading a concept as it
+    was fitted.
+    """
+    return 1e-5 if resolution <= EXACT else 1e-3

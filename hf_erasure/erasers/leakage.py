@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .eraser import Eraser
-from .linalg import factorise, whiten_concept
-from .moments import ConceptMoments
-from .precision import significance, variance_floor
+from .moments import ConceptMoments, Eraser
+from .whitening import factorise, significance, variance_floor, whiten_concept
 
 
 @torch.no_grad()

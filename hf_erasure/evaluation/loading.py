@@ -18,17 +18,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
-from hf_erasure.adapters.auxiliary import enable_copies, set_copies
-from hf_erasure.adapters.base_config import ChildConfig
-from hf_erasure.adapters.checkpoints import model_class
-from hf_erasure.adapters.digest import digest_of, digest_of_data
-from hf_erasure.adapters.fingerprint import fingerprint, sampled_again
+from hf_erasure.adapters.common.auxiliary import enable_copies, set_copies
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
+from hf_erasure.adapters.merging.convert import model_class
+from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.adapters.verification import dummy_batch
-from hf_erasure.fitting.gradiend.forwards import task_of
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.fitting.recipe import EMBEDDED, embedded_model
-from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state
 from hf_erasure.models import POOLS
+from hf_erasure.models.logits import task_of
+from hf_erasure.models.model import evaluating
+from hf_erasure.models.runner import Runner, last_hidden_state
+from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 
 BASE, TOGETHER = "base", "together"
 

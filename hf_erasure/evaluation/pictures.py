@@ -10,15 +10,16 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_erasure.fitting.concepts import FEMALE, MALE
+from hf_erasure.fitting.figures import FEMALE, MALE
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
-from hf_erasure.fitting.gradiend.forwards import SlotReader
-from hf_erasure.fitting.gradiend.neutral import neutral_batches
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
-from hf_erasure.fitting.gradiend.recipe import RECIPE_FILE, read_gradiend_recipe
-from hf_erasure.fitting.gradiend.recipe_data import word_table
-from hf_erasure.fitting.gradiend.words import SLOT, encode, occurrences, pairs_from_sentences, word_forms, word_tokens
+from hf_erasure.fitting.gradiend.sentences import pairs_from_sentences
 from hf_erasure.metrics import encoder_correlation
+from hf_erasure.models.logits import SlotReader
+from hf_erasure.models.neutral import neutral_batches
+from hf_erasure.models.word_tokens import SLOT, encode, occurrences, word_forms, word_tokens
+from hf_erasure.recipes.gradiend import RECIPE_FILE, read_gradiend_recipe
+from hf_erasure.recipes.gradiend_data import word_table
 
 from .data import DataFolder, spread
 from .loading import Adapter, host_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_erasure.fitting.files import write_text
+from hf_erasure.adapters.common.files import write_text
 
 from . import figures, svg
 from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, reason_of, shown

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_erasure.fitting.files import write_text
-from hf_erasure.fitting.verdicts import badness, verdict
+from hf_erasure.adapters.common.files import write_text
+from hf_erasure.fitting.figures import badness, verdict
 from hf_erasure.metrics.rows import LeftOutRows
 from hf_erasure.models.pooling import IN_WORDS
 

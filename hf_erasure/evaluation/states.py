@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.fitting.gradiend.batches import longest_input
-from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, text_encoder
 from hf_erasure.models import pooled
+from hf_erasure.models.model import evaluating
+from hf_erasure.models.runner import Runner, last_hidden_state, text_encoder
+from hf_erasure.models.slots import longest_input
 
 from .treebank import Sentence
 

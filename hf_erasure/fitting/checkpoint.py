@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
-from hf_erasure.adapters.beside import RECORD
+from hf_erasure.adapters.common.files import read_tensors, write_tensors, write_whole
+from hf_erasure.adapters.common.fitted_with import RECORD
 from hf_erasure.erasers import ConceptMoments, Eraser
 
-from .files import read_tensors, write_tensors, write_whole
-from .solving import SiteFit
-from .statistics import SiteStatistics, Tally
+from .sites import SiteFit, SiteStatistics, Tally
 
 MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
@@ -40,7 +39,7 @@ class FitCheckpoint:
         pool: Which rows a sequence label counts for.
         sequential: The procedure.
         processes: How many share the data: each continues with its own share.
-        active: The other adapters that act, as `hf_erasure.adapters.beside` records them.
+        active: The other adapters that act, as `hf_erasure.adapters.common.fitted_with` records them.
 
     Raises:
         ValueError: If the folder belongs to another fit.

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
+from hf_erasure.models.model import evaluating, on_cpu
 
-from .labels import Selection, check_batch, mean_pooled
-from .observing import observed, observed_final
+from .labels import Selection, Source, check_batch, mean_pooled
 from .processes import Processes
 from .rows_seen import RowsSeen, hashes_of
-from .running import evaluating, on_cpu
-from .sources import Source
-from .statistics import SiteStatistics, Tally, bar
+from .sites import SiteStatistics, Tally, bar, observed, observed_final
 from .task import FitTask
 
 

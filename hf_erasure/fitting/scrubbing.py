@@ -16,16 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_erasure.erasers import apply_erasure
+from hf_erasure.models.model import evaluating
+from hf_erasure.models.runner import TextTooLong
 
+from .activation_offload import Shelf
+from .batch_threads import Lane, lanes
 from .checkpoint import Digest, together
-from .labels import BatchLabels, check_batch
-from .lockstep import Lane, lanes
-from .observing import observed
-from .running import TextTooLong, evaluating
-from .solving import SiteFit, share_out, solve_site
-from .sources import Source
-from .spilling import Shelf
-from .statistics import SiteStatistics, Tally, bar, check_reached
+from .labels import BatchLabels, Source, check_batch
+from .sites import SiteFit, SiteStatistics, Tally, bar, check_reached, observed, share_out, solve_site
 from .task import FitTask
 
 logger = logging.getLogger(__name__)

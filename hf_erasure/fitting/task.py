@@ -1,17 +1,149 @@
-"""What a fit is about, in one piece: every step of it is handed the same things."""
+"""What a fit is asked to do: the adapter, the pool that it guards, and who takes part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
+from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
+from hf_erasure.models.model import evaluating, on_cpu, unwrapped
+from hf_erasure.models.pooling import IN_WORDS
+from hf_erasure.models.runner import Runner
 
 from .checkpoint import FitCheckpoint
-from .pools import Pool
+from .labels import BatchLabels, label_tensor
 from .processes import Processes
-from .running import Runner
+
+# Where a head reads every token by itself, it reads these two as well.
+_POSITIONS = ("cls", "last")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a fit guards.
+
+    Attributes:
+        name: One of `POOLS`.
+        reader: What the model's head reads, in words.
+    """
+
+    name: str
+    reader: str
+
+
+class Peeked:
+    """Batches of which the first is known; the first pass over them still has it, also of an iterator.
+
+    Attributes:
+        first: None where there is no batch.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        rest = iter(batches)
+        found = list(itertools.islice(rest, 1))
+        self.first: Any = found[0] if found else None
+        self._begun: Iterator[Any] | None = itertools.chain(found, rest)
+
+    def __iter__(self) -> Iterator[Any]:
+        begun, self._begun = self._begun, None
+        return iter(self._batches) if begun is None else begun
+
+
+def pool_for(
+    pool: str | None, model: nn.Module, runner: Runner, config: ConceptErasureConfig, first: Any, processes: Processes
+) -> Pool:
+    """The pool of a fit; warns where it is not what the model's head reads, or where that could not be found out.
+
+    Args:
+        pool: What was asked for; None for what the head reads.
+        model: The model as the caller has given it.
+        runner: Calls it.
+        config: By whose labels the batches are read.
+        first: The first of the labelled batches; None where this process has no batch.
+        processes: Those that share the data.
+
+    Raises:
+        ValueError: If `pool` is not known.
+    """
+    check_pool(pool)
+    rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
+    if rows is None:
+        return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
+    if pool in (None, "tokens") and _label_tokens(rows, config):
+        return Pool("tokens", "the labels are of single tokens")
+    reading = sentence_reading(model) or _reading(model, runner, rows)
+    if pool is None:
+        if not reading.clear:
+            warnings.warn(
+                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded, "
+                f"pool={' or '.join(map(repr, POOLS))}, and pad batches on the side that the head expects.",
+                stacklevel=4,
+            )
+        alike = ": all tokens count alike" if reading.pool is None else ""
+        return Pool(reading.pool or "tokens", reading.text + alike)
+    is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
+    if reading.pool is not None and not is_read:
+        warnings.warn(
+            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text} (pool={reading.pool!r}): what the head reads "
+            f"is not guarded. Leave pool out, or give pool={reading.pool!r}.",
+            stacklevel=4,
+        )
+    elif reading.is_other and pool != "tokens":
+        warnings.warn(
+            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}: what the head reads is not guarded. Pad "
+            "batches on the side that the head expects, or give pool='tokens'.",
+            stacklevel=4,
+        )
+    return Pool(pool, reading.text)
+
+
+def _two_rows(batch: Any) -> dict[str, Any] | None:
+    """The longest and the shortest row of a batch; None where it is not one."""
+    if not isinstance(batch, Mapping):
+        return None
+    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    inputs = [value for name, value in tensors.items() if name != "concept_labels"]
+    if not inputs or not len(inputs[0]):
+        return None
+    mask = tensors.get("attention_mask", torch.ones(len(inputs[0]), 1, device="cpu"))
+    lengths = mask.flatten(1).sum(1)
+    chosen = sorted({int(lengths.argmax()), int(lengths.argmin())})
+    return {
+        name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == len(lengths) else value
+        for name, value in batch.items()
+    }
+
+
+def _label_tokens(rows: dict[str, Any], config: ConceptErasureConfig) -> bool:
+    return "concept_labels" in rows and label_tensor(rows).dim() == (2 if config.labels is not None else 3)
+
+
+@on_cpu
+def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
+    is_bare = runner.backbone is runner.model
+    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
+    # Around a bare model a module of the caller's own may have the head.
+    while (inner := unwrapped(model)) is not model:
+        model = inner
+    has_own_head = is_bare and model is not runner.model and not runner.is_sharded
+    read = model if has_own_head else runner.model
+    root = runner.callee if runner.is_sharded else read
+    asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
+
+    def real_of(hidden: Tensor) -> Tensor:
+        return BatchLabels(rows, 0, True, "tokens").select(hidden, runner.side_of("last_hidden_state"))[1].real
+
+    with evaluating(read):
+        return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)
+
 
 T = TypeVar("T")
 

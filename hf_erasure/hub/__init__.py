@@ -18,8 +18,7 @@ inside that somebody has changed, stays; then only the metadata is brought up to
 from .cards import WrittenCard, write_card
 from .describing import describe, describe_folder
 from .exports import export_to_lora, write_lora_card, write_merged_card
-from .failures import PushError
-from .pushing import push_adapter, push_model
+from .pushing import PushError, push_adapter, push_model
 from .seams import install
 
 install()

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_erasure.adapters.base_config import ChildConfig
-from hf_erasure.adapters.lookup import adapter_of
-from hf_erasure.fitting.files import write_text
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.files import write_text
+from hf_erasure.adapters.common.lookup import adapter_of
 
 from .cards import CONFIG, config_in, own_adapters
-from .facts import CARD, state_of
+from .facts import CARD, hub_id, state_of
 from .measured import Measured, of_evaluation
-from .naming import hub_id
 
 
 def describe(

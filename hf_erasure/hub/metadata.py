@@ -6,9 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .facts import CardFacts, head
+from .facts import CardFacts, head, head_of, hub_id
 from .markdown import plain
-from .naming import head_of, hub_id
 
 OURS = "hf-erasure"
 _TAGS = {

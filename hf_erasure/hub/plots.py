@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_erasure.fitting.files import write_whole
+from hf_erasure.adapters.common.files import write_whole
 
 from .facts import CardFacts
 

@@ -22,8 +22,9 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
-from hf_erasure.adapters.base_config import ChildConfig
-from hf_erasure.adapters.saving import ON_STAGED, root_of, target_of
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.files import root_of, target_of
+from hf_erasure.adapters.saving import ON_STAGED
 from hf_erasure.adapters.wrapping import is_wrapped, wrap
 
 from .cards import README, WrittenCard, config_in, has_own_text, own_adapters, text_of, with_metadata_of, write_card

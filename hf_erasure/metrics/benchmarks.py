@@ -32,15 +32,8 @@ from .items import (
     stereoset_queries,
     stereoset_score,
 )
-from .readers import (
-    Source,
-    read_crows_pairs,
-    read_seat,
-    read_stereoset,
-    read_winobias,
-    spread,
-)
-from .rows import Rows
+from .readers import read_crows_pairs, read_seat, read_stereoset, read_winobias, spread
+from .rows import Rows, Source
 from .scoring import LanguageScorer, pooled_embeddings, strided_losses
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, Value
 
-from hf_erasure.fitting.gradiend.evaluation import encoded
+from hf_erasure.fitting.gradiend.encoding import encoded
 
 # `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
 from hf_erasure.metrics import base, checks, resampling

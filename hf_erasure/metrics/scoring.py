@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_erasure.fitting.gradiend.batches import Filled, Layout, longest_input
-from hf_erasure.fitting.gradiend.forwards import SlotReader
-from hf_erasure.fitting.running import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
 from hf_erasure.models import pooled
+from hf_erasure.models.logits import SlotReader
+from hf_erasure.models.model import evaluating, on_cpu
+from hf_erasure.models.runner import Runner, last_hidden_state, text_encoder
+from hf_erasure.models.slots import Filled, Layout, longest_input
 
 from .checks import check_texts, whole
 

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
-from hf_erasure.fitting.recipe import EMBEDDED, embedded_model
 from hf_erasure.metrics import linear_leakage, tpr_gap
 from hf_erasure.metrics.probe import LogisticProbe
 from hf_erasure.metrics.scoring import pooled_embeddings
+from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 from recipes import studies
 from recipes.over_seeds import cell, markdown, t_interval
 

@@ -37,8 +37,8 @@ from hf_erasure import GradiendConfig
 from hf_erasure.adapters import edited, set_features
 from hf_erasure.fitting.gradiend import SLOT, EncodedValues, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection
-from hf_erasure.fitting.recipe_file import check_section, read_content
 from hf_erasure.gradiend import FeatureDecoder
+from hf_erasure.recipes.schema import check_section, read_content
 from recipes import studies
 from recipes.over_seeds import cell, markdown
 

@@ -24,9 +24,9 @@ from transformers import AutoModel, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
-from hf_erasure.fitting.recipe import EMBEDDED, embedded_model
 from hf_erasure.metrics import linear_leakage, weat
 from hf_erasure.metrics.readers import read_seat
+from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 from recipes import studies
 from recipes.over_seeds import cell, markdown, t_interval
 

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.lifecycle.verbs import OF, OURS
 from tests.small_models import inputs_of, roughen, small_batch, small_model
 

@@ -16,8 +16,9 @@ import transformers as hf
 from transformers import PreTrainedModel
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
-from hf_erasure.adapters import fingerprint, targeted_parameters
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters import targeted_parameters
+from hf_erasure.adapters.common.layer import adapter_children
+from hf_erasure.adapters.loading import fingerprint
 from tests.adapters.gradiend import lifecycle as gradiend
 from tests.ecosystem.quantised_bases import Bases
 from tests.small_models import (

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig
-from hf_erasure.adapters import patterns, untrusted
+from hf_erasure.adapters.common import field_checks as patterns
+from hf_erasure.adapters.loading import file_checks as untrusted
 from hf_erasure.cli import app
 from hf_erasure.fitting.checkpoint import FitCheckpoint
-from hf_erasure.fitting.recipe_file import read_content
+from hf_erasure.recipes.schema import read_content
 from tests.adapters.hostile import (
     CONFIG,
     EVIL,

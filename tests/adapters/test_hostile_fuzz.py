@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.hostile import CONFIG, WAYS, WEIGHTS, load
 from tests.adapters.lifecycle import Cell, Lifecycle

@@ -26,10 +26,11 @@ from hf_erasure import (
     fit_concept_erasure,
     verify_adapter,
 )
-from hf_erasure.adapters.base_config import ChildConfig
-from hf_erasure.adapters.lookup import adapter_of, bare_model
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.callbacks.gradiend import trained_weights
-from hf_erasure.fitting.leakage import measured_leakage
+from hf_erasure.fitting.fit import measured_leakage
+from hf_erasure.models.model import bare_model
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.fitting.gradiend.language_models import model_of, tokenizer_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_erasure import fit_concept_erasure
 from hf_erasure.adapters import steer
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.lifecycle.verbs import LOADS_COPIES, OF, OURS, base, outputs
 from tests.small_models import same, small_batch, small_batches
 

@@ -15,9 +15,9 @@ import transformers as hf
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from hf_erasure.adapters.child import adapter_children
-from hf_erasure.adapters.own_tensors import own_tensors
-from hf_erasure.adapters.untrusted import PREFIX
+from hf_erasure.adapters.common.layer import adapter_children
+from hf_erasure.adapters.loading.file_checks import PREFIX
+from hf_erasure.adapters.saved_tensors import own_tensors
 from hf_erasure.callbacks.checkpoints import save_adapters
 from tests.lifecycle.verbs import OF, OURS, base, outputs
 from tests.small_models import same

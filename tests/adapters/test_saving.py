@@ -17,7 +17,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from hf_erasure.adapters import saving
-from hf_erasure.adapters.saving import ON_STAGED, finish, root_of, staged, target_of
+from hf_erasure.adapters.common.files import root_of, target_of
+from hf_erasure.adapters.saving import ON_STAGED, finish, staged
 from tests.adapters.gradiend import lifecycle as gradiend
 from tests.adapters.lifecycle import Cell, Lifecycle
 from tests.small_models import outputs_of, same, small_batch

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_erasure.fitting.occupations import occupation_sentences
+from hf_erasure.recipes.occupations import occupation_sentences
 from tests.distributed.launching import ROOT, launch
 
 # Activations are float32: two batches of 40 rows round otherwise than one of 80, and the solve multiplies that by the

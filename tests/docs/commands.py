@@ -17,8 +17,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from hf_erasure.cli import app
-from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe
-from hf_erasure.fitting.recipe import read_recipe
+from hf_erasure.recipes.erasure import read_recipe
+from hf_erasure.recipes.gradiend import read_gradiend_recipe
 from tests.docs.blocks import Block, PageError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -35,7 +35,7 @@ from hf_erasure import (
 )
 from hf_erasure.adapters import steer
 from hf_erasure.fitting.gradiend import pairs_from_templates
-from hf_erasure.fitting.occupations import occupation_sentences
+from hf_erasure.recipes.occupations import occupation_sentences
 from tests.small_models import roughen
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def gender_feature(page: Page) -> None:
 @setup
 def small_encoder(page: Page) -> None:
     """The encoder of the extra `demo`: the small BERT in its place, since 2,500 sentences take minutes on one core."""
-    page.substitute("hf_erasure.fitting.recipe.embedded_model", lambda: str(_bert() / "model"))
+    page.substitute("hf_erasure.recipes.erasure.embedded_model", lambda: str(_bert() / "model"))
 
 
 @setup

@@ -20,10 +20,10 @@ from typer.main import get_command
 from hf_erasure import ConceptErasureConfig, GradiendConfig, GradiendTrainingArguments
 from hf_erasure.cli import app
 from hf_erasure.evaluation.data import LAYOUT
-from hf_erasure.fitting.gradiend.recipe import GradiendRecipe, SelectRecipe
-from hf_erasure.fitting.gradiend.recipe_data import PairsRecipe
-from hf_erasure.fitting.recipe import DataRecipe, Recipe
 from hf_erasure.metrics import METRICS, Facts
+from hf_erasure.recipes.erasure import DataRecipe, Recipe
+from hf_erasure.recipes.gradiend import GradiendRecipe, SelectRecipe
+from hf_erasure.recipes.gradiend_data import PairsRecipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PLACE = re.compile(r"(<!-- table: (?P<name>\w+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)

@@ -26,7 +26,7 @@ from hf_erasure import (
     fit_concept_erasure,
     verify_adapter,
 )
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.adapters.lifecycle import MERGE_TOLERANCE, config_of
 from tests.ecosystem.placements import (
     CPU,

@@ -23,8 +23,9 @@ from hf_erasure import (
     fit_concept_erasure,
     verify_adapter,
 )
-from hf_erasure.adapters import erasure_layers, fingerprint, gradiend_layers, targeted_parameters
-from hf_erasure.adapters.quantised import dequantised, has_quantised, quantised_modules
+from hf_erasure.adapters import erasure_layers, gradiend_layers, targeted_parameters
+from hf_erasure.adapters.common.quantised import dequantised, has_quantised, quantised_modules
+from hf_erasure.adapters.loading import fingerprint
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.ecosystem.quantised_bases import ARCHITECTURES, KINDS, Bases, load
 from tests.fitting.gradiend.language_models import CLASSES, neutral, pairs, tokenizer_of

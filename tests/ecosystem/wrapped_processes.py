@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.adapters.gradiend.lifecycle import lora
 from tests.small_models import inputs_of, small_batch
 

@@ -14,7 +14,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments, Eraser, OracleEraser, QuadraticEraser
-from hf_erasure.erasers.quadratic import barycentre
+from hf_erasure.erasers.analysis import barycentre
 
 
 def shaped(n: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from hf_erasure.erasers import Eraser, fit_rlace
-from hf_erasure.erasers.rlace import _onto_fantope
+from hf_erasure.erasers.on_rows import _onto_fantope
 from tests.erasers.data import rows
 
 

@@ -11,7 +11,7 @@ import torch
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.fitting.adding import merge_fits
+from hf_erasure.fitting.combine import merge_fits
 from tests.small_models import LABELS, inputs_of, small_batches, small_model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig
-from hf_erasure.fitting.concepts import GENDER, POS, STEREOTYPES, concept_of_config
+from hf_erasure.fitting.figures import GENDER, POS, STEREOTYPES, concept_of_config
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from datasets import ClassLabel, Dataset, IterableDataset, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_erasure.fitting.data import concept_dataloader
-from hf_erasure.fitting.origin import origin_of_batches
+from hf_erasure.fitting.dataloader import concept_dataloader
+from hf_erasure.fitting.provenance import origin_of_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = Path(os.environ.get("HF_ERASURE_TEST_ASSETS") or ROOT.parent / "shared" / "assets")

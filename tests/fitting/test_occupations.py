@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_erasure.fitting.data import concept_dataloader
-from hf_erasure.fitting.occupations import (
+from hf_erasure.fitting.dataloader import concept_dataloader
+from hf_erasure.recipes.occupations import (
     CITIES,
     FIRST_NAMES,
     GENDERED,

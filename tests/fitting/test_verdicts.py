@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_erasure.fitting.verdicts import badness, verdict
+from hf_erasure.fitting.figures import badness, verdict
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_erasure import fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.lifecycle.verbs import KINDS, OF, OURS, children
 from tests.small_models import roughen

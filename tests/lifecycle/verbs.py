@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_erasure import fit_concept_erasure
-from hf_erasure.adapters.child import adapter_children
+from hf_erasure.adapters.common.layer import adapter_children
 from tests.adapters import lifecycle as erasures
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.small_models import ARCHITECTURES, outputs_of, same, small_batch, small_batches, small_model

@@ -8,7 +8,7 @@ import pytest
 
 from hf_erasure.fitting.gradiend import SlotReader, word_tokens
 from hf_erasure.fitting.gradiend.pairs import PairSet
-from hf_erasure.fitting.gradiend.recipe import (
+from hf_erasure.recipes.gradiend import (
     NO_EDIT,
     GradiendRecipe,
     check_gradiend_output,
@@ -16,7 +16,7 @@ from hf_erasure.fitting.gradiend.recipe import (
     read_gradiend_recipe,
     run_gradiend_recipe,
 )
-from hf_erasure.fitting.gradiend.recipe_data import PARTS, PairsRecipe, load_materials
+from hf_erasure.recipes.gradiend_data import PARTS, PairsRecipe, load_materials
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gradiend_three_classes" / "recipe.yaml"
 

@@ -1,18 +1,18 @@
 """GRADIEND on a model: counterfactual pairs and neutral texts, gradients, training, and the choice of an edit."""
 
+from hf_erasure.models.logits import SlotReader, task_of
+from hf_erasure.models.neutral import LanguageModelling, neutral_batches
+from hf_erasure.models.slots import Filled, PairBatch, Task
+from hf_erasure.models.word_tokens import SLOT, PairError, word_tokens
+
 from .adapter import GradiendAdapter
 from .arguments import GradiendTrainingArguments
-from .batches import Filled, PairBatch, Task
-from .evaluation import EncodedValues
-from .forwards import SlotReader, task_of
+from .encoding import EncodedValues
 from .gradients import GradientReader
-from .language import LanguageModelling
-from .neutral import neutral_batches
 from .pairs import PairSet, check_pairs, pair_batches
 from .selection import Selection
-from .templates import pairs_from_templates
+from .sentences import pairs_from_sentences, pairs_from_templates
 from .trainer import GradiendTrainer
-from .words import SLOT, PairError, pairs_from_sentences, word_tokens
 
 __all__ = [
     "SLOT",

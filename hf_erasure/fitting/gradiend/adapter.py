@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,16 +18,16 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
-from hf_erasure.adapters.lookup import adapter_of, bare_model
+from hf_erasure.adapters.common.lookup import adapter_of
+from hf_erasure.models.logits import task_of
+from hf_erasure.models.model import bare_model
+from hf_erasure.models.slots import PairBatch, as_pair_batch, single_rows
 
-from .forwards import task_of
 from .gradients import GradientReader
-from .pairs import PairBatch
-from .rows import as_pair_batch, single_rows
-from .unsteered import unsteered
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 Pair = tuple[str, str]
 
@@ -160,3 +161,27 @@ class GradiendAdapter:
             f"feature_factor={config.feature_factor:g}, learning_rate={config.learning_rate:g}, "
             f"modules={len(gradiend_layers(self.model, self.name))})"
         )
+
+
+@contextmanager
+def unsteered(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Let an adapter have no effect for a while.
+
+    Raises:
+        ValueError: If it is merged.
+    """
+    if any(adapter_name in layer.merged_adapters for layer in gradiend_layers(model, adapter_name).values()):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is merged into the weights, whose gradients are not those of the base "
+            "model: call unmerge_adapter() first."
+        )
+    config = adapter_of(model, adapter_name, GradiendConfig).config
+    if not config.fitted:  # it has no effect
+        yield
+        return
+    rate = config.learning_rate
+    steer(model, adapter_name, learning_rate=0.0)
+    try:
+        yield
+    finally:
+        steer(model, adapter_name, learning_rate=rate)

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_erasure.fitting.running import evaluating
 from hf_erasure.gradiend.blocks import sum_of_squares
-
-from .batches import Filled, PairBatch, Task
-from .forwards import SlotReader, task_of
-from .language import LanguageModelling
+from hf_erasure.models.logits import SlotReader, task_of
+from hf_erasure.models.model import evaluating
+from hf_erasure.models.neutral import LanguageModelling
+from hf_erasure.models.slots import Filled, PairBatch, Task
 
 __all__ = ["GradientReader", "LanguageModelling", "SlotReader", "task_of"]
 

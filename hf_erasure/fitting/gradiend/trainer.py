@@ -29,28 +29,27 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
-from hf_erasure.adapters.beside import RECORD, active_beside, warn_of_what_is_off
-from hf_erasure.adapters.lookup import adapter_of, bare_model, only_adapter
-from hf_erasure.adapters.ordinary import outside_inference_mode
+from hf_erasure.adapters.common.fitted_with import RECORD, active_beside, warn_of_what_is_off
+from hf_erasure.adapters.common.layer import outside_inference_mode
+from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.fitting.rows_seen import in_words
 from hf_erasure.gradiend import Feature
+from hf_erasure.models.logits import SlotReader, task_of
+from hf_erasure.models.model import bare_model
+from hf_erasure.models.neutral import LanguageModelling, neutral_batches
+from hf_erasure.models.slots import PairBatch
 
-from ..origin import origin_of
 from ..processes import Processes
-from .adapter import GradiendAdapter
+from ..provenance import origin_of
+from .adapter import GradiendAdapter, unsteered
 from .arguments import GradiendTrainingArguments
-from .calibration import ENOUGH, calibrated
-from .evaluation import EncodedValues, encoded, together
-from .forwards import SlotReader, task_of
+from .checkpoints import FEATURES, KeptFeatures, Progress
+from .encoding import ENOUGH, EncodedValues, calibrated, encoded, together
+from .goals import ClassWords, class_words
 from .gradients import GradientReader
-from .language import LanguageModelling
-from .pairs import PairBatch, PairSet, neutral_batches
-from .progress import Progress
+from .pairs import PairSet
 from .selection import FEATURE_FACTORS, LEARNING_RATES, Point, Scorer, Selection, choose, scan
-from .shelf import FEATURES, KeptFeatures
 from .training import Encode, Fitted, Pair, Training
-from .unsteered import unsteered
-from .vocabulary import ClassWords, class_words
 
 # As where a merge warns.
 LEAST_KEPT = 0.9

@@ -20,16 +20,13 @@ import torch
 from torch import Tensor
 
 from hf_erasure.gradiend import ClosedFormEstimator, Feature, FeatureNeuron
+from hf_erasure.models.slots import PairBatch, some_rows
 
 from ..processes import Processes
 from .arguments import GradiendTrainingArguments
-from .calibration import ENOUGH, centred
-from .evaluation import EncodedValues, encoded
+from .checkpoints import KeptFeatures, Progress
+from .encoding import ENOUGH, EncodedValues, centred, encoded
 from .gradients import GradientReader
-from .pairs import PairBatch
-from .progress import Progress
-from .rows import some_rows
-from .shelf import KeptFeatures
 
 Pair = tuple[str, str]
 Encode = Callable[[Mapping[str, Tensor]], float]

@@ -19,7 +19,7 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
-from hf_erasure.adapters.gradiend_forward import ForwardWithEdits
+from hf_erasure.adapters.gradiend.forward import ForwardWithEdits
 from tests.adapters.gradiend.lifecycle import (
     DENSITIES,
     LEFT_OUT,

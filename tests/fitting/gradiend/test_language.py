@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_erasure.fitting.gradiend import LanguageModelling, PairError, SlotReader, word_tokens
-from hf_erasure.fitting.gradiend.batches import Filled
+from hf_erasure.models.slots import Filled
 from tests.fitting.gradiend.language_models import NAMES, model_of, neutral, task_name, tokenizer_of
 
 TEXTS = Dataset.from_dict(

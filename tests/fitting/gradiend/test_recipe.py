@@ -12,9 +12,9 @@ from datasets import Dataset
 
 from hf_erasure.fitting.gradiend import PairError
 from hf_erasure.fitting.gradiend.pairs import usable_rows
-from hf_erasure.fitting.gradiend.recipe import read_gradiend_recipe
-from hf_erasure.fitting.gradiend.recipe_data import load_materials, read_data
-from hf_erasure.fitting.gradiend.templates import pairs_from_templates
+from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
+from hf_erasure.recipes.gradiend import read_gradiend_recipe
+from hf_erasure.recipes.gradiend_data import load_materials, read_data
 from tests.fitting.gradiend.language_models import tokenizer_of
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("gradiend_*/recipe.yaml"))

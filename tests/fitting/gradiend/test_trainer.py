@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
-from hf_erasure.fitting.gradiend.forwards import SlotReader
-from hf_erasure.fitting.gradiend.progress import checkpoints
-from hf_erasure.fitting.gradiend.rows import single_rows
-from hf_erasure.fitting.gradiend.vocabulary import class_words
+from hf_erasure.fitting.gradiend.checkpoints import checkpoints
+from hf_erasure.fitting.gradiend.goals import class_words
+from hf_erasure.models.logits import SlotReader
+from hf_erasure.models.slots import single_rows
 from tests.adapters.test_ordinary import MODES, state_of
 from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, task_name, tokenizer_of
 

@@ -1,0 +1,80 @@
+"""The files of an adapter: their names, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CARD = "README.md"
+COMMIT = ".hf-erasure-commit"
+STAGING = ".hf-erasure-saving-"
+
+
+def target_of(folder: str | Path) -> Path:
+    """Where a staged folder, or something in it, will lie; the folder itself where it is not staged."""
+    parts = Path(folder).parts
+    for index, part in enumerate(parts):
+        if part.startswith(STAGING):
+            return Path(*parts[:index], *parts[index + 2 :])
+    return Path(folder)
+
+
+def root_of(folder: str | Path) -> Path:
+    """The staged form of the folder that is saved to, of which an adapter's staged folder may be a part."""
+    parts = Path(folder).parts
+    for index, part in enumerate(parts):
+        if part.startswith(STAGING):
+            return Path(*parts[: index + 2])
+    return Path(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors, and facts that JSON knows, into one safetensors file."""
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_whole(path, lambda temporary: save_file(plain, temporary, metadata={"facts": json.dumps(facts)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote."""
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+
+
+def write_whole(path: Path, write: Callable[[str], Any]) -> None:
+    """Write beside the file and rename, so that a kill leaves the old one or the new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    # Nobody else may read a temporary file; one that `write` makes anew has the rights that files have here.
+    os.unlink(temporary)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same with text, whose line ends stay as they are."""
+    write_whole(path, lambda temporary: Path(temporary).write_bytes(text.encode("utf-8")))

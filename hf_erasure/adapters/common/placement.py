@@ -1,0 +1,235 @@
+"""Where weights and adapters are: kept by accelerate, on other devices, or out of the broadcasts of DDP."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook
+from torch import Tensor, nn
+
+from .layer import AdapterChild, adapter_children
+
+
+def execution_device(module: nn.Module) -> Any:
+    """Where accelerate runs a module whose weights it keeps elsewhere; None where it has no say."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook]) if isinstance(hook, ModelHook) else []
+    return next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), None)
+
+
+@contextmanager
+def device_map_of_offloaded(model: Any) -> Iterator[None]:
+    """Give a model whose weights accelerate keeps elsewhere a map while an adapter is loaded, if it has none.
+
+    Without one, transformers would load to the device of the placeholders, that is nowhere.
+    """
+    devices = [] if hasattr(model, "hf_device_map") else [execution_device(module) for module in model.modules()]
+    device = next((device for device in devices if device is not None), None)
+    if device is None:
+        yield
+        return
+    model.hf_device_map = {"": device}
+    try:
+        yield
+    finally:
+        del model.hf_device_map
+
+
+@contextmanager
+def left_in_place(model: Any) -> Iterator[None]:
+    """Hide the map of an offloaded model from PEFT, which would take accelerate's hooks off and spread it anew.
+
+    That brings back what is offloaded, or fails where it was loaded from disk; and hooks on modules that stay in place
+    do not need it.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    places = base.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if places is not None:
+            base.hf_device_map = places
+
+
+def _enter_in_device_map(model: nn.Module, adapter_name: str) -> None:
+    """Loading sends tensors where the map of an offloaded model sends their module: to disk, that is nowhere."""
+    places: Any = getattr(model, "hf_device_map", None)
+    if not places:
+        return
+    for child in adapter_children(model, adapter_name):
+        device = execution_device(child.host)
+        if device is not None:
+            places[f"{child.path}.{child.child_name}"] = device
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights of any module of a model are elsewhere."""
+    return any(map(owns_offloaded, model.modules()))
+
+
+def owns_offloaded(module: nn.Module) -> bool:
+    """Whether weights of a module itself are elsewhere, or will be after its next forward pass."""
+    return _hook_of(module) is not None or any(p.device.type == "meta" for p in module.parameters(recurse=False))
+
+
+def why_not_reachable(module: nn.Module) -> str | None:
+    """The reason why a module's weights cannot be read or written; None when they can."""
+    if owns_offloaded(module) and _hook_of(module) is None:
+        return "is offloaded where it cannot be reached. Load the model on one device"
+    return None
+
+
+def value_of(module: nn.Module, name: str) -> Tensor | None:
+    """The values of a module's own parameter, wherever they are; None where it has no such parameter.
+
+    Raises:
+        ValueError: If they are out of reach.
+    """
+    parameter, hook = module._parameters.get(name), _hook_of(module)
+    if parameter is None:
+        return None
+    if hook is not None:  # also while a forward pass that failed has left the weights in their place
+        found: Tensor = hook.weights_map[name]
+        return found.detach()
+    if parameter.device.type == "meta":
+        raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {why_not_reachable(module)}.")
+    return parameter.detach()
+
+
+def value_where_it_runs(module: nn.Module, name: str) -> Tensor | None:
+    """The values of an offloaded parameter on the device where accelerate runs its module; None out of its reach."""
+    hook = _hook_of(module)
+    value = None if hook is None else value_of(module, name)
+    return None if value is None else value.to(hook.execution_device)
+
+
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    """The values of all of a module's own parameters, wherever they are."""
+    found = {name: value_of(module, name) for name in module._parameters}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def write_value(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give an offloaded parameter a value where its own is kept; the value that was there first leaves no trace."""
+    hook = _hook_of(module)
+    if hook is None:
+        raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {why_not_reachable(module)}.")
+    if not isinstance(hook.weights_map, _Changed):
+        hook.weights_map = _Changed(hook)
+    changed = hook.weights_map
+    value = value.detach().to("cpu", module.get_parameter(name).dtype)
+    first = changed.maps[1].get(name)
+    if first is not None and torch.equal(first.cpu(), value):
+        changed.maps[0].pop(name, None)
+        hook.original_devices[name] = changed.devices[name]
+    else:
+        changed.maps[0][name] = value
+        # When hooks are removed, and where the weight came straight from disk, this value is the only one there is.
+        hook.original_devices[name] = value.device
+
+
+def add_parameter(module: nn.Module, name: str, value: Tensor, *, requires_grad: bool) -> None:
+    """Give an offloaded module a parameter that it did not have."""
+    module.register_parameter(name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad))
+    write_value(module, name, value)
+
+
+def drop_parameter(module: nn.Module, name: str) -> None:
+    """Take such a parameter away again."""
+    module._parameters[name] = None
+    hook = _hook_of(module)
+    if hook is not None and isinstance(hook.weights_map, _Changed):
+        hook.weights_map.maps[0].pop(name, None)
+        hook.original_devices.pop(name, None)
+
+
+@contextmanager
+def held(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
+    """One parameter for changes in place: itself, or a copy of one that is offloaded, which goes back afterwards.
+
+    Args:
+        places: The modules that own it, with its name there; more than one where it is tied.
+    """
+    module, name = places[0]
+    parameter, value = module._parameters[name], value_of(module, name)
+    if parameter is None or value is None:
+        raise ValueError(f"The parameter {name!r} is gone from the model: load the adapter into the model it is for.")
+    there = nn.Parameter(value.clone(), requires_grad=False) if owns_offloaded(module) else parameter
+    # A tied weight that comes back from elsewhere has a copy for each owner; one that was untied on purpose differs.
+    others = [(owner, own_name) for owner, own_name in places if owner._parameters[own_name] is not there]
+    alike = [
+        place for place in others if owns_offloaded(place[0]) or torch.equal(place[0].get_parameter(place[1]), there)
+    ]
+    yield there
+    for owner, own_name in alike:
+        if owns_offloaded(owner):
+            write_value(owner, own_name, there)
+        else:
+            owner.get_parameter(own_name).data.copy_(there.detach())
+
+
+class _Changed(ChainMap[str, Tensor]):
+    """Values laid over the map of a hook, and where hooks that are removed put its own."""
+
+    def __init__(self, hook: Any) -> None:
+        super().__init__({}, hook.weights_map)
+        self.devices = dict(hook.original_devices)
+
+
+def _hook_of(module: nn.Module) -> Any:
+    """The hook that fills a module's own parameters; None where there is none, or an outer module's does."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload and h.weights_map is not None), None)
+
+
+# Where DDP looks when it wraps a module, for names relative to that module.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+# DDP may wrap a `PeftModel`, which hands on the attribute of the model inside, whose names have this in front there.
+_INSIDE = "base_model.model."
+
+
+class AdapterBuffers(Collection[str]):
+    """The names of the buffers of all adapters of a model at present, and what was there before.
+
+    Names are looked up anew each time: fitting, loading and deleting change them.
+
+    Args:
+        model: The base model.
+        others: Names that someone else wants ignored.
+    """
+
+    def __init__(self, model: nn.Module, others: Collection[str]) -> None:
+        self._model = (model,)
+        self.others = others
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others
+        for path, module in self._model[0].named_modules():
+            if isinstance(module, AdapterChild):
+                for name, _ in module.named_buffers(prefix=path):
+                    yield name
+                    yield _INSIDE + name
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)
+
+
+def keep_from_broadcast(model: Any) -> None:
+    """Tell DDP of a model's adapters; without any, the model is as it was."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    present = base.__dict__.get(_IGNORED)
+    if adapter_children(base):
+        if not isinstance(present, AdapterBuffers):
+            setattr(base, _IGNORED, AdapterBuffers(base, present or ()))
+    elif isinstance(present, AdapterBuffers):
+        delattr(base, _IGNORED)
+        if present.others:
+            setattr(base, _IGNORED, present.others)

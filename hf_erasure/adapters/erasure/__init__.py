@@ -1,0 +1,1 @@
+"""The adapter that erases a concept from activations."""

@@ -1,0 +1,207 @@
+"""What an erasure adapter is: the fields a user writes, and those that fitting fills in."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_erasure.erasers.inlp import ROUNDS
+
+from ..common.config import FLOATS, ChildConfig
+from ..common.field_checks import short
+from ..common.files import target_of
+from ..registration import extend_peft_type
+
+CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
+
+METHODS = ("leace", "orth", "mean_projection", "inlp")
+SITES = ("output", "input")
+
+
+@dataclass
+class ConceptErasureConfig(ChildConfig):
+    """An erasure of one concept from the activations of a model's modules.
+
+    Either `labels` (a concept of named classes) or `concept_dim` (a continuous or multi-label concept) says how the
+    concept is coded in the data.
+
+    Args:
+        concept: What is erased, in a word; stands in reports, cards and messages.
+        labels: The names of the classes, in the order of their ids. At least two.
+        concept_dim: The number of columns of a continuous or multi-label concept. Leave out when `labels` is given.
+        target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`. `None`
+            takes the output of every normalization layer inside the blocks and of the final norm.
+        exclude_modules: Suffixes or a regular expression of modules to leave alone.
+        layers_to_transform: Indices of the blocks to act on; all when `None`.
+        layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
+        site: Erase the `"output"` of each target or its `"input"`.
+        method: `"leace"` (least-squares optimal, arXiv 2306.03819); `"orth"` (the same guarantee by an orthogonal
+            projection, which disturbs more; known as SAL, arXiv 2203.07893); `"mean_projection"` (the same map as
+            `"orth"` where the rank is not capped; needs `labels`); or `"inlp"` (iterative null-space projection,
+            arXiv 2004.07667, with a least-squares probe; it removes more directions and guarantees less). R-LACE and
+            INLP with logistic regression need rows, which fitting keeps none of: see `hf_erasure.erasers.Eraser.fit`.
+        affine: Keep the mean of the activations. `False` gives a purely linear map, for which a bias-free layer needs
+            no bias when the adapter is merged.
+        rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
+            which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
+        sticky: Stay active when another adapter is activated, until disabled or deleted.
+        modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
+        fitted: Written by fitting. Whether the erasers exist.
+        fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`.
+        provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
+            base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
+    """
+
+    noun: ClassVar[str] = "concept erasure"
+
+    concept: str = field(default="concept", metadata={"help": "What is erased, in a word."})
+    labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
+    concept_dim: int | None = field(default=None, metadata={"help": "Columns of a continuous or multi-label concept."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all norms of the blocks, final norm."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    site: str = field(default="output", metadata={"help": "'output' or 'input' of the targets."})
+    method: str = field(default="leace", metadata={"help": "'leace', 'orth', 'mean_projection' or 'inlp'."})
+    affine: bool = field(default=True, metadata={"help": "Keep the mean of the activations."})
+    rank: int | None = field(default=None, metadata={"help": "At most so many directions a site."})
+    fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "Written by fitting."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = CONCEPT_ERASURE
+        self._check_types()
+        self._as_sets()
+        self._check_choices()
+        self._check_concept()
+        self._check_layers()
+        if self.fitted and not self.fitted_sites:
+            raise ValueError(
+                "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config; in a "
+                "loaded adapter_config.json their absence means the file is damaged."
+            )
+        self._check_sites()
+
+    def take_fitted(self, saved: Any) -> None:
+        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
+
+        Raises:
+            ValueError: If that one erases at the other side of its modules.
+        """
+        super().take_fitted(saved)
+        if saved.fitted and saved.site != self.site:
+            raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, and not for {self.site!r}.")
+
+    def _check_sites(self) -> None:
+        for name, size in (self.fitted_sites or {}).items():
+            width, rank = size.get("width", -1), size.get("rank", -1)
+            if size.keys() != {"width", "rank"} or not 0 <= rank <= width:
+                raise ValueError(
+                    f"fitted_sites has {short(size)} at {name!r}, which is no width with a rank of at most that. "
+                    "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
+                )
+
+    def _check_choices(self) -> None:
+        if self.method == "rlace":
+            raise ValueError(
+                "method='rlace' plays its game on rows, and fitting a model keeps none: fit it on arrays, with "
+                "hf_erasure.erasers.Eraser.fit(x, z, 'rlace'). For k classes and k − 1 directions its optimum is what "
+                "method='orth' computes."
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
+        if self.site not in SITES:
+            raise ValueError(f"site={self.site!r} is not known; choose 'output' or 'input'.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
+
+    def _check_concept(self) -> None:
+        if self.labels is not None:
+            if isinstance(self.labels, str) or len(self.labels) < 2:
+                raise ValueError(
+                    f"labels={self.labels!r}: a concept needs at least two classes, as in labels=['female', 'male']. "
+                    "A continuous concept takes concept_dim instead."
+                )
+            if len(set(self.labels)) != len(self.labels):
+                raise ValueError(f"labels={self.labels!r} names a class twice.")
+            if self.concept_dim not in (None, len(self.labels)):
+                raise ValueError(
+                    f"labels names {len(self.labels)} classes but concept_dim={self.concept_dim}: leave concept_dim "
+                    "out."
+                )
+        elif self.concept_dim is not None and self.concept_dim < 1:
+            raise ValueError(f"concept_dim={self.concept_dim} must be at least 1.")
+        # Fitted ones that were combined have the concepts of several side by side.
+        if self.method == "mean_projection" and self.concept_dim is not None and not (self.labels or self.fitted):
+            raise ValueError(
+                f"method='mean_projection' projects away the differences of class means, and concept_dim="
+                f"{self.concept_dim} has no classes: give labels, or take method='orth', which erases values as well."
+            )
+
+    @property
+    def described(self) -> str:
+        """The adapter in the words of a message."""
+        return f"erasure of {self.concept!r}"
+
+    @property
+    def remedy(self) -> str:
+        """What to call so that the adapter is fitted."""
+        return "Call fit_concept_erasure(model, batches, adapter_name=…)."
+
+    @property
+    def fitted_modules(self) -> Iterable[str]:
+        """Names of the sites."""
+        return self.fitted_sites or {}
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
+        found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        for site, size in (self.fitted_sites or {}).items():
+            width, rank = size["width"], size["rank"]
+            shapes: dict[str, tuple[int, ...]] = {"left": (width, rank), "right": (rank, width), "bias": (width,)}
+            for part, shape in shapes.items():
+                found[f"{site}.concept_erasure.concept_erasure_{part}"] = shape, FLOATS
+        return found
+
+    def has_size_of(self, name: str, shape: list[int]) -> bool:
+        """Whether it erases the output of a head with a column for each row of the weight."""
+        size = (self.fitted_sites or {}).get(name.rpartition(".")[0])
+        return size is not None and self.site == "output" and [size["width"]] == shape[:1] != shape[-1:]
+
+    @property
+    def z_dim(self) -> int:
+        """The number of columns the concept is coded in: classes, or `concept_dim`."""
+        if self.labels is not None:
+            return len(self.labels)
+        if self.concept_dim is None:
+            raise ValueError(
+                "The concept has neither labels nor concept_dim: write ConceptErasureConfig(labels=['female', 'male']) "
+                "for classes or concept_dim=1 for a continuous concept."
+            )
+        return self.concept_dim
+
+    @property
+    def max_rank(self) -> int:
+        """The number of directions the guarantee needs: k − 1 for classes, `concept_dim` otherwise.
+
+        For INLP, which guarantees nothing, it is what its rounds remove, or the `rank` that was asked for.
+        """
+        needed = self.z_dim - 1 if self.labels is not None else self.z_dim
+        if self.method == "inlp":
+            return needed * ROUNDS if self.rank is None else self.rank
+        return needed if self.rank is None else min(self.rank, needed)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; warns when there is no eraser to go with it."""
+        if not self.fitted:
+            warnings.warn(
+                f"The erasure of {self.concept!r} saved to {target_of(save_directory)} was never fitted: loaded again "
+                "it changes nothing. Call fit_concept_erasure(model, batches, adapter_name=…) first.",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)

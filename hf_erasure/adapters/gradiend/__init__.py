@@ -1,0 +1,1 @@
+"""The adapter that changes weights along a learned feature."""

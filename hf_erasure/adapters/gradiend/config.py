@@ -1,0 +1,248 @@
+"""What a GRADIEND adapter is: the fields a user writes, and those that fitting fills in (arXiv 2502.01406)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_erasure.gradiend.features import ACTIVATIONS
+
+from ..common.config import FLOATS, INDICES, ChildConfig
+from ..common.field_checks import fits, short
+from ..common.files import target_of
+from ..registration import extend_peft_type
+
+GRADIEND = extend_peft_type("GRADIEND")
+
+SOURCES = ("factual", "counterfactual", "difference")
+# What is kept of a parameter. No kind is another with an underscore behind it, so that keys can be read back.
+FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX = "feature", "offset", "index", "encoder", "encoderindex"
+# The largest float32.
+_LARGEST = (2 - 2**-23) * 2.0**127
+
+
+@dataclass
+class GradiendConfig(ChildConfig):
+    """A feature that was learned from gradients, and the change of weights that strengthens or weakens it.
+
+    With a feature factor `h` and a learning rate `α` the adapted weights are `W + α (h Wd + bd)`.
+
+    Args:
+        feature: What the feature is, in a word; stands in reports, cards and messages.
+        classes: The names of its classes; the first one of a pair encodes to +1, the second to −1.
+        target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`; all
+            parameters that these modules own themselves. `None` takes every weight of the base model, embeddings,
+            norms and biases included, without prediction heads and poolers.
+        exclude_modules: Suffixes or a regular expression of modules to leave alone.
+        layers_to_transform: Indices of the blocks to act on; all when `None`.
+        layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
+        density: The share of the weights that is changed, those with the largest |Wd|. 1 changes all, and then the
+            adapter takes eight bytes a weight.
+        keep_encoder: Save what reads the feature off a gradient too.
+        feature_factor: `h`; +1 and −1 are the classes as the encoder sees them.
+        learning_rate: `α`, the strength of the change. 0 means that it was not chosen yet: the adapter does nothing.
+        source: The gradient the encoder reads: of the `"factual"` label, the `"counterfactual"` one, or their
+            `"difference"`.
+        pair: Which pair of classes acts; the first when `None`.
+        sticky: Stay active when another adapter is activated, until disabled or deleted.
+        modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
+        fitted: Written by fitting. Whether there is a feature.
+        pairs: Written by fitting. The pairs of classes that features were learned for.
+        fitted_parameters: Written by fitting. Parameter name → `{"shape", "count", "encoder_count"}`, of which the
+            counts are the entries kept, and None means all of them in order.
+        encoders: Written by fitting. For each pair `{"scale", "bias", "activation", "unit_norm"}` of its encoder.
+        provenance: Written by fitting. What the feature was learned from and on.
+    """
+
+    noun: ClassVar[str] = "GRADIEND adapter"
+    example: ClassVar[str] = "GradiendConfig(feature=…, classes=[…])"
+
+    feature: str = field(default="feature", metadata={"help": "What the feature is, in a word."})
+    classes: list[str] | None = field(default=None, metadata={"help": "Names of its classes."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all of the base model but heads."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    density: float = field(default=0.01, metadata={"help": "The share of the weights that is changed."})
+    keep_encoder: bool = field(default=False, metadata={"help": "Save what reads the feature off a gradient too."})
+    feature_factor: float = field(default=1.0, metadata={"help": "h in W + α (h Wd + bd)."})
+    learning_rate: float = field(default=0.0, metadata={"help": "α in W + α (h Wd + bd); 0 does nothing."})
+    source: str = field(default="factual", metadata={"help": "'factual', 'counterfactual' or 'difference'."})
+    pair: list[str] | None = field(default=None, metadata={"help": "Which pair of classes acts."})
+    pairs: list[list[str]] | None = field(default=None, metadata={"help": "Written by fitting."})
+    fitted_parameters: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
+    encoders: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = GRADIEND
+        self._check_types()
+        self._as_sets()
+        self._check_classes()
+        self._check_numbers()
+        self._check_layers()
+        if self.source not in SOURCES:
+            raise ValueError(f"source={self.source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
+        if self.fitted and not (self.fitted_parameters and self.pairs and self.encoders):
+            raise ValueError(
+                "fitted=True needs pairs, encoders and fitted_parameters, the shape of each weight's change. Leave all "
+                "of them out of a new config; in a loaded adapter_config.json their absence means the file is damaged."
+            )
+        self._check_fitted()
+        if self.pair is not None and self.pairs:
+            self.pair_index(self.pair)
+
+    def take_fitted(self, saved: Any) -> None:
+        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
+
+        A strength that was not chosen here (`learning_rate=0`) is taken over with it.
+
+        Raises:
+            ValueError: If the classes are other ones.
+        """
+        if saved.fitted and not self.fitted and self.learning_rate == 0:
+            self.learning_rate, self.pair = saved.learning_rate, self.pair or saved.pair
+            self.feature_factor = saved.feature_factor if self.feature_factor == 1 else self.feature_factor
+        super().take_fitted(saved)
+
+    def _check_classes(self) -> None:
+        classes = self.classes
+        if classes is not None and (isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes)):
+            raise ValueError(
+                f"classes={classes!r}: a feature needs at least two different classes, as in "
+                "classes=['female', 'male']."
+            )
+        for pair in [*([self.pair] if self.pair is not None else []), *(self.pairs or [])]:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f"{pair!r} is no pair of classes: write two names, as in ['female', 'male'].")
+            unknown = [name for name in pair if classes is not None and name not in classes]
+            if unknown:
+                raise ValueError(f"pair {list(pair)!r} has {unknown[0]!r}, which is none of classes={classes!r}.")
+
+    def _check_fitted(self) -> None:
+        """What fitting writes; in a file it may be anything."""
+        for name, size in (self.fitted_parameters or {}).items():
+            if not _is_size(size):
+                raise ValueError(
+                    f"fitted_parameters has {short(size)} at {name!r}, which is no shape with the number of entries "
+                    "kept. Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
+                )
+        for encoder in self.encoders or []:
+            if not _is_encoder(encoder):
+                raise ValueError(f"encoders has {short(encoder)}, which is no encoder: the file is damaged.")
+        if self.fitted and len(self.encoders or []) != len(self.pairs or []):
+            raise ValueError(
+                f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}: the file is damaged."
+            )
+
+    def _check_numbers(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} is not a share of the weights: write a number in (0, 1].")
+        for name in ("feature_factor", "learning_rate"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} is no finite number.")
+        refuse_beyond_float32(self.feature_factor, self.learning_rate)
+
+    def pair_index(self, pair: Iterable[str] | None) -> int:
+        """The position of a pair of classes among those fitted; None stands for the first.
+
+        Raises:
+            ValueError: If no feature was fitted for it.
+        """
+        if pair is None:
+            return 0
+        known = [tuple(p) for p in self.pairs or []]
+        if tuple(pair) not in known:
+            raise ValueError(f"pair={list(pair)} was not fitted; there is {', '.join(str(list(p)) for p in known)}.")
+        return known.index(tuple(pair))
+
+    def expected_pairs(self) -> int:
+        """How many pairs there are, or will be when the feature is fitted."""
+        if self.pairs:
+            return len(self.pairs)
+        return len(list(itertools.combinations(self.classes or ("one", "other"), 2)))
+
+    @property
+    def described(self) -> str:
+        """The adapter in the words of a message."""
+        return f"GRADIEND of {self.feature!r}"
+
+    @property
+    def remedy(self) -> str:
+        """What to call so that the adapter is fitted."""
+        return "Call GradiendTrainer(model, …, train_dataset=pairs).train()."
+
+    @property
+    def fitted_modules(self) -> Iterable[str]:
+        """Names of the modules that own the changed parameters."""
+        return dict.fromkeys(name.rpartition(".")[0] for name in self.fitted_parameters or {})
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
+        found = {}
+        for name in self.fitted_parameters or {}:
+            module, _, own = name.rpartition(".")
+            for kind, (shape, types) in self.parts(name).items():
+                found[f"{module}.gradiend.gradiend_{kind}_{own}"] = shape, types
+        return found
+
+    def has_size_of(self, name: str, shape: list[int]) -> bool:
+        """Whether it changes or reads entries of the weight."""
+        size = (self.fitted_parameters or {}).get(name)
+        return size is not None and (size.get("count", 0) != 0 or size.get("encoder_count", 0) != 0)
+
+    def parts(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        """What a fitted adapter keeps of one parameter, with the shape and the types by which safetensors knows it."""
+        size, pairs = (self.fitted_parameters or {})[name], self.expected_pairs()
+        parts: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        for kinds, key in (((FEATURE, OFFSET, INDEX), "count"), ((ENCODER, ENCODER_INDEX), "encoder_count")):
+            count = size.get(key, 0)
+            if count == 0:
+                continue
+            for kind in kinds[:-1]:
+                parts[kind] = (pairs, math.prod(size["shape"]) if count is None else count), FLOATS
+            if count is not None:
+                parts[kinds[-1]] = (count,), INDICES
+        return parts
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; warns when there is no feature to go with it."""
+        if not self.fitted:
+            warnings.warn(
+                f"The {self.described} saved to {target_of(save_directory)} was never fitted: loaded again it "
+                f"changes nothing. {self.remedy}",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def refuse_beyond_float32(feature_factor: float, learning_rate: float) -> None:
+    """Raise a `ValueError` for a strength that the weights' changes could not be multiplied by."""
+    if max(abs(feature_factor * learning_rate), abs(learning_rate)) > _LARGEST:
+        raise ValueError(
+            f"feature_factor={feature_factor:g} and learning_rate={learning_rate:g} are beyond what float32 can hold."
+        )
+
+
+def _is_size(size: dict[str, Any]) -> bool:
+    """Whether it is the shape of a weight, with how many of its entries are kept."""
+    if not size.keys() <= {"shape", "count", "encoder_count"} or not fits(size.get("shape"), list[int]):
+        return False
+    counts = (size.get("count", 0), size.get("encoder_count", 0))
+    if isinstance(size["shape"], str) or min(size["shape"], default=0) < 0 or not fits(counts, list[int | None]):
+        return False
+    return all(count is None or 0 <= count <= math.prod(size["shape"]) for count in counts)
+
+
+def _is_encoder(encoder: dict[str, Any]) -> bool:
+    types = {"scale": float, "bias": float, "activation": str, "unit_norm": bool}
+    if encoder.keys() != types.keys() or not all(fits(encoder[name], kind) for name, kind in types.items()):
+        return False
+    return encoder["activation"] in ACTIVATIONS and math.isfinite(encoder["scale"]) and math.isfinite(encoder["bias"])

@@ -1,0 +1,1 @@
+"""An adapter that comes from a file: checked before it touches a model."""

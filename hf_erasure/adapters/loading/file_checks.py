@@ -1,0 +1,447 @@
+"""An adapter's folder or repository, looked at before anything in it touches a model: anybody may have written it.
+
+What is looked at is the configuration, and of the tensors their names, types and shapes, which stand in the first bytes
+of a safetensors file. Both must describe the same adapter, so that what loading allocates is what the file has. Values
+are checked when they have arrived. Never read is a pickle, nor what a link outside of the folder leads to.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+from torch import nn
+
+from ..common.config import ChildConfig
+from ..common.field_checks import fits, short
+from ..common.files import CONFIG, PICKLE, WEIGHTS
+from .key_renaming import prefix_of, rename_tensors
+
+# A configuration that names ten thousand weights, each with samples of its values, takes a few of these.
+MAX_CONFIG_BYTES = 16 * 2**20
+# The names and shapes of that many tensors.
+MAX_HEADER_BYTES = 64 * 2**20
+PREFIX = "base_model.model."
+# The types of tensors by the names that safetensors has for them: with their bytes, and those that adapters have.
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
+# Of a file below this nobody needs to know how much of it is on disk.
+_SMALL = 2**28
+
+# Why the adapter that is being loaded could not be looked at; its injection is refused then.
+_unseen: ContextVar[str | None] = ContextVar("_unseen", default=None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter is read from.
+
+    Attributes:
+        name: A folder, or the id of a repository on the Hub.
+        subfolder: Where in it.
+        options: What `hf_hub_download` takes besides.
+    """
+
+    name: str
+    subfolder: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: Any, *options: Any) -> Source:
+        """Read the options of a call that loads an adapter; of those that come twice the last one counts."""
+        given = {key: value for part in options for key, value in (part or {}).items() if value is not None}
+        known = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder", "local_dir"}
+        taken = {key: value for key, value in given.items() if key in known}
+        return cls(os.fspath(name), given.get("subfolder") or "", taken)
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder on this machine."""
+        return os.path.isdir(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """The folder with the adapter's files."""
+        return Path(self.name, self.subfolder)
+
+    def file(self, name: str) -> Path | None:
+        """A file of the adapter, downloaded if need be; None where it has none of that name."""
+        if self.is_folder:
+            path = self.folder / name
+            return path if os.path.lexists(path) else None
+        try:
+            return Path(hf_hub_download(self.name, name, subfolder=self.subfolder or None, **self.options))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+    def at_commit(self, downloaded: Path) -> Source:
+        """The same repository at the commit that one of its files was downloaded from; a folder is what it is."""
+        if self.is_folder:
+            return self
+        return Source(self.name, self.subfolder, {**self.options, "revision": self._snapshot(downloaded).name})
+
+    def pinned(self, downloaded: Path) -> Source:
+        """The snapshot that a downloaded file belongs to, so that what was looked at is what is loaded."""
+        return self if self.is_folder else Source(str(self._snapshot(downloaded)), self.subfolder)
+
+    def _snapshot(self, downloaded: Path) -> Path:
+        return downloaded.parents[len(Path(self.subfolder).parts)]
+
+
+@contextmanager
+def looked_at(
+    model: nn.Module, source: Source, config: PeftConfig | None = None, *, pickled: bool = False
+) -> Iterator[str]:
+    """Look at an adapter before it is loaded, and make sure afterwards that it was not saved anew in the meantime.
+
+    Args:
+        model: What it is loaded into.
+        source: Where from.
+        config: Its configuration, where the caller has one already.
+        pickled: Whether the caller asked for a pickle.
+
+    Yields:
+        What to load instead of the source's name: the same folder, or the snapshot of a repository.
+
+    Raises:
+        ValueError: Says what is wrong with which file.
+        TypeError: If a value in the configuration is of another type than it should be.
+    """
+    try:
+        file = source.file(CONFIG)
+    except Exception as error:
+        if isinstance(config, ChildConfig):
+            raise
+        with _not_seen(f"{type(error).__name__}: {error}"):
+            yield source.name  # PEFT says better what went wrong
+        return
+    seen = _stamps(file)
+    stated = config if file is None else _config_of(file, source)
+    if config is None:
+        config = stated
+    if isinstance(stated, ChildConfig) and type(config) is not type(stated):
+        raise ValueError(
+            f"{str(source.folder)!r} holds the {stated.described}, and the configuration that is given is a "
+            f"{type(config).__name__}: leave it out, or give one of the same kind."
+        )
+    if not isinstance(config, ChildConfig):
+        with _not_seen(None if isinstance(config, PeftConfig) else f"there is no {CONFIG}"):
+            yield source.name
+        return
+    if pickled:
+        raise ValueError(f"use_safetensors=False would load a pickle as the {config.described}: leave it out.")
+    weights = _weights_of(source if file is None else source.at_commit(file))
+    source = source.pinned(weights)
+    seen += _stamps(weights)
+    try:
+        check_tensors(weights, config, model, getattr(stated, "modules_to_save", None))
+        yield source.name
+    except Exception as error:
+        _check_unchanged(source, _stamps(file, weights) == seen, error)
+        raise
+    _check_unchanged(source, _stamps(file, weights) == seen)
+
+
+def with_what_was_fitted(config: ChildConfig, source: Source) -> ChildConfig:
+    """A copy of a configuration that is given in the place of a saved one, with what fitting wrote into the saved one.
+
+    So the configuration that an adapter was made with will do, and what differs in it from the saved one counts.
+
+    Raises:
+        ValueError: If the two do not go together.
+    """
+    config, file = config.copied(), source.file(CONFIG)
+    saved = None if file is None else _config_of(file, source)
+    if isinstance(saved, ChildConfig) and type(saved) is type(config):
+        config.take_fitted(saved)
+    return config
+
+
+def refuse_unseen() -> None:
+    """Raise a `ValueError` if an adapter is about to be injected whose files could not be looked at."""
+    reason = _unseen.get()
+    if reason is not None:
+        raise ValueError(f"The adapter's files could not be checked before they are loaded ({reason}): try again.")
+
+
+@contextmanager
+def _not_seen(reason: str | None) -> Iterator[None]:
+    token = _unseen.set(reason)
+    try:
+        yield
+    finally:
+        _unseen.reset(token)
+
+
+# ---- the configuration -----------------------------------------------------------------------------------------------
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of an `adapter_config.json`.
+
+    Raises:
+        ValueError: If it is no JSON, no object, or far larger than any configuration.
+    """
+    size = _size_of_regular(file)
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{str(file)!r} has {size} bytes, and no configuration is that long: it is damaged.")
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8"))  # NaN may be among what was measured
+    except RecursionError as error:
+        raise ValueError(f"{str(file)!r} is nested too deeply to be a configuration: it is damaged.") from error
+    except ValueError as error:  # of JSON, of Unicode, and of numbers with thousands of digits
+        raise ValueError(f"{str(file)!r} is damaged: {error}. Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} holds {short(content)} and no configuration: it is damaged.")
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _config_of(file: Path, source: Source) -> PeftConfig:
+    """The configuration in a file if it is one of ours; an empty one if it is one of PEFT's."""
+    if source.is_folder:
+        _check_link(file, source)
+    content = read_config(file)
+    kind = content.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"{str(file)!r} says peft_type={short(kind)}, which is none that this PEFT knows: the file is damaged, or "
+            "made for a newer release."
+        )
+    if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], ChildConfig):  # type: ignore[index]
+        return PeftConfig()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads it once more, and warns of fields that it does not know then
+        return PeftConfig.from_pretrained(str(file.parent))
+
+
+# ---- the tensors -----------------------------------------------------------------------------------------------------
+
+
+def _weights_of(source: Source) -> Path:
+    weights = source.file(WEIGHTS)
+    if weights is None:
+        pickled = " It has a pickle, which could run any code and is never loaded." if source.file(PICKLE) else ""
+        raise ValueError(f"{str(source.folder)!r} has no {WEIGHTS}.{pickled} Copy or download the complete adapter.")
+    if source.is_folder:
+        _check_link(weights, source)
+    return weights
+
+
+def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
+    """Compare the names, types and shapes in a file with what its configuration says.
+
+    Args:
+        file: The tensors.
+        config: The configuration.
+        model: What the adapter is loaded into.
+        saved: The `modules_to_save` that must be there. PEFT's class of a task adds the head to those of `config`, and
+            where an adapter was saved without one, the model's own stays.
+
+    Raises:
+        ValueError: Names the first tensor that is missing, too many, or of another type or shape.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = rename_tensors(read_header(file), config, prefix_of(base))
+    where = f"in {str(file)!r}"
+    kind = (config.peft_type or "").lower()
+    own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
+    _check_saved(found.keys() - own.keys(), found, config, base, saved, where)
+    if not config.fitted:
+        filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
+        if filled is not None:
+            raise ValueError(f"The {config.described} was never fitted, and yet {filled!r} {where} has values.")
+        return
+    expected = config.tensors()
+    missing, extra = sorted(expected.keys() - own.keys()), sorted(own.keys() - expected.keys())
+    if missing:
+        raise ValueError(
+            f"{missing[0]!r} and {len(missing) - 1} other tensors of the {config.described} are missing {where}. Load "
+            "the complete folder, or fit the adapter again."
+        )
+    if extra:
+        raise ValueError(f"{extra[0]!r} and {len(extra) - 1} other tensors {where} are none of the {config.described}.")
+    for name, (shape, types) in expected.items():
+        dtype, present = own[name]
+        if present != shape or dtype not in types:
+            raise ValueError(
+                f"{name!r} {where} has shape {list(present)} and type {dtype}, where {CONFIG} says shape "
+                f"{list(shape)} and type {' or '.join(types)}: the two files are not of the same adapter."
+            )
+
+
+def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type and the shape of each tensor in a safetensors file, by its name without PEFT's prefix.
+
+    The file is not mapped into memory, as safetensors would do at once whatever its size.
+
+    Raises:
+        ValueError: If it is no such file, or is not complete.
+    """
+    size = _size_of_regular(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{str(file)!r} is damaged, or is no safetensors file: copy or download it again.")
+        text = opened.read(length)
+    _refuse_holes(file, size)
+    try:
+        header = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
+        entries = [_entry(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} is damaged ({type(error).__name__}): copy or download it again.") from error
+    end = 0
+    for _, _, (start, stop) in sorted(entries, key=lambda entry: entry[2]):
+        if start != end:
+            raise ValueError(f"{str(file)!r} is damaged: its tensors leave gaps. Copy or download it again.")
+        end = stop
+    if 8 + length + end != size:
+        raise ValueError(f"{str(file)!r} is damaged: it has not the size that it says. Copy or download it again.")
+    named = {name.removeprefix(PREFIX): (dtype, shape) for name, (dtype, shape), _ in entries}
+    if len(named) < len(entries):
+        raise ValueError(f"{str(file)!r} is damaged: it has a tensor twice, with and without {PREFIX!r}.")
+    return named
+
+
+def _entry(name: str, entry: dict[str, Any]) -> tuple[str, tuple[str, tuple[int, ...]], tuple[int, int]]:
+    """What a header says of one tensor: its name, its type and shape, and where its bytes are."""
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not fits(shape, list[int]) or not fits([start, stop], list[int]) or min(shape, default=0) < 0:
+        raise ValueError("no shape")
+    # Other types there are, but nothing that loads an adapter of ours would take them.
+    if stop - start != math.prod(shape) * _BYTES.get(dtype, -1):
+        raise ValueError("another size than its shape's")
+    return name, (dtype, tuple(shape)), (start, stop)
+
+
+def _refuse_holes(file: Path, size: int) -> None:
+    """A file may say that it is as large as one likes while nothing of it is on disk; memory is another matter."""
+    on_disk = getattr(file.stat(), "st_blocks", None)
+    if on_disk is not None and size > _SMALL and on_disk * 512 < size // 8:
+        raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
+
+
+def _check_saved(
+    names: Any,
+    found: dict[str, tuple[str, tuple[int, ...]]],
+    config: ChildConfig,
+    model: nn.Module,
+    saved: list[str] | None,
+    where: str,
+) -> None:
+    """Of tensors that are none of the adapter, only those of `modules_to_save` may come, and those of `saved` must."""
+    wanted = _saved_tensors(model, config)
+    required = {name for name in wanted if is_saved(name, saved)}
+    extra, missing = sorted(names - wanted.keys()), sorted(required - names)
+    of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
+    if of_modules:
+        raise ValueError(
+            f"{of_modules[0]!r} {where} is of a module that was trained with the {config.described}, one of its "
+            f"modules_to_save={short(config.modules_to_save)}. This {type(model).__name__} has no module of that name: "
+            f"load the adapter into a {config.provenance.get('base_class') or 'model like that'}, which it was fitted "
+            "on."
+        )
+    if extra:
+        raise ValueError(
+            f"{extra[0]!r} and {len(extra) - 1} other tensors {where} are none of the {config.described}, nor of its "
+            f"modules_to_save={short(config.modules_to_save)}: it would change the model itself."
+        )
+    if missing:
+        raise ValueError(
+            f"{missing[0]!r} and {len(missing) - 1} other tensors of modules_to_save={short(config.modules_to_save)} "
+            f"are missing {where}. Load the complete folder."
+        )
+    for name, shape in wanted.items():
+        if name in found and found[name][1] != shape:
+            raise ValueError(
+                f"{name!r} {where} has shape {list(found[name][1])}; in this model it has {list(shape)}. Load the "
+                "adapter into the model it was fitted on."
+            )
+
+
+def is_saved(name: str, modules_to_save: Iterable[str] | None) -> bool:
+    """Whether a module is one of `modules_to_save`, which PEFT knows by the ends of their names, or inside of one."""
+    ends, parts = tuple(modules_to_save or ()), name.split(".")
+    return any(".".join(parts[: depth + 1]).endswith(ends) for depth in range(len(parts)))
+
+
+def _saved_tensors(model: nn.Module, config: ChildConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a model that `modules_to_save` mean, as PEFT reads it, without wrappers' names."""
+    if not config.modules_to_save:
+        return {}
+    wrapped: Any = model
+    base: Any = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    shapes: dict[str, tuple[int, ...]] = {}
+    modules: dict[str, Any] = dict(base.named_modules())
+    for path, module in modules.items():
+        parts = path.split(".")
+        if "modules_to_save" in parts:
+            continue
+        plain = ".".join(part for part in parts if part not in ("original_module", "base_layer"))
+        if is_saved(plain, config.modules_to_save):
+            tensors = module.state_dict(keep_vars=True)
+            own = {*module._parameters, *module._buffers} & tensors.keys()
+            shapes |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in own}
+    return shapes
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _size_of_regular(file: Path) -> int:
+    """The size of a file; a device or a pipe has none, and might never end."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{str(file)!r} is no ordinary file.")
+    return found.st_size
+
+
+def _check_link(file: Path, source: Source) -> None:
+    """A link may lead to a place in the folder, or, in a cache of the Hub, to that repository's own blobs."""
+    if not file.is_symlink():
+        return
+    folder, target = Path(os.path.realpath(source.name)), Path(os.path.realpath(file))
+    inside = [folder]
+    for place in (folder, *folder.parents):
+        if place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--"):
+            inside.append(place.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in inside):
+        raise ValueError(f"{str(file)!r} is a link to a place outside of its folder: put the file itself there.")
+
+
+def _stamps(*files: Path | None) -> list[tuple[int, ...] | None]:
+    """What changes when files are replaced or written to; None for one that is gone."""
+    found: list[tuple[int, ...] | None] = []
+    for file in files:
+        if file is not None:
+            try:
+                state = file.stat()
+            except OSError:
+                found.append(None)
+            else:
+                found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
+    return found
+
+
+def _check_unchanged(source: Source, is_same: bool, cause: Exception | None = None) -> None:
+    if not is_same:
+        raise ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.") from cause

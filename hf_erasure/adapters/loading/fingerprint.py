@@ -1,0 +1,502 @@
+"""Recognise the base model an adapter was fitted on by a sample of its weights.
+
+A hash would call a float32 and a bf16 copy of one checkpoint different; sampled values, compared within the coarser
+dtype's rounding, do not. Of a quantised weight the numbers that it stands for are compared, only by their correlation.
+
+Sampled is every weight that an adapter acts on: those of its modules, and of a module without a matrix (a norm, whose
+weights often are all ones) the next matrix besides. Up to 64 values of each, and fewer where the weights are many:
+2,048 in all, but never less than 4 of one, so that the configuration stays a few hundred kilobytes for models with a
+thousand weights. Only these values are read, also of weights that accelerate keeps on disk; what cannot be read
+(sharded, or packed so that nothing unpacks it) is left out, and loading says so.
+
+Values are correlated within each weight, about its own mean and in units of its own spread: otherwise norms near one
+among matrices near zero would make any two models alike. Weights that are constant take no part in that.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..common.config import ChildConfig
+from ..common.field_checks import fits, short
+from ..common.placement import value_of, why_not_reachable
+from ..common.quantised import dequantised, is_quantised
+from ..merging.formulas import is_sharded, shared_weights
+from .key_renaming import absent, prefix_of
+
+SAMPLES, TOTAL, FEWEST = 64, 2048, 4
+QUANTISED = "quantised"
+# Below this correlation of the sampled values the weights are those of another model, not a further training of it.
+RELATED = 0.9
+# Packed into 2 bits a normal sample still correlates by 0.85 with itself, and 64 values of another model by 0 ± 0.13.
+RELATED_QUANTISED = 0.5
+# 4 bits in groups leave 0.99 of a normal sample, 8 bits 0.9999; below this, what differs is no rounding of theirs.
+ROUNDED = 0.97
+# One matrix that is another's, among others that are the same; of fewer values chance alone may say so.
+ENOUGH_OF_ONE, RELATED_ONE = 16, 0.5
+ANY_BASE = "HF_ERASURE_ANY_BASE"
+
+
+def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
+    """Sample the weights at and around `sites`.
+
+    Args:
+        model: The base model.
+        sites: Names of modules.
+
+    Returns:
+        Parameter name → `{"shape", "dtype", "positions", "values"}`, for JSON; of a quantised one the shape and values
+        are those it stands for.
+    """
+    names = _telling_weights(model, sites)
+    each = max(FEWEST, min(SAMPLES, TOTAL // max(1, len(names))))
+    found: dict[str, Any] = {}
+    for name in names:
+        weight, dtype = _weight(model, name)
+        if weight is None or not weight.numel():
+            continue
+        positions = torch.linspace(0, weight.numel() - 1, min(each, weight.numel()), device="cpu", dtype=torch.double)
+        chosen = positions.long().unique()
+        found[name] = {
+            "shape": list(weight.shape),
+            "dtype": dtype,
+            "positions": chosen.tolist(),
+            "values": _at(weight, chosen).tolist(),
+        }
+    return found
+
+
+def check_base(model: nn.Module, config: ChildConfig) -> None:
+    """Compare a fitted adapter with the model it is about to be attached to.
+
+    Warns when the weights are a further-trained version of the adapter's base, and of weights that cannot be read.
+    Where tokens were added or removed, the rows that both models have are compared.
+
+    Raises:
+        ValueError: If a site is missing, the adapter's tensors do not fit a weight, or the weights are those of another
+            model. The last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
+        TypeError: If the fingerprint is none.
+    """
+    missing = absent(model, config.fitted_modules)
+    if missing:
+        others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
+        raise ValueError(
+            f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r}{others}, which this "
+            f"{type(model).__name__} does not have.{_hint(model, config, missing)}"
+        )
+    kept = config.provenance.get("fingerprint") or {}
+    if not kept:
+        warnings.warn(
+            f"The {config.described} does not say what weights it was fitted on ({_fitted_on(config)}): whether this "
+            "is the same base cannot be checked.",
+            stacklevel=2,
+        )
+    pairs, unread, of_tokens = [], [], token_weights(model)
+    for name, sample in kept.items():
+        _check_sample(name, sample)
+        weight, dtype = _weight(model, name)
+        if weight is None:
+            unread.append(name)
+            continue
+        shape = list(weight.shape)
+        if shape != sample["shape"]:
+            is_resized = name in of_tokens and len(shape) == len(sample["shape"]) and shape[1:] == sample["shape"][1:]
+            _check_shape(name, shape, sample["shape"], config, is_resized)
+            if not is_resized:
+                continue
+        size = row_size(shape)
+        common = min(shape[:1] + sample["shape"][:1], default=1) * size
+        positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
+        kept_values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
+        pair = _Pair(name, _at(weight, positions), kept_values, (dtype, sample["dtype"]), weight.dim() > 1)
+        if name in of_tokens and not pair.is_rough:
+            pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
+        if len(pair.seen):
+            pairs.append(pair)
+    _say_unread(unread, len(kept), config)
+    _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
+    _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
+
+
+def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
+    """Sample a model at the places of a fingerprint; weights that cannot be read or are smaller here are left out.
+
+    Args:
+        model: Any model with those weights.
+        kept: What `fingerprint` gave.
+    """
+    found = {}
+    for name, sample in kept.items():
+        _check_sample(name, sample)
+        weight, dtype = _weight(model, name)
+        if weight is not None and max(sample["positions"]) < weight.numel():
+            values = _at(weight, torch.tensor(sample["positions"], device="cpu", dtype=torch.long)).tolist()
+            found[name] = sample | {"shape": list(weight.shape), "dtype": dtype, "values": values}
+    return found
+
+
+def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
+    """What tells two fingerprints of the same places apart.
+
+    Args:
+        kept: Of the base that an adapter was fitted on.
+        seen: `sampled_again` of another model.
+
+    Returns:
+        The weight that differs most; nothing where all are the same up to rounding and quantising.
+    """
+    pairs = []
+    for name in kept.keys() & seen.keys():
+        _check_sample(name, kept[name])
+        _check_sample(name, seen[name])
+        values = [torch.tensor(sample[name]["values"], dtype=torch.double, device="cpu") for sample in (seen, kept)]
+        dtypes = (seen[name]["dtype"], kept[name]["dtype"])
+        pairs.append(_Pair(name, values[0], values[1], dtypes, len(kept[name]["shape"]) > 1))
+    changed = [pair for pair in pairs if bool(pair.differ().any())]
+    changed = [pair for pair in changed if not (pair.is_rough and _correlation(changed)[0] >= ROUNDED)]
+    return min(changed, key=_one).name if changed else ""
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Pair:
+    """Sampled values of one weight, as they are here and as they were where the adapter was fitted."""
+
+    name: str
+    seen: Tensor
+    kept: Tensor
+    dtypes: tuple[str, str]
+    is_matrix: bool
+    is_rough: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_rough = QUANTISED in self.dtypes
+
+    def differ(self) -> Tensor:
+        """Which values differ by more than the coarser dtype's rounding: each was rounded by half a step."""
+        if self.is_rough:
+            return self.seen != self.kept
+        steps = [torch.finfo(getattr(torch, name)) for name in self.dtypes]
+        rtol, atol = max(step.eps for step in steps), max(step.smallest_normal * step.eps for step in steps)
+        return ~torch.isclose(self.seen, self.kept, rtol=rtol, atol=atol)
+
+    def products(self) -> tuple[float, float, float, float]:
+        """Of the values about their means, in units of the old ones' spread: here², old², here · old, difference²."""
+        spread = float(self.kept.std(correction=0))
+        # Rounding makes a spread of what is constant.
+        if not spread > 1e-6 * float(self.kept.abs().max()):
+            return 0.0, 0.0, 0.0, 0.0
+        seen, kept = (self.seen - self.seen.mean()) / spread, (self.kept - self.kept.mean()) / spread
+        change = (self.seen - self.kept) / spread
+        return tuple(float(part.sum()) for part in (seen * seen, kept * kept, seen * kept, change * change))  # type: ignore[return-value]
+
+
+def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
+    """The correlation of all values within their weights, and how far they moved, by their spread; nan of constants."""
+    seen, kept, both, change = (math.fsum(parts) for parts in zip(*(pair.products() for pair in pairs), strict=True))
+    if not kept or math.isnan(seen):
+        return math.nan, math.nan
+    return (both / math.sqrt(seen * kept) if seen else 0.0), math.sqrt(change / kept)
+
+
+def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConfig, is_resized: bool) -> None:
+    """Raise where a weight of another shape is in the way of an adapter; of more or fewer tokens it is not always."""
+    fitted_on = _fitted_on(config)
+    if is_resized and config.has_size_of(name, kept):
+        raise ValueError(
+            f"The {config.described} was fitted on {fitted_on}, where the vocabulary has {kept[0]} tokens; here it has "
+            f"{shape[0]} tokens. The adapter acts on the rows of {name!r}, one for each token, and they are not the "
+            f"same any more. Call model.resize_token_embeddings({kept[0]}) before loading it, or fit it on this model."
+        )
+    if is_resized:
+        return
+    told = f"where {name!r} has shape {kept}; here it has {shape}"
+    if config.has_size_of(name, kept) or not _any_base():
+        raise ValueError(
+            f"The {config.described} was fitted on {fitted_on}, {told}. Load it into the model it was fitted on."
+        )
+    warnings.warn(
+        f"The {config.described} was fitted on {fitted_on}, {told}. It is loaded all the same, since {ANY_BASE} is "
+        "set.",
+        stacklevel=4,
+    )
+
+
+def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
+    """The values of rows that were not made anew, since tokens were added, where the adapter was fitted or here."""
+    spread = float(pair.kept.std(correction=0)) or 1.0
+    first = first_new_row(rows, pair.differ(), (pair.seen - pair.kept) / spread)
+    if first is None:
+        return pair
+    if config.has_size_of(pair.name, []) and last_changed >= first:
+        told = (
+            f"The {config.described} changes rows of added tokens: those of {pair.name!r} from row {first} or before "
+            f"are not those it was fitted on ({_fitted_on(config)}), since resize_token_embeddings makes new rows anew "
+            "each time"
+        )
+        if not _any_base():
+            raise ValueError(
+                f"{told}. Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter "
+                f"into that one. To load it all the same, set the environment variable {ANY_BASE}=1."
+            )
+        warnings.warn(f"{told}: it is loaded all the same, since {ANY_BASE} is set.", stacklevel=4)
+    old = rows < first
+    return _Pair(pair.name, pair.seen[old], pair.kept[old], pair.dtypes, pair.is_matrix)
+
+
+def _any_base() -> bool:
+    return os.environ.get(ANY_BASE, "").lower() in ("1", "true", "yes", "on")
+
+
+def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
+    changed = [pair for pair in pairs if bool(pair.differ().any())]
+    if not changed:
+        return
+    correlation, drift = _correlation(pairs)
+    if related == RELATED_QUANTISED and correlation >= ROUNDED:
+        return  # what a quantiser has rounded off cannot be told from further training
+    worst = min(changed, key=_one)
+    is_another = worst.is_matrix and worst.seen.numel() >= ENOUGH_OF_ONE and not _one(worst) >= RELATED_ONE
+    if all(bool(pair.seen.isfinite().all()) for pair in changed):
+        is_another = is_another or correlation < related
+    else:
+        is_another = True
+    told = (
+        f"sampled weights correlate by {correlation:.4f} and have moved by {drift:.1%} of their spread, most at "
+        f"{worst.name!r}, by {_one(worst):.2f}"
+    )
+    if is_another and not _any_base():
+        raise ValueError(
+            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told}). Load the "
+            f"adapter into its own base, or fit it on this one. To load it all the same, set the environment variable "
+            f"{ANY_BASE}=1."
+        )
+    if is_another:
+        warnings.warn(
+            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told}): it is "
+            f"loaded all the same, since {ANY_BASE} is set.",
+            stacklevel=3,
+        )
+        return
+    warnings.warn(
+        f"The base model has been trained further since the {config.described} was fitted ({told}). It was made for "
+        "the old weights: fit the adapter again.",
+        stacklevel=3,
+    )
+
+
+def _one(pair: _Pair) -> float:
+    """The correlation of one weight's values, 1 for what says nothing."""
+    correlation, _ = _correlation([pair])
+    return 1.0 if math.isnan(correlation) else correlation
+
+
+def _check_sample(name: str, sample: Any) -> None:
+    """A fingerprint comes out of a file like everything else."""
+    types = {"shape": list[int], "dtype": str, "positions": list[int], "values": list[float]}
+    is_sample = isinstance(sample, dict) and all(fits(sample.get(key), kind) for key, kind in types.items())
+    if is_sample:
+        size = math.prod(sample["shape"])
+        known = (QUANTISED, "float64", "float32", "float16", "bfloat16")
+        is_sample = (
+            sample["dtype"] in known
+            and len(sample["positions"]) == len(sample["values"]) > 0
+            and all(0 <= position < size for position in sample["positions"])
+            and all(abs(value) < math.inf for value in sample["values"])
+            and fits(sample.get("last", 0), int)
+        )
+    if not is_sample:
+        raise ValueError(f"The fingerprint has {short(sample)} of {name!r}, which is no sample: the file is damaged.")
+
+
+def _say_unread(unread: list[str], total: int, config: ChildConfig) -> None:
+    if not unread:
+        return
+    fitted_on = _fitted_on(config)
+    if len(unread) == total:
+        said = (
+            f"Whether this is the base that the {config.described} was fitted on ({fitted_on}) could not be checked: "
+            f"none of the {total} weights to compare, {unread[0]!r} among them, can be read here"
+        )
+    else:
+        said = (
+            f"Whether this is the base that the {config.described} was fitted on ({fitted_on}) was checked in part: "
+            f"{len(unread)} of the {total} weights to compare, {unread[0]!r} among them, cannot be read here"
+        )
+    warnings.warn(f"{said}, since they are offloaded, sharded, or packed by a quantiser.", stacklevel=3)
+
+
+def _fitted_on(config: ChildConfig) -> str:
+    """What an adapter says of its base: where it came from, or else its class."""
+    name, kind = config.base_model_name_or_path, config.provenance.get("base_class")
+    revision = f" at {config.revision}" if name and config.revision else ""
+    if name and kind:
+        return f"{name}{revision} ({kind})"
+    return f"{name}{revision}" if name else kind or "another model"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
+    """Names of the weights at each site, and of a matrix next to it where it has none that can be read."""
+    named = [n for n, _ in model.named_parameters(remove_duplicate=False) if "lora_" not in n]
+    # Of a tied weight one name is enough, the same wherever the model is.
+    tied = shared_weights(model)
+    named = [n for n in named if tied.get(n, [n])[0] == n]
+    matrices = [n for n in named if model.get_parameter(n).dim() > 1 or is_quantised(model.get_parameter(n))]
+    own: dict[str, list[str]] = {}
+    for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
+        own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(tied.get(name, [name])[0])
+    are_matrices = set(matrices)
+    told: dict[str, bool] = {}  # names → whether there is something to read
+
+    def tell(full: str) -> bool:
+        name = full.replace(".base_layer.", ".")
+        if name not in told:
+            told[name] = _is_readable(model, name)
+        return told[name]
+
+    for site in sites:
+        here = [tell(name) and name in are_matrices for name in own.get(site, []) if "lora_" not in name]
+        if not any(here):
+            any(tell(name) for name in _outwards(site, matrices))
+    return [name for name, readable in told.items() if readable]
+
+
+def _outwards(site: str, matrices: list[str]) -> Iterator[str]:
+    """The matrices inside a module, then those inside the module that contains it, and so on."""
+    around = site
+    while around:
+        yield from (name for name in matrices if name.startswith(f"{around}."))
+        around = around.rpartition(".")[0]
+    yield from matrices
+
+
+def _at(weight: Tensor, positions: Tensor) -> Tensor:
+    """Values at flat positions, as float64 on the CPU; nothing else of the weight is read."""
+    if weight.is_contiguous():
+        return weight.view(-1)[positions.to(weight.device)].to("cpu", torch.double)
+    return weight[torch.unravel_index(positions.to(weight.device), weight.shape)].to("cpu", torch.double)
+
+
+def _is_readable(model: nn.Module, name: str) -> bool:
+    module, own = _place(model, name)
+    if module is None:
+        return False
+    parameter = module._parameters[own]
+    return not is_quantised(parameter) or dequantised(module, own) is not None  # type: ignore[arg-type]
+
+
+def _is_whole(parameter: nn.Parameter) -> bool:
+    """Whether one process sees all of a parameter."""
+    return (type(parameter.data) is Tensor and not is_sharded(parameter)) or is_quantised(parameter)
+
+
+def _weight(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
+    """The numbers of a parameter with the name of their dtype; None where there is nothing to read."""
+    module, own = _place(model, name)
+    if module is None:
+        return None, ""
+    parameter = module.get_parameter(own)
+    if is_quantised(parameter):
+        return dequantised(module, own), QUANTISED
+    return value_of(module, own), str(parameter.dtype).removeprefix("torch.")
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that owns a parameter, and its name there; None where it cannot be read.
+
+    It is found also where a LoRA has wrapped its module since.
+    """
+    path, _, own = name.rpartition(".")
+    for candidate in (path, f"{path}.base_layer"):
+        try:
+            module = model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        parameter = module._parameters.get(own)
+        if parameter is None or not _is_whole(parameter) or why_not_reachable(module) is not None:
+            continue
+        if not (is_quantised(parameter) and parameter.device.type == "meta"):
+            return module, own
+    return None, own
+
+
+def _hint(model: nn.Module, config: ChildConfig, missing: list[str]) -> str:
+    """Where the sites are: in a head that this model does not have, or below one of its modules."""
+    sites, names = list(config.fitted_modules), {name for name, _ in model.named_modules()}
+    base_class, prefix = config.provenance.get("base_class", ""), f"{prefix_of(model)}."
+    kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
+    if kin and not any(site.startswith(prefix) for site in missing):
+        place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"
+        return (
+            f" {len(sites) - len(missing)} of its {len(sites)} modules are here, {short(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} {place}: load it into a {base_class}, or fit it again with "
+            "targets that both models have."
+        )
+    for child, _ in model.named_children():
+        if all(f"{child}.{site}" in names for site in sites):
+            return f" They exist below model.{child}: call model.{child}.load_adapter(…)."
+    return " Load it into the model it was fitted on."
+
+
+# New rows that differ from others by at most this share of the spread of the weight: both are the mean of the old ones.
+_NEARLY = 1e-2
+
+
+def token_weights(model: nn.Module) -> set[str]:
+    """The names of the weights with a row for each token; none of a model without tokens."""
+    layers: list[Any] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        find: Any = getattr(model, getter, None)
+        try:
+            layer = find() if find is not None else None
+        except (NotImplementedError, AttributeError):
+            continue
+        layers.append(getattr(layer, "base_layer", layer))
+    layers = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
+    counts = {layer.weight.shape[0] for layer in layers if isinstance(layer.weight, Tensor)}
+    own = {id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None}
+    found = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = name.rpartition(".")[0]
+        is_another = isinstance(model.get_submodule(path), nn.Embedding) and parameter.shape[0] in counts
+        if id(parameter) in own or is_another:
+            found.add(name.replace(".base_layer.", "."))
+    return found
+
+
+def first_new_row(rows: Tensor, differ: Tensor, change: Tensor) -> int | None:
+    """The row from which on two weights differ since their rows were made anew; None where that is not the reason.
+
+    All rows before it are the same, and after it all differ, or by next to nothing.
+
+    Args:
+        rows: `(n,)`, the row of each sampled value.
+        differ: `(n,)` bool.
+        change: `(n,)`, the difference of the values in units of the weight's spread.
+    """
+    if not bool(differ.any()):
+        return None
+    first = int(rows[differ].min())
+    later = rows >= first
+    if bool(later.all()) or not (bool(differ[later].all()) or bool((change[later].abs() <= _NEARLY).all())):
+        return None
+    return first
+
+
+def row_size(shape: list[int]) -> int:
+    """How many values a row of a weight has."""
+    return max(1, int(torch.Size(shape[1:]).numel()))

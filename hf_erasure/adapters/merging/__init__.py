@@ -1,0 +1,1 @@
+"""Adapters written into weights: merged, combined, exported."""

@@ -1,0 +1,446 @@
+"""Merging erasers into a model's weights: all sites of an adapter, or none.
+
+At a linear layer or an embedding the eraser goes into that layer's own weight. At any other site (a norm, above all) it
+goes into the layers that take the site's activation, if nothing but linear layers does.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..common.placement import is_offloaded, owns_offloaded, value_of, values_of
+from ..common.quantised import FLOAT_FIRST, has_quantised
+from ..erasure.layer import ErasureLayer, erasure_layers
+from ..gradiend.layer import GradiendLayer
+from .check import Probe, check_drift
+from .formulas import Edit, is_sharded, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
+from .record import BiasSwitch, bias_switches, ledger_of, originals, put_ledger, set_parameter, was_changed, write
+from .trace_uses import Uses, trace_uses
+
+
+@dataclass
+class Plan:
+    """What is to be written where, before anything is.
+
+    Attributes:
+        names: The adapters, by the path of the site they are merged at.
+        orders: The same with those that are merged there already, in the order in which they will act.
+        edits: The erasers that go into each layer, by the layer's name, the one next to the weight first.
+        modules: Those layers.
+        rewritten: Whether erasers go in front of some that are merged already, so that these are written anew too.
+    """
+
+    names: dict[str, list[str]] = field(default_factory=dict)
+    orders: dict[str, list[str]] = field(default_factory=dict)
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    rewritten: bool = False
+
+
+def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> None:
+    """Write erasers into weights, and check on a small forward pass that the model still computes the same.
+
+    Args:
+        model: The base model with erasure layers.
+        names: The adapters to merge.
+        safe_merge: Refuse weights that are not finite.
+
+    Raises:
+        ValueError: Names the site that cannot be merged exactly and what to do instead; nothing has changed then.
+    """
+    refuse_sharded(model)
+    probe = Probe(model)
+    plan = plan_merge(model, names, probe)
+    if not plan.edits:
+        return
+    _refuse_beside_gradiend(model, plan)
+    _refuse_over_other_changes(plan)
+    switches, values = _values(model, plan, names, safe_merge=safe_merge)
+    layers = erasure_layers(model)
+    # Rounding is measured on weights that are there.
+    unchecked = "its weights are offloaded" if any(map(owns_offloaded, plan.modules.values())) else None
+    if unchecked is None and probe.failure:
+        unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
+    before = None if unchecked else _run_before(model, plan, probe)
+    snapshot = Snapshot([layers[path] for path in plan.names], [*plan.modules.values(), *_given_biases(switches)])
+    configs = [(switch.config, switch.name, switch.off) for switch in switches]
+    try:
+        _write(layers, plan, switches, values)
+        if before is not None:
+            check_drift(probe, before, list(plan.modules.values()), names)
+    except BaseException:
+        snapshot.restore()
+        for config, name, off in configs:
+            setattr(config, name, off)
+        raise
+    if before is None:
+        warnings.warn(
+            f"{names} were merged without the usual comparison of outputs, since {unchecked}. Compare them yourself.",
+            stacklevel=4,
+        )
+
+
+def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> Plan:
+    """Find the layers that take the erasers of adapters.
+
+    Args:
+        model: The base model.
+        names: The adapters.
+        probe: What is run to find them.
+        allow_tied: Take layers whose weight is another's too, for changes that do not touch the weight itself.
+
+    Raises:
+        ValueError: Names the site that has no such layers, what stands in the way, and the remedy.
+    """
+    layers = {path: (layer, _merging(layer, names)) for path, layer in erasure_layers(model).items()}
+    layers = {path: (layer, here) for path, (layer, here) in layers.items() if here}
+    for layer, here in layers.values():
+        if layer._disable_adapters:
+            raise ValueError(f"The adapters are disabled: call enable_adapter_layers() before merging {here}.")
+        for name in here:
+            layer.check_values(name)
+    plan = Plan()
+    direct = {p: layer for p, (layer, _) in layers.items() if is_weight_layer(layer.host) or has_quantised(layer.host)}
+    folded = {path: layer for path, (layer, _) in layers.items() if path not in direct}
+    for path, layer in direct.items():
+        _plan_direct(plan, model, layer, layers[path][1], allow_tied=allow_tied)
+    if folded:
+        _plan_folded(plan, model, folded, names, probe, allow_tied=allow_tied)
+    return plan
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Before any forward pass: a sharded model that first runs below its root is useless afterwards.
+
+    Raises:
+        ValueError: If FSDP keeps only a part of some weight in this process.
+    """
+    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"The erasure cannot be merged: {sharded!r} and other weights of the model are sharded, and each process "
+            "has a part of them. Load the model whole to merge or to export."
+        )
+
+
+def _refuse_beside_gradiend(model: nn.Module, plan: Plan) -> None:
+    """An eraser in a weight would not reach what a GRADIEND adapter adds to that weight later, on the forward pass."""
+    merging = {id(module): target for target, module in plan.modules.items()}
+    for layer in model.modules():
+        if isinstance(layer, GradiendLayer) and (layer.acting_adapters() or layer.merged):
+            names = layer.acting_adapters() or layer.merged_adapters
+            targets = [merging[id(m)] for places in layer.owners.values() for m, _ in places if id(m) in merging]
+            if targets:
+                raise ValueError(
+                    f"The erasure cannot be merged into {targets[0]!r} beside the GRADIEND adapter {names[0]!r}, whose "
+                    "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
+                )
+
+
+def _refuse_over_other_changes(plan: Plan) -> None:
+    """Erasers before and behind a change that is not an eraser's could not be told apart when they are taken back."""
+    for target, module in plan.modules.items():
+        if was_changed(module):
+            raise ValueError(
+                f"The erasure cannot be merged into {target!r}: an erasure is merged there, and something else, such "
+                "as a LoRA, was merged after it. Call unmerge_adapter() of the erasure first, then merge both together."
+            )
+
+
+def _merging(layer: ErasureLayer, names: list[str]) -> list[str]:
+    return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
+
+
+def _plan_direct(plan: Plan, model: nn.Module, layer: ErasureLayer, names: list[str], *, allow_tied: bool) -> None:
+    path = layer.path
+    tied = _tied_to(model, path)
+    if tied and not allow_tied:
+        raise ValueError(
+            f"The erasure at {path!r} cannot be merged: its weight is shared by {tied}, which would change too. Untie "
+            "the weights (tie_word_embeddings=False) or use the adapter unmerged."
+        )
+    for site in ("output", "input"):
+        for name in outwards(plan, layer, names, site):
+            refusal = why_not_mergeable(layer.host, site)
+            if refusal is not None:
+                raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
+            if allow_tied and owns_offloaded(layer.host):
+                raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
+            _add(plan, path, layer.host, layer, name, site)
+
+
+def _plan_folded(
+    plan: Plan, model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
+) -> None:
+    path = next(iter(sites))
+    if is_offloaded(model):
+        raise ValueError(
+            f"The erasure at {path!r} cannot be merged: which layers take its activation is found by following it to "
+            "their weights, and weights of this model are offloaded. Load the model on one device to merge, use the "
+            "adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+        )
+    if probe.failure:
+        raise ValueError(
+            f"The erasure at {path!r} cannot be merged: which layers take its activation is found by running the "
+            f"model on a dummy input, and this {type(model).__name__} cannot be ({probe.failure}). Use the adapter "
+            "unmerged, or target linear layers, e.g. target_modules='all-linear'."
+        )
+    uses, fed = trace_uses(model, probe, sites, names)
+    _refuse_unless_foldable(model, uses, fed, allow_tied=allow_tied)
+    modules = dict(model.named_modules())
+    for path, layer in sites.items():
+        for site in ("output", "input"):
+            for name in outwards(plan, layer, _merging(layer, names), site):
+                for target in dict.fromkeys(uses[path].layers):
+                    _add(plan, target, modules[target], layer, name, "input")
+
+
+def _refuse_unless_foldable(
+    model: nn.Module, uses: dict[str, Uses], fed: dict[str, set[str]], *, allow_tied: bool
+) -> None:
+    found = {path: why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
+    reasons = {path: reason for path, reason in found.items() if reason is not None}
+    if not reasons:
+        return
+    path, reason = next(iter(reasons.items()))
+    more = "" if len(reasons) == 1 else f" Of {len(uses)} such sites {len(reasons)} cannot be merged."
+    remedy = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+    if len(reasons) < len(uses):
+        remedy = f"Fit it again without them, exclude_modules={list(reasons)}, or use the adapter unmerged."
+    if any(uses[site].quantised for site in reasons):
+        on_float = not any(uses[site].obstacles or uses[site].returned for site in reasons)
+        remedy = f"Use the adapter unmerged{', or ' + FLOAT_FIRST if on_float else ''}."
+    if isinstance(model.get_submodule(path), BaseTunerLayer):
+        reason = "another adapter wraps its module, and what that one adds would not be erased"
+        remedy = "Call merge_and_unload() of that one first, or use the adapter unmerged."
+    raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
+
+
+def why_not_foldable(
+    model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool = False
+) -> str | None:
+    """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""
+    if not uses.runs:
+        return "it was not reached when the model ran on a dummy input"
+    if uses.returned:
+        return f"its activation is part of what {type(model).__name__} returns, and would be returned un-erased"
+    if uses.obstacles:
+        obstacles = ", ".join(f"`{name}`" for name in dict.fromkeys(uses.obstacles))
+        return (
+            f"its activation goes into {obstacles}, and only linear layers (Linear, Conv1D) can take the projection "
+            "into their weights"
+        )
+    if uses.quantised:
+        return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after it"
+    if not uses.layers:
+        return "no layer of the model takes its activation"
+    for target in dict.fromkeys(uses.layers):
+        names = _tied_to(model, target)
+        if names and not allow_tied:
+            return (
+                f"it goes into {target!r}, whose weight is shared by {names}, which would change too; a model with "
+                "untied weights (tie_word_embeddings=False) has no such tie"
+            )
+        others = sorted(fed[target] - {path, *(["<embedding>"] if allow_tied else [])})
+        if others:
+            return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
+    return None
+
+
+def _tied_to(model: nn.Module, owner: str) -> list[str] | None:
+    """All the names of a module's parameters that are another module's too."""
+    tied = shared_weights(model)
+    return next((tied[name] for name in tied if name.rpartition(".")[0] == owner), None)
+
+
+def _add(plan: Plan, target: str, module: nn.Module, layer: ErasureLayer, name: str, side: str) -> None:
+    plan.names.setdefault(layer.path, [])
+    if name not in plan.names[layer.path]:
+        plan.names[layer.path].append(name)
+    plan.modules[target] = module
+    edits = plan.edits.setdefault(target, [])
+    left, right, bias = layer.eraser_state(name)
+    if left.shape[-1]:
+        edits.append(Edit(layer.path, name, side, left, right, bias))
+
+
+# ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
+
+
+def outwards(plan: Plan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
+    """The order in which erasers at one side of a module enter the weight: from the weight outwards.
+
+    They act in the order in which they are named, and after those that are merged already. Where all of these are
+    active, and each call named them in the order in which they act, that order stays.
+
+    Raises:
+        ValueError: If one that is not to be merged acts between them and the weight.
+    """
+    here = [name for name in names if layer.concept_erasure_site[name] == site]
+    _refuse_between(layer, here, site)
+    merged = [name for name in layer.merged_adapters if layer.concept_erasure_site[name] == site]
+    acting = [name for name in layer.switched_on() if name in (*merged, *here)]
+    parts = [[name for name in acting if name in part] for part in (merged, here)]
+    order = acting if parts == [merged, here] else [*merged, *here]
+    plan.orders.setdefault(layer.path, []).extend(order)
+    return [name for name in (order if _weight_first(layer, site) else order[::-1]) if name in here]
+
+
+def _refuse_between(layer: ErasureLayer, here: list[str], site: str) -> None:
+    applied = layer.applied_adapters(site)
+    present = applied if _weight_first(layer, site) else applied[::-1]
+    merging = [name for name in present if name in here]
+    if merging != present[: len(merging)]:
+        raise ValueError(
+            f"{merging} cannot be merged into {layer.path!r} before {present[0]!r}, which acts between them and the "
+            f"weight: merge {present[: present.index(merging[-1]) + 1]} together."
+        )
+
+
+def _weight_first(layer: ErasureLayer, site: str) -> bool:
+    """Whether the eraser that is applied first is the one next to the weight: at the output of the weight's layer."""
+    return site == "output" and is_weight_layer(layer.host)
+
+
+def _arranged(layers: dict[str, ErasureLayer], plan: Plan, target: str) -> list[Edit]:
+    """All erasers in a layer, old and new: those of one site in the order that the plan has for them."""
+    ledger = ledger_of(plan.modules[target])
+    found = [*(ledger.edits if ledger is not None else []), *plan.edits[target]]
+    for path in dict.fromkeys(edit.path for edit in plan.edits[target]):
+        for side in ("output", "input"):
+            places = [i for i, edit in enumerate(found) if (edit.path, edit.side) == (path, side)]
+            sites = {layers[path].concept_erasure_site[found[i].adapter] for i in places}
+            order = plan.orders[path] if sites and _weight_first(layers[path], sites.pop()) else plan.orders[path][::-1]
+            sorted_edits = sorted((found[i] for i in places), key=lambda edit: order.index(edit.adapter))
+            for place, edit in zip(places, sorted_edits, strict=True):
+                found[place] = edit
+    return found
+
+
+def _run_before(model: nn.Module, plan: Plan, probe: Probe) -> list[Tensor]:
+    """What the model gives while erasers act unmerged in the order in which they will act once merged."""
+    layers = erasure_layers(model)
+    written = [module for module in model.modules() if plan.rewritten and ledger_of(module) is not None]
+    snapshot = Snapshot(list(layers.values()), written)
+    active = {path: layer._active_adapter for path, layer in layers.items()}
+    try:
+        for path, layer in layers.items():
+            order = plan.orders.get(path, layer.merged_adapters)
+            layer.merged_adapters = [] if plan.rewritten else layer.merged_adapters
+            layer._active_adapter = _order_of_action(layer, order)
+        for module in written:
+            for name, value in originals(module).items():
+                set_parameter(module, name, value)
+        return probe.run()
+    finally:
+        snapshot.restore()
+        for path, layer in layers.items():
+            layer._active_adapter = active[path]
+
+
+def _order_of_action(layer: ErasureLayer, names: list[str]) -> list[str]:
+    order = []
+    for site in ("output", "input"):
+        merged = [name for name in names if layer.concept_erasure_site[name] == site]
+        others = [name for name in layer.applied_adapters(site) if name not in merged]
+        order += [*merged, *others] if _weight_first(layer, site) else [*others, *merged]
+    return order
+
+
+# ---- values, and their way into the model ----------------------------------------------------------------------------
+
+
+def _values(
+    model: nn.Module, plan: Plan, names: list[str], *, safe_merge: bool
+) -> tuple[list[BiasSwitch], dict[str, dict[str, Tensor]]]:
+    """The merged parameters of each layer, and the switches that give it the bias it needs."""
+    values = {}
+    layers = erasure_layers(model)
+    for target, module in plan.modules.items():
+        edits, ledger = _arranged(layers, plan, target), ledger_of(module)
+        if ledger is not None and edits[: len(ledger.edits)] != ledger.edits:  # one goes in front of those
+            plan.rewritten = True
+            present = {name: value for name, value in originals(module).items() if value is not None}
+            values[target] = merged_parameters(module, present, edits)
+        else:
+            values[target] = merged_parameters(module, values_of(module), plan.edits[target])
+        plan.edits[target] = edits
+        for key, value in values[target].items():
+            if safe_merge and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
+    lacking = [
+        t for t, module in plan.modules.items() if "bias" in values[t] and module._parameters.get("bias") is None
+    ]
+    return _switches_for(model, plan, lacking), values
+
+
+def _switches_for(model: nn.Module, plan: Plan, lacking: list[str]) -> list[BiasSwitch]:
+    """The entries of the configuration that give `lacking` their biases.
+
+    Raises:
+        ValueError: If some of them get none from any.
+    """
+    known = bias_switches(model) if lacking else []
+    found = {target: next((s for s in known if target in s.modules), None) for target in lacking}
+    left = [target for target, switch in found.items() if switch is None]
+    if left:
+        sites = list(dict.fromkeys(edit.path for target in left for edit in plan.edits[target]))
+        without = ""
+        if len(sites) < len(plan.names):
+            without = f"leave out the sites that need one, exclude_modules={sites}, "
+        raise ValueError(
+            f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, for which {left[0]!r}"
+            f" would need a bias; it has none, and no entry of {type(model).__name__}'s configuration gives one. "
+            f"Fit a purely linear erasure with ConceptErasureConfig(affine=False), {without}or use this adapter "
+            "unmerged."
+        )
+    needed: list[BiasSwitch] = []
+    for switch in found.values():
+        if switch is not None and not any(switch is other for other in needed):
+            needed.append(switch)
+    return needed
+
+
+def _write(
+    layers: dict[str, ErasureLayer], plan: Plan, switches: list[BiasSwitch], values: dict[str, dict[str, Tensor]]
+) -> None:
+    for switch in switches:
+        switch.open()
+    for target, module in plan.modules.items():
+        write(module, values[target], plan.edits[target])
+        for path in {edit.path for edit in plan.edits[target]}:
+            layers[path].note_written(module)
+    for path in plan.names:
+        layers[path].merged_adapters = plan.orders[path]
+
+
+class Snapshot:
+    """Weights, their ledgers and the layers' notes as they are now, by reference: writing puts new tensors in place."""
+
+    def __init__(self, layers: list[ErasureLayer], modules: list[nn.Module]) -> None:
+        self.layers = [(layer, [*layer.merged_adapters], [*layer._written]) for layer in layers]
+        self.modules = [(m, {name: value_of(m, name) for name in m._parameters}) for m in modules]
+        self.ledgers = [(module, copy.copy(ledger_of(module))) for module in modules]
+        for _, ledger in self.ledgers:
+            if ledger is not None:
+                ledger.edits = [*ledger.edits]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for layer, merged, written in self.layers:
+            layer.merged_adapters, layer._written = merged, written
+        for module, values in self.modules:
+            for name, value in values.items():
+                set_parameter(module, name, value)
+        for module, ledger in self.ledgers:
+            put_ledger(module, ledger)
+
+
+def _given_biases(switches: list[BiasSwitch]) -> list[nn.Module]:
+    return [module for switch in switches for module in switch.modules.values()]

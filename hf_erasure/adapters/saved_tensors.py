@@ -1,0 +1,282 @@
+"""What an adapter file holds: its tensors, their digest, and what would not come back from it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import cached_file
+
+from hf_erasure.models.model import as_attribute
+
+from .common.active import users_level
+from .common.config import ChildConfig
+from .common.layer import AdapterChild
+from .common.lookup import Found, adapters_in
+from .common.tuner import is_child
+from .loading.file_checks import PREFIX, TYPES
+
+# What stands in the name of a module that was compiled, sharded or checkpointed by itself.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def adapter_state_dict(
+    original: Callable, model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
+) -> dict[str, Tensor]:
+    """`get_peft_model_state_dict`, which gives `own_tensors` for an adapter of either kind.
+
+    Raises:
+        ValueError: If the model does not have all tensors, or those of the model itself are asked for too.
+    """
+    given = inspect.signature(original).bind(model, state_dict, adapter_name, *args, **kwargs).arguments
+    whole = getattr(model, "_orig_mod", model)
+    if not isinstance(whole.peft_config.get(adapter_name), ChildConfig):
+        return original(model, state_dict, adapter_name, *args, **kwargs)
+    refuse_embeddings(given.get("save_embedding_layers", "auto"))
+    prefix = PREFIX if hasattr(whole, "get_base_model") else ""
+    found = own_tensors(whole, adapter_name, whole.state_dict() if state_dict is None else state_dict)
+    return {f"{prefix}{name}": tensor.detach() for name, tensor in found.items()}
+
+
+def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The tensors of an adapter of either kind, with those of its `modules_to_save`, by the keys of its file.
+
+    Args:
+        model: A transformers model or a `PeftModel` with the adapter.
+        adapter_name: The adapter.
+        state_dict: Values that go before the model's own, as gathered from shards.
+
+    Returns:
+        Key without PEFT's prefix → tensor.
+
+    Raises:
+        ValueError: If the model does not have all of them, or has values that are missing or not finite.
+    """
+    config: ChildConfig = model.peft_config[adapter_name]
+    is_wrapped = hasattr(model, "get_base_model")
+    base: nn.Module = model.get_base_model() if is_wrapped else model
+    given, root = state_dict or {}, PREFIX if is_wrapped else ""
+    own: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for path, module in base.named_modules():
+        place = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        for key, name, tensor in _saved(module, adapter_name):
+            value = given.get(f"{root}{path}.{key}", given.get(f"{root}{place}.{key}", tensor))
+            (own if isinstance(module, AdapterChild) else copies)[f"{place}.{name}"] = value
+        if isinstance(module, AdapterChild) and adapter_name in module.adapters:
+            module.check_values(adapter_name)
+    _check_whole(own, config, adapter_name, base)
+    _check_copies(copies, config, base)
+    nowhere = next((name for name, tensor in (own | copies).items() if tensor.device.type == "meta"), None)
+    if nowhere is not None:
+        raise ValueError(
+            f"The {config.described} cannot be saved: {nowhere!r} is on the meta device and has no values. Load the "
+            "adapter again, into a model that has its weights."
+        )
+    infinite = next(
+        (n for n, t in (own | copies).items() if t.is_floating_point() and not bool(t.isfinite().all())), None
+    )
+    if infinite is not None:
+        raise ValueError(
+            f"The {config.described} cannot be saved: {infinite!r} has values that are not finite, and could not be "
+            "loaded again. Nothing was written. Load the adapter again, or look at the state_dict that was given."
+        )
+    return own | copies
+
+
+def refuse_embeddings(wish: Any) -> None:
+    """Raise a `ValueError` where a caller wants the model's own embeddings among the tensors of an adapter."""
+    if wish not in ("auto", False):
+        raise ValueError(
+            f"save_embedding_layers={wish!r} would put the model's own embeddings into the adapter, where no model "
+            "loads them from: save the model itself, without adapters."
+        )
+
+
+def _saved(module: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
+    """What one module keeps for an adapter: the key below the module, the same without the adapter's name, a value."""
+    if isinstance(module, AdapterChild):
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if key.endswith(f".{adapter_name}"):
+                yield key, key.removesuffix(f".{adapter_name}"), tensor
+    elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+        for name, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
+            yield f"modules_to_save.{adapter_name}.{name}", name, tensor
+
+
+def _check_whole(own: dict[str, Tensor], config: ChildConfig, adapter_name: str, base: nn.Module) -> None:
+    """Raise if the model has only a part of an adapter, or nothing of it any more, or more than its configuration."""
+    if not own:
+        raise ValueError(
+            f"The {config.described} cannot be saved: no module of this {type(base).__name__} has adapter "
+            f"{adapter_name!r} any more, as after merge_and_unload() or unload(). Nothing was written. Save the "
+            "adapter before that, or load it again. A merged model is saved by save_pretrained of what "
+            "merge_and_unload() returned, into a folder of its own."
+        )
+    if not config.fitted:
+        return
+    expected = config.tensors()
+    missing = [name for name in expected if name not in own]
+    if missing:
+        raise ValueError(
+            f"The {config.described} cannot be saved: this {type(base).__name__} has {len(expected) - len(missing)} of "
+            f"the {len(expected)} tensors of adapter {adapter_name!r}, and {missing[0]!r} is not among them. Nothing "
+            "was written. Modules were taken out of the model or moved in it: save the adapter before that, or load "
+            "it into the model that it was fitted on."
+        )
+    wrong = [
+        name
+        for name, tensor in own.items()
+        if name not in expected
+        or tuple(tensor.shape) != expected[name][0]
+        or TYPES.get(tensor.dtype) not in expected[name][1]
+    ]
+    if wrong:
+        raise ValueError(
+            f"The {config.described} cannot be saved: {wrong[0]!r} of adapter {adapter_name!r}, shape "
+            f"{list(own[wrong[0]].shape)} and {own[wrong[0]].dtype}, is not what its configuration says, and could not "
+            "be loaded again. Nothing was written. Leave the fields that fitting writes as they are, or fit it again."
+        )
+
+
+def _check_copies(copies: dict[str, Tensor], config: ChildConfig, base: nn.Module) -> None:
+    """Raise if a module that the configuration names has no copy; a name that no module has is nothing to save."""
+    for end in config.modules_to_save or ():
+        named = [path for path, _ in base.named_modules() if path.endswith(end) and "modules_to_save" not in path]
+        if named and not any(name.startswith(f"{path}.") for path in named for name in copies):
+            raise ValueError(
+                f"The {config.described} cannot be saved: {named[0]!r} is one of its modules_to_save="
+                f"{config.modules_to_save}, and the adapter has no copy of it any more. Nothing was written. Load the "
+                "adapter again, with PeftModel.from_pretrained(model, folder)."
+            )
+
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# What decides on the effect of an adapter beside its tensors.
+_SETTINGS = (
+    "peft_type",
+    "site",
+    "feature_factor",
+    "learning_rate",
+    "pair",
+    "lora_alpha",
+    "alpha_pattern",
+    "use_rslora",
+)
+
+
+def digest_of(folder: str | Path, config: Any) -> str | None:
+    """Identify what an adapter does.
+
+    The digest is the same for every copy, whether it was saved from a bare encoder or from a model with a head.
+
+    Args:
+        folder: The adapter's, or its name on the Hub.
+        config: Its configuration.
+
+    Returns:
+        16 hexadecimal digits; None where the folder holds no weights.
+    """
+    found = [path for name in WEIGHTS if (path := _file(folder, name)) is not None]
+    if not found:
+        return None
+    hashed = hashlib.sha256()
+    settings = {name: getattr(config, name, None) for name in _SETTINGS}
+    hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    if found[0].suffix == ".bin":  # a pickle is not opened
+        hashed.update(found[0].read_bytes())
+        return hashed.hexdigest()[:16]
+    with safe_open(found[0], framework="pt") as content:
+        names = sorted(content.keys())
+        for name in names:
+            value = content.get_tensor(name)
+            value = value.float() if value.is_floating_point() else value
+            hashed.update(f"{_relative(name, names)} {list(value.shape)} {value.dtype}".encode())
+            hashed.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()[:16]
+
+
+def digest_of_data(value: Any) -> str | None:
+    """16 hexadecimal digits for plain data; None for nothing."""
+    if not value:
+        return None
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _relative(name: str, names: list[str]) -> str:
+    """A tensor's name below what all names begin with: a head on top of the encoder prefixes them all."""
+    first, last = names[0].split("."), names[-1].split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
+    return ".".join(name.split(".")[shared:])
+
+
+def _file(folder: str | Path, name: str) -> Path | None:
+    if (path := Path(folder, name)).is_file():
+        return path
+    if Path(folder).is_dir():
+        return None
+    cached = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
+    return None if cached is None else Path(cached)
+
+
+def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> None:
+    """Called before `model.save_pretrained`, or before a training that will call it.
+
+    A model that holds adapters itself saves the active one and no weights; it is told in a warning what is left out.
+
+    Args:
+        model: A transformers model, or a `PeftModel`.
+        state_dict: What is to be written; all of the model's tensors when None.
+
+    Raises:
+        ValueError: If the weights of the model would be written, among them tensors of an adapter that nothing reads.
+    """
+    lost = [place for place in adapters_in(model, ChildConfig) if not _is_saved(model, place)]
+    if not lost or (state_dict is not None and not any(is_child(key) for key in state_dict)):
+        return
+    first = lost[0]
+    told, name = f"the {first.config.described}, {first.name!r}, on {as_attribute(first.path)}", type(model).__name__
+    if first.owner is model:
+        raise ValueError(
+            f"Saving this {name} would lose {told}, which PEFT added to it. Save the PeftModel, peft_model."
+            "save_pretrained(folder), or merge it first; or add adapters by model.add_adapter and model.load_adapter."
+        )
+    part = as_attribute(first.path)
+    keep = f"{part}.save_pretrained(folder) saves it in a folder of its own"
+    if getattr(model, "peft_config", None):
+        _refuse_foreign(model, lost, keep)
+        warnings.warn(f"Saving this {name} leaves out {told}: {keep}.", stacklevel=users_level())
+        return
+    raise ValueError(
+        f"Saving this {name} would lose {told}: {keep}. After {part}.delete_adapter({first.name!r}) the model is saved "
+        f"without it. An adapter that is loaded into the whole model, model.load_adapter(folder), is saved by "
+        "model.save_pretrained; it may come from the part's folder."
+    )
+
+
+def _refuse_foreign(model: Any, lost: list[Found[ChildConfig]], keep: str) -> None:
+    """Raise where the adapter of a part is on in the place of the model's own: transformers would look for it here."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return
+    foreign = [name for name in model.active_adapters() if name not in model.peft_config]
+    if foreign:
+        own = list(model.peft_config)
+        raise ValueError(
+            f"This {type(model).__name__} cannot be saved: {foreign} is on, which is not an adapter of it but of "
+            f"{as_attribute(lost[0].path)}, and {own} is off. {keep}. Call model.set_adapter({own}) before saving this "
+            "model with its own."
+        )
+
+
+def _is_saved(model: Any, place: Found[ChildConfig]) -> bool:
+    """Whether `save_pretrained` of the model takes an adapter for one of its own."""
+    return place.holder is model and (model is not place.owner or getattr(model, "_hf_peft_config_loaded", False))

@@ -1,0 +1,272 @@
+"""Erasures that need the label of every row at test time, for analysis: oracle and quadratic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from .batch_rows import infer_z_dim, read_rows
+from .moments import ConceptMoments
+from .whitening import check_shrinkage, oas_shrinkage, whiten_concept
+
+
+@dataclass(frozen=True, eq=False)
+class OracleEraser:
+    """The map `(x, z) ↦ x − coefficients · (z − mean_z)`.
+
+    The guarantee is that of LEACE, no linear probe with a convex loss beats the best constant, on the rows it was
+    fitted on. A quadratic probe may.
+
+    Attributes:
+        coefficients: `(x_dim, z_dim)` float64, the regression of x on z.
+        mean_z: `(z_dim,)` float64.
+    """
+
+    coefficients: Tensor
+    mean_z: Tensor
+
+    @classmethod
+    def fit(cls, x: Tensor, z: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None) -> OracleEraser:
+        """Fit on one batch of rows; arguments and errors are those of `ConceptMoments.update`."""
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
+        return cls.of(ConceptMoments(x.shape[-1], infer_z_dim(x, z, mask)).update(x, z, weight, mask=mask))
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def of(cls, moments: ConceptMoments) -> OracleEraser:
+        """Solve from moments.
+
+        Raises:
+            ValueError: If no rows were seen, or z does not vary.
+        """
+        moments.check_concept()
+        # The pseudo-inverse is relative to the variance of every class: a rare one is erased as a common one is.
+        whitener = whiten_concept(moments.covariance_z)
+        return cls(moments.cross_covariance @ whitener @ whitener.T, moments.mean_z)
+
+    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
+        """Erase the concept.
+
+        Args:
+            x: `(…, x_dim)`.
+            z: Integer class ids `(…)`, or values `(…, z_dim)`, of every row.
+
+        Returns:
+            `(…, x_dim)` in the dtype of `x`; computed in float32 or, for float64, in it.
+
+        Raises:
+            TypeError: If `x` is no floating-point tensor or `z` no tensor.
+            ValueError: If a shape does not fit or a class id is out of range.
+        """
+        width, classes = self.coefficients.shape
+        check_activations(x, z, width)
+        if z.shape == x.shape[:-1] and not z.dtype.is_floating_point and classes > 1:
+            values = one_hot(check_ids(z, classes), classes)
+        elif z.shape == (*x.shape[:-1], classes):
+            values = z
+        elif classes == 1 and z.shape == x.shape[:-1]:
+            values = z.unsqueeze(-1)
+        else:
+            raise ValueError(
+                f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}: give one class id per row, or z_dim={classes} "
+                "values."
+            )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        offset = (values.double() - self.mean_z.to(z.device)).to(x.device, dtype)
+        return (x.to(dtype) - offset @ self.coefficients.to(x.device, dtype).T).to(x.dtype)
+
+
+def check_activations(x: Tensor, z: Tensor, width: int) -> None:
+    """Refuse what an eraser that is told z cannot act on."""
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x is {kind}: an eraser acts on floating-point activations; call x.float() first.")
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z is {type(z).__name__}: give a tensor with the concept of every row.")
+    if x.shape[-1:] != (width,):
+        raise ValueError(f"x has shape {tuple(x.shape)}, but the eraser acts on a last dimension of {width}.")
+
+
+def check_ids(z: Tensor, classes: int) -> Tensor:
+    """Class ids as int64, all of them known: a row without a label cannot be erased by its label."""
+    low, high = (int(edge) for edge in z.aminmax()) if z.numel() else (0, 0)
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"z holds class id {low if low < 0 else high}, but ids run from 0 to {classes - 1}: this eraser needs the "
+            "label of every row; leave rows without one out."
+        )
+    return z.to(torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticEraser:
+    """The map `(x, c) ↦ μ + T_c (x − μ_c)`.
+
+    On the rows it was fitted on without shrinkage, `E[x | c]` and `E[x xᵀ | c]` are the same for all c, so that no
+    probe that is quadratic in x and trained with a convex loss beats the best constant. Third and higher moments may
+    still tell the classes apart.
+
+    Attributes:
+        class_means: `(k, x_dim)` float64.
+        mean: `(x_dim,)` float64, that of all rows.
+        maps: `(k, x_dim, x_dim)` float64, symmetric.
+    """
+
+    class_means: Tensor
+    mean: Tensor
+    maps: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        x: Tensor,
+        z: Tensor,
+        *,
+        shrinkage: str | float | None = None,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> QuadraticEraser:
+        """Fit on one batch of rows.
+
+        Args:
+            x: `(…, x_dim)` activations.
+            z: Integer class ids `(…)`, −100 to leave a row out.
+            shrinkage: As in `of`.
+            weight: `(…)` non-negative weights of rows.
+            mask: `(…)` bool, False leaves a row out.
+
+        Raises:
+            TypeError: If an argument is no tensor of numbers.
+            ValueError: If `z` is no class ids, or as in `of`.
+        """
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
+        classes = infer_z_dim(x, z, mask)
+        rows = read_rows(x, z, weight, mask, x.shape[-1], classes)
+        if rows.ids is None:
+            raise ValueError(f"z has shape {tuple(z.shape)} and dtype {z.dtype}: give one integer class id per row.")
+        counted = rows.chunk(0, rows.count)
+        parts = []
+        for label in range(classes):
+            own = rows.ids == label
+            if not bool(own.any()):
+                raise ValueError(f"Class {label} of {classes} has no rows: number the classes that occur from 0.")
+            own_weight = None if rows.weight is None else rows.weight[own]
+            parts.append(ConceptMoments(x.shape[-1], 0).update(counted[own].double(), None, own_weight))
+        return cls.of(parts, shrinkage=shrinkage)
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def of(cls, classes: Sequence[ConceptMoments], *, shrinkage: str | float | None = None) -> QuadraticEraser:
+        """Solve from the moments of each class.
+
+        Args:
+            classes: One for each class, in the order of their ids; their concept, if any, does not count.
+            shrinkage: "oas", a share of the identity in [0, 1], or None; applied to the correlation matrix of each
+                class. Unlike in LEACE it costs the guarantee: the covariances that are matched are the shrunk ones.
+
+        Raises:
+            ValueError: If there are fewer than two classes, one has seen no rows, widths differ, `shrinkage` is
+                unknown, or a class varies in fewer directions than the others, as with fewer rows than features.
+        """
+        check_shrinkage(shrinkage)
+        if len(classes) < 2 or any(part.rows == 0 for part in classes):
+            raise ValueError(f"classes have rows {[part.rows for part in classes]}: give at least two, none empty.")
+        if len({part.x_dim for part in classes}) > 1:
+            raise ValueError(f"classes have widths {[part.x_dim for part in classes]}: use moments of the same site.")
+        weights = torch.tensor([part.weight for part in classes], dtype=torch.float64)
+        means = torch.stack([part.mean_x for part in classes])
+        shares = (weights / weights.sum()).to(means.device)
+        covariances = torch.stack([_shrunk(part, shrinkage) for part in classes])
+        target = barycentre(covariances, shares)
+        maps = torch.stack([_transport(covariance, target) for covariance in covariances])
+        reached = maps @ covariances @ maps
+        missed = (reached - target).flatten(1).norm(dim=1) / target.norm().clamp_min(torch.finfo(target.dtype).tiny)
+        if bool((missed > 1e-6).any()):
+            short = int(missed.argmax())
+            raise ValueError(
+                f"The covariance of class {short} ({classes[short].rows} rows of width {classes[short].x_dim}) has "
+                "fewer directions than that of the others, so no linear map makes them equal: give more rows than "
+                "features for every class, fewer features, or shrinkage='oas', which matches them only about."
+            )
+        return cls(means, shares @ means, maps)
+
+    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
+        """Erase the concept.
+
+        Args:
+            x: `(…, x_dim)`.
+            z: Integer class ids `(…)` of every row.
+
+        Returns:
+            `(…, x_dim)` in the dtype of `x`; computed in float32 or, for float64, in it.
+
+        Raises:
+            TypeError: If `x` is no floating-point tensor or `z` no tensor of integers.
+            ValueError: If a shape does not fit or a class id is out of range.
+        """
+        count, width = self.class_means.shape
+        check_activations(x, z, width)
+        if z.dtype.is_floating_point:
+            raise TypeError(f"z has dtype {z.dtype}: give integer class ids.")
+        if z.shape != x.shape[:-1]:
+            raise ValueError(f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}: give one class id per row.")
+        ids = check_ids(z, count).to(x.device).reshape(-1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        means, mean, maps = (part.to(x.device, dtype) for part in (self.class_means, self.mean, self.maps))
+        rows = x.to(dtype).reshape(-1, width)
+        erased = torch.empty_like(rows)
+        for label in range(count):
+            own = ids == label
+            erased[own] = (rows[own] - means[label]) @ maps[label] + mean
+        return erased.reshape(x.shape).to(x.dtype)
+
+
+def barycentre(covariances: Tensor, shares: Tensor) -> Tensor:
+    """`(d, d)` covariance of the 2-Wasserstein barycentre of centred Gaussians `(k, d, d)` with weights `(k,)`."""
+    weights = shares[:, None, None]
+    centre = (weights * covariances).sum(0)
+    for _ in range(200):
+        root, inverse = _roots(centre)
+        middle = inverse @ (weights * _roots(root @ covariances @ root)[0]).sum(0) @ inverse
+        following = middle @ centre @ middle
+        change = float((following - centre).norm())
+        centre = (following + following.T) / 2
+        # The iteration contracts; below this it turns in its own rounding.
+        if change <= 1e-13 * float(centre.norm()):
+            break
+    return centre
+
+
+def _transport(source: Tensor, target: Tensor) -> Tensor:
+    """The symmetric T of least change with `T · source · T = target`."""
+    root, inverse = _roots(source)
+    return inverse @ _roots(root @ target @ root)[0] @ inverse
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of symmetric `(…, d, d)` and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    keep = values > values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
+    root = torch.where(keep, values, 0.0).sqrt()
+    inverse = torch.where(keep, 1 / torch.where(keep, root, 1.0), 0.0)
+    return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
+
+
+def _shrunk(moments: ConceptMoments, shrinkage: str | float | None) -> Tensor:
+    covariance = moments.covariance_x
+    if shrinkage is None:
+        return covariance
+    variance = covariance.diagonal().clone()
+    if shrinkage == "oas":
+        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+        correlation = covariance * scale * scale[:, None]
+        shrinkage = oas_shrinkage(float(correlation.square().mean()), moments.x_dim, moments.effective_rows)
+    return (1 - float(shrinkage)) * covariance + float(shrinkage) * variance.diag()

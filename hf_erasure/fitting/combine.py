@@ -1,0 +1,249 @@
+"""Several fitted adapters made into one, and fits of several shards added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.fitted_with import RECORD, warn_of_what_is_off, without
+from hf_erasure.adapters.common.layer import adapter_children
+from hf_erasure.adapters.common.lookup import adapter_of, adapters_in
+from hf_erasure.adapters.merging.combine import combine_fitted
+from hf_erasure.adapters.saving import staged
+from hf_erasure.erasers import ConceptMoments
+from hf_erasure.models import check_pool
+from hf_erasure.models.runner import Runner
+
+from .checkpoint import FitCheckpoint
+from .fit import adapter_to_fit, conclude, solved
+from .labels import Source, background_source
+from .processes import Processes
+from .rows_seen import RowsSeen
+from .sites import SiteFit, solve_site
+from .task import FitTask, Peeked, pool_for
+
+
+def combine_adapters(
+    model: Any,
+    names: Sequence[str],
+    into: str,
+    *,
+    batches: Mapping[str, Iterable[Any]] | None = None,
+    background: Iterable[Any] | None = None,
+    sequential: bool = True,
+    pool: str | None = None,
+    resident_batches: int | None = None,
+    sticky: bool = False,
+    progress: bool = True,
+) -> ConceptErasureConfig:
+    """Make one erasure adapter that removes the concepts of several fitted ones.
+
+    To switch several erasures on, as in `model.set_adapter(["gender", "pos"])`, is not the same. They act one after
+    the other in the order in which they are switched on; the concept of the first is erased exactly, and of the others
+    a part comes back, unless each was fitted while those before it were switched on.
+
+    Without `batches` the new eraser of every site projects away the joint span of what the others subtract. Whatever
+    had covariance with one of the concepts in the activations that its eraser was fitted on has none after it. Where
+    all were fitted in one pass on the same rows, or with the same background, it is the eraser of the joint concept
+    (LEACE, arXiv 2306.03819). But deeper sites receive other activations beside more erasers in front of them: there
+    it is an approximation, and a warning says so.
+
+    With `batches` the new adapter is fitted anew, as `fit_concept_erasure` does, on moments of all concepts. Each is
+    labelled on batches of its own, which may be the same texts or others. That is exact at every site.
+
+    The mean that is kept is that of the adapters, weighted by the rows that each has seen, or that of all batches. It
+    moves all activations alike and has no influence on what can be read from them.
+
+    Args:
+        model: A model with fitted erasures, or whatever it is inside of.
+        names: The adapters, at least two. Their order does not matter, and they stay as they are.
+        into: The name of the new adapter.
+        batches: Adapter → batches with the labels of its concept, as `fit_concept_erasure` takes them; in each
+            process its own share.
+        background: As in `fit_concept_erasure`; only with `batches`, as are the next three.
+        sequential: Fit each site on activations that are already erased upstream.
+        pool: As in `fit_concept_erasure`.
+        resident_batches: How many batches keep their activations in memory.
+        sticky: Whether the new adapter stays active when another is activated.
+        progress: Show progress bars.
+
+    Returns:
+        The configuration of the new adapter. It is active afterwards as after `add_adapter` of this model: on a bare
+        model it alone, and on a `PeftModel` those that were before; call `model.set_adapter(into)` there.
+
+    Raises:
+        ValueError: If there are not two adapters, one is unknown, no concept erasure, not fitted or merged, if they
+            differ in side, width or `affine`, if `into` is taken, or the batches do not fit; the model is as it was
+            then.
+    """
+    if batches is None:
+        if background is not None or resident_batches is not None:
+            raise ValueError("background and resident_batches are for fitting anew: give batches={name: …} with them.")
+        return combine_fitted(model, names, into, sticky=sticky)
+    if set(batches) != set(names):
+        raise ValueError(f"batches are given for {sorted(batches)}, but names={list(names)}: give them for each name.")
+    check_pool(pool)
+    with _undone_on_failure(model, into):
+        combine_fitted(model, names, into, sticky=sticky, fitted_anew=True)
+        config, layers = adapter_to_fit(model, into)
+        concepts = {name: adapter_of(model, name, ConceptErasureConfig).config for name in names}
+        config.rank = sum(concept.max_rank for concept in concepts.values())
+        runner, processes = Runner(model, layers.values()), Processes()
+        with processes.agreeing("reading its batches"):
+            peeked = {name: Peeked(batches[name]) for name in names}
+        guarded = pool_for(pool, model, runner, concepts[names[0]], peeked[names[0]].first, processes)
+        task = FitTask(runner, layers, into, config, guarded, progress, resident_batches, None, processes)
+        sources = [Source(name, f"batches[{name!r}]", peeked[name], concept) for name, concept in concepts.items()]
+        warn_of_what_is_off(model, into, expected=names)
+        made_of = config.provenance["combined_from"]
+        with _without(model, names):
+            fits, tally = solved(task, [*sources, *background_source(background)], sequential=sequential)
+            conclude(task, fits, tally, None, RowsSeen())
+        config.provenance["combined_from"] = made_of
+        config.provenance[RECORD] = without(config.provenance[RECORD], names)
+    return config
+
+
+@contextmanager
+def _without(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """The concepts must be there to be fitted: their own adapters do not act meanwhile, sticky or not."""
+    with ExitStack() as stack:
+        for name in names:
+            for child in adapter_children(model, name):
+                stack.enter_context(child.without(name))
+        yield
+
+
+@contextmanager
+def _undone_on_failure(model: Any, into: str) -> Iterator[None]:
+    """Take the new adapter off again if it could not be fitted."""
+    known = {place.name for place in adapters_in(model, ChildConfig)}
+    active = {id(child): (child, child.active_adapters) for child in adapter_children(model)}
+    try:
+        yield
+    except BaseException:
+        added = [] if into in known else list(adapters_in(model, ConceptErasureConfig, into))
+        for place in added:
+            place.holder.delete_adapter(into)
+        if added:
+            for child, names in active.values():
+                child.set_adapter(names)
+        raise
+
+
+FIT_FOLDER = "fit"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> ConceptErasureConfig:
+    """Solve for the erasers of two one-pass fits together, from their moments; no model and no data are needed.
+
+    Args:
+        one: An adapter folder with its moments in `fit/`, as `hf-erasure fit … fit.sequential=false
+            fit.checkpoint=true` writes it.
+        other: Another, fitted on other data of the same base with the same configuration.
+        output: The adapter folder to write; its moments go along, so that a third can be added.
+
+    Returns:
+        The configuration of the new adapter.
+
+    Raises:
+        ValueError: If a folder has no moments, or the two fits are not of the same adapter and base.
+    """
+    configs = [_read_config(folder) for folder in (one, other)]
+    _check_same(configs[0], configs[1])
+    config, sites = configs[0], list(configs[0].fitted_sites or {})
+    pool = config.provenance["pool"]
+    procedure: dict[str, Any] = {"pool": pool, "sequential": False, "active": config.provenance.get(RECORD, ())}
+    stores = [FitCheckpoint(Path(folder) / FIT_FOLDER, config, sites, **procedure) for folder in (one, other)]
+    total = FitCheckpoint(Path(output) / FIT_FOLDER, config, sites, **procedure)
+    labelled, background = (_sum(stores, total, name, z) for name, z in (("labelled", config.z_dim), ("background", 0)))
+    if not labelled:
+        raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")
+    weights = load_file(Path(one) / _WEIGHTS)
+    fits = {}
+    for site in sites:
+        dtype = _parts_of(weights, site)["left"].dtype
+        fits[site] = solve_site(site, [labelled[site]], background.get(site), dtype, config)
+    _write(config, configs[1], fits, weights, Path(output))
+    return config
+
+
+def _read_config(folder: str | Path) -> ConceptErasureConfig:
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, ConceptErasureConfig) or not config.fitted:
+        raise ValueError(f"{folder} holds no fitted erasure.")
+    if not (Path(folder) / FIT_FOLDER).is_dir():
+        raise ValueError(
+            f"{folder} has no moments in {FIT_FOLDER!r}: fit with fit.sequential=false fit.checkpoint=true. "
+            "Sequential fits cannot be added, since each site depends on the erasers before it."
+        )
+    return config
+
+
+def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
+    """The moments' own folder checks the rest: sites, labels, method, pool."""
+    if one.provenance.get("fingerprint") != other.provenance.get("fingerprint"):
+        raise ValueError("The two erasures were fitted on different base models: their activations cannot be added.")
+    if one.provenance.get(RECORD, []) != other.provenance.get(RECORD, []):
+        raise ValueError(
+            "The two erasures were fitted beside different active adapters: their activations cannot be added. Fit "
+            "both with the same adapters on."
+        )
+
+
+def _sum(stores: list[FitCheckpoint], total: FitCheckpoint, name: str, z_dim: int) -> dict[str, ConceptMoments]:
+    """The moments of all stores, also written to `total`."""
+    first, tally, batches, _ = stores[0].load_moments(name, z_dim)
+    for store in stores[1:]:
+        found, more, count, _ = store.load_moments(name, z_dim)
+        if found.moments.keys() != first.moments.keys():
+            raise ValueError(f"Only one of the two fits has {name} moments: fit both with the same kind of data.")
+        for site, moments in found.moments.items():
+            first.moments[site].merge(moments)
+        tally.examples, tally.tokens, batches = (
+            tally.examples + more.examples,
+            tally.tokens + more.tokens,
+            batches + count,
+        )
+    if first.moments:
+        total.save_moments(name, first, tally, batches, "merged", final=True)
+    return first.moments
+
+
+def _parts_of(weights: dict[str, Tensor], site: str) -> dict[str, Tensor]:
+    """The tensors of one site among those of an adapter file, by their last name."""
+    marker = f".{site}.concept_erasure.concept_erasure_"
+    return {key.rpartition(marker)[2]: value for key, value in weights.items() if marker in f".{key}"}
+
+
+def _write(
+    config: ConceptErasureConfig,
+    other: ConceptErasureConfig,
+    fits: dict[str, SiteFit],
+    weights: dict[str, Tensor],
+    output: Path,
+) -> None:
+    """An adapter folder with the keys of the first one and the new erasers."""
+    for site, fit in fits.items():
+        parts = dict(zip(("left", "right", "bias"), fit.parts(weights[next(iter(weights))].device), strict=True))
+        for key in weights:
+            marker = f".{site}.concept_erasure.concept_erasure_"
+            if marker in f".{key}":
+                weights[key] = parts[key.rpartition("concept_erasure_")[2]].contiguous()
+    config.fitted_sites = {site: {"width": f.eraser.x_dim, "rank": f.eraser.rank} for site, f in fits.items()}
+    for count in ("examples", "tokens"):
+        config.provenance[count] += other.provenance[count]
+    # What was measured of the first alone says nothing of the sum.
+    config.provenance["leakage"] = {}
+    with staged(output) as content:
+        config.save_pretrained(str(content))
+        save_file(weights, content / _WEIGHTS, metadata={"format": "pt"})

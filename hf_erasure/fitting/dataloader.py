@@ -1,0 +1,525 @@
+"""From a data set to the batches that fitting reads: model inputs plus ``concept_labels``.
+
+A batch is a plain dict. ``concept_labels`` has one of three forms:
+
+* ``(batch,)`` int64: one class id a row, for labels of whole sequences or images;
+* ``(batch, seq)`` int64: one class id a token, ``-100`` where a position has no label (special tokens, padding);
+* ``(batch, concept_dim)`` float32: continuous or multi-label concepts.
+
+Rows are tokenised when their batch is asked for, so a data set may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets.distributed import split_dataset_by_node
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from .processes import Processes
+from .provenance import origin_of
+
+IGNORED = -100
+
+Row = Mapping[str, Any]
+
+
+def concept_dataloader(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None,
+    text_column: str = "text",
+    label_column: str | None = "label",
+    batch_size: int = 32,
+    *,
+    max_length: int | None = None,
+    labels: Sequence[str] | None = None,
+    label_subwords: Literal["all", "first"] = "all",
+    shuffle: bool = False,
+    seed: int = 0,
+    split_between_processes: bool = False,
+) -> DataLoader[Any]:
+    """Turn a data set into batches that ``fit_concept_erasure`` reads.
+
+    The inputs come from the first of these that the data set has: a column ``input_ids`` (already tokenised), a column
+    ``pixel_values`` (already processed images), or ``text_column``, which holds strings, lists of words, or images when
+    ``tokenizer`` is an image processor.
+
+    The form of the labels follows from their values. Ints, strings and ``ClassLabel`` are class ids of whole rows. A
+    list of these is one class a word (or one a token where the data set is already tokenised), ``None`` or ``-100``
+    standing for "no label". A float is a continuous concept of dimension 1, a list of floats one of that dimension.
+
+    Args:
+        dataset: One split. An ``IterableDataset`` is read as a stream.
+        tokenizer: The tokenizer of the model, or its image processor; ``None`` where ``pixel_values`` are ready.
+        text_column: Name of the column with the raw input.
+        label_column: Name of the column with the labels, or ``None`` for batches without ``concept_labels``, such as
+            the background of ``fit_concept_erasure``.
+        batch_size: Rows a batch; the last batch may be smaller.
+        max_length: Longest sequence in tokens, special tokens included. By default the tokenizer's own limit.
+        labels: Class names in the order of their ids. String labels need it on a stream; elsewhere it defaults to the
+            names of a ``ClassLabel`` or to the sorted distinct strings. With float lists it names the dimensions.
+        label_subwords: Whether ``"all"`` subwords of a word get its label or only the ``"first"``.
+        shuffle: Visit the rows in random order; a stream is shuffled within a buffer.
+        seed: Seed of that order.
+        split_between_processes: Give each process of a launcher its own share of the rows; every row is in one share,
+            so that shares differ in length and may be empty.
+
+    Returns:
+        A loader of dicts. ``loader.collate_fn.labels`` holds the class names in the order of their ids, or ``None``.
+
+    Raises:
+        TypeError: ``dataset``, ``tokenizer``, ``labels`` or a count is of the wrong type.
+        ValueError: the data set is empty or lacks a column, the tokenizer cannot pad or cannot align words, or (while
+            iterating) a row's label is unknown, missing, or does not match its input.
+    """
+    _check_arguments(dataset, batch_size, max_length, labels, label_subwords)
+    first = _first_example(dataset)
+    encode = _choose_encoder(first, tokenizer, text_column, max_length, label_subwords)
+    read_labels = None
+    if label_column is not None:
+        _require_column(first, label_column, "label_column")
+        read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
+    origin = {} if label_column is None else origin_of(dataset, f"the column {label_column!r}")
+    dataset = _keep_columns(dataset, [*encode.columns, *([label_column] if label_column is not None else [])])
+    collate = ConceptCollator(encode, read_labels, origin)
+    if split_between_processes:
+        processes = Processes()
+        dataset = split_dataset_by_node(dataset, processes.rank, processes.count)
+    if isinstance(dataset, IterableDataset):
+        stream = dataset.shuffle(seed=seed) if shuffle else dataset
+        return DataLoader(stream, batch_size=batch_size, collate_fn=collate)
+    shuffle = shuffle and len(dataset) > 0
+    generator = torch.Generator().manual_seed(seed) if shuffle else None
+    return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, generator=generator)
+
+
+class ConceptCollator:
+    """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them.
+
+    Attributes:
+        origin: Where the rows come from, as in `origin.origin_of`.
+    """
+
+    def __init__(self, encode: _Encoder, read_labels: _LabelReader | None, origin: dict[str, Any]) -> None:
+        self.encode = encode
+        self.read_labels = read_labels
+        self.origin = origin
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Class names in the order of their ids; ``None`` where the labels are bare ids or values."""
+        return None if self.read_labels is None else self.read_labels.names
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Encode ``rows`` (dicts of the data set's columns) as one batch."""
+        encoded = self.encode(rows)
+        batch = dict(encoded.inputs)
+        if self.read_labels is not None:
+            batch["concept_labels"] = self.read_labels(rows, encoded)
+        return batch
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Inputs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Encoded:
+    """The inputs of a batch, and which of a row's labels each position takes."""
+
+    inputs: dict[str, Tensor]
+    owners: list[list[int | None]] | None = None
+    """Per row and padded position: the index into the row's list of labels, or ``None`` for no label."""
+    counts: list[int] | None = None
+    """Per row: how many token labels it must bring. ``None`` where the inputs have no words or tokens to label."""
+
+
+@dataclass
+class _TextEncoder:
+    """Tokenises strings, or lists of words."""
+
+    tokenizer: PreTrainedTokenizerBase
+    column: str
+    max_length: int | None
+    split_into_words: bool
+    label_subwords: str
+
+    def __post_init__(self) -> None:
+        self.columns = [self.column]
+        self.unit = "words" if self.split_into_words else None
+        self.prepend_space = self.split_into_words and _glues_words(self.tokenizer)
+
+    def __call__(self, rows: Sequence[Row]) -> _Encoded:
+        texts = [self._text(row) for row in rows]
+        limited = self.max_length is not None or self.tokenizer.model_max_length < int(1e20)
+        encoding = self.tokenizer(
+            [self._spaced(text) for text in texts] if self.prepend_space else texts,
+            is_split_into_words=self.split_into_words,
+            truncation=limited,
+            max_length=self.max_length,
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        inputs = {name: value for name, value in encoding.items() if isinstance(value, Tensor)}
+        _refuse_rows_without_tokens(inputs["attention_mask"], texts)
+        if not (self.split_into_words and self.tokenizer.is_fast):
+            return _Encoded(inputs)
+        owners = [self._owners(encoding.word_ids(index)) for index in range(len(rows))]
+        return _Encoded(inputs, owners, [len(text) for text in texts])
+
+    def _text(self, row: Row) -> Any:
+        text = _plain(row[self.column])
+        if self.split_into_words:
+            if isinstance(text, list) and all(isinstance(word, str) for word in text):
+                return text
+            expected = "a list of words"
+        else:
+            if isinstance(text, str):
+                return text
+            expected = "a string"
+        raise ValueError(
+            f"column {self.column!r} holds {text!r} where the first row holds {expected}: filter such rows out or "
+            f"bring them into the same form."
+        )
+
+    @staticmethod
+    def _spaced(words: list[str]) -> list[str]:
+        return [word if index == 0 else f" {word}" for index, word in enumerate(words)]
+
+    def _owners(self, word_ids: Sequence[int | None]) -> list[int | None]:
+        if self.label_subwords == "all":
+            return list(word_ids)
+        before = [None, *word_ids[:-1]]
+        return [word if word != previous else None for word, previous in zip(word_ids, before, strict=True)]
+
+
+@dataclass
+class _TokenisedEncoder:
+    """Pads columns that a tokenizer has already written."""
+
+    tokenizer: PreTrainedTokenizerBase
+    columns: list[str]
+    unit: str | None = "tokens"
+
+    def __call__(self, rows: Sequence[Row]) -> _Encoded:
+        features = [{name: _plain(row[name]) for name in self.columns} for row in rows]
+        lengths = [len(feature["input_ids"]) for feature in features]
+        padded = self.tokenizer.pad(
+            {name: [feature[name] for feature in features] for name in self.columns},
+            padding=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        inputs = dict(padded)
+        _refuse_rows_without_tokens(inputs["attention_mask"], [feature["input_ids"] for feature in features])
+        width = inputs["input_ids"].shape[1]
+        return _Encoded(inputs, [self._owners(length, width) for length in lengths], lengths)
+
+    def _owners(self, length: int, width: int) -> list[int | None]:
+        padding: list[int | None] = [None] * (width - length)
+        return [*padding, *range(length)] if self.tokenizer.padding_side == "left" else [*range(length), *padding]
+
+
+@dataclass
+class _PixelEncoder:
+    """Stacks images: as they are, or run through an image processor first."""
+
+    column: str
+    processor: BaseImageProcessor | None
+    unit: str | None = None
+
+    def __post_init__(self) -> None:
+        self.columns = [self.column]
+
+    def __call__(self, rows: Sequence[Row]) -> _Encoded:
+        images = [row[self.column] for row in rows]
+        if self.processor is not None:
+            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+            return _Encoded({"pixel_values": pixels})
+        arrays = [torch.as_tensor(np.asarray(image)) for image in images]
+        shapes = {tuple(array.shape) for array in arrays}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"column {self.column!r} holds images of different shapes {sorted(shapes)} in one batch: run them "
+                f"through the model's image processor, which resizes them, or set batch_size=1."
+            )
+        return _Encoded({"pixel_values": torch.stack(arrays)})
+
+
+_Encoder = _TextEncoder | _TokenisedEncoder | _PixelEncoder
+
+
+def _choose_encoder(
+    first: Row, tokenizer: Any, text_column: str, max_length: int | None, label_subwords: str
+) -> _Encoder:
+    if "input_ids" in first:
+        _check_tokenizer(tokenizer, max_length)
+        if max_length is not None:
+            raise ValueError(
+                f"max_length={max_length} has no effect on a data set that is already tokenised (it has a column "
+                f"'input_ids'): give max_length to the tokenizer when you tokenise, or remove that column."
+            )
+        known = dict.fromkeys(["input_ids", "attention_mask", "token_type_ids", *tokenizer.model_input_names])
+        return _TokenisedEncoder(tokenizer, [name for name in known if name in first])
+    if "pixel_values" in first:
+        return _PixelEncoder("pixel_values", None)
+    _require_column(first, text_column, "text_column")
+    if isinstance(tokenizer, BaseImageProcessor):
+        return _PixelEncoder(text_column, tokenizer)
+    _check_tokenizer(tokenizer, max_length)
+    text = _plain(first[text_column])
+    if not isinstance(text, str | list):
+        raise ValueError(
+            f"text_column={text_column!r} holds {text!r} in the first row: it must hold strings or lists of words, or "
+            f"images together with an image processor. Filter rows without a text out of dataset."
+        )
+    return _TextEncoder(tokenizer, text_column, max_length, isinstance(text, list), label_subwords)
+
+
+def _check_tokenizer(tokenizer: Any, max_length: int | None) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        hint = "pass processor.tokenizer" if hasattr(tokenizer, "tokenizer") else "load it with AutoTokenizer"
+        raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}: {hint}.")
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"tokenizer {type(tokenizer).__name__} has no padding token, so rows of different lengths cannot share a "
+            f"batch: set tokenizer.pad_token = tokenizer.eos_token first."
+        )
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length is not None and max_length <= special:
+        raise ValueError(
+            f"max_length={max_length} leaves no room for text beside the {special} special tokens that the tokenizer "
+            f"adds: raise it to {special + 1} or more."
+        )
+
+
+def _glues_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer reads the words ``["the", "boat"]`` as ``"theboat"``, as byte-level ones (GPT-2) do."""
+    backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
+    if backend is None or backend.pre_tokenizer is None:
+        return False
+    state = json.loads(backend.pre_tokenizer.__getstate__())
+    steps = state.get("pretokenizers", [state])
+    prefixes = [step.get("add_prefix_space", False) for step in steps if step.get("type") == "ByteLevel"]
+    return bool(prefixes) and not any(prefixes)
+
+
+def _refuse_rows_without_tokens(attention_mask: Tensor, sources: Sequence[Any]) -> None:
+    empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"the row with input {sources[empty[0]]!r} has no tokens: filter empty rows out of dataset.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Labels
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _LabelReader:
+    """Reads the labels of a batch in the one form that was found in the first row."""
+
+    column: str
+    form: Literal["rows", "tokens", "values"]
+    names: tuple[str, ...] | None
+    """Class names by id, or the names of the dimensions."""
+    stored_names: tuple[str, ...] | None = None
+    """Names behind the ints of a ``ClassLabel`` column, whose order may differ from ``names``."""
+    unit: str | None = None
+
+    def __post_init__(self) -> None:
+        self.id_of = {name: index for index, name in enumerate(self.names or ())}
+
+    def __call__(self, rows: Sequence[Row], encoded: _Encoded) -> Tensor:
+        values = [_plain(row[self.column]) for row in rows]
+        if self.form == "rows":
+            return torch.tensor([self._row_id(value) for value in values])
+        if self.form == "values":
+            return self._values(values)
+        owners, counts = encoded.owners or [], encoded.counts or []
+        return torch.tensor([self._token_ids(*row) for row in zip(values, owners, counts, strict=True)])
+
+    def _row_id(self, value: Any) -> int:
+        class_id = self._class_id(value)
+        if class_id == IGNORED:
+            raise ValueError(
+                f"label {value!r} in column {self.column!r} says that a whole row has no label: filter such rows out "
+                f"of dataset (None and {IGNORED} stand for single tokens only)."
+            )
+        return class_id
+
+    def _token_ids(self, values: Any, owners: list[int | None], count: int) -> list[int]:
+        if not isinstance(values, list) or len(values) != count:
+            found = f"{len(values)} labels" if isinstance(values, list) else f"the label {values!r}"
+            raise ValueError(
+                f"column {self.column!r} has {found} for a row of {count} {self.unit}: give each of its {self.unit} "
+                f"one label (None for those that have none). Labels: {str(values)[:80]}"
+            )
+        ids = [self._class_id(value) for value in values]
+        return [IGNORED if owner is None else ids[owner] for owner in owners]
+
+    def _class_id(self, value: Any) -> int:
+        if value is None or (value == IGNORED and not isinstance(value, str)):
+            return IGNORED
+        if self.stored_names is not None and isinstance(value, int) and 0 <= value < len(self.stored_names):
+            value = self.stored_names[value]
+        if isinstance(value, str):
+            if value in self.id_of:
+                return self.id_of[value]
+            raise ValueError(
+                f"unknown label {value!r} in column {self.column!r}; known labels: {list(self.id_of)}. Add it to "
+                f"labels, or filter such rows out of dataset."
+            )
+        if not isinstance(value, int) or value < 0 or (self.names is not None and value >= len(self.names)):
+            known = "a class id of 0 or more" if self.names is None else f"a class id below {len(self.names)}"
+            raise ValueError(
+                f"label {value!r} in column {self.column!r} is not {known}: correct it, or filter such rows out."
+            )
+        return int(value)
+
+    def _values(self, values: list[Any]) -> Tensor:
+        vectors = [value if isinstance(value, list) else [value] for value in values]
+        for vector in vectors:
+            if not all(isinstance(number, int | float) and math.isfinite(number) for number in vector):
+                raise ValueError(
+                    f"column {self.column!r} holds {str(vector)[:80]}: values of a continuous concept must be finite "
+                    f"numbers; filter such rows out of dataset."
+                )
+        widths = {len(vector) for vector in vectors}
+        wanted = len(self.names) if self.names is not None else max(widths)
+        if widths != {wanted}:
+            raise ValueError(
+                f"column {self.column!r} holds lists of {sorted(widths)} floats where {wanted} are expected: a list of "
+                f"floats describes its whole row, so all must have the length concept_dim. To label words, use ids."
+            )
+        return torch.tensor(vectors, dtype=torch.float32)
+
+
+def _choose_label_reader(
+    dataset: Dataset | IterableDataset, first: Any, column: str, labels: Sequence[str] | None, encode: _Encoder
+) -> _LabelReader:
+    """Decide from the first row's label, and from the declared feature, how the column is to be read."""
+    feature, value = (dataset.features or {}).get(column), _plain(first)
+    per_token = isinstance(value, list)
+    element = next((item for item in value if item is not None), None) if per_token else value
+    if isinstance(element, float):
+        return _LabelReader(column, "values", tuple(labels) if labels is not None else None)
+    if element is not None and not isinstance(element, str | int):
+        raise ValueError(
+            f"label_column={column!r} holds {value!r}: labels are ints, strings or floats, or one list of these a row."
+        )
+    if per_token:
+        _check_token_labels(column, value, encode)
+    class_label = feature if isinstance(feature, ClassLabel) else getattr(feature, "feature", None)
+    stored = tuple(class_label.names) if isinstance(class_label, ClassLabel) and class_label.names else None
+    names = tuple(labels) if labels is not None else stored
+    strings = isinstance(element, str) or getattr(class_label or feature, "dtype", None) == "string"
+    if names is None and strings:
+        names = _distinct_labels(dataset, column)
+    return _LabelReader(column, "tokens" if per_token else "rows", names, stored, encode.unit)
+
+
+def _check_token_labels(column: str, value: list[Any], encode: _Encoder) -> None:
+    if encode.unit is None:
+        raise ValueError(
+            f"label_column={column!r} holds one list of classes a row ({str(value)[:60]}), but the inputs are not "
+            f"split into words: let text_column hold lists of words, or give multi-label concepts as floats."
+        )
+    if encode.unit == "words" and not encode.tokenizer.is_fast:  # type: ignore[union-attr]
+        raise ValueError(
+            f"tokenizer {type(encode.tokenizer).__name__} cannot say which word a subword comes from "  # type: ignore[union-attr]
+            f"(it has no word_ids), which the labels in column {column!r} need: load a fast tokenizer, or tokenise "
+            f"yourself and give one label a token beside a column 'input_ids'."
+        )
+
+
+def _distinct_labels(dataset: Dataset | IterableDataset, column: str) -> tuple[str, ...]:
+    if isinstance(dataset, IterableDataset) or column not in dataset.column_names:
+        raise ValueError(
+            f"the strings in label_column={column!r} cannot be listed ahead of a stream: pass labels=[...] with the "
+            f"class names in the order of their ids."
+        )
+    found: set[str] = set()
+    for batch in dataset.select_columns([column]).iter(batch_size=1000):
+        for value in _plain(batch[column]):
+            found.update(value if isinstance(value, list) else [value])
+    return tuple(sorted(name for name in found if name is not None))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The data set itself
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(
+    dataset: Any, batch_size: Any, max_length: Any, labels: Sequence[str] | None, label_subwords: str
+) -> None:
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise TypeError(f"dataset holds the splits {list(dataset)}: pass one of them, such as dataset['train'].")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
+            f"dicts becomes one with datasets.Dataset.from_list(rows)."
+        )
+    for name, count in (("batch_size", batch_size), ("max_length", max_length)):
+        if count is None and name == "max_length":
+            continue
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"{name} must be an int, got {count!r}.")
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}.")
+    if label_subwords not in ("all", "first"):
+        raise ValueError(f"label_subwords must be 'all' or 'first', got {label_subwords!r}.")
+    if labels is None:
+        return
+    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels):
+        raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
+    if not labels or len(set(labels)) != len(labels):
+        raise ValueError(f"labels must name every class once, got {list(labels)}.")
+
+
+def _first_example(dataset: Dataset | IterableDataset) -> Row:
+    rows: Iterator[Row] = iter(dataset)
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise TypeError(f"dataset gives rows of type {type(row).__name__}: pass dataset.with_format(None).")
+        return row
+    raise ValueError("dataset is empty: check the filter or the split that made it.")
+
+
+def _require_column(first: Row, name: str, argument: str) -> None:
+    if name not in first:
+        raise ValueError(f"{argument}={name!r} is no column of dataset, which has {sorted(first)}: name one of these.")
+
+
+def _keep_columns(dataset: Dataset | IterableDataset, wanted: list[str]) -> Dataset | IterableDataset:
+    """Leave unused columns unread, except where a transform writes columns on the fly and may need any of them."""
+    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    if transformed or dataset.column_names is None or not set(wanted) <= set(dataset.column_names):
+        return dataset
+    dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
+    if isinstance(dataset, Dataset) and dataset.format["type"] is None and "pixel_values" in wanted:
+        # Otherwise Arrow hands images over as nested lists, which takes four times as long.
+        return dataset.with_format("numpy", columns=["pixel_values"], output_all_columns=True)
+    return dataset
+
+
+def _plain(value: Any) -> Any:
+    """The Python value behind a tensor, an array or a NumPy scalar, whichever format the data set hands out."""
+    to_list: Callable[[], Any] | None = getattr(value, "tolist", None)
+    if to_list is not None:
+        return to_list()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

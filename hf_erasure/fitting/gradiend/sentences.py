@@ -1,0 +1,235 @@
+"""Counterfactual pairs from plain sentences and from templates."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from hf_erasure.models.word_tokens import (
+    _ENDS_UNSPACED,
+    _SIGNS,
+    _STARTS_UNSPACED,
+    _UNSPACED,
+    SLOT,
+    PairError,
+    _capitalised,
+    shortened,
+)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pairs from plain sentences
+# --------------------------------------------------------------------------------------------------------------------
+
+Counterparts = Mapping[str, str] | Mapping[str, Sequence[str]]
+
+
+def pairs_from_sentences(
+    sentences: Iterable[str], counterparts: Counterparts, classes: Sequence[str], *, single: bool = False
+) -> Dataset:
+    """Make counterfactual pairs from plain sentences and a table of counterpart words.
+
+    Every occurrence of a word of the table becomes one row, or ``k - 1`` rows for ``k`` classes. Words are found at
+    word boundaries only ("he" is not in "there" nor in "she-wolf"), as the table spells them, capitalised, or in
+    capitals, and the counterpart is spelled the same way. Longer words of the table win over shorter ones. Chinese,
+    Japanese, Thai and other scripts that put no space between words have no such boundaries: there a word is found
+    wherever its characters stand, which is warned of.
+
+    A word with more than one counterpart in a class ("her" is "him" or "his") makes no row of that class: which one
+    fits cannot be read off the table.
+
+    Args:
+        sentences: The texts.
+        counterparts: Either ``{word of classes[0]: word of classes[1]}``, which is read in both directions, or for any
+            number of classes ``{class: [words]}`` where the words at one index are counterparts.
+        classes: Names of the classes.
+        single: Leave out sentences in which more than one word of the table occurs. The others would tell the model
+            the class ("he lost [FEATURE] hat").
+
+    Returns:
+        A data set with ``text``, ``factual``, ``counterfactual``, ``label`` and ``counterfactual_label``.
+
+    Raises:
+        TypeError: ``sentences`` is one string.
+        PairError: The table does not fit the classes, has a word in two classes, a sentence has a slot already, or no
+            sentence has a word of the table, or only words of one class.
+    """
+    if isinstance(sentences, str):
+        raise TypeError("sentences is one string; pass a list of sentences")
+    table = _table(counterparts, classes)
+    pattern, spellings = _pattern(table), _spellings(table)
+    rows: list[dict[str, str]] = []
+    for number, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise PairError(f"sentence {number} is {sentence!r}, which is not a text; leave it out")
+        if SLOT in sentence:
+            raise PairError(f"sentence {number} ({shortened(sentence)}) has a slot already; pass it as a row of pairs")
+        found = [match for match in pattern.finditer(sentence) if match.group() in spellings]
+        if not single or len(found) == 1:
+            rows += [row for match in found for row in _rows_at(sentence, match, *spellings[match.group()])]
+    present = {row["label"] for row in rows}
+    if len(present) < 2:
+        missing = [name for name in classes if name not in present]
+        raise PairError(
+            f"the sentences make pairs of {sorted(present) or 'no class'} only; add sentences with words of "
+            f"{missing[0]!r}, such as {_example(table, missing[0])}"
+        )
+    columns = ("text", "factual", "counterfactual", "label", "counterfactual_label")
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+
+
+@dataclass
+class _Entry:
+    """A word of the table: its class, and the word for it in every class where there is exactly one."""
+
+    label: str
+    counterparts: dict[str, str]
+
+
+def _table(counterparts: Counterparts, classes: Sequence[str]) -> dict[str, _Entry]:
+    tuples = _tuples(counterparts, classes)
+    found: dict[str, tuple[str, dict[str, set[str]]]] = {}
+    for words in tuples:
+        for label, word in zip(classes, words, strict=True):
+            owner, others = found.setdefault(word, (label, {}))
+            if owner != label:
+                raise PairError(f"the table has {word!r} in two classes, {owner!r} and {label!r}; leave it out of one")
+            for other, counterpart in zip(classes, words, strict=True):
+                if other != label:
+                    others.setdefault(other, set()).add(counterpart)
+    return {
+        word: _Entry(label, {other: next(iter(choices)) for other, choices in others.items() if len(choices) == 1})
+        for word, (label, others) in found.items()
+    }
+
+
+def _tuples(counterparts: Counterparts, classes: Sequence[str]) -> list[tuple[str, ...]]:
+    """The table as tuples of words in the order of the classes."""
+    if len(classes) < 2 or len(set(classes)) != len(classes):
+        raise PairError(f"classes must name two classes or more, each once; got {list(classes)}")
+    if not counterparts:
+        raise PairError('the table of counterparts is empty; write for example {"he": "she"}')
+    table: dict[str, Any] = dict(counterparts)
+    if all(isinstance(value, str) for value in table.values()):
+        if len(classes) != 2:
+            raise PairError(f"{{word: word}} serves two classes; for {len(classes)} write {{class: [words]}}")
+        rows: list[tuple[str, ...]] = [(word, str(other)) for word, other in table.items()]
+    else:
+        lengths = {name: len(words) for name, words in table.items() if not isinstance(words, str)}
+        if set(lengths) != set(classes) or len(set(lengths.values())) != 1:
+            raise PairError(
+                f"the table must have one list for each of {list(classes)}, all of one length; "
+                f"got {lengths or list(table)}"
+            )
+        rows = list(zip(*(table[name] for name in classes), strict=True))
+    for row in rows:
+        if not all(isinstance(word, str) and word.strip() == word and word for word in row):
+            raise PairError(f"the table has {row}; every word must be text without spaces around it")
+    return rows
+
+
+def _pattern(table: Mapping[str, _Entry]) -> re.Pattern[str]:
+    unspaced = [word for word in table if _STARTS_UNSPACED.match(word) or _ENDS_UNSPACED.match(word)]
+    if unspaced:
+        warnings.warn(
+            f"The script of {unspaced[0]!r} puts no space between words, so it is found wherever its characters stand, "
+            "within longer words too: leave sentences with such words out, or put these words in the table.",
+            stacklevel=3,
+        )
+    return whole_words(table)
+
+
+def whole_words(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds words that are not part of longer ones, the longest first; in scripts without spaces, their characters."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile("|".join(map(_whole_word, longest_first)), re.IGNORECASE)
+
+
+def _whole_word(word: str) -> str:
+    letter = rf"[^\W{_UNSPACED}]"  # Chinese characters beside it do not make another word of an English one
+    before = "" if _STARTS_UNSPACED.match(word) else rf"(?<!{letter})(?<!-)"
+    after = f"(?![{_SIGNS}])" if _ENDS_UNSPACED.match(word) else rf"(?!{letter})(?!-)"
+    return f"{before}{re.escape(word)}{after}"
+
+
+def _spellings(table: Mapping[str, _Entry]) -> dict[str, tuple[_Entry, Callable[[str], str]]]:
+    """What may stand in a sentence: the entry it belongs to, and how the counterpart is then spelled."""
+    found: dict[str, tuple[_Entry, Callable[[str], str]]] = {word: (entry, str) for word, entry in table.items()}
+    for word, entry in table.items():
+        found.setdefault(_capitalised(word), (entry, _capitalised))
+        if len(word) > 1:
+            found.setdefault(word.upper(), (entry, str.upper))
+    return found
+
+
+def _rows_at(sentence: str, match: re.Match[str], entry: _Entry, spell: Callable[[str], str]) -> list[dict[str, str]]:
+    text = sentence[: match.start()] + SLOT + sentence[match.end() :]
+    return [
+        {
+            "text": text,
+            "factual": match.group(),
+            "counterfactual": spell(counterpart),
+            "label": entry.label,
+            "counterfactual_label": other,
+        }
+        for other, counterpart in entry.counterparts.items()
+    ]
+
+
+def _example(table: Mapping[str, _Entry], label: str) -> str:
+    usable = [word for word, entry in table.items() if entry.label == label and entry.counterparts]
+    return ", ".join(map(repr, usable[:3])) or "none: each of its words has several counterparts in the table"
+
+
+FILLER = "{name}"
+PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
+
+
+def pairs_from_templates(
+    templates: Sequence[str],
+    fillers: Mapping[str, Sequence[str]],
+    words: Mapping[str, Sequence[str]],
+    classes: Sequence[str],
+) -> Dataset:
+    """Fill every template with every filler, and pair the word of its class with that of every other class.
+
+    Args:
+        templates: With `{name}`, where the filler goes, and `[FEATURE]`, where the word goes, as in
+            "Tom saw a {name}. He liked the [FEATURE]".
+        fillers: Class → what tells it, as in `{"female": ["Lily", "Anna"], "male": ["Tom", "Ben"]}`.
+        words: Class → its words; those at one index are counterparts.
+        classes: Names of the classes.
+
+    Returns:
+        A data set with `text`, `factual`, `counterfactual`, `label` and `counterfactual_label`: one row a template,
+        filler, index of words and other class.
+
+    Raises:
+        PairError: A template lacks its slots, a class lacks fillers or words, or the classes have unequally many words.
+    """
+    for what, table in (("fillers", fillers), ("words", words)):
+        if not isinstance(table, Mapping) or set(table) != set(classes):
+            named = sorted(map(str, table)) if isinstance(table, Mapping) else table
+            raise PairError(f"{what} must have a list for each of {list(classes)}; got {named}")
+        for label, entries in table.items():
+            if isinstance(entries, str) or not entries or not all(isinstance(e, str) and e for e in entries):
+                raise PairError(f"{what} of {label!r} are {entries!r}; write a list of words")
+    if len({len(words[label]) for label in classes}) != 1:
+        counts = {label: len(words[label]) for label in classes}
+        raise PairError(f"words at one index are counterparts, so the classes need equally many; they have {counts}")
+    rows: dict[tuple[str, ...], None] = {}
+    for template in templates:
+        if template.count(SLOT) != 1 or template.count(FILLER) != 1:
+            raise PairError(f"the template {shortened(template)} needs {FILLER} and {SLOT}, each once")
+        for label in classes:
+            for filler in fillers[label]:
+                text = template.replace(FILLER, filler)
+                for index, word in enumerate(words[label]):
+                    for other in classes:
+                        if other != label:
+                            rows[text, word, words[other][index], label, other] = None
+    return Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))

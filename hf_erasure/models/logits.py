@@ -1,0 +1,197 @@
+"""Forward passes whose head runs at chosen positions only, over any architecture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+from transformers.utils.generic import ModelOutput
+
+from .model import bare_model, evaluating
+from .slots import Filled, PairBatch, Task
+
+_HEADS: tuple[tuple[Task, str, tuple[str, ...]], ...] = (
+    ("classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", ("ForSequenceClassification",)),
+    ("seq2seq", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ("ForConditionalGeneration",)),
+    ("causal", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel")),
+    ("masked", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", ("ForMaskedLM",)),
+)
+
+
+def task_of(model: nn.Module) -> Task:
+    """What a model's head predicts: ``masked``, ``causal``, ``seq2seq`` or ``classification``.
+
+    Args:
+        model: A bare model, or whatever it is inside of.
+
+    Raises:
+        ValueError: It has no head that GRADIEND can use.
+    """
+    base = bare_model(model)
+    names = {kind.__name__ for kind in type(base).__mro__}
+    encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    for task, mapping, endings in _HEADS:
+        if task != "classification" and (task == "seq2seq") != encoder_decoder:
+            continue
+        known: set[str] = set()
+        for value in getattr(modeling_auto, mapping, {}).values():
+            known.update((value,) if isinstance(value, str) else value)
+        if names & known or any(name.endswith(endings) for name in names):
+            if task == "classification":
+                _check_classifier(base)
+            return task
+    raise ValueError(
+        f"{type(base).__name__} has no head that predicts words or labels; load the model with AutoModelForMaskedLM, "
+        "AutoModelForCausalLM, AutoModelForSeq2SeqLM or AutoModelForSequenceClassification"
+    )
+
+
+def _check_classifier(model: Any) -> None:
+    kind, labels = getattr(model.config, "problem_type", None), getattr(model.config, "num_labels", 2)
+    if labels < 2 or kind in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"{type(model).__name__} has {labels} label(s) and problem_type {kind!r}; GRADIEND needs a classifier "
+            "that chooses one of two labels or more"
+        )
+
+
+class SlotReader:
+    """Reads logits and log-probabilities at slots off a model, without gradients.
+
+    The head runs on the predicted positions only: the last hidden state is cut down to these rows on its way to it.
+
+    Args:
+        model: With a head; bare or wrapped in a `PeftModel`. Adapters that are active take part.
+        task: By default `task_of(model)`.
+
+    Raises:
+        ValueError: The model has no usable head.
+    """
+
+    def __init__(self, model: nn.Module, task: Task | None = None) -> None:
+        self.model: Any = bare_model(model)
+        self.task: Task = task_of(self.model) if task is None else task
+        self._backbone = _backbone(self.model)
+        taken = inspect.signature(self.model.forward).parameters
+        self._takes = None if any(p.kind is p.VAR_KEYWORD for p in taken.values()) else set(taken)
+        self._known = set(taken)
+        self._extra = {"use_cache": False} if "use_cache" in taken else {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+    def slot_log_probabilities(self, batch: PairBatch) -> Tensor:
+        """Log-probabilities at the predicted positions, (labels, vocabulary), float32; no gradient is kept."""
+        with evaluating(self.model):
+            return self.logits(batch.filled).float().log_softmax(-1)
+
+    def word_log_probabilities(self, batch: PairBatch, words: Sequence[Sequence[int]]) -> Tensor:
+        """How likely each of some words is in the slot of every row.
+
+        Args:
+            batch: Rows of any class.
+            words: Token ids of each word (`word_tokens`); for classification one label id each.
+
+        Returns:
+            (batch, words) Log-probabilities, float32; a word of several tokens has the sum of theirs. Words of one
+            token share one forward. For a masked model the tokens of a longer word are masked at once, and words of
+            the same length share a forward.
+
+        Raises:
+            ValueError: A word has no token, or the batch has no template to put longer words in.
+        """
+        if not all(len(word) for word in words):
+            raise ValueError("a word has no tokens; give token ids for every word")
+        found = torch.empty(len(batch), len(words), device=self.device)
+        with evaluating(self.model):
+            for group in self._forwards(words):
+                filled = self._with_word(batch, words[group[0]])
+                scores = self.logits(filled).float().log_softmax(-1).view(len(batch), len(words[group[0]]), -1)
+                for index in group:
+                    tokens = torch.tensor(words[index], device=scores.device)
+                    chosen = scores.gather(2, tokens.expand(len(batch), -1)[..., None])
+                    found[:, index] = chosen[..., 0].sum(1)
+        return found
+
+    def logits(self, filled: Filled) -> Tensor:
+        """One forward pass: the logits of the predicted tokens, (labels, vocabulary or classes), in the model's dtype.
+
+        It leaves gradient mode and training flags to the caller.
+        """
+        filled = filled.to(self.device)
+        inputs = {k: v for k, v in filled.inputs.items() if self._takes is None or k in self._takes}
+        if "token_type_ids" not in self._known:
+            inputs.pop("token_type_ids", None)
+        if self.task == "classification":
+            return _logits_of(self.model(**inputs, **self._extra))[filled.rows]
+        with _gathered(self._backbone, filled) as done:
+            logits = _logits_of(self.model(**inputs, **self._extra))
+        return logits[0] if done else logits[filled.rows, filled.positions]
+
+    def _forwards(self, words: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of the words, grouped by the forward that serves them."""
+        groups: dict[Any, list[int]] = {}
+        for index, word in enumerate(words):
+            given = len(word) if self.task == "masked" else tuple(word[:-1])
+            groups.setdefault(given, []).append(index)
+        return list(groups.values())
+
+    def _with_word(self, batch: PairBatch, word: Sequence[int]) -> Filled:
+        if batch.template is not None:
+            return batch.template.fill(word)
+        if len(batch.rows) != len(batch) or len(word) != 1:
+            raise ValueError("the batch has no template, so only words of one token fit it; make it with pair_batches")
+        return batch.filled
+
+
+def _backbone(model: Any) -> nn.Module | None:
+    """The module whose last hidden state the head reads; `None` where it cannot be told from the model."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        found = model.get_decoder()
+    else:
+        found = getattr(model, "base_model", None)
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
+@contextmanager
+def _gathered(backbone: nn.Module | None, filled: Filled) -> Iterator[list[bool]]:
+    """While open, the backbone returns its last hidden state at the predicted positions only, (1, labels, width).
+
+    The list that it gives is empty unless that has happened: a backbone may not be called as a module, or its hidden
+    state may not have the shape of the input, and then the caller picks the rows from the logits.
+    """
+    done: list[bool] = []
+    source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        keyed = isinstance(output, (dict, ModelOutput))
+        hidden = output.get("last_hidden_state") if keyed else output[0]
+        if not isinstance(hidden, Tensor) or hidden.shape[:2] != source.shape or hidden.dim() != 3:
+            return None
+        rows = hidden[filled.rows.to(hidden.device), filled.positions.to(hidden.device)][None]
+        done.append(True)
+        if not keyed:
+            return (rows, *output[1:])
+        output["last_hidden_state"] = rows
+        return output
+
+    handle = None if backbone is None else backbone.register_forward_hook(hook)
+    try:
+        yield done
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _logits_of(output: Any) -> Tensor:
+    found = output.get("logits") if isinstance(output, (dict, ModelOutput)) else output[0]
+    if not isinstance(found, Tensor):
+        raise ValueError("the model returns no logits")
+    return found

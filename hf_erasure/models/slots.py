@@ -1,0 +1,363 @@
+"""What one forward pass is given: slots filled with words, padded, and where their tokens are predicted.
+
+What becomes of the slot:
+
+* masked: as many mask tokens as the word has tokens, so both words need the same number of tokens;
+* causal: everything before the slot is the input, and the word is read off the positions *before* its tokens, the last
+  token of the prefix first; the further tokens of a longer word are forced;
+* seq2seq, with sentinels (T5): ``<extra_id_0>`` in the encoder's input; the decoder, given its start token and
+  ``<extra_id_0>``, predicts the word. With a mask token instead (BART): one mask in the encoder's input; the decoder,
+  given the text before the slot, predicts the word;
+* classification: there is no slot; ``factual`` and ``counterfactual`` are names of the model's own labels.
+
+Words are tokenised as in running text, together with what stands before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from .runner import positions_of
+from .word_tokens import PairError
+
+Task = Literal["masked", "causal", "seq2seq", "classification"]
+
+_SENTINEL = "<extra_id_{}>"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Inputs of one forward pass, and the tokens that are predicted in it.
+
+    Attributes:
+        inputs: Named inputs of the model, (batch, seq).
+        rows: (labels,) The row of every predicted token.
+        positions: (labels,) The position, in the decoder's input for seq2seq, whose logits predict it.
+        tokens: (labels,) The token ids, or for classification the label ids.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    positions: Tensor
+    tokens: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """(labels,) With these a sum over tokens is the mean over rows of each row's mean; float32."""
+        counts = torch.bincount(self.rows)
+        return 1.0 / (counts[self.rows].float() * (counts > 0).sum())
+
+    def to(self, device: torch.device | str) -> Filled:
+        """The same on another device."""
+        inputs = {name: value.to(device) for name, value in self.inputs.items()}
+        return Filled(inputs, self.rows.to(device), self.positions.to(device), self.tokens.to(device))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One row without its word: the tokens before and after, special tokens included."""
+
+    head: list[int]
+    tail: list[int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a task lays a word into a slot, and pads.
+
+    Attributes:
+        task: One of the four.
+        pad: The padding token.
+        hole: The token that stands in the slot: the mask or the first sentinel; -1 where there is none.
+        sentinels: Token ids of ``<extra_id_i>``; empty for all but T5's kind of seq2seq.
+        start: The decoder's start token (seq2seq), else -1.
+        left: Pad at the left; causal models only. Everything else is padded at the right, whatever the tokenizer
+            says, since not every such model takes position ids.
+        type_ids: The model takes ``token_type_ids``.
+    """
+
+    task: Task
+    pad: int
+    hole: int = -1
+    sentinels: tuple[int, ...] = ()
+    start: int = -1
+    left: bool = False
+    type_ids: bool = False
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None) -> Layout:
+        """The layout for a tokenizer and a model's config.
+
+        Raises:
+            PairError: The task is unknown, or the tokenizer or the config lack what it needs.
+        """
+        if task not in get_args(Task):
+            raise PairError(f"the task is {task!r}; write one of {', '.join(get_args(Task))}")
+        pads = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id, 0)
+        layout = cls(
+            task=task,  # type: ignore[arg-type]
+            pad=next(pad for pad in pads if isinstance(pad, int)),
+            left=task == "causal" and tokenizer.padding_side == "left",
+            type_ids="token_type_ids" in tokenizer.model_input_names,
+        )
+        if task == "masked":
+            if tokenizer.mask_token_id is None:
+                raise PairError("the tokenizer has no mask token, so it is no tokenizer of a masked language model")
+            return replace(layout, hole=tokenizer.mask_token_id)
+        return _seq2seq(layout, tokenizer, config) if task == "seq2seq" else layout
+
+    def fill(self, slots: Sequence[Slot], words: Sequence[Sequence[int]]) -> Filled:
+        """Lay one word (its tokens, or one label id) into every slot; padded to the longest row."""
+        inputs, decoder, rows, positions = [], [], [], []
+        for row, (slot, word) in enumerate(zip(slots, words, strict=True)):
+            source, target, first = self._row(slot, word)
+            inputs.append(source)
+            decoder.append(target)
+            rows += [row] * len(word)
+            positions += [first + step for step in range(len(word))]
+        return self.padded(inputs, decoder, rows, positions, [token for word in words for token in word])
+
+    def _row(self, slot: Slot, word: Sequence[int]) -> tuple[list[int], list[int], int]:
+        """The (encoder's) input, the decoder's input, and the position that predicts the word's first token."""
+        forced = list(word[:-1])
+        if self.task == "masked":
+            return [*slot.head, *[self.hole] * len(word), *slot.tail], [], len(slot.head)
+        if self.task == "causal":
+            return [*slot.head, *forced], [], len(slot.head) - 1
+        if self.task == "classification":
+            return slot.head, [], 0
+        source = [*slot.head, self.hole, *slot.tail]
+        given = [self.hole] if self.sentinels else slot.head
+        return source, [self.start, *given, *forced], len(given)
+
+    def padded(
+        self,
+        inputs: Sequence[list[int]],
+        decoder: Sequence[list[int]],
+        rows: Sequence[int],
+        positions: Sequence[int],
+        tokens: Sequence[int],
+    ) -> Filled:
+        """Rows of token ids as tensors, with a mask and what else the model needs; positions move with the padding."""
+        width = max(map(len, inputs))
+        gaps = torch.tensor([width - len(row) for row in inputs])
+        index = torch.arange(width)
+        mask = index >= gaps[:, None] if self.left else index < width - gaps[:, None]
+        named = {"input_ids": self._stack(inputs, width), "attention_mask": mask.long()}
+        at, row_index = torch.tensor(positions), torch.tensor(rows)
+        if self.left:
+            at = at + gaps[row_index]
+            named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        if self.type_ids:
+            named["token_type_ids"] = torch.zeros_like(named["input_ids"])
+        if self.task == "seq2seq":
+            # Right padding under a causal mask: no earlier position sees it.
+            named["decoder_input_ids"] = self._stack(decoder, max(map(len, decoder)))
+        return Filled(named, row_index, at, torch.tensor(tokens))
+
+    def _stack(self, rows: Sequence[list[int]], width: int) -> Tensor:
+        gaps = [[self.pad] * (width - len(row)) for row in rows]
+        return torch.tensor([gap + row if self.left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+
+
+def _seq2seq(layout: Layout, tokenizer: PreTrainedTokenizerBase, config: Any) -> Layout:
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise PairError("seq2seq needs the model's config with its decoder_start_token_id; pass config=model.config")
+    sentinels = []
+    for number in range(100):
+        name = _SENTINEL.format(number)
+        token = tokenizer.convert_tokens_to_ids(name)
+        if token is None or token == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(token) != name:
+            break
+        sentinels.append(token)
+    if not sentinels and tokenizer.mask_token_id is None:
+        raise PairError("the tokenizer has neither <extra_id_0> nor a mask token, so a slot cannot be marked")
+    hole = sentinels[0] if sentinels else tokenizer.mask_token_id
+    return replace(layout, hole=hole, sentinels=tuple(sentinels), start=start)
+
+
+@dataclass(frozen=True)
+class Template:
+    """The slots of a batch, to be filled with any word."""
+
+    layout: Layout
+    slots: tuple[Slot, ...]
+
+    def fill(self, word: Sequence[int]) -> Filled:
+        """The same word in every slot."""
+        return self.layout.fill(self.slots, [word] * len(self.slots))
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Rows of one class, of which one mean-loss gradient is taken.
+
+    Attributes:
+        inputs: Inputs of the model with the slot laid out for the factual word, (batch, seq).
+        rows: (labels,) The row of every predicted token.
+        positions: (labels,) The position whose logits predict it.
+        factual: (labels,) Token ids (classification: label ids) of the factual words.
+        counterfactual: (labels,) Those of the counterfactual words; aligned with `factual` unless `apart` is there.
+        label: Class id of the rows; `None` for neutral texts.
+        other: Class id of the counterfactual words; `None` for neutral texts.
+        apart: The counterfactual words' own forward pass, where one cannot serve both: words of several tokens whose
+            earlier tokens a causal or seq2seq model is given.
+        template: The slots without words.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    positions: Tensor
+    factual: Tensor
+    counterfactual: Tensor
+    label: int | None = None
+    other: int | None = None
+    apart: Filled | None = field(default=None, repr=False)
+    template: Template | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.inputs["input_ids"])
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        return len(self)
+
+    @property
+    def filled(self) -> Filled:
+        """The forward pass of the factual words."""
+        return Filled(self.inputs, self.rows, self.positions, self.factual)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same on another device."""
+        filled = self.filled.to(device)
+        return replace(
+            self,
+            inputs=filled.inputs,
+            rows=filled.rows,
+            positions=filled.positions,
+            factual=filled.tokens,
+            counterfactual=self.counterfactual.to(device),
+            apart=None if self.apart is None else self.apart.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One encoded row: its slot, both words' tokens, and its classes."""
+
+    slot: Slot
+    factual: list[int]
+    counterfactual: list[int]
+    label: int | None = None
+    other: int | None = None
+
+
+def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
+    """Rows of one class (and of one counterfactual class) as one batch."""
+    slots = tuple(row.slot for row in rows)
+    factual = layout.fill(slots, [row.factual for row in rows])
+    shared = layout.task in ("masked", "classification") or all(
+        len(row.factual) == len(row.counterfactual) and row.factual[:-1] == row.counterfactual[:-1] for row in rows
+    )
+    apart = None if shared else layout.fill(slots, [row.counterfactual for row in rows])
+    return PairBatch(
+        inputs=factual.inputs,
+        rows=factual.rows,
+        positions=factual.positions,
+        factual=factual.tokens,
+        counterfactual=torch.tensor([token for row in rows for token in row.counterfactual]),
+        label=rows[0].label,
+        other=rows[0].other,
+        apart=apart,
+        template=Template(layout, slots),
+    )
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | None:
+    """The longest input in tokens, as far as the tokenizer and the config know."""
+    limits = [tokenizer.model_max_length, positions_of(config)]
+    usable = [limit for limit in limits if limit and 0 < limit < 10**9]
+    return min(usable) if usable else None
+
+
+IGNORED = -100
+
+
+def single_rows(batch: PairBatch) -> Iterator[PairBatch]:
+    """Every row of a batch as a batch of its own."""
+    for row in range(batch.size):
+        yield some_rows(batch, [row])
+
+
+def some_rows(batch: PairBatch, chosen: Sequence[int]) -> PairBatch:
+    """The chosen rows of a batch, at least one, in their order there."""
+    kept = torch.zeros(batch.size, dtype=torch.bool)
+    kept[list(chosen)] = True
+    filled = _subset(batch.filled, kept)
+    apart = None if batch.apart is None else _subset(batch.apart, kept)
+    template = None
+    if batch.template is not None:
+        slots = tuple(slot for slot, keep in zip(batch.template.slots, kept.tolist(), strict=True) if keep)
+        template = replace(batch.template, slots=slots)
+    return replace(
+        batch,
+        inputs=filled.inputs,
+        rows=filled.rows,
+        positions=filled.positions,
+        factual=filled.tokens,
+        counterfactual=batch.counterfactual[kept[batch.rows]] if apart is None else apart.tokens,
+        apart=apart,
+        template=template,
+    )
+
+
+def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source: str) -> PairBatch:
+    """A batch of model inputs with `labels`, as one that has the factual side only.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, … and `labels`: `(batch, seq)` token ids with −100 where nothing is
+            predicted (in the place of the predicted token, as transformers has it for causal models too), or
+            `(batch,)` label ids of a classifier.
+        model: Makes the decoder's inputs of an encoder-decoder.
+        task: As of `task_of`.
+        source: What the adapter reads.
+
+    Raises:
+        ValueError: If there are no labels, a row has none, or the adapter reads more than the factual gradient.
+    """
+    if source != "factual":
+        raise ValueError(
+            f"The adapter reads the {source!r} gradient, which labels alone do not give: pass a batch of "
+            "pair_batches()."
+        )
+    if "labels" not in batch:
+        raise ValueError("The batch has no `labels`, of whose loss the gradient is taken; add them, or pass pairs.")
+    inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    if task == "classification":
+        labels = labels.reshape(-1, 1)
+    elif task == "seq2seq" and "decoder_input_ids" not in inputs:
+        bare: Any = model
+        inputs["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(labels=labels)
+    rows, at = (labels != IGNORED).nonzero(as_tuple=True)
+    if task == "causal":
+        rows, at = rows[at > 0], at[at > 0]  # nothing stands before the first token
+    if len(rows.unique()) != len(labels):
+        raise ValueError("Some rows of `labels` are −100 throughout: each row needs a token to predict.")
+    tokens = labels[rows, at]
+    return PairBatch(inputs, rows, at - 1 if task == "causal" else at, factual=tokens, counterfactual=tokens)
+
+
+def _subset(filled: Filled, kept: Tensor) -> Filled:
+    mine = kept[filled.rows]
+    moved = kept.long().cumsum(0) - 1
+    inputs = {name: value[kept] for name, value in filled.inputs.items()}
+    return Filled(inputs, moved[filled.rows[mine]], filled.positions[mine], filled.tokens[mine])

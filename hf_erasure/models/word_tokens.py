@@ -1,0 +1,133 @@
+"""The tokens of words in running text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+SLOT = "[FEATURE]"
+# Scripts that put no space between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_STARTS_UNSPACED, _ENDS_UNSPACED = re.compile(f"[{_UNSPACED}]"), re.compile(f".*[{_UNSPACED}]\\Z", re.DOTALL)
+# A vowel or tone sign belongs to the letter before it.
+_SIGNS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u17b6-\u17d3"
+
+
+class PairError(ValueError):
+    """A data set of counterfactual pairs (or of neutral texts) that cannot be used; the message names the row."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokens
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of every text, without special tokens."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and after a text."""
+    bare = encode(tokenizer, ["a"])[0]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A text cut at a word: the tokens before it, its own, and those after it; special tokens are not among them."""
+
+    head: list[int]
+    word: list[int]
+    tail: list[int]
+
+
+def place_words(
+    tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[str], words: Sequence[str], suffixes: Sequence[str]
+) -> list[Placed | None]:
+    """Tokenise ``prefix + word + suffix`` as running text, and cut the tokens where the words are.
+
+    Most tokenizers mark a word by the space before it (byte-level BPE, sentencepiece), so a word is never tokenised
+    alone: its tokens are those that come after the prefix's when both are tokenised together.
+
+    Args:
+        tokenizer: Of the model.
+        prefixes: The text before each word, with the space that parts them.
+        words: The words.
+        suffixes: The text after each word; empty where it does not matter.
+
+    Returns:
+        For every word its place, or ``None`` where a token reaches over an end of the word.
+    """
+    bare = encode(tokenizer, [prefix[:-1] if prefix.endswith(" ") else prefix for prefix in prefixes])
+    spaced = encode(tokenizer, prefixes)
+    upto = encode(tokenizer, [prefix + word for prefix, word in zip(prefixes, words, strict=True)])
+    whole = encode(tokenizer, [p + w + s for p, w, s in zip(prefixes, words, suffixes, strict=True)])
+    return [_cut((a, b), c, d) for a, b, c, d in zip(bare, spaced, upto, whole, strict=True)]
+
+
+def _cut(heads: Iterable[list[int]], upto: list[int], whole: list[int]) -> Placed | None:
+    if whole[: len(upto)] != upto:
+        return None
+    for head in heads:
+        if len(head) < len(upto) and upto[: len(head)] == head:
+            return Placed(head, upto[len(head) :], whole[len(upto) :])
+    return None
+
+
+def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prefix: str = "a ") -> list[list[int]]:
+    """The tokens of each word in running text, after ``prefix``.
+
+    Args:
+        tokenizer: Of the model.
+        words: The words.
+        prefix: What stands before them, a space at its end included; empty for words that open a text. Words of
+            scripts without spaces stand right behind it.
+
+    Raises:
+        PairError: A token reaches over the start of a word.
+    """
+    prefixes = [prefix.rstrip(" ") if _STARTS_UNSPACED.match(word) else prefix for word in words]
+    placed = place_words(tokenizer, prefixes, words, [""] * len(words))
+    for word, place in zip(words, placed, strict=True):
+        if place is None:
+            raise PairError(f"the tokens of {word!r} cannot be told from those of {prefix!r} before it")
+    return [place.word for place in placed if place is not None]
+
+
+def word_forms(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> set[tuple[int, ...]]:
+    """The token sequences under which words may occur in a text: capitalised or not, after a space or without one."""
+    spelled = sorted({form for word in words for form in (word, word.lower(), _capitalised(word), word.upper())})
+    forms = {tuple(tokens) for tokens in encode(tokenizer, spelled)}
+    before = ["a" if _STARTS_UNSPACED.match(word) else "a " for word in spelled]
+    within = place_words(tokenizer, before, spelled, [""] * len(spelled))
+    forms |= {tuple(place.word) for place in within if place is not None}
+    return {form for form in forms if form and tokenizer.unk_token_id not in form}
+
+
+def occurrences(tokens: Sequence[int], forms: set[tuple[int, ...]]) -> set[int]:
+    """The positions in ``tokens`` that belong to one of the sequences ``forms``."""
+    found: set[int] = set()
+    for size in {len(form) for form in forms}:
+        for start in range(len(tokens) - size + 1):
+            if tuple(tokens[start : start + size]) in forms:
+                found.update(range(start, start + size))
+    return found
+
+
+def _capitalised(word: str) -> str:
+    return word[:1].upper() + word[1:]
+
+
+def shortened(text: str, limit: int = 80) -> str:
+    """A text for an error message: quoted, its end cut off where it is long."""
+    return repr(text if len(text) <= limit else text[: limit - 1] + "…")

@@ -1,0 +1,557 @@
+"""A GRADIEND recipe: one YAML file that says which model, feature and data, what to choose, and where it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer
+
+from hf_erasure.adapters import GradiendConfig, edited
+from hf_erasure.adapters.saved_tensors import digest_of_data
+from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
+from hf_erasure.fitting.gradiend.arguments import GradiendTrainingArguments
+from hf_erasure.fitting.gradiend.encoding import EncodedValues, together
+from hf_erasure.fitting.gradiend.goals import goal_by_name
+from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
+from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, Point, Selection, choose
+from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
+from hf_erasure.fitting.processes import Processes
+from hf_erasure.fitting.provenance import RECIPE
+from hf_erasure.models.neutral import neutral_batches
+from hf_erasure.models.slots import collate
+from hf_erasure.models.word_tokens import SLOT, PairError
+
+from .gradiend_data import GradiendDataRecipe, Materials, load_materials, read_data, read_pairs, with_pair_columns
+from .plotting import histogram, require_plotting, surface
+from .schema import check_section, check_values, numbers, read_content, section_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+ADAPTER_NAME = "feature"
+RECIPE_FILE, RESULTS_FILE, TABLES_FILE, GRID_FILE = "recipe.yaml", "results.json", "results.md", "grid.csv"
+EDITS_FILE, HISTOGRAM_FILE, SURFACE_FILE = "results.csv", "encoded.png", "surface.png"
+NO_EDIT = "none"
+TASKS = {
+    "masked": "AutoModelForMaskedLM",
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+}
+_HEADS = {
+    "ForSequenceClassification": "classification",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "masked",
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForConditionalGeneration": "seq2seq",
+}
+
+
+@dataclass
+class SelectRecipe:
+    """What an edit is chosen for.
+
+    Attributes:
+        goal: As of `GradiendTrainer.select`, or a list: the adapter is saved with the edit for the first, and all are
+            reported.
+        budget: By how much language modelling may get worse.
+        feature_factors: The grid's values of h.
+        learning_rates: The grid's values of α.
+    """
+
+    goal: str | list[str] = "balance"
+    budget: float = 0.02
+    feature_factors: list[float] = field(default_factory=lambda: list(FEATURE_FACTORS))
+    learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
+
+    @property
+    def goals(self) -> list[str]:
+        """The goals, each once."""
+        return list(dict.fromkeys([self.goal] if isinstance(self.goal, str) else self.goal))
+
+
+@dataclass
+class GradiendRecipe:
+    """Everything a run needs.
+
+    Attributes:
+        model: A Hub id or a local folder.
+        feature: What is learned.
+        classes: Its classes, in order.
+        output: The folder the adapter is written to.
+        task: `"masked"`, `"causal"`, `"seq2seq"`, `"classification"`, or `"auto"`: as the checkpoint says.
+        config: Further fields of `GradiendConfig`; the encoder is kept unless they say otherwise.
+        data: Where pairs and texts are.
+        arguments: Fields of `GradiendTrainingArguments`.
+        select: What an edit is chosen for.
+    """
+
+    model: str
+    feature: str
+    classes: list[str]
+    output: str
+    data: GradiendDataRecipe
+    task: str = "auto"
+    config: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    select: SelectRecipe = field(default_factory=SelectRecipe)
+
+
+def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GradiendRecipe:
+    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `select.budget=0.05`.
+
+    Raises:
+        ValueError: If the file is no recipe, a key is unknown, or a value is not what the run could use.
+    """
+    content = read_content(path, overrides, "model, feature, classes, data, output")
+    check_section(content, GradiendRecipe)
+    missing = [name for name in ("model", "feature", "classes", "output", "data") if content.get(name) is None]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    for name, kind in (("config", GradiendConfig), ("arguments", GradiendTrainingArguments)):
+        above = ("feature", "classes") if name == "config" else ()
+        content[name] = check_section(numbers(content.get(name) or {}), kind, name, above)
+        check_values(content[name], kind, name)
+    content["select"] = section_of(numbers(content.get("select") or {}), SelectRecipe, "select")
+    content["data"] = read_data(content["data"])
+    check_values(content, GradiendRecipe)
+    recipe = GradiendRecipe(**content)
+    if recipe.task not in ("auto", *TASKS):
+        raise ValueError(f"task={recipe.task!r} is not known; write auto, {', '.join(TASKS)}.")
+    _config(recipe)
+    for goal in recipe.select.goals:
+        goal_by_name(goal, recipe.classes)
+    if not recipe.select.budget >= 0:
+        raise ValueError(f"select.budget={recipe.select.budget} in a recipe must be 0 or more.")
+    return recipe
+
+
+def _config(recipe: GradiendRecipe) -> GradiendConfig:
+    return GradiendConfig(feature=recipe.feature, classes=recipe.classes, **{"keep_encoder": True} | recipe.config)
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GradiendOutcome:
+    """What was measured on the test data.
+
+    Attributes:
+        encoding: One row: correlation and accuracy of the encoder the adapter keeps, and means over pairs of classes.
+            Empty for an adapter without an encoder.
+        edits: One row an edit, the first without one: class probabilities, goals, language modelling.
+        correlation: Pair of classes → correlation on the choice data, of the neuron before it was made sparse.
+        counts: How large the sets are.
+        messages: Warnings of the choice of edits.
+    """
+
+    encoding: pd.DataFrame
+    edits: pd.DataFrame
+    correlation: dict[str, float]
+    counts: dict[str, int]
+    messages: list[str]
+
+    def tables(self) -> str:
+        """Both tables, as Markdown."""
+        parts = [_markdown(table) for table in (self.encoding, self.edits) if len(table)]
+        return "\n\n".join([*parts, *self.messages])
+
+
+class GradiendRun:
+    """A recipe's model, data and trainer.
+
+    Args:
+        recipe: What to do.
+        progress: Show progress bars.
+        adapter: The folder of a fitted adapter to load; a new one is added when None.
+    """
+
+    def __init__(self, recipe: GradiendRecipe, progress: bool = True, adapter: str | Path | None = None) -> None:
+        self.recipe = recipe
+        arguments: dict[str, Any] = {
+            "output_dir": str(Path(recipe.output) / "training"), "save_strategy": "no", "disable_tqdm": not progress,
+        } | recipe.arguments  # fmt: skip
+        self.args = GradiendTrainingArguments(**arguments)  # before what takes long
+        self.model, self.tokenizer, self.task = load_model(recipe)
+        if adapter is None:
+            self.model.add_adapter(_config(recipe), adapter_name=ADAPTER_NAME)
+        else:
+            self.model.load_adapter(str(adapter), adapter_name=ADAPTER_NAME)
+        self.data: Materials = load_materials(recipe.data, recipe.classes, self._usable)
+        self.model.to(self.args.device)
+        self.trainer = self._trainer()
+
+    def _usable(self, rows: Dataset) -> list[int]:
+        return usable_rows(rows, self.recipe.classes, self.tokenizer, self.task, self.model.config)
+
+    def _trainer(self) -> GradiendTrainer:
+        return GradiendTrainer(
+            self.model,
+            self.args,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.choice,
+            neutral_dataset=self.data.neutral["choice"],
+            processing_class=self.tokenizer,
+            adapter_name=ADAPTER_NAME,
+        )
+
+    # ---- learning and choosing ----
+
+    def fit(self) -> dict[str, float]:
+        """Learn the feature; returns the correlation of each pair of classes on the choice data."""
+        self.trainer.train()
+        found = {"/".join(fitted.pair): fitted.correlation for fitted in self.trainer.fitted}
+        # From here on the encoder that counts is the one in the adapter, which a user will load.
+        self.trainer = self._trainer()
+        return found
+
+    def select(self, goals: Sequence[str], budget: float) -> tuple[dict[str, Point], Selection, list[str]]:
+        """Choose an edit for every goal on the choice data, with one scan, and steer to that of the first.
+
+        Returns:
+            Goal → edit, everything that was tried, and what was warned of.
+        """
+        select = self.recipe.select
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            selection = self.trainer.select(
+                goals[0],
+                budget=budget,
+                feature_factors=[float(x) for x in select.feature_factors],
+                learning_rates=[float(x) for x in select.learning_rates],
+            )
+            chosen = {goals[0]: selection.best}
+            for goal in goals[1:]:
+                chosen[goal] = choose(selection.base, selection.points, goal, budget)
+        return chosen, selection, [str(entry.message) for entry in caught]
+
+    # ---- measuring, on the test data ----
+
+    def encoding(self) -> tuple[pd.DataFrame, list[EncodedValues]]:
+        """How the adapter's encoder reads the test data; nothing where the adapter keeps none."""
+        import pandas as pd
+
+        if not self.trainer.config.keep_encoder:
+            return pd.DataFrame(), []
+        values = self.trainer.encode(self.data.test, self.data.neutral["test"])
+        figures = together(values)
+        names = [name for name in ("cor", "acc", "cor_enc", "acc_enc") if name in figures]
+        rows = {"mean of pairs" if len(values) > 1 else "/".join(values[0].pair): {n: figures[n] for n in names}}
+        if len(values) > 1:
+            rows |= {"/".join(v.pair): {n: figures[f"{n}_{v.pair[0]}_{v.pair[1]}"] for n in names} for v in values}
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("encoder"), values
+
+    def edits(self, chosen: dict[str, Point]) -> pd.DataFrame:
+        """What each edit does to the test data, the first row without one."""
+        import pandas as pd
+
+        scorer = self.trainer.scorer(self.data.test, self.data.neutral["test"])
+        pair = self.trainer.pairs[0]
+        rows, base = {}, None
+        for name, (of, factor, rate) in {
+            NO_EDIT: (pair, 0.0, 0.0),
+            **{goal: (point.pair, point.feature_factor, point.learning_rate) for goal, point in chosen.items()},
+        }.items():
+            with edited(self.model, ADAPTER_NAME, feature_factor=factor, learning_rate=rate, pair=of):
+                point = scorer.score(of, factor, rate, base)
+            base = base or point
+            rows[name] = _row(point)
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("edit for")
+
+    def as_loaded(self) -> dict[str, Any]:
+        """What the adapter does as it is, active and not merged."""
+        config = self.trainer.config
+        pair = (config.pair[0], config.pair[1]) if config.pair else self.trainer.pairs[0]
+        scorer = self.trainer.scorer(self.data.test, self.data.neutral["test"])
+        return _row(scorer.score(pair, config.feature_factor, config.learning_rate, None))
+
+    # ---- writing ----
+
+    def save(self, outcome: GradiendOutcome, chosen: dict[str, Point], saved: str) -> None:
+        """Write the adapter, the recipe, the results and the edits to the recipe's output."""
+        output = Path(self.recipe.output)
+        content = json.loads(json.dumps(asdict(self.recipe)))
+        results = {
+            "encoding": outcome.encoding.to_dict("index"),
+            "edits": outcome.edits.to_dict("index"),
+            "chosen": {goal: asdict(point) for goal, point in chosen.items()},
+            "saved": saved,
+            "correlation on choice data": outcome.correlation,
+            "rows": outcome.counts,
+        }
+        text = json.dumps(results, indent=1)
+        self.trainer.config.provenance[RECIPE] = digest_of_data(text)
+        self.model.save_pretrained(output)
+        (output / RECIPE_FILE).write_text(_as_yaml(_without_none(content)), encoding="utf-8")
+        (output / RESULTS_FILE).write_text(text, encoding="utf-8")
+        outcome.edits.to_csv(output / EDITS_FILE)
+        title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
+        sizes = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
+        text = f"{title}\n\nMeasured on the test data. Rows: {sizes}.\n\n{outcome.tables()}\n"
+        (output / TABLES_FILE).write_text(text, encoding="utf-8")
+
+
+def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendOutcome:
+    """Learn the feature, choose edits on the choice data, measure on the test data, and write all to `recipe.output`.
+
+    Several processes share the gradients; the first one writes.
+
+    Raises:
+        ValueError: If model, feature and data do not go together.
+        ImportError: Without matplotlib.
+    """
+    require_plotting()  # before what takes long
+    run = GradiendRun(recipe, progress)
+    correlation = run.fit()
+    chosen, selection, messages = run.select(recipe.select.goals, recipe.select.budget)
+    encoding, values = run.encoding()
+    counts = run.data.counts() | {f"{name} left out": count for name, count in run.data.skipped.items()}
+    outcome = GradiendOutcome(encoding, run.edits(chosen), correlation, counts, messages)
+    if not Processes().is_main:
+        return outcome
+    run.save(outcome, chosen, recipe.select.goals[0])
+    output = Path(recipe.output)
+    grid: pd.DataFrame = selection.to_pandas()
+    grid.to_csv(output / GRID_FILE, index=False)
+    if values:
+        histogram(values, output / HISTOGRAM_FILE)
+    surface(grid, list(chosen), output / SURFACE_FILE)
+    return outcome
+
+
+def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[GradiendOutcome, float]:
+    """Load a finished run's adapter folder afresh and measure again.
+
+    Returns:
+        What is measured now, and the largest difference from what was written, of the encoder, of every edit, and of
+        the adapter as it is loaded.
+
+    Raises:
+        ValueError: If the folder holds no finished run.
+    """
+    import pandas as pd
+
+    recipe, results = _finished(folder)
+    run = GradiendRun(recipe, progress, adapter=folder)
+    chosen = {goal: _point(entry) for goal, entry in results["chosen"].items()}
+    encoding, _ = run.encoding()
+    edits = run.edits(chosen)
+    now = GradiendOutcome(encoding, edits, results["correlation on choice data"], run.data.counts(), [])
+    drifts = [
+        _drift(encoding, pd.DataFrame.from_dict(results["encoding"], orient="index")),
+        _drift(edits, pd.DataFrame.from_dict(results["edits"], orient="index")),
+    ]
+    # Merged and unmerged, float32 weights are the same, and half precision rounds the same sum.
+    loaded, written = run.as_loaded(), results["edits"][results["saved"]]
+    names = [name for name, value in loaded.items() if isinstance(value, float) and name != "cost"]
+    drifts.append(max(abs(loaded[name] - written[name]) for name in names))
+    return now, max(drifts)
+
+
+def select_gradiend_output(
+    folder: str | Path, goal: str, budget: float | None = None, progress: bool = True
+) -> GradiendOutcome:
+    """Steer a finished run's adapter to another goal, and save it so.
+
+    Raises:
+        ValueError: If the folder holds no finished run, or the goal is not defined for its classes.
+    """
+    import pandas as pd
+
+    recipe, results = _finished(folder)
+    goal_by_name(goal, recipe.classes)
+    recipe.output = str(folder)
+    run = GradiendRun(recipe, progress, adapter=folder)
+    chosen, selection, messages = run.select([goal], recipe.select.budget if budget is None else budget)
+    others = {name: _point(entry) for name, entry in results["chosen"].items() if name != goal}
+    encoding = pd.DataFrame.from_dict(results["encoding"], orient="index").rename_axis("encoder")
+    counts = results["rows"]
+    table = run.edits(chosen | others)
+    outcome = GradiendOutcome(encoding, table, results["correlation on choice data"], counts, messages)
+    run.save(outcome, chosen | others, goal)
+    selection.to_pandas().to_csv(Path(folder) / GRID_FILE, index=False)
+    outcome.edits = table.loc[[NO_EDIT, goal]]
+    return outcome
+
+
+def encode_texts(
+    folder: str | Path, source: str, split: str | None = None, progress: bool = True
+) -> tuple[pd.DataFrame, int]:
+    """Values of the feature neurons for the texts of a file or Hub id.
+
+    A row with a `[FEATURE]` slot needs `factual`, the word that stands there; its counterpart and label are taken from
+    the columns of pairs, or else from the recipe's words. A row without a slot is read at one of its tokens.
+
+    Returns:
+        One row a text with a column for each pair of classes, and how many texts were read without a slot.
+
+    Raises:
+        ValueError: If the folder holds no finished run or no encoder, or a text cannot be read.
+    """
+    import pandas as pd
+
+    recipe, _ = _finished(folder)
+    run = GradiendRun(recipe, progress, adapter=folder)
+    adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
+    adapter.encoders()  # says so where there are none
+    rows = read_pairs(source, split)
+    if "text" not in rows.column_names:
+        raise PairError(f"{source} has no column 'text'; it has {', '.join(rows.column_names)}")
+    slotted = [i for i, text in enumerate(rows["text"]) if SLOT in text]
+    if run.task == "classification":
+        slotted = list(range(len(rows)))
+    plain = sorted(set(range(len(rows))) - set(slotted))
+    batches: dict[int, Any] = {}
+    if slotted:
+        pairs = PairSet(_completed(rows.select(slotted), run), run.tokenizer, run.task, recipe.classes,
+                        run.model.config)  # fmt: skip
+        batches |= {i: collate(pairs.layout, [row]) for i, row in zip(slotted, pairs.rows, strict=True)}
+    if plain:
+        words = _feature_words(run.data)
+        made = neutral_batches(
+            rows.select(plain), run.tokenizer, run.task, words, batch_size=1, config=run.model.config
+        )
+        batches |= dict(zip(plain, made, strict=True))
+    columns: dict[str, list[Any]] = {"text": list(rows["text"])}
+    columns |= {name: list(rows[name]) for name in ("factual", "label") if name in rows.column_names}
+    for pair in run.trainer.pairs:
+        values = [float(adapter.encode(batches[i], pair)[0]) for i in range(len(rows))]
+        columns[f"{pair[0]}/{pair[1]}"] = values
+    return pd.DataFrame(columns), len(plain)
+
+
+def _completed(rows: Dataset, run: GradiendRun) -> Dataset:
+    """Rows with all columns of pairs: where only the factual word is given, its class and counterpart are looked up."""
+    if with_pair_columns(rows) and (len(run.recipe.classes) == 2 or "counterfactual_label" in rows.column_names):
+        return rows
+    if "factual" not in rows.column_names:
+        raise PairError(f"the texts have {SLOT} slots, so they need a column 'factual' with the words that stand there")
+    known: dict[str, tuple[str, str, str]] = {}
+    for row in (*run.data.train, *run.data.choice, *run.data.test):
+        other = row.get("counterfactual_label") or next(c for c in run.recipe.classes if c != row["label"])
+        known.setdefault(row["factual"].strip().lower(), (row["counterfactual"], row["label"], other))
+    found = []
+    for number, row in enumerate(rows):
+        entry = known.get(str(row["factual"]).strip().lower())
+        if entry is None:
+            words = ", ".join(sorted(known)[:8])
+            raise PairError(
+                f"row {number}: {row['factual']!r} is no word of the recipe ({words} …); "
+                "give the columns counterfactual, label and counterfactual_label too"
+            )
+        found.append({"text": row["text"], "factual": row["factual"], "counterfactual": entry[0], "label": entry[1],
+                      "counterfactual_label": entry[2]})  # fmt: skip
+    return Dataset.from_list(found)
+
+
+def _feature_words(data: Materials) -> list[str]:
+    columns = [rows[name] for rows in (data.train, data.choice, data.test) for name in ("factual", "counterfactual")]
+    return sorted({word.strip() for column in columns for word in column})
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
+    """The model with its head, its tokenizer, and the task.
+
+    Raises:
+        ValueError: If the checkpoint does not say which head it has.
+        OSError: If it is not there.
+    """
+    path = os.path.expandvars(recipe.model)
+    try:
+        task = recipe.task if recipe.task != "auto" else _task(path)
+        model = getattr(transformers, TASKS[task]).from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise OSError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.eval(), tokenizer, task
+
+
+def _task(path: str) -> str:
+    config = AutoConfig.from_pretrained(path)
+    names = config.architectures or []
+    for name in names:
+        for ending, task in _HEADS.items():
+            if name.endswith(ending) and not (config.is_encoder_decoder and task in ("causal", "masked")):
+                return task
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    raise ValueError(
+        f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say what it "
+        f"predicts: write task: {', '.join(TASKS)}."
+    )
+
+
+def _row(point: Point) -> dict[str, Any]:
+    return (
+        {"pair": "/".join(point.pair), "h": point.feature_factor, "α": point.learning_rate}
+        | {f"P({name})": value for name, value in point.probabilities.items()}
+        | point.goals
+        | {"loss": point.loss, "lms": point.lms, "cost": point.cost}
+    )
+
+
+def _point(entry: dict[str, Any]) -> Point:
+    return Point(**{**entry, "pair": (entry["pair"][0], entry["pair"][1])})
+
+
+def _finished(folder: str | Path) -> tuple[GradiendRecipe, dict[str, Any]]:
+    folder = Path(folder)
+    if not (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds no finished run: run `hf-erasure gradiend fit RECIPE.yaml output={folder}` first."
+        )
+    results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    if "chosen" not in results:
+        raise ValueError(f"{folder} holds an erasure, not a GRADIEND: use `hf-erasure check`.")
+    return read_gradiend_recipe(folder / RECIPE_FILE), results
+
+
+def _drift(now: pd.DataFrame, written: pd.DataFrame) -> float:
+    """The largest difference of two tables; infinite where they have other rows or columns."""
+    if set(now.index) != set(written.index) or set(now.columns) != set(written.columns):
+        return float("inf")
+    if not len(now):
+        return 0.0
+    numbers = now.select_dtypes("number")
+    found = torch.tensor((numbers - written.loc[numbers.index, numbers.columns]).to_numpy(dtype=float))
+    return float(found.abs().nan_to_num(0.0).max())
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return value
+
+
+def _as_yaml(content: dict[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table as GitHub shows it."""
+    lines = [[str(table.index.name or ""), *map(str, table.columns)]]
+    for index, row in table.iterrows():
+        cells = [str(index)]
+        for name, value in row.items():
+            cells.append(f"{value:g}" if name in ("h", "α") else f"{value:.3f}" if isinstance(value, float) else value)
+        lines.append(cells)
+    lines.insert(1, ["---", *("---:" for _ in table.columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,341 @@
+"""The data of a GRADIEND recipe: pairs to learn from, to choose an edit on and to report, and neutral texts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from hf_erasure.adapters.common.files import read_text
+from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates, whole_words
+from hf_erasure.models.word_tokens import SLOT, PairError, shortened
+
+from .schema import check_section, load_source, section_of
+
+PARTS = ("train", "choice", "test")
+NEUTRAL_PARTS = ("choice", "test")
+
+
+@dataclass
+class PairsRecipe:
+    """One set of pairs, from a file, from templates, or from sentences and a table of counterpart words.
+
+    Attributes:
+        file: A file or Hub id with the columns `text`, `factual`, `counterfactual`, `label` (and, for more than two
+            classes, `counterfactual_label`).
+        split: Of the file or of the sentences; the only one there is when None.
+        templates: With `{name}` and `[FEATURE]`.
+        fillers: Of the templates: class → what stands for `{name}`.
+        sentences: Plain sentences: a list, a text file (one a line), or another file or Hub id with the column `text`.
+        words: Of templates and sentences: class → words, a list of tuples in the order of the classes, or a JSON file
+            of either; words at one index are counterparts.
+        words_key: The key of the table within that file.
+        single: Leave out sentences with more than one word of the table, which would tell the class.
+    """
+
+    file: str | None = None
+    split: str | None = None
+    templates: list[str] | None = None
+    fillers: dict[str, list[str]] | None = None
+    sentences: str | list[str] | None = None
+    words: str | dict[str, list[str]] | list[list[str]] | None = None
+    words_key: str | None = None
+    single: bool = True
+
+
+@dataclass
+class TextsRecipe:
+    """Plain texts.
+
+    Attributes:
+        texts: A list, a text file, or another file or Hub id with the column `text`.
+        split: Of a data set.
+        separator: A regular expression that parts the texts of a text file; by default its lines are the texts.
+        rows: First row and the one behind the last, counted after empty and repeated texts were left out.
+    """
+
+    texts: str | list[str]
+    split: str | None = None
+    separator: str = r"\n"
+    rows: list[int] | None = None
+
+
+@dataclass
+class GradiendDataRecipe:
+    """What is learned from, what an edit is chosen on and what is reported are three sets that share no text.
+
+    Attributes:
+        train: To learn the feature from.
+        choice: For the best start of a trained neuron and for the choice of an edit.
+        test: For the report; nothing is chosen on it.
+        whole: In their place: one source of which each gets a share, sentence by sentence.
+        shares: Of train, choice and test in `whole`.
+        seed: Of the order in which `whole` is dealt out.
+        defaults: Entries for each of the sets that does not have its own, such as `words`.
+        skip_unusable: Leave out rows whose words the model's tokenizer does not know, or, for a masked model, that
+            have unequally many tokens, instead of refusing them.
+        neutral: `choice` and `test` texts without the feature, or `whole`, of which each gets a half.
+    """
+
+    train: PairsRecipe | None = None
+    choice: PairsRecipe | None = None
+    test: PairsRecipe | None = None
+    whole: PairsRecipe | None = None
+    shares: list[float] = field(default_factory=lambda: [0.7, 0.15, 0.15])
+    seed: int = 0
+    defaults: dict[str, Any] = field(default_factory=dict)
+    skip_unusable: bool = False
+    neutral: dict[str, TextsRecipe] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """The data of a run.
+
+    Attributes:
+        train: Pairs; so are choice and test.
+        neutral: `choice` and `test`, texts.
+        skipped: Part → how many of its rows were left out as unusable.
+    """
+
+    train: Dataset
+    choice: Dataset
+    test: Dataset
+    neutral: dict[str, Dataset]
+    skipped: dict[str, int]
+
+    def counts(self) -> dict[str, int]:
+        """How many rows each set has, and how many different texts."""
+        found = {name: len(getattr(self, name)) for name in PARTS}
+        found |= {f"{name} texts": len(set(getattr(self, name)["text"])) for name in PARTS}
+        return found | {f"neutral {name}": len(rows) for name, rows in self.neutral.items()}
+
+
+def read_data(content: Any) -> GradiendDataRecipe:
+    """Turn the section `data` of a recipe into its dataclasses.
+
+    Raises:
+        ValueError: If a key is unknown, or a set is missing.
+    """
+    section = check_section(content, GradiendDataRecipe, "data")
+    defaults = check_section(section.get("defaults") or {}, PairsRecipe, "data.defaults")
+    for name in (*PARTS, "whole"):
+        if section.get(name) is not None:
+            part = check_section(section[name], PairsRecipe, f"data.{name}")
+            section[name] = section_of({**defaults, **part}, PairsRecipe, f"data.{name}")
+    neutral = section.get("neutral") or {}
+    if isinstance(neutral, (str, list)):
+        neutral = {"whole": {"texts": neutral}}
+    if not isinstance(neutral, dict):
+        raise ValueError(f"data.neutral={neutral!r} in a recipe must be texts, or a section with choice and test.")
+    found = {}
+    for name, texts in neutral.items():
+        if name not in (*NEUTRAL_PARTS, "whole"):
+            raise ValueError(f"data.neutral.{name} is not known in a recipe; it has choice and test, or whole.")
+        texts = {"texts": texts} if isinstance(texts, (str, list)) else texts
+        texts = check_section(texts, TextsRecipe, f"data.neutral.{name}")
+        if "texts" not in texts:
+            raise ValueError(f"data.neutral.{name} lacks texts: write a file, a Hub id or a list.")
+        found[name] = section_of(texts, TextsRecipe, f"data.neutral.{name}")
+    recipe = section_of({**section, "defaults": defaults, "neutral": found}, GradiendDataRecipe, "data")
+    missing = [] if recipe.whole else [f"data.{name}" for name in PARTS if getattr(recipe, name) is None]
+    missing += [] if "whole" in found else [f"data.neutral.{name}" for name in NEUTRAL_PARTS if name not in found]
+    if missing:
+        raise ValueError(f"The recipe lacks {', '.join(missing)}: what is reported is not what an edit is chosen on.")
+    return recipe
+
+
+def load_materials(
+    recipe: GradiendDataRecipe, classes: Sequence[str], usable: Callable[[Dataset], list[int]]
+) -> Materials:
+    """Load all sets, and see to it that they share no text.
+
+    Args:
+        recipe: Where they are.
+        classes: Of the feature.
+        usable: Gives the rows of a set that the model can use; asked with `skip_unusable` only.
+
+    Raises:
+        ValueError: If two sets share a text; names one.
+    """
+    if recipe.whole is not None:
+        parts = _dealt(recipe.whole, classes, recipe.shares, recipe.seed)
+    else:
+        parts = {name: _pairs(getattr(recipe, name), classes, f"data.{name}") for name in PARTS}
+    skipped = {}
+    if recipe.skip_unusable:
+        for name, rows in parts.items():
+            try:
+                kept = usable(rows)
+            except PairError as error:
+                raise PairError(f"data.{name}: {error}") from error
+            skipped[name] = len(rows) - len(kept)
+            if not kept:
+                raise PairError(f"data.{name}: none of its {len(rows)} rows can be used with this model's tokenizer")
+            parts[name] = rows.select(kept)
+    neutral = _neutral(recipe.neutral)
+    _check_apart({f"data.{name}": rows for name, rows in parts.items()})
+    _check_apart({f"data.neutral.{name}": rows for name, rows in neutral.items()})
+    return Materials(**parts, neutral=neutral, skipped=skipped)
+
+
+def read_pairs(source: str, split: str | None = None) -> Dataset:
+    """The rows of a file or Hub id that has one split, or of its split of that name."""
+    return _only_split(load_source(source), source, split)
+
+
+def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[str, list[str]]:
+    """Class → words.
+
+    Raises:
+        ValueError: If there is none, or it does not fit the classes.
+    """
+    words: Any = recipe.words
+    if isinstance(words, str):
+        path = Path(os.path.expandvars(words))
+        words = json.loads(read_text(path))
+        if recipe.words_key is not None:
+            if not isinstance(words, dict) or recipe.words_key not in words:
+                known = ", ".join(words) if isinstance(words, dict) else "no keys"
+                raise ValueError(f"{where}.words_key: {path} has no {recipe.words_key!r}; it has {known}.")
+            words = words[recipe.words_key]
+    if isinstance(words, list):
+        bad = [entry for entry in words if not isinstance(entry, list) or len(entry) != len(classes)]
+        if bad:
+            raise ValueError(f"{where}.words: {bad[0]!r} is no list of one word for each of {list(classes)}.")
+        words = {label: [str(entry[i]) for entry in words] for i, label in enumerate(classes)}
+    if not isinstance(words, Mapping):
+        raise ValueError(f"{where}.words is missing: write class → list of words, a list of tuples, or a JSON file.")
+    return {str(label): list(entries) for label, entries in words.items()}
+
+
+# ---- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def _pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
+    kind = _kind(recipe, where)
+    if kind == "file":
+        return read_pairs(str(recipe.file), recipe.split)
+    words = word_table(recipe, classes, where)
+    if kind == "templates":
+        return pairs_from_templates(recipe.templates or [], recipe.fillers or {}, words, classes)
+    return pairs_from_sentences(_sentences(recipe), words, classes, single=recipe.single)
+
+
+def _kind(recipe: PairsRecipe, where: str) -> str:
+    kinds = [name for name in ("file", "templates", "sentences") if getattr(recipe, name) is not None]
+    if len(kinds) != 1:
+        raise ValueError(f"{where} has {' and '.join(kinds) or 'no source'}: write one of file, templates, sentences.")
+    return kinds[0]
+
+
+def _sentences(recipe: PairsRecipe) -> list[str]:
+    return _texts(TextsRecipe(recipe.sentences or [], recipe.split))
+
+
+def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float], seed: int) -> dict[str, Dataset]:
+    """One source in three parts that share no sentence."""
+    if len(shares) != 3 or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
+        raise ValueError(f"data.shares is {list(shares)}: write three numbers above 0, of train, choice and test.")
+    kind = _kind(recipe, "data.whole")
+    if kind == "templates":
+        raise ValueError("data.whole has templates: write those of train, choice and test apart, each with its own.")
+    rows = read_pairs(str(recipe.file), recipe.split) if kind == "file" else None
+    words = word_table(recipe, classes, "data.whole") if rows is None else {}
+    texts = list(dict.fromkeys(_sentences(recipe) if rows is None else rows["text"]))
+    # Sentences that differ in words of the table only have the same text once these give way to a slot.
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(_without_words(text, words), []).append(text)
+    groups = list(alike.values())
+    random.Random(seed).shuffle(groups)
+    ends = [0, *(round(len(groups) * end) for end in itertools.accumulate(shares))]
+    parts = {
+        name: [text for group in groups[a:b] for text in group]
+        for name, a, b in zip(PARTS, ends, ends[1:], strict=False)
+    }
+    if rows is not None:
+        owner = {text: name for name, part in parts.items() for text in part}
+        owners = [owner.get(text) for text in rows["text"]]
+        return {name: rows.select([i for i, own in enumerate(owners) if own == name]) for name in PARTS}
+    return {name: _named(name, part, words, classes, recipe.single) for name, part in parts.items()}
+
+
+def _without_words(text: str, words: Mapping[str, Sequence[str]]) -> str:
+    every = {word for entries in words.values() for word in entries}
+    return whole_words(every).sub(SLOT, text) if every else text
+
+
+def _named(name: str, texts: list[str], words: dict[str, list[str]], classes: Sequence[str], single: bool) -> Dataset:
+    try:
+        return pairs_from_sentences(texts, words, classes, single=single)
+    except PairError as error:
+        raise PairError(f"data.whole, the {len(texts)} sentences for {name}: {error}") from error
+
+
+def _check_apart(parts: Mapping[str, Dataset]) -> None:
+    for (one, rows), (other, more) in itertools.combinations(parts.items(), 2):
+        if "text" not in rows.column_names or "text" not in more.column_names:
+            continue  # what the trainer checks names the columns
+        shared = sorted(set(rows["text"]) & set(more["text"]))
+        if shared:
+            raise ValueError(
+                f"{one} and {other} share {len(shared)} texts, such as {shortened(shared[0])}: what was learned or "
+                "chosen on cannot be measured on. Leave them out of one."
+            )
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+def _neutral(recipes: Mapping[str, TextsRecipe]) -> dict[str, Dataset]:
+    if "whole" in recipes:
+        texts = _texts(recipes["whole"])
+        found = {"choice": texts[: len(texts) // 2], "test": texts[len(texts) // 2 :]}
+    else:
+        found = {name: _texts(recipes[name]) for name in NEUTRAL_PARTS}
+    for name, texts in found.items():
+        if not texts:
+            raise ValueError(f"data.neutral: there is no text for {name}.")
+    return {name: Dataset.from_dict({"text": texts}) for name, texts in found.items()}
+
+
+def _texts(recipe: TextsRecipe) -> list[str]:
+    """The texts, each once, without those that are empty."""
+    source = recipe.texts
+    if isinstance(source, str):
+        path = Path(os.path.expandvars(source))
+        if path.suffix == ".txt" and path.is_file():
+            found = re.split(recipe.separator, read_text(path))
+        else:
+            rows = _only_split(load_source(source), source, recipe.split)
+            if "text" not in rows.column_names:
+                raise ValueError(f"{source} has no column 'text'; it has {', '.join(rows.column_names)}.")
+            found = list(rows["text"])
+    else:
+        found = list(source)
+    texts = list(dict.fromkeys(re.sub(r"\s*\n\s*", "\n", text.strip()) for text in found))
+    texts = [text for text in texts if text]
+    return texts if recipe.rows is None else texts[recipe.rows[0] : recipe.rows[1]]
+
+
+def _only_split(data: DatasetDict, source: str, split: str | None) -> Dataset:
+    if split is None and len(data) == 1:
+        return next(iter(data.values()))
+    if split not in data:
+        what = "several splits" if split is None else f"no split {split!r}"
+        raise ValueError(f"The data set {source!r} has {what}; write split: one of {sorted(data)}.")
+    return data[split]
+
+
+def with_pair_columns(rows: Dataset) -> bool:
+    """Whether the rows are pairs; the class of the counterpart may be left out for two classes."""
+    return set(PAIR_COLUMNS[:4]) <= set(rows.column_names)
