@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from hf_erasure.cli import app
 from hf_erasure.recipes.erasure import read_recipe
 from hf_erasure.recipes.gradiend import read_gradiend_recipe
 from hf_erasure.recipes.occupations import occupation_sentences
+from tests.prepared import command
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*/recipe.yaml"))
 
@@ -48,17 +46,10 @@ def recipe(assets: Path, sentences: Path, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hf_erasure.cli", *map(str, arguments), "--no-progress"]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def fitted(recipe: Path) -> tuple[Path, str]:
     folder = recipe.parent / "fitted"
-    result = run("fit", recipe, f"output={folder}")
+    result = command("fit", recipe, f"output={folder}", "--no-progress", folder=recipe.parent)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -77,13 +68,12 @@ def test_fit_prints_the_table_and_writes_adapter_figure_and_results(fitted: tupl
     assert first["gender majority"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_check_reproduces_the_results_in_a_second_process(fitted: tuple[Path, str]) -> None:
-    result = run("check", fitted[0])
+def test_check_reproduces_the_results_in_a_second_process(fitted: tuple[Path, str], tmp_path: Path) -> None:
+    result = command("check", fitted[0], "--no-progress", folder=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.rstrip().endswith("same")
 
 
-@pytest.mark.slow
 def test_check_notices_other_weights(fitted: tuple[Path, str], tmp_path: Path) -> None:
     import shutil
 
@@ -93,7 +83,7 @@ def test_check_notices_other_weights(fitted: tuple[Path, str], tmp_path: Path) -
     shutil.copytree(fitted[0], folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: value * 0.5 for name, value in tensors.items()}, folder / "adapter_model.safetensors")
-    result = run("check", folder)
+    result = command("check", folder, "--no-progress", folder=tmp_path)
     assert result.returncode == 1
     assert "NOT THE SAME" in result.stdout
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +17,8 @@ from typer.testing import CliRunner
 
 from hf_erasure import GradiendAdapter, verify_adapter
 from hf_erasure.cli import app
-from tests.distributed.launching import launch
 from tests.fitting.gradiend.language_models import model_of, tokenizer_of
+from tests.prepared import command, run_command, together
 
 FILLERS = {"female": ["the queen", "the nurse"], "male": ["the king", "the doctor"]}
 FILES = {
@@ -101,10 +99,8 @@ def test_two_processes_share_the_gradients_and_the_first_writes(
     recipe: Path, fitted: tuple[Path, str], tmp_path: Path
 ) -> None:
     overrides = [f"output={tmp_path / 'out'}", "config.density=1.0"]
-    status, printed = launch(
-        2, "-m", "hf_erasure.cli", "gradiend", "fit", recipe, *overrides, "--processes", 2, "--no-progress",
-        folder=tmp_path,
-    )  # fmt: skip
+    words = ["gradiend", "fit", str(recipe), *overrides, "--processes", "2", "--no-progress"]
+    status, printed = together(2, run_command, words, folder=tmp_path)
     assert status == 0, printed
     assert printed.count("On the test data:") == 1
     code, _, errors = invoke("fit", recipe, f"output={tmp_path / 'alone'}", "config.density=1.0", "--no-progress")
@@ -128,10 +124,8 @@ def test_the_folder_is_an_adapter_that_is_steered_and_can_encode(fitted: tuple[P
         assert verify_adapter(model, "gender")
 
 
-def test_evaluate_reproduces_the_results_in_a_second_process(fitted: tuple[Path, str]) -> None:
-    command = [sys.executable, "-m", "hf_erasure.cli", "gradiend", "evaluate", str(fitted[0]), "--no-progress"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+def test_evaluate_reproduces_the_results_in_a_second_process(fitted: tuple[Path, str], tmp_path: Path) -> None:
+    result = command("gradiend", "evaluate", fitted[0], "--no-progress", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.rstrip().endswith(": same")
     # The tables are the same; the fit has its correlation on the choice data above them.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.processes import Processes
@@ -20,8 +20,6 @@ CALLS_BEFORE_THE_END = 4
 
 def main(folder: Path, what: str, sequential: bool) -> None:
     """Fit with `what` happening in the second process: "nothing", "dies" or "raises"."""
-    from hf_erasure import ConceptErasureConfig
-
     torch.set_num_threads(1)
     processes = Processes()
     model = small_model("bert").double()
@@ -46,7 +44,3 @@ def main(folder: Path, what: str, sequential: bool) -> None:
         (folder / f"error-{processes.rank}").write_text(f"{type(error).__name__}: {error} unfitted={unfitted}")
         return
     save_file({k: v.contiguous() for k, v in erasers(model).items()}, folder / f"done-{processes.rank}")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "sequential")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
+from hf_erasure.fitting.processes import Processes
 from tests.small_models import ARCHITECTURES, LABELS, inputs_of, shared_layers_model, small_batches, small_model
 
 NAME = "no_gender"
@@ -101,8 +101,6 @@ def _double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def main(folder: Path, shares: str) -> None:
     """Do all fits on this process's share, and write what it ended with."""
-    from hf_erasure.fitting.processes import Processes
-
     torch.set_num_threads(1)
     processes = Processes()
     first = sum(SHARES[shares][: processes.rank])
@@ -113,7 +111,3 @@ def main(folder: Path, shares: str) -> None:
         tensors = erasers(model) | {"held_out": torch.tensor(held_out, dtype=torch.float64)}
         facts = {"world": str(torch.distributed.get_world_size()), "examples": str(report.examples)}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{number}-{processes.rank}", facts)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

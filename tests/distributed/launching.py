@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.prepared import ROOT
 
 
 def launch(processes: int, *command: object, folder: Path, timeout: int = 300, **environment: str) -> tuple[int, str]:

@@ -9,34 +9,35 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed import failing
-from tests.distributed.launching import launch
+from tests.prepared import together
 
-# Every launch takes two processes some ten seconds to begin.
-PROCEDURES = [pytest.param("sequential", marks=pytest.mark.slow), "one-pass"]
+PROCEDURES = pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "one-pass"])
 # Far less than the half hour after which a process that waits for another gives up.
 DEADLINE = 120
 
 
-@pytest.mark.parametrize("procedure", PROCEDURES)
-def test_a_process_that_dies_ends_the_others_and_a_new_start_goes_on_from_there(procedure: str, tmp_path: Path) -> None:
+@PROCEDURES
+def test_a_process_that_dies_ends_the_others_and_a_new_start_goes_on_from_there(
+    sequential: bool, tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
-    assert launch(2, failing.__file__, whole, "nothing", procedure, folder=whole)[0] == 0
-    status, _ = launch(2, failing.__file__, broken, "dies", procedure, folder=broken, timeout=DEADLINE)
+    assert together(2, failing.main, whole, "nothing", sequential, folder=whole)[0] == 0
+    status, _ = together(2, failing.main, broken, "dies", sequential, folder=broken, timeout=DEADLINE)
     assert status != 0
     assert not list(broken.glob("done-*"))
-    kept = "site-*" if procedure == "sequential" else "moments-labelled-*"
+    kept = "site-*" if sequential else "moments-labelled-*"
     assert list((broken / "fit").glob(kept)), "nothing was kept"
-    status, printed = launch(2, failing.__file__, broken, "nothing", procedure, folder=broken)
+    status, printed = together(2, failing.main, broken, "nothing", sequential, folder=broken)
     assert status == 0, printed
     expected, continued = load_file(whole / "done-0"), load_file(broken / "done-1")
     assert all(torch.equal(value, continued[name]) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("procedure", PROCEDURES)
-def test_what_one_process_raises_is_told_in_all(procedure: str, tmp_path: Path) -> None:
-    status, printed = launch(2, failing.__file__, tmp_path, "raises", procedure, folder=tmp_path, timeout=DEADLINE)
+@PROCEDURES
+def test_what_one_process_raises_is_told_in_all(sequential: bool, tmp_path: Path) -> None:
+    status, printed = together(2, failing.main, tmp_path, "raises", sequential, folder=tmp_path, timeout=DEADLINE)
     assert status == 0, printed  # the script catches it
     other, own = ((tmp_path / f"error-{rank}").read_text() for rank in (0, 1))
     assert own.startswith("ValueError: ") and "7" in own
@@ -44,8 +45,7 @@ def test_what_one_process_raises_is_told_in_all(procedure: str, tmp_path: Path) 
     assert own.endswith("unfitted=True") and other.endswith("unfitted=True")
 
 
-@pytest.mark.slow
 def test_shares_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
-    assert launch(2, failing.__file__, tmp_path, "nothing", "one-pass", folder=tmp_path)[0] == 0
-    assert launch(3, failing.__file__, tmp_path, "nothing", "one-pass", folder=tmp_path)[0] == 0
+    assert together(2, failing.main, tmp_path, "nothing", False, folder=tmp_path)[0] == 0
+    assert together(3, failing.main, tmp_path, "nothing", False, folder=tmp_path)[0] == 0
     assert "holds a fit with processes=2, this one has 3" in (tmp_path / "error-0").read_text()

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests.distributed import fits
-from tests.distributed.launching import launch
+from tests.prepared import together as run_together
 
 # Statistics and solve are float64 on float64 activations. Adding in another order leaves a few units of 1e-16 of the
 # moments, which the solve multiplies by the condition number of the covariance, about 1e3 on these models.
@@ -24,14 +24,11 @@ def alone() -> dict[fits.Fit, tuple[dict[str, Tensor], int]]:
     return {}
 
 
-SHARES = [pytest.param(name, marks=pytest.mark.slow) if name == "first empty" else name for name in fits.SHARES]
-
-
-@pytest.fixture(scope="module", params=SHARES)
+@pytest.fixture(scope="module", params=fits.SHARES)
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes wrote all fits."""
     folder = tmp_path_factory.mktemp("fits")
-    status, printed = launch(2, fits.__file__, folder, request.param, folder=folder)
+    status, printed = run_together(2, fits.main, folder, request.param, folder=folder)
     assert status == 0, printed
     return folder
 

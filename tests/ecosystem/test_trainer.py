@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from hf_erasure import fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from tests.callbacks.test_gradiend_callback import TEXTS, effective
+from tests.ecosystem import trainer_processes
 from tests.ecosystem.trainer_runs import (
     KINDS,
     LORA,
@@ -41,6 +39,7 @@ from tests.ecosystem.trainer_runs import (
     trainer_for,
 )
 from tests.fitting.gradiend.language_models import model_of, tokenizer_of
+from tests.prepared import together
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(second time|Already found a `peft_config`|has been trained further|switched the)"
@@ -50,7 +49,6 @@ every_cell = pytest.mark.parametrize(
     ("kind", "way"),
     [pytest.param(k, w, marks=[] if w in USUAL else [pytest.mark.slow]) for k in KINDS for w in WAYS],
 )
-ROOT = Path(__file__).parents[2]
 TABLE = "Trainer"
 Enter = Callable[[str, str, str, str], None]
 
@@ -286,11 +284,8 @@ class _Done:
 def trained_by_two(folder: Path, kind: str, way: str) -> list[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """What each of two processes ended with."""
     folder.mkdir()
-    script = [str(ROOT / "tests/ecosystem/trainer_processes.py"), str(folder), kind, way]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, timeout=300, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, printed = together(2, trainer_processes.main, folder, kind, way, folder=folder, ACCELERATE_USE_CPU="true")
+    assert status == 0, printed[-3000:]
     files = sorted(folder.glob("*.json"))
     return [(load_file(file.with_suffix(".safetensors")), json.loads(file.read_text())) for file in files]
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,10 @@ from hf_erasure.adapters.common.placement import AdapterBuffers
 from tests.adapters.gradiend.lifecycle import lora
 from tests.adapters.lifecycle import MERGE_TOLERANCE
 from tests.ecosystem.placements import NAME, Erasure, Gradiend, Kind, outputs
-from tests.ecosystem.wrapped_processes import KINDS, WAYS
+from tests.ecosystem.wrapped_processes import KINDS, WAYS, main
+from tests.prepared import together
 from tests.small_models import same
 
-ROOT = Path(__file__).parents[2]
 TABLE = "Several processes"
 TITLES = {
     "ddp": "DDP",
@@ -68,13 +65,8 @@ def folder(adapters: dict[str, Kind], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def seen(folder: Path) -> Seen:
     """What each process saw of one thing, in one way of wrapping, with one kind of adapter."""
-
-    script = str(ROOT / "tests/ecosystem/wrapped_processes.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, script, str(folder)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    status, printed = together(PROCESSES, main, folder, folder=folder, ACCELERATE_USE_CPU="true")
+    assert status == 0, printed[-4000:]
     found = {way: [json.loads((folder / f"{way}-{n}.json").read_text()) for n in range(PROCESSES)] for way in WAYS}
     for processes in found.values():
         assert [process["world"] for process in processes] == [PROCESSES] * PROCESSES

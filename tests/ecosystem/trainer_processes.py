@@ -1,9 +1,8 @@
-"""Trains in every process of a torchrun, and writes what each ended with."""
+"""Trains in each of several processes, and writes what each ended with."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +35,3 @@ def main(folder: Path, kind: str, way: str) -> None:
     )
     found = {"figures": figures(trainer), "reported": reports.seen, "processes": trainer.args.world_size}
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,13 +1,12 @@
-"""What each process of a torchrun sees of an adapter on a wrapped or sharded model, written to a file.
+"""What each of several processes sees of an adapter on a wrapped or sharded model, written to a file.
 
-`python -m torch.distributed.run … wrapped_processes.py FOLDER`. The folder holds a base model and adapters of both
-kinds. Every process compares with a plain model of its own.
+The folder that `main` is given holds a base model and adapters of both kinds. Every process compares with a plain model
+of its own.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,7 +317,3 @@ def main(folder: Path) -> None:
             seen[kind] = {what: look() for what, look in looks(process).items()}
         (folder / f"{way}-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

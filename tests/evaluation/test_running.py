@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -45,6 +44,7 @@ from hf_erasure.evaluation.results import Results
 from hf_erasure.evaluation.states import FINAL, StateReader
 from hf_erasure.evaluation.treebank import read_sentence, read_treebank
 from hf_erasure.metrics.linear_leakage import score
+from tests import prepared
 from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, small_data
 
 
@@ -674,12 +674,12 @@ def test_without_the_harness_there_is_a_sentence(story: str, assets: Path, monke
 # ---- packaging ------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_needs_no_extras() -> None:
+def test_an_evaluation_needs_no_extras(tmp_path: Path) -> None:
     """Neither matplotlib nor scikit-learn: figures are drawn and probes fitted by this package."""
     code = "import sys\nfor name in ('matplotlib', 'sklearn'): sys.modules[name] = None\n"
     code += "from hf_erasure.evaluation import report, measures\nfrom tests.evaluation.material import made_up\n"
     code += "print(len(report.rendered(made_up())))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = prepared.run(prepared.run_code, code, folder=tmp_path, kind=prepared.LIBRARIES)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10_000
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +14,8 @@ from torch import Tensor
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
+from tests.prepared import Process, start
 from tests.small_models import LABELS, inputs_of, shared_layers_model, small_batches, small_model
-
-ROOT = Path(__file__).parents[2]
 
 
 def with_adapter(**config: Any) -> Any:
@@ -129,19 +124,13 @@ def test_another_fit_is_refused_by_what_differs(tmp_path: Path) -> None:
         fit(with_adapter(), batches, tmp_path, pool="mean")
 
 
-SCRIPT = """
-import sys, time, torch
-sys.path.insert(0, {root!r})
-from tests.small_models import LABELS, shared_layers_model, small_batches, small_model
-from hf_erasure import ConceptErasureConfig, fit_concept_erasure
-model = small_model("bert")
-model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name="no_gender")
-for layer in model.encoder.layer:
-    layer.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-fit_concept_erasure(model, small_batches("bert", 6), "no_gender", sequential={sequential}, checkpoint_dir={folder!r},
-                    progress=False)
-torch.save([p for n, p in sorted(model.state_dict().items()) if "concept_erasure" in n], {result!r})
-"""
+def fit_slowly(sequential: bool, folder: Path, result: Path) -> None:
+    """In a process of its own, which has time to be killed."""
+    model = with_adapter()
+    for layer in model.encoder.layer:
+        layer.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    fit(model, small_batches("bert", 6), folder, sequential=sequential)
+    torch.save([p for n, p in sorted(model.state_dict().items()) if "concept_erasure" in n], result)
 
 
 @pytest.mark.filterwarnings("ignore:(Already found|Adding .* switched|.*being fitted while)")
@@ -155,27 +144,26 @@ def test_a_fit_beside_other_adapters_is_another_one(tmp_path: Path) -> None:
         fit(model, batches, tmp_path)
 
 
-@pytest.mark.parametrize("sequential", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("sequential", [True, False])
 def test_killed_at_several_points_it_ends_with_the_same_erasers(sequential: bool, tmp_path: Path) -> None:
-    def start(folder: Path, result: Path) -> subprocess.Popen[bytes]:
-        script = SCRIPT.format(root=str(ROOT), sequential=sequential, folder=str(folder), result=str(result))
-        return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    def begin(folder: Path, result: Path) -> Process:
+        return start(fit_slowly, sequential, folder, result, folder=tmp_path)
 
     whole, resumed, folder = tmp_path / "whole.pt", tmp_path / "resumed.pt", tmp_path / "killed"
-    assert start(tmp_path / "uninterrupted", whole).wait() == 0
+    assert begin(tmp_path / "uninterrupted", whole).wait().returncode == 0
     kills = 0
     # Once as soon as anything is kept, once a moment later: wherever that is, files are whole.
     for delay in (0.0, 0.05):
-        process = start(folder, resumed)
+        process = begin(folder, resumed)
         pattern = "site-*.safetensors" if sequential else "moments-*.safetensors"
         seen = len(list(folder.glob(pattern)))
         while process.poll() is None and len(list(folder.glob(pattern))) <= (seen if sequential else 0):
             time.sleep(0.002)
         time.sleep(delay)
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             kills += 1
         process.wait()
     assert kills, "the fit ended before it could be killed"
-    assert start(folder, resumed).wait() == 0
+    assert begin(folder, resumed).wait().returncode == 0
     assert all(torch.equal(a, b) for a, b in zip(torch.load(whole), torch.load(resumed), strict=True))

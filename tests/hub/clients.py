@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests import prepared
 from tests.hub.loopback import LoopbackHub
 
-ROOT = Path(__file__).parents[2]
 OWNER, TOKEN = "alice", "hf_alice"
 # The fixture `once`.
 Once = Callable[[str, Callable[[Path], Any]], Any]
@@ -21,15 +19,15 @@ Once = Callable[[str, Callable[[Path], Any]], Any]
 def environment(hub: LoopbackHub, home: Path, *, token: str | None = TOKEN, offline: bool = False) -> dict[str, str]:
     """What a process needs to take the loopback server for the Hub, with a cache of its own in `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    asked = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    asked = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(prepared.ROOT)}
     quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
     return kept | asked | quiet | ({"HF_TOKEN": token} if token else {}) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
 
 
 def run(script: str, folder: Path, environment: dict[str, str]) -> Any:
-    """Run one of the scripts of this folder; returns what it has written to `folder` as JSON."""
-    command = [sys.executable, str(ROOT / "tests" / "hub" / script), str(folder)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+    """Run `main` of one of the scripts of this folder; returns what it has written to `folder` as JSON."""
+    code = f"import pathlib, tests.hub.{Path(script).stem} as script; script.main(pathlib.Path({str(folder)!r}))"
+    done = prepared.run(prepared.run_code, code, folder=folder, kind=prepared.LIBRARIES, environment=environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((folder / f"{script}.json").read_text())
 

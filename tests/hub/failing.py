@@ -1,13 +1,12 @@
 """Pushes and pulls that fail as the server was told to, and are tried again.
 
-`python failing.py FOLDER`, with a Hub in the environment. The folder has a `base` model and the folders of two fits,
+It wants a Hub in the environment. The folder has a `base` model and the folders of two fits,
 `adapter` and `another`, and in `asked.json` what to do.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,3 @@ def main(folder: Path) -> None:
             upload(folder, f"{OWNER}/{what}")
         found["pulls"][what] = pull(folder, what, way)
     report(__file__, folder, found)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

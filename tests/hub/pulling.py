@@ -2,7 +2,7 @@
 
 First what needs no hf-erasure, as if that were not installed, and then with it.
 
-`python pulling.py FOLDER`, with a Hub in the environment, or with `HF_HUB_OFFLINE=1` and only a cache.
+It wants a Hub in the environment, or with `HF_HUB_OFFLINE=1` and only a cache.
 """
 
 from __future__ import annotations
@@ -112,7 +112,3 @@ def main(folder: Path) -> None:
         "PeftModel": refused(lambda: wrapped("erasure-private", **other)),
     }
     report(__file__, folder, {"pulled": found, "plain": without, "stranger": stranger})
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,11 +1,10 @@
 """Pushes adapters of both kinds in every way there is, and writes down what their models compute.
 
-`python pushing.py FOLDER`, with a Hub in the environment.
+It wants a Hub in the environment.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,3 @@ def main(folder: Path) -> None:
         commits[kind] = pushes.commits
     save_file(computed, folder / "computed.safetensors")
     report(__file__, folder, commits)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

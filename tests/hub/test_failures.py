@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import typer
 from huggingface_hub.errors import HTTPError
 
 from hf_erasure.cli.common import errors_as_sentences
+from tests import prepared
 from tests.adapters.lifecycle import Lifecycle
 from tests.hub.clients import OWNER, TOKEN, Once, environment, run
 from tests.hub.failing import ADAPTER, BASE
@@ -226,9 +225,9 @@ def test_the_command_ends_with_two_and_no_traceback(tmp_path: Path):
     with LoopbackHub() as hub:
         hub.add_user(OWNER, TOKEN)
         folder = Lifecycle(tmp_path / "models").folder(CELL)
-        command = [sys.executable, "-m", "hf_erasure.cli", "push", str(folder), f"{OWNER}/adapter"]
+        words = ["push", str(folder), f"{OWNER}/adapter"]
         asked = environment(hub, tmp_path / "home", token="hf_wrong")
-        done = subprocess.run(command, env=asked, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = prepared.run(prepared.run_command, words, folder=tmp_path, kind=prepared.LIBRARIES, environment=asked)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.count("Error: ") == 1 and "401" in done.stderr

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import hf_erasure.metrics as metrics
 from tests.metrics.samples import QUICK, inputs
-
-ROOT = Path(__file__).parents[2]
+from tests.prepared import LIBRARIES, run, run_code
 
 LOAD_ALL = """
 import json, socket, sys
@@ -27,6 +24,7 @@ socket.getaddrinfo = refuse
 import evaluate
 from hf_erasure.metrics import METRICS, metric_path
 from tests.metrics.samples import QUICK, inputs
+from tests.prepared import LIBRARIES, run, run_code
 
 found = {}
 for name in METRICS:
@@ -42,11 +40,8 @@ print(json.dumps(found))
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What all metrics compute when `evaluate.load` reads their files, offline and with an empty cache."""
     home = tmp_path_factory.mktemp("hf")
-    offline = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_ALL],
-        cwd=ROOT, env={**os.environ, **offline, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(home)}
+    done = run(run_code, LOAD_ALL, folder=home, kind=LIBRARIES, environment=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

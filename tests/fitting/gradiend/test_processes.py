@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-ROOT = Path(__file__).parents[3]
+from tests.fitting.gradiend import two_processes
+from tests.prepared import together
 
 
 def fitted(folder: Path, estimator: str, batch_size: int, processes: int) -> list[tuple[dict[str, torch.Tensor], dict]]:
     """What each process ended with, and how many there were."""
     folder.mkdir()
-    script = [str(ROOT / "tests/fitting/gradiend/two_processes.py"), str(folder), estimator, str(batch_size)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *(launcher if processes > 1 else []), *script]
-    subprocess.run(command, check=True, env=environment, cwd=folder, capture_output=True, timeout=300)
+    asked = (two_processes.main, folder, estimator, batch_size)
+    status, printed = together(processes, *asked, folder=folder, ACCELERATE_USE_CPU="true")
+    assert status == 0, printed
     found = []
     for path in sorted(folder.glob(f"{estimator}-*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -34,7 +30,7 @@ def fitted(folder: Path, estimator: str, batch_size: int, processes: int) -> lis
 # With batches of three there is one of each class, and nothing for the second process.
 @pytest.mark.parametrize(
     ("estimator", "alone", "together"),
-    [pytest.param("closed_form", 1, 1, marks=pytest.mark.slow), ("closed_form", 3, 3), ("trained", 2, 1)],
+    [("closed_form", 1, 1), ("closed_form", 3, 3), ("trained", 2, 1)],
 )
 def test_two_processes_end_as_one(estimator: str, alone: int, together: int, tmp_path: Path):
     ((one, facts),) = fitted(tmp_path / "one", estimator, alone, 1)

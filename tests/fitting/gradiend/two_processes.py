@@ -1,8 +1,7 @@
-"""Fits in every process of a torchrun, and writes what the main one ended with."""
+"""Fits in one process or in several, and writes what each ended with."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -26,7 +25,3 @@ def main(folder: Path, estimator: str, batch_size: int) -> None:
         folder / f"{estimator}-{processes.rank}.safetensors",
         metadata={"processes": str(processes.count), "steps": str(output.global_step)},
     )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,276 @@
+"""Processes for tests, forked from one that has imported what they need: a fresh Python takes eight seconds to do so.
+
+`run` and `start` run a function of a test module in a process of its own, `command` runs `hf-erasure` there, and
+`together` runs a function in several processes that know of each other, as torchrun starts them. There are two kinds of
+processes to fork from:
+
+- `PACKAGE` has imported hf_erasure;
+- `LIBRARIES` has imported what is not of Hugging Face: the client of the Hub, transformers and hf_erasure are imported
+  anew in each process, and read the environment when they are.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES, PACKAGE = "libraries", "package"
+IMPORTED = {
+    LIBRARIES: (
+        "torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "numpy", "pandas", "pyarrow", "scipy.stats",
+        "pytest",
+    ),
+    PACKAGE: ("hf_erasure.cli", "accelerate", "trl", "matplotlib.pyplot", "sklearn.linear_model"),
+}  # fmt: skip
+# Of a process that hangs; the slowest takes half a minute on an idle core.
+PATIENCE = 300
+# Between two looks at a process, in seconds.
+PAUSE = 0.005
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is to do.
+
+    Attributes:
+        call: The pickled function and its arguments; they are imported in the new process.
+        folder: Where it runs.
+        environment: All of it.
+        printed: The files for standard output and standard error.
+    """
+
+    call: bytes
+    folder: str
+    environment: dict[str, str]
+    printed: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What has become of a process: the names are those of `subprocess`."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+# ---- the process that others are forked from -------------------------------------------------------------------------
+
+
+def serve(address: str, modules: Sequence[str]) -> None:
+    """Import modules, then start tasks and say what has become of them, until the other end is closed."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError:  # what is not installed, no task imports either
+            continue
+    with Listener(address, "AF_UNIX") as listener:
+        connection = listener.accept()
+    with connection:
+        while True:
+            try:
+                asked = connection.recv()
+            except EOFError:
+                return
+            if isinstance(asked, Task):
+                pid = os.fork()
+                if pid == 0:
+                    _work(asked)
+                connection.send(pid)
+            else:
+                pid, status = os.waitpid(asked, os.WNOHANG)
+                connection.send(os.waitstatus_to_exitcode(status) if pid else None)
+
+
+def _work(task: Task) -> None:
+    """Do a task in the process that was forked for it, and end."""
+    code = 1
+    try:
+        for number, name in enumerate(task.printed, 1):
+            file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, number)
+        os.environ.clear()
+        os.environ.update(task.environment)
+        os.chdir(task.folder)
+        # Fresh processes begin with numbers of their own, except for those of torch.
+        sys.modules["numpy"].random.seed()
+        function, arguments = pickle.loads(task.call)
+        function(*arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@functools.cache
+def _server(kind: str) -> Connection:
+    """The other end of `serve`, with the modules of a kind imported; one for the whole session."""
+    folder = tempfile.TemporaryDirectory(prefix="prepared-")
+    atexit.register(folder.cleanup)
+    address, said = str(Path(folder.name, "socket")), Path(folder.name, "said")
+    if kind == LIBRARIES:
+        code = f"from tests.prepared import serve; serve({address!r}, {IMPORTED[kind]!r})"
+        with said.open("w") as file:
+            process: Any = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=file)
+    else:
+        process = start(serve, address, IMPORTED[kind], folder=ROOT, kind=LIBRARIES, printed=(said, said))
+    end = time.monotonic() + PATIENCE
+    while not os.path.exists(address):
+        if process.poll() is not None or time.monotonic() > end:
+            raise RuntimeError(f"no process with {IMPORTED[kind]} came about; it said\n{said.read_text()}")
+        time.sleep(PAUSE)
+    connection = Client(address, "AF_UNIX")
+    atexit.register(connection.close)
+    return connection
+
+
+# ---- what tests use --------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A process that does a task.
+
+    Attributes:
+        pid: Its number.
+    """
+
+    def __init__(self, task: Task, kind: str) -> None:
+        self._server, self._files, self._code = _server(kind), task.printed, None
+        self._server.send(task)
+        self.pid: int = self._server.recv()
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        if self._code is None:
+            self._server.send(self.pid)
+            self._code = self._server.recv()
+        return self._code
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = PATIENCE) -> Ended:
+        """What has become of it.
+
+        Raises:
+            TimeoutError: It takes longer than that; it is killed.
+        """
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"a process runs for more than {timeout} s; it printed\n{self._printed()}")
+            time.sleep(PAUSE)
+        return Ended(self._code or 0, *self._printed())
+
+    def _printed(self) -> tuple[str, str]:
+        out, err = (Path(name).read_text(encoding="utf-8", errors="replace") for name in self._files)
+        return out, err
+
+
+def start(
+    function: Callable[..., Any],
+    *arguments: Any,
+    folder: Path,
+    kind: str = PACKAGE,
+    environment: dict[str, str] | None = None,
+    printed: tuple[Path, Path] | None = None,
+) -> Process:
+    """Start a function that a module has, in a process of its own.
+
+    Args:
+        function: What runs.
+        arguments: That it is called with; they can be pickled.
+        folder: Where it runs.
+        kind: What is imported already.
+        environment: The environment; by default this process's.
+        printed: The files for what it prints on both ways; by default new ones.
+    """
+    if printed is None:
+        files = tempfile.mkdtemp(prefix="printed-", dir=folder)
+        printed = Path(files, "out"), Path(files, "err")
+    out, err = printed
+    call = pickle.dumps((function, arguments))
+    known = dict(os.environ) if environment is None else environment
+    return Process(Task(call, str(folder), known, (str(out), str(err))), kind)
+
+
+def run(function: Callable[..., Any], *arguments: Any, folder: Path, **options: Any) -> Ended:
+    """Run a function in a process of its own to its end; see `start`."""
+    return start(function, *arguments, folder=folder, **options).wait()
+
+
+def run_code(code: str) -> None:
+    """Run a text of Python, for what has to come before any import of a test module."""
+    exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+
+
+def command(*words: object, folder: Path) -> Ended:
+    """Run `hf-erasure` with these words."""
+    return run(run_command, list(map(str, words)), folder=folder)
+
+
+def run_command(words: list[str]) -> None:
+    """What `hf-erasure` does with its words; ends the process."""
+    sys.argv = ["hf-erasure", *words]
+    importlib.import_module("hf_erasure.cli").app()
+
+
+def together(
+    count: int, function: Callable[..., Any], *arguments: Any, folder: Path, timeout: float = PATIENCE, **variables: str
+) -> tuple[int, str]:
+    """Run a function in several processes that share their work, as `torchrun --nproc_per_node COUNT` does.
+
+    When one of them fails, the others are ended.
+
+    Returns:
+        The exit status of the first that failed, or 0, and all that was printed.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    # What accelerate's launcher sets is not there: whoever starts torchrun does not know of it.
+    known = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    known |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"} | variables
+    known |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    printed = Path(tempfile.mkdtemp(prefix="printed-", dir=folder), "all")
+    processes, status, end = [], 0, time.monotonic() + timeout
+    with ExitStack() as stack:
+        for rank in map(str, range(count)):
+            own = known | {"RANK": rank, "LOCAL_RANK": rank}
+            process = start(function, *arguments, folder=folder, environment=own, printed=(printed, printed))
+            processes.append(process)
+            stack.callback(process.kill)
+        while any(process.poll() is None for process in processes) and not status:
+            status = next((code for process in processes if (code := process.poll())), 0)
+            if time.monotonic() > end:
+                raise TimeoutError(f"{count} processes run for more than {timeout} s: {printed.read_text()}")
+            time.sleep(PAUSE)
+        for process in processes:
+            process.kill(signal.SIGTERM)
+            process.wait(timeout=30)
+        status = status or next((code for process in processes if (code := process.poll())), 0)
+    return status, printed.read_text(encoding="utf-8", errors="replace")
