@@ -5,12 +5,12 @@ from .erasure.config import ConceptErasureConfig
 from .erasure.layer import ErasureLayer, erasure_layers
 from .erasure.model import ConceptErasureModel
 from .gradiend.config import GradiendConfig
+from .gradiend.layer import gradiend_layers
 from .gradiend.model import GradiendModel
 from .gradiend.state import (
     StoredFeature,
     edited,
     features_of,
-    gradiend_layers,
     kept_share,
     set_features,
     stated_bytes,

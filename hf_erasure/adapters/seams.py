@@ -55,7 +55,6 @@ from .common.tuner import (
     remove_adapter,
     remove_empty_layers,
 )
-from .gradiend.model import link_owners
 from .loading.file_checks import PREFIX, Source, looked_at, with_what_was_fitted
 from .loading.key_renaming import conversions_kept, prefix_of, rename_tensors, weight_mapping
 from .saved_tensors import adapter_state_dict
@@ -384,7 +383,6 @@ def _inject_adapter(
     with naming_what_goes_off(model, adapter_name):
         original(model, adapter_name, *args, **kwargs)
         rehome_layers(model)
-        link_owners(model)
 
 
 def _merge_or_unmerge(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:

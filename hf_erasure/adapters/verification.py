@@ -22,7 +22,8 @@ from .erasure.layer import erasure_layers
 from .gradiend.config import GradiendConfig
 from .gradiend.edit import why_not_editable
 from .gradiend.forward_readers import UsedAsTheyAre
-from .gradiend.state import edited, gradiend_layers, kept_share, targeted_parameters
+from .gradiend.layer import gradiend_layers
+from .gradiend.state import edited, kept_share, targeted_parameters
 
 
 @dataclass(frozen=True)

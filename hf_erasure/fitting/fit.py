@@ -182,7 +182,7 @@ def conclude(
             measured = measure(task, eval_batches, rows)
     except BaseException:
         for site, layer in layers.items():
-            layer.restore_eraser_state(name, before[site])
+            layer.restore_state(name, before[site])
         raise
     finals = [site for site in measured.sites if site not in layers]
     lines = [line for site in [*layers, *finals] for line in _lines(site, fits.get(site), measured.sites.get(site))]

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.adapters.erasure.targets import default_targets
+from hf_erasure.adapters.erasure.model import default_targets
 from tests.small_models import ARCHITECTURES, LABELS, small_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -492,7 +492,7 @@ def test_different_widths_at_one_site_are_refused(lifecycle: Lifecycle):
     model = with_two(lifecycle, "bert", target_modules=[FIRST["bert"]])
     layer = erasure_layers(model)[FIRST["bert"]]
     left, right, bias = layer.eraser_state("kind")
-    layer.restore_eraser_state("kind", (left[:16], right[:, :16], bias[:16]))
+    layer.restore_state("kind", (left[:16], right[:, :16], bias[:16]))
     with pytest.raises(
         ValueError, match=r"At 'encoder.*' \['gender', 'kind'\] cannot be combined: .* widths \[16, 32\]"
     ):

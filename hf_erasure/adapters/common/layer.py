@@ -1,4 +1,4 @@
-"""What the adapter layers of both kinds have in common.
+"""What the adapter layers of both kinds have in common: their state by adapter, and which adapters act.
 
 Replacing a module would lose LoRA targets inside it, change the keys of other adapters and bypass
 `output_hidden_states`. So the module (the *host*) stays what it is: a child of it holds the state of all adapters as
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from .config import ChildConfig
+
+# What PEFT calls a row without an adapter.
+NO_ADAPTER = "__base__"
 
 
 class StateDict(BufferDict):
@@ -43,26 +47,68 @@ class StateDict(BufferDict):
 StateDict.__name__ = BufferDict.__name__
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Which adapter each row of a batch has: `model(…, adapter_names=[…])` on a `PeftModel`.
+
+    Attributes:
+        names: One for each row that the user gave.
+        beams: In how many copies, one after the other, `generate` may pass a row on.
+    """
+
+    names: tuple[str, ...]
+    beams: int = 1
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters that any row has, in order."""
+        return [name for name in dict.fromkeys(self.names) if name != NO_ADAPTER]
+
+    def of(self, name: str, hidden: Tensor, path: str) -> Tensor:
+        """The positions of an adapter's rows in an activation  # (rows of that adapter,)
+
+        Raises:
+            ValueError: If the activation does not have one row for each name.
+        """
+        count = len(self.names)
+        if hidden.shape[0] not in (count, count * self.beams):
+            raise ValueError(
+                f"adapter_names has {count} names, but the activation of {path!r} has {hidden.shape[0]} rows: give one "
+                "name for each row of the batch. Where a module sees rows of another kind, run the rows of each "
+                "adapter as a batch of their own, with set_adapter(name)."
+            )
+        copies = hidden.shape[0] // count
+        chosen = [i * copies + copy for i, own in enumerate(self.names) if own == name for copy in range(copies)]
+        return torch.tensor(chosen, device=hidden.device)
+
+
 class AdapterChild(nn.Module, BaseTunerLayer):
-    """The state of every adapter of one kind at one module.
+    """The state of every adapter of one kind at one module: one `StateDict` for each part that a file has.
 
     Attributes:
         child_name: What the child is called on its host.
         noun: What messages call an adapter of this kind.
+        precisions: The dtypes that floating-point state may have, the usual one first.
         path: The host's name in the model.
-        rows: Which adapter each row of the batch has while `adapter_names` are given; see `mixed_batches.Rows`.
+        sticky_adapters: Adapter name → whether it stays active beside others; in the order in which they were added.
+        rows: Which adapter each row of the batch has while `adapter_names` are given.
     """
 
     child_name: ClassVar[str]
     noun: ClassVar[str]
+    precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
+    # The attributes that have an entry for each adapter, besides the state.
+    entries: ClassVar[tuple[str, ...]] = ("sticky_adapters",)
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__()
         self.path = path
         # In a tuple, so that the host does not become a submodule of its own child.
         self._host = (host,)
+        self.sticky_adapters: dict[str, bool] = {}
         self._awaits_values: set[str] = set()
-        self.rows: Any = None
+        self._held: set[str] = set()
+        self.rows: Rows | None = None
         self.merged_adapters = []
         # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
         self._disable_adapters = False
@@ -75,17 +121,22 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     @property
     def adapters(self) -> list[str]:
         """The adapters present here, in the order in which they were added."""
-        raise NotImplementedError
+        return list(self.sticky_adapters)
 
-    # BaseTunerLayer reads these from the module it wraps; this one wraps none.
+    @property
+    def other_param_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The names of all attributes that have an entry for each adapter; PEFT deletes an adapter from them."""
+        return (*self.entries, *(name for name, module in self._modules.items() if isinstance(module, StateDict)))
+
+    # BaseTunerLayer reads these from the module that it wraps, and this one does not wrap any.
     @property
     def weight(self) -> Tensor:
-        """There is none, and PEFT takes that for an answer."""
+        """PEFT goes on without a weight after this error."""
         raise AttributeError(f"the {self.noun} has no weight of its own")
 
     @property
     def bias(self) -> Tensor:
-        """There is none, and PEFT takes that for an answer."""
+        """PEFT goes on without a bias after this error."""
         raise AttributeError(f"the {self.noun} has no bias of its own")
 
     @property
@@ -99,9 +150,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         return self._features()[1]
 
     def _features(self) -> tuple[int, int]:
-        host: Any = self.host
-        while isinstance(host, BaseTunerLayer):
-            host = host.get_base_layer()
+        host: Any = innermost(self.host)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a host that no LoRA goes on
             features, given = _get_in_out_features(host)
@@ -109,27 +158,57 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             raise AttributeError(f"{type(host).__name__} at {self.path!r} has no in_features and out_features")
         return features, given
 
-    # ---- adapters come and go ---------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, config: Any) -> None:
-        """Make room for an adapter: values that are missing until loaded if its config says it was fitted."""
-        raise NotImplementedError
+    def stores(self, name: str) -> dict[str, StateDict]:
+        """The parts of an adapter that a file has, by the attribute that holds them."""
+        found = {key: store for key, store in self._modules.items() if isinstance(store, StateDict)}
+        return {key: store for key, store in found.items() if store.persistent and name in store}
+
+    def state_placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where the state belongs, and in which precision; on the CPU where accelerate keeps the weights elsewhere."""
+        # A quantised layer may not have a floating-point weight; where it is tells all the same.
+        weight = next(iter(sorted(self.host.parameters(), key=lambda p: not p.is_floating_point())), None)
+        if weight is None:
+            return torch.device("cpu"), self.precisions[0]
+        device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+        return device, weight.dtype if weight.dtype in self.precisions else self.precisions[0]
 
     def await_values(self, name: str) -> None:
-        """Fill an adapter with what is no value: one that never arrives must not pass for an adapter."""
-        raise NotImplementedError
+        """Fill an adapter with NaN, and positions with −1: values that never arrive must not pass for an adapter."""
+        for store in self.stores(name).values():
+            store[name] = torch.full_like(store[name], torch.nan if store[name].is_floating_point() else -1)
+        self._awaits_values.add(name)
 
     def check_values(self, name: str) -> None:
-        """Raise a `ValueError` that names the module and the adapter, if a value is missing or not finite."""
-        raise NotImplementedError
+        """Raise if a value of an adapter is missing or not finite.
+
+        Raises:
+            ValueError: Names the part, the adapter and the module.
+        """
+        for key, store in self.stores(name).items():
+            if store[name].device.type != "meta" and not self._is_sound(key, store[name]):
+                raise ValueError(
+                    f"{self._part_in_words(key, name)} is missing or not finite: adapter_model.safetensors lacks its "
+                    "tensors or holds NaN. Load the complete folder, or fit the adapter again."
+                )
+        self._awaits_values.discard(name)
+
+    def _is_sound(self, key: str, value: Tensor) -> bool:
+        return bool(torch.isfinite(value).all())
+
+    def _part_in_words(self, key: str, name: str) -> str:
+        return f"The state {key!r} of adapter {name!r} at {self.path!r}"
 
     def state_of(self, name: str) -> tuple[Tensor, ...]:
         """An adapter's tensors as they are, for `restore_state`."""
-        raise NotImplementedError
+        return tuple(store[name] for store in self.stores(name).values())
 
     def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
-        """Put back what `state_of` gave."""
-        raise NotImplementedError
+        """Put back what `state_of` gave; it is checked when it is first used."""
+        for store, value in zip(self.stores(name).values(), state, strict=True):
+            store[name] = value
+        self._awaits_values.add(name)
 
     def settle(self, name: str) -> None:
         """Take values that were just loaded into memory of their own.
@@ -137,30 +216,26 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         Loading leaves views into the mapped file: unaligned, so that sums round differently than before saving, and
         gone when the file is written anew.
         """
-        raise NotImplementedError
+        _, dtype = self.state_placement()
+        for store in self.stores(name).values():
+            store[name] = store[name].to(dtype if store[name].is_floating_point() else torch.int32, copy=True)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter that is not merged."""
-        self.refuse_if_merged(adapter_name)
-        super().delete_adapter(adapter_name)
-        self._awaits_values.discard(adapter_name)
+    def move_state(self, name: str, device: torch.device) -> None:
+        """Keep an adapter where accelerate runs the module; the meta device is not a place to be."""
+        for store in self.children() if device.type != "meta" else ():
+            if isinstance(store, StateDict) and name in store:
+                store[name] = store[name].to(device)
 
-    def refuse_if_merged(self, adapter_name: str) -> None:
-        """Raise a `ValueError` if an adapter is in the weights, since nothing could take it out of them afterwards."""
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
-
-    def detach(self) -> None:
-        """Take this child and its hooks off the host."""
-        self._unhook()
-        self.host._modules.pop(self.child_name, None)
-
-    def rehome(self, host: nn.Module) -> None:
-        """Move this child and its hooks to another host, as when PEFT wraps the old one."""
-        self.detach()
-        self._host = (host,)
-        host.add_module(self.child_name, self)
-        self._hook()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterChild:
+        """Follow `.to(device)`, and a dtype only where it is among `precisions`."""
+        for store in self.children():
+            for name, value in list(store._buffers.items()):
+                if value is not None:
+                    converted = self._stay_real(fn(value))
+                    follows = converted.dtype in (value.dtype, *self.precisions)
+                    kept = converted if follows else value.to(converted.device, self.precisions[0])
+                    store._buffers[name] = ordinary(kept)
+        return self
 
     def _stay_real(self, converted: Tensor) -> Tensor:
         """Refuse to let state go where accelerate does not bring it back from."""
@@ -174,17 +249,46 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             )
         return converted
 
+    # ---- adapters come and go ----------------------------------------------------------------------------------------
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter that is not merged."""
+        self.refuse_if_merged(adapter_name)
+        super().delete_adapter(adapter_name)
+        self._awaits_values.discard(adapter_name)
+
+    def refuse_if_merged(self, adapter_name: str) -> None:
+        """Raise a `ValueError` if an adapter is in the weights, since nothing could take it out of them afterwards."""
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
+
+    def rehome(self, host: nn.Module) -> None:
+        """Move this child and its hooks to another host, as when PEFT wraps the old one."""
+        self.detach()
+        self._host = (host,)
+        host.add_module(self.child_name, self)
+        self._hook()
+
+    def detach(self) -> None:
+        """Take this child and its hooks off the host."""
+        self._unhook()
+        self.host._modules.pop(self.child_name, None)
+
     def _hook(self) -> None:
-        raise NotImplementedError
+        """Let the adapters act in the forward pass of the host."""
 
     def _unhook(self) -> None:
-        raise NotImplementedError
+        """Take back what `_hook` did."""
+
+    @staticmethod
+    def link(model: nn.Module) -> None:
+        """Tell the children of this kind what else in the model they concern, after its modules have changed."""
 
     def _get_available_adapters(self) -> set[str]:
         """What PEFT reports as available; it looks for parameters, and there are none here."""
         return set(self.adapters)
 
-    # ---- which adapters act -----------------------------------------------------------------------------------------
+    # ---- which adapters act ------------------------------------------------------------------------------------------
 
     def switched_on(self) -> list[str]:
         """The adapters here that are meant to act, in order: sticky ones that are not active, then the active."""
@@ -192,20 +296,22 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             return []
         active = self.active_adapters if self.rows is None else self.rows.adapters
         on = [name for name, sticky in self.sticky_adapters.items() if sticky and name not in active]
-        return on + [name for name in active if name in self.adapters]
-
-    @property
-    def sticky_adapters(self) -> dict[str, bool]:
-        """Adapter name → whether it stays active beside others."""
-        raise NotImplementedError
+        return on + [name for name in active if name in self.sticky_adapters]
 
     def acting_adapters(self) -> list[str]:
         """The adapters that act unmerged on a forward pass."""
-        raise NotImplementedError
+        return [name for name in self.switched_on() if name not in self.merged_adapters and name not in self._held]
 
-    def without(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
         """Let an adapter not act for a while, and all others as they do."""
-        raise NotImplementedError
+        held = name in self._held
+        self._held.add(name)
+        try:
+            yield
+        finally:
+            if not held:
+                self._held.discard(name)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off means that the weights are the base model's too."""
@@ -222,35 +328,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         )
         return False
 
-    def forget_originals(self) -> None:
-        """Drop the copies that `unmerge` needs: what is merged stays merged."""
-        raise NotImplementedError
-
-
-def is_container(module: nn.Module) -> bool:
-    """Whether a module is a list of others, which a model goes through: a child in it would be one of them."""
-    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-    return isinstance(module, lists) or type(module).forward is nn.Module.forward
-
-
-def refuse_another_owner(child: AdapterChild, path: str) -> None:
-    """Raise where a module has an adapter already that was added to a part of this model, or to one around it."""
-    if child.path != path:
-        raise ValueError(
-            f"{path!r} has an adapter already, {child.adapters}, of a model in which it is called "
-            f"{child.path!r}: one of the two models is a part of the other. Load both adapters into the same one: save "
-            "the one that is there, delete it, and load it into this model."
-        )
-
-
-def refuse_container(path: str, module: nn.Module) -> None:
-    """Raise a `ValueError` if a target is a list of modules."""
-    if is_container(module):
-        raise ValueError(
-            f"{path!r} is a {type(module).__name__}, whose modules the model goes through, and no adapter can be put "
-            rf"on it: name the modules in it, as in target_modules=r'{path}\.\d+'."
-        )
-
 
 def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[AdapterChild]:
     """The children of either kind in a model, in its order.
@@ -260,7 +337,14 @@ def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[
         adapter_name: Only those that hold this adapter.
     """
     children = [module for module in model.modules() if isinstance(module, AdapterChild)]
-    return [child for child in children if adapter_name is None or adapter_name in child.adapters]
+    return [child for child in children if adapter_name is None or adapter_name in child.sticky_adapters]
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The module that other adapters have wrapped; the module itself where none has."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module
 
 
 def child_configs(model: Any) -> dict[str, ChildConfig]:

@@ -55,7 +55,7 @@ def left_in_place(model: Any) -> Iterator[None]:
             base.hf_device_map = places
 
 
-def _enter_in_device_map(model: nn.Module, adapter_name: str) -> None:
+def enter_in_device_map(model: nn.Module, adapter_name: str) -> None:
     """Loading sends tensors where the map of an offloaded model sends their module: to disk, that is nowhere."""
     places: Any = getattr(model, "hf_device_map", None)
     if not places:

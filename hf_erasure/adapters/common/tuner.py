@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
@@ -18,13 +18,14 @@ from ..loading.fingerprint import check_base
 from ..loading.key_renaming import rename_fitted, renaming
 from .auxiliary import ActiveCopies
 from .config import ChildConfig
-from .field_checks import check_patterns
-from .layer import AdapterChild, adapter_children
-from .mixed_batches import Rows, check_names, keep_from_ignoring
-from .placement import _enter_in_device_map, keep_from_broadcast
+from .field_checks import as_names, check_patterns
+from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children
+from .placement import enter_in_device_map, keep_from_broadcast
 
-# So many names more than a model has modules may be in a list, as of a model with more layers.
+# How many names more than a model has modules may be in a list, as of a model with more layers.
 _SPARE_NAMES = 10_000
+# The index of a layer in a module's name, with the name of the list of layers.
+_INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
 
 
 class ChildTuner(BaseTuner):
@@ -47,6 +48,8 @@ class ChildTuner(BaseTuner):
                 "or delete that adapter first."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    # ---- attaching ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter; a failure leaves the model as it was.
@@ -85,7 +88,7 @@ class ChildTuner(BaseTuner):
             self._complete(model, adapter_name)
             if kwargs.get("state_dict") is None:  # which would be a wish for some of the modules
                 _check_complete(model, adapter_name, config)
-            _enter_in_device_map(model, adapter_name)
+            enter_in_device_map(model, adapter_name)
             note_adapters(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
@@ -100,8 +103,64 @@ class ChildTuner(BaseTuner):
     def _check_config(self, config: Any) -> None:
         """Refuse a configuration that cannot be attached to any model."""
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        """Name the modules that `target_modules=None` stands for."""
+        if not peft_config.fitted and peft_config.target_modules is None:
+            peft_config.target_modules = exactly(self._default_targets(peft_config), self.model)
+            if isinstance(peft_config.target_modules, str):
+                peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
+        return peft_config
+
+    def _default_targets(self, config: Any) -> list[str]:
+        """The names of the modules that an adapter is put on when the user does not name any."""
+        raise ValueError(f"target_modules=None of a {type(config).__name__}: name the modules.")
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if is_child(key):
+            return False
+        config, places = as_names(peft_config, key), set(peft_config.fitted_modules)
+        return _is_fitted_at(config, key, places) if places else BaseTuner._check_target_module_exists(config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        what = self._what_to_add(peft_config, target, current_key)
+        if what is None:
+            return
+        kind = self.tuner_layer_cls
+        child: Any = target._modules.get(kind.child_name)
+        if not isinstance(child, kind):
+            child = kind(target, current_key)
+            target.add_module(kind.child_name, child)
+        elif child.path != current_key:
+            raise ValueError(
+                f"{current_key!r} has an adapter already, {child.adapters}, of a model in which it is called "
+                f"{child.path!r}: one of the two models is a part of the other. Load both adapters into the same one: "
+                "save the one that is there, delete it, and load it into this model."
+            )
+        child.add_adapter(adapter_name, peft_config, *what)
+        child.set_adapter(self.active_adapters)
+
+    def _what_to_add(self, config: Any, target: nn.Module, path: str) -> tuple[Any, ...] | None:
+        """What a child is told beside the configuration; None where the adapter has nothing to do at a target."""
+        refuse_container(path, target)
+        return ()
+
     def _complete(self, model: nn.Module, adapter_name: str) -> None:
         """What is left to do when every child is in its place."""
+
+    def _keys_of_hosts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child."""
+        child = self.tuner_layer_cls.child_name
+        return {key.replace(f".{child}.{self.prefix}", f".{self.prefix}"): value for key, value in state_dict.items()}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the children that held no other."""
@@ -110,15 +169,10 @@ class ChildTuner(BaseTuner):
         super().delete_adapter(adapter_name)
         remove_empty_layers(self.model)
 
-    def unmerge_adapter(self) -> None:
-        """Take back the merges of this kind; PEFT would take back those of all adapters, whoever merged them."""
-        for child in self._children():
-            child.unmerge()
+    def _children(self) -> list[Any]:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
 
-    def _keys_of_hosts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child."""
-        child = self.tuner_layer_cls.child_name
-        return {key.replace(f".{child}.{self.prefix}", f".{self.prefix}"): value for key, value in state_dict.items()}
+    # ---- batches whose rows have different adapters ------------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -127,42 +181,42 @@ class ChildTuner(BaseTuner):
         if names is None:
             yield
             return
-        check_names(self._children(), names)
-        with self._mixed_batch(Rows(tuple(names), int(kwargs.get("num_beams") or 1))):
+        children = self._children()
+        _check_names(children, names)
+        rows = Rows(tuple(names), int(kwargs.get("num_beams") or 1))
+        self._check_mixed_batch(rows)
+        for child in children:
+            child.rows = rows
+        try:
             yield
+        finally:
+            for child in children:
+                child.rows = None
 
-    def _mixed_batch(self, rows: Rows) -> AbstractContextManager[None]:
-        """Let each row of the batches that are run now have an adapter of its own.
+    def _check_mixed_batch(self, rows: Rows) -> None:
+        """Refuse, as a `ValueError` that says what to do instead, where rows cannot have adapters of their own."""
 
-        Raises:
-            ValueError: If that is impossible, as what to do instead.
-        """
-        raise NotImplementedError
+    # ---- merging -----------------------------------------------------------------------------------------------------
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """PEFT's way to make one LoRA of several.
+    def unmerge_adapter(self) -> None:
+        """Take back the merges of this kind; PEFT would take back those of all adapters, whoever merged them."""
+        for child in self._children():
+            child.unmerge()
 
-        Raises:
-            ValueError: Says what there is instead.
-        """
-        raise NotImplementedError
-
-    def _left_to_merge(self, names: list[str]) -> list[str]:
-        """The adapters that are not merged yet; warns like PEFT when there are none, and of those that are."""
-        merged = {name for child in self._children() for name in child.merged_adapters}
+    def _left_to_merge(self, names: list[str] | None) -> list[str]:
+        """The adapters that are not merged yet, of those that act if no names are given; warns when there are none."""
+        children = self._children()
+        if names is None:
+            # Sticky ones that are not active act all the same, before the active.
+            sticky = {name for child in children for name, on in child.sticky_adapters.items() if on}
+            known = dict.fromkeys([*self.peft_config, *sorted(sticky)])
+            on = [name for name in known if name in sticky and name not in self.active_adapters]
+            names = [*on, *self.active_adapters]
+        merged = {name for child in children for name in child.merged_adapters}
         left = [name for name in names if name not in merged]
         if merged and not left:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
         return left
-
-    def _children(self) -> list[Any]:
-        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
-
-    def _acting_adapters(self) -> list[str]:
-        """The active adapters, and before them the sticky ones that act all the same."""
-        sticky = {name for child in self._children() for name, on in child.sticky_adapters.items() if on}
-        known = dict.fromkeys([*self.peft_config, *sorted(sticky)])
-        return [*(name for name in known if name in sticky - set(self.active_adapters)), *self.active_adapters]
 
     def _unload_and_optionally_merge(
         self,
@@ -203,7 +257,7 @@ class ChildTuner(BaseTuner):
 def note_adapters(model: nn.Module) -> None:
     """What the model itself is told when adapters were added or removed; without any, it is as it was."""
     keep_from_broadcast(model)
-    keep_from_ignoring(model)
+    _keep_from_ignoring(model)
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -245,6 +299,47 @@ def _unwrap_saved(model: nn.Module) -> None:
             setattr(parent, name, wrapper.original_module)
 
 
+def _keep_from_ignoring(model: Any) -> None:
+    """Let a model with adapters refuse `adapter_names`, which most models of transformers take and do not read.
+
+    A `PeftModel` reads it and does not hand it on. Without adapters, the model is as it was.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    present = [key for key, hook in base._forward_pre_hooks.items() if hook is _refuse_names]
+    if adapter_children(base):
+        if not present:
+            base.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+        return
+    for key in present:
+        del base._forward_pre_hooks[key]
+        base._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            f"adapter_names={kwargs['adapter_names']!r}: {type(model).__name__} would ignore it, and run all rows with "
+            "the active adapters. PeftModel.from_pretrained(model, folder) makes a model that follows it; or run the "
+            "rows of each adapter as a batch of their own, with set_adapter(name)."
+        )
+
+
+def _check_names(children: list[AdapterChild], names: Any) -> None:
+    """Refuse names for rows that mean nothing here."""
+    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names={names!r} is not a list of names: give one for each row of the batch.")
+    known = {name for child in children for name in child.adapters}
+    unknown = sorted({*names} - known - {NO_ADAPTER})
+    if unknown:
+        raise ValueError(
+            f"adapter_names has {unknown}, but the adapters here are {sorted(known)}; a row without an adapter is "
+            f"{NO_ADAPTER!r}."
+        )
+    merged = sorted({name for child in children for name in child.merged_adapters})
+    if merged:
+        raise ValueError(f"adapter_names cannot be followed while {merged} are merged: call unmerge_adapter() first.")
+
+
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
     """PEFT's `modules_to_save` copies a module with all that hangs on it, and saves no adapter from inside the copy.
 
@@ -280,6 +375,8 @@ def rehome_layers(model: nn.Module) -> None:
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
             child.rehome(outermost)
+    for kind in {type(child) for child in adapter_children(model)}:
+        kind.link(model)
 
 
 @contextmanager
@@ -322,6 +419,36 @@ def exactly(names: list[str], model: nn.Module) -> Any:
 def is_child(key: str) -> bool:
     """Whether a module's name is that of a child, or of something inside one."""
     return any(kind.child_name in key.split(".") for kind in _kinds())
+
+
+def keep_layers(names: list[str], config: Any) -> list[str]:
+    """Keep the names whose first layer index is among `layers_to_transform`, as PEFT reads it; all where it is None."""
+    layers, pattern = config.layers_to_transform, config.layers_pattern
+    wanted = {layers} if layers is None or isinstance(layers, int) else set(layers)
+    lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    found = {name: [m for m in _INDEX.finditer(name) if not lists or m["list"] in lists] for name in names}
+    return [n for n, at in found.items() if layers is None or (at and int(at[0]["index"]) in wanted)]
+
+
+def _is_fitted_at(config: PeftConfig, name: str, places: Container[str]) -> Any:
+    """Whether a fitted adapter acts at a module: where it was fitted, whatever else a pattern matches in this model.
+
+    Of the rest it is only told what `exclude_modules` left out, or PEFT would warn that this left out nothing.
+    """
+    if name in places:
+        return True
+    found = BaseTuner._check_target_module_exists(config, name)
+    return False if found else found
+
+
+def refuse_container(path: str, module: nn.Module) -> None:
+    """Raise a `ValueError` if a target is a list of modules: the model would go through a child in it, too."""
+    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    if isinstance(module, lists) or type(module).forward is nn.Module.forward:
+        raise ValueError(
+            f"{path!r} is a {type(module).__name__}, whose modules the model goes through, and no adapter can be put "
+            rf"on it: name the modules in it, as in target_modules=r'{path}\.\d+'."
+        )
 
 
 def _kinds(kind: type[AdapterChild] = AdapterChild) -> list[type[AdapterChild]]:

@@ -1,22 +1,31 @@
-"""The tuner PEFT calls to attach, merge and remove erasures."""
+"""The tuner PEFT calls to attach, merge and remove erasures, and the modules they act on when the user names none.
+
+Concept scrubbing (arXiv 2306.03819, section 5) erases at every normalization layer. The final norm belongs to them: on
+a pre-LN model the norms inside the blocks feed the sublayers only and leave the residual stream as it was.
+"""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ..common.field_checks import as_names
-from ..common.layer import refuse_another_owner, refuse_container
-from ..common.mixed_batches import Rows, rows_have_adapters
-from ..common.tuner import ChildTuner, exactly, is_child
+from ..common.layer import Rows
+from ..common.tuner import ChildTuner, keep_layers
 from ..merging.plan import merge
 from .config import ConceptErasureConfig
-from .layer import CHILD, ErasureLayer, erasure_layers
-from .targets import default_targets, is_fitted_at, keep_layers
+from .layer import ErasureLayer, erasure_layers
+
+# Norms registered before the blocks are those of the embeddings, unless their name says that they come last.
+_LAST = re.compile(r"final|last|post|(^|_)f$")
+# Batch, group and instance norms act on channels of images, not on a hidden state.
+_CHANNEL_NORMS = re.compile(r"(batch|group|instance)_?norm", re.IGNORECASE)
+# Norms of single attention heads (q_norm, k_layernorm, kv_a_layernorm …) do not see the hidden state either.
+_HEAD_NORM = re.compile(r"^(q|k|v|kv|query|key|value)(_[a-z])?_?(layer)?_?norm$")
 
 
 class ConceptErasureModel(ChildTuner):
@@ -29,54 +38,21 @@ class ConceptErasureModel(ChildTuner):
         if not config.fitted and config.labels is None and config.concept_dim is None:
             config.z_dim  # noqa: B018  raises with the remedy
 
-    def _complete(self, model: nn.Module, adapter_name: str) -> None:
-        if not erasure_layers(model, adapter_name):  # some releases of PEFT say so of a model's first adapter only
-            config = self.peft_config[adapter_name]
-            raise ValueError(f"target_modules={config.target_modules!r} not found in {type(model).__name__}.")
-
-    def _prepare_adapter_config(self, peft_config: ConceptErasureConfig, model_config: dict) -> ConceptErasureConfig:
-        if not peft_config.fitted and peft_config.target_modules is None:
-            names = default_targets(self.model)
-            if peft_config.layers_to_transform is not None:
-                names = keep_layers(names, peft_config.layers_to_transform, peft_config.layers_pattern)
-            peft_config.target_modules = exactly(names, self.model)
-            if isinstance(peft_config.target_modules, str):
-                peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
-        return peft_config
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: ConceptErasureConfig, key: str) -> Any:
-        if is_child(key):
-            return False
-        if peft_config.fitted_sites is not None:
-            return is_fitted_at(as_names(peft_config, key), key, peft_config.fitted_sites)
-        return BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
+    def _default_targets(self, config: ConceptErasureConfig) -> list[str]:
+        return keep_layers(default_targets(self.model), config)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: ConceptErasureConfig) -> None:
         super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
 
-    def _create_and_replace(
-        self,
-        peft_config: ConceptErasureConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, nn.Embedding) and peft_config.site == "input":
-            raise ValueError(f"{current_key!r} takes token ids, which hold no activation to erase: use site='output'.")
-        refuse_container(current_key, target)
-        layer = target._modules.get(CHILD)
-        if not isinstance(layer, ErasureLayer):
-            layer = ErasureLayer(target, current_key)
-            target.add_module(CHILD, layer)
-        refuse_another_owner(layer, current_key)
-        layer.add_adapter(adapter_name, peft_config)
-        layer.set_adapter(self.active_adapters)
+    def _what_to_add(self, config: ConceptErasureConfig, target: nn.Module, path: str) -> tuple[Any, ...] | None:
+        if isinstance(target, nn.Embedding) and config.site == "input":
+            raise ValueError(f"{path!r} takes token ids, which hold no activation to erase: use site='output'.")
+        return super()._what_to_add(config, target, path)
 
-    # ---- merging: all sites of an adapter, or none ------------------------------------------------------------------
+    def _complete(self, model: nn.Module, adapter_name: str) -> None:
+        if not erasure_layers(model, adapter_name):  # some releases of PEFT say so of a model's first adapter only
+            config = self.peft_config[adapter_name]
+            raise ValueError(f"target_modules={config.target_modules!r} not found in {type(model).__name__}.")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write erasers into the weights, at every site or, if one refuses, at none.
@@ -88,19 +64,14 @@ class ConceptErasureModel(ChildTuner):
         Raises:
             ValueError: Names the site that cannot be merged exactly and what to do instead.
         """
-        if adapter_names is None:
-            adapter_names = self._acting_adapters()
         self._check_merge_allowed()
         merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge)
 
-    # ---- several adapters -------------------------------------------------------------------------------------------
-
-    def _mixed_batch(self, rows: Rows) -> AbstractContextManager[None]:
+    def _check_mixed_batch(self, rows: Rows) -> None:
         if self.training:
             raise ValueError(
                 f"adapter_names={[*rows.names]} is for inference, and the model is in training mode: call eval() first."
             )
-        return rows_have_adapters(self._children(), rows)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of erasers erases none of the concepts."""
@@ -108,3 +79,53 @@ class ConceptErasureModel(ChildTuner):
             f"{adapters} cannot be added with weights: a weighted sum of erasers erases none of the concepts. "
             "hf_erasure.combine_adapters(model, names, into) makes one erasure that erases all of them."
         )
+
+
+def default_targets(model: nn.Module) -> list[str]:
+    """Names of the normalization layers inside the blocks, and of the final norms, in the model's order.
+
+    Raises:
+        ValueError: If the model has no list of blocks, or no normalization layer in them.
+    """
+    blocks = [name for name, module in model.named_modules() if _is_block_list(module)]
+    # A list of experts or of convolutions inside a block is part of that block.
+    outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    within = tuple(f"{name}." for name in outermost)
+    inside = [name for name, m in model.named_modules() if name.startswith(within) and _is_norm(name, m)]
+    if not inside:
+        raise ValueError(
+            f"No normalization layer was found inside the blocks of {type(model).__name__}, so there is no default for "
+            "target_modules. Name the modules whose output is to be erased, e.g. target_modules=['layer.0', 'layer.1']."
+        )
+    chosen = {*inside, *_final_norms(model, outermost)}
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    """Blocks are a list of modules of several parts, with matrices among them; convolutions alone are not blocks."""
+    if not isinstance(module, nn.ModuleList) or not len(module) or not any(True for _ in module[0].children()):
+        return False
+    return any(parameter.dim() == 2 for parameter in module[0].parameters())
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    kind = type(module).__name__
+    if "norm" not in kind.lower() or _CHANNEL_NORMS.search(kind) or _HEAD_NORM.match(name.rpartition(".")[2]):
+        return False
+    # Adapters may hang below a norm, parts of a model may not.
+    return not any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _final_norms(model: nn.Module, block_lists: list[str]) -> Iterator[str]:
+    """The norm that follows a list of blocks: a sibling of the list, or of a module that contains it."""
+    for block_list in block_lists:
+        path = block_list.split(".")
+        for depth in range(len(path) - 1, -1, -1):
+            parent_name = ".".join(path[:depth])
+            siblings = list(model.get_submodule(parent_name).named_children())
+            position = [name for name, _ in siblings].index(path[depth])
+            for index, (name, module) in enumerate(siblings):
+                # OPT registers its final norm before its layers; BART that of its embeddings after them.
+                follows = index > position or _LAST.search(name)
+                if follows and _is_norm(name, module) and "embed" not in name:
+                    yield f"{parent_name}.{name}" if parent_name else name

@@ -18,7 +18,7 @@ from ..common.quantised import is_quantised
 
 
 @dataclass(frozen=True)
-class Term:
+class WeightEdit:
     """One adapter's change of one weight.
 
     Attributes:
@@ -29,11 +29,9 @@ class Term:
     index: Tensor | None
     values: Tensor
 
-    def to(self, device: torch.device) -> Term:
-        """The term on a device."""
-        if self.values.device == device:
-            return self
-        return Term(None if self.index is None else self.index.to(device), self.values.to(device))
+    def to(self, device: torch.device) -> WeightEdit:
+        """The edit on a device."""
+        return WeightEdit(None if self.index is None else self.index.to(device), self.values.to(device))
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:
@@ -41,7 +39,7 @@ def working_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def edited_tensor(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def edited_tensor(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
     """A new tensor like `weight` with the changes added; `weight` is not touched.
 
     Raises:
@@ -49,16 +47,16 @@ def edited_tensor(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     """
     dtype = working_dtype(weight)
     flat = weight.detach().reshape(-1)
-    if len(terms) == 1 and terms[0].index is not None and flat.dtype != dtype:
+    if len(edits) == 1 and edits[0].index is not None and flat.dtype != dtype:
         # Half precision: all but a few entries would only be converted to and fro.
-        index, values = terms[0].index, terms[0].values
+        index, values = edits[0].index, edits[0].values
         changed = flat.index_select(0, index).to(dtype) + values
         return flat.clone().index_copy_(0, index.long(), changed.to(flat.dtype)).view(weight.shape)
     result = flat.to(dtype, copy=True)
-    for term in terms:
-        values = term.values.to(dtype)
-        if term.index is not None:
-            result.index_add_(0, term.index, values)
+    for edit in edits:
+        values = edit.values.to(dtype)
+        if edit.index is not None:
+            result.index_add_(0, edit.index, values)
         elif values.shape == result.shape:
             result += values
         else:
@@ -75,20 +73,20 @@ class _PassGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *parts: Tensor | None) -> Tensor:
-        terms = [Term(parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]  # type: ignore[arg-type]
-        return edited_tensor(weight, terms)
+        edits = [WeightEdit(parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]  # type: ignore[arg-type]
+        return edited_tensor(weight, edits)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (gradients[0], *[None] * (len(ctx.needs_input_grad) - 1))
 
 
-def with_gradient(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def with_gradient(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
     """`edited_tensor`, as a function of the weight where autograd asks for one."""
     if not (weight.requires_grad and torch.is_grad_enabled()):
         with torch.no_grad():
-            return edited_tensor(weight, terms)
-    edited: Tensor = _PassGradient.apply(weight, *(part for term in terms for part in (term.index, term.values)))
+            return edited_tensor(weight, edits)
+    edited: Tensor = _PassGradient.apply(weight, *(part for edit in edits for part in (edit.index, edit.values)))
     return edited
 
 
@@ -96,63 +94,62 @@ def with_gradient(weight: Tensor, terms: Sequence[Term]) -> Tensor:
 
 
 @dataclass
-class Written:
-    """What was overwritten in one weight.
+class UndoRecord:
+    """What was overwritten in one weight, so that it can be put back.
 
     Attributes:
         parameter: The weight.
         index: `(count,)` int64 flat positions that were written; None for all.
         before: The values that were there.
-        after: The values that were written, in the dtype of the weight then; None for all of them, which `terms` give.
-        terms: The changes.
+        after: The values that were written, in the dtype of the weight then; None for all of them, which `edits` give.
+        edits: The changes.
     """
 
     parameter: nn.Parameter
     index: Tensor | None
     before: Tensor
     after: Tensor | None
-    terms: list[Term]
+    edits: list[WeightEdit]
 
     def undo(self) -> None:
         """Put the values back: to the bit, unless something else has changed the weight in between."""
-        parameter = self.parameter
-        flat = _flat(parameter)
+        flat = _flat(self.parameter)
         before = self.before.to(flat.device)
         index = None if self.index is None else self.index.to(flat.device)
-        if self.after is None:
-            after = edited_tensor(before, [term.to(flat.device) for term in self.terms])
-        else:
-            after = self.after.to(flat.device)
+        after = (
+            edited_tensor(before, [edit.to(flat.device) for edit in self.edits]) if self.after is None else self.after
+        )
+        after = after.to(flat.device)
         now = flat if index is None else flat.index_select(0, index)
         if torch.allclose(now, after.to(flat.dtype), rtol=0, atol=0, equal_nan=True):
             values = before.to(flat.dtype)
         else:  # as when a LoRA was merged into the same weight since
             dtype = working_dtype(flat)
             values = (now.to(dtype) - (after.to(dtype) - before.to(dtype))).to(flat.dtype)
-        _put(parameter, flat, index, values)
+        _put(self.parameter, flat, index, values)
 
 
-def write(parameter: nn.Parameter, terms: list[Term]) -> Written:
+def write(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     """Add changes to a weight in place."""
     flat = _flat(parameter)
-    terms = [term.to(flat.device) for term in terms]
-    if any(term.index is None for term in terms):
-        written = Written(parameter, None, flat.clone(), None, terms)
-        _put(parameter, flat, None, edited_tensor(flat, terms))
-        return written
-    indices = [term.index.long() for term in terms if term.index is not None]
+    edits = [edit.to(flat.device) for edit in edits]
+    if any(edit.index is None for edit in edits):
+        record = UndoRecord(parameter, None, flat.clone(), None, edits)
+        _put(parameter, flat, None, edited_tensor(flat, edits))
+        return record
+    indices = [edit.index.long() for edit in edits if edit.index is not None]
     index = indices[0] if len(indices) == 1 else torch.cat(indices).unique()
     before = flat.index_select(0, index)
     local = [
-        Term(torch.searchsorted(index, positions).int() if len(terms) > 1 else None, term.values)
-        for positions, term in zip(indices, terms, strict=True)
+        WeightEdit(torch.searchsorted(index, positions).int() if len(edits) > 1 else None, edit.values)
+        for positions, edit in zip(indices, edits, strict=True)
     ]
     after = edited_tensor(before, local)
     _put(parameter, flat, index, after)
-    return Written(parameter, index, before, after, [])
+    return UndoRecord(parameter, index, before, after, [])
 
 
-def _flat(parameter: nn.Parameter) -> Tensor:
+def _flat(parameter: Tensor) -> Tensor:
     """The values as a vector: a view where the weight is contiguous, a copy otherwise."""
     return parameter.detach().reshape(-1)
 
@@ -170,12 +167,12 @@ def _put(parameter: nn.Parameter, flat: Tensor, index: Tensor | None, values: Te
 
 
 @contextmanager
-def written(changes: Sequence[tuple[nn.Parameter, list[Term]]]) -> Iterator[None]:
+def written(changes: Sequence[tuple[nn.Parameter, list[WeightEdit]]]) -> Iterator[None]:
     """Hold changes in the weights for a while; afterwards these are as they were, to the bit."""
-    done: list[Written] = []
+    done: list[UndoRecord] = []
     try:
-        for parameter, terms in changes:
-            done.append(write(parameter, terms))
+        for parameter, edits in changes:
+            done.append(write(parameter, edits))
         yield
     finally:
         for change in reversed(done):
@@ -193,12 +190,16 @@ def why_not_editable(parameter: Tensor) -> str | None:
     return None
 
 
-def squares_of_change(parameter: Tensor, terms: list[Term]) -> tuple[float, float]:
-    """Of one weight's change the sum of squares as wanted, and of its product with what rounding leaves of it."""
-    flat = parameter.detach().reshape(-1)
-    terms = [term.to(flat.device) for term in terms]
-    if len(terms) == 1 and terms[0].index is not None:
-        flat, terms = flat.index_select(0, terms[0].index), [Term(None, terms[0].values)]
-    wanted = edited_tensor(torch.zeros_like(flat, dtype=torch.float32), terms).double()
-    kept = edited_tensor(flat, terms).double() - flat.double()
+def squares_of_change(parameter: Tensor, edit: WeightEdit) -> tuple[float, float]:
+    """How much of a change of one weight is left after rounding to its dtype.
+
+    Returns:
+        The sum of the squares of the wanted change, and the inner product of the wanted and the rounded change.
+    """
+    flat = _flat(parameter)
+    edit = edit.to(flat.device)
+    if edit.index is not None:
+        flat, edit = flat.index_select(0, edit.index), WeightEdit(None, edit.values)
+    wanted = edited_tensor(torch.zeros_like(flat, dtype=torch.float32), [edit]).double()
+    kept = edited_tensor(flat, [edit]).double() - flat.double()
     return float(wanted.square().sum()), float((wanted * kept).sum())

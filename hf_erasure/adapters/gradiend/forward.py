@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.placement import value_where_it_runs
-from .edit import Term, with_gradient
+from .edit import WeightEdit, with_gradient
 
 if TYPE_CHECKING:
     from .layer import GradiendLayer
@@ -149,15 +149,15 @@ class ForwardWithEdits:
     def _values(self) -> dict[str, Tensor]:
         """What the acting adapters make of the parameters; those that none changes are left out."""
         weights: dict[str, Tensor] = {}
-        terms: dict[str, list[Term]] = {}
+        edits: dict[str, list[WeightEdit]] = {}
         for layer, parameter, name in self.edits:
             weight: Tensor | None = self.module._parameters.get(name)
             if weight is not None and weight.device.type == "meta":
                 weight = value_where_it_runs(self.module, name)
             if weight is not None:
                 weights[name] = weight
-                terms.setdefault(name, []).extend(layer.acting_terms(parameter, weight.device))
-        return {name: with_gradient(weights[name], found) for name, found in terms.items() if found}
+                edits.setdefault(name, []).extend(layer.acting_edits(parameter, weight.device))
+        return {name: with_gradient(weights[name], found) for name, found in edits.items() if found}
 
     def _show(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -17,9 +17,9 @@ from hf_erasure.models.model import class_name
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig, refuse_beyond_float32
-from .edit import Term, edited_tensor, written
-from .layer import GradiendLayer, strength
-from .model import modules_of_kind, share_kept
+from .edit import WeightEdit, edited_tensor, written
+from .layer import GradiendLayer, gradiend_layers, strength
+from .model import share_kept
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,6 @@ class StoredFeature:
     pair: tuple[str, str]
     encoder: FeatureEncoder | None
     decoder: FeatureDecoder
-
-
-def gradiend_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, GradiendLayer]:
-    """The GRADIEND layers of a model by the name of their host, in the model's order.
-
-    Args:
-        model: Any model, bare or wrapped in a `PeftModel`.
-        adapter_name: Only those that hold this adapter.
-    """
-    layers = modules_of_kind(model)
-    return {layer.path: layer for layer in layers if adapter_name is None or adapter_name in layer.adapters}
 
 
 def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -142,7 +131,7 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
         for path, layer in layers.items():
             for own in layer.gradiend_parameters[adapter_name]:
                 part = layer.part(adapter_name, own, kind)
-                empty = torch.zeros(0, device=layer.state_device(), dtype=torch.float32)
+                empty = torch.zeros(0, device=layer.state_placement()[0], dtype=torch.float32)
                 found[f"{path}.{own}"] = empty if part is None else part[position]
         return found
 
@@ -212,8 +201,8 @@ def edited(
     layers, config = _fitted(model, adapter_name)
     _refuse_merged(layers, adapter_name)
     steering = _steering(config, feature_factor, learning_rate, pair)
-    changes: list[tuple[nn.Parameter, list[Term]]] = []
-    for name, layer, term in _terms(layers, adapter_name, steering):
+    changes: list[tuple[nn.Parameter, list[WeightEdit]]] = []
+    for name, layer, term in _edits(layers, adapter_name, steering):
         parameter = layer.parameter(name)
         reason = layer.why_not_editable(name)
         if reason is not None:
@@ -256,7 +245,7 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
     """
     layers, config = _fitted(model, adapter_name)
     _refuse_merged(layers, adapter_name)
-    for name, layer, term in _terms(layers, adapter_name, _steering(config, None, None, None)):
+    for name, layer, term in _edits(layers, adapter_name, _steering(config, None, None, None)):
         shape = layer.parameter(name).shape
         zeros = torch.zeros(shape, device=term.values.device, dtype=torch.float32)
         yield layer, name, edited_tensor(zeros, [term])
@@ -417,11 +406,11 @@ def _steering(
     return strength(config.expected_pairs(), acting, fields["feature_factor"], fields["learning_rate"])
 
 
-def _terms(
+def _edits(
     layers: dict[str, GradiendLayer], adapter_name: str, steering: Tensor
-) -> Iterator[tuple[str, GradiendLayer, Term]]:
+) -> Iterator[tuple[str, GradiendLayer, WeightEdit]]:
     for layer in layers.values():
         for name in layer.gradiend_parameters[adapter_name]:
-            term = layer.terms(adapter_name, name, steering)
+            term = layer.edit_of(adapter_name, name, steering)
             if term is not None:
                 yield name, layer, term

@@ -15,7 +15,7 @@ from ..common.quantised import FLOAT_FIRST, has_quantised
 
 
 @dataclass(frozen=True)
-class Edit:
+class EraserInWeight:
     """One eraser on its way into one weight.
 
     Attributes:
@@ -52,7 +52,7 @@ class WeightChange:
     a: Tensor
 
 
-def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[Edit]) -> WeightChange:
+def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[EraserInWeight]) -> WeightChange:
     """The layer that computes alone what `host` computes with erasers.
 
     With `P = L R`, an erased output of `W x + c` is `(I − P) W x + c − P (c − μ)`, and an erased input gives
@@ -85,7 +85,9 @@ def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterabl
     return WeightChange(linear, offset, torch.cat(b_parts, dim=1), torch.cat(a_parts, dim=0))
 
 
-def merged_parameters(host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[Edit]) -> dict[str, Tensor]:
+def merged_parameters(
+    host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[EraserInWeight]
+) -> dict[str, Tensor]:
     """The changed parameters of `host` by name, in its dtype; with a `"bias"` if one is there or needed."""
     change = weight_change(host, parameters, edits)
     weight, bias = parameters["weight"], parameters.get("bias")

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..common.config import ChildConfig
+from ..common.layer import innermost
 from ..common.lookup import adapter_of
 from ..common.tuner import exactly
 from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import erasure_layers
 from ..gradiend.config import GradiendConfig
-from ..gradiend.layer import innermost
 from ..gradiend.model import base_modules
 from ..gradiend.state import changes_of
 from .check import Probe
 from .formulas import WeightChange, is_weight_layer, shared_weights, weight_change
-from .plan import Plan, plan_merge, refuse_sharded
+from .plan import MergePlan, plan_merge, refuse_sharded
 
 # Where `PeftModel` holds the base model, as in the files that PEFT writes.
 _PREFIX = "base_model.model."
@@ -206,18 +206,18 @@ def _check_exportable(base: nn.Module, config: ConceptErasureConfig, name: str) 
 def _alone(base: nn.Module, name: str) -> Iterator[None]:
     """Let one erasure act and no other."""
     layers = list(erasure_layers(base).values())
-    before = [(layer._active_adapter, layer._disable_adapters, layer.concept_erasure_sticky) for layer in layers]
+    before = [(layer._active_adapter, layer._disable_adapters, layer.sticky_adapters) for layer in layers]
     try:
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = [name], False
-            layer.concept_erasure_sticky = dict.fromkeys(layer.adapters, False)
+            layer.sticky_adapters = dict.fromkeys(layer.adapters, False)
         yield
     finally:
         for layer, (active, disabled, sticky) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters, layer.concept_erasure_sticky = active, disabled, sticky
+            layer._active_adapter, layer._disable_adapters, layer.sticky_adapters = active, disabled, sticky
 
 
-def _changes(plan: Plan) -> dict[str, WeightChange]:
+def _changes(plan: MergePlan) -> dict[str, WeightChange]:
     changes = {}
     for name, module in plan.modules.items():
         parameters = {key: p.detach() for key, p in module.named_parameters(recurse=False)}

@@ -19,13 +19,13 @@ from ..common.quantised import FLOAT_FIRST, has_quantised
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import GradiendLayer
 from .check import Probe, check_drift
-from .formulas import Edit, is_sharded, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
-from .record import BiasSwitch, bias_switches, ledger_of, originals, put_ledger, set_parameter, was_changed, write
+from .formulas import EraserInWeight, is_sharded, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
+from .record import BiasSwitch, bias_switches, originals, put_record, record_of, set_parameter, was_changed, write
 from .trace_uses import Uses, trace_uses
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """What is to be written where, before anything is.
 
     Attributes:
@@ -38,7 +38,7 @@ class Plan:
 
     names: dict[str, list[str]] = field(default_factory=dict)
     orders: dict[str, list[str]] = field(default_factory=dict)
-    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    edits: dict[str, list[EraserInWeight]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     rewritten: bool = False
 
@@ -86,7 +86,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
         )
 
 
-def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> Plan:
+def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> MergePlan:
     """Find the layers that take the erasers of adapters.
 
     Args:
@@ -105,7 +105,7 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
             raise ValueError(f"The adapters are disabled: call enable_adapter_layers() before merging {here}.")
         for name in here:
             layer.check_values(name)
-    plan = Plan()
+    plan = MergePlan()
     direct = {p: layer for p, (layer, _) in layers.items() if is_weight_layer(layer.host) or has_quantised(layer.host)}
     folded = {path: layer for path, (layer, _) in layers.items() if path not in direct}
     for path, layer in direct.items():
@@ -129,7 +129,7 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _refuse_beside_gradiend(model: nn.Module, plan: Plan) -> None:
+def _refuse_beside_gradiend(model: nn.Module, plan: MergePlan) -> None:
     """An eraser in a weight would not reach what a GRADIEND adapter adds to that weight later, on the forward pass."""
     merging = {id(module): target for target, module in plan.modules.items()}
     for layer in model.modules():
@@ -143,7 +143,7 @@ def _refuse_beside_gradiend(model: nn.Module, plan: Plan) -> None:
                 )
 
 
-def _refuse_over_other_changes(plan: Plan) -> None:
+def _refuse_over_other_changes(plan: MergePlan) -> None:
     """Erasers before and behind a change that is not an eraser's could not be told apart when they are taken back."""
     for target, module in plan.modules.items():
         if was_changed(module):
@@ -157,7 +157,7 @@ def _merging(layer: ErasureLayer, names: list[str]) -> list[str]:
     return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
 
 
-def _plan_direct(plan: Plan, model: nn.Module, layer: ErasureLayer, names: list[str], *, allow_tied: bool) -> None:
+def _plan_direct(plan: MergePlan, model: nn.Module, layer: ErasureLayer, names: list[str], *, allow_tied: bool) -> None:
     path = layer.path
     tied = _tied_to(model, path)
     if tied and not allow_tied:
@@ -176,7 +176,13 @@ def _plan_direct(plan: Plan, model: nn.Module, layer: ErasureLayer, names: list[
 
 
 def _plan_folded(
-    plan: Plan, model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
+    plan: MergePlan,
+    model: nn.Module,
+    sites: dict[str, ErasureLayer],
+    names: list[str],
+    probe: Probe,
+    *,
+    allow_tied: bool,
 ) -> None:
     path = next(iter(sites))
     if is_offloaded(model):
@@ -259,7 +265,7 @@ def _tied_to(model: nn.Module, owner: str) -> list[str] | None:
     return next((tied[name] for name in tied if name.rpartition(".")[0] == owner), None)
 
 
-def _add(plan: Plan, target: str, module: nn.Module, layer: ErasureLayer, name: str, side: str) -> None:
+def _add(plan: MergePlan, target: str, module: nn.Module, layer: ErasureLayer, name: str, side: str) -> None:
     plan.names.setdefault(layer.path, [])
     if name not in plan.names[layer.path]:
         plan.names[layer.path].append(name)
@@ -267,13 +273,13 @@ def _add(plan: Plan, target: str, module: nn.Module, layer: ErasureLayer, name: 
     edits = plan.edits.setdefault(target, [])
     left, right, bias = layer.eraser_state(name)
     if left.shape[-1]:
-        edits.append(Edit(layer.path, name, side, left, right, bias))
+        edits.append(EraserInWeight(layer.path, name, side, left, right, bias))
 
 
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
 
 
-def outwards(plan: Plan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
+def outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
     """The order in which erasers at one side of a module enter the weight: from the weight outwards.
 
     They act in the order in which they are named, and after those that are merged already. Where all of these are
@@ -308,10 +314,10 @@ def _weight_first(layer: ErasureLayer, site: str) -> bool:
     return site == "output" and is_weight_layer(layer.host)
 
 
-def _arranged(layers: dict[str, ErasureLayer], plan: Plan, target: str) -> list[Edit]:
+def _arranged(layers: dict[str, ErasureLayer], plan: MergePlan, target: str) -> list[EraserInWeight]:
     """All erasers in a layer, old and new: those of one site in the order that the plan has for them."""
-    ledger = ledger_of(plan.modules[target])
-    found = [*(ledger.edits if ledger is not None else []), *plan.edits[target]]
+    record = record_of(plan.modules[target])
+    found = [*(record.edits if record is not None else []), *plan.edits[target]]
     for path in dict.fromkeys(edit.path for edit in plan.edits[target]):
         for side in ("output", "input"):
             places = [i for i, edit in enumerate(found) if (edit.path, edit.side) == (path, side)]
@@ -323,10 +329,10 @@ def _arranged(layers: dict[str, ErasureLayer], plan: Plan, target: str) -> list[
     return found
 
 
-def _run_before(model: nn.Module, plan: Plan, probe: Probe) -> list[Tensor]:
+def _run_before(model: nn.Module, plan: MergePlan, probe: Probe) -> list[Tensor]:
     """What the model gives while erasers act unmerged in the order in which they will act once merged."""
     layers = erasure_layers(model)
-    written = [module for module in model.modules() if plan.rewritten and ledger_of(module) is not None]
+    written = [module for module in model.modules() if plan.rewritten and record_of(module) is not None]
     snapshot = Snapshot(list(layers.values()), written)
     active = {path: layer._active_adapter for path, layer in layers.items()}
     try:
@@ -357,14 +363,14 @@ def _order_of_action(layer: ErasureLayer, names: list[str]) -> list[str]:
 
 
 def _values(
-    model: nn.Module, plan: Plan, names: list[str], *, safe_merge: bool
+    model: nn.Module, plan: MergePlan, names: list[str], *, safe_merge: bool
 ) -> tuple[list[BiasSwitch], dict[str, dict[str, Tensor]]]:
     """The merged parameters of each layer, and the switches that give it the bias it needs."""
     values = {}
     layers = erasure_layers(model)
     for target, module in plan.modules.items():
-        edits, ledger = _arranged(layers, plan, target), ledger_of(module)
-        if ledger is not None and edits[: len(ledger.edits)] != ledger.edits:  # one goes in front of those
+        edits, record = _arranged(layers, plan, target), record_of(module)
+        if record is not None and edits[: len(record.edits)] != record.edits:  # one goes in front of those
             plan.rewritten = True
             present = {name: value for name, value in originals(module).items() if value is not None}
             values[target] = merged_parameters(module, present, edits)
@@ -380,7 +386,7 @@ def _values(
     return _switches_for(model, plan, lacking), values
 
 
-def _switches_for(model: nn.Module, plan: Plan, lacking: list[str]) -> list[BiasSwitch]:
+def _switches_for(model: nn.Module, plan: MergePlan, lacking: list[str]) -> list[BiasSwitch]:
     """The entries of the configuration that give `lacking` their biases.
 
     Raises:
@@ -408,38 +414,39 @@ def _switches_for(model: nn.Module, plan: Plan, lacking: list[str]) -> list[Bias
 
 
 def _write(
-    layers: dict[str, ErasureLayer], plan: Plan, switches: list[BiasSwitch], values: dict[str, dict[str, Tensor]]
+    layers: dict[str, ErasureLayer], plan: MergePlan, switches: list[BiasSwitch], values: dict[str, dict[str, Tensor]]
 ) -> None:
     for switch in switches:
         switch.open()
     for target, module in plan.modules.items():
         write(module, values[target], plan.edits[target])
         for path in {edit.path for edit in plan.edits[target]}:
-            layers[path].note_written(module)
+            if not any(module is known for known in layers[path].written):
+                layers[path].written.append(module)
     for path in plan.names:
         layers[path].merged_adapters = plan.orders[path]
 
 
 class Snapshot:
-    """Weights, their ledgers and the layers' notes as they are now, by reference: writing puts new tensors in place."""
+    """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place."""
 
     def __init__(self, layers: list[ErasureLayer], modules: list[nn.Module]) -> None:
-        self.layers = [(layer, [*layer.merged_adapters], [*layer._written]) for layer in layers]
+        self.layers = [(layer, [*layer.merged_adapters], [*layer.written]) for layer in layers]
         self.modules = [(m, {name: value_of(m, name) for name in m._parameters}) for m in modules]
-        self.ledgers = [(module, copy.copy(ledger_of(module))) for module in modules]
-        for _, ledger in self.ledgers:
-            if ledger is not None:
-                ledger.edits = [*ledger.edits]
+        self.records = [(module, copy.copy(record_of(module))) for module in modules]
+        for _, record in self.records:
+            if record is not None:
+                record.edits = [*record.edits]
 
     def restore(self) -> None:
         """Put everything back."""
         for layer, merged, written in self.layers:
-            layer.merged_adapters, layer._written = merged, written
+            layer.merged_adapters, layer.written = merged, written
         for module, values in self.modules:
             for name, value in values.items():
                 set_parameter(module, name, value)
-        for module, ledger in self.ledgers:
-            put_ledger(module, ledger)
+        for module, record in self.records:
+            put_record(module, record)
 
 
 def _given_biases(switches: list[BiasSwitch]) -> list[nn.Module]:

@@ -16,14 +16,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..common.layer import ordinary
 from ..common.placement import add_parameter, drop_parameter, owns_offloaded, value_of, values_of, write_value
-from .formulas import Edit, merged_parameters
+from .formulas import EraserInWeight, merged_parameters
 
 # A plain attribute of the module: it is copied with the module, and is no part of the state dict.
-_LEDGER = "_concept_erasure_ledger"
+_RECORD = "_concept_erasure_merge_record"
 
 
 @dataclass
-class Ledger:
+class MergeRecord:
     """The originals of a module's parameters (None: there was no such parameter) and what was written over them.
 
     Attributes:
@@ -34,7 +34,7 @@ class Ledger:
     """
 
     originals: dict[str, Tensor | None]
-    edits: list[Edit] = field(default_factory=list)
+    edits: list[EraserInWeight] = field(default_factory=list)
     switch: BiasSwitch | None = None
     digests: dict[str, int] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class BiasSwitch:
         """Set the entry, and give the layers biases of zero."""
         setattr(self.config, self.name, True)
         for module in self.modules.values():
-            open_ledger(module).switch = self
+            open_record(module).switch = self
             weight = values_of(module)["weight"]
             set_parameter(module, "bias", weight.new_zeros(weight.shape[0]))
 
@@ -68,47 +68,47 @@ class BiasSwitch:
         setattr(self.config, self.name, self.off)
         for module in self.modules.values():
             set_parameter(module, "bias", None)
-            put_ledger(module, None)
+            put_record(module, None)
 
 
-def ledger_of(module: nn.Module) -> Ledger | None:
+def record_of(module: nn.Module) -> MergeRecord | None:
     """What was written into a module's weights; None where nothing was."""
-    found: Ledger | None = module.__dict__.get(_LEDGER)
+    found: MergeRecord | None = module.__dict__.get(_RECORD)
     return found
 
 
-def open_ledger(module: nn.Module) -> Ledger:
-    """The module's ledger; a new one takes copies of its parameters."""
-    ledger = ledger_of(module)
-    if ledger is None:
+def open_record(module: nn.Module) -> MergeRecord:
+    """The module's record; a new one takes copies of its parameters."""
+    record = record_of(module)
+    if record is None:
         values = {name: value_of(module, name) for name in ("weight", "bias")}
-        ledger = Ledger({name: None if value is None else value.clone() for name, value in values.items()})
-        put_ledger(module, ledger)
-    return ledger
+        record = MergeRecord({name: None if value is None else value.clone() for name, value in values.items()})
+        put_record(module, record)
+    return record
 
 
-def put_ledger(module: nn.Module, ledger: Ledger | None) -> None:
-    """Give a module this ledger, or none."""
-    if ledger is None:
-        module.__dict__.pop(_LEDGER, None)
+def put_record(module: nn.Module, record: MergeRecord | None) -> None:
+    """Give a module this record, or none."""
+    if record is None:
+        module.__dict__.pop(_RECORD, None)
     else:
-        setattr(module, _LEDGER, ledger)
+        setattr(module, _RECORD, record)
 
 
 def originals(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's parameters as they were before any eraser, with a bias of zero where a switch has given it one."""
-    ledger = open_ledger(module)
-    found = dict(ledger.originals)
-    if ledger.switch is not None and found["weight"] is not None:
+    record = open_record(module)
+    found = dict(record.originals)
+    if record.switch is not None and found["weight"] is not None:
         found["bias"] = found["weight"].new_zeros(found["weight"].shape[0])
     return found
 
 
-def write(module: nn.Module, values: dict[str, Tensor], edits: list[Edit]) -> None:
+def write(module: nn.Module, values: dict[str, Tensor], edits: list[EraserInWeight]) -> None:
     """Put merged values in place, and note all the erasers that are in them, the one next to the weight first."""
-    ledger = open_ledger(module)
-    ledger.edits = edits
-    ledger.digests = {**ledger.digests, **_digests(values)}
+    record = open_record(module)
+    record.edits = edits
+    record.digests = {**record.digests, **_digests(values)}
     for name, value in values.items():
         set_parameter(module, name, value)
 
@@ -118,34 +118,34 @@ def withdraw(module: nn.Module, path: str) -> None:
 
     What something else has added since, as a LoRA that PEFT has merged, stays added.
     """
-    ledger = ledger_of(module)
-    if ledger is None:
+    record = record_of(module)
+    if record is None:
         return
-    all_edits = ledger.edits
-    ledger.edits = [edit for edit in all_edits if edit.path != path]
+    all_edits = record.edits
+    record.edits = [edit for edit in all_edits if edit.path != path]
     unmerged = originals(module)
     present = {name: value for name, value in unmerged.items() if value is not None}
-    values = unmerged | (merged_parameters(module, present, ledger.edits) if ledger.edits else {})
-    later = _changed_since(module, ledger)
-    ledger.digests = _digests(values)
+    values = unmerged | (merged_parameters(module, present, record.edits) if record.edits else {})
+    later = _changed_since(module, record)
+    record.digests = _digests(values)
     if later:
         written = unmerged | merged_parameters(module, present, all_edits)
         values |= {name: _with_change(now, written[name], values[name]) for name, now in later.items()}
     for name, value in values.items():
         set_parameter(module, name, value)
-    if ledger.switch is not None:
-        if not any(_has_edits(other) for other in ledger.switch.modules.values()):
-            ledger.switch.close()
-    elif not ledger.edits:
-        put_ledger(module, None)
+    if record.switch is not None:
+        if not any(_has_edits(other) for other in record.switch.modules.values()):
+            record.switch.close()
+    elif not record.edits:
+        put_record(module, None)
 
 
 def forget(module: nn.Module) -> None:
-    """Drop the ledger and its copies: what is merged stays merged."""
-    ledger = ledger_of(module)
-    put_ledger(module, None)
-    for other in ledger.switch.modules.values() if ledger is not None and ledger.switch is not None else ():
-        put_ledger(other, None)
+    """Drop the record and its copies: what is merged stays merged."""
+    record = record_of(module)
+    put_record(module, None)
+    for other in record.switch.modules.values() if record is not None and record.switch is not None else ():
+        put_record(other, None)
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
@@ -165,14 +165,14 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 def was_changed(module: nn.Module) -> bool:
     """Whether something else has written into a module's weights since erasers were."""
-    ledger = ledger_of(module)
-    return ledger is not None and bool(_changed_since(module, ledger))
+    record = record_of(module)
+    return record is not None and bool(_changed_since(module, record))
 
 
-def _changed_since(module: nn.Module, ledger: Ledger) -> dict[str, Tensor]:
+def _changed_since(module: nn.Module, record: MergeRecord) -> dict[str, Tensor]:
     """The parameters that are not what was written, with their values now."""
-    present = {name: value_of(module, name) for name in ledger.digests}
-    return {name: v for name, v in present.items() if v is not None and _digest(v) != ledger.digests[name]}
+    present = {name: value_of(module, name) for name in record.digests}
+    return {name: v for name, v in present.items() if v is not None and _digest(v) != record.digests[name]}
 
 
 def _with_change(now: Tensor, written: Tensor | None, value: Tensor | None) -> Tensor | None:
@@ -194,8 +194,8 @@ def _digest(value: Tensor) -> int:
 
 
 def _has_edits(module: nn.Module) -> bool:
-    ledger = ledger_of(module)
-    return ledger is not None and bool(ledger.edits)
+    record = record_of(module)
+    return record is not None and bool(record.edits)
 
 
 def bias_switches(model: nn.Module) -> list[BiasSwitch]:
