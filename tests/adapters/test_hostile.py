@@ -6,8 +6,6 @@ import json
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +46,7 @@ from tests.adapters.hostile import (
     sparse,
 )
 from tests.adapters.lifecycle import Cell, Lifecycle, config_of, fit
+from tests.pythons import run_python
 from tests.small_models import outputs_of, same, small_batch
 
 CELL = Cell("bert", "norms", "output")
@@ -406,7 +405,7 @@ model.load_adapter({str(lifecycle.folder(CELL))!r})
 print("loaded")
 """
     assert resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    ran = run_python(script)
     assert ran.returncode == 0, ran.stderr[-2000:]
     *lines, last = ran.stdout.splitlines()
     assert [line.split(" | ")[0] for line in lines] == list(BOUNDED) and last == "loaded"

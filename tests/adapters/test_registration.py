@@ -6,11 +6,8 @@ import copy
 import importlib
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 from importlib.metadata import requires, version
-from pathlib import Path
 
 import peft
 import pytest
@@ -23,6 +20,7 @@ from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters import ConceptErasureModel, registration, seams
 from hf_erasure.adapters.required import INTERNALS, check_internals, check_pair
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
+from tests.pythons import run_python
 from tests.small_models import LABELS, outputs_of, same, small_batch
 
 MEMBER = PeftType("CONCEPT_ERASURE")
@@ -117,12 +115,6 @@ def test_a_module_can_be_reloaded(module, lifecycle: Lifecycle):
     assert same(outputs_of(model, small_batch("bert")), outputs_of(lifecycle.fitted(CELL), small_batch("bert")))
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, which finds the package that is under test."""
-    root = Path(hf_erasure.__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=root)
-
-
 def test_everything_can_be_reloaded_at_once(lifecycle: Lifecycle):
     """As a notebook with autoreload does; in a process of its own, since classes change their identity."""
     program = f"""
@@ -135,7 +127,7 @@ assert hf_erasure.verify_adapter(model), str(hf_erasure.verify_adapter(model))
 model.add_adapter(hf_erasure.ConceptErasureConfig(labels=["a", "b"]), adapter_name="second")
 model.delete_adapter(["default", "second"])
 """
-    done = run(program)
+    done = run_python(program)
     assert done.returncode == 0, done.stderr
 
 
@@ -146,7 +138,7 @@ base = transformers.AutoModel.from_pretrained({str(lifecycle.base_folder("bert")
 model = peft.PeftModel.from_pretrained(base, {str(lifecycle.folder(CELL))!r})
 print(model.peft_type.value, len(model.targeted_module_names))
 """
-    done = run(program)
+    done = run_python(program)
     assert done.stdout.split() == ["CONCEPT_ERASURE", str(len(CELL.parts.norms))], done.stderr
 
 
@@ -179,7 +171,7 @@ DIFFERENT = {
 def test_a_release_without_what_is_relied_on_fails_at_import(difference: str):
     """In words that name what is missing, the release that lacks it, and those that have it."""
     change, message = DIFFERENT[difference]
-    done = run(f"{change}\nimport hf_erasure")
+    done = run_python(f"{change}\nimport hf_erasure")
     package = "transformers" if "transformers VERSION" in message else "peft"
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: hf_erasure relies on {message.replace('VERSION', version(package))}"), last

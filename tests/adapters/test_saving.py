@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from hf_erasure.adapters.common.files import root_of, target_of
 from hf_erasure.adapters.saving import ON_STAGED, finish, staged
 from tests.adapters.gradiend import lifecycle as gradiend
 from tests.adapters.lifecycle import Cell, Lifecycle
+from tests.pythons import run_python
 from tests.small_models import outputs_of, same, small_batch
 
 CELL = Cell("bert", "norms", "output")
@@ -31,8 +30,8 @@ NEW_WHILE_LOADED = "was saved anew while it was being loaded"
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the processes of `saving_processes` found."""
-    command = [sys.executable, "-m", "tests.adapters.saving_processes", str(tmp_path_factory.mktemp("killed"))]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    program = "import sys; from tests.adapters.saving_processes import main; main(sys.argv[1])"
+    ran = run_python(program, str(tmp_path_factory.mktemp("killed")), timeout=600)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return found

@@ -72,6 +72,7 @@ class Gradiends:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._fitted = functools.cache(self._fit)
+        self._loaded = functools.cache(self._load)
         self._folders: dict[Any, Path] = {}
 
     def base_folder(self, model: str) -> Path:
@@ -81,7 +82,8 @@ class Gradiends:
         return folder
 
     def base(self, model: str) -> PreTrainedModel:
-        return auto_class(model).from_pretrained(self.base_folder(model))
+        """The small model, loaded from its folder."""
+        return copy.deepcopy(self._loaded(model))
 
     def fitted(
         self, model: str, density: float = 1e-2, *, name: str = NAME, seed: int = 0, rate: float = RATE, **fields: Any
@@ -96,6 +98,9 @@ class Gradiends:
             self._folders[key] = self.root / f"adapter-{len(self._folders)}"
             self.fitted(model, density, **kwargs).save_pretrained(self._folders[key])
         return self._folders[key]
+
+    def _load(self, model: str) -> PreTrainedModel:
+        return auto_class(model).from_pretrained(self.base_folder(model))
 
     def _fit(self, model: str, density: float, name: str, seed: int, rate: float, fields: tuple) -> PreTrainedModel:
         base = self.base(model)

@@ -1,4 +1,8 @@
-"""Models x densities through add, fit, forward, save, load, merge and unload."""
+"""Models x densities through add, fit, forward, save, load, merge and unload.
+
+How an adapter is loaded, the dtype of a merge and the strength do not depend on which model and density it is: each
+cell has one of them, in turn, so that every pair with a model or a density occurs.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,7 @@ from tests.adapters.gradiend.lifecycle import (
     fit,
     state_of,
 )
+from tests.in_turn import in_turn
 from tests.small_models import distance, outputs_of, same
 
 pytestmark = pytest.mark.lifecycle
@@ -69,9 +74,7 @@ def test_a_learning_rate_of_zero_changes_nothing_and_says_so(name: str, gradiend
     assert not verified and "learning_rate is 0" in str(verified) and "steer(" in str(verified)
 
 
-@pytest.mark.parametrize("factor", [1.0, -0.5])
-@every_density
-@every_model
+@in_turn("name, density, factor", MODELS, DENSITIES, [1.0, -0.5])
 def test_outputs_are_those_of_weights_edited_by_hand(name: str, density: float, factor: float, gradiends: Gradiends):
     model, batch = gradiends.fitted(name, density), batch_of(name)
     feature = feature_of(targeted_parameters(model, NAME))
@@ -107,9 +110,7 @@ def test_the_state_takes_what_was_stated_and_is_saved_once(name: str, density: f
     assert changed == -int(-density * n // 1)
 
 
-@pytest.mark.parametrize("way", ["from_pretrained", "load_adapter", "PeftModel"])
-@every_density
-@every_model
+@in_turn("name, density, way", MODELS, DENSITIES, ["from_pretrained", "load_adapter", "PeftModel"])
 def test_reloaded_output_is_equal_to_the_bit(name: str, density: float, way: str, gradiends: Gradiends):
     folder, batch = gradiends.folder(name, density), batch_of(name, seed=5)
     if way == "from_pretrained":
@@ -139,9 +140,7 @@ def test_get_peft_model_goes_the_same_way(name: str, gradiends: Gradiends, tmp_p
     assert same(outputs_of(model.unload(), batch), outputs_of(gradiends.base(name), batch))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@every_density
-@every_model
+@in_turn("name, density, dtype", MODELS, DENSITIES, [torch.float32, torch.float64, torch.bfloat16])
 def test_merging_equals_the_forward_pass_and_is_undone_to_the_bit(
     name: str, density: float, dtype: torch.dtype, gradiends: Gradiends
 ):
