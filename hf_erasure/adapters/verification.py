@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from hf_erasure.models.model import bare_model
+from hf_erasure.models.model import distance, dummy_batch, evaluating, tensors_of
 
 from .common.config import ChildConfig
 from .common.fitted_with import other_than_when_fitted
@@ -73,7 +71,7 @@ def verify_adapter(
     if not merged:
         outputs = _Outputs(model, found, batch)
         active, plain = outputs.now(), outputs.without_adapter()
-        change = _distance(active, plain)
+        change = distance([active], [plain])
         if isinstance(config, GradiendConfig) and _is_partial(owner, adapter_name, outputs, active, plain):
             with UsedAsTheyAre(targeted_parameters(owner, adapter_name)) as used:
                 outputs.now()
@@ -206,14 +204,8 @@ class _Outputs:
 
     def now(self) -> Tensor:
         """With the model as it is."""
-        training = [module for module in self.callee.modules() if module.training]
-        self.callee.eval()
-        try:
-            with torch.no_grad():
-                return _first_floating(self.callee(**self.inputs))
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(self.callee):
+            return _first_floating(self.callee(**self.inputs))
 
     def without_adapter(self) -> Tensor:
         """When the adapter does not act, and all others do as they do."""
@@ -235,11 +227,7 @@ def _is_partial(model: nn.Module, name: str, outputs: _Outputs, active: Tensor, 
     with edited(model, name):
         merged = outputs.now()
     # Both are the same weights to the bit; kernels may sum in another order, far below the change itself.
-    return _distance(active, merged) > 1e-2 * _distance(plain, merged)
-
-
-def _distance(left: Tensor, right: Tensor) -> float:
-    return float((left - right).norm() / right.norm().clamp_min(1e-30))
+    return distance([active], [merged]) > 1e-2 * distance([plain], [merged])
 
 
 def _first_floating(output: Any) -> Tensor:
@@ -247,29 +235,3 @@ def _first_floating(output: Any) -> Tensor:
     if found is None:
         raise ValueError(f"The model returns a {type(output).__name__}, in which no tensor to compare was found.")
     return found.detach().float()
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in what a model returns: a tensor, or tuples, lists, dicts and dataclasses of such."""
-    if is_dataclass(output) and not isinstance(output, dict):
-        output = {field.name: getattr(output, field.name) for field in fields(output)}
-    leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
-    if len(leaves) == 1 and leaves[0] is output:
-        return [output] if isinstance(output, Tensor) else []
-    return [tensor for leaf in leaves for tensor in tensors_of(leaf)]
-
-
-def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
-    """A small input the model accepts: its own `dummy_inputs`, or noise of the shape its main input has."""
-    base = bare_model(model)
-    # Inputs for offloaded weights are moved by accelerate.
-    device = next((p.device for p in base.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    if getattr(base, "main_input_name", "input_ids") == "pixel_values":
-        config = base.config
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-        noise = torch.Generator().manual_seed(0)
-        return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=noise).to(device, base.dtype)}
-    dummies = getattr(base, "dummy_inputs", {})
-    if getattr(base, "main_input_name", "input_ids") not in dummies:
-        raise ValueError(f"{type(base).__name__} has no dummy input to compare outputs on: pass batch=, its inputs.")
-    return {name: value.to(device) for name, value in dummies.items()}

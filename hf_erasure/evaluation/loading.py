@@ -23,11 +23,9 @@ from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.merging.convert import model_class
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
-from hf_erasure.adapters.verification import dummy_batch
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
-from hf_erasure.models.logits import task_of
-from hf_erasure.models.model import evaluating
+from hf_erasure.models.model import dummy_batch, evaluating
 from hf_erasure.models.runner import Runner, last_hidden_state
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 
@@ -283,15 +281,6 @@ def host_of(model: Any, config: Any) -> Any:
         if {name for name, _ in host.named_modules()}.issuperset(config.fitted_modules):
             return host
     return None
-
-
-def head_of(model: nn.Module) -> str | None:
-    """`"masked"` or `"causal"`; None for a model that predicts no words."""
-    try:
-        task = task_of(model)
-    except ValueError:
-        return None
-    return task if task in ("masked", "causal") else None
 
 
 def _name(kind: Any) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from hf_erasure.fitting.figures import GENDER, POS, STEREOTYPES
 from hf_erasure.metrics import METRICS, benchmarks, minimum_description_length, resampling, tpr_gap
+from hf_erasure.models.heads import known_task
 from hf_erasure.models.pooling import IN_WORDS
 
 from . import probes
 from .data import Biographies, DataFolder, spread
-from .loading import head_of
 from .states import FINAL, StateReader, TokenStates
 
 # So many labelled tokens are probed, and so many of them layer by layer.
@@ -93,7 +93,8 @@ class Subject:
     @functools.cached_property
     def head(self) -> str | None:
         """`"masked"`, `"causal"` or None."""
-        return head_of(self.model)
+        task = known_task(self.model)
+        return task if task in ("masked", "causal") else None
 
     @property
     def data(self) -> DataFolder:

@@ -13,9 +13,10 @@ from hf_erasure.adapters import export_to_lora as export
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import write_text
 from hf_erasure.adapters.common.lookup import adapter_of
+from hf_erasure.models.heads import Head, head_of
 
 from .cards import README, Card, WrittenCard, text_of, updated
-from .facts import CardFacts, Head, facts_of, head_of, hub_id
+from .facts import CardFacts, facts_of, hub_id
 from .markdown import plain
 from .measured import read_json
 from .metadata import OURS, peft_tags

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +10,12 @@ from typing import Any
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers.models.auto import modeling_auto
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.saved_tensors import digest_of_data
+from hf_erasure.models.heads import head_of
 
 from .markdown import is_number, plain
 from .measured import (
@@ -30,39 +29,6 @@ from .measured import (
     of_selection,
     of_training,
 )
-
-# The Auto class that loads a model, the Hub's name of its task, and where transformers lists the classes. What an
-# encoder-decoder does in general has no name there any longer.
-_TASKS: tuple[tuple[str, str | None, str], ...] = (
-    ("AutoModelForCausalLM", "text-generation", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    ("AutoModelForMaskedLM", "fill-mask", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    ("AutoModelForSequenceClassification", "text-classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForTokenClassification", "token-classification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModelForQuestionAnswering", "question-answering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
-    ("AutoModelForSeq2SeqLM", None, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
-    ("AutoModelForImageClassification", "image-classification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
-    ("AutoModel", "image-feature-extraction", "MODEL_FOR_IMAGE_MAPPING_NAMES"),
-    ("AutoModel", "feature-extraction", "MODEL_MAPPING_NAMES"),
-)
-
-
-@dataclass(frozen=True)
-class Head:
-    """How a class of transformers is loaded, and its task as the Hub calls it, if it does."""
-
-    auto_class: str
-    pipeline_tag: str | None
-
-
-@functools.cache
-def head_of(class_name: str | None) -> Head | None:
-    """What is known of a model's class; None for one that transformers does not list."""
-    for auto_class, task, mapping in _TASKS:
-        listed: Any = getattr(modeling_auto, mapping, {})
-        names = {n for value in listed.values() for n in ([value] if isinstance(value, str) else value)}
-        if class_name in names:
-            return Head(auto_class, task)
-    return None
 
 
 def hub_id(name: Any) -> str | None:

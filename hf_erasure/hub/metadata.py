@@ -6,7 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .facts import CardFacts, head, head_of, hub_id
+from hf_erasure.models.heads import head_of
+
+from .facts import CardFacts, head, hub_id
 from .markdown import plain
 
 OURS = "hf-erasure"

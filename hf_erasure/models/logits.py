@@ -9,55 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
 from transformers.utils.generic import ModelOutput
 
-from .model import bare_model, evaluating
-from .slots import Filled, PairBatch, Task
-
-_HEADS: tuple[tuple[Task, str, tuple[str, ...]], ...] = (
-    ("classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", ("ForSequenceClassification",)),
-    ("seq2seq", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", ("ForConditionalGeneration",)),
-    ("causal", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", ("ForCausalLM", "LMHeadModel")),
-    ("masked", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", ("ForMaskedLM",)),
-)
-
-
-def task_of(model: nn.Module) -> Task:
-    """What a model's head predicts: ``masked``, ``causal``, ``seq2seq`` or ``classification``.
-
-    Args:
-        model: A bare model, or whatever it is inside of.
-
-    Raises:
-        ValueError: It has no head that GRADIEND can use.
-    """
-    base = bare_model(model)
-    names = {kind.__name__ for kind in type(base).__mro__}
-    encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    for task, mapping, endings in _HEADS:
-        if task != "classification" and (task == "seq2seq") != encoder_decoder:
-            continue
-        known: set[str] = set()
-        for value in getattr(modeling_auto, mapping, {}).values():
-            known.update((value,) if isinstance(value, str) else value)
-        if names & known or any(name.endswith(endings) for name in names):
-            if task == "classification":
-                _check_classifier(base)
-            return task
-    raise ValueError(
-        f"{type(base).__name__} has no head that predicts words or labels; load the model with AutoModelForMaskedLM, "
-        "AutoModelForCausalLM, AutoModelForSeq2SeqLM or AutoModelForSequenceClassification"
-    )
-
-
-def _check_classifier(model: Any) -> None:
-    kind, labels = getattr(model.config, "problem_type", None), getattr(model.config, "num_labels", 2)
-    if labels < 2 or kind in ("regression", "multi_label_classification"):
-        raise ValueError(
-            f"{type(model).__name__} has {labels} label(s) and problem_type {kind!r}; GRADIEND needs a classifier "
-            "that chooses one of two labels or more"
-        )
+from .heads import Task, task_of
+from .model import bare_model, evaluating, input_device, is_encoder_decoder
+from .slots import Filled, PairBatch
 
 
 class SlotReader:
@@ -85,7 +41,7 @@ class SlotReader:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        return input_device(self.model)
 
     def slot_log_probabilities(self, batch: PairBatch) -> Tensor:
         """Log-probabilities at the predicted positions, (labels, vocabulary), float32; no gradient is kept."""
@@ -153,10 +109,7 @@ class SlotReader:
 
 def _backbone(model: Any) -> nn.Module | None:
     """The module whose last hidden state the head reads; `None` where it cannot be told from the model."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        found = model.get_decoder()
-    else:
-        found = getattr(model, "base_model", None)
+    found = model.get_decoder() if is_encoder_decoder(model) else getattr(model, "base_model", None)
     return found if isinstance(found, nn.Module) and found is not model else None
 
 

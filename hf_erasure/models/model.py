@@ -1,17 +1,19 @@
-"""The bare model inside wrappers, and its evaluation mode."""
+"""A model as it is called: the bare one inside wrappers, evaluation mode, a small input, and what it returns."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 P = ParamSpec("P")
@@ -106,3 +108,65 @@ def _around(model: nn.Module, path: str) -> list[nn.Module]:
     for part in path.split(".") if path else ():
         found.append(found[-1]._modules[part])  # type: ignore[arg-type]
     return found
+
+
+# ---- what goes in and what comes out ---------------------------------------------------------------------------------
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a bare model has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where inputs go: to the first parameter that is anywhere; accelerate's hooks move them on to offloaded ones."""
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
+    """A small input the model accepts: its own `dummy_inputs`, or noise of the shape its main input has.
+
+    Raises:
+        ValueError: If it has neither.
+    """
+    base = bare_model(model)
+    device, main = input_device(base), getattr(base, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        config = base.config
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
+        noise = torch.Generator().manual_seed(0)
+        return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=noise).to(device, base.dtype)}
+    dummies = getattr(base, "dummy_inputs", {})
+    if main not in dummies:
+        raise ValueError(f"{type(base).__name__} has no dummy input to compare outputs on: pass batch=, its inputs.")
+    return {name: value.to(device) for name, value in dummies.items()}
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in what a model returns: a tensor, or tuples, lists, dicts and dataclasses of such."""
+    if is_dataclass(output) and not isinstance(output, dict):
+        output = {field.name: getattr(output, field.name) for field in fields(output)}
+    leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
+    if len(leaves) == 1 and leaves[0] is output:
+        return [output] if isinstance(output, Tensor) else []
+    return [tensor for leaf in leaves for tensor in tensors_of(leaf)]
+
+
+def distance(left: list[Tensor], right: list[Tensor]) -> float:
+    """The largest relative distance, by norm, of two sets of outputs; what is not finite in `right` is left out.
+
+    Infinite where `left` alone is not finite, or where the two are not of one shape.
+    """
+    if [t.shape for t in left] != [t.shape for t in right]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(left, right, strict=True):
+        if not b.is_floating_point():
+            continue
+        finite = torch.isfinite(b)
+        a, b = a[finite].double(), b[finite].double()
+        if not bool(torch.isfinite(a).all()):
+            return float("inf")
+        scale = float(b.norm())
+        worst = max(worst, float((a - b).norm()) / scale if scale else float((a != b).any()))
+    return worst

@@ -6,12 +6,11 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.utils.generic import ModelOutput
 
-from .model import bare_model, callee_of
+from .model import bare_model, callee_of, input_device, is_encoder_decoder
 
 # Inputs that belong to a loss, not to the activations.
 _LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
@@ -47,20 +46,20 @@ class Runner:
         self.is_sharded = any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
         # A sharded model gathers its weights at its root, so it is called there.
         self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
-        self.device = _input_device(self.model)
+        self.device = input_device(self.model)
 
     def __call__(self, batch: dict[str, Any]) -> Any:
         """One forward pass over a batch, labels taken off."""
         # A classifier makes the decoder's inputs from those of the encoder, which its base model need not do.
         given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
-        makes = _is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
+        makes = is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
         return self.call(self.model if makes and self.callee is self.backbone else self.callee, batch)
 
     def call(self, callee: nn.Module, batch: dict[str, Any]) -> Any:
         """The same of another part of the model."""
         parameters = inspect.signature(callee.forward).parameters
         inputs = {name: value for name, value in batch.items() if name not in _LOSS_INPUTS}
-        if "labels" in batch and _is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
+        if "labels" in batch and is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             inputs = {name: value for name, value in inputs.items() if name in parameters}
@@ -73,7 +72,7 @@ class Runner:
 
     def final_states(self) -> dict[str, nn.Module]:
         """The modules that return a last hidden state, by the name it has in transformers' outputs."""
-        if _is_encoder_decoder(self.model):
+        if is_encoder_decoder(self.model):
             return {
                 "encoder_last_hidden_state": self.model.get_encoder(),
                 "last_hidden_state": self.model.get_decoder(),
@@ -82,7 +81,7 @@ class Runner:
 
     def side_of(self, name: str) -> str:
         """A final state's name for aligning labels: the decoder's says so."""
-        return f"decoder.{name}" if name == "last_hidden_state" and _is_encoder_decoder(self.model) else name
+        return f"decoder.{name}" if name == "last_hidden_state" and is_encoder_decoder(self.model) else name
 
 
 class TextTooLong(ValueError):
@@ -137,7 +136,7 @@ def text_encoder(model: nn.Module) -> nn.Module:
         model: A bare model, or whatever it is inside of.
     """
     bare = bare_model(model)
-    return bare.get_encoder() if _is_encoder_decoder(bare) else model
+    return bare.get_encoder() if is_encoder_decoder(bare) else model
 
 
 def _backbone(model: Any) -> Any:
@@ -146,12 +145,3 @@ def _backbone(model: Any) -> Any:
     if not isinstance(found, nn.Module) or name not in inspect.signature(model.forward).parameters:
         return found
     return found if name in inspect.signature(found.forward).parameters else model
-
-
-def _is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    """Where inputs go: to the first parameter that is anywhere; accelerate's hooks move them on."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .heads import Task
 from .runner import positions_of
 from .word_tokens import PairError
-
-Task = Literal["masked", "causal", "seq2seq", "classification"]
 
 _SENTINEL = "<extra_id_{}>"
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATE
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.provenance import RECIPE
+from hf_erasure.models.heads import HEADS, Task, task_named
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import collate
 from hf_erasure.models.word_tokens import SLOT, PairError
@@ -42,20 +43,8 @@ ADAPTER_NAME = "feature"
 RECIPE_FILE, RESULTS_FILE, TABLES_FILE, GRID_FILE = "recipe.yaml", "results.json", "results.md", "grid.csv"
 EDITS_FILE, HISTOGRAM_FILE, SURFACE_FILE = "results.csv", "encoded.png", "surface.png"
 NO_EDIT = "none"
-TASKS = {
-    "masked": "AutoModelForMaskedLM",
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
-}
-_HEADS = {
-    "ForSequenceClassification": "classification",
-    "ForMaskedLM": "masked",
-    "ForPreTraining": "masked",
-    "ForCausalLM": "causal",
-    "LMHeadModel": "causal",
-    "ForConditionalGeneration": "seq2seq",
-}
+# Task → the Auto class that loads a model for it.
+TASKS = {task: next(head.auto_class for head in HEADS if head.task == task) for task in get_args(Task)}
 
 
 @dataclass
@@ -484,12 +473,11 @@ def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
 def _task(path: str) -> str:
     config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
-    for name in names:
-        for ending, task in _HEADS.items():
-            if name.endswith(ending) and not (config.is_encoder_decoder and task in ("causal", "masked")):
-                return task
-    if config.is_encoder_decoder:
-        return "seq2seq"
+    # A checkpoint of pre-training has the masked head beside another.
+    heads = [name.replace("ForPreTraining", "ForMaskedLM") for name in names]
+    task = task_named(heads, encoder_decoder=config.is_encoder_decoder)
+    if task is not None or config.is_encoder_decoder:
+        return task or "seq2seq"
     raise ValueError(
         f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say what it "
         f"predicts: write task: {', '.join(TASKS)}."

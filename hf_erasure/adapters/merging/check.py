@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..verification import dummy_batch, tensors_of
+from hf_erasure.models.model import distance, dummy_batch, evaluating, tensors_of
 
 
 class Probe:
@@ -35,45 +33,13 @@ class Probe:
         cuda = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
         autocast = torch.amp.is_autocast_available(device)
         with (
-            _in_eval_mode(self.model),
             torch.inference_mode(False),
-            torch.no_grad(),
+            evaluating(self.model),
             torch.autocast(device if autocast else "cpu", enabled=False),
             torch.random.fork_rng(devices=sorted(cuda)),
         ):
             output: Any = self.model(**self.inputs)
         return tensors_of(output)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def distance(left: list[Tensor], right: list[Tensor]) -> float:
-    """The largest relative distance, by norm, of two sets of outputs; what is not finite in `right` is left out.
-
-    Infinite where `left` alone is not finite, or where the two are not of one shape.
-    """
-    if [t.shape for t in left] != [t.shape for t in right]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(left, right, strict=True):
-        if not b.is_floating_point():
-            continue
-        finite = torch.isfinite(b)
-        a, b = a[finite].double(), b[finite].double()
-        if not bool(torch.isfinite(a).all()):
-            return float("inf")
-        scale = float(b.norm())
-        worst = max(worst, float((a - b).norm()) / scale if scale else float((a != b).any()))
-    return worst
 
 
 ROOM = 4

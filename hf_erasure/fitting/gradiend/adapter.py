@@ -19,7 +19,7 @@ from hf_erasure.adapters import (
     targeted_parameters,
 )
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.models.logits import task_of
+from hf_erasure.models.heads import task_of
 from hf_erasure.models.model import bare_model
 from hf_erasure.models.slots import PairBatch, as_pair_batch, single_rows
 

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_erasure.gradiend.blocks import sum_of_squares
-from hf_erasure.models.logits import SlotReader, task_of
+from hf_erasure.models.heads import Task
+from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.model import evaluating
-from hf_erasure.models.neutral import LanguageModelling
-from hf_erasure.models.slots import Filled, PairBatch, Task
-
-__all__ = ["GradientReader", "LanguageModelling", "SlotReader", "task_of"]
+from hf_erasure.models.slots import Filled, PairBatch
 
 KINDS = ("factual", "counterfactual", "difference")
 

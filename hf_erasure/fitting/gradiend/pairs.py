@@ -15,11 +15,8 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_erasure.models.neutral import neutral_batches
-from hf_erasure.models.slots import EncodedRow, Filled, Layout, PairBatch, Slot, Task, collate, longest_input
+from hf_erasure.models.slots import EncodedRow, Layout, PairBatch, Slot, collate, longest_input
 from hf_erasure.models.word_tokens import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
-
-__all__ = ["Filled", "PairBatch", "PairSet", "Task", "check_pairs", "neutral_batches", "pair_batches", "usable_rows"]
 
 # A text's number, and by class the token sequences of its words.
 Reading = tuple[int, list[set[tuple[int, ...]]]]

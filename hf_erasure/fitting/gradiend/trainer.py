@@ -34,7 +34,8 @@ from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.fitting.rows_seen import in_words
 from hf_erasure.gradiend import Feature
-from hf_erasure.models.logits import SlotReader, task_of
+from hf_erasure.models.heads import task_of
+from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.model import bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
 from hf_erasure.models.slots import PairBatch
