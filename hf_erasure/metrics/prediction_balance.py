@@ -1,6 +1,6 @@
 """BPI, FPI, MPI and the balance of k classes: what GRADIEND's edits are chosen by (arXiv 2502.01406, section 5).
 
-The formulas stand in `hf_erasure.fitting.gradiend.goals`, where edits are chosen; here they are measured with an
+The formulas stand in `hf_erasure.fitting.gradiend.selection`, where edits are chosen; here they are measured with an
 interval. Each is `LMS · mean over texts of …`, so a model that no longer models language scores 0.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Features, Sequence, Value
 
-from hf_erasure.fitting.gradiend.goals import goal_by_name, goal_names
+from hf_erasure.fitting.gradiend.selection import goal_by_name, goal_names
 
 # `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
 from hf_erasure.metrics import base, checks, resampling

@@ -20,9 +20,15 @@ from hf_erasure.adapters.saved_tensors import digest_of_data
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
 from hf_erasure.fitting.gradiend.arguments import GradiendTrainingArguments
 from hf_erasure.fitting.gradiend.encoding import EncodedValues, together
-from hf_erasure.fitting.gradiend.goals import goal_by_name
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
-from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, Point, Selection, choose
+from hf_erasure.fitting.gradiend.selection import (
+    FEATURE_FACTORS,
+    LEARNING_RATES,
+    Point,
+    Selection,
+    choose,
+    goal_by_name,
+)
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.provenance import RECIPE

@@ -46,10 +46,20 @@ from .adapter import GradiendAdapter, unsteered
 from .arguments import GradiendTrainingArguments
 from .checkpoints import FEATURES, KeptFeatures, Progress
 from .encoding import ENOUGH, EncodedValues, calibrated, encoded, together
-from .goals import ClassWords, class_words
 from .gradients import GradientReader
 from .pairs import PairSet
-from .selection import FEATURE_FACTORS, LEARNING_RATES, Point, Scorer, Selection, choose, scan
+from .selection import (
+    FEATURE_FACTORS,
+    LEARNING_RATES,
+    ClassWords,
+    Point,
+    Scorer,
+    Selection,
+    choose,
+    class_words,
+    goal_by_name,
+    scan,
+)
 from .training import Encode, Fitted, Pair, Training
 
 # As where a merge warns.
@@ -351,8 +361,6 @@ class GradiendTrainer:
             raise ValueError(f"budget={budget}: give the share that language modelling may lose, such as 0.02.")
         scorer = self.scorer(eval_dataset, neutral_dataset)
         if goal not in scorer.goals:
-            from .goals import goal_by_name
-
             goal_by_name(goal, self.classes)  # raises with what can be asked for
         scanned = scan(self.model, self.adapter_name, scorer, self.pairs, budget, feature_factors, learning_rates)
         total = len(self.pairs) * len(feature_factors) * len(learning_rates) + 1

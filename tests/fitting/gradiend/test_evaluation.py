@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
 from hf_erasure.fitting.gradiend.encoding import EncodedValues, encoded, together
-from hf_erasure.fitting.gradiend.goals import goal_by_name
-from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection, choose, scan
+from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection, choose, goal_by_name, scan
 
 GENDERS = ("female", "male")
 

@@ -21,7 +21,7 @@ from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, Gradien
 from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
 from hf_erasure.fitting.gradiend.checkpoints import checkpoints
-from hf_erasure.fitting.gradiend.goals import class_words
+from hf_erasure.fitting.gradiend.selection import class_words
 from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.slots import single_rows
 from tests.adapters.test_ordinary import MODES, state_of
