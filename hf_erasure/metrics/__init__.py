@@ -2,7 +2,7 @@
 
 Three ways to one number: `hf_erasure.metrics.WEAT().compute(…)`; `evaluate.load(metric_path("weat")).compute(…)`,
 without a network; and, for large arrays without the detour through Arrow, `hf_erasure.metrics.weat.score(…)`. What runs
-a model is in `benchmarks` (a file and a model in, figures out) and `scoring`.
+a model is in `benchmarks`: a file and a model in, figures out.
 """
 
 from pathlib import Path

@@ -18,6 +18,8 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hf_erasure.models.scorer import LanguageScorer, pooled_embeddings, strided_losses
+
 from . import crows_pairs as crows_pairs_metric
 from . import perplexity as perplexity_metric
 from . import pronoun_gap as pronoun_gap_metric
@@ -34,7 +36,6 @@ from .items import (
 )
 from .readers import read_crows_pairs, read_seat, read_stereoset, read_winobias, spread
 from .rows import Rows, Source
-from .scoring import LanguageScorer, pooled_embeddings, strided_losses
 
 
 def stereoset(

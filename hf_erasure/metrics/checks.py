@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_erasure.models.scorer import whole as whole  # counts are checked alike here
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -46,13 +48,6 @@ def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) 
     return array
 
 
-def check_texts(texts: Sequence[Any]) -> None:
-    """Raise a `ValueError` for the first that is not a text."""
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"Text {number} is {text!r}, which is not a text: leave it out.")
-
-
 def labels(name: str, values: Any, count: int, *, of: str = "predictions") -> list[Any]:
     """One label a row, as a list of strings or numbers.
 
@@ -81,14 +76,3 @@ def class_ids(name: str, values: Sequence[Any], *, least: int = 2) -> tuple[Ints
         raise ValueError(f"{name} hold the one class {names[0]!r}: this metric compares at least {least}.")
     index = {label: position for position, label in enumerate(names)}
     return np.array([index[label] for label in values], dtype=np.int64), [str(label) for label in names]
-
-
-def whole(name: str, value: int, least: int = 1) -> int:
-    """A whole number that is not too small.
-
-    Raises:
-        ValueError: If it is.
-    """
-    if value != int(value) or value < least:
-        raise ValueError(f"{name}={value}: write a whole number of at least {least}.")
-    return int(value)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_erasure.models.scorer import Encoding, LanguageScorer, Query
+
 from .readers import CrowSPair, PronounPair, StereoSetItem
-from .scoring import Encoding, LanguageScorer, Query
 
 # How a causal model scores a sentence of StereoSet.
 CAUSAL_CONVENTIONS = ("sentence", "authors")

@@ -43,11 +43,6 @@ class SlotReader:
         """Where inputs go."""
         return input_device(self.model)
 
-    def slot_log_probabilities(self, batch: PairBatch) -> Tensor:
-        """Log-probabilities at the predicted positions, (labels, vocabulary), float32; no gradient is kept."""
-        with evaluating(self.model):
-            return self.logits(batch.filled).float().log_softmax(-1)
-
     def word_log_probabilities(self, batch: PairBatch, words: Sequence[Sequence[int]]) -> Tensor:
         """How likely each of some words is in the slot of every row.
 
@@ -148,3 +143,11 @@ def _logits_of(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError("the model returns no logits")
     return found
+
+
+_ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
+
+
+def in_float32(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of `(labels, vocabulary)` logits at a time, as float32, with the tokens that belong to them."""
+    return ((part.float(), goal) for part, goal in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True))

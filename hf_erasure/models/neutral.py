@@ -3,87 +3,84 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from .logits import SlotReader
+from .logits import SlotReader, in_float32
 from .model import evaluating
 from .slots import EncodedRow, Filled, Layout, PairBatch, Slot, collate, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
 
-_LONGEST = 512  # tokens of a neutral text where neither tokenizer nor model has a smaller limit
+_LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit
 
 
-class NeutralTexts:
-    """Neutral texts as tokens, with the positions that are no feature word.
+@dataclass(frozen=True)
+class NeutralText:
+    """One text.
+
+    Attributes:
+        tokens: With special tokens.
+        first: The position of the first token that is not a leading special one.
+        usable: The positions that may be predicted: no special token, no feature word, and for causal models not the
+            first token.
+        words: Of these, the positions whose token has a letter or a digit in it.
+    """
+
+    tokens: list[int]
+    first: int
+    usable: list[int]
+    words: list[int]
+
+
+def neutral_texts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    feature_words: Iterable[str],
+    config: Any,
+    max_length: int | None,
+    *,
+    in_pieces: bool = False,
+) -> list[NeutralText]:
+    """Neutral texts as tokens, with the positions that are not feature words.
 
     Args:
         dataset: With ``text``.
         tokenizer: Of the model.
         layout: The task's.
         feature_words: Words of all classes, as text. Their tokens are neither predicted nor drawn.
-        max_length: Longest text in tokens, special tokens included.
-        pieces: Cut longer texts into pieces, instead of cutting their ends off.
+        config: The model's.
+        max_length: Longest text in tokens, special tokens included; by default what the model takes, at most 512.
+        in_pieces: Cut longer texts into pieces, instead of cutting their ends off.
 
     Raises:
         PairError: There is no column ``text``, no row, or a row has no text.
-
-    Attributes:
-        texts: Token ids with special tokens.
-        first: For every text the position of its first token that is no leading special token.
-        usable: For every text the positions that may be predicted: no special token, no feature word, and for causal
-            models not the first token.
-        words: Of these, the positions whose token has a letter or a digit in it.
     """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        layout: Layout,
-        feature_words: Iterable[str],
-        max_length: int,
-        *,
-        pieces: bool = False,
-    ) -> None:
-        texts = _neutral_column(dataset)
-        lead, trail = special_ends(tokenizer)
-        room = max(1, max_length - len(lead) - len(trail))
-        forms = word_forms(tokenizer, feature_words)
-        special = set(tokenizer.all_special_ids)
-        self._spoken: dict[int, bool] = {}
-        self._tokenizer = tokenizer
-        self.texts: list[list[int]] = []
-        self.first: list[int] = []
-        self.usable: list[list[int]] = []
-        self.words: list[list[int]] = []
-        first = 1 if layout.task == "causal" else 0
-        ends = [] if layout.task == "causal" else trail
-        for tokens in _pieces(encode(tokenizer, texts), room, pieces):
+    longest = longest_input(tokenizer, config, _LONGEST if max_length is None else max_length) or _LONGEST
+    lead, trail = special_ends(tokenizer)
+    room = max(1, longest - len(lead) - len(trail))
+    forms, special = word_forms(tokenizer, feature_words), set(tokenizer.all_special_ids)
+    begin, ends = (1, []) if layout.task == "causal" else (0, trail)
+    spoken: dict[int, bool] = {}
+    found = []
+    for whole in encode(tokenizer, _column_of_texts(dataset)):
+        for start in range(0, len(whole), room) if in_pieces else (0,):
+            tokens = whole[start : start + room]
             barred = occurrences(tokens, forms)
-            free = [i for i in range(first, len(tokens)) if i not in barred and tokens[i] not in special]
-            self.texts.append([*lead, *tokens, *ends])
-            self.first.append(len(lead))
-            self.usable.append([len(lead) + i for i in free])
-            self.words.append([len(lead) + i for i in free if self._is_word(tokens[i])])
-
-    def _is_word(self, token: int) -> bool:
-        if token not in self._spoken:
-            self._spoken[token] = any(letter.isalnum() for letter in self._tokenizer.decode([token]))
-        return self._spoken[token]
+            free = [i for i in range(begin, len(tokens)) if i not in barred and tokens[i] not in special]
+            for token in {tokens[i] for i in free}.difference(spoken):
+                spoken[token] = any(letter.isalnum() for letter in tokenizer.decode([token]))
+            usable, words = ([len(lead) + i for i in free if all_of or spoken[tokens[i]]] for all_of in (True, False))
+            found.append(NeutralText([*lead, *tokens, *ends], len(lead), usable, words))
+    return found
 
 
-def _pieces(texts: Iterable[list[int]], room: int, pieces: bool) -> Iterator[list[int]]:
-    for tokens in texts:
-        ends = range(0, len(tokens), room) if pieces else (0,)
-        yield from (tokens[start : start + room] for start in ends)
-
-
-def _neutral_column(dataset: Dataset) -> list[str]:
+def _column_of_texts(dataset: Dataset) -> list[str]:
     if "text" not in dataset.column_names:
         raise PairError(f"the neutral texts have no column 'text'; they have {dataset.column_names}")
     texts = list(dataset["text"])
@@ -97,12 +94,6 @@ def _neutral_column(dataset: Dataset) -> list[str]:
     return texts
 
 
-def neutral_length(tokenizer: PreTrainedTokenizerBase, config: Any, max_length: int | None) -> int:
-    """The longest neutral text in tokens: as asked for, or what the model takes, at most 512."""
-    limit = longest_input(tokenizer, config) or _LONGEST
-    return min(limit, _LONGEST) if max_length is None else min(limit, max_length)
-
-
 def neutral_batches(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -114,7 +105,7 @@ def neutral_batches(
     max_length: int | None = None,
     config: Any = None,
 ) -> list[PairBatch]:
-    """Batches of neutral texts: in each text one token that is no feature word is masked, or predicted.
+    """Batches of neutral texts: in each text one token that is not a feature word is masked, or predicted.
 
     It is never a special token, and punctuation only where a text has nothing else. Its counterfactual is another such
     token, drawn from all the texts. For classification both are labels of the model, drawn at random.
@@ -135,46 +126,38 @@ def neutral_batches(
     if batch_size < 1:
         raise PairError(f"batch_size is {batch_size}; it must be at least 1")
     layout = Layout.of(tokenizer, task, config)
-    longest = neutral_length(tokenizer, config, max_length)
-    neutral = NeutralTexts(dataset, tokenizer, layout, feature_words, longest)
-    generator = random.Random(seed)
-    if layout.task == "classification":
-        rows = _neutral_labels(neutral, config, generator)
-    else:
-        rows = _neutral_words(neutral, layout, generator)
+    texts = neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length)
+    draw = _neutral_labels if layout.task == "classification" else _neutral_words
+    rows = draw(texts, layout, config, random.Random(seed))
     return [collate(layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
 
 
-def _neutral_words(neutral: NeutralTexts, layout: Layout, generator: random.Random) -> list[EncodedRow]:
-    pool = [text[i] for text, words in zip(neutral.texts, neutral.words, strict=True) for i in words]
+def _neutral_words(texts: list[NeutralText], layout: Layout, config: Any, generator: random.Random) -> list[EncodedRow]:
+    pool = [text.tokens[i] for text in texts for i in text.words]
     if len(set(pool)) < 2:
         raise PairError("all neutral texts together have fewer than two words that are no feature words; add texts")
     rows = []
-    for number, text in enumerate(neutral.texts):
-        choices = neutral.words[number] or neutral.usable[number]
+    for number, text in enumerate(texts):
+        choices = text.words or text.usable
         if not choices:
             raise PairError(f"neutral row {number} has no token that could be predicted; write a longer text")
         at = generator.choice(choices)
-        other = text[at]
-        while other == text[at]:
+        token = other = text.tokens[at]
+        while other == token:
             other = generator.choice(pool)
-        tail = [] if layout.task == "causal" else text[at + 1 :]
-        rows.append(EncodedRow(Slot(text[:at], tail), [text[at]], [other]))
+        tail = [] if layout.task == "causal" else text.tokens[at + 1 :]
+        rows.append(EncodedRow(Slot(text.tokens[:at], tail), [token], [other]))
     return rows
 
 
-def _neutral_labels(neutral: NeutralTexts, config: Any, generator: random.Random) -> list[EncodedRow]:
+def _neutral_labels(
+    texts: list[NeutralText], layout: Layout, config: Any, generator: random.Random
+) -> list[EncodedRow]:
     ids = sorted(set((getattr(config, "label2id", None) or {}).values()))
     if len(ids) < 2:
         raise PairError("classification needs the model's config with two labels or more; pass config=model.config")
-    rows = []
-    for text in neutral.texts:
-        right, wrong = generator.sample(ids, 2)
-        rows.append(EncodedRow(Slot(text, []), [right], [wrong]))
-    return rows
-
-
-_ROWS = 1024  # logits that are turned to float32 at once
+    drawn = [generator.sample(ids, 2) for _ in texts]
+    return [EncodedRow(Slot(text.tokens, []), [a], [b]) for text, (a, b) in zip(texts, drawn, strict=True)]
 
 
 class LanguageModelling:
@@ -227,25 +210,21 @@ class LanguageModelling:
             sizes = f"batch_size {batch_size} and mask_draws {mask_draws} (at least 1)"
             raise PairError(f"mask_share is {mask_share} (between 0 and 1), {sizes}")
         self.reader = reader
-        config = self.reader.model.config
-        layout = Layout.of(tokenizer, self.reader.task, config)
-        longest = neutral_length(tokenizer, config, max_length)
-        neutral = NeutralTexts(dataset, tokenizer, layout, feature_words, longest, pieces=True)
+        config, task = reader.model.config, reader.task
+        layout = Layout.of(tokenizer, task, config)
+        texts = neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length, in_pieces=True)
         generator = random.Random(seed)
-        draws = mask_draws if layout.task in ("masked", "seq2seq") else 1
-        drawn = [
-            (text, _chosen(neutral, index, layout.task, mask_share, generator))
-            for _ in range(draws)
-            for index, text in enumerate(neutral.texts)
-        ]
-        kept = [(text, places) for text, places in drawn if places or layout.task == "classification"]
+        draws = mask_draws if task in ("masked", "seq2seq") else 1
+        drawn = [(text.tokens, _chosen(text, task, mask_share, generator)) for _ in range(draws) for text in texts]
+        kept = [(tokens, places) for tokens, places in drawn if places or task == "classification"]
         if not kept:
             raise PairError("no neutral text has a token that could be scored; write longer texts")
         kept.sort(key=lambda entry: len(entry[0]))
         chunks = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-        self.batches = [_lay_out(layout, [t for t, _ in part], [places for _, places in part]) for part in chunks]
-        if layout.task == "classification":
-            self.batches = self._own_labels()
+        self.batches = [_lay_out(layout, chunk) for chunk in chunks]
+        if task == "classification":
+            with evaluating(reader.model):
+                self.batches = [replace(b, tokens=reader.logits(b).argmax(-1).cpu()) for b in self.batches]
 
     def score(self) -> dict[str, float]:
         """``{"loss": mean negative log-likelihood, "lms": language-modelling score}``; forward passes only."""
@@ -254,39 +233,30 @@ class LanguageModelling:
             for filled in self.batches:
                 logits = self.reader.logits(filled)
                 tokens = filled.tokens.to(logits.device)
-                for part, goal in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True):
-                    loss += float(F.cross_entropy(part.float(), goal, reduction="sum"))
+                for part, goal in in_float32(logits, tokens):
+                    loss += float(F.cross_entropy(part, goal, reduction="sum"))
                 hits += int((logits.argmax(-1) == tokens).sum())
                 count += len(tokens)
         mean = loss / count
         by_hits = self.reader.task in ("masked", "classification")
         return {"loss": mean, "lms": hits / count if by_hits else 1 / (1 + mean)}
 
-    def _own_labels(self) -> list[Filled]:
-        with evaluating(self.reader.model):
-            labels = [self.reader.logits(filled).argmax(-1).cpu() for filled in self.batches]
-        return [
-            Filled(filled.inputs, filled.rows, filled.positions, own)
-            for filled, own in zip(self.batches, labels, strict=True)
-        ]
 
-
-def _chosen(neutral: NeutralTexts, index: int, task: str, share: float, generator: random.Random) -> list[int]:
+def _chosen(text: NeutralText, task: str, share: float, generator: random.Random) -> list[int]:
     """The positions of one text that are scored."""
     if task == "causal":
         # Every token but the first, feature words too: the loss on text as it is.
-        return list(range(neutral.first[index] + 1, len(neutral.texts[index])))
-    usable = neutral.usable[index]
-    count = min(len(usable), max(1, round(share * len(usable))))
-    return sorted(generator.sample(usable, count))
+        return list(range(text.first + 1, len(text.tokens)))
+    count = min(len(text.usable), max(1, round(share * len(text.usable))))
+    return sorted(generator.sample(text.usable, count))
 
 
-def _lay_out(layout: Layout, texts: Sequence[list[int]], chosen: Sequence[list[int]]) -> Filled:
+def _lay_out(layout: Layout, texts: Sequence[tuple[list[int], list[int]]]) -> Filled:
     """One forward that predicts the chosen positions of some texts."""
     if layout.task == "classification":
-        return layout.fill([Slot(text, []) for text in texts], [[0]] * len(texts))
+        return layout.fill([Slot(tokens, []) for tokens, _ in texts], [[0]] * len(texts))
     inputs, decoder, rows, positions, tokens = [], [], [], [], []
-    for row, (text, places) in enumerate(zip(texts, chosen, strict=True)):
+    for row, (text, places) in enumerate(texts):
         if layout.sentinels:
             places = places[: len(layout.sentinels)]
         source, target, predicting = _cut_out(layout, text, places)

@@ -1,6 +1,7 @@
 """What one forward pass is given: slots filled with words, padded, and where their tokens are predicted.
 
-What becomes of the slot:
+`Layout` lays words into slots, `Filled` is one forward pass, and `PairBatch` is that of two words for each slot. What
+becomes of the slot:
 
 * masked: as many mask tokens as the word has tokens, so both words need the same number of tokens;
 * causal: everything before the slot is the input, and the word is read off the positions *before* its tokens, the last
@@ -8,14 +9,12 @@ What becomes of the slot:
 * seq2seq, with sentinels (T5): ``<extra_id_0>`` in the encoder's input; the decoder, given its start token and
   ``<extra_id_0>``, predicts the word. With a mask token instead (BART): one mask in the encoder's input; the decoder,
   given the text before the slot, predicts the word;
-* classification: there is no slot; ``factual`` and ``counterfactual`` are names of the model's own labels.
-
-Words are tokenised as in running text, together with what stands before them.
+* classification: there is no slot; the two words are two of the model's own labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -27,7 +26,10 @@ from .heads import Task
 from .runner import positions_of
 from .word_tokens import PairError
 
-_SENTINEL = "<extra_id_{}>"
+# The id of no label, as transformers' losses leave it out.
+IGNORED = -100
+# A tokenizer that knows no limit gives a number far above it.
+_NO_LIMIT = 10**9
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,9 @@ class Layout:
         """
         if task not in get_args(Task):
             raise PairError(f"the task is {task!r}; write one of {', '.join(get_args(Task))}")
-        pads = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id, 0)
         layout = cls(
-            task=task,  # type: ignore[arg-type]
-            pad=next(pad for pad in pads if isinstance(pad, int)),
+            task,  # type: ignore[arg-type]
+            padding_of(tokenizer, config),
             left=task == "causal" and tokenizer.padding_side == "left",
             type_ids="token_type_ids" in tokenizer.model_input_names,
         )
@@ -144,25 +145,45 @@ class Layout:
         tokens: Sequence[int],
     ) -> Filled:
         """Rows of token ids as tensors, with a mask and what else the model needs; positions move with the padding."""
-        width = max(map(len, inputs))
-        gaps = torch.tensor([width - len(row) for row in inputs])
-        index = torch.arange(width)
-        mask = index >= gaps[:, None] if self.left else index < width - gaps[:, None]
-        named = {"input_ids": self._stack(inputs, width), "attention_mask": mask.long()}
+        named = padded_inputs(inputs, self.pad, left=self.left, type_ids=self.type_ids)
         at, row_index = torch.tensor(positions), torch.tensor(rows)
         if self.left:
-            at = at + gaps[row_index]
-            named["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        if self.type_ids:
-            named["token_type_ids"] = torch.zeros_like(named["input_ids"])
+            at = at + (named["attention_mask"] == 0).sum(1)[row_index]
         if self.task == "seq2seq":
             # Right padding under a causal mask: no earlier position sees it.
-            named["decoder_input_ids"] = self._stack(decoder, max(map(len, decoder)))
+            named["decoder_input_ids"] = padded_inputs(decoder, self.pad)["input_ids"]
         return Filled(named, row_index, at, torch.tensor(tokens))
 
-    def _stack(self, rows: Sequence[list[int]], width: int) -> Tensor:
-        gaps = [[self.pad] * (width - len(row)) for row in rows]
-        return torch.tensor([gap + row if self.left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+
+def padding_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
+    """The token to pad with: the tokenizer's or the model's, or any where they have none, since it is masked out."""
+    pads = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id)
+    return next((pad for pad in pads if isinstance(pad, int)), 0)
+
+
+def padded_inputs(
+    rows: Sequence[list[int]], pad: int, *, left: bool = False, type_ids: bool = False
+) -> dict[str, Tensor]:
+    """Rows of token ids as a model's inputs, `(rows, longest row)`.
+
+    Args:
+        rows: Token ids.
+        pad: The padding token.
+        left: Pad at the left, and give position ids, which then do not follow from the place.
+        type_ids: Give ``token_type_ids``, all 0.
+    """
+    width = max(map(len, rows))
+    gaps = [width - len(row) for row in rows]
+    ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]
+    mask = [
+        [0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)
+    ]
+    named = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    if left:
+        named["position_ids"] = (named["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if type_ids:
+        named["token_type_ids"] = torch.zeros_like(named["input_ids"])
+    return named
 
 
 def _seq2seq(layout: Layout, tokenizer: PreTrainedTokenizerBase, config: Any) -> Layout:
@@ -171,7 +192,7 @@ def _seq2seq(layout: Layout, tokenizer: PreTrainedTokenizerBase, config: Any) ->
         raise PairError("seq2seq needs the model's config with its decoder_start_token_id; pass config=model.config")
     sentinels = []
     for number in range(100):
-        name = _SENTINEL.format(number)
+        name = f"<extra_id_{number}>"
         token = tokenizer.convert_tokens_to_ids(name)
         if token is None or token == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(token) != name:
             break
@@ -226,11 +247,6 @@ class PairBatch:
         return len(self.inputs["input_ids"])
 
     @property
-    def size(self) -> int:
-        """Rows."""
-        return len(self)
-
-    @property
     def filled(self) -> Filled:
         """The forward pass of the factual words."""
         return Filled(self.inputs, self.rows, self.positions, self.factual)
@@ -281,25 +297,16 @@ def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
     )
 
 
-def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any) -> int | None:
-    """The longest input in tokens, as far as the tokenizer and the config know."""
+def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any, most: int | None = None) -> int | None:
+    """The longest input in tokens, as far as the tokenizer, the config and `most` say."""
     limits = [tokenizer.model_max_length, positions_of(config)]
-    usable = [limit for limit in limits if limit and 0 < limit < 10**9]
-    return min(usable) if usable else None
-
-
-IGNORED = -100
-
-
-def single_rows(batch: PairBatch) -> Iterator[PairBatch]:
-    """Every row of a batch as a batch of its own."""
-    for row in range(batch.size):
-        yield some_rows(batch, [row])
+    usable = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
+    return min([*usable, *([] if most is None else [most])], default=None)
 
 
 def some_rows(batch: PairBatch, chosen: Sequence[int]) -> PairBatch:
     """The chosen rows of a batch, at least one, in their order there."""
-    kept = torch.zeros(batch.size, dtype=torch.bool)
+    kept = torch.zeros(len(batch), dtype=torch.bool)
     kept[list(chosen)] = True
     filled = _subset(batch.filled, kept)
     apart = None if batch.apart is None else _subset(batch.apart, kept)

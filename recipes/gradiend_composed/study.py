@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure, verify_adapter
 from hf_erasure.fitting.gradiend import SLOT
 from hf_erasure.metrics import benchmarks, prediction_balance, pronoun_gap
-from hf_erasure.metrics.scoring import LanguageScorer
 from hf_erasure.models.neutral import LanguageModelling
+from hf_erasure.models.scorer import LanguageScorer
 from recipes import studies
 from recipes.gradiend_gender import study as gender
 from recipes.over_seeds import cell, markdown, t_interval

@@ -25,7 +25,7 @@ from hf_erasure.metrics.items import (
     stereoset_score,
 )
 from hf_erasure.metrics.readers import read_crows_pairs, read_stereoset, read_winobias, spread
-from hf_erasure.metrics.scoring import LanguageScorer, pooled_embeddings
+from hf_erasure.models.scorer import LanguageScorer, pooled_embeddings
 from tests.metrics.models import fresh, trained
 
 QUICK = {"resamples": 50}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_erasure.metrics.scoring import LanguageScorer
+from hf_erasure.models.scorer import LanguageScorer
 from recipes.gradiend_composed import study
 from recipes.gradiend_gender import study as gender
 

@@ -21,7 +21,7 @@ from hf_erasure.adapters import (
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.heads import task_of
 from hf_erasure.models.model import bare_model
-from hf_erasure.models.slots import PairBatch, as_pair_batch, single_rows
+from hf_erasure.models.slots import PairBatch, as_pair_batch, some_rows
 
 from .gradients import GradientReader
 
@@ -126,7 +126,8 @@ class GradiendAdapter:
             batch = as_pair_batch(batch, bare_model(self.model), task, source)
         with unsteered(self.model, self.name):
             reader = GradientReader(self.model, targeted_parameters(self.model, self.name), task)
-            values = [encode(reader.gradients(row, wanted=(source,))[source]) for row in single_rows(batch)]
+            rows = (some_rows(batch, [row]) for row in range(len(batch)))
+            values = [encode(reader.gradients(row, wanted=(source,))[source]) for row in rows]
         return torch.tensor(values, dtype=torch.float32, device="cpu")
 
     def encoders(self) -> dict[Pair, Callable[[Mapping[str, Tensor]], float]]:

@@ -212,8 +212,8 @@ class Training:
 
     def _singly(self, batches: list[PairBatch]) -> Iterator[Callable[[], dict[str, Tensor]]]:
         """Gradients of single rows, as `encode` takes them, of as many batches as possible."""
-        most = max(batch.size for batch in batches)
-        rows = ((batch, row) for row in range(most) for batch in batches if row < batch.size)
+        most = max(len(batch) for batch in batches)
+        rows = ((batch, row) for row in range(most) for batch in batches if row < len(batch))
 
         def reading(batch: PairBatch, row: int) -> dict[str, Tensor]:
             return self.reader.gradients(some_rows(batch, [row]), wanted=(self.source,))[self.source]
@@ -260,7 +260,7 @@ class Training:
         batch, sign = self._epoch[within]
         if self.processes.count == 1:
             return batch, sign
-        mine = self.processes.mine(range(batch.size))
+        mine = self.processes.mine(range(len(batch)))
         return (some_rows(batch, mine) if mine else None), sign
 
     def _order(self, start: Start, epoch: int) -> list[tuple[PairBatch, int]]:
@@ -274,7 +274,7 @@ class Training:
     def _step(self, neuron: FeatureNeuron, batch: PairBatch | None, sign: int) -> None:
         wanted = tuple(dict.fromkeys((self.source, "difference")))
         if batch is not None:
-            gradients, rows = self.reader.gradients(batch, wanted=wanted), batch.size
+            gradients, rows = self.reader.gradients(batch, wanted=wanted), len(batch)
         else:
             gradients = {
                 key: {name: torch.zeros_like(p) for name, p in self.reader.parameters.items()} for key in wanted

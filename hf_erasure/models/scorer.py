@@ -1,4 +1,4 @@
-"""What metrics need from a model: log-likelihoods of tokens, losses on running text, pooled embeddings.
+"""Scores of texts by a language model: log-likelihoods of tokens, losses on running text, pooled embeddings.
 
 * masked: a token's score is its log-probability where it alone is masked (pseudo-log-likelihood, Salazar et al. 2020);
 * causal: its log-probability given the tokens before it, read off the position *before* it. A text begins with the
@@ -17,16 +17,31 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_erasure.models import pooled
-from hf_erasure.models.logits import SlotReader
-from hf_erasure.models.model import evaluating, on_cpu
-from hf_erasure.models.runner import Runner, last_hidden_state, text_encoder
-from hf_erasure.models.slots import Filled, Layout, longest_input
+from .logits import SlotReader, in_float32
+from .model import evaluating, on_cpu
+from .pooling import pooled
+from .runner import Runner, last_hidden_state, text_encoder
+from .slots import Layout, longest_input, padded_inputs, padding_of
 
-from .checks import check_texts, whole
-
-_ROWS = 1024  # logits that are turned to float32 at once
 _LONGEST = 512  # tokens of a window where neither tokenizer nor model has a limit
+
+
+def whole(name: str, value: int, least: int = 1) -> int:
+    """A whole number that is not too small.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if value != int(value) or value < least:
+        raise ValueError(f"{name}={value}: write a whole number of at least {least}.")
+    return int(value)
+
+
+def check_texts(texts: Sequence[Any]) -> None:
+    """Raise a `ValueError` for the first that is not a text."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {number} is {text!r}, which is not a text: leave it out.")
 
 
 @dataclass(frozen=True)
@@ -121,8 +136,7 @@ class LanguageScorer:
         self.tokenizer = tokenizer
         self.layout = replace(Layout.of(tokenizer, self.task, self.reader.model.config), left=False)
         self.batch_size = whole("batch_size", batch_size)
-        limits = [longest_input(tokenizer, self.reader.model.config), max_length]
-        self.longest = min((limit for limit in limits if limit is not None), default=None)
+        self.longest = longest_input(tokenizer, self.reader.model.config, max_length)
         starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self.start = next((token for token in starts if token is not None), None) if self.task == "causal" else None
 
@@ -185,7 +199,7 @@ class LanguageScorer:
         with evaluating(self.reader.model):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
-                scores = self._scores(self._filled([queries[i] for i in chosen]))
+                scores = self._scores([queries[i] for i in chosen])
                 for i, part in zip(chosen, scores.split([len(queries[i].places) for i in chosen]), strict=True):
                     found[i] = part
         return found
@@ -195,19 +209,17 @@ class LanguageScorer:
         parts = iter(self.log_probabilities([query for queries in texts for query in queries]))
         return [sum(float(next(parts).double().sum()) for _ in queries) for queries in texts]
 
-    def _filled(self, queries: Sequence[Query]) -> Filled:
+    def _scores(self, queries: Sequence[Query]) -> Tensor:
+        """The log-probabilities of one forward, `(tokens of all queries,)`."""
         # The one place where the shift is made: what stands at p is predicted by the logits at p − 1.
         shift = 1 if self.task == "causal" else 0
         rows = [row for row, query in enumerate(queries) for _ in query.places]
         at = [place - shift for query in queries for place in query.places]
         tokens = [token for query in queries for token in query.tokens]
-        return self.layout.padded([query.ids for query in queries], [], rows, at, tokens)
-
-    def _scores(self, filled: Filled) -> Tensor:
+        filled = self.layout.padded([query.ids for query in queries], [], rows, at, tokens)
         logits = self.reader.logits(filled)
-        goals = filled.tokens.to(logits.device)[:, None]
-        pairs = zip(logits.split(_ROWS), goals.split(_ROWS), strict=True)
-        return torch.cat([part.float().log_softmax(-1).gather(1, goal)[:, 0] for part, goal in pairs]).cpu()
+        parts = in_float32(logits, filled.tokens.to(logits.device)[:, None])
+        return torch.cat([part.log_softmax(-1).gather(1, goal)[:, 0] for part, goal in parts]).cpu()
 
 
 def strided_losses(
@@ -322,13 +334,13 @@ def pooled_embeddings(
         raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
     runner = Runner(text_encoder(model), [])
     rows = _rows(tokenizer, runner.model.config, texts, max_length, truncate)
-    layout = replace(Layout.of(tokenizer, "causal", runner.model.config), left=False)
+    pad, type_ids = padding_of(tokenizer, runner.model.config), "token_type_ids" in tokenizer.model_input_names
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: list[Any] = [None] * len(rows)
     with evaluating(runner.model):
         for start in range(0, len(order), whole("batch_size", batch_size)):
             chosen = order[start : start + batch_size]
-            inputs = layout.padded([rows[i] for i in chosen], [], [0], [0], [0]).inputs
+            inputs = padded_inputs([rows[i] for i in chosen], pad, type_ids=type_ids)
             states = last_hidden_state(runner(inputs)).float().cpu()
             for i, vector in zip(chosen, pooled(states, inputs["attention_mask"].bool().cpu(), pool), strict=True):
                 found[i] = vector
@@ -338,8 +350,7 @@ def pooled_embeddings(
 def _rows(
     tokenizer: PreTrainedTokenizerBase, config: Any, texts: Sequence[str], max_length: int | None, truncate: bool
 ) -> list[list[int]]:
-    limits = [limit for limit in (longest_input(tokenizer, config), max_length) if limit is not None]
-    longest = min(limits) if limits else None
+    longest = longest_input(tokenizer, config, max_length)
     if isinstance(texts, str) or not len(texts):
         raise ValueError("There are no texts: give a list of at least one.")
     check_texts(texts)

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hf_erasure.metrics.scoring import LanguageScorer, Query, pooled_embeddings, strided_losses
+from hf_erasure.models.scorer import LanguageScorer, Query, pooled_embeddings, strided_losses
 from tests.metrics.models import fresh, trained
 
 TEXTS = [
