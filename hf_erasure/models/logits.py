@@ -15,6 +15,8 @@ from .heads import Task, task_of
 from .model import bare_model, evaluating, input_device, is_encoder_decoder
 from .slots import Filled, PairBatch
 
+_ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
+
 
 class SlotReader:
     """Reads logits and log-probabilities at slots off a model, without gradients.
@@ -143,9 +145,6 @@ def _logits_of(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError("the model returns no logits")
     return found
-
-
-_ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
 
 
 def in_float32(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -175,10 +175,9 @@ def padded_inputs(
     width = max(map(len, rows))
     gaps = [width - len(row) for row in rows]
     ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]
-    mask = [
-        [0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)
-    ]
-    named = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    index, before = torch.arange(width), torch.tensor(gaps)[:, None]
+    mask = index >= before if left else index < width - before
+    named = {"input_ids": torch.tensor(ids), "attention_mask": mask.long()}
     if left:
         named["position_ids"] = (named["attention_mask"].cumsum(1) - 1).clamp(min=0)
     if type_ids:
