@@ -12,8 +12,9 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_erasure.fitting import fit_concept_erasure
-from hf_erasure.fitting.fit import adapter_to_fit, measured_leakage
-from hf_erasure.fitting.rows_seen import in_words, shared_rows
+from hf_erasure.fitting.heldout import measured_leakage, shared_rows
+from hf_erasure.fitting.report import in_words
+from hf_erasure.fitting.task import adapter_to_fit
 
 from .checks import check_training
 from .logs import LoggingCallback, devices_of

@@ -344,6 +344,12 @@ class ConceptMoments:
         return gram.dense().div_(sums.weight)
 
     @property
+    def variance_x(self) -> Tensor:
+        """`(x_dim,)` float64 population variances, the diagonal of `covariance_x`."""
+        sums, gram = self._known()
+        return gram.diagonal / sums.weight
+
+    @property
     def cross_covariance(self) -> Tensor:
         """`(x_dim, z_dim)` float64 population covariance of activations and concept."""
         sums, _ = self._known()

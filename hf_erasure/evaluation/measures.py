@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.fitting.figures import GENDER, POS, STEREOTYPES
+from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES
 from hf_erasure.metrics import METRICS, benchmarks, minimum_description_length, resampling, tpr_gap
 from hf_erasure.models.heads import known_task
 from hf_erasure.models.pooling import IN_WORDS

@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_erasure.fitting.figures import FEMALE, MALE
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_sentences
+from hf_erasure.fitting.report import FEMALE, MALE
 from hf_erasure.metrics import encoder_correlation
 from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.neutral import neutral_batches

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_erasure.adapters.common.files import write_text
-from hf_erasure.fitting.figures import badness, verdict
+from hf_erasure.fitting.report import badness, verdict
 from hf_erasure.metrics.rows import LeftOutRows
 from hf_erasure.models.pooling import IN_WORDS
 

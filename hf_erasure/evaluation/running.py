@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig
-from hf_erasure.fitting.figures import concept_of_config
+from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.metrics.items import CAUSAL_CONVENTIONS
 
 from .data import DataFolder, MissingData

@@ -4,27 +4,38 @@ Every batch has a forward pass of its own, in a thread of its own, and only one 
 batch where the caller wants to look; once all batches wait, the caller decides what goes on and lets them run to the
 next stop. So a decision at one depth can rest on all batches, no module runs twice, and nothing needs to be known about
 the architecture: what a block hands to the next stays in the frames of its forward pass.
+
+The tensors of waiting batches may be kept out of memory. They are locals of suspended frames, out of reach, but their
+storages are not: a dispatch mode sees every tensor the pass makes, so the bytes of those that are alive can be copied
+out, the storages emptied, and later filled again, and the frames never notice. Tensors on an accelerator go to main
+memory, those there to disk.
 """
 
 from __future__ import annotations
 
 import contextvars
+import ctypes
+import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .activation_offload import LiveTensors, Shelf
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class _Abandoned(BaseException):
     """Unwinds a forward pass that will not be continued."""
 
 
-class Lane:
+class BatchThread:
     """One batch on its way through the model.
 
     Attributes:
@@ -35,13 +46,15 @@ class Lane:
         visited: The sites where it has stopped so far.
     """
 
-    def __init__(self, index: int, forward: Callable[[], Any], modes: Callable[[], ExitStack]) -> None:
+    def __init__(
+        self, index: int, forward: Callable[[], Any], modes: Callable[[], ExitStack], offload: ActivationOffload | None
+    ) -> None:
         self.index = index
         self.site: str | None = None
         self.hidden: Tensor | None = None
-        self.live: LiveTensors | None = None
         self.finished = False
         self.visited: list[str] = []
+        self._live = None if offload is None else LiveTensors(offload, index)
         self._error: BaseException | None = None
         self._abandoned = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -54,7 +67,7 @@ class Lane:
 
     def _run(self, forward: Callable[[], Any], modes: Callable[[], ExitStack]) -> None:
         try:
-            with modes(), self.live or nullcontext():
+            with modes(), self._live or nullcontext():
                 forward()
         except _Abandoned:
             pass
@@ -70,6 +83,8 @@ class Lane:
         Raises:
             BaseException: What the forward pass raised.
         """
+        if self._live is not None:
+            self._live.offload.fetch(self._live)
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -77,6 +92,8 @@ class Lane:
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
+        if self._live is not None and self.finished:
+            self._live.offload.present.remove(self._live)
 
     def stop(self, site: str, hidden: Tensor) -> None:
         """Called in the batch's own thread: show the activation, and wait until the caller lets it go on."""
@@ -98,25 +115,24 @@ class Lane:
 
 
 @contextmanager
-def lanes(forwards: Sequence[Callable[[], Any]], shelf: Shelf | None = None) -> Iterator[list[Lane]]:
-    """One lane a forward pass, in the modes of the caller; no thread outlives the block, however it is left.
+def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = None) -> Iterator[list[BatchThread]]:
+    """One thread a forward pass, in the modes of the caller; none outlives the block, however it is left.
 
     Args:
         forwards: What to run.
-        shelf: Where the tensors of waiting batches go, if they are not all to stay in memory.
+        resident: How many batches keep their tensors in memory, the running one included; all when None.
     """
     modes = callers_modes()
-    opened = [Lane(index, forward, modes) for index, forward in enumerate(forwards)]
+    threads: list[BatchThread] = []
+    offload = None if resident is None else ActivationOffload(resident)
     try:
-        if shelf is not None:
-            for lane in opened:
-                lane.live = shelf.batch(lane.index)
-        yield opened
+        threads += [BatchThread(index, forward, modes, offload) for index, forward in enumerate(forwards)]
+        yield threads
     finally:
-        for lane in opened:
-            lane.abandon()
-        if shelf is not None:
-            shelf.close()
+        for thread in threads:
+            thread.abandon()
+        if offload is not None:
+            shutil.rmtree(offload.folder, ignore_errors=True)
 
 
 def callers_modes() -> Callable[[], ExitStack]:
@@ -142,3 +158,123 @@ def callers_modes() -> Callable[[], ExitStack]:
         return stack
 
     return enter
+
+
+# ---- tensors of waiting batches --------------------------------------------------------------------------------------
+
+
+class LiveTensors(TorchDispatchMode):
+    """Knows the tensors made under it that are still alive, and moves their bytes out and in.
+
+    Args:
+        offload: What decides whose bytes are where.
+        index: Of the batch.
+
+    Attributes:
+        offload: As given.
+        moved: What was moved out: where a storage is → the storage and its size in bytes.
+    """
+
+    def __init__(self, offload: ActivationOffload, index: int) -> None:
+        super().__init__()
+        self.offload, self._path = offload, offload.folder / f"batch-{index}.pt"
+        self.moved: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self._alive = WeakTensorKeyDictionary()
+        self._copies: dict[str, Tensor] = {}
+        offload.batches.append(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in given:
+            if tensor.numel() and not tensor.untyped_storage().nbytes():
+                # Made by another batch and kept by the model, as a cache of positions may be.
+                self.offload.restore_owner(tensor)
+        result = func(*args, **kwargs)
+        foreign = {_key(tensor) for tensor in given if tensor not in self._alive}
+        for leaf in tree_leaves(result):
+            # A view of a weight or of an input is not this batch's to move.
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided and _key(leaf) not in foreign:
+                self._alive[leaf] = None
+        return result
+
+    def move_out(self) -> None:
+        """Move the bytes of all live tensors out."""
+        storages = {_key(t): t.untyped_storage() for t in list(self._alive.keys()) if t.untyped_storage().nbytes()}
+        self.moved = {key: (storage, storage.nbytes()) for key, storage in storages.items()}
+        on_disk = {}
+        for key, (storage, _) in self.moved.items():
+            content = _bytes_of(storage)
+            if storage.device.type == "cpu":
+                on_disk[str(key)] = content
+            else:
+                self._copies[str(key)] = content.cpu()
+        if on_disk:
+            torch.save(on_disk, self._path)
+        del on_disk
+        for storage, _ in self.moved.values():
+            storage.resize_(0)
+        # The allocator of glibc keeps an arena for every thread, and what one batch's thread has freed there serves no
+        # other thread: unless it is handed back to the system, moving tensors out saves next to nothing.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+        if trim is not None:
+            trim(0)
+
+    def move_in(self) -> None:
+        """Put the bytes back where they were."""
+        copies = dict(self._copies)
+        if self._path.exists():
+            copies |= torch.load(self._path, weights_only=True)
+            self._path.unlink()
+        for key, (storage, size) in self.moved.items():
+            storage.resize_(size)
+            _bytes_of(storage).copy_(copies[str(key)])
+        self.moved.clear()
+        self._copies.clear()
+
+
+class ActivationOffload:
+    """Lets so many batches keep their tensors in memory, and moves those of the others out.
+
+    Args:
+        resident: How many, the running one included. At least 1.
+
+    Attributes:
+        folder: Where tensors of the CPU go.
+        batches: The live tensors of each batch.
+        present: Those that are in memory, the one that ran longest ago first.
+    """
+
+    def __init__(self, resident: int) -> None:
+        self._resident = resident
+        self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))
+        self.batches: list[LiveTensors] = []
+        self.present: list[LiveTensors] = []
+
+    def fetch(self, live: LiveTensors) -> None:
+        """Make room for a batch and bring its tensors in."""
+        if live in self.present:
+            self.present.remove(live)
+        while len(self.present) >= self._resident:
+            # The one that ran longest ago: batches run to and fro, so it is the last to be needed again.
+            self.present.pop(0).move_out()
+        if live.moved:
+            live.move_in()
+        self.present.append(live)
+
+    def restore_owner(self, tensor: Tensor) -> None:
+        """Bring in the batch whose tensor another one reads."""
+        for live in self.batches:
+            if _key(tensor) in live.moved:
+                live.move_in()
+                self.present.insert(0, live)
+                return
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """A view of a storage's bytes. Never by way of numpy, which would forbid to resize it."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from hf_erasure.adapters.common.files import read_tensors, write_tensors, write_
 from hf_erasure.adapters.common.fitted_with import RECORD
 from hf_erasure.erasers import ConceptMoments, Eraser
 
-from .sites import SiteFit, SiteStatistics, Tally
+from .labels import BatchLabels
+from .processes import Processes
+from .sites import SiteFit, SiteStatistics
 
 MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
 # Moments are written so seldom that writing takes no more than this share of the time.
 WRITING_SHARE = 0.1
+# What is kept of a `SiteFit` beside its tensors and their dtype.
+_FIGURES = ("rows", "correlation", "change")
 
 
 class FitCheckpoint:
@@ -67,12 +71,8 @@ class FitCheckpoint:
         }
         if processes > 1:
             self.identity["processes"] = processes
+        self._last_written, self._writing_took = time.monotonic(), 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim()
-        self._last_written = time.monotonic()
-        self._writing_took = 0.0
-
-    def _claim(self) -> None:
         manifest = self.folder / MANIFEST
         if not manifest.exists():
             write_whole(manifest, lambda path: Path(path).write_text(json.dumps(self.identity), encoding="utf-8"))
@@ -104,15 +104,9 @@ class FitCheckpoint:
         tensors = {"left": eraser.left, "right": eraser.right, "shares": fit.shares}
         if eraser.bias is not None:
             tensors["bias"] = eraser.bias
-        facts = {
-            "site": site,
-            "data": data,
-            "dtype": str(fit.dtype).removeprefix("torch."),
-            "rows": fit.rows,
-            "correlation": fit.correlation,
-            "change": fit.change,
-        }
-        self._write(f"site-{self.sites.index(site):04d}", tensors, facts)
+        figures = {name: getattr(fit, name) for name in _FIGURES}
+        facts = {"site": site, "data": data, "dtype": str(fit.dtype).removeprefix("torch."), **figures}
+        write_tensors(self.folder / f"site-{self.sites.index(site):04d}.safetensors", tensors, facts)
 
     def load_sites(self, data: str) -> dict[str, SiteFit]:
         """The finished sites.
@@ -125,22 +119,14 @@ class FitCheckpoint:
             tensors, facts = read_tensors(path)
             self.check_data(facts["data"], data)
             eraser = Eraser(left=tensors["left"], right=tensors["right"], bias=tensors.get("bias"))
-            found[facts["site"]] = SiteFit(
-                eraser=eraser,
-                dtype=getattr(torch, facts["dtype"]),
-                rows=facts["rows"],
-                shares=tensors["shares"],
-                correlation=facts["correlation"],
-                change=facts["change"],
-            )
+            figures = {name: facts[name] for name in _FIGURES}
+            found[facts["site"]] = SiteFit(eraser, getattr(torch, facts["dtype"]), shares=tensors["shares"], **figures)
         return found
 
     # ---- moments so far ---------------------------------------------------------------------------------------------
 
-    def save_moments(
-        self, name: str, statistics: SiteStatistics, tally: Tally, batches: int, data: str, *, final: bool
-    ) -> None:
-        """Keep the moments after so many batches, unless that was done a moment ago."""
+    def save_moments(self, name: str, statistics: SiteStatistics, batches: int, data: str, *, final: bool) -> None:
+        """Keep what was seen after so many batches, unless that was done a moment ago."""
         waited = time.monotonic() - self._last_written
         if not final and waited < self._writing_took / WRITING_SHARE:
             return
@@ -154,20 +140,20 @@ class FitCheckpoint:
         facts = {
             "batches": batches,
             "data": data,
-            "examples": tally.examples,
-            "tokens": tally.tokens,
+            "examples": statistics.examples,
+            "tokens": statistics.tokens,
             "widths": {site: moments.x_dim for site, moments in statistics.moments.items()},
             "dtypes": {site: str(dtype).removeprefix("torch.") for site, dtype in statistics.dtypes.items()},
         }
-        self._write(f"moments-{name}", tensors, facts)
+        write_tensors(self.folder / f"moments-{name}.safetensors", tensors, facts)
         self._last_written = time.monotonic()
         self._writing_took = self._last_written - started
 
-    def load_moments(self, name: str, z_dim: int) -> tuple[SiteStatistics, Tally, int, str]:
-        """The moments so far, how much was seen, after how many batches, and what identifies those."""
+    def load_moments(self, name: str, z_dim: int) -> tuple[SiteStatistics, int, str]:
+        """What was seen so far, after how many batches, and what identifies those."""
         statistics, path = SiteStatistics(z_dim), self.folder / f"moments-{name}.safetensors"
         if not path.exists():
-            return statistics, Tally(), 0, ""
+            return statistics, 0, ""
         tensors, facts = read_tensors(path)
         for site, width in facts["widths"].items():
             prefix = f"{self.sites.index(site)}."
@@ -175,7 +161,8 @@ class FitCheckpoint:
             moments.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             statistics.moments[site] = moments
             statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
-        return statistics, Tally(facts["examples"], facts["tokens"]), facts["batches"], facts["data"]
+        statistics.examples, statistics.tokens = facts["examples"], facts["tokens"]
+        return statistics, facts["batches"], facts["data"]
 
     def check_data(self, kept: str, data: str) -> None:
         """Raise a `ValueError` if what was kept comes from other batches."""
@@ -185,23 +172,67 @@ class FitCheckpoint:
                 "batches in the same order, or another folder."
             )
 
-    def _write(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        write_tensors(self.folder / f"{name}.safetensors", tensors, facts)
+
+class MomentsOfAPass:
+    """What a process has seen in one pass over the batches of one source, kept in a checkpoint.
+
+    Args:
+        checkpoint: Where.
+        key: Of the source.
+        z_dim: Columns of its concept.
+        processes: Those that share the data; each keeps the moments of its own share.
+
+    Attributes:
+        statistics: What was seen so far.
+    """
+
+    def __init__(self, checkpoint: FitCheckpoint, key: str, z_dim: int, processes: Processes) -> None:
+        self._checkpoint, self._key, self._processes = checkpoint, key, processes
+        self._own = key if processes.count == 1 else f"{key}-{processes.rank}-of-{processes.count}"
+        self._hash, self._seen, self._data = hashlib.sha256(), 0, ""
+        self.statistics, self._done, self._kept = checkpoint.load_moments(self._own, z_dim)
+
+    def remaining(self, batches: Iterable[BatchLabels]) -> Iterator[BatchLabels]:
+        """The batches that the moments do not hold yet."""
+        for labels in batches:
+            add_to(self._hash, labels.batch)
+            self._seen, self._data = self._seen + 1, self._hash.hexdigest()
+            if self._seen == self._done:
+                self._checkpoint.check_data(self._kept, self._data)
+            if self._seen > self._done:
+                yield labels
+        if self._seen < self._done:
+            self._checkpoint.check_data(self._kept, self._data)
+
+    def save(self, *, final: bool = False) -> None:
+        """Keep the moments of this process's share, unless that was done a moment ago."""
+        self._checkpoint.save_moments(self._own, self.statistics, self._seen, self._data, final=final)
+
+    def save_sum(self) -> None:
+        """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
+        if self._processes.count == 1:
+            return
+        batches = int(self._processes.total(self._seen))
+        data = together(self._processes.gathered([self._data]))
+        if self._processes.is_main:
+            self._checkpoint.save_moments(self._key, self.statistics, batches, data, final=True)
 
 
-class Digest:
-    """What identifies the batches seen so far: a hash of their tensors, in order."""
+def digest_of(batches: Iterable[Mapping[str, Any]]) -> str:
+    """What identifies batches: a hash of their tensors, in order; empty where there are none."""
+    found, some = hashlib.sha256(), False
+    for batch in batches:
+        add_to(found, batch)
+        some = True
+    return found.hexdigest() if some else ""
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
 
-    def update(self, batch: dict[str, Any]) -> str:
-        """Add a batch; returns the digest so far."""
-        for name in sorted(batch):
-            if isinstance(value := batch[name], Tensor):
-                self._hash.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-                self._hash.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return self._hash.hexdigest()
+def add_to(found: Any, batch: Mapping[str, Any]) -> None:
+    """Add the tensors of a batch to a hash of `hashlib`."""
+    for name in sorted(batch):
+        if isinstance(value := batch[name], Tensor):
+            found.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 def together(digests: list[str]) -> str:

@@ -9,26 +9,27 @@ from typing import Any
 
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.fitted_with import RECORD, warn_of_what_is_off, without
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of, adapters_in
+from hf_erasure.adapters.erasure.layer import CHILD
 from hf_erasure.adapters.merging.combine import combine_fitted
 from hf_erasure.adapters.saving import staged
 from hf_erasure.erasers import ConceptMoments
 from hf_erasure.models import check_pool
-from hf_erasure.models.runner import Runner
 
 from .checkpoint import FitCheckpoint
-from .fit import adapter_to_fit, conclude, solved
-from .labels import Source, background_source
-from .processes import Processes
-from .rows_seen import RowsSeen
-from .sites import SiteFit, solve_site
-from .task import FitTask, Peeked, pool_for
+from .fit import conclude, solved
+from .labels import labelled_by
+from .sites import solve_site
+from .task import task_for
+
+# In an adapter's folder: the checkpoint of its fit.
+FIT_FOLDER = "fit"
 
 
 def combine_adapters(
@@ -93,33 +94,24 @@ def combine_adapters(
     check_pool(pool)
     with _undone_on_failure(model, into):
         combine_fitted(model, names, into, sticky=sticky, fitted_anew=True)
-        config, layers = adapter_to_fit(model, into)
         concepts = {name: adapter_of(model, name, ConceptErasureConfig).config for name in names}
-        config.rank = sum(concept.max_rank for concept in concepts.values())
-        runner, processes = Runner(model, layers.values()), Processes()
-        with processes.agreeing("reading its batches"):
-            peeked = {name: Peeked(batches[name]) for name in names}
-        guarded = pool_for(pool, model, runner, concepts[names[0]], peeked[names[0]].first, processes)
-        task = FitTask(runner, layers, into, config, guarded, progress, resident_batches, None, processes)
-        sources = [Source(name, f"batches[{name!r}]", peeked[name], concept) for name, concept in concepts.items()]
+        task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]])
+        task.progress, task.resident_batches = progress, resident_batches
+        task.config.rank = sum(concept.max_rank for concept in concepts.values())
+        given = {**batches, names[0]: first}
+        sources = [labelled_by(concept, given[name], name, f"batches[{name!r}]") for name, concept in concepts.items()]
         warn_of_what_is_off(model, into, expected=names)
-        made_of = config.provenance["combined_from"]
-        with _without(model, names):
-            fits, tally = solved(task, [*sources, *background_source(background)], sequential=sequential)
-            conclude(task, fits, tally, None, RowsSeen())
-        config.provenance["combined_from"] = made_of
-        config.provenance[RECORD] = without(config.provenance[RECORD], names)
-    return config
-
-
-@contextmanager
-def _without(model: Any, names: Sequence[str]) -> Iterator[None]:
-    """The concepts must be there to be fitted: their own adapters do not act meanwhile, sticky or not."""
-    with ExitStack() as stack:
-        for name in names:
-            for child in adapter_children(model, name):
-                stack.enter_context(child.without(name))
-        yield
+        made_of = task.config.provenance["combined_from"]
+        # The concepts must be there to be fitted: their own adapters do not act meanwhile, sticky or not.
+        with ExitStack() as stack:
+            for name in names:
+                for child in adapter_children(model, name):
+                    stack.enter_context(child.without(name))
+            fits, seen = solved(task, sources, background, sequential=sequential)
+            conclude(task, fits, seen)
+        task.config.provenance["combined_from"] = made_of
+        task.config.provenance[RECORD] = without(task.config.provenance[RECORD], names)
+    return task.config
 
 
 @contextmanager
@@ -139,8 +131,7 @@ def _undone_on_failure(model: Any, into: str) -> Iterator[None]:
         raise
 
 
-FIT_FOLDER = "fit"
-_WEIGHTS = "adapter_model.safetensors"
+# ---- fits of several shards ------------------------------------------------------------------------------------------
 
 
 def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> ConceptErasureConfig:
@@ -158,26 +149,45 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     Raises:
         ValueError: If a folder has no moments, or the two fits are not of the same adapter and base.
     """
-    configs = [_read_config(folder) for folder in (one, other)]
-    _check_same(configs[0], configs[1])
-    config, sites = configs[0], list(configs[0].fitted_sites or {})
-    pool = config.provenance["pool"]
-    procedure: dict[str, Any] = {"pool": pool, "sequential": False, "active": config.provenance.get(RECORD, ())}
-    stores = [FitCheckpoint(Path(folder) / FIT_FOLDER, config, sites, **procedure) for folder in (one, other)]
-    total = FitCheckpoint(Path(output) / FIT_FOLDER, config, sites, **procedure)
-    labelled, background = (_sum(stores, total, name, z) for name, z in (("labelled", config.z_dim), ("background", 0)))
+    config, added = _fitted_in_one_pass(one), _fitted_in_one_pass(other)
+    _check_same(config, added)
+    sites = list(config.fitted_sites or {})
+    stores = [
+        FitCheckpoint(
+            Path(folder) / FIT_FOLDER,
+            config,
+            sites,
+            pool=config.provenance["pool"],
+            sequential=False,
+            active=config.provenance.get(RECORD, ()),
+        )
+        for folder in (one, other, output)
+    ]
+    labelled, background = _sum(stores, "labelled", config.z_dim), _sum(stores, "background", 0)
     if not labelled:
         raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")
-    weights = load_file(Path(one) / _WEIGHTS)
-    fits = {}
+    weights = load_file(Path(one) / WEIGHTS)
+    config.fitted_sites = {}
     for site in sites:
-        dtype = _parts_of(weights, site)["left"].dtype
-        fits[site] = solve_site(site, [labelled[site]], background.get(site), dtype, config)
-    _write(config, configs[1], fits, weights, Path(output))
+        # A name ends like this, whatever the model that the adapter was saved from is called in front of it.
+        keys = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
+        keys = {part: next(key for key in weights if f".{key}".endswith(end)) for part, end in keys.items()}
+        kept = weights[keys["left"]]
+        fit = solve_site(site, [labelled[site]], background.get(site), kept.dtype, config)
+        for key, value in zip(keys.values(), fit.parts(kept.device), strict=True):
+            weights[key] = value.contiguous()
+        config.fitted_sites[site] = {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
+    for count in ("examples", "tokens"):
+        config.provenance[count] += added.provenance[count]
+    # What was measured of the first alone says nothing of the sum.
+    config.provenance["leakage"] = {}
+    with staged(Path(output)) as content:
+        config.save_pretrained(str(content))
+        save_file(weights, content / WEIGHTS, metadata={"format": "pt"})
     return config
 
 
-def _read_config(folder: str | Path) -> ConceptErasureConfig:
+def _fitted_in_one_pass(folder: str | Path) -> ConceptErasureConfig:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, ConceptErasureConfig) or not config.fitted:
         raise ValueError(f"{folder} holds no fitted erasure.")
@@ -200,50 +210,17 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
         )
 
 
-def _sum(stores: list[FitCheckpoint], total: FitCheckpoint, name: str, z_dim: int) -> dict[str, ConceptMoments]:
-    """The moments of all stores, also written to `total`."""
-    first, tally, batches, _ = stores[0].load_moments(name, z_dim)
-    for store in stores[1:]:
-        found, more, count, _ = store.load_moments(name, z_dim)
+def _sum(stores: list[FitCheckpoint], name: str, z_dim: int) -> dict[str, ConceptMoments]:
+    """The moments of all stores but the last, also written to that one."""
+    *parts, total = stores
+    (first, batches, _), *rest = (store.load_moments(name, z_dim) for store in parts)
+    for found, count, _ in rest:
         if found.moments.keys() != first.moments.keys():
             raise ValueError(f"Only one of the two fits has {name} moments: fit both with the same kind of data.")
         for site, moments in found.moments.items():
             first.moments[site].merge(moments)
-        tally.examples, tally.tokens, batches = (
-            tally.examples + more.examples,
-            tally.tokens + more.tokens,
-            batches + count,
-        )
+        first.examples, first.tokens = first.examples + found.examples, first.tokens + found.tokens
+        batches += count
     if first.moments:
-        total.save_moments(name, first, tally, batches, "merged", final=True)
+        total.save_moments(name, first, batches, "merged", final=True)
     return first.moments
-
-
-def _parts_of(weights: dict[str, Tensor], site: str) -> dict[str, Tensor]:
-    """The tensors of one site among those of an adapter file, by their last name."""
-    marker = f".{site}.concept_erasure.concept_erasure_"
-    return {key.rpartition(marker)[2]: value for key, value in weights.items() if marker in f".{key}"}
-
-
-def _write(
-    config: ConceptErasureConfig,
-    other: ConceptErasureConfig,
-    fits: dict[str, SiteFit],
-    weights: dict[str, Tensor],
-    output: Path,
-) -> None:
-    """An adapter folder with the keys of the first one and the new erasers."""
-    for site, fit in fits.items():
-        parts = dict(zip(("left", "right", "bias"), fit.parts(weights[next(iter(weights))].device), strict=True))
-        for key in weights:
-            marker = f".{site}.concept_erasure.concept_erasure_"
-            if marker in f".{key}":
-                weights[key] = parts[key.rpartition("concept_erasure_")[2]].contiguous()
-    config.fitted_sites = {site: {"width": f.eraser.x_dim, "rank": f.eraser.rank} for site, f in fits.items()}
-    for count in ("examples", "tokens"):
-        config.provenance[count] += other.provenance[count]
-    # What was measured of the first alone says nothing of the sum.
-    config.provenance["leakage"] = {}
-    with staged(output) as content:
-        config.save_pretrained(str(content))
-        save_file(weights, content / _WEIGHTS, metadata={"format": "pt"})

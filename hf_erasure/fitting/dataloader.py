@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,12 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from .processes import Processes
-from .provenance import origin_of
+from hf_erasure.erasers.batch_rows import IGNORED
 
-IGNORED = -100
+from .processes import Processes
 
 Row = Mapping[str, Any]
+_ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
 
 def concept_dataloader(
@@ -106,7 +107,7 @@ class ConceptCollator:
     """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them.
 
     Attributes:
-        origin: Where the rows come from, as in `origin.origin_of`.
+        origin: Where the rows come from, as `origin_of` says it.
     """
 
     def __init__(self, encode: _Encoder, read_labels: _LabelReader | None, origin: dict[str, Any]) -> None:
@@ -523,3 +524,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def origin_of(dataset: Any, columns: str) -> dict[str, Any]:
+    """Names on the Hub, and where the labels are.
+
+    Args:
+        dataset: A `datasets.Dataset` or `IterableDataset`; a data set that was made in memory or read from a file has
+            no name.
+        columns: What of it is the label, in words.
+
+    Returns:
+        `{"datasets", "labels_from"}`, for JSON.
+    """
+    info = getattr(dataset, "info", None)
+    # A data set keeps of its builder which files it has read, and these are named by repository.
+    files = getattr(info, "download_checksums", None) or {}
+    names = sorted({found[1] for found in map(_ON_THE_HUB.match, map(str, files)) if found})
+    split = f", split {str(dataset.split)!r}" if getattr(dataset, "split", None) is not None else ""
+    return {"datasets": names, "labels_from": f"{columns} of {' and '.join(names) or 'a data set of its maker'}{split}"}

@@ -1,35 +1,34 @@
-"""Fit an erasure adapter in closed form."""
+"""Fit an erasure adapter in closed form: `fit_concept_erasure`, from its batches to its report.
+
+What is asked for is in `task`, batches and their labels in `labels`, the sequential procedure in `scrubbing`, the one
+pass here; both gather statistics of the sites and solve for their erasers as in `sites`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
+from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.fitted_with import RECORD, active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.loading.fingerprint import fingerprint
-from hf_erasure.models import POOLS, check_pool
-from hf_erasure.models.model import class_name
-from hf_erasure.models.runner import Runner
+from hf_erasure.models.model import class_name, evaluating
 
-from .checkpoint import FitCheckpoint
-from .heldout import HeldOut, Measured, measure
-from .labels import Source, sources_of
-from .one_pass import gather
-from .processes import Processes
-from .provenance import origin_of_batches
+from .checkpoint import FitCheckpoint, MomentsOfAPass
+from .heldout import RowsSeen, measure
+from .labels import BatchLabels, Source, labelled_by
 from .report import ErasureReport, SiteReport
-from .rows_seen import RowsSeen
 from .scrubbing import Scrubber
-from .sites import SiteFit, Tally, share_out, solve_site
-from .task import FitTask, Peeked, Pool, pool_for
+from .sites import SiteFit, SiteStatistics, bar, check_reached, observed, share_out, solve_site
+from .task import FitTask, task_for
 
 
 def fit_concept_erasure(
@@ -86,72 +85,33 @@ def fit_concept_erasure(
             f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
             "holds one batch at a time anyway."
         )
-    check_pool(pool)
-    config, layers = adapter_to_fit(model, adapter_name)
-    _check_label_order(batches, config)
+    task, labelled = task_for(model, adapter_name, batches, pool)
+    task.progress, task.resident_batches = progress, resident_batches
+    # What a loader of `concept_dataloader` knows of its data.
+    collator = getattr(batches, "collate_fn", None)
+    _check_label_order(getattr(collator, "labels", None), task.config)
     warn_of_what_is_off(model, adapter_name)
-    processes, checkpoint, runner = Processes(), None, Runner(model, layers.values())
-    with processes.agreeing("reading its batches"):
-        peeked = Peeked(batches)
-    guarded = pool_for(pool, model, runner, config, peeked.first, processes)
     if checkpoint_dir is not None:
-        with processes.agreeing("opening checkpoint_dir"):
-            checkpoint = FitCheckpoint(
+        with task.processes.agreeing("opening checkpoint_dir"):
+            task.checkpoint = FitCheckpoint(
                 checkpoint_dir,
-                config,
-                layers,
-                pool=guarded.name,
+                task.config,
+                task.layers,
+                pool=task.pool.name,
                 sequential=sequential,
-                processes=processes.count,
+                processes=task.processes.count,
                 active=active_beside(model, adapter_name),
             )
-    task = FitTask(runner, layers, adapter_name, config, guarded, progress, resident_batches, checkpoint, processes)
-    rows = RowsSeen()
-    fits, tally = solved(task, sources_of(config, rows.watching(peeked), background), sequential=sequential)
-    report = conclude(task, fits, tally, eval_batches, rows)
-    config.provenance["data"] = origin_of_batches(batches)
+    rows = None if eval_batches is None else RowsSeen()
+    source = labelled_by(task.config, labelled if rows is None else rows.watching(labelled))
+    fits, seen = solved(task, [source], background, sequential=sequential)
+    report = conclude(task, fits, seen, eval_batches, rows)
+    task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
 
 
-def solved(task: FitTask, sources: list[Source], *, sequential: bool) -> tuple[dict[str, SiteFit], Tally]:
-    """The erasers of all sites, and how much labelled data they rest on."""
-    return Scrubber(task).fit(sources) if sequential else _one_pass(task, sources)
-
-
-def _one_pass(task: FitTask, sources: list[Source]) -> tuple[dict[str, SiteFit], Tally]:
-    """Fit all sites on the activations of the model as it is."""
-    labelled = [gather(task, source) for source in sources if source.labelled]
-    around = [gather(task, source)[0].moments for source in sources if not source.labelled]
-    solvers = {
-        site: functools.partial(
-            solve_site,
-            site,
-            [found.moments[site] for found, _ in labelled],
-            around[0][site] if around else None,
-            labelled[0][0].dtypes[site],
-            task.config,
-        )
-        for site in task.layers
-    }
-    return share_out(task.processes, solvers), Tally.sum(tally for _, tally in labelled)
-
-
-def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:
-    """The configuration and the sites of an adapter that can be fitted.
-
-    Raises:
-        ValueError: If there is no such adapter, or its eraser is part of the weights at present.
-    """
-    found = adapter_of(model, name, ConceptErasureConfig)
-    layers = erasure_layers(found.owner, name)
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
-    return found.config, layers
-
-
-def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
-    """A loader of `concept_dataloader` knows the names of its class ids; they must be the adapter's."""
-    named = getattr(getattr(batches, "collate_fn", None), "labels", None)
+def _check_label_order(named: tuple[str, ...] | None, config: ConceptErasureConfig) -> None:
+    """The names of the class ids, where the loader knows them, must be the adapter's."""
     if named is None or config.labels is None:
         return
     if unknown := [label for label in named if label not in config.labels]:
@@ -167,57 +127,154 @@ def _check_label_order(batches: Any, config: ConceptErasureConfig) -> None:
         )
 
 
+# ---- the erasers -----------------------------------------------------------------------------------------------------
+
+
+def solved(
+    task: FitTask, sources: list[Source], background: Iterable[Any] | None, *, sequential: bool
+) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
+    """The erasers of all sites, and what was seen of each source of labels.
+
+    Args:
+        task: What is fitted.
+        sources: Labelled batches of every concept that is erased; in each process its own.
+        background: Unlabelled batches, if there are any.
+        sequential: Whether each site is fitted on activations that are erased upstream.
+
+    Raises:
+        ValueError: If there is no data, a site is never reached, or its rows cannot be used.
+        RuntimeError: If the model fails on a batch, or another process failed.
+    """
+    if background is not None:
+        sources = [*sources, Source("background", "background", background)]
+    if sequential:
+        return Scrubber(task).fit(sources)
+    found = [_gathered(task, source) for source in sources]
+    labelled = [statistics for statistics in found if statistics.z_dim]
+    around = None if background is None else found[-1].moments
+    solvers = {
+        site: functools.partial(
+            solve_site,
+            site,
+            [statistics.moments[site] for statistics in labelled],
+            None if around is None else around[site],
+            labelled[0].dtypes[site],
+            task.config,
+        )
+        for site in task.layers
+    }
+    return share_out(task.processes, solvers), labelled
+
+
+def _gathered(task: FitTask, source: Source) -> SiteStatistics:
+    """Run the model over the batches of a source, with the adapter left out, and collect the moments at its sites.
+
+    Every process runs over batches of its own; all end with the moments of all. Where the task has a checkpoint,
+    batches that its moments hold already are passed over.
+    """
+    processes, kept = task.processes, None
+    statistics = SiteStatistics(source.z_dim)
+    current: list[BatchLabels] = []
+
+    def observer(site: str, activation: Tensor) -> Tensor:
+        if current:
+            statistics.update(site, *current[0].select(activation, site))
+        return activation
+
+    with processes.agreeing("running over its batches"):
+        batches = source.read(task.pool.name)
+        if task.checkpoint is not None:
+            kept = MomentsOfAPass(task.checkpoint, source.key, source.z_dim, processes)
+            statistics, batches = kept.statistics, kept.remaining(batches)
+        what = f"fitting {task.name}" if source.z_dim else "background"
+        with (
+            evaluating(task.runner.model),
+            observed(task.layers, task.name, observer),
+            bar(what, task.progress, processes) as shown,
+        ):
+            for labels, counts in task.in_step(batches):
+                current[:] = [labels] if counts else []
+                task.runner(labels.batch)
+                if counts:
+                    shown.update(statistics.count(labels))
+                    if kept is not None:
+                        kept.save()
+        if kept is not None:
+            kept.save(final=True)
+    statistics.pool(processes, task.layers)
+    statistics.pool_counts(processes)
+    if kept is not None:
+        kept.save_sum()
+    check_reached(statistics.moments, statistics.examples, task.layers, source)
+    return statistics
+
+
+# ---- what becomes of them --------------------------------------------------------------------------------------------
+
+
 def conclude(
-    task: FitTask, fits: dict[str, SiteFit], tally: Tally, eval_batches: Iterable[Any] | None, rows: RowsSeen
+    task: FitTask,
+    fits: dict[str, SiteFit],
+    seen: list[SiteStatistics],
+    eval_batches: Iterable[Any] | None = None,
+    rows: RowsSeen | None = None,
 ) -> ErasureReport:
-    """Put the erasers in place, measure them, and write down what was done; `rows` are those fitted on."""
+    """Put the erasers in place, measure them, and write down what was done.
+
+    Args:
+        task: What was fitted.
+        fits: Site → its eraser.
+        seen: What was seen of each source of labels.
+        eval_batches: Held-out batches.
+        rows: Those fitted on.
+    """
     config, name, layers = task.config, task.name, task.layers
-    before = {site: layer.eraser_state(name) for site, layer in layers.items()}
+    before = {site: layer.state_of(name) for site, layer in layers.items()}
     for site, layer in layers.items():
         layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
-    measured = Measured({}, Tally(), 0)
-    rows.pool(task.processes)
-    try:
-        if eval_batches is not None:
-            measured = measure(task, eval_batches, rows)
-    except BaseException:
-        for site, layer in layers.items():
-            layer.restore_state(name, before[site])
-        raise
-    finals = [site for site in measured.sites if site not in layers]
-    lines = [line for site in [*layers, *finals] for line in _lines(site, fits.get(site), measured.sites.get(site))]
+    measured: list[SiteReport] = []
+    examples = fitted = 0
+    if eval_batches is not None:
+        try:
+            measured, examples, fitted = measure(task, eval_batches, rows)
+        except BaseException:
+            for site, layer in layers.items():
+                layer.restore_state(name, before[site])
+            raise
     report = ErasureReport(
-        config.concept, name, config.method, task.pool.name, task.pool.reader, tally.examples, tally.tokens,
-        measured.tally.examples, measured.fitted, lines,
-    )  # fmt: skip
+        concept=config.concept,
+        adapter_name=name,
+        method=config.method,
+        pool=task.pool.name,
+        reader=task.pool.reader,
+        examples=sum(statistics.examples for statistics in seen),
+        tokens=sum(statistics.tokens for statistics in seen),
+        eval_examples=examples,
+        eval_fitted=fitted,
+        sites=[_with_fit(line, fits.get(line.site)) for line in measured or map(SiteReport, layers)],
+    )
     _record(task, fits, report)
-    _warn_of_absent_classes(config, fits)
+    # Shares of the classes, the same at every site.
+    shares = next(iter(fits.values())).shares.tolist()
+    absent = [label for label, share in zip(config.labels or (), shares, strict=False) if share == 0]
+    if absent:
+        warnings.warn(
+            f"No row was labelled {absent} while fitting {config.concept!r}: those classes are not guarded.",
+            stacklevel=3,
+        )
     return report
 
 
-def _lines(site: str, fit: SiteFit | None, held_out: HeldOut | None) -> list[SiteReport]:
-    """The line of a site, and those of its visits where there are several."""
-    eraser: dict[str, Any] = {} if fit is None else {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
-    fitted: dict[str, Any] = {}
-    if fit is not None:
-        fitted = {"rows": fit.rows, "correlation_fit": fit.correlation, "change_labelled": fit.change}
-    if held_out is None:
-        return [SiteReport(site, **eraser, **fitted)]
-    visits = [
-        SiteReport(site, visit, **eraser, **_measured(figures)) for visit, figures in enumerate(held_out.visits, 1)
-    ]
-    return [SiteReport(site, **eraser, **fitted | _measured(held_out)), *visits]
-
-
-def _measured(figures: HeldOut) -> dict[str, Any]:
-    return {
-        "correlation_before": figures.before,
-        "correlation_after": figures.after,
-        "interval_before": figures.before_interval,
-        "interval_after": figures.after_interval,
-        "change_labelled": figures.labelled,
-        "change_ignored": figures.ignored,
-    }
+def _with_fit(line: SiteReport, fit: SiteFit | None) -> SiteReport:
+    """A line with what is known from fitting; of a visit that is the shape of the eraser alone."""
+    if fit is None:
+        return line
+    line = dataclasses.replace(line, width=fit.eraser.x_dim, rank=fit.eraser.rank)
+    if line.visit is not None:
+        return line
+    is_measured = line.correlation_before is not None
+    change = line.change_labelled if is_measured else fit.change
+    return dataclasses.replace(line, rows=fit.rows, correlation_fit=fit.correlation, change_labelled=change)
 
 
 def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:
@@ -238,45 +295,3 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
         "fingerprint": fingerprint(owner, list(fits)),
         RECORD: active_beside(task.runner.model, task.name),
     }
-
-
-def _warn_of_absent_classes(config: ConceptErasureConfig, fits: dict[str, SiteFit]) -> None:
-    if config.labels is None:
-        return
-    # Shares of the classes, the same at every site.
-    shares = next(iter(fits.values())).shares
-    absent = [label for label, share in zip(config.labels, shares.tolist(), strict=True) if share == 0]
-    if absent:
-        warnings.warn(
-            f"No row was labelled {absent} while fitting {config.concept!r}: those classes are not guarded.",
-            stacklevel=3,
-        )
-
-
-def measured_leakage(
-    model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str | None = None
-) -> dict[str, float]:
-    """The leakage of erased activations, a magnitude, at every site and at the last hidden states.
-
-    Args:
-        model: With a concept-erasure adapter, or whatever it is inside of; it runs twice over the batches.
-        batches: Held-out batches with `concept_labels`.
-        adapter_name: The adapter.
-        pool: As in `fit_concept_erasure`; by default what the adapter was fitted for, or else what the head reads.
-
-    Returns:
-        Module name → cross-validated correlation with the concept, 0 where nothing is left and never below.
-
-    Raises:
-        ValueError: If there is no such adapter, it is merged, or the batches hold too little.
-    """
-    config, layers = adapter_to_fit(model, adapter_name)
-    runner, processes, peeked = Runner(model, layers.values()), Processes(), Peeked(batches)
-    known = config.provenance.get("pool") if pool is None else None
-    if known in POOLS:
-        guarded = Pool(known, config.provenance.get("reader", ""))
-    else:
-        guarded = pool_for(pool, model, runner, config, peeked.first, processes)
-    task = FitTask(runner, layers, adapter_name, config, guarded, False, processes=processes)
-    found = measure(task, peeked).sites
-    return {site: figures.after for site, figures in found.items() if figures.after is not None}

@@ -1,24 +1,120 @@
-"""What an erasure does on data it was not fitted on: leakage before and after, and how far activations move."""
+"""What an erasure does on data it was not fitted on: leakage before and after, and how far activations move.
+
+Data are recognised by one hash of eight bytes a row, so that rows that were fitted on are noticed.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
+from hf_erasure.models import POOLS
 from hf_erasure.models.model import evaluating, on_cpu
 
-from .labels import Selection, Source, check_batch, mean_pooled
+from .labels import BatchLabels, Selection, labelled_by, mean_pooled
 from .processes import Processes
-from .rows_seen import RowsSeen, hashes_of
-from .sites import SiteStatistics, Tally, bar, observed, observed_final
-from .task import FitTask
+from .report import SiteReport
+from .sites import SiteStatistics, bar, observed, observed_final
+from .task import FitTask, Pool, adapter_to_fit, task_for
+
+# The content of a row; a batch may hold more, such as the row's number.
+_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
+# Of a batch without any of these: what is not the content of a row, such as labels, or follows from its padding.
+_BESIDES = ("labels", "concept_labels", "token_type_ids", "position_ids", "cache_position")
+# So many hashes are collected before they are sorted into those that are known.
+_WAITING = 1 << 16
+
+
+def measure(
+    task: FitTask, batches: Iterable[Any], fitted_on: RowsSeen | None = None
+) -> tuple[list[SiteReport], int, int]:
+    """Leakage and movement on held-out batches, at every site and at the last hidden states.
+
+    Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
+    cross-validated: the direction of one half of the sequences, judged on the other. A correlation
+    taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
+    forward pass is measured over all its visits together, as it is fitted, and at each.
+
+    Every process measures batches of its own; all end with the figures of all. Warns where the batches share sequences
+    with those that were fitted on.
+
+    Returns:
+        One line a site, and one for each visit of a site with several; how many sequences they are on; and how many of
+        these were fitted on.
+
+    Raises:
+        ValueError: If the batches are empty or one half of them lacks a class.
+        RuntimeError: If another process failed.
+    """
+    measurement, processes, own = _Measurement(task), task.processes, RowsSeen()
+    examples = fitted = 0
+    if fitted_on is not None:
+        fitted_on.pool(processes)
+    with (
+        processes.agreeing("measuring its batches"),
+        evaluating(task.runner.model),
+        bar(f"measuring {task.name}", task.progress, processes) as shown,
+    ):
+        for labels, counts in task.in_step(labelled_by(task.config, batches).read(task.pool.name)):
+            if not counts:  # to keep up with the others
+                task.runner(labels.batch)
+                task.runner(labels.batch)
+                continue
+            measurement.look_at(labels)
+            shown.update(labels.rows)
+            examples += labels.rows
+            hashes = hashes_of(labels.batch)
+            own.add(hashes)
+            fitted += 0 if fitted_on is None else fitted_on.count(hashes)
+    measurement.pool(processes)
+    examples, fitted = int(processes.total(examples)), int(processes.total(fitted))
+    if not examples:
+        raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
+    own.pool(processes)
+    if fitted:
+        warnings.warn(
+            f"{fitted} of the {examples} rows of eval_batches are rows that {task.name!r} was fitted on: the "
+            "figures are on fitted rows, and say little of others. Give rows that are not in batches.",
+            stacklevel=4,
+        )
+    return measurement.lines(len(own.hashes) or examples, examples), examples, fitted
+
+
+def measured_leakage(
+    model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str | None = None
+) -> dict[str, float]:
+    """The leakage of erased activations, a magnitude, at every site and at the last hidden states.
+
+    Args:
+        model: With a concept-erasure adapter, or whatever it is inside of; it runs twice over the batches.
+        batches: Held-out batches with `concept_labels`.
+        adapter_name: The adapter.
+        pool: As in `fit_concept_erasure`; by default what the adapter was fitted for, or else what the head reads.
+
+    Returns:
+        Module name → cross-validated correlation with the concept, 0 where nothing is left and never below.
+
+    Raises:
+        ValueError: If there is no such adapter, it is merged, or the batches hold too little.
+    """
+    provenance = adapter_to_fit(model, adapter_name)[0].provenance
+    known = provenance.get("pool") if pool is None else None
+    guarded = Pool(known, provenance.get("reader", "")) if known in POOLS else pool
+    lines, _, _ = measure(*task_for(model, adapter_name, batches, guarded))
+    whole = (line for line in lines if line.visit is None)
+    return {line.site: line.correlation_after for line in whole if line.correlation_after is not None}
+
+
+# ---- both runs of the model ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -32,14 +128,10 @@ class Movement:
 
     def update(self, before: Tensor, after: Tensor) -> None:
         """Add rows `(rows, width)`."""
-        if not before.numel():
-            return
-        old, new = before.double(), after.double()
-        self.rows += old.shape[0]
-        self.moved += float((new - old).square().sum())
-        self.squares += float(old.square().sum())
-        total = old.sum(0).cpu()
-        self.total = total if self.total is None else self.total + total
+        if before.numel():
+            old, new = before.double(), after.double()
+            moved, squares = float((new - old).square().sum()), float(old.square().sum())
+            self.merge(Movement(old.shape[0], moved, squares, old.sum(0).cpu()))
 
     def merge(self, other: Movement) -> None:
         """Add the rows of another."""
@@ -58,137 +150,88 @@ class Movement:
         return (self.moved / self.rows / variance) ** 0.5 if variance > 0 else None
 
 
-@dataclass
-class HeldOut:
-    """Held-out figures of one site.
-
-    Attributes:
-        before: Leakage without the adapter, a magnitude between 0 and 1: the cross-validated correlation with the
-            concept, 0 where the other half does not confirm a direction. None only for a visit with too few rows.
-        after: The same with it.
-        before_interval: 95 % by Fisher's z over distinct sequences.
-        after_interval: The same with the adapter.
-        labelled: Movement of labelled positions.
-        ignored: Movement of the others.
-        visits: Where a module is called several times in one forward pass: the same figures of each call.
-    """
-
-    before: float | None
-    after: float | None
-    labelled: float | None
-    ignored: float | None
-    before_interval: tuple[float, float] | None = None
-    after_interval: tuple[float, float] | None = None
-    visits: list[HeldOut] = field(default_factory=list)
-
-
-@dataclass
-class Measured:
-    """What was measured.
-
-    Attributes:
-        sites: Its figures by site.
-        tally: On how much.
-        fitted: How many of those sequences were fitted on.
-    """
-
-    sites: dict[str, HeldOut]
-    tally: Tally
-    fitted: int
-
-
-@dataclass
 class _Measurement:
     """Both runs of the model over the held-out batches, one with the adapter and one without.
 
     What is known of a site is kept by visit: calls of its module in one forward pass are counted from 1.
+
+    Args:
+        task: What is measured.
     """
 
-    task: FitTask
-    source: Source
-    halves: dict[tuple[bool, int, int], SiteStatistics] = field(init=False)  # (erased, half, visit)
-    labelled: dict[tuple[str, int], Movement] = field(default_factory=lambda: defaultdict(Movement))
-    ignored: dict[tuple[str, int], Movement] = field(default_factory=lambda: defaultdict(Movement))
-    random: torch.Generator = field(default_factory=lambda: torch.Generator("cpu").manual_seed(0))
-    drawn: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
-    called: Counter[tuple[bool, str]] = field(default_factory=Counter)
+    def __init__(self, task: FitTask) -> None:
+        self._task, z_dim = task, task.config.z_dim
+        # By (erased, half, visit), and by site within.
+        self._halves: dict[tuple[bool, int, int], SiteStatistics] = defaultdict(lambda: SiteStatistics(z_dim))
+        # By (site, visit): of labelled positions, and of the others.
+        self._labelled: dict[tuple[str, int], Movement] = defaultdict(Movement)
+        self._ignored: dict[tuple[str, int], Movement] = defaultdict(Movement)
+        self._random = torch.Generator("cpu").manual_seed(0)
 
-    def __post_init__(self) -> None:
-        self.halves = defaultdict(lambda: SiteStatistics(self.source.z_dim))
-
-    def batch(self, batch: dict[str, Any], counts: bool = True) -> None:
-        """Run over a batch without and with the erasure; one that does not count only keeps up with the others."""
-        if not counts:
-            self.task.runner(batch)
-            self.task.runner(batch)
-            return
-        labels = self.source.labels_of(batch, self.task.pool.name)
-        finals = {
-            n: m for n, m in self.task.runner.final_states().items() if labels.covers(self.task.runner.side_of(n))
-        }
+    def look_at(self, labels: BatchLabels) -> None:
+        """Run over a batch without and with the erasure."""
+        task, runner = self._task, self._task.runner
+        finals = {name: m for name, m in runner.final_states().items() if labels.covers(runner.side_of(name))}
         plain: dict[str, Tensor] = {}
-        self.called.clear()
+        called: Counter[tuple[bool, str]] = Counter()
         # Halves are made of whole sequences, since two tokens of one text are no independent evidence, and drawn at
         # random, since rows often alternate between the classes.
-        self.drawn = torch.randint(0, 2, (labels.rows,), generator=self.random, device="cpu")
+        drawn = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
 
         def without(site: str, hidden: Tensor) -> Tensor:
-            self.called[False, site] += 1
-            self._record(False, site, *labels.select(hidden, site))
+            called[False, site] += 1
+            self._record((False, called[False, site]), site, drawn, *labels.select(hidden, site))
             return hidden
 
         def erase(site: str, hidden: Tensor) -> Tensor:
-            layer = self.task.layers[site]
-            self.called[True, site] += 1
-            erased = apply_erasure(hidden, *layer.parts_on(self.task.name, hidden.device))
+            called[True, site] += 1
+            erased = apply_erasure(hidden, *task.layers[site].parts_on(task.name, hidden.device))
             aligned, selection = labels.select(erased, site)
-            self._record(True, site, aligned, selection)
-            self._move(site, labels.select(hidden, site)[0], aligned, selection)
+            self._record((True, called[True, site]), site, drawn, aligned, selection)
+            self._move((site, called[True, site]), labels.select(hidden, site)[0], aligned, selection)
             return erased
 
-        def final_without(name: str, state: Tensor) -> Tensor:
-            plain[name], selection = labels.select(state, self.task.runner.side_of(name))
-            self._record(False, name, plain[name], selection)
-            return state
+        # There is one last hidden state a forward pass, so it is always the first visit.
+        def final_without(name: str, state: Tensor) -> None:
+            plain[name], selection = labels.select(state, runner.side_of(name))
+            self._record((False, 1), name, drawn, plain[name], selection)
 
-        def final_erased(name: str, state: Tensor) -> Tensor:
-            aligned, selection = labels.select(state, self.task.runner.side_of(name))
-            self._record(True, name, aligned, selection)
-            self._move(name, plain[name], aligned, selection)
-            return state
+        def final_erased(name: str, state: Tensor) -> None:
+            aligned, selection = labels.select(state, runner.side_of(name))
+            self._record((True, 1), name, drawn, aligned, selection)
+            self._move((name, 1), plain[name], aligned, selection)
 
-        with observed(self.task.layers, self.task.name, without), observed_final(finals, final_without):
-            self.task.runner(batch)
-        with observed(self.task.layers, self.task.name, erase), observed_final(finals, final_erased):
-            self.task.runner(batch)
+        with observed(task.layers, task.name, without), observed_final(finals, final_without):
+            runner(labels.batch)
+        with observed(task.layers, task.name, erase), observed_final(finals, final_erased):
+            runner(labels.batch)
 
     @on_cpu
-    def _record(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
+    def _record(self, run: tuple[bool, int], site: str, drawn: Tensor, aligned: Tensor, selection: Selection) -> None:
         aligned, selection = mean_pooled(aligned.float() if aligned.dtype.itemsize < 4 else aligned, selection)
-        # The last hidden states are not counted: there is one a forward pass.
-        visit = max(1, self.called[erased, site])
+        erased, visit = run
         for half in (0, 1):
-            mask = (self.drawn == half).unsqueeze(1).to(aligned.device)
-            self.halves[erased, half, visit].update(site, aligned, selection, mask)
+            mask = (drawn == half).unsqueeze(1).to(aligned.device)
+            self._halves[erased, half, visit].update(site, aligned, selection, mask)
 
     @on_cpu
-    def _move(self, site: str, before: Tensor, after: Tensor, selection: Selection) -> None:
-        rest, visit = selection.real & ~selection.counted, max(1, self.called[True, site])
-        for movements, rows in ((self.labelled, selection.counted), (self.ignored, rest)):
+    def _move(self, place: tuple[str, int], before: Tensor, after: Tensor, selection: Selection) -> None:
+        rest = selection.real & ~selection.counted
+        for movements, rows in ((self._labelled, selection.counted), (self._ignored, rest)):
             old, new = (t[rows].reshape(-1, t.shape[-1]) for t in (before, after))
-            movements[site, visit].update(old, new)
+            movements[place].update(old, new)
 
     def pool(self, processes: Processes) -> None:
         """Add what all processes have measured, in every one of them."""
         if processes.count == 1:
             return
-        seen = [(key, site) for key, statistics in self.halves.items() for site in statistics.moments]
+        seen = [(key, site) for key, statistics in self._halves.items() for site in statistics.moments]
         everywhere: dict[tuple[bool, int, int], set[str]] = {}
         for key, site in processes.gathered(seen):
             everywhere.setdefault(key, set()).add(site)
         for key in sorted(everywhere):
-            self.halves[key].pool(processes, sorted(everywhere[key]))
-        for movements in (self.labelled, self.ignored):
+            self._halves[key].pool(processes, sorted(everywhere[key]))
+        for movements in (self._labelled, self._ignored):
             shares = processes.gathered([dict(movements)])
             movements.clear()
             for share in shares:
@@ -196,42 +239,64 @@ class _Measurement:
                     movements[place].merge(movement)
 
     @on_cpu
-    def figures(self, groups: int) -> dict[str, HeldOut]:
-        """Site → what was measured there, on so many distinct sequences."""
-        sites: dict[str, set[int]] = {}
-        for (_, _, visit), statistics in self.halves.items():
-            for site in statistics.moments:
-                sites.setdefault(site, set()).add(visit)
-        figures = {site: self._held_out(site, sorted(visits), groups) for site, visits in sites.items()}
-        for site, visits in sites.items():
-            if len(visits) > 1:
-                figures[site].visits = [self._held_out(site, [visit], groups) for visit in sorted(visits)]
-        return figures
+    def lines(self, groups: int, examples: int) -> list[SiteReport]:
+        """What was measured at each site, in the model's order, the last hidden states at the end.
 
-    def _held_out(self, site: str, visits: list[int], groups: int) -> HeldOut:
+        Args:
+            groups: How many distinct sequences.
+            examples: How many sequences, for messages.
+
+        Raises:
+            ValueError: If one half of the sequences lacks a class at some site.
+        """
+        seen: dict[str, set[int]] = {}
+        for (_, _, visit), statistics in self._halves.items():
+            for site in statistics.moments:
+                seen.setdefault(site, set()).add(visit)
+        lines = []
+        for site in [*self._task.layers, *(site for site in seen if site not in self._task.layers)]:
+            visits = sorted(seen.get(site, ()))
+            if not visits:
+                lines.append(SiteReport(site))
+                continue
+            whole = self._line(site, None, visits, groups)
+            if whole.correlation_before is None or whole.correlation_after is None:
+                raise ValueError(
+                    f"eval_batches hold too little to measure on: {examples} sequences are split into halves at "
+                    "random, and each half needs rows of two classes. Give more held-out data."
+                )
+            several = visits if len(visits) > 1 else []
+            lines += [whole, *(self._line(site, visit, [visit], groups) for visit in several)]
+        return lines
+
+    def _line(self, site: str, visit: int | None, visits: list[int], groups: int) -> SiteReport:
         """The figures of a site, over some of its visits together."""
-        magnitudes: list[float | None] = []
-        intervals: list[tuple[float, float] | None] = []
+        magnitudes: list[float | None] = [None, None]
+        intervals: list[tuple[float, float] | None] = [None, None]
         for erased in (False, True):
             one, other = (self._moments(erased, half, site, visits) for half in (0, 1))
             if _varies(one) and _varies(other):
                 correlation = cross_validated_correlation(one, other)
-                magnitudes.append(max(0.0, correlation))
-                intervals.append(correlation_interval(correlation, groups))
-            else:
-                magnitudes.append(None)
-                intervals.append(None)
-        moved = []
-        for movements in (self.labelled, self.ignored):
-            together = Movement()
-            for visit in visits:
-                together.merge(movements[site, visit])
-            moved.append(together.relative)
-        return HeldOut(magnitudes[0], magnitudes[1], moved[0], moved[1], intervals[0], intervals[1])
+                magnitudes[erased] = max(0.0, correlation)
+                intervals[erased] = correlation_interval(correlation, groups)
+        labelled, ignored = Movement(), Movement()
+        for number in visits:
+            labelled.merge(self._labelled[site, number])
+            ignored.merge(self._ignored[site, number])
+        return SiteReport(
+            site,
+            visit,
+            correlation_before=magnitudes[False],
+            correlation_after=magnitudes[True],
+            interval_before=intervals[False],
+            interval_after=intervals[True],
+            change_labelled=labelled.relative,
+            change_ignored=ignored.relative,
+        )
 
     def _moments(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments | None:
         """Moments of a half over these visits; None if it has no rows there."""
-        found = [self.halves[erased, half, visit].moments.get(site) for visit in visits]
+        found = [self._halves[erased, half, visit].moments.get(site) for visit in visits]
         there = [moments for moments in found if moments is not None]
         if len(there) < 2:
             return there[0] if there else None
@@ -241,56 +306,92 @@ class _Measurement:
         return together
 
 
-def measure(task: FitTask, batches: Iterable[Any], fitted_on: RowsSeen | None = None) -> Measured:
-    """Leakage and movement on held-out batches, at every site and at the last hidden states.
-
-    Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
-    cross-validated: the direction of one half of the sequences, judged on the other. A correlation
-    taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
-    forward pass is measured over all its visits together, as it is fitted, and at each.
-
-    Every process measures batches of its own; all end with the figures of all. Warns where the batches share sequences
-    with those that were fitted on.
-
-    Raises:
-        ValueError: If the batches are empty or one half of them lacks a class.
-        RuntimeError: If another process failed.
-    """
-    source = Source("eval", "eval_batches", batches, task.config)
-    measurement, tally, processes, own, fitted = _Measurement(task, source), Tally(), task.processes, RowsSeen(), 0
-    checked = (check_batch(batch, position, labelled=True) for position, batch in enumerate(batches))
-    with (
-        processes.agreeing("measuring its batches"),
-        evaluating(task.runner.model),
-        bar(f"measuring {task.name}", task.progress, processes) as shown,
-    ):
-        for batch, counts in task.in_step(checked):
-            measurement.batch(batch, counts)
-            if counts:
-                shown.update(tally.count(batch))
-                hashes = hashes_of(batch)
-                own.add(hashes)
-                fitted += fitted_on.count(hashes) if fitted_on is not None else 0
-    measurement.pool(processes)
-    tally = tally.pooled(processes)
-    if not tally.examples:
-        raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
-    own.pool(processes)
-    fitted = int(processes.total(fitted))
-    if fitted:
-        warnings.warn(
-            f"{fitted} of the {tally.examples} rows of eval_batches are rows that {task.name!r} was fitted on: the "
-            "figures are on fitted rows, and say little of others. Give rows that are not in batches.",
-            stacklevel=4,
-        )
-    figures = measurement.figures(len(own.hashes) or tally.examples)
-    if any(found.before is None or found.after is None for found in figures.values()):
-        raise ValueError(
-            f"eval_batches hold too little to measure on: {tally.examples} sequences are split into halves at "
-            "random, and each half needs rows of two classes. Give more held-out data."
-        )
-    return Measured(figures, tally, fitted)
-
-
 def _varies(moments: ConceptMoments | None) -> TypeGuard[ConceptMoments]:
     return moments is not None and bool(moments.covariance_z.diagonal().max() > 0)
+
+
+# ---- which rows they are ---------------------------------------------------------------------------------------------
+
+
+class RowsSeen:
+    """A set of rows, whatever their order, padding and number of visits."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._waiting = 0
+        self._known = np.empty(0, np.uint64)
+
+    def watching(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; their rows are added as they go by."""
+        for batch in batches:
+            self.add(hashes_of(batch))
+            yield batch
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Add rows by their hashes."""
+        self._parts.append(hashes)
+        self._waiting += len(hashes)
+        if self._waiting > max(_WAITING, len(self._known)):
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._parts:
+            self._known = np.unique(np.concatenate([self._known, *self._parts]))
+            self._parts, self._waiting = [], 0
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """`(rows,)` uint64, sorted and each once."""
+        self._settle()
+        return self._known
+
+    def pool(self, processes: Processes) -> None:
+        """Make these the rows of all processes, in every one of them."""
+        for hashes in processes.gathered([self.hashes]):
+            self.add(hashes)
+
+    def count(self, hashes: np.ndarray) -> int:
+        """How many of these rows were seen."""
+        return int(np.isin(hashes, self.hashes).sum())
+
+
+def hashes_of(batch: Any) -> np.ndarray:
+    """One hash a row, of its inputs without padding: `(rows,)` uint64; empty for what is not a batch."""
+    if not isinstance(batch, Mapping):
+        return np.empty(0, np.uint64)
+    inputs = {
+        name: value.detach().cpu()
+        for name, value in sorted(batch.items())
+        if isinstance(value, Tensor) and value.dim() and name not in _BESIDES
+        if not name.endswith("mask") and not name.startswith("decoder_")
+    }
+    if not inputs:
+        return np.empty(0, np.uint64)
+    inputs = {name: inputs[name] for name in _INPUTS if name in inputs} or inputs
+    mask = batch.get("attention_mask")
+    real = mask.detach().cpu().bool() if isinstance(mask, Tensor) else None
+    rows = len(inputs.get("input_ids", next(iter(inputs.values()))))
+    found = []
+    for row in range(rows):
+        hashed = hashlib.blake2b(digest_size=8)
+        for value in inputs.values():
+            # Of inputs that are not one entry a row, such as the patches of all images, the whole.
+            part = value[row] if len(value) == rows else value
+            if len(value) == rows and real is not None and real.shape == value.shape[:2]:
+                part = part[real[row]]
+            part = part.float() if part.is_floating_point() else part.to(torch.int64)
+            hashed.update(part.contiguous().numpy().tobytes())
+        found.append(int.from_bytes(hashed.digest(), "little"))
+    return np.array(found, np.uint64)
+
+
+def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int]:
+    """How many rows the second batches have, and how many of these are among the first, in all processes together."""
+    processes, seen, examples, shared = Processes(), RowsSeen(), 0, 0
+    for batch in batches:
+        seen.add(hashes_of(batch))
+    seen.pool(processes)
+    for batch in others:
+        hashes = hashes_of(batch)
+        examples, shared = examples + len(hashes), shared + seen.count(hashes)
+    return int(processes.total(examples)), int(processes.total(shared))

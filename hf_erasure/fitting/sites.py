@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from .labels import BatchLabels, Selection, Source
 from .processes import Processes
 
 SiteObserver = Callable[[str, Tensor], Tensor]
+# Variance of an activation, as a share of its mean square, that the rounding of float32 statistics may make.
+_ROUNDING = 1e-12
 
 
 @contextmanager
@@ -29,13 +32,9 @@ def observed(layers: dict[str, ErasureLayer], adapter_name: str, observer: SiteO
 
     It sees the activation after all erasers that act before this one, and what it returns goes on.
     """
-
-    def at(path: str) -> Callable[[Tensor], Tensor]:
-        return lambda hidden: observer(path, hidden)
-
     try:
         for path, layer in layers.items():
-            layer.observers[adapter_name] = at(path)
+            layer.observers[adapter_name] = functools.partial(observer, path)
         yield
     finally:
         for layer in layers.values():
@@ -43,16 +42,13 @@ def observed(layers: dict[str, ErasureLayer], adapter_name: str, observer: SiteO
 
 
 @contextmanager
-def observed_final(finals: dict[str, nn.Module], observer: SiteObserver) -> Iterator[None]:
+def observed_final(finals: dict[str, nn.Module], observer: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """While open, `observer(name, state)` sees every last hidden state; what it returns is not used."""
 
-    def at(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            observer(name, last_hidden_state(output))
+    def at(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        observer(name, last_hidden_state(output))
 
-        return hook
-
-    handles = [module.register_forward_hook(at(name)) for name, module in finals.items()]
+    handles = [module.register_forward_hook(functools.partial(at, name)) for name, module in finals.items()]
     try:
         yield
     finally:
@@ -61,45 +57,29 @@ def observed_final(finals: dict[str, nn.Module], observer: SiteObserver) -> Iter
 
 
 @dataclass
-class Tally:
-    """How much data was seen.
+class SiteStatistics:
+    """What was seen of one kind of batches: how much, and the moments by site.
 
     Attributes:
-        examples: Labelled sequences.
+        z_dim: Columns of the concept; 0 for a background.
+        moments: By site, created when the width of the activation is known.
+        dtypes: Of the activations, by site.
+        examples: Sequences.
         tokens: Real positions.
     """
-
-    examples: int = 0
-    tokens: int = 0
-
-    def count(self, batch: dict[str, Any]) -> int:
-        """Add a batch; returns its sequences."""
-        rows = BatchLabels(batch, 0, True, "tokens").rows
-        mask = batch.get("attention_mask")
-        self.examples += rows
-        self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else rows
-        return rows
-
-    @classmethod
-    def sum(cls, tallies: Iterable[Tally]) -> Tally:
-        """What was seen in all."""
-        total = cls()
-        for tally in tallies:
-            total.examples, total.tokens = total.examples + tally.examples, total.tokens + tally.tokens
-        return total
-
-    def pooled(self, processes: Processes) -> Tally:
-        """What all processes have seen together."""
-        return Tally(int(processes.total(self.examples)), int(processes.total(self.tokens)))
-
-
-@dataclass
-class SiteStatistics:
-    """Moments by site, created when the width of the activation is known."""
 
     z_dim: int
     moments: dict[str, ConceptMoments] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    examples: int = 0
+    tokens: int = 0
+
+    def count(self, labels: BatchLabels) -> int:
+        """Add a batch to what was seen; returns its sequences."""
+        mask = labels.batch.get("attention_mask")
+        self.examples += labels.rows
+        self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows
+        return labels.rows
 
     @on_cpu
     def update(self, site: str, activation: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
@@ -124,6 +104,10 @@ class SiteStatistics:
         except ValueError as error:
             raise ValueError(f"At {site!r}: {error}") from error
 
+    def pool_counts(self, processes: Processes) -> None:
+        """Make what was seen that of all processes together, in every one of them."""
+        self.examples, self.tokens = int(processes.total(self.examples)), int(processes.total(self.tokens))
+
     def pool(self, processes: Processes, sites: Iterable[str]) -> None:
         """Make the moments of these sites those of all processes together, in every one of them."""
         if processes.count == 1:
@@ -142,13 +126,13 @@ def bar(what: str, progress: bool, processes: Processes, unit: str = " rows") ->
     return tqdm(desc=what, unit=unit, disable=not (progress and processes.is_main))
 
 
-def check_reached(found: Container[str], tally: Tally, sites: Iterable[str], source: Source) -> None:
+def check_reached(found: Container[str], examples: int, sites: Iterable[str], source: Source) -> None:
     """Check that a source had data, and that every site saw some of it.
 
     Raises:
         ValueError: Says which was missing, and the remedy.
     """
-    if not tally.examples:
+    if not examples:
         raise ValueError(
             f"{source.title} is empty: there is nothing to fit on. An iterator that was used up gives none either."
         )
@@ -156,9 +140,9 @@ def check_reached(found: Container[str], tally: Tally, sites: Iterable[str], sou
     absent = [site for site in sites if site not in found]
     if not absent:
         return
-    if len(absent) == len(sites) and source.labelled:
+    if len(absent) == len(sites) and source.z_dim:
         raise ValueError(
-            f"None of the {tally.examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
+            f"None of the {examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
             "-100, or the forward pass does not call this module, as where another one reads its weight itself. Name "
             "modules that are called."
         )
@@ -195,13 +179,6 @@ class SiteFit:
         left, right, bias = (t.to(device, self.dtype) for t in (self.eraser.left, self.eraser.right, bias))
         return left, right, bias
 
-    def to(self, device: torch.device) -> SiteFit:
-        """The same fit on another device."""
-        eraser = self.eraser
-        bias = None if eraser.bias is None else eraser.bias.to(device)
-        moved = Eraser(left=eraser.left.to(device), right=eraser.right.to(device), bias=bias)
-        return dataclasses.replace(self, eraser=moved, shares=self.shares.to(device))
-
 
 def share_out(processes: Processes, solvers: Mapping[str, Callable[[], SiteFit]]) -> dict[str, SiteFit]:
     """Solve each site in one of the processes; all end with the same fits.
@@ -213,7 +190,12 @@ def share_out(processes: Processes, solvers: Mapping[str, Callable[[], SiteFit]]
     if processes.count == 1:
         return {site: solve() for site, solve in solvers.items()}
     with processes.agreeing("solving for its sites"):
-        mine = {site: solvers[site]().to(torch.device("cpu")) for site in processes.mine(list(solvers))}
+        mine = {site: solvers[site]() for site in processes.mine(list(solvers))}
+        # Processes hand over what lies in main memory.
+        mine = {
+            site: dataclasses.replace(fit, eraser=fit.eraser.to("cpu"), shares=fit.shares.cpu())
+            for site, fit in mine.items()
+        }
     solved = {site: fit for own in processes.gathered([mine]) for site, fit in own.items()}
     return {site: solved[site] for site in solvers}
 
@@ -240,29 +222,21 @@ def solve_site(
     """
     try:
         moments = joint_moments(labelled)
+        variance = moments.variance_x
+        if bool(variance.max() <= _ROUNDING * (moments.mean_x.square().mean() + variance.mean())):
+            # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
+            empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
+            eraser = Eraser(left=empty, right=empty.T.clone(), bias=moments.mean_x)
+        else:
+            eraser = moments.eraser(config.method, affine=config.affine, rank=config.max_rank, background=background)
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
-    if _is_constant(moments):
-        # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
-        empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
-        eraser = Eraser(left=empty, right=empty.T.clone(), bias=moments.mean_x.clone())
-    else:
-        try:
-            eraser = moments.eraser(config.method, affine=config.affine, rank=config.max_rank, background=background)
-        except ValueError as error:
-            raise ValueError(f"At {site!r}: {error}") from error
     acts = eraser.rank > 0
     return SiteFit(
         eraser=eraser,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         rows=moments.rows,
-        shares=moments.mean_z.clone(),
+        shares=moments.mean_z,
         correlation=float(moments.canonical_correlations()[0]) if acts else 0.0,
         change=relative_change(eraser, moments) if acts else 0.0,
     )
-
-
-def _is_constant(moments: ConceptMoments) -> bool:
-    """Whether activations differ by no more than the rounding of float32 statistics."""
-    variance = moments.covariance_x.diagonal()
-    return bool(variance.max() <= 1e-12 * (moments.mean_x.square().mean() + variance.mean()))

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
 from hf_erasure.models.model import evaluating, on_cpu, unwrapped
 from hf_erasure.models.pooling import IN_WORDS
@@ -23,6 +24,7 @@ from .processes import Processes
 
 # Where a head reads every token by itself, it reads these two as well.
 _POSITIONS = ("cls", "last")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,85 @@ class Pool:
     reader: str
 
 
-class Peeked:
-    """Batches of which the first is known; the first pass over them still has it, also of an iterator.
+@dataclass
+class FitTask:
+    """One adapter to be fitted.
 
     Attributes:
-        first: None where there is no batch.
+        runner: Calls the model.
+        layers: The sites, by the name of their module, in the model's order.
+        name: The adapter.
+        config: Its configuration.
+        pool: Which rows a sequence label counts for, and what the model's head reads.
+        progress: Whether to show progress bars.
+        resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
+        checkpoint: Where to keep what is finished, if anywhere.
+        processes: Those that share the data.
     """
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = batches
-        rest = iter(batches)
-        found = list(itertools.islice(rest, 1))
-        self.first: Any = found[0] if found else None
-        self._begun: Iterator[Any] | None = itertools.chain(found, rest)
+    runner: Runner
+    layers: dict[str, ErasureLayer]
+    name: str
+    config: ConceptErasureConfig
+    pool: Pool
+    progress: bool = False
+    resident_batches: int | None = None
+    checkpoint: FitCheckpoint | None = None
+    processes: Processes = field(default_factory=Processes)
 
-    def __iter__(self) -> Iterator[Any]:
-        begun, self._begun = self._begun, None
-        return iter(self._batches) if begun is None else begun
+    def in_step(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+        """The batches to run the model on, and which of them count.
+
+        Every forward pass of a sharded model needs all processes, so that those with fewer batches repeat one.
+        """
+        if self.runner.is_sharded and self.processes.count > 1:
+            return self.processes.equally_often(batches)
+        return ((batch, True) for batch in batches)
+
+
+def task_for(
+    model: nn.Module,
+    name: str,
+    batches: Iterable[Any],
+    pool: str | Pool | None,
+    *,
+    concept: ConceptErasureConfig | None = None,
+) -> tuple[FitTask, Iterator[Any]]:
+    """The task of fitting or measuring an adapter, and its batches, of which the first was looked at.
+
+    Args:
+        model: With the adapter, or whatever that is inside of.
+        name: The adapter.
+        batches: Labelled batches; the labels' form and two rows of the first one decide on the pool.
+        pool: As in `fit_concept_erasure`, or one that is known already.
+        concept: By whose labels the batches are read; the adapter's own when None.
+
+    Raises:
+        ValueError: If the pool is not known, there is no such adapter, or it is merged.
+    """
+    if not isinstance(pool, Pool):
+        check_pool(pool)
+    config, layers = adapter_to_fit(model, name)
+    runner, processes = Runner(model, layers.values()), Processes()
+    with processes.agreeing("reading its batches"):
+        rest = iter(batches)
+        first = list(itertools.islice(rest, 1))
+    if not isinstance(pool, Pool):
+        pool = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
+    return FitTask(runner, layers, name, config, pool, processes=processes), itertools.chain(first, rest)
+
+
+def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:
+    """The configuration and the sites of an adapter that can be fitted.
+
+    Raises:
+        ValueError: If there is no such adapter, or its eraser is part of the weights at present.
+    """
+    found = adapter_of(model, name, ConceptErasureConfig)
+    layers = erasure_layers(found.owner, name)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
+    return found.config, layers
 
 
 def pool_for(
@@ -63,21 +127,18 @@ def pool_for(
     """The pool of a fit; warns where it is not what the model's head reads, or where that could not be found out.
 
     Args:
-        pool: What was asked for; None for what the head reads.
+        pool: What was asked for, one of `POOLS`; None for what the head reads.
         model: The model as the caller has given it.
         runner: Calls it.
         config: By whose labels the batches are read.
         first: The first of the labelled batches; None where this process has no batch.
         processes: Those that share the data.
-
-    Raises:
-        ValueError: If `pool` is not known.
     """
-    check_pool(pool)
     rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
     if rows is None:
         return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
-    if pool in (None, "tokens") and _label_tokens(rows, config):
+    of_tokens = 2 if config.labels is not None else 3
+    if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
         return Pool("tokens", "the labels are of single tokens")
     reading = sentence_reading(model) or _reading(model, runner, rows)
     if pool is None:
@@ -90,16 +151,17 @@ def pool_for(
         alike = ": all tokens count alike" if reading.pool is None else ""
         return Pool(reading.pool or "tokens", reading.text + alike)
     is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
+    not_guarded = f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}"
     if reading.pool is not None and not is_read:
         warnings.warn(
-            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text} (pool={reading.pool!r}): what the head reads "
-            f"is not guarded. Leave pool out, or give pool={reading.pool!r}.",
+            f"{not_guarded} (pool={reading.pool!r}): what the head reads is not guarded. Leave pool out, or give "
+            f"pool={reading.pool!r}.",
             stacklevel=4,
         )
     elif reading.is_other and pool != "tokens":
         warnings.warn(
-            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}: what the head reads is not guarded. Pad "
-            "batches on the side that the head expects, or give pool='tokens'.",
+            f"{not_guarded}: what the head reads is not guarded. Pad batches on the side that the head expects, or "
+            "give pool='tokens'.",
             stacklevel=4,
         )
     return Pool(pool, reading.text)
@@ -122,10 +184,6 @@ def _two_rows(batch: Any) -> dict[str, Any] | None:
     }
 
 
-def _label_tokens(rows: dict[str, Any], config: ConceptErasureConfig) -> bool:
-    return "concept_labels" in rows and label_tensor(rows).dim() == (2 if config.labels is not None else 3)
-
-
 @on_cpu
 def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
     is_bare = runner.backbone is runner.model
@@ -139,46 +197,7 @@ def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
     asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
 
     def real_of(hidden: Tensor) -> Tensor:
-        return BatchLabels(rows, 0, True, "tokens").select(hidden, runner.side_of("last_hidden_state"))[1].real
+        return BatchLabels(rows).select(hidden, runner.side_of("last_hidden_state"))[1].real
 
     with evaluating(read):
         return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class FitTask:
-    """One adapter to be fitted.
-
-    Attributes:
-        runner: Calls the model.
-        layers: The sites, by the name of their module, in the model's order.
-        name: The adapter.
-        config: Its configuration.
-        pool: Which rows a sequence label counts for, and what the model's head reads.
-        progress: Whether to show progress bars.
-        resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
-        checkpoint: Where to keep what is finished, if anywhere.
-        processes: Those that share the data.
-    """
-
-    runner: Runner
-    layers: dict[str, ErasureLayer]
-    name: str
-    config: ConceptErasureConfig
-    pool: Pool
-    progress: bool
-    resident_batches: int | None = None
-    checkpoint: FitCheckpoint | None = None
-    processes: Processes = field(default_factory=Processes)
-
-    def in_step(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """The batches to run the model on, and which of them count.
-
-        Every forward pass of a sharded model needs all processes, so that those with fewer batches repeat one.
-        """
-        if self.runner.is_sharded and self.processes.count > 1:
-            return self.processes.equally_often(batches)
-        return ((batch, True) for batch in batches)

@@ -15,8 +15,7 @@ from typing import Any
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.loading.fingerprint import unlike
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
-from hf_erasure.fitting.figures import concept_of_config, verdict
-from hf_erasure.fitting.provenance import RECIPE, TRAINING
+from hf_erasure.fitting.report import RECIPE, TRAINING, concept_of_config, verdict
 from hf_erasure.models.pooling import IN_WORDS
 
 from .markdown import is_number, plain

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import evaluate
 from datasets import Features, Value
 
-from hf_erasure.fitting.figures import badness
+from hf_erasure.fitting.report import badness
 
 
 @dataclass(frozen=True)

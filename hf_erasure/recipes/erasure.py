@@ -19,8 +19,7 @@ from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.fitting.provenance import RECIPE
-from hf_erasure.fitting.report import ErasureReport
+from hf_erasure.fitting.report import RECIPE, ErasureReport
 from hf_erasure.models import check_pool
 
 from .occupations import occupation_sentences

@@ -31,7 +31,7 @@ from hf_erasure.fitting.gradiend.selection import (
 )
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.fitting.provenance import RECIPE
+from hf_erasure.fitting.report import RECIPE
 from hf_erasure.models.heads import HEADS, Task, task_named
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import collate

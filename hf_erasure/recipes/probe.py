@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.erasers import apply_erasure
-from hf_erasure.fitting.labels import BatchLabels, check_batch
+from hf_erasure.fitting.labels import BatchLabels, Source
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.fitting.sites import Tally, bar, observed, observed_final
+from hf_erasure.fitting.sites import bar, observed, observed_final
 from hf_erasure.models import pooled
 from hf_erasure.models.model import evaluating
 from hf_erasure.models.runner import Runner
@@ -66,16 +66,16 @@ def pooled_states(
         keep(name, state, runner.side_of(name))
         return state
 
-    tally = Tally()
+    examples = 0
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
     looking = observed(layers, adapter_name, at_site), observed_final(runner.final_states(), at_end)
     with evaluating(runner.model), looking[0], looking[1], bar(what, progress, Processes()) as shown:
-        for position, batch in enumerate(batches):
-            batch = check_batch(batch, position, labelled=False)
-            current[:] = [BatchLabels(batch, 0, True, "tokens")]
-            runner(batch)
-            shown.update(tally.count(batch))
-    if not tally.examples:
+        for labels in Source("states", "batches", batches).read("tokens"):
+            current[:] = [labels]
+            runner(labels.batch)
+            shown.update(labels.rows)
+            examples += labels.rows
+    if not examples:
         raise ValueError("There are no batches to read states from.")
     return {site: torch.cat(parts) for site, parts in found.items()}
 

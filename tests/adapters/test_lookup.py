@@ -29,7 +29,7 @@ from hf_erasure import (
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.callbacks.gradiend import trained_weights
-from hf_erasure.fitting.fit import measured_leakage
+from hf_erasure.fitting.heldout import measured_leakage
 from hf_erasure.models.model import bare_model
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle

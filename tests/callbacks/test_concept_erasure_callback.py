@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.callbacks import ConceptErasureCallback
-from hf_erasure.fitting.fit import measured_leakage
+from hf_erasure.fitting.heldout import measured_leakage
 from tests.small_models import LABELS, small_batches, small_model
 
 NAME = "no_gender"

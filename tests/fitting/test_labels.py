@@ -88,7 +88,7 @@ def test_a_model_that_is_all_decoder_has_one_mask() -> None:
     ("concept", "pool", "message"),
     [
         (torch.tensor([[0, 1, 1, 0]] * 3), "mean", "use pool='tokens'"),
-        (torch.tensor([[[0]]]), "tokens", "no class ids"),
+        (torch.tensor([[[0]]]), "tokens", "are not class ids"),
         (torch.tensor([[0.0, 1.0, 2.0]] * 3), "tokens", r"\(batch, 2\)"),
         (torch.tensor([[0, 1]] * 3), "tokens", r"cannot be matched.*concept_labels.argmax\(1\)"),
         (torch.tensor([[0], [1], [1]]), "tokens", r"shape \(3, 1\) are a column.*concept_labels.squeeze\(1\)"),

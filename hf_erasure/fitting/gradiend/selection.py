@@ -21,7 +21,7 @@ from hf_erasure.adapters import edited
 from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.word_tokens import PairError, word_tokens
 
-from ..figures import female_and_male
+from ..report import female_and_male
 from .pairs import PairSet, Reading
 
 if TYPE_CHECKING:

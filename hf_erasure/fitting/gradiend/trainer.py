@@ -32,7 +32,7 @@ from hf_erasure.adapters import (
 from hf_erasure.adapters.common.fitted_with import RECORD, active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
-from hf_erasure.fitting.rows_seen import in_words
+from hf_erasure.fitting.report import in_words
 from hf_erasure.gradiend import Feature
 from hf_erasure.models.heads import task_of
 from hf_erasure.models.logits import SlotReader
@@ -40,8 +40,8 @@ from hf_erasure.models.model import bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
 from hf_erasure.models.slots import PairBatch
 
+from ..dataloader import origin_of
 from ..processes import Processes
-from ..provenance import origin_of
 from .adapter import GradiendAdapter, unsteered
 from .arguments import GradiendTrainingArguments
 from .checkpoints import FEATURES, KeptFeatures, Progress

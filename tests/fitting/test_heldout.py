@@ -13,8 +13,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
+from hf_erasure.fitting.heldout import RowsSeen, hashes_of
 from hf_erasure.fitting.report import ErasureReport
-from hf_erasure.fitting.rows_seen import RowsSeen, hashes_of
 from tests.small_models import ARCHITECTURES, LABELS, small_batches
 
 NAME = "no_gender"

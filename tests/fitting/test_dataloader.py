@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_erasure.fitting.dataloader import concept_dataloader
-from hf_erasure.fitting.provenance import origin_of_batches
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = Path(os.environ.get("HF_ERASURE_TEST_ASSETS") or ROOT.parent / "shared" / "assets")
@@ -472,14 +471,13 @@ def test_texts_are_cut_at_the_tokenizers_own_limit(minilm):
 def test_a_loader_knows_where_its_rows_come_from(story_mlm):
     rows = Dataset.from_dict({"text": ["a b", "b a"], "gender": [0, 1]}, split="train")
     loader = concept_dataloader(rows, story_mlm, label_column="gender")
-    assert origin_of_batches(loader) == {
+    assert loader.collate_fn.origin == {
         "datasets": [], "labels_from": "the column 'gender' of a data set of its maker, split 'train'",
     }  # fmt: skip
     # What `load_dataset` notes of the files of a repository.
     rows.info.download_checksums = {f"hf://datasets/someone/people@0f1e2d/{name}.parquet": {} for name in "ab"}
     loader = concept_dataloader(rows, story_mlm, label_column="gender")
-    assert origin_of_batches(loader) == {
+    assert loader.collate_fn.origin == {
         "datasets": ["someone/people"], "labels_from": "the column 'gender' of someone/people, split 'train'",
     }  # fmt: skip
-    assert origin_of_batches(concept_dataloader(rows, story_mlm, label_column=None)) == {}
-    assert origin_of_batches([{}]) == {}
+    assert concept_dataloader(rows, story_mlm, label_column=None).collate_fn.origin == {}

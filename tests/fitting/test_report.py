@@ -1,0 +1,61 @@
+"""What counts as better or worse than the base, and what concept an adapter is about: its name and classes tell."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_erasure import ConceptErasureConfig, GradiendConfig
+from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES, badness, concept_of_config, verdict
+
+
+@pytest.mark.parametrize(
+    ("base", "value", "interval", "better", "ideal", "said"),
+    [
+        (0.4, 0.2, [0.1, 0.3], "lower", 0.0, "better"),
+        (0.4, 0.6, [0.5, 0.7], "lower", 0.0, "worse"),
+        (0.4, 0.2, [0.0, 0.4], "lower", 0.0, ""),  # its interval holds the base's value, at its end too
+        (0.4, 0.2, None, "lower", 0.0, ""),
+        (0.05, -0.1, [-0.2, 0.0], "lower", 0.0, "better"),
+        (-0.05, -0.2, [-0.3, -0.1], "lower", 0.0, ""),  # below the ideal there is nothing to gain
+        (60.0, 52.0, [48.0, 56.0], "closer", 50.0, "better"),
+        (60.0, 35.0, [30.0, 40.0], "closer", 50.0, "worse"),
+        (60.0, 40.0, [35.0, 45.0], "closer", 50.0, ""),  # as far away on the other side
+        (0.9, 0.8, [0.75, 0.85], "higher", 1.0, "worse"),
+        (1.1, 1.3, [1.2, 1.4], "higher", 1.0, ""),  # above the ideal nothing is lost
+        (0.9, 1.3, [1.2, 1.4], "higher", 1.0, "better"),
+        (20.0, 25.0, [24.0, 26.0], "lower", None, "worse"),
+        (0.5, 0.7, [0.6, 0.8], "higher", None, "better"),
+    ],
+)
+def test_an_interval_that_holds_the_bases_value_is_no_change(base, value, interval, better, ideal, said) -> None:
+    assert verdict(base, value, interval, better, ideal) == said
+
+
+def test_what_is_beyond_the_ideal_is_bad_only_where_it_is_to_be_met() -> None:
+    assert badness(1.5, "higher", 1.0) == badness(-0.5, "lower", 0.0) == 0.0
+    assert badness(45.0, "closer", 50.0) == badness(55.0, "closer", 50.0) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("config", "concept"),
+    [
+        (ConceptErasureConfig(concept="gender", labels=["0", "1"]), GENDER),
+        (ConceptErasureConfig(concept="no_Gender-bias", labels=["0", "1"]), GENDER),
+        (ConceptErasureConfig(concept="genderBias", labels=["0", "1"]), GENDER),
+        (ConceptErasureConfig(labels=["male", "female"]), GENDER),
+        (GradiendConfig(feature="pronouns of people", classes=["a", "b"]), GENDER),
+        (GradiendConfig(feature="who", classes=["she", "he"]), GENDER),
+        (GradiendConfig(feature="who", classes=["she", "he", "they"]), GENDER),
+        (GradiendConfig(feature="article", classes=["masculine", "feminine", "neuter"]), "article"),
+        (ConceptErasureConfig(concept="part of speech", labels=["a", "b"]), POS),
+        (ConceptErasureConfig(labels=["NOUN", "VERB", "ADJ"]), POS),
+        (ConceptErasureConfig(concept="stereotypes", labels=["a", "b"]), STEREOTYPES),
+        (GradiendConfig(feature="religion", classes=["jewish", "christian", "muslim"]), "religion"),
+        (ConceptErasureConfig(concept="race", labels=["black", "white"]), "race"),
+        (ConceptErasureConfig(concept="engendered", labels=["f1", "m1"]), "engendered"),
+        (ConceptErasureConfig(concept_dim=1), "concept"),
+        (object(), None),
+    ],
+)
+def test_concepts(config: object, concept: str | None) -> None:
+    assert concept_of_config(config) == concept
