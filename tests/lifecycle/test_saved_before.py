@@ -1,0 +1,114 @@
+"""Adapters that an earlier state of the code saved: `python -m tests.saved_before` compares them to the bit.
+
+Here the fixture of the repository is read on any processor. What is stored is compared to the bit; what is computed,
+within what another order of sums makes of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.saved_before.__main__ import expected
+from tests.saved_before.bases import BASES, base_of, digest_of
+from tests.saved_before.cases import ADAPTERS, BASE_DIGESTS, CASES, FILES, HERE, Case, Seen, read_config, save, seen
+
+# The names of weights change from one release of transformers to another, so the oldest supported one reads none.
+pytestmark = pytest.mark.lifecycle
+# A rounding of float32 is 2^-24 relative; sums over 24 columns in another order, two blocks and their norms multiply it
+# by less than 100.
+TOLERANCE = 1e-5
+# Fitting adds more roundings: covariances, an eigendecomposition, gradients.
+FIT_TOLERANCE = 1e-3
+# The command saves all anew; these have every kind, and a bare encoder, tied weights and two sides among them.
+FRESH = [case for case in CASES if case.base in ("bert", "gpt2", "t5", "vit") or case.kind == "erasure-head"]
+
+
+def folder_of(case: Case) -> Path:
+    return HERE / ADAPTERS / str(case)
+
+
+@functools.cache
+def seen_of(case: Case) -> Seen:
+    return seen(case, folder_of(case))
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest value; biases that a merge adds may all be zero."""
+    assert one.shape == other.shape and one.dtype == other.dtype
+    return 0.0 if torch.equal(one, other) else float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_model_is_the_same_wherever_it_is_built(name: str):
+    digests = json.loads((HERE / BASE_DIGESTS).read_text(encoding="utf-8"))
+    assert digest_of(base_of(name)) == digests[name]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_was_saved_is_loaded_to_the_bit(case: Case):
+    held, file = seen_of(case).held, load_file(folder_of(case) / FILES[1])
+    assert held.keys() == file.keys()
+    assert all(value.dtype == file[key].dtype and torch.equal(value, file[key]) for key, value in held.items())
+    assert seen_of(case).config == read_config(folder_of(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_acts_as_it_did(case: Case):
+    found, (then, _) = seen_of(case), expected(case, HERE)
+    assert distance(found.tensors["output"], then["output"]) < TOLERANCE < 1e-3 < distance(found.base, then["output"])
+    assert torch.equal(found.peft, found.tensors["output"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_merges_or_refuses_as_it_did(case: Case):
+    found, (then, refusal) = seen_of(case), expected(case, HERE)
+    assert found.refusal == refusal
+    assert found.tensors.keys() == then.keys()
+    assert all(distance(value, then[key]) < TOLERANCE for key, value in found.tensors.items())
+
+
+@pytest.mark.parametrize("case", FRESH, ids=str)
+def test_a_fresh_save_has_the_same_fields_and_tensors(case: Case, tmp_path: Path):
+    save(case, tmp_path)
+    fresh, file = load_file(tmp_path / FILES[1]), load_file(folder_of(case) / FILES[1])
+    assert {k: (v.shape, v.dtype) for k, v in fresh.items()} == {k: (v.shape, v.dtype) for k, v in file.items()}
+    new, old = read_config(tmp_path), read_config(folder_of(case))
+    for config in (new, old):
+        del config["provenance"]["hf_erasure_version"]
+    assert_alike(new, old)
+
+
+def assert_alike(new: Any, old: Any, where: str = "") -> None:
+    """The same names, types and values; numbers that fitting has computed are near each other."""
+    assert type(new) is type(old), where
+    if isinstance(old, dict):
+        assert new.keys() == old.keys(), where
+        for key in old:
+            assert_alike(new[key], old[key], f"{where}.{key}")
+    elif isinstance(old, list):
+        assert len(new) == len(old), where
+        for index, (one, other) in enumerate(zip(new, old, strict=True)):
+            assert_alike(one, other, f"{where}[{index}]")
+    elif isinstance(old, float):
+        assert math.isclose(new, old, rel_tol=FIT_TOLERANCE, abs_tol=FIT_TOLERANCE), where
+    else:
+        assert new == old, where
+
+
+def test_every_kind_is_among_them():
+    """Ten architectures at least with each of the four, and merges that are refused."""
+    for kind in ("erasure-output", "erasure-input", "gradiend-dense", "gradiend-sparse"):
+        assert len({case.base for case in CASES if case.kind == kind}) >= 10
+    folders = {path.name for path in (HERE / ADAPTERS).iterdir()}
+    assert folders == {str(case) for case in CASES}
+    refused = [case for case in CASES if expected(case, HERE)[1]]
+    assert {case.is_erasure for case in refused} == {True} and len(refused) < len(CASES) // 4
