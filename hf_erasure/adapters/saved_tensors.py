@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from hf_erasure.models.model import as_attribute
 
-from .common.active import users_level
+from .common.acting import users_level
 from .common.config import ChildConfig
 from .common.layer import AdapterChild
 from .common.lookup import Found, adapters_in

@@ -46,7 +46,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
-from .common.active import users_level
+from .common.acting import users_level
 from .common.config import ChildConfig
 from .common.files import CARD, COMMIT, CONFIG, STAGING, root_of, target_of
 from .loading.file_checks import read_config

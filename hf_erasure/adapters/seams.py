@@ -31,15 +31,18 @@ from transformers import PreTrainedModel
 from transformers.integrations import peft as integration
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .common.active import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
-from .common.auxiliary import (
+from .common.acting import (
     ActiveCopies,
     active_copies,
+    all_configs,
     auxiliary_wrappers,
     check_one_copy,
     copies_of_others_kept,
     enable_copies,
     keys_of_own_copies,
+    kind_of,
+    naming_what_goes_off,
+    say_which_copies_went_off,
     set_by_hand,
 )
 from .common.config import ChildConfig

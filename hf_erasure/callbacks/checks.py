@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_erasure.adapters.common.active import acting_adapters, loaded_adapters, users_level
+from hf_erasure.adapters.common.acting import acting_adapters, loaded_adapters, users_level
 from hf_erasure.adapters.common.layer import child_configs
 
 from .checkpoints import is_lost, left_out, own_trained, several_active

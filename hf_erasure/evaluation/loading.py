@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
-from hf_erasure.adapters.common.auxiliary import enable_copies, set_copies
+from hf_erasure.adapters.common.acting import enable_copies, set_copies
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.merging.convert import model_class

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
 
-from hf_erasure.adapters.common.field_checks import fits, in_words, short
+from hf_erasure.adapters.common.config import fits, in_words, short
 from hf_erasure.adapters.common.files import read_text
 
 Section = TypeVar("Section")

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 
-from hf_erasure.adapters.common.active import acting_adapters, loaded_adapters
+from hf_erasure.adapters.common.acting import acting_adapters, loaded_adapters
 from tests.lifecycle.verbs import KINDS, OF, base
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig
-from hf_erasure.adapters.common import field_checks as patterns
+from hf_erasure.adapters.common import config as patterns
 from hf_erasure.adapters.loading import file_checks as untrusted
 from hf_erasure.cli import app
 from hf_erasure.fitting.checkpoint import FitCheckpoint
@@ -87,12 +87,12 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "it has a tensor twice",
     ),
     # sizes
-    "rank 10^9": (lambda f: sites(f, rank=10**9), "no width with a rank of at most that"),
+    "rank 10^9": (lambda f: sites(f, rank=10**9), "not a width with a rank of at most that"),
     "width and rank 10^9": (lambda f: sites(f, width=10**9, rank=10**9), "two files are not of the same adapter"),
-    "negative rank": (lambda f: sites(f, rank=-1), "no width with a rank"),
+    "negative rank": (lambda f: sites(f, rank=-1), "not a width with a rank"),
     "rank of text": (lambda f: sites(f, rank="1"), "fitted_sites=.* must be"),
     "rank that is true": (lambda f: sites(f, rank=True), "fitted_sites=.* must be"),
-    "no rank": (lambda f: rewrite(f, fitted_sites={SITE: {}}), "no width with a rank"),
+    "no rank": (lambda f: rewrite(f, fitted_sites={SITE: {}}), "not a width with a rank"),
     "10^4 sites": (
         lambda f: rewrite(f, fitted_sites={f"layer.{n}": {"width": 32, "rank": 1} for n in range(10**4)}),
         "are missing in",
@@ -117,14 +117,14 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "endless exclusion": (lambda f: rewrite(f, exclude_modules=EVIL), "exclude_modules=.* takes longer than"),
     "endless layers": (
         lambda f: rewrite(f, layers_pattern=EVIL, layers_to_transform=[0]),
-        "layers_pattern=.* is no name of a module",
+        "layers_pattern=.* is not a name of a module",
     ),
     "endless module to save": (
         lambda f: rewrite(f, modules_to_save=[EVIL]),
-        "modules_to_save=.* is no name of a module",
+        "modules_to_save=.* is not a name of a module",
     ),
-    "no pattern": (lambda f: rewrite(f, exclude_modules="("), "is no regular expression"),
-    "every module saved": (lambda f: rewrite(f, modules_to_save=[""]), "modules_to_save=.* is no name of a module"),
+    "no pattern": (lambda f: rewrite(f, exclude_modules="("), "is not a regular expression"),
+    "every module saved": (lambda f: rewrite(f, modules_to_save=[""]), "modules_to_save=.* is not a name of a module"),
     "a module saved that is not there": (lambda f: rewrite(f, modules_to_save=["pooler"]), "are missing in"),
     # configurations
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "is damaged"),

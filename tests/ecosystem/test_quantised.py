@@ -24,7 +24,7 @@ from hf_erasure import (
     verify_adapter,
 )
 from hf_erasure.adapters import erasure_layers, gradiend_layers, targeted_parameters
-from hf_erasure.adapters.common.quantised import dequantised, has_quantised, quantised_modules
+from hf_erasure.adapters.common.placement import dequantised, has_quantised, quantised_modules
 from hf_erasure.adapters.loading import fingerprint
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.ecosystem.quantised_bases import ARCHITECTURES, KINDS, Bases, load

@@ -1,15 +1,24 @@
-"""What the configurations of both kinds of adapter have in common, for the code that serves either."""
+"""What the configurations of both kinds have in common, and checks of fields that any file may have filled."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import re
+import time
+import types
+import typing
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import regex  # type: ignore[import-untyped]
 from peft import PeftConfig
+from peft.utils.peft_types import PeftType
 
-from .field_checks import check_names, check_types, fits, short
+from .files import target_of
 
 # The names that safetensors has for float32 and float64, and for int32.
 FLOATS, INDICES = ("F32", "F64"), ("I32",)
@@ -26,6 +35,14 @@ _PROVENANCE: dict[str, Any] = {
     "leakage_intervals": dict[str, list[float]],
     "measured_on": str,
 }
+# What may be the name of a module; as part of a regular expression, which PEFT makes of it, it stands for itself.
+_NAME = re.compile(r"[\w.\-]+")
+# The fields that may be a regular expression.
+_PATTERNS = ("target_modules", "exclude_modules")
+# How long one match may take, in seconds; an honest one takes microseconds.
+_SECONDS_A_MATCH = 0.5
+# How long all matches of a field in a model may take together, in seconds of the processor.
+_SECONDS_A_MODEL = 5.0
 
 
 @dataclass
@@ -33,6 +50,9 @@ class ChildConfig(PeftConfig):
     """The configuration of an adapter that hangs on its modules as a child.
 
     Args:
+        exclude_modules: Suffixes or a regular expression of modules to leave alone.
+        layers_to_transform: Indices of the blocks to act on; all when `None`.
+        layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether there are values to load.
@@ -42,11 +62,18 @@ class ChildConfig(PeftConfig):
     Attributes:
         noun: What messages call an adapter of this kind.
         example: A configuration to write in a message.
+        remedy: What to call so that the adapter is fitted, in a sentence.
+        own_type: What PEFT calls the kind.
     """
 
     noun: ClassVar[str] = "hf_erasure adapter"
     example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"
+    remedy: ClassVar[str]
+    own_type: ClassVar[PeftType]
 
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained and saved with the adapter."}
@@ -54,14 +81,30 @@ class ChildConfig(PeftConfig):
     fitted: bool = field(default=False, metadata={"help": "Written by fitting."})
     provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "Written by fitting."})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.own_type
+        check_types(self)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}].")
+        for name in ("modules_to_save", "layers_pattern"):
+            _check_names(name, getattr(self, name))
+        for key, kind in _PROVENANCE.items():
+            if self.provenance.get(key) is not None and not fits(self.provenance[key], kind):
+                raise TypeError(f"provenance[{key!r}]={short(self.provenance[key])} is not what fitting writes there.")
+        for name in _PATTERNS:
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                setattr(self, name, set(value))
+        self._check()
+        self._check_layers()
+
+    def _check(self) -> None:
+        """Refuse values, as a `ValueError`, that an adapter of this kind cannot have."""
+
     @property
     def described(self) -> str:
         """The adapter in the words of a message, to follow "The"."""
-        raise NotImplementedError
-
-    @property
-    def remedy(self) -> str:
-        """What to call so that the adapter is fitted."""
         raise NotImplementedError
 
     @property
@@ -82,22 +125,6 @@ class ChildConfig(PeftConfig):
         """
         raise NotImplementedError
 
-    def _check_types(self) -> None:
-        """What may be in the fields at all; any file may be the source of them.
-
-        Raises:
-            TypeError: If a value is of another type than the field's.
-            ValueError: If a name is none.
-        """
-        check_types(self)
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}].")
-        check_names("modules_to_save", self.modules_to_save)
-        check_names("layers_pattern", getattr(self, "layers_pattern", None))
-        for key, kind in _PROVENANCE.items():
-            if self.provenance.get(key) is not None and not fits(self.provenance[key], kind):
-                raise TypeError(f"provenance[{key!r}]={short(self.provenance[key])} is not what fitting writes there.")
-
     def copied(self, more_to_save: Iterable[str] = ()) -> ChildConfig:
         """A copy with a list `modules_to_save` of its own, which names `more_to_save` too."""
         config = copy.copy(self)
@@ -117,17 +144,9 @@ class ChildConfig(PeftConfig):
                     setattr(self, known.name, getattr(saved, known.name))
             self.__post_init__()
 
-    def _as_sets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple, set)):
-                setattr(self, name, set(value))
-
     def _check_layers(self) -> None:
         target: Any = getattr(self, "target_modules", None)
-        layers: Any = getattr(self, "layers_to_transform", None)
-        pattern: Any = getattr(self, "layers_pattern", None)
-        if isinstance(target, str) and (layers is not None or pattern is not None):
+        if isinstance(target, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
             remedy = "write the layers into the expression"
             if target.lower() == "all-linear":
                 remedy = "name the linear layers, as in target_modules=['q_proj', 'v_proj']"
@@ -135,10 +154,131 @@ class ChildConfig(PeftConfig):
                 "layers_to_transform and layers_pattern go with a list of target_modules or None, not with "
                 f"target_modules={target!r}, which they would not narrow: {remedy}."
             )
-        if pattern and layers is None:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them, with sets as sorted lists so that equal configs make equal files."""
         plain = super().to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; warns of an adapter that was never fitted."""
+        if not self.fitted:
+            warnings.warn(
+                f"The {self.described} saved to {target_of(save_directory)} was never fitted: loaded again it changes "
+                f"nothing. {self.remedy}",
+                stacklevel=2,
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def check_types(config: Any) -> None:
+    """Compare the values of a configuration's fields with the types that it declares.
+
+    A text where a list of texts is declared passes: what is wrong with it, the configuration can say better.
+
+    Raises:
+        TypeError: Names the field, its value and the type.
+    """
+    kind: Any = type(config)
+    hints = _hints(kind)
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if not fits(value, hints[entry.name]):
+            raise TypeError(
+                f"{entry.name}={short(value)} of a {type(config).__name__} must be {in_words(hints[entry.name])}."
+            )
+
+
+def _check_names(field: str, value: list[str] | str | None) -> None:
+    """Raise a `ValueError` for what cannot be the name of a module, such as a regular expression."""
+    for name in [value] if isinstance(value, str) else value or []:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{field}={short(value)}: {short(name)} is not a name of a module.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value that could come from JSON is of a declared type; a list, tuple or set of a list's."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is list:
+        if isinstance(value, str):
+            return parts == (str,)
+        return isinstance(value, (list, tuple, set, frozenset, range)) and all(fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if hint is Any or not isinstance(hint, type):
+        return True
+    if hint in (int, float):  # True is not a number here
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, str) if issubclass(hint, str) else isinstance(value, hint)
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def in_words(hint: Any) -> str:
+    """A declared type as a message shows it."""
+    text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
+    return re.sub(r"\b(typing|peft\.utils\.peft_types)\.|<enum '|<class '|'>", "", text)
+
+
+def check_patterns(config: Any, names: Iterable[str]) -> None:
+    """Try the patterns of a configuration on all modules of a model.
+
+    Raises:
+        ValueError: If one is not a regular expression, or takes longer than it may.
+    """
+    names = list(names)
+    began = time.process_time()
+    for pattern in _patterns(config):
+        for name in names:
+            matches(config, pattern, name)
+            if time.process_time() - began > _SECONDS_A_MODEL:
+                raise ValueError(_too_slow(config, pattern, _SECONDS_A_MODEL))
+
+
+def matches(config: Any, field: str, name: str) -> bool:
+    """Whether the pattern in a field of a configuration matches all of a name.
+
+    Raises:
+        ValueError: If it is not a regular expression, or takes longer than it may.
+    """
+    pattern: str = getattr(config, field)
+    try:
+        return regex.fullmatch(pattern, name, timeout=_SECONDS_A_MATCH) is not None
+    except TimeoutError as error:
+        raise ValueError(_too_slow(config, field, _SECONDS_A_MATCH)) from error
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{field}={short(pattern)} is not a regular expression: {error}.") from error
+
+
+def as_names(config: Any, *names: str) -> Any:
+    """A copy of a configuration in which those of `names` that its patterns match stand in their place."""
+    plain = copy.copy(config)
+    for pattern in _patterns(config):
+        setattr(plain, pattern, {name for name in names if matches(config, pattern, name)})
+    return plain
+
+
+def _patterns(config: Any) -> list[str]:
+    """The fields that hold a pattern; "all-linear" is a word."""
+    values = {field: getattr(config, field, None) for field in _PATTERNS}
+    return [f for f, value in values.items() if isinstance(value, str) and value.lower() != "all-linear"]
+
+
+def _too_slow(config: Any, field: str, seconds: float) -> str:
+    return (
+        f"The regular expression {field}={short(getattr(config, field))} takes longer than {seconds:g} s on the names "
+        "of this model: write one without nested repetitions, or a list of names."
+    )

@@ -19,9 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..gradiend.config import GradiendConfig
-from .active import acting_adapters, all_configs, loaded_adapters, users_level
-from .config import ChildConfig
-from .field_checks import fits, short
+from .acting import acting_adapters, all_configs, loaded_adapters, users_level
+from .config import ChildConfig, fits, short
 
 _COMPARING: ContextVar[bool] = ContextVar("comparing", default=False)
 # The part of a configuration's provenance that is written here.

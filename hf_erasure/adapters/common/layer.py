@@ -89,6 +89,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         child_name: What the child is called on its host.
         noun: What messages call an adapter of this kind.
         precisions: The dtypes that floating-point state may have, the usual one first.
+        host: The module that this is a child of.
         path: The host's name in the model.
         sticky_adapters: Adapter name → whether it stays active beside others; in the order in which they were added.
         rows: Which adapter each row of the batch has while `adapter_names` are given.
@@ -99,12 +100,13 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     # The attributes that have an entry for each adapter, besides the state.
     entries: ClassVar[tuple[str, ...]] = ("sticky_adapters",)
+    host: nn.Module
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__()
         self.path = path
-        # In a tuple, so that the host does not become a submodule of its own child.
-        self._host = (host,)
+        # Past `nn.Module`, so that the host does not become a submodule of its own child.
+        self.__dict__["host"] = host
         self.sticky_adapters: dict[str, bool] = {}
         self._awaits_values: set[str] = set()
         self._held: set[str] = set()
@@ -112,11 +114,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
         self._disable_adapters = False
-
-    @property
-    def host(self) -> nn.Module:
-        """The module that this is a child of."""
-        return self._host[0]
 
     @property
     def adapters(self) -> list[str]:
@@ -265,7 +262,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def rehome(self, host: nn.Module) -> None:
         """Move this child and its hooks to another host, as when PEFT wraps the old one."""
         self.detach()
-        self._host = (host,)
+        self.__dict__["host"] = host
         host.add_module(self.child_name, self)
         self._hook()
 

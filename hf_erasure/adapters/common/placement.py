@@ -1,10 +1,15 @@
-"""Where weights and adapters are: kept by accelerate, on other devices, or out of the broadcasts of DDP."""
+"""How weights and adapters are kept: by accelerate elsewhere, packed by a quantiser, out of the broadcasts of DDP.
+
+bitsandbytes keeps integers and their scales in a parameter of its own class, quanto and torchao in a tensor that passes
+for a float one, and 8-bit floats have their scales in another parameter. None of them can take an edit exactly.
+"""
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +17,16 @@ from accelerate.hooks import AlignDevicesHook, ModelHook
 from torch import Tensor, nn
 
 from .layer import AdapterChild, adapter_children
+
+# What to do where weights are quantised, in the words of a message.
+FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the merged model"
+# Where DDP looks when it wraps a module, for names relative to that module.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+# DDP may wrap a `PeftModel`, which hands on the attribute of the model inside, whose names have this in front there.
+_INSIDE = "base_model.model."
+
+
+# ---- devices, and weights that accelerate keeps elsewhere ------------------------------------------------------------
 
 
 def execution_device(module: nn.Module) -> Any:
@@ -25,7 +40,7 @@ def execution_device(module: nn.Module) -> Any:
 def device_map_of_offloaded(model: Any) -> Iterator[None]:
     """Give a model whose weights accelerate keeps elsewhere a map while an adapter is loaded, if it has none.
 
-    Without one, transformers would load to the device of the placeholders, that is nowhere.
+    Without one, transformers would load to the meta device of the placeholders, which holds no values.
     """
     devices = [] if hasattr(model, "hf_device_map") else [execution_device(module) for module in model.modules()]
     device = next((device for device in devices if device is not None), None)
@@ -56,7 +71,7 @@ def left_in_place(model: Any) -> Iterator[None]:
 
 
 def enter_in_device_map(model: nn.Module, adapter_name: str) -> None:
-    """Loading sends tensors where the map of an offloaded model sends their module: to disk, that is nowhere."""
+    """Let loading send an adapter's tensors where its module runs; for a module on disk it would not find a place."""
     places: Any = getattr(model, "hf_device_map", None)
     if not places:
         return
@@ -187,29 +202,73 @@ def _hook_of(module: nn.Module) -> Any:
     return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload and h.weights_map is not None), None)
 
 
-# Where DDP looks when it wraps a module, for names relative to that module.
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-# DDP may wrap a `PeftModel`, which hands on the attribute of the model inside, whose names have this in front there.
-_INSIDE = "base_model.model."
+# ---- weights that a quantiser has packed -----------------------------------------------------------------------------
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is packed by a quantiser; a sharded one is not."""
+    kind = type(weight.data)
+    # Numbers of 8 bits have a scale somewhere else.
+    is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return not is_plain or not (kind is Tensor or kind.__name__ == "DTensor")
+
+
+def has_quantised(module: nn.Module) -> bool:
+    """Whether a module itself, not one inside it, owns a quantised weight."""
+    return any(is_quantised(parameter) for parameter in module.parameters(recurse=False))
+
+
+def quantised_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that own quantised weights, shortened where that stands for no others."""
+    names = [name for name, _ in model.named_modules()]
+    found = [name for name, module in model.named_modules() if has_quantised(module)]
+    short = {name.rpartition(".")[2] for name in found}
+    stands_for = [name for name in names if name.rpartition(".")[2] in short]
+    return sorted(short) if stands_for == found else found
+
+
+def dequantised(module: nn.Module, name: str) -> Tensor | None:
+    """The numbers that a quantised parameter stands for; None where its quantiser gives no way to them."""
+    weight = module._parameters[name]
+    if weight is None:
+        return None
+    if type(weight.data) is not Tensor:  # quanto and torchao
+        unpack = getattr(weight.detach(), "dequantize", None)
+        return None if unpack is None else unpack()
+    kind = type(weight).__name__
+    if kind == "Int8Params":  # the scales move from the parameter to the module with the first forward pass
+        scales = [getattr(holder, "SCB", None) for holder in (weight, getattr(module, "state", None))]
+        scale = next((scale for scale in scales if scale is not None), None)
+        return None if scale is None else weight.detach().float() * scale.float().view(-1, 1) / 127
+    state = getattr(weight, "quant_state", None)
+    # What is laid out anew for the CPU's kernels can no longer be unpacked.
+    if kind == "Params4bit" and state is not None and not getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.detach(), state)
+    return None
+
+
+# ---- the broadcasts of DDP -------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
 class AdapterBuffers(Collection[str]):
     """The names of the buffers of all adapters of a model at present, and what was there before.
 
     Names are looked up anew each time: fitting, loading and deleting change them.
 
-    Args:
+    Attributes:
         model: The base model.
         others: Names that someone else wants ignored.
     """
 
-    def __init__(self, model: nn.Module, others: Collection[str]) -> None:
-        self._model = (model,)
-        self.others = others
+    model: nn.Module
+    others: Collection[str]
 
     def __iter__(self) -> Iterator[str]:
         yield from self.others
-        for path, module in self._model[0].named_modules():
+        for path, module in self.model.named_modules():
             if isinstance(module, AdapterChild):
                 for name, _ in module.named_buffers(prefix=path):
                     yield name

@@ -16,9 +16,8 @@ from torch import nn
 from ..loading.file_checks import refuse_unseen
 from ..loading.fingerprint import check_base
 from ..loading.key_renaming import rename_fitted, renaming
-from .auxiliary import ActiveCopies
-from .config import ChildConfig
-from .field_checks import as_names, check_patterns
+from .acting import ActiveCopies
+from .config import ChildConfig, as_names, check_patterns
 from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children
 from .placement import enter_in_device_map, keep_from_broadcast
 
@@ -85,9 +84,9 @@ class ChildTuner(BaseTuner):
             kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
             copies.hand_on(adapter_name, but=kin)
             refuse_copies(model, adapter_name)
-            self._complete(model, adapter_name)
-            if kwargs.get("state_dict") is None:  # which would be a wish for some of the modules
-                _check_complete(model, adapter_name, config)
+            # Tensors that are given along are a wish for some of the modules.
+            wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
+            self._check_complete(config, adapter_children(model, adapter_name), wanted)
             enter_in_device_map(model, adapter_name)
             note_adapters(model)
         except BaseException:
@@ -154,8 +153,17 @@ class ChildTuner(BaseTuner):
         refuse_container(path, target)
         return ()
 
-    def _complete(self, model: nn.Module, adapter_name: str) -> None:
-        """What is left to do when every child is in its place."""
+    def _check_complete(self, config: Any, children: list[AdapterChild], wanted: list[str]) -> None:
+        """A fitted adapter acts wherever it was fitted; a part of it that got no child would be missing in silence."""
+        kind, places = type(self.model).__name__, {child.path for child in children}
+        if not children:  # some releases of PEFT say so of a model's first adapter only
+            raise ValueError(f"target_modules={config.target_modules!r} not found in {kind}.")
+        left_out = [name for name in wanted if name not in places]
+        if left_out:
+            raise ValueError(
+                f"The {config.described} acts at {left_out[0]!r} and {len(left_out) - 1} other modules that no adapter "
+                f"can be put on in this {kind}."
+            )
 
     def _keys_of_hosts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child."""
@@ -389,7 +397,7 @@ def out_of_sight(model: nn.Module) -> Iterator[None]:
     kept = [(host, dict(host._modules)) for host in hosts.values()]
     try:
         for host, _ in kept:
-            for kind in _kinds():
+            for kind in AdapterChild.__subclasses__():
                 host._modules.pop(kind.child_name, None)
         yield
     finally:
@@ -418,7 +426,7 @@ def exactly(names: list[str], model: nn.Module) -> Any:
 
 def is_child(key: str) -> bool:
     """Whether a module's name is that of a child, or of something inside one."""
-    return any(kind.child_name in key.split(".") for kind in _kinds())
+    return any(kind.child_name in key.split(".") for kind in AdapterChild.__subclasses__())
 
 
 def keep_layers(names: list[str], config: Any) -> list[str]:
@@ -451,10 +459,6 @@ def refuse_container(path: str, module: nn.Module) -> None:
         )
 
 
-def _kinds(kind: type[AdapterChild] = AdapterChild) -> list[type[AdapterChild]]:
-    return [known for child in kind.__subclasses__() for known in (child, *_kinds(child))]
-
-
 def _check_base(model: nn.Module, config: Any) -> None:
     """`check_base`, and what to do where weights differ because something is merged into them."""
     try:
@@ -481,20 +485,8 @@ def _check_lists(config: Any, model: nn.Module) -> None:
             )
 
 
-def _check_complete(model: nn.Module, adapter_name: str, config: Any) -> None:
-    """A fitted adapter acts wherever it was fitted; a part of it that got no child would be missing in silence."""
-    if config.fitted:
-        places = {child.path for child in adapter_children(model, adapter_name)}
-        left_out = [name for name in config.fitted_modules if name not in places]
-        if left_out:
-            raise ValueError(
-                f"The {config.described} acts at {left_out[0]!r} and {len(left_out) - 1} other modules that no adapter "
-                f"can be put on in this {type(model).__name__}."
-            )
-
-
 def _check_name(name: str, model: nn.Module) -> None:
-    for kind in _kinds():
+    for kind in AdapterChild.__subclasses__():
         prefix = f"{kind.child_name}_"
         if "." in name or prefix in name or name in ("", kind.child_name):
             raise ValueError(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_erasure.erasers.inlp import ROUNDS
 
-from ..common.config import FLOATS, ChildConfig
-from ..common.field_checks import short
-from ..common.files import target_of
+from ..common.config import FLOATS, ChildConfig, short
 from ..registration import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -55,6 +52,8 @@ class ConceptErasureConfig(ChildConfig):
     """
 
     noun: ClassVar[str] = "concept erasure"
+    remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
+    own_type = CONCEPT_ERASURE
 
     concept: str = field(default="concept", metadata={"help": "What is erased, in a word."})
     labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
@@ -63,29 +62,27 @@ class ConceptErasureConfig(ChildConfig):
         default=None,
         metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all norms of the blocks, final norm."},
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     site: str = field(default="output", metadata={"help": "'output' or 'input' of the targets."})
     method: str = field(default="leace", metadata={"help": "'leace', 'orth', 'mean_projection' or 'inlp'."})
     affine: bool = field(default=True, metadata={"help": "Keep the mean of the activations."})
     rank: int | None = field(default=None, metadata={"help": "At most so many directions a site."})
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "Written by fitting."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = CONCEPT_ERASURE
-        self._check_types()
-        self._as_sets()
+    def _check(self) -> None:
         self._check_choices()
         self._check_concept()
-        self._check_layers()
         if self.fitted and not self.fitted_sites:
             raise ValueError(
                 "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config; in a "
                 "loaded adapter_config.json their absence means the file is damaged."
             )
-        self._check_sites()
+        for name, size in (self.fitted_sites or {}).items():
+            width, rank = size.get("width", -1), size.get("rank", -1)
+            if size.keys() != {"width", "rank"} or not 0 <= rank <= width:
+                raise ValueError(
+                    f"fitted_sites has {short(size)} at {name!r}, which is not a width with a rank of at most that. "
+                    "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
+                )
 
     def take_fitted(self, saved: Any) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted.
@@ -96,15 +93,6 @@ class ConceptErasureConfig(ChildConfig):
         super().take_fitted(saved)
         if saved.fitted and saved.site != self.site:
             raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, and not for {self.site!r}.")
-
-    def _check_sites(self) -> None:
-        for name, size in (self.fitted_sites or {}).items():
-            width, rank = size.get("width", -1), size.get("rank", -1)
-            if size.keys() != {"width", "rank"} or not 0 <= rank <= width:
-                raise ValueError(
-                    f"fitted_sites has {short(size)} at {name!r}, which is no width with a rank of at most that. "
-                    "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
-                )
 
     def _check_choices(self) -> None:
         if self.method == "rlace":
@@ -149,11 +137,6 @@ class ConceptErasureConfig(ChildConfig):
         return f"erasure of {self.concept!r}"
 
     @property
-    def remedy(self) -> str:
-        """What to call so that the adapter is fitted."""
-        return "Call fit_concept_erasure(model, batches, adapter_name=…)."
-
-    @property
     def fitted_modules(self) -> Iterable[str]:
         """Names of the sites."""
         return self.fitted_sites or {}
@@ -195,13 +178,3 @@ class ConceptErasureConfig(ChildConfig):
         if self.method == "inlp":
             return needed * ROUNDS if self.rank is None else self.rank
         return needed if self.rank is None else min(self.rank, needed)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; warns when there is no eraser to go with it."""
-        if not self.fitted:
-            warnings.warn(
-                f"The erasure of {self.concept!r} saved to {target_of(save_directory)} was never fitted: loaded again "
-                "it changes nothing. Call fit_concept_erasure(model, batches, adapter_name=…) first.",
-                stacklevel=2,
-            )
-        super().save_pretrained(save_directory, **kwargs)

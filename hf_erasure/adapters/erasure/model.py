@@ -13,12 +13,12 @@ from typing import Any
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from ..common.field_checks import as_names
+from ..common.config import as_names
 from ..common.layer import Rows
 from ..common.tuner import ChildTuner, keep_layers
 from ..merging.plan import merge
 from .config import ConceptErasureConfig
-from .layer import ErasureLayer, erasure_layers
+from .layer import ErasureLayer
 
 # Norms registered before the blocks are those of the embeddings, unless their name says that they come last.
 _LAST = re.compile(r"final|last|post|(^|_)f$")
@@ -48,11 +48,6 @@ class ConceptErasureModel(ChildTuner):
         if isinstance(target, nn.Embedding) and config.site == "input":
             raise ValueError(f"{path!r} takes token ids, which hold no activation to erase: use site='output'.")
         return super()._what_to_add(config, target, path)
-
-    def _complete(self, model: nn.Module, adapter_name: str) -> None:
-        if not erasure_layers(model, adapter_name):  # some releases of PEFT say so of a model's first adapter only
-            config = self.peft_config[adapter_name]
-            raise ValueError(f"target_modules={config.target_modules!r} not found in {type(model).__name__}.")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write erasers into the weights, at every site or, if one refuses, at none.

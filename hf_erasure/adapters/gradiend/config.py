@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import FLOATS, INDICES, ChildConfig
-from ..common.field_checks import fits, short
-from ..common.files import target_of
+from ..common.config import FLOATS, INDICES, ChildConfig, fits, short
 from ..registration import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
@@ -60,6 +57,8 @@ class GradiendConfig(ChildConfig):
 
     noun: ClassVar[str] = "GRADIEND adapter"
     example: ClassVar[str] = "GradiendConfig(feature=…, classes=[…])"
+    remedy: ClassVar[str] = "Call GradiendTrainer(model, …, train_dataset=pairs).train()."
+    own_type = GRADIEND
 
     feature: str = field(default="feature", metadata={"help": "What the feature is, in a word."})
     classes: list[str] | None = field(default=None, metadata={"help": "Names of its classes."})
@@ -67,9 +66,6 @@ class GradiendConfig(ChildConfig):
         default=None,
         metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all of the base model but heads."},
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     density: float = field(default=0.01, metadata={"help": "The share of the weights that is changed."})
     keep_encoder: bool = field(default=False, metadata={"help": "Save what reads the feature off a gradient too."})
     feature_factor: float = field(default=1.0, metadata={"help": "h in W + α (h Wd + bd)."})
@@ -80,14 +76,9 @@ class GradiendConfig(ChildConfig):
     fitted_parameters: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
     encoders: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = GRADIEND
-        self._check_types()
-        self._as_sets()
+    def _check(self) -> None:
         self._check_classes()
         self._check_numbers()
-        self._check_layers()
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
         if self.fitted and not (self.fitted_parameters and self.pairs and self.encoders):
@@ -121,22 +112,22 @@ class GradiendConfig(ChildConfig):
             )
         for pair in [*([self.pair] if self.pair is not None else []), *(self.pairs or [])]:
             if isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f"{pair!r} is no pair of classes: write two names, as in ['female', 'male'].")
+                raise ValueError(f"{pair!r} is not a pair of classes: write two names, as in ['female', 'male'].")
             unknown = [name for name in pair if classes is not None and name not in classes]
             if unknown:
-                raise ValueError(f"pair {list(pair)!r} has {unknown[0]!r}, which is none of classes={classes!r}.")
+                raise ValueError(f"pair {list(pair)!r} has {unknown[0]!r}, which is not among classes={classes!r}.")
 
     def _check_fitted(self) -> None:
         """What fitting writes; in a file it may be anything."""
         for name, size in (self.fitted_parameters or {}).items():
             if not _is_size(size):
                 raise ValueError(
-                    f"fitted_parameters has {short(size)} at {name!r}, which is no shape with the number of entries "
+                    f"fitted_parameters has {short(size)} at {name!r}, which is not a shape with the number of entries "
                     "kept. Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
                 )
         for encoder in self.encoders or []:
             if not _is_encoder(encoder):
-                raise ValueError(f"encoders has {short(encoder)}, which is no encoder: the file is damaged.")
+                raise ValueError(f"encoders has {short(encoder)}, which is not an encoder: the file is damaged.")
         if self.fitted and len(self.encoders or []) != len(self.pairs or []):
             raise ValueError(
                 f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}: the file is damaged."
@@ -147,7 +138,7 @@ class GradiendConfig(ChildConfig):
             raise ValueError(f"density={self.density} is not a share of the weights: write a number in (0, 1].")
         for name in ("feature_factor", "learning_rate"):
             if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} is no finite number.")
+                raise ValueError(f"{name}={getattr(self, name)} is not a finite number.")
         refuse_beyond_float32(self.feature_factor, self.learning_rate)
 
     def pair_index(self, pair: Iterable[str] | None) -> int:
@@ -173,11 +164,6 @@ class GradiendConfig(ChildConfig):
     def described(self) -> str:
         """The adapter in the words of a message."""
         return f"GRADIEND of {self.feature!r}"
-
-    @property
-    def remedy(self) -> str:
-        """What to call so that the adapter is fitted."""
-        return "Call GradiendTrainer(model, …, train_dataset=pairs).train()."
 
     @property
     def fitted_modules(self) -> Iterable[str]:
@@ -211,16 +197,6 @@ class GradiendConfig(ChildConfig):
             if count is not None:
                 parts[kinds[-1]] = (count,), INDICES
         return parts
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; warns when there is no feature to go with it."""
-        if not self.fitted:
-            warnings.warn(
-                f"The {self.described} saved to {target_of(save_directory)} was never fitted: loaded again it "
-                f"changes nothing. {self.remedy}",
-                stacklevel=2,
-            )
-        super().save_pretrained(save_directory, **kwargs)
 
 
 def refuse_beyond_float32(feature_factor: float, learning_rate: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.quantised import is_quantised
+from ..common.placement import is_quantised
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..common.config import INDICES
 from ..common.layer import AdapterChild, StateDict, innermost
-from ..common.placement import held, owns_offloaded
-from ..common.quantised import FLOAT_FIRST, is_quantised
+from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
 from .edit import UndoRecord, WeightEdit, why_not_editable, write

@@ -9,8 +9,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..common.layer import Rows, innermost
-from ..common.quantised import FLOAT_FIRST, is_quantised, quantised_modules
+from ..common.layer import AdapterChild, Rows, innermost
+from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
 from ..common.tuner import ChildTuner, exactly, keep_layers, refuse_container
 from .config import GradiendConfig
 from .edit import squares_of_change
@@ -110,9 +110,8 @@ class GradiendModel(ChildTuner):
             f"exclude_modules={quantised_modules(self.model)}."
         )
 
-    def _complete(self, model: nn.Module, adapter_name: str) -> None:
-        config: Any = self.peft_config[adapter_name]
-        at = [layer.path for layer in self._children() if adapter_name in layer.adapters]
+    def _check_complete(self, config: Any, children: list[AdapterChild], wanted: list[str]) -> None:
+        at = [child.path for child in children]
         if not at:
             raise ValueError(
                 f"target_modules={config.target_modules!r} matches no module that owns parameters itself: name the "
@@ -123,7 +122,8 @@ class GradiendModel(ChildTuner):
                 refuse_container(path, module)
         if config.fitted_parameters is None:
             # PEFT shortens long lists to suffixes, and takes "embed_tokens" for a wish to save the embeddings too.
-            config.target_modules = exactly(at, model)
+            config.target_modules = exactly(at, self.model)
+        super()._check_complete(config, children, wanted)
 
     # ---- merging: the whole adapter, or nothing of it ----------------------------------------------------------------
 

@@ -26,8 +26,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from torch import nn
 
-from ..common.config import ChildConfig
-from ..common.field_checks import fits, short
+from ..common.config import ChildConfig, fits, short
 from ..common.files import CONFIG, PICKLE, WEIGHTS
 from .key_renaming import prefix_of, rename_tensors
 

@@ -26,10 +26,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..common.config import ChildConfig
-from ..common.field_checks import fits, short
-from ..common.placement import value_of, why_not_reachable
-from ..common.quantised import dequantised, is_quantised
+from ..common.config import ChildConfig, fits, short
+from ..common.placement import dequantised, is_quantised, value_of, why_not_reachable
 from ..merging.formulas import is_sharded, shared_weights
 from .key_renaming import absent, prefix_of
 

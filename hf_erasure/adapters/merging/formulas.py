@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 from transformers.pytorch_utils import Conv1D
 
-from ..common.placement import is_offloaded, why_not_reachable
-from ..common.quantised import FLOAT_FIRST, has_quantised
+from ..common.placement import FLOAT_FIRST, has_quantised, is_offloaded, why_not_reachable
 
 
 @dataclass(frozen=True)

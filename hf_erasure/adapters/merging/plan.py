@@ -14,8 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..common.placement import is_offloaded, owns_offloaded, value_of, values_of
-from ..common.quantised import FLOAT_FIRST, has_quantised
+from ..common.placement import FLOAT_FIRST, has_quantised, is_offloaded, owns_offloaded, value_of, values_of
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import GradiendLayer
 from .check import Probe, check_drift

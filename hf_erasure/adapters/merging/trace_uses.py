@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..common.quantised import has_quantised
+from ..common.placement import has_quantised
 from ..erasure.layer import ErasureLayer, erasure_layers
 from .check import Probe
 from .formulas import why_not_mergeable

@@ -67,9 +67,9 @@ GRADIENDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pairs without encoders": (lambda f: rewrite(f, pairs=[["female", "male"]] * 2), "There are 1 encoders for pairs"),
     "an encoder of code": (
         lambda f: rewrite(f, encoders=[_encoders(f)[0] | {"activation": "__import__"}]),
-        "no encoder",
+        "not an encoder",
     ),
-    "an encoder of text": (lambda f: rewrite(f, encoders=[_encoders(f)[0] | {"scale": "1"}]), "no encoder"),
+    "an encoder of text": (lambda f: rewrite(f, encoders=[_encoders(f)[0] | {"scale": "1"}]), "not an encoder"),
     "an endless learning rate": (lambda f: rewrite(f, learning_rate=1e300), "beyond what float32 can hold"),
     "a strength of text": (lambda f: rewrite(f, feature_factor="1"), "feature_factor='1' .* must be float"),
     "an unknown pair": (lambda f: rewrite(f, pair=["male", "female"]), "was not fitted"),
