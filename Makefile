@@ -20,7 +20,7 @@ HF_ERASURE_TEST_ASSETS ?= ../shared/assets
 override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
 export HF_ERASURE_TEST_ASSETS
 
-.PHONY: help demo test test-oldest test-newest test-processors matrix docs docs-tables notebooks release-check lint format bench clean
+.PHONY: help demo test test-oldest test-newest test-processors matrix docs docs-tables notebooks release-check figures lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \t\2/p' Makefile
@@ -123,6 +123,10 @@ notebooks: $(VENV)/.test  ## run the notebooks of the documentation and keep wha
 # RELEASE_ARGS="--borrow SITE_PACKAGES" saves the installation of the dependencies.
 release-check: $(VENV)/.release  ## build wheel and sdist, and try them in a clean environment (TAG=v0.1.0 for a release)
 	$(BIN)/python -m tests.release $(if $(TAG),--tag $(TAG)) $(RELEASE_ARGS)
+
+figures: $(VENV)/.test  ## print how much code there is, and how many files and functions each call goes through
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.house
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.walk
 
 lint: $(VENV)/.test  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -89,13 +89,14 @@ def imported_by(node: ast.AST, package: tuple[str, ...]) -> list[str]:
 
 def imported(path: Path) -> set[str]:
     """Absolute names of all modules that a file imports."""
-    return {name for node, _, _ in nodes(path) for name in imported_by(node, package_of(path))}
+    package = package_of(path)
+    return {name for node, _, _ in nodes(path) for name in imported_by(node, package)}
 
 
 @functools.cache
 def nodes(path: Path) -> tuple[tuple[Any, str, bool], ...]:
     """Every node of a file, the function around it, and whether it is part of a constant of the module."""
-    found = []
+    found, tree = [], tree_of(path)
 
     def look(node: ast.AST, around: str, function: str, constant: bool) -> None:
         for child in ast.iter_child_nodes(node):
@@ -104,25 +105,26 @@ def nodes(path: Path) -> tuple[tuple[Any, str, bool], ...]:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 named = f"{around}.{child.name}".lstrip(".")
                 inside = function if isinstance(child, ast.ClassDef) else named
-            look(child, named, inside, constant or _is_constant(node, child))
+            look(child, named, inside, constant or (node is tree and _is_constant(child)))
 
-    look(tree_of(path), "", "", False)
+    look(tree, "", "", False)
     return tuple(found)
 
 
-def _is_constant(above: ast.AST, node: ast.AST) -> bool:
+def _is_constant(node: ast.AST) -> bool:
+    """Whether a statement assigns to names in capitals."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-    return isinstance(above, ast.Module) and bool(names) and all(re.fullmatch(r"_?[A-Z][A-Z0-9_]*", n) for n in names)
+    return bool(names) and all(re.fullmatch(r"_?[A-Z][A-Z0-9_]*", n) for n in names)
 
 
 def imports_in_functions() -> list[Place]:
     """Imports of this package inside a function."""
     found = []
     for path in files():
+        package = package_of(path)
         for node, function, _ in nodes(path):
-            own = [name for name in imported_by(node, package_of(path)) if name.partition(".")[0] == NAME]
-            if own and function:
+            if function and any(name.partition(".")[0] == NAME for name in imported_by(node, package)):
                 taken = ", ".join(alias.name for alias in node.names)
                 found.append(Place(path.relative_to(PACKAGE), node.lineno, function, taken))
     return found

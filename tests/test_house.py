@@ -98,17 +98,17 @@ WRITTEN_ONCE: dict[str, Callable[[str | int], bool]] = {
 # How often it is written, where that is more than once or in a function. To be emptied.
 WRITTEN_OFTEN = {
     "the configuration's file": 4,
-    "the tensors' file": 5,
+    "the tensors' file": 4,
     "the pickled tensors' file": 2,
     "the card's file": 2,
     "what PEFT puts before a name": 5,
-    "the names of an erasure's tensors": 5,
+    "the names of an erasure's tensors": 2,
     "the names of a GRADIEND's tensors": 3,
-    "the id of no label": 4,
+    "the id of no label": 2,
 }
 
 # Not more than today; every step of the redesign lowers them, down to the goals in `tests.house`.
-MOST_LINES, MOST_FILES = 32_887, 180
+MOST_LINES, MOST_FILES = 32_423, 172
 
 
 # ---- arrows ----------------------------------------------------------------------------------------------------------

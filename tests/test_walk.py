@@ -5,21 +5,22 @@ from __future__ import annotations
 import pytest
 
 import hf_erasure
-from tests.house import wrapped
+from tests.house import imports_in_functions, literals, wrapped
+from tests.test_house import IMPORTS_IN_FUNCTIONS, WRITTEN_OFTEN, WRITTEN_ONCE
 from tests.walk import CALLS, GOALS, listing, measured
 
 # Files and functions. Every step of the redesign lowers them, down to `GOALS`.
 LIMITS = {
-    "add_adapter": (15, 76),
-    "fit_concept_erasure, sequential": (36, 218),
-    "fit_concept_erasure, one pass": (34, 202),
-    "forward with erasure": (5, 15),
-    "save_pretrained": (19, 110),
-    "load_adapter": (22, 149),
-    "GradiendTrainer.train": (33, 195),
-    "select, 1 × 1": (23, 128),
-    "steer": (8, 21),
-    "forward with GRADIEND": (6, 23),
+    "add_adapter": (13, 75),
+    "fit_concept_erasure, sequential": (32, 191),
+    "fit_concept_erasure, one pass": (29, 172),
+    "forward with erasure": (4, 13),
+    "save_pretrained": (19, 113),
+    "load_adapter": (19, 147),
+    "GradiendTrainer.train": (32, 194),
+    "select, 1 × 1": (20, 126),
+    "steer": (7, 19),
+    "forward with GRADIEND": (6, 21),
 }
 MOST_WRAPPED = 37
 
@@ -37,6 +38,17 @@ def test_goals_are_for_calls_that_are_measured():
 def test_no_more_functions_of_other_packages_are_wrapped():
     found = wrapped()
     assert len(found) <= MOST_WRAPPED, "\n".join(sorted(found))
+
+
+def test_what_the_house_still_allows_is_still_there():
+    """Not in `test_house`, which runs at every step: for a while the lists may be longer than they need to be."""
+    left: dict[str, set[str]] = {}
+    for place in imports_in_functions():
+        left.setdefault(place.function, set()).update(place.says.split(", "))
+    assert left == IMPORTS_IN_FUNCTIONS, "take out of IMPORTS_IN_FUNCTIONS what is gone"
+    found = {what: [place for value, place in literals() if is_it(value)] for what, is_it in WRITTEN_ONCE.items()}
+    often = {what: len(places) for what, places in found.items() if len(places) > 1 or not places[0].is_constant}
+    assert often == WRITTEN_OFTEN, "lower the counts in WRITTEN_OFTEN, and take out what is written once by now"
 
 
 def test_public_names_can_be_had():

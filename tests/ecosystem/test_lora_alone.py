@@ -1,0 +1,126 @@
+"""A program that uses LoRA alone sees nothing of `import hf_erasure`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ecosystem.lora_alone import BEGINS, PARTS
+
+SCRIPT = Path(__file__).with_name("lora_alone.py")
+ROOT = Path(__file__).parents[2]
+# Trainer prints how long it took.
+TIMES = re.compile(r"'(\w+_runtime|\w+_per_second)': '[^']*'")
+
+# What differs today, by the wrapper that causes it. To be emptied.
+REPAIRED = "PeftAdapterMixin.add_adapter takes back what a call left behind that was given no configuration of PEFT"
+ORDINARY = "add_adapter and load_adapter make ordinary parameters in inference mode, which PeftModel() and PEFT do not"
+STAGED = "PreTrainedModel.save_pretrained writes all of a save or nothing"
+KNOWN = {
+    "seen": {
+        "mixin_errors: no such module": REPAIRED,
+        "otherwise: PEFT in inference mode": ORDINARY,
+        "otherwise: mixin made in inference mode": ORDINARY,
+        "otherwise: peft made in inference mode": ORDINARY,
+    },
+    "warned": {},
+    "files": {"mixin failed/generation_config.json": STAGED},
+    "logs": {
+        "[transformers] Configuration saved in mixin failed/generation_config.json": STAGED,
+        "[transformers] Detected adapters on the model, saving the model in the PEFT format, only adapter weights will "
+        "be saved.": STAGED,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was seen in a run, and what it printed after its imports."""
+
+    found: dict[str, Any]
+    printed: str
+    logs: list[str]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """A run without `import hf_erasure`, and one with it, side by side in two folders."""
+    ways = {"without": [], "with": ["plugin"]}
+    folders = {way: tmp_path_factory.mktemp(way) for way in ways}
+    started = {way: _start(folders[way], words) for way, words in ways.items()}
+    try:
+        return tuple(_ended(started[way], folders[way]) for way in ways)
+    finally:
+        for process in started.values():
+            process.kill()
+
+
+def _start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:
+    (folder / "work").mkdir()
+    # The order of a set's texts, in which PEFT writes the names of modules, is that of their hashes.
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "info",
+    }
+    command = [sys.executable, str(SCRIPT), str(folder / "result.json"), *words]
+    with (folder / "printed").open("w") as printed, (folder / "logs").open("w") as logs:
+        return subprocess.Popen(command, env=environment, cwd=folder / "work", stdout=printed, stderr=logs)
+
+
+def _ended(process: subprocess.Popen[bytes], folder: Path) -> Run:
+    status = process.wait(timeout=400)
+    printed, logs = ((folder / name).read_text(encoding="utf-8") for name in ("printed", "logs"))
+    assert status == 0, logs
+    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return Run(found, _after(printed), _after(logs).splitlines())
+
+
+def _after(printed: str) -> str:
+    return TIMES.sub(r"'\1'", printed.partition(f"{BEGINS}\n")[2])
+
+
+def _differences(without: dict[str, Any], given: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:
+    """What is not the same, and not known; what is known and is the same by now is named too."""
+    keys = dict.fromkeys([*without, *given])
+    found = {key: (without.get(key), given.get(key)) for key in keys if without.get(key) != given.get(key)}
+    settled = {key: "is the same by now: take it out of KNOWN" for key in known if key not in found}
+    return {key: values for key, values in found.items() if key not in known} | settled
+
+
+@pytest.mark.parametrize("what", ["seen", "warned", "files"])
+def test_a_program_with_lora_alone_sees_the_same(runs: tuple[Run, Run], what: str):
+    without, given = runs
+    assert not _differences(without.found[what], given.found[what], KNOWN[what])
+
+
+def test_it_prints_and_logs_the_same(runs: tuple[Run, Run]):
+    without, given = runs
+    assert without.printed == given.printed
+    assert [line for line in without.logs if line not in KNOWN["logs"]] == [
+        line for line in given.logs if line not in KNOWN["logs"]
+    ]
+    assert (without.logs == given.logs) == (not KNOWN["logs"]), "take what is the same by now out of KNOWN"
+
+
+def test_there_is_something_to_see(runs: tuple[Run, Run]):
+    without, given = runs
+    parts = {part.__name__ for part in PARTS}
+    for run in (without, given):
+        assert {key.partition(":")[0] for key in run.found["seen"]} == set(run.found["warned"]) == parts
+        assert sum(map(len, run.found["warned"].values())) > 20
+    assert {"mixin one/adapter_model.safetensors", "trainer peft whole/checkpoint-2/optimizer.pt"} <= set(
+        given.found["files"]
+    )
+    assert len(given.logs) > 100
