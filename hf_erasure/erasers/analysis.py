@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .batch_rows import infer_z_dim, read_rows
 from .moments import ConceptMoments
+from .statistics import infer_z_dim, read_rows
 from .whitening import check_shrinkage, oas_shrinkage, whiten_concept
 
 

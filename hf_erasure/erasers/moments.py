@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .apply import apply_erasure
-from .batch_rows import infer_z_dim, read_rows
 from .inlp import check_probe, check_rounds, inlp_factors, ridge_factor
 from .leace import leace_factors
 from .mean_projection import mean_projection_factors
 from .orth import orth_factors
 from .packed_covariance import PackedGram
-from .statistics import Sums, centred_products, read_state, sum_rows, write_state
+from .statistics import Sums, centred_products, infer_z_dim, read_rows, read_state, sum_rows, write_state
 from .whitening import (
     EXACT,
     Spread,
@@ -165,7 +164,7 @@ class ConceptMoments:
             device: Where the statistics live; None for the device of the first rows.
 
         Raises:
-            TypeError: If a dimension is no int.
+            TypeError: If a dimension is not an int.
             ValueError: If `x_dim` is below 1 or `z_dim` below 0.
         """
         for name, value, least in (("x_dim", x_dim, 1), ("z_dim", z_dim, 0)):
@@ -201,7 +200,7 @@ class ConceptMoments:
             These moments. A batch none of whose rows counts changes nothing.
 
         Raises:
-            TypeError: If an argument is no tensor or holds the wrong kind of numbers.
+            TypeError: If an argument is not a tensor or holds the wrong kind of numbers.
             ValueError: If a shape does not fit, the batch is empty, a class id is out of range, or a counted row holds
                 NaN or infinity.
         """
@@ -225,7 +224,7 @@ class ConceptMoments:
         """Add the rows of other moments, which stay as they are.
 
         Raises:
-            TypeError: If `other` is no `ConceptMoments`.
+            TypeError: If `other` is not `ConceptMoments`.
             ValueError: If its dimensions differ.
         """
         if not isinstance(other, ConceptMoments):
@@ -486,7 +485,7 @@ class ConceptMoments:
             A frozen eraser, independent of these moments.
 
         Raises:
-            TypeError: If `background` is no `ConceptMoments` or `rank` no int.
+            TypeError: If `background` is not `ConceptMoments` or `rank` not an int.
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
         """
         _check_options(method, rank, rounds, background_weight)
@@ -506,7 +505,9 @@ class ConceptMoments:
                 stacklevel=4,  # past the two decorators above
             )
         columns = concept_columns(self.cross_covariance, self.covariance_z, own)
-        spread, mean = self._surroundings(own, background, background_weight)
+        spread, mean = own, self.mean_x
+        if background is not None:
+            spread, mean = self._surroundings(own, background, background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
         elif method == "mean_projection":
@@ -553,10 +554,8 @@ class ConceptMoments:
         columns = self.cross_covariance @ whiten_concept(self.covariance_z)
         return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
 
-    def _surroundings(self, own: Spread, background: ConceptMoments | None, share: float) -> tuple[Spread, Tensor]:
-        """Σ and mean of what should stay as it is."""
-        if background is None:
-            return own, self.mean_x
+    def _surroundings(self, own: Spread, background: ConceptMoments, share: float) -> tuple[Spread, Tensor]:
+        """Σ and mean of what should stay as it is: a share of the background's, and the rest these moments' own."""
         if not isinstance(background, ConceptMoments):
             raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
         if background._x_dim != self._x_dim:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, one_hot
 
-from .batch_rows import infer_z_dim, read_rows
 from .inlp import beyond, check_rounds
 from .moments import FITS_ON_ROWS, ConceptMoments, Eraser
+from .statistics import infer_z_dim, read_rows
 
 # A probe that saves less than this share of the entropy of the concept knows nothing.
 _GAIN = 1e-3

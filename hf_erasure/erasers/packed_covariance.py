@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -25,23 +26,21 @@ class PackedGram:
         # Measured on CPU: narrower blocks run slower, wider ones waste more below the diagonal.
         self.dim = dim
         self.block = 128 if dim <= 1024 else 256
+        self._edges = [(start, min(start + self.block, dim)) for start in range(0, dim, self.block)]
         self.values = self.empty(torch.float64, device).zero_()
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised values in this layout."""
-        size = sum(stop * (stop - start) for start, stop in self._edges())
+        size = sum(stop * (stop - start) for start, stop in self._edges)
         return torch.empty(size, dtype=dtype, device=device)
 
     def columns(self, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Every block column `[:stop, start:stop]` of a matrix in this layout, as `(start, stop, view)`."""
         offset = 0
-        for start, stop in self._edges():
+        for start, stop in self._edges:
             size = stop * (stop - start)
             yield start, stop, values[offset : offset + size].view(stop, stop - start)
             offset += size
-
-    def _edges(self) -> list[tuple[int, int]]:
-        return [(start, min(start + self.block, self.dim)) for start in range(0, self.dim, self.block)]
 
     def products(self, rows: Tensor, out: Tensor, *, add: bool) -> None:
         """`out (+)= rowsᵀ rows` for rows `(n, dim)`, in their dtype."""
@@ -67,8 +66,8 @@ class PackedGram:
 
     def like(self, values: Tensor) -> PackedGram:
         """A matrix of the same size that holds `values`."""
-        other = PackedGram.__new__(PackedGram)
-        other.dim, other.block, other.values = self.dim, self.block, values
+        other = copy.copy(self)
+        other.values = values
         return other
 
     @property

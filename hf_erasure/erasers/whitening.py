@@ -19,19 +19,15 @@ def product_dtype(x_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     Where a process has allowed matrix products below float32 (TF32, bfloat16), float64 is used instead: switching the
     process-wide setting back and forth would reach other threads.
     """
-    if x_dtype == torch.float64 or _reduced(device):
-        return torch.float64
-    return torch.float32
-
-
-def _reduced(device: torch.device) -> bool:
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn
     setting = getattr(getattr(backend, "matmul", backend), "fp32_precision", None)
     if setting is not None:
-        return setting in ("tf32", "bf16")
-    if device.type == "cuda":
-        return bool(torch.backends.cuda.matmul.allow_tf32)
-    return torch.get_float32_matmul_precision() == "medium"
+        is_reduced = setting in ("tf32", "bf16")
+    elif device.type == "cuda":
+        is_reduced = torch.backends.cuda.matmul.allow_tf32
+    else:
+        is_reduced = torch.get_float32_matmul_precision() == "medium"
+    return torch.float64 if is_reduced or x_dtype == torch.float64 else torch.float32
 
 
 def significance(resolution: float) -> float:
@@ -40,11 +36,6 @@ def significance(resolution: float) -> float:
     Sampling noise lies far above it: a correlation of 1e-6 would take 10¹² rows to tell from chance.
     """
     return 1e-12 if resolution <= EXACT else 1e-6
-
-
-def first_jitter(resolution: float) -> float:
-    """What is added to the diagonal of a correlation matrix before it is factored."""
-    return 1e-13 if resolution <= EXACT else 1e-7
 
 
 def variance_floor(resolution: float) -> float:
@@ -137,7 +128,8 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
         ValueError: If `shrinkage` is unknown or the covariance is not finite.
     """
     check_shrinkage(shrinkage)
-    jitter, sigma = first_jitter(spread.resolution), spread.sigma
+    # What is added to the diagonal of the correlation matrix, in units of a variance of one.
+    jitter, sigma = 1e-13 if spread.resolution <= EXACT else 1e-7, spread.sigma
     # A feature that a background never moves still needs a scale, and the rows of the concept give one. A feature that
     # moves nowhere gets none: it is neither read nor changed.
     diagonal = torch.maximum(sigma.diagonal, jitter * _trusted(spread.variance))

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from hf_erasure.erasers.batch_rows import IGNORED
+from hf_erasure.erasers.statistics import IGNORED
 
 from .processes import Processes
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
-from hf_erasure.erasers.batch_rows import IGNORED
+from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
 
 
