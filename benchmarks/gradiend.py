@@ -543,7 +543,7 @@ def train(
     neuron = neuron_of(reader, lr)
 
     def read() -> dict[str, float]:
-        return held.read(lambda gradients: float(neuron.encode(gradients)[0]))
+        return held.read(neuron.encode)
 
     run = Run(dict.fromkeys(aim, math.inf), read(), dict.fromkeys(aim, 0.0))
     batches: list[PairBatch] = []

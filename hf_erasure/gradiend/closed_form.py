@@ -16,19 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import (
-    as_shapes,
-    check_state,
-    flat,
-    flat_blocks,
-    is_finite,
-    pieces,
-    require_blocks,
-    require_finite,
-    sum_of_squares,
-)
+from .blocks import as_shapes, check_state, flat, flat_blocks, is_finite, pieces, require_finite, sum_of_squares
 from .features import Feature, FeatureDecoder, FeatureEncoder
-from .selection import check_density, select
 
 SIGNS = (1, -1)
 CLASS_MEAN = 0.9
@@ -59,28 +48,23 @@ class ClosedFormEstimator:
         """
         self.shapes = as_shapes(shapes)
         self.device = torch.device(device or "cpu")
-        self._means = {part: self._zeros() for part in PARTS}
+        self._means = {
+            part: {
+                name: torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
+                for name, shape in self.shapes.items()
+            }
+            for part in PARTS
+        }
         self._counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
         self._open_source: int | None = None
         self._open_blocks: set[str] = set()
         self._open_targets: dict[str, int] = {}
-
-    def _zeros(self) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(shape.numel(), dtype=torch.float32, device=self.device)
-            for name, shape in self.shapes.items()
-        }
 
     @property
     def batches(self) -> dict[int, int]:
         """Sign to how many source gradients were added."""
         first = next(iter(self.shapes))
         return {sign: self._counts["source", sign][first] for sign in SIGNS}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the four means."""
-        return 4 * sum(4 * shape.numel() for shape in self.shapes.values())
 
     def add_source(self, gradients: Mapping[str, Tensor], sign: int) -> None:
         """Count the source gradient of one single-class batch, brought to unit norm.
@@ -94,7 +78,15 @@ class ClosedFormEstimator:
             ValueError: If a block is missing, has another shape or is not finite, the whole gradient is zero, the sign
                 is neither, or the batch has a source already. Nothing is changed then.
         """
-        blocks, norm = self._read_source(gradients, sign)
+        _check_sign(sign)
+        if self._open_source is not None:
+            raise ValueError("This batch has a source already: call end_batch, or drop_batch, before the next one.")
+        blocks = flat_blocks(gradients, self.shapes, self.device, "The source gradient")
+        squares = {name: sum_of_squares(block) for name, block in blocks.items()}
+        require_finite(squares, "source gradient")
+        norm = math.sqrt(sum(squares.values()))
+        if norm == 0.0:
+            raise ValueError("The source gradient is zero in all blocks: it has no direction; leave this batch out.")
         for name, block in blocks.items():
             self._average("source", sign, name, block, 1.0 / norm)
         self._open_source = sign
@@ -120,27 +112,11 @@ class ClosedFormEstimator:
             raise ValueError(f"The source gradient has the norm {norm}: it has no direction; leave this batch out.")
         if self._open_source is not None or name in self._open_blocks:
             raise ValueError(f"Block {name!r} of the source came already in this batch: call end_batch, or drop_batch.")
-        if name not in self.shapes:
-            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
-        block = flat(name, gradient, self.shapes[name], self.device)
-        if not is_finite(block):
-            require_finite({name: math.nan}, "source gradient")
+        block = self._block(name, gradient, "source gradient")
         self._average("source", sign, name, block, 1.0 / norm)
         self._open_blocks.add(name)
         if len(self._open_blocks) == len(self.shapes):
             self._open_source, self._open_blocks = sign, set()
-
-    def _read_source(self, gradients: Mapping[str, Tensor], sign: int) -> tuple[dict[str, Tensor], float]:
-        _check_sign(sign)
-        if self._open_source is not None:
-            raise ValueError("This batch has a source already: call end_batch, or drop_batch, before the next one.")
-        blocks = flat_blocks(gradients, self.shapes, self.device, "The source gradient")
-        squares = {name: sum_of_squares(block) for name, block in blocks.items()}
-        require_finite(squares, "source gradient")
-        norm = math.sqrt(sum(squares.values()))
-        if norm == 0.0:
-            raise ValueError("The source gradient is zero in all blocks: it has no direction; leave this batch out.")
-        return blocks, norm
 
     def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
         """Count one block of the target of the current batch.
@@ -155,22 +131,22 @@ class ClosedFormEstimator:
             ValueError: If the block is unknown or came already in this batch, the target has another shape or is not
                 finite, or the sign is neither. Nothing is changed then.
         """
-        block = self._read_target(name, gradient, sign)
-        self._average("target", sign, name, block, 1.0)
-        self._open_targets[name] = sign
-
-    def _read_target(self, name: str, gradient: Tensor, sign: int) -> Tensor:
         _check_sign(sign)
-        if name not in self.shapes:
-            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
         if name in self._open_targets:
             raise ValueError(
                 f"Block {name!r} came already in this batch: add a parameter's gradient once it is complete, and call "
                 "end_batch, or drop_batch, between batches."
             )
+        self._average("target", sign, name, self._block(name, gradient, "target"), 1.0)
+        self._open_targets[name] = sign
+
+    def _block(self, name: str, gradient: Tensor, what: str) -> Tensor:
+        """One block as a vector, once it is known to be finite."""
+        if name not in self.shapes:
+            raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
         block = flat(name, gradient, self.shapes[name], self.device)
         if not is_finite(block):
-            require_finite({name: math.nan}, "target")
+            require_finite({name: math.nan}, what)
         return block
 
     def end_batch(self, sign: int) -> None:
@@ -201,25 +177,6 @@ class ClosedFormEstimator:
         self._open_blocks = set()
         self._open_targets = {}
 
-    def update(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor], sign: int) -> None:
-        """Count one single-class batch: `add_source`, every `add_target` and `end_batch`, all or nothing.
-
-        Args:
-            source: Name to source gradient.
-            target: Name to target.
-            sign: +1 or −1, the class of the batch.
-
-        Raises:
-            TypeError: As `add_source`.
-            ValueError: As `add_source` and `add_target`. Nothing is changed then.
-        """
-        blocks, norm = self._read_source(source, sign)
-        require_blocks(target, self.shapes, "The target")
-        targets = {name: self._read_target(name, target[name], sign) for name in self.shapes}
-        for name, block in blocks.items():
-            self._average("source", sign, name, block, 1.0 / norm)
-            self._average("target", sign, name, targets[name], 1.0)
-
     @torch.no_grad()
     def _average(self, part: str, sign: int, name: str, block: Tensor, factor: float) -> None:
         self._counts[part, sign][name] += 1
@@ -227,25 +184,6 @@ class ClosedFormEstimator:
         for mean, piece in pieces(self._means[part, sign][name], block):
             piece = piece.float()
             mean.lerp_(piece if factor == 1.0 else piece * factor, share)
-
-    @torch.no_grad()
-    def merge(self, other: ClosedFormEstimator) -> ClosedFormEstimator:
-        """Add the batches of another estimator over the same blocks; returns itself.
-
-        Raises:
-            ValueError: If the blocks differ, or a batch is open in either.
-        """
-        if self.shapes != other.shapes:
-            raise ValueError("The estimators have different blocks: only shards of one fit can be merged.")
-        for estimator in (self, other):
-            estimator._require_closed("merged")
-        for part in PARTS:
-            for name, mean in self._means[part].items():
-                added = other._counts[part][name]
-                if added:
-                    self._counts[part][name] += added
-                    mean.lerp_(other._means[part][name].to(self.device), added / self._counts[part][name])
-        return self
 
     def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> None:
         """Become, in every process at once, the sum of the estimators that all processes hold; nothing is copied.
@@ -299,40 +237,30 @@ class ClosedFormEstimator:
                 mean.copy_(state[f"{prefix}/{name}"])
         self.drop_batch()
 
-    def feature(self, density: float = 1.0, *, encoder_density: float = 1.0) -> Feature:
-        """The feature, in tensors of its own.
-
-        Args:
-            density: Share of all entries that the decoder keeps, those of largest `|Wd|`. Below 1 no dense decoder is
-                ever made.
-            encoder_density: Share that the encoder keeps, those of largest `|w|`. Scale and bias are such that the
-                class means read ±0.9 after pruning too.
+    def feature(self) -> Feature:
+        """The dense feature, in tensors of its own.
 
         Raises:
-            ValueError: If a sign was never seen, the two classes' mean gradients are equal, or a density is not in
-                (0, 1].
+            ValueError: If a sign was never seen, or the two classes' mean gradients are equal.
         """
-        check_density(density)
-        check_density(encoder_density)
         for part, prefix in PARTS.items():
             if min(self._counts[part].values()) == 0:
                 raise ValueError(
                     f"No batch of sign {part[1]:+d} has added its {part[0]} ({prefix}): a feature needs batches of "
                     "both classes."
                 )
-        return Feature(self._encoder(encoder_density), self._decoder(density))
+        plus, minus = (self._means["target", sign] for sign in SIGNS)
+        decoder = {name: (plus[name] - minus[name]).mul_(0.5) for name in self.shapes}
+        bias = {name: (plus[name] + minus[name]).mul_(0.5) for name in self.shapes}
+        everywhere, shapes = dict.fromkeys(self.shapes), dict(self.shapes)
+        return Feature(self._encoder(), FeatureDecoder(decoder, bias, everywhere, shapes))
 
-    def _encoder(self, density: float) -> FeatureEncoder:
-        plus, minus = (self._means["source", sign] for sign in SIGNS)
-
-        def difference(name: str) -> Tensor:
-            return plus[name] - minus[name]
-
-        support = select(difference, dict.fromkeys(self.shapes), self.shapes, density)
-        reader = FeatureEncoder(support.of(difference), support.index, dict(self.shapes), activation="identity")
+    def _encoder(self) -> FeatureEncoder:
+        means = [self._means["source", sign] for sign in SIGNS]
+        difference = {name: means[0][name] - means[1][name] for name in self.shapes}
+        reader = FeatureEncoder(difference, dict.fromkeys(self.shapes), dict(self.shapes), activation="identity")
         high, low = (
-            reader.encode({name: mean[name].view(shape) for name, shape in self.shapes.items()})
-            for mean in (plus, minus)
+            reader.encode({name: mean[name].view(shape) for name, shape in self.shapes.items()}) for mean in means
         )
         if not high > low:
             raise ValueError(
@@ -341,16 +269,6 @@ class ClosedFormEstimator:
             )
         scale = 2.0 * math.atanh(CLASS_MEAN) / (high - low)
         return replace(reader, scale=scale, bias=-(high + low) / 2.0, activation="tanh", unit_norm=True)
-
-    def _decoder(self, density: float) -> FeatureDecoder:
-        plus, minus = (self._means["target", sign] for sign in SIGNS)
-
-        def half_difference(name: str) -> Tensor:
-            return (plus[name] - minus[name]).mul_(0.5)
-
-        support = select(half_difference, dict.fromkeys(self.shapes), self.shapes, density)
-        bias = support.of(lambda name: (plus[name] + minus[name]).mul_(0.5))
-        return FeatureDecoder(support.of(half_difference), bias, support.index, dict(self.shapes))
 
 
 def _check_sign(sign: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .blocks import dot as dot_product
 from .blocks import flat, flat_blocks, require_finite, sum_of_squares, total
-from .selection import check_density, select, stored_entries
+from .pruning import check_density, select, stored_entries
 
 ACTIVATIONS = ("tanh", "identity")
 
@@ -103,23 +103,10 @@ class FeatureEncoder:
         support = select(self.weight.__getitem__, self.index, self.shapes, density)
         return replace(self, weight=support.of(self.weight.__getitem__), index=support.index)
 
-    def flipped(self) -> FeatureEncoder:
-        """The encoder that gives `−h` where this one gives `h`."""
-        return replace(self, weight={name: -w for name, w in self.weight.items()}, bias=-self.bias)
-
-    def to(self, device: torch.device | str) -> FeatureEncoder:
-        """The encoder with its tensors on `device`."""
-        return replace(self, weight=_move(self.weight, device), index=_move(self.index, device))
-
     @property
     def count(self) -> int:
         """Entries that are stored."""
         return sum(w.numel() for w in self.weight.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return _bytes(self.weight) + _bytes(self.index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,15 +151,6 @@ class FeatureDecoder:
         """
         return prune_together([self], density)[0]
 
-    def flipped(self) -> FeatureDecoder:
-        """The decoder that gives for `−h` what this one gives for `h`: −Wd, and bd as it is."""
-        return replace(self, weight={name: -w for name, w in self.weight.items()})
-
-    def to(self, device: torch.device | str) -> FeatureDecoder:
-        """The decoder with its tensors on `device`."""
-        moved = [_move(part, device) for part in (self.weight, self.bias)]
-        return replace(self, weight=moved[0], bias=moved[1], index=_move(self.index, device))
-
     def importance(self) -> dict[str, tuple[float, float, int]]:
         """Name to (sum of |Wd|, sum of Wd², entries kept): which weights the feature sits in."""
         return {
@@ -190,11 +168,6 @@ class FeatureDecoder:
         """Entries that are kept; of dense blocks those that are not zero in both Wd and bd."""
         return sum(self._kept(name) for name in self.weight)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return _bytes(self.weight) + _bytes(self.bias) + _bytes(self.index)
-
 
 @dataclass(frozen=True, eq=False)
 class Feature:
@@ -202,18 +175,6 @@ class Feature:
 
     encoder: FeatureEncoder
     decoder: FeatureDecoder
-
-    def prune(self, density: float) -> Feature:
-        """Both halves pruned, each by its own largest entries."""
-        return Feature(self.encoder.prune(density), self.decoder.prune(density))
-
-    def flipped(self) -> Feature:
-        """The same feature with its two ends exchanged."""
-        return Feature(self.encoder.flipped(), self.decoder.flipped())
-
-    def to(self, device: torch.device | str) -> Feature:
-        """The feature with its tensors on `device`."""
-        return Feature(self.encoder.to(device), self.decoder.to(device))
 
 
 def prune_together(decoders: list[FeatureDecoder], density: float) -> list[FeatureDecoder]:
@@ -266,11 +227,3 @@ def _check_blocks(
             )
     if total(shapes) == 0:
         raise ValueError("The blocks have no entries.")
-
-
-def _move(tensors: Mapping, device: torch.device | str) -> dict:
-    return {name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _bytes(tensors: Mapping[str, Tensor | None] | Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)

@@ -1,10 +1,10 @@
-"""The feature neuron as the paper trains it: an encoder-decoder on gradients with one bottleneck neuron, or a few.
+"""The feature neuron as the paper trains it: an encoder-decoder on gradients with one bottleneck neuron.
 
 `h = activation(We · g + be)`, `decoded = h · Wd + bd`, mean squared error to the target, AdamW (arXiv 2502.01406,
 section 3). No autograd: with `r = h · Wd + bd − t` the gradients are `2/n · r` for bd, `2/n · h · r` for Wd and
-`2/n · (G h + ⟨Wd, bd⟩ − ⟨Wd, t⟩) · activation'` times g for We, where the Gram matrix `G = ⟨Wd, Wd⟩` and `⟨Wd, bd⟩` are
-kept from the step before. So one step reads We, g, Wd and t once for the inner products, and then goes over all
-vectors once, in pieces that stay in cache: gradients exist for a piece at a time only.
+`2/n · (⟨Wd, Wd⟩ h + ⟨Wd, bd⟩ − ⟨Wd, t⟩) · activation'` times g for We, where `⟨Wd, Wd⟩` and `⟨Wd, bd⟩` are kept from
+the step before. So one step reads We, g, Wd and t once for the inner products, and then goes over all vectors once, in
+pieces that stay in cache: gradients exist for a piece at a time only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .blocks import as_shapes, check_state, dot, flat_blocks, piece_size, pieces, require_finite, sum_of_squares, total
 from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder, check_activation
-from .selection import check_density, select
 
-Vectors = list[Tensor]
 KINDS = ("values", "first", "second")
+PARTS = ("encoder", "decoder", "decoder_bias")
 
 
 @dataclass(frozen=True)
@@ -32,24 +31,19 @@ class Step:
 
     Attributes:
         loss: Mean squared error of the decoded gradient, over all n entries.
-        encoded: `(latent_dim,)` float64 values of the feature neurons.
+        encoded: The value of the feature neuron.
     """
 
     loss: float
-    encoded: Tensor
+    encoded: float
 
 
 class _Trained:
-    """Vectors `(n,)` float32 with their AdamW moments: one per neuron, or a single bias, or none."""
+    """A vector in float32 with its AdamW moments."""
 
-    def __init__(self, values: Vectors) -> None:
+    def __init__(self, values: Tensor) -> None:
         self.values = values
-        self.first = [torch.zeros_like(value) for value in values]
-        self.second = [torch.zeros_like(value) for value in values]
-
-    def negate(self, row: int) -> None:
-        self.values[row].neg_()
-        self.first[row].neg_()
+        self.first, self.second = torch.zeros_like(values), torch.zeros_like(values)
 
 
 class _Segment(NamedTuple):
@@ -88,12 +82,10 @@ def _cut_into_pieces(shapes: Mapping[str, torch.Size], size: int) -> list[_Piece
 class FeatureNeuron:
     """The trained estimator over named blocks of gradients.
 
-    Memory: nine vectors of all n entries (We, Wd and bd, each with two moments) for one neuron, 6 · latent_dim + 3 in
-    general, and temporaries of one piece.
+    Memory: nine vectors of all n entries (We, Wd and bd, each with two moments), and temporaries of one piece.
 
     Attributes:
         shapes: Name to shape of every block.
-        latent_dim: How many neurons.
         activation: "tanh" or "identity".
         lr: Learning rate; may be changed between steps.
         steps: How many steps were taken.
@@ -103,9 +95,7 @@ class FeatureNeuron:
         self,
         shapes: Mapping[str, Iterable[int]],
         *,
-        latent_dim: int = 1,
         activation: str = "tanh",
-        decoder_bias: bool = True,
         lr: float = 1e-5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -117,9 +107,7 @@ class FeatureNeuron:
 
         Args:
             shapes: Name to shape of every block.
-            latent_dim: How many neurons.
             activation: "tanh" or "identity".
-            decoder_bias: Whether the decoder has a bias bd.
             lr: Learning rate of AdamW.
             betas: Decay rates of AdamW's moments.
             eps: AdamW's ε.
@@ -132,9 +120,6 @@ class FeatureNeuron:
         """
         self.shapes = as_shapes(shapes)
         self.activation = check_activation(activation)
-        if not isinstance(latent_dim, int) or latent_dim < 1:
-            raise ValueError(f"latent_dim is {latent_dim!r}: write the number of feature neurons, at least 1.")
-        self.latent_dim = latent_dim
         self.device = torch.device(device or "cpu")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self._check_settings()
@@ -143,8 +128,7 @@ class FeatureNeuron:
         sizes = [shape.numel() for shape in self.shapes.values()]
         self._starts = dict(zip(self.shapes, accumulate(sizes, initial=0), strict=False))
         self._pieces = _cut_into_pieces(self.shapes, piece_size(self.device))
-        self._initialise(torch.Generator().manual_seed(seed), decoder_bias)
-        self._measure()
+        self._initialise(torch.Generator().manual_seed(seed))
 
     def _check_settings(self) -> None:
         for name, value, upper in (
@@ -157,35 +141,25 @@ class FeatureNeuron:
             if not 0.0 <= value < upper:
                 raise ValueError(f"{name} is {value!r}: write a number from 0 up to and without {upper}.")
 
-    def _initialise(self, generator: torch.Generator, decoder_bias: bool) -> None:
-        def rows(count: int, length: int, bound: float) -> _Trained:
-            drawn = (
-                torch.empty(length, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-                for _ in range(count)
-            )
-            return _Trained([row.to(self.device) for row in drawn])
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        def drawn(length: int, bound: float) -> _Trained:
+            values = torch.empty(length, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            return _Trained(values.to(self.device))
 
         bound = 1.0 / math.sqrt(self._n)
-        self._encoder = rows(self.latent_dim, self._n, bound)
-        self._encoder_bias = rows(1, self.latent_dim, bound)
-        bound = abs(max(float(row.max()) for row in self._encoder.values))
-        self._decoder = rows(self.latent_dim, self._n, bound)
-        self._decoder_bias = rows(1 if decoder_bias else 0, self._n, bound)
+        self._encoder, self._encoder_bias = drawn(self._n, bound), drawn(1, bound)
+        bound = abs(float(self._encoder.values.max()))
+        self._decoder, self._decoder_bias = drawn(self._n, bound), drawn(self._n, bound)
+        sums = [_sums(*views) for views in pieces(self._decoder.values, self._decoder_bias.values)]
+        self._square, self._cross = _added(sums, 2)
 
     def _view(self, vector: Tensor, name: str) -> Tensor:
         """`(count,)`: the entries of one block."""
         return vector[self._starts[name] : self._starts[name] + self.shapes[name].numel()]
 
-    @torch.no_grad()
-    def _measure(self) -> None:
-        """Recompute `⟨Wd, Wd⟩` and `⟨Wd, bd⟩`."""
-        sums = _Sums(self.latent_dim)
-        for views in pieces(*self._decoder.values, *self._decoder_bias.values):
-            sums.add(list(views[: self.latent_dim]), list(views[self.latent_dim :]))
-        self._gram, self._cross, _ = sums.result()
-
-    def encode(self, source: Mapping[str, Tensor]) -> Tensor:
-        """`(latent_dim,)` float64 on the CPU: the values of the feature neurons for one gradient.
+    def encode(self, source: Mapping[str, Tensor]) -> float:
+        """The value of the feature neuron for one gradient.
 
         Args:
             source: Name to gradient in the block's shape, any floating-point dtype.
@@ -195,16 +169,14 @@ class FeatureNeuron:
             ValueError: If a block is missing, has another shape or is not finite.
         """
         blocks = flat_blocks(source, self.shapes, self.device, "The source")
-        sums = torch.zeros(self.latent_dim, dtype=torch.float64)
-        for name, block in blocks.items():
-            found = [dot(self._view(row, name), block) for row in self._encoder.values]
-            require_finite({name: sum(found)}, "source gradient")
-            sums += torch.tensor(found, dtype=torch.float64)
-        return self._activate(sums)
+        products = {name: dot(self._view(self._encoder.values, name), block) for name, block in blocks.items()}
+        require_finite(products, "source gradient")
+        return self._activate(sum(products.values()))
 
-    def _activate(self, projections: Tensor) -> Tensor:
-        values = projections + self._encoder_bias.values[0].double().cpu()
-        return torch.tanh(values) if self.activation == "tanh" else values
+    def _activate(self, projection: float) -> float:
+        value = projection + float(self._encoder_bias.values)
+        # torch's tanh, so that training goes on to the bit as it did when values were tensors.
+        return float(torch.tensor(value, dtype=torch.float64).tanh()) if self.activation == "tanh" else value
 
     @torch.no_grad()
     def step(self, source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Step:
@@ -221,38 +193,83 @@ class FeatureNeuron:
         """
         sources = flat_blocks(source, self.shapes, self.device, "The source")
         targets = flat_blocks(target, self.shapes, self.device, "The target")
-        projections, overlap = self._read(sources, targets)
-        encoded = self._activate(projections)
-        slope = (self._gram @ encoded + self._cross - overlap) * (2.0 / self._n)
+        projection, overlap = self._read(sources, targets)
+        h = self._activate(projection)
+        slope = (self._square * h + self._cross - overlap) * (2.0 / self._n)
         if self.activation == "tanh":
-            slope = slope * (1.0 - encoded.square())
+            slope = slope * (1.0 - h * h)
         self.steps += 1
-        update = _Update(self, encoded.tolist(), slope.tolist())
-        for piece in self._pieces:
-            update.piece(piece, sources, targets)
-        update.adamw(self._encoder_bias, slope.to(self.device, torch.float32))
-        self._gram, self._cross, squares = update.sums.result()
-        return Step(self._finite(squares) / self._n, encoded)
+        count = torch.tensor(self.steps, dtype=torch.float32, device=self.device)
+        buffers = [torch.empty(self._pieces[0].stop, dtype=torch.float32, device=self.device) for _ in PARTS]
+        sums = [self._update(piece, sources, targets, h, slope, count, buffers) for piece in self._pieces]
+        bias = self._encoder_bias
+        slopes = torch.tensor([slope], dtype=torch.float64).to(self.device, torch.float32)
+        self._adamw([bias.values], [slopes], [bias.first], [bias.second], count)
+        self._square, self._cross, squares = _added(sums, 3)
+        return Step(self._finite(squares) / self._n, h)
 
-    def _read(self, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """`(latent_dim,)` float64 each: `⟨We, g⟩` and `⟨Wd, t⟩`, once everything is known to be finite."""
-        products: Vectors = []
-        k = self.latent_dim
+    def _read(self, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[float, float]:
+        """`⟨We, g⟩` and `⟨Wd, t⟩`, once everything is known to be finite."""
+        products: list[list[Tensor]] = []
         for piece in self._pieces:
             for name, start, stop, first, last in piece.segments:
                 own = slice(piece.start + first, piece.start + last)
                 g, t = sources[name][start:stop].float(), targets[name][start:stop].float()
-                products += [torch.dot(row[own], g) for row in self._encoder.values]
-                products += [torch.dot(row[own], t) for row in self._decoder.values]
-                products.append(torch.dot(t, t))
-        sums = torch.stack(products).double().view(-1, 2 * k + 1).sum(0).cpu()
-        if not bool(torch.isfinite(sums).all()):
+                encoder, decoder = self._encoder.values[own], self._decoder.values[own]
+                products.append([torch.dot(encoder, g), torch.dot(decoder, t), torch.dot(t, t)])
+        sums = _added(products, 3)
+        if not all(map(math.isfinite, sums)):
             # Nothing times a number that is not finite is finite, so the inner products find it wherever it is.
             for what, blocks in (("source gradient", sources), ("target", targets)):
                 require_finite({name: sum_of_squares(block) for name, block in blocks.items()}, what)
-        for value in (*sums.tolist(), *self._gram.flatten().tolist()):
+        for value in (*sums, self._square):
             self._finite(value)
-        return sums[:k], sums[k : 2 * k]
+        return sums[0], sums[1]
+
+    def _update(
+        self,
+        piece: _Piece,
+        sources: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        h: float,
+        slope: float,
+        count: Tensor,
+        buffers: list[Tensor],
+    ) -> list[Tensor]:
+        """A step's second pass over one piece: gradients, AdamW, and inner products of what came out."""
+        trained = (self._encoder, self._decoder, self._decoder_bias)
+        values, first, second = ([getattr(t, kind)[piece.start : piece.stop] for t in trained] for kind in KINDS)
+        gradients = [buffer[: piece.stop - piece.start] for buffer in buffers]
+        for_encoder, for_decoder, residual = gradients
+        for name, start, stop, begin, end in piece.segments:
+            g, t = (blocks[name][start:stop].float() for blocks in (sources, targets))
+            torch.sub(values[2][begin:end], t, out=residual[begin:end])
+            torch.mul(g, slope, out=for_encoder[begin:end])
+        residual.add_(values[1], alpha=h)
+        squared_error = torch.dot(residual, residual)
+        residual.mul_(2.0 / self._n)
+        torch.mul(residual, h, out=for_decoder)
+        self._adamw(values, gradients, first, second, count)
+        return [*_sums(values[1], values[2]), squared_error]
+
+    def _adamw(
+        self, values: list[Tensor], gradients: list[Tensor], first: list[Tensor], second: list[Tensor], count: Tensor
+    ) -> None:
+        torch._fused_adamw_(
+            values,
+            gradients,
+            first,
+            second,
+            [],
+            [count] * len(values),
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def _finite(self, value: float) -> float:
         if not math.isfinite(value):
@@ -262,88 +279,50 @@ class FeatureNeuron:
             )
         return value
 
-    def flip(self, latent: int = 0) -> None:
-        """Exchange the two ends of a neuron: We, be, Wd and their first moments change sign; bd stays.
+    def flip(self) -> None:
+        """Exchange the two ends of the neuron: We, be, Wd and their first moments change sign; bd stays.
 
         Training goes on as it would have with the signs chosen otherwise at the start.
-
-        Raises:
-            ValueError: If there is no such neuron.
         """
-        self._check_latent(latent)
-        for trained in (self._encoder, self._decoder):
-            trained.negate(latent)
-        for tensor in (self._encoder_bias.values[0], self._encoder_bias.first[0], self._cross):
-            tensor[latent].neg_()
-        self._gram[latent].neg_()
-        self._gram[:, latent].neg_()
+        for trained in (self._encoder, self._encoder_bias, self._decoder):
+            trained.values.neg_()
+            trained.first.neg_()
+        self._cross = -self._cross
 
-    def _check_latent(self, latent: int) -> None:
-        if not 0 <= latent < self.latent_dim:
-            raise ValueError(f"latent is {latent}: there are {self.latent_dim} neurons, counted from 0.")
-
-    def feature(self, latent: int = 0, density: float = 1.0, *, encoder_density: float = 1.0) -> Feature:
-        """A neuron as a frozen feature, in tensors of its own.
-
-        Args:
-            latent: Which neuron, counted from 0.
-            density: Share of all entries that the decoder keeps, those of largest `|Wd|`. Below 1 no dense copy is
-                made.
-            encoder_density: Share that the encoder keeps, those of largest `|We|`.
-
-        Raises:
-            ValueError: If there is no such neuron, a density is not in (0, 1], or the weights are not finite.
-        """
-        self._check_latent(latent)
-        check_density(density)
-        check_density(encoder_density)
-        old = dict.fromkeys(self.shapes)
-
-        def encoder(name: str) -> Tensor:
-            return self._view(self._encoder.values[latent], name)
-
-        def decoder(name: str) -> Tensor:
-            return self._view(self._decoder.values[latent], name)
-
-        def bias(name: str) -> Tensor:
-            values = self._decoder_bias.values
-            return self._view(values[0], name) if values else torch.zeros_like(decoder(name))
-
-        read = select(encoder, old, self.shapes, encoder_density)
-        written = select(decoder, old, self.shapes, density)
+    def feature(self) -> Feature:
+        """The neuron as a frozen dense feature, in tensors of its own."""
+        encoder, decoder, bias = (
+            {name: self._view(trained.values, name).clone() for name in self.shapes}
+            for trained in (self._encoder, self._decoder, self._decoder_bias)
+        )
+        shapes, be = dict(self.shapes), float(self._encoder_bias.values)
         return Feature(
-            FeatureEncoder(
-                _copies(read.of(encoder)),
-                read.index,
-                dict(self.shapes),
-                bias=float(self._encoder_bias.values[0][latent]),
-                activation=self.activation,
-            ),
-            FeatureDecoder(_copies(written.of(decoder)), _copies(written.of(bias)), written.index, dict(self.shapes)),
+            FeatureEncoder(encoder, dict.fromkeys(shapes), shapes, bias=be, activation=self.activation),
+            FeatureDecoder(decoder, bias, dict.fromkeys(shapes), dict(shapes)),
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by its name in `state_dict`, not copied."""
-        found = {"gram": self._gram, "cross": self._cross}
+        """Every vector of the state by its name in `state_dict`, not copied."""
+        found = {}
         for kind in KINDS:
-            found[f"encoder_bias/{kind}"] = getattr(self._encoder_bias, kind)[0]
-            for part in ("encoder", "decoder", "decoder_bias"):
-                for row, vector in enumerate(getattr(getattr(self, f"_{part}"), kind)):
-                    found |= {f"{part}/{kind}/{row}/{name}": self._view(vector, name) for name in self.shapes}
+            found[f"encoder_bias/{kind}"] = getattr(self._encoder_bias, kind)
+            for part in PARTS:
+                vector = getattr(getattr(self, f"_{part}"), kind)
+                found |= {f"{part}/{kind}/0/{name}": self._view(vector, name) for name in self.shapes}
         return found
-
-    def _settings(self) -> Tensor:
-        return torch.tensor(
-            [self.lr, *self.betas, self.eps, self.weight_decay, ACTIVATIONS.index(self.activation)], dtype=torch.float64
-        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the weights, AdamW's moments and settings, the running scalars and the count of steps.
 
-        Names are `encoder/values|first|second/neuron/block`, `decoder/…`, `decoder_bias/…` and a few small ones.
+        Names are `encoder/values|first|second/0/block`, `decoder/…`, `decoder_bias/…` and a few small ones.
         """
-        state = {name: tensor.clone() for name, tensor in self._tensors().items()}
-        return state | {"settings": self._settings(), "steps": torch.tensor(self.steps)}
+        settings = [self.lr, *self.betas, self.eps, self.weight_decay, ACTIVATIONS.index(self.activation)]
+        return {name: tensor.clone() for name, tensor in self._tensors().items()} | {
+            "gram": torch.tensor([[self._square]], dtype=torch.float64),
+            "cross": torch.tensor([self._cross], dtype=torch.float64),
+            "settings": torch.tensor(settings, dtype=torch.float64),
+            "steps": torch.tensor(self.steps),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -355,7 +334,7 @@ class FeatureNeuron:
         """
         own = self._tensors()
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        check_state(state, shapes | {"settings": (6,), "steps": ()})
+        check_state(state, shapes | {"gram": (1, 1), "cross": (1,), "settings": (6,), "steps": ()})
         *settings, activation = state["settings"].tolist()
         if ACTIVATIONS[int(activation)] != self.activation:
             raise ValueError(
@@ -364,97 +343,18 @@ class FeatureNeuron:
             )
         for name, tensor in own.items():
             tensor.copy_(state[name])
+        self._square, self._cross = float(state["gram"]), float(state["cross"])
         self.lr, *betas, self.eps, self.weight_decay = settings
         self.betas = (betas[0], betas[1])
         self.steps = int(state["steps"])
 
 
-class _Sums:
-    """Inner products of pieces in the order Gram matrix, `⟨Wd, bd⟩`, squared error; added in float64."""
-
-    def __init__(self, latent_dim: int) -> None:
-        self.latent_dim = latent_dim
-        self._pieces: Vectors = []
-
-    def add(self, decoder: Vectors, bias: Vectors, squared_error: Tensor | None = None) -> None:
-        zero = decoder[0].new_zeros(())
-        self._pieces += [torch.dot(a, b) for i, a in enumerate(decoder) for b in decoder[i:]]
-        self._pieces += [torch.dot(a, bias[0]) if bias else zero for a in decoder]
-        self._pieces.append(zero if squared_error is None else squared_error)
-
-    def result(self) -> tuple[Tensor, Tensor, float]:
-        """Gram matrix `(latent, latent)`, `⟨Wd, bd⟩` `(latent,)` and the squared error."""
-        k = self.latent_dim
-        width = k * (k + 1) // 2 + k + 1
-        sums = torch.stack(self._pieces).double().view(-1, width).sum(0).cpu()
-        upper = torch.zeros(k, k, dtype=torch.float64)
-        rows, columns = torch.triu_indices(k, k)
-        upper[rows, columns] = sums[: -k - 1]
-        return upper + upper.triu(1).T, sums[-k - 1 : -1].clone(), float(sums[-1])
+def _sums(decoder: Tensor, bias: Tensor) -> list[Tensor]:
+    """`⟨Wd, Wd⟩` and `⟨Wd, bd⟩` of a piece."""
+    return [torch.dot(decoder, decoder), torch.dot(decoder, bias)]
 
 
-class _Update:
-    """One step's second pass: gradients of a piece, AdamW on the piece, inner products of what came out."""
-
-    def __init__(self, neuron: FeatureNeuron, encoded: list[float], slope: list[float]) -> None:
-        self.neuron, self.encoded, self.slope = neuron, encoded, slope
-        self.sums = _Sums(neuron.latent_dim)
-        self._count = torch.tensor(neuron.steps, dtype=torch.float32, device=neuron.device)
-        length, k = neuron._pieces[0].stop, neuron.latent_dim
-        self._buffers = [torch.empty(length, dtype=torch.float32, device=neuron.device) for _ in range(2 * k + 1)]
-        trained = (neuron._encoder, neuron._decoder, neuron._decoder_bias)
-        self._vectors = [[v for part in trained for v in getattr(part, kind)] for kind in KINDS]
-
-    def piece(self, piece: _Piece, sources: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-        k, scale = self.neuron.latent_dim, 2.0 / self.neuron._n
-        values, first, second = ([v[piece.start : piece.stop] for v in vectors] for vectors in self._vectors)
-        decoder, bias = values[k : 2 * k], values[2 * k :]
-        gradients = [buffer[: piece.stop - piece.start] for buffer in self._buffers]
-        residual = gradients[-1]
-        for segment in piece.segments:
-            self._fill(segment, gradients, bias, sources[segment.name], targets[segment.name])
-        for row, h in zip(decoder, self.encoded, strict=True):
-            residual.add_(row, alpha=h)
-        squared_error = torch.dot(residual, residual)
-        residual.mul_(scale)
-        for gradient, h in zip(gradients[k:-1], self.encoded, strict=True):
-            torch.mul(residual, h, out=gradient)
-        self._adamw(values, gradients[: len(values)], first, second)
-        self.sums.add(decoder, bias, squared_error)
-
-    def _fill(self, segment: _Segment, gradients: Vectors, bias: Vectors, source: Tensor, target: Tensor) -> None:
-        """Put `bd − t` and the gradients of We in their places."""
-        own = slice(segment.first, segment.last)
-        g, t = (block[segment.start : segment.stop].float() for block in (source, target))
-        if bias:
-            torch.sub(bias[0][own], t, out=gradients[-1][own])
-        else:
-            torch.neg(t, out=gradients[-1][own])
-        for gradient, slope in zip(gradients, self.slope, strict=False):
-            torch.mul(g, slope, out=gradient[own])
-
-    def adamw(self, trained: _Trained, gradient: Tensor) -> None:
-        """One AdamW step on a vector."""
-        self._adamw(trained.values, [gradient], trained.first, trained.second)
-
-    def _adamw(self, values: Vectors, gradients: Vectors, first: Vectors, second: Vectors) -> None:
-        neuron = self.neuron
-        torch._fused_adamw_(
-            values,
-            gradients,
-            first,
-            second,
-            [],
-            [self._count] * len(values),
-            lr=neuron.lr,
-            beta1=neuron.betas[0],
-            beta2=neuron.betas[1],
-            weight_decay=neuron.weight_decay,
-            eps=neuron.eps,
-            amsgrad=False,
-            maximize=False,
-        )
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+def _added(sums: list[list[Tensor]], width: int) -> list[float]:
+    """Float32 sums of pieces, so many of each, added in float64."""
+    found: list[float] = torch.stack([value for row in sums for value in row]).double().view(-1, width).sum(0).tolist()
+    return found

@@ -284,7 +284,7 @@ class Training:
             self._average(gradients, rows)
         result = neuron.step(gradients[self.source], gradients["difference"])
         self.losses.append(result.loss)
-        self.recent.append((float(result.encoded[0]), sign))
+        self.recent.append((result.encoded, sign))
 
     def _average(self, gradients: dict[str, dict[str, Tensor]], rows: int) -> None:
         """The mean over the rows of all processes, in place: as if they had been one batch."""
@@ -296,7 +296,7 @@ class Training:
 
     def _consider(self, start: Start, neuron: FeatureNeuron, best: _Best, step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
-        correlation = self._correlation(start.pair, lambda gradients: float(neuron.encode(gradients)[0]))
+        correlation = self._correlation(start.pair, neuron.encode)
         self.progress.evaluated({"cor": correlation, "eval_cor": correlation})
         # A correlation that is not defined is no better than none, but something must be kept.
         size = 0.0 if math.isnan(correlation) else abs(correlation)

@@ -59,7 +59,8 @@ def feature_of(parameters: dict[str, nn.Parameter], seed: int = 0, density: floa
 
     everywhere: dict[str, Tensor | None] = dict.fromkeys(shapes)
     encoder = FeatureEncoder(draw(), everywhere, shapes, scale=0.5, bias=0.25, unit_norm=True)
-    return Feature(encoder, FeatureDecoder(draw(), draw(), everywhere, shapes)).prune(density)
+    decoder = FeatureDecoder(draw(), draw(), everywhere, shapes)
+    return Feature(encoder.prune(density), decoder.prune(density))
 
 
 class Gradiends:

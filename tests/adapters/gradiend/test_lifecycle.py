@@ -207,7 +207,7 @@ def test_features_come_back_as_they_were_given(density: float, keep: bool, gradi
     model = gradiends.base("bert")
     model.load_adapter(gradiends.folder("bert", density, keep_encoder=keep), adapter_name=NAME)
     parameters = targeted_parameters(model, NAME)
-    given = feature_of(parameters).prune(density)
+    given = feature_of(parameters, density=density)
     (stored,) = features_of(model, NAME)
     assert stored.pair == PAIR
     for h in (1.0, -0.3):

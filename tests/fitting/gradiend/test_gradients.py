@@ -384,7 +384,10 @@ def test_the_closed_form_is_filled_as_by_whole_gradients(source: str, dtype: tor
     for batch, sign in zip(batches_of("bert", model), (1, -1), strict=True):
         reader.accumulate(batch, source, streamed, sign, low_memory=low_memory)
         gradients = reader.gradients(batch, (source, "difference"))
-        whole.update(gradients[source], gradients["difference"], sign)
+        whole.add_source(gradients[source], sign)
+        for name, block in gradients["difference"].items():
+            whole.add_target(name, block, sign)
+        whole.end_batch(sign)
     got, goal = streamed.feature(), whole.feature()
     assert off_by(got.decoder.weight, goal.decoder.weight) < TOLERANCE
     assert off_by(got.encoder.weight, goal.encoder.weight) < TOLERANCE
