@@ -1,10 +1,11 @@
 """Processes for tests, forked from one that has imported what they need: a fresh Python takes eight seconds to do so.
 
 `run` and `start` run a function of a test module in a process of its own, `command` runs `hf-erasure` there, and
-`together` runs a function in several processes that know of each other, as torchrun starts them. There are two kinds of
-processes to fork from:
+`together` runs a function in several processes that know of each other, as torchrun starts them. There are three kinds
+of processes to fork from:
 
 - `PACKAGE` has imported hf_erasure;
+- `TRANSFORMERS` has imported transformers, and neither PEFT nor hf_erasure: as a program that knows of neither;
 - `LIBRARIES` has imported what is not of Hugging Face: the client of the Hub, transformers and hf_erasure are imported
   anew in each process, and read the environment when they are.
 """
@@ -31,12 +32,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES, PACKAGE = "libraries", "package"
+LIBRARIES, TRANSFORMERS, PACKAGE = "libraries", "transformers", "package"
 IMPORTED = {
     LIBRARIES: (
         "torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "numpy", "pandas", "pyarrow", "scipy.stats",
         "pytest",
     ),
+    # It imports its parts when they are asked for; these are what small models take.
+    TRANSFORMERS: tuple(f"transformers.models.{m}.modeling_{m}" for m in ("auto", "bert", "llama")),
     PACKAGE: ("hf_erasure.cli", "accelerate", "trl", "matplotlib.pyplot", "sklearn.linear_model"),
 }  # fmt: skip
 # Of a process that hangs; the slowest takes half a minute on an idle core.
@@ -136,12 +139,16 @@ def _server(kind: str) -> Connection:
             process: Any = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=file)
     else:
         process = start(serve, address, IMPORTED[kind], folder=ROOT, kind=LIBRARIES, printed=(said, said))
-    end = time.monotonic() + PATIENCE
-    while not os.path.exists(address):
-        if process.poll() is not None or time.monotonic() > end:
-            raise RuntimeError(f"no process with {IMPORTED[kind]} came about; it said\n{said.read_text()}")
-        time.sleep(PAUSE)
-    connection = Client(address, "AF_UNIX")
+    end, connection = time.monotonic() + PATIENCE, None
+    while connection is None:
+        try:
+            connection = Client(address, "AF_UNIX")
+        except (FileNotFoundError, ConnectionRefusedError):  # the socket is not there yet, or nobody listens yet
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(
+                    f"no process with {IMPORTED[kind]} came about; it said\n{said.read_text()}"
+                ) from None
+            time.sleep(PAUSE)
     atexit.register(connection.close)
     return connection
 
@@ -223,8 +230,9 @@ def run(function: Callable[..., Any], *arguments: Any, folder: Path, **options: 
     return start(function, *arguments, folder=folder, **options).wait()
 
 
-def run_code(code: str) -> None:
-    """Run a text of Python, for what has to come before any import of a test module."""
+def run_code(code: str, *arguments: str) -> None:
+    """Run a text of Python as `python -c` does, for what has to come before any import of a test module."""
+    sys.argv = ["-c", *arguments]
     exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
 
 

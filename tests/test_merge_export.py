@@ -25,7 +25,7 @@ from hf_erasure.adapters.merging.lora import low_rank
 from hf_erasure.cli import app
 from hf_erasure.erasers import Eraser
 from tests.adapters.lifecycle import MERGE_TOLERANCE, State
-from tests.pythons import run_python
+from tests.prepared import TRANSFORMERS, run, run_code
 from tests.small_models import (
     _GROUPED,
     _TEXT,
@@ -490,7 +490,7 @@ def test_every_export_loads_where_this_package_is_not_imported_and_gives_the_sam
         del batch["concept_labels"]
         jobs.append((type(model).__name__, str(tmp_path / architecture), str(tmp_path / str(number)), batch))
     torch.save(jobs, tmp_path / "jobs.pt")
-    done = run_python(SCRIPT, str(tmp_path / "jobs.pt"))
+    done = run(run_code, SCRIPT, str(tmp_path / "jobs.pt"), folder=tmp_path, kind=TRANSFORMERS)
     assert done.returncode == 0, done.stderr
     distances = {
         EXPORTS[number]: distance(torch.load(tmp_path / str(number) / "outputs.pt"), outputs)
@@ -639,7 +639,7 @@ def test_merge_writes_a_checkpoint_that_plain_transformers_runs(assets: Path, tm
         "torch.save((dict(batch), model(**batch).logits.detach()), sys.argv[2])\n"
         "assert not [name for name in sys.modules if name.startswith(('peft', 'hf_erasure'))]\n"
     )
-    done = run_python(script, str(tmp_path / "merged"), str(tmp_path / "outputs.pt"))
+    done = run(run_code, script, "merged", "outputs.pt", folder=tmp_path, kind=TRANSFORMERS)
     assert done.returncode == 0, done.stderr
     batch, logits = torch.load(tmp_path / "outputs.pt")
     expected = outputs_of(model, batch)["logits"]

@@ -1,7 +1,7 @@
 """Processes that save adapters and are killed in the middle of it, for `test_saving`.
 
-`main` is the program of a process of its own, and prints what it found as JSON. The processes that are killed are
-forks of it, so that torch is imported once.
+`find_all` runs in a process of its own, in an empty folder, and prints what it found as JSON. The processes that are
+killed are forks of it.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def at_once(folder: Path) -> dict[str, Any]:
     return {"found": found, "ended": ended, "last": which_is_in(folder, expected), "left": sorted(names(folder))}
 
 
-def main(folder: str) -> None:
+def find_all() -> None:
     torch.set_num_threads(1)  # a fork has no other threads
     warnings.simplefilter("ignore")
     roles = (model_saves, model_saves_unstaged, peft_model_saves, first_save, at_once)
-    print(json.dumps({role.__name__: role(Path(folder) / role.__name__) for role in roles}))
+    print(json.dumps({role.__name__: role(Path.cwd() / role.__name__) for role in roles}))

@@ -46,7 +46,7 @@ from tests.adapters.hostile import (
     sparse,
 )
 from tests.adapters.lifecycle import Cell, Lifecycle, config_of, fit
-from tests.pythons import run_python
+from tests.prepared import run, run_code
 from tests.small_models import outputs_of, same, small_batch
 
 CELL = Cell("bert", "norms", "output")
@@ -405,7 +405,7 @@ model.load_adapter({str(lifecycle.folder(CELL))!r})
 print("loaded")
 """
     assert resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY
-    ran = run_python(script)
+    ran = run(run_code, script, folder=tmp_path)
     assert ran.returncode == 0, ran.stderr[-2000:]
     *lines, last = ran.stdout.splitlines()
     assert [line.split(" | ")[0] for line in lines] == list(BOUNDED) and last == "loaded"

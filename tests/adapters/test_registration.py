@@ -8,6 +8,7 @@ import json
 import pickle
 import warnings
 from importlib.metadata import requires, version
+from pathlib import Path
 
 import peft
 import pytest
@@ -20,7 +21,7 @@ from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters import ConceptErasureModel, registration, seams
 from hf_erasure.adapters.required import INTERNALS, check_internals, check_pair
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
-from tests.pythons import run_python
+from tests.prepared import TRANSFORMERS, Ended, run, run_code
 from tests.small_models import LABELS, outputs_of, same, small_batch
 
 MEMBER = PeftType("CONCEPT_ERASURE")
@@ -115,7 +116,11 @@ def test_a_module_can_be_reloaded(module, lifecycle: Lifecycle):
     assert same(outputs_of(model, small_batch("bert")), outputs_of(lifecycle.fitted(CELL), small_batch("bert")))
 
 
-def test_everything_can_be_reloaded_at_once(lifecycle: Lifecycle):
+def where_it_is_not_imported(program: str, folder: Path) -> Ended:
+    return run(run_code, program, folder=folder, kind=TRANSFORMERS)
+
+
+def test_everything_can_be_reloaded_at_once(lifecycle: Lifecycle, tmp_path: Path):
     """As a notebook with autoreload does; in a process of its own, since classes change their identity."""
     program = f"""
 import importlib, sys, hf_erasure, transformers
@@ -127,18 +132,18 @@ assert hf_erasure.verify_adapter(model), str(hf_erasure.verify_adapter(model))
 model.add_adapter(hf_erasure.ConceptErasureConfig(labels=["a", "b"]), adapter_name="second")
 model.delete_adapter(["default", "second"])
 """
-    done = run_python(program)
+    done = where_it_is_not_imported(program, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_process_that_knows_only_peft_loads_after_one_import(lifecycle: Lifecycle):
+def test_a_process_that_knows_only_peft_loads_after_one_import(lifecycle: Lifecycle, tmp_path: Path):
     program = f"""
 import hf_erasure, peft, transformers
 base = transformers.AutoModel.from_pretrained({str(lifecycle.base_folder("bert"))!r})
 model = peft.PeftModel.from_pretrained(base, {str(lifecycle.folder(CELL))!r})
 print(model.peft_type.value, len(model.targeted_module_names))
 """
-    done = run_python(program)
+    done = where_it_is_not_imported(program, tmp_path)
     assert done.stdout.split() == ["CONCEPT_ERASURE", str(len(CELL.parts.norms))], done.stderr
 
 
@@ -168,10 +173,10 @@ DIFFERENT = {
     "difference",
     [name if name == "a method is gone" else pytest.param(name, marks=pytest.mark.slow) for name in DIFFERENT],
 )
-def test_a_release_without_what_is_relied_on_fails_at_import(difference: str):
+def test_a_release_without_what_is_relied_on_fails_at_import(difference: str, tmp_path: Path):
     """In words that name what is missing, the release that lacks it, and those that have it."""
     change, message = DIFFERENT[difference]
-    done = run_python(f"{change}\nimport hf_erasure")
+    done = where_it_is_not_imported(f"{change}\nimport hf_erasure", tmp_path)
     package = "transformers" if "transformers VERSION" in message else "peft"
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: hf_erasure relies on {message.replace('VERSION', version(package))}"), last

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from hf_erasure.adapters import saving
 from hf_erasure.adapters.common.files import root_of, target_of
 from hf_erasure.adapters.saving import ON_STAGED, finish, staged
+from tests.adapters import saving_processes
 from tests.adapters.gradiend import lifecycle as gradiend
 from tests.adapters.lifecycle import Cell, Lifecycle
-from tests.pythons import run_python
+from tests.prepared import run
 from tests.small_models import outputs_of, same, small_batch
 
 CELL = Cell("bert", "norms", "output")
@@ -30,8 +31,7 @@ NEW_WHILE_LOADED = "was saved anew while it was being loaded"
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the processes of `saving_processes` found."""
-    program = "import sys; from tests.adapters.saving_processes import main; main(sys.argv[1])"
-    ran = run_python(program, str(tmp_path_factory.mktemp("killed")), timeout=600)
+    ran = run(saving_processes.find_all, folder=tmp_path_factory.mktemp("killed"))
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return found
