@@ -1,10 +1,10 @@
-"""From a data set to the batches that fitting reads: model inputs plus ``concept_labels``.
+"""From a data set to the batches that fitting reads: model inputs plus `concept_labels`.
 
-A batch is a plain dict. ``concept_labels`` has one of three forms:
+A batch is a plain dict. `concept_labels` has one of three forms:
 
-* ``(batch,)`` int64: one class id a row, for labels of whole sequences or images;
-* ``(batch, seq)`` int64: one class id a token, ``-100`` where a position has no label (special tokens, padding);
-* ``(batch, concept_dim)`` float32: continuous or multi-label concepts.
+* `(batch,)` int64: one class id a row, for labels of whole sequences or images;
+* `(batch, seq)` int64: one class id a token, `-100` where a position has no label (special tokens, padding);
+* `(batch, concept_dim)` float32: continuous or multi-label concepts.
 
 Rows are tokenised when their batch is asked for, so a data set may be larger than memory.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ from hf_erasure.erasers.statistics import IGNORED
 from .processes import Processes
 
 Row = Mapping[str, Any]
+# What a tokenizer says without a limit is larger than any length.
+_NO_LIMIT = 10**20
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
 
@@ -48,37 +50,37 @@ def concept_dataloader(
     seed: int = 0,
     split_between_processes: bool = False,
 ) -> DataLoader[Any]:
-    """Turn a data set into batches that ``fit_concept_erasure`` reads.
+    """Turn a data set into batches that `fit_concept_erasure` reads.
 
-    The inputs come from the first of these that the data set has: a column ``input_ids`` (already tokenised), a column
-    ``pixel_values`` (already processed images), or ``text_column``, which holds strings, lists of words, or images when
-    ``tokenizer`` is an image processor.
+    The inputs come from the first of these that the data set has: a column `input_ids` (already tokenised), a column
+    `pixel_values` (already processed images), or `text_column`, which holds strings, lists of words, or images when
+    `tokenizer` is an image processor.
 
-    The form of the labels follows from their values. Ints, strings and ``ClassLabel`` are class ids of whole rows. A
-    list of these is one class a word (or one a token where the data set is already tokenised), ``None`` or ``-100``
+    The form of the labels follows from their values. Ints, strings and `ClassLabel` are class ids of whole rows. A
+    list of these is one class a word (or one a token where the data set is already tokenised), `None` or `-100`
     standing for "no label". A float is a continuous concept of dimension 1, a list of floats one of that dimension.
 
     Args:
-        dataset: One split. An ``IterableDataset`` is read as a stream.
-        tokenizer: The tokenizer of the model, or its image processor; ``None`` where ``pixel_values`` are ready.
+        dataset: One split. An `IterableDataset` is read as a stream.
+        tokenizer: The tokenizer of the model, or its image processor; `None` where `pixel_values` are ready.
         text_column: Name of the column with the raw input.
-        label_column: Name of the column with the labels, or ``None`` for batches without ``concept_labels``, such as
-            the background of ``fit_concept_erasure``.
+        label_column: Name of the column with the labels, or `None` for batches without `concept_labels`, such as
+            the background of `fit_concept_erasure`.
         batch_size: Rows a batch; the last batch may be smaller.
         max_length: Longest sequence in tokens, special tokens included. By default the tokenizer's own limit.
         labels: Class names in the order of their ids. String labels need it on a stream; elsewhere it defaults to the
-            names of a ``ClassLabel`` or to the sorted distinct strings. With float lists it names the dimensions.
-        label_subwords: Whether ``"all"`` subwords of a word get its label or only the ``"first"``.
+            names of a `ClassLabel` or to the sorted distinct strings. With float lists it names the dimensions.
+        label_subwords: Whether `"all"` subwords of a word get its label or only the `"first"`.
         shuffle: Visit the rows in random order; a stream is shuffled within a buffer.
         seed: Seed of that order.
         split_between_processes: Give each process of a launcher its own share of the rows; every row is in one share,
             so that shares differ in length and may be empty.
 
     Returns:
-        A loader of dicts. ``loader.collate_fn.labels`` holds the class names in the order of their ids, or ``None``.
+        A loader of dicts. `loader.collate_fn.labels` holds the class names in the order of their ids, or `None`.
 
     Raises:
-        TypeError: ``dataset``, ``tokenizer``, ``labels`` or a count is of the wrong type.
+        TypeError: `dataset`, `tokenizer`, `labels` or a count is of the wrong type.
         ValueError: the data set is empty or lacks a column, the tokenizer cannot pad or cannot align words, or (while
             iterating) a row's label is unknown, missing, or does not match its input.
     """
@@ -117,11 +119,11 @@ class ConceptCollator:
 
     @property
     def labels(self) -> tuple[str, ...] | None:
-        """Class names in the order of their ids; ``None`` where the labels are bare ids or values."""
+        """Class names in the order of their ids; `None` where the labels are bare ids or values."""
         return None if self.read_labels is None else self.read_labels.names
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Encode ``rows`` (dicts of the data set's columns) as one batch."""
+        """Encode `rows` (dicts of the data set's columns) as one batch."""
         encoded = self.encode(rows)
         batch = dict(encoded.inputs)
         if self.read_labels is not None:
@@ -129,9 +131,7 @@ class ConceptCollator:
         return batch
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Inputs
-# --------------------------------------------------------------------------------------------------------------------
+# ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -140,9 +140,9 @@ class _Encoded:
 
     inputs: dict[str, Tensor]
     owners: list[list[int | None]] | None = None
-    """Per row and padded position: the index into the row's list of labels, or ``None`` for no label."""
+    """Per row and padded position: the index into the row's list of labels, or `None` for no label."""
     counts: list[int] | None = None
-    """Per row: how many token labels it must bring. ``None`` where the inputs have no words or tokens to label."""
+    """Per row: how many token labels it must bring. `None` where the inputs have no words or tokens to label."""
 
 
 @dataclass
@@ -158,15 +158,17 @@ class _TextEncoder:
     def __post_init__(self) -> None:
         self.columns = [self.column]
         self.unit = "words" if self.split_into_words else None
-        self.prepend_space = self.split_into_words and _glues_words(self.tokenizer)
+        self.glues_words = self.split_into_words and _glues_words(self.tokenizer)
 
     def __call__(self, rows: Sequence[Row]) -> _Encoded:
         texts = [self._text(row) for row in rows]
-        limited = self.max_length is not None or self.tokenizer.model_max_length < int(1e20)
+        spaced = texts
+        if self.glues_words:
+            spaced = [[word if index == 0 else f" {word}" for index, word in enumerate(text)] for text in texts]
         encoding = self.tokenizer(
-            [self._spaced(text) for text in texts] if self.prepend_space else texts,
+            spaced,
             is_split_into_words=self.split_into_words,
-            truncation=limited,
+            truncation=self.max_length is not None or self.tokenizer.model_max_length < _NO_LIMIT,
             max_length=self.max_length,
             padding=True,
             return_attention_mask=True,
@@ -176,33 +178,24 @@ class _TextEncoder:
         _refuse_rows_without_tokens(inputs["attention_mask"], texts)
         if not (self.split_into_words and self.tokenizer.is_fast):
             return _Encoded(inputs)
-        owners = [self._owners(encoding.word_ids(index)) for index in range(len(rows))]
+        owners = [list(encoding.word_ids(index)) for index in range(len(rows))]
+        if self.label_subwords == "first":
+            owners = [
+                [word if word != before else None for word, before in zip(row, [None, *row], strict=False)]
+                for row in owners
+            ]
         return _Encoded(inputs, owners, [len(text) for text in texts])
 
     def _text(self, row: Row) -> Any:
         text = _plain(row[self.column])
-        if self.split_into_words:
-            if isinstance(text, list) and all(isinstance(word, str) for word in text):
-                return text
-            expected = "a list of words"
-        else:
-            if isinstance(text, str):
-                return text
-            expected = "a string"
+        is_list = isinstance(text, list) and all(isinstance(word, str) for word in text)
+        if is_list if self.split_into_words else isinstance(text, str):
+            return text
+        expected = "a list of words" if self.split_into_words else "a string"
         raise ValueError(
             f"column {self.column!r} holds {text!r} where the first row holds {expected}: filter such rows out or "
             f"bring them into the same form."
         )
-
-    @staticmethod
-    def _spaced(words: list[str]) -> list[str]:
-        return [word if index == 0 else f" {word}" for index, word in enumerate(words)]
-
-    def _owners(self, word_ids: Sequence[int | None]) -> list[int | None]:
-        if self.label_subwords == "all":
-            return list(word_ids)
-        before = [None, *word_ids[:-1]]
-        return [word if word != previous else None for word, previous in zip(word_ids, before, strict=True)]
 
 
 @dataclass
@@ -224,12 +217,12 @@ class _TokenisedEncoder:
         )
         inputs = dict(padded)
         _refuse_rows_without_tokens(inputs["attention_mask"], [feature["input_ids"] for feature in features])
-        width = inputs["input_ids"].shape[1]
-        return _Encoded(inputs, [self._owners(length, width) for length in lengths], lengths)
-
-    def _owners(self, length: int, width: int) -> list[int | None]:
-        padding: list[int | None] = [None] * (width - length)
-        return [*padding, *range(length)] if self.tokenizer.padding_side == "left" else [*range(length), *padding]
+        owners: list[list[int | None]] = []
+        for length in lengths:
+            padding = [None] * (inputs["input_ids"].shape[1] - length)
+            left = self.tokenizer.padding_side == "left"
+            owners.append([*padding, *range(length)] if left else [*range(length), *padding])
+        return _Encoded(inputs, owners, lengths)
 
 
 @dataclass
@@ -306,7 +299,7 @@ def _check_tokenizer(tokenizer: Any, max_length: int | None) -> None:
 
 
 def _glues_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer reads the words ``["the", "boat"]`` as ``"theboat"``, as byte-level ones (GPT-2) do."""
+    """Whether the tokenizer reads the words `["the", "boat"]` as `"theboat"`, as byte-level ones (GPT-2) do."""
     backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
     if backend is None or backend.pre_tokenizer is None:
         return False
@@ -322,9 +315,7 @@ def _refuse_rows_without_tokens(attention_mask: Tensor, sources: Sequence[Any]) 
         raise ValueError(f"the row with input {sources[empty[0]]!r} has no tokens: filter empty rows out of dataset.")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Labels
-# --------------------------------------------------------------------------------------------------------------------
+# ---- labels ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -336,7 +327,7 @@ class _LabelReader:
     names: tuple[str, ...] | None
     """Class names by id, or the names of the dimensions."""
     stored_names: tuple[str, ...] | None = None
-    """Names behind the ints of a ``ClassLabel`` column, whose order may differ from ``names``."""
+    """Names behind the ints of a `ClassLabel` column, whose order may differ from `names`."""
     unit: str | None = None
 
     def __post_init__(self) -> None:
@@ -344,21 +335,18 @@ class _LabelReader:
 
     def __call__(self, rows: Sequence[Row], encoded: _Encoded) -> Tensor:
         values = [_plain(row[self.column]) for row in rows]
-        if self.form == "rows":
-            return torch.tensor([self._row_id(value) for value in values])
         if self.form == "values":
             return self._values(values)
-        owners, counts = encoded.owners or [], encoded.counts or []
-        return torch.tensor([self._token_ids(*row) for row in zip(values, owners, counts, strict=True)])
-
-    def _row_id(self, value: Any) -> int:
-        class_id = self._class_id(value)
-        if class_id == IGNORED:
+        if self.form == "tokens":
+            owners, counts = encoded.owners or [], encoded.counts or []
+            return torch.tensor([self._token_ids(*row) for row in zip(values, owners, counts, strict=True)])
+        ids = [self._class_id(value) for value in values]
+        if IGNORED in ids:
             raise ValueError(
-                f"label {value!r} in column {self.column!r} says that a whole row has no label: filter such rows out "
-                f"of dataset (None and {IGNORED} stand for single tokens only)."
+                f"label {values[ids.index(IGNORED)]!r} in column {self.column!r} says that a whole row has no label: "
+                f"filter such rows out of dataset (None and {IGNORED} stand for single tokens only)."
             )
-        return class_id
+        return torch.tensor(ids)
 
     def _token_ids(self, values: Any, owners: list[int | None], count: int) -> list[int]:
         if not isinstance(values, list) or len(values) != count:
@@ -458,9 +446,7 @@ def _distinct_labels(dataset: Dataset | IterableDataset, column: str) -> tuple[s
     return tuple(sorted(name for name in found if name is not None))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The data set itself
-# --------------------------------------------------------------------------------------------------------------------
+# ---- the data set itself ---------------------------------------------------------------------------------------------
 
 
 def _check_arguments(
@@ -473,9 +459,8 @@ def _check_arguments(
             f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
             f"dicts becomes one with datasets.Dataset.from_list(rows)."
         )
-    for name, count in (("batch_size", batch_size), ("max_length", max_length)):
-        if count is None and name == "max_length":
-            continue
+    counts = {"batch_size": batch_size} | ({} if max_length is None else {"max_length": max_length})
+    for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"{name} must be an int, got {count!r}.")
         if count < 1:
@@ -491,17 +476,19 @@ def _check_arguments(
 
 
 def _first_example(dataset: Dataset | IterableDataset) -> Row:
-    rows: Iterator[Row] = iter(dataset)
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise TypeError(f"dataset gives rows of type {type(row).__name__}: pass dataset.with_format(None).")
-        return row
-    raise ValueError("dataset is empty: check the filter or the split that made it.")
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError("dataset is empty: check the filter or the split that made it.")
+    if not isinstance(row, Mapping):
+        raise TypeError(f"dataset gives rows of type {type(row).__name__}: pass dataset.with_format(None).")
+    return row
 
 
 def _require_column(first: Row, name: str, argument: str) -> None:
     if name not in first:
-        raise ValueError(f"{argument}={name!r} is no column of dataset, which has {sorted(first)}: name one of these.")
+        raise ValueError(
+            f"{argument}={name!r} is not a column of dataset, which has {sorted(first)}: name one of these."
+        )
 
 
 def _keep_columns(dataset: Dataset | IterableDataset, wanted: list[str]) -> Dataset | IterableDataset:
@@ -518,9 +505,8 @@ def _keep_columns(dataset: Dataset | IterableDataset, wanted: list[str]) -> Data
 
 def _plain(value: Any) -> Any:
     """The Python value behind a tensor, an array or a NumPy scalar, whichever format the data set hands out."""
-    to_list: Callable[[], Any] | None = getattr(value, "tolist", None)
-    if to_list is not None:
-        return to_list()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

@@ -1,9 +1,20 @@
-"""From the states of a sequence's tokens to what stands for the sequence."""
+"""From the states of a sequence's tokens to what stands for the sequence, and which of the ways a model's head takes.
+
+What a head reads of the last hidden state is seen by one backward from its output: which positions have a gradient.
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 POOLS = ("tokens", "mean", "cls", "last")
 IN_WORDS = {
@@ -12,6 +23,11 @@ IN_WORDS = {
     "cls": "the first token",
     "last": "the last real token",
 }
+# Gradients of one position are equal to those of another up to so many units of rounding.
+_ROUNDING = 8
+# A position counts whose gradient is above this share of the largest of its row.
+_COUNTS = 1e-6
+_SENTENCE_POOLS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
 def check_pool(pool: str | None) -> None:
@@ -54,3 +70,237 @@ def pooled(states: Tensor, real: Tensor, pool: str) -> Tensor:
     kept = torch.where(positions[..., None], states, 0.0)
     weight = positions / positions.sum(1, keepdim=True).clamp_min(1)
     return torch.einsum("bsw,bs->bw", kept, weight.to(states.dtype))
+
+
+# ---- what a head reads -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of the last hidden state.
+
+    Attributes:
+        pool: One of `POOLS`; None where there is no head, or none of them is what it reads.
+        text: The same in words, as a sentence without its full stop.
+        clear: False where there is a head and none of `POOLS` is known to be what it reads.
+        is_other: Whether it is known that the head reads something that is none of `POOLS`.
+    """
+
+    pool: str | None
+    text: str
+    clear: bool = True
+    is_other: bool = False
+
+
+def reading_of(
+    model: nn.Module,
+    backbone: nn.Module,
+    forward: Callable[[], Any],
+    real_of: Callable[[Tensor], Tensor],
+    *,
+    is_bare: bool,
+) -> Reading:
+    """Find out which positions a head reads.
+
+    Everything up to the last hidden state runs without gradients, so that only the head's own activations are kept.
+
+    Args:
+        model: The model with its head.
+        backbone: The module that returns the last hidden state.
+        forward: Runs the model on two rows of different lengths, the shorter one padded.
+        real_of: From a last hidden state `(batch, seq, width)` to its positions that are not padding, `(batch, seq)`.
+
+        is_bare: Whether the class of the model adds no module to its base; such a model may return logits all the same.
+
+    Returns:
+        What is read; it is not clear where the model fails on these rows.
+    """
+    name = type(model).__name__
+    no_head = Reading(None, f"{name} has no head that reads")
+    if is_bare and type(model).__module__.startswith("transformers.") and name.endswith("Model"):
+        return no_head
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
+        return Reading("tokens", f"{name} reads {IN_WORDS['tokens']}")  # a language model, whose logits are large
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            found = _gradient(model, backbone, forward, is_bare)
+            if found is None:
+                return no_head
+            gradient, hidden = found
+            pool, words, is_other = _classified(gradient, real_of(hidden).to(gradient.device))
+    except Exception as error:  # whatever a model raises: fitting itself may need less of it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Reading(None, f"what {name} reads could not be found out ({reason})", clear=False)
+    return Reading(pool, f"{name} reads {words}", clear=pool is not None, is_other=is_other)
+
+
+def sentence_reading(model: nn.Module) -> Reading | None:
+    """What the pooling module of a SentenceTransformer reads; None for other models."""
+    for module in model.modules():
+        if type(module).__module__.startswith("sentence_transformers.") and hasattr(module, "pooling_mode"):
+            mode: Any = module.pooling_mode
+            pool = _SENTENCE_POOLS.get(mode) if isinstance(mode, str) else None
+            words = IN_WORDS[pool] if pool else repr(mode)
+            return Reading(pool, f"its pooling module reads {words}", clear=pool is not None, is_other=pool is None)
+    return None
+
+
+# ---- the backward ----------------------------------------------------------------------------------------------------
+
+
+def _gradient(
+    model: nn.Module, backbone: nn.Module, forward: Callable[[], Any], is_bare: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The gradient of the output with regard to the last hidden state, and that state; None for a bare model.
+
+    Raises:
+        ValueError: If there is no such state, or the output does not depend on it.
+    """
+    trace = _Trace(backbone)
+    with _hooked(model, trace.record):
+        output = forward()
+    if is_bare and not _logits(output):
+        return None
+    hidden = _last_hidden_state(trace.returned)
+    if hidden is None or hidden.dim() != 3:
+        raise ValueError("it returns no last hidden state of shape (batch, seq, width)")
+    start = _Start(*trace.maker_of(hidden))
+    with _hooked(start.module, start.hook, alone=True):
+        output = forward()
+    read = _logits(output) or [t for t in _tensors(output).values() if t.is_floating_point()][:1]
+    read = [tensor for tensor in read if tensor.requires_grad]
+    if start.leaf is None or not read:
+        raise ValueError("its output does not depend on the last hidden state")
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.enable_grad():
+        # Weights at random, since sums of normalised numbers have no gradient.
+        weights = [torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor) for tensor in read]
+        total = sum((tensor * weight).float().sum() for tensor, weight in zip(read, weights, strict=True))
+        return torch.autograd.grad(total, start.leaf)[0], hidden  # type: ignore[arg-type]
+
+
+@dataclass
+class _Trace:
+    """Which module has returned which tensor, in the order in which they returned, and what the backbone did last."""
+
+    backbone: nn.Module
+    returned: Any = None
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    made: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = field(default_factory=list)
+
+    def record(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.calls[module] += 1
+        self.made += [(module, self.calls[module], key, weakref.ref(t)) for key, t in _tensors(output).items()]
+        if module is self.backbone:
+            self.returned = output
+
+    def maker_of(self, hidden: Tensor) -> tuple[nn.Module, int, Any]:
+        """The innermost module that returned this very tensor, which of its calls it was, and where in its output."""
+        for module, call, key, tensor in self.made:
+            if tensor() is hidden:
+                return module, call, key
+        raise ValueError("no module returns the last hidden state")
+
+
+@dataclass
+class _Start:
+    """Begins to keep gradients at one output of one call of a module."""
+
+    module: nn.Module
+    call: int
+    key: Any
+    calls: int = 0
+    leaf: Tensor | None = None
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.calls += 1
+        if self.calls != self.call:
+            return output
+        torch.set_grad_enabled(True)  # until the surrounding no_grad ends
+        self.leaf = _tensors(output)[self.key].detach().clone().requires_grad_()
+        # Not the leaf itself, which what follows could not change in place.
+        return _replaced(output, self.key, self.leaf.clone())
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Callable[..., Any], *, alone: bool = False) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in ([model] if alone else model.modules())]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> dict[Any, Tensor]:
+    """The tensors of an output, by their place in it."""
+    if isinstance(output, Tensor):
+        return {None: output}
+    if isinstance(output, Mapping):
+        return {key: value for key, value in output.items() if isinstance(value, Tensor)}
+    if isinstance(output, (tuple, list)):
+        return {index: value for index, value in enumerate(output) if isinstance(value, Tensor)}
+    return {}
+
+
+def _replaced(output: Any, key: Any, tensor: Tensor) -> Any:
+    if key is None:
+        return tensor
+    if isinstance(output, Mapping):
+        output[key] = tensor  # type: ignore[index]
+        return output
+    return type(output)([tensor if index == key else value for index, value in enumerate(output)])
+
+
+def _last_hidden_state(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping):
+        found, states = output.get("last_hidden_state"), output.get("hidden_states")
+        return states[-1] if found is None and states else found
+    return output if isinstance(output, Tensor) else output[0] if output else None
+
+
+def _logits(output: Any) -> list[Tensor]:
+    found = _tensors(output)
+    return [tensor for key, tensor in found.items() if isinstance(key, str) and "logits" in key]
+
+
+# ---- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
+    """The pool, what is read in words, and whether that is known to be none of `POOLS`.
+
+    Args:
+        gradient: `(batch, seq, width)`.
+        real: `(batch, seq)`.
+    """
+    size = gradient.float().norm(dim=-1)
+    read = size > _COUNTS * size.amax(1, keepdim=True)
+    several = (real.sum(1) > 1) & read.any(1)  # a row of one token tells nothing
+    if not several.any():
+        return None, "rows that are too short to tell which position it reads", False
+    gradient, real, read = gradient[several], real[several], read[several]
+    for pool in ("cls", "last"):
+        if torch.equal(read, counted(real, pool)):
+            return pool, IN_WORDS[pool], False
+    rest = real & ~counted(real, "cls")
+    if torch.equal(read, rest):
+        pool = "mean" if _alike(gradient, read) else "tokens"
+        return pool, f"{IN_WORDS[pool]} behind the first", False
+    if bool((read | ~real).all()):
+        if not _alike(gradient, read):
+            return "tokens", IN_WORDS["tokens"], False
+        return "mean", IN_WORDS["mean"] + (", padding included" if bool((read & ~real).any()) else ""), False
+    columns = read.any(0).nonzero().flatten().tolist()
+    padding = ", padding among them" if bool((read & ~real).any()) else ""
+    return None, f"positions {columns} of {read.shape[1]}{padding}", True
+
+
+def _alike(gradient: Tensor, read: Tensor) -> bool:
+    """Whether all positions that are read have the same gradient, within each row."""
+    tolerance = _ROUNDING * torch.finfo(gradient.dtype).eps
+    for row, chosen in zip(gradient.float(), read, strict=True):
+        found = row[chosen]
+        if float((found - found[0]).abs().max()) > tolerance * float(found.abs().max()):
+            return False
+    return True

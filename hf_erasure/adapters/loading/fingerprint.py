@@ -363,7 +363,9 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     def tell(full: str) -> bool:
         name = full.replace(".base_layer.", ".")
         if name not in told:
-            told[name] = _is_readable(model, name)
+            module, own = _place(model, name)
+            is_packed = module is not None and is_quantised(module.get_parameter(own))
+            told[name] = module is not None and not (is_packed and dequantised(module, own) is None)
         return told[name]
 
     for site in sites:
@@ -389,19 +391,6 @@ def _at(weight: Tensor, positions: Tensor) -> Tensor:
     return weight[torch.unravel_index(positions.to(weight.device), weight.shape)].to("cpu", torch.double)
 
 
-def _is_readable(model: nn.Module, name: str) -> bool:
-    module, own = _place(model, name)
-    if module is None:
-        return False
-    parameter = module._parameters[own]
-    return not is_quantised(parameter) or dequantised(module, own) is not None  # type: ignore[arg-type]
-
-
-def _is_whole(parameter: nn.Parameter) -> bool:
-    """Whether one process sees all of a parameter."""
-    return (type(parameter.data) is Tensor and not is_sharded(parameter)) or is_quantised(parameter)
-
-
 def _weight(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
     """The numbers of a parameter with the name of their dtype; None where there is nothing to read."""
     module, own = _place(model, name)
@@ -425,7 +414,10 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
         except AttributeError:
             continue
         parameter = module._parameters.get(own)
-        if parameter is None or not _is_whole(parameter) or why_not_reachable(module) is not None:
+        if parameter is None or why_not_reachable(module) is not None:
+            continue
+        # One process must see all of it.
+        if not is_quantised(parameter) and (type(parameter.data) is not Tensor or is_sharded(parameter)):
             continue
         if not (is_quantised(parameter) and parameter.device.type == "meta"):
             return module, own
