@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,7 @@ MAY_IMPORT = {
 }
 # Files beside the folders. Only `__init__` imports the table of patches, which may import all but the command line.
 BESIDE = {"__init__", "_version", "patches"}
+IN_DISTRIBUTION = {"yaml": "pyyaml"}  # Module → what it is installed as, where that has another name.
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"}
 
 PUBLIC = {
@@ -58,21 +61,6 @@ PUBLIC = {
     "export_to_lora",
     "fit_concept_erasure",
     "verify_adapter",
-}
-
-# Function → what it imports of the package, which belongs to the top of its file. To be emptied.
-IMPORTS_IN_FUNCTIONS = {
-    "card": {"describe_folder", "write_card"},
-    "check": {"check_output"},
-    "encode": {"encode_texts"},
-    "evaluate": {"Evaluation", "LIMITS", "check_gradiend_output", "evaluate", "write"},
-    "export_lora": {"export_to_lora", "load_with_erasure"},
-    "fit": {"FIGURE_FILE", "read_gradiend_recipe", "read_recipe", "run_gradiend_recipe", "run_recipe", "write_card"},
-    "merge": {"save_merged", "write_merged_card"},
-    "merge_fits": {"merge_fits", "write_card"},
-    "push": {"push_adapter"},
-    "push_exported": {"push_model"},
-    "select": {"select_gradiend_output", "write_card"},
 }
 
 
@@ -143,10 +131,22 @@ def test_the_mathematics_knows_nothing_of_hugging_face(folder: str):
 
 def test_the_package_is_imported_at_the_top_of_a_file():
     found = imports_in_functions()
-    new = [
-        place for place in found if not set(place.says.split(", ")) <= IMPORTS_IN_FUNCTIONS.get(place.function, set())
-    ]
-    assert not new, "\n".join(map(str, new))
+    assert not found, "\n".join(map(str, found))
+
+
+def test_what_is_imported_is_declared():
+    """Optional packages are imported in functions; an extra brings them, or the user has them for his own model."""
+    tomllib = pytest.importorskip("tomllib", reason="part of Python from 3.11 on")
+    declared = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.split(r"[^\w-]", text)[0].lower().replace("-", "_") for text in declared}
+    needed: dict[str, Path] = {}
+    for path in files():
+        for node in tree_of(path).body:
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                needed[IN_DISTRIBUTION.get(str(module).partition(".")[0], str(module).partition(".")[0])] = path
+    missing = {name: path for name, path in needed.items() if name not in {*sys.stdlib_module_names, NAME, *names}}
+    assert not missing, "declare it in pyproject.toml"
 
 
 # ---- one place for an idea -------------------------------------------------------------------------------------------

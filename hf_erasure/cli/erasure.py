@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .app import app
-from .common import errors_as_sentences, rendered
+from hf_erasure.adapters.merging.convert import load_with_erasure, save_merged
+from hf_erasure.fitting import combine
+from hf_erasure.hub import export_to_lora, write_card, write_merged_card
+from hf_erasure.recipes.erasure import FIGURE_FILE, check_output, read_recipe, run_recipe
+
+from .app import ProcessCount, ProgressBars, app, check_count, errors_as_sentences, rendered, say_whether_same
 from .hub import Private, Push, push_exported
-from .launching import AskedFor, launched
 
 
 @app.command()
@@ -20,8 +23,8 @@ def fit(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. model=bert-base-uncased fit.pool=cls"),
     ] = None,
-    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
-    processes: AskedFor = None,
+    progress: ProgressBars = True,
+    processes: ProcessCount = None,
 ) -> None:
     """Fit an erasure as a recipe says, and print what a probe reads before and after.
 
@@ -34,17 +37,13 @@ def fit(
 
     Example: torchrun --nproc_per_node 2 -m hf_erasure.cli fit recipe.yaml
     """
-    from hf_erasure.hub import write_card
-    from hf_erasure.recipes.erasure import FIGURE_FILE, read_recipe, run_recipe
-
     with errors_as_sentences():
-        is_main = launched(processes).is_main
+        check_count(processes)
         plan = read_recipe(recipe, overrides or [])
         outcome = run_recipe(plan, progress)
-        if outcome is not None and is_main:
-            write_card(plan.output)  # once more, since the results of the recipe lie there now
-    if outcome is None or not is_main:
-        return
+        if outcome is None:
+            return  # the first process goes on
+        write_card(plan.output)  # once more, since the results of the recipe lie there now
     typer.echo(f"\n{outcome.report}\n")
     typer.echo(f"Probe accuracy on the split {plan.data.test!r}, probes fitted on {plan.data.train!r}:\n")
     typer.echo(rendered(outcome.table))
@@ -54,21 +53,14 @@ def fit(
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="The output folder of a finished `fit`.", exists=True)],
-    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    progress: ProgressBars = True,
 ) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
-    from hf_erasure.recipes.erasure import check_output
-
     with errors_as_sentences():
         now, written = check_output(folder, progress)
     typer.echo(rendered(now))
     # Same weights, same data, same probes: what differs is only the order in which threads add floats.
-    drift = float((now - written).abs().max().max())
-    same = drift <= 1e-6
-    verdict = "same" if same else "NOT THE SAME"
-    typer.echo(f"\nlargest difference from the results written when it was fitted: {drift:.1e}: {verdict}")
-    if not same:
-        raise typer.Exit(1)
+    say_whether_same(float((now - written).abs().max().max()), 1e-6)
 
 
 @app.command()
@@ -86,9 +78,6 @@ def merge(
 
     Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
     """
-    from hf_erasure.adapters.merging.convert import save_merged
-    from hf_erasure.hub import write_merged_card
-
     with errors_as_sentences():
         text = save_merged(model, adapter, out, max_shard_size=max_shard_size)
         write_merged_card(out, model, adapter, text)
@@ -109,9 +98,6 @@ def export_lora(
 
     Example: hf-erasure export-lora gpt2 out/demo out/demo-lora
     """
-    from hf_erasure.adapters.merging.convert import load_with_erasure
-    from hf_erasure.hub import export_to_lora
-
     with errors_as_sentences():
         exported = export_to_lora(load_with_erasure(model, adapter), "default", out)
         typer.echo(str(exported))
@@ -128,11 +114,8 @@ def merge_fits(
     output: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
 ) -> None:
     """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
-    from hf_erasure.fitting.combine import merge_fits as add
-    from hf_erasure.hub import write_card
-
     with errors_as_sentences():
-        config = add(one, other, output)
+        config = combine.merge_fits(one, other, output)
         write_card(output)
     typer.echo(
         f"{config.concept}: {config.provenance['examples']} examples, {config.provenance['tokens']} tokens: {output}"

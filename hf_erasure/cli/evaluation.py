@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app
-from .common import errors_as_sentences
+from hf_erasure import evaluation
+from hf_erasure.evaluation.report import write
+
+from .app import app, errors_as_sentences
 
 
 @app.command()
@@ -44,21 +46,18 @@ def evaluate(
 
     Example: hf-erasure evaluate bert-base-uncased out/no-gender --suite gender --data data --output out/evaluation
     """
-    from hf_erasure.evaluation import LIMITS, Evaluation
-    from hf_erasure.evaluation import evaluate as measure
-    from hf_erasure.evaluation.report import write
 
     def say(what: str) -> None:
         if progress:
             typer.echo(f"… {what}", err=True)
 
     with errors_as_sentences():
-        plan = Evaluation(
+        plan = evaluation.Evaluation(
             model, data, adapters or [], suite=suite, limit=limit, seed=seed, resamples=resamples,
             strengths=_numbers(strengths), harness=_names(harness), harness_tasks=harness_tasks,
             allow_inactive=allow_inactive, stereoset=stereoset,
         )  # fmt: skip
-        results = measure(plan, say, output)
+        results = evaluation.evaluate(plan, say, output)
         written, page = write(results, output)
     typer.echo(f"\n{results.table()}\n")
     typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number.")
@@ -68,7 +67,7 @@ def evaluate(
         typer.echo(f"Not measured: {note}")
     for rows in results.bad_rows():
         typer.echo(f"Left out: {rows}")
-    typer.echo("\n" + "\n".join(f"* {limit}" for limit in LIMITS))
+    typer.echo("\n" + "\n".join(f"* {limit}" for limit in evaluation.LIMITS))
     typer.echo(f"\nresults: {written}\nreport:  {page}")
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .app import app
-from .common import errors_as_sentences
-from .launching import AskedFor, launched
+from hf_erasure.hub import write_card
+from hf_erasure.recipes.gradiend import (
+    GradiendOutcome,
+    check_gradiend_output,
+    encode_texts,
+    read_gradiend_recipe,
+    run_gradiend_recipe,
+    select_gradiend_output,
+)
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from hf_erasure.recipes.gradiend import GradiendOutcome
+from .app import ProcessCount, ProgressBars, app, check_count, errors_as_sentences, rendered, say_whether_same
 
 # Sums of the same floats, in an order that threads decide.
 SAME = 1e-5
@@ -25,7 +28,6 @@ commands = typer.Typer(
 app.add_typer(commands, name="gradiend")
 
 Folder = Annotated[Path, typer.Argument(help="The output folder of a finished `gradiend fit`.", exists=True)]
-ProgressBars = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
 
 
 @commands.command()
@@ -38,7 +40,7 @@ def fit(
         typer.Argument(metavar="[KEY=VALUE]...", help="Replace entries, e.g. model=gpt2 select.budget=0.05"),
     ] = None,
     progress: ProgressBars = True,
-    processes: AskedFor = None,
+    processes: ProcessCount = None,
 ) -> None:
     """Learn a feature as a recipe says, choose an edit, and print what it does to test data.
 
@@ -47,18 +49,15 @@ def fit(
 
     Example: hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml output=out/demo
     """
-    from hf_erasure.hub import write_card
-    from hf_erasure.recipes.gradiend import read_gradiend_recipe, run_gradiend_recipe
-
     with errors_as_sentences():
-        is_main = launched(processes).is_main
+        check_count(processes)
         plan = read_gradiend_recipe(recipe, overrides or [])
         outcome = run_gradiend_recipe(plan, progress)
-        if is_main:
-            write_card(plan.output)  # once more, since the results of the recipe lie there now
-    if not is_main:
-        return
-    typer.echo("\nCorrelation of the dense neuron on the choice data: " + _listed(outcome.correlation))
+        if outcome is None:
+            return  # the first process goes on
+        write_card(plan.output)  # once more, since the results of the recipe lie there now
+    correlations = ", ".join(f"{name} {value:.3f}" for name, value in outcome.correlation.items())
+    typer.echo("\nCorrelation of the dense neuron on the choice data: " + correlations)
     left_out = {name: count for name, count in outcome.counts.items() if name.endswith("left out") and count}
     if left_out:
         typer.echo("Rows the tokenizer cannot serve: " + ", ".join(f"{n} {count}" for n, count in left_out.items()))
@@ -70,16 +69,10 @@ def fit(
 @commands.command()
 def evaluate(folder: Folder, progress: ProgressBars = True) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
-    from hf_erasure.recipes.gradiend import check_gradiend_output
-
     with errors_as_sentences():
         now, drift = check_gradiend_output(folder, progress)
     _show(now)
-    same = drift <= SAME
-    verdict = "same" if same else "NOT THE SAME"
-    typer.echo(f"\nlargest difference from the results written when it was fitted: {drift:.1e}: {verdict}")
-    if not same:
-        raise typer.Exit(1)
+    say_whether_same(drift, SAME)
 
 
 @commands.command()
@@ -96,13 +89,10 @@ def select(
 
     Example: hf-erasure gradiend select out/demo she --budget 0.01
     """
-    from hf_erasure.hub import write_card
-    from hf_erasure.recipes.gradiend import select_gradiend_output
-
     with errors_as_sentences():
         outcome = select_gradiend_output(folder, goal, budget, progress)
         write_card(folder)
-    typer.echo(_text(outcome.edits))
+    typer.echo(rendered(outcome.edits))
     _warn(outcome)
     typer.echo(f"\nadapter: {folder}, steered for {goal!r}")
 
@@ -121,8 +111,6 @@ def encode(
 
     Example: hf-erasure gradiend encode out/demo texts.csv --output values.csv
     """
-    from hf_erasure.recipes.gradiend import encode_texts
-
     with errors_as_sentences():
         values, plain = encode_texts(folder, data, split, progress)
         text = values.to_csv(output, index=False, float_format="%.6f")
@@ -133,24 +121,11 @@ def encode(
 
 def _show(outcome: GradiendOutcome) -> None:
     if len(outcome.encoding):
-        typer.echo(_text(outcome.encoding) + "\n")
-    typer.echo(_text(outcome.edits))
+        typer.echo(rendered(outcome.encoding) + "\n")
+    typer.echo(rendered(outcome.edits))
     _warn(outcome)
 
 
 def _warn(outcome: GradiendOutcome) -> None:
     for message in outcome.messages:
         typer.echo(f"Warning: {message}", err=True)
-
-
-def _text(table: pd.DataFrame) -> str:
-    """As `rendered`, with the steps of the grid as they are written."""
-    shown = table.copy()
-    for name in ("h", "α"):
-        if name in shown:
-            shown[name] = [f"{value:g}" for value in shown[name]]
-    return shown.to_string(float_format=lambda value: f"{value:.3f}")
-
-
-def _listed(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from huggingface_hub import CommitInfo
 
-from .app import app
-from .common import errors_as_sentences
+from hf_erasure.hub import describe_folder, push_adapter, push_model, write_card
 
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
+from .app import app, errors_as_sentences
 
 Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.", exists=True, file_okay=False)]
 BaseModel = Annotated[
@@ -40,8 +39,6 @@ def push(
 
     Example: hf-erasure push out/demo alice/no-gender --private
     """
-    from hf_erasure.hub import push_adapter
-
     with errors_as_sentences():
         commit = push_adapter(
             folder, repo_id, private=private or None, revision=revision, subfolder=subfolder, create_pr=create_pr,
@@ -77,8 +74,6 @@ def card(
 
     Example: hf-erasure card out/demo --results out/evaluation --license apache-2.0
     """
-    from hf_erasure.hub import describe_folder, write_card
-
     with errors_as_sentences():
         rows = describe_folder(
             folder, results=results, names=[adapter] if adapter else [], base_model=base_model, datasets=dataset,
@@ -92,8 +87,6 @@ def card(
 
 def push_exported(folder: Path, repo_id: str, private: bool) -> None:
     """Upload what `merge` or `export-lora` has written, and say where it is."""
-    from hf_erasure.hub import push_model
-
     _say(push_model(folder, repo_id, private=private or None))
 
 

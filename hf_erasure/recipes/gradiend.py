@@ -298,10 +298,13 @@ class GradiendRun:
         (output / TABLES_FILE).write_text(text, encoding="utf-8")
 
 
-def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendOutcome:
+def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendOutcome | None:
     """Learn the feature, choose edits on the choice data, measure on the test data, and write all to `recipe.output`.
 
-    Several processes share the gradients; the first one writes.
+    Several processes share the gradients.
+
+    Returns:
+        What was measured. In the main process only, which also writes: where several run, the others give None.
 
     Raises:
         ValueError: If model, feature and data do not go together.
@@ -315,7 +318,7 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     counts = run.data.counts() | {f"{name} left out": count for name, count in run.data.skipped.items()}
     outcome = GradiendOutcome(encoding, run.edits(chosen), correlation, counts, messages)
     if not Processes().is_main:
-        return outcome
+        return None
     run.save(outcome, chosen, recipe.select.goals[0])
     output = Path(recipe.output)
     grid: pd.DataFrame = selection.to_pandas()

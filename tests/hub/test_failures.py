@@ -16,7 +16,7 @@ import pytest
 import typer
 from huggingface_hub.errors import HTTPError
 
-from hf_erasure.cli.common import errors_as_sentences
+from hf_erasure.cli.app import errors_as_sentences
 from tests import prepared
 from tests.adapters.lifecycle import Lifecycle
 from tests.hub.clients import OWNER, TOKEN, Once, environment, run
