@@ -72,13 +72,17 @@ LORA = Adapter("LoRA", gradiends.lora, "llama", gradiends.lora)
 ADAPTERS = [NORMS, LINEAR, DENSE, SPARSE, LORA]
 STEERED = [DENSE, SPARSE]
 
-every_adapter = pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
-# Where a test takes several seconds, one place of each kind stands for both; the marker `slow` runs the others.
-one_of_each = pytest.mark.parametrize(
-    "adapter",
-    [pytest.param(a, marks=pytest.mark.slow if a in (LINEAR, DENSE) else ()) for a in ADAPTERS],
-    ids=str,
-)
+
+def adapters(*usual: Adapter) -> pytest.MarkDecorator:
+    """All of them; those that are not named are for the slow tests and `make matrix`."""
+    cells = [pytest.param(a, marks=() if a in usual else pytest.mark.slow) for a in ADAPTERS]
+    return pytest.mark.parametrize("adapter", cells, ids=str)
+
+
+# A LoRA is here for the table: no code of this package runs.
+every_adapter = adapters(NORMS, LINEAR, DENSE, SPARSE)
+# Where a test takes several seconds, one place of each kind stands for both.
+one_of_each = adapters(NORMS, SPARSE)
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 _TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 48}
@@ -199,7 +203,8 @@ def switch(watch: Watch) -> tuple[int, int, int]:
     return first, max(costs), again
 
 
-@every_adapter
+# What is compiled anew at a switch is the same code in both places of an erasure, and for both kinds of neurons.
+@adapters(LINEAR, SPARSE)
 def test_switching_compiles_once_more_at_most(adapter: Adapter, matrix: Enter):
     # Graphs are counted before any backend sees them; this one runs them as they are.
     watch = Watch(with_two(adapter), small_batch(adapter.architecture, seed=5), "eager", 0.0)
@@ -210,7 +215,8 @@ def test_switching_compiles_once_more_at_most(adapter: Adapter, matrix: Enter):
     matrix(TABLE, row, adapter.column, "same, one recompilation for each new state")
 
 
-@pytest.mark.parametrize("adapter", STEERED, ids=str)
+# Dense or sparse is decided before a graph is made: what steering changes, a factor, is read in one place.
+@pytest.mark.parametrize("adapter", [pytest.param(DENSE, marks=pytest.mark.slow), SPARSE], ids=str)
 def test_steering_compiles_nothing_more(adapter: Adapter, matrix: Enter):
     watch = Watch(with_two(adapter), small_batch(adapter.architecture, seed=5), "eager", 0.0)
     assert watch.cost() == 1
@@ -227,7 +233,8 @@ def test_steering_compiles_nothing_more(adapter: Adapter, matrix: Enter):
     matrix(TABLE, "`steer` after compiling", adapter.column, "same, no recompilation")
 
 
-@pytest.mark.parametrize("adapter", [NORMS, SPARSE], ids=str)
+# The slow `test_switching_with_inductor` does the same and more for all of them.
+@pytest.mark.parametrize("adapter", [pytest.param(NORMS, marks=pytest.mark.slow), SPARSE], ids=str)
 def test_inductor_computes_what_eager_does(adapter: Adapter):
     need_inductor()
     watch = Watch(with_two(adapter), small_batch(adapter.architecture, seed=5), "inductor", TOLERANCE)
@@ -350,7 +357,8 @@ def check_export(model: PreTrainedModel, adapter: Adapter, file: Path) -> None:
         assert not torch.allclose(found, without, rtol=1e-2, atol=1e-2)
 
 
-@every_adapter
+# A merged model has no adapter, and exports as any model; which adapter it was is not seen.
+@adapters(NORMS, SPARSE)
 def test_a_merged_model_is_exported(adapter: Adapter, tmp_path: Path, matrix: Enter):
     check_export(merged(adapter, tmp_path / "adapter"), adapter, tmp_path / "model.pt2")
     matrix(TABLE, "`torch.export` of the merged model", adapter.column, "same")

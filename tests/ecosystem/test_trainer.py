@@ -45,10 +45,21 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(second time|Already found a `peft_config`|has been trained further|switched the)"
 )
 USUAL = ("full fine-tuning", "LoRA beside a sticky adapter")
-every_cell = pytest.mark.parametrize(
-    ("kind", "way"),
-    [pytest.param(k, w, marks=[] if w in USUAL else [pytest.mark.slow]) for k in KINDS for w in WAYS],
-)
+
+
+def every_cell(first: str) -> pytest.MarkDecorator:
+    """Every kind in every way. All but one of the usual ways for each kind is for the slow tests and `make matrix`.
+
+    Args:
+        first: The usual way of the first kind; the next kind has the other. What a way of training does, and what a
+            kind does in each way, is in several of these tests: a fault of both together shows in one of them.
+    """
+    usual = {(kind, USUAL[(number + USUAL.index(first)) % 2]) for number, kind in enumerate(KINDS)}
+    cells = [pytest.param(k, w, marks=[] if (k, w) in usual else [pytest.mark.slow]) for k in KINDS for w in WAYS]
+    return pytest.mark.parametrize(("kind", "way"), cells)
+
+
+FULL, LORA_BESIDE = USUAL
 TABLE = "Trainer"
 Enter = Callable[[str, str, str, str], None]
 
@@ -92,7 +103,7 @@ def tolerance_of(way: str) -> float:
     return 1e-3 if way.startswith("LoRA") else 1e-4
 
 
-@every_cell
+@every_cell(FULL)
 def test_gradient_accumulation(kind: str, way: str, tmp_path: Path, matrix: Enter):
     # Two batches of four are the batch of eight: the callbacks must see one step.
     ends = []
@@ -109,7 +120,7 @@ def test_gradient_accumulation(kind: str, way: str, tmp_path: Path, matrix: Ente
     matrix(TABLE, row(kind, way), "gradient accumulation", "same")
 
 
-@every_cell
+@every_cell(LORA_BESIDE)
 def test_mixed_precision(kind: str, way: str, tmp_path: Path, matrix: Enter):
     found = {}
     for bf16 in (False, True):
@@ -125,7 +136,7 @@ def test_mixed_precision(kind: str, way: str, tmp_path: Path, matrix: Enter):
     matrix(TABLE, row(kind, way), "bf16", "same")
 
 
-@every_cell
+@every_cell(FULL)
 def test_sft_trainer(kind: str, way: str, tmp_path: Path, matrix: Enter):
     trl = pytest.importorskip("trl")
     model: Any = model_for(kind, way)
@@ -186,7 +197,7 @@ def assert_reloads(model: Any, folder: Path, kind: str, way: str, tolerance: flo
     torch.testing.assert_close(logits(loaded), logits(model), rtol=tolerance, atol=tolerance)
 
 
-@every_cell
+@every_cell(LORA_BESIDE)
 def test_save(kind: str, way: str, tmp_path: Path, matrix: Enter):
     trainer = trainer_for(kind, way, tmp_path, save_strategy="steps", save_steps=6)
     before = logits(trainer.model)
@@ -198,7 +209,7 @@ def test_save(kind: str, way: str, tmp_path: Path, matrix: Enter):
     matrix(TABLE, row(kind, way), "save", "same")
 
 
-@every_cell
+@every_cell(FULL)
 def test_resume_from_checkpoint(kind: str, way: str, tmp_path: Path, matrix: Enter):
     # Saved between two logs, so that what the callback has gathered since the first must survive too.
     whole = trainer_for(kind, way, tmp_path, save_strategy="steps", save_steps=3)
@@ -227,7 +238,7 @@ class Snapshots(TrainerCallback):
         self.states[state.global_step] = state_of(model)
 
 
-@every_cell
+@every_cell(LORA_BESIDE)
 def test_load_best_model_at_end(kind: str, way: str, tmp_path: Path, matrix: Enter):
     steps = {f"{what}_{of}": value for what in ("save", "eval") for of, value in (("strategy", "steps"), ("steps", 2))}
     snapshots = Snapshots()
@@ -240,7 +251,7 @@ def test_load_best_model_at_end(kind: str, way: str, tmp_path: Path, matrix: Ent
     matrix(TABLE, row(kind, way), "load_best_model_at_end", "same")
 
 
-@every_cell
+@every_cell(FULL)
 def test_push(kind: str, way: str, tmp_path: Path, matrix: Enter, monkeypatch: pytest.MonkeyPatch):
     pushed: list[Path] = []
 

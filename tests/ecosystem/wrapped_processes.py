@@ -6,6 +6,7 @@ of its own.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,19 @@ class Process:
         model.load_adapter(self.folder / self.kind, adapter_name=NAME)
         return model
 
+    @functools.cached_property
+    def alone(self) -> Any:
+        """A plain model with the adapter that stays as it is, to compare with."""
+        return self.adapted()
+
+    @functools.cached_property
+    def wanted(self) -> Tensor:
+        return self.outputs(self.alone)
+
+    @functools.cached_property
+    def plain(self) -> Tensor:
+        return self.outputs(self.base())
+
     def wrapped(self, model: Any, optimizer: Any = None) -> Any:
         """The model as this way wraps it; accelerate wants its optimizer with it."""
         if self.way.startswith("ddp"):
@@ -89,7 +103,7 @@ class Process:
 
     def forward_and_switch(self) -> dict[str, float]:
         """Distances from the plain model, of the wrapped one with the adapter on, off, and on again."""
-        wanted, plain = self.outputs(self.adapted()), self.outputs(self.base())
+        wanted, plain = self.wanted, self.plain
         model = self.wrapped(self.thawed(self.adapted()))
         found = {"on": far(self.outputs(model), wanted)}
         switch(self.inner(model), on=False)
@@ -102,7 +116,7 @@ class Process:
 
     def state_is_whole(self, model: nn.Module) -> float:
         """Whether every process has all of the state, as it was loaded."""
-        pairs = zip(adapter_children(model, NAME), adapter_children(self.adapted(), NAME), strict=True)
+        pairs = zip(adapter_children(model, NAME), adapter_children(self.alone, NAME), strict=True)
         return float(all(_equal(here.state_of(NAME), there.state_of(NAME)) for here, there in pairs))
 
     def shares_weights(self, model: nn.Module) -> bool:
@@ -189,13 +203,12 @@ class Process:
 
     def attach_afterwards(self) -> dict[str, float]:
         """Load the adapter into a model that is wrapped or sharded already, and delete it again."""
-        wanted, plain = self.outputs(self.adapted()), self.outputs(self.base())
         model = self.wrapped(self.base())
         inner = self.inner(model)
         inner.load_adapter(self.folder / self.kind, adapter_name=NAME)
-        found = {"on": far(self.outputs(model), wanted), "state is whole": self.state_is_whole(inner)}
+        found = {"on": far(self.outputs(model), self.wanted), "state is whole": self.state_is_whole(inner)}
         inner.delete_adapter(NAME)
-        return found | {"deleted": far(self.outputs(model), plain)}
+        return found | {"deleted": far(self.outputs(model), self.plain)}
 
     def broadcast(self) -> dict[str, Any]:
         """Which buffers DDP sends from the main process to the others at each forward pass."""
@@ -230,7 +243,7 @@ class Process:
         # Whatever class the adapter is of, the model's output is that of the plain model with it.
         model = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=RATE))[0]
         model.load_adapter(self.folder / self.kind, adapter_name=NAME)
-        return {"message": message, "on": far(self.outputs(model), self.outputs(self.adapted()))}
+        return {"message": message, "on": far(self.outputs(model), self.wanted)}
 
     def thawed(self, model: Any) -> Any:
         return model.requires_grad_(True)
