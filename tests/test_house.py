@@ -96,7 +96,7 @@ WRITTEN_OFTEN = {
 }
 
 # Not more than today; every step of the redesign lowers them, down to the goals in `tests.house`.
-MOST_LINES, MOST_FILES = 32_423, 172
+MOST_LINES, MOST_FILES = 31_976, 165
 
 
 # ---- arrows ----------------------------------------------------------------------------------------------------------
