@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Sequence, Value
 
 # `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
@@ -52,33 +51,30 @@ def score(
     y, names = checks.class_ids("references", checks.labels("references", labels, len(x)))
     keys = list(range(len(x))) if groups is None else checks.labels("groups", groups, len(x))
     belongs, _ = checks.class_ids("groups", keys)
-    fold_of = probe.grouped_folds(belongs, y, checks.whole("folds", folds, 2), seed)
-    correct = np.zeros(len(x))
-    for fold in range(folds):
-        held, fitted = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
-        _check_fold(y, fitted, held, names)
-        inputs, goals = probe.standardised(x, fitted), torch.from_numpy(y)
-        found = probe.LogisticProbe.fit(inputs[fitted], goals[fitted], len(names), l2=l2)
-        correct[held] = (found.log_probabilities(inputs[held]).argmax(1) == goals[held]).numpy()
+    folds = checks.whole("folds", folds, 2)
+    given = probe.held_out_answers(x, y, names, belongs, folds=folds, seed=seed, l2=l2)
+    found = accuracy(given, y, keys, resamples=resamples, confidence=confidence, seed=seed)
+    return {**found, "folds": folds, "groups": len(set(belongs.tolist()))}
+
+
+def accuracy(given: checks.Ints, y: checks.Ints, keys: list[Any], **statistics: Any) -> dict[str, Any]:
+    """Accuracy of answers, and how far it is above that of always giving the most frequent class.
+
+    Args:
+        given: `(rows,)` The class ids that a probe answered.
+        y: `(rows,)` The true ones.
+        keys: `(rows,)` What belongs together and is drawn together for the intervals.
+        **statistics: `resamples`, `confidence` and `seed` of the bootstrap.
+    """
+    correct = (given == y).astype(np.float64)
     majority = float(np.bincount(y).max() / len(y))
     intervals = resampling.bootstrap(
         lambda index: {"accuracy": correct[index].mean(), "leakage": correct[index].mean() - majority},
-        len(x), clusters=keys, resamples=resamples, confidence=confidence, seed=seed,
+        len(y), clusters=keys, **statistics,
     )  # fmt: skip
-    accuracy = float(correct.mean())
-    counts = {"folds": folds, "groups": len(set(belongs.tolist())), "rows": len(x), "classes": len(names)}
-    return {"leakage": accuracy - majority, "accuracy": accuracy, "majority": majority, **counts, **intervals.as_dict()}
-
-
-def _check_fold(y: checks.Ints, fitted: checks.Ints, held: checks.Ints, names: list[str]) -> None:
-    absent = set(range(len(names))) - set(y[fitted].tolist())
-    if absent:
-        raise ValueError(
-            f"All rows of the class {names[min(absent)]!r} are in one fold, so no probe could learn it: give rows of "
-            "at least two groups for every class."
-        )
-    if not len(held):
-        raise ValueError("A fold is empty: write fewer folds.")
+    mean = float(correct.mean())
+    counts = {"majority": majority, "rows": len(y), "classes": len(np.unique(y))}
+    return {"leakage": mean - majority, "accuracy": mean, **counts, **intervals.as_dict()}
 
 
 class LinearLeakage(base.Measure):

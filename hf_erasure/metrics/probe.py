@@ -1,8 +1,10 @@
-"""A logistic-regression probe with a unique minimum, in float64, and folds that keep groups together."""
+"""Probes of representations: one whose code length can be told, and those of scikit-learn on folds of whole groups."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,10 @@ from .checks import Floats, Ints
 
 # A feature that varies by less than this share of its size is constant but for rounding.
 _CONSTANT = 1e-10
+# Logistic regression ends where no entry of the gradient of the mean loss is larger, or after so many steps.
+_GRADIENT, _STEPS_TO_MINIMUM = 1e-6, 1000
+# The perceptron: hidden units, full-batch steps of Adam, and their rate.
+_HIDDEN, _STEPS, _RATE = 64, 200, 1e-2
 
 
 @dataclass(frozen=True)
@@ -75,37 +81,80 @@ def _logits(scores: Tensor) -> Tensor:
     return scores if scores.shape[1] > 1 else torch.cat([torch.zeros_like(scores), scores], 1)
 
 
-def standardised(x: Floats, on: Ints | None = None) -> Tensor:
-    """Features with mean 0 and deviation 1 on some rows (all by default); a constant feature is only centred."""
-    rows = x if on is None else x[on]
-    mean, deviation = rows.mean(0), rows.std(0)
-    constant = deviation <= _CONSTANT * np.sqrt((rows**2).mean(0))
+def standardised(x: Floats) -> Tensor:
+    """Features with mean 0 and deviation 1; a constant feature is only centred."""
+    mean, deviation = x.mean(0), x.std(0)
+    constant = deviation <= _CONSTANT * np.sqrt((x**2).mean(0))
     return torch.from_numpy((x - mean) / np.where(constant, 1.0, deviation))
 
 
-def grouped_folds(groups: Ints, y: Ints, folds: int, seed: int) -> Ints:
-    """`(rows,)` The fold of every row; a group's rows share one, and folds get the classes in like shares.
+def held_out_answers(
+    x: Floats,
+    y: Ints,
+    names: list[str],
+    groups: Ints,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    l2: float = 1.0,
+    nonlinear: bool = False,
+) -> Ints:
+    """The class that a probe fitted on the other folds gives to each row; features are standardised on those folds.
 
     Args:
-        groups: `(rows,)` ids from 0.
+        x: `(rows, width)`.
         y: `(rows,)` class ids from 0.
-        folds: How many.
-        seed: Of the order in which groups are dealt.
+        names: Of the classes, for messages.
+        groups: `(rows,)` ids from 0. Rows of one group are never split between fitting and judging.
+        folds: How many probes are fitted; the folds get the classes in like shares.
+        seed: Of folds and initial weights.
+        l2: Penalty of the probe, `1 / C` of scikit-learn.
+        nonlinear: A perceptron with one hidden layer instead of logistic regression.
+
+    Returns:
+        `(rows,)` class ids.
 
     Raises:
-        ValueError: If there are fewer groups than folds.
+        ImportError: Without scikit-learn.
+        ValueError: If there are fewer groups than folds, a class has all its rows in one fold, a fold is empty, or `l2`
+            is not positive.
     """
-    counts = np.zeros((groups.max() + 1, y.max() + 1))
-    np.add.at(counts, (groups, y), 1)
-    if not 2 <= folds <= len(counts):
-        raise ValueError(f"folds={folds}, but there are {len(counts)} groups: write a number between 2 and that.")
-    order = np.random.default_rng(seed).permutation(len(counts))
-    order = order[np.argsort(-counts[order].sum(1), kind="stable")]  # the largest first, or they spoil the balance
-    shares = counts / counts.sum(0)
-    filled = np.zeros((folds, counts.shape[1]))
-    chosen = np.empty(len(counts), dtype=np.int64)
-    for group in order:
-        crowded = ((filled + shares[group]) ** 2 - filled**2).sum(1)
-        chosen[group] = np.lexsort((filled.sum(1), np.round(crowded, 12)))[0]
-        filled[chosen[group]] += shares[group]
-    return chosen[groups]
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import StratifiedGroupKFold
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("Probes need scikit-learn: pip install 'hf-erasure[metrics]'.") from error
+    count = len(np.unique(groups))
+    if not 2 <= folds <= count:
+        raise ValueError(f"folds={folds}, but there are {count} groups: write a number between 2 and that.")
+    if not l2 > 0:
+        raise ValueError(f"l2={l2}: write a number above 0, or the probe has no unique minimum.")
+    given = np.empty(len(y), dtype=np.int64)
+    with warnings.catch_warnings():
+        # A class with fewer groups than folds is fine as long as every probe sees it, which is checked below; and the
+        # perceptron takes as many steps whatever the data, so that it always "stops early".
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        warnings.filterwarnings("ignore", "Stochastic Optimizer: Maximum iterations", UserWarning)
+        for fitted, held in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups):
+            _check_fold(y, fitted, held, names)
+            if nonlinear:
+                probe: Any = MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, random_state=seed)
+                probe.set_params(batch_size=len(fitted), learning_rate_init=_RATE, alpha=l2)
+            else:
+                probe = LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
+            given[held] = make_pipeline(StandardScaler(), probe).fit(x[fitted], y[fitted]).predict(x[held])
+    return given
+
+
+def _check_fold(y: Ints, fitted: Ints, held: Ints, names: list[str]) -> None:
+    absent = set(range(len(names))) - set(y[fitted].tolist())
+    if absent:
+        raise ValueError(
+            f"All rows of the class {names[min(absent)]!r} are in one fold, so no probe could learn it: give rows of "
+            "at least two groups for every class."
+        )
+    if not len(held):
+        raise ValueError("A fold is empty: write fewer folds.")
