@@ -87,10 +87,10 @@ class ConceptErasureCallback(LoggingCallback):
         model: nn.Module = kwargs["model"]
         check_training(model, args)
         self.remember(state)
-        config, _ = adapter_to_fit(model, self.adapter_name)
+        found, _ = adapter_to_fit(model, self.adapter_name)
         if self.eval_batches is not None:
             self._compare_rows(model, self.eval_batches)
-        if not config.fitted:
+        if not found.config.fitted:
             self._refit(model, state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.fitted_with import RECORD, active_beside, warn_of_what_is_off
-from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.loading.fingerprint import fingerprint
 from hf_erasure.models.model import class_name, evaluating
 
@@ -229,7 +228,7 @@ def conclude(
         rows: Those fitted on.
     """
     config, name, layers = task.config, task.name, task.layers
-    before = {site: layer.state_of(name) for site, layer in layers.items()}
+    before = {} if eval_batches is None else {site: layer.state_of(name) for site, layer in layers.items()}
     for site, layer in layers.items():
         layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
     measured: list[SiteReport] = []
@@ -238,8 +237,8 @@ def conclude(
         try:
             measured, examples, fitted = measure(task, eval_batches, rows)
         except BaseException:
-            for site, layer in layers.items():
-                layer.restore_state(name, before[site])
+            for site, state in before.items():
+                layers[site].restore_state(name, state)
             raise
     report = ErasureReport(
         concept=config.concept,
@@ -279,12 +278,12 @@ def _with_fit(line: SiteReport, fit: SiteFit | None) -> SiteReport:
 
 def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:
     """What the saved adapter says about itself."""
-    owner, config = adapter_of(task.runner.model, task.name, ConceptErasureConfig).owner, task.config
+    config = task.config
     config.fitted_sites = {site: {"width": f.eraser.x_dim, "rank": f.eraser.rank} for site, f in fits.items()}
     config.fitted = True
     config.provenance = {
         "hf_erasure_version": __version__,
-        "base_class": class_name(owner),
+        "base_class": class_name(task.owner),
         "examples": report.examples,
         "tokens": report.tokens,
         "pool": report.pool,
@@ -292,6 +291,6 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
         "leakage": report.leakage,
         "leakage_intervals": report.leakage_intervals,
         "measured_on": report.measured_on,
-        "fingerprint": fingerprint(owner, list(fits)),
+        "fingerprint": fingerprint(task.owner, list(fits)),
         RECORD: active_beside(task.runner.model, task.name),
     }

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
-from hf_erasure.models import POOLS
 from hf_erasure.models.model import evaluating, on_cpu
 
 from .labels import BatchLabels, Selection, labelled_by, mean_pooled
 from .processes import Processes
 from .report import SiteReport
 from .sites import SiteStatistics, bar, observed, observed_final
-from .task import FitTask, Pool, adapter_to_fit, task_for
+from .task import FitTask, task_for
 
 # The content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
@@ -106,10 +105,7 @@ def measured_leakage(
     Raises:
         ValueError: If there is no such adapter, it is merged, or the batches hold too little.
     """
-    provenance = adapter_to_fit(model, adapter_name)[0].provenance
-    known = provenance.get("pool") if pool is None else None
-    guarded = Pool(known, provenance.get("reader", "")) if known in POOLS else pool
-    lines, _, _ = measure(*task_for(model, adapter_name, batches, guarded))
+    lines, _, _ = measure(*task_for(model, adapter_name, batches, pool, as_fitted=True))
     whole = (line for line in lines if line.visit is None)
     return {line.site: line.correlation_after for line in whole if line.correlation_after is not None}
 

@@ -169,39 +169,38 @@ class BatchLabels:
         return Selection(*(None if t is None else t.to(device) for t in (counted, real, z, weight)))  # type: ignore[arg-type]
 
     def _check(self, labels: Tensor) -> None:
-        of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
-        if self._categorical:
-            if labels.is_floating_point() or labels.dim() not in (1, 2):
-                raise ValueError(
-                    f"{of} are not class ids of shape (batch,) or (batch, seq). A continuous concept is declared by "
-                    "ConceptErasureConfig(concept_dim=…)."
-                )
-            self._check_ids(labels, of)
-        elif not labels.is_floating_point() or labels.shape[-1] != self._z_dim or labels.dim() not in (2, 3):
+        of, z_dim = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}", self._z_dim
+        if self._categorical and (labels.is_floating_point() or labels.dim() not in (1, 2)):
             raise ValueError(
-                f"{of} are not floats of shape (batch, {self._z_dim}) or (batch, seq, {self._z_dim}). Classes are "
-                "declared by ConceptErasureConfig(labels=[…])."
+                f"{of} are not class ids of shape (batch,) or (batch, seq). A continuous concept is declared by "
+                "ConceptErasureConfig(concept_dim=…)."
+            )
+        is_float = labels.is_floating_point() and labels.shape[-1] == z_dim and labels.dim() in (2, 3)
+        if not self._categorical and not is_float:
+            raise ValueError(
+                f"{of} are not floats of shape (batch, {z_dim}) or (batch, seq, {z_dim}). Classes are declared by "
+                "ConceptErasureConfig(labels=[…])."
+            )
+        if self._categorical and self._by_token:
+            lengths = {mask.shape[1] for mask in (self._mask(False), self._mask(True)) if mask is not None}
+            if labels.shape[1] == 1 and 1 not in lengths:
+                raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
+            if labels.shape[1] == z_dim and lengths and z_dim not in lengths:
+                raise ValueError(
+                    f"{of} cannot be matched with the tokens: of one-hot rows write concept_labels.argmax(1)."
+                )
+        strange = labels[((labels < 0) & (labels != IGNORED)) | (labels >= z_dim)]
+        if self._categorical and strange.numel():
+            raise ValueError(
+                f"concept_labels hold the class id {strange[0].item()}, and the adapter has {z_dim} classes, 0 to "
+                f"{z_dim - 1}: name every class in ConceptErasureConfig(labels=[…]), or write {IGNORED} where a row "
+                "has none of them."
             )
         if labels.shape[0] != self.rows:
             raise ValueError(f"{of} label {labels.shape[0]} rows, and the batch has {self.rows}: give one for each.")
         if self._pool != "tokens" and self._by_token:
             raise ValueError(
                 f"pool={self._pool!r} is for labels of whole sequences; these label tokens: use pool='tokens'."
-            )
-
-    def _check_ids(self, labels: Tensor, of: str) -> None:
-        """Raise a `ValueError` for a column of class ids, and for ids that no class has."""
-        lengths = {mask.shape[1] for mask in (self._mask(False), self._mask(True)) if mask is not None}
-        if labels.dim() == 2 and labels.shape[1] == 1 and 1 not in lengths:
-            raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
-        if labels.dim() == 2 and labels.shape[1] == self._z_dim and lengths and self._z_dim not in lengths:
-            raise ValueError(f"{of} cannot be matched with the tokens: of one-hot rows write concept_labels.argmax(1).")
-        strange = labels[((labels < 0) & (labels != IGNORED)) | (labels >= self._z_dim)]
-        if strange.numel():
-            raise ValueError(
-                f"concept_labels hold the class id {strange[0].item()}, and the adapter has {self._z_dim} classes, 0 "
-                f"to {self._z_dim - 1}: name every class in ConceptErasureConfig(labels=[…]), or write {IGNORED} where "
-                "a row has none of them."
             )
 
 

@@ -72,7 +72,14 @@ class Scrubber:
         for key, source in self._sources.items():
             self._statistics[key].pool_counts(processes)
             check_reached({}, self._statistics[key].examples, [], source)
-        one_by_one = self._read_checkpoint() or task.runner.is_sharded
+        one_by_one = task.runner.is_sharded
+        if task.checkpoint is not None:
+            checkpoint, batches = task.checkpoint, (labels.batch for _, labels in self._batches)
+            self._data = together(processes.gathered([digest_of(batches)]))
+            self.fits, was_one_by_one = processes.on_main(
+                lambda: (checkpoint.load_sites(self._data), checkpoint.one_site_a_pass), "reading the checkpoint"
+            )
+            self._kept, one_by_one = set(self.fits), one_by_one or was_one_by_one
         title = f"scrubbing {task.name}"
         with evaluating(task.runner.model), bar(title, task.progress, processes, " sites") as shown:
             shown.reset(len(task.layers))
@@ -82,18 +89,6 @@ class Scrubber:
         labelled = [statistics for statistics in self._statistics.values() if statistics.z_dim]
         check_reached(self.fits, labelled[0].examples, task.layers, next(iter(self._sources.values())))
         return self.fits, labelled
-
-    def _read_checkpoint(self) -> bool:
-        """Take over the sites that are finished; True if they were fitted one a pass."""
-        checkpoint, processes = self.task.checkpoint, self.task.processes
-        if checkpoint is None:
-            return False
-        self._data = together(processes.gathered([digest_of(labels.batch for _, labels in self._batches)]))
-        self.fits, one_by_one = processes.on_main(
-            lambda: (checkpoint.load_sites(self._data), checkpoint.one_site_a_pass), "reading the checkpoint"
-        )
-        self._kept = set(self.fits)
-        return one_by_one
 
     # ---- every module once ------------------------------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ def solve_site(
         ValueError: Names the site, and what the moments lack.
     """
     try:
-        moments = joint_moments(labelled)
+        moments = labelled[0] if len(labelled) == 1 else joint_moments(labelled)
         variance = moments.variance_x
         if bool(variance.max() <= _ROUNDING * (moments.mean_x.square().mean() + variance.mean())):
             # As the first norm of a [CLS] token: nothing varies, so nothing can be read.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
-from hf_erasure.adapters.common.lookup import adapter_of
+from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
 from hf_erasure.models.model import evaluating, on_cpu, unwrapped
 from hf_erasure.models.pooling import IN_WORDS
@@ -45,26 +45,28 @@ class FitTask:
     """One adapter to be fitted.
 
     Attributes:
+        owner: The model that has the adapter.
         runner: Calls the model.
         layers: The sites, by the name of their module, in the model's order.
         name: The adapter.
         config: Its configuration.
         pool: Which rows a sequence label counts for, and what the model's head reads.
+        processes: Those that share the data.
         progress: Whether to show progress bars.
         resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
         checkpoint: Where to keep what is finished, if anywhere.
-        processes: Those that share the data.
     """
 
+    owner: nn.Module
     runner: Runner
     layers: dict[str, ErasureLayer]
     name: str
     config: ConceptErasureConfig
     pool: Pool
+    processes: Processes
     progress: bool = False
     resident_batches: int | None = None
     checkpoint: FitCheckpoint | None = None
-    processes: Processes = field(default_factory=Processes)
 
     def in_step(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """The batches to run the model on, and which of them count.
@@ -80,9 +82,10 @@ def task_for(
     model: nn.Module,
     name: str,
     batches: Iterable[Any],
-    pool: str | Pool | None,
+    pool: str | None,
     *,
     concept: ConceptErasureConfig | None = None,
+    as_fitted: bool = False,
 ) -> tuple[FitTask, Iterator[Any]]:
     """The task of fitting or measuring an adapter, and its batches, of which the first was looked at.
 
@@ -90,26 +93,30 @@ def task_for(
         model: With the adapter, or whatever that is inside of.
         name: The adapter.
         batches: Labelled batches; the labels' form and two rows of the first one decide on the pool.
-        pool: As in `fit_concept_erasure`, or one that is known already.
+        pool: As in `fit_concept_erasure`.
         concept: By whose labels the batches are read; the adapter's own when None.
+        as_fitted: Take the pool that the adapter was fitted for, if there is one and none is asked for.
 
     Raises:
         ValueError: If the pool is not known, there is no such adapter, or it is merged.
     """
-    if not isinstance(pool, Pool):
-        check_pool(pool)
-    config, layers = adapter_to_fit(model, name)
-    runner, processes = Runner(model, layers.values()), Processes()
+    check_pool(pool)
+    found, layers = adapter_to_fit(model, name)
+    config, runner, processes = found.config, Runner(model, layers.values()), Processes()
     with processes.agreeing("reading its batches"):
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
-    if not isinstance(pool, Pool):
-        pool = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
-    return FitTask(runner, layers, name, config, pool, processes=processes), itertools.chain(first, rest)
+    known = config.provenance.get("pool") if as_fitted and pool is None else None
+    if known in POOLS:
+        guarded = Pool(known, config.provenance.get("reader", ""))
+    else:
+        guarded = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
+    task = FitTask(found.owner, runner, layers, name, config, guarded, processes)
+    return task, itertools.chain(first, rest)
 
 
-def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, dict[str, ErasureLayer]]:
-    """The configuration and the sites of an adapter that can be fitted.
+def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureConfig], dict[str, ErasureLayer]]:
+    """An adapter that can be fitted, and its sites.
 
     Raises:
         ValueError: If there is no such adapter, or its eraser is part of the weights at present.
@@ -118,7 +125,7 @@ def adapter_to_fit(model: nn.Module, name: str) -> tuple[ConceptErasureConfig, d
     layers = erasure_layers(found.owner, name)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
-    return found.config, layers
+    return found, layers
 
 
 def pool_for(
