@@ -26,7 +26,7 @@ from .heldout import RowsSeen, measure
 from .labels import BatchLabels, Source, labelled_by
 from .report import ErasureReport, SiteReport
 from .scrubbing import Scrubber
-from .sites import SiteFit, SiteStatistics, bar, check_reached, observed, share_out, solve_site
+from .sites import SiteFit, SiteStatistics, bar, check_reached, share_out, solve_site
 from .task import FitTask, task_for
 
 
@@ -173,12 +173,16 @@ def _gathered(task: FitTask, source: Source) -> SiteStatistics:
     """
     processes, kept = task.processes, None
     statistics = SiteStatistics(source.z_dim)
-    current: list[BatchLabels] = []
 
-    def observer(site: str, activation: Tensor) -> Tensor:
-        if current:
-            statistics.update(site, *current[0].select(activation, site))
-        return activation
+    def look(labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
+        if labels is not None:
+            statistics.update(site, *labels.select(hidden, site))
+        return hidden
+
+    def keep(labels: BatchLabels) -> None:
+        shown.update(statistics.count(labels))
+        if kept is not None:
+            kept.save()
 
     with processes.agreeing("running over its batches"):
         batches = source.read(task.pool.name)
@@ -186,18 +190,8 @@ def _gathered(task: FitTask, source: Source) -> SiteStatistics:
             kept = MomentsOfAPass(task.checkpoint, source.key, source.z_dim, processes)
             statistics, batches = kept.statistics, kept.remaining(batches)
         what = f"fitting {task.name}" if source.z_dim else "background"
-        with (
-            evaluating(task.runner.model),
-            observed(task.layers, task.name, observer),
-            bar(what, task.progress, processes) as shown,
-        ):
-            for labels, counts in task.in_step(batches):
-                current[:] = [labels] if counts else []
-                task.runner(labels.batch)
-                if counts:
-                    shown.update(statistics.count(labels))
-                    if kept is not None:
-                        kept.save()
+        with evaluating(task.runner.model), bar(what, task.progress, processes) as shown:
+            task.run_over(batches, look, keep)
         if kept is not None:
             kept.save(final=True)
     statistics.pool(processes, task.layers)

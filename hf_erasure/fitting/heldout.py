@@ -5,6 +5,7 @@ Data are recognised by one hash of eight bytes a row, so that rows that were fit
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections import Counter, defaultdict
@@ -174,38 +175,40 @@ class _Measurement:
         # random, since rows often alternate between the classes.
         drawn = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
 
-        def without(site: str, hidden: Tensor) -> Tensor:
-            called[False, site] += 1
-            self._record((False, called[False, site]), site, drawn, *labels.select(hidden, site))
-            return hidden
+        def see(erased: bool, site: str, hidden: Tensor) -> Tensor:
+            after = hidden
+            if erased:
+                after = apply_erasure(hidden, *task.layers[site].parts_on(task.name, hidden.device))
+            called[erased, site] += 1
+            place = site, called[erased, site]
+            aligned, selection = labels.select(after, site)
+            self._record(erased, place, drawn, aligned, selection)
+            if erased:
+                self._move(place, labels.select(hidden, site)[0], aligned, selection)
+            return after
 
-        def erase(site: str, hidden: Tensor) -> Tensor:
-            called[True, site] += 1
-            erased = apply_erasure(hidden, *task.layers[site].parts_on(task.name, hidden.device))
-            aligned, selection = labels.select(erased, site)
-            self._record((True, called[True, site]), site, drawn, aligned, selection)
-            self._move((site, called[True, site]), labels.select(hidden, site)[0], aligned, selection)
-            return erased
-
-        # There is one last hidden state a forward pass, so it is always the first visit.
-        def final_without(name: str, state: Tensor) -> None:
-            plain[name], selection = labels.select(state, runner.side_of(name))
-            self._record((False, 1), name, drawn, plain[name], selection)
-
-        def final_erased(name: str, state: Tensor) -> None:
+        def see_final(erased: bool, name: str, state: Tensor) -> None:
             aligned, selection = labels.select(state, runner.side_of(name))
-            self._record((True, 1), name, drawn, aligned, selection)
-            self._move((name, 1), plain[name], aligned, selection)
+            # There is one last hidden state a forward pass, so it is always the first visit.
+            self._record(erased, (name, 1), drawn, aligned, selection)
+            if erased:
+                self._move((name, 1), plain[name], aligned, selection)
+            else:
+                plain[name] = aligned
 
-        with observed(task.layers, task.name, without), observed_final(finals, final_without):
-            runner(labels.batch)
-        with observed(task.layers, task.name, erase), observed_final(finals, final_erased):
-            runner(labels.batch)
+        for erased in (False, True):
+            with (
+                observed(task.layers, task.name, functools.partial(see, erased)),
+                observed_final(finals, functools.partial(see_final, erased)),
+            ):
+                runner(labels.batch)
 
     @on_cpu
-    def _record(self, run: tuple[bool, int], site: str, drawn: Tensor, aligned: Tensor, selection: Selection) -> None:
+    def _record(
+        self, erased: bool, place: tuple[str, int], drawn: Tensor, aligned: Tensor, selection: Selection
+    ) -> None:
         aligned, selection = mean_pooled(aligned.float() if aligned.dtype.itemsize < 4 else aligned, selection)
-        erased, visit = run
+        site, visit = place
         for half in (0, 1):
             mask = (drawn == half).unsqueeze(1).to(aligned.device)
             self._halves[erased, half, visit].update(site, aligned, selection, mask)

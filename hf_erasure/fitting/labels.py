@@ -67,9 +67,11 @@ class BatchLabels:
         z_dim: Columns of the concept; 0 for a background, which needs no labels.
         categorical: Whether labels are class ids.
         pool: Which rows a sequence label counts for: `"tokens"`, `"mean"`, `"cls"` or `"last"`.
+        source: The key of the `Source` it comes from.
 
     Attributes:
         batch: As it was given.
+        source: As it was given.
         rows: The number of sequences.
 
     Raises:
@@ -78,9 +80,15 @@ class BatchLabels:
     """
 
     def __init__(
-        self, batch: Mapping[str, Any], z_dim: int = 0, categorical: bool = True, pool: str = "tokens"
+        self,
+        batch: Mapping[str, Any],
+        z_dim: int = 0,
+        categorical: bool = True,
+        pool: str = "tokens",
+        source: str = "",
     ) -> None:
-        self.batch, self._z_dim, self._categorical, self._pool = dict(batch), z_dim, categorical, pool
+        self.batch, self.source = dict(batch), source
+        self._z_dim, self._categorical, self._pool = z_dim, categorical, pool
         inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
         self.rows: int = next(inputs).shape[0]
         self._labels: Tensor | None = None
@@ -250,7 +258,7 @@ class Source:
         """
         for position, batch in enumerate(self.batches):
             check_batch(batch, position, labelled=self.z_dim > 0)
-            yield BatchLabels(batch, self.z_dim, self.categorical, pool)
+            yield BatchLabels(batch, self.z_dim, self.categorical, pool, self.key)
 
 
 def labelled_by(

@@ -21,7 +21,7 @@ from hf_erasure.models.runner import TextTooLong
 from .batch_threads import BatchThread, batch_threads
 from .checkpoint import digest_of, together
 from .labels import BatchLabels, Source
-from .sites import SiteFit, SiteObserver, SiteStatistics, bar, check_reached, observed, share_out, solve_site
+from .sites import SiteFit, SiteStatistics, bar, check_reached, observed, share_out, solve_site
 from .task import FitTask
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ class Scrubber:
         self._kept: set[str] = set()
         self._sources: dict[str, Source] = {}
         self._statistics: dict[str, SiteStatistics] = {}
-        self._batches: list[tuple[str, BatchLabels]] = []
+        self._batches: list[BatchLabels] = []
+        self._running: BatchThread
         self._data = ""
 
     def fit(self, sources: Iterable[Source]) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
@@ -67,14 +68,14 @@ class Scrubber:
                 self._sources[source.key], statistics = source, SiteStatistics(source.z_dim)
                 self._statistics[source.key] = statistics
                 for labels in source.read(task.pool.name):
-                    self._batches.append((source.key, labels))
+                    self._batches.append(labels)
                     statistics.count(labels)
         for key, source in self._sources.items():
             self._statistics[key].pool_counts(processes)
             check_reached({}, self._statistics[key].examples, [], source)
         one_by_one = task.runner.is_sharded
         if task.checkpoint is not None:
-            checkpoint, batches = task.checkpoint, (labels.batch for _, labels in self._batches)
+            checkpoint, batches = task.checkpoint, (labels.batch for labels in self._batches)
             self._data = together(processes.gathered([digest_of(batches)]))
             self.fits, was_one_by_one = processes.on_main(
                 lambda: (checkpoint.load_sites(self._data), checkpoint.one_site_a_pass), "reading the checkpoint"
@@ -94,27 +95,13 @@ class Scrubber:
 
     def _side_by_side(self, shown: tqdm) -> bool:
         """Fit with every module run once; False if the model calls a site in a way that this does not allow for."""
-        forwards = [functools.partial(self.task.runner, labels.batch) for _, labels in self._batches]
-        running: list[BatchThread] = []
-
-        def observer(site: str, hidden: Tensor) -> Tensor:
-            thread = running[0]
-            if site in thread.visited:
-                raise _OutOfStep(f"{site!r} is called several times in one forward pass.")
-            if site in self._kept:
-                thread.visited.append(site)
-            elif site in self.fits:
-                raise _OutOfStep(f"{site!r} is reached in different orders by different batches.")
-            else:
-                thread.stop(site, hidden)
-            return self._erased(site, hidden)
-
+        forwards = [functools.partial(self.task.runner, labels.batch) for labels in self._batches]
         try:
             with (
-                observed(self.task.layers, self.task.name, observer),
+                observed(self.task.layers, self.task.name, self._stop_at),
                 batch_threads(forwards, self.task.resident_batches) as threads,
             ):
-                self._all_to_the_end(threads, running, shown)
+                self._all_to_the_end(threads, shown)
         except _OutOfStep as reason:
             logger.warning(
                 "%s Its eraser has to be fitted on all its visits together, so the sites are fitted one a pass: %d "
@@ -131,7 +118,20 @@ class Scrubber:
             return False
         return True
 
-    def _all_to_the_end(self, threads: list[BatchThread], running: list[BatchThread], shown: tqdm) -> None:
+    def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
+        """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
+        thread = self._running
+        if site in thread.visited:
+            raise _OutOfStep(f"{site!r} is called several times in one forward pass.")
+        if site in self._kept:
+            thread.visited.append(site)
+        elif site in self.fits:
+            raise _OutOfStep(f"{site!r} is reached in different orders by different batches.")
+        else:
+            thread.stop(site, hidden)
+        return self._erased(site, hidden)
+
+    def _all_to_the_end(self, threads: list[BatchThread], shown: tqdm) -> None:
         """Bring the batches of all processes to the next site, fit it, let them go on, until none is left."""
         waiting = threads
         while True:
@@ -141,11 +141,10 @@ class Scrubber:
             with self.task.processes.agreeing("running over its batches"):
                 try:
                     for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
-                        running[:] = [thread]
+                        self._running = thread
                         self._advance(thread)
                         if thread.site is not None and thread.hidden is not None:
-                            key, labels = self._batches[thread.index]
-                            self._statistics[key].update(thread.site, *labels.select(thread.hidden, thread.site))
+                            self._look(self._batches[thread.index], thread.site, thread.hidden)
                             thread.hidden = None
                 except _OutOfStep as reason:
                     refusal = str(reason)
@@ -191,44 +190,32 @@ class Scrubber:
 
     def _one_site_a_pass(self, shown: tqdm) -> None:
         """Fit each site with all sites before it erased; the definition, for sites that are called several times."""
+        task, processes = self.task, self.task.processes
         order: dict[str, None] = {}
-        running: list[tuple[str, BatchLabels]] = []
 
-        def note(site: str, hidden: Tensor) -> Tensor:
+        def note(labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
             order.setdefault(site)
             return hidden
 
-        def look(wanted: str, site: str, hidden: Tensor) -> Tensor:
-            if site == wanted and running:
-                key, labels = running[0]
-                self._statistics[key].update(site, *labels.select(hidden, site))
+        def look(wanted: str, labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
+            if site == wanted and labels is not None:
+                self._look(labels, site, hidden)
             return self._erased(site, hidden) if site in self.fits else hidden
 
-        self._pass_over("its first batch", self._batches[:1], note, running)
-        visited = max(self.task.processes.gathered([list(order)]), key=len)
-        for site in [*visited, *(site for site in self.task.layers if site not in visited)]:
+        with processes.agreeing("running over its first batch"):
+            task.run_over(self._batches[:1], note)
+        visited = max(processes.gathered([list(order)]), key=len)
+        for site in [*visited, *(site for site in task.layers if site not in visited)]:
             if site not in self.fits:
-                self._pass_over(f"its batches to {site!r}", self._batches, functools.partial(look, site), running)
+                with processes.agreeing(f"running over its batches to {site!r}"):
+                    task.run_over(self._batches, functools.partial(look, site))
                 self._solve(site)
             shown.update()
 
-    def _pass_over(
-        self,
-        what: str,
-        batches: list[tuple[str, BatchLabels]],
-        observer: SiteObserver,
-        running: list[tuple[str, BatchLabels]],
-    ) -> None:
-        """Run over batches; `running` holds the one that runs, and nothing where that only keeps up with others."""
-        with (
-            self.task.processes.agreeing(f"running over {what}"),
-            observed(self.task.layers, self.task.name, observer),
-        ):
-            for batch, counts in self.task.in_step(batches):
-                running[:] = [batch] if counts else []
-                self.task.runner(batch[1].batch)
-
     # ---- one site ---------------------------------------------------------------------------------------------------
+
+    def _look(self, labels: BatchLabels, site: str, hidden: Tensor) -> None:
+        self._statistics[labels.source].update(site, *labels.select(hidden, site))
 
     def _solve(self, site: str) -> None:
         labelled, background = [], None

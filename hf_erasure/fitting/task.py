@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,10 @@ from hf_erasure.models.runner import Runner
 from .checkpoint import FitCheckpoint
 from .labels import BatchLabels, label_tensor
 from .processes import Processes
+from .sites import observed
 
 # Where a head reads every token by itself, it reads these two as well.
 _POSITIONS = ("cls", "last")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class FitTask:
     resident_batches: int | None = None
     checkpoint: FitCheckpoint | None = None
 
-    def in_step(self, batches: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    def in_step(self, batches: Iterable[BatchLabels]) -> Iterator[tuple[BatchLabels, bool]]:
         """The batches to run the model on, and which of them count.
 
         Every forward pass of a sharded model needs all processes, so that those with fewer batches repeat one.
@@ -76,6 +76,28 @@ class FitTask:
         if self.runner.is_sharded and self.processes.count > 1:
             return self.processes.equally_often(batches)
         return ((batch, True) for batch in batches)
+
+    def run_over(
+        self,
+        batches: Iterable[BatchLabels],
+        observer: Callable[[BatchLabels | None, str, Tensor], Tensor],
+        then: Callable[[BatchLabels], None] = lambda labels: None,
+    ) -> None:
+        """Run the model over batches.
+
+        Args:
+            batches: This process's own.
+            observer: Sees the batch, the site and its activation in the place of the adapter's eraser, and returns
+                what goes on; the batch is None where it does not count.
+            then: Called with each batch that counts after its forward pass.
+        """
+        running: list[BatchLabels | None] = [None]
+        with observed(self.layers, self.name, lambda site, hidden: observer(running[0], site, hidden)):
+            for labels, counts in self.in_step(batches):
+                running[0] = labels if counts else None
+                self.runner(labels.batch)
+                if counts:
+                    then(labels)
 
 
 def task_for(
