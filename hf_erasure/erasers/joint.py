@@ -165,7 +165,7 @@ def _legibility(resolution: float) -> float:
     """How much smaller than the worst of the parts a cosine may be that is still divided by.
 
     What rounding leaves of a concept grows with one over the cosine: 1e-16 to 1e-11 in float64, 1e-7 to 1e-4 in
-    float32. And so does the distortion: a thousand times that of one eraser is no price for reading a concept as it
+    float32. And so does the distortion: a thousand times that of one eraser is a fair price for reading a concept as it
     was fitted.
     """
     return 1e-5 if resolution <= EXACT else 1e-3

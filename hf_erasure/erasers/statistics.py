@@ -54,7 +54,7 @@ def read_rows(x: Tensor, z: Tensor | None, weight: Tensor | None, mask: Tensor |
     """Check a batch and pick its counted rows.
 
     Raises:
-        TypeError: If an argument is no tensor, or holds the wrong kind of numbers.
+        TypeError: If an argument is not a tensor, or holds the wrong kind of numbers.
         ValueError: If a shape or a value cannot be used; the message names the argument.
     """
     if not isinstance(x, Tensor):

@@ -116,7 +116,7 @@ class BatchThread:
 
 @contextmanager
 def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = None) -> Iterator[list[BatchThread]]:
-    """One thread a forward pass, in the modes of the caller; none outlives the block, however it is left.
+    """One thread a forward pass, in the modes of the caller; all have ended when the block is left, however it is.
 
     Args:
         forwards: What to run.

@@ -81,7 +81,7 @@ def combine_adapters(
         model it alone, and on a `PeftModel` those that were before; call `model.set_adapter(into)` there.
 
     Raises:
-        ValueError: If there are not two adapters, one is unknown, no concept erasure, not fitted or merged, if they
+        ValueError: If there are not two adapters, one is unknown, not a concept erasure, not fitted or merged, if they
             differ in side, width or `affine`, if `into` is taken, or the batches do not fit; the model is as it was
             then.
     """

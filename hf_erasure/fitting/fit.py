@@ -194,7 +194,7 @@ def _gathered(task: FitTask, source: Source) -> SiteStatistics:
             task.run_over(batches, look, keep)
         if kept is not None:
             kept.save(final=True)
-    statistics.pool(processes, task.layers)
+    statistics.pool(processes)
     statistics.pool_counts(processes)
     if kept is not None:
         kept.save_sum()

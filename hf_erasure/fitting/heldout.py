@@ -171,7 +171,7 @@ class _Measurement:
         finals = {name: m for name, m in runner.final_states().items() if labels.covers(runner.side_of(name))}
         plain: dict[str, Tensor] = {}
         called: Counter[tuple[bool, str]] = Counter()
-        # Halves are made of whole sequences, since two tokens of one text are no independent evidence, and drawn at
+        # Halves are made of whole sequences, since two tokens of one text are not independent evidence, and drawn at
         # random, since rows often alternate between the classes.
         drawn = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
 
@@ -224,12 +224,8 @@ class _Measurement:
         """Add what all processes have measured, in every one of them."""
         if processes.count == 1:
             return
-        seen = [(key, site) for key, statistics in self._halves.items() for site in statistics.moments]
-        everywhere: dict[tuple[bool, int, int], set[str]] = {}
-        for key, site in processes.gathered(seen):
-            everywhere.setdefault(key, set()).add(site)
-        for key in sorted(everywhere):
-            self._halves[key].pool(processes, sorted(everywhere[key]))
+        for key in sorted({key for keys in processes.gathered([list(self._halves)]) for key in keys}):
+            self._halves[key].pool(processes)
         for movements in (self._labelled, self._ignored):
             shares = processes.gathered([dict(movements)])
             movements.clear()

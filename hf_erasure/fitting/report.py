@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -159,14 +160,9 @@ class ErasureReport:
 
     def __repr__(self) -> str:
         head = ("site", "rank", "rows", "before", "after", "moved", "moved elsewhere")
-        table = [head, *(_cells(line) for line in self.sites)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in table
-        ]
+        table = [head, *map(_cells, self.sites)]
+        first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
+        lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in table]
         return "\n".join([self._title(), "", *lines, "", self._note()])
 
     def _title(self) -> str:
@@ -231,10 +227,8 @@ class ErasureReport:
 
 def _short(sites: list[str]) -> list[str]:
     """Names without the parts that all modules begin with, for an axis."""
-    modules = [site.split(".") for site in sites if "last_hidden_state" not in site]
-    common = 0
-    while len({tuple(parts[: common + 1]) for parts in modules}) == 1 and common < min(map(len, modules)) - 1:
-        common += 1
+    around = [site.split(".")[:-1] for site in sites if "last_hidden_state" not in site]
+    common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*around, strict=False)))
     return [site if "last_hidden_state" in site else ".".join(site.split(".")[common:]) for site in sites]
 
 
@@ -292,7 +286,7 @@ def badness(value: float, better: str, ideal: float | None) -> float:
 def verdict(
     base: float, value: float, interval: Sequence[float] | None, better: str, ideal: float | None = None
 ) -> str:
-    """What an adapter does to a measure; an interval that holds the base's value is no change.
+    """What an adapter does to a measure; an interval that holds the base's value means no change.
 
     Args:
         base: Without the adapter.

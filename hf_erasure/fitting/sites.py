@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,17 +108,17 @@ class SiteStatistics:
         """Make what was seen that of all processes together, in every one of them."""
         self.examples, self.tokens = int(processes.total(self.examples)), int(processes.total(self.tokens))
 
-    def pool(self, processes: Processes, sites: Iterable[str]) -> None:
-        """Make the moments of these sites those of all processes together, in every one of them."""
+    def pool(self, processes: Processes, sites: Collection[str] | None = None) -> None:
+        """Make the moments of these sites, or of all, those of all processes together, in every one of them."""
         if processes.count == 1:
             return
-        found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in sites if site in self.moments}
+        chosen = [site for site in self.moments if sites is None or site in sites]
+        found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in chosen}
         everywhere = {site: facts for own in processes.gathered([found]) for site, facts in own.items()}
-        for site in sites:
-            if site in everywhere:
-                width, self.dtypes[site] = everywhere[site]
-                moments = self.moments.setdefault(site, ConceptMoments(width, self.z_dim))
-                moments.pool(lambda own: processes.gathered([own]), processes.add_one)
+        for site, (width, dtype) in sorted(everywhere.items()):
+            self.dtypes[site] = dtype
+            moments = self.moments.setdefault(site, ConceptMoments(width, self.z_dim))
+            moments.pool(lambda own: processes.gathered([own]), processes.add_one)
 
 
 def bar(what: str, progress: bool, processes: Processes, unit: str = " rows") -> tqdm:

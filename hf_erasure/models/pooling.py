@@ -83,7 +83,7 @@ class Reading:
         pool: One of `POOLS`; None where there is no head, or none of them is what it reads.
         text: The same in words, as a sentence without its full stop.
         clear: False where there is a head and none of `POOLS` is known to be what it reads.
-        is_other: Whether it is known that the head reads something that is none of `POOLS`.
+        is_other: Whether it is known that the head reads something that is not one of `POOLS`.
     """
 
     pool: str | None
@@ -268,7 +268,7 @@ def _logits(output: Any) -> list[Tensor]:
 
 
 def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
-    """The pool, what is read in words, and whether that is known to be none of `POOLS`.
+    """The pool, what is read in words, and whether that is known to be not one of `POOLS`.
 
     Args:
         gradient: `(batch, seq, width)`.
