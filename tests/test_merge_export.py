@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from hf_erasure import ConceptErasureConfig, export_to_lora, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.adapters.merging import plan as folding
-from hf_erasure.adapters.merging.lora import low_rank
+from hf_erasure.adapters.merging.export import low_rank
 from hf_erasure.cli import app
 from hf_erasure.erasers import Eraser
 from tests.adapters.lifecycle import MERGE_TOLERANCE, State

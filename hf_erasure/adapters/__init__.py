@@ -17,7 +17,7 @@ from .gradiend.state import (
     steer,
     targeted_parameters,
 )
-from .merging.lora import LoraExport, export_to_lora
+from .merging.export import LoraExport, export_to_lora
 from .registration import register
 from .seams import install
 from .verification import Verification, verify_adapter

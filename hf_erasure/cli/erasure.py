@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hf_erasure.adapters.merging.convert import load_with_erasure, save_merged
+from hf_erasure.adapters.merging.export import load_with_erasure, save_merged
 from hf_erasure.fitting import combine
 from hf_erasure.hub import export_to_lora, write_card, write_merged_card
 from hf_erasure.recipes.erasure import FIGURE_FILE, check_output, read_recipe, run_recipe

@@ -21,7 +21,7 @@ from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, ver
 from hf_erasure.adapters.common.acting import enable_copies, set_copies
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
-from hf_erasure.adapters.merging.convert import model_class
+from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import targeted_parameters
-from hf_erasure.adapters.merging.convert import load_with_erasure
+from hf_erasure.adapters.merging.export import load_with_erasure
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.lifecycle.verbs import LOADS_COPIES, OF, OURS
 from tests.small_models import (

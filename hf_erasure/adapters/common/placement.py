@@ -1,4 +1,4 @@
-"""How weights and adapters are kept: by accelerate elsewhere, packed by a quantiser, out of the broadcasts of DDP.
+"""How weights and adapters are kept: elsewhere, in parts, in common, packed by a quantiser, out of broadcasts.
 
 bitsandbytes keeps integers and their scales in a parameter of its own class, quanto and torchao in a tensor that passes
 for a float one, and 8-bit floats have their scales in another parameter. None of them can take an edit exactly.
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook
 from torch import Tensor, nn
+from torch.distributed.fsdp import FlatParameter
 
 from .layer import AdapterChild, adapter_children
 
@@ -200,6 +201,23 @@ def _hook_of(module: nn.Module) -> Any:
     hook: Any = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
     return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload and h.weights_map is not None), None)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP keeps only a part of a parameter in this process."""
+    by_fsdp1 = isinstance(parameter, FlatParameter) or getattr(parameter, "_fsdp_flattened", False)
+    return by_fsdp1 or type(parameter.data).__name__ == "DTensor"
+
+
+def shared_weights(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter names that share their tensor with others (tied embeddings), each with all its names."""
+    # Offloaded, each place of a tied weight has a placeholder of its own.
+    ties: dict[str, str] = (getattr(model, "all_tied_weights_keys", None) or {}) if is_offloaded(model) else {}
+    tied = {*ties, *ties.values()}
+    names: dict[int | str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(ties.get(name, name) if name in tied else id(parameter), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
 # ---- weights that a quantiser has packed -----------------------------------------------------------------------------

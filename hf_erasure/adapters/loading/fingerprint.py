@@ -27,8 +27,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..common.config import ChildConfig, fits, short
-from ..common.placement import dequantised, is_quantised, value_of, why_not_reachable
-from ..merging.formulas import is_sharded, shared_weights
+from ..common.placement import dequantised, is_quantised, is_sharded, shared_weights, value_of, why_not_reachable
 from .key_renaming import absent, prefix_of
 
 SAMPLES, TOTAL, FEWEST = 64, 2048, 4

@@ -1,16 +1,23 @@
-"""Erasers written into the weights of linear layers and embeddings: the formulas, and where they hold."""
+"""Erasers in the weights of linear layers and embeddings: the formulas, where they hold, and a run that checks them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FlatParameter
 from transformers.pytorch_utils import Conv1D
 
-from ..common.placement import FLOAT_FIRST, has_quantised, is_offloaded, why_not_reachable
+from hf_erasure.models.model import distance, dummy_batch, evaluating, tensors_of
+
+from ..common.placement import FLOAT_FIRST, has_quantised, is_sharded, why_not_reachable
+
+# These store the transpose of what they multiply by.
+_TRANSPOSED = (Conv1D, nn.Embedding)
+# How many times as far as another rounding of the weights may a merge take the outputs.
+_TIMES_ROUNDING = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,7 @@ def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterabl
         edits: The erasers, the one next to the weight first.
     """
     weight = parameters["weight"]
-    # Conv1D and Embedding store the transpose.
-    linear = weight.double() if _is_linear(host) else weight.double().T
+    linear = weight.double().T if isinstance(host, _TRANSPOSED) else weight.double()
     bias = parameters.get("bias")
     offset = linear.new_zeros(linear.shape[0]) if bias is None else bias.double()
     b_parts, a_parts = [linear.new_zeros(linear.shape[0], 0)], [linear.new_zeros(0, linear.shape[1])]
@@ -90,7 +96,8 @@ def merged_parameters(
     """The changed parameters of `host` by name, in its dtype; with a `"bias"` if one is there or needed."""
     change = weight_change(host, parameters, edits)
     weight, bias = parameters["weight"], parameters.get("bias")
-    changed = {"weight": (change.linear if _is_linear(host) else change.linear.T).to(weight.dtype).contiguous()}
+    linear = change.linear.T if isinstance(host, _TRANSPOSED) else change.linear
+    changed = {"weight": linear.to(weight.dtype).contiguous()}
     if bias is not None or bool(change.offset.any()):
         changed["bias"] = change.offset.to(weight.dtype if bias is None else bias.dtype)
     return changed
@@ -128,22 +135,75 @@ def why_not_mergeable(host: nn.Module, site: str) -> str | None:
     return None
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP keeps only a part of a parameter in this process."""
-    by_fsdp1 = isinstance(parameter, FlatParameter) or getattr(parameter, "_fsdp_flattened", False)
-    return by_fsdp1 or type(parameter.data).__name__ == "DTensor"
+# ---- the check: a small forward pass before and after ----------------------------------------------------------------
 
 
-def shared_weights(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter names that share their tensor with others (tied embeddings), each with all its names."""
-    # Offloaded, each place of a tied weight has a placeholder of its own.
-    ties: dict[str, str] = (getattr(model, "all_tied_weights_keys", None) or {}) if is_offloaded(model) else {}
-    tied = {*ties, *ties.values()}
-    names: dict[int | str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(ties.get(name, name) if name in tied else id(parameter), []).append(name)
-    return {name: group for group in names.values() if len(group) > 1 for name in group}
+class Probe:
+    """A model's own dummy input, run the same way each time.
+
+    Attributes:
+        failure: Why the model cannot be run on it; None when it can.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.failure: str | None = None
+        self.inputs: dict[str, Tensor] = {}
+        try:
+            self.inputs = dummy_batch(model)
+            self.run()
+        except Exception as error:  # whatever a model may raise at an input it was not made for
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def run(self) -> list[Tensor]:
+        """The tensors the model returns, without dropout, gradients or autocast; draws of its own are not used up."""
+        device = next(self.model.parameters()).device.type
+        cuda = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
+        autocast = torch.amp.is_autocast_available(device)
+        with (
+            torch.inference_mode(False),
+            evaluating(self.model),
+            torch.autocast(device if autocast else "cpu", enabled=False),
+            torch.random.fork_rng(devices=sorted(cuda)),
+        ):
+            output: Any = self.model(**self.inputs)
+        return tensors_of(output)
 
 
-def _is_linear(host: nn.Module) -> bool:
-    return not isinstance(host, (Conv1D, nn.Embedding))
+def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], names: list[str]) -> None:
+    """Compare the model's outputs after a merge with those before.
+
+    Args:
+        probe: What is run.
+        before: Its outputs before the merge.
+        modules: The layers whose weights were merged.
+        names: The adapters, for the message.
+
+    Raises:
+        ValueError: If the outputs differ by more than rounding.
+    """
+    after = probe.run()
+    drift = distance(after, before)
+    if drift == 0:
+        return
+    rounding = _TIMES_ROUNDING * distance(_run_with_other_rounding(probe, modules), after)
+    if not drift <= rounding:
+        raise ValueError(
+            f"Merging {names} changed the model's output by {drift:.1e} of its norm, where rounding explains "
+            f"{rounding:.1e}: the merge was taken back. Use the adapter unmerged, and please report the architecture."
+        )
+
+
+def _run_with_other_rounding(probe: Probe, modules: list[nn.Module]) -> list[Tensor]:
+    """The outputs with every weight of the modules one rounding step up or down."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [(p, p.data) for module in modules for p in module.parameters(recurse=False)]
+    try:
+        for parameter, value in kept:
+            signs = 2 * torch.randint(0, 2, value.shape, generator=generator, dtype=torch.int8, device="cpu") - 1
+            steps = torch.finfo(value.dtype).eps * signs.to(value.device, torch.float64)
+            parameter.data = (value.double() * (1 + steps)).to(value.dtype)
+        return probe.run()
+    finally:
+        for parameter, value in kept:
+            parameter.data = value

@@ -6,7 +6,6 @@ goes into the layers that take the site's activation, if nothing but linear laye
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import dataclass, field
 
@@ -14,13 +13,22 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..common.placement import FLOAT_FIRST, has_quantised, is_offloaded, owns_offloaded, value_of, values_of
+from ..common.placement import (
+    FLOAT_FIRST,
+    has_quantised,
+    is_offloaded,
+    is_sharded,
+    owns_offloaded,
+    shared_weights,
+    values_of,
+)
 from ..erasure.layer import ErasureLayer, erasure_layers
-from ..gradiend.layer import GradiendLayer
-from .check import Probe, check_drift
-from .formulas import EraserInWeight, is_sharded, is_weight_layer, merged_parameters, shared_weights, why_not_mergeable
-from .record import BiasSwitch, bias_switches, originals, put_record, record_of, set_parameter, was_changed, write
+from ..gradiend.layer import gradiend_layers
+from .formulas import EraserInWeight, Probe, check_drift, is_weight_layer, merged_parameters, why_not_mergeable
+from .record import BiasEntry, Snapshot, bias_entries, originals, record_of, set_parameter, was_changed, write
 from .trace_uses import Uses, trace_uses
+
+_UNMERGED_OR_LINEAR = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
 
 
 @dataclass
@@ -30,16 +38,27 @@ class MergePlan:
     Attributes:
         names: The adapters, by the path of the site they are merged at.
         orders: The same with those that are merged there already, in the order in which they will act.
-        edits: The erasers that go into each layer, by the layer's name, the one next to the weight first.
+        erasers: The erasers that go into each layer, by the layer's name, the one next to the weight first.
         modules: Those layers.
         rewritten: Whether erasers go in front of some that are merged already, so that these are written anew too.
     """
 
     names: dict[str, list[str]] = field(default_factory=dict)
     orders: dict[str, list[str]] = field(default_factory=dict)
-    edits: dict[str, list[EraserInWeight]] = field(default_factory=dict)
+    erasers: dict[str, list[EraserInWeight]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     rewritten: bool = False
+
+    def add(self, target: str, module: nn.Module, layer: ErasureLayer, name: str, side: str) -> None:
+        """Let the eraser of an adapter at a site go into one side of the weight of a target."""
+        here = self.names.setdefault(layer.path, [])
+        if name not in here:
+            here.append(name)
+        self.modules[target] = module
+        erasers = self.erasers.setdefault(target, [])
+        left, right, bias = layer.eraser_state(name)
+        if left.shape[-1]:
+            erasers.append(EraserInWeight(layer.path, name, side, left, right, bias))
 
 
 def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> None:
@@ -56,27 +75,34 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
     refuse_sharded(model)
     probe = Probe(model)
     plan = plan_merge(model, names, probe)
-    if not plan.edits:
+    if not plan.erasers:
         return
-    _refuse_beside_gradiend(model, plan)
-    _refuse_over_other_changes(plan)
-    switches, values = _values(model, plan, names, safe_merge=safe_merge)
+    _refuse_beside_other_changes(model, plan)
     layers = erasure_layers(model)
+    values = _values(layers, plan, names, safe_merge=safe_merge)
+    entries = _entries_for(model, plan, values)
+    modules = list(plan.modules.values())
     # Rounding is measured on weights that are there.
-    unchecked = "its weights are offloaded" if any(map(owns_offloaded, plan.modules.values())) else None
+    unchecked = "its weights are offloaded" if any(map(owns_offloaded, modules)) else None
     if unchecked is None and probe.failure:
         unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
-    before = None if unchecked else _run_before(model, plan, probe)
-    snapshot = Snapshot([layers[path] for path in plan.names], [*plan.modules.values(), *_given_biases(switches)])
-    configs = [(switch.config, switch.name, switch.off) for switch in switches]
+    before = None if unchecked else _run_before(model, layers, plan, probe)
+    given = [module for entry in entries for module in entry.modules.values()]
+    snapshot = Snapshot([layers[path] for path in plan.names], [*modules, *given], entries)
     try:
-        _write(layers, plan, switches, values)
+        for entry in entries:
+            entry.open()
+        for target, module in plan.modules.items():
+            write(module, values[target], plan.erasers[target])
+            for path in {eraser.path for eraser in plan.erasers[target]}:
+                if not any(module is known for known in layers[path].written):
+                    layers[path].written.append(module)
+        for path in plan.names:
+            layers[path].merged_adapters = plan.orders[path]
         if before is not None:
-            check_drift(probe, before, list(plan.modules.values()), names)
+            check_drift(probe, before, modules, names)
     except BaseException:
         snapshot.restore()
-        for config, name, off in configs:
-            setattr(config, name, off)
         raise
     if before is None:
         warnings.warn(
@@ -97,18 +123,19 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
     Raises:
         ValueError: Names the site that has no such layers, what stands in the way, and the remedy.
     """
-    layers = {path: (layer, _merging(layer, names)) for path, layer in erasure_layers(model).items()}
-    layers = {path: (layer, here) for path, (layer, here) in layers.items() if here}
-    for layer, here in layers.values():
+    plan, folded = MergePlan(), {}
+    layers = {path: layer for path, layer in erasure_layers(model).items() if _merging(layer, names)}
+    for layer in layers.values():
         if layer._disable_adapters:
+            here = _merging(layer, names)
             raise ValueError(f"The adapters are disabled: call enable_adapter_layers() before merging {here}.")
-        for name in here:
+        for name in _merging(layer, names):
             layer.check_values(name)
-    plan = MergePlan()
-    direct = {p: layer for p, (layer, _) in layers.items() if is_weight_layer(layer.host) or has_quantised(layer.host)}
-    folded = {path: layer for path, (layer, _) in layers.items() if path not in direct}
-    for path, layer in direct.items():
-        _plan_direct(plan, model, layer, layers[path][1], allow_tied=allow_tied)
+    for path, layer in layers.items():
+        if is_weight_layer(layer.host) or has_quantised(layer.host):
+            _plan_direct(plan, model, layer, _merging(layer, names), allow_tied=allow_tied)
+        else:
+            folded[path] = layer
     if folded:
         _plan_folded(plan, model, folded, names, probe, allow_tied=allow_tied)
     return plan
@@ -128,22 +155,21 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _refuse_beside_gradiend(model: nn.Module, plan: MergePlan) -> None:
-    """An eraser in a weight would not reach what a GRADIEND adapter adds to that weight later, on the forward pass."""
+def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
+    """Refuse weights that something else changes, too.
+
+    An eraser in a weight would not reach what a GRADIEND adapter adds to that weight later, on the forward pass. And
+    erasers before and behind a change that is not an eraser's could not be told apart when they are taken back.
+    """
     merging = {id(module): target for target, module in plan.modules.items()}
-    for layer in model.modules():
-        if isinstance(layer, GradiendLayer) and (layer.acting_adapters() or layer.merged):
-            names = layer.acting_adapters() or layer.merged_adapters
-            targets = [merging[id(m)] for places in layer.owners.values() for m, _ in places if id(m) in merging]
-            if targets:
-                raise ValueError(
-                    f"The erasure cannot be merged into {targets[0]!r} beside the GRADIEND adapter {names[0]!r}, whose "
-                    "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
-                )
-
-
-def _refuse_over_other_changes(plan: MergePlan) -> None:
-    """Erasers before and behind a change that is not an eraser's could not be told apart when they are taken back."""
+    for layer in gradiend_layers(model).values():
+        names = layer.acting_adapters() or layer.merged_adapters
+        targets = [merging[id(m)] for places in layer.owners.values() for m, _ in places if id(m) in merging]
+        if names and targets:
+            raise ValueError(
+                f"The erasure cannot be merged into {targets[0]!r} beside the GRADIEND adapter {names[0]!r}, whose "
+                "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
+            )
     for target, module in plan.modules.items():
         if was_changed(module):
             raise ValueError(
@@ -165,13 +191,13 @@ def _plan_direct(plan: MergePlan, model: nn.Module, layer: ErasureLayer, names: 
             "the weights (tie_word_embeddings=False) or use the adapter unmerged."
         )
     for site in ("output", "input"):
-        for name in outwards(plan, layer, names, site):
+        for name in _outwards(plan, layer, names, site):
             refusal = why_not_mergeable(layer.host, site)
             if refusal is not None:
                 raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
             if allow_tied and owns_offloaded(layer.host):
                 raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
-            _add(plan, path, layer.host, layer, name, site)
+            plan.add(path, layer.host, layer, name, site)
 
 
 def _plan_folded(
@@ -183,39 +209,37 @@ def _plan_folded(
     *,
     allow_tied: bool,
 ) -> None:
-    path = next(iter(sites))
+    refused = f"The erasure at {next(iter(sites))!r} cannot be merged: which layers take its activation is found by"
     if is_offloaded(model):
         raise ValueError(
-            f"The erasure at {path!r} cannot be merged: which layers take its activation is found by following it to "
-            "their weights, and weights of this model are offloaded. Load the model on one device to merge, use the "
-            "adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+            f"{refused} following it to their weights, and weights of this model are offloaded. Load the model on one "
+            "device to merge, use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
         )
     if probe.failure:
         raise ValueError(
-            f"The erasure at {path!r} cannot be merged: which layers take its activation is found by running the "
-            f"model on a dummy input, and this {type(model).__name__} cannot be ({probe.failure}). Use the adapter "
-            "unmerged, or target linear layers, e.g. target_modules='all-linear'."
+            f"{refused} running the model on a dummy input, and this {type(model).__name__} cannot be "
+            f"({probe.failure}). {_UNMERGED_OR_LINEAR}"
         )
     uses, fed = trace_uses(model, probe, sites, names)
     _refuse_unless_foldable(model, uses, fed, allow_tied=allow_tied)
     modules = dict(model.named_modules())
     for path, layer in sites.items():
         for site in ("output", "input"):
-            for name in outwards(plan, layer, _merging(layer, names), site):
+            for name in _outwards(plan, layer, _merging(layer, names), site):
                 for target in dict.fromkeys(uses[path].layers):
-                    _add(plan, target, modules[target], layer, name, "input")
+                    plan.add(target, modules[target], layer, name, "input")
 
 
 def _refuse_unless_foldable(
     model: nn.Module, uses: dict[str, Uses], fed: dict[str, set[str]], *, allow_tied: bool
 ) -> None:
-    found = {path: why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
+    found = {path: _why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
     reasons = {path: reason for path, reason in found.items() if reason is not None}
     if not reasons:
         return
     path, reason = next(iter(reasons.items()))
     more = "" if len(reasons) == 1 else f" Of {len(uses)} such sites {len(reasons)} cannot be merged."
-    remedy = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+    remedy = _UNMERGED_OR_LINEAR
     if len(reasons) < len(uses):
         remedy = f"Fit it again without them, exclude_modules={list(reasons)}, or use the adapter unmerged."
     if any(uses[site].quantised for site in reasons):
@@ -227,8 +251,8 @@ def _refuse_unless_foldable(
     raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
 
 
-def why_not_foldable(
-    model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool = False
+def _why_not_foldable(
+    model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool
 ) -> str | None:
     """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""
     if not uses.runs:
@@ -260,25 +284,13 @@ def why_not_foldable(
 
 def _tied_to(model: nn.Module, owner: str) -> list[str] | None:
     """All the names of a module's parameters that are another module's too."""
-    tied = shared_weights(model)
-    return next((tied[name] for name in tied if name.rpartition(".")[0] == owner), None)
-
-
-def _add(plan: MergePlan, target: str, module: nn.Module, layer: ErasureLayer, name: str, side: str) -> None:
-    plan.names.setdefault(layer.path, [])
-    if name not in plan.names[layer.path]:
-        plan.names[layer.path].append(name)
-    plan.modules[target] = module
-    edits = plan.edits.setdefault(target, [])
-    left, right, bias = layer.eraser_state(name)
-    if left.shape[-1]:
-        edits.append(EraserInWeight(layer.path, name, side, left, right, bias))
+    return next((names for name, names in shared_weights(model).items() if name.rpartition(".")[0] == owner), None)
 
 
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
 
 
-def outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
+def _outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
     """The order in which erasers at one side of a module enter the weight: from the weight outwards.
 
     They act in the order in which they are named, and after those that are merged already. Where all of these are
@@ -288,24 +300,24 @@ def outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str) 
         ValueError: If one that is not to be merged acts between them and the weight.
     """
     here = [name for name in names if layer.concept_erasure_site[name] == site]
-    _refuse_between(layer, here, site)
-    merged = [name for name in layer.merged_adapters if layer.concept_erasure_site[name] == site]
-    acting = [name for name in layer.switched_on() if name in (*merged, *here)]
-    parts = [[name for name in acting if name in part] for part in (merged, here)]
-    order = acting if parts == [merged, here] else [*merged, *here]
-    plan.orders.setdefault(layer.path, []).extend(order)
-    return [name for name in (order if _weight_first(layer, site) else order[::-1]) if name in here]
-
-
-def _refuse_between(layer: ErasureLayer, here: list[str], site: str) -> None:
-    applied = layer.applied_adapters(site)
-    present = applied if _weight_first(layer, site) else applied[::-1]
+    present = _from_the_weight(layer, site, layer.applied_adapters(site))
     merging = [name for name in present if name in here]
     if merging != present[: len(merging)]:
         raise ValueError(
             f"{merging} cannot be merged into {layer.path!r} before {present[0]!r}, which acts between them and the "
             f"weight: merge {present[: present.index(merging[-1]) + 1]} together."
         )
+    merged = [name for name in layer.merged_adapters if layer.concept_erasure_site[name] == site]
+    acting = [name for name in layer.switched_on() if name in (*merged, *here)]
+    parts = [[name for name in acting if name in part] for part in (merged, here)]
+    order = acting if parts == [merged, here] else [*merged, *here]
+    plan.orders.setdefault(layer.path, []).extend(order)
+    return [name for name in _from_the_weight(layer, site, order) if name in here]
+
+
+def _from_the_weight(layer: ErasureLayer, site: str, names: list[str]) -> list[str]:
+    """Adapters that are given in the order in which they act, in that in which they enter the weight."""
+    return names if _weight_first(layer, site) else names[::-1]
 
 
 def _weight_first(layer: ErasureLayer, site: str) -> bool:
@@ -316,86 +328,77 @@ def _weight_first(layer: ErasureLayer, site: str) -> bool:
 def _arranged(layers: dict[str, ErasureLayer], plan: MergePlan, target: str) -> list[EraserInWeight]:
     """All erasers in a layer, old and new: those of one site in the order that the plan has for them."""
     record = record_of(plan.modules[target])
-    found = [*(record.edits if record is not None else []), *plan.edits[target]]
-    for path in dict.fromkeys(edit.path for edit in plan.edits[target]):
+    found = [*(record.erasers if record is not None else []), *plan.erasers[target]]
+    for path in dict.fromkeys(eraser.path for eraser in plan.erasers[target]):
         for side in ("output", "input"):
-            places = [i for i, edit in enumerate(found) if (edit.path, edit.side) == (path, side)]
-            sites = {layers[path].concept_erasure_site[found[i].adapter] for i in places}
-            order = plan.orders[path] if sites and _weight_first(layers[path], sites.pop()) else plan.orders[path][::-1]
-            sorted_edits = sorted((found[i] for i in places), key=lambda edit: order.index(edit.adapter))
-            for place, edit in zip(places, sorted_edits, strict=True):
-                found[place] = edit
+            places = [i for i, eraser in enumerate(found) if (eraser.path, eraser.side) == (path, side)]
+            if places:
+                site = layers[path].concept_erasure_site[found[places[0]].adapter]
+                order = _from_the_weight(layers[path], site, plan.orders[path])
+                in_order = sorted((found[i] for i in places), key=lambda eraser: order.index(eraser.adapter))
+                for place, eraser in zip(places, in_order, strict=True):
+                    found[place] = eraser
     return found
 
 
-def _run_before(model: nn.Module, plan: MergePlan, probe: Probe) -> list[Tensor]:
+def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
     """What the model gives while erasers act unmerged in the order in which they will act once merged."""
-    layers = erasure_layers(model)
     written = [module for module in model.modules() if plan.rewritten and record_of(module) is not None]
-    snapshot = Snapshot(list(layers.values()), written)
-    active = {path: layer._active_adapter for path, layer in layers.items()}
+    snapshot = Snapshot(layers.values(), written)
     try:
         for path, layer in layers.items():
-            order = plan.orders.get(path, layer.merged_adapters)
+            names = plan.orders.get(path, layer.merged_adapters)
+            order: list[str] = []
             layer.merged_adapters = [] if plan.rewritten else layer.merged_adapters
-            layer._active_adapter = _order_of_action(layer, order)
+            for site in ("output", "input"):
+                merged = [name for name in names if layer.concept_erasure_site[name] == site]
+                others = [name for name in layer.applied_adapters(site) if name not in merged]
+                order += [*merged, *others] if _weight_first(layer, site) else [*others, *merged]
+            layer._active_adapter = order
         for module in written:
             for name, value in originals(module).items():
                 set_parameter(module, name, value)
         return probe.run()
     finally:
         snapshot.restore()
-        for path, layer in layers.items():
-            layer._active_adapter = active[path]
 
 
-def _order_of_action(layer: ErasureLayer, names: list[str]) -> list[str]:
-    order = []
-    for site in ("output", "input"):
-        merged = [name for name in names if layer.concept_erasure_site[name] == site]
-        others = [name for name in layer.applied_adapters(site) if name not in merged]
-        order += [*merged, *others] if _weight_first(layer, site) else [*others, *merged]
-    return order
-
-
-# ---- values, and their way into the model ----------------------------------------------------------------------------
+# ---- values, and the biases they need --------------------------------------------------------------------------------
 
 
 def _values(
-    model: nn.Module, plan: MergePlan, names: list[str], *, safe_merge: bool
-) -> tuple[list[BiasSwitch], dict[str, dict[str, Tensor]]]:
-    """The merged parameters of each layer, and the switches that give it the bias it needs."""
+    layers: dict[str, ErasureLayer], plan: MergePlan, names: list[str], *, safe_merge: bool
+) -> dict[str, dict[str, Tensor]]:
+    """The merged parameters of each layer; the plan then has all erasers that are in them."""
     values = {}
-    layers = erasure_layers(model)
     for target, module in plan.modules.items():
-        edits, record = _arranged(layers, plan, target), record_of(module)
-        if record is not None and edits[: len(record.edits)] != record.edits:  # one goes in front of those
+        erasers, record = _arranged(layers, plan, target), record_of(module)
+        if record is not None and erasers[: len(record.erasers)] != record.erasers:  # one goes in front of those
             plan.rewritten = True
             present = {name: value for name, value in originals(module).items() if value is not None}
-            values[target] = merged_parameters(module, present, edits)
+            values[target] = merged_parameters(module, present, erasers)
         else:
-            values[target] = merged_parameters(module, values_of(module), plan.edits[target])
-        plan.edits[target] = edits
+            values[target] = merged_parameters(module, values_of(module), plan.erasers[target])
+        plan.erasers[target] = erasers
         for key, value in values[target].items():
             if safe_merge and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
-    lacking = [
-        t for t, module in plan.modules.items() if "bias" in values[t] and module._parameters.get("bias") is None
-    ]
-    return _switches_for(model, plan, lacking), values
+    return values
 
 
-def _switches_for(model: nn.Module, plan: MergePlan, lacking: list[str]) -> list[BiasSwitch]:
-    """The entries of the configuration that give `lacking` their biases.
+def _entries_for(model: nn.Module, plan: MergePlan, values: dict[str, dict[str, Tensor]]) -> list[BiasEntry]:
+    """The entries of the configuration that give layers without a bias the one that they need.
 
     Raises:
         ValueError: If some of them get none from any.
     """
-    known = bias_switches(model) if lacking else []
-    found = {target: next((s for s in known if target in s.modules), None) for target in lacking}
-    left = [target for target, switch in found.items() if switch is None]
+    modules = plan.modules.items()
+    lacking = [t for t, module in modules if "bias" in values[t] and module._parameters.get("bias") is None]
+    known = bias_entries(model) if lacking else []
+    found = {target: next((entry for entry in known if target in entry.modules), None) for target in lacking}
+    left = [target for target, entry in found.items() if entry is None]
     if left:
-        sites = list(dict.fromkeys(edit.path for target in left for edit in plan.edits[target]))
+        sites = list(dict.fromkeys(eraser.path for target in left for eraser in plan.erasers[target]))
         without = ""
         if len(sites) < len(plan.names):
             without = f"leave out the sites that need one, exclude_modules={sites}, "
@@ -405,48 +408,4 @@ def _switches_for(model: nn.Module, plan: MergePlan, lacking: list[str]) -> list
             f"Fit a purely linear erasure with ConceptErasureConfig(affine=False), {without}or use this adapter "
             "unmerged."
         )
-    needed: list[BiasSwitch] = []
-    for switch in found.values():
-        if switch is not None and not any(switch is other for other in needed):
-            needed.append(switch)
-    return needed
-
-
-def _write(
-    layers: dict[str, ErasureLayer], plan: MergePlan, switches: list[BiasSwitch], values: dict[str, dict[str, Tensor]]
-) -> None:
-    for switch in switches:
-        switch.open()
-    for target, module in plan.modules.items():
-        write(module, values[target], plan.edits[target])
-        for path in {edit.path for edit in plan.edits[target]}:
-            if not any(module is known for known in layers[path].written):
-                layers[path].written.append(module)
-    for path in plan.names:
-        layers[path].merged_adapters = plan.orders[path]
-
-
-class Snapshot:
-    """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place."""
-
-    def __init__(self, layers: list[ErasureLayer], modules: list[nn.Module]) -> None:
-        self.layers = [(layer, [*layer.merged_adapters], [*layer.written]) for layer in layers]
-        self.modules = [(m, {name: value_of(m, name) for name in m._parameters}) for m in modules]
-        self.records = [(module, copy.copy(record_of(module))) for module in modules]
-        for _, record in self.records:
-            if record is not None:
-                record.edits = [*record.edits]
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for layer, merged, written in self.layers:
-            layer.merged_adapters, layer.written = merged, written
-        for module, values in self.modules:
-            for name, value in values.items():
-                set_parameter(module, name, value)
-        for module, record in self.records:
-            put_record(module, record)
-
-
-def _given_biases(switches: list[BiasSwitch]) -> list[nn.Module]:
-    return [module for switch in switches for module in switch.modules.values()]
+    return list(dict.fromkeys(entry for entry in found.values() if entry is not None))

@@ -1,12 +1,14 @@
 """What merging has done to a weight, kept on the module that owns it, so that all of it can be taken back.
 
 A weight may take erasers of several sites: its own, and those of a norm in front of it. The way back for one of them is
-to start from the original and write the others anew, since a projection has no inverse.
+to start from the original and write the others anew, since a projection does not have an inverse. A linear layer
+without a bias may get one from an entry of the model's configuration, which gives biases to several layers at once.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,29 +20,30 @@ from ..common.layer import ordinary
 from ..common.placement import add_parameter, drop_parameter, owns_offloaded, value_of, values_of, write_value
 from .formulas import EraserInWeight, merged_parameters
 
-# A plain attribute of the module: it is copied with the module, and is no part of the state dict.
+# A plain attribute of the module: it is copied with the module, and is not part of the state dict.
 _RECORD = "_concept_erasure_merge_record"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass
 class MergeRecord:
-    """The originals of a module's parameters (None: there was no such parameter) and what was written over them.
+    """What was written over a module's parameters.
 
     Attributes:
-        originals: Parameter name → its values before any eraser.
-        edits: The erasers, the one next to the weight first.
-        switch: What has given the module its bias; None where it has its own, or none.
-        digests: Parameter name → `digest` of the values that were written last.
+        originals: Parameter name → its values before any eraser; None where there was no such parameter.
+        erasers: The erasers, the one next to the weight first.
+        bias_entry: What has given the module its bias; None where it has its own, or none.
+        digests: Parameter name → `_digest` of the values that were written last.
     """
 
     originals: dict[str, Tensor | None]
-    edits: list[EraserInWeight] = field(default_factory=list)
-    switch: BiasSwitch | None = None
+    erasers: list[EraserInWeight] = field(default_factory=list)
+    bias_entry: BiasEntry | None = None
     digests: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass
-class BiasSwitch:
+@dataclass(eq=False)
+class BiasEntry:
     """An entry of the model's configuration that gives biases to layers that have none.
 
     Attributes:
@@ -59,7 +62,7 @@ class BiasSwitch:
         """Set the entry, and give the layers biases of zero."""
         setattr(self.config, self.name, True)
         for module in self.modules.values():
-            open_record(module).switch = self
+            _opened(module).bias_entry = self
             weight = values_of(module)["weight"]
             set_parameter(module, "bias", weight.new_zeros(weight.shape[0]))
 
@@ -77,7 +80,15 @@ def record_of(module: nn.Module) -> MergeRecord | None:
     return found
 
 
-def open_record(module: nn.Module) -> MergeRecord:
+def put_record(module: nn.Module, record: MergeRecord | None) -> None:
+    """Give a module this record, or none."""
+    if record is None:
+        module.__dict__.pop(_RECORD, None)
+    else:
+        setattr(module, _RECORD, record)
+
+
+def _opened(module: nn.Module) -> MergeRecord:
     """The module's record; a new one takes copies of its parameters."""
     record = record_of(module)
     if record is None:
@@ -87,28 +98,27 @@ def open_record(module: nn.Module) -> MergeRecord:
     return record
 
 
-def put_record(module: nn.Module, record: MergeRecord | None) -> None:
-    """Give a module this record, or none."""
-    if record is None:
-        module.__dict__.pop(_RECORD, None)
-    else:
-        setattr(module, _RECORD, record)
-
-
 def originals(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's parameters as they were before any eraser, with a bias of zero where a switch has given it one."""
-    record = open_record(module)
+    """A module's parameters as they were before any eraser, with a bias of zero where an entry has given it one."""
+    record = _opened(module)
     found = dict(record.originals)
-    if record.switch is not None and found["weight"] is not None:
+    if record.bias_entry is not None and found["weight"] is not None:
         found["bias"] = found["weight"].new_zeros(found["weight"].shape[0])
     return found
 
 
-def write(module: nn.Module, values: dict[str, Tensor], edits: list[EraserInWeight]) -> None:
+def _written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor | None]:
+    """What the parameters of a module are, from the originals, with these erasers and no others in them."""
+    plain = originals(module)
+    present = {name: value for name, value in plain.items() if value is not None}
+    return plain | (merged_parameters(module, present, erasers) if erasers else {})
+
+
+def write(module: nn.Module, values: dict[str, Tensor], erasers: list[EraserInWeight]) -> None:
     """Put merged values in place, and note all the erasers that are in them, the one next to the weight first."""
-    record = open_record(module)
-    record.edits = edits
-    record.digests = {**record.digests, **_digests(values)}
+    record = _opened(module)
+    record.erasers = erasers
+    record.digests = record.digests | {name: _digest(value) for name, value in values.items()}
     for name, value in values.items():
         set_parameter(module, name, value)
 
@@ -121,22 +131,20 @@ def withdraw(module: nn.Module, path: str) -> None:
     record = record_of(module)
     if record is None:
         return
-    all_edits = record.edits
-    record.edits = [edit for edit in all_edits if edit.path != path]
-    unmerged = originals(module)
-    present = {name: value for name, value in unmerged.items() if value is not None}
-    values = unmerged | (merged_parameters(module, present, record.edits) if record.edits else {})
-    later = _changed_since(module, record)
-    record.digests = _digests(values)
+    left = [eraser for eraser in record.erasers if eraser.path != path]
+    values, later = _written_anew(module, left), _changed_since(module, record)
     if later:
-        written = unmerged | merged_parameters(module, present, all_edits)
-        values |= {name: _with_change(now, written[name], values[name]) for name, now in later.items()}
+        written = _written_anew(module, record.erasers)
+    record.erasers, record.digests = left, {name: _digest(v) for name, v in values.items() if v is not None}
+    for name, now in later.items():
+        values[name] = _with_change(now, written[name], values[name])
     for name, value in values.items():
         set_parameter(module, name, value)
-    if record.switch is not None:
-        if not any(_has_edits(other) for other in record.switch.modules.values()):
-            record.switch.close()
-    elif not record.edits:
+    if record.bias_entry is not None:
+        records = map(record_of, record.bias_entry.modules.values())
+        if not any(other is not None and other.erasers for other in records):
+            record.bias_entry.close()
+    elif not left:
         put_record(module, None)
 
 
@@ -144,20 +152,20 @@ def forget(module: nn.Module) -> None:
     """Drop the record and its copies: what is merged stays merged."""
     record = record_of(module)
     put_record(module, None)
-    for other in record.switch.modules.values() if record is not None and record.switch is not None else ():
+    for other in record.bias_entry.modules.values() if record is not None and record.bias_entry is not None else ():
         put_record(other, None)
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Give a parameter a value, where it lives; None takes the parameter away."""
-    present = module._parameters.get(name)
+    present, offloaded = module._parameters.get(name), owns_offloaded(module)
     if value is None:
         drop_parameter(module, name)
-    elif present is None and owns_offloaded(module):
+    elif present is None and offloaded:
         add_parameter(module, name, value, requires_grad=module.get_parameter("weight").requires_grad)
     elif present is None:
         module.register_parameter(name, nn.Parameter(ordinary(value), module.get_parameter("weight").requires_grad))
-    elif owns_offloaded(module):
+    elif offloaded:
         write_value(module, name, value)
     else:
         present.data = ordinary(value.to(present.device, present.dtype))
@@ -183,26 +191,47 @@ def _with_change(now: Tensor, written: Tensor | None, value: Tensor | None) -> T
     return torch.where(now == written, value, (now.double() - written.double() + value.double()).to(now.dtype))
 
 
-def _digests(values: dict[str, Any]) -> dict[str, int]:
-    return {name: _digest(value) for name, value in values.items() if value is not None}
-
-
 def _digest(value: Tensor) -> int:
     """A number that another value of a parameter is most unlikely to have: the sum of its bits, read as integers."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(value.detach().contiguous().view(integers[value.dtype.itemsize]).sum(dtype=torch.int64))
+    return int(value.detach().contiguous().view(_INTEGERS[value.dtype.itemsize]).sum(dtype=torch.int64))
 
 
-def _has_edits(module: nn.Module) -> bool:
-    record = record_of(module)
-    return record is not None and bool(record.edits)
+class Snapshot:
+    """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place.
+
+    Args:
+        layers: The erasure layers.
+        modules: The modules that own the weights.
+        entries: Entries of the configuration that may be set.
+    """
+
+    def __init__(self, layers: Iterable[Any], modules: Sequence[nn.Module], entries: Sequence[BiasEntry] = ()) -> None:
+        notes = ("merged_adapters", "written", "_active_adapter", "_disable_adapters", "sticky_adapters")
+        self.notes = [(layer, {name: copy.copy(getattr(layer, name)) for name in notes}) for layer in layers]
+        self.values = [(m, {name: value_of(m, name) for name in m._parameters}) for m in modules]
+        self.records = [(module, copy.copy(record_of(module))) for module in modules]
+        self.entries = entries
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for layer, notes in self.notes:
+            for name, value in notes.items():
+                setattr(layer, name, value)
+        for module, values in self.values:
+            for name, value in values.items():
+                set_parameter(module, name, value)
+        for module, record in self.records:
+            put_record(module, record)
+        for entry in self.entries:
+            setattr(entry.config, entry.name, entry.off)
 
 
-def bias_switches(model: nn.Module) -> list[BiasSwitch]:
+# ---- entries of the configuration that give biases -------------------------------------------------------------------
+
+
+def bias_entries(model: nn.Module) -> list[BiasEntry]:
     """The entries that are off and would give biases, and nothing else, to layers of `model` that have none."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    candidates = [(keys, name) for keys, name in _bias_entries(model.config)]
+    candidates = list(_entries_that_are_off(model.config)) if isinstance(model, PreTrainedModel) else []
     plain = _shapes(model, model.config) if candidates else {}
     found = []
     for keys, name in candidates:
@@ -213,25 +242,23 @@ def bias_switches(model: nn.Module) -> list[BiasSwitch]:
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
             continue  # the architecture does not support what its configuration can say
         new = [key for key in shapes if key not in plain]
-        if not new or any(plain[key] != shapes.get(key) for key in plain):
-            continue
         modules = {key.removesuffix(".bias"): _bias_free(model, key) for key in new}
-        if all(module is not None for module in modules.values()):
+        layers = {path: module for path, module in modules.items() if module is not None}
+        if new and len(layers) == len(new) and all(plain[key] == shapes.get(key) for key in plain):
             part = _part(model.config, keys)
-            layers = {path: module for path, module in modules.items() if module is not None}
-            found.append(BiasSwitch(part, name, getattr(part, name), layers))
+            found.append(BiasEntry(part, name, getattr(part, name), layers))
     return found
 
 
-def _bias_entries(config: PretrainedConfig, keys: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str]]:
+def _entries_that_are_off(
+    config: PretrainedConfig, keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """Entries that speak of a bias and are off, in the configuration and the configurations inside it."""
-    found = []
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            found += _bias_entries(value, (*keys, name))
+            yield from _entries_that_are_off(value, (*keys, name))
         elif "bias" in name and (value is False or value is None):
-            found.append((keys, name))
-    return found
+            yield keys, name
 
 
 def _part(config: Any, keys: tuple[str, ...]) -> Any:
@@ -247,6 +274,7 @@ def _shapes(model: nn.Module, config: PretrainedConfig) -> dict[str, torch.Size]
 
 
 def _bias_free(model: nn.Module, key: str) -> nn.Module | None:
+    """The linear layer without a bias that a tensor's name would be the bias of; None where there is none."""
     path, _, name = key.rpartition(".")
     try:
         module = model.get_submodule(path)

@@ -1,4 +1,4 @@
-"""Who takes the output of a site: followed through the operations of a forward pass, by storage.
+"""What takes the output of a site: followed through the operations of a forward pass, by storage.
 
 The inputs of modules do not tell: a residual connection adds a tensor that no module was called with, and a router of
 experts multiplies by a parameter of its own. Views share the storage of what they show, so storage does.
@@ -9,7 +9,7 @@ only architectures are folded in which every use is plain, and the outputs are c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..common.placement import has_quantised
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .check import Probe
-from .formulas import why_not_mergeable
+from .formulas import Probe, why_not_mergeable
 
 # Operations that give a view without being declared as one, or that read a tensor's shape and not its values.
 _VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}
@@ -64,33 +63,26 @@ def trace_uses(
         The uses of each site by path, and for each linear layer by name what its weight is used for: paths of sites,
         or names of operations in angle brackets.
     """
-    trace = _Trace(model)
+    trace = _Trace(model, {path: Uses() for path in sites})
     with _observing(model, trace, sites, names), _inside_quantised(model, trace), trace:
         outputs = probe.run()
-    for output in outputs:
-        site = trace.source_of(output)
-        if site is not None:
-            trace.uses[site].returned = True
-    return {path: trace.uses.get(path, Uses()) for path in sites}, trace.fed
+    for source in filter(None, map(trace.source_of, outputs)):
+        trace.uses[source].returned = True
+    return trace.uses, trace.fed
 
 
 @contextmanager
-def _observing(model: nn.Module, trace: _Trace, sites: dict[str, ErasureLayer], names: list[str]) -> Iterator[None]:
+def _observing(model: nn.Module, trace: _Trace, sites: Container[str], names: list[str]) -> Iterator[None]:
     """Observers take the places of all erasers: at the sites they mark, at the others they look for marks."""
     watched = []
     try:
         for path, layer in erasure_layers(model).items():
-            acting = {*layer.applied_adapters("output"), *layer.applied_adapters("input")}
-            for name in sorted(acting | ({*names} & {*layer.adapters} - {*layer.merged_adapters})):
-                if name in layer.observers:
-                    continue
-                if path in sites:
-                    layer.observers[name] = trace.marker(path)
-                elif name in names:
-                    layer.observers[name] = _unchanged
-                else:
-                    layer.observers[name] = trace.sentinel(f"erasure of {name!r} at {path!r}")
-                watched.append((layer, name))
+            to_merge = {*names} & {*layer.adapters} - {*layer.merged_adapters}
+            for name in sorted({*layer.acting_adapters()} | to_merge):
+                if name not in layer.observers:
+                    observer = trace.marker(path) if path in sites else trace.sentinel(path, name, expected=names)
+                    layer.observers[name] = observer
+                    watched.append((layer, name))
         yield
     finally:
         for layer, name in watched:
@@ -115,20 +107,26 @@ def _inside_quantised(model: nn.Module, trace: _Trace) -> Iterator[None]:
             handle.remove()
 
 
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden
-
-
 class _Trace(TorchDispatchMode):
     """Follows marked storages through a forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, uses: dict[str, Uses]) -> None:
         super().__init__()
-        self.uses: dict[str, Uses] = {}
+        self.uses = uses
         self.fed: dict[str, set[str]] = {}
-        wrapped = [n for n, m in model.named_modules() if _is_wrapper(m)]
-        self._owners = _weight_owners(model, wrapped)
-        self._wrapped = {p.data_ptr(): n for n in wrapped for p in model.get_submodule(n).parameters()}
+        # Modules of other methods, in the place of modules of the model.
+        modules = dict(model.named_modules())
+        wrapped = [n for n, m in modules.items() if isinstance(m, BaseTunerLayer) and not isinstance(m, ErasureLayer)]
+        inside = tuple(f"{name}." for name in wrapped)
+        # The layers that can take an eraser at their input, by the address of their weight.
+        self._owners = {
+            module.get_parameter("weight").data_ptr(): (name, module)
+            for name, module in modules.items()
+            if not isinstance(module, nn.Embedding)
+            and not name.startswith(inside)
+            and why_not_mergeable(module, "input") is None
+        }
+        self._wrapped = {p.data_ptr(): name for name in wrapped for p in modules[name].parameters()}
         self._weight_storages = {_storage(m.get_parameter("weight")): n for n, m in self._owners.values()}
         # The tensors are kept, so that no other takes the place in memory that stands for them.
         self._sources: dict[int, tuple[str, Tensor]] = {}
@@ -140,8 +138,7 @@ class _Trace(TorchDispatchMode):
 
         def mark(hidden: Tensor) -> Tensor:
             source = self.source_of(hidden)
-            uses = self.uses.setdefault(path, Uses())
-            uses.runs += 1
+            self.uses[path].runs += 1
             if source is not None and source != path:
                 self.uses[source].obstacles.append(f"erasure at {path!r}")
             self._paused = True
@@ -152,13 +149,13 @@ class _Trace(TorchDispatchMode):
 
         return mark
 
-    def sentinel(self, name: str) -> Callable[[Tensor], Tensor]:
-        """An observer that changes nothing, and notes when a marked activation comes by."""
+    def sentinel(self, path: str, name: str, expected: Container[str]) -> Callable[[Tensor], Tensor]:
+        """An observer that changes nothing, and notes when a marked activation comes by an eraser that stays."""
 
         def look(hidden: Tensor) -> Tensor:
             source = self.source_of(hidden)
-            if source is not None:
-                self.uses[source].obstacles.append(name)
+            if source is not None and name not in expected:
+                self.uses[source].obstacles.append(f"erasure of {name!r} at {path!r}")
             return hidden
 
         return look
@@ -204,23 +201,6 @@ class _Trace(TorchDispatchMode):
         if module is None or module.get_parameter("weight").numel() != weight.numel():
             return None, None
         return factor, owner
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    """Whether a module is another method's, in the place of one of the model's."""
-    return isinstance(module, BaseTunerLayer) and not isinstance(module, ErasureLayer)
-
-
-def _weight_owners(model: nn.Module, wrapped: list[str]) -> dict[int, tuple[str, nn.Module]]:
-    """The layers that can take an eraser at their input, by the address of their weight."""
-    prefixes = tuple(f"{name}." for name in wrapped)
-    return {
-        module.get_parameter("weight").data_ptr(): (name, module)
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Embedding)
-        and not name.startswith(prefixes)
-        and why_not_mergeable(module, "input") is None
-    }
 
 
 def _storage(tensor: Tensor) -> int:

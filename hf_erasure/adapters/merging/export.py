@@ -1,0 +1,344 @@
+"""An adapter for programs that do not have this package: a plain checkpoint with it merged, or a stock LoRA.
+
+Erasing a linear layer's input or output subtracts a product of two thin matrices from its weight, which is what a LoRA
+adds: `B A` with `A = R, B = −W L` at the input and `A = R W, B = −L` at the output. What the affine part adds to the
+bias is the bias of `B`. The change of a GRADIEND adapter has a high rank; its largest singular values are kept.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.pytorch_utils import Conv1D
+
+from ..common.config import ChildConfig
+from ..common.layer import innermost
+from ..common.lookup import adapter_of
+from ..common.placement import shared_weights
+from ..common.tuner import exactly
+from ..erasure.layer import erasure_layers
+from ..gradiend.config import GradiendConfig
+from ..gradiend.model import base_modules
+from ..gradiend.state import changes_of, targeted_parameters
+from ..loading.file_checks import PREFIX
+from ..loading.key_renaming import renaming
+from .formulas import Probe, is_weight_layer, weight_change
+from .plan import plan_merge, refuse_sharded
+from .record import Snapshot
+
+# The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
+DEFAULT_RANK = 16
+# The thin matrices of a LoRA, `(rank, in)` and `(out, rank)`, by module.
+Factors = dict[str, tuple[Tensor, Tensor]]
+_NAME = "default"
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """What `export_to_lora` wrote.
+
+    Attributes:
+        folder: Where.
+        modules: The modules that the LoRA acts on.
+        unmergeable: Module → why PEFT's `merge_and_unload` cannot, or must not, merge the LoRA there.
+        text: The same in a few sentences.
+        kept: The share of the squared norm of all changes of weights that is in the LoRA.
+        left_out: Parameters that the adapter changes and a LoRA cannot.
+    """
+
+    folder: Path
+    modules: list[str]
+    unmergeable: dict[str, str]
+    text: str
+    kept: float = 1.0
+    left_out: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
+    """Write an adapter as a stock LoRA, which `PeftModel.from_pretrained(base, folder)` loads without us.
+
+    An erasure is exported exactly. A GRADIEND adapter becomes its nearest LoRA of a rank, at its present strength;
+    what it changes in norms, biases and other parameters that are not matrices is left out, and the text says how much
+    that is.
+
+    Args:
+        model: The model with the fitted adapter, or whatever it is inside of. It is not changed.
+        adapter_name: The adapter; it is exported as it acts alone.
+        folder: Where `adapter_config.json` and `adapter_model.safetensors` are written.
+        rank: Of the LoRA, for a GRADIEND adapter; 16 when left out. An erasure has its own.
+
+    Returns:
+        What was written, what could not be, and where PEFT can use it but not merge it.
+
+    Raises:
+        ValueError: If the adapter is not fitted, is merged, or has a site that is not a linear layer and whose
+            activation does not go into linear layers only; names the site and what stands in the way.
+    """
+    found = adapter_of(model, adapter_name, ChildConfig)
+    if isinstance(found.config, GradiendConfig):
+        chosen = DEFAULT_RANK if rank is None else rank
+        return _export_gradiend(found.owner, found.config, adapter_name, Path(folder), chosen)
+    if rank is not None:
+        raise ValueError(f"rank={rank} is for GRADIEND adapters; an erasure is exported exactly, with its own rank.")
+    return _export_erasure(found.owner, found.config, adapter_name, Path(folder))
+
+
+def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Path) -> LoraExport:
+    if not config.fitted:
+        raise ValueError(f"The erasure {name!r} was never fitted: call fit_concept_erasure(model, batches, {name!r}).")
+    layers = erasure_layers(base).values()
+    if any(layer.merged for layer in layers):
+        raise ValueError("Erasures are merged into the weights: call unmerge_adapter() before exporting one.")
+    refuse_sharded(base)
+    before = Snapshot(layers, [])
+    try:  # with this erasure acting and no other
+        for layer in layers:
+            layer._active_adapter, layer._disable_adapters = [name], False
+            layer.sticky_adapters = dict.fromkeys(layer.adapters, False)
+        plan = plan_merge(base, [name], Probe(base), allow_tied=True)
+    finally:
+        before.restore()
+    factors: Factors = {}
+    shifts: dict[str, Tensor] = {}
+    for path, module in plan.modules.items():
+        parameters = {key: p.detach() for key, p in module.named_parameters(recurse=False)}
+        change = weight_change(module, parameters, plan.erasers[path])
+        if change.a.shape[0]:
+            factors[path] = change.a, change.b
+            shifts[path] = change.offset - parameters["bias"].double() if "bias" in parameters else change.offset
+    if not factors:
+        raise ValueError(f"The erasure {name!r} has rank 0 at every site: there is nothing to export.")
+    if not any(bool(shift.any()) for shift in shifts.values()):
+        shifts = {}
+    embeddings = [path for path in factors if isinstance(plan.modules[path], nn.Embedding)]
+    if shifts and embeddings:
+        raise ValueError(
+            f"The erasure {name!r} cannot be exported: its affine part needs lora_bias=True, which PEFT does "
+            f"not support for the embedding {embeddings[0]!r}. Fit a purely linear erasure with "
+            "ConceptErasureConfig(affine=False), or two adapters."
+        )
+    return _write(base, config, folder, {path: plan.modules[path] for path in factors}, factors, shifts)
+
+
+def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder: Path, rank: int) -> LoraExport:
+    if rank < 1:
+        raise ValueError(f"rank={rank} cannot be the rank of a LoRA: write a positive number.")
+    if not config.fitted or config.learning_rate == 0:
+        raise ValueError(
+            f"The GRADIEND adapter {name!r} changes nothing: {config.remedy} Then choose a learning rate, by steer(…)."
+        )
+    factors: Factors = {}
+    modules: dict[str, nn.Module] = {}
+    kept = lost = 0.0
+    left_out: dict[str, float] = {}
+    names = {id(innermost(module)): path for path, module in base_modules(base)}
+    for layer, parameter, delta in changes_of(base, name):
+        energy = float(delta.double().square().sum())
+        carriers = layer.owners[parameter]
+        if not energy:
+            continue
+        if delta.dim() != 2 or not all(own == "weight" and is_weight_layer(m) for m, own in carriers):
+            left_out[f"{layer.path}.{parameter}"] = energy
+            continue
+        # A tied weight is changed at each of its modules; Conv1D and Embedding store the transpose.
+        stored_by_output = isinstance(carriers[0][0], nn.Linear)
+        thin = low_rank(delta if stored_by_output else delta.T, min(rank, *delta.shape))
+        kept, lost = kept + thin.kept * energy, lost + (1 - thin.kept) * energy
+        for module, _ in carriers:
+            transposed = isinstance(module, nn.Linear) != stored_by_output
+            modules[names[id(module)]] = module
+            factors[names[id(module)]] = (thin.b.T, thin.a.T) if transposed else (thin.a, thin.b)
+    if not factors:
+        raise ValueError(
+            f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and nothing else fits into a "
+            "LoRA. Merge it instead."
+        )
+    total = kept + lost + sum(left_out.values())
+    text = f" It holds {kept / total:.1%} of the squared norm of the edit"
+    text += f"; {lost / total:.1%} would need a higher rank" if lost / total > 5e-4 else ""
+    if left_out:
+        text += (
+            f"; {sum(left_out.values()) / total:.1%} is in {len(left_out)} parameters that a LoRA cannot carry (norm "
+            f"weights, biases and the like; the first is {next(iter(left_out))!r})"
+        )
+    written = _write(base, config, folder, modules, factors, {})
+    return LoraExport(
+        folder, written.modules, written.unmergeable, f"{written.text}{text}.", kept / total, list(left_out)
+    )
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The nearest product of thin matrices to a change of a weight.
+
+    Attributes:
+        a: `(rank, in)`.
+        b: `(out, rank)`.
+        kept: The share of the change's squared norm that is in `b @ a`.
+    """
+
+    a: Tensor
+    b: Tensor
+    kept: float
+
+
+def low_rank(delta: Tensor, rank: int) -> LowRank:
+    """Truncate the singular value decomposition of a weight's change, for changes that are not of low rank themselves.
+
+    Args:
+        delta: `(out, in)`.
+        rank: How many singular values to keep.
+
+    Raises:
+        ValueError: If there are not so many.
+    """
+    if not 1 <= rank <= min(delta.shape):
+        raise ValueError(f"rank={rank} is not between 1 and {min(delta.shape)}, the smaller side of the change.")
+    u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    energy = s.square()
+    total = float(energy.sum())
+    kept = float(energy[:rank].sum()) / total if total else 1.0
+    return LowRank(v[:rank].to(delta.dtype), (u[:, :rank] * s[:rank]).to(delta.dtype), kept)
+
+
+def _write(
+    base: nn.Module,
+    config: ChildConfig,
+    folder: Path,
+    modules: dict[str, nn.Module],
+    factors: Factors,
+    shifts: dict[str, Tensor],
+) -> LoraExport:
+    """Write a LoRA from its thin matrices, and what it adds to biases."""
+    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    # PEFT reads these as expressions for the end of a name; the anchor keeps them to the whole of it.
+    other = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items() if rank != usual}
+    lora = LoraConfig(
+        r=usual,
+        lora_alpha=usual,  # equal to the rank everywhere: the scaling is 1
+        rank_pattern=other,
+        alpha_pattern=dict(other),
+        target_modules=exactly(list(factors), base),
+        lora_bias=bool(shifts),
+        fan_in_fan_out=all(isinstance(module, Conv1D) for module in modules.values()),
+        task_type=config.task_type,
+        # Without a task, AutoPeftModel finds the class of the base here.
+        auto_mapping={"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in factors.items():
+        dtype = torch.float64 if modules[name].get_parameter("weight").dtype == torch.float64 else torch.float32
+        if isinstance(modules[name], nn.Embedding):
+            parts = {"lora_embedding_A": a, "lora_embedding_B": b}
+        else:
+            parts = {"lora_A.weight": a, "lora_B.weight": b}
+        if name in shifts:
+            parts["lora_B.bias"] = shifts[name]
+        tensors |= {f"{PREFIX}{name}.{part}": t.to("cpu", dtype).contiguous() for part, t in parts.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    lora.save_pretrained(str(folder))
+
+    tied = {name.rpartition(".")[0] for name in shared_weights(base)}
+    unmergeable = {}
+    for name, module in modules.items():
+        if shifts and module._parameters.get("bias") is None:
+            unmergeable[name] = "the affine part is a lora_bias, and the layer has no bias to merge it into"
+        elif name in tied:
+            unmergeable[name] = "its weight is shared with another module, which would change too"
+    bias = ", with lora_bias" if shifts else ""
+    text = f"Wrote a LoRA of rank {usual} on {len(factors)} modules{bias} to {folder}."
+    for reason in dict.fromkeys(unmergeable.values()):
+        at = [name for name, why in unmergeable.items() if why == reason]
+        rest = f" and {len(at) - 1} others" if len(at) > 1 else ""
+        text += f" PEFT applies it but cannot merge it at {at[0]!r}{rest}: {reason}."
+    return LoraExport(folder, list(factors), unmergeable, text)
+
+
+# ---- a plain checkpoint, for the command line ------------------------------------------------------------------------
+
+
+def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
+    """Load a model in the class of its checkpoint, or that of the adapter where only that has the adapter's sites.
+
+    Raises:
+        ValueError: If the folder holds another kind of adapter.
+    """
+    config = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, ChildConfig):
+        raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, and no erasure.")
+    base = _model_class(model, config).from_pretrained(model)
+    wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_NAME)
+    return wrapped
+
+
+def save_merged(model: str, adapter: str | Path, folder: str | Path, *, max_shard_size: str | None = None) -> str:
+    """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence.
+
+    `max_shard_size` is that of `save_pretrained`; transformers' own when None.
+    """
+    wrapped = load_with_erasure(model, adapter)
+    config: Any = wrapped.peft_config[_NAME]
+    base: Any = wrapped.get_base_model()
+    kept = base.config.to_dict()
+    wrapped.merge_adapter()
+    if isinstance(config, GradiendConfig):
+        where, checked = f"into {len(targeted_parameters(wrapped, _NAME))} weights", ""
+    else:
+        layers = erasure_layers(wrapped, _NAME)
+        written = len({id(module) for layer in layers.values() for module in layer.written})
+        where = f"at {len(layers)} sites into the weights of {written} layers"
+        checked = " Outputs on a small input are the same up to rounding."
+    plain = wrapped.merge_and_unload()
+    changed = [name for name, value in plain.config.to_dict().items() if kept.get(name) != value]
+    plain.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+    _copy_processor(model, folder)
+    switched = f", with {', '.join(f'{name}=True' for name in changed)} in its configuration" if changed else ""
+    return f"Merged the {config.described} {where} of {type(plain).__name__}{switched}.{checked}"
+
+
+def model_class(name: str) -> type[transformers.PreTrainedModel] | None:
+    """The class of a model that transformers has under a name; None where it has none."""
+    found = getattr(transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
+
+
+def _model_class(model: str, config: ChildConfig) -> Any:
+    plain = AutoConfig.from_pretrained(model)
+    names = [*(plain.architectures or []), config.provenance.get("base_class", "")]
+    # The names are out of files: of all that transformers has, only a model may be made.
+    for candidate in filter(None, map(model_class, names)):
+        with torch.device("meta"):
+            has_sites = renaming(candidate(plain), config.fitted_modules) is not None
+        if has_sites:
+            return candidate
+    return AutoModel
+
+
+def _copy_processor(model: str, folder: str | Path) -> None:
+    """Save the tokenizer or processor beside the model; warns where none can be loaded, as of a model alone."""
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"{folder} holds the model alone, without tokenizer or processor: {reason}", stacklevel=3)
+        return
+    processor.save_pretrained(folder)
