@@ -57,76 +57,70 @@ def verify_adapter(
     Raises:
         ValueError: If several models inside have an adapter of that name.
     """
+    name = adapter_name
     try:
-        found = adapter_of(model, adapter_name, ChildConfig)
+        found = adapter_of(model, name, ChildConfig)
+        reason = _why_inactive(found)
     except AdapterNotFound as error:
-        return Verification(False, f"Adapter {adapter_name!r} does not act: {error}")
-    reason = _why_inactive(found)
+        reason = str(error)
     if reason is not None:
-        return Verification(False, f"Adapter {adapter_name!r} does not act: {reason}")
-    owner, config = found.owner, found.config
-    children = adapter_children(owner, adapter_name)
-    merged = all(adapter_name in child.merged_adapters for child in children)
-    change = None
-    if not merged:
+        return Verification(False, f"Adapter {name!r} does not act: {reason}")
+    owner, config, children = found.owner, found.config, adapter_children(found.owner, name)
+    how = "merged into the weights"
+    if not all(name in child.merged_adapters for child in children):
         outputs = _Outputs(model, found, batch)
-        active, plain = outputs.now(), outputs.without_adapter()
-        change = distance([active], [plain])
-        if isinstance(config, GradiendConfig) and _is_partial(owner, adapter_name, outputs, active, plain):
-            with UsedAsTheyAre(targeted_parameters(owner, adapter_name)) as used:
+        active = outputs.now()
+        with ExitStack() as stack:  # when the adapter does not act, and all others do as they do
+            for child in children:
+                stack.enter_context(child.without(name))
+            plain = outputs.now()
+        if isinstance(config, GradiendConfig) and _is_partial(owner, name, outputs, active, plain):
+            with UsedAsTheyAre(targeted_parameters(owner, name)) as used:
                 outputs.now()
             return Verification(
                 False,
-                f"Adapter {adapter_name!r} acts in part only: the output differs from that of the merged weights. "
+                f"Adapter {name!r} acts in part only: the output differs from that of the merged weights. "
                 f"{used.names or 'Some weights'} are read where a change that is not merged does not reach: not as an "
                 "attribute of their module, or outside of the model that the adapter was added to. Merge the adapter, "
                 "by merge_adapter() or merge_and_unload() of the PeftModel, or leave such modules out by "
                 "exclude_modules.",
             )
+        change = distance([active], [plain])
         if change == 0:
-            return Verification(
-                False,
-                f"Adapter {adapter_name!r} is active at {len(children)} {_places(config)} but the output is the same "
-                "without it.",
-            )
-    how = "merged into the weights" if change is None else f"changes the output by {change:.2%} of its norm"
-    return Verification(
-        True,
-        f"Adapter {adapter_name!r} {_deed(owner, adapter_name, config)} and {how}."
-        + _remarks(owner, adapter_name, config)
-        + f" {other_than_when_fitted(found.model, adapter_name)}".rstrip(),
-    )
+            where = f"{len(children)} {_places(config)}"
+            return Verification(False, f"Adapter {name!r} is active at {where} but the output is the same without it.")
+        how = f"changes the output by {change:.2%} of its norm"
+    deed, remark = _gradiend_deed(owner, name, config) if isinstance(config, GradiendConfig) else _erasure_deed(found)
+    sentences = [f"Adapter {name!r} {deed} and {how}.", remark, other_than_when_fitted(found.model, name)]
+    return Verification(True, " ".join(filter(None, sentences)))
 
 
 def _places(config: ChildConfig) -> str:
     return "modules" if isinstance(config, GradiendConfig) else "sites"
 
 
-def _deed(model: nn.Module, name: str, config: ChildConfig) -> str:
-    """What an adapter that acts does, in words."""
-    if isinstance(config, GradiendConfig):
-        layers = gradiend_layers(model, name).values()
-        share = sum(layer.changed_entries(name) for layer in layers)
-        total = sum(parameter.numel() for parameter in targeted_parameters(model, name).values())
-        pair = (config.pairs or [])[config.pair_index(config.pair)]
-        return (
-            f"steers {config.feature!r} ({pair[0]} +1, {pair[1]} −1) with feature_factor={config.feature_factor:g} and "
-            f"learning_rate={config.learning_rate:g} in {share:,} of {total:,} weights"
-        )
-    ranks = [layer.concept_erasure_left[name].shape[-1] for layer in erasure_layers(model, name).values()]
-    concept = getattr(config, "concept", "")
-    return f"erases {concept!r} at {len(ranks)} sites (rank {min(ranks)} to {max(ranks)})"
-
-
-def _remarks(model: nn.Module, name: str, config: ChildConfig) -> str:
-    if isinstance(config, ConceptErasureConfig):
-        return f" {leakage_sentence(config)}"
-    if any(name in layer.merged_adapters for layer in gradiend_layers(model, name).values()):
-        return ""
-    if any(p.device.type == "meta" for p in targeted_parameters(model, name).values()):
-        return ""
+def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple[str, str]:
+    """What a GRADIEND adapter that acts does, in words, and what rounding leaves of it, if that is worth a remark."""
+    layers, parameters = gradiend_layers(model, name).values(), targeted_parameters(model, name).values()
+    share = sum(layer.changed_entries(name) for layer in layers)
+    total = sum(parameter.numel() for parameter in parameters)
+    pair = (config.pairs or [])[config.pair_index(config.pair)]
+    deed = (
+        f"steers {config.feature!r} ({pair[0]} +1, {pair[1]} −1) with feature_factor={config.feature_factor:g} and "
+        f"learning_rate={config.learning_rate:g} in {share:,} of {total:,} weights"
+    )
+    if any(name in layer.merged_adapters for layer in layers) or any(p.device.type == "meta" for p in parameters):
+        return deed, ""
     kept = kept_share(model, name)
-    return "" if kept > 0.999 else f" Rounding to the dtype of the weights leaves {kept:.0%} of the edit."
+    return deed, "" if kept > 0.999 else f"Rounding to the dtype of the weights leaves {kept:.0%} of the edit."
+
+
+def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
+    """What an erasure that acts does, in words, and what was measured when it was fitted."""
+    layers = erasure_layers(found.owner, found.name).values()
+    ranks = [layer.eraser_state(found.name)[0].shape[-1] for layer in layers]
+    deed = f"erases {found.config.concept!r} at {len(ranks)} sites (rank {min(ranks)} to {max(ranks)})"
+    return deed, leakage_sentence(found.config)
 
 
 def leakage_sentence(config: ConceptErasureConfig) -> str:
@@ -203,16 +197,13 @@ class _Outputs:
                 self.callee = model
 
     def now(self) -> Tensor:
-        """With the model as it is."""
+        """The first tensor of floating-point numbers that the model returns as it is."""
         with evaluating(self.callee):
-            return _first_floating(self.callee(**self.inputs))
-
-    def without_adapter(self) -> Tensor:
-        """When the adapter does not act, and all others do as they do."""
-        with ExitStack() as stack:
-            for child in adapter_children(self.found.owner, self.found.name):
-                stack.enter_context(child.without(self.found.name))
-            return self.now()
+            output = self.callee(**self.inputs)
+        found = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
+        if found is None:
+            raise ValueError(f"The model returns a {type(output).__name__}, in which no tensor to compare was found.")
+        return found.detach().float()
 
 
 def _takes(model: nn.Module, inputs: dict[str, Any]) -> bool:
@@ -228,10 +219,3 @@ def _is_partial(model: nn.Module, name: str, outputs: _Outputs, active: Tensor, 
         merged = outputs.now()
     # Both are the same weights to the bit; kernels may sum in another order, far below the change itself.
     return distance([active], [merged]) > 1e-2 * distance([plain], [merged])
-
-
-def _first_floating(output: Any) -> Tensor:
-    found = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
-    if found is None:
-        raise ValueError(f"The model returns a {type(output).__name__}, in which no tensor to compare was found.")
-    return found.detach().float()

@@ -93,7 +93,7 @@ def test_names_that_mean_nothing(kind: str):
     active = outputs(model, "bert")
     with pytest.raises(ValueError, match="abc"):
         mixed(model, "bert", ["abc"] * ROWS)
-    with pytest.raises(ValueError, match="no list of names"):
+    with pytest.raises(ValueError, match="not a list of names"):
         mixed(model, "bert", "a")
     if kind == "erasure":
         with pytest.raises(ValueError, match="adapter_names"):

@@ -44,11 +44,7 @@ def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Par
         ValueError: If the model has no GRADIEND adapter of that name.
     """
     layers, _ = _adapter(model, adapter_name)
-    return {
-        f"{path}.{name}": layer.parameter(name)
-        for path, layer in layers.items()
-        for name in layer.gradiend_parameters[adapter_name]
-    }
+    return {name: layer.parameter(own) for name, layer, own in _places(layers, adapter_name)}
 
 
 def stated_bytes(model: nn.Module, adapter_name: str) -> int:
@@ -81,8 +77,7 @@ def set_features(
         ValueError: If the adapter is merged, or features and pairs do not fit each other, the configuration or the
             model. Nothing has changed then.
     """
-    layers, config = _adapter(model, adapter_name)
-    _refuse_merged(layers, adapter_name)
+    layers, config = _unmerged(model, adapter_name, fitted=False)
     parameters = targeted_parameters(model, adapter_name)
     if len(features) != len(pairs) or not features:
         raise ValueError(
@@ -96,22 +91,20 @@ def set_features(
     encoders = [f.encoder.prune(config.density) if config.keep_encoder else f.encoder for f in features]
     sizes: dict[str, dict[str, Any]] = {}
     last: dict[str, int] = {}
-    for path, layer in layers.items():
-        for own in layer.gradiend_parameters[adapter_name]:
-            name = f"{path}.{own}"
-            shape = parameters[name].shape
-            index, values = _aligned(name, shape, [(d.index, (d.weight, d.bias)) for d in decoders])
-            layer.set_part(adapter_name, own, INDEX, index)
-            for kind, value in zip((FEATURE, OFFSET), values or (None, None), strict=True):
-                layer.set_part(adapter_name, own, kind, value)
-            sizes[name] = {"shape": list(shape), "count": _count(index, values)}
-            if sizes[name]["count"] != 0:
-                last[name] = shape.numel() - 1 if index is None else int(index[-1])
-            kept = [(e.index, (e.weight,)) for e in encoders] if config.keep_encoder else []
-            index, values = _aligned(name, shape, kept)
-            layer.set_part(adapter_name, own, ENCODER_INDEX, index)
-            layer.set_part(adapter_name, own, ENCODER, None if values is None else values[0])
-            sizes[name]["encoder_count"] = _count(index, values)
+    for name, layer, own in _places(layers, adapter_name):
+        shape = parameters[name].shape
+        index, values = _aligned(name, shape, [(d.index, (d.weight, d.bias)) for d in decoders])
+        layer.set_part(adapter_name, own, INDEX, index)
+        for kind, value in zip((FEATURE, OFFSET), values or (None, None), strict=True):
+            layer.set_part(adapter_name, own, kind, value)
+        sizes[name] = {"shape": list(shape), "count": _count(index, values)}
+        if sizes[name]["count"] != 0:
+            last[name] = shape.numel() - 1 if index is None else int(index[-1])
+        kept = [(e.index, (e.weight,)) for e in encoders] if config.keep_encoder else []
+        index, values = _aligned(name, shape, kept)
+        layer.set_part(adapter_name, own, ENCODER_INDEX, index)
+        layer.set_part(adapter_name, own, ENCODER, None if values is None else values[0])
+        sizes[name]["encoder_count"] = _count(index, values)
     _record(adapter_of(model, adapter_name, GradiendConfig).owner, config, sizes, encoders, pairs, last)
     for layer in layers.values():
         layer.steer(adapter_name, config)
@@ -121,28 +114,26 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
     """The features of a fitted adapter, one for each pair of classes; tensors are the adapter's own.
 
     Raises:
-        ValueError: If there is no such adapter, or it was never fitted.
+        ValueError: If there is not such an adapter, or it was never fitted.
     """
     layers, config = _fitted(model, adapter_name)
-    shapes = {name: parameter.shape for name, parameter in targeted_parameters(model, adapter_name).items()}
+    places = list(_places(layers, adapter_name))
+    shapes = {name: layer.parameter(own).shape for name, layer, own in places}
 
     def rows(kind: str, position: int) -> dict[str, Tensor]:
         found = {}
-        for path, layer in layers.items():
-            for own in layer.gradiend_parameters[adapter_name]:
-                part = layer.part(adapter_name, own, kind)
-                empty = torch.zeros(0, device=layer.state_placement()[0], dtype=torch.float32)
-                found[f"{path}.{own}"] = empty if part is None else part[position]
+        for name, layer, own in places:
+            part = layer.part(adapter_name, own, kind)
+            empty = torch.zeros(0, device=layer.state_placement()[0], dtype=torch.float32)
+            found[name] = empty if part is None else part[position]
         return found
 
     def positions(kind: str, values: dict[str, Tensor]) -> dict[str, Tensor | None]:
         found: dict[str, Tensor | None] = {}
-        for path, layer in layers.items():
-            for own in layer.gradiend_parameters[adapter_name]:
-                part = layer.part(adapter_name, own, kind)
-                given = values[f"{path}.{own}"]
-                is_empty = part is None and not given.numel()
-                found[f"{path}.{own}"] = given.new_zeros(0, dtype=torch.int32) if is_empty else part
+        for name, layer, own in places:
+            part = layer.part(adapter_name, own, kind)
+            is_empty = part is None and not values[name].numel()
+            found[name] = values[name].new_zeros(0, dtype=torch.int32) if is_empty else part
         return found
 
     features = []
@@ -172,8 +163,7 @@ def steer(
     Raises:
         ValueError: If the adapter is not fitted, is merged, or a value cannot be used. Nothing has changed then.
     """
-    layers, config = _fitted(model, adapter_name)
-    _refuse_merged(layers, adapter_name)
+    layers, config = _unmerged(model, adapter_name)
     for field, value in _steered(config, feature_factor, learning_rate, pair).items():
         setattr(config, field, value)
     for layer in layers.values():
@@ -198,16 +188,15 @@ def edited(
     Raises:
         ValueError: If the adapter is not fitted or is merged, or a weight is quantised or offloaded.
     """
-    layers, config = _fitted(model, adapter_name)
-    _refuse_merged(layers, adapter_name)
+    layers, config = _unmerged(model, adapter_name)
     steering = _steering(config, feature_factor, learning_rate, pair)
     changes: list[tuple[nn.Parameter, list[WeightEdit]]] = []
-    for name, layer, term in _edits(layers, adapter_name, steering):
+    for name, layer, edit in _edits(layers, adapter_name, steering):
         parameter = layer.parameter(name)
         reason = layer.why_not_editable(name)
         if reason is not None:
             raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
-        changes.append((parameter, [term]))
+        changes.append((parameter, [edit]))
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.without(adapter_name))
@@ -231,8 +220,7 @@ def kept_share(
     Raises:
         ValueError: If the adapter is not fitted, or is merged already.
     """
-    layers, config = _fitted(model, adapter_name)
-    _refuse_merged(layers, adapter_name)
+    layers, config = _unmerged(model, adapter_name)
     steering = _steering(config, feature_factor, learning_rate, pair)
     return share_kept(list(layers.values()), adapter_name, steering)
 
@@ -243,12 +231,11 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
     Raises:
         ValueError: If the adapter is not fitted, or is merged.
     """
-    layers, config = _fitted(model, adapter_name)
-    _refuse_merged(layers, adapter_name)
-    for name, layer, term in _edits(layers, adapter_name, _steering(config, None, None, None)):
+    layers, config = _unmerged(model, adapter_name)
+    for name, layer, edit in _edits(layers, adapter_name, _steering(config)):
         shape = layer.parameter(name).shape
-        zeros = torch.zeros(shape, device=term.values.device, dtype=torch.float32)
-        yield layer, name, edited_tensor(zeros, [term])
+        zeros = torch.zeros(shape, device=edit.values.device, dtype=torch.float32)
+        yield layer, name, edited_tensor(zeros, [edit])
 
 
 # ---- finding the adapter ---------------------------------------------------------------------------------------------
@@ -266,9 +253,18 @@ def _fitted(model: nn.Module, name: str) -> tuple[dict[str, GradiendLayer], Grad
     return layers, config
 
 
-def _refuse_merged(layers: dict[str, GradiendLayer], name: str) -> None:
+def _unmerged(model: nn.Module, name: str, *, fitted: bool = True) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
+    layers, config = _fitted(model, name) if fitted else _adapter(model, name)
     if any(name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The GRADIEND adapter {name!r} is merged into the weights: call unmerge_adapter() first.")
+    return layers, config
+
+
+def _places(layers: dict[str, GradiendLayer], adapter_name: str) -> Iterator[tuple[str, GradiendLayer, str]]:
+    """Each parameter that an adapter targets: its full name, its layer, and its own name there."""
+    for path, layer in layers.items():
+        for own in layer.gradiend_parameters[adapter_name]:
+            yield f"{path}.{own}", layer, own
 
 
 # ---- filling it ------------------------------------------------------------------------------------------------------
@@ -299,9 +295,9 @@ def _check_pairs(config: GradiendConfig, pairs: Sequence[tuple[str, str]]) -> No
     for pair in pairs:
         unknown = [name for name in pair if config.classes is not None and name not in config.classes]
         if len(pair) != 2 or unknown:
-            raise ValueError(f"{tuple(pair)!r} is no pair of the adapter's classes={config.classes!r}.")
+            raise ValueError(f"{tuple(pair)!r} is not a pair of the adapter's classes={config.classes!r}.")
     if config.pair is not None and tuple(config.pair) not in {tuple(pair) for pair in pairs}:
-        raise ValueError(f"pair={config.pair} of the configuration is none of the pairs fitted, {list(pairs)}.")
+        raise ValueError(f"pair={config.pair} of the configuration is not among the pairs fitted, {list(pairs)}.")
 
 
 def _pruned(decoders: list[FeatureDecoder], density: float, n: int) -> list[FeatureDecoder]:
@@ -384,24 +380,25 @@ def _record(
 def _steered(
     config: GradiendConfig, feature_factor: float | None, learning_rate: float | None, pair: Sequence[str] | None
 ) -> dict[str, Any]:
+    """The strength by field of the configuration, with what is there where nothing is given."""
     given = {"feature_factor": feature_factor, "learning_rate": learning_rate}
-    fields: dict[str, Any] = {name: float(value) for name, value in given.items() if value is not None}
+    fields: dict[str, Any] = {n: getattr(config, n) if v is None else float(v) for n, v in given.items()}
     for name, value in fields.items():
         if not math.isfinite(value):
-            raise ValueError(f"{name}={value} is no finite number.")
-    together = {"feature_factor": config.feature_factor, "learning_rate": config.learning_rate} | fields
-    refuse_beyond_float32(**together)
+            raise ValueError(f"{name}={value} is not a finite number.")
+    refuse_beyond_float32(**fields)
     if pair is not None:
         config.pair_index(pair)
-        fields["pair"] = list(pair)
-    return fields
+    return fields | {"pair": config.pair if pair is None else list(pair)}
 
 
 def _steering(
-    config: GradiendConfig, feature_factor: float | None, learning_rate: float | None, pair: Sequence[str] | None
+    config: GradiendConfig,
+    feature_factor: float | None = None,
+    learning_rate: float | None = None,
+    pair: Sequence[str] | None = None,
 ) -> Tensor:
-    present = {"feature_factor": config.feature_factor, "learning_rate": config.learning_rate, "pair": config.pair}
-    fields: dict[str, Any] = present | _steered(config, feature_factor, learning_rate, pair)
+    fields = _steered(config, feature_factor, learning_rate, pair)
     acting = config.pair_index(fields["pair"])
     return strength(config.expected_pairs(), acting, fields["feature_factor"], fields["learning_rate"])
 
@@ -409,8 +406,7 @@ def _steering(
 def _edits(
     layers: dict[str, GradiendLayer], adapter_name: str, steering: Tensor
 ) -> Iterator[tuple[str, GradiendLayer, WeightEdit]]:
-    for layer in layers.values():
-        for name in layer.gradiend_parameters[adapter_name]:
-            term = layer.edit_of(adapter_name, name, steering)
-            if term is not None:
-                yield name, layer, term
+    for _, layer, own in _places(layers, adapter_name):
+        edit = layer.edit_of(adapter_name, own, steering)
+        if edit is not None:
+            yield own, layer, edit
