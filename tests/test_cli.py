@@ -26,7 +26,7 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small part of the demo's sentences, as a folder that `datasets` reads."""
     folder = tmp_path_factory.mktemp("sentences")
     data = occupation_sentences()
-    for split, rows in (("train", 400), ("test", 160)):
+    for split, rows in (("train", 200), ("test", 80)):
         data[split].shuffle(seed=0).select(range(rows)).to_json(folder / f"{split}.jsonl")
     return folder
 
@@ -63,7 +63,7 @@ def test_fit_prints_the_table_and_writes_adapter_figure_and_results(fitted: tupl
         assert expected in printed
     table = json.loads((folder / "results.json").read_text())
     first = next(iter(table.values()))
-    # The first site is erased exactly in one pass; half of 160 test rows are of either gender.
+    # The first site is erased exactly in one pass; half of 80 test rows are of either gender.
     assert first["gender before"] > first["gender after"]
     assert first["gender majority"] == pytest.approx(0.5, abs=0.1)
 
@@ -74,6 +74,7 @@ def test_check_reproduces_the_results_in_a_second_process(fitted: tuple[Path, st
     assert result.stdout.rstrip().endswith("same")
 
 
+@pytest.mark.slow
 def test_check_notices_other_weights(fitted: tuple[Path, str], tmp_path: Path) -> None:
     import shutil
 
@@ -132,7 +133,7 @@ def test_merge_fits_writes_an_adapter_that_acts(recipe: Path, assets: Path, tmp_
         assert result.exit_code == 0, result.output
     result = CliRunner().invoke(app, ["merge-fits", *(str(tmp_path / name) for name in ("a", "b", "sum"))])
     assert result.exit_code == 0, result.output
-    assert "560 examples" in result.stdout
+    assert "280 examples" in result.stdout
     model = AutoModel.from_pretrained(assets / "models" / "story-mlm")
     model.load_adapter(str(tmp_path / "sum"))
     assert verify_adapter(model)

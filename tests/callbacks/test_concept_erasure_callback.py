@@ -106,7 +106,8 @@ def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):
         callback = ConceptErasureCallback(batches, NAME, refit_leakage=threshold, eval_batches=batches)
         fine_tune(model, tmp_path, callback, learning_rate=0.5)
         refits[threshold] = callback.refits
-        leakage[threshold] = max(measured_leakage(model, batches, NAME).values())
+        if threshold != 0.999:
+            leakage[threshold] = max(measured_leakage(model, batches, NAME).values())
     assert refits[None] == refits[0.999] == 0
     assert refits[0.05] >= 1
     assert leakage[0.05] < leakage[None]

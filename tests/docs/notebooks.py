@@ -1,16 +1,21 @@
 """python -m tests.docs.notebooks
 
 Run the notebooks of the documentation and keep what they print: the outputs in the repository are those of a run. The
-test runs them as well, and leaves the files as they are.
+tests run their cells as well, without Jupyter's kernel, and leave the files as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import sys
 from pathlib import Path
 
 import nbformat
+from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -30,6 +35,29 @@ def executed(path: Path) -> nbformat.NotebookNode:
     )
     client.execute()
     return notebook
+
+
+class Shell(InteractiveShell):
+    """What a kernel runs cells with, without a window to draw in."""
+
+    def enable_gui(self, gui: str | None = None) -> None:
+        """Figures are rendered and kept; none is shown."""
+
+
+def run_cells(path: Path, written: Path) -> None:
+    """Run the cells in this process, by what a kernel runs them with; write down what a reader should not see."""
+    shell = Shell.instance(config=Config({"HistoryManager": {"enabled": False}}))
+    shell.run_line_magic("matplotlib", "inline")
+    found = []
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    for number, cell in enumerate(cells, 1):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            result = shell.run_cell(cell.source)
+        if not result.success:
+            found.append(f"cell {number}: {result.error_before_exec or result.error_in_exec!r}")
+        elif number > 1 and said.getvalue():
+            found.append(f"cell {number}: {said.getvalue()}")
+    written.write_text(json.dumps(found), encoding="utf-8")
 
 
 def problems(notebook: nbformat.NotebookNode) -> list[str]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from tests.docs.notebooks import NOTEBOOKS, executed, problems
+from tests.docs.notebooks import FOLDER, NOTEBOOKS, problems, run_cells
+from tests.prepared import run
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_runs(path: Path) -> None:
-    assert problems(executed(path)) == []
+def test_the_notebook_runs(path: Path, tmp_path: Path) -> None:
+    printed = tmp_path / "out", tmp_path / "err"
+    done = run(run_cells, path, tmp_path / "problems", folder=FOLDER, printed=printed)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "problems").read_text()) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

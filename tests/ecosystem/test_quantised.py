@@ -37,10 +37,17 @@ NAME = "no_gender"
 TARGETS = {"bert": None, "llama": "all-linear"}
 
 # For int4 quanto compiles an extension when it is first used, which takes minutes.
-every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "quanto int4" else kind for kind in KINDS]
-)
+_MARKS = {"quanto int4": pytest.mark.slow}
+every_kind = pytest.mark.parametrize("kind", [pytest.param(kind, marks=_MARKS.get(kind, ())) for kind in KINDS])
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Where nothing of the architecture is looked at: each kind with one of them, and each of them with several kinds.
+one_architecture = pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        pytest.param(kind, ARCHITECTURES[number % len(ARCHITECTURES)], marks=_MARKS.get(kind, ()))
+        for number, kind in enumerate(KINDS)
+    ],
+)
 # What bitsandbytes and torchao say about their own kernels is not looked at here.
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*deprecated")
 
@@ -136,8 +143,7 @@ def test_an_erasure_is_saved_and_loaded(kind: str, architecture: str, bases: Bas
         matrix(TABLE, row, kind, "same")
 
 
-@every_architecture
-@every_kind
+@one_architecture
 def test_an_erasure_is_disabled_and_deleted(kind: str, architecture: str, bases: Bases, matrix: Enter):
     batch = small_batch(architecture, seed=5)
     plain = outputs_of(bases.load(architecture, kind), batch)
@@ -306,8 +312,7 @@ def test_gradiend_lives_on_the_float_weights_when_asked(kind: str, bases: Bases,
     matrix(TABLE, "GRADIEND on the float weights alone: fit, reload, disable, merge, delete", kind, "same")
 
 
-@every_architecture
-@every_kind
+@one_architecture
 def test_gradiend_merges_into_float_weights_which_are_quantised_then(
     kind: str, architecture: str, bases: Bases, tmp_path: Path, matrix: Enter
 ):
@@ -390,6 +395,8 @@ def _steered(model: PreTrainedModel, architecture: str) -> PreTrainedModel:
 # ---- a LoRA in the same places ---------------------------------------------------------------------------------------
 
 
+# For the table alone, which `make matrix` writes: no code of this package runs here.
+@pytest.mark.slow
 @every_architecture
 @every_kind
 def test_a_lora_in_the_same_cells(kind: str, architecture: str, bases: Bases, tmp_path: Path, matrix: Enter):

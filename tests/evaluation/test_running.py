@@ -141,7 +141,7 @@ def test_results_on_another_base_are_refused(
             weight.add_(1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     trained.save_pretrained(tmp_path / "trained")
     AutoTokenizer.from_pretrained(story).save_pretrained(tmp_path / "trained")
-    data = small_data(assets, tmp_path / "data", ("seat",))
+    data = small_data(assets, tmp_path / "data", ("crows-pairs",))
     plan = Evaluation(str(tmp_path / "trained"), data, [str(adapters[0])], suite="stereotypes", limit=4, resamples=20)
     with pytest.warns(UserWarning, match="has been trained further"):
         results = evaluate(plan)

@@ -335,8 +335,11 @@ def test_background_is_erased_upstream_too() -> None:
     torch.testing.assert_close(parts(model)[site][2], torch.cat(seen)[mask].mean(0), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+# What waits is stored in one way for all architectures, so inference mode is tried with the one that has most of it.
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [*((name, torch.no_grad) for name in ("bert", "llama", "t5", "vit")), ("t5", torch.inference_mode)],
+)
 def test_erasers_are_the_same_to_the_bit_for_any_number_of_resident_batches(name: str, mode: Any) -> None:
     fitted = []
     for resident in (None, 1, 2):

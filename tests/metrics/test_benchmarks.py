@@ -97,11 +97,11 @@ def test_what_is_not_a_text_is_named(text: object, assets: Path):
 def test_stereoset_is_the_authors_procedure(task: str, assets: Path):
     model, tokenizer = trained(assets, task)
     path = assets / "data/stereoset/dev.json"
-    found = benchmarks.stereoset(model, tokenizer, path, limit=40, **QUICK)
-    assert found["task"] == task and found["items"] == found["asked"] == 40 and found["coverage"] == 1.0
+    found = benchmarks.stereoset(model, tokenizer, path, limit=16, **QUICK)
+    assert found["task"] == task and found["items"] == found["asked"] == 16 and found["coverage"] == 1.0
     counts: dict[str, list[float]] = {}
     scorer = LanguageScorer(model, tokenizer)
-    for item in spread(read_stereoset(path), 40):
+    for item in spread(read_stereoset(path), 16):
         scores = []
         for sentence in item.sentences:
             if task == "causal":
@@ -126,9 +126,9 @@ def test_stereoset_is_the_authors_procedure(task: str, assets: Path):
 def test_crows_pairs_is_the_authors_procedure(task: str, assets: Path):
     model, tokenizer = trained(assets, task)
     path = assets / "data/crows-pairs/crows_pairs_anonymized.csv"
-    found = benchmarks.crows_pairs(model, tokenizer, path, limit=12, **QUICK)
+    found = benchmarks.crows_pairs(model, tokenizer, path, limit=6, **QUICK)
     wins, scorer = [], LanguageScorer(model, tokenizer)
-    for pair in spread(read_crows_pairs(path), 12):
+    for pair in spread(read_crows_pairs(path), 6):
         if task == "causal":
             scores = [sum(sentence_log_p(model, tokenizer, sentence)) for sentence in (pair.more, pair.less)]
         else:

@@ -15,7 +15,7 @@ from recipes.gradiend_gender import study
 
 FOLDER = Path(study.__file__).parent
 TINY = [
-    "seeds=[0]", "train_rows=16", "eval_rows=8", "choice_stories=3", "letters=200", "feature_factors=[1, -1]",
+    "seeds=[0]", "train_rows=8", "eval_rows=4", "choice_stories=2", "letters=120", "feature_factors=[1, -1]",
     "learning_rates=[1.0e-3]", "trained.steps=2", "trained.learning_rates=[1.0e-3]", "mask_draws=1",
     "other_sources=[difference]",
 ]  # fmt: skip
