@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,13 +23,12 @@ from hf_erasure.models.heads import task_of
 from hf_erasure.models.model import bare_model
 from hf_erasure.models.slots import PairBatch, as_pair_batch, some_rows
 
+from .encoding import Encode
 from .gradients import GradientReader
+from .pairs import Pair
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-Pair = tuple[str, str]
 
 
 class GradiendAdapter:
@@ -127,10 +126,10 @@ class GradiendAdapter:
         with unsteered(self.model, self.name):
             reader = GradientReader(self.model, targeted_parameters(self.model, self.name), task)
             rows = (some_rows(batch, [row]) for row in range(len(batch)))
-            values = [encode(reader.gradients(row, wanted=(source,))[source]) for row in rows]
+            values = [encode(reader.gradient(row, source)) for row in rows]
         return torch.tensor(values, dtype=torch.float32, device="cpu")
 
-    def encoders(self) -> dict[Pair, Callable[[Mapping[str, Tensor]], float]]:
+    def encoders(self) -> dict[Pair, Encode]:
         """The encoder of every pair.
 
         Raises:
@@ -138,7 +137,7 @@ class GradiendAdapter:
         """
         if not self.config.fitted:
             raise ValueError(f"The GRADIEND adapter {self.name!r} is not fitted: train it with GradiendTrainer first.")
-        found: dict[Pair, Callable[[Mapping[str, Tensor]], float]] = {}
+        found: dict[Pair, Encode] = {}
         for pair, feature in zip(self.config.pairs or [], features_of(self.model, self.name), strict=True):
             if feature.encoder is None:
                 raise ValueError(

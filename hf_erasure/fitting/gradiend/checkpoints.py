@@ -1,12 +1,17 @@
-"""What a training run keeps on disk: its progress and the best features so far."""
+"""How far a training is, and what it keeps: checkpoints to go on from, and the best feature of every start so far.
+
+In `output_dir` lie `checkpoint-N/`, each whole, and `features/start-NNN.safetensors`. Files are replaced as a whole and
+never written into, so that a checkpoint may share those of features.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,32 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from hf_erasure.adapters.common.files import read_tensors, write_tensors
 from hf_erasure.gradiend import Feature, FeatureDecoder, FeatureEncoder
 
+from ..processes import Processes
 from .arguments import GradiendTrainingArguments
+from .pairs import Pair
 
 STATE = "gradiend_state.safetensors"
 TRAINER_STATE = "trainer_state.json"
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A pair's feature: class 0 encodes to +1.
+
+    Attributes:
+        pair: Its classes.
+        feature: Dense encoder and decoder.
+        correlation: On the evaluation data; on training steps where there was none; NaN where nothing was measured.
+        steps: After how many steps of its start.
+        seed: Of its start.
+    """
+
+    pair: Pair
+    feature: Feature
+    correlation: float
+    steps: int
+    seed: int
 
 
 class FeatureProgressCallback(ProgressCallback):
@@ -37,14 +64,18 @@ class FeatureProgressCallback(ProgressCallback):
 
 
 class Progress:
-    """How far a training is.
+    """Tells the callbacks of a training, and writes and reads what is kept of it.
+
+    Features lie in files where checkpoints are written and there are several to choose from, and otherwise in memory,
+    three vectors of the size of the model each.
 
     Args:
         model: What is trained on, for callbacks.
-        args: The intervals of logs, evaluations and checkpoints.
+        args: The intervals of logs, evaluations and checkpoints, and where they go.
         callbacks: Added to those that transformers' `Trainer` has.
         processing_class: For callbacks.
-        is_main: Whether this process writes and shows.
+        processes: Of which the main one writes and shows.
+        several: Whether more than one feature is kept.
     """
 
     def __init__(
@@ -53,18 +84,23 @@ class Progress:
         args: GradiendTrainingArguments,
         callbacks: list[TrainerCallback],
         processing_class: Any,
+        processes: Processes,
         *,
-        is_main: bool,
+        several: bool,
     ) -> None:
         bar: list[TrainerCallback] = [] if args.disable_tqdm else [FeatureProgressCallback()]
-        self.args = args
+        self.args, self.processes, self.root = args, processes, Path(str(args.output_dir))
         self.handler = CallbackHandler([DefaultFlowCallback(), *bar, *callbacks], model, processing_class, None, None)
+        is_main = processes.is_main
         self.state = TrainerState(is_local_process_zero=is_main, is_world_process_zero=is_main)
         self.control = TrainerControl()
+        keeps_files = several and str(args.save_strategy) not in ("no", "SaveStrategy.NO")
+        self.folder = self.root / FEATURES if keeps_files else None
+        self._held: dict[int, Fitted] = {}
 
-    def begin(self, steps: int, *, at: int = 0) -> None:
-        """Begin, or go on after `at` steps."""
-        self.state.max_steps, self.state.global_step = steps, at
+    def begin(self, steps: int) -> None:
+        """Begin, or go on after the steps that are done."""
+        self.state.max_steps = steps
         self.state.compute_steps(self.args, steps)
         self.control = self.handler.on_train_begin(self.args, self.state, self.control)
 
@@ -73,15 +109,12 @@ class Progress:
         self.state.global_step += 1
         self.control = self.handler.on_step_end(self.args, self.state, self.control)
 
-    def log(self, figures: dict[str, float]) -> None:
-        """Tell the callbacks, and keep in the history."""
+    def log(self, figures: dict[str, float], *, evaluated: bool = False) -> None:
+        """Tell the callbacks, of an evaluation as well, and keep in the history."""
         self.state.log_history.append({**figures, "step": self.state.global_step})
         self.control = self.handler.on_log(self.args, self.state, self.control, figures)
-
-    def evaluated(self, figures: dict[str, float]) -> None:
-        """Tell the callbacks of an evaluation."""
-        self.log(figures)
-        self.control = self.handler.on_evaluate(self.args, self.state, self.control, figures)
+        if evaluated:
+            self.control = self.handler.on_evaluate(self.args, self.state, self.control, figures)
 
     def end(self) -> None:
         """Tell the callbacks that training is over."""
@@ -89,54 +122,105 @@ class Progress:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def save(self, state: dict[str, Any], facts: dict[str, Any], kept: KeptFeatures) -> None:
-        """Write a checkpoint, whole or not at all, and delete those beyond `save_total_limit`."""
-        root = Path(str(self.args.output_dir))
-        final = root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        unfinished = root / f".{final.name}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_state(unfinished / STATE, state, facts)
-        kept.put_into(unfinished)
-        self.state.save_to_json(str(unfinished / TRAINER_STATE))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        self._keep_within_limit(root)
-        self.control = self.handler.on_save(self.args, self.state, self.control)
+    def save(self, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all, and delete those beyond `save_total_limit`.
 
-    def _keep_within_limit(self, root: Path) -> None:
-        limit = self.args.save_total_limit
-        if limit is not None and limit > 0:
-            for old in checkpoints(root)[:-limit]:
+        Args:
+            state: Of the estimator.
+            facts: What `resume` gives beside it, with an `identity`.
+        """
+        if self.processes.is_main:
+            final = self.root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            unfinished = self.root / f".{final.name}"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            write_tensors(unfinished / STATE, state, {"facts": facts, "plain": {}})
+            if self.folder is not None and self.folder.is_dir():
+                _link_all(self.folder, unfinished / FEATURES)
+            self.state.save_to_json(str(unfinished / TRAINER_STATE))
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+            limit = self.args.save_total_limit
+            for old in checkpoints(self.root)[:-limit] if limit is not None and limit > 0 else ():
                 shutil.rmtree(old)
+            self.control = self.handler.on_save(self.args, self.state, self.control)
+        self.processes.wait()
 
-    def resume(self, checkpoint: str | bool | None) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
-        """Folder, state and facts of a checkpoint: of the given one, of the last for `True`, or none.
+    def resume(
+        self, checkpoint: str | bool | None, identity: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state and facts to go on from; what an earlier training left behind is not mistaken for this one's.
+
+        Args:
+            checkpoint: A folder, True for the last one, or none.
+            identity: What must be the same as when it was written.
+
+        Returns:
+            Nothing and the facts of a beginning where there is no checkpoint to go on from.
 
         Raises:
-            ValueError: If there is no checkpoint, or it is damaged.
+            ValueError: If there is no checkpoint, it is damaged, or it is of another training.
         """
-        if checkpoint is None or checkpoint is False:
-            return None
-        root = Path(str(self.args.output_dir))
+        folder = None if checkpoint is None or checkpoint is False else self._folder_of(checkpoint)
+        state, facts = ({}, {"start": 0, "step": 0}) if folder is None else self._read(folder)
+        for name, value in facts.get("identity", {}).items():
+            if identity.get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
+                    f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
+                )
+        self._take_features(folder)
+        self.processes.wait()
+        return state, facts
+
+    def _folder_of(self, checkpoint: str | bool) -> Path:
         if checkpoint is True:
-            last = get_last_checkpoint(str(root)) if root.is_dir() else None
+            last = get_last_checkpoint(str(self.root)) if self.root.is_dir() else None
             if last is None:
-                raise ValueError(f"There is no checkpoint in output_dir={str(root)!r} to resume from.")
+                raise ValueError(f"There is no checkpoint in output_dir={str(self.root)!r} to resume from.")
             checkpoint = last
         folder = Path(str(checkpoint))
         for name in (STATE, TRAINER_STATE):
             if not (folder / name).exists():
                 raise ValueError(f"{str(folder)!r} is no whole checkpoint of a GradiendTrainer: it has no {name}.")
+        return folder
+
+    def _read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        self.state.log_history = kept["log_history"]
-        self.state.global_step = kept["global_step"]
+        self.state.log_history, self.state.global_step = kept["log_history"], kept["global_step"]
         try:
-            return folder, *load_state(folder / STATE)
+            state, content = read_tensors(folder / STATE)
         except SafetensorError as error:
             raise ValueError(
                 f"The {STATE} of the checkpoint {str(folder)!r} is damaged ({error}): resume from an earlier one."
             ) from error
+        return state, content["facts"]
+
+    # ---- features ---------------------------------------------------------------------------------------------------
+
+    def keep(self, start: int, fitted: Fitted) -> None:
+        """Keep a start's feature in the place of the one before."""
+        if self.folder is None:
+            self._held[start] = fitted
+        elif self.processes.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_feature(self.folder / _name_of(start), fitted)
+
+    def kept(self, start: int, pair: Pair) -> Fitted:
+        """A start's feature, which is one of a pair."""
+        fitted = self._held[start] if self.folder is None else _read_feature(self.folder / _name_of(start))
+        return replace(fitted, pair=pair)
+
+    def _take_features(self, checkpoint: Path | None) -> None:
+        """Keep what a checkpoint holds, and nothing else."""
+        source = None if checkpoint is None else checkpoint / FEATURES
+        if self.folder is None:
+            paths = [] if source is None else sorted(source.glob(_name_of("*")))
+            self._held = {int(path.stem.removeprefix("start-")): _read_feature(path) for path in paths}
+        elif self.processes.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if source is not None and source.is_dir():
+                _link_all(source, self.folder)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -146,135 +230,44 @@ def checkpoints(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-# Between the keys of nested dictionaries in the name of a tensor; no key has it.
-_WITHIN = "::"
-FEATURES = "features"
+def _name_of(start: int | str) -> str:
+    """The file of a start's feature; "*" stands for all of them."""
+    return f"start-{start:0>3}.safetensors" if start != "*" else "start-*.safetensors"
 
 
-def save_feature(path: Path, feature: Feature, facts: Mapping[str, Any]) -> None:
-    """Write a dense feature, and facts about it."""
-    encoder, decoder = feature.encoder, feature.decoder
-    if any(position is not None for position in (*encoder.index.values(), *decoder.index.values())):
-        raise ValueError("Only features that were not pruned are kept while training.")
+def _link_all(folder: Path, other: Path) -> None:
+    """The features of a folder in another one too."""
+    other.mkdir(parents=True)
+    for path in folder.glob(_name_of("*")):
+        try:
+            os.link(path, other / path.name)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, other / path.name)
+
+
+def _write_feature(path: Path, fitted: Fitted) -> None:
+    encoder, decoder = fitted.feature.encoder, fitted.feature.decoder
     tensors = {f"encoder.{name}": value for name, value in encoder.weight.items()}
     tensors |= {f"weight.{name}": value for name, value in decoder.weight.items()}
     tensors |= {f"bias.{name}": value for name, value in decoder.bias.items()}
-    reading = {key: getattr(encoder, key) for key in ("scale", "bias", "activation", "unit_norm")}
-    shapes = {name: list(shape) for name, shape in decoder.shapes.items()}
-    write_tensors(path, tensors, {**facts, "encoder": reading, "shapes": shapes})
+    facts = {
+        "correlation": None if math.isnan(fitted.correlation) else fitted.correlation,  # NaN is not JSON
+        "steps": fitted.steps,
+        "seed": fitted.seed,
+        "encoder": {key: getattr(encoder, key) for key in ("scale", "bias", "activation", "unit_norm")},
+        "shapes": {name: list(shape) for name, shape in decoder.shapes.items()},
+    }
+    write_tensors(path, tensors, facts)
 
 
-def load_feature(path: Path) -> tuple[Feature, dict[str, Any]]:
-    """What `save_feature` wrote."""
+def _read_feature(path: Path) -> Fitted:
+    """What `_write_feature` wrote; the file does not say of which pair it is."""
     tensors, facts = read_tensors(path)
-    shapes = {name: torch.Size(shape) for name, shape in facts.pop("shapes").items()}
-    index: dict[str, Tensor | None] = dict.fromkeys(shapes)
-    encoder = FeatureEncoder(
-        weight={name: tensors[f"encoder.{name}"] for name in shapes}, index=index, shapes=shapes, **facts.pop("encoder")
+    shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
+    parts = {part: {name: tensors[f"{part}.{name}"] for name in shapes} for part in ("encoder", "weight", "bias")}
+    feature = Feature(
+        FeatureEncoder(parts["encoder"], dict.fromkeys(shapes), shapes, **facts["encoder"]),
+        FeatureDecoder(parts["weight"], parts["bias"], dict.fromkeys(shapes), dict(shapes)),
     )
-    decoder = FeatureDecoder(
-        weight={name: tensors[f"weight.{name}"] for name in shapes},
-        bias={name: tensors[f"bias.{name}"] for name in shapes},
-        index=dict(index),
-        shapes=shapes,
-    )
-    return Feature(encoder, decoder), facts
-
-
-def save_state(path: Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write an estimator's state, nested dictionaries of tensors and plain numbers."""
-    tensors, plain = _split(state)
-    write_tensors(path, tensors, {"facts": dict(facts), "plain": plain})
-
-
-def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `save_state` wrote."""
-    tensors, kept = read_tensors(path)
-    return _join(tensors, kept["plain"]), kept["facts"]
-
-
-def _split(state: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by their path, and the same tree without them."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for key, value in state.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Tensor):
-            tensors[path] = value
-        elif isinstance(value, Mapping):
-            inner, rest = _split(value, f"{path}{_WITHIN}")
-            tensors |= inner
-            plain[key] = rest
-        else:
-            plain[key] = value
-    return tensors, plain
-
-
-def _join(tensors: Mapping[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    state: dict[str, Any] = plain
-    for path, value in tensors.items():
-        *parents, name = path.split(_WITHIN)
-        place = state
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = value
-    return state
-
-
-def _link(path: Path, other: Path) -> None:
-    """The same bytes under another name; files here are replaced as a whole and never written into."""
-    try:
-        os.link(path, other)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, other)
-
-
-class KeptFeatures:
-    """The best feature of every start so far: files in a folder, or in memory where nothing may be written.
-
-    Args:
-        folder: Made when first needed; `None` keeps them in memory, three vectors of the size of the model each.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self._held: dict[int, tuple[Feature, dict[str, Any]]] = {}
-
-    def keep(self, start: int, feature: Feature, facts: Mapping[str, Any]) -> None:
-        """Keep a start's feature in the place of the one before."""
-        if self.folder is None:
-            self._held[start] = feature, dict(facts)
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_feature(self._path(start), feature, facts)
-
-    def get(self, start: int) -> tuple[Feature, dict[str, Any]]:
-        """A start's feature and the facts about it."""
-        return self._held[start] if self.folder is None else load_feature(self._path(start))
-
-    def clear(self) -> None:
-        """Forget what another training has left here."""
-        self._held.clear()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def put_into(self, checkpoint: Path) -> None:
-        """Make a checkpoint complete: add what is kept to it."""
-        if self.folder is not None and self.folder.is_dir():
-            (checkpoint / FEATURES).mkdir()
-            for path in self.folder.glob("start-*.safetensors"):
-                _link(path, checkpoint / FEATURES / path.name)
-
-    def take_from(self, checkpoint: Path) -> None:
-        """Keep what a checkpoint holds, and nothing else."""
-        self.clear()
-        if self.folder is None:
-            for path in sorted((checkpoint / FEATURES).glob("start-*.safetensors")):
-                self._held[int(path.stem.removeprefix("start-"))] = load_feature(path)
-        elif (checkpoint / FEATURES).is_dir():
-            self.folder.mkdir(parents=True)
-            for path in (checkpoint / FEATURES).glob("start-*.safetensors"):
-                _link(path, self.folder / path.name)
-
-    def _path(self, start: int) -> Path:
-        return Path(str(self.folder)) / f"start-{start:03d}.safetensors"
+    correlation = math.nan if facts["correlation"] is None else facts["correlation"]
+    return Fitted(("", ""), feature, correlation, facts["steps"], facts["seed"])

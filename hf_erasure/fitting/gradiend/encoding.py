@@ -1,9 +1,9 @@
-"""Values of the feature neuron: their evaluation, and their calibration to classes."""
+"""Values of the feature neuron: how they are read and evaluated, and how the neuron is calibrated to classes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,15 @@ from torch import Tensor
 from hf_erasure.gradiend import FeatureEncoder
 from hf_erasure.gradiend.closed_form import CLASS_MEAN
 
+from ..processes import Processes
+from .gradients import Blocks, GradientReader
+from .pairs import Pair, Signed
+
 if TYPE_CHECKING:
     import pandas as pd
 
 
+Encode = Callable[[Mapping[str, Tensor]], float]
 # Encoded values above it count as class 0, below its negative as class 1, between them as neutral.
 THRESHOLD = 0.5
 
@@ -33,7 +38,7 @@ class EncodedValues:
 
     values: Tensor
     labels: Tensor
-    pair: tuple[str, str]
+    pair: Pair
 
     def metrics(self) -> dict[str, float]:
         """`cor` and `acc` without neutral texts, `cor_enc` and `acc_enc` with them, where there are any.
@@ -86,7 +91,7 @@ def balanced_accuracy(decided: Tensor, labels: Tensor) -> float:
     return sum(shares) / len(shares)
 
 
-def encoded(values: Iterable[float], labels: Iterable[int], pair: tuple[str, str]) -> EncodedValues:
+def encoded(values: Iterable[float], labels: Iterable[int], pair: Pair) -> EncodedValues:
     """Gather values and labels; float64 on the CPU."""
     return EncodedValues(
         torch.tensor(list(values), dtype=torch.float64, device="cpu"),
@@ -95,7 +100,24 @@ def encoded(values: Iterable[float], labels: Iterable[int], pair: tuple[str, str
     )
 
 
-Gradients = dict[str, Tensor]
+def encode_all(
+    reader: GradientReader, source: str, encode: Encode, batches: Sequence[Signed], pair: Pair, processes: Processes
+) -> EncodedValues:
+    """One gradient a batch, encoded; shared among processes.
+
+    Args:
+        reader: Of the base model.
+        source: Which gradient the encoder reads.
+        encode: The encoder.
+        batches: One text each, with +1, −1 or 0.
+        pair: The classes that +1 and −1 stand for.
+        processes: Those that share the work.
+    """
+    mine = [(encode(reader.gradient(batch, source)), sign) for batch, sign in processes.mine(batches)]
+    values, labels = zip(*processes.gathered(mine), strict=True)
+    return encoded(values, labels, pair)
+
+
 # So many pairs of each class are read again: enough for two means.
 ENOUGH = 24
 
@@ -103,16 +125,16 @@ ENOUGH = 24
 def calibrated(
     encoder: FeatureEncoder,
     density: float,
-    positive: Iterable[Callable[[], Gradients]],
-    negative: Iterable[Callable[[], Gradients]],
+    positive: Iterable[Blocks],
+    negative: Iterable[Blocks],
 ) -> FeatureEncoder:
     """Prune an encoder and match the class means of its pre-activation to those before.
 
     Args:
         encoder: Dense.
         density: The share of entries to keep.
-        positive: Give gradients of class 0.
-        negative: Give gradients of class 1.
+        positive: Gradients of class 0.
+        negative: Gradients of class 1.
 
     Returns:
         The sparse encoder; `encoder` itself where nothing is pruned.
@@ -135,15 +157,13 @@ def calibrated(
     return replace(sparse, scale=encoder.scale * factor, bias=sparse.bias + offset)
 
 
-def centred(
-    encoder: FeatureEncoder, positive: Iterable[Callable[[], Gradients]], negative: Iterable[Callable[[], Gradients]]
-) -> FeatureEncoder:
+def centred(encoder: FeatureEncoder, positive: Iterable[Blocks], negative: Iterable[Blocks]) -> FeatureEncoder:
     """Bring the class means of the pre-activation to where tanh is ±0.9.
 
     Args:
         encoder: Of the closed form.
-        positive: Give gradients of class 0, of what will be encoded.
-        negative: Give gradients of class 1.
+        positive: Gradients of class 0, of what will be encoded.
+        negative: Gradients of class 1.
 
     Returns:
         The encoder with another scale and bias; `encoder` itself where the classes come out the wrong way about, which
@@ -157,18 +177,13 @@ def centred(
 
 def _means(
     encoders: tuple[FeatureEncoder, ...],
-    positive: Iterable[Callable[[], Gradients]],
-    negative: Iterable[Callable[[], Gradients]],
+    positive: Iterable[Blocks],
+    negative: Iterable[Blocks],
 ) -> list[list[float]]:
     """Each encoder's mean `⟨w, g⟩ + bias` over the gradients of either class."""
-    linear = [_linear(encoder) for encoder in encoders]
+    linear = [replace(encoder, scale=1.0, activation="identity") for encoder in encoders]
     means = []
     for group in (positive, negative):
-        rows = [[encoder.encode(g) for encoder in linear] for g in (read() for read in group)]
+        rows = [[encoder.encode(gradient) for encoder in linear] for gradient in group]
         means.append([sum(column) / len(rows) for column in zip(*rows, strict=True)])
     return means
-
-
-def _linear(encoder: FeatureEncoder) -> FeatureEncoder:
-    """The encoder without its activation and scale: `⟨w, g⟩ + bias`."""
-    return replace(encoder, scale=1.0, activation="identity")

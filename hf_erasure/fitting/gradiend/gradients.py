@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import sum_of_squares
 from hf_erasure.models.heads import Task
 from hf_erasure.models.logits import SlotReader
@@ -20,25 +21,6 @@ from hf_erasure.models.slots import Filled, PairBatch
 KINDS = ("factual", "counterfactual", "difference")
 
 Blocks = dict[str, Tensor]
-
-
-class Estimator(Protocol):
-    """What `GradientReader.accumulate` fills: the closed-form estimator."""
-
-    def add_source(self, gradients: Mapping[str, Tensor], sign: int) -> Any:
-        """Take the whole source gradient of one batch."""
-
-    def add_target(self, name: str, gradient: Tensor, sign: int) -> Any:
-        """Take one block of the target."""
-
-    def add_source_block(self, name: str, gradient: Tensor, norm: float, sign: int) -> Any:
-        """Take one block of a source gradient whose norm is known."""
-
-    def end_batch(self, sign: int) -> Any:
-        """Close the batch; every block has come."""
-
-    def drop_batch(self) -> Any:
-        """Forget the batch that is open, after a failure."""
 
 
 class GradientReader(SlotReader):
@@ -91,8 +73,12 @@ class GradientReader(SlotReader):
                 found[kind] = self._backward(losses, kind, last=index == len(wanted) - 1)
             return found
 
+    def gradient(self, batch: PairBatch, kind: str) -> Blocks:
+        """One of the gradients that `gradients` gives."""
+        return self.gradients(batch, (kind,))[kind]
+
     def accumulate(
-        self, batch: PairBatch, source: str, estimator: Estimator, sign: int, *, low_memory: bool = False
+        self, batch: PairBatch, source: str, estimator: ClosedFormEstimator, sign: int, *, low_memory: bool = False
     ) -> None:
         """Add one batch to a closed-form estimator without ever holding two gradients.
 
@@ -105,8 +91,7 @@ class GradientReader(SlotReader):
         Args:
             batch: Rows of one class.
             source: ``factual``, ``counterfactual`` or ``difference``.
-            estimator: A `ClosedFormEstimator`, or what has its ``add_source``, ``add_target``, ``end_batch`` and
-                ``drop_batch``.
+            estimator: What is filled.
             sign: +1 or -1, passed on.
             low_memory: Do not hold the source whole either: one more backward finds its norm before the one that gives
                 its blocks.
@@ -115,49 +100,37 @@ class GradientReader(SlotReader):
             ValueError: As `gradients`.
         """
         _check_kinds((source,))
+        alone = source == "difference"
         try:
             with self._reading():
+                losses = self._losses(batch, (source,) if alone else (source, "difference"))
                 if low_memory:
-                    self._accumulate_by_block(batch, source, estimator, sign)
+                    self._add_by_block(losses[source], estimator, sign, alone=alone)
                 else:
-                    self._accumulate(batch, source, estimator, sign)
+                    gradient = self._backward(losses, source, last=alone, dtype=None)
+                    estimator.add_source(gradient, sign)
+                    for name, block in gradient.items() if alone else ():
+                        estimator.add_target(name, block, sign)
+                    del gradient
+                if not alone:
+                    self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
                 estimator.end_batch(sign)
         except BaseException:
             estimator.drop_batch()
             raise
 
-    def _accumulate(self, batch: PairBatch, source: str, estimator: Estimator, sign: int) -> None:
-        alone = source == "difference"
-        losses = self._losses(batch, (source,) if alone else (source, "difference"))
-        gradient = self._backward(losses, source, last=alone, dtype=None)
-        estimator.add_source(gradient, sign)
-        if alone:
-            for name, block in gradient.items():
-                estimator.add_target(name, block, sign)
-        else:
-            del gradient
-            self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
-
-    def _accumulate_by_block(self, batch: PairBatch, source: str, estimator: Estimator, sign: int) -> None:
-        alone = source == "difference"
-        losses = self._losses(batch, (source,) if alone else (source, "difference"))
-        squares = 0.0
-
-        def measure(name: str, block: Tensor) -> None:
-            nonlocal squares
-            squares += sum_of_squares(block.reshape(-1))
-
-        self._stream(losses[source], measure, last=False)
-        norm = math.sqrt(squares)
+    def _add_by_block(self, loss: Tensor, estimator: ClosedFormEstimator, sign: int, *, alone: bool) -> None:
+        """Add a source by two backwards, one for its norm and one for its blocks; alone, they are the target's too."""
+        squares: list[float] = []
+        self._stream(loss, lambda _, block: squares.append(sum_of_squares(block.reshape(-1))), last=False)
+        norm = math.sqrt(sum(squares))
 
         def take(name: str, block: Tensor) -> None:
             estimator.add_source_block(name, block, norm, sign)
             if alone:
                 estimator.add_target(name, block, sign)
 
-        self._stream(losses[source], take, last=alone)
-        if not alone:
-            self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
+        self._stream(loss, take, last=alone)
 
     def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""
@@ -182,15 +155,12 @@ class GradientReader(SlotReader):
                 losses["difference"] = (right.weights.to(margin.device) * margin).sum()
             else:
                 losses["difference"] = _mean_nll(right_logits, right) - _mean_nll(wrong_logits, wrong)
-        self._check_losses(losses)
-        return losses
-
-    def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
         for kind, loss in losses.items():
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the {kind} loss is {loss.item()}; the model or its input has values out of range")
             if not loss.requires_grad:
                 self._unreached()
+        return losses
 
     def _unreached(self) -> None:
         names = ", ".join(list(self.parameters)[:3])

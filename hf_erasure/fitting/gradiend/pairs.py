@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from hf_erasure.models.slots import EncodedRow, Layout, PairBatch, Slot, collate, longest_input
 from hf_erasure.models.word_tokens import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
 
+Pair = tuple[str, str]
+# A batch of one class of a pair, +1 for the first of the two and -1 for the other; 0 for neutral texts.
+Signed = tuple[PairBatch, int]
 # A text's number, and by class the token sequences of its words.
 Reading = tuple[int, list[set[tuple[int, ...]]]]
 
@@ -45,8 +48,7 @@ class PairSet:
         classes: Sequence[str],
         config: Any = None,
     ) -> None:
-        self.layout = Layout.of(tokenizer, task, config)
-        self.classes = list(classes)
+        self.dataset, self.layout, self.classes = dataset, Layout.of(tokenizer, task, config), list(classes)
         pairs = _read(dataset, self.classes)
         _check_classes(pairs, self.classes)
         self.rows: list[EncodedRow] = []
@@ -86,6 +88,11 @@ class PairSet:
         if shuffle:
             generator.shuffle(placed)
         return [collate(self.layout, chunk) for _, chunk in placed]
+
+    def signed(self, batch_size: int, pair: Pair, seed: int | None = None) -> list[Signed]:
+        """Batches of a pair, shuffled where there is a seed, and +1 for those of its first class, else −1."""
+        found = self.batches(batch_size, pair=pair, seed=seed, shuffle=seed is not None)
+        return [(batch, 1 if batch.label == self.classes.index(pair[0]) else -1) for batch in found]
 
     def slots(self, batch_size: int) -> list[PairBatch]:
         """Batches of the texts, each text with its slot once, whatever words and classes its rows have.

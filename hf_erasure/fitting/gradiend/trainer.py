@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
@@ -38,16 +36,15 @@ from hf_erasure.models.heads import task_of
 from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.model import bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
-from hf_erasure.models.slots import PairBatch
 
 from ..dataloader import origin_of
 from ..processes import Processes
 from .adapter import GradiendAdapter, unsteered
 from .arguments import GradiendTrainingArguments
-from .checkpoints import FEATURES, KeptFeatures, Progress
-from .encoding import ENOUGH, EncodedValues, calibrated, encoded, together
+from .checkpoints import Fitted, Progress
+from .encoding import ENOUGH, Encode, EncodedValues, calibrated, encode_all, together
 from .gradients import GradientReader
-from .pairs import PairSet
+from .pairs import Pair, PairSet, Signed
 from .selection import (
     FEATURE_FACTORS,
     LEARNING_RATES,
@@ -60,7 +57,7 @@ from .selection import (
     goal_by_name,
     scan,
 )
-from .training import Encode, Fitted, Pair, Training
+from .training import Training
 
 # As where a merge warns.
 LEAST_KEPT = 0.9
@@ -118,7 +115,7 @@ class GradiendTrainer:
         self.task = task_of(model)
         self.fitted: list[Fitted] = []
         self.classes = self._classes()
-        self._tokenised: dict[int, tuple[Dataset, PairSet]] = {}
+        self._tokenised: dict[int, PairSet] = {}
         for dataset in [train_dataset, *self._eval_sets().values()]:
             if dataset is not None:
                 self._pair_set(dataset)
@@ -156,27 +153,24 @@ class GradiendTrainer:
             raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
         warn_of_what_is_off(self.model, self.adapter_name)
         _LOGGER.info("GRADIEND adapter %r: %s", self.adapter_name, self._stated_size())
-        progress = Progress(
-            self.model, self.args, self.callbacks, self.processing_class, is_main=self._processes.is_main
-        )
-        again = self.config.fitted
-        keeps_files = str(self.args.save_strategy) not in ("no", "SaveStrategy.NO")
         several = self.args.estimator == "trained" or len(self.pairs) > 1
-        folder = Path(str(self.args.output_dir)) / FEATURES if keeps_files and several else None
+        progress = Progress(
+            self.model, self.args, self.callbacks, self.processing_class, self._processes, several=several
+        )
+        again, sets = self.config.fitted, list(self._eval_sets().values())
+        pairs = self._pair_set(self.train_dataset)
         with self._reader() as reader:
             training = Training(
-                reader,
-                self.config.source,
-                self.args,
-                progress,
-                self._training_batches,
-                (lambda pair, encode: self._encode(pair, encode, reader)) if self._eval_sets() else None,
-                self._processes,
-                KeptFeatures(folder),
-                _digest(self.train_dataset),
+                reader=reader,
+                source=self.config.source,
+                args=self.args,
+                train=pairs,
+                evaluation=self._pair_set(sets[0]) if sets else None,
+                processes=self._processes,
+                progress=progress,
             )
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
-            self._fill_adapter(reader)
+            self._fill_adapter(reader, pairs)
         if again:  # the strength was chosen for what the adapter held before
             steer(self.model, self.adapter_name, learning_rate=0.0)
         metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
@@ -192,41 +186,30 @@ class GradiendTrainer:
             f"{size / held:.2f} times what these weights take."
         )
 
-    def _fill_adapter(self, reader: GradientReader) -> None:
+    def _fill_adapter(self, reader: GradientReader, pairs: PairSet) -> None:
         features = [fitted.feature for fitted in self.fitted]
         if self.config.keep_encoder:
-            features = [self._calibrated(fitted, reader) for fitted in self.fitted]
+            features = [self._calibrated(fitted, reader, pairs) for fitted in self.fitted]
         set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
         self.config.provenance |= {
             "hf_erasure_version": __version__,
             RECORD: active_beside(self.model, self.adapter_name),
             "estimator": self.args.estimator,
             "task": self.task,
-            "examples": len(self.train_dataset or ()),
-            "data": origin_of(self.train_dataset, "the columns factual, counterfactual and label")
-            if self.train_dataset is not None
-            else {},
+            "examples": len(pairs.dataset),
+            "data": origin_of(pairs.dataset, "the columns factual, counterfactual and label"),
             # Without data to evaluate on there is no correlation; NaN is no JSON.
             "correlation": {
                 f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
             },
         }
 
-    def _calibrated(self, fitted: Fitted, reader: GradientReader) -> Feature:
+    def _calibrated(self, fitted: Fitted, reader: GradientReader, pairs: PairSet) -> Feature:
         """The feature with an encoder that is as sparse as the adapter will keep it."""
-        source = self.config.source
-
-        def reading(batch: PairBatch) -> Callable[[], dict[str, Tensor]]:
-            return lambda: reader.gradients(batch, wanted=(source,))[source]
-
-        if self.train_dataset is None:
-            return fitted.feature
-        batches = self._pair_set(self.train_dataset).batches(1, pair=fitted.pair, seed=self.args.seed, shuffle=True)
-        first = self.classes.index(fitted.pair[0])
-        up = [reading(batch) for batch in batches if batch.label == first][:ENOUGH]
-        down = [reading(batch) for batch in batches if batch.label != first][:ENOUGH]
-        encoder = calibrated(fitted.feature.encoder, self.config.density, up, down)
-        return replace(fitted.feature, encoder=encoder)
+        signed = pairs.signed(1, fitted.pair, self.args.seed)
+        chosen = ([batch for batch, side in signed if side == sign][:ENOUGH] for sign in (1, -1))
+        up, down = ((reader.gradient(batch, self.config.source) for batch in batches) for batches in chosen)
+        return replace(fitted.feature, encoder=calibrated(fitted.feature.encoder, self.config.density, up, down))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -275,9 +258,13 @@ class GradiendTrainer:
         if dataset is None:
             raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
-        encoders = self._encoders()
+        encoders, pairs, source = self._encoders(), self._pair_set(dataset), self.config.source
+        texts = [] if neutral is None else self._neutral_batches(neutral)
         with self._reader() as reader:
-            return [self._encode(pair, encoders[pair], reader, dataset=dataset, neutral=neutral) for pair in self.pairs]
+            return [
+                encode_all(reader, source, encoders[pair], pairs.signed(1, pair) + texts, pair, self._processes)
+                for pair in self.pairs
+            ]
 
     def _encoders(self) -> dict[Pair, Encode]:
         """The feature neurons as they were estimated, or as the adapter keeps them."""
@@ -285,41 +272,17 @@ class GradiendTrainer:
             return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
         return dict(GradiendAdapter.of(self.model, self.adapter_name).encoders())
 
-    def _encode(
-        self,
-        pair: Pair,
-        encode: Encode,
-        reader: GradientReader,
-        *,
-        dataset: Dataset | None = None,
-        neutral: Dataset | None = None,
-    ) -> EncodedValues:
-        """One gradient a text; shared among processes."""
-        if dataset is None:
-            dataset = next(iter(self._eval_sets().values()))
-        batches: list[tuple[PairBatch, int]] = []
-        for batch in self._pair_set(dataset).batches(1, pair=pair):
-            batches.append((batch, 1 if batch.label == self.classes.index(pair[0]) else -1))
-        if neutral is not None:
-            words = self._words().all
-            batches += [
-                (batch, 0)
-                for batch in neutral_batches(
-                    neutral,
-                    self.processing_class,
-                    self.task,
-                    words,
-                    batch_size=1,
-                    seed=self.args.seed,
-                    config=self._model_config,
-                )
-            ]
-        source = self.config.source
-        mine = [
-            (encode(reader.gradients(b, wanted=(source,))[source]), sign) for b, sign in self._processes.mine(batches)
-        ]
-        values, labels = zip(*self._processes.gathered(mine), strict=True)
-        return encoded(values, labels, pair)
+    def _neutral_batches(self, neutral: Dataset) -> list[Signed]:
+        batches = neutral_batches(
+            neutral,
+            self.processing_class,
+            self.task,
+            self._words().all,
+            batch_size=1,
+            seed=self.args.seed,
+            config=self._model_config,
+        )
+        return [(batch, 0) for batch in batches]
 
     # ---- selection --------------------------------------------------------------------------------------------------
 
@@ -440,23 +403,14 @@ class GradiendTrainer:
         sets = [d for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
         return class_words(sets, self.classes)
 
-    def _training_batches(
-        self, pair: Pair, seed: int | None, times: int = 1
-    ) -> tuple[list[PairBatch], list[PairBatch]]:
-        if self.train_dataset is None:
-            raise ValueError("GradiendTrainer has no train_dataset.")
-        size, first = self.args.per_device_train_batch_size * times, self.classes.index(pair[0])
-        pairs = self._pair_set(self.train_dataset)
-        batches = pairs.batches(size, pair=pair, seed=seed, shuffle=seed is not None)
-        return [b for b in batches if b.label == first], [b for b in batches if b.label != first]
-
     def _pair_set(self, dataset: Dataset) -> PairSet:
-        """Checked and tokenised once; the data set is kept with it, so that its id stays its own."""
+        """Checked and tokenised once; it keeps the data set, whose id so stays its own."""
         _require_dataset("The data set of pairs", dataset)
         if id(dataset) not in self._tokenised:
-            pairs = PairSet(dataset, self.processing_class, self.task, self.classes, self._model_config)
-            self._tokenised[id(dataset)] = dataset, pairs
-        return self._tokenised[id(dataset)][1]
+            self._tokenised[id(dataset)] = PairSet(
+                dataset, self.processing_class, self.task, self.classes, self._model_config
+            )
+        return self._tokenised[id(dataset)]
 
     @property
     def _model_config(self) -> Any:
@@ -488,15 +442,6 @@ class GradiendTrainer:
 
 def _row_hash(row: dict[str, Any], names: Sequence[str]) -> int:
     return hash(tuple(row.get(name) for name in names))
-
-
-def _digest(dataset: Dataset) -> str:
-    """What identifies the rows of pairs."""
-    names = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
-    found = hashlib.sha256()
-    for row in dataset.select_columns(names):
-        found.update(repr(sorted(row.items())).encode())
-    return found.hexdigest()
 
 
 def _require_dataset(name: str, dataset: Any) -> None:

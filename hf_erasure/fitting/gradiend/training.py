@@ -6,42 +6,33 @@ a *start*; the starts of all pairs and seeds follow one another.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
-from hf_erasure.gradiend import ClosedFormEstimator, Feature, FeatureNeuron
+from hf_erasure.gradiend import ClosedFormEstimator, FeatureNeuron
 from hf_erasure.models.slots import PairBatch, some_rows
 
 from ..processes import Processes
 from .arguments import GradiendTrainingArguments
-from .checkpoints import KeptFeatures, Progress
-from .encoding import ENOUGH, EncodedValues, centred, encoded
+from .checkpoints import Fitted, Progress
+from .encoding import ENOUGH, Encode, centred, encode_all, encoded
 from .gradients import GradientReader
+from .pairs import Pair, PairSet, Signed
 
-Pair = tuple[str, str]
-Encode = Callable[[Mapping[str, Tensor]], float]
 # Correlation and loss of training steps are those of so many latest ones.
 WINDOW = 100
-
-
-class Batches(Protocol):
-    """The training data."""
-
-    def __call__(self, pair: Pair, seed: int | None, times: int = 1) -> tuple[list[PairBatch], list[PairBatch]]:
-        """The batches of a pair's class 0 and of its class 1, so many times the size of one device's batch.
-
-        They are shuffled where there is a seed.
-        """
+# A prime far above any number of epochs keeps the orders of two seeds apart.
+APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -55,104 +46,64 @@ class Start:
     steps: int
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A pair's feature: class 0 encodes to +1.
+@dataclass
+class _Best:
+    """The best evaluation of a start so far, and how many came since."""
 
-    Attributes:
-        pair: Its classes.
-        feature: Dense encoder and decoder.
-        correlation: On the evaluation data; on training steps where there was none; NaN where nothing was measured.
-        steps: After how many steps of its start.
-        seed: Of its start.
-    """
-
-    pair: Pair
-    feature: Feature
-    correlation: float
-    steps: int
-    seed: int
+    size: float = -1.0
+    step: int = 0
+    since: int = 0
 
 
+@dataclass
 class Training:
     """Runs all starts.
 
-    Args:
+    Attributes:
         reader: Gives gradients of the base model.
         source: What the encoder reads: `"factual"`, `"counterfactual"` or `"difference"`.
         args: Estimator, steps and intervals.
-        progress: Told of every step.
-        batches: The training data.
-        evaluate: Encodes the evaluation data of a pair with a function; `None` without evaluation data.
+        train: The training data.
+        evaluation: What correlations are measured on; those of the latest training steps are taken where it is None.
         processes: Those that share the work.
-        kept: Where the best features go.
-        data: What identifies the training data, for checkpoints.
+        progress: Told of every step; keeps checkpoints and features.
+        losses: Of the latest steps.
+        recent: Encoded values and signs of the latest steps.
     """
 
-    def __init__(
-        self,
-        reader: GradientReader,
-        source: str,
-        args: GradiendTrainingArguments,
-        progress: Progress,
-        batches: Batches,
-        evaluate: Callable[[Pair, Encode], EncodedValues] | None,
-        processes: Processes,
-        kept: KeptFeatures,
-        data: str,
-    ) -> None:
-        self.reader, self.source, self.args, self.progress = reader, source, args, progress
-        self.batches, self.evaluate, self.processes, self.kept = batches, evaluate, processes, kept
-        self.data = data
-        self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        self._epoch_key: tuple[int, int] | None = None
-        self._epoch: list[tuple[PairBatch, int]] = []
+    reader: GradientReader
+    source: str
+    args: GradiendTrainingArguments
+    train: PairSet
+    evaluation: PairSet | None
+    processes: Processes
+    progress: Progress
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """The blocks of a gradient."""
-        return {name: parameter.shape for name, parameter in self.reader.parameters.items()}
-
-    @property
-    def device(self) -> torch.device:
-        """Where estimators live: with the first of the weights."""
-        return next(iter(self.reader.parameters.values())).device
+    def __post_init__(self) -> None:
+        parameters = self.reader.parameters
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        # Estimators live with the first of the weights.
+        self.device = next(iter(parameters.values())).device
+        self.identity = self._identity()
+        self._epoch: tuple[tuple[int, int], list[Signed]] = (-1, -1), []
 
     def run(self, pairs: Sequence[Pair], resume_from: str | bool | None) -> list[Fitted]:
         """Estimate every pair's feature; the best start of each is kept."""
         closed = self.args.estimator == "closed_form"
         seeds = [self.args.seed + i for i in range(1 if closed else self.args.seeds)]
-        starts = [self._start(*numbered) for numbered in enumerate(itertools.product(pairs, seeds))]
-        state, facts = self._resumed(resume_from)
-        self.progress.begin(sum(start.steps for start in starts), at=self.progress.state.global_step)
+        numbered = enumerate(itertools.product(pairs, seeds))
+        starts = [self._start(number, pair, seed) for number, (pair, seed) in numbered]
+        state, facts = self.progress.resume(resume_from, self.identity)
+        self.progress.begin(sum(start.steps for start in starts))
+        run = self._closed_form if closed else self._trained
         for start in starts[facts["start"] :]:
-            now = start.number == facts["start"]
-            run = self._closed_form if closed else self._trained
-            run(start, state if now else {}, facts if now else {"step": 0})
+            run(start, state, facts)
+            state, facts = {}, {"step": 0}
         self.progress.end()
-        return [self._best([start for start in starts if start.pair == pair]) for pair in pairs]
-
-    def _resumed(self, resume_from: str | bool | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """State and facts to go on from; what an earlier training left behind is not mistaken for this one's."""
-        resumed = self.progress.resume(resume_from)
-        if resumed is None:
-            if self.processes.is_main:
-                self.kept.clear()
-            self.processes.wait()
-            return {}, {"start": 0, "step": 0}
-        folder, state, facts = resumed
-        mine = self._identity()
-        for name, value in facts["identity"].items():
-            if mine.get(name) != value:
-                raise ValueError(
-                    f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
-                    f"{mine.get(name)!r}. Resume with the same, or train anew in another output_dir."
-                )
-        if self.processes.is_main:
-            self.kept.take_from(folder)
         self.processes.wait()
-        return state, facts
+        return [self._best([start for start in starts if start.pair == pair]) for pair in pairs]
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
@@ -162,7 +113,7 @@ class Training:
             "estimator": args.estimator,
             "source": self.source,
             "targeted weights": blocks.hexdigest(),
-            "train_dataset": self.data,
+            "train_dataset": _digest(self.train.dataset),
             "per_device_train_batch_size": args.per_device_train_batch_size,
         }
         if args.estimator == "trained":
@@ -170,56 +121,54 @@ class Training:
             same |= {name: getattr(args, name) for name in (*names, "max_steps", "num_train_epochs", "activation")}
         return same
 
-    def _start(self, number: int, pair_and_seed: tuple[Pair, int]) -> Start:
-        pair, seed = pair_and_seed
+    def _start(self, number: int, pair: Pair, seed: int) -> Start:
         if self.args.estimator == "closed_form":
-            a_pass = len(self.processes.in_step(self.batches(pair, None)))
+            a_pass = len(self.processes.in_step(self._sides(pair)))
             return Start(number, pair, seed, a_pass, a_pass)
-        a_pass = sum(len(group) for group in self.batches(pair, None, self.processes.count))
+        a_pass = sum(map(len, self._sides(pair, times=self.processes.count)))
         steps = self.args.max_steps if self.args.max_steps > 0 else math.ceil(a_pass * self.args.num_train_epochs)
         return Start(number, pair, seed, a_pass, steps)
 
+    def _sides(self, pair: Pair, seed: int | None = None, times: int = 1) -> list[list[Signed]]:
+        """The batches of a pair's class 0 and of its class 1, so many times the size of one device's batch."""
+        signed = self.train.signed(self.args.per_device_train_batch_size * times, pair, seed)
+        return [[entry for entry in signed if entry[1] == sign] for sign in (1, -1)]
+
     # ---- closed form ------------------------------------------------------------------------------------------------
 
-    def _closed_form(self, start: Start, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def _closed_form(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         estimator = ClosedFormEstimator(self.shapes, device=self.device)
         # What was accumulated before adds up over processes: the main one goes on with it, the others start anew.
         if state and self.processes.is_main:
             estimator.load_state_dict(state)
-        positive, negative = self.batches(start.pair, None)
-        signs = {id(batch): sign for group, sign in ((positive, 1), (negative, -1)) for batch in group}
-        for step, row in enumerate(self.processes.in_step((positive, negative))):
+        sides = self._sides(start.pair)
+        for step, row in enumerate(self.processes.in_step(sides)):
             if step < facts["step"]:
                 continue
-            batch = self.processes.take(row)
-            if batch is not None:
-                sign = signs[id(batch)]
-                self.reader.accumulate(batch, self.source, estimator, sign, low_memory=self.args.low_memory)
+            taken = self.processes.take(row)
+            if taken is not None:
+                self.reader.accumulate(taken[0], self.source, estimator, taken[1], low_memory=self.args.low_memory)
             self.progress.step()
             if self.progress.control.should_save and step + 1 < start.steps:
                 self._add_up(estimator)
-                self._save(start, step + 1, estimator.state_dict(), None)
+                self._save(start, step + 1, estimator.state_dict())
                 if not self.processes.is_main:
                     estimator = ClosedFormEstimator(self.shapes, device=self.device)  # the main one has it all
         self._add_up(estimator)
         feature = estimator.feature()
         if self.args.per_device_train_batch_size > 1:
-            encoder = centred(feature.encoder, self._singly(positive), self._singly(negative))
-            feature = replace(feature, encoder=encoder)
+            feature = replace(feature, encoder=centred(feature.encoder, *map(self._singly, sides)))
         correlation = self._correlation(start.pair, feature.encoder.encode)
-        self.progress.evaluated({"cor": correlation})
-        self._finish(start, feature, correlation, start.steps)
+        self.progress.log({"cor": correlation}, evaluated=True)
+        self.progress.keep(start.number, Fitted(start.pair, feature, correlation, start.steps, start.seed))
 
-    def _singly(self, batches: list[PairBatch]) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    def _singly(self, side: list[Signed]) -> Iterator[dict[str, Tensor]]:
         """Gradients of single rows, as `encode` takes them, of as many batches as possible."""
-        most = max(len(batch) for batch in batches)
-        rows = ((batch, row) for row in range(most) for batch in batches if row < len(batch))
-
-        def reading(batch: PairBatch, row: int) -> dict[str, Tensor]:
-            return self.reader.gradients(some_rows(batch, [row]), wanted=(self.source,))[self.source]
-
-        for batch, row in itertools.islice(rows, ENOUGH):
-            yield functools.partial(reading, batch, row)
+        most = max(len(batch) for batch, _ in side)
+        rows = ((batch, row) for row in range(most) for batch, _ in side if row < len(batch))
+        return (
+            self.reader.gradient(some_rows(batch, [row]), self.source) for batch, row in itertools.islice(rows, ENOUGH)
+        )
 
     def _add_up(self, estimator: ClosedFormEstimator) -> None:
         """Make it the sum over all processes."""
@@ -228,7 +177,7 @@ class Training:
 
     # ---- trained ----------------------------------------------------------------------------------------------------
 
-    def _trained(self, start: Start, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def _trained(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         args = self.args
         neuron = FeatureNeuron(
             self.shapes, activation=args.activation, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
@@ -248,38 +197,31 @@ class Training:
             if done == start.steps or control.should_evaluate:
                 self._consider(start, neuron, best, done)
             if control.should_save and done < start.steps:
-                self._save(start, done, neuron.state_dict(), best)
+                self._save(start, done, neuron.state_dict(), best=asdict(best))
             if args.patience is not None and best.since >= args.patience:
                 break
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
         """This process's rows of a step's batch, and its sign; the order depends on seed and epoch only."""
         epoch, within = divmod(step, start.per_epoch)
-        if self._epoch_key != (start.number, epoch):
-            self._epoch_key, self._epoch = (start.number, epoch), self._order(start, epoch)
-        batch, sign = self._epoch[within]
+        if self._epoch[0] != (start.number, epoch):
+            seed = start.seed * APART + epoch
+            batches = list(itertools.chain(*self._sides(start.pair, seed, self.processes.count)))
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
+            self._epoch = (start.number, epoch), [batches[i] for i in order]
+        batch, sign = self._epoch[1][within]
         if self.processes.count == 1:
             return batch, sign
         mine = self.processes.mine(range(len(batch)))
         return (some_rows(batch, mine) if mine else None), sign
-
-    def _order(self, start: Start, epoch: int) -> list[tuple[PairBatch, int]]:
-        # A prime far above any number of epochs keeps the orders of two seeds apart.
-        seed = start.seed * 1_000_003 + epoch
-        groups = self.batches(start.pair, seed, self.processes.count)
-        batches = [(batch, sign) for group, sign in zip(groups, (1, -1), strict=True) for batch in group]
-        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [batches[i] for i in order]
 
     def _step(self, neuron: FeatureNeuron, batch: PairBatch | None, sign: int) -> None:
         wanted = tuple(dict.fromkeys((self.source, "difference")))
         if batch is not None:
             gradients, rows = self.reader.gradients(batch, wanted=wanted), len(batch)
         else:
-            gradients = {
-                key: {name: torch.zeros_like(p) for name, p in self.reader.parameters.items()} for key in wanted
-            }
-            rows = 0
+            parameters = self.reader.parameters.items()
+            gradients, rows = {kind: {name: torch.zeros_like(p) for name, p in parameters} for kind in wanted}, 0
         if self.processes.count > 1:
             self._average(gradients, rows)
         result = neuron.step(gradients[self.source], gradients["difference"])
@@ -297,7 +239,7 @@ class Training:
     def _consider(self, start: Start, neuron: FeatureNeuron, best: _Best, step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
         correlation = self._correlation(start.pair, neuron.encode)
-        self.progress.evaluated({"cor": correlation, "eval_cor": correlation})
+        self.progress.log({"cor": correlation, "eval_cor": correlation}, evaluated=True)
         # A correlation that is not defined is no better than none, but something must be kept.
         size = 0.0 if math.isnan(correlation) else abs(correlation)
         if size <= best.size:
@@ -306,15 +248,15 @@ class Training:
         best.size, best.step, best.since = size, step, 0
         if correlation < 0:  # class 0 is +1
             neuron.flip()
-        if self.processes.is_main or self.kept.folder is None:
-            self._keep(start, neuron.feature(), size if not math.isnan(correlation) else math.nan, step)
+        self.progress.keep(start.number, Fitted(start.pair, neuron.feature(), abs(correlation), step, start.seed))
 
-    # ---- what is kept -----------------------------------------------------------------------------------------------
+    # ---- both -------------------------------------------------------------------------------------------------------
 
     def _correlation(self, pair: Pair, encode: Encode) -> float:
-        if self.evaluate is None:
+        if self.evaluation is None:
             return self._recent_correlation()
-        return self.evaluate(pair, encode).metrics()["cor"]
+        values = encode_all(self.reader, self.source, encode, self.evaluation.signed(1, pair), pair, self.processes)
+        return values.metrics()["cor"]
 
     def _recent_correlation(self) -> float:
         if not self.recent:
@@ -322,28 +264,11 @@ class Training:
         values, signs = zip(*self.recent, strict=True)
         return encoded(values, signs, ("", "")).metrics()["cor"]
 
-    def _save(self, start: Start, step: int, state: dict[str, Any], best: _Best | None) -> None:
-        facts = {"start": start.number, "step": step, "identity": self._identity()}
-        if self.processes.is_main:
-            self.progress.save(state, facts | ({"best": vars(best)} if best is not None else {}), self.kept)
-        self.processes.wait()
-
-    def _finish(self, start: Start, feature: Feature, correlation: float, step: int) -> None:
-        if self.processes.is_main or self.kept.folder is None:
-            self._keep(start, feature, correlation, step)
-        self.processes.wait()
-
-    def _keep(self, start: Start, feature: Feature, correlation: float, step: int) -> None:
-        facts = {"correlation": None if math.isnan(correlation) else correlation, "steps": step, "seed": start.seed}
-        self.kept.keep(start.number, feature, facts)
+    def _save(self, start: Start, step: int, state: dict[str, Tensor], **more: Any) -> None:
+        self.progress.save(state, {"start": start.number, "step": step, "identity": self.identity, **more})
 
     def _best(self, starts: Iterable[Start]) -> Fitted:
-        self.processes.wait()
-        found = []
-        for start in starts:
-            feature, facts = self.kept.get(start.number)
-            correlation = math.nan if facts["correlation"] is None else facts["correlation"]
-            found.append(Fitted(start.pair, feature, correlation, facts["steps"], facts["seed"]))
+        found = [self.progress.kept(start.number, start.pair) for start in starts]
         best = max(found, key=lambda fitted: -1.0 if math.isnan(fitted.correlation) else abs(fitted.correlation))
         if self.args.estimator == "trained" and not abs(best.correlation) >= self.args.convergence:
             warnings.warn(
@@ -355,10 +280,10 @@ class Training:
         return best
 
 
-@dataclass
-class _Best:
-    """The best evaluation of a start so far, and how many came since."""
-
-    size: float = -1.0
-    step: int = 0
-    since: int = 0
+def _digest(dataset: Dataset) -> str:
+    """What identifies the rows of pairs."""
+    names = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
+    found = hashlib.sha256()
+    for row in dataset.select_columns(names):
+        found.update(repr(sorted(row.items())).encode())
+    return found.hexdigest()
