@@ -19,6 +19,8 @@ from .callbacks import ConceptErasureCallback, GradiendCallback
 from .fitting import ErasureReport, combine_adapters, concept_dataloader, fit_concept_erasure
 from .fitting.gradiend import GradiendAdapter, GradiendTrainer, GradiendTrainingArguments
 from .hub import export_to_lora
+from .moved import install as _find_moved
+from .patches import install as _wrap
 
 __all__ = [
     "ConceptErasureCallback",
@@ -38,6 +40,9 @@ __all__ = [
     "fit_concept_erasure",
     "verify_adapter",
 ]
+
+_find_moved()
+_wrap()
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "cli": {"recipes", "callbacks", "hub", "evaluation", *BELOW_RECIPES},
 }
 # Files beside the folders. Only `__init__` imports the table of patches, which may import all but the command line.
-BESIDE = {"__init__", "_version", "patches"}
+BESIDE = {"__init__", "_version", "moved", "patches"}
 IN_DISTRIBUTION = {"yaml": "pyyaml"}  # Module → what it is installed as, where that has another name.
 HUGGING_FACE = {"transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub", "safetensors"}
 
@@ -85,11 +85,6 @@ WRITTEN_ONCE: dict[str, Callable[[str | int], bool]] = {
 }
 # How often it is written, where that is more than once or in a function. To be emptied.
 WRITTEN_OFTEN = {
-    "the configuration's file": 4,
-    "the tensors' file": 4,
-    "the pickled tensors' file": 2,
-    "the card's file": 2,
-    "what PEFT puts before a name": 5,
     "the names of an erasure's tensors": 2,
     "the names of a GRADIEND's tensors": 3,
     "the id of no label": 2,

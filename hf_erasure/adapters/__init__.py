@@ -1,6 +1,6 @@
 """Everything that touches PEFT's internals."""
 
-from . import required  # noqa: F401  it checks what the others import, so it comes first
+from . import internals  # noqa: F401  it checks what the others import, so it comes first
 from .erasure.config import ConceptErasureConfig
 from .erasure.layer import ErasureLayer, erasure_layers
 from .erasure.model import ConceptErasureModel
@@ -19,12 +19,10 @@ from .gradiend.state import (
 )
 from .merging.export import LoraExport, export_to_lora
 from .registration import register
-from .seams import install
 from .verification import Verification, verify_adapter
 
 register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)
 register("gradiend", GradiendConfig, GradiendModel)
-install()
 
 __all__ = [
     "ConceptErasureConfig",

@@ -20,10 +20,11 @@ from hf_erasure.models.model import as_attribute
 
 from .common.acting import users_level
 from .common.config import ChildConfig
+from .common.files import PICKLE, PREFIX, WEIGHTS
 from .common.layer import AdapterChild
 from .common.lookup import Found, adapters_in
 from .common.tuner import is_child
-from .loading.file_checks import PREFIX, TYPES
+from .loading.file_checks import TYPES
 
 # What stands in the name of a module that was compiled, sharded or checkpointed by itself.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -160,7 +161,6 @@ def _check_copies(copies: dict[str, Tensor], config: ChildConfig, base: nn.Modul
             )
 
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What decides on the effect of an adapter beside its tensors.
 _SETTINGS = (
     "peft_type",
@@ -186,7 +186,7 @@ def digest_of(folder: str | Path, config: Any) -> str | None:
     Returns:
         16 hexadecimal digits; None where the folder holds no weights.
     """
-    found = [path for name in WEIGHTS if (path := _file(folder, name)) is not None]
+    found = [path for name in (WEIGHTS, PICKLE) if (path := _file(folder, name)) is not None]
     if not found:
         return None
     hashed = hashlib.sha256()

@@ -21,11 +21,11 @@ itself.
 It is called once for every adapter of this package that a save writes, on the process that writes, after
 `adapter_config.json` and `adapter_model.safetensors` are complete in `folder`, and before anything has been committed:
 what it writes there is committed with them, and what it raises fails the save and leaves the target as it was. A
-`README.md` that is in the target already is in the staged folder too, to be updated (PEFT has updated its copy for a
-`PeftModel` by then). `model` is what `save_pretrained` was called on, a `PeftModel` or a transformers model. For a
-`PeftModel` `folder` is below the folder that is saved to where the adapter is not called "default"; `root_of(folder)`
-is the staged form of the latter, where PEFT has put its `README.md`, and `target_of(folder)` the place where all this
-will lie. Only files directly in `folder` and in `root_of(folder)`: a push uploads one level of folders.
+`README.md` that is in the target already is in the staged folder too, to be updated. `model` is what `save_pretrained`
+was called on, a `PeftModel` or a transformers model. For a `PeftModel` `folder` is below the folder that is saved to
+where the adapter is not called "default"; `root_of(folder)` is the staged form of the latter, and `target_of(folder)`
+the place where all this will lie, both of `hf_erasure.adapters.common.files`. Only files directly in `folder` and in
+`root_of(folder)`: a push uploads one level of folders.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,17 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
 from .common.acting import users_level
 from .common.config import ChildConfig
-from .common.files import CARD, COMMIT, CONFIG, STAGING, root_of, target_of
+from .common.files import CARD, COMMIT, CONFIG, STAGING
 from .loading.file_checks import read_config
 from .saved_tensors import own_tensors, refuse_embeddings, refuse_loss
-
-__all__ = ["ON_STAGED", "finish", "root_of", "save_model", "save_peft_model", "staged", "target_of"]
 
 # What is to be committed is in this folder of a staging; a file beside it is locked by its writer while that lives.
 _CONTENT, _ALIVE = "content", ".lock"
 
 OnStaged = Callable[[Path, Any, str], None]
 ON_STAGED: list[OnStaged] = []
+# Where a save goes that pushes too, while it pushes: what is uploaded lies in another folder.
+PUSHED_FROM: ContextVar[Path | None] = ContextVar("pushed_from", default=None)
 
 
 # ---- one folder ------------------------------------------------------------------------------------------------------
@@ -284,7 +285,11 @@ def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Non
     if push:
         if given.get("token") is not None:
             options["token"] = given["token"]
-        model.push_to_hub(options.pop("repo_id", folder.resolve().name), **options)
+        token = PUSHED_FROM.set(folder)
+        try:
+            model.push_to_hub(options.pop("repo_id", folder.resolve().name), **options)
+        finally:
+            PUSHED_FROM.reset(token)
 
 
 # What transformers takes for a push besides `push_to_hub=True`.
@@ -298,9 +303,9 @@ def _save_to(folder: Path, model: Any, places: dict[str, str], state_dict: Mappi
         _refuse_others(folder / place, model.peft_config[name])
         own_tensors(model, name, state_dict)  # nothing is begun for an adapter that is not whole
     with staged(folder) as content:
+        yield content
         for place in {"", *places.values()}:
             _bring_card(folder / place, content / place)
-        yield content
         for name, place in places.items():
             for write in ON_STAGED:
                 write(content / place, model, name)
@@ -366,8 +371,7 @@ def _warn_of_replaced(place: Path) -> None:
 
 
 def _bring_card(place: Path, content: Path) -> None:
-    """A card that is there already is to be updated, not replaced."""
-    card = place / CARD
-    if card.is_file() and not card.is_symlink():
-        content.mkdir(exist_ok=True)
-        shutil.copyfile(card, content / CARD)
+    """A card that is there already is to be updated, and takes the place of the one that PEFT has just written."""
+    (content / CARD).unlink(missing_ok=True)
+    if (place / CARD).is_file() and not (place / CARD).is_symlink():
+        shutil.copyfile(place / CARD, content / CARD)

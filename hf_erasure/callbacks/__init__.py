@@ -2,8 +2,5 @@
 
 from .concept_erasure import ConceptErasureCallback
 from .gradiend import GradiendCallback
-from .seams import install
-
-install()
 
 __all__ = ["ConceptErasureCallback", "GradiendCallback"]

@@ -26,12 +26,10 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
 from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
 from hf_erasure.adapters.common.layer import child_configs
 from hf_erasure.adapters.common.tuner import is_child
-from hf_erasure.adapters.saving import staged
-
-PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from hf_erasure.adapters.saving import ON_STAGED, staged
 
 
 def configs_of(model: Any) -> dict[str, PeftConfig]:
@@ -103,6 +101,8 @@ def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: 
         with staged(folder if name == top else folder / name) as content:
             config.save_pretrained(str(content))
             save_file(states[name], content / WEIGHTS, metadata={"format": "pt"})
+            for write in ON_STAGED if isinstance(config, ChildConfig) else ():
+                write(content, model, name)
 
 
 def _save_base(model: nn.Module, folder: Path) -> None:

@@ -32,7 +32,7 @@ def check_training(model: nn.Module, args: TrainingArguments) -> None:
             "frozen the model. Call model.requires_grad_(True) to fine-tune it whole, or add a LoRA: "
             "model.add_adapter(LoraConfig(…)) and model.set_adapter([…]) with both names."
         )
-    # Elsewhere seams.py has all of it saved and loaded.
+    # Elsewhere `trainer_saves` has all of it saved and loaded.
     if is_sharded() and is_lost(model):
         _check_what_is_lost(model, args)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .apply import apply_erasure
-from .inlp import check_probe, check_rounds, inlp_factors, ridge_factor
+from .inlp_factors import check_probe, check_rounds, inlp_factors, ridge_factor
 from .leace import leace_factors
 from .mean_projection import mean_projection_factors
 from .orth import orth_factors

@@ -19,9 +19,6 @@ from .cards import WrittenCard, write_card
 from .describing import describe, describe_folder
 from .exports import export_to_lora, write_lora_card, write_merged_card
 from .pushing import PushError, push_adapter, push_model
-from .seams import install
-
-install()
 
 __all__ = [
     "PushError",

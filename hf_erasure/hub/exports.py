@@ -11,11 +11,11 @@ from torch import nn
 from hf_erasure.adapters import LoraExport
 from hf_erasure.adapters import export_to_lora as export
 from hf_erasure.adapters.common.config import ChildConfig
-from hf_erasure.adapters.common.files import write_text
+from hf_erasure.adapters.common.files import CARD, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.heads import Head, head_of
 
-from .cards import README, Card, WrittenCard, text_of, updated
+from .cards import Card, WrittenCard, text_of, updated
 from .facts import CardFacts, facts_of, hub_id
 from .markdown import plain
 from .measured import read_json
@@ -112,7 +112,7 @@ def _noun(facts: CardFacts) -> str:
 
 
 def _write(folder: Path, card: Card) -> WrittenCard:
-    path = folder / README
+    path = folder / CARD
     try:
         present = text_of(path)
     except UnicodeDecodeError as error:

@@ -19,7 +19,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .cards import CONFIG, README, Card, gather, has_own_text, own_adapters, rendered, text_of, updated
+from hf_erasure.adapters.common.files import CARD, CONFIG, WEIGHTS
+
+from .cards import Card, gather, has_own_text, own_adapters, rendered, text_of, updated
 from .facts import PICTURES, hub_id
 from .markdown import plain
 from .measured import read_json
@@ -86,7 +88,6 @@ def _status_of(error: HTTPError) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
 
 
-WEIGHTS = "adapter_model.safetensors"
 # What a repository of a model consists of; training states and pickles are none of it.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
 _ATTEMPTS = 3
@@ -142,16 +143,16 @@ def push_adapter(
             renamed = base_model is not None and PurePosixPath(name).name == CONFIG
             content = _based_on(folder / name, base_model) if renamed else folder / name
             yield CommitOperationAdd(_within(place, name), content)
-        path = _within(place, README)
-        yield _readme(rendered(facts), text_of(folder / README), present(path), path)
+        path = _within(place, CARD)
+        yield _readme(rendered(facts), text_of(folder / CARD), present(path), path)
         for name in [name for name, _ in own_adapters(folder) if name]:
             inner = replace(gather(folder / name, base_model=base_model), repo_id=to, subfolder=_within(place, name))
-            path = _within(place, f"{name}/{README}")
-            yield _readme(rendered(inner), text_of(folder / name / README), present(path), path)
-        if place and present(README) is None:
+            path = _within(place, f"{name}/{CARD}")
+            yield _readme(rendered(inner), text_of(folder / name / CARD), present(path), path)
+        if place and present(CARD) is None:
             # The Hub shows the card at the top, where a new repository would have none.
             facts.pictures = {_within(place, name): text for name, text in facts.pictures.items()}
-            yield _readme(rendered(facts), None, None, README)
+            yield _readme(rendered(facts), None, None, CARD)
 
     return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
 
@@ -172,19 +173,19 @@ def push_model(
     """
     folder = Path(folder)
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in _MODEL_SUFFIXES)
-    names = [name for name in names if not name.startswith(".") and name != README]
+    names = [name for name in names if not name.startswith(".") and name != CARD]
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} holds no weights in safetensors: there is nothing to push.")
 
     def files(present: Callable[[str], str | None], to: str) -> Iterator[CommitOperationAdd]:
         for name in names:
             yield CommitOperationAdd(name, folder / name)
-        here, there = text_of(folder / README), present(README)
+        here, there = text_of(folder / CARD), present(CARD)
         card = None if here is None else Card.read(here)
         if card is not None:
-            yield _readme(replace(card, text=card.text.replace(SOMEWHERE, to)), here, there, README)
+            yield _readme(replace(card, text=card.text.replace(SOMEWHERE, to)), here, there, CARD)
         elif here is not None:
-            yield CommitOperationAdd(README, here.encode("utf-8"))
+            yield CommitOperationAdd(CARD, here.encode("utf-8"))
 
     return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
 
@@ -249,7 +250,7 @@ def _readme(card: Card, here: str | None, there: str | None, path: str) -> Commi
     """The card in the text that somebody has written, in the folder or on the Hub."""
     text, outcome, reason = updated(here if has_own_text(here) else there, card)
     if outcome == "left":
-        raise ValueError(f"The {README} of the repository or of the folder cannot be kept: {reason}")
+        raise ValueError(f"The {CARD} of the repository or of the folder cannot be kept: {reason}")
     return CommitOperationAdd(path, text.encode("utf-8"))
 
 
@@ -292,7 +293,7 @@ def card_on_hub(repo_id: str, token: str | bool | None = None) -> str | None:
     Raises:
         PushError: If the Hub could not be asked.
     """
-    return _reader(repo_id, None, token)(README)
+    return _reader(repo_id, None, token)(CARD)
 
 
 def _place(subfolder: str | None) -> str:

@@ -15,8 +15,8 @@ import transformers as hf
 from packaging.version import Version
 from safetensors.torch import load_file
 
+from hf_erasure.adapters.common.files import PREFIX
 from hf_erasure.adapters.common.layer import adapter_children
-from hf_erasure.adapters.loading.file_checks import PREFIX
 from hf_erasure.adapters.saved_tensors import own_tensors
 from hf_erasure.callbacks.checkpoints import save_adapters
 from tests.lifecycle.verbs import OF, OURS, base, outputs

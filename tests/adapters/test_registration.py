@@ -17,9 +17,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils.peft_types import PeftType
 
 import hf_erasure
-from hf_erasure import ConceptErasureConfig
-from hf_erasure.adapters import ConceptErasureModel, registration, seams
-from hf_erasure.adapters.required import INTERNALS, check_internals, check_pair
+from hf_erasure import ConceptErasureConfig, patches
+from hf_erasure.adapters import ConceptErasureModel, registration, switching
+from hf_erasure.adapters.internals import INTERNALS, check_internals, check_pair
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.prepared import TRANSFORMERS, Ended, run, run_code
 from tests.small_models import LABELS, outputs_of, same, small_batch
@@ -97,7 +97,7 @@ def test_registering_and_installing_again_changes_nothing(lifecycle: Lifecycle):
     for _ in range(3):
         assert registration.extend_peft_type("CONCEPT_ERASURE") is MEMBER
         registration.register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)
-        seams.install()
+        patches.install()
     assert (list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING)) == before
     assert wrapped_depth(peft.PeftModel.load_adapter) == depth
 
@@ -107,7 +107,9 @@ def test_a_name_of_pefts_own_is_refused():
         registration.extend_peft_type("LORA")
 
 
-@pytest.mark.parametrize("module", [hf_erasure, hf_erasure.adapters, registration, seams], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [hf_erasure, hf_erasure.adapters, registration, switching, patches], ids=lambda m: m.__name__
+)
 def test_a_module_can_be_reloaded(module, lifecycle: Lifecycle):
     importlib.reload(module)
     assert PeftType("CONCEPT_ERASURE") is MEMBER and list(PeftType).count(MEMBER) == 1

@@ -180,15 +180,6 @@ def enable_copies(model: nn.Module) -> None:
 
 
 @contextmanager
-def copies_of_others_kept(model: nn.Module) -> Iterator[None]:
-    """While an adapter is deleted from a model that has one of ours, let the copies of those that stay act on."""
-    copies, concerned = ActiveCopies(model), bool(adapter_children(model))
-    yield
-    if concerned:
-        copies.restore(where=lambda on, wrapper: on in wrapper._adapters)
-
-
-@contextmanager
 def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """While transformers switches adapters on, let each wrapper have the one of `names` that it has a copy of, or none.
 

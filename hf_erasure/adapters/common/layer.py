@@ -366,9 +366,3 @@ def outside_inference_mode() -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def ordinarily(original: Callable, _owner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a method of PEFT or transformers that makes parameters, which are to be trained later on."""
-    with outside_inference_mode():
-        return original(*args, **kwargs)

@@ -17,14 +17,13 @@ from accelerate.hooks import AlignDevicesHook, ModelHook
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
+from .files import PREFIX
 from .layer import AdapterChild, adapter_children
 
 # What to do where weights are quantised, in the words of a message.
 FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the merged model"
 # Where DDP looks when it wraps a module, for names relative to that module.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
-# DDP may wrap a `PeftModel`, which hands on the attribute of the model inside, whose names have this in front there.
-_INSIDE = "base_model.model."
 
 
 # ---- devices, and weights that accelerate keeps elsewhere ------------------------------------------------------------
@@ -290,7 +289,8 @@ class AdapterBuffers(Collection[str]):
             if isinstance(module, AdapterChild):
                 for name, _ in module.named_buffers(prefix=path):
                     yield name
-                    yield _INSIDE + name
+                    # DDP may wrap a `PeftModel`, which hands on the attribute of the model inside.
+                    yield PREFIX + name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -18,8 +18,9 @@ from ..loading.fingerprint import check_base
 from ..loading.key_renaming import rename_fitted, renaming
 from .acting import ActiveCopies
 from .config import ChildConfig, as_names, check_patterns
-from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children
-from .placement import enter_in_device_map, keep_from_broadcast
+from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
+from .placement import enter_in_device_map
+from .rollback import note_adapters, undone_on_failure, wrapped_modules
 
 # How many names more than a model has modules may be in a list, as of a model with more layers.
 _SPARE_NAMES = 10_000
@@ -59,45 +60,41 @@ class ChildTuner(BaseTuner):
         # A configuration of its own: fitting writes into it, and the caller may use one for several models.
         config: Any = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = config.copied()
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        copies = ActiveCopies(model)
-        active = [(child, child._active_adapter) for child in adapter_children(model)]
         try:
-            _check_name(adapter_name, model)
-            refuse_unseen()
-            _check_lists(config, model)
-            check_patterns(config, (path for path, _ in model.named_modules()))
-            if config.fitted:
-                rename = renaming(model, config.fitted_modules)
-                if rename not in (None, str):
-                    rename_fitted(config, rename)
-                _check_base(model, config)
-                if config.target_modules is None:  # PEFT takes that for a default of its own
-                    config.target_modules = exactly(list(config.fitted_modules), model)
-            elif config.revision is None:
-                # Of the base, like its name: what was downloaded.
-                config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-            self._check_config(config)
-            if kwargs.get("state_dict") is not None:
-                kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
-            copies.hand_on(adapter_name, but=kin)
-            refuse_copies(model, adapter_name)
-            # Tensors that are given along are a wish for some of the modules.
-            wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
-            self._check_complete(config, adapter_children(model, adapter_name), wanted)
-            enter_in_device_map(model, adapter_name)
-            note_adapters(model)
+            with undone_on_failure(model, adapter_name, is_ours=True, is_new=True), outside_inference_mode():
+                self._inject(model, adapter_name, config, *args, **kwargs)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
-            remove_adapter(model, adapter_name)
-            for child, names in active:
-                child._active_adapter = names
-            copies.restore()
-            for parameter, required in trainable:
-                parameter.requires_grad_(required)
             raise
+
+    def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        copies = ActiveCopies(model)
+        _check_name(adapter_name, model)
+        refuse_unseen()
+        _check_lists(config, model)
+        check_patterns(config, (path for path, _ in model.named_modules()))
+        if config.fitted:
+            rename = renaming(model, config.fitted_modules)
+            if rename not in (None, str):
+                rename_fitted(config, rename)
+            _check_base(model, config)
+            if config.target_modules is None:  # PEFT takes that for a default of its own
+                config.target_modules = exactly(list(config.fitted_modules), model)
+        elif config.revision is None:
+            # Of the base, like its name: what was downloaded.
+            config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+        self._check_config(config)
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
+        copies.hand_on(adapter_name, but=kin)
+        refuse_copies(model, adapter_name)
+        # Tensors that are given along are a wish for some of the modules.
+        wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
+        self._check_complete(config, adapter_children(model, adapter_name), wanted)
+        enter_in_device_map(model, adapter_name)
+        note_adapters(model)
 
     def _check_config(self, config: Any) -> None:
         """Refuse a configuration that cannot be attached to any model."""
@@ -175,7 +172,6 @@ class ChildTuner(BaseTuner):
         for child in self._children():  # before PEFT forgets its configuration
             child.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
-        remove_empty_layers(self.model)
 
     def _children(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
@@ -242,7 +238,7 @@ class ChildTuner(BaseTuner):
                 child.unmerge()
             child.forget_originals()
             child.detach()
-        for parent, name, wrapper in _saved_modules(self.model):
+        for parent, name, wrapper in wrapped_modules(self.model):
             if wrapper._adapters <= own and not adapter_children(wrapper):
                 setattr(parent, name, wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
             for adapter in wrapper._adapters & own if wrapper._adapters - own else ():
@@ -260,76 +256,6 @@ class ChildTuner(BaseTuner):
         elif hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
-
-
-def note_adapters(model: nn.Module) -> None:
-    """What the model itself is told when adapters were added or removed; without any, it is as it was."""
-    keep_from_broadcast(model)
-    _keep_from_ignoring(model)
-
-
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter off all its modules, and the children that are empty then."""
-    for child in adapter_children(model, adapter_name):
-        child.merged_adapters = [name for name in child.merged_adapters if name != adapter_name]
-        if child.adapters == [adapter_name]:
-            child.detach()
-        else:
-            # So that PEFT does not choose another one to switch on, and say so: callers put back what was on.
-            child._active_adapter = [name for name in child.active_adapters if name != adapter_name]
-            child.delete_adapter(adapter_name)
-    for _, _, wrapper in _saved_modules(model):
-        if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
-            wrapper.delete_adapter(adapter_name, [])
-    _unwrap_saved(model)
-    note_adapters(model)
-
-
-def remove_empty_layers(model: nn.Module) -> None:
-    """Take off the children whose last adapter was deleted, so that the model is as it was before the first."""
-    for child in adapter_children(model):
-        if not child.adapters:
-            child.detach()
-    _unwrap_saved(model)
-    note_adapters(model)
-
-
-def _saved_modules(model: nn.Module) -> list[tuple[nn.Module, str, AuxiliaryTrainingWrapper]]:
-    """The wrappers of `modules_to_save`, with where they are."""
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    return [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], wrapper) for n, wrapper in found]
-
-
-def _unwrap_saved(model: nn.Module) -> None:
-    """Put the modules back that no adapter has a copy of any more."""
-    for parent, name, wrapper in _saved_modules(model):
-        if not wrapper._adapters:
-            setattr(parent, name, wrapper.original_module)
-
-
-def _keep_from_ignoring(model: Any) -> None:
-    """Let a model with adapters refuse `adapter_names`, which most models of transformers take and do not read.
-
-    A `PeftModel` reads it and does not hand it on. Without adapters, the model is as it was.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    present = [key for key, hook in base._forward_pre_hooks.items() if hook is _refuse_names]
-    if adapter_children(base):
-        if not present:
-            base.register_forward_pre_hook(_refuse_names, with_kwargs=True)
-        return
-    for key in present:
-        del base._forward_pre_hooks[key]
-        base._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise ValueError(
-            f"adapter_names={kwargs['adapter_names']!r}: {type(model).__name__} would ignore it, and run all rows with "
-            "the active adapters. PeftModel.from_pretrained(model, folder) makes a model that follows it; or run the "
-            "rows of each adapter as a batch of their own, with set_adapter(name)."
-        )
 
 
 def _check_names(children: list[AdapterChild], names: Any) -> None:

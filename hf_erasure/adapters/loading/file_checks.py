@@ -9,36 +9,32 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..common.config import ChildConfig, fits, short
-from ..common.files import CONFIG, PICKLE, WEIGHTS
+from ..common.config import ChildConfig, short
+from ..common.files import CONFIG, PICKLE, PREFIX, WEIGHTS
 from .key_renaming import prefix_of, rename_tensors
 
 # A configuration that names ten thousand weights, each with samples of its values, takes a few of these.
 MAX_CONFIG_BYTES = 16 * 2**20
-# The names and shapes of that many tensors.
-MAX_HEADER_BYTES = 64 * 2**20
-PREFIX = "base_model.model."
-# The types of tensors by the names that safetensors has for them: with their bytes, and those that adapters have.
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# The types of tensors that adapters have, by the names that safetensors has for them.
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
-# Of a file below this nobody needs to know how much of it is on disk.
+# Bytes. How much of a smaller file is on disk does not matter.
 _SMALL = 2**28
 
 # Why the adapter that is being loaded could not be looked at; its injection is refused then.
@@ -89,24 +85,11 @@ class Source:
         except EntryNotFoundError:
             return None
 
-    def at_commit(self, downloaded: Path) -> Source:
-        """The same repository at the commit that one of its files was downloaded from; a folder is what it is."""
-        if self.is_folder:
-            return self
-        return Source(self.name, self.subfolder, {**self.options, "revision": self._snapshot(downloaded).name})
-
-    def pinned(self, downloaded: Path) -> Source:
-        """The snapshot that a downloaded file belongs to, so that what was looked at is what is loaded."""
-        return self if self.is_folder else Source(str(self._snapshot(downloaded)), self.subfolder)
-
-    def _snapshot(self, downloaded: Path) -> Path:
-        return downloaded.parents[len(Path(self.subfolder).parts)]
-
 
 @contextmanager
 def looked_at(
     model: nn.Module, source: Source, config: PeftConfig | None = None, *, pickled: bool = False
-) -> Iterator[str]:
+) -> Iterator[tuple[str, bool]]:
     """Look at an adapter before it is loaded, and make sure afterwards that it was not saved anew in the meantime.
 
     Args:
@@ -116,7 +99,8 @@ def looked_at(
         pickled: Whether the caller asked for a pickle.
 
     Yields:
-        What to load instead of the source's name: the same folder, or the snapshot of a repository.
+        What to load instead of the source's name, the same folder or the snapshot of a repository, and whether it is
+        an adapter of this package.
 
     Raises:
         ValueError: Says what is wrong with which file.
@@ -128,12 +112,11 @@ def looked_at(
         if isinstance(config, ChildConfig):
             raise
         with _not_seen(f"{type(error).__name__}: {error}"):
-            yield source.name  # PEFT says better what went wrong
+            yield source.name, False  # PEFT says better what went wrong
         return
     seen = _stamps(file)
     stated = config if file is None else _config_of(file, source)
-    if config is None:
-        config = stated
+    config = config or stated
     if isinstance(stated, ChildConfig) and type(config) is not type(stated):
         raise ValueError(
             f"{str(source.folder)!r} holds the {stated.described}, and the configuration that is given is a "
@@ -141,20 +124,21 @@ def looked_at(
         )
     if not isinstance(config, ChildConfig):
         with _not_seen(None if isinstance(config, PeftConfig) else f"there is no {CONFIG}"):
-            yield source.name
+            yield source.name, False
         return
     if pickled:
         raise ValueError(f"use_safetensors=False would load a pickle as the {config.described}: leave it out.")
-    weights = _weights_of(source if file is None else source.at_commit(file))
-    source = source.pinned(weights)
+    weights, source = _weights_of(source, file)
     seen += _stamps(weights)
     try:
         check_tensors(weights, config, model, getattr(stated, "modules_to_save", None))
-        yield source.name
+        yield source.name, True
     except Exception as error:
-        _check_unchanged(source, _stamps(file, weights) == seen, error)
+        if _stamps(file, weights) != seen:
+            raise _saved_anew(source) from error
         raise
-    _check_unchanged(source, _stamps(file, weights) == seen)
+    if _stamps(file, weights) != seen:
+        raise _saved_anew(source)
 
 
 def with_what_was_fitted(config: ChildConfig, source: Source) -> ChildConfig:
@@ -211,10 +195,6 @@ def read_config(file: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
 def _config_of(file: Path, source: Source) -> PeftConfig:
     """The configuration in a file if it is one of ours; an empty one if it is one of PEFT's."""
     if source.is_folder:
@@ -236,14 +216,22 @@ def _config_of(file: Path, source: Source) -> PeftConfig:
 # ---- the tensors -----------------------------------------------------------------------------------------------------
 
 
-def _weights_of(source: Source) -> Path:
+def _weights_of(source: Source, config: Path | None) -> tuple[Path, Source]:
+    """The file with the tensors, of the commit that the configuration is of, and where to load it from.
+
+    Of a repository that is its snapshot, so that what was looked at is what is loaded.
+    """
+    depth = len(Path(source.subfolder).parts)
+    if config is not None and not source.is_folder:
+        source = replace(source, options={**source.options, "revision": config.parents[depth].name})
     weights = source.file(WEIGHTS)
     if weights is None:
         pickled = " It has a pickle, which could run any code and is never loaded." if source.file(PICKLE) else ""
         raise ValueError(f"{str(source.folder)!r} has no {WEIGHTS}.{pickled} Copy or download the complete adapter.")
     if source.is_folder:
         _check_link(weights, source)
-    return weights
+        return weights, source
+    return weights, Source(str(weights.parents[depth]), source.subfolder)
 
 
 def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
@@ -291,52 +279,24 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The type and the shape of each tensor in a safetensors file, by its name without PEFT's prefix.
 
-    The file is not mapped into memory, as safetensors would do at once whatever its size.
-
     Raises:
-        ValueError: If it is no such file, or is not complete.
+        ValueError: If it is no such file, is not complete, or says that it is far larger than what is on disk.
     """
-    size = _size_of_regular(file)
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 10 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{str(file)!r} is damaged, or is no safetensors file: copy or download it again.")
-        text = opened.read(length)
-    _refuse_holes(file, size)
-    try:
-        header = json.loads(text.decode("utf-8"), parse_constant=_refuse_constant)
-        entries = [_entry(name, entry) for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{str(file)!r} is damaged ({type(error).__name__}): copy or download it again.") from error
-    end = 0
-    for _, _, (start, stop) in sorted(entries, key=lambda entry: entry[2]):
-        if start != end:
-            raise ValueError(f"{str(file)!r} is damaged: its tensors leave gaps. Copy or download it again.")
-        end = stop
-    if 8 + length + end != size:
-        raise ValueError(f"{str(file)!r} is damaged: it has not the size that it says. Copy or download it again.")
-    named = {name.removeprefix(PREFIX): (dtype, shape) for name, (dtype, shape), _ in entries}
-    if len(named) < len(entries):
-        raise ValueError(f"{str(file)!r} is damaged: it has a tensor twice, with and without {PREFIX!r}.")
-    return named
-
-
-def _entry(name: str, entry: dict[str, Any]) -> tuple[str, tuple[str, tuple[int, ...]], tuple[int, int]]:
-    """What a header says of one tensor: its name, its type and shape, and where its bytes are."""
-    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not fits(shape, list[int]) or not fits([start, stop], list[int]) or min(shape, default=0) < 0:
-        raise ValueError("no shape")
-    # Other types there are, but nothing that loads an adapter of ours would take them.
-    if stop - start != math.prod(shape) * _BYTES.get(dtype, -1):
-        raise ValueError("another size than its shape's")
-    return name, (dtype, tuple(shape)), (start, stop)
-
-
-def _refuse_holes(file: Path, size: int) -> None:
-    """A file may say that it is as large as one likes while nothing of it is on disk; memory is another matter."""
-    on_disk = getattr(file.stat(), "st_blocks", None)
+    size, on_disk = _size_of_regular(file), getattr(file.stat(), "st_blocks", None)
     if on_disk is not None and size > _SMALL and on_disk * 512 < size // 8:
         raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
+    try:
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  it is no mapping
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in tensors.items()}
+    except (SafetensorError, RuntimeError) as error:  # the latter where it cannot be mapped
+        raise ValueError(
+            f"{str(file)!r} is damaged, or is no safetensors file ({error}): copy or download it again."
+        ) from error
+    named = {name.removeprefix(PREFIX): entry for name, entry in found.items()}
+    if len(named) < len(found):
+        raise ValueError(f"{str(file)!r} is damaged: it has a tensor twice, with and without {PREFIX!r}.")
+    return named
 
 
 def _check_saved(
@@ -441,6 +401,5 @@ def _stamps(*files: Path | None) -> list[tuple[int, ...] | None]:
     return found
 
 
-def _check_unchanged(source: Source, is_same: bool, cause: Exception | None = None) -> None:
-    if not is_same:
-        raise ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.") from cause
+def _saved_anew(source: Source) -> ValueError:
+    return ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.")

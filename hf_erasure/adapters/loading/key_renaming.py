@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
 from ..common.config import ChildConfig
+from ..common.files import PREFIX
 
 Rename = Callable[[str], str]
 T = TypeVar("T")
@@ -95,7 +97,7 @@ def weight_mapping(
         return original(weight_conversions, adapter_name, peft_config=peft_config)
     kind = str(peft_config.peft_type).rpartition(".")[2].lower()
     return [
-        WeightRenaming(r"^base_model\.model\.(.+)", r"\1"),
+        WeightRenaming(rf"^{re.escape(PREFIX)}(.+)", r"\1"),
         WeightRenaming(rf"(\.{kind}\.{kind}_[^.]+)$", rf"\1.{adapter_name}"),
     ]
 

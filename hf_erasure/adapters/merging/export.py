@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pytorch_utils import Conv1D
 
 from ..common.config import ChildConfig
+from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import innermost
 from ..common.lookup import adapter_of
 from ..common.placement import shared_weights
@@ -31,7 +31,6 @@ from ..erasure.layer import erasure_layers
 from ..gradiend.config import GradiendConfig
 from ..gradiend.model import base_modules
 from ..gradiend.state import changes_of, targeted_parameters
-from ..loading.file_checks import PREFIX
 from ..loading.key_renaming import renaming
 from .formulas import Probe, is_weight_layer, weight_change
 from .plan import plan_merge, refuse_sharded
@@ -253,7 +252,7 @@ def _write(
             parts["lora_B.bias"] = shifts[name]
         tensors |= {f"{PREFIX}{name}.{part}": t.to("cpu", dtype).contiguous() for part, t in parts.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     lora.save_pretrained(str(folder))
 
     tied = {name.rpartition(".")[0] for name in shared_weights(base)}

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils.hub import PushToHubMixin
 
-from hf_erasure import GradiendCallback
-from hf_erasure.hub import cards, seams
+from hf_erasure import GradiendCallback, patches
+from hf_erasure.hub import cards, saved_cards
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.lifecycle import Cell, Lifecycle, config_of, fit
 from tests.small_models import LABELS, small_batch
@@ -76,7 +76,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pat
         for module in (transformers.utils.hub, transformers.modeling_utils):
             monkeypatch.setattr(module, "hf_api", lambda: api)
         monkeypatch.setattr(ModelCard, "load", load)
-        monkeypatch.setattr(seams, "card_on_hub", lambda *_: present)
+        monkeypatch.setattr(saved_cards, "card_on_hub", lambda *_: present)
         monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*card of the adapter.*|.*README.md was left.*")
@@ -236,12 +236,8 @@ def test_a_named_adapter_of_a_peft_model_is_pushed_with_a_card_on_top(wrapped: C
         assert 'adapter_kwargs={"subfolder": "gender"}' in card.text
 
 
-def test_other_seams_that_are_wrapped_anew_leave_those_of_cards_outermost(
-    made: Callable, pushed: Callable, tmp_path: Path
-) -> None:
-    from hf_erasure.adapters import seams as of_adapters
-
-    of_adapters.install()
+def test_installing_anew_leaves_cards_as_they_are(made: Callable, pushed: Callable, tmp_path: Path) -> None:
+    patches.install()
     (tmp_path / "README.md").write_text(MINE)
     assert "Do not lose me." in readme(pushed(made("erasure"), folder=tmp_path))
 
@@ -339,7 +335,9 @@ def test_a_trainer_with_a_card_of_its_own_leaves_ours_too(
     trainer.hub_model_id, trainer.push_in_progress = "alice/adapter", None
     trainer.push_to_hub()
     assert_ours(uploaded[0], "alice/adapter")
-    assert "create_model_card" not in vars(trainer)
+    Path(tmp_path, "README.md").unlink()
+    trainer.create_model_card()
+    assert_ours(readme(tmp_path), "alice/adapter")
 
 
 def test_an_adapter_beside_trained_weights_has_its_card_in_its_folder(made: Callable, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What this package relies on in PEFT, transformers and accelerate beyond their documented surface, checked at import.
 
-All of it is used in this folder. A release that lacks one of these would fail later, in the middle of a user's call, or
-not at all and give wrong results; so the import fails, and says what is missing where. A release of transformers that
-demands a newer PEFT than the installed one still imports, and fails in every `add_adapter`: the import warns of it.
+What of it is wrapped stands in `hf_erasure.patches`, and is checked there. A release that lacks one of these would fail
+later, in the middle of a user's call, or not at all and give wrong results; so the import fails, and says what is
+missing where. A release of transformers that demands a newer PEFT than the installed one still imports, and fails in
+every `add_adapter`: the import warns of it.
 """
 
 from __future__ import annotations
@@ -82,18 +83,6 @@ INTERNALS = (
     Internal("peft", _TUNERS, "BaseTunerLayer.get_base_layer"),
     Internal("peft", "peft.tuners._buffer_dict", "BufferDict"),
     Internal("peft", "peft.utils", "AuxiliaryTrainingWrapper.unload_and_optionally_merge_module"),
-    # the seams
-    Internal("peft", _TUNERS, "BaseTuner.inject_adapter", ("model", "adapter_name", "state_dict")),
-    Internal("peft", _TUNERS, "BaseTuner.merge_adapter", ("adapter_names", "safe_merge")),
-    Internal("peft", _TUNERS, "BaseTuner.unmerge_adapter"),
-    Internal("peft", _TUNERS, "BaseTuner.unload"),
-    Internal("peft", _TUNERS, "BaseTuner.merge_and_unload", ("safe_merge", "adapter_names")),
-    Internal("peft", "peft", "PeftModel.load_adapter", ("model_id", "adapter_name")),
-    Internal("peft", "peft", "PeftModel.from_pretrained", ("model", "model_id", "config")),
-    Internal("peft", "peft", "PeftConfig._get_peft_type", ("model_id",)),
-    Internal("transformers", _MIXIN, "PeftAdapterMixin.add_adapter", ("adapter_config", "adapter_name")),
-    Internal("transformers", _MIXIN, "PeftAdapterMixin.load_adapter", ("peft_model_id", "adapter_name")),
-    Internal("transformers", _MIXIN, "PeftAdapterMixin.delete_adapter", ("adapter_names",)),
     Internal("transformers", _MIXIN, "PeftAdapterMixin._hf_peft_config_loaded"),
     Internal("transformers", "transformers.pytorch_utils", "Conv1D"),
     # offloaded weights
@@ -112,7 +101,7 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
         missing = internal.why_missing()
         if missing is not None:
             raise ImportError(
-                f"hf_erasure relies on {missing}, which {internal.package} {_installed(internal.package)} does not "
+                f"hf_erasure relies on {missing}, which {internal.package} {installed(internal.package)} does not "
                 f"have. It supports {internal.package}{_supported(internal.package)}: pip install "
                 f"'{internal.package}{_supported(internal.package)}', or install a release of hf-erasure made for this "
                 f"{internal.package}."
@@ -125,11 +114,11 @@ def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", N
     Args:
         demanded: The oldest PEFT that transformers accepts; None when it does not say.
     """
-    if demanded is None or Version(_installed("peft")) >= Version(demanded):
+    if demanded is None or Version(installed("peft")) >= Version(demanded):
         return
-    transformers = _installed("transformers")
+    transformers = installed("transformers")
     warnings.warn(
-        f"transformers {transformers} demands peft>={demanded}, and peft {_installed('peft')} is installed: "
+        f"transformers {transformers} demands peft>={demanded}, and peft {installed('peft')} is installed: "
         "model.add_adapter and model.load_adapter will raise for every adapter, LoRA's too. Install releases that go "
         f"together: pip install 'peft>={demanded}', or, while that is not released, pip install "
         f"'transformers<{transformers}'.",
@@ -137,7 +126,8 @@ def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", N
     )
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """The release of a package that is installed."""
     try:
         return version(package)
     except PackageNotFoundError:
