@@ -1,0 +1,135 @@
+"""What is wrapped is one table, and a release that lacks a line of it is named in a sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_erasure
+from hf_erasure import patches
+from hf_erasure.patches import Patch
+from tests.house import wrapped
+
+
+def noted(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    return ["noted", original(*args, **kwargs)]
+
+
+def method_noted(original: Callable, owner: Any, *args: Any, **kwargs: Any) -> Any:
+    return [type(owner).__name__, original(*args, **kwargs)]
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A package that is not ours, in two modules of which one has a function of the other."""
+    module, again = types.ModuleType("theirs"), types.ModuleType("theirs_again")
+
+    class Owner:
+        def method(self, number: int) -> int:
+            return number + 1
+
+        @classmethod
+        def made(cls, number: int) -> Any:
+            return cls.__name__, number
+
+    def function(number: int) -> int:
+        return number + 2
+
+    module.Owner, module.function, again.function = Owner, function, function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "theirs", module)
+    monkeypatch.setitem(sys.modules, "theirs_again", again)
+    return module
+
+
+def patch(name: str, **options: Any) -> Patch:
+    wrapper = options.pop("wrapper", noted)
+    return Patch("numpy", options.pop("module", "theirs"), name, wrapper=wrapper, why="", **options)
+
+
+def test_a_function_is_wrapped_once_wherever_it_is(theirs: types.ModuleType):
+    table = (patch("function", also=("theirs_again",)), patch("Owner.method", wrapper=method_noted))
+    for _ in range(3):
+        patches.install(table)
+    assert theirs.function(1) == ["noted", 3] and sys.modules["theirs_again"].function(1) == ["noted", 3]
+    assert theirs.Owner().method(number=1) == ["Owner", 2]
+    patches.install((patch("function", wrapper=lambda original, number: original(number) * 10),))
+    assert theirs.function(1) == 30
+
+
+def test_a_class_method_is_one_still(theirs: types.ModuleType):
+    patches.install((patch("Owner.made", wrapper=lambda original, cls, number: (cls, original(number))),))
+    assert theirs.Owner.made(3) == (theirs.Owner, ("Owner", 3))
+
+
+def test_a_function_that_moved_to_another_of_its_modules_is_found(theirs: types.ModuleType):
+    del theirs.function
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patches.install((patch("function", also=("theirs_again",)),))
+    assert sys.modules["theirs_again"].function(1) == ["noted", 3]
+
+
+def test_what_cannot_be_done_without_is_named(theirs: types.ModuleType):
+    with pytest.raises(ImportError, match=r"relies on theirs\.Owner\.gone, which numpy .* does not have"):
+        patches.install((patch("function"), patch("Owner.gone")))
+    assert theirs.function(1) == 3, "nothing was wrapped"
+    with pytest.raises(ImportError, match=r"relies on the parameter .other. of theirs\.function"):
+        patches.install((patch("function", parameters=("other",)),))
+
+
+def test_what_can_be_done_without_is_warned_of(theirs: types.ModuleType):
+    with pytest.warns(UserWarning, match=r"theirs\.gone, which numpy .* does not have.*not work here: no hats") as said:
+        patches.install((patch("gone", without="there are no hats"), patch("function")))
+    assert len(said) == 1 and theirs.function(1) == ["noted", 3]
+
+
+def test_every_line_says_why():
+    table = patches.patches()
+    names = [(line.module, line.name) for line in table]
+    assert len(set(names)) == len(names) and all(line.why for line in table)
+    assert len(wrapped()) == len(table), "what is wrapped is in the table"
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, which finds the package that is under test."""
+    root = Path(hf_erasure.__file__).parents[1]
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=root)
+
+
+def test_renamed_methods_of_trainer_leave_the_rest_at_work():
+    """Its private ones, of which another release may have others, and of which an import must not fail."""
+    done = run(
+        """
+import sys, warnings
+from transformers import Trainer
+for name in ("_load_best_model", "_push_from_checkpoint", "_save"):
+    setattr(Trainer, f"{name}_anew", getattr(Trainer, name))
+    delattr(Trainer, name)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import hf_erasure
+for warning in said:
+    if "hf_erasure wraps" in str(warning.message):
+        print(warning.message)
+import peft
+from peft import PeftModel
+del PeftModel.from_pretrained
+try:
+    hf_erasure.patches.install()
+except ImportError as error:
+    print(error)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    named = [line.partition("Trainer.")[2].partition(",")[0] for line in lines]
+    assert sorted(named) == ["_load_best_model", "_push_from_checkpoint", "_save"], done.stdout
+    assert all("does not have. What does not work here: " in line for line in lines)
+    assert last.startswith("hf_erasure relies on peft.peft_model.PeftModel.from_pretrained, which peft"), last
