@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType, register_peft_method
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]
 
     Idempotent; the classes of a reloaded module take the places of their former selves.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
     peft_type = PeftType(name.upper())
     if peft_type in PEFT_TYPE_TO_TUNER_MAPPING and hasattr(peft_type, _MARK):
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -77,20 +79,17 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
             module.check_values(adapter_name)
     _check_whole(own, config, adapter_name, base)
     _check_copies(copies, config, base)
-    nowhere = next((name for name, tensor in (own | copies).items() if tensor.device.type == "meta"), None)
-    if nowhere is not None:
-        raise ValueError(
-            f"The {config.described} cannot be saved: {nowhere!r} is on the meta device and has no values. Load the "
-            "adapter again, into a model that has its weights."
-        )
-    infinite = next(
-        (n for n, t in (own | copies).items() if t.is_floating_point() and not bool(t.isfinite().all())), None
-    )
-    if infinite is not None:
-        raise ValueError(
-            f"The {config.described} cannot be saved: {infinite!r} has values that are not finite, and could not be "
-            "loaded again. Nothing was written. Load the adapter again, or look at the state_dict that was given."
-        )
+    for name, tensor in (own | copies).items():
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"The {config.described} cannot be saved: {name!r} is on the meta device and has no values. Load the "
+                "adapter again, into a model that has its weights."
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"The {config.described} cannot be saved: {name!r} has values that are not finite, and could not be "
+                "loaded again. Nothing was written. Load the adapter again, or look at the state_dict that was given."
+            )
     return own | copies
 
 
@@ -240,7 +239,11 @@ def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: If the weights of the model would be written, among them tensors of an adapter that nothing reads.
     """
-    lost = [place for place in adapters_in(model, ChildConfig) if not _is_saved(model, place)]
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    saved = base if base is not model or getattr(model, "_hf_peft_config_loaded", False) else None
+    if all(m is saved or isinstance(m, BaseTuner) or "peft_config" not in vars(m) for m in model.modules()):
+        return
+    lost = [place for place in adapters_in(model, ChildConfig) if place.owner is not saved]
     if not lost or (state_dict is not None and not any(is_child(key) for key in state_dict)):
         return
     first = lost[0]
@@ -275,8 +278,3 @@ def _refuse_foreign(model: Any, lost: list[Found[ChildConfig]], keep: str) -> No
             f"{as_attribute(lost[0].path)}, and {own} is off. {keep}. Call model.set_adapter({own}) before saving this "
             "model with its own."
         )
-
-
-def _is_saved(model: Any, place: Found[ChildConfig]) -> bool:
-    """Whether `save_pretrained` of the model takes an adapter for one of its own."""
-    return place.holder is model and (model is not place.owner or getattr(model, "_hf_peft_config_loaded", False))

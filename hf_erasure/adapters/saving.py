@@ -50,14 +50,14 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from .common.acting import users_level
 from .common.config import ChildConfig
 from .common.files import CARD, COMMIT, CONFIG, STAGING
+from .common.layer import child_configs
 from .loading.file_checks import read_config
 from .saved_tensors import own_tensors, refuse_embeddings, refuse_loss
 
 # What is to be committed is in this folder of a staging; a file beside it is locked by its writer while that lives.
 _CONTENT, _ALIVE = "content", ".lock"
 
-OnStaged = Callable[[Path, Any, str], None]
-ON_STAGED: list[OnStaged] = []
+ON_STAGED: list[Callable[[Path, Any, str], None]] = []
 # Where a save goes that pushes too, while it pushes: what is uploaded lies in another folder.
 PUSHED_FROM: ContextVar[Path | None] = ContextVar("pushed_from", default=None)
 
@@ -101,7 +101,9 @@ def finish(folder: str | Path) -> None:
                 raise ValueError(f"{str(commit)!r} is no folder that a save has left: delete it.")
             # The configuration first: with it the folder is found to be an adapter's, and the rest is moved then.
             for file in sorted(commit.iterdir(), key=lambda path: (path.name != CONFIG, path.name)):
-                _move(file, folder / file.name)
+                if not stat.S_ISREG(file.lstat().st_mode):
+                    raise ValueError(f"{str(file)!r} is no file that a save has left: delete {str(commit)!r}.")
+                os.replace(file, folder / file.name)  # a link in its place is replaced, not written to
             commit.rmdir()
         except FileNotFoundError:
             continue  # another process is finishing it too
@@ -118,7 +120,9 @@ def _commit(content: Path, folder: Path) -> None:
     """Bring everything to disk, then let folder after folder take its place."""
     places = [path for path in content.rglob("*") if path.is_dir()]
     for place in places:
-        _refuse_link(folder / place.relative_to(content))
+        target = folder / place.relative_to(content)
+        if target.is_symlink():
+            raise ValueError(f"{str(target)!r} is a link to another place: delete it, or save into another folder.")
     for file in (path for path in content.rglob("*") if path.is_file()):
         _sync(file)
     # The deepest first, the folder itself last: it has the card of the whole.
@@ -148,18 +152,6 @@ def _commit_one(content: Path, folder: Path) -> None:
 def _is_another(error: OSError) -> bool:
     """Whether a folder could not be renamed or removed because another save is being committed there."""
     return error.errno in (errno.ENOTEMPTY, errno.EEXIST) or (os.name == "nt" and isinstance(error, PermissionError))
-
-
-def _move(file: Path, target: Path) -> None:
-    """Move one file to its place; a link stays what it is, and what is in its place is replaced, not written to."""
-    if not stat.S_ISREG(file.lstat().st_mode):
-        raise ValueError(f"{str(file)!r} is no file that a save has left: delete {str(file.parent)!r}.")
-    os.replace(file, target)
-
-
-def _refuse_link(folder: Path) -> None:
-    if folder.is_symlink():
-        raise ValueError(f"{str(folder)!r} is a link to another place: delete it, or save into another folder.")
 
 
 def _sync(path: Path) -> None:
@@ -270,10 +262,14 @@ def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Non
     given = call.arguments
     folder = Path(given["save_directory"])
     refuse_loss(model, given.get("state_dict"))
-    ours = _active_of_ours(model)
-    if not ours and getattr(model, "_hf_peft_config_loaded", False) and _writes(model, given):
+    is_adapter = getattr(model, "_hf_peft_config_loaded", False)
+    configs = child_configs(model) if is_adapter else {}
+    ours = [name for name in model.active_adapters() if name in configs] if configs else []  # several are refused
+    decide = getattr(model, "should_save_on_this_rank", bool)
+    writes = decide(given.get("is_main_process", True))
+    if is_adapter and not ours and writes:
         _warn_of_replaced(folder)
-    if not ours or folder.is_file() or not _writes(model, given):
+    if not ours or folder.is_file() or not writes:
         return original(*args, **kwargs)
     _check_wishes(given)
     push = given.pop("push_to_hub", False)
@@ -305,25 +301,14 @@ def _save_to(folder: Path, model: Any, places: dict[str, str], state_dict: Mappi
     with staged(folder) as content:
         yield content
         for place in {"", *places.values()}:
-            _bring_card(folder / place, content / place)
+            # The card that is there already is to be updated, in the place of the one that PEFT has just written.
+            card, staged_card = folder / place / CARD, content / place / CARD
+            staged_card.unlink(missing_ok=True)
+            if card.is_file() and not card.is_symlink():
+                shutil.copyfile(card, staged_card)
         for name, place in places.items():
             for write in ON_STAGED:
                 write(content / place, model, name)
-
-
-def _active_of_ours(model: Any) -> list[str]:
-    """The active adapters of a transformers model that are ours; transformers itself refuses several."""
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return []
-    configs = getattr(model, "peft_config", None) or {}
-    return [name for name in model.active_adapters() if isinstance(configs.get(name), ChildConfig)]
-
-
-def _writes(model: Any, given: dict[str, Any]) -> bool:
-    """Whether this process is the one that writes."""
-    is_main = given.get("is_main_process", True)
-    decide = getattr(model, "should_save_on_this_rank", None)
-    return bool(is_main if decide is None else decide(is_main))
 
 
 def _check_wishes(given: dict[str, Any]) -> None:
@@ -368,10 +353,3 @@ def _warn_of_replaced(place: Path) -> None:
             "folder of its own.",
             stacklevel=users_level(),
         )
-
-
-def _bring_card(place: Path, content: Path) -> None:
-    """A card that is there already is to be updated, and takes the place of the one that PEFT has just written."""
-    (content / CARD).unlink(missing_ok=True)
-    if (place / CARD).is_file() and not (place / CARD).is_symlink():
-        shutil.copyfile(place / CARD, content / CARD)

@@ -34,14 +34,15 @@ _MODEL_FILES = ("config.json", CONFIG)
 
 def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
     """Write the card of an adapter that is about to be saved, and of the folder with several; see `ON_STAGED`."""
-    known = _told_by(model)
-    _kept_quiet(folder, lambda: write_card(folder, redraw=True, **known))
-    root = root_of(folder)
+    known, root = _told_by(model), root_of(folder)
+    _kept_quiet(folder, lambda: write_card(folder, model.peft_config[adapter_name], redraw=True, **known))
+    if root == folder:
+        return
     target = target_of(root)
-    # Of another method's adapter that lies there, PEFT has written the card.
+    # The card of another method's adapter that lies there is not ours to write.
     is_ours = next(own_adapters(root), None) is not None
     is_free = holds_adapters_only(target) or not any((target / name).exists() for name in _MODEL_FILES)
-    if root != folder and is_ours and is_free:
+    if is_ours and is_free:
         _kept_quiet(root, lambda: write_card(root, beside=target, **known))
 
 

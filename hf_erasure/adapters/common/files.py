@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,24 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 CARD = "README.md"
 COMMIT = ".hf-erasure-commit"
 STAGING = ".hf-erasure-saving-"
+# Why the files of the adapter that is being loaded could not be looked at; the adapter is refused then.
+UNSEEN: ContextVar[str | None] = ContextVar("unseen", default=None)
 
 
 def target_of(folder: str | Path) -> Path:
     """Where a staged folder, or something in it, will lie; the folder itself where it is not staged."""
-    parts = Path(folder).parts
-    for index, part in enumerate(parts):
-        if part.startswith(STAGING):
-            return Path(*parts[:index], *parts[index + 2 :])
-    return Path(folder)
+    parts, at = Path(folder).parts, _staged_at(folder)
+    return Path(folder) if at is None else Path(*parts[:at], *parts[at + 2 :])
 
 
 def root_of(folder: str | Path) -> Path:
     """The staged form of the folder that is saved to, of which an adapter's staged folder may be a part."""
-    parts = Path(folder).parts
-    for index, part in enumerate(parts):
-        if part.startswith(STAGING):
-            return Path(*parts[: index + 2])
-    return Path(folder)
+    at = _staged_at(folder)
+    return Path(folder) if at is None else Path(*Path(folder).parts[: at + 2])
+
+
+def _staged_at(folder: str | Path) -> int | None:
+    return next((at for at, part in enumerate(Path(folder).parts) if part.startswith(STAGING)), None)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:

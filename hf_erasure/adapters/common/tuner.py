@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..loading.file_checks import refuse_unseen
 from ..loading.fingerprint import check_base
 from ..loading.key_renaming import rename_fitted, renaming
 from .acting import ActiveCopies
 from .config import ChildConfig, as_names, check_patterns
+from .files import UNSEEN
 from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
 from .placement import enter_in_device_map
 from .rollback import note_adapters, undone_on_failure, wrapped_modules
@@ -70,7 +70,10 @@ class ChildTuner(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
         copies = ActiveCopies(model)
         _check_name(adapter_name, model)
-        refuse_unseen()
+        if UNSEEN.get() is not None:
+            raise ValueError(
+                f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
+            )
         _check_lists(config, model)
         check_patterns(config, (path for path, _ in model.named_modules()))
         if config.fitted:

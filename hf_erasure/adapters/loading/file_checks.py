@@ -13,8 +13,7 @@ import os
 import stat
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..common.config import ChildConfig, short
-from ..common.files import CONFIG, PICKLE, PREFIX, WEIGHTS
+from ..common.files import CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
 from .key_renaming import prefix_of, rename_tensors
 
 # A configuration that names ten thousand weights, each with samples of its values, takes a few of these.
@@ -36,9 +35,6 @@ MAX_CONFIG_BYTES = 16 * 2**20
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
 # Bytes. How much of a smaller file is on disk does not matter.
 _SMALL = 2**28
-
-# Why the adapter that is being loaded could not be looked at; its injection is refused then.
-_unseen: ContextVar[str | None] = ContextVar("_unseen", default=None)
 
 
 @dataclass(frozen=True)
@@ -156,20 +152,13 @@ def with_what_was_fitted(config: ChildConfig, source: Source) -> ChildConfig:
     return config
 
 
-def refuse_unseen() -> None:
-    """Raise a `ValueError` if an adapter is about to be injected whose files could not be looked at."""
-    reason = _unseen.get()
-    if reason is not None:
-        raise ValueError(f"The adapter's files could not be checked before they are loaded ({reason}): try again.")
-
-
 @contextmanager
 def _not_seen(reason: str | None) -> Iterator[None]:
-    token = _unseen.set(reason)
+    token = UNSEEN.set(reason)
     try:
         yield
     finally:
-        _unseen.reset(token)
+        UNSEEN.reset(token)
 
 
 # ---- the configuration -----------------------------------------------------------------------------------------------
@@ -387,16 +376,13 @@ def _check_link(file: Path, source: Source) -> None:
         raise ValueError(f"{str(file)!r} is a link to a place outside of its folder: put the file itself there.")
 
 
-def _stamps(*files: Path | None) -> list[tuple[int, ...] | None]:
-    """What changes when files are replaced or written to; None for one that is gone."""
-    found: list[tuple[int, ...] | None] = []
+def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
+    """What changes when files are replaced, written to, or gone."""
+    found: list[tuple[int, ...]] = []
     for file in files:
         if file is not None:
-            try:
+            with suppress(OSError):
                 state = file.stat()
-            except OSError:
-                found.append(None)
-            else:
                 found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
     return found
 

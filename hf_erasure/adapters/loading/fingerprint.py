@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..common.acting import users_level
 from ..common.config import ChildConfig, fits, short
 from ..common.placement import dequantised, is_quantised, is_sharded, shared_weights, value_of, why_not_reachable
 from .key_renaming import absent, prefix_of
@@ -40,6 +41,8 @@ RELATED_QUANTISED = 0.5
 ROUNDED = 0.97
 # One matrix that is another's, among others that are the same; of fewer values chance alone may say so.
 ENOUGH_OF_ONE, RELATED_ONE = 16, 0.5
+# New rows that differ from others by at most this share of the spread of the weight: both are the mean of the old ones.
+_NEARLY = 1e-2
 ANY_BASE = "HF_ERASURE_ANY_BASE"
 
 
@@ -97,7 +100,7 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             "is the same base cannot be checked.",
             stacklevel=2,
         )
-    pairs, unread, of_tokens = [], [], token_weights(model)
+    pairs, unread, of_tokens = [], [], _token_weights(model)
     for name, sample in kept.items():
         _check_sample(name, sample)
         weight, dtype = _weight(model, name)
@@ -110,7 +113,7 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             _check_shape(name, shape, sample["shape"], config, is_resized)
             if not is_resized:
                 continue
-        size = row_size(shape)
+        size = max(1, math.prod(shape[1:]))  # of a row
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         kept_values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
@@ -119,7 +122,8 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.seen):
             pairs.append(pair)
-    _say_unread(unread, len(kept), config)
+    if unread:
+        _say_unread(unread, len(kept), config)
     _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
     _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
 
@@ -218,42 +222,47 @@ def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConf
         )
     if is_resized:
         return
-    told = f"where {name!r} has shape {kept}; here it has {shape}"
-    if config.has_size_of(name, kept) or not _any_base():
-        raise ValueError(
-            f"The {config.described} was fitted on {fitted_on}, {told}. Load it into the model it was fitted on."
-        )
-    warnings.warn(
-        f"The {config.described} was fitted on {fitted_on}, {told}. It is loaded all the same, since {ANY_BASE} is "
-        "set.",
-        stacklevel=4,
-    )
+    told = f"The {config.described} was fitted on {fitted_on}, where {name!r} has shape {kept}; here it has {shape}"
+    remedy = "Load it into the model it was fitted on."
+    if config.has_size_of(name, kept):
+        raise ValueError(f"{told}. {remedy}")
+    _refuse_another_base(told, remedy)
+
+
+def _refuse_another_base(told: str, remedy: str) -> None:
+    """Raise a `ValueError`, or warn where the environment says that the adapter is to be loaded all the same."""
+    if os.environ.get(ANY_BASE, "").lower() not in ("1", "true", "yes", "on"):
+        raise ValueError(f"{told}. {remedy} To load it all the same, set the environment variable {ANY_BASE}=1.")
+    warnings.warn(f"{told}. It is loaded all the same, since {ANY_BASE} is set.", stacklevel=users_level())
 
 
 def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
-    """The values of rows that were not made anew, since tokens were added, where the adapter was fitted or here."""
-    spread = float(pair.kept.std(correction=0)) or 1.0
-    first = first_new_row(rows, pair.differ(), (pair.seen - pair.kept) / spread)
-    if first is None:
+    """The values of rows that were not made anew, since tokens were added, where the adapter was fitted or here.
+
+    They were where all values before some row are the same, and after it all differ, or by next to nothing.
+
+    Args:
+        pair: Of a weight with a row for each token.
+        rows: `(n,)`, the row of each sampled value.
+        last_changed: The last row that the adapter changes.
+        config: The adapter's.
+    """
+    differ = pair.differ()
+    if not bool(differ.any()):
+        return pair
+    first = int(rows[differ].min())
+    new, change = rows >= first, (pair.seen - pair.kept) / (float(pair.kept.std(correction=0)) or 1.0)
+    if bool(new.all()) or not (bool(differ[new].all()) or bool((change[new].abs() <= _NEARLY).all())):
         return pair
     if config.has_size_of(pair.name, []) and last_changed >= first:
-        told = (
+        _refuse_another_base(
             f"The {config.described} changes rows of added tokens: those of {pair.name!r} from row {first} or before "
             f"are not those it was fitted on ({_fitted_on(config)}), since resize_token_embeddings makes new rows anew "
-            "each time"
+            "each time",
+            "Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter into that "
+            "one.",
         )
-        if not _any_base():
-            raise ValueError(
-                f"{told}. Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter "
-                f"into that one. To load it all the same, set the environment variable {ANY_BASE}=1."
-            )
-        warnings.warn(f"{told}: it is loaded all the same, since {ANY_BASE} is set.", stacklevel=4)
-    old = rows < first
-    return _Pair(pair.name, pair.seen[old], pair.kept[old], pair.dtypes, pair.is_matrix)
-
-
-def _any_base() -> bool:
-    return os.environ.get(ANY_BASE, "").lower() in ("1", "true", "yes", "on")
+    return _Pair(pair.name, pair.seen[~new], pair.kept[~new], pair.dtypes, pair.is_matrix)
 
 
 def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
@@ -265,31 +274,22 @@ def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
         return  # what a quantiser has rounded off cannot be told from further training
     worst = min(changed, key=_one)
     is_another = worst.is_matrix and worst.seen.numel() >= ENOUGH_OF_ONE and not _one(worst) >= RELATED_ONE
-    if all(bool(pair.seen.isfinite().all()) for pair in changed):
-        is_another = is_another or correlation < related
-    else:
-        is_another = True
+    is_finite = all(bool(pair.seen.isfinite().all()) for pair in changed)
+    is_another = is_another or not is_finite or correlation < related
     told = (
         f"sampled weights correlate by {correlation:.4f} and have moved by {drift:.1%} of their spread, most at "
         f"{worst.name!r}, by {_one(worst):.2f}"
     )
-    if is_another and not _any_base():
-        raise ValueError(
-            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told}). Load the "
-            f"adapter into its own base, or fit it on this one. To load it all the same, set the environment variable "
-            f"{ANY_BASE}=1."
-        )
     if is_another:
-        warnings.warn(
-            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told}): it is "
-            f"loaded all the same, since {ANY_BASE} is set.",
-            stacklevel=3,
+        _refuse_another_base(
+            f"The {config.described} was fitted on {_fitted_on(config)}, and this is another model ({told})",
+            "Load the adapter into its own base, or fit it on this one.",
         )
         return
     warnings.warn(
         f"The base model has been trained further since the {config.described} was fitted ({told}). It was made for "
         "the old weights: fit the adapter again.",
-        stacklevel=3,
+        stacklevel=users_level(),
     )
 
 
@@ -318,20 +318,14 @@ def _check_sample(name: str, sample: Any) -> None:
 
 
 def _say_unread(unread: list[str], total: int, config: ChildConfig) -> None:
-    if not unread:
-        return
-    fitted_on = _fitted_on(config)
-    if len(unread) == total:
-        said = (
-            f"Whether this is the base that the {config.described} was fitted on ({fitted_on}) could not be checked: "
-            f"none of the {total} weights to compare, {unread[0]!r} among them, can be read here"
-        )
-    else:
-        said = (
-            f"Whether this is the base that the {config.described} was fitted on ({fitted_on}) was checked in part: "
-            f"{len(unread)} of the {total} weights to compare, {unread[0]!r} among them, cannot be read here"
-        )
-    warnings.warn(f"{said}, since they are offloaded, sharded, or packed by a quantiser.", stacklevel=3)
+    is_all = len(unread) == total
+    checked = "could not be checked: none" if is_all else f"was checked in part: {len(unread)}"
+    warnings.warn(
+        f"Whether this is the base that the {config.described} was fitted on ({_fitted_on(config)}) {checked} of the "
+        f"{total} weights to compare, {unread[0]!r} among them, {'can' if is_all else 'cannot'} be read here, since "
+        "they are offloaded, sharded, or packed by a quantiser.",
+        stacklevel=users_level(),
+    )
 
 
 def _fitted_on(config: ChildConfig) -> str:
@@ -441,11 +435,7 @@ def _hint(model: nn.Module, config: ChildConfig, missing: list[str]) -> str:
     return " Load it into the model it was fitted on."
 
 
-# New rows that differ from others by at most this share of the spread of the weight: both are the mean of the old ones.
-_NEARLY = 1e-2
-
-
-def token_weights(model: nn.Module) -> set[str]:
+def _token_weights(model: nn.Module) -> set[str]:
     """The names of the weights with a row for each token; none of a model without tokens."""
     layers: list[Any] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -465,27 +455,3 @@ def token_weights(model: nn.Module) -> set[str]:
         if id(parameter) in own or is_another:
             found.add(name.replace(".base_layer.", "."))
     return found
-
-
-def first_new_row(rows: Tensor, differ: Tensor, change: Tensor) -> int | None:
-    """The row from which on two weights differ since their rows were made anew; None where that is not the reason.
-
-    All rows before it are the same, and after it all differ, or by next to nothing.
-
-    Args:
-        rows: `(n,)`, the row of each sampled value.
-        differ: `(n,)` bool.
-        change: `(n,)`, the difference of the values in units of the weight's spread.
-    """
-    if not bool(differ.any()):
-        return None
-    first = int(rows[differ].min())
-    later = rows >= first
-    if bool(later.all()) or not (bool(differ[later].all()) or bool((change[later].abs() <= _NEARLY).all())):
-        return None
-    return first
-
-
-def row_size(shape: list[int]) -> int:
-    """How many values a row of a weight has."""
-    return max(1, int(torch.Size(shape[1:]).numel()))

@@ -7,6 +7,7 @@ it uses them. The three functions here are called in the place of theirs, call t
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -21,7 +22,7 @@ from transformers.integrations import peft as integration
 
 from ..common.acting import all_configs, keys_of_own_copies, naming_what_goes_off
 from ..common.config import ChildConfig
-from ..common.files import PREFIX, WEIGHTS
+from ..common.files import COMMIT, PREFIX, WEIGHTS
 from ..common.fitted_with import comparing_with_fitting
 from ..common.layer import adapter_children, outside_inference_mode
 from ..common.placement import device_map_of_offloaded, left_in_place
@@ -150,7 +151,8 @@ def _loading(
             stack.enter_context(outside_inference_mode() if wanted else nullcontext())
             yield None, wanted, wanted is not None
             return
-        finish(source.folder)
+        if os.path.lexists(source.folder / COMMIT):
+            finish(source.folder)
         wanted = wanted and with_what_was_fitted(wanted, source)
         place, is_ours = stack.enter_context(looked_at(model, source, wanted or config, pickled=pickled))
         stack.enter_context(outside_inference_mode() if is_ours else nullcontext())
