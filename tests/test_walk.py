@@ -17,8 +17,8 @@ LIMITS = {
     "forward with erasure": (4, 13),
     "save_pretrained": (17, 89),
     "load_adapter": (16, 126),
-    "GradiendTrainer.train": (30, 181),
-    "select, 1 × 1": (19, 125),
+    "GradiendTrainer.train": (29, 176),
+    "select, 1 × 1": (19, 122),
     "steer": (7, 19),
     "forward with GRADIEND": (6, 20),
 }

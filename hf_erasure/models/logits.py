@@ -65,8 +65,16 @@ class SlotReader:
         found = torch.empty(len(batch), len(words), device=self.device)
         with evaluating(self.model):
             for group in self._forwards(words):
-                filled = self._with_word(batch, words[group[0]])
-                scores = self.logits(filled).float().log_softmax(-1).view(len(batch), len(words[group[0]]), -1)
+                word = words[group[0]]
+                if batch.template is not None:
+                    filled = batch.template.fill(word)
+                elif len(batch.rows) == len(batch) and len(word) == 1:
+                    filled = batch.filled
+                else:
+                    raise ValueError(
+                        "the batch has no template, so only words of one token fit it; make it with pair_batches"
+                    )
+                scores = self.logits(filled).float().log_softmax(-1).view(len(batch), len(word), -1)
                 for index in group:
                     tokens = torch.tensor(words[index], device=scores.device)
                     chosen = scores.gather(2, tokens.expand(len(batch), -1)[..., None])
@@ -95,13 +103,6 @@ class SlotReader:
             given = len(word) if self.task == "masked" else tuple(word[:-1])
             groups.setdefault(given, []).append(index)
         return list(groups.values())
-
-    def _with_word(self, batch: PairBatch, word: Sequence[int]) -> Filled:
-        if batch.template is not None:
-            return batch.template.fill(word)
-        if len(batch.rows) != len(batch) or len(word) != 1:
-            raise ValueError("the batch has no template, so only words of one token fit it; make it with pair_batches")
-        return batch.filled
 
 
 def _backbone(model: Any) -> nn.Module | None:

@@ -135,7 +135,7 @@ def neutral_batches(
 def _neutral_words(texts: list[NeutralText], layout: Layout, config: Any, generator: random.Random) -> list[EncodedRow]:
     pool = [text.tokens[i] for text in texts for i in text.words]
     if len(set(pool)) < 2:
-        raise PairError("all neutral texts together have fewer than two words that are no feature words; add texts")
+        raise PairError("all neutral texts together have fewer than two words that are not feature words; add texts")
     rows = []
     for number, text in enumerate(texts):
         choices = text.words or text.usable

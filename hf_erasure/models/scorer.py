@@ -109,7 +109,7 @@ class LanguageScorer:
         max_length: Longest row in tokens; by default what the model takes.
 
     Raises:
-        ValueError: If the model is no masked or causal language model, or the tokenizer knows no offsets.
+        ValueError: If the model is not a masked or causal language model, or the tokenizer knows no offsets.
 
     Attributes:
         task: `"masked"` or `"causal"`.

@@ -108,7 +108,7 @@ class Layout:
         )
         if task == "masked":
             if tokenizer.mask_token_id is None:
-                raise PairError("the tokenizer has no mask token, so it is no tokenizer of a masked language model")
+                raise PairError("the tokenizer has no mask token, so it is not one of a masked language model")
             return replace(layout, hole=tokenizer.mask_token_id)
         return _seq2seq(layout, tokenizer, config) if task == "seq2seq" else layout
 

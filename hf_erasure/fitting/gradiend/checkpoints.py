@@ -182,7 +182,7 @@ class Progress:
         folder = Path(str(checkpoint))
         for name in (STATE, TRAINER_STATE):
             if not (folder / name).exists():
-                raise ValueError(f"{str(folder)!r} is no whole checkpoint of a GradiendTrainer: it has no {name}.")
+                raise ValueError(f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer: it has no {name}.")
         return folder
 
     def _read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

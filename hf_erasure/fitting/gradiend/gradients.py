@@ -229,7 +229,7 @@ class GradientReader(SlotReader):
 def _check_kinds(kinds: Sequence[str]) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise ValueError(f"{unknown[0] if unknown else 'nothing'!r} is no kind of gradient; write one of {KINDS}")
+        raise ValueError(f"{unknown[0] if unknown else 'nothing'!r} is not a kind of gradient; write one of {KINDS}")
 
 
 def _check_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -239,7 +239,7 @@ def _check_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) 
     seen: dict[int, str] = {}
     for name, parameter in parameters.items():
         if id(parameter) not in own:
-            raise ValueError(f"{name} is no parameter of the model; take the targets from model.named_parameters()")
+            raise ValueError(f"{name} is not a parameter of the model; take the targets from model.named_parameters()")
         if id(parameter) in seen:
             raise ValueError(f"{name} is the same parameter as {seen[id(parameter)]}; name a tied weight once")
         if parameter.device.type == "meta":

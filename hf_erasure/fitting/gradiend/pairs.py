@@ -361,7 +361,7 @@ def _label_reader(
             raise pair.fault(f"a classifier has no slot; write the word itself instead of {SLOT}")
         for name in (pair.factual, pair.counterfactual):
             if name not in ids:
-                raise pair.fault(f"{name!r} is no label of the model; write one of {list(ids)}")
+                raise pair.fault(f"{name!r} is not a label of the model; write one of {list(ids)}")
         slot = Slot([*lead, *texts[number], *trail], [])
         return EncodedRow(slot, [ids[pair.factual]], [ids[pair.counterfactual]], pair.label, pair.other)
 

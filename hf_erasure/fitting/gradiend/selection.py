@@ -91,12 +91,6 @@ class ClassWords:
         """The words of all classes, each once."""
         return list(dict.fromkeys(word for words in self.words.values() for word in words))
 
-    def tokens(self, tokenizer: Any, task: str, config: Any) -> list[list[int]]:
-        """The token ids of `all`, in running text; the label ids for classification."""
-        if task == "classification":
-            return [[config.label2id[word]] for word in self.all]
-        return word_tokens(tokenizer, self.all)
-
     def scores(self, pairs: PairSet, tokenizer: Any, config: Any, batch_size: int) -> Callable[[SlotReader], Tensor]:
         """What gives `(texts, classes)`: the probability that the slot of a text holds a word of the class.
 
@@ -112,8 +106,11 @@ class ClassWords:
         Raises:
             PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
         """
-        tokens = map(tuple, self.tokens(tokenizer, pairs.layout.task, config))
-        of_word = dict(zip(self.all, tokens, strict=True))
+        if pairs.layout.task == "classification":
+            tokens = [[config.label2id[word]] for word in self.all]
+        else:
+            tokens = word_tokens(tokenizer, self.all)
+        of_word = {word: tuple(own) for word, own in zip(self.all, tokens, strict=True)}
         words = [{of_word[word] for word in own} for own in self.words.values()]
         owners = {word: [i for i, own in enumerate(words) if of_word[word] in own] for word in self.all}
         several = [word for word in self.all if len(owners[word]) > 1]
@@ -150,7 +147,10 @@ def class_words(datasets: Iterable[Dataset], classes: Sequence[str]) -> ClassWor
     found: dict[str, dict[str, None]] = {label: {} for label in classes}
     for dataset in datasets:
         labels = _names(dataset, "label")
-        others = _others(dataset, labels, classes)
+        if "counterfactual_label" in dataset.column_names:
+            others = _names(dataset, "counterfactual_label")
+        else:
+            others = [classes[1 - list(classes).index(label)] for label in labels]
         for column, owners in (("factual", labels), ("counterfactual", others)):
             for word, owner in zip(dataset[column], owners, strict=True):
                 found[owner].setdefault(word.strip())
@@ -172,12 +172,6 @@ def _checked(readings: list[Reading], classes: Sequence[str], said: str) -> list
 def _names(dataset: Dataset, column: str) -> list[str]:
     feature = dataset.features[column]
     return [feature.int2str(v) if isinstance(v, int) and hasattr(feature, "int2str") else v for v in dataset[column]]
-
-
-def _others(dataset: Dataset, labels: list[str], classes: Sequence[str]) -> list[str]:
-    if "counterfactual_label" in dataset.column_names:
-        return _names(dataset, "counterfactual_label")
-    return [classes[1 - list(classes).index(label)] for label in labels]
 
 
 # ---- the grid -------------------------------------------------------------------------------------------------------

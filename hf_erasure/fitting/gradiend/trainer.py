@@ -198,7 +198,7 @@ class GradiendTrainer:
             "task": self.task,
             "examples": len(pairs.dataset),
             "data": origin_of(pairs.dataset, "the columns factual, counterfactual and label"),
-            # Without data to evaluate on there is no correlation; NaN is no JSON.
+            # Without data to evaluate on there is no correlation; NaN is not JSON.
             "correlation": {
                 f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
             },
@@ -242,8 +242,8 @@ class GradiendTrainer:
             raise ValueError("GradiendTrainer has no eval_dataset: give one to evaluate(), of pairs not trained on.")
         results: dict[str, float] = {}
         for name, dataset in sets.items():
-            self._figures_on(dataset)
             figures = together(self.encode(dataset, neutral_dataset))
+            self._figures_on(dataset)
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             results |= {f"{prefix}_{key}": value for key, value in figures.items()}
             if len(sets) == 1:
@@ -345,9 +345,12 @@ class GradiendTrainer:
 
     def _figures_on(self, dataset: Dataset) -> str:
         """What figures on a data set of pairs are on, in words; warns where it has rows that were learned from."""
-        names = ("text", "factual", "counterfactual")
-        learned = set() if self.train_dataset is None else {_row_hash(row, names) for row in self.train_dataset}
-        fitted = sum(_row_hash(row, names) in learned for row in dataset)
+        measured, learned = (
+            [] if rows is None else list(zip(rows["text"], rows["factual"], rows["counterfactual"], strict=True))
+            for rows in (dataset, self.train_dataset)
+        )
+        known = set(learned)
+        fitted = sum(row in known for row in measured)
         if fitted:
             warnings.warn(
                 f"{fitted} of the {len(dataset)} pairs measured on are pairs of train_dataset: the figures are "
@@ -436,12 +439,8 @@ class GradiendTrainer:
         feature = self.train_dataset.features["label"]
         names = feature.names if isinstance(feature, ClassLabel) else sorted(set(self.train_dataset["label"]))
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"The labels {names} are no names of classes: write GradiendConfig(classes=[…]).")
+            raise ValueError(f"The labels {names} are not names of classes: write GradiendConfig(classes=[…]).")
         return list(names)
-
-
-def _row_hash(row: dict[str, Any], names: Sequence[str]) -> int:
-    return hash(tuple(row.get(name) for name in names))
 
 
 def _require_dataset(name: str, dataset: Any) -> None:

@@ -498,8 +498,8 @@ def test_targets_that_cannot_be_used() -> None:
     model = model_of("bert")
     with pytest.raises(ValueError, match="no parameter is targeted"):
         GradientReader(model, {})
-    with pytest.raises(ValueError, match="mine is no parameter of the model"):
+    with pytest.raises(ValueError, match="mine is not a parameter of the model"):
         GradientReader(model, {"mine": nn.Parameter(torch.zeros(2))})
-    with pytest.raises(ValueError, match="'both' is no kind of gradient"):
+    with pytest.raises(ValueError, match="'both' is not a kind of gradient"):
         GradientReader(model, targets(model)).gradients(batches_of("bert", model)[0], ("both",))
     assert len(TEXTS) == len(batches_of("bert", model)[0])

@@ -278,7 +278,7 @@ def test_faults_of_a_classifiers_rows() -> None:
     check("bert_classifier", *good)
     with pytest.raises(PairError, match=r"row 6 .*a classifier has no slot"):
         check("bert_classifier", *good, {**good[0], "text": TEXTS[0]})
-    with pytest.raises(PairError, match=r"row 6 .*'boy' is no label of the model; write one of \['woman', 'man'\]"):
+    with pytest.raises(PairError, match=r"row 6 .*'boy' is not a label of the model; write one of \['woman', 'man'\]"):
         check("bert_classifier", *good, {**good[0], "factual": "boy"})
     with pytest.raises(PairError, match=r"label2id; pass config=model\.config"):
         check_pairs(pairs("bert_classifier"), CLASSES, tokenizer_of("bert"), "classification")

@@ -606,7 +606,7 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path):
         state.write_bytes(state.read_bytes()[:100])
     else:
         (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-4' is damaged|checkpoint-4' is no whole checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint-4' is damaged|checkpoint-4' is not a whole checkpoint"):
         trainer_of(adapted("llama"), "llama", tmp_path, **TRAINED).train(resume_from_checkpoint=True)
 
 
