@@ -44,8 +44,7 @@ class Patch(Internal):
     def why_missing(self) -> str | None:
         """What is not as expected; None when all is, or the function is in another of its modules."""
         missing = super().why_missing()
-        elsewhere = any(hasattr(resolve_name(place), self.name) for place in self.also)
-        return None if elsewhere else missing
+        return None if any(hasattr(_owner(place), self.name) for place in self.also) else missing
 
 
 def patches() -> tuple[Patch, ...]:
@@ -247,9 +246,9 @@ def _warn(internal: Internal, missing: str, without: str) -> None:
 def _wrap(patch: Patch) -> None:
     path, _, name = f"{patch.module}.{patch.name}".rpartition(".")
     for place in (path, *patch.also):
-        owner: Any = resolve_name(place)
-        present = vars(owner).get(name)
-        if present is None:  # not every release has it there
+        owner = _owner(place)
+        present = vars(owner).get(name) if owner is not None else None
+        if present is None:
             continue
         is_classmethod = isinstance(present, classmethod)
         function = present.__func__ if is_classmethod else present
@@ -259,6 +258,14 @@ def _wrap(patch: Patch) -> None:
             continue
         wrapped = _wrapped(function, patch.wrapper, is_method=isinstance(owner, type))
         setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def _owner(place: str) -> Any:
+    """A class or a module; None where a release does not have it."""
+    try:
+        return resolve_name(place)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _wrapped(function: Any, wrapper: Callable[..., Any], *, is_method: bool) -> Callable[..., Any]:

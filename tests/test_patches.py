@@ -72,7 +72,8 @@ def test_a_function_that_moved_to_another_of_its_modules_is_found(theirs: types.
     del theirs.function
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        patches.install((patch("function", also=("theirs_again",)),))
+        patches.install((patch("function", also=("theirs_again", "theirs_never")),))
+        patches.install((patch("function", module="theirs_before", also=("theirs_again",)),))
     assert sys.modules["theirs_again"].function(1) == ["noted", 3]
 
 

@@ -16,7 +16,7 @@ LIMITS = {
     "fit_concept_erasure, one pass": (25, 162),
     "forward with erasure": (4, 13),
     "save_pretrained": (17, 89),
-    "load_adapter": (16, 126),
+    "load_adapter": (16, 125),
     "GradiendTrainer.train": (29, 176),
     "select, 1 × 1": (19, 122),
     "steer": (7, 19),

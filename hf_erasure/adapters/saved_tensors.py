@@ -78,7 +78,8 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
         if isinstance(module, AdapterChild) and adapter_name in module.adapters:
             module.check_values(adapter_name)
     _check_whole(own, config, adapter_name, base)
-    _check_copies(copies, config, base)
+    if config.modules_to_save:
+        _check_copies(copies, config, config.modules_to_save, base)
     for name, tensor in (own | copies).items():
         if tensor.device.type == "meta":
             raise ValueError(
@@ -148,9 +149,9 @@ def _check_whole(own: dict[str, Tensor], config: ChildConfig, adapter_name: str,
         )
 
 
-def _check_copies(copies: dict[str, Tensor], config: ChildConfig, base: nn.Module) -> None:
+def _check_copies(copies: dict[str, Tensor], config: ChildConfig, ends: list[str], base: nn.Module) -> None:
     """Raise if a module that the configuration names has no copy; a name that no module has is nothing to save."""
-    for end in config.modules_to_save or ():
+    for end in ends:
         named = [path for path, _ in base.named_modules() if path.endswith(end) and "modules_to_save" not in path]
         if named and not any(name.startswith(f"{path}.") for path in named for name in copies):
             raise ValueError(

@@ -86,8 +86,9 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             model. The last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
         TypeError: If the fingerprint is none.
     """
-    missing = absent(model, config.fitted_modules)
-    if missing:
+    modules = {name for name, _ in model.named_modules()}
+    if not modules.issuperset(config.fitted_modules):
+        missing = absent(model, config.fitted_modules)
         others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
         raise ValueError(
             f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r}{others}, which this "
