@@ -73,7 +73,7 @@ def whole(
     parts = ("bias-in-bios", "crows-pairs", "seat", "stereoset", "winobias", "tinystories-sample")
     data = small_data(assets, folder / "data", parts)
     out = folder / "out"
-    result = run(story, *adapters, "--data", data, "--output", out, "--limit", 6, "--resamples", 20)
+    result = run(story, *adapters, "--data", data, "--output", out, "--limit", 18, "--resamples", 10)
     assert result.exit_code == 0, result.output
     return Results.read(out), result.stdout, out
 
@@ -354,7 +354,7 @@ def test_whatever_a_measure_or_a_picture_raises_the_others_go_on(
     monkeypatch.setattr(measures.benchmarks, "seat", _raising(error))
     monkeypatch.setattr(running, "embedding", _raising(error))
     monkeypatch.setattr(report.figures, "interval_bars", _raising(error))
-    result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 6, "--resamples", 10)
+    result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 18, "--resamples", 10)
     assert result.exit_code == 0, result.output
     results = Results.read(tmp_path / "out")
     assert results.about["finished"]
@@ -466,7 +466,7 @@ def test_a_bad_row_is_named_in_the_results_and_where_they_are_printed(
     lines = (assets / "data/crows-pairs/crows_pairs_anonymized.csv").read_bytes().splitlines(keepends=True)[:50]
     (few / "crows-pairs" / "crows_pairs_anonymized.csv").write_bytes(b"".join([*lines, b"99,only one\n"]))
     with pytest.warns(UserWarning, match="1 row is left out"):
-        result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 6, "--resamples", 10)
+        result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 40, "--resamples", 10)
     assert result.exit_code == 0, result.output
     results = Results.read(tmp_path / "out")
     assert {"gender_linear", "crows_pairs_gender"} <= set(results.values["base"])

@@ -73,6 +73,14 @@ def test_an_interrupted_fit_continues_and_ends_with_the_same_erasers(
     assert same(whole, resumed)
 
 
+def test_a_float64_model_continues_to_the_bit_too(tmp_path: Path) -> None:
+    batches, whole, resumed = small_batches("bert", 4), with_adapter().double(), with_adapter().double()
+    fit(whole, batches, tmp_path)
+    (tmp_path / "site-0003.safetensors").unlink()
+    fit(resumed, batches, tmp_path)
+    assert same(whole, resumed)
+
+
 def test_finished_sites_are_not_fitted_again(tmp_path: Path) -> None:
     batches = small_batches("bert", 4)
     fit(with_adapter(), batches, tmp_path)
