@@ -59,12 +59,14 @@ class Eraser:
             raise ValueError(
                 f"bias has shape {tuple(self.bias.shape)}: it must be ({self.left.shape[0]},), the width of left."
             )
-        # A copy made outside inference mode may become a buffer that is later changed in place.
+        # A copy made outside inference mode may become a buffer that is later changed in place. It has the strides that
+        # loading gives it: with others, as a solver leaves them, matrix products may sum in another order.
         with torch.inference_mode(False):
             for name in ("left", "right", "bias"):
                 value = getattr(self, name)
                 if value is not None:
-                    object.__setattr__(self, name, value.detach().clone())
+                    copied = value.detach().clone(memory_format=torch.contiguous_format)
+                    object.__setattr__(self, name, copied)
 
     @classmethod
     def fit(

@@ -176,10 +176,7 @@ class SiteFit:
     def parts(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """`left`, `right` and `bias` as the adapter keeps them: a purely linear eraser has a zero bias."""
         bias = self.eraser.left.new_zeros(self.eraser.x_dim) if self.eraser.bias is None else self.eraser.bias
-        parts = (self.eraser.left, self.eraser.right, bias)
-        # In the strides that a file gives them, so that a fit that is continued sums in the same order. `contiguous()`
-        # leaves those of a single column as they are.
-        left, right, bias = (t.to(device, self.dtype).clone(memory_format=torch.contiguous_format) for t in parts)
+        left, right, bias = (t.to(device, self.dtype) for t in (self.eraser.left, self.eraser.right, bias))
         return left, right, bias
 
 
