@@ -100,7 +100,7 @@ def test_the_folder_loads_in_code_that_knows_only_peft(fitted: tuple[Path, str],
     [
         ("modle=x", "modle is not known in a recipe; it has model, concept"),
         ("fit.pol=cls", "fit.pol is not known"),
-        ("fit.pool", "no key=value"),
+        ("fit.pool", "is not key=value"),
         ("model.name=x", "'model' is a value"),
         ("labels=[female]", "at least two classes"),
         ("data.train=nowhere", "no split 'nowhere'"),

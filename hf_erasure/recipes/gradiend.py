@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,13 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
 import transformers
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from hf_erasure.adapters import GradiendConfig, edited
-from hf_erasure.adapters.saved_tensors import digest_of_data
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
 from hf_erasure.fitting.gradiend.arguments import GradiendTrainingArguments
 from hf_erasure.fitting.gradiend.encoding import EncodedValues, together
@@ -31,23 +28,23 @@ from hf_erasure.fitting.gradiend.selection import (
 )
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.fitting.report import RECIPE
 from hf_erasure.models.heads import HEADS, Task, task_named
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import collate
 from hf_erasure.models.word_tokens import SLOT, PairError
 
-from .gradiend_data import GradiendDataRecipe, Materials, load_materials, read_data, read_pairs, with_pair_columns
+from .gradiend_data import GradiendDataRecipe, Materials, load_materials, with_pair_columns
 from .plotting import histogram, require_plotting, surface
-from .schema import check_section, check_values, numbers, read_content, section_of
+from .run import difference, finished_run, load_base, load_rows, naming_the_model, put_adapter, table_of, write_run
+from .schema import fields_of, one_of, read
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 ADAPTER_NAME = "feature"
-RECIPE_FILE, RESULTS_FILE, TABLES_FILE, GRID_FILE = "recipe.yaml", "results.json", "results.md", "grid.csv"
-EDITS_FILE, HISTOGRAM_FILE, SURFACE_FILE = "results.csv", "encoded.png", "surface.png"
+TABLES_FILE, EDITS_FILE, GRID_FILE = "results.md", "results.csv", "grid.csv"
+HISTOGRAM_FILE, SURFACE_FILE = "encoded.png", "surface.png"
 NO_EDIT = "none"
 # Task → the Auto class that loads a model for it.
 TASKS = {task: next(head.auto_class for head in HEADS if head.task == task) for task in get_args(Task)}
@@ -69,6 +66,10 @@ class SelectRecipe:
     budget: float = 0.02
     feature_factors: list[float] = field(default_factory=lambda: list(FEATURE_FACTORS))
     learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
+
+    def __post_init__(self) -> None:
+        if not self.budget >= 0:
+            raise ValueError(f"select.budget={self.budget} in a recipe must be 0 or more.")
 
     @property
     def goals(self) -> list[str]:
@@ -97,43 +98,28 @@ class GradiendRecipe:
     classes: list[str]
     output: str
     data: GradiendDataRecipe
-    task: str = "auto"
-    config: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
+    task: str = field(default="auto", metadata=one_of(("auto", *TASKS)))
+    config: dict[str, Any] = field(default_factory=dict, metadata=fields_of(GradiendConfig, "feature", "classes"))
+    arguments: dict[str, Any] = field(default_factory=dict, metadata=fields_of(GradiendTrainingArguments))
     select: SelectRecipe = field(default_factory=SelectRecipe)
+
+    def __post_init__(self) -> None:
+        self.adapter()
+        for goal in self.select.goals:
+            goal_by_name(goal, self.classes)
+
+    def adapter(self) -> GradiendConfig:
+        """The configuration of the adapter."""
+        return GradiendConfig(feature=self.feature, classes=self.classes, **{"keep_encoder": True} | self.config)
 
 
 def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GradiendRecipe:
     """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `select.budget=0.05`.
 
     Raises:
-        ValueError: If the file is no recipe, a key is unknown, or a value is not what the run could use.
+        ValueError: If the file is not a recipe, a key is unknown, or a value is not what the run could use.
     """
-    content = read_content(path, overrides, "model, feature, classes, data, output")
-    check_section(content, GradiendRecipe)
-    missing = [name for name in ("model", "feature", "classes", "output", "data") if content.get(name) is None]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}.")
-    for name, kind in (("config", GradiendConfig), ("arguments", GradiendTrainingArguments)):
-        above = ("feature", "classes") if name == "config" else ()
-        content[name] = check_section(numbers(content.get(name) or {}), kind, name, above)
-        check_values(content[name], kind, name)
-    content["select"] = section_of(numbers(content.get("select") or {}), SelectRecipe, "select")
-    content["data"] = read_data(content["data"])
-    check_values(content, GradiendRecipe)
-    recipe = GradiendRecipe(**content)
-    if recipe.task not in ("auto", *TASKS):
-        raise ValueError(f"task={recipe.task!r} is not known; write auto, {', '.join(TASKS)}.")
-    _config(recipe)
-    for goal in recipe.select.goals:
-        goal_by_name(goal, recipe.classes)
-    if not recipe.select.budget >= 0:
-        raise ValueError(f"select.budget={recipe.select.budget} in a recipe must be 0 or more.")
-    return recipe
-
-
-def _config(recipe: GradiendRecipe) -> GradiendConfig:
-    return GradiendConfig(feature=recipe.feature, classes=recipe.classes, **{"keep_encoder": True} | recipe.config)
+    return read(path, overrides, GradiendRecipe)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -180,10 +166,7 @@ class GradiendRun:
         } | recipe.arguments  # fmt: skip
         self.args = GradiendTrainingArguments(**arguments)  # before what takes long
         self.model, self.tokenizer, self.task = load_model(recipe)
-        if adapter is None:
-            self.model.add_adapter(_config(recipe), adapter_name=ADAPTER_NAME)
-        else:
-            self.model.load_adapter(str(adapter), adapter_name=ADAPTER_NAME)
+        put_adapter(self.model, ADAPTER_NAME, recipe.adapter(), adapter)
         self.data: Materials = load_materials(recipe.data, recipe.classes, self._usable)
         self.model.to(self.args.device)
         self.trainer = self._trainer()
@@ -236,22 +219,18 @@ class GradiendRun:
 
     def encoding(self) -> tuple[pd.DataFrame, list[EncodedValues]]:
         """How the adapter's encoder reads the test data; nothing where the adapter keeps none."""
-        import pandas as pd
-
         if not self.trainer.config.keep_encoder:
-            return pd.DataFrame(), []
+            return table_of({}, "encoder"), []
         values = self.trainer.encode(self.data.test, self.data.neutral["test"])
         figures = together(values)
         names = [name for name in ("cor", "acc", "cor_enc", "acc_enc") if name in figures]
         rows = {"mean of pairs" if len(values) > 1 else "/".join(values[0].pair): {n: figures[n] for n in names}}
         if len(values) > 1:
             rows |= {"/".join(v.pair): {n: figures[f"{n}_{v.pair[0]}_{v.pair[1]}"] for n in names} for v in values}
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("encoder"), values
+        return table_of(rows, "encoder"), values
 
     def edits(self, chosen: dict[str, Point]) -> pd.DataFrame:
         """What each edit does to the test data, the first row without one."""
-        import pandas as pd
-
         scorer = self.trainer.scorer(self.data.test, self.data.neutral["test"])
         pair = self.trainer.pairs[0]
         rows, base = {}, None
@@ -263,7 +242,7 @@ class GradiendRun:
                 point = scorer.score(of, factor, rate, base)
             base = base or point
             rows[name] = _row(point)
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("edit for")
+        return table_of(rows, "edit for")
 
     def as_loaded(self) -> dict[str, Any]:
         """What the adapter does as it is, active and not merged."""
@@ -277,7 +256,6 @@ class GradiendRun:
     def save(self, outcome: GradiendOutcome, chosen: dict[str, Point], saved: str) -> None:
         """Write the adapter, the recipe, the results and the edits to the recipe's output."""
         output = Path(self.recipe.output)
-        content = json.loads(json.dumps(asdict(self.recipe)))
         results = {
             "encoding": outcome.encoding.to_dict("index"),
             "edits": outcome.edits.to_dict("index"),
@@ -286,11 +264,7 @@ class GradiendRun:
             "correlation on choice data": outcome.correlation,
             "rows": outcome.counts,
         }
-        text = json.dumps(results, indent=1)
-        self.trainer.config.provenance[RECIPE] = digest_of_data(text)
-        self.model.save_pretrained(output)
-        (output / RECIPE_FILE).write_text(_as_yaml(_without_none(content)), encoding="utf-8")
-        (output / RESULTS_FILE).write_text(text, encoding="utf-8")
+        write_run(output, self.model, self.trainer.config, _without_none(asdict(self.recipe)), results)
         outcome.edits.to_csv(output / EDITS_FILE)
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
         sizes = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
@@ -339,23 +313,16 @@ def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[Gr
     Raises:
         ValueError: If the folder holds no finished run.
     """
-    import pandas as pd
-
     recipe, results = _finished(folder)
     run = GradiendRun(recipe, progress, adapter=folder)
-    chosen = {goal: _point(entry) for goal, entry in results["chosen"].items()}
     encoding, _ = run.encoding()
-    edits = run.edits(chosen)
+    edits = run.edits({goal: _point(entry) for goal, entry in results["chosen"].items()})
     now = GradiendOutcome(encoding, edits, results["correlation on choice data"], run.data.counts(), [])
-    drifts = [
-        _drift(encoding, pd.DataFrame.from_dict(results["encoding"], orient="index")),
-        _drift(edits, pd.DataFrame.from_dict(results["edits"], orient="index")),
-    ]
     # Merged and unmerged, float32 weights are the same, and half precision rounds the same sum.
     loaded, written = run.as_loaded(), results["edits"][results["saved"]]
     names = [name for name, value in loaded.items() if isinstance(value, float) and name != "cost"]
-    drifts.append(max(abs(loaded[name] - written[name]) for name in names))
-    return now, max(drifts)
+    drift = max(abs(loaded[name] - written[name]) for name in names)
+    return now, max(difference(encoding, results["encoding"]), difference(edits, results["edits"]), drift)
 
 
 def select_gradiend_output(
@@ -366,15 +333,13 @@ def select_gradiend_output(
     Raises:
         ValueError: If the folder holds no finished run, or the goal is not defined for its classes.
     """
-    import pandas as pd
-
     recipe, results = _finished(folder)
     goal_by_name(goal, recipe.classes)
     recipe.output = str(folder)
     run = GradiendRun(recipe, progress, adapter=folder)
     chosen, selection, messages = run.select([goal], recipe.select.budget if budget is None else budget)
     others = {name: _point(entry) for name, entry in results["chosen"].items() if name != goal}
-    encoding = pd.DataFrame.from_dict(results["encoding"], orient="index").rename_axis("encoder")
+    encoding = table_of(results["encoding"], "encoder")
     counts = results["rows"]
     table = run.edits(chosen | others)
     outcome = GradiendOutcome(encoding, table, results["correlation on choice data"], counts, messages)
@@ -404,9 +369,7 @@ def encode_texts(
     run = GradiendRun(recipe, progress, adapter=folder)
     adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
     adapter.encoders()  # says so where there are none
-    rows = read_pairs(source, split)
-    if "text" not in rows.column_names:
-        raise PairError(f"{source} has no column 'text'; it has {', '.join(rows.column_names)}")
+    rows = load_rows(source, split, with_texts=True)
     slotted = [i for i, text in enumerate(rows["text"]) if SLOT in text]
     if run.task == "classification":
         slotted = list(range(len(rows)))
@@ -470,17 +433,14 @@ def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
         OSError: If it is not there.
     """
     path = os.path.expandvars(recipe.model)
-    try:
-        task = recipe.task if recipe.task != "auto" else _task(path)
-        model = getattr(transformers, TASKS[task]).from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise OSError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    task = recipe.task if recipe.task != "auto" else _task(path)
+    model, tokenizer = load_base(getattr(transformers, TASKS[task]), path)
     return model.eval(), tokenizer, task
 
 
 def _task(path: str) -> str:
-    config = AutoConfig.from_pretrained(path)
+    with naming_the_model(path):
+        config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
     # A checkpoint of pre-training has the masked head beside another.
     heads = [name.replace("ForPreTraining", "ForMaskedLM") for name in names]
@@ -507,39 +467,13 @@ def _point(entry: dict[str, Any]) -> Point:
 
 
 def _finished(folder: str | Path) -> tuple[GradiendRecipe, dict[str, Any]]:
-    folder = Path(folder)
-    if not (folder / RESULTS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
-        raise ValueError(
-            f"{folder} holds no finished run: run `hf-erasure gradiend fit RECIPE.yaml output={folder}` first."
-        )
-    results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    if "chosen" not in results:
-        raise ValueError(f"{folder} holds an erasure, not a GRADIEND: use `hf-erasure check`.")
-    return read_gradiend_recipe(folder / RECIPE_FILE), results
-
-
-def _drift(now: pd.DataFrame, written: pd.DataFrame) -> float:
-    """The largest difference of two tables; infinite where they have other rows or columns."""
-    if set(now.index) != set(written.index) or set(now.columns) != set(written.columns):
-        return float("inf")
-    if not len(now):
-        return 0.0
-    numbers = now.select_dtypes("number")
-    found = torch.tensor((numbers - written.loc[numbers.index, numbers.columns]).to_numpy(dtype=float))
-    return float(found.abs().nan_to_num(0.0).max())
+    return finished_run(folder, read_gradiend_recipe, "hf-erasure gradiend fit")
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     return value
-
-
-def _as_yaml(content: dict[str, Any]) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    return text
 
 
 def _markdown(table: pd.DataFrame) -> str:

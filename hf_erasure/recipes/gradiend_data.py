@@ -10,15 +10,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from hf_erasure.adapters.common.files import read_text
 from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates, whole_words
 from hf_erasure.models.word_tokens import SLOT, PairError, shortened
 
-from .schema import check_section, load_source, section_of
+from .run import load_rows
+from .schema import check_section, fields_of
 
 PARTS = ("train", "choice", "test")
 NEUTRAL_PARTS = ("choice", "test")
@@ -62,10 +63,29 @@ class TextsRecipe:
         rows: First row and the one behind the last, counted after empty and repeated texts were left out.
     """
 
+    short_for: ClassVar[str] = "texts"
+
     texts: str | list[str]
     split: str | None = None
     separator: str = r"\n"
     rows: list[int] | None = None
+
+
+@dataclass
+class NeutralRecipe:
+    """Texts without the feature.
+
+    Attributes:
+        choice: What the choice of an edit scores language modelling on.
+        test: What the report scores it on.
+        whole: In their place: texts of which each gets a half.
+    """
+
+    short_for: ClassVar[str] = "whole"
+
+    choice: TextsRecipe | None = None
+    test: TextsRecipe | None = None
+    whole: TextsRecipe | None = None
 
 
 @dataclass
@@ -91,9 +111,25 @@ class GradiendDataRecipe:
     whole: PairsRecipe | None = None
     shares: list[float] = field(default_factory=lambda: [0.7, 0.15, 0.15])
     seed: int = 0
-    defaults: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict, metadata=fields_of(PairsRecipe))
     skip_unusable: bool = False
-    neutral: dict[str, TextsRecipe] = field(default_factory=dict)
+    neutral: NeutralRecipe = field(default_factory=NeutralRecipe)
+
+    def __post_init__(self) -> None:
+        missing = [] if self.whole else [f"data.{name}" for name in PARTS if getattr(self, name) is None]
+        if self.neutral.whole is None:
+            missing += [f"data.neutral.{name}" for name in NEUTRAL_PARTS if getattr(self.neutral, name) is None]
+        if missing:
+            raise ValueError(
+                f"The recipe lacks {', '.join(missing)}: what is reported is not what an edit is chosen on."
+            )
+
+    @staticmethod
+    def spelled_out(content: dict[str, Any]) -> dict[str, Any]:
+        """The section with the `defaults` in each set that does not have an entry of its own."""
+        defaults = check_section(content.get("defaults") or {}, PairsRecipe, "data.defaults")
+        sets = {name: content.get(name) for name in (*PARTS, "whole")}
+        return content | {name: {**defaults, **part} for name, part in sets.items() if isinstance(part, dict)}
 
 
 @dataclass(frozen=True)
@@ -117,40 +153,6 @@ class Materials:
         found = {name: len(getattr(self, name)) for name in PARTS}
         found |= {f"{name} texts": len(set(getattr(self, name)["text"])) for name in PARTS}
         return found | {f"neutral {name}": len(rows) for name, rows in self.neutral.items()}
-
-
-def read_data(content: Any) -> GradiendDataRecipe:
-    """Turn the section `data` of a recipe into its dataclasses.
-
-    Raises:
-        ValueError: If a key is unknown, or a set is missing.
-    """
-    section = check_section(content, GradiendDataRecipe, "data")
-    defaults = check_section(section.get("defaults") or {}, PairsRecipe, "data.defaults")
-    for name in (*PARTS, "whole"):
-        if section.get(name) is not None:
-            part = check_section(section[name], PairsRecipe, f"data.{name}")
-            section[name] = section_of({**defaults, **part}, PairsRecipe, f"data.{name}")
-    neutral = section.get("neutral") or {}
-    if isinstance(neutral, (str, list)):
-        neutral = {"whole": {"texts": neutral}}
-    if not isinstance(neutral, dict):
-        raise ValueError(f"data.neutral={neutral!r} in a recipe must be texts, or a section with choice and test.")
-    found = {}
-    for name, texts in neutral.items():
-        if name not in (*NEUTRAL_PARTS, "whole"):
-            raise ValueError(f"data.neutral.{name} is not known in a recipe; it has choice and test, or whole.")
-        texts = {"texts": texts} if isinstance(texts, (str, list)) else texts
-        texts = check_section(texts, TextsRecipe, f"data.neutral.{name}")
-        if "texts" not in texts:
-            raise ValueError(f"data.neutral.{name} lacks texts: write a file, a Hub id or a list.")
-        found[name] = section_of(texts, TextsRecipe, f"data.neutral.{name}")
-    recipe = section_of({**section, "defaults": defaults, "neutral": found}, GradiendDataRecipe, "data")
-    missing = [] if recipe.whole else [f"data.{name}" for name in PARTS if getattr(recipe, name) is None]
-    missing += [] if "whole" in found else [f"data.neutral.{name}" for name in NEUTRAL_PARTS if name not in found]
-    if missing:
-        raise ValueError(f"The recipe lacks {', '.join(missing)}: what is reported is not what an edit is chosen on.")
-    return recipe
 
 
 def load_materials(
@@ -187,11 +189,6 @@ def load_materials(
     return Materials(**parts, neutral=neutral, skipped=skipped)
 
 
-def read_pairs(source: str, split: str | None = None) -> Dataset:
-    """The rows of a file or Hub id that has one split, or of its split of that name."""
-    return _only_split(load_source(source), source, split)
-
-
 def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[str, list[str]]:
     """Class → words.
 
@@ -223,7 +220,7 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
 def _pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
     kind = _kind(recipe, where)
     if kind == "file":
-        return read_pairs(str(recipe.file), recipe.split)
+        return load_rows(str(recipe.file), recipe.split)
     words = word_table(recipe, classes, where)
     if kind == "templates":
         return pairs_from_templates(recipe.templates or [], recipe.fillers or {}, words, classes)
@@ -248,7 +245,7 @@ def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float],
     kind = _kind(recipe, "data.whole")
     if kind == "templates":
         raise ValueError("data.whole has templates: write those of train, choice and test apart, each with its own.")
-    rows = read_pairs(str(recipe.file), recipe.split) if kind == "file" else None
+    rows = load_rows(str(recipe.file), recipe.split) if kind == "file" else None
     words = word_table(recipe, classes, "data.whole") if rows is None else {}
     texts = list(dict.fromkeys(_sentences(recipe) if rows is None else rows["text"]))
     # Sentences that differ in words of the table only have the same text once these give way to a slot.
@@ -296,12 +293,12 @@ def _check_apart(parts: Mapping[str, Dataset]) -> None:
 # ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-def _neutral(recipes: Mapping[str, TextsRecipe]) -> dict[str, Dataset]:
-    if "whole" in recipes:
-        texts = _texts(recipes["whole"])
+def _neutral(recipe: NeutralRecipe) -> dict[str, Dataset]:
+    if recipe.whole is not None:
+        texts = _texts(recipe.whole)
         found = {"choice": texts[: len(texts) // 2], "test": texts[len(texts) // 2 :]}
     else:
-        found = {name: _texts(recipes[name]) for name in NEUTRAL_PARTS}
+        found = {name: _texts(getattr(recipe, name)) for name in NEUTRAL_PARTS}
     for name, texts in found.items():
         if not texts:
             raise ValueError(f"data.neutral: there is no text for {name}.")
@@ -316,24 +313,12 @@ def _texts(recipe: TextsRecipe) -> list[str]:
         if path.suffix == ".txt" and path.is_file():
             found = re.split(recipe.separator, read_text(path))
         else:
-            rows = _only_split(load_source(source), source, recipe.split)
-            if "text" not in rows.column_names:
-                raise ValueError(f"{source} has no column 'text'; it has {', '.join(rows.column_names)}.")
-            found = list(rows["text"])
+            found = list(load_rows(source, recipe.split, with_texts=True)["text"])
     else:
         found = list(source)
     texts = list(dict.fromkeys(re.sub(r"\s*\n\s*", "\n", text.strip()) for text in found))
     texts = [text for text in texts if text]
     return texts if recipe.rows is None else texts[recipe.rows[0] : recipe.rows[1]]
-
-
-def _only_split(data: DatasetDict, source: str, split: str | None) -> Dataset:
-    if split is None and len(data) == 1:
-        return next(iter(data.values()))
-    if split not in data:
-        what = "several splits" if split is None else f"no split {split!r}"
-        raise ValueError(f"The data set {source!r} has {what}; write split: one of {sorted(data)}.")
-    return data[split]
 
 
 def with_pair_columns(rows: Dataset) -> bool:

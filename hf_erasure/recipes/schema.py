@@ -1,28 +1,64 @@
-"""Recipe files: YAML, `key=value` overrides, and the data sets they name."""
+"""What a recipe may say: a dataclass a section, read from YAML with `key=value` overrides, and shown to editors.
+
+Besides plain values a field of a recipe's dataclass may hold
+
+- a section: another dataclass, or None;
+- a section with fields of a class that is built later: see `fields_of`;
+- one of a few words: see `one_of`.
+
+A dataclass may name in `short_for` the field that a text or a list in its place stands for, and in `spelled_out` what
+else may be written shorter.
+"""
 
 from __future__ import annotations
 
 import difflib
-import os
+import enum
+import inspect
 import re
+import types
 import typing
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from datasets import DatasetDict, IterableDatasetDict, load_dataset
 
 from hf_erasure.adapters.common.config import fits, in_words, short
 from hf_erasure.adapters.common.files import read_text
 
 Section = TypeVar("Section")
 _FEW = 20  # fields that a message lists
+_KIND, _ABOVE, _WORDS = "fields of", "known at the top", "words"
+_JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+
+
+def fields_of(kind: type, *above: str) -> dict[str, Any]:
+    """Metadata of a field whose keys are those of a dataclass, but for some that stand at the top of the recipe."""
+    return {_KIND: kind, _ABOVE: above}
+
+
+def one_of(words: Sequence[str]) -> dict[str, Any]:
+    """Metadata of a field that holds one of some words."""
+    return {_WORDS: tuple(words)}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path, overrides: Iterable[str], kind: type[Section]) -> Section:
+    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
+
+    Raises:
+        ValueError: If the file is not a recipe, a key is unknown or missing, or a value is not what the run could use.
+    """
+    content = read_content(path, overrides, ", ".join(_required(kind)))
+    return section_of(content, kind, missing_in=str(path))
 
 
 def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> dict[str, Any]:
-    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
+    """The keys and values of a YAML file with `key=value` overrides.
 
     Args:
         path: The file.
@@ -30,18 +66,18 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
         expected: Some keys of such a recipe, for the message when the file is none.
 
     Raises:
-        ValueError: If the file is no recipe, or an override cannot be applied.
+        ValueError: If the file is not a recipe, or an override cannot be applied.
     """
     try:
         content = yaml.safe_load(read_text(Path(path)))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no recipe: expected keys such as {expected}.")
+        raise ValueError(f"{path} is not a recipe: expected keys such as {expected}.")
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
-            raise ValueError(f"{override!r} is no key=value, as in model=bert-base-uncased.")
+            raise ValueError(f"{override!r} is not key=value, as in model=bert-base-uncased.")
         section = content
         *parents, last = key.split(".")
         for parent in parents:
@@ -55,8 +91,43 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
     return content
 
 
+def section_of(content: Any, kind: type[Section], section: str = "", *, missing_in: str = "") -> Section:
+    """A section of a recipe as its dataclass.
+
+    Args:
+        content: Of the section.
+        kind: The dataclass.
+        section: Its name in the recipe; empty for the whole recipe.
+        missing_in: What a message says to lack a key, where that is not the section.
+
+    Raises:
+        ValueError: If a key is not known, one is missing, or a value is of another type.
+    """
+    content = check_section(_spelled_out(content, kind, section), kind, section)
+    for name in _required(kind):
+        if content.get(name) is None:
+            raise ValueError(f"{missing_in or section} lacks {name}: {documented(kind)[name]}")
+    entries = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{section}.{key}" if section else key
+        part, of = _section_in(hints[key]), entries[key].metadata.get(_KIND)
+        if (part or of) and value is None:
+            continue
+        if part is not None:
+            found[key] = section_of(value, part, name)
+        elif of is not None:
+            known = typing.get_type_hints(of)
+            given = check_section(value, of, name, entries[key].metadata[_ABOVE])
+            found[key] = {inner: _checked(given[inner], known[inner], f"{name}.{inner}") for inner in given}
+        else:
+            found[key] = _checked(value, hints[key], name, entries[key].metadata.get(_WORDS))
+    return kind(**found)
+
+
 def check_section(content: Any, kind: type, section: str = "", above: Sequence[str] = ()) -> dict[str, Any]:
-    """A section of a recipe whose keys are fields of a dataclass; `check_values` looks at what they hold.
+    """A section of a recipe whose keys are fields of a dataclass.
 
     Args:
         content: Of the section.
@@ -84,41 +155,128 @@ def check_section(content: Any, kind: type, section: str = "", above: Sequence[s
     return dict(content)
 
 
-def check_values(content: dict[str, Any], kind: type, section: str = "") -> None:
-    """Raise a `ValueError` for a value that is not of the type that its field in a dataclass declares."""
-    hints = typing.get_type_hints(kind)
-    for key, value in content.items():
-        if not fits(value, hints[key]):
-            name = f"{section}.{key}" if section else key
-            raise ValueError(f"{name}={short(value)} in a recipe must be {in_words(hints[key])}.")
+def check_counts(section: Any, name: str, *counts: str) -> None:
+    """Raise a `ValueError` where one of the counts of a section is below 1; None stands for no limit."""
+    for count in counts:
+        value = getattr(section, count)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}.{count}={value} in a recipe must be 1 or more.")
 
 
-def section_of(content: Any, kind: type[Section], section: str) -> Section:
-    """A section of a recipe as its dataclass.
+def _spelled_out(content: Any, kind: Any, section: str) -> Any:
+    """A section as if it were written in full."""
+    only = getattr(kind, "short_for", None)
+    if only is not None and not isinstance(content, dict):
+        if not isinstance(content, (str, list)):
+            keys = ", ".join(entry.name for entry in fields(kind))
+            raise ValueError(f"{section}={short(content)} in a recipe must be texts, or a section with {keys}.")
+        content = {only: content}
+    return kind.spelled_out(content) if hasattr(kind, "spelled_out") and isinstance(content, dict) else content
 
-    Raises:
-        ValueError: If a key is not known, one is missing, or a value is of another type.
-    """
-    found = check_section(content, kind, section)
-    check_values(found, kind, section)
-    return kind(**found)
+
+def _checked(value: Any, hint: Any, name: str, words: Sequence[str] | None = None) -> Any:
+    """A value that is of the declared type, with numbers that YAML reads as text, such as 1e-4, as numbers."""
+    converted = _numbers(value)
+    if fits(converted, hint) or not fits(value, hint):
+        value = converted
+    if not fits(value, hint):
+        raise ValueError(f"{name}={short(value)} in a recipe must be {in_words(hint)}.")
+    if words is not None and value is not None and value not in words:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, words))}.")
+    return value
 
 
-def numbers(value: Any) -> Any:
-    """What YAML reads as text though it is a number, such as 1e-4."""
+def _numbers(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: numbers(entry) for key, entry in value.items()}
+        return {key: _numbers(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [numbers(entry) for entry in value]
+        return [_numbers(entry) for entry in value]
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
 
 
-def load_source(source: str, name: str | None = None, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """A Hub id, a folder or a file (CSV, JSON, Parquet, plain text) as a data set with splits."""
-    source = os.path.expandvars(source)
-    if Path(source).is_file():
-        kind = {"jsonl": "json", "txt": "text"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
-        # The readers of tables and of JSON take a byte order mark by themselves.
-        encoding = {"encoding": "utf-8-sig"} if kind == "text" else {}
-        return load_dataset(kind, data_files=source, streaming=streaming, **encoding)
-    return load_dataset(source, name, streaming=streaming)
+# ---- what the dataclasses say ----------------------------------------------------------------------------------------
+
+
+def documented(kind: type) -> dict[str, str]:
+    """Field → what the `Args` or `Attributes` of a dataclass's docstring say of it."""
+    section = re.search(
+        r"^(?:Args|Attributes):\n(?P<entries>(?:[ ]{4}.*\n?|\n)+)", inspect.getdoc(kind) or "", re.MULTILINE
+    )
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section["entries"], re.MULTILINE) if section else ()
+    return {name: " ".join(words.split()) for name, words in entries}
+
+
+def _described(kind: Any) -> dict[str, str]:
+    """Field → what the docstring says of it, or else its `help`."""
+    helps = {entry.name: entry.metadata["help"] for entry in fields(kind) if "help" in entry.metadata}
+    return helps | documented(kind)
+
+
+def _required(kind: Any) -> list[str]:
+    return [e.name for e in fields(kind) if e.init and e.default is MISSING and e.default_factory is MISSING]
+
+
+def _section_in(hint: Any) -> Any:
+    """The dataclass that a type is, or is beside None; None where there is none."""
+    return next((part for part in typing.get_args(hint) or (hint,) if is_dataclass(part)), None)
+
+
+# ---- for editors -----------------------------------------------------------------------------------------------------
+
+
+def json_schema(kind: type, title: str) -> dict[str, Any]:
+    """What an editor needs to complete and check a recipe: the JSON schema of its dataclass."""
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": title} | _object(kind)
+
+
+def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> dict[str, Any]:
+    hints, words = typing.get_type_hints(kind), _described(kind)
+    # What PEFT and transformers add differs between their releases: it is allowed, and not listed.
+    mine = [part for part in kind.__mro__ if part.__module__.startswith("hf_erasure.")]
+    ours = {name for part in mine for name in inspect.get_annotations(part)}
+    entries = [entry for entry in fields(kind) if entry.init and entry.name in ours and entry.name not in leave_out]
+    found: dict[str, Any] = {
+        "type": "object",
+        "properties": {entry.name: dict(_property(entry, hints[entry.name], words)) for entry in entries},
+        "additionalProperties": any(entry.name not in ours for entry in fields(kind)),
+    }
+    if required and (needed := _required(kind)):
+        found["required"] = needed
+    only = getattr(kind, "short_for", None)
+    return {"anyOf": [*_alternatives(_type(hints[only])), found]} if only is not None else found
+
+
+def _property(entry: Field[Any], hint: Any, words: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    if entry.name in words:
+        yield "description", words[entry.name]
+    of, choices = entry.metadata.get(_KIND), entry.metadata.get(_WORDS)
+    if of is not None:
+        yield from _object(of, entry.metadata[_ABOVE], required=False).items()
+    elif choices is not None:
+        yield "enum", [*choices, *([None] if entry.default is None else [])]
+    else:
+        yield from _type(hint).items()
+    default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+    if isinstance(default, (str, bool, int, float, list)) and not isinstance(default, enum.Enum):
+        yield "default", default
+
+
+def _type(hint: Any) -> dict[str, Any]:
+    """A declared type as JSON schema; of types that JSON does not have, anything goes."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        every = [alternative for part in parts for alternative in _alternatives(_type(part))]
+        return {} if {} in every else {"anyOf": every}
+    if origin is list or hint is list:
+        return {"type": "array"} | ({"items": _type(parts[0])} if parts else {})
+    if origin is dict or hint is dict:
+        return {"type": "object"} | ({"additionalProperties": _type(parts[1])} if parts else {})
+    if is_dataclass(hint):
+        return _object(hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return {"enum": [member.value for member in hint]}
+    return {"type": _JSON_TYPES[hint]} if hint in _JSON_TYPES else {}
+
+
+def _alternatives(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return schema["anyOf"] if set(schema) == {"anyOf"} else [schema]

@@ -344,7 +344,7 @@ def test_modules_to_save(harm: str, lifecycle: Lifecycle, tmp_path: Path):
 def test_a_recipe_runs_nothing(tmp_path: Path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: !!python/object/apply:os.mkdir [{str(tmp_path / 'executed')!r}]\n")
-    with pytest.raises(ValueError, match="is no YAML"):
+    with pytest.raises(ValueError, match="is not YAML"):
         read_content(recipe, [], "model")
     with pytest.raises((ValueError, yaml.YAMLError)):
         read_content(

@@ -24,6 +24,7 @@ from hf_erasure.metrics import METRICS, Facts
 from hf_erasure.recipes.erasure import DataRecipe, Recipe
 from hf_erasure.recipes.gradiend import GradiendRecipe, SelectRecipe
 from hf_erasure.recipes.gradiend_data import PairsRecipe
+from hf_erasure.recipes.schema import documented
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PLACE = re.compile(r"(<!-- table: (?P<name>\w+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
@@ -33,16 +34,6 @@ def rendered(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown."""
     lines = [list(head), ["---"] * len(list(head)), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def described(owner: type) -> dict[str, str]:
-    """Field → what the `Args` or `Attributes` of a class's docstring say of it."""
-    text = inspect.getdoc(owner) or ""
-    section = re.search(r"^(?:Args|Attributes):\n(?P<entries>(?:[ ]{4}.*\n?|\n)+)", text, re.MULTILINE)
-    if section is None:
-        raise ValueError(f"The docstring of {owner.__name__} has neither Args nor Attributes.")
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section["entries"], re.MULTILINE)
-    return {name: " ".join(words.split()) for name, words in entries}
 
 
 def _default(entry: dataclasses.Field[Any]) -> str:
@@ -62,7 +53,7 @@ def fields_of(owner: type, *, but: type | None = None) -> str:
     """
     own = {entry.name: entry for entry in dataclasses.fields(owner)}
     foreign = {entry.name for entry in dataclasses.fields(but)} if but is not None else set()
-    words = described(owner)
+    words = documented(owner)
     if unknown := [name for name in words if name not in own]:
         raise ValueError(f"{owner.__name__} documents {unknown}, which it has not.")
     if silent := [name for name in own if name not in words and name not in foreign]:
@@ -73,7 +64,7 @@ def fields_of(owner: type, *, but: type | None = None) -> str:
 def arguments_of_training() -> str:
     """What `GradiendTrainingArguments` adds, and the defaults of its own that it gives to others."""
     own = {entry.name: entry for entry in dataclasses.fields(GradiendTrainingArguments)}
-    words = described(GradiendTrainingArguments)
+    words = documented(GradiendTrainingArguments)
     changed = [n for n in inspect.get_annotations(GradiendTrainingArguments) if n not in words]
     said = {n: str(own[n].metadata.get("help", "")).replace("As in TrainingArguments.", "as there") for n in changed}
     rows = ((f"`{name}`", _default(own[name]), text) for name, text in (words | said).items())

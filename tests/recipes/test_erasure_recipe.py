@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hf_erasure.recipes.erasure import read_recipe
-from hf_erasure.recipes.schema import load_source
+from hf_erasure.recipes.run import load_source
 
 CONTENT = {"model": "m", "concept": "gender", "labels": ["female", "male"], "output": "o"}
 

@@ -14,12 +14,17 @@ from hf_erasure.fitting.gradiend import PairError
 from hf_erasure.fitting.gradiend.pairs import usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
 from hf_erasure.recipes.gradiend import read_gradiend_recipe
-from hf_erasure.recipes.gradiend_data import load_materials, read_data
+from hf_erasure.recipes.gradiend_data import GradiendDataRecipe, load_materials
+from hf_erasure.recipes.schema import section_of
 from tests.fitting.gradiend.language_models import tokenizer_of
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("gradiend_*/recipe.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("gradiend_*/recipe.yaml"))
 CLASSES = ["dog", "cat", "bird"]
 WORDS = {"dog": ["dog"], "cat": ["cat"], "bird": ["bird"]}
+
+
+def read_data(content: Any) -> GradiendDataRecipe:
+    return section_of(content, GradiendDataRecipe, "data")
 
 
 def everything(rows: Dataset) -> list[int]:
@@ -188,7 +193,7 @@ def test_overrides_reach_into_sections_and_numbers_are_numbers(tmp_path: Path) -
         (["select.goal=bpi"], "goal='bpi' is not defined"),
         (["task=speech"], "task='speech' is not known"),
         (["feature=null"], "lacks feature"),
-        (["goal"], "is no key=value"),
+        (["goal"], "is not key=value"),
         (["select.budget=many"], r"select.budget='many' in a recipe must be float"),
         (["select.learning_rates=0.1"], r"select.learning_rates=0.1 in a recipe must be list\[float\]"),
         (["select=5"], "select of a recipe is a section"),

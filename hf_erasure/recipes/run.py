@@ -1,0 +1,133 @@
+"""What recipes of both kinds do: load a model and data, write a finished run, load it again, and compare."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from transformers import AutoTokenizer
+
+from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.saved_tensors import digest_of_data
+from hf_erasure.fitting.report import RECIPE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Recipe = TypeVar("Recipe")
+RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+
+
+@contextmanager
+def naming_the_model(path: str) -> Iterator[None]:
+    """An `OSError` in it says which model could not be loaded."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_base(auto_class: Any, path: str) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Raises:
+        OSError: If they are not there.
+    """
+    with naming_the_model(path):
+        return auto_class.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def put_adapter(model: Any, adapter_name: str, config: ChildConfig, folder: str | Path | None) -> None:
+    """Add a new adapter, or load the one that a finished run has left in a folder."""
+    if folder is None:
+        model.add_adapter(config, adapter_name=adapter_name)
+    else:
+        model.load_adapter(str(folder), adapter_name=adapter_name)
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def load_source(source: str, name: str | None = None, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """A Hub id, a folder or a file (CSV, JSON, Parquet, plain text) as a data set with splits."""
+    source = os.path.expandvars(source)
+    if Path(source).is_file():
+        kind = {"jsonl": "json", "txt": "text"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
+        # The readers of tables and of JSON take a byte order mark by themselves.
+        encoding = {"encoding": "utf-8-sig"} if kind == "text" else {}
+        return load_dataset(kind, data_files=source, streaming=streaming, **encoding)
+    return load_dataset(source, name, streaming=streaming)
+
+
+def load_rows(source: str, split: str | None = None, *, with_texts: bool = False) -> Dataset:
+    """The rows of a file or Hub id that has one split, or of its split of that name.
+
+    Raises:
+        ValueError: If it has several splits and none is named, or not that one; if it lacks the column `text` that is
+            asked for.
+    """
+    data = load_source(source)
+    if (split is None and len(data) > 1) or (split is not None and split not in data):
+        what = "several splits" if split is None else f"no split {split!r}"
+        raise ValueError(f"The data set {source!r} has {what}; write split: one of {sorted(data)}.")
+    rows = data[split] if split is not None else next(iter(data.values()))
+    if with_texts and "text" not in rows.column_names:
+        raise ValueError(f"{source} has no column 'text'; it has {', '.join(rows.column_names)}.")
+    return rows
+
+
+# ---- a finished run --------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: str | Path, model: Any, config: ChildConfig, recipe: dict[str, Any], results: Any) -> None:
+    """Write the adapter, the recipe and the results; the adapter's configuration holds a digest of these."""
+    folder, text = Path(folder), json.dumps(results, indent=1)
+    config.provenance[RECIPE] = digest_of_data(text)
+    model.save_pretrained(folder)
+    written = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    (folder / RECIPE_FILE).write_text(written, encoding="utf-8")
+    (folder / RESULTS_FILE).write_text(text, encoding="utf-8")
+
+
+def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: str) -> tuple[Recipe, Any]:
+    """The recipe and the results that `write_run` has left.
+
+    Args:
+        folder: Where.
+        read: Reads such a recipe.
+        command: What writes such a folder.
+
+    Raises:
+        ValueError: If the folder holds no finished run of this kind.
+    """
+    recipe, results = Path(folder) / RECIPE_FILE, Path(folder) / RESULTS_FILE
+    if not recipe.is_file() or not results.is_file():
+        raise ValueError(f"{folder} holds no finished run: run `{command} RECIPE.yaml output={folder}` first.")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    is_gradiend = "chosen" in found
+    if is_gradiend != command.endswith("gradiend fit"):
+        there, use = ("a GRADIEND", "gradiend evaluate") if is_gradiend else ("an erasure", "check")
+        raise ValueError(f"{folder} holds {there}: use `hf-erasure {use}`.")
+    return read(recipe), found
+
+
+def table_of(rows: dict[str, Any], index: str) -> pd.DataFrame:
+    """Rows by name as a table."""
+    import pandas as pd
+
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index)
+
+
+def difference(now: pd.DataFrame, written: dict[str, Any]) -> float:
+    """The largest difference of a table's numbers from the rows that were written; infinite where others were."""
+    before = table_of(written, "")
+    if set(now.index) != set(before.index) or set(now.columns) != set(before.columns):
+        return float("inf")
+    numbers = now.select_dtypes("number")
+    return float((numbers - before.loc[numbers.index, numbers.columns]).abs().max().max()) if len(now) else 0.0
