@@ -86,7 +86,7 @@ def _fitted(architecture: str, targets: Any, affine: bool, site: str, excluded: 
         task_type=ARCHITECTURES[architecture].task_type if architecture in ARCHITECTURES else "CAUSAL_LM",
     )
     model.add_adapter(config, adapter_name="gender")
-    batches = small_batches(text_like(architecture))
+    batches = [small_batch(text_like(architecture), seed=100, rows=48)]
     fit_concept_erasure(model, batches, "gender", sequential=False, progress=False)
     return model
 

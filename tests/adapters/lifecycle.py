@@ -23,7 +23,6 @@ from tests.small_models import (
     outputs_of,
     same,
     small_batch,
-    small_batches,
     small_model,
 )
 
@@ -108,17 +107,34 @@ _MERGEABLE = [("all-linear", "output"), ("all-linear", "input"), ("norms", "outp
 LINEAR_CELLS = [Cell(a, t, s, affine=False) for a in ARCHITECTURES for t, s in _MERGEABLE]
 
 
+def _cell(architecture: str, target: str, site: str) -> Cell:
+    """A cell that is not refused."""
+    cell = Cell(architecture, target, site)
+    return Cell(architecture, target, "output") if cell.refused else cell
+
+
 def _pairwise() -> list[Cell]:
     """Each architecture with each target, sites in turn: every pair of the three occurs."""
-    cells = []
-    for row, architecture in enumerate(ARCHITECTURES):
-        for column, target in enumerate(TARGETS):
-            cell = Cell(architecture, target, SITES[(row + column) % 2])
-            cells.append(Cell(architecture, target, "output") if cell.refused else cell)
-    return cells
+    return [
+        _cell(architecture, target, SITES[(row + column) % 2])
+        for row, architecture in enumerate(ARCHITECTURES)
+        for column, target in enumerate(TARGETS)
+    ]
+
+
+def _every_place() -> list[Cell]:
+    """Each architecture with two targets at either site: every target with either site occurs."""
+    return [
+        _cell(architecture, TARGETS[(row + 2 * at) % len(TARGETS)], SITES[(row // len(TARGETS) + at) % 2])
+        for row, architecture in enumerate(ARCHITECTURES)
+        for at in (0, 1)
+    ]
 
 
 PAIRWISE = _pairwise()
+# For verbs that act on layers as they lie, whichever model that is: a layer differs by the kind of its host and the
+# side of it. Forward passes, saves, loads and merges run on every cell.
+EVERY_PLACE = _every_place()
 
 
 class Lifecycle:
@@ -175,7 +191,9 @@ def config_of(cell: Cell, **fields: Any) -> ConceptErasureConfig:
 
 
 def fit(model: nn.Module, architecture: str, name: str = NAME, seed: int = 100) -> None:
-    fit_concept_erasure(model, small_batches(architecture, seed=seed), name, sequential=False, progress=False)
+    """One batch: what several add up to is tested with the fits."""
+    batches = [small_batch(architecture, seed=seed, rows=48)]
+    fit_concept_erasure(model, batches, name, sequential=False, progress=False)
 
 
 class State:

@@ -102,9 +102,9 @@ def kills(
     expected = {"old": outputs(old), "new": outputs(new)}
     found: list[list[str]] = []
     left: set[str] = set()
+    save(old)
+    before = names(folder)
     for step in range(1, 400, stride):
-        save(old)
-        before = names(folder)
         ended = in_fork(lambda step=step: killed_at(step, folder, lambda: save(new)))
         found.append([which_is_in(folder / place, expected) for place in places])
         save(old)

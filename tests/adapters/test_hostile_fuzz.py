@@ -150,7 +150,7 @@ def seen_of(model: Any) -> Any:
     return flags, modules, sorted(getattr(model, "peft_config", {})), model._hf_peft_config_loaded
 
 
-@pytest.mark.parametrize("examples", [80, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(800, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_adapter_loads_or_is_refused_in_a_sentence(

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import ErasureLayer, erasure_layers
-from tests.adapters.lifecycle import CELLS, MERGE_TOLERANCE, NAME, PAIRWISE, Cell, Lifecycle, fit, state_of
+from tests.adapters.lifecycle import CELLS, EVERY_PLACE, MERGE_TOLERANCE, NAME, PAIRWISE, Cell, Lifecycle, fit, state_of
 from tests.in_turn import in_turn
 from tests.small_models import (
     ARCHITECTURES,
     LABELS,
-    TARGETS,
     distance,
     inputs_of,
     outputs_of,
@@ -26,6 +25,7 @@ from tests.small_models import (
 
 pytestmark = pytest.mark.lifecycle
 pairwise = pytest.mark.parametrize("cell", PAIRWISE, ids=str)
+every_place = pytest.mark.parametrize("cell", EVERY_PLACE, ids=str)
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 generating = [cell for cell in PAIRWISE if cell.parts.generates]
 SECOND = "second"
@@ -59,7 +59,7 @@ def with_second(model: nn.Module, cell: Cell) -> nn.Module:
     return model
 
 
-@pairwise
+@every_place
 def test_disable_and_enable(cell: Cell, lifecycle: Lifecycle):
     model, batch = lifecycle.fitted(cell), small_batch(cell.architecture, seed=5)
     plain, with_adapter = outputs_of(lifecycle.base(cell.architecture), batch), outputs_of(model, batch)
@@ -74,7 +74,7 @@ def test_disable_and_enable(cell: Cell, lifecycle: Lifecycle):
     assert same(outputs_of(wrapped, batch), with_adapter)
 
 
-@pairwise
+@every_place
 def test_delete_leaves_the_base_model(cell: Cell, lifecycle: Lifecycle):
     base = lifecycle.base(cell.architecture).requires_grad_(False)
     model = lifecycle.fitted(cell)
@@ -82,14 +82,14 @@ def test_delete_leaves_the_base_model(cell: Cell, lifecycle: Lifecycle):
     state_of(base, cell.architecture).assert_same(state_of(model, cell.architecture))
 
 
-@pairwise
+@every_place
 def test_unload_leaves_the_base_model(cell: Cell, lifecycle: Lifecycle):
     base = lifecycle.base(cell.architecture).requires_grad_(False)
     model = peft.PeftModel.from_pretrained(lifecycle.base(cell.architecture), lifecycle.folder(cell))
     state_of(base, cell.architecture).assert_same(state_of(model.unload(), cell.architecture))
 
 
-@pairwise
+@every_place
 def test_two_adapters_act_in_the_order_of_the_active_list(cell: Cell, lifecycle: Lifecycle):
     model, batch = with_second(lifecycle.fitted(cell), cell), small_batch(cell.architecture, seed=5)
     base = lifecycle.base(cell.architecture)
@@ -206,7 +206,7 @@ def test_gradient_checkpointing_changes_no_gradient(cell: Cell, lifecycle: Lifec
 # Pickling sees the class of a model, and nothing of where in it the layers are: once an architecture.
 @pytest.mark.parametrize(
     ("cell", "way"),
-    [(cell, "deepcopy") for cell in PAIRWISE] + [(cell, "pickle") for cell in PAIRWISE[:: len(TARGETS) + 1]],
+    [(cell, "deepcopy") for cell in EVERY_PLACE] + [(cell, "pickle") for cell in EVERY_PLACE[::2]],
     ids=str,
 )
 def test_a_copy_is_equal_and_independent(cell: Cell, way: str, lifecycle: Lifecycle):
@@ -224,7 +224,7 @@ def test_a_copy_is_equal_and_independent(cell: Cell, way: str, lifecycle: Lifecy
     before.assert_same(state_of(model, cell.architecture))
 
 
-@pairwise
+@every_place
 def test_half_precision_leaves_the_erasers_alone(cell: Cell, lifecycle: Lifecycle):
     model, batch = lifecycle.fitted(cell), small_batch(cell.architecture, seed=5)
     before = eraser_values(model)
@@ -241,7 +241,7 @@ def test_half_precision_leaves_the_erasers_alone(cell: Cell, lifecycle: Lifecycl
     assert not same(outputs_of(lifecycle.base(cell.architecture).to(torch.bfloat16), batch), outputs_of(model, batch))
 
 
-@pairwise
+@every_place
 def test_double_precision_carries_the_erasers_along(cell: Cell, lifecycle: Lifecycle):
     model, batch = lifecycle.fitted(cell).double(), small_batch(cell.architecture, seed=5)
     assert all(part.dtype == torch.float64 for state in eraser_values(model).values() for part in state)

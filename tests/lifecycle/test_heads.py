@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def fit(model: PreTrainedModel, pair: str, kind: str) -> None:
         gradiends.fit(model, NAME)
     else:
         model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name=NAME)
-        batches = small_batches(PAIRS[pair][0])
+        batches = [small_batch(PAIRS[pair][0], seed=100, rows=48)]
         fit_concept_erasure(model, batches, NAME, sequential=False, pool="tokens", progress=False)
 
 
@@ -103,7 +104,11 @@ def loaded(model: PreTrainedModel, folder: Path, road: str) -> Any:
 @pytest.mark.parametrize("kind", ["erasure", "gradiend"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_an_adapter_goes_from_the_encoder_to_the_model_with_a_head_and_back(pair: str, kind: str, tmp_path: Path):
+    """From either model by either road; what is saved there goes back into either by either road, one way for each."""
     models = dict(zip(("bare", "head"), both(pair), strict=True))
+    back = itertools.cycle(itertools.product(models.values(), ROADS))
+    # So that other pairs go the other ways back.
+    back = itertools.islice(back, [*PAIRS].index(pair) + 2 * (kind == "gradiend"), None)
     for origin, other in (("bare", "head"), ("head", "bare")):
         fitted = copy.deepcopy(models[origin])
         fit(fitted, pair, kind)
@@ -115,9 +120,8 @@ def test_an_adapter_goes_from_the_encoder_to_the_model_with_a_head_and_back(pair
             assert same(hidden_states(pair, moved), expected)
             assert verify_adapter(moved, batch=ended(PAIRS[pair][0]))
             moved.save_pretrained(tmp_path / f"{origin} {road}")
-            for model in models.values():
-                for back in ROADS:
-                    assert same(hidden_states(pair, loaded(model, tmp_path / f"{origin} {road}", back)), expected)
+            model, road_back = next(back)
+            assert same(hidden_states(pair, loaded(model, tmp_path / f"{origin} {road}", road_back)), expected)
 
 
 def test_what_the_configuration_says_goes_along(tmp_path: Path):

@@ -34,10 +34,12 @@ from tests.adapters.gradiend.lifecycle import (
     lora,
     state_of,
 )
+from tests.in_turn import in_turn
 from tests.small_models import LABELS, distance, outputs_of, same, small_batches
 
 every_model = pytest.mark.parametrize("name", MODELS)
-wrapping_models = pytest.mark.parametrize("name", ["llama", "tied_llama", "gpt2", "bert", "t5"])
+WRAPPING_MODELS = ("llama", "tied_llama", "gpt2", "bert", "t5")
+wrapping_models = pytest.mark.parametrize("name", WRAPPING_MODELS)
 # A weight that takes two edits one after the other is rounded once more: 2^-24 relative, as for the oracle.
 TOLERANCE = 2e-5
 
@@ -45,8 +47,8 @@ TOLERANCE = 2e-5
 # ---- two of a kind --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("densities", [(1e-2, 2e-2), (1.0, 1e-2), (1.0, 1.0)], ids=str)
-@every_model
+# Where two edits are added to a weight, a model has no say: one pair of densities for each, in turn.
+@in_turn("name, densities", MODELS, [(1e-2, 2e-2), (1.0, 1e-2), (1.0, 1.0)])
 def test_two_adapters_add_up(name: str, densities: tuple[float, float], gradiends: Gradiends):
     batch = batch_of(name)
     model = gradiends.base(name)
@@ -67,8 +69,7 @@ def test_two_adapters_add_up(name: str, densities: tuple[float, float], gradiend
         assert not same(outputs_of(model, batch), together)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every_model
+@in_turn("name, dtype", MODELS, [torch.float32, torch.bfloat16])  # as with one adapter, in test_lifecycle
 def test_two_adapters_merge_as_they_act(name: str, dtype: torch.dtype, gradiends: Gradiends):
     batch = batch_of(name)
     model = PeftModel.from_pretrained(gradiends.base(name).to(dtype), gradiends.folder(name), "one")
@@ -182,8 +183,7 @@ def test_a_feature_fitted_beside_a_lora_has_the_plain_names(name: str, gradiends
     assert same(outputs_of(model, batch_of(name)), outputs_of(gradiends.fitted(name), batch_of(name)))
 
 
-@pytest.mark.parametrize("verb", ["unload", "merge_and_unload"])
-@wrapping_models
+@in_turn("name, verb", WRAPPING_MODELS, ["unload", "merge_and_unload"])
 def test_a_gradiend_outlives_a_lora_that_is_merged(name: str, verb: str, gradiends: Gradiends):
     model, batch = gradiends.fitted(name), batch_of(name)
     torch.manual_seed(0)
@@ -272,8 +272,7 @@ def erasure_folder(gradiends: Gradiends, tmp_path_factory: pytest.TempPathFactor
     return make
 
 
-@pytest.mark.parametrize("target", [None, "all-linear"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(("name", "target"), [("llama", "all-linear"), ("gpt2", None), ("bert", "all-linear")])
 def test_both_orders_of_a_gradiend_and_an_erasure_give_the_same(name: str, target, gradiends, erasure_folder):
     folder, batch = erasure_folder(name, target), batch_of(name)
     feature = feature_of(targeted_parameters(gradiends.fitted(name), NAME))
