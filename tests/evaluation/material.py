@@ -8,9 +8,11 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoTokenizer
+from typer.testing import CliRunner, Result
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import set_features, steer, targeted_parameters
+from hf_erasure.cli import app
 from hf_erasure.evaluation.data import DataFolder
 from hf_erasure.evaluation.results import Results
 from tests.adapters.gradiend.lifecycle import feature_of
@@ -50,6 +52,11 @@ def small_data(assets: Path, folder: Path, parts: tuple[str, ...]) -> Path:
     for part in parts:
         (folder / part).symlink_to(assets / "data" / part)
     return folder
+
+
+def run(*arguments: object) -> Result:
+    """`hf-erasure evaluate`."""
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--no-progress"])
 
 
 def made_up(entries: int = 3) -> Results:

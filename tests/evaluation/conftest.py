@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.material import erasure_folder, gradiend_folder, small_data
+
+
+@pytest.fixture(scope="session")
+def adapters(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of an erasure and of a feature that steers."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return erasure_folder(assets, folder / "erasure"), gradiend_folder(assets, folder / "steered")
+
+
+@pytest.fixture(scope="session")
+def story(assets: Path) -> str:
+    """A small masked model."""
+    return str(assets / "models" / "story-mlm")
+
+
+@pytest.fixture
+def few(assets: Path, tmp_path: Path) -> Path:
+    return small_data(assets, tmp_path / "data", ("bias-in-bios", "seat", "winobias"))

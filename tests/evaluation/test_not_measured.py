@@ -1,0 +1,218 @@
+"""What a run cannot measure is said, and costs one cell."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+)
+
+from hf_erasure.evaluation import (
+    DataFolder,
+    Evaluation,
+    MissingData,
+    evaluate,
+    measures,
+    report,
+    running,
+)
+from hf_erasure.evaluation.loading import Entry, Loader
+from hf_erasure.evaluation.measures import measures_of
+from hf_erasure.evaluation.results import Results
+from hf_erasure.evaluation.states import StateReader
+from tests.evaluation.material import run, small_data
+
+# ---- of a model, or of a folder --------------------------------------------------------------------------------------
+
+
+def test_an_encoder_without_a_head_says_what_it_cannot_do(assets: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    AutoModel.from_pretrained(assets / "models" / "story-mlm").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(assets / "models" / "story-mlm").save_pretrained(folder)
+    data = small_data(assets, tmp_path / "data", ("bias-in-bios", "crows-pairs", "winobias"))
+    results = evaluate(Evaluation(str(folder), data, limit=18, resamples=10))
+    reasons = {note["measure"]: note["reason"] for note in results.not_measured}
+    head = "BertModel has no head that predicts words"
+    assert reasons["CrowS-Pairs (gender), % stereotype"] == reasons["Probability shifts"] == head
+    assert (
+        "no seat/" in reasons["SEAT gender, mean |d|"] and "no text" in reasons["Distortion of the last hidden state"]
+    )
+    assert all(note["entry"] is None for note in results.not_measured)
+    taken = {measure["key"] for measure in results.measures}
+    assert taken == {"gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "profession"}
+    # Every measure is either taken or listed.
+    known = {m.key: m.title for m in measures_of("gender", DataFolder(data))}
+    assert {known[key] for key in taken} | set(reasons) >= set(known.values())
+
+
+def test_a_folder_with_nothing_for_the_suite(story: str, assets: Path, tmp_path: Path) -> None:
+    data = small_data(assets, tmp_path / "data", ("wikitext-2",))
+    with pytest.raises(MissingData, match=r"Nothing of the suite 'pos' .* no ud-ewt/\*\.conllu"):
+        evaluate(Evaluation(story, data, suite="pos", limit=2, resamples=10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "there is no such folder"),
+        (["--suite", "everything"], "write one of gender, pos, stereotypes, all"),
+        (["--limit", "0"], "write at least 1"),
+        (["--stereoset", "theirs"], "--stereoset theirs: write sentence or authors"),
+        (["--strengths", "much"], "numbers separated by commas"),
+    ],
+)
+def test_a_mistake_is_one_sentence(story: str, assets: Path, arguments: list[str], message: str) -> None:
+    result = run(story, *([] if "--data" in arguments else ["--data", assets / "data"]), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+# ---- one bad cell ---------------------------------------------------------------------------------------------------
+
+
+def _raising(error: BaseException) -> Any:
+    def raises(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), TypeError("boom"), torch.linalg.LinAlgError("boom"), torch.OutOfMemoryError("boom")]
+)
+def test_whatever_a_measure_or_a_picture_raises_the_others_go_on(
+    story: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(measures.benchmarks, "seat", _raising(error))
+    monkeypatch.setattr(running, "embedding", _raising(error))
+    monkeypatch.setattr(report.figures, "interval_bars", _raising(error))
+    result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 18, "--resamples", 10)
+    assert result.exit_code == 0, result.output
+    results = Results.read(tmp_path / "out")
+    assert results.about["finished"]
+    assert {"gender_linear", "tpr_gap", "winobias"} <= set(results.values["base"])
+    reasons = {note["measure"]: note["reason"] for note in results.not_measured}
+    for what in ("SEAT gender, mean |d|", "Embeddings in two dimensions"):
+        assert re.fullmatch(rf"{type(error).__name__}: boom \(test_running.py, line \d+\)", reasons[what])
+        assert f"Not measured: {what}: {reasons[what]}" in result.stdout
+    assert "This could not be drawn" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_model_that_cannot_be_loaded_costs_its_own_column(
+    story: str, few: Path, adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = Loader.load
+
+    def second_time(self: Loader, entry: Entry) -> Any:
+        loads.append(entry.name)
+        if loads.count("erasure") == 2:  # the first time it is verified
+            raise torch.OutOfMemoryError("no room")
+        return load(self, entry)
+
+    monkeypatch.setattr(Loader, "load", second_time)
+    monkeypatch.setattr(running, "measures_of", lambda *_: measures_of("gender", DataFolder(few))[:1])
+    results = evaluate(Evaluation(story, few, [str(adapters[0])], limit=18, resamples=10))
+    assert list(results.values["base"]) == ["gender_linear"] and not results.values["erasure"]
+    note = {"measure": "Every measure", "entry": "erasure"}
+    assert any(note.items() <= found.items() and "no room" in found["reason"] for found in results.not_measured)
+
+
+def test_a_killed_run_leaves_what_it_measured(
+    story: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures.benchmarks, "winobias", _raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Evaluation(story, few, limit=18, resamples=10), output=tmp_path / "out")
+    left = Results.read(tmp_path / "out")
+    assert not left.about["finished"]
+    assert list(left.values["base"]) == ["gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "seat_gender"]
+    assert [measure["key"] for measure in left.measures] == list(left.values["base"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
+
+
+def test_without_the_bases_states_nothing_is_relative_to_an_adapters(
+    story: str, assets: Path, adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first entry that could be read was taken for the base, and had a distortion of 0."""
+    data = small_data(assets, tmp_path / "data", ("tinystories-sample", "winobias"))
+    chosen = [m for m in measures_of("gender", DataFolder(data)) if m.key in ("winobias", "distortion")]
+    monkeypatch.setattr(running, "measures_of", lambda *_: chosen)
+    calls: list[int] = []
+    final = StateReader.final
+
+    def fails_first(self: StateReader, texts: Any) -> Any:
+        calls.append(1)
+        return final(self, texts) if len(calls) > 1 else _raising(RuntimeError("boom"))()
+
+    monkeypatch.setattr(StateReader, "final", fails_first)
+    results = evaluate(Evaluation(story, data, [str(adapters[0])], limit=8, resamples=10))
+    assert [list(values) for values in results.values.values()] == [["winobias"]] * 2
+    reasons = [note["reason"] for note in results.not_measured if note["entry"] == "erasure"]
+    assert any("relative to the base's states" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("suite", ["all", "pos"])
+def test_one_item_of_each_is_enough_for_a_first_look(story: str, assets: Path, tmp_path: Path, suite: str) -> None:
+    parts = ("bias-in-bios", "crows-pairs", "stereoset", "ud-ewt", "winobias", "wikitext-2")
+    data = small_data(assets, tmp_path / "data", parts)
+    (data / "seat").mkdir()
+    (data / "seat" / "sent-weat6.jsonl").symlink_to(assets / "data/seat/sent-weat6.jsonl")
+    results = evaluate(Evaluation(story, data, suite=suite, limit=1, resamples=10))
+    taken = set(results.values["base"])
+    assert {"perplexity_wikitext-2", "distortion"} <= taken
+    reasons = {note["measure"]: note["reason"] for note in results.not_measured}
+    known = {measure.key: measure.title for measure in measures_of(suite, DataFolder(data))}
+    assert {known[key] for key in known if key not in taken} <= set(reasons)
+    assert "raise --limit" in reasons["Part of speech, linear probe − majority"]
+    if suite == "all":
+        assert "With --limit 1 there may be too few items" in reasons["WinoBias pronoun gap"]
+        assert {"seat_all", "crows_pairs"} <= taken and "raise --limit" in reasons["Embeddings in two dimensions"]
+
+
+def test_more_items_are_not_advised_where_a_file_is_at_fault(story: str, assets: Path, tmp_path: Path) -> None:
+    data = small_data(assets, tmp_path / "data", ("wikitext-2", "winobias"))
+    (data / "crows-pairs").mkdir()
+    (data / "crows-pairs" / "crows_pairs_anonymized.csv").write_bytes(b"")
+    (data / "seat").mkdir()
+    (data / "seat" / "sent-weat6.jsonl").write_text("[]", encoding="utf-16")
+    (data / "stereoset" / "dev.json").mkdir(parents=True)
+    found = evaluate(Evaluation(story, data, suite="gender", limit=2, resamples=10)).not_measured
+    reasons = {note["measure"]: note["reason"] for note in found}
+    for title, said in (("CrowS-Pairs", "has no column"), ("SEAT", "is UTF-16"), ("StereoSet SS", "There is no file")):
+        reason = next(reason for measure, reason in reasons.items() if measure.startswith(title))
+        assert said in reason and "--limit" not in reason
+    with pytest.raises(MissingData, match="Nothing of the suite 'stereotypes'"):
+        evaluate(Evaluation(story, data, suite="stereotypes", limit=2, resamples=10))
+
+
+def test_a_bad_row_is_named_in_the_results_and_where_they_are_printed(
+    story: str, few: Path, assets: Path, tmp_path: Path
+) -> None:
+    (few / "bias-in-bios").unlink()
+    (few / "bias-in-bios").mkdir()
+    lines = (assets / "data/bias-in-bios/Nurse_balanced_200.csv").read_bytes().splitlines(keepends=True)
+    lines = [lines[0], *lines[1:20], *lines[-20:]]
+    (few / "bias-in-bios" / "x.csv").write_bytes(b"\xef\xbb\xbf" + b"".join([*lines, b"She is one.,nurse\n"]))
+    (few / "crows-pairs").mkdir()
+    lines = (assets / "data/crows-pairs/crows_pairs_anonymized.csv").read_bytes().splitlines(keepends=True)[:50]
+    (few / "crows-pairs" / "crows_pairs_anonymized.csv").write_bytes(b"".join([*lines, b"99,only one\n"]))
+    with pytest.warns(UserWarning, match="1 row is left out"):
+        result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 40, "--resamples", 10)
+    assert result.exit_code == 0, result.output
+    results = Results.read(tmp_path / "out")
+    assert {"gender_linear", "crows_pairs_gender"} <= set(results.values["base"])
+    found = {Path(entry["file"]).name: (entry["count"], entry["rows"][0]) for entry in results.left_out}
+    assert found == {
+        "x.csv": (1, {"row": "line 41", "reason": "has 2 cells, and the first line has 3"}),
+        "crows_pairs_anonymized.csv": (1, {"row": "line 51", "reason": "has 2 cells, and the first line has 8"}),
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    for text in (result.stdout, page):
+        assert "line 41 has 2 cells" in text and "line 51 has 2 cells" in text
