@@ -99,7 +99,7 @@ def test_whatever_a_measure_or_a_picture_raises_the_others_go_on(
     assert {"gender_linear", "tpr_gap", "winobias"} <= set(results.values["base"])
     reasons = {note["measure"]: note["reason"] for note in results.not_measured}
     for what in ("SEAT gender, mean |d|", "Embeddings in two dimensions"):
-        assert re.fullmatch(rf"{type(error).__name__}: boom \(test_running.py, line \d+\)", reasons[what])
+        assert re.fullmatch(rf"{type(error).__name__}: boom \(test_not_measured.py, line \d+\)", reasons[what])
         assert f"Not measured: {what}: {reasons[what]}" in result.stdout
     assert "This could not be drawn" in (tmp_path / "out" / "report.html").read_text()
 
