@@ -15,6 +15,7 @@ from .common.config import ChildConfig
 from .common.fitted_with import other_than_when_fitted
 from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, Found, adapter_of
+from .common.provenance import Provenance
 from .erasure.config import ConceptErasureConfig
 from .erasure.layer import erasure_layers
 from .gradiend.config import GradiendConfig
@@ -125,17 +126,16 @@ def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
 
 def leakage_sentence(config: ConceptErasureConfig) -> str:
     """What is guarded, and what was measured at fitting, in words; says so when nothing was."""
-    told = config.provenance
-    reader = f" ({told['reader']})" if told.get("reader") else ""
-    guarded = f"It was fitted for pool={told['pool']!r}{reader}. " if told.get("pool") else ""
-    leakage: dict[str, list[float]] = told.get("leakage", {})
+    told = Provenance.of(config)
+    reader = f" ({told.reader})" if told.reader else ""
+    guarded = f"It was fitted for pool={told.pool!r}{reader}. " if told.pool else ""
+    leakage = told.leakage
     if not leakage:
         return f"{guarded}No leakage was measured when it was fitted: pass eval_batches to fit_concept_erasure."
-    intervals: dict[str, list[float]] = told.get("leakage_intervals", {})
 
     def shown(site: str) -> str:
-        ends = [f"{end:.2f}" for end in intervals.get(site, [])]
-        interval = f" (95 %: [{ends[0]}, {ends[1]}] → [{ends[2]}, {ends[3]}])" if len(ends) == 4 else ""
+        ends = [f"{end:.2f}" for end in told.leakage_intervals.get(site, ())]
+        interval = f" (95 %: [{ends[0]}, {ends[1]}] → [{ends[2]}, {ends[3]}])" if ends else ""
         before, after = (max(0.0, value) for value in leakage[site])  # older versions kept a sign
         return f"{site} {before:.3f} → {after:.3f}{interval}"
 
@@ -145,7 +145,7 @@ def leakage_sentence(config: ConceptErasureConfig) -> str:
     if "last_hidden_state" in leakage:
         parts.append(shown("last_hidden_state"))
     return (
-        f"{guarded}Correlation with the concept on {told.get('measured_on', 'held-out data')} when fitted: "
+        f"{guarded}Correlation with the concept on {told.measured_on or 'held-out data'} when fitted: "
         f"{', '.join(parts)}. On pre-LN models the intermediate hidden_states stay un-erased unless whole blocks are "
         "targeted."
     )

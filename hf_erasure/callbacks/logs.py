@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from hf_erasure.adapters.common.config import ChildConfig
-from hf_erasure.fitting.report import TRAINING
+from hf_erasure.adapters.common.provenance import TRAINING
 
 from .checkpoints import configs_of
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.common.acting import enable_copies, set_copies
 from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
@@ -58,8 +59,8 @@ class Adapter:
     @property
     def pools(self) -> list[str]:
         """What an erasure was fitted for; nothing for other kinds, and where it does not say."""
-        kept = self.config.provenance.get("pool") if isinstance(self.config, ConceptErasureConfig) else None
-        return [name for name in kept.split("+") if name in POOLS] if isinstance(kept, str) else []
+        kept = Provenance.of(self.config).pool if isinstance(self.config, ConceptErasureConfig) else ""
+        return [name for name in kept.split("+") if name in POOLS]
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Loader:
             notes.append("its encoder reads the texts, and hidden states are the encoder's")
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
         if ours and (lacking := [a for a in ours if not self._has_sites(own, a.config)]):
-            fitted_on = [str(a.config.provenance.get("base_class", "")) for a in ours]
+            fitted_on = [Provenance.of(a.config).base_class for a in ours]
             others = [found for name in fitted_on if (found := model_class(name)) is not None]
             for kind in (*others, AutoModel):
                 if kind is not own and all(self._has_sites(kind, adapter.config) for adapter in ours):
@@ -222,7 +223,7 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
     found: dict[str, Any] = {}
     for adapter in adapters:
         own = found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": {}}
-        kept = adapter.config.provenance.get("fingerprint") if isinstance(adapter.config, ChildConfig) else None
+        kept = Provenance.of(adapter.config).fingerprint
         if kept:
             own["base"] = sampled_again(host_of(model, adapter.config) or model, kept)
     with_weights = [

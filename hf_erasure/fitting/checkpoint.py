@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.files import read_tensors, write_tensors, write_whole
-from hf_erasure.adapters.common.fitted_with import RECORD
+from hf_erasure.adapters.common.provenance import RECORD
 from hf_erasure.erasers import ConceptMoments, Eraser
 
 from .labels import BatchLabels

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import WEIGHTS
-from hf_erasure.adapters.common.fitted_with import RECORD, warn_of_what_is_off, without
+from hf_erasure.adapters.common.fitted_with import warn_of_what_is_off, without
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of, adapters_in
+from hf_erasure.adapters.common.provenance import RECORD, Provenance
 from hf_erasure.adapters.erasure.layer import CHILD
 from hf_erasure.adapters.merging.combine import combine_fitted
 from hf_erasure.adapters.saving import staged
@@ -157,9 +158,9 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
             Path(folder) / FIT_FOLDER,
             config,
             sites,
-            pool=config.provenance["pool"],
+            pool=Provenance.of(config).pool,
             sequential=False,
-            active=config.provenance.get(RECORD, ()),
+            active=Provenance.of(config).active_adapters or (),
         )
         for folder in (one, other, output)
     ]
@@ -201,9 +202,10 @@ def _fitted_in_one_pass(folder: str | Path) -> ConceptErasureConfig:
 
 def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
     """The moments' own folder checks the rest: sites, labels, method, pool."""
-    if one.provenance.get("fingerprint") != other.provenance.get("fingerprint"):
+    known, others = Provenance.of(one), Provenance.of(other)
+    if known.fingerprint != others.fingerprint:
         raise ValueError("The two erasures were fitted on different base models: their activations cannot be added.")
-    if one.provenance.get(RECORD, []) != other.provenance.get(RECORD, []):
+    if (known.active_adapters or []) != (others.active_adapters or []):
         raise ValueError(
             "The two erasures were fitted beside different active adapters: their activations cannot be added. Fit "
             "both with the same adapters on."

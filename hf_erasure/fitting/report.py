@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-# The part of an adapter's provenance in which a callback writes what it measured while the model was trained.
-TRAINING = "training"
-# The part that says which results of a recipe, in the file beside the adapter, are its own: their digest.
-RECIPE = "recipe"
-
 GENDER, POS, STEREOTYPES = "gender", "part of speech", "stereotypes"
 
 FEMALE = {"female", "f", "fem", "feminine", "woman", "women", "girl", "girls", "she"}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.lookup import Found, adapter_of
+from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
 from hf_erasure.models.model import evaluating, on_cpu, unwrapped
 from hf_erasure.models.pooling import IN_WORDS
@@ -128,9 +129,9 @@ def task_for(
     with processes.agreeing("reading its batches"):
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
-    known = config.provenance.get("pool") if as_fitted and pool is None else None
-    if known in POOLS:
-        guarded = Pool(known, config.provenance.get("reader", ""))
+    known = Provenance.of(config)
+    if as_fitted and pool is None and known.pool in POOLS:
+        guarded = Pool(known.pool, known.reader)
     else:
         guarded = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
     task = FitTask(found.owner, runner, layers, name, config, guarded, processes)

@@ -11,9 +11,10 @@ from typing import Any
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import write_text
 from hf_erasure.adapters.common.lookup import adapter_of
+from hf_erasure.adapters.common.provenance import TOLD
 
 from .cards import CONFIG, config_in, own_adapters
-from .facts import CARD, hub_id, state_of
+from .facts import hub_id, state_of
 from .measured import Measured, of_evaluation
 
 
@@ -59,9 +60,9 @@ def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> 
             raise ValueError(f"{name!r} is no name on the Hub: write it as in 'user/name', and no folder.")
     if base_model:
         config.base_model_name_or_path = base_model
-    known = config.provenance.get(CARD)
+    known = config.provenance.get(TOLD)
     known = known if isinstance(known, dict) else {}
-    config.provenance = config.provenance | {CARD: known | {key: value for key, value in told.items() if value}}
+    config.provenance = config.provenance | {TOLD: known | {key: value for key, value in told.items() if value}}
 
 
 def describe_folder(
@@ -95,12 +96,12 @@ def describe_folder(
     tell(config, **told)
     if rows:
         kept = {"results": [asdict(row) for row in rows], "results_of": state_of(config)}
-        config.provenance[CARD] = config.provenance[CARD] | kept
+        config.provenance[TOLD] = config.provenance[TOLD] | kept
     # Only these entries are changed: what else is in the file stays as it is.
     before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     after = before | {"base_model_name_or_path": config.base_model_name_or_path}
-    if config.provenance[CARD]:
-        after["provenance"] = {**(before.get("provenance") or {}), CARD: config.provenance[CARD]}
+    if config.provenance[TOLD]:
+        after["provenance"] = {**(before.get("provenance") or {}), TOLD: config.provenance[TOLD]}
     if after != before:
         text = json.dumps(after, indent=2, sort_keys=True)
         write_text(folder / CONFIG, text)

@@ -1,10 +1,11 @@
-"""What models are called on the Hub, and what they are for."""
+"""The facts of an adapter that its card says, gathered from its configuration and from what lies beside it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
 from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.provenance import TOLD, Provenance
 from hf_erasure.adapters.saved_tensors import digest_of_data
 from hf_erasure.models.heads import head_of
 
 from .markdown import is_number, plain
-from .measured import (
-    Measured,
-    at_fitting,
-    figures_on,
-    intervals_of,
-    kept_rows,
-    leakage_of,
-    of_recipe,
-    of_selection,
-    of_training,
-)
+from .measured import at_fitting, figures_on, kept_rows, leakage_of, of_recipe, of_selection, of_training
 
 
 def hub_id(name: Any) -> str | None:
@@ -42,9 +34,11 @@ def hub_id(name: Any) -> str | None:
     return None if Path(name).exists() else name
 
 
-CARD = "card"  # the part of a configuration's provenance that `describe` writes
+# So many sites are listed in a card, which a model of any depth must leave readable.
 MOST_SITES = 200
+# What a name ends with that is one of a file.
 _FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".tsv", ".arrow")
+# Pictures that this package draws beside an adapter → their captions.
 PICTURES = {
     "leakage.png": "Correlation with the concept by depth, before and after.",
     "effect.png": "What the chosen edit does.",
@@ -72,8 +66,8 @@ class CardFacts:
         sites: `name`, `width`, `rank`, `before`, `after`.
         finals: The same for the last hidden states, where nothing is erased but everything is read.
         more_sites: How many sites there are besides those.
-        examples: Sequences it was fitted on.
-        tokens: Positions.
+        examples: How many sequences it was fitted on.
+        tokens: How many positions.
         datasets: Names on the Hub.
         labels_from: Who or what labelled the data, in words.
         measured: Rows of before and after, as `Measured`.
@@ -124,71 +118,65 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         folder: Where it lies, with the recipe and the results of the run that made it, if there was one.
         base_model: The base's name on the Hub, in the place of what the configuration says.
     """
-    provenance = _object(config.provenance)
-    told = _object(provenance.get(CARD))
-    recipe = _recipe(folder)
+    made, recipe = Provenance.of(config), _recipe(folder)
+    told, data = made.card, recipe["data"] if isinstance(recipe.get("data"), dict) else {}
+    named = [name for name in map(hub_id, _texts(made.data.datasets)) if name is not None]
     facts = CardFacts(
         kind="gradiend" if isinstance(config, GradiendConfig) else "concept_erasure",
         concept=plain(config.feature if isinstance(config, GradiendConfig) else getattr(config, "concept", "concept")),
-        classes=_texts(getattr(config, "classes", None) or getattr(config, "labels", None)),
+        classes=_texts(getattr(config, "classes", None) or getattr(config, "labels", None) or ()),
         fitted=bool(config.fitted),
         base_id=hub_id(base_model or config.base_model_name_or_path),
-        base_class=_text(provenance.get("base_class")),
-        base_revision=_text(config.revision or provenance.get("base_revision")),
-        examples=_count(provenance.get("examples")),
-        tokens=_count(provenance.get("tokens")),
-        fingerprint=digest_of_data(provenance.get("fingerprint")),
-        parts=_texts(provenance.get("combined_from")),
-        versions=_versions(config, provenance),
-        license=_text(told.get("license")),
-        language=_texts(told.get("language")),
+        base_class=plain(made.base_class) or None,
+        base_revision=plain(config.revision or "") or None,
+        examples=made.examples,
+        tokens=made.tokens,
+        datasets=list(dict.fromkeys([*_texts(told.datasets), *_datasets(data), *named])),
+        labels_from=plain(told.labels_from) or _labels_from(data) or plain(made.data.labels_from) or None,
+        fingerprint=digest_of_data(made.fingerprint),
+        parts=_texts(made.combined_from),
+        versions=_versions(config, made),
+        pictures={name: text for name, text in PICTURES.items() if folder is not None and (folder / name).is_file()},
+        license=plain(told.license) or None,
+        language=_texts(told.language),
     )
-    data = _object(provenance.get("data"))
-    known = [name for name in map(hub_id, _texts(data.get("datasets"))) if name is not None]
-    facts.datasets = list(dict.fromkeys([*_texts(told.get("datasets")), *_datasets(recipe), *known]))
-    facts.labels_from = _text(told.get("labels_from")) or _labels_from(recipe) or _text(data.get("labels_from"))
-    rows = _describe_kind(facts, config, provenance)
-    evaluated = kept_rows(told.get("results")) if told.get("results_of") == state_of(config) else []
-    measured = of_recipe(folder, recipe, config) if folder is not None else []
-    fitted = rows if facts.kind == "concept_erasure" or not measured else []
-    trained = of_training(facts.concept, provenance)
-    facts.measured = [row.as_dict() for row in [*evaluated, *trained, *measured, *fitted]]
-    if folder is not None:
-        facts.pictures = {name: text for name, text in PICTURES.items() if (folder / name).is_file()}
+    measured = kept_rows(told.results) if told.results_of == state_of(config) else []
+    measured += of_training(facts.concept, made)
+    by_recipe = [] if folder is None else of_recipe(folder, recipe, config)
+    measured += by_recipe
+    if isinstance(config, ConceptErasureConfig):
+        _add_erasure(facts, config, made)
+        measured += at_fitting(facts.concept, made)
+    elif isinstance(config, GradiendConfig):
+        facts.method = _gradiend_method(config, made)
+        measured += [] if by_recipe else of_selection(made)
+    facts.measured = [row.as_dict() for row in measured]
     return facts
 
 
 def state_of(config: ChildConfig) -> str:
     """Changes where an adapter is fitted or steered anew, so that results of the old one are not taken for its own."""
-    plain_config = config.to_dict()
-    provenance = plain_config.get("provenance") or {}
+    known = config.to_dict()
     names = ("fitted_sites", "fitted_parameters", "encoders", "feature_factor", "learning_rate", "pair")
-    held = {name: plain_config.get(name) for name in names}
-    return str(digest_of_data([held, {key: value for key, value in provenance.items() if key != CARD}]))
+    made = {key: value for key, value in (known.get("provenance") or {}).items() if key != TOLD}
+    return str(digest_of_data([{name: known.get(name) for name in names}, made]))
 
 
-def _describe_kind(facts: CardFacts, config: Any, provenance: dict[str, Any]) -> list[Measured]:
-    """What only one kind of adapter has; returns what was measured at fitting."""
-    if isinstance(config, ConceptErasureConfig):
-        leakage, intervals = leakage_of(provenance), intervals_of(provenance)
-        sites = list((config.fitted_sites or {}).items())
-        facts.sites = [_site(name, entry, leakage, intervals) for name, entry in sites[:MOST_SITES]]
-        facts.more_sites = max(0, len(sites) - MOST_SITES)
-        facts.finals = [
-            _site(name, {}, leakage, intervals) for name in leakage if name not in {plain(n) for n, _ in sites}
-        ]
-        ranks = [entry["rank"] for entry in facts.sites if is_number(entry["rank"])]
-        facts.method = {
-            "name": config.method, "side": config.site, "affine": bool(config.affine), "sites": len(sites),
-            "pool": _text(provenance.get("pool")), "reader": _text(provenance.get("reader")),
-            "figures_on": figures_on(provenance), "concept_dim": _count(config.concept_dim),
-            "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": _is_guarded(config),
-        }  # fmt: skip
-        return at_fitting(facts.concept, provenance)
-    if isinstance(config, GradiendConfig):
-        facts.method = _gradiend_method(config, provenance)
-        return of_selection(provenance)
-    return []
+def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenance) -> None:
+    """Add the sites and the method of an erasure."""
+    leakage, fitted = leakage_of(made), config.fitted_sites or {}
+    unmeasured = dict.fromkeys(("before", "after", "before_interval", "after_interval"))
+    sites = [{"name": plain(name), **size, **leakage.get(plain(name), unmeasured)} for name, size in fitted.items()]
+    facts.sites, facts.more_sites = sites[:MOST_SITES], max(0, len(sites) - MOST_SITES)
+    finals = leakage.keys() - {site["name"] for site in sites}
+    facts.finals = [{"name": n, "width": None, "rank": None, **own} for n, own in leakage.items() if n in finals]
+    ranks = [site["rank"] for site in facts.sites]
+    facts.method = {
+        "name": config.method, "side": config.site, "affine": bool(config.affine), "sites": len(sites),
+        "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": figures_on(made),
+        "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [],
+        "guarded": _is_guarded(config),
+    }  # fmt: skip
 
 
 def _is_guarded(config: ConceptErasureConfig) -> bool:
@@ -199,40 +187,38 @@ def _is_guarded(config: ConceptErasureConfig) -> bool:
     return config.rank is None or config.rank >= needed
 
 
-def _gradiend_method(config: GradiendConfig, provenance: dict[str, Any]) -> dict[str, Any]:
-    shapes = [entry for entry in (config.fitted_parameters or {}).values() if isinstance(entry, dict)]
-    sizes = [_size(entry.get("shape")) for entry in shapes]
-    counts = [size if entry.get("count") is None else entry["count"] for entry, size in zip(shapes, sizes, strict=True)]
-    pair = config.pair or (config.pairs[0] if config.pairs else config.classes)
-    correlation = _object(provenance.get("correlation"))
-    selection = _object(provenance.get("selection"))
-    kept = selection.get("kept_share")
+def _gradiend_method(config: GradiendConfig, made: Provenance) -> dict[str, Any]:
+    sizes = [(math.prod(size["shape"]), size.get("count")) for size in (config.fitted_parameters or {}).values()]
+    chosen = made.selection
     return {
-        "estimator": _text(provenance.get("estimator")), "task": _text(provenance.get("task")),
-        "source": config.source, "pair": _texts(pair), "pairs": [_texts(p) for p in config.pairs or []],
-        "feature_factor": config.feature_factor, "learning_rate": config.learning_rate, "density": config.density,
-        "parameters": len(shapes), "weights": sum(sizes), "changed": sum(c for c in counts if is_number(c)),
-        "has_encoder": bool(config.keep_encoder), "goal": _text(selection.get("goal")),
-        "budget": selection.get("budget") if is_number(selection.get("budget")) else None,
-        "kept_share": kept if is_number(kept) else None,
-        "correlation": {
-            plain(name): value
-            for name, value in correlation.items()
-            if is_number(value)
-        },
+        "estimator": plain(made.estimator) or None, "task": plain(made.task) or None, "source": config.source,
+        "pair": _texts(config.pair or (config.pairs[0] if config.pairs else config.classes) or ()),
+        "pairs": [_texts(pair) for pair in config.pairs or []], "feature_factor": config.feature_factor,
+        "learning_rate": config.learning_rate, "density": config.density, "parameters": len(sizes),
+        "weights": sum(size for size, _ in sizes),
+        "changed": sum(size if count is None else count for size, count in sizes),
+        "has_encoder": bool(config.keep_encoder), "goal": plain(chosen.goal) or None,
+        "budget": chosen.budget if is_number(chosen.budget) else None,
+        "kept_share": chosen.kept_share if is_number(chosen.kept_share) else None,
+        "correlation": {plain(pair): value for pair, value in made.correlation.items() if is_number(value)},
     }  # fmt: skip
 
 
-def _site(
-    name: str, entry: dict[str, Any], leakage: dict[str, tuple[float, float]], intervals: dict[str, Any]
-) -> dict[str, Any]:
-    before, after = leakage.get(plain(name), (None, None))
-    ends = intervals.get(plain(name), (None, None))
-    width, rank = (entry.get(key) if is_number(entry.get(key)) else None for key in ("width", "rank"))
-    return {
-        "name": plain(name), "width": width, "rank": rank, "before": before, "after": after,
-        "before_interval": ends[0], "after_interval": ends[1],
-    }  # fmt: skip
+def _versions(config: ChildConfig, made: Provenance) -> dict[str, str]:
+    """What it was made with, where that is known, and what the card is written with."""
+    here = {name: version(name) for name in ("peft", "transformers", "torch")}
+    configured = getattr(config, "peft_version", None)
+    known = {
+        "hf-erasure (fitted with)": made.hf_erasure_version,
+        "hf-erasure": __version__,
+        **here,
+        "peft (configured with)": configured if configured != here["peft"] else None,
+    }
+    return {name: plain(value, 60) for name, value in known.items() if value}
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    return [plain(value) for value in values]
 
 
 # ---- the recipe that made it -----------------------------------------------------------------------------------------
@@ -247,27 +233,22 @@ def _recipe(folder: Path | None) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return {}
-    return _object(content)
+    return content if isinstance(content, dict) else {}
 
 
-def _sources(recipe: dict[str, Any]) -> list[str]:
-    """Where a recipe's data come from: names on the Hub, files, or `"occupations"`."""
-    data = _object(recipe.get("data"))
+def _datasets(data: dict[str, Any]) -> list[str]:
+    """Names on the Hub that are the source of a recipe's data; a source may also be a file, or `"occupations"`."""
     found = [data.get("source"), data.get("background")]
     for part in ("train", "choice", "test", "whole"):
         section = data.get(part)
         if isinstance(section, dict):
             found += [section.get("file"), section.get("sentences")]
-    return list(dict.fromkeys(source for source in found if isinstance(source, str)))
-
-
-def _datasets(recipe: dict[str, Any]) -> list[str]:
-    named = [name for name in map(hub_id, _sources(recipe)) if name is not None and "/" in name]
+    named = [name for name in map(hub_id, found) if name is not None and "/" in name]
     return [name for name in named if not name.lower().endswith(_FILES)]
 
 
-def _labels_from(recipe: dict[str, Any]) -> str | None:
-    data = _object(recipe.get("data"))
+def _labels_from(data: dict[str, Any]) -> str | None:
+    """Who or what labelled a recipe's data, in words."""
     if isinstance(data.get("source"), str):
         column, split = (plain(data.get(key)) for key in ("label_column", "train"))
         if data["source"] == "occupations":
@@ -282,48 +263,6 @@ def _labels_from(recipe: dict[str, Any]) -> str | None:
     if train.get("sentences") is not None:
         return "sentences with one of the recipe's words, whose counterpart a table of the recipe names"
     return "a file of pairs with the columns factual, counterfactual and label" if train.get("file") else None
-
-
-# ---- values of strangers ---------------------------------------------------------------------------------------------
-
-
-def _versions(config: ChildConfig, provenance: dict[str, Any]) -> dict[str, str]:
-    """What it was made with, where that is known, and what the card is written with."""
-    made = {"hf-erasure (fitted with)": provenance.get("hf_erasure_version"), "hf-erasure": __version__}
-    peft = getattr(config, "peft_version", None)
-    for name in ("peft", "transformers", "torch"):
-        try:
-            made[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if peft and peft != made.get("peft"):
-        made["peft (configured with)"] = peft
-    return {name: plain(value, 60) for name, value in made.items() if value}
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _text(value: Any) -> str | None:
-    return plain(value) if isinstance(value, str) and value else None
-
-
-def _texts(values: Any) -> list[str]:
-    if isinstance(values, str):
-        return [plain(values)]
-    return [plain(value) for value in values] if isinstance(values, Iterable) else []
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _size(shape: Any) -> int:
-    size = 1
-    for side in shape if isinstance(shape, list) else [0]:
-        size *= side if isinstance(side, int) else 0
-    return size
 
 
 def head(facts: CardFacts) -> tuple[str, str | None]:

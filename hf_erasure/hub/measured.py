@@ -1,6 +1,6 @@
 """What was measured of an adapter, as rows of before and after: at fitting, by a recipe, and by `hf-erasure evaluate`.
 
-Everything read here lies in files that a stranger may have written, so what is no number is left out.
+Everything read here lies in files that a stranger may have written, so what is not a number is left out.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.adapters.loading.fingerprint import unlike
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
-from hf_erasure.fitting.report import RECIPE, TRAINING, concept_of_config, verdict
+from hf_erasure.fitting.report import concept_of_config, verdict
 from hf_erasure.models.pooling import IN_WORDS
 
 from .markdown import is_number, plain
@@ -78,70 +79,47 @@ class Measured:
 # ---- at fitting ------------------------------------------------------------------------------------------------------
 
 
-def leakage_of(provenance: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Site → correlation with the concept before and after; the last hidden states come after the sites."""
-    kept = provenance.get("leakage")
-    pairs = kept.items() if isinstance(kept, dict) else ()
-    found = {
-        plain(site): (max(0.0, float(pair[0])), max(0.0, float(pair[1])))
-        for site, pair in pairs
-        if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_number, pair))
-    }
-    return {s: p for s, p in found.items() if FINAL not in s} | {s: p for s, p in found.items() if FINAL in s}
+def leakage_of(made: Provenance) -> dict[str, dict[str, Any]]:
+    """Site → the correlation with the concept `before` and `after`, and the intervals about both, where there are any.
+
+    The last hidden states come after the sites.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for site, pair in made.leakage.items():
+        if all(map(is_number, pair)):
+            before, after = (max(0.0, float(value)) for value in pair)  # older versions kept a sign
+            ends = made.leakage_intervals.get(site, ())
+            intervals = {"before_interval": _interval(ends[:2]), "after_interval": _interval(ends[2:])}
+            found[plain(site)] = {"before": before, "after": after} | intervals
+    return dict(sorted(found.items(), key=lambda entry: FINAL in entry[0]))
 
 
-def intervals_of(provenance: dict[str, Any]) -> dict[str, tuple[list[float] | None, list[float] | None]]:
-    """Site → the intervals about its leakage before and after."""
-    kept = provenance.get("leakage_intervals")
-    ends = kept.items() if isinstance(kept, dict) else ()
-    return {
-        plain(site): (_interval({"interval": own[:2]}), _interval({"interval": own[2:]}))
-        for site, own in ends
-        if isinstance(own, list) and len(own) == 4
-    }
+def figures_on(made: Provenance, measured_on: str | None = None) -> str:
+    """What figures are of, and what they were measured on: what the leakage was where nothing else is given."""
+    found = (plain(made.measured_on) or "held-out examples") if measured_on is None else measured_on
+    return f"{found}, of {IN_WORDS[made.pool]}" if made.pool in IN_WORDS else found
 
 
-def figures_on(provenance: dict[str, Any]) -> str:
-    """What the leakage is of, and what it was measured on."""
-    on, pool = provenance.get("measured_on"), IN_WORDS.get(str(provenance.get("pool")))
-    found = plain(on) if isinstance(on, str) and on else "held-out examples"
-    return f"{found}, of {pool}" if pool else found
-
-
-def at_fitting(concept: str, provenance: dict[str, Any]) -> list[Measured]:
+def at_fitting(concept: str, made: Provenance) -> list[Measured]:
     """The last hidden states, and of the sites the one that leaks most."""
-    leakage, intervals = leakage_of(provenance), intervals_of(provenance)
-    finals = [site for site in leakage if FINAL in site]
-    sites = [site for site in leakage if FINAL not in site]
-    worst = max(sites, key=lambda site: leakage[site][1], default=None)
-    shown = [(site, site) for site in finals]
+    leakage = leakage_of(made)
+    shown = {site: site for site in leakage if FINAL in site}
+    worst = max((site for site in leakage if site not in shown), key=lambda s: leakage[s]["after"], default=None)
     if worst is not None:
-        shown.append((worst, f"the site that leaks most, {worst}"))
-    data = f"{figures_on(provenance)}, when it was fitted"
+        shown[worst] = f"the site that leaks most, {worst}"
+    key, data = "linear_leakage", f"{figures_on(made)}, when it was fitted"
     return [
-        Measured(
-            "linear_leakage",
-            f"correlation with {concept}: {name}",
-            *leakage[site],
-            "lower",
-            data,
-            *intervals.get(site, (None, None)),
-        )
-        for site, name in shown
+        Measured(key, f"correlation with {concept}: {name}", better="lower", data=data, **leakage[site])
+        for site, name in shown.items()
     ]
 
 
-def of_selection(provenance: dict[str, Any]) -> list[Measured]:
+def of_selection(made: Provenance) -> list[Measured]:
     """What the chosen edit of a GRADIEND adapter does to the data it was chosen on."""
-    selection = provenance.get("selection")
-    if not isinstance(selection, dict):
-        return []
-    base, best = selection.get("base"), selection.get("best")
-    if not isinstance(base, dict) or not isinstance(best, dict):
-        return []
-    on = selection.get("measured_on")
-    data = "the data that the edit was chosen on" + (f", {plain(on)}" if "fitted" in str(on) else "")
-    return _edit_rows(_flat(base), _flat(best), selection.get("goal"), data)
+    chosen = made.selection
+    data = "the data that the edit was chosen on"
+    data += f", {plain(chosen.measured_on)}" if "fitted" in chosen.measured_on else ""
+    return _edit_rows(_flat(chosen.base), _flat(chosen.best), chosen.goal, data)
 
 
 def _flat(point: dict[str, Any]) -> dict[str, Any]:
@@ -159,42 +137,33 @@ def _edit_rows(base: dict[str, Any], edited: dict[str, Any], goal: Any, data: st
         if name in _GRADIEND:
             title, better = _GRADIEND[name]
             rows.append(Measured(name, title, before, after, better, data))
-        elif str(name).startswith("P("):
+        elif name.startswith("P("):
             rows.append(Measured("class_probability", f"mean probability {plain(name)}", before, after, "", data))
         elif name in _GOALS or name == goal:
             chosen = ", which the edit was chosen for" if name == goal else ""
-            title = str(name).upper() if name in _GOALS[1:] else f"score of {plain(name)!r}"
+            title = name.upper() if name in _GOALS[1:] else f"score of {plain(name)!r}"
             rows.append(Measured(plain(name), f"{title}{chosen}", before, after, "higher", data))
     return rows
 
 
-def of_training(concept: str, provenance: dict[str, Any]) -> list[Measured]:
+def of_training(concept: str, made: Provenance) -> list[Measured]:
     """What a callback of ours logged last while the model under the adapter was trained."""
-    told = provenance.get(TRAINING)
-    figures = told.get("figures") if isinstance(told, dict) else None
-    if not isinstance(told, dict) or not isinstance(figures, dict):
-        return []
-    where = f"at step {plain(told.get('step'))} of training"
+    figures = made.training.figures
+    where = f"at step {made.training.step} of training"
+    held_out = f"{figures_on(made, plain(made.training.measured_on) or 'held-out batches')}, {where}"
     refits = figures.get("erasure_refits")
-    pool = IN_WORDS.get(str(provenance.get("pool")))
-    on = told.get("measured_on")
-    on = plain(on) if isinstance(on, str) and on else "held-out batches"
-    held_out = f"{on}{f', of {pool}' if pool else ''}, {where}" + (
-        f", refitted {refits:g} times by then" if is_number(refits) else ""
-    )
+    held_out += f", refitted {refits:g} times by then" if is_number(refits) else ""
     rows = []
     for name, value in figures.items():
-        site = str(name).removeprefix("leakage/")
+        site = name.removeprefix("leakage/")
         if not is_number(value):
             continue
-        if name == "leakage_max":
-            title = f"correlation with {concept}: the site that leaks most"
-            rows.append(Measured("linear_leakage", title, None, value, "lower", held_out))
-        elif site != name and FINAL in site:
-            title = f"correlation with {concept}: {plain(site)}"
+        if name == "leakage_max" or (site != name and FINAL in site):
+            where_it_leaks = "the site that leaks most" if site == name else plain(site)
+            title = f"correlation with {concept}: {where_it_leaks}"
             rows.append(Measured("linear_leakage", title, None, value, "lower", held_out))
         for suffix, title in _WATCHED.items():
-            if str(name).endswith(suffix):
+            if name.endswith(suffix):
                 rows.append(Measured(suffix[1:], title, None, value, "", f"the steps up to the log {where}"))
     return rows
 
@@ -208,16 +177,15 @@ def of_recipe(folder: Path, recipe: dict[str, Any], config: ChildConfig) -> list
     The probes read one vector a text: that of the erasure's pool, and of all tokens their mean. Nothing where no recipe
     ran, or the adapter was fitted or steered anew since.
     """
-    pool, on = str(config.provenance.get("pool")), str(config.provenance.get("measured_on"))
-    probed = _TEST + (f", {IN_WORDS['mean' if pool == 'tokens' else pool]}" if pool in IN_WORDS else "")
-    probed += f", {plain(on)}" if "fitted" in on else ""
-    results = read_json(folder / "results.json")
-    if not recipe or not results:
-        return []
-    if config.provenance.get(RECIPE) != digest_of_data((folder / "results.json").read_text(encoding="utf-8")):
+    made, file = Provenance.of(config), folder / "results.json"
+    results = read_json(file)
+    if not recipe or not results or made.recipe != digest_of_data(file.read_text(encoding="utf-8")):
         return []
     if isinstance(results.get("edits"), dict):
         return _of_gradiend_recipe(results, config)
+    read = "mean" if made.pool == "tokens" else made.pool
+    probed = _TEST + (f", {IN_WORDS[read]}" if read in IN_WORDS else "")
+    probed += f", {plain(made.measured_on)}" if "fitted" in made.measured_on else ""
     data = recipe["data"] if isinstance(recipe.get("data"), dict) else {}
     last = list(results)[-1]
     row = results[last] if isinstance(results[last], dict) else {}
@@ -293,7 +261,7 @@ def _rows_of(content: dict[str, Any], name: str, concept: str | None) -> list[Me
         better = f"closer to {ideal:g}" if better == "closer" else plain(better)
         rows.append(Measured(
             plain(measure["key"]), title, before["value"], after["value"], better, data,
-            _interval(before), _interval(after), ideal if is_number(ideal) else None,
+            _interval(before.get("interval")), _interval(after.get("interval")), ideal if is_number(ideal) else None,
             measure.get("purpose") == "bias" and measure.get("concept") not in (None, concept),
         ))  # fmt: skip
     return rows
@@ -316,7 +284,7 @@ def _column(content: dict[str, Any], names: list[str], config: ChildConfig, fold
             f"{path} has measures of the adapters {list(known)}, and the {config.described} in {folder} is not among "
             f"them{wanted}: it is another one, or was fitted or steered anew since. {again}"
         )
-    kept, seen = config.provenance.get("fingerprint") or {}, known[chosen[0]].get("base")
+    kept, seen = Provenance.of(config).fingerprint, known[chosen[0]].get("base")
     if not isinstance(seen, dict) or not kept.keys() & seen.keys():
         warnings.warn(
             f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
@@ -331,12 +299,10 @@ def _column(content: dict[str, Any], names: list[str], config: ChildConfig, fold
     return chosen[0]
 
 
-def _interval(cell: dict[str, Any]) -> list[float] | None:
-    bounds = cell.get("interval")
-    if not isinstance(bounds, list) or len(bounds) != 2:
-        return None
-    low, high = bounds
-    return [float(low), float(high)] if is_number(low) and is_number(high) else None
+def _interval(ends: Any) -> list[float] | None:
+    """Both ends of an interval, where these are two numbers."""
+    is_one = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(is_number, ends))
+    return [float(end) for end in ends] if is_one else None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -351,15 +317,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def kept_rows(rows: Any) -> list[Measured]:
+def kept_rows(rows: list[Any]) -> list[Measured]:
     """Rows that were kept in an adapter's configuration."""
     found = []
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and is_number(row.get("before")) and is_number(row.get("after")):
-            key, title, better, data = (plain(row.get(name, "")) for name in ("key", "title", "better", "data"))
-            before, after = (_interval({"interval": row.get(n)}) for n in ("before_interval", "after_interval"))
-            ideal, is_other = row.get("ideal") if is_number(row.get("ideal")) else None, row.get("is_other") is True
-            found.append(Measured(
-                key, title, row["before"], row["after"], better, data, before, after, ideal, is_other
-            ))  # fmt: skip
+    for row in rows:
+        known = row if isinstance(row, dict) else {}
+        numbers: dict[str, Any] = {n: known[n] for n in ("before", "after", "ideal") if is_number(known.get(n))}
+        if {"before", "after"} <= numbers.keys():
+            texts = {name: plain(known.get(name, "")) for name in ("key", "title", "better", "data")}
+            intervals = {name: _interval(known.get(name)) for name in ("before_interval", "after_interval")}
+            found.append(Measured(**texts | numbers | intervals, is_other=known.get("is_other") is True))
     return found

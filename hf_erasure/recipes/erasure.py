@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import AutoModel
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
@@ -201,7 +202,7 @@ def _model_of(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, An
 def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
     """The probe table of a model with the adapter, on the recipe's data."""
     splits = _probe_splits(recipe.data, data)
-    guarded = model.peft_config[ADAPTER_NAME].provenance["pool"]
+    guarded = Provenance.of(model.peft_config[ADAPTER_NAME]).pool
     pool = "mean" if guarded == "tokens" else guarded
     states = {
         (split, erased): pooled_states(

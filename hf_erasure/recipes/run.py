@@ -14,8 +14,8 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from transformers import AutoTokenizer
 
 from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.provenance import RECIPE
 from hf_erasure.adapters.saved_tensors import digest_of_data
-from hf_erasure.fitting.report import RECIPE
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hf_erasure.adapters.common.config import fits, in_words, short
 from hf_erasure.adapters.common.files import read_text
+from hf_erasure.adapters.common.type_checks import fits, in_words, short
 
 Section = TypeVar("Section")
 _FEW = 20  # fields that a message lists

@@ -1,17 +1,13 @@
-"""What the configurations of both kinds have in common, and checks of fields that any file may have filled."""
+"""What the configurations of both kinds have in common, and checks of names and patterns that any file may hold."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import time
-import types
-import typing
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import regex  # type: ignore[import-untyped]
@@ -19,22 +15,11 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from .files import target_of
+from .provenance import refuse_wrong
+from .type_checks import check_types, short
 
 # The names that safetensors has for float32 and float64, and for int32.
 FLOATS, INDICES = ("F32", "F64"), ("I32",)
-# What this package reads of `provenance`; cards show the rest.
-_PROVENANCE: dict[str, Any] = {
-    "base_class": str,
-    "fingerprint": dict[str, Any],
-    "leakage": dict[str, list[float]],
-    "examples": float,
-    "tokens": float,
-    "pool": str,
-    "active_adapters": list[dict[str, Any]],
-    "reader": str,
-    "leakage_intervals": dict[str, list[float]],
-    "measured_on": str,
-}
 # What may be the name of a module; as part of a regular expression, which PEFT makes of it, it stands for itself.
 _NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
@@ -89,9 +74,7 @@ class ChildConfig(PeftConfig):
             raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}].")
         for name in ("modules_to_save", "layers_pattern"):
             _check_names(name, getattr(self, name))
-        for key, kind in _PROVENANCE.items():
-            if self.provenance.get(key) is not None and not fits(self.provenance[key], kind):
-                raise TypeError(f"provenance[{key!r}]={short(self.provenance[key])} is not what fitting writes there.")
+        refuse_wrong(self.provenance)
         for name in _PATTERNS:
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set)):
@@ -173,64 +156,11 @@ class ChildConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-def check_types(config: Any) -> None:
-    """Compare the values of a configuration's fields with the types that it declares.
-
-    A text where a list of texts is declared passes: what is wrong with it, the configuration can say better.
-
-    Raises:
-        TypeError: Names the field, its value and the type.
-    """
-    kind: Any = type(config)
-    hints = _hints(kind)
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if not fits(value, hints[entry.name]):
-            raise TypeError(
-                f"{entry.name}={short(value)} of a {type(config).__name__} must be {in_words(hints[entry.name])}."
-            )
-
-
 def _check_names(field: str, value: list[str] | str | None) -> None:
     """Raise a `ValueError` for what cannot be the name of a module, such as a regular expression."""
     for name in [value] if isinstance(value, str) else value or []:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{field}={short(value)}: {short(name)} is not a name of a module.")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that could come from JSON is of a declared type; a list, tuple or set of a list's."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
-    if origin is list:
-        if isinstance(value, str):
-            return parts == (str,)
-        return isinstance(value, (list, tuple, set, frozenset, range)) and all(fits(item, parts[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
-    if hint is Any or not isinstance(hint, type):
-        return True
-    if hint in (int, float):  # True is not a number here
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, str) if issubclass(hint, str) else isinstance(value, hint)
-
-
-def short(value: Any) -> str:
-    """A value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def in_words(hint: Any) -> str:
-    """A declared type as a message shows it."""
-    text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
-    return re.sub(r"\b(typing|peft\.utils\.peft_types)\.|<enum '|<class '|'>", "", text)
 
 
 def check_patterns(config: Any, names: Iterable[str]) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ..gradiend.config import GradiendConfig
 from .acting import acting_adapters, all_configs, loaded_adapters, users_level
-from .config import ChildConfig, fits, short
+from .config import ChildConfig
+from .provenance import Provenance
+from .type_checks import fits, short
 
 _COMPARING: ContextVar[bool] = ContextVar("comparing", default=False)
-# The part of a configuration's provenance that is written here.
-RECORD = "active_adapters"
 # So many tensors of an adapter are looked at, two values of each.
 _TENSORS = 16
 # What rounding to bfloat16 may change of a value, with a margin.
@@ -80,7 +80,7 @@ def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[
 def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
     """In words, how the other adapters that act differ from those that acted at fitting; empty if they are the same."""
     config = all_configs(model).get(adapter_name)
-    record: Any = config.provenance.get(RECORD) if isinstance(config, ChildConfig) and config.fitted else None
+    record = Provenance.of(config).active_adapters if isinstance(config, ChildConfig) and config.fitted else None
     if record is None:  # of an older release
         return ""
     now = active_beside(model, adapter_name)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from hf_erasure.erasers.inlp_factors import ROUNDS
 
-from ..common.config import FLOATS, ChildConfig, short
+from ..common.config import FLOATS, ChildConfig
+from ..common.type_checks import short
 from ..registration import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")

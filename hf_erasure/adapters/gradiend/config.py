@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import FLOATS, INDICES, ChildConfig, fits, short
+from ..common.config import FLOATS, INDICES, ChildConfig
+from ..common.type_checks import fits, short
 from ..registration import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")

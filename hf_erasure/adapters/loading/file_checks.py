@@ -25,8 +25,10 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..common.config import ChildConfig, short
+from ..common.config import ChildConfig
 from ..common.files import CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
+from ..common.provenance import Provenance
+from ..common.type_checks import short
 from .key_renaming import prefix_of, rename_tensors
 
 # A configuration that names ten thousand weights, each with samples of its values, takes a few of these.
@@ -305,7 +307,7 @@ def _check_saved(
         raise ValueError(
             f"{of_modules[0]!r} {where} is of a module that was trained with the {config.described}, one of its "
             f"modules_to_save={short(config.modules_to_save)}. This {type(model).__name__} has no module of that name: "
-            f"load the adapter into a {config.provenance.get('base_class') or 'model like that'}, which it was fitted "
+            f"load the adapter into a {Provenance.of(config).base_class or 'model like that'}, which it was fitted "
             "on."
         )
     if extra:

@@ -27,8 +27,10 @@ import transformers
 from torch import Tensor, nn
 
 from ..common.acting import users_level
-from ..common.config import ChildConfig, fits, short
+from ..common.config import ChildConfig
 from ..common.placement import dequantised, is_quantised, is_sharded, shared_weights, value_of, why_not_reachable
+from ..common.provenance import Provenance
+from ..common.type_checks import fits, short
 from .key_renaming import absent, prefix_of
 
 SAMPLES, TOTAL, FEWEST = 64, 2048, 4
@@ -94,7 +96,7 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r}{others}, which this "
             f"{type(model).__name__} does not have.{_hint(model, config, missing)}"
         )
-    kept = config.provenance.get("fingerprint") or {}
+    kept = Provenance.of(config).fingerprint
     if not kept:
         warnings.warn(
             f"The {config.described} does not say what weights it was fitted on ({_fitted_on(config)}): whether this "
@@ -331,7 +333,7 @@ def _say_unread(unread: list[str], total: int, config: ChildConfig) -> None:
 
 def _fitted_on(config: ChildConfig) -> str:
     """What an adapter says of its base: where it came from, or else its class."""
-    name, kind = config.base_model_name_or_path, config.provenance.get("base_class")
+    name, kind = config.base_model_name_or_path, Provenance.of(config).base_class
     revision = f" at {config.revision}" if name and config.revision else ""
     if name and kind:
         return f"{name}{revision} ({kind})"
@@ -421,7 +423,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
 def _hint(model: nn.Module, config: ChildConfig, missing: list[str]) -> str:
     """Where the sites are: in a head that this model does not have, or below one of its modules."""
     sites, names = list(config.fitted_modules), {name for name, _ in model.named_modules()}
-    base_class, prefix = config.provenance.get("base_class", ""), f"{prefix_of(model)}."
+    base_class, prefix = Provenance.of(config).base_class, f"{prefix_of(model)}."
     kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
     if kin and not any(site.startswith(prefix) for site in missing):
         place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"

@@ -15,8 +15,9 @@ from hf_erasure.erasers import Eraser, combine_erasers
 from hf_erasure.models.model import as_attribute
 
 from ..common.acting import naming_what_goes_off
-from ..common.fitted_with import RECORD, without
+from ..common.fitted_with import without
 from ..common.lookup import adapter_of
+from ..common.provenance import RECORD, Provenance
 from ..common.tuner import exactly
 from ..erasure.config import CONCEPT_ERASURE, ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers
@@ -105,7 +106,7 @@ def _combined_sites(
         if not here:
             continue
         erasers = [_eraser_of(parts[name][path], name, affine=configs[name].affine) for name in here]
-        rows = [float(configs[name].provenance.get("examples", 0)) for name in here]
+        rows = [float(Provenance.of(configs[name]).examples or 0) for name in here]
         try:
             sites[path] = combine_erasers(erasers, rows if all(rows) else None)
         except ValueError as error:
@@ -142,18 +143,17 @@ def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sti
 
 def _combined_provenance(configs: dict[str, ConceptErasureConfig]) -> dict[str, Any]:
     """What the new adapter says about itself: nothing was measured of it, and its parts were."""
-    sources = [config.provenance for config in configs.values()]
-    pools = list(dict.fromkeys(str(source["pool"]) for source in sources if "pool" in source))
+    sources = [Provenance.of(config) for config in configs.values()]
     return {
         "hf_erasure_version": __version__,
-        "base_class": sources[0].get("base_class"),
-        "examples": sum(source.get("examples", 0) for source in sources),
-        "tokens": sum(source.get("tokens", 0) for source in sources),
-        "pool": "+".join(pools),
+        "base_class": sources[0].base_class or None,
+        "examples": sum(source.examples or 0 for source in sources),
+        "tokens": sum(source.tokens or 0 for source in sources),
+        "pool": "+".join(dict.fromkeys(source.pool for source in sources if source.pool)),
         "leakage": {},
         "combined_from": {name: _described(config) for name, config in configs.items()},
-        RECORD: without((entry for source in sources for entry in source.get(RECORD, ())), configs),
-        "fingerprint": {key: value for source in sources for key, value in source.get("fingerprint", {}).items()},
+        RECORD: without((entry for source in sources for entry in source.active_adapters or ()), configs),
+        "fingerprint": {key: value for source in sources for key, value in source.fingerprint.items()},
     }
 
 

@@ -26,6 +26,7 @@ from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import innermost
 from ..common.lookup import adapter_of
 from ..common.placement import shared_weights
+from ..common.provenance import Provenance
 from ..common.tuner import exactly
 from ..erasure.layer import erasure_layers
 from ..gradiend.config import GradiendConfig
@@ -322,7 +323,7 @@ def model_class(name: str) -> type[transformers.PreTrainedModel] | None:
 
 def _model_class(model: str, config: ChildConfig) -> Any:
     plain = AutoConfig.from_pretrained(model)
-    names = [*(plain.architectures or []), config.provenance.get("base_class", "")]
+    names = [*(plain.architectures or []), Provenance.of(config).base_class]
     # The names are out of files: of all that transformers has, only a model may be made.
     for candidate in filter(None, map(model_class, names)):
         with torch.device("meta"):

@@ -27,9 +27,10 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
-from hf_erasure.adapters.common.fitted_with import RECORD, active_beside, warn_of_what_is_off
+from hf_erasure.adapters.common.fitted_with import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
+from hf_erasure.adapters.common.provenance import RECORD
 from hf_erasure.fitting.report import in_words
 from hf_erasure.gradiend import Feature
 from hf_erasure.models.heads import task_of
