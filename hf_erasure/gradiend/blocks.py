@@ -1,9 +1,9 @@
-"""Named blocks of gradients: checked one by one, walked in pieces that stay in cache, summed in float64."""
+"""Named blocks of gradients: checked one by one, walked in pieces that stay in cache, summed in float64, ranked."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch import Tensor
 # starting an operation takes little of its time; on an accelerator a piece only bounds the temporaries.
 CPU_PIECE = 1 << 17
 DEVICE_PIECE = 1 << 24
+# Of a histogram: one for each value of 16 bits; and the upper 16 bits of infinity.
+BINS = 1 << 16
+FIRST_NON_FINITE = 0x7F80
+# Entries of a piece whose histogram is taken: far more than bins, or filling in the bins is what takes the time.
+HISTOGRAM_PIECE = 1 << 20
 
 
 def piece_size(device: torch.device) -> int:
@@ -28,12 +33,7 @@ def pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, 
 
 
 def flat(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """The block as a vector `(count,)` on `device`, in its own dtype.
-
-    Raises:
-        TypeError: If it is not a tensor of floating-point numbers.
-        ValueError: If it has another shape than the block was declared with.
-    """
+    """The block as a vector `(count,)` on `device`, in its own dtype; refused if not of floats or of `shape`."""
     if not isinstance(gradient, Tensor):
         raise TypeError(
             f"The gradient of {name!r} is {type(gradient).__name__}: give a tensor of shape {tuple(shape)}."
@@ -45,39 +45,21 @@ def flat(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -
     return gradient.detach().to(device).reshape(-1)
 
 
-def require_blocks(gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], what: str) -> None:
-    """Refuse gradients that lack a block.
-
-    Raises:
-        ValueError: Naming the first block that is missing.
-    """
+def flat_blocks(
+    gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device, what: str
+) -> dict[str, Tensor]:
+    """All blocks of `shapes` as vectors, as `flat` gives them, in the order of `shapes`; others are left out."""
     missing = [name for name in shapes if name not in gradients]
     if missing:
         raise ValueError(
             f"{what} lacks {len(missing)} of {len(shapes)} blocks, the first of them {missing[0]!r}: "
             "give the gradients of exactly the parameters that the feature was declared with."
         )
-
-
-def flat_blocks(
-    gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device, what: str
-) -> dict[str, Tensor]:
-    """All blocks of `shapes` as vectors, in the order of `shapes`; further blocks are left out.
-
-    Raises:
-        TypeError: As `flat`.
-        ValueError: As `flat` and `require_blocks`.
-    """
-    require_blocks(gradients, shapes, what)
     return {name: flat(name, gradients[name], shape, device) for name, shape in shapes.items()}
 
 
 def as_shapes(shapes: Mapping[str, Iterable[int]]) -> dict[str, torch.Size]:
-    """A checked copy of names and shapes.
-
-    Raises:
-        ValueError: If there is no block, or one without entries.
-    """
+    """A copy of names and shapes; refused where there is no block, or one without entries."""
     copied = {name: torch.Size(shape) for name, shape in shapes.items()}
     if not copied:
         raise ValueError("There are no blocks: give at least one name with its shape.")
@@ -110,22 +92,8 @@ def sum_of_squares(a: Tensor) -> float:
     return result
 
 
-def is_finite(a: Tensor) -> bool:
-    """Whether all entries are finite; one pass without temporaries unless they are not."""
-    quick = a.sum(dtype=torch.float64 if a.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(quick)) or bool(torch.isfinite(a).all())
-
-
 def require_finite(values: Mapping[str, float], what: str = "gradient") -> None:
-    """Refuse blocks whose sums are not finite.
-
-    Args:
-        values: Name to a sum over the block's entries that is not finite if one of them is not.
-        what: What the blocks are, for the message.
-
-    Raises:
-        ValueError: Naming the first such block.
-    """
+    """Refuse blocks by a sum over the entries of each, which is not finite if one of them is not."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(
@@ -135,15 +103,7 @@ def require_finite(values: Mapping[str, float], what: str = "gradient") -> None:
 
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a saved state that does not fit.
-
-    Args:
-        state: Name to tensor.
-        shapes: Name to shape of what must be there.
-
-    Raises:
-        ValueError: If an entry is missing, unknown, has another shape or is not finite.
-    """
+    """Refuse a saved state that has other names or shapes than these, or is not finite."""
     for name in state.keys() - shapes.keys():
         raise ValueError(f"{name!r} in the state is unknown here: the state is of other blocks or another kind.")
     for name, shape in shapes.items():
@@ -153,3 +113,55 @@ def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
             raise ValueError(f"{name!r} in the state has shape {tuple(state[name].shape)}: it must be {shape}.")
         if not bool(torch.isfinite(state[name]).all()):
             raise ValueError(f"{name!r} in the state is not finite: the file is damaged; fit anew.")
+
+
+# ---- the largest entries ---------------------------------------------------------------------------------------------
+# The bits of a non-negative float32, read as an integer, are in the order of the numbers: two histograms of 16 bits
+# each give the threshold, exactly, without sorting or joining the blocks.
+
+
+def largest(score: Callable[[str], Tensor], names: list[str], wanted: int) -> dict[str, Tensor]:
+    """Name to bool `(count,)`: True at the `wanted` entries of largest `|score|`, the first of equals.
+
+    Scores, `(count,)` each, are asked for one block at a time, so that they need not be kept; they must be finite.
+    """
+    high, above = _cut(_histogram(score, names), wanted)
+    low, above_low = _cut(_histogram(score, names, high), wanted - above)
+    threshold, ties = (high << 16) | low, wanted - above - above_low
+    keep = {}
+    for name in names:
+        bits = _bits(score(name))
+        equal = bits == threshold
+        found = int(equal.sum())
+        if found > ties:
+            equal &= torch.cumsum(equal, 0, dtype=torch.int32) <= ties
+        ties -= min(found, ties)
+        keep[name] = equal.logical_or_(bits > threshold)
+    return keep
+
+
+def _bits(scores: Tensor) -> Tensor:
+    return scores.float().abs().view(torch.int32)
+
+
+def _histogram(score: Callable[[str], Tensor], names: list[str], high: int | None = None) -> Tensor:
+    """Counts of the upper 16 bits of all scores; with `high`, of the lower 16 bits of those with these upper bits."""
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for name in names:
+        for (piece,) in pieces(score(name), size=HISTOGRAM_PIECE):
+            bits = _bits(piece)
+            upper = bits >> 16
+            part = upper if high is None else (bits & 0xFFFF)[upper == high]
+            found = torch.bincount(part, minlength=1).cpu()
+            if high is None and found.numel() > FIRST_NON_FINITE:
+                raise ValueError(f"The weights of {name!r} are not finite and cannot be ranked: fit anew.")
+            counts[: found.numel()] += found
+    return counts
+
+
+def _cut(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The bin that holds the `wanted`-th largest entry, and how many entries lie in bins above it."""
+    from_above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(from_above, wanted))
+    above = int(from_above[place - 1]) if place else 0
+    return BINS - 1 - place, above

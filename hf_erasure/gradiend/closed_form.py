@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import as_shapes, check_state, flat, flat_blocks, is_finite, pieces, require_finite, sum_of_squares
+from .blocks import as_shapes, check_state, flat, flat_blocks, pieces, require_finite, sum_of_squares
 from .features import Feature, FeatureDecoder, FeatureEncoder
 
 SIGNS = (1, -1)
-CLASS_MEAN = 0.9
 PARTS = {("source", 1): "source+", ("source", -1): "source-", ("target", 1): "target+", ("target", -1): "target-"}
 
 
@@ -56,9 +55,8 @@ class ClosedFormEstimator:
             for part in PARTS
         }
         self._counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
-        self._open_source: int | None = None
-        self._open_blocks: set[str] = set()
-        self._open_targets: dict[str, int] = {}
+        # The blocks of the current batch that came already, with their signs.
+        self._open: dict[str, dict[str, int]] = {"source": {}, "target": {}}
 
     @property
     def batches(self) -> dict[int, int]:
@@ -79,7 +77,7 @@ class ClosedFormEstimator:
                 is neither, or the batch has a source already. Nothing is changed then.
         """
         _check_sign(sign)
-        if self._open_source is not None:
+        if self._open["source"]:
             raise ValueError("This batch has a source already: call end_batch, or drop_batch, before the next one.")
         blocks = flat_blocks(gradients, self.shapes, self.device, "The source gradient")
         squares = {name: sum_of_squares(block) for name, block in blocks.items()}
@@ -89,7 +87,6 @@ class ClosedFormEstimator:
             raise ValueError("The source gradient is zero in all blocks: it has no direction; leave this batch out.")
         for name, block in blocks.items():
             self._average("source", sign, name, block, 1.0 / norm)
-        self._open_source = sign
 
     def add_source_block(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
         """Count one block of the source gradient of the current batch, in the place of `add_source`.
@@ -107,16 +104,9 @@ class ClosedFormEstimator:
             ValueError: If the block is unknown or came already, has another shape or is not finite, the norm is not a
                 positive number, or the sign is neither. Nothing is changed then.
         """
-        _check_sign(sign)
         if not (math.isfinite(norm) and norm > 0):
             raise ValueError(f"The source gradient has the norm {norm}: it has no direction; leave this batch out.")
-        if self._open_source is not None or name in self._open_blocks:
-            raise ValueError(f"Block {name!r} of the source came already in this batch: call end_batch, or drop_batch.")
-        block = self._block(name, gradient, "source gradient")
-        self._average("source", sign, name, block, 1.0 / norm)
-        self._open_blocks.add(name)
-        if len(self._open_blocks) == len(self.shapes):
-            self._open_source, self._open_blocks = sign, set()
+        self._add("source", name, gradient, sign, 1.0 / norm)
 
     def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
         """Count one block of the target of the current batch.
@@ -131,23 +121,24 @@ class ClosedFormEstimator:
             ValueError: If the block is unknown or came already in this batch, the target has another shape or is not
                 finite, or the sign is neither. Nothing is changed then.
         """
-        _check_sign(sign)
-        if name in self._open_targets:
-            raise ValueError(
-                f"Block {name!r} came already in this batch: add a parameter's gradient once it is complete, and call "
-                "end_batch, or drop_batch, between batches."
-            )
-        self._average("target", sign, name, self._block(name, gradient, "target"), 1.0)
-        self._open_targets[name] = sign
+        self._add("target", name, gradient, sign, 1.0)
 
-    def _block(self, name: str, gradient: Tensor, what: str) -> Tensor:
-        """One block as a vector, once it is known to be finite."""
+    def _add(self, kind: str, name: str, gradient: Tensor, sign: int, factor: float) -> None:
+        """Count one block, once all is known of it that could be refused."""
+        _check_sign(sign)
+        if name in self._open[kind]:
+            raise ValueError(
+                f"Block {name!r} of the {kind} came already in this batch: add a parameter's gradient once it is "
+                "complete, and call end_batch, or drop_batch, between batches."
+            )
         if name not in self.shapes:
             raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
         block = flat(name, gradient, self.shapes[name], self.device)
-        if not is_finite(block):
-            require_finite({name: math.nan}, what)
-        return block
+        # The sum is not finite if an entry is not, or if it overflows: the entries are looked at only then.
+        quick = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
+        if not (bool(torch.isfinite(quick)) or bool(torch.isfinite(block).all())):
+            require_finite({name: math.nan}, "source gradient" if kind == "source" else kind)
+        self._average(kind, sign, name, block, factor)
 
     def end_batch(self, sign: int) -> None:
         """Close the batch.
@@ -159,11 +150,11 @@ class ClosedFormEstimator:
             ValueError: If the source or the target of a block did not come, or came with the other sign.
         """
         _check_sign(sign)
-        missing = [name for name in self.shapes if name not in self._open_targets]
-        if self._open_source is None or missing:
-            what = "its source" if self._open_source is None else f"the target of {_some(missing)}"
+        lacking = {kind: [name for name in self.shapes if name not in held] for kind, held in self._open.items()}
+        if lacking["source"] or lacking["target"]:
+            what = "its source" if lacking["source"] else f"the target of {_some(lacking['target'])}"
             raise ValueError(f"The batch cannot be closed: {what} did not come. Add it, or call drop_batch.")
-        if {self._open_source, *self._open_targets.values()} != {sign}:
+        if {*self._open["source"].values(), *self._open["target"].values()} != {sign}:
             raise ValueError(f"Not all of the batch was added with sign {sign:+d}: call drop_batch and fit anew.")
         self.drop_batch()
 
@@ -173,15 +164,14 @@ class ClosedFormEstimator:
         What was added of it stays in the means of the blocks it reached; each block's mean is over the batches that
         reached that block, so the means remain means.
         """
-        self._open_source = None
-        self._open_blocks = set()
-        self._open_targets = {}
+        self._open = {"source": {}, "target": {}}
 
     @torch.no_grad()
-    def _average(self, part: str, sign: int, name: str, block: Tensor, factor: float) -> None:
-        self._counts[part, sign][name] += 1
-        share = 1.0 / self._counts[part, sign][name]
-        for mean, piece in pieces(self._means[part, sign][name], block):
+    def _average(self, kind: str, sign: int, name: str, block: Tensor, factor: float) -> None:
+        self._open[kind][name] = sign
+        self._counts[kind, sign][name] += 1
+        share = 1.0 / self._counts[kind, sign][name]
+        for mean, piece in pieces(self._means[kind, sign][name], block):
             piece = piece.float()
             mean.lerp_(piece if factor == 1.0 else piece * factor, share)
 
@@ -206,7 +196,7 @@ class ClosedFormEstimator:
                     self._counts[part][name] = total
 
     def _require_closed(self, verb: str) -> None:
-        if self._open_source is not None or self._open_blocks or self._open_targets:
+        if any(self._open.values()):
             raise ValueError(f"A batch is open: call end_batch, or drop_batch, before the estimator is {verb}.")
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -249,26 +239,23 @@ class ClosedFormEstimator:
                     f"No batch of sign {part[1]:+d} has added its {part[0]} ({prefix}): a feature needs batches of "
                     "both classes."
                 )
-        plus, minus = (self._means["target", sign] for sign in SIGNS)
-        decoder = {name: (plus[name] - minus[name]).mul_(0.5) for name in self.shapes}
-        bias = {name: (plus[name] + minus[name]).mul_(0.5) for name in self.shapes}
+        difference = {name: self._means["source", 1][name] - self._means["source", -1][name] for name in self.shapes}
         everywhere, shapes = dict.fromkeys(self.shapes), dict(self.shapes)
-        return Feature(self._encoder(), FeatureDecoder(decoder, bias, everywhere, shapes))
-
-    def _encoder(self) -> FeatureEncoder:
-        means = [self._means["source", sign] for sign in SIGNS]
-        difference = {name: means[0][name] - means[1][name] for name in self.shapes}
-        reader = FeatureEncoder(difference, dict.fromkeys(self.shapes), dict(self.shapes), activation="identity")
+        reader = FeatureEncoder(difference, everywhere, shapes, activation="identity")
         high, low = (
-            reader.encode({name: mean[name].view(shape) for name, shape in self.shapes.items()}) for mean in means
+            reader.encode({name: self._means["source", sign][name].view(shape) for name, shape in shapes.items()})
+            for sign in SIGNS
         )
         if not high > low:
             raise ValueError(
                 "The mean source gradients of the two classes are equal: there is nothing to read. Check that the "
                 "batches of the two signs differ."
             )
-        scale = 2.0 * math.atanh(CLASS_MEAN) / (high - low)
-        return replace(reader, scale=scale, bias=-(high + low) / 2.0, activation="tanh", unit_norm=True)
+        encoder = replace(reader.centred(high, low), activation="tanh", unit_norm=True)
+        plus, minus = (self._means["target", sign] for sign in SIGNS)
+        decoder = {name: (plus[name] - minus[name]).mul_(0.5) for name in self.shapes}
+        bias = {name: (plus[name] + minus[name]).mul_(0.5) for name in self.shapes}
+        return Feature(encoder, FeatureDecoder(decoder, bias, everywhere, shapes))
 
 
 def _check_sign(sign: int) -> None:

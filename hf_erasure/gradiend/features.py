@@ -6,22 +6,20 @@ Both halves are dictionaries of named blocks (arXiv 2502.01406, section 3), dens
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .blocks import dot as dot_product
-from .blocks import flat, flat_blocks, require_finite, sum_of_squares, total
-from .pruning import check_density, select, stored_entries
+from .blocks import dot, flat, flat_blocks, largest, require_finite, sum_of_squares, total
 
 ACTIVATIONS = ("tanh", "identity")
+# Where the class means of the closed form's pre-activation read: tanh tells values about it apart well.
+CLASS_MEAN = 0.9
+MAX_INT32 = 2**31 - 1
 
-
-def activate(value: float, activation: str) -> float:
-    """The value of the neuron for a pre-activation."""
-    return math.tanh(value) if activation == "tanh" else value
+Index = Mapping[str, Tensor | None]
 
 
 def check_activation(activation: str) -> str:
@@ -59,7 +57,7 @@ class FeatureEncoder:
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
-        _check_blocks("weight", self.weight, self.index, self.shapes)
+        _check_blocks(self.index, self.shapes, weight=self.weight)
 
     def encode(self, gradients: Mapping[str, Tensor]) -> float:
         """The value of the feature neuron for one gradient.
@@ -74,9 +72,13 @@ class FeatureEncoder:
         """
         device = next(iter(self.weight.values())).device
         blocks = flat_blocks(gradients, self.shapes, device, "The gradient")
-        projections = {name: self._project(name, block) for name, block in blocks.items()}
-        value = sum(projections.values())
+        projections = {}
+        for name, block in blocks.items():
+            weight, index = self.weight[name], self.index[name]
+            read = block if index is None else block.index_select(0, index)
+            projections[name] = dot(weight, read) if weight.numel() else 0.0
         require_finite(projections)
+        value = sum(projections.values())
         if self.unit_norm:
             squares = {name: sum_of_squares(block) for name, block in blocks.items()}
             for name in gradients.keys() - blocks.keys():
@@ -84,13 +86,12 @@ class FeatureEncoder:
             require_finite(squares)
             norm = math.sqrt(sum(squares.values()))
             value = value / norm if norm > 0 else 0.0
-        return activate(self.scale * (value + self.bias), self.activation)
+        value = self.scale * (value + self.bias)
+        return math.tanh(value) if self.activation == "tanh" else value
 
-    def _project(self, name: str, block: Tensor) -> float:
-        weight, index = self.weight[name], self.index[name]
-        if weight.numel() == 0:
-            return 0.0
-        return dot_product(weight, block if index is None else block.index_select(0, index))
+    def centred(self, high: float, low: float) -> FeatureEncoder:
+        """The encoder with the scale and bias that bring two values of `⟨w, g⟩ + bias` to where tanh is ±0.9."""
+        return replace(self, scale=2 * math.atanh(CLASS_MEAN) / (high - low), bias=self.bias - (high + low) / 2)
 
     def prune(self, density: float) -> FeatureEncoder:
         """The encoder reduced to the `ceil(density · n)` largest `|w|` over all blocks; scale and bias stay.
@@ -98,10 +99,8 @@ class FeatureEncoder:
         Raises:
             ValueError: If `density` is not in (0, 1].
         """
-        if check_density(density) == 1.0:
-            return self
-        support = select(self.weight.__getitem__, self.index, self.shapes, density)
-        return replace(self, weight=support.of(self.weight.__getitem__), index=support.index)
+        support = _support(self.weight.__getitem__, self.index, self.shapes, density)
+        return self if support is None else replace(self, weight=support.of(self.weight), index=support.index)
 
     @property
     def count(self) -> int:
@@ -126,19 +125,15 @@ class FeatureDecoder:
     shapes: dict[str, torch.Size]
 
     def __post_init__(self) -> None:
-        _check_blocks("weight", self.weight, self.index, self.shapes)
-        _check_blocks("bias", self.bias, self.index, self.shapes)
+        _check_blocks(self.index, self.shapes, weight=self.weight, bias=self.bias)
 
     def decode(self, h: float) -> dict[str, Tensor]:
         """Name to dense float32 `h · Wd + bd` in the shape of the block, zero outside the entries kept."""
-        return {name: self._decode(name, h) for name in self.shapes}
-
-    def _decode(self, name: str, h: float) -> Tensor:
-        shape, index = self.shapes[name], self.index[name]
-        values = torch.add(self.bias[name], self.weight[name], alpha=h)
-        if index is None:
-            return values.view(shape)
-        return values.new_zeros(shape.numel()).index_copy_(0, index.long(), values).view(shape)
+        decoded = {}
+        for name, shape in self.shapes.items():
+            values = torch.add(self.bias[name], self.weight[name], alpha=h)
+            decoded[name] = _spread(values, self.index[name], shape.numel()).view(shape)
+        return decoded
 
     def prune(self, density: float) -> FeatureDecoder:
         """The decoder reduced to the `ceil(density · n)` largest `|Wd|` over all blocks, the first of equals.
@@ -166,7 +161,7 @@ class FeatureDecoder:
     @property
     def count(self) -> int:
         """Entries that are kept; of dense blocks those that are not zero in both Wd and bd."""
-        return sum(self._kept(name) for name in self.weight)
+        return sum(map(self._kept, self.weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,47 +178,98 @@ def prune_together(decoders: list[FeatureDecoder], density: float) -> list[Featu
     Raises:
         ValueError: If `density` is not in (0, 1], Wd is not finite, or the decoders do not have the same entries.
     """
-    if check_density(density) == 1.0:
-        return list(decoders)
     first = decoders[0]
     for other in decoders[1:]:
-        if first.shapes != other.shapes or not _same_index(first.index, other.index):
+        pairs = [(x, other.index.get(name)) for name, x in first.index.items()]
+        same = all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
+        if first.shapes != other.shapes or not same:
             raise ValueError("The decoders do not have the same blocks and entries: prune them before they part.")
 
     def score(name: str) -> Tensor:
         vectors = [decoder.weight[name].abs() for decoder in decoders]
         return torch.stack(vectors).amax(0) if len(vectors) > 1 else vectors[0]
 
-    support = select(score, first.index, first.shapes, density)
-    return [
-        replace(d, weight=support.of(d.weight.__getitem__), bias=support.of(d.bias.__getitem__), index=support.index)
-        for d in decoders
-    ]
+    support = _support(score, first.index, first.shapes, density)
+    if support is None:
+        return list(decoders)
+    return [replace(d, weight=support.of(d.weight), bias=support.of(d.bias), index=support.index) for d in decoders]
 
 
-def _same_index(a: Mapping[str, Tensor | None], b: Mapping[str, Tensor | None]) -> bool:
-    for name, x in a.items():
-        y = b[name]
-        if (x is None) != (y is None) or (x is not None and y is not None and not torch.equal(x, y)):
-            return False
-    return True
+@dataclass(frozen=True)
+class _Support:
+    """Which of the stored entries of blocks stay.
+
+    Attributes:
+        keep: Name to bool `(count,)` over the stored entries.
+        old: Name to positions of the stored entries, None where all of the block is stored.
+        index: Name to int32 positions of the entries that stay, None where the block is dense.
+        shapes: Name to shape of the block.
+    """
+
+    keep: dict[str, Tensor]
+    old: Index
+    index: dict[str, Tensor | None]
+    shapes: Mapping[str, torch.Size]
+
+    def of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values that stay, in the layout of `index`: name to `(count,)`."""
+        found = {}
+        for name, keep in self.keep.items():
+            if self.index[name] is not None:
+                found[name] = values[name][keep]
+            else:
+                stays = torch.where(keep, values[name], 0.0)
+                found[name] = _spread(stays, self.old[name], self.shapes[name].numel())
+        return found
 
 
-def _check_blocks(
-    what: str,
-    values: Mapping[str, Tensor],
-    index: Mapping[str, Tensor | None],
-    shapes: Mapping[str, torch.Size],
-) -> None:
-    if not shapes or values.keys() != shapes.keys() or index.keys() != shapes.keys():
-        raise ValueError(f"{what}, index and shapes must have the same names, at least one.")
-    for name, shape in shapes.items():
-        positions = index[name]
-        count = stored_entries(positions, shape)
-        if tuple(values[name].shape) != (count,):
-            raise ValueError(
-                f"{what} of {name!r} has shape {tuple(values[name].shape)}: it must be ({count},), "
-                + (f"all of {tuple(shape)}." if positions is None else "one value per position in index.")
-            )
+def _support(
+    score: Callable[[str], Tensor], old: Index, shapes: Mapping[str, torch.Size], density: float
+) -> _Support | None:
+    """The `ceil(density · n)` entries of largest `|score|`, where n counts all of `shapes`; None where all stay.
+
+    Of equal entries the first stay, in the order of blocks and positions. A block of which less than half stays gets
+    int32 positions; otherwise it is dense, and the values of entries that go are zero.
+
+    Raises:
+        ValueError: If `density` is not in (0, 1], or a score is not finite.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is {density}: write a share of the entries above 0 and up to 1.")
+    wanted = math.ceil(density * total(shapes))
+    if wanted >= sum(_stored(old[name], shape) for name, shape in shapes.items()):
+        return None
+    keep = largest(score, list(shapes), wanted)
+    index: dict[str, Tensor | None] = {}
+    for name, mask in keep.items():
+        size, before = shapes[name].numel(), old[name]
+        if 2 * int(mask.sum()) >= size or size > MAX_INT32:
+            index[name] = None
+        else:
+            index[name] = mask.nonzero().view(-1).to(torch.int32) if before is None else before[mask]
+    return _Support(keep, old, index, shapes)
+
+
+def _stored(positions: Tensor | None, shape: torch.Size) -> int:
+    """How many entries of a block are stored."""
+    return shape.numel() if positions is None else positions.numel()
+
+
+def _spread(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
+    """Values at positions of an otherwise zero vector of that size; the values themselves where they are all of it."""
+    return values if positions is None else values.new_zeros(size).index_copy_(0, positions.long(), values)
+
+
+def _check_blocks(index: Index, shapes: Mapping[str, torch.Size], **parts: Mapping[str, Tensor]) -> None:
+    for what, values in parts.items():
+        if not shapes or values.keys() != shapes.keys() or index.keys() != shapes.keys():
+            raise ValueError(f"{what}, index and shapes must have the same names, at least one.")
+        for name, shape in shapes.items():
+            count = _stored(index[name], shape)
+            if tuple(values[name].shape) != (count,):
+                raise ValueError(
+                    f"{what} of {name!r} has shape {tuple(values[name].shape)}: it must be ({count},), "
+                    + (f"all of {tuple(shape)}." if index[name] is None else "one value per position in index.")
+                )
     if total(shapes) == 0:
         raise ValueError("The blocks have no entries.")

@@ -38,12 +38,12 @@ class Step:
     encoded: float
 
 
-class _Trained:
+class _Trained(NamedTuple):
     """A vector in float32 with its AdamW moments."""
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.first, self.second = torch.zeros_like(values), torch.zeros_like(values)
+    values: Tensor
+    first: Tensor
+    second: Tensor
 
 
 class _Segment(NamedTuple):
@@ -122,7 +122,15 @@ class FeatureNeuron:
         self.activation = check_activation(activation)
         self.device = torch.device(device or "cpu")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self._check_settings()
+        for name, value, upper in (
+            ("lr", lr, math.inf),
+            ("betas[0]", betas[0], 1.0),
+            ("betas[1]", betas[1], 1.0),
+            ("eps", eps, math.inf),
+            ("weight_decay", weight_decay, math.inf),
+        ):
+            if not 0.0 <= value < upper:
+                raise ValueError(f"{name} is {value!r}: write a number from 0 up to and without {upper}.")
         self.steps = 0
         self._n = total(self.shapes)
         sizes = [shape.numel() for shape in self.shapes.values()]
@@ -130,22 +138,12 @@ class FeatureNeuron:
         self._pieces = _cut_into_pieces(self.shapes, piece_size(self.device))
         self._initialise(torch.Generator().manual_seed(seed))
 
-    def _check_settings(self) -> None:
-        for name, value, upper in (
-            ("lr", self.lr, math.inf),
-            ("betas[0]", self.betas[0], 1.0),
-            ("betas[1]", self.betas[1], 1.0),
-            ("eps", self.eps, math.inf),
-            ("weight_decay", self.weight_decay, math.inf),
-        ):
-            if not 0.0 <= value < upper:
-                raise ValueError(f"{name} is {value!r}: write a number from 0 up to and without {upper}.")
-
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
         def drawn(length: int, bound: float) -> _Trained:
             values = torch.empty(length, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-            return _Trained(values.to(self.device))
+            values = values.to(self.device)
+            return _Trained(values, torch.zeros_like(values), torch.zeros_like(values))
 
         bound = 1.0 / math.sqrt(self._n)
         self._encoder, self._encoder_bias = drawn(self._n, bound), drawn(1, bound)
@@ -255,21 +253,11 @@ class FeatureNeuron:
     def _adamw(
         self, values: list[Tensor], gradients: list[Tensor], first: list[Tensor], second: list[Tensor], count: Tensor
     ) -> None:
+        beta1, beta2 = self.betas
         torch._fused_adamw_(
-            values,
-            gradients,
-            first,
-            second,
-            [],
-            [count] * len(values),
-            lr=self.lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            weight_decay=self.weight_decay,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+            values, gradients, first, second, [], [count] * len(values), lr=self.lr, beta1=beta1, beta2=beta2,
+            weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
     def _finite(self, value: float) -> float:
         if not math.isfinite(value):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hf_erasure.gradiend import FeatureEncoder
-from hf_erasure.gradiend.closed_form import CLASS_MEAN
 
 from ..processes import Processes
 from .gradients import Blocks, GradientReader
@@ -170,9 +169,7 @@ def centred(encoder: FeatureEncoder, positive: Iterable[Blocks], negative: Itera
         no scale can mend.
     """
     (up,), (down,) = _means((encoder,), positive, negative)
-    if not up > down:
-        return encoder
-    return replace(encoder, scale=2 * math.atanh(CLASS_MEAN) / (up - down), bias=encoder.bias - (up + down) / 2)
+    return encoder.centred(up, down) if up > down else encoder
 
 
 def _means(
