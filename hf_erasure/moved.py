@@ -32,6 +32,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fitting.probing": ("recipes.probe",),
     "fitting.recipe": ("recipes", "recipes.erasure"),
     "fitting.recipe_file": ("recipes.schema",),
+    "fitting.scrubbing": ("fitting.fit",),
     "hub.failures": ("hub",),
     "metrics.scoring": ("models.scorer",),
 }

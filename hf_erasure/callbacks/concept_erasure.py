@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.heldout import measured_leakage, shared_rows
 from hf_erasure.fitting.report import in_words
-from hf_erasure.fitting.task import adapter_to_fit
+from hf_erasure.fitting.sites import adapter_to_fit
 
 from .checks import check_training
 from .logs import LoggingCallback, devices_of

@@ -110,6 +110,11 @@ class Eraser:
         bias = None if self.bias is None else self.bias.to(x.device)
         return apply_erasure(x, self.left.to(x.device), self.right.to(x.device), bias)
 
+    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """`left`, `right` and `bias` as an adapter keeps them: a purely linear eraser has a zero bias."""
+        bias = self.left.new_zeros(self.x_dim) if self.bias is None else self.bias
+        return self.left.to(device, dtype), self.right.to(device, dtype), bias.to(device, dtype)
+
     @property
     def rank(self) -> int:
         """How many directions are removed."""

@@ -30,6 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hf_erasure.models.runner import TextTooLong
+
+
+class OutOfStep(Exception):
+    """A site that is called again, or that batches reach in different orders."""
+
 
 class _Abandoned(BaseException):
     """Unwinds a forward pass that will not be continued."""
@@ -81,17 +87,27 @@ class BatchThread:
         """Let the batch run to its next stop, or to the end.
 
         Raises:
-            BaseException: What the forward pass raised.
+            OutOfStep: What the forward pass raised, if it is one.
+            TextTooLong: The same.
+            RuntimeError: If the model failed otherwise; says after which site.
         """
-        if self._live is not None:
-            self._live.offload.fetch(self._live)
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._go.release()
-        self._stopped.acquire()
-        if self._error is not None:
-            raise self._error
+        try:
+            if self._live is not None:
+                self._live.offload.fetch(self._live)
+            if self._thread.ident is None:
+                self._thread.start()
+            else:
+                self._go.release()
+            self._stopped.acquire()
+            if self._error is not None:
+                raise self._error
+        except OutOfStep:
+            raise
+        except TextTooLong as error:
+            raise TextTooLong(f"Batch {self.index}: {error}") from error
+        except Exception as error:
+            place = f"after {self.visited[-1]!r}" if self.visited else "before the first site"
+            raise RuntimeError(f"Batch {self.index} failed {place}: {type(error).__name__}: {error}") from error
         if self._live is not None and self.finished:
             self._live.offload.present.remove(self._live)
 

@@ -149,20 +149,20 @@ class FitCheckpoint:
         self._last_written = time.monotonic()
         self._writing_took = self._last_written - started
 
-    def load_moments(self, name: str, z_dim: int) -> tuple[SiteStatistics, int, str]:
-        """What was seen so far, after how many batches, and what identifies those."""
-        statistics, path = SiteStatistics(z_dim), self.folder / f"moments-{name}.safetensors"
+    def load_moments(self, name: str, statistics: SiteStatistics) -> tuple[int, str]:
+        """Put what was seen so far into empty statistics; returns after how many batches, and what identifies those."""
+        path = self.folder / f"moments-{name}.safetensors"
         if not path.exists():
-            return statistics, 0, ""
+            return 0, ""
         tensors, facts = read_tensors(path)
         for site, width in facts["widths"].items():
             prefix = f"{self.sites.index(site)}."
-            moments = ConceptMoments(width, z_dim)
+            moments = ConceptMoments(width, statistics.z_dim)
             moments.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             statistics.moments[site] = moments
             statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
         statistics.examples, statistics.tokens = facts["examples"], facts["tokens"]
-        return statistics, facts["batches"], facts["data"]
+        return facts["batches"], facts["data"]
 
     def check_data(self, kept: str, data: str) -> None:
         """Raise a `ValueError` if what was kept comes from other batches."""
@@ -179,18 +179,15 @@ class MomentsOfAPass:
     Args:
         checkpoint: Where.
         key: Of the source.
-        z_dim: Columns of its concept.
+        statistics: Empty; filled with what was seen so far.
         processes: Those that share the data; each keeps the moments of its own share.
-
-    Attributes:
-        statistics: What was seen so far.
     """
 
-    def __init__(self, checkpoint: FitCheckpoint, key: str, z_dim: int, processes: Processes) -> None:
-        self._checkpoint, self._key, self._processes = checkpoint, key, processes
+    def __init__(self, checkpoint: FitCheckpoint, key: str, statistics: SiteStatistics, processes: Processes) -> None:
+        self._checkpoint, self._key, self._statistics, self._processes = checkpoint, key, statistics, processes
         self._own = key if processes.count == 1 else f"{key}-{processes.rank}-of-{processes.count}"
         self._hash, self._seen, self._data = hashlib.sha256(), 0, ""
-        self.statistics, self._done, self._kept = checkpoint.load_moments(self._own, z_dim)
+        self._done, self._kept = checkpoint.load_moments(self._own, statistics)
 
     def remaining(self, batches: Iterable[BatchLabels]) -> Iterator[BatchLabels]:
         """The batches that the moments do not hold yet."""
@@ -206,16 +203,16 @@ class MomentsOfAPass:
 
     def save(self, *, final: bool = False) -> None:
         """Keep the moments of this process's share, unless that was done a moment ago."""
-        self._checkpoint.save_moments(self._own, self.statistics, self._seen, self._data, final=final)
+        self._checkpoint.save_moments(self._own, self._statistics, self._seen, self._data, final=final)
 
     def save_sum(self) -> None:
         """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
         if self._processes.count == 1:
             return
-        batches = int(self._processes.total(self._seen))
+        batches = sum(self._processes.gathered([self._seen]))
         data = together(self._processes.gathered([self._data]))
         if self._processes.is_main:
-            self._checkpoint.save_moments(self._key, self.statistics, batches, data, final=True)
+            self._checkpoint.save_moments(self._key, self._statistics, batches, data, final=True)
 
 
 def digest_of(batches: Iterable[Mapping[str, Any]]) -> str:

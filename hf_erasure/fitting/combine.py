@@ -20,14 +20,12 @@ from hf_erasure.adapters.common.provenance import RECORD, Provenance
 from hf_erasure.adapters.erasure.layer import CHILD
 from hf_erasure.adapters.merging.combine import combine_fitted
 from hf_erasure.adapters.saving import staged
-from hf_erasure.erasers import ConceptMoments
 from hf_erasure.models import check_pool
 
 from .checkpoint import FitCheckpoint
 from .fit import conclude, solved
 from .labels import labelled_by
-from .sites import solve_site
-from .task import task_for
+from .sites import SiteStatistics, solve_site, task_for
 
 # In an adapter's folder: the checkpoint of its fit.
 FIT_FOLDER = "fit"
@@ -96,8 +94,7 @@ def combine_adapters(
     with _undone_on_failure(model, into):
         combine_fitted(model, names, into, sticky=sticky, fitted_anew=True)
         concepts = {name: adapter_of(model, name, ConceptErasureConfig).config for name in names}
-        task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]])
-        task.progress, task.resident_batches = progress, resident_batches
+        task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]], progress=progress)
         task.config.rank = sum(concept.max_rank for concept in concepts.values())
         given = {**batches, names[0]: first}
         sources = [labelled_by(concept, given[name], name, f"batches[{name!r}]") for name, concept in concepts.items()]
@@ -108,7 +105,7 @@ def combine_adapters(
             for name in names:
                 for child in adapter_children(model, name):
                     stack.enter_context(child.without(name))
-            fits, seen = solved(task, sources, background, sequential=sequential)
+            fits, seen = solved(task, sources, background, sequential=sequential, resident_batches=resident_batches)
             conclude(task, fits, seen)
         task.config.provenance["combined_from"] = made_of
         task.config.provenance[RECORD] = without(task.config.provenance[RECORD], names)
@@ -165,17 +162,17 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         for folder in (one, other, output)
     ]
     labelled, background = _sum(stores, "labelled", config.z_dim), _sum(stores, "background", 0)
-    if not labelled:
+    if not labelled.moments:
         raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")
+    seen = [labelled, background] if background.moments else [labelled]
     weights = load_file(Path(one) / WEIGHTS)
     config.fitted_sites = {}
     for site in sites:
         # A name ends like this, whatever the model that the adapter was saved from is called in front of it.
         keys = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
         keys = {part: next(key for key in weights if f".{key}".endswith(end)) for part, end in keys.items()}
-        kept = weights[keys["left"]]
-        fit = solve_site(site, [labelled[site]], background.get(site), kept.dtype, config)
-        for key, value in zip(keys.values(), fit.parts(kept.device), strict=True):
+        fit, kept = solve_site(site, seen, config), weights[keys["left"]]
+        for key, value in zip(keys.values(), fit.eraser.parts(kept.device, fit.dtype), strict=True):
             weights[key] = value.contiguous()
         config.fitted_sites[site] = {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
     for count in ("examples", "tokens"):
@@ -212,17 +209,16 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
         )
 
 
-def _sum(stores: list[FitCheckpoint], name: str, z_dim: int) -> dict[str, ConceptMoments]:
-    """The moments of all stores but the last, also written to that one."""
-    *parts, total = stores
-    (first, batches, _), *rest = (store.load_moments(name, z_dim) for store in parts)
-    for found, count, _ in rest:
-        if found.moments.keys() != first.moments.keys():
-            raise ValueError(f"Only one of the two fits has {name} moments: fit both with the same kind of data.")
-        for site, moments in found.moments.items():
-            first.moments[site].merge(moments)
-        first.examples, first.tokens = first.examples + found.examples, first.tokens + found.tokens
-        batches += count
-    if first.moments:
-        total.save_moments(name, first, batches, "merged", final=True)
-    return first.moments
+def _sum(stores: list[FitCheckpoint], name: str, z_dim: int) -> SiteStatistics:
+    """The moments of the first two stores, also written to the third."""
+    found = SiteStatistics(z_dim), SiteStatistics(z_dim)
+    batches = sum(store.load_moments(name, part)[0] for store, part in zip(stores, found, strict=False))
+    whole, other = found
+    if whole.moments.keys() != other.moments.keys():
+        raise ValueError(f"Only one of the two fits has {name} moments: fit both with the same kind of data.")
+    for site, moments in other.moments.items():
+        whole.moments[site].merge(moments)
+    whole.examples, whole.tokens = whole.examples + other.examples, whole.tokens + other.tokens
+    if whole.moments:
+        stores[-1].save_moments(name, whole, batches, "merged", final=True)
+    return whole

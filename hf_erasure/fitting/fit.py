@@ -1,34 +1,41 @@
 """Fit an erasure adapter in closed form: `fit_concept_erasure`, from its batches to its report.
 
-What is asked for is in `task`, batches and their labels in `labels`, the sequential procedure in `scrubbing`, the one
-pass here; both gather statistics of the sites and solve for their erasers as in `sites`.
+Fitting all sites on one plain pass leaves the concept readable in deeper layers, because erasing upstream changes what
+arrives there. Concept scrubbing (arXiv 2306.03819, section 5) fits every eraser on activations that are already erased
+upstream: all batches stop at a site, its eraser is fitted on them, and they go on with erased activations; every module
+runs once a batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.fitted_with import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.provenance import RECORD
 from hf_erasure.adapters.loading.fingerprint import fingerprint
+from hf_erasure.erasers import apply_erasure
 from hf_erasure.models.model import class_name, evaluating
 
-from .checkpoint import FitCheckpoint, MomentsOfAPass
+from .batch_threads import BatchThread, OutOfStep, batch_threads
+from .checkpoint import FitCheckpoint, MomentsOfAPass, digest_of, together
 from .heldout import RowsSeen, measure
 from .labels import BatchLabels, Source, labelled_by
 from .report import ErasureReport, SiteReport
-from .scrubbing import Scrubber
-from .sites import SiteFit, SiteStatistics, bar, check_reached, share_out, solve_site
-from .task import FitTask, task_for
+from .sites import FitTask, SiteFit, SiteStatistics, bar, observed, solve, task_for
+
+logger = logging.getLogger(__name__)
 
 
 def fit_concept_erasure(
@@ -85,15 +92,15 @@ def fit_concept_erasure(
             f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
             "holds one batch at a time anyway."
         )
-    task, labelled = task_for(model, adapter_name, batches, pool)
-    task.progress, task.resident_batches = progress, resident_batches
+    task, labelled = task_for(model, adapter_name, batches, pool, progress=progress)
     # What a loader of `concept_dataloader` knows of its data.
     collator = getattr(batches, "collate_fn", None)
     _check_label_order(getattr(collator, "labels", None), task.config)
     warn_of_what_is_off(model, adapter_name)
+    checkpoint = None
     if checkpoint_dir is not None:
         with task.processes.agreeing("opening checkpoint_dir"):
-            task.checkpoint = FitCheckpoint(
+            checkpoint = FitCheckpoint(
                 checkpoint_dir,
                 task.config,
                 task.layers,
@@ -104,7 +111,14 @@ def fit_concept_erasure(
             )
     rows = None if eval_batches is None else RowsSeen()
     source = labelled_by(task.config, labelled if rows is None else rows.watching(labelled))
-    fits, seen = solved(task, [source], background, sequential=sequential)
+    fits, seen = solved(
+        task,
+        [source],
+        background,
+        sequential=sequential,
+        resident_batches=resident_batches,
+        checkpoint=checkpoint,
+    )
     report = conclude(task, fits, seen, eval_batches, rows)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
@@ -127,19 +141,27 @@ def _check_label_order(named: tuple[str, ...] | None, config: ConceptErasureConf
         )
 
 
-# ---- the erasers -----------------------------------------------------------------------------------------------------
+# ---- all sites in one pass -------------------------------------------------------------------------------------------
 
 
 def solved(
-    task: FitTask, sources: list[Source], background: Iterable[Any] | None, *, sequential: bool
+    task: FitTask,
+    sources: list[Source],
+    background: Iterable[Any] | None,
+    *,
+    sequential: bool,
+    resident_batches: int | None = None,
+    checkpoint: FitCheckpoint | None = None,
 ) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
-    """The erasers of all sites, and what was seen of each source of labels.
+    """The erasers of all sites, and what was seen of each source.
 
     Args:
         task: What is fitted.
         sources: Labelled batches of every concept that is erased; in each process its own.
         background: Unlabelled batches, if there are any.
         sequential: Whether each site is fitted on activations that are erased upstream.
+        resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
+        checkpoint: Where to keep what is finished, if anywhere.
 
     Raises:
         ValueError: If there is no data, a site is never reached, or its rows cannot be used.
@@ -148,32 +170,19 @@ def solved(
     if background is not None:
         sources = [*sources, Source("background", "background", background)]
     if sequential:
-        return Scrubber(task).fit(sources)
-    found = [_gathered(task, source) for source in sources]
-    labelled = [statistics for statistics in found if statistics.z_dim]
-    around = None if background is None else found[-1].moments
-    solvers = {
-        site: functools.partial(
-            solve_site,
-            site,
-            [statistics.moments[site] for statistics in labelled],
-            None if around is None else around[site],
-            labelled[0].dtypes[site],
-            task.config,
-        )
-        for site in task.layers
-    }
-    return share_out(task.processes, solvers), labelled
+        return Scrubber(task, resident_batches, checkpoint).fit(sources)
+    seen = [_gathered(task, source, checkpoint) for source in sources]
+    return solve(task.processes, list(task.layers), seen, task.config), seen
 
 
-def _gathered(task: FitTask, source: Source) -> SiteStatistics:
+def _gathered(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> SiteStatistics:
     """Run the model over the batches of a source, with the adapter left out, and collect the moments at its sites.
 
-    Every process runs over batches of its own; all end with the moments of all. Where the task has a checkpoint,
-    batches that its moments hold already are passed over.
+    Every process runs over batches of its own; all end with the moments of all. Batches that the moments of a
+    checkpoint hold already are passed over.
     """
     processes, kept = task.processes, None
-    statistics = SiteStatistics(source.z_dim)
+    statistics = SiteStatistics(source.z_dim, source.title)
 
     def look(labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
         if labels is not None:
@@ -181,15 +190,16 @@ def _gathered(task: FitTask, source: Source) -> SiteStatistics:
         return hidden
 
     def keep(labels: BatchLabels) -> None:
-        shown.update(statistics.count(labels))
+        statistics.count(labels)
+        shown.update(labels.rows)
         if kept is not None:
             kept.save()
 
     with processes.agreeing("running over its batches"):
         batches = source.read(task.pool.name)
-        if task.checkpoint is not None:
-            kept = MomentsOfAPass(task.checkpoint, source.key, source.z_dim, processes)
-            statistics, batches = kept.statistics, kept.remaining(batches)
+        if checkpoint is not None:
+            kept = MomentsOfAPass(checkpoint, source.key, statistics, processes)
+            batches = kept.remaining(batches)
         what = f"fitting {task.name}" if source.z_dim else "background"
         with evaluating(task.runner.model), bar(what, task.progress, processes) as shown:
             task.run_over(batches, look, keep)
@@ -199,8 +209,191 @@ def _gathered(task: FitTask, source: Source) -> SiteStatistics:
     statistics.pool_counts(processes)
     if kept is not None:
         kept.save_sum()
-    check_reached(statistics.moments, statistics.examples, task.layers, source)
+    statistics.check_reached(task.layers)
     return statistics
+
+
+# ---- one site after another ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scrubber:
+    """Fits the sites of one adapter in the order in which the model reaches them.
+
+    Attributes:
+        task: What is fitted.
+        resident_batches: How many batches keep their activations in memory; all when None.
+        checkpoint: Where finished sites are kept, if anywhere; those that are there are not fitted again.
+        fits: Site → its fit, so far.
+    """
+
+    task: FitTask
+    resident_batches: int | None = None
+    checkpoint: FitCheckpoint | None = None
+    fits: dict[str, SiteFit] = field(default_factory=dict, init=False)
+    _statistics: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
+    _batches: list[BatchLabels] = field(default_factory=list, init=False)
+    _running: BatchThread = field(init=False)
+    # Sites that the checkpoint had, and what identifies the batches that they were fitted on.
+    _kept: set[str] = field(default_factory=set, init=False)
+    _data: str = field(default="", init=False)
+
+    def fit(self, sources: Iterable[Source]) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
+        """Fit all sites.
+
+        Args:
+            sources: Labelled batches of every concept that is erased, and perhaps a background; in each process its
+                own. All are held, and of the activations those of `resident_batches`.
+
+        Returns:
+            Site → its fit, and what was seen of each source.
+
+        Raises:
+            ValueError: If there is no data, a site is never reached, or its rows cannot be used.
+            RuntimeError: If the model fails on a batch, or another process failed.
+        """
+        task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
+        with processes.agreeing("reading its batches"):
+            for source in sources:
+                statistics = self._statistics[source.key] = SiteStatistics(source.z_dim, source.title)
+                for labels in source.read(task.pool.name):
+                    self._batches.append(labels)
+                    statistics.count(labels)
+        seen = list(self._statistics.values())
+        for statistics in seen:
+            statistics.pool_counts(processes)
+            statistics.check_reached(())
+        one_by_one = task.runner.is_sharded
+        if checkpoint is not None:
+            self._data = together(processes.gathered([digest_of(labels.batch for labels in self._batches)]))
+            self.fits, was_one_by_one = processes.on_main(
+                lambda: (checkpoint.load_sites(self._data), checkpoint.one_site_a_pass), "reading the checkpoint"
+            )
+            self._kept, one_by_one = set(self.fits), one_by_one or was_one_by_one
+        title = f"scrubbing {task.name}"
+        with evaluating(task.runner.model), bar(title, task.progress, processes, " sites") as shown:
+            shown.reset(len(task.layers))
+            if one_by_one or not self._side_by_side(shown):
+                shown.reset(len(task.layers))
+                self._one_site_a_pass(shown)
+        seen[0].check_reached(task.layers, self.fits)
+        return self.fits, seen
+
+    def _side_by_side(self, shown: tqdm) -> bool:
+        """Fit with every module run once; False if the model calls a site in a way that this does not allow for."""
+        forwards = [functools.partial(self.task.runner, labels.batch) for labels in self._batches]
+        try:
+            with (
+                observed(self.task.layers, self.task.name, self._stop_at),
+                batch_threads(forwards, self.resident_batches) as threads,
+            ):
+                self._all_to_the_end(threads, shown)
+        except OutOfStep as reason:
+            logger.warning(
+                "%s Its eraser has to be fitted on all its visits together, so the sites are fitted one a pass: %d "
+                "passes over the data instead of one.",
+                reason,
+                len(self.task.layers),
+            )
+            self.fits.clear()
+            self._kept.clear()
+            for statistics in self._statistics.values():
+                statistics.moments.clear()
+            if self.checkpoint is not None and self.task.processes.is_main:
+                self.checkpoint.begin_one_site_a_pass()
+            return False
+        return True
+
+    def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
+        """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
+        thread = self._running
+        if site in thread.visited:
+            raise OutOfStep(f"{site!r} is called several times in one forward pass.")
+        if site in self._kept:
+            thread.visited.append(site)
+        elif site in self.fits:
+            raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
+        else:
+            thread.stop(site, hidden)
+        return self._erased(site, hidden)
+
+    def _all_to_the_end(self, threads: list[BatchThread], shown: tqdm) -> None:
+        """Bring the batches of all processes to the next site, fit it, let them go on, until none is left.
+
+        Raises:
+            OutOfStep: If a batch of any process cannot be fitted so.
+        """
+        waiting, processes, order = threads, self.task.processes, list(self.task.layers)
+        while True:
+            # To and fro, so that those whose tensors are in memory go first. The direction depends on the site alone:
+            # sums are the same to the bit however many batches are resident, and wherever a killed fit continues.
+            refusal = None
+            with processes.agreeing("running over its batches"):
+                try:
+                    for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
+                        self._running = thread
+                        thread.advance()
+                        if thread.site is not None and thread.hidden is not None:
+                            self._look(self._batches[thread.index], thread.site, thread.hidden)
+                            thread.hidden = None
+                except OutOfStep as reason:
+                    refusal = str(reason)
+            # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+            first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
+            reached = processes.gathered([(first, refusal)])
+            for _, refused in reached:
+                if refused is not None:
+                    raise OutOfStep(refused)
+            stops = [index for index, _ in reached if index is not None]
+            if not stops:
+                return
+            site = order[min(stops)]
+            waiting = [thread for thread in threads if thread.site == site]
+            self._solve(site)
+            shown.update()
+
+    def _one_site_a_pass(self, shown: tqdm) -> None:
+        """Fit each site with all sites before it erased; the definition, for sites that are called several times."""
+        task, processes = self.task, self.task.processes
+        order: dict[str, None] = {}
+
+        def note(labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
+            order.setdefault(site)
+            return hidden
+
+        def look(wanted: str, labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
+            if site == wanted and labels is not None:
+                self._look(labels, site, hidden)
+            return self._erased(site, hidden) if site in self.fits else hidden
+
+        with processes.agreeing("running over its first batch"):
+            task.run_over(self._batches[:1], note)
+        visited = max(processes.gathered([list(order)]), key=len)
+        for site in [*visited, *(site for site in task.layers if site not in visited)]:
+            if site not in self.fits:
+                with processes.agreeing(f"running over its batches to {site!r}"):
+                    task.run_over(self._batches, functools.partial(look, site))
+                self._solve(site)
+            shown.update()
+
+    def _look(self, labels: BatchLabels, site: str, hidden: Tensor) -> None:
+        self._statistics[labels.source].update(site, *labels.select(hidden, site))
+
+    def _solve(self, site: str) -> None:
+        seen, processes = list(self._statistics.values()), self.task.processes
+        for statistics in seen:
+            statistics.pool(processes, [site])
+            statistics.check_reached([site])
+        self.fits |= solve(processes, [site], seen, self.task.config)
+        for statistics in seen:
+            # Only one site's moments are ever held.
+            del statistics.moments[site]
+        if self.checkpoint is not None and processes.is_main:
+            self.checkpoint.save_site(site, self.fits[site], self._data)
+
+    def _erased(self, site: str, hidden: Tensor) -> Tensor:
+        fit = self.fits[site]
+        return apply_erasure(hidden, *fit.eraser.parts(hidden.device, fit.dtype))
 
 
 # ---- what becomes of them --------------------------------------------------------------------------------------------
@@ -218,11 +411,12 @@ def conclude(
     Args:
         task: What was fitted.
         fits: Site → its eraser.
-        seen: What was seen of each source of labels.
+        seen: What was seen of each source.
         eval_batches: Held-out batches.
         rows: Those fitted on.
     """
     config, name, layers = task.config, task.name, task.layers
+    labelled = [statistics for statistics in seen if statistics.z_dim]
     before = {} if eval_batches is None else {site: layer.state_of(name) for site, layer in layers.items()}
     for site, layer in layers.items():
         layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
@@ -241,8 +435,8 @@ def conclude(
         method=config.method,
         pool=task.pool.name,
         reader=task.pool.reader,
-        examples=sum(statistics.examples for statistics in seen),
-        tokens=sum(statistics.tokens for statistics in seen),
+        examples=sum(statistics.examples for statistics in labelled),
+        tokens=sum(statistics.tokens for statistics in labelled),
         eval_examples=examples,
         eval_fitted=fitted,
         sites=[_with_fit(line, fits.get(line.site)) for line in measured or map(SiteReport, layers)],

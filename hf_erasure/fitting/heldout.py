@@ -23,8 +23,7 @@ from hf_erasure.models.model import evaluating, on_cpu
 from .labels import BatchLabels, Selection, labelled_by, mean_pooled
 from .processes import Processes
 from .report import SiteReport
-from .sites import SiteStatistics, bar, observed, observed_final
-from .task import FitTask, task_for
+from .sites import FitTask, SiteStatistics, bar, observed, observed_final, task_for
 
 # The content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
@@ -76,7 +75,7 @@ def measure(
             own.add(hashes)
             fitted += 0 if fitted_on is None else fitted_on.count(hashes)
     measurement.pool(processes)
-    examples, fitted = int(processes.total(examples)), int(processes.total(fitted))
+    examples, fitted = (sum(processes.gathered([count])) for count in (examples, fitted))
     if not examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
     own.pool(processes)
@@ -389,4 +388,4 @@ def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int
     for batch in others:
         hashes = hashes_of(batch)
         examples, shared = examples + len(hashes), shared + seen.count(hashes)
-    return int(processes.total(examples)), int(processes.total(shared))
+    return sum(processes.gathered([examples])), sum(processes.gathered([shared]))

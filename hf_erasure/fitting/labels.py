@@ -2,22 +2,32 @@
 
 A batch labels whole sequences or single tokens; activations come with padding, with another length in a decoder than
 in an encoder, and sometimes with heads or flattened. This file is the one place where the two are brought together.
-Batches come in by `Source.read`, which checks each of them; what follows relies on that.
+Batches come in by `Source.read`, which checks each of them; what follows relies on that. Which rows the label of a
+sequence counts for is its pool, by default what the model's head reads: `pool_for`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers.statistics import IGNORED
-from hf_erasure.models import pooling
+from hf_erasure.models import POOLS, Reading, pooling, reading_of, sentence_reading
+from hf_erasure.models.model import evaluating, on_cpu, unwrapped
+from hf_erasure.models.pooling import IN_WORDS
+from hf_erasure.models.runner import Runner
+
+from .processes import Processes
+
+# Where a head reads every token by itself, it reads these two as well.
+_POSITIONS = ("cls", "last")
 
 
 @dataclass(frozen=True)
@@ -49,14 +59,9 @@ def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selec
     """
     if selection.weight is None or selection.z is None:
         return activation, selection
-    # To broadcast over heads and width.
-    shape = (*selection.counted.shape, *[1] * (activation.dim() - 2))
-    weight = torch.where(selection.counted, selection.weight, 0.0).to(activation.dtype)
-    # Padding may hold anything, NaN too.
-    kept = torch.where(selection.counted.reshape(shape), activation, 0.0)
-    mean = (kept * weight.reshape(shape)).sum(1, keepdim=True)
+    mean = pooling.pooled(activation.flatten(2), selection.counted, "mean").unflatten(1, activation.shape[2:])
     labelled = selection.counted.any(1, keepdim=True)
-    return mean, Selection(labelled, labelled, selection.z[:, :1], None)
+    return mean.unsqueeze(1), Selection(labelled, labelled, selection.z[:, :1], None)
 
 
 class BatchLabels:
@@ -256,8 +261,26 @@ class Source:
             TypeError: If something is not a batch, or its inputs are not tensors.
             ValueError: If labels are missing or do not fit.
         """
+        name = "batches" if self.z_dim else "background"
         for position, batch in enumerate(self.batches):
-            check_batch(batch, position, labelled=self.z_dim > 0)
+            where = f"{name}[{position}]"
+            if not hasattr(batch, "keys"):
+                raise TypeError(
+                    f"{where} is a {type(batch).__name__}; a batch is a dict of model inputs"
+                    f"{' plus concept_labels' if self.z_dim else ''}, as concept_dataloader makes them."
+                )
+            if self.z_dim and "concept_labels" not in batch:
+                raise ValueError(
+                    f"{where} has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
+                    "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
+                )
+            for key, value in batch.items():
+                numbers = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
+                if key != "concept_labels" and (isinstance(value, np.ndarray) or numbers):
+                    raise TypeError(
+                        f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
+                        "torch.as_tensor(…)."
+                    )
             yield BatchLabels(batch, self.z_dim, self.categorical, pool, self.key)
 
 
@@ -268,23 +291,99 @@ def labelled_by(
     return Source(key, title, batches, concept.z_dim, concept.labels is not None)
 
 
-def check_batch(batch: Any, position: int, *, labelled: bool) -> None:
-    """Raise an error that says what a batch should be, if it is something else."""
-    name = "batches" if labelled else "background"
-    if not hasattr(batch, "keys"):
-        raise TypeError(
-            f"{name}[{position}] is a {type(batch).__name__}; a batch is a dict of model inputs"
-            f"{' plus concept_labels' if labelled else ''}, as concept_dataloader makes them."
-        )
-    if labelled and "concept_labels" not in batch:
-        raise ValueError(
-            f"{name}[{position}] has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
-            "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
-        )
-    for key, value in batch.items():
-        numbers = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
-        if key != "concept_labels" and (isinstance(value, np.ndarray) or numbers):
-            raise TypeError(
-                f"{name}[{position}][{key!r}] is of type {type(value).__name__}, and a model takes "
-                "tensors: write torch.as_tensor(…)."
+# ---- the pool of a fit -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a fit guards.
+
+    Attributes:
+        name: One of `POOLS`.
+        reader: What the model's head reads, in words.
+    """
+
+    name: str
+    reader: str
+
+
+def pool_for(
+    pool: str | None, model: nn.Module, runner: Runner, config: ConceptErasureConfig, first: Any, processes: Processes
+) -> Pool:
+    """The pool of a fit; warns where it is not what the model's head reads, or where that could not be found out.
+
+    Args:
+        pool: What was asked for, one of `POOLS`; None for what the head reads.
+        model: The model as the caller has given it.
+        runner: Calls it.
+        config: By whose labels the batches are read.
+        first: The first of the labelled batches; None where this process has no batch.
+        processes: Those that share the data.
+    """
+    rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
+    if rows is None:
+        return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
+    of_tokens = 2 if config.labels is not None else 3
+    if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
+        return Pool("tokens", "the labels are of single tokens")
+    reading = sentence_reading(model) or _reading(model, runner, rows)
+    if pool is None:
+        if not reading.clear:
+            warnings.warn(
+                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded, "
+                f"pool={' or '.join(map(repr, POOLS))}, and pad batches on the side that the head expects.",
+                stacklevel=4,
             )
+        alike = ": all tokens count alike" if reading.pool is None else ""
+        return Pool(reading.pool or "tokens", reading.text + alike)
+    is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
+    not_guarded = f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}"
+    if reading.pool is not None and not is_read:
+        warnings.warn(
+            f"{not_guarded} (pool={reading.pool!r}): what the head reads is not guarded. Leave pool out, or give "
+            f"pool={reading.pool!r}.",
+            stacklevel=4,
+        )
+    elif reading.is_other and pool != "tokens":
+        warnings.warn(
+            f"{not_guarded}: what the head reads is not guarded. Pad batches on the side that the head expects, or "
+            "give pool='tokens'.",
+            stacklevel=4,
+        )
+    return Pool(pool, reading.text)
+
+
+def _two_rows(batch: Any) -> dict[str, Any] | None:
+    """The longest and the shortest row of a batch; None where it is not one."""
+    if not isinstance(batch, Mapping):
+        return None
+    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    inputs = [value for name, value in tensors.items() if name != "concept_labels"]
+    if not inputs or not len(inputs[0]):
+        return None
+    mask = tensors.get("attention_mask", torch.ones(len(inputs[0]), 1, device="cpu"))
+    lengths = mask.flatten(1).sum(1)
+    chosen = sorted({int(lengths.argmax()), int(lengths.argmin())})
+    return {
+        name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == len(lengths) else value
+        for name, value in batch.items()
+    }
+
+
+@on_cpu
+def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
+    is_bare = runner.backbone is runner.model
+    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
+    # Around a bare model a module of the caller's own may have the head.
+    while (inner := unwrapped(model)) is not model:
+        model = inner
+    has_own_head = is_bare and model is not runner.model and not runner.is_sharded
+    read = model if has_own_head else runner.model
+    root = runner.callee if runner.is_sharded else read
+    asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
+
+    def real_of(hidden: Tensor) -> Tensor:
+        return BatchLabels(rows).select(hidden, runner.side_of("last_hidden_state"))[1].real
+
+    with evaluating(read):
+        return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)

@@ -27,7 +27,16 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self._state = _connected()
+        # Without an accelerator, accelerate connects processes only when it is told that they run on the CPU; else
+        # every one of them takes itself for the only one.
+        self._state = PartialState(cpu=True) if share_the_cpu() else PartialState()
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if self._state.num_processes != launched and launched > 1:
+            raise RuntimeError(
+                f"The launcher started {launched} processes (WORLD_SIZE), but accelerate was set up in each as the "
+                "only one. Where there is no GPU, write PartialState(cpu=True) or Accelerator(cpu=True), or "
+                "use_cpu=True in training arguments, in the place of what was made first."
+            )
         self.count: int = self._state.num_processes
         self.rank: int = self._state.process_index
         self.is_main: bool = self._state.is_main_process
@@ -101,12 +110,6 @@ class Processes:
         if there is not tensor:
             tensor.copy_(there)
 
-    def total(self, number: float) -> float:
-        """The sum of a number over all processes."""
-        if self.count == 1:
-            return number
-        return float(sum(gather_object([number])))
-
     def gathered(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in an order that is the same in each."""
         return gather_object(items) if self.count > 1 else items
@@ -160,20 +163,3 @@ def share_the_cpu() -> bool:
     """Whether a launcher started several processes where there is no accelerator that could connect them."""
     accelerator = torch.accelerator.current_accelerator()
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (accelerator is None or accelerator.type == "mps")
-
-
-def _connected() -> PartialState:
-    """The processes as accelerate sees them.
-
-    Without an accelerator it connects processes only when it is told that they run on the CPU; else every one of them
-    takes itself for the only one.
-    """
-    state = PartialState(cpu=True) if share_the_cpu() else PartialState()
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if state.num_processes != launched and launched > 1:
-        raise RuntimeError(
-            f"The launcher started {launched} processes (WORLD_SIZE), but accelerate was set up in each as the only "
-            "one. Where there is no GPU, write PartialState(cpu=True) or Accelerator(cpu=True), or use_cpu=True in "
-            "training arguments, in the place of what was made first."
-        )
-    return state

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
-from hf_erasure.fitting.labels import BatchLabels, check_batch, mean_pooled
+from hf_erasure.fitting.labels import BatchLabels, Source, mean_pooled
 from tests.small_models import ARCHITECTURES, LABELS
 
 IDS = torch.tensor([[5, 6, 7, 0], [5, 0, 0, 0], [0, 0, 5, 6]])
@@ -119,13 +121,17 @@ def test_an_activation_of_other_positions_is_refused() -> None:
 
 
 def test_a_batch_without_labels_says_what_is_missing() -> None:
-    with pytest.raises(ValueError, match=r"batches\[4\] has no 'concept_labels', only \['input_ids'\]"):
-        check_batch({"input_ids": IDS}, 4, labelled=True)
+    def read(*batches: Any) -> None:
+        list(Source("labelled", "batches", batches, 2).read("tokens"))
+
+    whole = {"input_ids": IDS, "concept_labels": [0, 1, 1]}
+    with pytest.raises(ValueError, match=r"batches\[2\] has no 'concept_labels', only \['input_ids'\]"):
+        read(whole, whole, {"input_ids": IDS})
     for inputs in (IDS.numpy(), IDS.tolist()):
-        with pytest.raises(TypeError, match=r"batches\[2\]\['input_ids'\] is of type .*write torch.as_tensor"):
-            check_batch({"input_ids": inputs, "concept_labels": [0, 1, 1]}, 2, labelled=True)
+        with pytest.raises(TypeError, match=r"batches\[1\]\['input_ids'\] is of type .*write torch.as_tensor"):
+            read(whole, whole | {"input_ids": inputs})
     with pytest.raises(TypeError, match="a batch is a dict"):
-        check_batch((IDS, MASK), 0, labelled=True)
+        read((IDS, MASK))
 
 
 def test_mean_pooling_leaves_padding_out_whatever_it_holds() -> None:

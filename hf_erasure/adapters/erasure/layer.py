@@ -67,10 +67,9 @@ class ErasureLayer(AdapterChild):
     def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype) -> None:
         """Put a fitted eraser in place; a purely linear one keeps a zero bias."""
         device, _ = self.state_placement()
-        bias = eraser.left.new_zeros(eraser.x_dim) if eraser.bias is None else eraser.bias
-        parts = (eraser.left, eraser.right, bias)
         # In the strides that loading will give them: others let matrix products sum in another order.
-        self._store(name, *(t.to(device, dtype).clone(memory_format=torch.contiguous_format) for t in parts))
+        parts = eraser.parts(device, dtype)
+        self._store(name, *(part.clone(memory_format=torch.contiguous_format) for part in parts))
         self._awaits_values.discard(name)
 
     def _store(self, name: str, left: Tensor, right: Tensor, bias: Tensor) -> None:

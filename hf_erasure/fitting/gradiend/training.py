@@ -230,7 +230,7 @@ class Training:
 
     def _average(self, gradients: dict[str, dict[str, Tensor]], rows: int) -> None:
         """The mean over the rows of all processes, in place: as if they had been one batch."""
-        total = self.processes.total(rows)
+        total = sum(self.processes.gathered([rows]))
         for blocks in gradients.values():
             for block in blocks.values():
                 block.mul_(rows / total)
