@@ -1,6 +1,6 @@
-"""The `hf-erasure` command; a file a topic."""
+"""The `hf-erasure` command: running recipes, what becomes of a finished adapter, and measuring models with adapters."""
 
-from . import erasure, evaluation, gradiend, hub, schema
+from . import adapters, evaluation, recipes
 from .app import app
 
-__all__ = ["app", "erasure", "evaluation", "gradiend", "hub", "schema"]
+__all__ = ["adapters", "app", "evaluation", "recipes"]

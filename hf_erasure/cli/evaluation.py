@@ -10,7 +10,7 @@ import typer
 from hf_erasure import evaluation
 from hf_erasure.evaluation.report import write
 
-from .app import app, errors_as_sentences
+from .app import app
 
 
 @app.command()
@@ -51,14 +51,13 @@ def evaluate(
         if progress:
             typer.echo(f"… {what}", err=True)
 
-    with errors_as_sentences():
-        plan = evaluation.Evaluation(
-            model, data, adapters or [], suite=suite, limit=limit, seed=seed, resamples=resamples,
-            strengths=_numbers(strengths), harness=_names(harness), harness_tasks=harness_tasks,
-            allow_inactive=allow_inactive, stereoset=stereoset,
-        )  # fmt: skip
-        results = evaluation.evaluate(plan, say, output)
-        written, page = write(results, output)
+    plan = evaluation.Evaluation(
+        model, data, adapters or [], suite=suite, limit=limit, seed=seed, resamples=resamples,
+        strengths=_numbers(strengths), harness=_names(harness), harness_tasks=harness_tasks,
+        allow_inactive=allow_inactive, stereoset=stereoset,
+    )  # fmt: skip
+    results = evaluation.evaluate(plan, say, output)
+    written, page = write(results, output)
     typer.echo(f"\n{results.table()}\n")
     typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number.")
     typer.echo("+ better, - worse; no mark where the interval holds the base's value.")

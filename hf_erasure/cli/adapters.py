@@ -1,4 +1,4 @@
-"""The commands that make cards and push to the Hub, and what `--push` of other commands does."""
+"""The commands for finished adapters: merge, export and add them, make their card, and push them to the Hub."""
 
 from __future__ import annotations
 
@@ -8,16 +8,75 @@ from typing import Annotated
 import typer
 from huggingface_hub import CommitInfo
 
-from hf_erasure.hub import describe_folder, push_adapter, push_model, write_card
+from hf_erasure.adapters.merging.export import load_with_erasure, save_merged
+from hf_erasure.fitting import combine
+from hf_erasure.hub import describe_folder, export_to_lora, push_adapter, push_model, write_card, write_merged_card
 
-from .app import app, errors_as_sentences
+from .app import app
 
+Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.")]
+Adapter = Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.", exists=True, file_okay=False)]
 BaseModel = Annotated[
     str | None, typer.Option(help="The base model's name on the Hub, where the adapter was fitted on a local copy.")
 ]
 Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it to this repository on the Hub, too.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private, where it is made.")]
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="Where the merged model is written.")],
+    max_shard_size: Annotated[str | None, typer.Option(help="Of each file of weights, e.g. 5GB")] = None,
+    push: Push = None,
+    private: Private = False,
+) -> None:
+    """Write an erasure into a model's weights: a plain checkpoint, with the tokenizer, that needs no hf-erasure.
+
+    Refuses, and says why, where the weights cannot compute exactly what the model with the adapter computes.
+
+    Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
+    """
+    text = save_merged(model, adapter, out, max_shard_size=max_shard_size)
+    write_merged_card(out, model, adapter, text)
+    typer.echo(f"{text}\nmodel: {out}")
+    if push is not None:
+        _say(push_model(out, push, private=private or None))
+
+
+@app.command()
+def export_lora(
+    model: Model,
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="Where the LoRA adapter is written.")],
+    push: Push = None,
+    private: Private = False,
+) -> None:
+    """Write an erasure as a stock LoRA adapter, which PEFT loads without hf-erasure.
+
+    Example: hf-erasure export-lora gpt2 out/demo out/demo-lora
+    """
+    typer.echo(str(export_to_lora(load_with_erasure(model, adapter), "default", out)))
+    if push is not None:
+        _say(push_model(out, push, private=private or None))
+
+
+@app.command()
+def merge_fits(
+    one: Annotated[
+        Path, typer.Argument(help="The output folder of a one-pass fit with fit.checkpoint=true.", exists=True)
+    ],
+    other: Annotated[Path, typer.Argument(help="That of a fit on other data.", exists=True)],
+    output: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
+) -> None:
+    """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
+    config = combine.merge_fits(one, other, output)
+    write_card(output)
+    typer.echo(
+        f"{config.concept}: {config.provenance['examples']} examples, {config.provenance['tokens']} tokens: {output}"
+    )
 
 
 @app.command()
@@ -39,11 +98,10 @@ def push(
 
     Example: hf-erasure push out/demo alice/no-gender --private
     """
-    with errors_as_sentences():
-        commit = push_adapter(
-            folder, repo_id, private=private or None, revision=revision, subfolder=subfolder, create_pr=create_pr,
-            token=token, message=message, base_model=base_model,
-        )  # fmt: skip
+    commit = push_adapter(
+        folder, repo_id, private=private or None, revision=revision, subfolder=subfolder, create_pr=create_pr,
+        token=token, message=message, base_model=base_model,
+    )  # fmt: skip
     _say(commit)
 
 
@@ -74,20 +132,14 @@ def card(
 
     Example: hf-erasure card out/demo --results out/evaluation --license apache-2.0
     """
-    with errors_as_sentences():
-        rows = describe_folder(
-            folder, results=results, names=[adapter] if adapter else [], base_model=base_model, datasets=dataset,
-            labels_from=labels_from, license=license, language=language,
-        )  # fmt: skip
-        written = write_card(folder, overwrite=overwrite)
+    rows = describe_folder(
+        folder, results=results, names=[adapter] if adapter else [], base_model=base_model, datasets=dataset,
+        labels_from=labels_from, license=license, language=language,
+    )  # fmt: skip
+    written = write_card(folder, overwrite=overwrite)
     typer.echo(str(written) + (f" It has {len(rows)} measures of {results}." if results else ""))
     if written.outcome == "left":
         raise typer.Exit(1)
-
-
-def push_exported(folder: Path, repo_id: str, private: bool) -> None:
-    """Upload what `merge` or `export-lora` has written, and say where it is."""
-    _say(push_model(folder, repo_id, private=private or None))
 
 
 def _say(commit: CommitInfo) -> None:
