@@ -15,21 +15,18 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .common.acting import (
+from .common.acting import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
+from .common.config import ChildConfig
+from .common.layer import adapter_children, child_configs
+from .common.model_state import (
     ActiveCopies,
-    active_copies,
-    all_configs,
     auxiliary_wrappers,
     check_one_copy,
     enable_copies,
-    kind_of,
-    naming_what_goes_off,
-    say_which_copies_went_off,
+    remove_empty_layers,
     set_by_hand,
+    undone_on_failure,
 )
-from .common.config import ChildConfig
-from .common.layer import adapter_children, child_configs
-from .common.rollback import remove_empty_layers, undone_on_failure
 from .common.tuner import ChildTuner, move_inside_wrappers, out_of_sight, refuse_copies, rehome_layers
 
 # The heads that PEFT adds to modules_to_save after it has attached an adapter, which is too late to keep it off them.
@@ -105,7 +102,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     if not adapter_children(model) or not auxiliary_wrappers(model):
         return original(adapter_name)
     check_one_copy(model, names)
-    before = active_copies(model)
+    before = ActiveCopies(model).on
     with set_by_hand(model, names):
         original(adapter_name)
     say_which_copies_went_off(model, before)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hf_erasure.models.model import distance, dummy_batch, evaluating, tensors_of
 
+from .common.acting import other_than_when_fitted
 from .common.config import ChildConfig
-from .common.fitted_with import other_than_when_fitted
 from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, Found, adapter_of
 from .common.provenance import Provenance
@@ -20,7 +20,7 @@ from .erasure.config import ConceptErasureConfig
 from .erasure.layer import erasure_layers
 from .gradiend.config import GradiendConfig
 from .gradiend.edit import why_not_editable
-from .gradiend.forward_readers import UsedAsTheyAre
+from .gradiend.forward import UsedAsTheyAre
 from .gradiend.layer import gradiend_layers
 from .gradiend.state import edited, kept_share, targeted_parameters
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from hf_erasure.adapters.common.acting import acting_adapters, loaded_adapters, users_level
+from hf_erasure.adapters.common.acting import adapters_now, users_level
 from hf_erasure.adapters.common.layer import child_configs
 
 from .checkpoints import is_lost, left_out, own_trained, several_active
@@ -65,9 +65,9 @@ def warn_of_what_is_left_out(model: nn.Module) -> None:
             stacklevel=users_level(),
         )
     names = left_out(holder)
-    acting, loaded = acting_adapters(holder), loaded_adapters(holder)
+    now = adapters_now(holder)
     if names:
-        told = ", ".join(f"the {loaded[name]} {name!r}, which {_acts(name in acting)}" for name in names)
+        told = ", ".join(f"the {now.loaded[name]} {name!r}, which {_acts(name in now.acting)}" for name in names)
         saved = holder.active_adapters()
         if holder is model:
             together = (

@@ -43,7 +43,7 @@ class FitCheckpoint:
         pool: Which rows a sequence label counts for.
         sequential: The procedure.
         processes: How many share the data: each continues with its own share.
-        active: The other adapters that act, as `hf_erasure.adapters.common.fitted_with` records them.
+        active: The other adapters that act, as `hf_erasure.adapters.common.acting` records them.
 
     Raises:
         ValueError: If the folder belongs to another fit.

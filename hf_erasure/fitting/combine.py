@@ -11,9 +11,9 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.common.acting import warn_of_what_is_off, without
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import WEIGHTS
-from hf_erasure.adapters.common.fitted_with import warn_of_what_is_off, without
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of, adapters_in
 from hf_erasure.adapters.common.provenance import RECORD, Provenance

@@ -25,8 +25,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hf_erasure.adapters.common.files import read_text
-from hf_erasure.adapters.common.type_checks import fits, in_words, short
+from hf_erasure.adapters.common.files import fits, in_words, read_text, short
 
 Section = TypeVar("Section")
 _FEW = 20  # fields that a message lists

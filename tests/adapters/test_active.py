@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 
-from hf_erasure.adapters.common.acting import acting_adapters, loaded_adapters
+from hf_erasure.adapters.common.acting import adapters_now
 from tests.lifecycle.verbs import KINDS, OF, base
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -31,14 +31,14 @@ def warned(call: Callable[[], Any]) -> list[str]:
 def test_what_an_added_adapter_switches_off_is_named(first: str, last: str):
     model = base("bert")
     OF[first].add(model, "bert", "first", target_modules=TARGETS[first])
-    assert acting_adapters(model).keys() == {"first"}
+    assert adapters_now(model).acting.keys() == {"first"}
     config = OF[last].config(target_modules=TARGETS[last])
     (said,) = warned(lambda: model.add_adapter(config, "last"))
     assert re.search(rf"Adding 'last' switched {NOUNS[first]} 'first' off.*set_adapter\(\['first', 'last'\]\)", said)
     assert ("sticky=True" in said) == (first != "LoRA")
-    assert "first" not in acting_adapters(model) and "first" in loaded_adapters(model)
+    assert "first" not in adapters_now(model).acting and "first" in adapters_now(model).loaded
     model.set_adapter(["first", "last"])
-    assert "first" in acting_adapters(model)
+    assert "first" in adapters_now(model).acting
 
 
 @pytest.mark.parametrize("kind", ["erasure", "GRADIEND"])
@@ -98,10 +98,10 @@ def test_nothing_is_said_where_nothing_goes_off(kind: str, tmp_path):
         model = base("bert")
         for name in order:  # each turns on its own layers, and leaves the other's
             assert warned(lambda model=model, name=name: model.load_adapter(tmp_path / name, adapter_name=name)) == []
-        assert acting_adapters(model).keys() == {"ours", "lora"}
+        assert adapters_now(model).acting.keys() == {"ours", "lora"}
     model = base("bert")
     OF[kind].add(model, "bert", "ours", target_modules=["query"], sticky=True)
     assert warned(lambda: model.add_adapter(OF["LoRA"].config(target_modules=["value"]), "lora")) == []
     with pytest.raises(ValueError):
         model.add_adapter(OF[kind].config(target_modules=["nowhere"]), "wrong")
-    assert acting_adapters(model).keys() == {"ours", "lora"}
+    assert adapters_now(model).acting.keys() == {"ours", "lora"}

@@ -1,77 +1,88 @@
-"""Which adapters, and which of the modules trained with them, act in a model, and which go off when another comes.
+"""Which adapters act in a model: now, after another has come, and when one of them was fitted.
 
-Modules that are trained with an adapter (`modules_to_save`, and embeddings with `trainable_token_indices`) are wrapped
-by PEFT. The wrapper holds a copy for each adapter, of which one acts, or else the module of the base model. PEFT
-switches the layers of one method at a time, but the wrappers of all methods: whichever adapter comes last, every
-wrapper without a copy for it goes back to the module of the base model, and an untrained head answers. transformers
-fails there instead. With an adapter of this package, a wrapper keeps the copy that acts in it when an adapter of
-another method comes.
+What is fitted is fitted on the activations, or the gradients, of a model with all that acts in it. Beside other
+adapters it is an eraser, or a feature, of another model. So fitting writes down which others acted, each with a few of
+its values, since names change from one session to the next.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from .config import ChildConfig
+from .files import fits, short
 from .layer import AdapterChild, adapter_children
+from .model_state import ActiveCopies, auxiliary_wrappers
+from .provenance import Provenance
 
 # Set while an adapter is being added or loaded: what went off is said once, when all is done.
 _ADDING: ContextVar[bool] = ContextVar("adding", default=False)
+# The same for what acts beside others than at fitting.
+_COMPARING: ContextVar[bool] = ContextVar("comparing", default=False)
 _LIBRARIES = ("hf_erasure", "peft", "transformers", "trl", "torch", "contextlib")
+# So many tensors of an adapter are looked at, two values of each.
+_TENSORS = 16
+# What rounding to bfloat16 may change of a value, relative to it, with a margin.
+_ROUNDING = 2.0**-7
 
 
-# ---- adapters --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Present:
+    """The adapters of a model, each with what messages call it.
+
+    Attributes:
+        loaded: Those that are there, acting or not.
+        on: Those that act, and those that would but for having no effect yet, as before they are fitted.
+        acting: Those that act, merged or not.
+    """
+
+    loaded: dict[str, str] = field(default_factory=dict)
+    on: dict[str, str] = field(default_factory=dict)
+    acting: dict[str, str] = field(default_factory=dict)
+
+
+def adapters_now(model: nn.Module) -> Present:
+    """The adapters of a model as they are now, those of other methods too."""
+    found, configs = Present(), all_configs(model)
+    # What a wrapper of an embedding has inside goes with the adapter that it was trained with.
+    inside = {id(wrapper._modules.get("token_adapter")) for wrapper in auxiliary_wrappers(model).values()}
+    for module in model.modules():
+        if isinstance(module, AdapterChild):
+            nouns = dict.fromkeys(module.sticky_adapters, module.noun)
+            acting = {*module.acting_adapters(), *module.merged_adapters}
+            on = acting | {*module.switched_on()}
+        elif isinstance(module, BaseTunerLayer) and id(module) not in inside:
+            names = {name for part in module.adapter_layer_names for name in getattr(module, part, ())}
+            nouns = {name: f"{kind_of(configs.get(name), module)} adapter" for name in names}
+            on = acting = set() if module.disable_adapters else {*module.active_adapters, *module.merged_adapters}
+        else:
+            continue
+        found.loaded.update(nouns)
+        found.on.update((name, noun) for name, noun in nouns.items() if name in on)
+        found.acting.update((name, noun) for name, noun in nouns.items() if name in acting)
+    return found
 
 
 def all_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """The configurations of all adapters by name, also of those that hang on a part of the model."""
     found: dict[str, PeftConfig] = {}
     for module in model.modules():
-        configs = module.__dict__.get("peft_config")
-        found |= {name: config for name, config in configs.items() if name not in found} if configs else {}
+        for name, config in (module.__dict__.get("peft_config") or {}).items():
+            found.setdefault(name, config)
     return found
-
-
-def acting_adapters(model: nn.Module) -> dict[str, str]:
-    """The adapters that act, merged or not, with what messages call them."""
-    return {name: noun for name, noun, _, acts in _adapters(model) if acts}
-
-
-def switched_on_adapters(model: nn.Module) -> dict[str, str]:
-    """The same with those that would act but for having no effect yet, as before they are fitted."""
-    return {name: noun for name, noun, on, _ in _adapters(model) if on}
-
-
-def loaded_adapters(model: nn.Module) -> dict[str, str]:
-    """The adapters that are there, acting or not, with what messages call them."""
-    return {name: noun for name, noun, *_ in _adapters(model)}
-
-
-def _adapters(model: nn.Module) -> Iterator[tuple[str, str, bool, bool]]:
-    """Each adapter at each layer: its name, what messages call it, whether it is switched on, and acts, there."""
-    configs = all_configs(model)
-    # What a wrapper of an embedding has inside goes with the adapter that it was trained with.
-    inside = {id(wrapper._modules.get("token_adapter")) for wrapper in auxiliary_wrappers(model).values()}
-    for module in model.modules():
-        if isinstance(module, AdapterChild):
-            on, acting = {*module.switched_on()}, {*module.acting_adapters(), *module.merged_adapters}
-            yield from ((name, module.noun, name in on | acting, name in acting) for name in module.sticky_adapters)
-        elif isinstance(module, BaseTunerLayer) and id(module) not in inside:
-            for name in {n for part in module.adapter_layer_names for n in getattr(module, part, ())}:
-                noun = f"{kind_of(configs.get(name), module)} adapter"
-                acts = name in {*module.active_adapters, *module.merged_adapters} and not module.disable_adapters
-                yield name, noun, acts, acts
 
 
 def kind_of(config: PeftConfig | None, layer: nn.Module | None = None) -> str:
@@ -81,139 +92,15 @@ def kind_of(config: PeftConfig | None, layer: nn.Module | None = None) -> str:
     return type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0].upper()
 
 
-# ---- modules that are trained with an adapter ------------------------------------------------------------------------
+def users_level() -> int:
+    """The `stacklevel` of the first caller outside of the libraries, for a warning that is raised by our caller."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
-def auxiliary_wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
-    """The wrappers of a model, by their names in it."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
-
-
-def active_copies(model: nn.Module) -> dict[str, str]:
-    """Name of a wrapper → the adapter whose copy acts there; without those where the base model's module does."""
-    found = {}
-    for name, wrapper in auxiliary_wrappers(model).items():
-        active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper._adapters]
-        if active and not wrapper.disable_adapters:
-            found[name] = active[0]
-    return found
-
-
-class ActiveCopies:
-    """Which copies act in the wrappers of a model, to be put back.
-
-    Args:
-        model: The model.
-
-    Attributes:
-        on: As `active_copies` gives them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.on = active_copies(model)
-        self._wrappers = auxiliary_wrappers(model)
-        # By the wrapper's name: what was active in it and in what it has inside, and which parameters were trained.
-        self._active: dict[str, list[tuple[Any, Any]]] = {}
-        self._trained: dict[str, list[tuple[nn.Parameter, bool]]] = {}
-        for name, wrapper in self._wrappers.items():
-            parts: list[Any] = [wrapper, wrapper._modules.get("token_adapter")]
-            self._active[name] = [(part, part._active_adapter) for part in parts if part is not None]
-            self._trained[name] = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
-
-    def restore(
-        self, *, trained: bool = True, where: Callable[[str, AuxiliaryTrainingWrapper], bool] | None = None
-    ) -> None:
-        """Let the copies act again that did.
-
-        Args:
-            trained: Also put back which of their parameters are trained.
-            where: Of the adapter whose copy acted ("" for none) and the wrapper: whether to; everywhere when None.
-        """
-        for name, wrapper in self._wrappers.items():
-            if where is None or where(self.on.get(name, ""), wrapper):
-                for part, active in self._active[name]:
-                    part._active_adapter = active
-                for parameter, required in self._trained[name] if trained else ():
-                    parameter.requires_grad_(required)
-
-    def hand_on(self, newcomer: str, but: Collection[str]) -> None:
-        """Let the copies of a newcomer start from those that acted; PEFT takes them from the base model, untrained.
-
-        Args:
-            newcomer: An adapter.
-            but: Not from the copies of these, of the same method: they go off with all that is theirs.
-        """
-        for name, acted in self.on.items():
-            copies: Any = self._wrappers[name]._modules.get("modules_to_save")
-            if copies is not None and newcomer in copies and acted not in but:
-                copies[newcomer].load_state_dict(copies[acted].state_dict())
-
-
-def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to switch on adapters that have copies of one module.
-
-    Raises:
-        ValueError: Names the module and the adapters.
-    """
-    names = list(dict.fromkeys(names))
-    for place, wrapper in auxiliary_wrappers(model).items():
-        rivals = [name for name in names if name in wrapper._adapters]
-        if len(rivals) > 1:
-            left = [name for name in names if name not in rivals[1:]]
-            raise ValueError(
-                f"{rivals} cannot all be active: each has a trained copy of {place!r}, and one module can act. Switch "
-                f"on one of them, as in set_adapter({left}), or add the others without that module in their "
-                "modules_to_save."
-            )
-
-
-def set_copies(model: nn.Module, names: Iterable[str]) -> None:
-    """Let each wrapper have the adapter of `names` that it has a copy of, or none."""
-    for wrapper in auxiliary_wrappers(model).values():
-        wrapper.set_adapter([name for name in names if name in wrapper._adapters])
-
-
-def enable_copies(model: nn.Module) -> None:
-    """Let the wrappers take part again, which `enable_adapters` of transformers forgets."""
-    for wrapper in auxiliary_wrappers(model).values():
-        wrapper.enable_adapters(True)
-
-
-@contextmanager
-def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """While transformers switches adapters on, let each wrapper have the one of `names` that it has a copy of, or none.
-
-    It would tell every wrapper all of the names, and fail at those that a wrapper does not know.
-    """
-    with _replaced(auxiliary_wrappers(model).values(), "set_adapter", lambda *args, **kwargs: None):
-        yield
-    set_copies(model, names)
-
-
-@contextmanager
-def keys_of_own_copies(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """While PEFT loads an adapter, let only the wrappers that it has a copy in look for keys in its file.
-
-    A wrapper of trained tokens would look for those of any adapter, and fail.
-    """
-    others = [wrapper for wrapper in auxiliary_wrappers(model).values() if adapter_name not in wrapper._adapters]
-    with _replaced(others, "adapter_state_dict_load_map", lambda name: {}):
-        yield
-
-
-@contextmanager
-def _replaced(wrappers: Collection[nn.Module], method: str, by: Callable[..., Any]) -> Iterator[None]:
-    wrappers = list(wrappers)
-    for wrapper in wrappers:
-        wrapper.__dict__[method] = by
-    try:
-        yield
-    finally:
-        for wrapper in wrappers:
-            del wrapper.__dict__[method]
-
-
-# ---- what goes off ---------------------------------------------------------------------------------------------------
+# ---- what goes off when another comes --------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -228,14 +115,14 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
     if _ADDING.get():
         yield
         return
-    before, copies = switched_on_adapters(model), active_copies(model)
+    before, copies = adapters_now(model).on, ActiveCopies(model).on
     token = _ADDING.set(True)
     try:
         yield
     finally:
         _ADDING.reset(token)
     if adapter_children(model):
-        after = switched_on_adapters(model)
+        after = adapters_now(model).on
         off = {name: noun for name, noun in before.items() if name not in after and name not in expected}
         if off:
             _warn_of_adapters(model, off, newcomer)
@@ -245,19 +132,17 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
 def say_which_copies_went_off(model: nn.Module, before: dict[str, str]) -> None:
     """Warn of modules of the base model that act in the place of trained copies, after a user switched adapters."""
     if not _ADDING.get():
-        now = active_copies(model)
+        now = ActiveCopies(model).on
         _warn_of_copies(model, {place: name for place, name in before.items() if place not in now}, None)
 
 
 def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
-    dark = ", ".join(f"the {noun} {name!r}" for name, noun in sorted(off.items()))
-    configs = all_configs(model)
+    configs, together = all_configs(model), [*sorted(off), newcomer]
     of_ours = any(isinstance(configs.get(name), ChildConfig) for name in off)
     sticky = ", or write sticky=True in the configuration of an adapter that must stay on" if of_ours else ""
-    kept = [f"{place!r} of {name!r}" for place, name in active_copies(model).items() if name in off]
+    kept = [f"{place!r} of {name!r}" for place, name in ActiveCopies(model).on.items() if name in off]
     copies = f" The trained {' and '.join(kept)} stays on." if kept else ""
     elsewhere = [name for name in sorted(off) if name not in (getattr(model, "peft_config", None) or {})]
-    together = [*sorted(off), newcomer]
     if elsewhere:
         both = f"{elsewhere} and {newcomer!r} are of different models, one a part of the other: load both into one"
     elif getattr(model, "_hf_peft_config_loaded", False):
@@ -265,24 +150,26 @@ def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
     else:
         both = f"Use both with base_model.set_adapter({together}) of the PeftModel"
     warnings.warn(
-        f"Adding {newcomer!r} switched {dark} off, since PEFT activates only the newcomer.{copies} {both}{sticky}.",
+        f"Adding {newcomer!r} switched {_listed(off)} off, since PEFT activates only the newcomer.{copies} "
+        f"{both}{sticky}.",
         stacklevel=users_level(),
     )
 
 
 def _warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None) -> None:
     """Name the copies that acted before and do not any more, and those of a newcomer that acts without them."""
-    after, wrappers = active_copies(model), auxiliary_wrappers(model)
+    copies_now = ActiveCopies(model)
     for place, name in before.items():
-        if after.get(place) != name:
-            acting = f"that of {after[place]!r} does" if place in after else "the untrained one of the base model does"
+        acting = copies_now.on.get(place)
+        if acting != name:
+            instead = "the untrained one of the base model does" if acting is None else f"that of {acting!r} does"
             warnings.warn(
-                f"The {place!r} that was trained with the adapter {name!r} does not act any more: {acting}. It acts "
+                f"The {place!r} that was trained with the adapter {name!r} does not act any more: {instead}. It acts "
                 f"where {name!r} is among the adapters that are switched on.",
                 stacklevel=users_level(),
             )
-    for place, name in after.items():
-        copies: Any = wrappers[place]._modules.get("modules_to_save")
+    for place, name in copies_now.on.items():
+        copies: Any = copies_now.wrappers[place]._modules.get("modules_to_save")
         if newcomer is None or name == newcomer or copies is None or newcomer not in copies:
             continue
         own, acting_copy = copies[newcomer].state_dict(), copies[name].state_dict()
@@ -294,9 +181,138 @@ def _warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | No
             )
 
 
-def users_level() -> int:
-    """The `stacklevel` of the first caller outside of the libraries, for a warning that is raised by our caller."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
-        frame, level = frame.f_back, level + 1
-    return level
+def _listed(adapters: Mapping[str, str]) -> str:
+    return ", ".join(f"the {noun} {name!r}" for name, noun in sorted(adapters.items()))
+
+
+# ---- what acts beside an adapter that is fitted, and afterwards ------------------------------------------------------
+
+
+def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
+    """The other adapters that act, as fitting writes them down: `{"name", "kind", "sample"}` of each.
+
+    Args:
+        model: Bare or wrapped in a `PeftModel`.
+        adapter_name: The adapter that is fitted, or was.
+    """
+    configs = all_configs(model)
+    others = {name: noun for name, noun in adapters_now(model).acting.items() if name != adapter_name}
+    fitted = [name for name in others if not isinstance(configs.get(name), ChildConfig) or configs[name].fitted]
+    return [{"name": name, "kind": others[name], "sample": _sample(model, name)} for name in fitted]
+
+
+def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
+    """A record without some adapters, and without what it has twice."""
+    left: list[Any] = []
+    for entry in record:
+        if entry not in left and (not isinstance(entry, dict) or entry.get("name") not in names):
+            left.append(entry)
+    return left
+
+
+def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:
+    """Name the loaded adapters that do not act while one is fitted.
+
+    Args:
+        model: Bare or wrapped in a `PeftModel`.
+        adapter_name: The adapter that is about to be fitted.
+        expected: Adapters that are off on purpose.
+    """
+    now, configs = adapters_now(model), all_configs(model)
+    idle = {name for name, config in configs.items() if isinstance(config, ChildConfig) and not config.has_effect}
+    known = {*now.acting, *idle, *expected, adapter_name}
+    off = {name: noun for name, noun in now.loaded.items() if name not in known}
+    if off:
+        together = [*(name for name in now.acting if name != adapter_name), *off, adapter_name]
+        are, them = ("are", "them") if len(off) > 1 else ("is", "it")
+        warnings.warn(
+            f"{adapter_name!r} is being fitted while {_listed(off)} {are} off: what is fitted is for the model "
+            f"without {them}. Where they are to act together, call model.set_adapter({together}) first, and fit then.",
+            stacklevel=users_level(),
+        )
+
+
+def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
+    """In words, how the other adapters that act differ from those that acted at fitting; empty if they are the same."""
+    config = all_configs(model).get(adapter_name)
+    record = Provenance.of(config).active_adapters if isinstance(config, ChildConfig) and config.fitted else None
+    if record is None:  # of an older release
+        return ""
+    gone, come = list(record), active_beside(model, adapter_name)
+    for entry in record:
+        same = next((other for other in come if _is_same(entry, other)), None)
+        if same is not None:
+            gone.remove(entry)
+            come.remove(same)
+    loaded, said, changed = adapters_now(model).loaded, [], []
+    for entry in gone:
+        called = f"the {short(entry.get('kind'))[1:-1]} {short(entry.get('name'))}"
+        namesake = next((o for o in come if (o["name"], o["kind"]) == (entry.get("name"), entry.get("kind"))), None)
+        if namesake is not None:
+            come.remove(namesake)
+            changed.append(f"{called} has other values than it had")
+        elif entry.get("name") in loaded:
+            said.append(f"{called} was on and is off now")
+        else:
+            said.append(f"{called} was on and is not loaded here, unless it is part of the weights")
+    said += [f"the {entry['kind']} {entry['name']!r} is on and was not" for entry in come]
+    said += changed
+    if not said:
+        return ""
+    return (
+        f"Other adapters act here than when {adapter_name!r} was fitted: {'; '.join(said)}. What was measured then "
+        "holds for the model of then: switch on what was on, or fit again."
+    )
+
+
+@contextmanager
+def comparing_with_fitting(model: nn.Module, newcomer: str) -> Iterator[None]:
+    """Warn, after an adapter was loaded, of each that now acts among other adapters than those it was fitted among."""
+    if _COMPARING.get():  # what is loaded belongs to a load that says it
+        yield
+        return
+    before = {name: other_than_when_fitted(model, name) for name in all_configs(model)}
+    token = _COMPARING.set(True)
+    try:
+        yield
+    finally:
+        _COMPARING.reset(token)
+    acting = adapters_now(model).acting
+    for name in all_configs(model):
+        said = other_than_when_fitted(model, name) if name in acting or name == newcomer else ""
+        if said and said != before.get(name):
+            warnings.warn(said, stacklevel=users_level())
+
+
+def _sample(model: nn.Module, name: str) -> list[float]:
+    """A few values by which an adapter is known again; none where they are elsewhere, or in parts."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    own = {key: tensor for key, tensor in named if name in key.split(".")[-2:] and "modules_to_save" not in key}
+    # By names without the adapter's own, which may be another one in another session.
+    keys = sorted((key for key in own if own[key].numel()), key=lambda key: key.replace(f".{name}", ""))
+    keys = keys[:: math.ceil(len(keys) / _TENSORS)] if keys else []
+    found = []
+    for key in keys:
+        tensor = own[key].data
+        if tensor.device.type == "meta" or type(tensor) is not Tensor:
+            return []
+        flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
+        positions = torch.tensor([flat.numel() // 3, 2 * flat.numel() // 3], device=flat.device)
+        found += flat[positions].double().tolist()
+    config = all_configs(model).get(name)
+    if isinstance(config, ChildConfig):
+        found += config.strengths
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer) and name in module.scaling)
+    found += [float(layer.scaling[name]) for layer in list(layers)[:1]]
+    return [float(f"{value:.6g}") for value in found] if all(map(math.isfinite, found)) else []
+
+
+def _is_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if then.get("kind") != now["kind"]:
+        return False
+    kept, seen = then.get("sample"), now["sample"]
+    if not kept or not seen or not fits(kept, list[float]):
+        return then.get("name") == now["name"]
+    return len(kept) == len(seen) and all(
+        math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=1e-30) for a, b in zip(kept, seen, strict=True)
+    )

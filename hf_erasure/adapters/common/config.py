@@ -13,10 +13,13 @@ from typing import Any, ClassVar
 import regex  # type: ignore[import-untyped]
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
+from torch import nn
 
-from .files import target_of
+from .files import check_types, short, target_of
 from .provenance import refuse_wrong
-from .type_checks import check_types, short
+
+# Of tensors by name: the shape, and the types by which safetensors knows them.
+Layout = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 # The names that safetensors has for float32 and float64, and for int32.
 FLOATS, INDICES = ("F32", "F64"), ("I32",)
@@ -24,6 +27,8 @@ FLOATS, INDICES = ("F32", "F64"), ("I32",)
 _NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
 _PATTERNS = ("target_modules", "exclude_modules")
+# How many names more than a model has modules may be in a list, as of a model with more layers.
+_SPARE_NAMES = 10_000
 # How long one match may take, in seconds; an honest one takes microseconds.
 _SECONDS_A_MATCH = 0.5
 # How long all matches of a field in a model may take together, in seconds of the processor.
@@ -72,8 +77,11 @@ class ChildConfig(PeftConfig):
         check_types(self)
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}].")
-        for name in ("modules_to_save", "layers_pattern"):
-            _check_names(name, getattr(self, name))
+        for key in ("modules_to_save", "layers_pattern"):
+            value = getattr(self, key)
+            for name in [value] if isinstance(value, str) else value or []:
+                if not _NAME.fullmatch(name):
+                    raise ValueError(f"{key}={short(value)}: {short(name)} is not a name of a module.")
         refuse_wrong(self.provenance)
         for name in _PATTERNS:
             value = getattr(self, name)
@@ -95,8 +103,18 @@ class ChildConfig(PeftConfig):
         """Names of the modules that a fitted adapter acts on."""
         raise NotImplementedError
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
+    @property
+    def has_effect(self) -> bool:
+        """Whether the adapter changes anything where it acts."""
+        return self.fitted
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The numbers of the configuration that say how strongly the adapter acts."""
+        return ()
+
+    def tensors(self) -> Layout:
+        """The tensors of a fitted adapter, by the names that a file has for them."""
         raise NotImplementedError
 
     def has_size_of(self, name: str, shape: list[int]) -> bool:
@@ -156,20 +174,22 @@ class ChildConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-def _check_names(field: str, value: list[str] | str | None) -> None:
-    """Raise a `ValueError` for what cannot be the name of a module, such as a regular expression."""
-    for name in [value] if isinstance(value, str) else value or []:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{field}={short(value)}: {short(name)} is not a name of a module.")
+def check_targets(config: Any, model: nn.Module) -> None:
+    """Try the patterns of a configuration on all modules of a model, and look at how long its lists are.
 
-
-def check_patterns(config: Any, names: Iterable[str]) -> None:
-    """Try the patterns of a configuration on all modules of a model.
+    PEFT compares every name with every module, which takes forever for lists that no model is as long as.
 
     Raises:
-        ValueError: If one is not a regular expression, or takes longer than it may.
+        ValueError: If a pattern is not a regular expression, or takes longer than it may; or if a list is too long.
     """
-    names = list(names)
+    names = [name for name, _ in model.named_modules()]
+    for key in (*_PATTERNS, "modules_to_save"):
+        listed = getattr(config, key, None) or ()
+        if not isinstance(listed, str) and len(listed) > len(names) + _SPARE_NAMES:
+            raise ValueError(
+                f"{key} names {len(listed)} modules, and this {type(model).__name__} has {len(names)} in all: the "
+                "configuration is damaged, or for another model."
+            )
     began = time.process_time()
     for pattern in _patterns(config):
         for name in names:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -21,6 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from .config import ChildConfig
+
+Child = TypeVar("Child", bound="AdapterChild")
 
 # What PEFT calls a row without an adapter.
 NO_ADAPTER = "__base__"
@@ -333,7 +335,12 @@ def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[
         model: Any model, bare or wrapped in a `PeftModel`.
         adapter_name: Only those that hold this adapter.
     """
-    children = [module for module in model.modules() if isinstance(module, AdapterChild)]
+    return children_of_kind(model, AdapterChild, adapter_name)
+
+
+def children_of_kind(model: nn.Module, kind: type[Child], adapter_name: str | None = None) -> list[Child]:
+    """The same of one kind."""
+    children = [module for module in model.modules() if isinstance(module, kind)]
     return [child for child in children if adapter_name is None or adapter_name in child.sticky_adapters]
 
 

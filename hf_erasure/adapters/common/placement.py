@@ -1,4 +1,4 @@
-"""How weights and adapters are kept: elsewhere, in parts, in common, packed by a quantiser, out of broadcasts.
+"""How weights are kept: elsewhere, in parts, in common, packed by a quantiser.
 
 bitsandbytes keeps integers and their scales in a parameter of its own class, quanto and torchao in a tensor that passes
 for a float one, and 8-bit floats have their scales in another parameter. None of them can take an edit exactly.
@@ -7,9 +7,8 @@ for a float one, and 8-bit floats have their scales in another parameter. None o
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +16,10 @@ from accelerate.hooks import AlignDevicesHook, ModelHook
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
-from .files import PREFIX
-from .layer import AdapterChild, adapter_children
+from .layer import ordinary
 
 # What to do where weights are quantised, in the words of a message.
 FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the merged model"
-# Where DDP looks when it wraps a module, for names relative to that module.
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 # ---- devices, and weights that accelerate keeps elsewhere ------------------------------------------------------------
@@ -68,17 +64,6 @@ def left_in_place(model: Any) -> Iterator[None]:
     finally:
         if places is not None:
             base.hf_device_map = places
-
-
-def enter_in_device_map(model: nn.Module, adapter_name: str) -> None:
-    """Let loading send an adapter's tensors where its module runs; for a module on disk it would not find a place."""
-    places: Any = getattr(model, "hf_device_map", None)
-    if not places:
-        return
-    for child in adapter_children(model, adapter_name):
-        device = execution_device(child.host)
-        if device is not None:
-            places[f"{child.path}.{child.child_name}"] = device
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -147,19 +132,23 @@ def write_value(module: nn.Module, name: str, value: Tensor) -> None:
         hook.original_devices[name] = value.device
 
 
-def add_parameter(module: nn.Module, name: str, value: Tensor, *, requires_grad: bool) -> None:
-    """Give an offloaded module a parameter that it did not have."""
-    module.register_parameter(name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad))
-    write_value(module, name, value)
-
-
-def drop_parameter(module: nn.Module, name: str) -> None:
-    """Take such a parameter away again."""
-    module._parameters[name] = None
-    hook = _hook_of(module)
-    if hook is not None and isinstance(hook.weights_map, _Changed):
-        hook.weights_map.maps[0].pop(name, None)
-        hook.original_devices.pop(name, None)
+def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Give a parameter a value, where it lives; None takes the parameter away."""
+    present, hook = module._parameters.get(name), _hook_of(module)
+    if value is None:
+        module._parameters[name] = None
+        if hook is not None and isinstance(hook.weights_map, _Changed):
+            hook.weights_map.maps[0].pop(name, None)
+            hook.original_devices.pop(name, None)
+        return
+    offloaded = owns_offloaded(module)
+    if present is None:
+        made = torch.empty_like(value, device="meta") if offloaded else ordinary(value)
+        module.register_parameter(name, nn.Parameter(made, module.get_parameter("weight").requires_grad))
+    elif not offloaded:
+        present.data = ordinary(value.to(present.device, present.dtype))
+    if offloaded:
+        write_value(module, name, value)
 
 
 @contextmanager
@@ -264,49 +253,3 @@ def dequantised(module: nn.Module, name: str) -> Tensor | None:
 
         return dequantize_4bit(weight.detach(), state)
     return None
-
-
-# ---- the broadcasts of DDP -------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class AdapterBuffers(Collection[str]):
-    """The names of the buffers of all adapters of a model at present, and what was there before.
-
-    Names are looked up anew each time: fitting, loading and deleting change them.
-
-    Attributes:
-        model: The base model.
-        others: Names that someone else wants ignored.
-    """
-
-    model: nn.Module
-    others: Collection[str]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.others
-        for path, module in self.model.named_modules():
-            if isinstance(module, AdapterChild):
-                for name, _ in module.named_buffers(prefix=path):
-                    yield name
-                    # DDP may wrap a `PeftModel`, which hands on the attribute of the model inside.
-                    yield PREFIX + name
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __contains__(self, name: object) -> bool:
-        return any(name == known for known in self)
-
-
-def keep_from_broadcast(model: Any) -> None:
-    """Tell DDP of a model's adapters; without any, the model is as it was."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    present = base.__dict__.get(_IGNORED)
-    if adapter_children(base):
-        if not isinstance(present, AdapterBuffers):
-            setattr(base, _IGNORED, AdapterBuffers(base, present or ()))
-    elif isinstance(present, AdapterBuffers):
-        delattr(base, _IGNORED)
-        if present.others:
-            setattr(base, _IGNORED, present.others)

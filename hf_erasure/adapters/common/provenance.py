@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from .type_checks import fits, hints, short
+from .files import fits, hints, short
 
 # Parts that are written by other code than what fits the adapter.
 RECORD, TRAINING, RECIPE, TOLD = "active_adapters", "training", "recipe", "card"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,12 @@ from torch import nn
 
 from ..loading.fingerprint import check_base
 from ..loading.key_renaming import rename_fitted, renaming
-from .acting import ActiveCopies
-from .config import ChildConfig, as_names, check_patterns
+from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
 from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
-from .placement import enter_in_device_map
-from .rollback import note_adapters, undone_on_failure, wrapped_modules
+from .model_state import ActiveCopies, auxiliary_wrappers, note_adapters, put_in_place, undone_on_failure
+from .placement import execution_device
 
-# How many names more than a model has modules may be in a list, as of a model with more layers.
-_SPARE_NAMES = 10_000
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
 
@@ -32,6 +29,8 @@ class ChildTuner(BaseTuner):
     """A tuner that hangs a child on every targeted module; the modules themselves stay in place."""
 
     tuner_layer_cls: type[AdapterChild]
+    # The names of the modules that an adapter is put on when the user does not name any.
+    _default_targets: Callable[[nn.Module], list[str]]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
 
     def __init__(
@@ -74,13 +73,21 @@ class ChildTuner(BaseTuner):
             raise ValueError(
                 f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
             )
-        _check_lists(config, model)
-        check_patterns(config, (path for path, _ in model.named_modules()))
+        check_targets(config, model)
         if config.fitted:
             rename = renaming(model, config.fitted_modules)
             if rename not in (None, str):
                 rename_fitted(config, rename)
-            _check_base(model, config)
+            try:
+                check_base(model, config)
+            except ValueError as error:
+                merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
+                if not merged:
+                    raise
+                raise ValueError(
+                    f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before "
+                    "other adapters are loaded, and merge again afterwards."
+                ) from error
             if config.target_modules is None:  # PEFT takes that for a default of its own
                 config.target_modules = exactly(list(config.fitted_modules), model)
         elif config.revision is None:
@@ -96,7 +103,11 @@ class ChildTuner(BaseTuner):
         # Tensors that are given along are a wish for some of the modules.
         wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
         self._check_complete(config, adapter_children(model, adapter_name), wanted)
-        enter_in_device_map(model, adapter_name)
+        places: Any = getattr(model, "hf_device_map", None)
+        for child in adapter_children(model, adapter_name) if places else ():
+            # Loading sends tensors where their module runs; for a module on disk it would not find a place.
+            if (device := execution_device(child.host)) is not None:
+                places[f"{child.path}.{child.child_name}"] = device
         note_adapters(model)
 
     def _check_config(self, config: Any) -> None:
@@ -105,21 +116,22 @@ class ChildTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Name the modules that `target_modules=None` stands for."""
         if not peft_config.fitted and peft_config.target_modules is None:
-            peft_config.target_modules = exactly(self._default_targets(peft_config), self.model)
+            names = keep_layers(self._default_targets(self.model), peft_config)
+            peft_config.target_modules = exactly(names, self.model)
             if isinstance(peft_config.target_modules, str):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         return peft_config
-
-    def _default_targets(self, config: Any) -> list[str]:
-        """The names of the modules that an adapter is put on when the user does not name any."""
-        raise ValueError(f"target_modules=None of a {type(config).__name__}: name the modules.")
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         if is_child(key):
             return False
-        config, places = as_names(peft_config, key), set(peft_config.fitted_modules)
-        return _is_fitted_at(config, key, places) if places else BaseTuner._check_target_module_exists(config, key)
+        is_fitted = peft_config.fitted
+        if is_fitted and key in set(peft_config.fitted_modules):
+            return True
+        # Of what else a pattern matches PEFT is only told what `exclude_modules` left out, or it would warn of that.
+        found = BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
+        return False if is_fitted and found else found
 
     def _create_and_replace(
         self,
@@ -189,7 +201,20 @@ class ChildTuner(BaseTuner):
             yield
             return
         children = self._children()
-        _check_names(children, names)
+        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"adapter_names={names!r} is not a list of names: give one for each row of the batch.")
+        known = {name for child in children for name in child.adapters}
+        unknown = sorted({*names} - known - {NO_ADAPTER})
+        if unknown:
+            raise ValueError(
+                f"adapter_names has {unknown}, but the adapters here are {sorted(known)}; a row without an adapter is "
+                f"{NO_ADAPTER!r}."
+            )
+        merged = sorted({name for child in children for name in child.merged_adapters})
+        if merged:
+            raise ValueError(
+                f"adapter_names cannot be followed while {merged} are merged: call unmerge_adapter() first."
+            )
         rows = Rows(tuple(names), int(kwargs.get("num_beams") or 1))
         self._check_mixed_batch(rows)
         for child in children:
@@ -241,9 +266,10 @@ class ChildTuner(BaseTuner):
                 child.unmerge()
             child.forget_originals()
             child.detach()
-        for parent, name, wrapper in wrapped_modules(self.model):
+        for name, wrapper in reversed(auxiliary_wrappers(self.model).items()):
             if wrapper._adapters <= own and not adapter_children(wrapper):
-                setattr(parent, name, wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+                module = wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                put_in_place(self.model, name, module)
             for adapter in wrapper._adapters & own if wrapper._adapters - own else ():
                 wrapper.delete_adapter(adapter, [])
         note_adapters(self.model)
@@ -259,22 +285,6 @@ class ChildTuner(BaseTuner):
         elif hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
-
-
-def _check_names(children: list[AdapterChild], names: Any) -> None:
-    """Refuse names for rows that mean nothing here."""
-    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"adapter_names={names!r} is not a list of names: give one for each row of the batch.")
-    known = {name for child in children for name in child.adapters}
-    unknown = sorted({*names} - known - {NO_ADAPTER})
-    if unknown:
-        raise ValueError(
-            f"adapter_names has {unknown}, but the adapters here are {sorted(known)}; a row without an adapter is "
-            f"{NO_ADAPTER!r}."
-        )
-    merged = sorted({name for child in children for name in child.merged_adapters})
-    if merged:
-        raise ValueError(f"adapter_names cannot be followed while {merged} are merged: call unmerge_adapter() first.")
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
@@ -367,17 +377,6 @@ def keep_layers(names: list[str], config: Any) -> list[str]:
     return [n for n, at in found.items() if layers is None or (at and int(at[0]["index"]) in wanted)]
 
 
-def _is_fitted_at(config: PeftConfig, name: str, places: Container[str]) -> Any:
-    """Whether a fitted adapter acts at a module: where it was fitted, whatever else a pattern matches in this model.
-
-    Of the rest it is only told what `exclude_modules` left out, or PEFT would warn that this left out nothing.
-    """
-    if name in places:
-        return True
-    found = BaseTuner._check_target_module_exists(config, name)
-    return False if found else found
-
-
 def refuse_container(path: str, module: nn.Module) -> None:
     """Raise a `ValueError` if a target is a list of modules: the model would go through a child in it, too."""
     lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -386,32 +385,6 @@ def refuse_container(path: str, module: nn.Module) -> None:
             f"{path!r} is a {type(module).__name__}, whose modules the model goes through, and no adapter can be put "
             rf"on it: name the modules in it, as in target_modules=r'{path}\.\d+'."
         )
-
-
-def _check_base(model: nn.Module, config: Any) -> None:
-    """`check_base`, and what to do where weights differ because something is merged into them."""
-    try:
-        check_base(model, config)
-    except ValueError as error:
-        merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
-        if not merged:
-            raise
-        raise ValueError(
-            f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before other "
-            "adapters are loaded, and merge again afterwards."
-        ) from error
-
-
-def _check_lists(config: Any, model: nn.Module) -> None:
-    """PEFT compares every name with every module, which takes forever for lists that no model is as long as."""
-    modules = sum(1 for _ in model.modules())
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
-        names = getattr(config, field, None) or ()
-        if not isinstance(names, str) and len(names) > modules + _SPARE_NAMES:
-            raise ValueError(
-                f"{field} names {len(names)} modules, and this {type(model).__name__} has {modules} in all: the "
-                "configuration is damaged, or for another model."
-            )
 
 
 def _check_name(name: str, model: nn.Module) -> None:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from hf_erasure.erasers.inlp_factors import ROUNDS
 
-from ..common.config import FLOATS, ChildConfig
-from ..common.type_checks import short
+from ..common.config import FLOATS, ChildConfig, Layout
+from ..common.files import short
 from ..registration import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -142,9 +142,9 @@ class ConceptErasureConfig(ChildConfig):
         """Names of the sites."""
         return self.fitted_sites or {}
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
-        found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+    def tensors(self) -> Layout:
+        """The tensors of a fitted adapter, by the names that a file has for them."""
+        found: Layout = {}
         for site, size in (self.fitted_sites or {}).items():
             width, rank = size["width"], size["rank"]
             shapes: dict[str, tuple[int, ...]] = {"left": (width, rank), "right": (rank, width), "bias": (width,)}

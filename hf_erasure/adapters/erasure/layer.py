@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, StateDict
+from ..common.layer import AdapterChild, StateDict, children_of_kind
 from ..merging.record import forget, withdraw
 from .config import SITES, ConceptErasureConfig
 
@@ -53,14 +53,16 @@ class ErasureLayer(AdapterChild):
 
     def add_adapter(self, name: str, config: ConceptErasureConfig) -> None:
         """Make room for an adapter: values that are missing until loaded if it was fitted, the identity otherwise."""
+        if isinstance(self.host, nn.Embedding) and config.site == "input":
+            raise ValueError(f"{self.path!r} takes token ids, which hold no activation to erase: use site='output'.")
         self.concept_erasure_site[name] = config.site
         self.sticky_adapters[name] = config.sticky
         device, dtype = self.state_placement()
-        fitted = config.fitted and config.fitted_sites is not None
-        size = config.fitted_sites[self.path] if fitted else {"width": 0, "rank": 0}  # type: ignore[index]
-        shapes = (size["width"], size["rank"]), (size["rank"], size["width"]), (size["width"],)
-        self._store(name, *(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes))
-        if fitted:
+        size = config.fitted_sites[self.path] if config.fitted and config.fitted_sites else {"width": 0, "rank": 0}
+        self.concept_erasure_left[name] = torch.zeros(size["width"], size["rank"], device=device, dtype=dtype)
+        self.concept_erasure_right[name] = torch.zeros(size["rank"], size["width"], device=device, dtype=dtype)
+        self.concept_erasure_bias[name] = torch.zeros(size["width"], device=device, dtype=dtype)
+        if config.fitted:
             self.await_values(name)
         self._hook()
 
@@ -68,14 +70,12 @@ class ErasureLayer(AdapterChild):
         """Put a fitted eraser in place; a purely linear one keeps a zero bias."""
         device, _ = self.state_placement()
         # In the strides that loading will give them: others let matrix products sum in another order.
-        parts = eraser.parts(device, dtype)
-        self._store(name, *(part.clone(memory_format=torch.contiguous_format) for part in parts))
-        self._awaits_values.discard(name)
-
-    def _store(self, name: str, left: Tensor, right: Tensor, bias: Tensor) -> None:
+        parts = (part.clone(memory_format=torch.contiguous_format) for part in eraser.parts(device, dtype))
+        left, right, bias = parts
         self.concept_erasure_left[name] = left
         self.concept_erasure_right[name] = right
         self.concept_erasure_bias[name] = bias
+        self._awaits_values.discard(name)
 
     def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """The eraser's `left`, `right` and `bias` as they are."""
@@ -201,8 +201,7 @@ def erasure_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
         model: Any model, bare or wrapped in a `PeftModel`.
         adapter_name: Only those that hold this adapter.
     """
-    layers = (module for module in model.modules() if isinstance(module, ErasureLayer))
-    return {layer.path: layer for layer in layers if adapter_name is None or adapter_name in layer.sticky_adapters}
+    return {layer.path: layer for layer in children_of_kind(model, ErasureLayer, adapter_name)}
 
 
 # ---- the hidden state in what a module takes or returns --------------------------------------------------------------

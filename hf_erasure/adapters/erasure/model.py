@@ -15,7 +15,7 @@ from torch import nn
 
 from ..common.config import as_names
 from ..common.layer import Rows
-from ..common.tuner import ChildTuner, keep_layers
+from ..common.tuner import ChildTuner
 from ..merging.plan import merge
 from .config import ConceptErasureConfig
 from .layer import ErasureLayer
@@ -26,54 +26,6 @@ _LAST = re.compile(r"final|last|post|(^|_)f$")
 _CHANNEL_NORMS = re.compile(r"(batch|group|instance)_?norm", re.IGNORECASE)
 # Norms of single attention heads (q_norm, k_layernorm, kv_a_layernorm …) do not see the hidden state either.
 _HEAD_NORM = re.compile(r"^(q|k|v|kv|query|key|value)(_[a-z])?_?(layer)?_?norm$")
-
-
-class ConceptErasureModel(ChildTuner):
-    """Attaches one `ErasureLayer` to every targeted module; the modules themselves stay in place."""
-
-    prefix: str = "concept_erasure_"
-    tuner_layer_cls = ErasureLayer
-
-    def _check_config(self, config: ConceptErasureConfig) -> None:
-        if not config.fitted and config.labels is None and config.concept_dim is None:
-            config.z_dim  # noqa: B018  raises with the remedy
-
-    def _default_targets(self, config: ConceptErasureConfig) -> list[str]:
-        return keep_layers(default_targets(self.model), config)
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: ConceptErasureConfig) -> None:
-        super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
-
-    def _what_to_add(self, config: ConceptErasureConfig, target: nn.Module, path: str) -> tuple[Any, ...] | None:
-        if isinstance(target, nn.Embedding) and config.site == "input":
-            raise ValueError(f"{path!r} takes token ids, which hold no activation to erase: use site='output'.")
-        return super()._what_to_add(config, target, path)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write erasers into the weights, at every site or, if one refuses, at none.
-
-        An erasure at a norm goes into the linear layers that take the norm's output. What the model returns stays the
-        same; `output_hidden_states` then shows the states of the model without the erasures at norms, and so does
-        whatever else looks at a norm's output.
-
-        Raises:
-            ValueError: Names the site that cannot be merged exactly and what to do instead.
-        """
-        self._check_merge_allowed()
-        merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge)
-
-    def _check_mixed_batch(self, rows: Rows) -> None:
-        if self.training:
-            raise ValueError(
-                f"adapter_names={[*rows.names]} is for inference, and the model is in training mode: call eval() first."
-            )
-
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Refused: a weighted sum of erasers erases none of the concepts."""
-        raise ValueError(
-            f"{adapters} cannot be added with weights: a weighted sum of erasers erases none of the concepts. "
-            "hf_erasure.combine_adapters(model, names, into) makes one erasure that erases all of them."
-        )
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -124,3 +76,44 @@ def _final_norms(model: nn.Module, block_lists: list[str]) -> Iterator[str]:
                 follows = index > position or _LAST.search(name)
                 if follows and _is_norm(name, module) and "embed" not in name:
                     yield f"{parent_name}.{name}" if parent_name else name
+
+
+class ConceptErasureModel(ChildTuner):
+    """Attaches one `ErasureLayer` to every targeted module; the modules themselves stay in place."""
+
+    prefix: str = "concept_erasure_"
+    tuner_layer_cls = ErasureLayer
+    _default_targets = staticmethod(default_targets)
+
+    def _check_config(self, config: ConceptErasureConfig) -> None:
+        if not config.fitted and config.labels is None and config.concept_dim is None:
+            config.z_dim  # noqa: B018  raises with the remedy
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: ConceptErasureConfig) -> None:
+        super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write erasers into the weights, at every site or, if one refuses, at none.
+
+        An erasure at a norm goes into the linear layers that take the norm's output. What the model returns stays the
+        same; `output_hidden_states` then shows the states of the model without the erasures at norms, and so does
+        whatever else looks at a norm's output.
+
+        Raises:
+            ValueError: Names the site that cannot be merged exactly and what to do instead.
+        """
+        self._check_merge_allowed()
+        merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge)
+
+    def _check_mixed_batch(self, rows: Rows) -> None:
+        if self.training:
+            raise ValueError(
+                f"adapter_names={[*rows.names]} is for inference, and the model is in training mode: call eval() first."
+            )
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of erasers erases none of the concepts."""
+        raise ValueError(
+            f"{adapters} cannot be added with weights: a weighted sum of erasers erases none of the concepts. "
+            "hf_erasure.combine_adapters(model, names, into) makes one erasure that erases all of them."
+        )

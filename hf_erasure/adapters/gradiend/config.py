@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import FLOATS, INDICES, ChildConfig
-from ..common.type_checks import fits, short
+from ..common.config import FLOATS, INDICES, ChildConfig, Layout
+from ..common.files import fits, short
 from ..registration import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
@@ -171,8 +171,18 @@ class GradiendConfig(ChildConfig):
         """Names of the modules that own the changed parameters."""
         return dict.fromkeys(name.rpartition(".")[0] for name in self.fitted_parameters or {})
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        """The tensors of a fitted adapter, by name: the shape, and the types by which safetensors knows them."""
+    @property
+    def has_effect(self) -> bool:
+        """Whether the adapter changes anything where it acts."""
+        return self.fitted and self.learning_rate != 0
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The numbers of the configuration that say how strongly the adapter acts."""
+        return self.feature_factor, self.learning_rate
+
+    def tensors(self) -> Layout:
+        """The tensors of a fitted adapter, by the names that a file has for them."""
         found = {}
         for name in self.fitted_parameters or {}:
             module, _, own = name.rpartition(".")
@@ -185,10 +195,10 @@ class GradiendConfig(ChildConfig):
         size = (self.fitted_parameters or {}).get(name)
         return size is not None and (size.get("count", 0) != 0 or size.get("encoder_count", 0) != 0)
 
-    def parts(self, name: str) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        """What a fitted adapter keeps of one parameter, with the shape and the types by which safetensors knows it."""
+    def parts(self, name: str) -> Layout:
+        """What a fitted adapter keeps of one parameter, by kind."""
         size, pairs = (self.fitted_parameters or {})[name], self.expected_pairs()
-        parts: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        parts: Layout = {}
         for kinds, key in (((FEATURE, OFFSET, INDEX), "count"), ((ENCODER, ENCODER_INDEX), "encoder_count")):
             count = size.get(key, 0)
             if count == 0:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common.config import INDICES
-from ..common.layer import AdapterChild, StateDict, innermost
+from ..common.layer import AdapterChild, StateDict, children_of_kind, innermost
 from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
 from .edit import UndoRecord, WeightEdit, why_not_editable, write
-from .forward import forward_of
-from .forward_readers import Readers
+from .forward import Readers, forward_of
 
 CHILD = "gradiend"
 # A module that owns a parameter, with the parameter's name there.
@@ -153,7 +152,7 @@ class GradiendLayer(AdapterChild):
                 if parameter is not None:
                     owners.setdefault(id(parameter), []).append((module, name))
         readers = Readers(model, left_out=AdapterChild)
-        for layer in (module for module in model.modules() if isinstance(module, GradiendLayer)):
+        for layer in children_of_kind(model, GradiendLayer):
             used = dict.fromkeys(name for names in layer.gradiend_parameters.values() for name in names)
             places = {name: owners[id(layer.parameter(name))] for name in used}
             for name, found in places.items():
@@ -177,7 +176,7 @@ class GradiendLayer(AdapterChild):
             self.gradiend_steering[name].copy_(steering)
         else:
             self.gradiend_steering[name] = steering.to(self.state_placement()[0])
-        self.gradiend_on[name] = config.fitted and config.learning_rate != 0
+        self.gradiend_on[name] = config.has_effect
 
     def edit_of(self, name: str, parameter: str, steering: Tensor | None = None) -> WeightEdit | None:
         """An adapter's change of a parameter; None where it does not change any entry of it.
@@ -304,8 +303,7 @@ def gradiend_layers(model: nn.Module, adapter_name: str | None = None) -> dict[s
         model: Any model, bare or wrapped in a `PeftModel`.
         adapter_name: Only those that hold this adapter.
     """
-    layers = (module for module in model.modules() if isinstance(module, GradiendLayer))
-    return {layer.path: layer for layer in layers if adapter_name is None or adapter_name in layer.sticky_adapters}
+    return {layer.path: layer for layer in children_of_kind(model, GradiendLayer, adapter_name)}
 
 
 def strength(pairs: int, acting: int, feature_factor: float, learning_rate: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..common.layer import AdapterChild, Rows, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
-from ..common.tuner import ChildTuner, exactly, keep_layers, refuse_container
+from ..common.tuner import ChildTuner, exactly, refuse_container
 from .config import GradiendConfig
 from .edit import squares_of_change
 from .layer import GradiendLayer
@@ -22,11 +22,43 @@ LEAST_KEPT = 0.9
 _HEADS = ("classifier", "score", "qa_outputs", "lm_head", "classification_head")
 
 
+def default_owners(model: nn.Module) -> list[str]:
+    """Names of the modules that own weights of the base model, without prediction heads and poolers."""
+    body = getattr(model, "base_model", model)
+    inside = next((name for name, module in model.named_modules() if module is body), "")
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    names = []
+    for name, module in base_modules(model):
+        parts = name.split(".")
+        if not name.startswith(f"{inside}." if inside else "") or not name:
+            continue
+        is_pooler = any("pooler" in part.lower() for part in parts)
+        is_head = innermost(module) is head or (not inside and parts[0] in _HEADS)
+        if not is_pooler and not is_head and any(True for _ in innermost(module).parameters(recurse=False)):
+            names.append(name)
+    return names
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the model as it was without adapters, under the names that they have without them."""
+    inside_adapters: set[str] = set()
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{other}.") for other in inside_adapters):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside_adapters.add(name)
+            if not hasattr(module, "base_layer"):
+                continue
+        yield name, module
+
+
 class GradiendModel(ChildTuner):
     """Attaches one `GradiendLayer` to every module that owns targeted parameters."""
 
     prefix: str = "gradiend_"
     tuner_layer_cls = GradiendLayer
+    _default_targets = staticmethod(default_owners)
 
     # ---- attaching ---------------------------------------------------------------------------------------------------
 
@@ -36,15 +68,17 @@ class GradiendModel(ChildTuner):
         # Modules without parameters of their own, which an expression matched.
         self._passed_over: dict[str, nn.Module] = {}
 
-    def _default_targets(self, config: GradiendConfig) -> list[str]:
-        names = keep_layers(default_owners(self.model), config)
-        if not names:
-            raise ValueError(
-                f"No parameter of {type(self.model).__name__} is left for target_modules=None: name the modules "
-                "whose weights the feature may change."
-            )
-        config.layers_to_transform = config.layers_pattern = None  # they are in the names
-        return names
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        by_default = peft_config.target_modules is None and not peft_config.fitted
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if by_default:
+            if not peft_config.target_modules:
+                raise ValueError(
+                    f"No parameter of {type(self.model).__name__} is left for target_modules=None: name the modules "
+                    "whose weights the feature may change."
+                )
+            peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the names
+        return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: GradiendConfig) -> None:
         """A tied weight is changed for all its owners, so that nothing is to be warned of."""
@@ -196,34 +230,3 @@ def share_kept(layers: list[GradiendLayer], name: str, steering: Tensor | None =
                 squares, product = squares_of_change(layer.parameter(parameter), edit)
                 wanted, kept = wanted + squares, kept + product
     return min(1.0, kept / wanted) if wanted else 1.0
-
-
-def default_owners(model: nn.Module) -> list[str]:
-    """Names of the modules that own weights of the base model, without prediction heads and poolers."""
-    body = getattr(model, "base_model", model)
-    inside = next((name for name, module in model.named_modules() if module is body), "")
-    find_head: Any = getattr(model, "get_output_embeddings", None)
-    head = find_head() if find_head is not None else None
-    names = []
-    for name, module in base_modules(model):
-        parts = name.split(".")
-        if not name.startswith(f"{inside}." if inside else "") or not name:
-            continue
-        is_pooler = any("pooler" in part.lower() for part in parts)
-        is_head = innermost(module) is head or (not inside and parts[0] in _HEADS)
-        if not is_pooler and not is_head and any(True for _ in innermost(module).parameters(recurse=False)):
-            names.append(name)
-    return names
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the model as it was without adapters, under the names that they have without them."""
-    inside_adapters: set[str] = set()
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{other}.") for other in inside_adapters):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside_adapters.add(name)
-            if not hasattr(module, "base_layer"):
-                continue
-        yield name, module

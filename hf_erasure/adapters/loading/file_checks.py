@@ -26,9 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..common.config import ChildConfig
-from ..common.files import CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
+from ..common.files import CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS, short
 from ..common.provenance import Provenance
-from ..common.type_checks import short
 from .key_renaming import prefix_of, rename_tensors
 
 # A configuration that names ten thousand weights, each with samples of its values, takes a few of these.

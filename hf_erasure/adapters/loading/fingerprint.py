@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from ..common.acting import users_level
 from ..common.config import ChildConfig
+from ..common.files import fits, short
 from ..common.placement import dequantised, is_quantised, is_sharded, shared_weights, value_of, why_not_reachable
 from ..common.provenance import Provenance
-from ..common.type_checks import fits, short
 from .key_renaming import absent, prefix_of
 
 SAMPLES, TOTAL, FEWEST = 64, 2048, 4

@@ -20,13 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.integrations import peft as integration
 
-from ..common.acting import all_configs, keys_of_own_copies, naming_what_goes_off
+from ..common.acting import all_configs, comparing_with_fitting, naming_what_goes_off
 from ..common.config import ChildConfig
 from ..common.files import COMMIT, PREFIX, WEIGHTS
-from ..common.fitted_with import comparing_with_fitting
 from ..common.layer import adapter_children, outside_inference_mode
+from ..common.model_state import is_of_ours, keys_of_own_copies, trained_tensors, undone_on_failure
 from ..common.placement import device_map_of_offloaded, left_in_place
-from ..common.rollback import is_of_ours, trained_tensors, undone_on_failure
 from ..saving import finish
 from .file_checks import Source, looked_at, with_what_was_fitted
 from .key_renaming import conversions_kept, prefix_of, rename_tensors

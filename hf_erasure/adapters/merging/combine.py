@@ -14,8 +14,7 @@ from hf_erasure._version import __version__
 from hf_erasure.erasers import Eraser, combine_erasers
 from hf_erasure.models.model import as_attribute
 
-from ..common.acting import naming_what_goes_off
-from ..common.fitted_with import without
+from ..common.acting import naming_what_goes_off, without
 from ..common.lookup import adapter_of
 from ..common.provenance import RECORD, Provenance
 from ..common.tuner import exactly

@@ -19,13 +19,14 @@ from ..common.placement import (
     is_offloaded,
     is_sharded,
     owns_offloaded,
+    set_parameter,
     shared_weights,
     values_of,
 )
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
 from .formulas import EraserInWeight, Probe, check_drift, is_weight_layer, merged_parameters, why_not_mergeable
-from .record import BiasEntry, Snapshot, bias_entries, originals, record_of, set_parameter, was_changed, write
+from .record import BiasEntry, Snapshot, bias_entries, originals, record_of, was_changed, write
 from .trace_uses import Uses, trace_uses
 
 _UNMERGED_OR_LINEAR = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..common.layer import ordinary
-from ..common.placement import add_parameter, drop_parameter, owns_offloaded, value_of, values_of, write_value
+from ..common.placement import set_parameter, value_of, values_of
 from .formulas import EraserInWeight, merged_parameters
 
 # A plain attribute of the module: it is copied with the module, and is not part of the state dict.
@@ -154,21 +153,6 @@ def forget(module: nn.Module) -> None:
     put_record(module, None)
     for other in record.bias_entry.modules.values() if record is not None and record.bias_entry is not None else ():
         put_record(other, None)
-
-
-def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Give a parameter a value, where it lives; None takes the parameter away."""
-    present, offloaded = module._parameters.get(name), owns_offloaded(module)
-    if value is None:
-        drop_parameter(module, name)
-    elif present is None and offloaded:
-        add_parameter(module, name, value, requires_grad=module.get_parameter("weight").requires_grad)
-    elif present is None:
-        module.register_parameter(name, nn.Parameter(ordinary(value), module.get_parameter("weight").requires_grad))
-    elif offloaded:
-        write_value(module, name, value)
-    else:
-        present.data = ordinary(value.to(present.device, present.dtype))
 
 
 def was_changed(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from hf_erasure.adapters import (
     steer,
     targeted_parameters,
 )
-from hf_erasure.adapters.common.fitted_with import active_beside, warn_of_what_is_off
+from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.common.provenance import RECORD

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hf_erasure import GradiendConfig, verify_adapter
 from hf_erasure.adapters import edited, gradiend_layers, steer, targeted_parameters
 from hf_erasure.adapters.common.layer import AdapterChild
-from hf_erasure.adapters.gradiend.forward_readers import Readers
+from hf_erasure.adapters.gradiend.forward import Readers
 from tests.adapters.gradiend.lifecycle import NAME, fit
 from tests.small_models import roughen, small_model
 

@@ -1,0 +1,351 @@
+"""What adapters leave on a model beside their layers, taking it off, and undoing a call that failed.
+
+Modules that are trained with an adapter (`modules_to_save`, and embeddings with `trainable_token_indices`) are wrapped
+by PEFT. The wrapper holds a copy for each adapter, of which one acts, or else the module of the base model. PEFT
+switches the layers of one method at a time, but the wrappers of all methods: whichever adapter comes last, every
+wrapper without a copy for it goes back to the module of the base model, and an untrained head answers. transformers
+fails there instead. With an adapter of this package, a wrapper keeps the copy that acts in it when an adapter of
+another method comes.
+
+A call that failed leaves the model as it was, or does all of it; neither PEFT nor transformers does so. Calls are
+inside of one another, as `from_pretrained` calls `load_adapter`, which injects an adapter: the outermost one undoes
+everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from .config import ChildConfig
+from .files import PREFIX
+from .layer import AdapterChild, adapter_children
+
+# The base models that a call is being undone for if it fails, by their ids.
+_UNDONE: ContextVar[frozenset[int]] = ContextVar("undone", default=frozenset())
+# Where DDP looks when it wraps a module, for names relative to that module.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+# ---- modules that are trained with an adapter ------------------------------------------------------------------------
+
+
+def auxiliary_wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
+    """The wrappers of a model, by their names in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+
+
+class ActiveCopies:
+    """Which copies act in the wrappers of a model, to be put back.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        on: Name of a wrapper → the adapter whose copy acts there; without those where the base model's module does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.on: dict[str, str] = {}
+        self.wrappers = auxiliary_wrappers(model)
+        # By the wrapper's name: what was active in it and in what it has inside, and which parameters were trained.
+        self._active: dict[str, list[tuple[Any, Any]]] = {}
+        self._trained: dict[str, list[tuple[nn.Parameter, bool]]] = {}
+        for name, wrapper in self.wrappers.items():
+            active = [adapter for adapter in wrapper.active_adapters if adapter in wrapper._adapters]
+            if active and not wrapper.disable_adapters:
+                self.on[name] = active[0]
+            parts: list[Any] = [wrapper, wrapper._modules.get("token_adapter")]
+            self._active[name] = [(part, part._active_adapter) for part in parts if part is not None]
+            self._trained[name] = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
+
+    def restore(
+        self, *, trained: bool = True, where: Callable[[str, AuxiliaryTrainingWrapper], bool] | None = None
+    ) -> None:
+        """Let the copies act again that did.
+
+        Args:
+            trained: Also put back which of their parameters are trained.
+            where: Of the adapter whose copy acted ("" for none) and the wrapper: whether to; everywhere when None.
+        """
+        for name, wrapper in self.wrappers.items():
+            if where is None or where(self.on.get(name, ""), wrapper):
+                for part, active in self._active[name]:
+                    part._active_adapter = active
+                for parameter, required in self._trained[name] if trained else ():
+                    parameter.requires_grad_(required)
+
+    def hand_on(self, newcomer: str, but: Collection[str]) -> None:
+        """Let the copies of a newcomer start from those that acted; PEFT takes them from the base model, untrained.
+
+        Args:
+            newcomer: An adapter.
+            but: Not from the copies of these, of the same method: they go off with all that is theirs.
+        """
+        for name, acted in self.on.items():
+            copies: Any = self.wrappers[name]._modules.get("modules_to_save")
+            if copies is not None and newcomer in copies and acted not in but:
+                copies[newcomer].load_state_dict(copies[acted].state_dict())
+
+
+def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to switch on adapters that have copies of one module.
+
+    Raises:
+        ValueError: Names the module and the adapters.
+    """
+    names = list(dict.fromkeys(names))
+    for place, wrapper in auxiliary_wrappers(model).items():
+        rivals = [name for name in names if name in wrapper._adapters]
+        if len(rivals) > 1:
+            left = [name for name in names if name not in rivals[1:]]
+            raise ValueError(
+                f"{rivals} cannot all be active: each has a trained copy of {place!r}, and one module can act. Switch "
+                f"on one of them, as in set_adapter({left}), or add the others without that module in their "
+                "modules_to_save."
+            )
+
+
+def set_copies(model: nn.Module, names: Iterable[str]) -> None:
+    """Let each wrapper have the adapter of `names` that it has a copy of, or none."""
+    for wrapper in auxiliary_wrappers(model).values():
+        wrapper.set_adapter([name for name in names if name in wrapper._adapters])
+
+
+def enable_copies(model: nn.Module) -> None:
+    """Let the wrappers take part again, which `enable_adapters` of transformers forgets."""
+    for wrapper in auxiliary_wrappers(model).values():
+        wrapper.enable_adapters(True)
+
+
+@contextmanager
+def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While transformers switches adapters on, let each wrapper have the one of `names` that it has a copy of, or none.
+
+    It would tell every wrapper all of the names, and fail at those that a wrapper does not know.
+    """
+    with _replaced(auxiliary_wrappers(model).values(), "set_adapter", lambda *args, **kwargs: None):
+        yield
+    set_copies(model, names)
+
+
+@contextmanager
+def keys_of_own_copies(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """While PEFT loads an adapter, let only the wrappers that it has a copy in look for keys in its file.
+
+    A wrapper of trained tokens would look for those of any adapter, and fail.
+    """
+    others = [wrapper for wrapper in auxiliary_wrappers(model).values() if adapter_name not in wrapper._adapters]
+    with _replaced(others, "adapter_state_dict_load_map", lambda name: {}):
+        yield
+
+
+@contextmanager
+def _replaced(wrappers: Collection[nn.Module], method: str, by: Callable[..., Any]) -> Iterator[None]:
+    wrappers = list(wrappers)
+    for wrapper in wrappers:
+        wrapper.__dict__[method] = by
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            del wrapper.__dict__[method]
+
+
+def trained_tensors(model: nn.Module, name: str) -> list[Tensor]:
+    """The tensors of an adapter's copies of `modules_to_save`."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    copies = [wrapper.modules_to_save[name] for wrapper in wrappers if name in wrapper.modules_to_save]
+    return [tensor for copy in copies for tensor in copy.state_dict(keep_vars=True).values()]
+
+
+def put_in_place(model: nn.Module, wrapper: str, module: nn.Module) -> None:
+    """Put a module where a wrapper is."""
+    parent, _, name = wrapper.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+# ---- taking adapters off ---------------------------------------------------------------------------------------------
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off all its modules, and the children that are empty then."""
+    for child in adapter_children(model, adapter_name):
+        child.merged_adapters = [name for name in child.merged_adapters if name != adapter_name]
+        # So that PEFT does not choose another one to switch on, and say so: callers put back what was on.
+        child._active_adapter = [name for name in child.active_adapters if name != adapter_name]
+        child.delete_adapter(adapter_name)
+    for wrapper in auxiliary_wrappers(model).values():
+        if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
+            wrapper.delete_adapter(adapter_name, [])
+    remove_empty_layers(model)
+
+
+def remove_empty_layers(model: nn.Module) -> None:
+    """Take off the children and wrappers of the last adapter, so that the model is as it was before the first."""
+    for child in adapter_children(model):
+        if not child.adapters:
+            child.detach()
+    for name, wrapper in reversed(auxiliary_wrappers(model).items()):  # the innermost first
+        if not wrapper._adapters:
+            put_in_place(model, name, wrapper.original_module)
+    note_adapters(model)
+
+
+def note_adapters(model: Any) -> None:
+    """What the model itself is told when adapters were added or removed; without any, it is as it was.
+
+    DDP does not broadcast their buffers. And the model refuses `adapter_names`, which most models of transformers take
+    and do not read; a `PeftModel` reads it and does not hand it on.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ignored = base.__dict__.get(_IGNORED)
+    refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is _refuse_names]
+    if adapter_children(base):
+        if not isinstance(ignored, AdapterBuffers):
+            setattr(base, _IGNORED, AdapterBuffers(base, ignored or ()))
+        if not refusing:
+            base.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+        return
+    if isinstance(ignored, AdapterBuffers):
+        delattr(base, _IGNORED)
+        if ignored.others:
+            setattr(base, _IGNORED, ignored.others)
+    for key in refusing:
+        del base._forward_pre_hooks[key]
+        base._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@dataclass(eq=False)
+class AdapterBuffers(Collection[str]):
+    """The names of the buffers of all adapters of a model at present, and what was there before.
+
+    Names are looked up anew each time: fitting, loading and deleting change them.
+
+    Attributes:
+        model: The base model.
+        others: Names that someone else wants ignored.
+    """
+
+    model: nn.Module
+    others: Collection[str]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others
+        for path, module in self.model.named_modules():
+            if isinstance(module, AdapterChild):
+                for name, _ in module.named_buffers(prefix=path):
+                    yield name
+                    # DDP may wrap a `PeftModel`, which hands on the attribute of the model inside.
+                    yield PREFIX + name
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)
+
+
+def _refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            f"adapter_names={kwargs['adapter_names']!r}: {type(model).__name__} would ignore it, and run all rows with "
+            "the active adapters. PeftModel.from_pretrained(model, folder) makes a model that follows it; or run the "
+            "rows of each adapter as a batch of their own, with set_adapter(name)."
+        )
+
+
+# ---- undoing a call that failed --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def undone_on_failure(
+    model: Any, adapter_name: str, *, is_ours: bool = False, is_new: bool = False
+) -> Iterator[ModelState | None]:
+    """Put a model back as it was if the block raises, and what came is an adapter of this package.
+
+    A failed adapter of another method is left to PEFT, but for the trained copies that an adapter of ours acts with.
+
+    Args:
+        model: A bare model or a `PeftModel`.
+        adapter_name: The adapter that comes. Where it is there already, its values are put back too.
+        is_ours: Whether it is known to be one of this package; otherwise that is seen from what the block has left.
+        is_new: Whether it is known to be new, though the model has a configuration of that name.
+
+    Yields:
+        What the model was; None inside of another such block for the same model, which undoes all.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if id(base) in _UNDONE.get():
+        yield None
+        return
+    before = ModelState(model, adapter_name, is_new=is_new)
+    token = _UNDONE.set(_UNDONE.get() | {id(base)})
+    try:
+        yield before
+    except BaseException:
+        if is_ours or is_of_ours(model, adapter_name) or adapter_children(model, adapter_name):
+            before.restore()
+        elif adapter_children(model):
+            before.trained_copies.restore()
+        raise
+    finally:
+        _UNDONE.reset(token)
+
+
+class ModelState:
+    """What a failed call must leave as it was.
+
+    Args:
+        model: A bare model or a `PeftModel`.
+        adapter_name: The adapter that is about to come.
+        is_new: As in `undone_on_failure`.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, *, is_new: bool = False) -> None:
+        self.model, self.adapter_name = model, adapter_name
+        self.loaded = getattr(model, "_hf_peft_config_loaded", None)
+        self.is_new = is_new or adapter_name not in (getattr(model, "peft_config", None) or {})
+        self.training = [(module, module.training) for module in model.modules()]
+        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self.trained_copies = ActiveCopies(model)
+        children = adapter_children(model, adapter_name)
+        self.values = [(child, tuple(part.clone() for part in child.state_of(adapter_name))) for child in children]
+        self.copies = [(tensor, tensor.detach().clone()) for tensor in trained_tensors(model, adapter_name)]
+
+    def restore(self) -> None:
+        """Undo whatever the call did to the model."""
+        if self.is_new:
+            remove_adapter(self.model, self.adapter_name)
+            configs = getattr(self.model, "peft_config", None) or {}
+            configs.pop(self.adapter_name, None)
+            if not configs and "peft_config" in self.model.__dict__:
+                del self.model.peft_config
+        for child, state in self.values:
+            child.restore_state(self.adapter_name, state)
+        with torch.no_grad():
+            for tensor, value in self.copies:
+                tensor.copy_(value)
+        for tuner_layer, active in self.active:
+            tuner_layer._active_adapter = active
+        self.trained_copies.restore()
+        for parameter, required in self.trainable:
+            parameter.requires_grad_(required)
+        for module, training in self.training:
+            module.training = training
+        if self.loaded is not None:
+            self.model._hf_peft_config_loaded = self.loaded
+
+
+def is_of_ours(model: Any, name: str) -> bool:
+    """Whether a model has the configuration of an adapter of this package by that name."""
+    return isinstance((getattr(model, "peft_config", None) or {}).get(name), ChildConfig)
