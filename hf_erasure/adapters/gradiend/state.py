@@ -43,13 +43,13 @@ def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Par
     Raises:
         ValueError: If the model has no GRADIEND adapter of that name.
     """
-    layers, _ = _adapter(model, adapter_name)
+    layers, _ = _adapter(model, adapter_name, fitted=False, unmerged=False)
     return {name: layer.parameter(own) for name, layer, own in _places(layers, adapter_name)}
 
 
 def stated_bytes(model: nn.Module, adapter_name: str) -> int:
     """What the state of an adapter will take once it is fitted, in memory and on disk, with its present `density`."""
-    _, config = _adapter(model, adapter_name)
+    _, config = _adapter(model, adapter_name, fitted=False, unmerged=False)
     n = sum(p.numel() for p in targeted_parameters(model, adapter_name).values())
     pairs = config.expected_pairs()
     vectors = (3 if config.keep_encoder else 2) * pairs
@@ -77,7 +77,7 @@ def set_features(
         ValueError: If the adapter is merged, or features and pairs do not fit each other, the configuration or the
             model. Nothing has changed then.
     """
-    layers, config = _unmerged(model, adapter_name, fitted=False)
+    layers, config = _adapter(model, adapter_name, fitted=False)
     parameters = targeted_parameters(model, adapter_name)
     if len(features) != len(pairs) or not features:
         raise ValueError(
@@ -116,7 +116,7 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
     Raises:
         ValueError: If there is not such an adapter, or it was never fitted.
     """
-    layers, config = _fitted(model, adapter_name)
+    layers, config = _adapter(model, adapter_name, unmerged=False)
     places = list(_places(layers, adapter_name))
     shapes = {name: layer.parameter(own).shape for name, layer, own in places}
 
@@ -163,7 +163,7 @@ def steer(
     Raises:
         ValueError: If the adapter is not fitted, is merged, or a value cannot be used. Nothing has changed then.
     """
-    layers, config = _unmerged(model, adapter_name)
+    layers, config = _adapter(model, adapter_name)
     for field, value in _steered(config, feature_factor, learning_rate, pair).items():
         setattr(config, field, value)
     for layer in layers.values():
@@ -188,7 +188,7 @@ def edited(
     Raises:
         ValueError: If the adapter is not fitted or is merged, or a weight is quantised or offloaded.
     """
-    layers, config = _unmerged(model, adapter_name)
+    layers, config = _adapter(model, adapter_name)
     steering = _steering(config, feature_factor, learning_rate, pair)
     changes: list[tuple[nn.Parameter, list[WeightEdit]]] = []
     for name, layer, edit in _edits(layers, adapter_name, steering):
@@ -220,7 +220,7 @@ def kept_share(
     Raises:
         ValueError: If the adapter is not fitted, or is merged already.
     """
-    layers, config = _unmerged(model, adapter_name)
+    layers, config = _adapter(model, adapter_name)
     steering = _steering(config, feature_factor, learning_rate, pair)
     return share_kept(list(layers.values()), adapter_name, steering)
 
@@ -231,7 +231,7 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
     Raises:
         ValueError: If the adapter is not fitted, or is merged.
     """
-    layers, config = _unmerged(model, adapter_name)
+    layers, config = _adapter(model, adapter_name)
     for name, layer, edit in _edits(layers, adapter_name, _steering(config)):
         shape = layer.parameter(name).shape
         zeros = torch.zeros(shape, device=edit.values.device, dtype=torch.float32)
@@ -241,23 +241,17 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
 # ---- finding the adapter ---------------------------------------------------------------------------------------------
 
 
-def _adapter(model: nn.Module, name: str) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
+def _adapter(
+    model: nn.Module, name: str, *, fitted: bool = True, unmerged: bool = True
+) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
+    """An adapter's layers and configuration; refused where it is not `fitted` or `unmerged` though it must be."""
     found = adapter_of(model, name, GradiendConfig)
-    return gradiend_layers(found.owner, name), found.config
-
-
-def _fitted(model: nn.Module, name: str) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
-    layers, config = _adapter(model, name)
-    if not config.fitted:
-        raise ValueError(f"The GRADIEND adapter {name!r} was never fitted. {config.remedy}")
-    return layers, config
-
-
-def _unmerged(model: nn.Module, name: str, *, fitted: bool = True) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
-    layers, config = _fitted(model, name) if fitted else _adapter(model, name)
-    if any(name in layer.merged_adapters for layer in layers.values()):
+    layers = gradiend_layers(found.owner, name)
+    if fitted and not found.config.fitted:
+        raise ValueError(f"The GRADIEND adapter {name!r} was never fitted. {found.config.remedy}")
+    if unmerged and any(name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The GRADIEND adapter {name!r} is merged into the weights: call unmerge_adapter() first.")
-    return layers, config
+    return layers, found.config
 
 
 def _places(layers: dict[str, GradiendLayer], adapter_name: str) -> Iterator[tuple[str, GradiendLayer, str]]:
