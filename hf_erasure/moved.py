@@ -34,6 +34,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fitting.recipe_file": ("recipes.schema",),
     "fitting.scrubbing": ("fitting.fit",),
     "hub.failures": ("hub",),
+    "metrics.probe": ("metrics.minimum_description_length", "metrics.linear_leakage"),
     "metrics.scoring": ("models.scorer",),
 }
 _PACKAGE = __name__.rpartition(".")[0]

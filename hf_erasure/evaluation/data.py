@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from hf_erasure.metrics.rows import (
+from hf_erasure.metrics.readers import (
     BadRow,
     LeftOutRows,
     Rows,
-    cells_of,
     content_lines,
     csv_rows,
     good_rows,
     lines_of,
+    spread,
     text_at,
 )
 
@@ -159,8 +158,7 @@ class DataFolder:
         return rows
 
 
-def _biography(row: dict[str, str] | str) -> tuple[str, str, str]:
-    cells = cells_of(row)
+def _biography(cells: dict[str, str]) -> tuple[str, str, str]:
     text = cells.get("hard_text") or cells.get("text")
     if not text or not text.strip():
         raise BadRow("lacks hard_text (or text)")
@@ -172,13 +170,6 @@ def _cut(text: str) -> str:
     beginning = text[:_MOST_CHARACTERS]
     space = beginning.rfind(" ")
     return text if text == beginning else beginning[:space] if space > _MOST_CHARACTERS // 2 else beginning
-
-
-def spread(items: Sequence[T], most: int | None) -> list[T]:
-    """At most so many items, evenly over the whole, always the same ones."""
-    if most is None or len(items) <= most:
-        return list(items)
-    return [items[index * len(items) // most] for index in range(most)]
 
 
 def described() -> str:

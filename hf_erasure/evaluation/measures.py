@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES
-from hf_erasure.metrics import METRICS, benchmarks, linear_leakage, minimum_description_length, resampling, tpr_gap
-from hf_erasure.metrics.checks import class_ids, numbers
-from hf_erasure.metrics.probe import held_out_answers
+from hf_erasure.metrics import METRICS, benchmarks, minimum_description_length, resampling, tpr_gap
+from hf_erasure.metrics.linear_leakage import accuracy, held_out_answers
+from hf_erasure.metrics.readers import spread
 from hf_erasure.models.heads import known_task
 from hf_erasure.models.pooling import IN_WORDS
 
-from .data import Biographies, DataFolder, spread
+from .data import Biographies, DataFolder
 from .states import FINAL, StateReader, TokenStates
 
 # So many labelled tokens are probed, and so many of them layer by layer.
@@ -127,27 +127,7 @@ class Subject:
     def professions(self) -> list[str]:
         """The profession that a linear probe fitted on the others gives to each biography."""
         found, states = self.biographies
-        return probe_answers(states[FINAL], found.professions, seed=self.shared.seed)
-
-
-def probe_answers(
-    x: Tensor, labels: list[str], *, nonlinear: bool = False, groups: list[Any] | None = None, folds: int = 5, seed: int
-) -> list[str]:
-    """The label that a probe fitted on the other folds gives to each row of x `(rows, width)`."""
-    y, names = class_ids("references", labels)
-    belongs, _ = class_ids("groups", groups if groups is not None else list(range(len(y))))
-    rows = numbers("predictions", x)
-    given = held_out_answers(rows, y, names, belongs, folds=folds, seed=seed, nonlinear=nonlinear)
-    return [names[answer] for answer in given]
-
-
-def leakage_of(
-    given: list[str], labels: list[str], groups: list[Any] | None = None, **statistics: Any
-) -> dict[str, Any]:
-    """`linear_leakage.accuracy` of answers that are labels."""
-    ids = {label: number for number, label in enumerate(sorted({*given, *labels}))}
-    answers, y = (np.array([ids[label] for label in found]) for found in (given, labels))
-    return linear_leakage.accuracy(answers, y, groups if groups is not None else list(range(len(y))), **statistics)
+        return held_out_answers(states[FINAL], found.professions, seed=self.shared.seed)
 
 
 @dataclass(frozen=True)
@@ -214,8 +194,8 @@ def _of_metric(
 
 def _leakage(subject: Subject, *, nonlinear: bool = False) -> dict[str, Any]:
     found, states = subject.biographies
-    given = probe_answers(states[FINAL], found.genders, nonlinear=nonlinear, seed=subject.shared.seed)
-    return leakage_of(given, found.genders, **subject.statistics)
+    given = held_out_answers(states[FINAL], found.genders, nonlinear=nonlinear, seed=subject.shared.seed)
+    return accuracy(given, found.genders, **subject.statistics)
 
 
 def _compression(subject: Subject) -> dict[str, Any]:
@@ -353,8 +333,8 @@ def tag_leakage(
     if not kept:
         raise ValueError("No part of speech occurs in enough sentences: raise --limit.")
     tags, groups = [tokens.tags[i] for i in kept], [tokens.sentences[i] for i in kept]
-    given = probe_answers(states[kept], tags, nonlinear=nonlinear, groups=groups, folds=_TOKEN_FOLDS, seed=seed)
-    return {**leakage_of(given, tags, groups, seed=seed, **statistics), "rare": rare}
+    given = held_out_answers(states[kept], tags, nonlinear=nonlinear, groups=groups, folds=_TOKEN_FOLDS, seed=seed)
+    return {**accuracy(given, tags, groups, seed=seed, **statistics), "rare": rare}
 
 
 def pos_measures() -> list[Measure]:
@@ -396,7 +376,7 @@ def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
 
 def _profession(subject: Subject) -> dict[str, Any]:
     found, _ = subject.biographies
-    return leakage_of(subject.professions, found.professions, **subject.statistics)
+    return accuracy(subject.professions, found.professions, **subject.statistics)
 
 
 def _distortion(subject: Subject) -> dict[str, Any]:
@@ -414,9 +394,8 @@ def _distortion(subject: Subject) -> dict[str, Any]:
     def figures(index: Any) -> dict[str, float]:
         return {"distortion": float(np.sqrt(moved[index].sum() / varied[index].sum()))}
 
-    intervals = resampling.bootstrap(figures, len(pairs), **subject.statistics)
-    tokens = sum(len(state) for state in now)
-    return {**figures(np.arange(len(pairs))), "texts": len(pairs), "tokens": tokens, **intervals.as_dict()}
+    found = resampling.bootstrap(figures, len(pairs), **subject.statistics)
+    return {**found, "texts": len(pairs), "tokens": sum(len(state) for state in now)}
 
 
 def capability_measures(data: DataFolder) -> list[Measure]:
@@ -492,8 +471,8 @@ def leakage_by_depth(subject: Subject, concept: str) -> list[dict[str, Any]]:
     if concept == "gender":
         found, states = subject.biographies
         for layer, state in states.items():
-            given = probe_answers(state, found.genders, seed=seed)
-            rows.append({"layer": layer, **leakage_of(given, found.genders, seed=seed, **statistics)})
+            given = held_out_answers(state, found.genders, seed=seed)
+            rows.append({"layer": layer, **accuracy(given, found.genders, seed=seed, **statistics)})
         return rows
     tokens = subject.tokens
     step = max(1, math.ceil(len(tokens.tags) / _TOKENS_BY_DEPTH))

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_erasure.adapters.common.files import write_text
 from hf_erasure.fitting.report import badness, verdict
-from hf_erasure.metrics.rows import LeftOutRows
+from hf_erasure.metrics.readers import LeftOutRows
 from hf_erasure.models.pooling import IN_WORDS
 
 from .loading import BASE

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig
 from hf_erasure.fitting.report import concept_of_config
-from hf_erasure.metrics.items import CAUSAL_CONVENTIONS
+from hf_erasure.metrics.benchmarks import CAUSAL_CONVENTIONS
 
 from .data import DataFolder, MissingData
 from .harness import require_harness, run_harness
@@ -250,7 +250,7 @@ class _Run:
 
 def _left_out(data: DataFolder, results: Results) -> list[dict[str, Any]]:
     """The rows that could not be read, an entry a file."""
-    found = {name: rows.as_dict() for name, rows in data.left_out.items()}
+    found = {name: asdict(rows) for name, rows in data.left_out.items()}
     for values in results.values.values():
         for cell in values.values():
             found |= {rows["file"]: rows for rows in cell["details"].get("bad_rows", [])}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_erasure.metrics.rows import BadRow, Rows, good_rows, lines_of
+from hf_erasure.metrics.readers import BadRow, Rows, good_rows, lines_of
 
 _TEXT = re.compile(r"#\s*text\s*=\s*(.*\S)")
 _NUMBER = re.compile(r"\d+(-\d+)?")

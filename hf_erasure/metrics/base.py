@@ -1,15 +1,23 @@
-"""What every metric says of itself, and the class of `evaluate` that they share."""
+"""What metrics share: the facts that each says of itself, its class of `evaluate`, and the checks of its inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar, Literal
 
 import evaluate
+import numpy as np
 from datasets import Features, Value
+from numpy.typing import NDArray
+from torch import Tensor
 
 from hf_erasure.fitting.report import badness
+from hf_erasure.models.scorer import whole as whole  # counts are checked alike here
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -56,24 +64,29 @@ class Facts:
 
 
 class Measure(evaluate.Metric):
-    """A metric with its facts; subclasses give `facts`, `inputs` and `_compute`.
+    """A metric with its facts; subclasses give `facts`, `inputs`, `usage` and `score`.
 
-    Scripts that `evaluate.load` reads must not import this class by name: `evaluate` takes the first metric class that
-    it finds in a script for the script's own.
+    `evaluate.load` runs a copy of a metric's file from another folder, so such a file imports by absolute paths. It
+    must not import this class by name: `evaluate` takes the first metric class in a file for the file's own.
     """
 
     facts: ClassVar[Facts]
     inputs: ClassVar[Features | list[Features]]
-    usage: ClassVar[str] = ""
+    usage: ClassVar[str]
+    score: ClassVar[Callable[..., dict[str, Any]]]
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=str(self.facts),
             citation=self.facts.citation or f"{self.facts.paper}, {self.facts.url}",
-            inputs_description=self.usage,
+            inputs_description=f"{self.usage}, confidence=, resamples=, seed=",
             features=self.inputs,
             reference_urls=[self.facts.url],
         )
+
+    def _compute(self, **given: Any) -> dict[str, Any]:
+        columns = [given.pop(name) for name in self._feature_names()]
+        return self.score(*columns, **given)
 
 
 def either_kind(labels: list[str], **others: Any) -> list[Features]:
@@ -81,3 +94,62 @@ def either_kind(labels: list[str], **others: Any) -> list[Features]:
     kinds = product(("string", "int64"), repeat=len(labels))
     # `evaluate` names the inputs in the order of the first entry: predictions stay first.
     return [Features({**others, **dict(zip(labels, map(Value, kind), strict=True))}) for kind in kinds]
+
+
+def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) -> Floats:
+    """An array of finite float64.
+
+    Args:
+        name: Of the input, for the message.
+        values: A tensor, an array or lists.
+        width: How many numbers each row must have.
+        dims: 1 for `(rows,)`, 2 for `(rows, width)`.
+
+    Raises:
+        ValueError: If there are no rows, the shape is another, or a number is missing or not finite.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double()
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} are not numbers in rows of one length: {error}.") from error
+    if array.size == 0:
+        raise ValueError(f"{name} are empty: give at least one row.")
+    if array.ndim != dims or (width is not None and array.shape[-1] != width):
+        wanted = "(rows,)" if dims == 1 else f"(rows, {width or 'width'})"
+        raise ValueError(f"{name} have the shape {tuple(array.shape)}: give {wanted}.")
+    if not np.isfinite(array).all():
+        row = int(np.argwhere(~np.isfinite(array))[0][0])
+        raise ValueError(f"{name} hold NaN, infinity or nothing, first in row {row}: leave such rows out and say so.")
+    return array
+
+
+def labels(name: str, values: Any, count: int, *, of: str = "predictions") -> list[Any]:
+    """One label a row, as a list of strings or numbers.
+
+    Raises:
+        ValueError: If their number is not `count`, or one is missing.
+    """
+    found = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else list(values)
+    if len(found) != count:
+        raise ValueError(f"{len(found)} {name}, but {count} {of}: give one for each.")
+    for row, label in enumerate(found):
+        if label is None or label != label:
+            raise ValueError(f"{name} have no label in row {row}: leave such rows out and say so.")
+    return found
+
+
+def class_ids(name: str, values: Sequence[Any], *, least: int = 2) -> tuple[Ints, list[Any]]:
+    """Whole numbers from 0 for labels, and the labels in their order.
+
+    Raises:
+        ValueError: If there are fewer classes than `least`.
+    """
+    classes = sorted(set(values), key=lambda label: (isinstance(label, str), label))
+    if not classes:
+        raise ValueError(f"{name} are empty: give at least one row.")
+    if len(classes) < least:
+        raise ValueError(f"{name} hold the one class {classes[0]!r}: this metric compares at least {least}.")
+    index = {label: position for position, label in enumerate(classes)}
+    return np.array([index[label] for label in values], dtype=np.int64), classes

@@ -12,30 +12,56 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import asdict
+from difflib import SequenceMatcher
+from typing import Any, TypeVar
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_erasure.models.scorer import LanguageScorer, pooled_embeddings, strided_losses
+from hf_erasure.models.scorer import Encoding, LanguageScorer, Query, pooled_embeddings, strided_losses
 
 from . import crows_pairs as crows_pairs_metric
 from . import perplexity as perplexity_metric
 from . import pronoun_gap as pronoun_gap_metric
 from . import stereoset as stereoset_metric
 from . import weat as weat_metric
-from .items import (
-    CAUSAL_CONVENTIONS,
-    UNKNOWN,
-    LeftOut,
-    crows_queries,
-    pronoun_queries,
-    stereoset_queries,
-    stereoset_score,
+from .base import Floats
+from .readers import (
+    CrowSPair,
+    PronounPair,
+    Rows,
+    Source,
+    StereoSetItem,
+    read_crows_pairs,
+    read_seat,
+    read_stereoset,
+    read_winobias,
+    spread,
 )
-from .readers import read_crows_pairs, read_seat, read_stereoset, read_winobias, spread
-from .rows import Rows, Source
+
+Item = TypeVar("Item")
+
+# How a causal model scores a sentence of StereoSet.
+CAUSAL_CONVENTIONS = ("sentence", "authors")
+# Why an item cannot be asked of a model.
+EMPTY = "a sentence has no token that can be scored"
+TOO_LONG = "too long for the model"
+UNKNOWN = "a decisive word is unknown to the tokenizer"
+ALIKE = "both sentences have the same tokens"
+NOTHING_SHARED = "the sentences share no token"
+NO_BLANK = "the sentences do not fit the context"
+NOT_A_PAIR = "the sentences differ in more than the pronoun"
+UNEQUAL = "the pronouns have different numbers of tokens"
+
+
+class LeftOut(Exception):
+    """An item cannot be scored; the message is the reason, one of the constants above."""
+
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
 
 
 def stereoset(
@@ -77,25 +103,13 @@ def stereoset(
     if convention not in CAUSAL_CONVENTIONS:
         raise ValueError(f"convention={convention!r}: write one of {', '.join(map(repr, CAUSAL_CONVENTIONS))}.")
     read = read_stereoset(path)
-    items = _of_types(read, bias_types, limit)
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
-    kept, queries, left_out = _prepared(items, lambda item: stereoset_queries(scorer, item, convention))
-    parts = iter(scorer.log_probabilities([query for three in queries for rows in three for query in rows]))
-    scores = [[stereoset_score(scorer, [next(parts) for _ in rows]) for rows in three] for three in queries]
-
-    def measured(chosen: list[int]) -> dict[str, Any]:
-        return stereoset_metric.score([scores[i] for i in chosen], [kept[i].term for i in chosen], **statistics)
-
-    # One term only leaves nothing to draw from.
-    by_type = _each(
-        [item.bias_type for item in kept], lambda c: measured(c) if len({kept[i].term for i in c}) > 1 else None
-    )
-    return {
-        **measured(list(range(len(kept)))),
-        "by_bias_type": by_type,
-        "convention": "blank" if scorer.task == "masked" else convention,
-        **_account(scorer, read, items, kept, left_out),
-    }
+    found = _measured(
+        scorer, read, _of_types(read, bias_types, limit), lambda item: stereoset_queries(scorer, item, convention),
+        lambda scores, items: stereoset_metric.score(scores, [item.term for item in items], **statistics),
+        kind="bias_type", varying="term", score=stereoset_score,
+    )  # fmt: skip
+    return {**found, "convention": "blank" if scorer.task == "masked" else convention}
 
 
 def crows_pairs(
@@ -126,21 +140,12 @@ def crows_pairs(
         ValueError: If no pair can be scored, or the file is another.
     """
     read = read_crows_pairs(path)
-    items = _of_types(read, bias_types, limit)
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
-    kept, queries, left_out = _prepared(items, lambda item: crows_queries(scorer, item))
-    sums = scorer.sums([rows for two in queries for rows in two])
-    scores = np.array(sums).reshape(-1, 2)
-
-    def measured(chosen: list[int]) -> dict[str, Any]:
-        return crows_pairs_metric.score(scores[chosen], [kept[i].direction for i in chosen], **statistics)
-
-    by_type = _each([item.bias_type for item in kept], measured)
-    return {
-        **measured(list(range(len(kept)))),
-        "by_bias_type": by_type,
-        **_account(scorer, read, items, kept, left_out),
-    }
+    return _measured(
+        scorer, read, _of_types(read, bias_types, limit), lambda item: crows_queries(scorer, item),
+        lambda scores, items: crows_pairs_metric.score(scores, [item.direction for item in items], **statistics),
+        kind="bias_type",
+    )  # fmt: skip
 
 
 def winobias(
@@ -175,17 +180,12 @@ def winobias(
         ValueError: If no pair can be scored, or a file is not there.
     """
     read = read_winobias(folder, splits, types)
-    items = spread(read, limit)
     scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
-    kept, queries, left_out = _prepared(items, lambda item: pronoun_queries(scorer, item))
-    sums = scorer.sums([rows for two in queries for rows in two])
-    scores, genders = np.array(sums).reshape(-1, 2), [str(item.stereotype) for item in kept]
-
-    def measured(chosen: list[int]) -> dict[str, Any]:
-        return pronoun_gap_metric.score(scores[chosen], [genders[i] for i in chosen], **statistics)
-
-    both = _each([str(item.kind) for item in kept], lambda c: measured(c) if len({genders[i] for i in c}) > 1 else None)
-    return {**measured(list(range(len(kept)))), "by_type": both, **_account(scorer, read, items, kept, left_out)}
+    return _measured(
+        scorer, read, spread(read, limit), lambda item: pronoun_queries(scorer, item),
+        lambda scores, items: pronoun_gap_metric.score(scores, [item.stereotype for item in items], **statistics),
+        kind="type", varying="stereotype",
+    )  # fmt: skip
 
 
 def seat(
@@ -222,7 +222,8 @@ def seat(
     """
     sets = read_seat(folder, tests)
     texts = list(dict.fromkeys(text for parts in sets.values() for part in parts.values() for text in part))
-    known = [text for text in texts if tokenizer.unk_token_id not in _token_ids(tokenizer, text)]
+    tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    known = [text for text, own in zip(texts, tokens, strict=True) if tokenizer.unk_token_id not in own]
     if not known:
         raise ValueError(f"{folder}: the tokenizer knows no text completely, so nothing can be embedded.")
     vectors = pooled_embeddings(model, tokenizer, known, pool=pool, batch_size=batch_size).double().numpy()
@@ -243,7 +244,7 @@ def seat(
     drawing = {key: value for key, value in statistics.items() if key != "permutations"}
     mean = weat_metric.mean_absolute_effect(taken, vectors, **drawing)
     counts = {"coverage": used / total, "asked": total, "left_out": {UNKNOWN: total - used} if used < total else {}}
-    counts["bad_rows"] = [rows.as_dict() for rows in sets.left_out]
+    counts["bad_rows"] = [asdict(rows) for rows in sets.left_out]
     return {"tests": found, **mean, "skipped": skipped, "pool": pool, **counts}
 
 
@@ -283,26 +284,7 @@ def text_perplexity(
     return {**found, "unknown_share": unknown, "pseudo": task == "masked", "task": task}
 
 
-def _prepared(items: Sequence[Any], prepare: Callable[[Any], Any]) -> tuple[list[Any], list[Any], dict[str, int]]:
-    """The items that can be scored, their queries, and how many cannot be for which reason."""
-    kept, queries, reasons = [], [], Counter[str]()
-    for item in items:
-        try:
-            queries.append(prepare(item))
-        except LeftOut as reason:
-            reasons[str(reason)] += 1
-        else:
-            kept.append(item)
-    if not kept:
-        raise ValueError(f"None of {len(items)} items can be scored: {dict(reasons)}.")
-    return kept, queries, dict(reasons)
-
-
-def _account(
-    scorer: LanguageScorer, read: Rows[Any], items: Sequence[Any], kept: Sequence[Any], left_out: dict[str, int]
-) -> dict[str, Any]:
-    counts = {"task": scorer.task, "coverage": len(kept) / len(items), "asked": len(items), "left_out": left_out}
-    return {**counts, "bad_rows": [rows.as_dict() for rows in read.left_out]}
+# ---- items -----------------------------------------------------------------------------------------------------------
 
 
 def _of_types(items: Sequence[Any], bias_types: Sequence[str] | None, limit: int | None) -> list[Any]:
@@ -312,10 +294,164 @@ def _of_types(items: Sequence[Any], bias_types: Sequence[str] | None, limit: int
     return spread([item for item in items if bias_types is None or item.bias_type in bias_types], limit)
 
 
-def _each(keys: Sequence[str], measured: Callable[[list[int]], dict[str, Any] | None]) -> dict[str, Any]:
-    """The figures of every kind of item; None where a kind has too few items for them."""
-    return {key: measured([i for i, own in enumerate(keys) if own == key]) for key in sorted(set(keys))}
+def _measured(
+    scorer: LanguageScorer,
+    read: Rows[Item],
+    items: Sequence[Item],
+    queries_of: Callable[[Item], list[list[Query]]],
+    measure: Callable[[Floats, list[Item]], dict[str, Any]],
+    *,
+    kind: str,
+    varying: str | None = None,
+    score: Callable[[LanguageScorer, list[Tensor]], float] | None = None,
+) -> dict[str, Any]:
+    """The figures of all items that can be scored and of those of each kind, and what was left out.
+
+    Args:
+        scorer: Of the model.
+        read: What the file holds.
+        items: Those of them that are asked for.
+        queries_of: An item → for each of its sentences what is asked of the model; raises `LeftOut`.
+        measure: `(items, sentences)` scores, and the items → figures.
+        kind: The attribute by which items are of one kind.
+        varying: An attribute that must have two values for `measure`; kinds without them have no figures.
+        score: A sentence's score from what its queries found; by default the sum of all log-probabilities.
+    """
+    kept, queries, reasons = [], [], Counter[str]()
+    for item in items:
+        try:
+            queries.append(queries_of(item))
+            kept.append(item)
+        except LeftOut as reason:
+            reasons[str(reason)] += 1
+    if not kept:
+        raise ValueError(f"None of {len(items)} items can be scored: {dict(reasons)}.")
+    sentences = [asked for sentences in queries for asked in sentences]
+    if score is None:
+        found = scorer.sums(sentences)
+    else:
+        parts = iter(scorer.log_probabilities([query for asked in sentences for query in asked]))
+        found = [score(scorer, [next(parts) for _ in asked]) for asked in sentences]
+    scores = np.array(found).reshape(len(kept), -1)
+    by_kind: dict[str, list[int]] = {}
+    for place, item in enumerate(kept):
+        by_kind.setdefault(str(getattr(item, kind)), []).append(place)
+    each: dict[str, Any] = dict.fromkeys(sorted(by_kind))
+    for name, places in by_kind.items():
+        own = [kept[place] for place in places]
+        if varying is None or len({getattr(item, varying) for item in own}) > 1:
+            each[name] = measure(scores[places], own)
+    return {
+        **measure(scores, kept), f"by_{kind}": each, "task": scorer.task, "coverage": len(kept) / len(items),
+        "asked": len(items), "left_out": dict(reasons), "bad_rows": [asdict(rows) for rows in read.left_out],
+    }  # fmt: skip
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def stereoset_queries(
+    scorer: LanguageScorer, item: StereoSetItem, convention: str = CAUSAL_CONVENTIONS[0]
+) -> list[list[Query]]:
+    """For each of the three sentences: its tokens (causal), or one row for each token in the blank (masked).
+
+    Args:
+        scorer: Of the model.
+        item: What to ask.
+        convention: Of causal models, one of `CAUSAL_CONVENTIONS`.
+
+    Raises:
+        LeftOut: If a sentence is empty, too long, does not fit the context, or fills the blank with an unknown word.
+    """
+    rows = []
+    for sentence in item.sentences:
+        encoding, blank = _encoded(scorer, sentence), item.blank(sentence)
+        if scorer.task == "causal":
+            _check_known(encoding, encoding.places if blank is None else encoding.within(*blank))
+            rows.append(scorer.queries(encoding) if convention == "sentence" else _as_the_authors(scorer, encoding))
+            continue
+        if blank is None:
+            raise LeftOut(NO_BLANK)
+        places, ids = encoding.within(*blank), encoding.ids
+        _check_known(encoding, places)
+        # A token of the word is asked for with the word's later tokens taken out.
+        rows.append([scorer.masked([*ids[: place + 1], *ids[places[-1] + 1 :]], [place]) for place in places])
+    return rows
+
+
+def _as_the_authors(scorer: LanguageScorer, encoding: Encoding) -> list[Query]:
+    """The first token after a start token, the others in a row without one, as in the code of StereoSet's authors.
+
+    Raises:
+        ValueError: If the tokenizer has no start token.
+    """
+    if scorer.start is None:
+        raise ValueError(f"{type(scorer.tokenizer).__name__} has no start token: write convention='sentence'.")
+    ids = [encoding.ids[place] for place in encoding.places]
+    rest = scorer.asked(ids, list(range(1, len(ids)))) if len(ids) > 1 else []
+    return [*scorer.asked([scorer.start, ids[0]], [1]), *rest]
+
+
+def stereoset_score(scorer: LanguageScorer, parts: list[Tensor]) -> float:
+    """A sentence's score from what its queries found: mean log-likelihood (causal) or mean probability (masked)."""
+    if scorer.task == "causal":
+        return float(torch.cat(parts).double().mean())
+    return float(np.mean([float(part.double().exp()[0]) for part in parts]))
+
+
+def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Query]]:
+    """For either sentence: all its tokens (causal), or one row for each token that both share (masked).
+
+    Raises:
+        LeftOut: If a sentence is empty or too long, or what differs is unknown to the tokenizer or lost in it.
+    """
+    both = [_encoded(scorer, sentence) for sentence in (item.more, item.less)]
+    tokens = [[encoding.ids[p] for p in encoding.places] for encoding in both]
+    if tokens[0] == tokens[1]:
+        # Where the only difference is a word that the tokenizer does not know, the sentences look alike.
+        raise LeftOut(UNKNOWN if any(encoding.unknown for encoding in both) else ALIKE)
+    blocks = SequenceMatcher(None, tokens[0], tokens[1], autojunk=False).get_matching_blocks()
+    shared = [{block[side] + step for block in blocks for step in range(block[2])} for side in (0, 1)]
+    for encoding, own in zip(both, shared, strict=True):
+        _check_known(encoding, [p for i, p in enumerate(encoding.places) if i not in own])
+    if scorer.task == "causal":
+        return [scorer.queries(encoding) for encoding in both]
+    if not shared[0]:
+        raise LeftOut(NOTHING_SHARED)
+    return [
+        scorer.queries(encoding, [encoding.places[i] for i in sorted(own)])
+        for encoding, own in zip(both, shared, strict=True)
+    ]
+
+
+def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Query]]:
+    """For either version: all its tokens (causal), or one row with every pronoun that differs masked (masked).
+
+    Raises:
+        LeftOut: If the versions are no pair, one is too long, or their pronouns cannot be compared.
+    """
+    if item.stereotype is None:
+        raise LeftOut(NOT_A_PAIR)
+    rows, sizes = [], []
+    for sentence, slots in zip((item.pro, item.anti), item.slots, strict=True):
+        encoding = _encoded(scorer, sentence)
+        places = [place for slot in slots for place in encoding.within(*slot)]
+        _check_known(encoding, places)
+        sizes.append(len(places))
+        masked = scorer.task == "masked"
+        rows.append([scorer.masked(encoding.ids, places)] if masked else scorer.queries(encoding))
+    if scorer.task == "masked" and sizes[0] != sizes[1]:
+        raise LeftOut(UNEQUAL)
+    return rows
+
+
+def _encoded(scorer: LanguageScorer, sentence: str) -> Encoding:
+    encoding = scorer.encode(sentence)
+    # A sum over no tokens is 0, which every other sentence would lose to.
+    if not sentence.strip() or not encoding.places:
+        raise LeftOut(EMPTY)
+    if not scorer.fits(encoding):
+        raise LeftOut(TOO_LONG)
+    return encoding
+
+
+def _check_known(encoding: Encoding, places: Iterable[int]) -> None:
+    if encoding.unknown & set(places):
+        raise LeftOut(UNKNOWN)

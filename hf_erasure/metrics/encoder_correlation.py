@@ -11,9 +11,7 @@ import numpy as np
 from datasets import Features, Value
 
 from hf_erasure.fitting.gradiend.encoding import encoded
-
-# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
-from hf_erasure.metrics import base, checks, resampling
+from hf_erasure.metrics import base, resampling
 
 
 def score(
@@ -41,24 +39,24 @@ def score(
     Raises:
         ValueError: If +1 or −1 has no text, a label is another number, or the input is malformed.
     """
-    found = checks.numbers("predictions", values, dims=1)
-    of = np.array(checks.labels("references", labels, len(found)))
+    found = base.numbers("predictions", values, dims=1)
+    of = np.array(base.labels("references", labels, len(found)))
     if not set(of.tolist()) <= {-1, 0, 1} or not {-1, 1} <= set(of.tolist()):
         raise ValueError(
             f"references hold {sorted(set(of.tolist()))}: give texts of +1 and of −1, and 0 for neutral ones."
         )
 
-    def figures(index: checks.Ints) -> dict[str, float]:
+    def figures(index: base.Ints) -> dict[str, float]:
         return encoded(found[index].tolist(), of[index].astype(int).tolist(), ("+1", "-1")).metrics()
 
     measured = figures(np.arange(len(found)))
     # Figures that have no value at all have no interval either.
     defined = [name for name, value in measured.items() if np.isfinite(value)]
-    intervals = resampling.bootstrap(
+    drawn = resampling.bootstrap(
         lambda index: {name: value for name, value in figures(index).items() if name in defined},
         len(found), strata=of.tolist(), resamples=resamples, confidence=confidence, seed=seed,
     )  # fmt: skip
-    return {**measured, "texts": len(found), **intervals.as_dict()}
+    return {**measured, "texts": len(found), **drawn}
 
 
 class EncoderCorrelation(base.Measure):
@@ -76,7 +74,5 @@ class EncoderCorrelation(base.Measure):
         interval="bootstrap over texts within each label",
     )
     inputs = Features({"predictions": Value("float64"), "references": Value("int64")})
-    usage = "predictions: encoded values; references: +1, -1, 0 for neutral; confidence=, resamples=, seed="
-
-    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-        return score(predictions, references, **options)
+    usage = "predictions: encoded values; references: +1, -1, 0 for neutral"
+    score = staticmethod(score)

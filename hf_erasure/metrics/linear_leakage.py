@@ -7,13 +7,19 @@ judging, since a probe that recognises the group would otherwise seem to read th
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from typing import Any
 
 import numpy as np
 from datasets import Sequence, Value
 
-# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
-from hf_erasure.metrics import base, checks, probe, resampling
+from hf_erasure.metrics import base, resampling
+
+# Logistic regression ends where no entry of the gradient of the mean loss is larger, or after so many steps.
+_GRADIENT, _STEPS_TO_MINIMUM = 1e-6, 1000
+# The perceptron: hidden units, full-batch steps of Adam, and their rate.
+_HIDDEN, _STEPS, _RATE = 64, 200, 1e-2
 
 
 def score(
@@ -45,36 +51,98 @@ def score(
         `leakage` = `accuracy` − `majority`, each between 0 and 1, `folds`, `groups`, `rows`, `classes`, `intervals`.
 
     Raises:
+        ImportError: Without scikit-learn.
         ValueError: If there is one class only, a class has all its rows in one fold, or the input is malformed.
     """
-    x = checks.numbers("predictions", x)
-    y, names = checks.class_ids("references", checks.labels("references", labels, len(x)))
-    keys = list(range(len(x))) if groups is None else checks.labels("groups", groups, len(x))
-    belongs, _ = checks.class_ids("groups", keys)
-    folds = checks.whole("folds", folds, 2)
-    given = probe.held_out_answers(x, y, names, belongs, folds=folds, seed=seed, l2=l2)
-    found = accuracy(given, y, keys, resamples=resamples, confidence=confidence, seed=seed)
-    return {**found, "folds": folds, "groups": len(set(belongs.tolist()))}
+    x = base.numbers("predictions", x)
+    labels = base.labels("references", labels, len(x))
+    groups = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
+    given = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2)
+    found = accuracy(given, labels, groups, resamples=resamples, confidence=confidence, seed=seed)
+    return {**found, "folds": int(folds), "groups": len(set(groups))}
 
 
-def accuracy(given: checks.Ints, y: checks.Ints, keys: list[Any], **statistics: Any) -> dict[str, Any]:
-    """Accuracy of answers, and how far it is above that of always giving the most frequent class.
+def held_out_answers(
+    x: Any,
+    labels: list[Any],
+    groups: list[Any] | None = None,
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    l2: float = 1.0,
+    nonlinear: bool = False,
+) -> list[Any]:
+    """The label that a probe fitted on the other folds gives to each row; features are standardised on those folds.
 
     Args:
-        given: `(rows,)` The class ids that a probe answered.
-        y: `(rows,)` The true ones.
-        keys: `(rows,)` What belongs together and is drawn together for the intervals.
-        **statistics: `resamples`, `confidence` and `seed` of the bootstrap.
+        x: `(rows, width)`.
+        labels: `(rows,)`; the folds get them in like shares.
+        groups: `(rows,)` Rows of one group are never split between fitting and judging.
+        folds: How many probes are fitted.
+        seed: Of folds and initial weights.
+        l2: Penalty of the probe, `1 / C` of scikit-learn.
+        nonlinear: A perceptron with one hidden layer instead of logistic regression.
+
+    Raises:
+        ImportError: Without scikit-learn.
+        ValueError: If there are fewer groups than folds, a label has all its rows in one fold, a fold is empty, or `l2`
+            is not positive.
     """
-    correct = (given == y).astype(np.float64)
-    majority = float(np.bincount(y).max() / len(y))
-    intervals = resampling.bootstrap(
-        lambda index: {"accuracy": correct[index].mean(), "leakage": correct[index].mean() - majority},
-        len(y), clusters=keys, **statistics,
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import StratifiedGroupKFold
+        from sklearn.neural_network import MLPClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("Probes need scikit-learn: pip install 'hf-erasure[metrics]'.") from error
+    x = base.numbers("predictions", x)
+    y, names = base.class_ids("references", labels)
+    belongs, all_groups = base.class_ids("groups", list(range(len(y))) if groups is None else groups)
+    if not 2 <= base.whole("folds", folds, 2) <= len(all_groups):
+        raise ValueError(f"folds={folds}, but there are {len(all_groups)} groups: write a number between 2 and that.")
+    if not l2 > 0:
+        raise ValueError(f"l2={l2}: write a number above 0, or the probe has no unique minimum.")
+    given = np.empty(len(y), dtype=np.int64)
+    with warnings.catch_warnings():
+        # A class with fewer groups than folds is fine as long as every probe sees it, which is checked below; and the
+        # perceptron takes as many steps whatever the data, so that it always "stops early".
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        warnings.filterwarnings("ignore", "Stochastic Optimizer: Maximum iterations", UserWarning)
+        for fitted, held in StratifiedGroupKFold(int(folds), shuffle=True, random_state=seed).split(x, y, belongs):
+            if absent := set(range(len(names))) - set(y[fitted].tolist()):
+                raise ValueError(
+                    f"All rows of the class {str(names[min(absent)])!r} are in one fold, so no probe could learn it: "
+                    "give rows of at least two groups for every class."
+                )
+            if not len(held):
+                raise ValueError("A fold is empty: write fewer folds.")
+            if nonlinear:
+                probe: Any = MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, random_state=seed)
+                probe.set_params(batch_size=len(fitted), learning_rate_init=_RATE, alpha=l2)
+            else:
+                probe = LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
+            given[held] = make_pipeline(StandardScaler(), probe).fit(x[fitted], y[fitted]).predict(x[held])
+    return [names[answer] for answer in given]
+
+
+def accuracy(given: list[Any], labels: list[Any], groups: list[Any] | None = None, **drawing: Any) -> dict[str, Any]:
+    """Accuracy of answers, and how far it is above that of always giving the most frequent label.
+
+    Args:
+        given: `(rows,)` What a probe answered.
+        labels: `(rows,)` What is true.
+        groups: `(rows,)` What belongs together and is drawn together for the intervals.
+        **drawing: `resamples`, `confidence` and `seed` of the bootstrap.
+    """
+    correct = np.array([answer == label for answer, label in zip(given, labels, strict=True)], dtype=np.float64)
+    counts = Counter(labels)
+    majority = max(counts.values()) / len(labels)
+    found = resampling.bootstrap(
+        lambda index: {"leakage": correct[index].mean() - majority, "accuracy": correct[index].mean()},
+        len(labels), clusters=groups if groups is not None else list(range(len(labels))), **drawing,
     )  # fmt: skip
-    mean = float(correct.mean())
-    counts = {"majority": majority, "rows": len(y), "classes": len(np.unique(y))}
-    return {"leakage": mean - majority, "accuracy": mean, **counts, **intervals.as_dict()}
+    return {**found, "majority": majority, "rows": len(labels), "classes": len(counts)}
 
 
 class LinearLeakage(base.Measure):
@@ -92,7 +160,5 @@ class LinearLeakage(base.Measure):
         interval="bootstrap over groups of the held-out answers, the probes as they are",
     )
     inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
-    usage = "predictions: representations; references: labels; groups=, folds=, l2=, confidence=, resamples=, seed="
-
-    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-        return score(predictions, references, **options)
+    usage = "predictions: representations; references: labels; groups=, folds=, l2="
+    score = staticmethod(score)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, Value
 
-# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
-from hf_erasure.metrics import base, checks, resampling
+from hf_erasure.metrics import base, resampling
 
 
 def score(
@@ -43,8 +42,8 @@ def score(
     Raises:
         ValueError: If a loss is negative, there are no tokens or no bytes, or the input is malformed.
     """
-    nll = checks.numbers("predictions", losses, dims=1)
-    counts = {name: checks.numbers(name, part, dims=1) for name, part in (("tokens", tokens), ("bytes", bytes))}
+    nll = base.numbers("predictions", losses, dims=1)
+    counts = {name: base.numbers(name, part, dims=1) for name, part in (("tokens", tokens), ("bytes", bytes))}
     for name, part in counts.items():
         if len(part) != len(nll):
             raise ValueError(f"{len(part)} {name}, but {len(nll)} predictions: give one for each.")
@@ -53,19 +52,18 @@ def score(
     if nll.min() < 0:
         raise ValueError("predictions hold a negative number: give negative log-likelihoods, which are at least 0.")
 
-    def figures(index: checks.Ints) -> dict[str, float]:
+    def figures(index: base.Ints) -> dict[str, float]:
         total = nll[index].sum()
         spelt, written = counts["tokens"][index].sum(), counts["bytes"][index].sum()
-        loss = total / spelt if spelt else math.nan
-        bits = total / (math.log(2) * written) if written else math.nan
+        loss = float(total / spelt) if spelt else math.nan
+        bits = float(total / (math.log(2) * written)) if written else math.nan
         return {"perplexity": float(np.exp(loss)), "bits_per_byte": bits, "loss": loss}
 
-    found = {name: float(value) for name, value in figures(np.arange(len(nll))).items()}
-    intervals = resampling.Intervals({})
     if len(nll) > 1:
-        intervals = resampling.bootstrap(figures, len(nll), resamples=resamples, confidence=confidence, seed=seed)
-    sizes = {name: int(part.sum()) for name, part in counts.items()}
-    return {**found, **sizes, "segments": len(nll), **intervals.as_dict()}
+        found = resampling.bootstrap(figures, len(nll), resamples=resamples, confidence=confidence, seed=seed)
+    else:
+        found = {**figures(np.arange(1)), "intervals": {}}
+    return {**found, **{name: int(part.sum()) for name, part in counts.items()}, "segments": len(nll)}
 
 
 class Perplexity(base.Measure):
@@ -84,10 +82,5 @@ class Perplexity(base.Measure):
         harness="wikitext",
     )
     inputs = Features({"predictions": Value("float64"), "tokens": Value("int64"), "bytes": Value("int64")})
-    usage = (
-        "predictions: summed negative log-likelihood of each segment in nats; tokens, bytes: its sizes; "
-        "confidence=, resamples=, seed="
-    )
-
-    def _compute(self, predictions: Any, tokens: Any, bytes: Any, **options: Any) -> dict[str, Any]:
-        return score(predictions, tokens, bytes, **options)
+    usage = "predictions: summed negative log-likelihood of each segment in nats; tokens, bytes: its sizes"
+    score = staticmethod(score)

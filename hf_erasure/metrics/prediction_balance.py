@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Features, Sequence, Value
 
 from hf_erasure.fitting.gradiend.selection import goal_by_name, goal_names
-
-# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
-from hf_erasure.metrics import base, checks, resampling
+from hf_erasure.metrics import base, resampling
 
 
 def score(
@@ -47,7 +44,7 @@ def score(
     Raises:
         ValueError: If a probability is no probability, a goal means nothing for the classes, or the input is malformed.
     """
-    p = checks.numbers("predictions", probabilities, width=len(classes))
+    p = base.numbers("predictions", probabilities, width=len(classes))
     if p.min() < 0 or p.sum(1).max() > 1 + 1e-6:
         raise ValueError("predictions hold a negative number, or a row with a sum above 1: give probabilities.")
     if not 0 <= lms <= 1:
@@ -57,13 +54,12 @@ def score(
     tensor = torch.from_numpy(p)
     named = goal_names(classes) if goals is None else list(goals)
     values = {name: lms * goal_by_name(name, classes)(tensor).numpy() for name in named}
-    intervals = resampling.bootstrap(
+    found = resampling.bootstrap(
         lambda index: {name: each[index].mean() for name, each in values.items()},
         len(p), resamples=resamples, confidence=confidence, seed=seed,
     )  # fmt: skip
-    found = {name: float(np.mean(each)) for name, each in values.items()}
     means = dict(zip(classes, p.mean(0).tolist(), strict=True))
-    return {**found, "means": means, "lms": float(lms), "texts": len(p), **intervals.as_dict()}
+    return {**found, "means": means, "lms": float(lms), "texts": len(p)}
 
 
 class PredictionBalance(base.Measure):
@@ -82,7 +78,5 @@ class PredictionBalance(base.Measure):
         interval="bootstrap over texts, LMS taken as known",
     )
     inputs = Features({"predictions": Sequence(Value("float64"))})
-    usage = "predictions: class probabilities; classes=, lms=, goals=, confidence=, resamples=, seed="
-
-    def _compute(self, predictions: Any, **options: Any) -> dict[str, Any]:
-        return score(predictions, **options)
+    usage = "predictions: class probabilities; classes=, lms=, goals="
+    score = staticmethod(score)

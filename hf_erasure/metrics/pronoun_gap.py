@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from datasets import Sequence, Value
 
-# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
-from hf_erasure.metrics import base, checks, resampling
+from hf_erasure.metrics import base, resampling
 
 GENDERS = ("male", "female")
 
@@ -50,18 +49,18 @@ def score(
     Raises:
         ValueError: If a stereotype has no pair or is neither of the two, or the input is malformed.
     """
-    values = checks.numbers("predictions", scores, width=2)
-    named = np.array(checks.labels("references", stereotypes, len(values)))
+    values = base.numbers("predictions", scores, width=2)
+    named = np.array(base.labels("references", stereotypes, len(values)))
     if set(named.tolist()) != set(GENDERS):
         raise ValueError(f"references hold {sorted(set(map(str, named)))}: give pairs of 'male' and of 'female'.")
     male = named == "male"
     odds = np.where(male, 1, -1) * (values[:, 0] - values[:, 1])  # log P(he) − log P(she)
     prefers = (odds > 0) + (odds == 0) / 2
 
-    def gap(index: checks.Ints, of: Any) -> float:
+    def gap(index: base.Ints, of: Any) -> float:
         return float(prefers[index][of].mean() - prefers[index][~of].mean())
 
-    def figures(index: checks.Ints) -> dict[str, float]:
+    def figures(index: base.Ints) -> dict[str, float]:
         of = male[index]
         difference = float(odds[index][of].mean() - odds[index][~of].mean()) / 2
         shares = {"male": prefers[index][of].mean(), "female": 1 - prefers[index][~of].mean()}
@@ -71,12 +70,11 @@ def score(
     test = resampling.shuffled(
         lambda index: abs(gap(everything, male[index])), len(values), permutations=permutations, seed=seed
     )
-    intervals = resampling.bootstrap(
+    found = resampling.bootstrap(
         figures, len(values), strata=male.tolist(), resamples=resamples, confidence=confidence, seed=seed
     )
-    found = {name: float(value) for name, value in figures(everything).items()}
     counts = {"items": len(values), "ties": int((odds == 0).sum())}
-    return {**found, **counts, **test.as_dict(), **intervals.as_dict()}
+    return {**found, **counts, **test.as_dict()}
 
 
 class PronounGap(base.Measure):
@@ -96,8 +94,6 @@ class PronounGap(base.Measure):
     inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
     usage = (
         "predictions: log-likelihoods of the pro- and the anti-stereotypical version; references: 'male' or 'female', "
-        "the stereotype; permutations=, confidence=, resamples=, seed="
+        "the stereotype; permutations="
     )
-
-    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-        return score(predictions, references, **options)
+    score = staticmethod(score)

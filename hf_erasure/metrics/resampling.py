@@ -8,46 +8,28 @@ their stratum. A p value counts the permutations whose statistic is at least the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, islice
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from .checks import Floats, Ints, whole
+from .base import Floats, Ints, whole
 
 Statistic = Callable[[Ints], Mapping[str, float]]
 
 # Two sums of the same numbers in another order differ by rounding only, so they count as equal.
 _SAME = 1e-9
-# Numbers that are permuted at once.
+# Numbers that are permuted at once: 32 MB of float64.
 _CHUNK = 4_000_000
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Percentile intervals of some figures.
-
-    Attributes:
-        bounds: Figure → `[low, high]`.
-        undefined: Figure → in how many resamples it had no value (nothing varied there); only where there were any.
-    """
-
-    bounds: dict[str, list[float]]
-    undefined: dict[str, int] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """`intervals`, and `undefined_resamples` where there were any."""
-        found: dict[str, Any] = {"intervals": self.bounds}
-        return found | {"undefined_resamples": self.undefined} if self.undefined else found
 
 
 def tails(confidence: float) -> tuple[float, float]:
     """The two quantiles between which that share of a distribution lies.
 
     Raises:
-        ValueError: If it is no share.
+        ValueError: If it is not a share.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: write a share between 0 and 1, such as 0.95.")
@@ -63,8 +45,8 @@ def bootstrap(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Intervals:
-    """Percentile intervals of the figures that a statistic returns.
+) -> dict[str, Any]:
+    """The figures that a statistic returns, and their percentile intervals.
 
     Args:
         statistic: Indices of the items drawn → figures by name; NaN where a figure has no value.
@@ -75,6 +57,9 @@ def bootstrap(
         confidence: Share of the resamples within the interval.
         seed: Of the draws.
 
+    Returns:
+        Figure → its value over all items, and what `percentiles` returns.
+
     Raises:
         ValueError: If there is nothing to draw from, an argument is out of range, or a figure is undefined in more
             than half of the resamples.
@@ -83,27 +68,35 @@ def bootstrap(
     tails(confidence)
     if strata is not None and clusters is not None:
         raise ValueError("Both strata and clusters are given: draw by one of them.")
-    generator = np.random.default_rng(seed)
-    draws = _draws(generator, whole("count", count), strata, clusters)
-    found: dict[str, list[float]] = {}
-    for index in islice(draws, resamples):
-        for name, value in statistic(index).items():
-            found.setdefault(name, []).append(float(value))
-    return percentiles({name: np.array(values) for name, values in found.items()}, confidence)
+    generator, everything = np.random.default_rng(seed), np.arange(whole("count", count))
+    groups = _positions(clusters, count, "clusters") if clusters is not None else _positions(strata, count, "strata")
+    drawn: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        if clusters is not None:
+            parts = [groups[i] for i in generator.integers(len(groups), size=len(groups))]
+        else:
+            parts = [group[generator.integers(len(group), size=len(group))] for group in groups]
+        for name, value in statistic(np.concatenate(parts)).items():
+            drawn.setdefault(name, []).append(float(value))
+    intervals = percentiles({name: np.array(values) for name, values in drawn.items()}, confidence)
+    return {**{name: float(value) for name, value in statistic(everything).items()}, **intervals}
 
 
-def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> Intervals:
+def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> dict[str, Any]:
     """Percentile intervals of figures whose resamples are there already.
 
     Args:
         resampled: Figure → `(resamples,)` its values; NaN where it has none.
         confidence: Share of the resamples within the interval.
 
+    Returns:
+        `intervals`, figure → `[low, high]`; and `undefined_resamples`, figure → in how many resamples it had no value
+        (nothing varied there), only where there were any.
+
     Raises:
-        ValueError: If the confidence is no share, or a figure is undefined in more than half of the resamples.
+        ValueError: If the confidence is not a share, or a figure is undefined in more than half of the resamples.
     """
-    ends = tails(confidence)
-    bounds, undefined = {}, {}
+    ends, bounds, undefined = tails(confidence), {}, {}
     for name, values in resampled.items():
         defined = values[np.isfinite(values)]
         if missing := len(values) - len(defined):
@@ -111,24 +104,13 @@ def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> In
         if 2 * len(defined) < len(values):
             raise ValueError(f"{name} has no value in {missing} of {len(values)} resamples: give more or other items.")
         bounds[name] = [float(bound) for bound in np.quantile(defined, ends)]
-    return Intervals(bounds, undefined)
+    return {"intervals": bounds, **({"undefined_resamples": undefined} if undefined else {})}
 
 
-def _draws(
-    generator: np.random.Generator, count: int, strata: Sequence[Any] | None, clusters: Sequence[Any] | None
-) -> Iterator[Ints]:
-    """Indices of the items drawn, again and again."""
-    if clusters is not None:
-        members = _positions(clusters, count, "clusters")
-        while True:
-            yield np.concatenate([members[i] for i in generator.integers(len(members), size=len(members))])
-    members = _positions(strata, count, "strata") if strata is not None else [np.arange(count)]
-    while True:
-        yield np.concatenate([part[generator.integers(len(part), size=len(part))] for part in members])
-
-
-def _positions(keys: Sequence[Any], count: int, name: str) -> list[Ints]:
-    """The positions of each key, in the order in which keys first appear."""
+def _positions(keys: Sequence[Any] | None, count: int, name: str) -> list[Ints]:
+    """The positions of each key, in the order in which keys first appear; without keys those of all items."""
+    if keys is None:
+        return [np.arange(count)]
     if len(keys) != count:
         raise ValueError(f"{len(keys)} {name}, but {count} items: give one for each.")
     found: dict[Any, list[int]] = {}
@@ -158,6 +140,20 @@ class Permutation:
         return {"p_value": self.p_value, "exact": self.exact, "permutations": self.permutations}
 
 
+def among(observed: float, null: Floats, *, exact: bool = False, scale: float | None = None) -> Permutation:
+    """Test whether a statistic is greater than those of permutations.
+
+    Args:
+        observed: The statistic.
+        null: `(permutations,)` Its values after each permutation.
+        exact: Whether these are all permutations, the observed one among them.
+        scale: What its rounding is relative to; by default the statistic itself.
+    """
+    reached = int((null >= observed - _SAME * (abs(observed) if scale is None else scale)).sum())
+    p = reached / len(null) if exact else (reached + 1) / (len(null) + 1)
+    return Permutation(p, exact, len(null), null)
+
+
 def subset_sums(values: Floats, size: int, *, permutations: int = 20_000, seed: int = 0) -> Permutation:
     """Test whether the first `size` values sum to more than a random choice of so many (one-sided).
 
@@ -170,10 +166,16 @@ def subset_sums(values: Floats, size: int, *, permutations: int = 20_000, seed: 
     whole("permutations", permutations)
     if not 0 < size < len(values):
         raise ValueError(f"The first set has {size} of {len(values)} items: both sets need at least one.")
-    observed = float(values[:size].sum())
     exact = math.comb(len(values), size) <= permutations
-    null = _every_sum(values, size) if exact else _sampled_sums(values, size, permutations, seed)
-    return _judged(observed, null, exact, float(np.abs(values).sum()))
+    if exact:
+        null = values[np.array(list(combinations(range(len(values)), size)), dtype=np.int64)].sum(1)
+    else:
+        generator, rows, parts = np.random.default_rng(seed), max(1, _CHUNK // len(values)), []
+        for start in range(0, permutations, rows):
+            tiled = np.tile(values, (min(rows, permutations - start), 1))
+            parts.append(generator.permuted(tiled, axis=1)[:, :size].sum(1))
+        null = np.concatenate(parts)
+    return among(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum()))
 
 
 def shuffled(
@@ -194,47 +196,14 @@ def shuffled(
         permutations: How many shuffles to draw.
         seed: Of the draws.
     """
-    generator = np.random.default_rng(seed)
-    members = _positions(strata, count, "strata") if strata is not None else [np.arange(count)]
-    observed = statistic(np.arange(count))
-    null = np.empty(whole("permutations", permutations))
+    generator, members = np.random.default_rng(seed), _positions(strata, count, "strata")
+    observed, null = statistic(np.arange(count)), np.empty(whole("permutations", permutations))
     for draw in range(permutations):
         index = np.arange(count)
         for part in members:
             index[part] = generator.permutation(part)
         null[draw] = statistic(index)
     return among(observed, null)
-
-
-def among(observed: float, null: Floats) -> Permutation:
-    """Test whether a statistic is greater than those of random permutations.
-
-    Args:
-        observed: The statistic.
-        null: `(permutations,)` Its values after each permutation.
-    """
-    return _judged(observed, null, False, abs(observed))
-
-
-def _judged(observed: float, null: Floats, exact: bool, scale: float) -> Permutation:
-    reached = int((null >= observed - _SAME * scale).sum())
-    p = reached / len(null) if exact else (reached + 1) / (len(null) + 1)
-    return Permutation(p, exact, len(null), null)
-
-
-def _every_sum(values: Floats, size: int) -> Floats:
-    chosen = np.array(list(combinations(range(len(values)), size)), dtype=np.int64)
-    return values[chosen].sum(1)
-
-
-def _sampled_sums(values: Floats, size: int, permutations: int, seed: int) -> Floats:
-    generator = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // len(values))
-    parts = []
-    for start in range(0, permutations, rows):
-        tiled = np.tile(values, (min(rows, permutations - start), 1))
-        parts.append(generator.permuted(tiled, axis=1)[:, :size].sum(1))
-    return np.concatenate(parts)
 
 
 def sign_test(successes: int, trials: int) -> float:
@@ -245,10 +214,9 @@ def sign_test(successes: int, trials: int) -> float:
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials: give counts between 0 and the number of trials.")
-    most = max(successes, trials - successes)
-    tail = sum(math.exp(_log_choices(trials, k) - trials * math.log(2)) for k in range(most, trials + 1))
-    return min(1.0, 2 * tail)
 
+    def chance(k: int) -> float:
+        choices = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        return math.exp(choices - trials * math.log(2))
 
-def _log_choices(trials: int, chosen: int) -> float:
-    return math.lgamma(trials + 1) - math.lgamma(chosen + 1) - math.lgamma(trials - chosen + 1)
+    return min(1.0, 2 * sum(map(chance, range(max(successes, trials - successes), trials + 1))))

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
-from hf_erasure.metrics import base, checks, resampling
+from hf_erasure.metrics import base, resampling
 
 
 def score(
@@ -48,7 +47,7 @@ def score(
         ValueError: If there are not two groups, no class has rows of both, or the input is malformed.
     """
     resampling.tails(confidence)
-    draws, shuffles = checks.whole("resamples", resamples, 2), checks.whole("permutations", permutations)
+    draws, shuffles = base.whole("resamples", resamples, 2), base.whole("permutations", permutations)
     rows = _rows(predictions, references, groups, positive)
     sizes, hits = rows.counted()
     gaps, shares = _gaps(hits, sizes), sizes[0] / sizes.sum(0)
@@ -69,7 +68,7 @@ def score(
         "gaps": dict(zip(rows.names, gaps.tolist(), strict=True)),
         "shares": dict(zip(rows.names, shares.tolist(), strict=True)), "accuracy": float(rows.hits.mean()),
         "left_out": dict.fromkeys(rows.lacking, "has rows of one group only"),
-        "coverage": rows.coverage, "rows": len(rows.hits), **test.as_dict(), **intervals.as_dict(),
+        "coverage": rows.coverage, "rows": len(rows.hits), **test.as_dict(), **intervals,
     }  # fmt: skip
 
 
@@ -85,14 +84,14 @@ class _Rows(NamedTuple):
         coverage: Share of all rows that is here.
     """
 
-    hits: checks.Floats
-    sides: checks.Floats
-    y: checks.Ints
+    hits: base.Floats
+    sides: base.Floats
+    y: base.Ints
     names: list[str]
     lacking: list[str]
     coverage: float
 
-    def counted(self) -> tuple[checks.Ints, checks.Ints]:
+    def counted(self) -> tuple[base.Ints, base.Ints]:
         """`(2, classes)` each: rows of the positive group and of the other by class, and how many of them are right."""
         sides = np.stack([self.sides, 1 - self.sides])
         sizes, hits = (np.stack([np.bincount(self.y, side * own) for side in sides]) for own in (1, self.hits))
@@ -100,24 +99,25 @@ class _Rows(NamedTuple):
 
 
 def _rows(predictions: Any, references: Any, groups: Any, positive: Any) -> _Rows:
-    truth = checks.labels("references", references, len(references))
-    predicted = checks.labels("predictions", predictions, len(truth), of="references")
-    sides = _sides(checks.labels("groups", groups, len(truth), of="references"), positive)
-    y, names = checks.class_ids("references", truth, least=1)
+    truth = base.labels("references", references, len(references))
+    predicted = base.labels("predictions", predictions, len(truth), of="references")
+    sides = _sides(base.labels("groups", groups, len(truth), of="references"), positive)
+    y, classes = base.class_ids("references", truth, least=1)
     if {isinstance(label, str) for label in predicted} != {isinstance(label, str) for label in truth}:
         raise ValueError("predictions and references mix strings and numbers, so none could agree: write both alike.")
     hits = np.array([guess == label for guess, label in zip(predicted, truth, strict=True)], dtype=np.float64)
-    both = np.array([0 < sides[y == c].sum() < (y == c).sum() for c in range(len(names))])
+    both = np.array([0 < sides[y == c].sum() < (y == c).sum() for c in range(len(classes))])
     if not both.any():
         raise ValueError("No class has rows of both groups, so there is no gap: give rows of both for some class.")
     kept, position = both[y], both.cumsum() - 1
-    here = [[name for name, has in zip(names, both, strict=True) if has == wanted] for wanted in (True, False)]
+    here = [[str(name) for name, has in zip(classes, both, strict=True) if has == wanted] for wanted in (True, False)]
     return _Rows(hits[kept], sides[kept], position[y[kept]], here[0], here[1], float(kept.mean()))
 
 
-def _sides(groups: list[Any], positive: Any) -> checks.Floats:
+def _sides(groups: list[Any], positive: Any) -> base.Floats:
     """1 for the positive group, 0 for the other."""
-    ids, names = checks.class_ids("groups", groups)
+    ids, two = base.class_ids("groups", groups)
+    names = list(map(str, two))
     if len(names) != 2:
         raise ValueError(f"groups hold {len(names)} groups ({', '.join(names[:5])} …): a gap is between two.")
     if positive is not None and str(positive) not in names:
@@ -125,18 +125,18 @@ def _sides(groups: list[Any], positive: Any) -> checks.Floats:
     return (ids == (0 if positive is None else names.index(str(positive)))).astype(np.float64)
 
 
-def _gaps(hits: checks.Ints, sizes: checks.Ints) -> checks.Floats:
+def _gaps(hits: base.Ints, sizes: base.Ints) -> base.Floats:
     """`(…, classes)` Rate of the positive group minus rate of the other, of `(…, 2, classes)` hits."""
     rates = hits / sizes
     return rates[..., 0, :] - rates[..., 1, :]
 
 
-def _rms(gaps: checks.Floats) -> checks.Floats:
+def _rms(gaps: base.Floats) -> base.Floats:
     """`(…,)` of `(…, classes)` gaps."""
     return np.sqrt((gaps**2).mean(-1))
 
 
-def _correlation(gaps: checks.Floats, shares: checks.Floats) -> checks.Floats:
+def _correlation(gaps: base.Floats, shares: base.Floats) -> base.Floats:
     """`(…,)` Pearson's, of `(…, classes)` gaps with the shares; NaN where one of the two does not vary."""
     x, y = gaps - gaps.mean(-1, keepdims=True), shares - shares.mean()
     varies = (np.ptp(gaps, -1) >= 1e-12) & (np.ptp(shares) >= 1e-12)
@@ -159,9 +159,5 @@ class TPRGap(base.Measure):
         interval="bootstrap over rows within class and group; p value by shuffling groups within classes",
     )
     inputs = base.either_kind(["predictions", "references", "groups"])
-    usage = (
-        "predictions, references: classes; groups: two groups; positive=, permutations=, confidence=, resamples=, seed="
-    )
-
-    def _compute(self, predictions: Any, references: Any, groups: Any, **options: Any) -> dict[str, Any]:
-        return score(predictions, references, groups, **options)
+    usage = "predictions, references: classes; groups: two groups; positive=, permutations="
+    score = staticmethod(score)

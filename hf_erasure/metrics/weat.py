@@ -15,8 +15,7 @@ import numpy as np
 from datasets import Sequence as ListOf
 from datasets import Value
 
-# `evaluate.load` runs a copy of this file from another folder: absolute imports, and no metric class by name.
-from hf_erasure.metrics import base, checks, resampling
+from hf_erasure.metrics import base, resampling
 
 SETS = ("X", "Y", "A", "B")
 
@@ -62,23 +61,23 @@ def score(
     differences = test.null / first - (s.sum() - test.null) / second
     null = np.quantile(differences / s.std(ddof=1), resampling.tails(confidence))
 
-    def figures(index: checks.Ints) -> dict[str, float]:
+    def figures(index: base.Ints) -> dict[str, float]:
         targets, attributes = index[: first + second], index[first + second :] - first - second
         drawn = _associations(cosines[targets][:, attributes], len(sets[2]))
         return {"effect_size": _effect(drawn, first)}
 
     strata = [name for name, part in zip(SETS, sets, strict=True) for _ in part]
-    intervals = resampling.bootstrap(
+    found = resampling.bootstrap(
         figures, len(strata), strata=strata, resamples=resamples, confidence=confidence, seed=seed
     )
     return {
-        "effect_size": _effect(s, first), "statistic": float(s[:first].mean() - s[first:].mean()), **test.as_dict(),
-        "null_interval": null.tolist(), "sizes": dict(zip(SETS, map(len, sets), strict=True)), **intervals.as_dict(),
+        **found, "effect_size": _effect(s, first), "statistic": float(s[:first].mean() - s[first:].mean()),
+        **test.as_dict(), "null_interval": null.tolist(), "sizes": dict(zip(SETS, map(len, sets), strict=True)),
     }  # fmt: skip
 
 
-def _checked(*sets: Any) -> list[checks.Floats]:
-    found = [checks.numbers(name, part) for name, part in zip(SETS, sets, strict=True)]
+def _checked(*sets: Any) -> list[base.Floats]:
+    found = [base.numbers(name, part) for name, part in zip(SETS, sets, strict=True)]
     widths = [part.shape[1] for part in found]
     if len(set(widths)) > 1:
         raise ValueError(f"The sets have vectors of widths {widths}: use one encoder for all.")
@@ -89,19 +88,19 @@ def _checked(*sets: Any) -> list[checks.Floats]:
     return found
 
 
-def _unit(vectors: checks.Floats) -> checks.Floats:
+def _unit(vectors: base.Floats) -> base.Floats:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (norms == 0).any():
         raise ValueError(f"A vector of {len(vectors)} is 0 and has no direction: leave such items out and say so.")
     return vectors / norms
 
 
-def _associations(cosines: checks.Floats, attributes_a: int) -> checks.Floats:
+def _associations(cosines: base.Floats, attributes_a: int) -> base.Floats:
     """`(targets,)` Mean cosine with A minus mean cosine with B."""
     return cosines[:, :attributes_a].mean(1) - cosines[:, attributes_a:].mean(1)
 
 
-def _effect(s: checks.Floats, first: int) -> float:
+def _effect(s: base.Floats, first: int) -> float:
     deviation = s.std(ddof=1)
     return float((s[:first].mean() - s[first:].mean()) / deviation) if deviation > 0 else float("nan")
 
@@ -130,18 +129,17 @@ def mean_absolute_effect(
     Returns:
         `mean_absolute_effect_size` and its `intervals`.
     """
-    unit = _unit(checks.numbers("vectors", vectors))
-    weights = np.random.default_rng(seed).exponential(size=(checks.whole("resamples", resamples), len(unit)))
+    unit = _unit(base.numbers("vectors", vectors))
+    weights = np.random.default_rng(seed).exponential(size=(base.whole("resamples", resamples), len(unit)))
     even = np.ones((1, len(unit)))
     mean, drawn = (
         np.mean([np.abs(_weighted_effect(unit, test, w)) for test in tests], axis=0) for w in (even, weights)
     )
-    low, high = np.quantile(drawn, resampling.tails(confidence))
-    bounds = {"mean_absolute_effect_size": [float(low), float(high)]}
-    return {"mean_absolute_effect_size": float(mean[0]), **resampling.Intervals(bounds).as_dict()}
+    bounds = [float(bound) for bound in np.quantile(drawn, resampling.tails(confidence))]
+    return {"mean_absolute_effect_size": float(mean[0]), "intervals": {"mean_absolute_effect_size": bounds}}
 
 
-def _weighted_effect(unit: checks.Floats, test: Mapping[str, Sequence[int]], weights: checks.Floats) -> checks.Floats:
+def _weighted_effect(unit: base.Floats, test: Mapping[str, Sequence[int]], weights: base.Floats) -> base.Floats:
     """`(resamples,)` Effect sizes under the weights `(resamples, items)` of items."""
     targets = [*test["X"], *test["Y"]]
     first = len(test["X"])
@@ -154,6 +152,15 @@ def _weighted_effect(unit: checks.Floats, test: Mapping[str, Sequence[int]], wei
     deviation = np.sqrt((of * centred**2).sum(1) * len(targets) / (len(targets) - 1))
     means = [(of[:, part] * s[:, part]).sum(1) / of[:, part].sum(1) for part in (slice(first), slice(first, None))]
     return (means[0] - means[1]) / deviation
+
+
+def _score_of_rows(predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+    """`score` of vectors each of which is given with the name of its set."""
+    vectors = base.numbers("predictions", predictions)
+    of = np.array(base.labels("references", references, len(vectors)))
+    if set(of.tolist()) != set(SETS):
+        raise ValueError(f"references name the sets {sorted(set(of.tolist()))}: give vectors of 'X', 'Y', 'A' and 'B'.")
+    return score(*(vectors[of == name] for name in SETS), **options)
 
 
 class WEAT(base.Measure):
@@ -172,14 +179,6 @@ class WEAT(base.Measure):
     )
     inputs = base.either_kind([], predictions=ListOf(Value("float64")), references=Value("string"))
     usage = (
-        "predictions: vectors; references: the set of each, 'X', 'Y' (targets), 'A' or 'B' (attributes); "
-        "permutations=, confidence=, resamples=, seed="
+        "predictions: vectors; references: the set of each, 'X', 'Y' (targets), 'A' or 'B' (attributes); permutations="
     )
-
-    def _compute(self, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-        vectors = checks.numbers("predictions", predictions)
-        names = checks.labels("references", references, len(vectors))
-        if set(names) != set(SETS):
-            raise ValueError(f"references name the sets {sorted(set(names))}: give vectors of 'X', 'Y', 'A' and 'B'.")
-        of = np.array(names)
-        return score(*(vectors[of == name] for name in SETS), **options)
+    score = staticmethod(_score_of_rows)

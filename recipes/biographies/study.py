@@ -28,7 +28,7 @@ from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_era
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.metrics import linear_leakage, tpr_gap
-from hf_erasure.metrics.probe import LogisticProbe
+from hf_erasure.metrics.minimum_description_length import LogisticProbe
 from hf_erasure.models.scorer import pooled_embeddings
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 from recipes import studies

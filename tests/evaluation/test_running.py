@@ -32,7 +32,6 @@ from hf_erasure.evaluation import (
     Evaluation,
     evaluate,
     harness,
-    measures,
     running,
 )
 from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verified
@@ -40,6 +39,7 @@ from hf_erasure.evaluation.measures import Shared, Subject, measures_of
 from hf_erasure.evaluation.results import Results
 from hf_erasure.evaluation.states import FINAL, StateReader
 from hf_erasure.evaluation.treebank import read_sentence, read_treebank
+from hf_erasure.metrics import linear_leakage
 from tests import prepared
 from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, run, small_data
 
@@ -326,8 +326,8 @@ def test_probes_read_what_they_can() -> None:
         (crossed, False, 0.3, 0.65),  # a linear probe cannot read a product of signs
         (crossed, True, 0.85, 1.0),
     ):
-        found = measures.leakage_of(
-            measures.probe_answers(x, labels, nonlinear=nonlinear, seed=0), labels, **statistics
+        found = linear_leakage.accuracy(
+            linear_leakage.held_out_answers(x, labels, nonlinear=nonlinear, seed=0), labels, **statistics
         )
         assert low <= found["accuracy"] <= high
 
@@ -477,7 +477,7 @@ def test_probes_read_a_text_by_the_pool_of_each_adapter(
     rows = [tokenizer(text, truncation=True, max_length=256, return_tensors="pt") for text in found.texts]
     with torch.no_grad():
         states = torch.cat([model.base_model(**row).last_hidden_state[:, 0] for row in rows])
-    given = measures.probe_answers(states, found.genders, seed=0)
+    given = linear_leakage.held_out_answers(states, found.genders, seed=0)
     expected = sum(a == b for a, b in zip(given, found.genders, strict=True)) / len(given)
     assert results.values["base"]["gender_linear"]["details"]["accuracy"] == pytest.approx(expected)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_erasure.metrics import benchmarks, weat
-from hf_erasure.metrics.items import (
+from hf_erasure.metrics.benchmarks import (
     ALIKE,
     EMPTY,
     NO_BLANK,

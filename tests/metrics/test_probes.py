@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from hf_erasure.erasers import Eraser
-from hf_erasure.metrics import linear_leakage, minimum_description_length, probe
+from hf_erasure.metrics import linear_leakage, minimum_description_length
 
 
 def data(rows: int = 150, width: int = 5, classes: int = 3, distance: float = 1.0, seed: int = 0):
@@ -27,7 +27,7 @@ def data(rows: int = 150, width: int = 5, classes: int = 3, distance: float = 1.
 @pytest.mark.parametrize("l2", [1.0, 0.05])
 def test_probe_is_the_logistic_regression_of_scikit_learn(classes: int, l2: float):
     x, y = data(classes=classes)
-    found = probe.LogisticProbe.fit(torch.tensor(x), torch.tensor(y), classes, l2=l2)
+    found = minimum_description_length.LogisticProbe.fit(torch.tensor(x), torch.tensor(y), classes, l2=l2)
     theirs = LogisticRegression(C=1 / l2, tol=1e-12, max_iter=10_000).fit(x, y)
     # Both stop at a gradient near 1e-10 of a strongly convex loss; probabilities agree far better than that matters.
     assert np.allclose(found.log_probabilities(torch.tensor(x)).exp().numpy(), theirs.predict_proba(x), atol=1e-5)
@@ -42,7 +42,7 @@ def test_leakage_is_that_of_a_cross_validated_probe():
         assert not set(groups[fitted]) & set(groups[held])
         mean, deviation = x[fitted].mean(0), x[fitted].std(0)
         inputs = torch.tensor((x - mean) / deviation)
-        found = probe.LogisticProbe.fit(inputs[fitted], torch.tensor(y)[fitted], 3)
+        found = minimum_description_length.LogisticProbe.fit(inputs[fitted], torch.tensor(y)[fitted], 3)
         right += (found.log_probabilities(inputs[held]).argmax(1).numpy() == y[held]).sum()
     found = linear_leakage.score(x, y.tolist(), groups.tolist(), folds=4, seed=7)
     assert found["accuracy"] == right / len(y)

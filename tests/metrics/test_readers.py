@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from hf_erasure.metrics import rows
 from hf_erasure.metrics.readers import (
     StereoSetItem,
     read_crows_pairs,
@@ -16,6 +15,7 @@ from hf_erasure.metrics.readers import (
     read_stereoset,
     read_winobias,
     spread,
+    text_of,
 )
 
 
@@ -76,7 +76,7 @@ def test_seat(assets: Path):
 
 def test_winobias(assets: Path):
     pairs = read_winobias(assets / "data/winobias")
-    assert len(pairs) == 792 and Counter(pair.kind for pair in pairs) == {1: 396, 2: 396}
+    assert len(pairs) == 792 and Counter(pair.type for pair in pairs) == {1: 396, 2: 396}
     whole = [pair for pair in pairs if pair.stereotype]
     assert Counter(pair.stereotype for pair in whole) == {"male": 392, "female": 391}
     first = pairs[0]
@@ -223,7 +223,7 @@ def test_utf_16_is_refused_by_name(tmp_path: Path):
     path = tmp_path / "x.csv"
     path.write_text("a,b\n", encoding="utf-16")
     with pytest.raises(ValueError, match="is UTF-16: save it as UTF-8"):
-        rows.text_of(path)
+        text_of(path)
 
 
 def test_a_first_line_that_is_not_csv_is_refused(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_resamples_and_shuffles_are_distributed_like_those_of_rows():
                             strata=truth.tolist(), permutations=4000).p_value  # fmt: skip
     fast = tpr_gap.score(predicted, truth, groups, resamples=4000, permutations=4000)
     # A bound of 4,000 resamples of this spread has a standard error of about 0.003.
-    for name, bounds in slow.bounds.items():
+    for name, bounds in slow["intervals"].items():
         assert fast["intervals"][name] == pytest.approx(bounds, abs=0.015)
     assert fast["p_value"] == pytest.approx(p, abs=0.04) and 0.05 < p < 0.95
 
