@@ -33,9 +33,9 @@ from ..gradiend.config import GradiendConfig
 from ..gradiend.model import base_modules
 from ..gradiend.state import changes_of, targeted_parameters
 from ..loading.key_renaming import renaming
-from .formulas import Probe, is_weight_layer, weight_change
 from .plan import plan_merge, refuse_sharded
-from .record import Snapshot
+from .probe import Probe
+from .record import Snapshot, is_weight_layer, weight_change
 
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16

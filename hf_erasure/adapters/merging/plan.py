@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,11 +24,25 @@ from ..common.placement import (
     shared_weights,
     values_of,
 )
+from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
-from .formulas import EraserInWeight, Probe, check_drift, is_weight_layer, merged_parameters, why_not_mergeable
-from .record import BiasEntry, Snapshot, bias_entries, originals, record_of, was_changed, write
-from .trace_uses import Uses, trace_uses
+from .probe import Probe, Uses, check_drift, trace_uses
+from .record import (
+    BiasEntry,
+    EraserInWeight,
+    Snapshot,
+    bias_entries,
+    changed_since,
+    is_weight_layer,
+    merged_parameters,
+    originals,
+    record_of,
+    why_not_mergeable,
+    write,
+)
+
+T = TypeVar("T")
 
 _UNMERGED_OR_LINEAR = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
 
@@ -37,29 +52,16 @@ class MergePlan:
     """What is to be written where, before anything is.
 
     Attributes:
-        names: The adapters, by the path of the site they are merged at.
-        orders: The same with those that are merged there already, in the order in which they will act.
+        orders: By the path of a site the adapters that are merged there, or are to be, in the order in which they act.
         erasers: The erasers that go into each layer, by the layer's name, the one next to the weight first.
         modules: Those layers.
         rewritten: Whether erasers go in front of some that are merged already, so that these are written anew too.
     """
 
-    names: dict[str, list[str]] = field(default_factory=dict)
     orders: dict[str, list[str]] = field(default_factory=dict)
     erasers: dict[str, list[EraserInWeight]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     rewritten: bool = False
-
-    def add(self, target: str, module: nn.Module, layer: ErasureLayer, name: str, side: str) -> None:
-        """Let the eraser of an adapter at a site go into one side of the weight of a target."""
-        here = self.names.setdefault(layer.path, [])
-        if name not in here:
-            here.append(name)
-        self.modules[target] = module
-        erasers = self.erasers.setdefault(target, [])
-        left, right, bias = layer.eraser_state(name)
-        if left.shape[-1]:
-            erasers.append(EraserInWeight(layer.path, name, side, left, right, bias))
 
 
 def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> None:
@@ -89,7 +91,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
         unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
     before = None if unchecked else _run_before(model, layers, plan, probe)
     given = [module for entry in entries for module in entry.modules.values()]
-    snapshot = Snapshot([layers[path] for path in plan.names], [*modules, *given], entries)
+    snapshot = Snapshot([layers[path] for path in plan.orders], [*modules, *given], entries)
     try:
         for entry in entries:
             entry.open()
@@ -98,8 +100,8 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
             for path in {eraser.path for eraser in plan.erasers[target]}:
                 if not any(module is known for known in layers[path].written):
                     layers[path].written.append(module)
-        for path in plan.names:
-            layers[path].merged_adapters = plan.orders[path]
+        for path, order in plan.orders.items():
+            layers[path].merged_adapters = order
         if before is not None:
             check_drift(probe, before, modules, names)
     except BaseException:
@@ -124,21 +126,26 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
     Raises:
         ValueError: Names the site that has no such layers, what stands in the way, and the remedy.
     """
-    plan, folded = MergePlan(), {}
-    layers = {path: layer for path, layer in erasure_layers(model).items() if _merging(layer, names)}
-    for layer in layers.values():
-        if layer._disable_adapters:
-            here = _merging(layer, names)
+    plan, layers, folded = MergePlan(), erasure_layers(model), {}
+    merging = {p: [n for n in names if n in at.adapters and n not in at.merged_adapters] for p, at in layers.items()}
+    sites = {path: here for path, here in merging.items() if here}
+    for path, here in sites.items():
+        if layers[path]._disable_adapters:
             raise ValueError(f"The adapters are disabled: call enable_adapter_layers() before merging {here}.")
-        for name in _merging(layer, names):
-            layer.check_values(name)
-    for path, layer in layers.items():
-        if is_weight_layer(layer.host) or has_quantised(layer.host):
-            _plan_direct(plan, model, layer, _merging(layer, names), allow_tied=allow_tied)
+        for name in here:
+            layers[path].check_values(name)
+    for path, here in sites.items():
+        host = layers[path].host
+        if is_weight_layer(host) or has_quantised(host):
+            _refuse_direct(model, layers[path], here, allow_tied=allow_tied)
+            _add(plan, layers[path], here, {path: host})
         else:
-            folded[path] = layer
+            folded[path] = layers[path]
     if folded:
-        _plan_folded(plan, model, folded, names, probe, allow_tied=allow_tied)
+        uses = _folded_uses(model, folded, names, probe, allow_tied=allow_tied)
+        for path, layer in folded.items():
+            targets = {target: model.get_submodule(target) for target in uses[path].layers}
+            _add(plan, layer, sites[path], targets, side="input")
     return plan
 
 
@@ -172,44 +179,33 @@ def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
                 "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
             )
     for target, module in plan.modules.items():
-        if was_changed(module):
+        if changed_since(module):
             raise ValueError(
                 f"The erasure cannot be merged into {target!r}: an erasure is merged there, and something else, such "
                 "as a LoRA, was merged after it. Call unmerge_adapter() of the erasure first, then merge both together."
             )
 
 
-def _merging(layer: ErasureLayer, names: list[str]) -> list[str]:
-    return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
-
-
-def _plan_direct(plan: MergePlan, model: nn.Module, layer: ErasureLayer, names: list[str], *, allow_tied: bool) -> None:
-    path = layer.path
-    tied = _tied_to(model, path)
+def _refuse_direct(model: nn.Module, layer: ErasureLayer, names: list[str], *, allow_tied: bool) -> None:
+    """Refuse a layer that cannot take the erasers at its own sides into its weight."""
+    path, tied = layer.path, _tied_to(model, layer.path)
     if tied and not allow_tied:
         raise ValueError(
             f"The erasure at {path!r} cannot be merged: its weight is shared by {tied}, which would change too. Untie "
             "the weights (tie_word_embeddings=False) or use the adapter unmerged."
         )
-    for site in ("output", "input"):
-        for name in _outwards(plan, layer, names, site):
-            refusal = why_not_mergeable(layer.host, site)
-            if refusal is not None:
-                raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
-            if allow_tied and owns_offloaded(layer.host):
-                raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
-            plan.add(path, layer.host, layer, name, site)
+    for site in dict.fromkeys(layer.concept_erasure_site[name] for name in names):
+        refusal = why_not_mergeable(layer.host, site)
+        if refusal is not None:
+            raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
+    if allow_tied and owns_offloaded(layer.host):
+        raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
 
 
-def _plan_folded(
-    plan: MergePlan,
-    model: nn.Module,
-    sites: dict[str, ErasureLayer],
-    names: list[str],
-    probe: Probe,
-    *,
-    allow_tied: bool,
-) -> None:
+def _folded_uses(
+    model: nn.Module, sites: dict[str, ErasureLayer], names: list[str], probe: Probe, *, allow_tied: bool
+) -> dict[str, Uses]:
+    """What takes the activations of sites that are not linear layers themselves; refused unless linear layers do."""
     refused = f"The erasure at {next(iter(sites))!r} cannot be merged: which layers take its activation is found by"
     if is_offloaded(model):
         raise ValueError(
@@ -222,22 +218,10 @@ def _plan_folded(
             f"({probe.failure}). {_UNMERGED_OR_LINEAR}"
         )
     uses, fed = trace_uses(model, probe, sites, names)
-    _refuse_unless_foldable(model, uses, fed, allow_tied=allow_tied)
-    modules = dict(model.named_modules())
-    for path, layer in sites.items():
-        for site in ("output", "input"):
-            for name in _outwards(plan, layer, _merging(layer, names), site):
-                for target in dict.fromkeys(uses[path].layers):
-                    plan.add(target, modules[target], layer, name, "input")
-
-
-def _refuse_unless_foldable(
-    model: nn.Module, uses: dict[str, Uses], fed: dict[str, set[str]], *, allow_tied: bool
-) -> None:
     found = {path: _why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
     reasons = {path: reason for path, reason in found.items() if reason is not None}
     if not reasons:
-        return
+        return uses
     path, reason = next(iter(reasons.items()))
     more = "" if len(reasons) == 1 else f" Of {len(uses)} such sites {len(reasons)} cannot be merged."
     remedy = _UNMERGED_OR_LINEAR
@@ -291,6 +275,20 @@ def _tied_to(model: nn.Module, owner: str) -> list[str] | None:
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
 
 
+def _add(
+    plan: MergePlan, layer: ErasureLayer, names: list[str], targets: dict[str, nn.Module], side: str | None = None
+) -> None:
+    """Let the erasers of adapters at a site go into the weights of targets: at one side, or each at its own."""
+    plan.modules |= targets
+    for site in SITES:
+        for name in _outwards(plan, layer, names, site):
+            left, right, bias = layer.eraser_state(name)
+            for target in targets:
+                erasers = plan.erasers.setdefault(target, [])
+                if left.shape[-1]:
+                    erasers.append(EraserInWeight(layer.path, name, side or site, left, right, bias))
+
+
 def _outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
     """The order in which erasers at one side of a module enter the weight: from the weight outwards.
 
@@ -316,14 +314,9 @@ def _outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str)
     return [name for name in _from_the_weight(layer, site, order) if name in here]
 
 
-def _from_the_weight(layer: ErasureLayer, site: str, names: list[str]) -> list[str]:
-    """Adapters that are given in the order in which they act, in that in which they enter the weight."""
-    return names if _weight_first(layer, site) else names[::-1]
-
-
-def _weight_first(layer: ErasureLayer, site: str) -> bool:
-    """Whether the eraser that is applied first is the one next to the weight: at the output of the weight's layer."""
-    return site == "output" and is_weight_layer(layer.host)
+def _from_the_weight(layer: ErasureLayer, site: str, ordered: list[T]) -> list[T]:
+    """What is given in the order in which it acts, in that in which it enters the weight: reversed at an input."""
+    return ordered if site == "output" and is_weight_layer(layer.host) else ordered[::-1]
 
 
 def _arranged(layers: dict[str, ErasureLayer], plan: MergePlan, target: str) -> list[EraserInWeight]:
@@ -331,7 +324,7 @@ def _arranged(layers: dict[str, ErasureLayer], plan: MergePlan, target: str) -> 
     record = record_of(plan.modules[target])
     found = [*(record.erasers if record is not None else []), *plan.erasers[target]]
     for path in dict.fromkeys(eraser.path for eraser in plan.erasers[target]):
-        for side in ("output", "input"):
+        for side in SITES:
             places = [i for i, eraser in enumerate(found) if (eraser.path, eraser.side) == (path, side)]
             if places:
                 site = layers[path].concept_erasure_site[found[places[0]].adapter]
@@ -349,13 +342,14 @@ def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePl
     try:
         for path, layer in layers.items():
             names = plan.orders.get(path, layer.merged_adapters)
-            order: list[str] = []
             layer.merged_adapters = [] if plan.rewritten else layer.merged_adapters
-            for site in ("output", "input"):
+            active: list[str] = []
+            for site in SITES:
                 merged = [name for name in names if layer.concept_erasure_site[name] == site]
                 others = [name for name in layer.applied_adapters(site) if name not in merged]
-                order += [*merged, *others] if _weight_first(layer, site) else [*others, *merged]
-            layer._active_adapter = order
+                for part in _from_the_weight(layer, site, [merged, others]):
+                    active += part
+            layer._active_adapter = active
         for module in written:
             for name, value in originals(module).items():
                 set_parameter(module, name, value)
@@ -400,9 +394,8 @@ def _entries_for(model: nn.Module, plan: MergePlan, values: dict[str, dict[str, 
     left = [target for target, entry in found.items() if entry is None]
     if left:
         sites = list(dict.fromkeys(eraser.path for target in left for eraser in plan.erasers[target]))
-        without = ""
-        if len(sites) < len(plan.names):
-            without = f"leave out the sites that need one, exclude_modules={sites}, "
+        some = len(sites) < len(plan.orders)
+        without = f"leave out the sites that need one, exclude_modules={sites}, " if some else ""
         raise ValueError(
             f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, for which {left[0]!r}"
             f" would need a bias; it has none, and no entry of {type(model).__name__}'s configuration gives one. "

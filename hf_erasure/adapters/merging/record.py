@@ -1,13 +1,15 @@
-"""What merging has done to a weight, kept on the module that owns it, so that all of it can be taken back.
+"""Erasers in the weights of linear layers and embeddings: the formulas, and a record by which all is taken back.
 
 A weight may take erasers of several sites: its own, and those of a norm in front of it. The way back for one of them is
-to start from the original and write the others anew, since a projection does not have an inverse. A linear layer
-without a bias may get one from an entry of the model's configuration, which gives biases to several layers at once.
+to start from the original and write the others anew, since a projection does not have an inverse. The record is kept on
+the module that owns the weight. A linear layer without a bias may get one from an entry of the model's configuration,
+which gives biases to several layers at once.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +17,142 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ..common.placement import set_parameter, value_of, values_of
-from .formulas import EraserInWeight, merged_parameters
+from ..common.placement import (
+    FLOAT_FIRST,
+    has_quantised,
+    is_sharded,
+    set_parameter,
+    value_of,
+    values_of,
+    why_not_reachable,
+)
 
+# These store the transpose of what they multiply by.
+_TRANSPOSED = (Conv1D, nn.Embedding)
 # A plain attribute of the module: it is copied with the module, and is not part of the state dict.
 _RECORD = "_concept_erasure_merge_record"
+# An integer of as many bytes as a number has.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class EraserInWeight:
+    """One eraser on its way into one weight.
+
+    Attributes:
+        path: The site it was fitted at: the weight's own module, or one whose output that module takes.
+        adapter: The adapter it belongs to.
+        side: The side of the weight it acts on, `"output"` or `"input"`.
+        left: `(width, rank)`.
+        right: `(rank, width)`.
+        bias: `(width,)`, the mean that is kept; zero for a purely linear eraser.
+    """
+
+    path: str
+    adapter: str
+    side: str
+    left: Tensor
+    right: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """What erasers make of a layer `W x + c`, in float64 and as a map of column vectors: `W + B A` and `offset`.
+
+    Attributes:
+        linear: `(out, in)`, the changed weight.
+        offset: `(out,)`, the changed bias; zero where there is none and none is needed.
+        b: `(out, rank)`.
+        a: `(rank, in)`.
+    """
+
+    linear: Tensor
+    offset: Tensor
+    b: Tensor
+    a: Tensor
+
+
+def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[EraserInWeight]) -> WeightChange:
+    """The layer that computes alone what `host` computes with erasers.
+
+    With `P = L R`, an erased output of `W x + c` is `(I − P) W x + c − P (c − μ)`, and an erased input gives
+    `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one.
+
+    Args:
+        host: A `Linear`, a `Conv1D`, or (output only) an `Embedding`.
+        parameters: The host's parameters by name.
+        edits: The erasers, the one next to the weight first.
+    """
+    weight = parameters["weight"]
+    linear = weight.double().T if isinstance(host, _TRANSPOSED) else weight.double()
+    bias = parameters.get("bias")
+    offset = linear.new_zeros(linear.shape[0]) if bias is None else bias.double()
+    b_parts, a_parts = [linear.new_zeros(linear.shape[0], 0)], [linear.new_zeros(0, linear.shape[1])]
+    for edit in edits:
+        left, right, mean = (part.to(weight.device, torch.float64) for part in (edit.left, edit.right, edit.bias))
+        if edit.side == "input":
+            b, a = -linear @ left, right
+            offset = offset - b @ (right @ mean)
+        elif isinstance(host, nn.Embedding):
+            b, a = -left, right @ (linear - mean[:, None])
+        else:
+            b, a = -left, right @ linear
+            offset = offset + b @ (right @ (offset - mean))
+        linear = linear + b @ a
+        b_parts.append(b)
+        a_parts.append(a)
+    return WeightChange(linear, offset, torch.cat(b_parts, dim=1), torch.cat(a_parts, dim=0))
+
+
+def merged_parameters(
+    host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[EraserInWeight]
+) -> dict[str, Tensor]:
+    """The changed parameters of `host` by name, in its dtype; with a `"bias"` if one is there or needed."""
+    change = weight_change(host, parameters, edits)
+    weight, bias = parameters["weight"], parameters.get("bias")
+    linear = change.linear.T if isinstance(host, _TRANSPOSED) else change.linear
+    changed = {"weight": linear.to(weight.dtype).contiguous()}
+    if bias is not None or bool(change.offset.any()):
+        changed["bias"] = change.offset.to(weight.dtype if bias is None else bias.dtype)
+    return changed
+
+
+def is_weight_layer(host: nn.Module) -> bool:
+    """Whether `host` computes what `weight_change` supposes; subclasses with a forward of their own do not."""
+    return type(host).forward in (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
+
+
+def why_not_mergeable(host: nn.Module, site: str) -> str | None:
+    """The reason why an eraser at `host` has no place in its weights, or None if it has."""
+    kind = type(host).__name__
+    if getattr(host, "parametrizations", None):
+        return f"the weight of this {kind} is parametrized; remove the parametrization first."
+    if has_quantised(host):
+        return f"its weight is quantised, and would not be exact after it. Use the adapter unmerged, or {FLOAT_FIRST}."
+    # Subclasses with a forward of their own (scaled, wrapped layers) compute something else.
+    if type(host).forward is nn.Embedding.forward:
+        if site == "input":
+            return "an embedding takes token ids. Use site='output'."
+        if getattr(host, "max_norm", None) is not None:
+            return "this embedding renormalises its rows (max_norm) after the erasure. Use the adapter unmerged."
+    elif type(host).forward not in (nn.Linear.forward, Conv1D.forward):
+        return (
+            f"a {kind} has no weight matrix that could take the projection; only Linear, Conv1D and Embedding do. Use "
+            "the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+        )
+    weight = host.get_parameter("weight")
+    unreachable = why_not_reachable(host)
+    if unreachable is not None:
+        return f"its weight {unreachable} to merge."
+    if type(weight.data) is not Tensor or is_sharded(weight):
+        return "its weight is sharded. Load the model whole to merge."
+    return None
+
+
+# ---- what was written into a module ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -131,12 +262,15 @@ def withdraw(module: nn.Module, path: str) -> None:
     if record is None:
         return
     left = [eraser for eraser in record.erasers if eraser.path != path]
-    values, later = _written_anew(module, left), _changed_since(module, record)
-    if later:
-        written = _written_anew(module, record.erasers)
+    values, later = _written_anew(module, left), changed_since(module)
+    written = _written_anew(module, record.erasers) if later else {}
     record.erasers, record.digests = left, {name: _digest(v) for name, v in values.items() if v is not None}
     for name, now in later.items():
-        values[name] = _with_change(now, written[name], values[name])
+        before, value = written[name], values[name]
+        if before is not None and value is not None:
+            before, value = before.to(now.device, now.dtype), value.to(now.device, now.dtype)
+            changed = (now.double() - before.double() + value.double()).to(now.dtype)
+            values[name] = torch.where(now == before, value, changed)  # what nothing was added to is there to the bit
     for name, value in values.items():
         set_parameter(module, name, value)
     if record.bias_entry is not None:
@@ -155,24 +289,12 @@ def forget(module: nn.Module) -> None:
         put_record(other, None)
 
 
-def was_changed(module: nn.Module) -> bool:
-    """Whether something else has written into a module's weights since erasers were."""
+def changed_since(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters into which something else has written since erasers were, with their values now."""
     record = record_of(module)
-    return record is not None and bool(_changed_since(module, record))
-
-
-def _changed_since(module: nn.Module, record: MergeRecord) -> dict[str, Tensor]:
-    """The parameters that are not what was written, with their values now."""
-    present = {name: value_of(module, name) for name in record.digests}
-    return {name: v for name, v in present.items() if v is not None and _digest(v) != record.digests[name]}
-
-
-def _with_change(now: Tensor, written: Tensor | None, value: Tensor | None) -> Tensor | None:
-    """`value`, and on top of it what `now` differs by from `written`; where they agree, `value` to the bit."""
-    if value is None or written is None:
-        return value
-    written, value = written.to(now.device, now.dtype), value.to(now.device, now.dtype)
-    return torch.where(now == written, value, (now.double() - written.double() + value.double()).to(now.dtype))
+    digests = record.digests if record is not None else {}
+    present = {name: value_of(module, name) for name in digests}
+    return {name: v for name, v in present.items() if v is not None and _digest(v) != digests[name]}
 
 
 def _digest(value: Tensor) -> int:
@@ -217,20 +339,21 @@ def bias_entries(model: nn.Module) -> list[BiasEntry]:
     """The entries that are off and would give biases, and nothing else, to layers of `model` that have none."""
     candidates = list(_entries_that_are_off(model.config)) if isinstance(model, PreTrainedModel) else []
     plain = _shapes(model, model.config) if candidates else {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linear = {path: module for path, module in modules.items() if type(module).forward is nn.Linear.forward}
+    free = {f"{path}.bias": path for path, module in linear.items() if module._parameters.get("bias") is None}
     found = []
     for keys, name in candidates:
         config = copy.deepcopy(model.config)
-        setattr(_part(config, keys), name, True)
+        setattr(functools.reduce(getattr, keys, config), name, True)
         try:
             shapes = _shapes(model, config)
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
             continue  # the architecture does not support what its configuration can say
         new = [key for key in shapes if key not in plain]
-        modules = {key.removesuffix(".bias"): _bias_free(model, key) for key in new}
-        layers = {path: module for path, module in modules.items() if module is not None}
-        if new and len(layers) == len(new) and all(plain[key] == shapes.get(key) for key in plain):
-            part = _part(model.config, keys)
-            found.append(BiasEntry(part, name, getattr(part, name), layers))
+        if new and all(key in free for key in new) and all(plain[key] == shapes.get(key) for key in plain):
+            part: Any = functools.reduce(getattr, keys, model.config)
+            found.append(BiasEntry(part, name, getattr(part, name), {free[key]: linear[free[key]] for key in new}))
     return found
 
 
@@ -245,24 +368,7 @@ def _entries_that_are_off(
             yield keys, name
 
 
-def _part(config: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        config = getattr(config, key)
-    return config
-
-
 def _shapes(model: nn.Module, config: PretrainedConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         built = type(model)(copy.deepcopy(config))
     return {name: value.shape for name, value in built.state_dict().items()}
-
-
-def _bias_free(model: nn.Module, key: str) -> nn.Module | None:
-    """The linear layer without a bias that a tensor's name would be the bias of; None where there is none."""
-    path, _, name = key.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None
-    is_free = type(module).forward is nn.Linear.forward and module._parameters.get("bias") is None
-    return module if name == "bias" and is_free else None
