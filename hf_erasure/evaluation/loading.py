@@ -26,8 +26,7 @@ from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
-from hf_erasure.models.model import dummy_batch, evaluating
-from hf_erasure.models.runner import Runner, last_hidden_state
+from hf_erasure.models.model import Runner, dummy_batch, evaluating, last_hidden_state
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 
 BASE, TOGETHER = "base", "together"

@@ -15,8 +15,8 @@ from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_sentences
 from hf_erasure.fitting.report import FEMALE, MALE
 from hf_erasure.metrics import encoder_correlation
-from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.neutral import neutral_batches
+from hf_erasure.models.slots import SlotReader
 from hf_erasure.models.word_tokens import SLOT, encode, occurrences, word_forms, word_tokens
 from hf_erasure.recipes.gradiend import read_gradiend_recipe
 from hf_erasure.recipes.gradiend_data import word_table

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.models import pooled
-from hf_erasure.models.model import evaluating
-from hf_erasure.models.runner import Runner, last_hidden_state, text_encoder
+from hf_erasure.models.model import Runner, evaluating, last_hidden_state, text_encoder
 from hf_erasure.models.slots import longest_input
 
 from .treebank import Sentence

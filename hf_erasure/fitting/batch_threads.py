@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hf_erasure.models.runner import TextTooLong
+from hf_erasure.models.model import TextTooLong
 
 
 class OutOfStep(Exception):

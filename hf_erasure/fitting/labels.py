@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import POOLS, Reading, pooling, reading_of, sentence_reading
-from hf_erasure.models.model import evaluating, on_cpu, unwrapped
+from hf_erasure.models.model import Runner, evaluating, on_cpu, unwrapped
 from hf_erasure.models.pooling import IN_WORDS
-from hf_erasure.models.runner import Runner
 
 from .processes import Processes
 

@@ -19,8 +19,7 @@ from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.erasers import ConceptMoments, Eraser, joint_moments, relative_change
 from hf_erasure.models import POOLS, check_pool
-from hf_erasure.models.model import on_cpu
-from hf_erasure.models.runner import Runner, last_hidden_state
+from hf_erasure.models.model import Runner, last_hidden_state, on_cpu
 
 from .labels import BatchLabels, Pool, Selection, pool_for
 from .processes import Processes

@@ -33,47 +33,33 @@ class Head:
     task: Task | None = None
     endings: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def listed(self) -> frozenset[str]:
         """The classes that transformers lists."""
-        return _listed(self.mapping)
+        listed: Any = getattr(modeling_auto, self.mapping, {})
+        return frozenset(n for value in listed.values() for n in ([value] if isinstance(value, str) else value))
 
 
 HEADS = (
     Head(
-        "AutoModelForSequenceClassification",
-        "text-classification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-        "classification",
-        ("ForSequenceClassification",),
+        "AutoModelForSequenceClassification", "text-classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "classification", ("ForSequenceClassification",),
     ),
     Head(
-        "AutoModelForCausalLM",
-        "text-generation",
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-        "causal",
-        ("ForCausalLM", "LMHeadModel"),
+        "AutoModelForCausalLM", "text-generation", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "causal", ("ForCausalLM", "LMHeadModel"),
     ),
     Head("AutoModelForMaskedLM", "fill-mask", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "masked", ("ForMaskedLM",)),
     Head("AutoModelForTokenClassification", "token-classification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
     Head("AutoModelForQuestionAnswering", "question-answering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
     Head(
-        "AutoModelForSeq2SeqLM",
-        None,
-        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-        "seq2seq",
-        ("ForConditionalGeneration",),
+        "AutoModelForSeq2SeqLM", None, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+        "seq2seq", ("ForConditionalGeneration",),
     ),
     Head("AutoModelForImageClassification", "image-classification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     Head("AutoModel", "image-feature-extraction", "MODEL_FOR_IMAGE_MAPPING_NAMES"),
     Head("AutoModel", "feature-extraction", "MODEL_MAPPING_NAMES"),
-)
-
-
-@functools.cache
-def _listed(mapping: str) -> frozenset[str]:
-    listed: Any = getattr(modeling_auto, mapping, {})
-    return frozenset(n for value in listed.values() for n in ([value] if isinstance(value, str) else value))
+)  # fmt: skip
 
 
 def head_of(class_name: str | None) -> Head | None:

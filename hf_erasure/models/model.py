@@ -1,9 +1,10 @@
-"""A model as it is called: the bare one inside wrappers, evaluation mode, a small input, and what it returns."""
+"""A model as it is called: the bare one inside wrappers, how it is run over batches, and what it returns."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -15,9 +16,21 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
+_SHARDED = (FSDPModule, FullyShardedDataParallel)
+# Inputs that belong to a loss, not to the activations.
+_LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
+# Model types that are made like RoBERTa: their first position is the one after that of the padding token.
+_SHIFTED = {
+    "altclip_text_model", "bridgetower_text_model", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt",
+    "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+    "xmod",
+}  # fmt: skip
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
@@ -44,7 +57,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
+# ---- the bare model --------------------------------------------------------------------------------------------------
 
 
 def bare_model(model: Any) -> Any:
@@ -55,7 +68,11 @@ def bare_model(model: Any) -> Any:
     inner = unwrapped(model)
     while inner is not model:
         model, inner = inner, unwrapped(inner)
-    within = {path: module for path, module in model.named_modules() if _is_bare(module)}
+    within = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) or configs_on(module) is not None
+    }
     outermost = next(iter(within), "")
     is_around = all(path.startswith(f"{outermost}.") for path in within if path != outermost)
     return within[outermost] if outermost and is_around else model
@@ -70,7 +87,7 @@ def class_name(model: nn.Module) -> str:
 def callee_of(model: nn.Module, bare: nn.Module) -> Any:
     """What to call so that the bare model inside `model` is run: FSDP gathers weights at its outermost wrapper."""
     path = next(path for path, module in model.named_modules() if module is bare)
-    return next((m for m in _around(model, path) if isinstance(m, (FSDPModule, FullyShardedDataParallel))), bare)
+    return next((m for m in modules_along(model, path) if isinstance(m, _SHARDED)), bare)
 
 
 def as_attribute(path: str) -> str:
@@ -82,12 +99,7 @@ def as_attribute(path: str) -> str:
     return f"model.get_submodule({path!r})"
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Whether it is a model that adapters are added to, and no wrapper of one."""
-    return isinstance(module, PreTrainedModel) or _configs_on(module) is not None
-
-
-def _configs_on(module: nn.Module) -> dict[str, PeftConfig] | None:
+def configs_on(module: nn.Module) -> dict[str, PeftConfig] | None:
     """What PEFT has noted on a bare model; a `PeftModel` and its tuner show the same, and are not asked."""
     configs = None if isinstance(module, BaseTuner) else module.__dict__.get("peft_config")
     return configs if isinstance(configs, dict) else None
@@ -102,7 +114,7 @@ def unwrapped(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _around(model: nn.Module, path: str) -> list[nn.Module]:
+def modules_along(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules from `model` down to the one at a path, both among them."""
     found = [model]
     for part in path.split(".") if path else ():
@@ -110,7 +122,7 @@ def _around(model: nn.Module, path: str) -> list[nn.Module]:
     return found
 
 
-# ---- what goes in and what comes out ---------------------------------------------------------------------------------
+# ---- how it is run ---------------------------------------------------------------------------------------------------
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -121,6 +133,114 @@ def is_encoder_decoder(model: Any) -> bool:
 def input_device(model: nn.Module) -> torch.device:
     """Where inputs go: to the first parameter that is anywhere; accelerate's hooks move them on to offloaded ones."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def backbone_of(model: Any) -> Any:
+    """The base model, unless it is a part that takes other inputs than the model does, as DINOv3's encoder."""
+    found, name = getattr(model, "base_model", model), getattr(model, "main_input_name", "input_ids")
+    if not isinstance(found, nn.Module) or name not in inspect.signature(model.forward).parameters:
+        return found
+    return found if name in inspect.signature(found.forward).parameters else model
+
+
+def text_encoder(model: nn.Module) -> nn.Module:
+    """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as ever.
+
+    Args:
+        model: A bare model, or whatever it is inside of.
+    """
+    bare = bare_model(model)
+    return bare.get_encoder() if is_encoder_decoder(bare) else model
+
+
+class TextTooLong(ValueError):
+    """A model has no position for a token; the message says how long its texts may be."""
+
+
+class Runner:
+    """Calls the part of a model that produces the activations of `sites`.
+
+    A language-model head is left out where no site needs it: its logits can cost more than the blocks.
+
+    Args:
+        model: A bare model, or whatever it is inside of.
+        sites: Layers of an adapter; `host` of each is the module whose activations are wanted.
+
+    Attributes:
+        model: The bare model, with its head if it has one.
+        backbone: The part of it that returns the last hidden state.
+        is_sharded: Whether FSDP keeps a part of every weight in every process.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[Any] = ()) -> None:
+        self.model: Any = bare_model(model)
+        backbone = self.backbone = backbone_of(self.model)
+        within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
+        needs_all = any(id(site.host) not in within for site in sites)
+        self.is_sharded = any(isinstance(m, _SHARDED) for m in model.modules())
+        # A sharded model gathers its weights at its root, so it is called there.
+        self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
+        self.device = input_device(self.model)
+
+    def __call__(self, batch: dict[str, Any]) -> Any:
+        """One forward pass over a batch, labels taken off."""
+        # A classifier makes the decoder's inputs from those of the encoder, which its base model need not do.
+        given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+        makes = is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
+        return self.call(self.model if makes and self.callee is self.backbone else self.callee, batch)
+
+    def call(self, callee: nn.Module, batch: dict[str, Any]) -> Any:
+        """The same of another part of the model."""
+        parameters = inspect.signature(callee.forward).parameters
+        inputs = {name: value for name, value in batch.items() if name not in _LOSS_INPUTS}
+        if "labels" in batch and is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            inputs = {name: value for name, value in inputs.items() if name in parameters}
+        placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        try:
+            return callee(**placed, **({"use_cache": False} if "use_cache" in parameters else {}))
+        except (IndexError, RuntimeError) as error:
+            _explain_length(self.model, inputs, error)
+            raise
+
+    def final_states(self) -> dict[str, nn.Module]:
+        """The modules that return a last hidden state, by the name it has in transformers' outputs."""
+        if is_encoder_decoder(self.model):
+            return {
+                "encoder_last_hidden_state": self.model.get_encoder(),
+                "last_hidden_state": self.model.get_decoder(),
+            }
+        return {"last_hidden_state": self.backbone}
+
+    def side_of(self, name: str) -> str:
+        """A final state's name for aligning labels: the decoder's says so."""
+        return f"decoder.{name}" if name == "last_hidden_state" and is_encoder_decoder(self.model) else name
+
+
+def positions_of(config: Any) -> int | None:
+    """For how many tokens a model has positions, as far as its configuration says."""
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    return most - (config.pad_token_id or 0) - 1 if str(getattr(config, "model_type", "")) in _SHIFTED else most
+
+
+def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> None:
+    """Raise `TextTooLong` where torch refused a batch that is longer than the model's positions."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    most, ids = positions_of(config), inputs.get("input_ids")
+    # Errors of other packages, such as those that stop a forward pass, are not about positions.
+    from_torch = type(error).__module__.split(".")[0] in ("builtins", "torch")
+    if from_torch and most is not None and isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > most:
+        raise TextTooLong(
+            f"A batch is {ids.shape[1]} tokens wide, and {type(model).__name__} has {most} positions: cut the texts, "
+            f"as with concept_dataloader(…, max_length={most})."
+        ) from error
+
+
+# ---- what goes in and what comes out ---------------------------------------------------------------------------------
 
 
 def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
@@ -170,3 +290,22 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
         scale = float(b.norm())
         worst = max(worst, float((a - b).norm()) / scale if scale else float((a != b).any()))
     return worst
+
+
+def last_hidden_state(output: Any) -> Tensor:
+    """The last hidden state among what a backbone returned: a tensor that is all it returned, or the first of several.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = output
+    if isinstance(output, (dict, ModelOutput)):
+        found = output.get("last_hidden_state")
+    elif isinstance(output, (tuple, list)):
+        found = output[0] if output else None
+    if not isinstance(found, Tensor) or not found.dim():
+        raise ValueError(
+            f"The model returns a {type(output).__name__} without a last_hidden_state to be measured: let its forward "
+            "return a tensor, a tuple with it in front, or a dict with that key."
+        )
+    return found

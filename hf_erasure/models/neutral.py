@@ -11,9 +11,8 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from .logits import SlotReader, in_float32
 from .model import evaluating
-from .slots import EncodedRow, Filled, Layout, PairBatch, Slot, collate, longest_input
+from .slots import EncodedRow, Filled, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
 
 _LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit

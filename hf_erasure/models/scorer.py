@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .logits import SlotReader, in_float32
-from .model import evaluating, on_cpu
+from .model import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
 from .pooling import pooled
-from .runner import Runner, last_hidden_state, text_encoder
-from .slots import Layout, longest_input, padded_inputs, padding_of
+from .slots import Layout, SlotReader, in_float32, longest_input, padded_inputs, padding_of
 
 _LONGEST = 512  # tokens of a window where neither tokenizer nor model has a limit
 

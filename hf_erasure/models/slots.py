@@ -1,7 +1,7 @@
-"""What one forward pass is given: slots filled with words, padded, and where their tokens are predicted.
+"""Slots filled with words: what one forward pass is given, and the logits where their tokens are predicted.
 
-`Layout` lays words into slots, `Filled` is one forward pass, and `PairBatch` is that of two words for each slot. What
-becomes of the slot:
+`Layout` lays words into slots, `Filled` is one forward pass, `PairBatch` is that of two words for each slot, and
+`SlotReader` makes the pass. What becomes of the slot:
 
 * masked: as many mask tokens as the word has tokens, so both words need the same number of tokens;
 * causal: everything before the slot is the input, and the word is read off the positions *before* its tokens, the last
@@ -14,22 +14,29 @@ becomes of the slot:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.generic import ModelOutput
 
-from .heads import Task
-from .runner import positions_of
+from .heads import Task, task_of
+from .model import backbone_of, bare_model, evaluating, input_device, is_encoder_decoder, positions_of
 from .word_tokens import PairError
 
 # The id of no label, as transformers' losses leave it out.
 IGNORED = -100
 # A tokenizer that knows no limit gives a number far above it.
 _NO_LIMIT = 10**9
+_ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
+
+
+# ---- one forward pass ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,12 @@ class Filled:
         """The same on another device."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         return Filled(inputs, self.rows.to(device), self.positions.to(device), self.tokens.to(device))
+
+    def some_rows(self, kept: Tensor) -> Filled:
+        """The rows of which `kept` is true, (batch,) bool."""
+        mine, moved = kept[self.rows], kept.long().cumsum(0) - 1
+        inputs = {name: value[kept] for name, value in self.inputs.items()}
+        return Filled(inputs, moved[self.rows[mine]], self.positions[mine], self.tokens[mine])
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,13 @@ def padding_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
     return next((pad for pad in pads if isinstance(pad, int)), 0)
 
 
+def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any, most: int | None = None) -> int | None:
+    """The longest input in tokens, as far as the tokenizer, the config and `most` say."""
+    limits = [tokenizer.model_max_length, positions_of(config)]
+    usable = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
+    return min([*usable, *([] if most is None else [most])], default=None)
+
+
 def padded_inputs(
     rows: Sequence[list[int]], pad: int, *, left: bool = False, type_ids: bool = False
 ) -> dict[str, Tensor]:
@@ -200,6 +220,9 @@ def _seq2seq(layout: Layout, tokenizer: PreTrainedTokenizerBase, config: Any) ->
         raise PairError("the tokenizer has neither <extra_id_0> nor a mask token, so a slot cannot be marked")
     hole = sentinels[0] if sentinels else tokenizer.mask_token_id
     return replace(layout, hole=hole, sentinels=tuple(sentinels), start=start)
+
+
+# ---- two words for each slot -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -252,16 +275,31 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same on another device."""
-        filled = self.filled.to(device)
-        return replace(
-            self,
-            inputs=filled.inputs,
-            rows=filled.rows,
-            positions=filled.positions,
-            factual=filled.tokens,
-            counterfactual=self.counterfactual.to(device),
-            apart=None if self.apart is None else self.apart.to(device),
-        )
+        apart = None if self.apart is None else self.apart.to(device)
+        return self._with(self.filled.to(device), counterfactual=self.counterfactual.to(device), apart=apart)
+
+    def some_rows(self, chosen: Sequence[int]) -> PairBatch:
+        """The chosen rows, at least one, in their order here."""
+        kept = torch.zeros(len(self), dtype=torch.bool)
+        kept[list(chosen)] = True
+        apart, template = self.apart, self.template
+        if apart is not None:
+            apart = apart.some_rows(kept)
+        if template is not None:
+            slots = tuple(slot for slot, keep in zip(template.slots, kept.tolist(), strict=True) if keep)
+            template = replace(template, slots=slots)
+        counterfactual = self.counterfactual[kept[self.rows]] if apart is None else apart.tokens
+        return self._with(self.filled.some_rows(kept), counterfactual=counterfactual, apart=apart, template=template)
+
+    def _with(self, filled: Filled, **changed: Any) -> PairBatch:
+        """The same with another forward pass of the factual words."""
+        named: dict[str, Any] = {
+            "inputs": filled.inputs,
+            "rows": filled.rows,
+            "positions": filled.positions,
+            "factual": filled.tokens,
+        }
+        return replace(self, **named, **changed)
 
 
 @dataclass(frozen=True)
@@ -284,45 +322,13 @@ def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
     )
     apart = None if shared else layout.fill(slots, [row.counterfactual for row in rows])
     return PairBatch(
-        inputs=factual.inputs,
-        rows=factual.rows,
-        positions=factual.positions,
-        factual=factual.tokens,
+        factual.inputs, factual.rows, factual.positions, factual.tokens,
         counterfactual=torch.tensor([token for row in rows for token in row.counterfactual]),
         label=rows[0].label,
         other=rows[0].other,
         apart=apart,
         template=Template(layout, slots),
-    )
-
-
-def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any, most: int | None = None) -> int | None:
-    """The longest input in tokens, as far as the tokenizer, the config and `most` say."""
-    limits = [tokenizer.model_max_length, positions_of(config)]
-    usable = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
-    return min([*usable, *([] if most is None else [most])], default=None)
-
-
-def some_rows(batch: PairBatch, chosen: Sequence[int]) -> PairBatch:
-    """The chosen rows of a batch, at least one, in their order there."""
-    kept = torch.zeros(len(batch), dtype=torch.bool)
-    kept[list(chosen)] = True
-    filled = _subset(batch.filled, kept)
-    apart = None if batch.apart is None else _subset(batch.apart, kept)
-    template = None
-    if batch.template is not None:
-        slots = tuple(slot for slot, keep in zip(batch.template.slots, kept.tolist(), strict=True) if keep)
-        template = replace(batch.template, slots=slots)
-    return replace(
-        batch,
-        inputs=filled.inputs,
-        rows=filled.rows,
-        positions=filled.positions,
-        factual=filled.tokens,
-        counterfactual=batch.counterfactual[kept[batch.rows]] if apart is None else apart.tokens,
-        apart=apart,
-        template=template,
-    )
+    )  # fmt: skip
 
 
 def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source: str) -> PairBatch:
@@ -361,8 +367,129 @@ def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source:
     return PairBatch(inputs, rows, at - 1 if task == "causal" else at, factual=tokens, counterfactual=tokens)
 
 
-def _subset(filled: Filled, kept: Tensor) -> Filled:
-    mine = kept[filled.rows]
-    moved = kept.long().cumsum(0) - 1
-    inputs = {name: value[kept] for name, value in filled.inputs.items()}
-    return Filled(inputs, moved[filled.rows[mine]], filled.positions[mine], filled.tokens[mine])
+# ---- the reader ------------------------------------------------------------------------------------------------------
+
+
+class SlotReader:
+    """Reads logits and log-probabilities at slots off a model, without gradients.
+
+    The head runs on the predicted positions only: the last hidden state is cut down to these rows on its way to it.
+
+    Args:
+        model: With a head; bare or wrapped in a `PeftModel`. Adapters that are active take part.
+        task: By default `task_of(model)`.
+
+    Raises:
+        ValueError: The model has no usable head.
+    """
+
+    def __init__(self, model: nn.Module, task: Task | None = None) -> None:
+        self.model: Any = bare_model(model)
+        self.task: Task = task_of(self.model) if task is None else task
+        # The module whose last hidden state the head reads; the model itself where it cannot be told from it.
+        self._backbone: Any = self.model.get_decoder() if is_encoder_decoder(self.model) else backbone_of(self.model)
+        self._parameters = inspect.signature(self.model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return input_device(self.model)
+
+    def word_log_probabilities(self, batch: PairBatch, words: Sequence[Sequence[int]]) -> Tensor:
+        """How likely each of some words is in the slot of every row.
+
+        Args:
+            batch: Rows of any class.
+            words: Token ids of each word (`word_tokens`); for classification one label id each.
+
+        Returns:
+            (batch, words) Log-probabilities, float32; a word of several tokens has the sum of theirs. Words of one
+            token share one forward. For a masked model the tokens of a longer word are masked at once, and words of
+            the same length share a forward.
+
+        Raises:
+            ValueError: A word has no token, or the batch has no template to put longer words in.
+        """
+        if not all(len(word) for word in words):
+            raise ValueError("a word has no tokens; give token ids for every word")
+        found = torch.empty(len(batch), len(words), device=self.device)
+        groups: dict[Any, list[int]] = {}  # the words that one forward serves
+        for index, word in enumerate(words):
+            groups.setdefault(len(word) if self.task == "masked" else tuple(word[:-1]), []).append(index)
+        with evaluating(self.model):
+            for group in groups.values():
+                word = words[group[0]]
+                if batch.template is not None:
+                    filled = batch.template.fill(word)
+                elif len(batch.rows) == len(batch) and len(word) == 1:
+                    filled = batch.filled
+                else:
+                    raise ValueError(
+                        "the batch has no template, so only words of one token fit it; make it with pair_batches"
+                    )
+                scores = self.logits(filled).float().log_softmax(-1).view(len(batch), len(word), -1)
+                for index in group:
+                    tokens = torch.tensor(words[index], device=scores.device)
+                    chosen = scores.gather(2, tokens.expand(len(batch), -1)[..., None])
+                    found[:, index] = chosen[..., 0].sum(1)
+        return found
+
+    def logits(self, filled: Filled) -> Tensor:
+        """One forward pass: the logits of the predicted tokens, (labels, vocabulary or classes), in the model's dtype.
+
+        It leaves gradient mode and training flags to the caller.
+        """
+        filled, taken = filled.to(self.device), self._parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        inputs: dict[str, Any] = {
+            k: v for k, v in filled.inputs.items() if k in taken or (takes_all and k != "token_type_ids")
+        }
+        if "use_cache" in taken:
+            inputs["use_cache"] = False
+        if self.task == "classification":
+            return _logits_of(self.model(**inputs))[filled.rows]
+        with self._gathered(filled) as done:
+            logits = _logits_of(self.model(**inputs))
+        return logits[0] if done else logits[filled.rows, filled.positions]
+
+    @contextmanager
+    def _gathered(self, filled: Filled) -> Iterator[list[bool]]:
+        """While open, the backbone returns its last hidden state at the predicted positions only, (1, labels, width).
+
+        The list that it gives is empty unless that has happened: a backbone may not be called as a module, or its
+        hidden state may not have the shape of the input, and then the caller picks the rows from the logits.
+        """
+        done: list[bool] = []
+        source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            keyed = isinstance(output, (dict, ModelOutput))
+            hidden = output.get("last_hidden_state") if keyed else output[0]
+            if not isinstance(hidden, Tensor) or hidden.shape[:2] != source.shape or hidden.dim() != 3:
+                return None
+            rows = hidden[filled.rows.to(hidden.device), filled.positions.to(hidden.device)][None]
+            done.append(True)
+            if not keyed:
+                return (rows, *output[1:])
+            output["last_hidden_state"] = rows
+            return output
+
+        apart = isinstance(self._backbone, nn.Module) and self._backbone is not self.model
+        handle = self._backbone.register_forward_hook(hook) if apart else None
+        try:
+            yield done
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def _logits_of(output: Any) -> Tensor:
+    found = output.get("logits") if isinstance(output, (dict, ModelOutput)) else output[0]
+    if not isinstance(found, Tensor):
+        raise ValueError("the model returns no logits")
+    return found
+
+
+def in_float32(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of `(labels, vocabulary)` logits at a time, as float32, with the tokens that belong to them."""
+    return ((part.float(), goal) for part, goal in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True))

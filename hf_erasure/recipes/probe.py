@@ -15,8 +15,7 @@ from hf_erasure.fitting.labels import BatchLabels, Source
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.sites import bar, observed, observed_final
 from hf_erasure.models import pooled
-from hf_erasure.models.model import evaluating
-from hf_erasure.models.runner import Runner
+from hf_erasure.models.model import Runner, evaluating
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,7 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.fitting.labels import Pool, pool_for
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import pooled
-from hf_erasure.models.runner import Runner
+from hf_erasure.models.model import Runner
 from tests.small_models import _GROUPED, _SIZES, _TEXT, _TOKENS, VOCABULARY, WIDTH, roughen
 
 EOS = 2

@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_erasure.models.model import _around, _configs_on, as_attribute, callee_of
+from hf_erasure.models.model import as_attribute, callee_of, configs_on, modules_along
 
 from .config import ChildConfig
 from .layer import adapter_children
@@ -81,7 +81,7 @@ def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Ite
     for path, owner, configs in _owners(model):
         for name, config in configs.items():
             if only in (None, name) and isinstance(config, kind) and adapter_children(owner, name):
-                around = _around(model, path)
+                around = modules_along(model, path)
                 outer = next((module for module in around if isinstance(module, PreTrainedModel)), owner)
                 peft_models = (m for m in around if isinstance(m, PeftModel) and m.get_base_model() is owner)
                 holder = next(peft_models, owner)
@@ -105,7 +105,7 @@ def only_adapter(model: nn.Module, kind: type[C]) -> str:
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, PeftConfig]]]:
     """The modules that PEFT has noted adapters on, with the names they have in `model`."""
     for path, module in model.named_modules():
-        configs = _configs_on(module)
+        configs = configs_on(module)
         if configs is not None:
             yield path, module, configs
 

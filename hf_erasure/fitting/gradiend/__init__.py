@@ -1,9 +1,8 @@
 """GRADIEND on a model: counterfactual pairs and neutral texts, gradients, training, and the choice of an edit."""
 
 from hf_erasure.models.heads import Task, task_of
-from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
-from hf_erasure.models.slots import Filled, PairBatch
+from hf_erasure.models.slots import Filled, PairBatch, SlotReader
 from hf_erasure.models.word_tokens import SLOT, PairError, word_tokens
 
 from .adapter import GradiendAdapter

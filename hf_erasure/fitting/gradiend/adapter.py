@@ -21,7 +21,7 @@ from hf_erasure.adapters import (
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.heads import task_of
 from hf_erasure.models.model import bare_model
-from hf_erasure.models.slots import PairBatch, as_pair_batch, some_rows
+from hf_erasure.models.slots import PairBatch, as_pair_batch
 
 from .encoding import Encode
 from .gradients import GradientReader
@@ -125,7 +125,7 @@ class GradiendAdapter:
             batch = as_pair_batch(batch, bare_model(self.model), task, source)
         with unsteered(self.model, self.name):
             reader = GradientReader(self.model, targeted_parameters(self.model, self.name), task)
-            rows = (some_rows(batch, [row]) for row in range(len(batch)))
+            rows = (batch.some_rows([row]) for row in range(len(batch)))
             values = [encode(reader.gradient(row, source)) for row in rows]
         return torch.tensor(values, dtype=torch.float32, device="cpu")
 

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import sum_of_squares
 from hf_erasure.models.heads import Task
-from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.model import evaluating
-from hf_erasure.models.slots import Filled, PairBatch
+from hf_erasure.models.slots import Filled, PairBatch, SlotReader
 
 KINDS = ("factual", "counterfactual", "difference")
 

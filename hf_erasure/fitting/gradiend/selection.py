@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_erasure.adapters import edited
-from hf_erasure.models.logits import SlotReader
+from hf_erasure.models.slots import SlotReader
 from hf_erasure.models.word_tokens import PairError, word_tokens
 
 from ..report import female_and_male

@@ -34,9 +34,9 @@ from hf_erasure.adapters.common.provenance import RECORD
 from hf_erasure.fitting.report import in_words
 from hf_erasure.gradiend import Feature
 from hf_erasure.models.heads import task_of
-from hf_erasure.models.logits import SlotReader
 from hf_erasure.models.model import bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
+from hf_erasure.models.slots import SlotReader
 
 from ..dataloader import origin_of
 from ..processes import Processes

@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_erasure.gradiend import ClosedFormEstimator, FeatureNeuron
-from hf_erasure.models.slots import PairBatch, some_rows
+from hf_erasure.models.slots import PairBatch
 
 from ..processes import Processes
 from .arguments import GradiendTrainingArguments
@@ -167,7 +167,7 @@ class Training:
         most = max(len(batch) for batch, _ in side)
         rows = ((batch, row) for row in range(most) for batch, _ in side if row < len(batch))
         return (
-            self.reader.gradient(some_rows(batch, [row]), self.source) for batch, row in itertools.islice(rows, ENOUGH)
+            self.reader.gradient(batch.some_rows([row]), self.source) for batch, row in itertools.islice(rows, ENOUGH)
         )
 
     def _add_up(self, estimator: ClosedFormEstimator) -> None:
@@ -213,7 +213,7 @@ class Training:
         if self.processes.count == 1:
             return batch, sign
         mine = self.processes.mine(range(len(batch)))
-        return (some_rows(batch, mine) if mine else None), sign
+        return (batch.some_rows(mine) if mine else None), sign
 
     def _step(self, neuron: FeatureNeuron, batch: PairBatch | None, sign: int) -> None:
         wanted = tuple(dict.fromkeys((self.source, "difference")))

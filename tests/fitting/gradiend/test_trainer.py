@@ -22,8 +22,7 @@ from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
 from hf_erasure.fitting.gradiend.checkpoints import checkpoints
 from hf_erasure.fitting.gradiend.selection import class_words
-from hf_erasure.models.logits import SlotReader
-from hf_erasure.models.slots import some_rows
+from hf_erasure.models.slots import SlotReader
 from tests.adapters.test_ordinary import MODES, state_of
 from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, task_name, tokenizer_of
 
@@ -358,7 +357,7 @@ def test_a_loaded_adapter_encodes_as_the_one_that_was_saved(name: str, density: 
     # less here, calibrated the mean stays within 0.06.
     with trainer._reader() as reader:
         encode = trainer.fitted[0].feature.encoder.encode
-        rows = [some_rows(batch, [row]) for row in range(len(batch))]
+        rows = [batch.some_rows([row]) for row in range(len(batch))]
         dense = [encode(reader.gradients(row, wanted=("factual",))["factual"]) for row in rows]
     assert min(dense) > 0.3
     assert float(values.mean()) == pytest.approx(sum(dense) / 3, abs=0 if density == 1.0 else 0.06, rel=1e-5)
