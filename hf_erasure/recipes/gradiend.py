@@ -14,9 +14,7 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from hf_erasure.adapters import GradiendConfig, edited
-from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
-from hf_erasure.fitting.gradiend.arguments import GradiendTrainingArguments
-from hf_erasure.fitting.gradiend.encoding import EncodedValues, together
+from hf_erasure.fitting.gradiend.adapter import EncodedValues, GradiendAdapter, together
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
 from hf_erasure.fitting.gradiend.selection import (
     FEATURE_FACTORS,
@@ -27,6 +25,7 @@ from hf_erasure.fitting.gradiend.selection import (
     goal_by_name,
 )
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
+from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models.heads import HEADS, Task, task_named
 from hf_erasure.models.neutral import neutral_batches

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_erasure.fitting.gradiend.encoding import EncodedValues
+from hf_erasure.fitting.gradiend.adapter import EncodedValues
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -26,12 +26,11 @@ from hf_erasure.adapters.common.files import read_tensors, write_tensors
 from hf_erasure.gradiend import Feature, FeatureDecoder, FeatureEncoder
 
 from ..processes import Processes
-from .arguments import GradiendTrainingArguments
 from .pairs import Pair
 
 STATE = "gradiend_state.safetensors"
 TRAINER_STATE = "trainer_state.json"
-FEATURES = "features"
+FEATURES, FEATURE_FILE = "features", "start-{}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Progress:
     def __init__(
         self,
         model: nn.Module,
-        args: GradiendTrainingArguments,
+        args: TrainingArguments,
         callbacks: list[TrainerCallback],
         processing_class: Any,
         processes: Processes,
@@ -97,6 +96,7 @@ class Progress:
         keeps_files = several and str(args.save_strategy) not in ("no", "SaveStrategy.NO")
         self.folder = self.root / FEATURES if keeps_files else None
         self._held: dict[int, Fitted] = {}
+        self._identity: dict[str, Any] = {}
 
     def begin(self, steps: int) -> None:
         """Begin, or go on after the steps that are done."""
@@ -127,14 +127,14 @@ class Progress:
 
         Args:
             state: Of the estimator.
-            facts: What `resume` gives beside it, with an `identity`.
+            facts: What `resume` gives beside it.
         """
         if self.processes.is_main:
             final = self.root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             unfinished = self.root / f".{final.name}"
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            write_tensors(unfinished / STATE, state, {"facts": facts, "plain": {}})
+            write_tensors(unfinished / STATE, state, {"facts": {**facts, "identity": self._identity}, "plain": {}})
             if self.folder is not None and self.folder.is_dir():
                 _link_all(self.folder, unfinished / FEATURES)
             self.state.save_to_json(str(unfinished / TRAINER_STATE))
@@ -161,6 +161,7 @@ class Progress:
         Raises:
             ValueError: If there is no checkpoint, it is damaged, or it is of another training.
         """
+        self._identity = identity
         folder = None if checkpoint is None or checkpoint is False else self._folder_of(checkpoint)
         state, facts = ({}, {"start": 0, "step": 0}) if folder is None else self._read(folder)
         for name, value in facts.get("identity", {}).items():
@@ -169,7 +170,10 @@ class Progress:
                     f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
                     f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
                 )
-        self._take_features(folder)
+        if self.folder is not None and self.processes.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if folder is not None:
+            self._take_features(folder / FEATURES)
         self.processes.wait()
         return state, facts
 
@@ -204,23 +208,21 @@ class Progress:
             self._held[start] = fitted
         elif self.processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_feature(self.folder / _name_of(start), fitted)
+            _write_feature(self.folder / FEATURE_FILE.format(f"{start:03}"), fitted)
 
     def kept(self, start: int, pair: Pair) -> Fitted:
         """A start's feature, which is one of a pair."""
-        fitted = self._held[start] if self.folder is None else _read_feature(self.folder / _name_of(start))
-        return replace(fitted, pair=pair)
-
-    def _take_features(self, checkpoint: Path | None) -> None:
-        """Keep what a checkpoint holds, and nothing else."""
-        source = None if checkpoint is None else checkpoint / FEATURES
         if self.folder is None:
-            paths = [] if source is None else sorted(source.glob(_name_of("*")))
+            return replace(self._held[start], pair=pair)
+        return replace(_read_feature(self.folder / FEATURE_FILE.format(f"{start:03}")), pair=pair)
+
+    def _take_features(self, source: Path) -> None:
+        """Keep what a checkpoint holds."""
+        if self.folder is None:
+            paths = sorted(source.glob(FEATURE_FILE.format("*")))
             self._held = {int(path.stem.removeprefix("start-")): _read_feature(path) for path in paths}
-        elif self.processes.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if source is not None and source.is_dir():
-                _link_all(source, self.folder)
+        elif self.processes.is_main and source.is_dir():
+            _link_all(source, self.folder)
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -230,15 +232,10 @@ def checkpoints(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _name_of(start: int | str) -> str:
-    """The file of a start's feature; "*" stands for all of them."""
-    return f"start-{start:0>3}.safetensors" if start != "*" else "start-*.safetensors"
-
-
 def _link_all(folder: Path, other: Path) -> None:
     """The features of a folder in another one too."""
     other.mkdir(parents=True)
-    for path in folder.glob(_name_of("*")):
+    for path in folder.glob(FEATURE_FILE.format("*")):
         try:
             os.link(path, other / path.name)
         except OSError:  # a file system without links

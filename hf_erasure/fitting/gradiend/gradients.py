@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +50,26 @@ class GradientReader(SlotReader):
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], task: Task | None = None) -> None:
         super().__init__(model, task)
         self.parameters = dict(parameters)
-        _check_parameters(self.model, self.parameters)
+        if not parameters:
+            raise ValueError("no parameter is targeted")
+        own = {id(parameter) for parameter in self.model.parameters()}
+        seen: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            fault = None
+            if id(parameter) not in own:
+                fault = "is not a parameter of the model; take the targets from model.named_parameters()"
+            elif id(parameter) in seen:
+                fault = f"is the same parameter as {seen[id(parameter)]}; name a tied weight once"
+            elif parameter.device.type == "meta":
+                fault = "is offloaded (on the meta device); load the model onto one device to fit it"
+            elif not parameter.is_floating_point():
+                fault = f"has the dtype {parameter.dtype}, which has no gradient; fit on an unquantised base"
+            if fault is not None:
+                raise ValueError(f"{name} {fault}")
+            seen[id(parameter)] = name
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        # What is estimated lives with the first of the weights.
+        self.weights_device = next(iter(parameters.values())).device
 
     def gradients(self, batch: PairBatch, wanted: Sequence[str] = ("factual", "difference")) -> dict[str, Blocks]:
         """The gradients of one batch.
@@ -134,26 +155,26 @@ class GradientReader(SlotReader):
     def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""
         right = batch.filled.to(self.device)
-        wrong = Filled(right.inputs, right.rows, right.positions, batch.counterfactual.to(self.device))
-        if batch.apart is not None:
+        if batch.apart is None:
+            wrong = replace(right, tokens=batch.counterfactual.to(self.device))
+            logits = dict.fromkeys(("factual", "counterfactual"), self.logits(right).float())
+        else:
             wrong = batch.apart.to(self.device)
-        both = "difference" in wanted
-        shared = batch.apart is None
-        right_logits = self.logits(right).float() if shared or both or "factual" in wanted else None
-        wrong_logits = right_logits if shared else None
-        if not shared and (both or "counterfactual" in wanted):
-            wrong_logits = self.logits(wrong).float()
+            logits = {
+                kind: self.logits(filled).float()
+                for kind, filled in (("factual", right), ("counterfactual", wrong))
+                if kind in wanted or "difference" in wanted
+            }
         losses: dict[str, Tensor] = {}
-        if right_logits is not None and "factual" in wanted:
-            losses["factual"] = _mean_nll(right_logits, right)
-        if wrong_logits is not None and "counterfactual" in wanted:
-            losses["counterfactual"] = _mean_nll(wrong_logits, wrong)
-        if both and right_logits is not None and wrong_logits is not None:
-            if shared:
-                margin = _picked(right_logits, wrong.tokens) - _picked(right_logits, right.tokens)
-                losses["difference"] = (right.weights.to(margin.device) * margin).sum()
-            else:
-                losses["difference"] = _mean_nll(right_logits, right) - _mean_nll(wrong_logits, wrong)
+        for kind, filled in (("factual", right), ("counterfactual", wrong)):
+            if kind in wanted:
+                losses[kind] = _mean_nll(logits[kind], filled)
+        if "difference" in wanted and batch.apart is None:
+            at = logits["factual"]
+            other, one = (at.gather(1, filled.tokens.to(at.device)[:, None])[:, 0] for filled in (wrong, right))
+            losses["difference"] = (right.weights.to(at.device) * (other - one)).sum()
+        elif "difference" in wanted:
+            losses["difference"] = _mean_nll(logits["factual"], right) - _mean_nll(logits["counterfactual"], wrong)
         for kind, loss in losses.items():
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the {kind} loss is {loss.item()}; the model or its input has values out of range")
@@ -190,16 +211,13 @@ class GradientReader(SlotReader):
         """One backward that gives each block to `take` when it is complete, and frees it."""
         waiting = dict(self.parameters)
 
-        def hook_of(name: str) -> Callable[[Tensor], None]:
-            def hook(parameter: Tensor) -> None:
-                gradient, parameter.grad = parameter.grad, None
-                if gradient is not None:
-                    del waiting[name]
-                    take(name, gradient)
+        def hook(name: str, parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                del waiting[name]
+                take(name, gradient)
 
-            return hook
-
-        handles = [p.register_post_accumulate_grad_hook(hook_of(name)) for name, p in self.parameters.items()]
+        handles = [p.register_post_accumulate_grad_hook(partial(hook, name)) for name, p in self.parameters.items()]
         try:
             loss.backward(retain_graph=not last)
         finally:
@@ -231,29 +249,6 @@ def _check_kinds(kinds: Sequence[str]) -> None:
         raise ValueError(f"{unknown[0] if unknown else 'nothing'!r} is not a kind of gradient; write one of {KINDS}")
 
 
-def _check_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    if not parameters:
-        raise ValueError("no parameter is targeted")
-    own = {id(parameter) for parameter in model.parameters()}
-    seen: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        if id(parameter) not in own:
-            raise ValueError(f"{name} is not a parameter of the model; take the targets from model.named_parameters()")
-        if id(parameter) in seen:
-            raise ValueError(f"{name} is the same parameter as {seen[id(parameter)]}; name a tied weight once")
-        if parameter.device.type == "meta":
-            raise ValueError(f"{name} is offloaded (on the meta device); load the model onto one device to fit it")
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"{name} has the dtype {parameter.dtype}, which has no gradient; fit on an unquantised base"
-            )
-        seen[id(parameter)] = name
-
-
 def _mean_nll(logits: Tensor, filled: Filled) -> Tensor:
     losses = F.cross_entropy(logits, filled.tokens.to(logits.device), reduction="none")
     return (filled.weights.to(losses.device) * losses).sum()
-
-
-def _picked(logits: Tensor, tokens: Tensor) -> Tensor:
-    return logits.gather(1, tokens.to(logits.device)[:, None])[:, 0]

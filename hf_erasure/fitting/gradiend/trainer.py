@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -32,7 +31,6 @@ from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.common.provenance import RECORD
 from hf_erasure.fitting.report import in_words
-from hf_erasure.gradiend import Feature
 from hf_erasure.models.heads import task_of
 from hf_erasure.models.model import bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
@@ -40,10 +38,8 @@ from hf_erasure.models.slots import SlotReader
 
 from ..dataloader import origin_of
 from ..processes import Processes
-from .adapter import GradiendAdapter, unsteered
-from .arguments import GradiendTrainingArguments
+from .adapter import Encode, EncodedValues, GradiendAdapter, encode_all, together, unsteered
 from .checkpoints import Fitted, Progress
-from .encoding import ENOUGH, Encode, EncodedValues, calibrated, encode_all, together
 from .gradients import GradientReader
 from .pairs import Pair, PairSet, Signed
 from .selection import (
@@ -58,7 +54,7 @@ from .selection import (
     goal_by_name,
     scan,
 )
-from .training import Training
+from .training import GradiendTrainingArguments, Training
 
 # As where a merge warns.
 LEAST_KEPT = 0.9
@@ -104,7 +100,9 @@ class GradiendTrainer:
         self.args = args or GradiendTrainingArguments()
         self.adapter_name = adapter_name or only_adapter(model, GradiendConfig)
         GradiendAdapter.of(model, self.adapter_name)  # raises where there is none
-        self.processing_class = _one_of(processing_class, tokenizer)
+        if processing_class is not None and tokenizer is not None:
+            raise ValueError("processing_class and tokenizer are two names of one argument: give one of them.")
+        self.processing_class = processing_class if processing_class is not None else tokenizer
         if self.processing_class is None:
             raise ValueError("GradiendTrainer needs the model's tokenizer: give it as processing_class (or tokenizer).")
         self.train_dataset, self.eval_dataset, self.neutral_dataset = train_dataset, eval_dataset, neutral_dataset
@@ -153,64 +151,49 @@ class GradiendTrainer:
         if self.train_dataset is None:
             raise ValueError("GradiendTrainer has no train_dataset to train on: give it a dataset of pairs.")
         warn_of_what_is_off(self.model, self.adapter_name)
-        _LOGGER.info("GRADIEND adapter %r: %s", self.adapter_name, self._stated_size())
+        again, pairs = self.config.fitted, self._pair_set(self.train_dataset)
+        evaluation = next(map(self._pair_set, self._eval_sets().values()), None)
         several = self.args.estimator == "trained" or len(self.pairs) > 1
         progress = Progress(
             self.model, self.args, self.callbacks, self.processing_class, self._processes, several=several
         )
-        again, sets = self.config.fitted, list(self._eval_sets().values())
-        pairs = self._pair_set(self.train_dataset)
         with self._reader() as reader:
-            training = Training(
-                reader=reader,
-                source=self.config.source,
-                args=self.args,
-                train=pairs,
-                evaluation=self._pair_set(sets[0]) if sets else None,
-                processes=self._processes,
-                progress=progress,
-            )
+            self._say_size(list(reader.parameters.values()))
+            training = Training(reader, self.config.source, self.args, pairs, evaluation, self._processes, progress)
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
-            self._fill_adapter(reader, pairs)
+            self._fill_adapter(training)
         if again:  # the strength was chosen for what the adapter held before
             steer(self.model, self.adapter_name, learning_rate=0.0)
         metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
         losses = training.losses
         return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
 
-    def _stated_size(self) -> str:
-        parameters = targeted_parameters(self.model, self.adapter_name).values()
+    def _say_size(self, parameters: Sequence[nn.Parameter]) -> None:
         n, held = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
         size = stated_bytes(self.model, self.adapter_name)
-        return (
-            f"{self.config.density:.2%} of {n:,} weights, so the adapter will take {size / 2**20:.2f} MiB, "
-            f"{size / held:.2f} times what these weights take."
-        )
+        _LOGGER.info(
+            "GRADIEND adapter %r: %.2f%% of %s weights, so the adapter will take %.2f MiB, %.2f times what these "
+            "weights take.", self.adapter_name, 100 * self.config.density, f"{n:,}", size / 2**20, size / held,
+        )  # fmt: skip
 
-    def _fill_adapter(self, reader: GradientReader, pairs: PairSet) -> None:
+    def _fill_adapter(self, training: Training) -> None:
+        config, data = self.config, training.train.dataset
         features = [fitted.feature for fitted in self.fitted]
-        if self.config.keep_encoder:
-            features = [self._calibrated(fitted, reader, pairs) for fitted in self.fitted]
+        if config.keep_encoder:
+            features = [training.calibrated(fitted, config.density) for fitted in self.fitted]
         set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
-        self.config.provenance |= {
+        config.provenance |= {
             "hf_erasure_version": __version__,
             RECORD: active_beside(self.model, self.adapter_name),
             "estimator": self.args.estimator,
             "task": self.task,
-            "examples": len(pairs.dataset),
-            "data": origin_of(pairs.dataset, "the columns factual, counterfactual and label"),
+            "examples": len(data),
+            "data": origin_of(data, "the columns factual, counterfactual and label"),
             # Without data to evaluate on there is no correlation; NaN is not JSON.
             "correlation": {
                 f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
             },
         }
-
-    def _calibrated(self, fitted: Fitted, reader: GradientReader, pairs: PairSet) -> Feature:
-        """The feature with an encoder that is as sparse as the adapter will keep it."""
-        signed = pairs.signed(1, fitted.pair, self.args.seed)
-        chosen = ([batch for batch, side in signed if side == sign][:ENOUGH] for sign in (1, -1))
-        up, down = ((reader.gradient(batch, self.config.source) for batch in batches) for batches in chosen)
-        return replace(fitted.feature, encoder=calibrated(fitted.feature.encoder, self.config.density, up, down))
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -238,7 +221,7 @@ class GradiendTrainer:
         Raises:
             ValueError: If there is nothing to measure, or the adapter is not fitted.
         """
-        sets = self._eval_sets() if eval_dataset is None else _by_name(eval_dataset)
+        sets = self._eval_sets(eval_dataset)
         if not sets:
             raise ValueError("GradiendTrainer has no eval_dataset: give one to evaluate(), of pairs not trained on.")
         results: dict[str, float] = {}
@@ -254,8 +237,7 @@ class GradiendTrainer:
     @outside_inference_mode()
     def encode(self, dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> list[EncodedValues]:
         """The feature neuron's value for every pair and every neutral text, one `EncodedValues` a pair of classes."""
-        if dataset is None:
-            (dataset,) = list(self._eval_sets().values())[:1] or [None]
+        dataset = next(iter(self._eval_sets(dataset).values()), None)
         if dataset is None:
             raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
@@ -339,8 +321,7 @@ class GradiendTrainer:
             pair=list(best.pair),
         )
         selection = Selection(goal, budget, best, base, tuple(points))
-        chosen_on = eval_dataset if eval_dataset is not None else next(iter(self._eval_sets().values()))
-        kept, measured_on = self._kept_share(best), self._figures_on(chosen_on)
+        kept, measured_on = self._kept_share(best), self._figures_on(next(iter(self._eval_sets(eval_dataset).values())))
         self.config.provenance["selection"] = selection.to_dict() | {"kept_share": kept, "measured_on": measured_on}
         return selection
 
@@ -374,8 +355,7 @@ class GradiendTrainer:
 
     def scorer(self, eval_dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> Scorer:
         """What `select` scores an edit with: class probabilities at the slots, and language modelling."""
-        sets = self._eval_sets()
-        dataset = eval_dataset if eval_dataset is not None else next(iter(sets.values()), None)
+        dataset = next(iter(self._eval_sets(eval_dataset).values()), None)
         neutral = neutral_dataset if neutral_dataset is not None else self.neutral_dataset
         if dataset is None or neutral is None:
             missing = "eval_dataset" if dataset is None else "neutral_dataset"
@@ -426,8 +406,10 @@ class GradiendTrainer:
         with unsteered(self.model, self.adapter_name):
             yield GradientReader(self.model, targeted_parameters(self.model, self.adapter_name), self.task)
 
-    def _eval_sets(self) -> dict[str, Dataset]:
-        return {} if self.eval_dataset is None else _by_name(self.eval_dataset)
+    def _eval_sets(self, given: Dataset | dict[str, Dataset] | None = None) -> dict[str, Dataset]:
+        """The sets to evaluate on by name, in the place of the trainer's where they are given; "" for a single one."""
+        sets = self.eval_dataset if given is None else given
+        return sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
 
     def _classes(self) -> list[str]:
         if self.config.classes is not None:
@@ -450,13 +432,3 @@ def _require_dataset(name: str, dataset: Any) -> None:
             f"{name} is a {type(dataset).__name__}, not a datasets.Dataset: make one with Dataset.from_list(rows), "
             "Dataset.from_pandas(frame), or of a stream with Dataset.from_generator(lambda: iter(stream))."
         )
-
-
-def _by_name(dataset: Dataset | dict[str, Dataset]) -> dict[str, Dataset]:
-    return dict(dataset) if isinstance(dataset, dict) else {"": dataset}
-
-
-def _one_of(processing_class: Any, tokenizer: Any) -> Any:
-    if processing_class is not None and tokenizer is not None:
-        raise ValueError("processing_class and tokenizer are two names of one argument: give one of them.")
-    return processing_class if processing_class is not None else tokenizer

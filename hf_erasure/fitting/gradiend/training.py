@@ -16,23 +16,82 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
+from transformers import TrainingArguments
 
-from hf_erasure.gradiend import ClosedFormEstimator, FeatureNeuron
+from hf_erasure.gradiend import ClosedFormEstimator, Feature, FeatureEncoder, FeatureNeuron
+from hf_erasure.gradiend.features import ACTIVATIONS
 from hf_erasure.models.slots import PairBatch
 
-from ..processes import Processes
-from .arguments import GradiendTrainingArguments
+from ..processes import Processes, share_the_cpu
+from .adapter import Encode, encode_all, pearson
 from .checkpoints import Fitted, Progress
-from .encoding import ENOUGH, Encode, centred, encode_all, encoded
 from .gradients import GradientReader
 from .pairs import Pair, PairSet, Signed
 
+ESTIMATORS = ("closed_form", "trained")
 # Correlation and loss of training steps are those of so many latest ones.
 WINDOW = 100
 # A prime far above any number of epochs keeps the orders of two seeds apart.
 APART = 1_000_003
+# So many pairs of each class are read again to calibrate an encoder: enough for two means.
+ENOUGH = 24
+
+
+@dataclass
+class GradiendTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what the feature neuron adds to them.
+
+    Of the fields of `TrainingArguments` these are used: the output folder, the batch sizes, the learning rate, weight
+    decay and betas of AdamW, the number of epochs or steps, the steps between logs, evaluations and checkpoints, the
+    number of checkpoints kept, the seed and the progress bar. The loss of the language model is never minimised, so
+    schedulers, precision of training and the like have no meaning here.
+
+    Args:
+        estimator: `"closed_form"` takes one pass over the pairs and has nothing to tune; `"trained"` is the paper's
+            encoder-decoder, trained by AdamW.
+        activation: Of the trained feature neuron: `"tanh"` (the paper's) or `"identity"`.
+        seeds: The trained estimator is started from so many seeds, `seed`, `seed + 1`, …; the best by correlation is
+            kept.
+        convergence: A start has converged when the absolute correlation on the evaluation data gets this far. None of
+            them doing so is warned of.
+        mask_draws: Where a masked or an encoder-decoder model's language modelling is scored, it reads every neutral
+            text so often, each time with other tokens masked: more draws make the cost of an edit less noisy.
+        low_memory: The closed form does not hold a gradient whole: four vectors of the size of the targeted weights in
+            all, and not five, for one more backward pass a batch.
+        patience: Stop a start when so many evaluations in a row did not improve its correlation; never when `None`.
+    """
+
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Pairs of one class in one gradient."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Of the trained estimator."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs of loss and correlation."})
+    eval_strategy: str = field(default="steps", metadata={"help": "As in TrainingArguments."})
+    eval_steps: float | None = field(default=100, metadata={"help": "Steps between two evaluations."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "As in TrainingArguments."})
+    estimator: str = field(default="closed_form", metadata={"help": "'closed_form' or 'trained'."})
+    activation: str = field(default="tanh", metadata={"help": "'tanh' or 'identity', of the trained estimator."})
+    seeds: int = field(default=1, metadata={"help": "Starts of the trained estimator."})
+    convergence: float = field(default=0.5, metadata={"help": "Correlation from which a start has converged."})
+    low_memory: bool = field(default=False, metadata={"help": "Hold no whole gradient, for one more backward."})
+    mask_draws: int = field(default=1, metadata={"help": "Draws of masked tokens in a neutral text."})
+    patience: int | None = field(default=None, metadata={"help": "Evaluations without improvement before stopping."})
+
+    def __post_init__(self) -> None:
+        if share_the_cpu():
+            self.use_cpu = True  # else each process would take itself for the only one
+        super().__post_init__()
+        for name, choices in (("estimator", ESTIMATORS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                known = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {known}.")
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds}: at least one start is needed.")
+        if self.mask_draws < 1:
+            raise ValueError(f"mask_draws={self.mask_draws}: at least one draw is needed.")
+        if not 0 <= self.convergence <= 1:
+            raise ValueError(f"convergence={self.convergence} is a correlation: give a number between 0 and 1.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience={self.patience}: give a positive number, or None to go on to the end.")
 
 
 @dataclass(frozen=True)
@@ -80,22 +139,22 @@ class Training:
     progress: Progress
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-
-    def __post_init__(self) -> None:
-        parameters = self.reader.parameters
-        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        # Estimators live with the first of the weights.
-        self.device = next(iter(parameters.values())).device
-        self.identity = self._identity()
-        self._epoch: tuple[tuple[int, int], list[Signed]] = (-1, -1), []
+    # The start and epoch whose batches are drawn, and these.
+    _epoch: tuple[tuple[int, int], list[Signed]] = field(init=False, default=((-1, -1), []))
 
     def run(self, pairs: Sequence[Pair], resume_from: str | bool | None) -> list[Fitted]:
         """Estimate every pair's feature; the best start of each is kept."""
-        closed = self.args.estimator == "closed_form"
-        seeds = [self.args.seed + i for i in range(1 if closed else self.args.seeds)]
-        numbered = enumerate(itertools.product(pairs, seeds))
-        starts = [self._start(number, pair, seed) for number, (pair, seed) in numbered]
-        state, facts = self.progress.resume(resume_from, self.identity)
+        args, closed = self.args, self.args.estimator == "closed_form"
+        seeds = [args.seed + i for i in range(1 if closed else args.seeds)]
+        starts = []
+        for number, (pair, seed) in enumerate(itertools.product(pairs, seeds)):
+            if closed:
+                steps = a_pass = len(self.processes.in_step(self._sides(pair)))
+            else:
+                a_pass = sum(map(len, self._sides(pair, times=self.processes.count)))
+                steps = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
+            starts.append(Start(number, pair, seed, a_pass, steps))
+        state, facts = self.progress.resume(resume_from, self._identity())
         self.progress.begin(sum(start.steps for start in starts))
         run = self._closed_form if closed else self._trained
         for start in starts[facts["start"] :]:
@@ -107,27 +166,23 @@ class Training:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
-        blocks = hashlib.sha256(repr([(name, list(shape)) for name, shape in self.shapes.items()]).encode())
-        args = self.args
+        args, dataset = self.args, self.train.dataset
+        blocks = [(name, list(parameter.shape)) for name, parameter in self.reader.parameters.items()]
+        columns = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
+        rows = hashlib.sha256()
+        for row in dataset.select_columns(columns):
+            rows.update(repr(sorted(row.items())).encode())
         same: dict[str, Any] = {
             "estimator": args.estimator,
             "source": self.source,
-            "targeted weights": blocks.hexdigest(),
-            "train_dataset": _digest(self.train.dataset),
+            "targeted weights": hashlib.sha256(repr(blocks).encode()).hexdigest(),
+            "train_dataset": rows.hexdigest(),
             "per_device_train_batch_size": args.per_device_train_batch_size,
         }
         if args.estimator == "trained":
             names = ("seed", "seeds", "learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
             same |= {name: getattr(args, name) for name in (*names, "max_steps", "num_train_epochs", "activation")}
         return same
-
-    def _start(self, number: int, pair: Pair, seed: int) -> Start:
-        if self.args.estimator == "closed_form":
-            a_pass = len(self.processes.in_step(self._sides(pair)))
-            return Start(number, pair, seed, a_pass, a_pass)
-        a_pass = sum(map(len, self._sides(pair, times=self.processes.count)))
-        steps = self.args.max_steps if self.args.max_steps > 0 else math.ceil(a_pass * self.args.num_train_epochs)
-        return Start(number, pair, seed, a_pass, steps)
 
     def _sides(self, pair: Pair, seed: int | None = None, times: int = 1) -> list[list[Signed]]:
         """The batches of a pair's class 0 and of its class 1, so many times the size of one device's batch."""
@@ -137,7 +192,7 @@ class Training:
     # ---- closed form ------------------------------------------------------------------------------------------------
 
     def _closed_form(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        estimator = ClosedFormEstimator(self.shapes, device=self.device)
+        estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         # What was accumulated before adds up over processes: the main one goes on with it, the others start anew.
         if state and self.processes.is_main:
             estimator.load_state_dict(state)
@@ -145,43 +200,46 @@ class Training:
         for step, row in enumerate(self.processes.in_step(sides)):
             if step < facts["step"]:
                 continue
-            taken = self.processes.take(row)
-            if taken is not None:
-                self.reader.accumulate(taken[0], self.source, estimator, taken[1], low_memory=self.args.low_memory)
+            for batch, sign in row[self.processes.rank :][:1]:  # the last row of a class may not reach to this process
+                self.reader.accumulate(batch, self.source, estimator, sign, low_memory=self.args.low_memory)
             self.progress.step()
-            if self.progress.control.should_save and step + 1 < start.steps:
-                self._add_up(estimator)
+            is_last = step + 1 == start.steps
+            is_saved = self.progress.control.should_save and not is_last
+            if (is_last or is_saved) and self.processes.count > 1:
+                estimator.pool(lambda own: self.processes.gathered([own]), self.processes.add_one)
+            if is_saved:
                 self._save(start, step + 1, estimator.state_dict())
-                if not self.processes.is_main:
-                    estimator = ClosedFormEstimator(self.shapes, device=self.device)  # the main one has it all
-        self._add_up(estimator)
+                if not self.processes.is_main:  # the main one has it all
+                    estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         feature = estimator.feature()
         if self.args.per_device_train_batch_size > 1:
-            feature = replace(feature, encoder=centred(feature.encoder, *map(self._singly, sides)))
+            (high,), (low,) = self._class_means([feature.encoder], map(_singly, sides))
+            if high > low:  # no scale can mend classes that come out the wrong way about
+                feature = replace(feature, encoder=feature.encoder.centred(high, low))
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.log({"cor": correlation}, evaluated=True)
         self.progress.keep(start.number, Fitted(start.pair, feature, correlation, start.steps, start.seed))
 
-    def _singly(self, side: list[Signed]) -> Iterator[dict[str, Tensor]]:
-        """Gradients of single rows, as `encode` takes them, of as many batches as possible."""
-        most = max(len(batch) for batch, _ in side)
-        rows = ((batch, row) for row in range(most) for batch, _ in side if row < len(batch))
-        return (
-            self.reader.gradient(batch.some_rows([row]), self.source) for batch, row in itertools.islice(rows, ENOUGH)
-        )
-
-    def _add_up(self, estimator: ClosedFormEstimator) -> None:
-        """Make it the sum over all processes."""
-        if self.processes.count > 1:
-            estimator.pool(lambda own: self.processes.gathered([own]), self.processes.add_one)
+    def _class_means(
+        self, encoders: Sequence[FeatureEncoder], sides: Iterable[Iterable[PairBatch]]
+    ) -> list[list[float]]:
+        """Each encoder's mean `⟨w, g⟩ + bias` over the gradients of some batches of each class."""
+        linear = [replace(encoder, scale=1.0, activation="identity") for encoder in encoders]
+        means = []
+        for side in sides:
+            gradients = (self.reader.gradient(batch, self.source) for batch in itertools.islice(side, ENOUGH))
+            rows = [[encoder.encode(gradient) for encoder in linear] for gradient in gradients]
+            means.append([sum(column) / len(rows) for column in zip(*rows, strict=True)])
+        return means
 
     # ---- trained ----------------------------------------------------------------------------------------------------
 
     def _trained(self, start: Start, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         args = self.args
         neuron = FeatureNeuron(
-            self.shapes, activation=args.activation, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon, weight_decay=args.weight_decay, seed=start.seed, device=self.device,
+            self.reader.shapes, activation=args.activation, lr=args.learning_rate, eps=args.adam_epsilon,
+            betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay, seed=start.seed,
+            device=self.reader.weights_device,
         )  # fmt: skip
         if state:
             neuron.load_state_dict(state)
@@ -262,10 +320,10 @@ class Training:
         if not self.recent:
             return math.nan
         values, signs = zip(*self.recent, strict=True)
-        return encoded(values, signs, ("", "")).metrics()["cor"]
+        return pearson(torch.tensor(values, dtype=torch.float64), torch.tensor(signs))
 
     def _save(self, start: Start, step: int, state: dict[str, Tensor], **more: Any) -> None:
-        self.progress.save(state, {"start": start.number, "step": step, "identity": self.identity, **more})
+        self.progress.save(state, {"start": start.number, "step": step, **more})
 
     def _best(self, starts: Iterable[Start]) -> Fitted:
         found = [self.progress.kept(start.number, start.pair) for start in starts]
@@ -279,11 +337,36 @@ class Training:
             )
         return best
 
+    def calibrated(self, fitted: Fitted, density: float) -> Feature:
+        """A start's feature with a sparse encoder, whose class means are those of the dense one.
 
-def _digest(dataset: Dataset) -> str:
-    """What identifies the rows of pairs."""
-    names = [name for name in ("text", "factual", "counterfactual", "label") if name in dataset.column_names]
-    found = hashlib.sha256()
-    for row in dataset.select_columns(names):
-        found.update(repr(sorted(row.items())).encode())
-    return found.hexdigest()
+        Args:
+            fitted: With a dense encoder, which is kept where `density` prunes nothing.
+            density: The share of entries to keep.
+
+        Raises:
+            ValueError: If the kept entries do not tell the classes apart.
+        """
+        encoder = fitted.feature.encoder
+        sparse = encoder.prune(density)
+        if sparse is encoder:
+            return fitted.feature
+        signed = self.train.signed(1, fitted.pair, self.args.seed)
+        sides = [[batch for batch, side in signed if side == sign] for sign in (1, -1)]
+        (dense_up, sparse_up), (dense_down, sparse_down) = self._class_means([encoder, sparse], sides)
+        factor = (dense_up - dense_down) / (sparse_up - sparse_down) if sparse_up != sparse_down else math.inf
+        if not math.isfinite(factor) or factor == 0:
+            raise ValueError(
+                f"The {sparse.count} entries that density={density} leaves of the encoder do not tell the classes "
+                "apart: give GradiendConfig a larger density, or keep_encoder=False."
+            )
+        # scale · (factor · (x − mean of the sparse) + mean of the dense), written as scale' · (⟨w, g⟩ + bias').
+        offset = dense_up / factor - sparse_up
+        sparse = replace(sparse, scale=encoder.scale * factor, bias=sparse.bias + offset)
+        return replace(fitted.feature, encoder=sparse)
+
+
+def _singly(side: list[Signed]) -> Iterator[PairBatch]:
+    """Single rows, as `encode` takes them, of as many batches as possible."""
+    for row in range(max(len(batch) for batch, _ in side)):
+        yield from (batch.some_rows([row]) for batch, _ in side if row < len(batch))
