@@ -8,7 +8,6 @@ runs once a batch.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import warnings
@@ -417,14 +416,24 @@ def conclude(
     """
     config, name, layers = task.config, task.name, task.layers
     labelled = [statistics for statistics in seen if statistics.z_dim]
+    lines = [
+        SiteReport(
+            site,
+            width=fits[site].eraser.x_dim,
+            rank=fits[site].eraser.rank,
+            rows=fits[site].rows,
+            correlation_fit=fits[site].correlation,
+            change_labelled=fits[site].change,
+        )
+        for site in layers
+    ]
     before = {} if eval_batches is None else {site: layer.state_of(name) for site, layer in layers.items()}
     for site, layer in layers.items():
         layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
-    measured: list[SiteReport] = []
     examples = fitted = 0
     if eval_batches is not None:
         try:
-            measured, examples, fitted = measure(task, eval_batches, rows)
+            lines, examples, fitted = measure(task, eval_batches, lines, rows)
         except BaseException:
             for site, state in before.items():
                 layers[site].restore_state(name, state)
@@ -439,7 +448,7 @@ def conclude(
         tokens=sum(statistics.tokens for statistics in labelled),
         eval_examples=examples,
         eval_fitted=fitted,
-        sites=[_with_fit(line, fits.get(line.site)) for line in measured or map(SiteReport, layers)],
+        sites=lines,
     )
     _record(task, fits, report)
     # Shares of the classes, the same at every site.
@@ -451,18 +460,6 @@ def conclude(
             stacklevel=3,
         )
     return report
-
-
-def _with_fit(line: SiteReport, fit: SiteFit | None) -> SiteReport:
-    """A line with what is known from fitting; of a visit that is the shape of the eraser alone."""
-    if fit is None:
-        return line
-    line = dataclasses.replace(line, width=fit.eraser.x_dim, rank=fit.eraser.rank)
-    if line.visit is not None:
-        return line
-    is_measured = line.correlation_before is not None
-    change = line.change_labelled if is_measured else fit.change
-    return dataclasses.replace(line, rows=fit.rows, correlation_fit=fit.correlation, change_labelled=change)
 
 
 def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:

@@ -5,13 +5,15 @@ Data are recognised by one hash of eight bytes a row, so that rows that were fit
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ _WAITING = 1 << 16
 
 
 def measure(
-    task: FitTask, batches: Iterable[Any], fitted_on: RowsSeen | None = None
+    task: FitTask, batches: Iterable[Any], known: Iterable[SiteReport] = (), fitted_on: RowsSeen | None = None
 ) -> tuple[list[SiteReport], int, int]:
     """Leakage and movement on held-out batches, at every site and at the last hidden states.
 
@@ -45,6 +47,12 @@ def measure(
 
     Every process measures batches of its own; all end with the figures of all. Warns where the batches share sequences
     with those that were fitted on.
+
+    Args:
+        task: What is measured.
+        batches: Held-out batches with labels.
+        known: Lines of sites with what is known from fitting.
+        fitted_on: The rows that were fitted on.
 
     Returns:
         One line a site, and one for each visit of a site with several; how many sequences they are on; and how many of
@@ -85,7 +93,7 @@ def measure(
             "figures are on fitted rows, and say little of others. Give rows that are not in batches.",
             stacklevel=4,
         )
-    return measurement.lines(len(own.hashes) or examples, examples), examples, fitted
+    return measurement.lines(known, len(own.hashes) or examples, examples), examples, fitted
 
 
 def measured_leakage(
@@ -159,9 +167,8 @@ class _Measurement:
         self._task, z_dim = task, task.config.z_dim
         # By (erased, half, visit), and by site within.
         self._halves: dict[tuple[bool, int, int], SiteStatistics] = defaultdict(lambda: SiteStatistics(z_dim))
-        # By (site, visit): of labelled positions, and of the others.
-        self._labelled: dict[tuple[str, int], Movement] = defaultdict(Movement)
-        self._ignored: dict[tuple[str, int], Movement] = defaultdict(Movement)
+        # By (site, visit) and whether it is that of labelled positions or of the others.
+        self._movements: dict[tuple[str, int, bool], Movement] = defaultdict(Movement)
         self._random = torch.Generator("cpu").manual_seed(0)
 
     def look_at(self, labels: BatchLabels) -> None:
@@ -214,10 +221,10 @@ class _Measurement:
 
     @on_cpu
     def _move(self, place: tuple[str, int], before: Tensor, after: Tensor, selection: Selection) -> None:
-        rest = selection.real & ~selection.counted
-        for movements, rows in ((self._labelled, selection.counted), (self._ignored, rest)):
+        for labelled in (True, False):
+            rows = selection.counted if labelled else selection.real & ~selection.counted
             old, new = (t[rows].reshape(-1, t.shape[-1]) for t in (before, after))
-            movements[place].update(old, new)
+            self._movements[(*place, labelled)].update(old, new)
 
     def pool(self, processes: Processes) -> None:
         """Add what all processes have measured, in every one of them."""
@@ -225,83 +232,82 @@ class _Measurement:
             return
         for key in sorted({key for keys in processes.gathered([list(self._halves)]) for key in keys}):
             self._halves[key].pool(processes)
-        for movements in (self._labelled, self._ignored):
-            shares = processes.gathered([dict(movements)])
-            movements.clear()
-            for share in shares:
-                for place, movement in share.items():
-                    movements[place].merge(movement)
+        shares = processes.gathered([dict(self._movements)])
+        self._movements.clear()
+        for share in shares:
+            for key, movement in share.items():
+                self._movements[key].merge(movement)
 
     @on_cpu
-    def lines(self, groups: int, examples: int) -> list[SiteReport]:
+    def lines(self, known: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
         """What was measured at each site, in the model's order, the last hidden states at the end.
 
         Args:
+            known: Lines of sites with what is known from fitting.
             groups: How many distinct sequences.
             examples: How many sequences, for messages.
 
         Raises:
             ValueError: If one half of the sequences lacks a class at some site.
         """
-        seen: dict[str, set[int]] = {}
+        visits: dict[str, set[int]] = {site: set() for site in self._task.layers}
         for (_, _, visit), statistics in self._halves.items():
             for site in statistics.moments:
-                seen.setdefault(site, set()).add(visit)
-        lines = []
-        for site in [*self._task.layers, *(site for site in seen if site not in self._task.layers)]:
-            visits = sorted(seen.get(site, ()))
-            if not visits:
-                lines.append(SiteReport(site))
+                visits.setdefault(site, set()).add(visit)
+        lines, by_site = [], {line.site: line for line in known}
+        for site, numbers in visits.items():
+            line, calls = by_site.get(site) or SiteReport(site), sorted(numbers)
+            if not calls:
+                lines.append(line)
                 continue
-            whole = self._line(site, None, visits, groups)
+            whole = self._measured(line, calls, groups)
             if whole.correlation_before is None or whole.correlation_after is None:
                 raise ValueError(
                     f"eval_batches hold too little to measure on: {examples} sequences are split into halves at "
                     "random, and each half needs rows of two classes. Give more held-out data."
                 )
-            several = visits if len(visits) > 1 else []
-            lines += [whole, *(self._line(site, visit, [visit], groups) for visit in several)]
+            lines.append(whole)
+            for visit in calls if len(calls) > 1 else ():
+                of_visit = SiteReport(site, visit, width=line.width, rank=line.rank)
+                lines.append(self._measured(of_visit, [visit], groups))
         return lines
 
-    def _line(self, site: str, visit: int | None, visits: list[int], groups: int) -> SiteReport:
-        """The figures of a site, over some of its visits together."""
-        magnitudes: list[float | None] = [None, None]
-        intervals: list[tuple[float, float] | None] = [None, None]
-        for erased in (False, True):
-            one, other = (self._moments(erased, half, site, visits) for half in (0, 1))
-            if _varies(one) and _varies(other):
-                correlation = cross_validated_correlation(one, other)
-                magnitudes[erased] = max(0.0, correlation)
-                intervals[erased] = correlation_interval(correlation, groups)
-        labelled, ignored = Movement(), Movement()
-        for number in visits:
-            labelled.merge(self._labelled[site, number])
-            ignored.merge(self._ignored[site, number])
-        return SiteReport(
-            site,
-            visit,
-            correlation_before=magnitudes[False],
-            correlation_after=magnitudes[True],
-            interval_before=intervals[False],
-            interval_after=intervals[True],
-            change_labelled=labelled.relative,
-            change_ignored=ignored.relative,
+    def _measured(self, line: SiteReport, visits: list[int], groups: int) -> SiteReport:
+        """The line with the figures of its site, over some of its visits together."""
+        (before, interval_before), (after, interval_after) = (
+            self._leakage(erased, line.site, visits, groups) for erased in (False, True)
+        )
+        moved = {True: Movement(), False: Movement()}
+        for visit, labelled in itertools.product(visits, moved):
+            moved[labelled].merge(self._movements[line.site, visit, labelled])
+        return dataclasses.replace(
+            line,
+            correlation_before=before,
+            correlation_after=after,
+            interval_before=interval_before,
+            interval_after=interval_after,
+            change_labelled=moved[True].relative,
+            change_ignored=moved[False].relative,
         )
 
-    def _moments(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments | None:
-        """Moments of a half over these visits; None if it has no rows there."""
-        found = [self._halves[erased, half, visit].moments.get(site) for visit in visits]
-        there = [moments for moments in found if moments is not None]
-        if len(there) < 2:
-            return there[0] if there else None
-        together = ConceptMoments(there[0].x_dim, there[0].z_dim)
-        for moments in there:
-            together.merge(moments)
-        return together
-
-
-def _varies(moments: ConceptMoments | None) -> TypeGuard[ConceptMoments]:
-    return moments is not None and bool(moments.covariance_z.diagonal().max() > 0)
+    def _leakage(
+        self, erased: bool, site: str, visits: list[int], groups: int
+    ) -> tuple[float, tuple[float, float]] | tuple[None, None]:
+        """The magnitude of the leakage and its interval; None where a half lacks a class."""
+        halves = []
+        for half in (0, 1):
+            found = [self._halves[erased, half, visit].moments.get(site) for visit in visits]
+            there = [moments for moments in found if moments is not None]
+            if not there:
+                return None, None
+            together = ConceptMoments(there[0].x_dim, there[0].z_dim)
+            for moments in there:
+                together.merge(moments)
+            if not bool(together.covariance_z.diagonal().max() > 0):
+                return None, None
+            halves.append(together)
+        correlation = cross_validated_correlation(*halves)
+        return max(0.0, correlation), correlation_interval(correlation, groups)
 
 
 # ---- which rows they are ---------------------------------------------------------------------------------------------
