@@ -79,7 +79,9 @@ class GradiendConfig(ChildConfig):
 
     def _check(self) -> None:
         self._check_classes()
-        self._check_numbers()
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} is not a share of the weights: write a number in (0, 1].")
+        self.check_strength()
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
         if self.fitted and not (self.fitted_parameters and self.pairs and self.encoders):
@@ -134,13 +136,16 @@ class GradiendConfig(ChildConfig):
                 f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}: the file is damaged."
             )
 
-    def _check_numbers(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density} is not a share of the weights: write a number in (0, 1].")
+    def check_strength(self) -> None:
+        """Raise a `ValueError` for a strength that the weights' changes could not be multiplied by."""
         for name in ("feature_factor", "learning_rate"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number.")
-        refuse_beyond_float32(self.feature_factor, self.learning_rate)
+        if max(abs(self.feature_factor * self.learning_rate), abs(self.learning_rate)) > _LARGEST:
+            raise ValueError(
+                f"feature_factor={self.feature_factor:g} and learning_rate={self.learning_rate:g} are beyond what "
+                "float32 can hold."
+            )
 
     def pair_index(self, pair: Iterable[str] | None) -> int:
         """The position of a pair of classes among those fitted; None stands for the first.
@@ -208,14 +213,6 @@ class GradiendConfig(ChildConfig):
             if count is not None:
                 parts[kinds[-1]] = (count,), INDICES
         return parts
-
-
-def refuse_beyond_float32(feature_factor: float, learning_rate: float) -> None:
-    """Raise a `ValueError` for a strength that the weights' changes could not be multiplied by."""
-    if max(abs(feature_factor * learning_rate), abs(learning_rate)) > _LARGEST:
-        raise ValueError(
-            f"feature_factor={feature_factor:g} and learning_rate={learning_rate:g} are beyond what float32 can hold."
-        )
 
 
 def _is_size(size: dict[str, Any]) -> bool:

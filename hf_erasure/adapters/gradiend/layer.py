@@ -170,8 +170,7 @@ class GradiendLayer(AdapterChild):
 
     def steer(self, name: str, config: GradiendConfig) -> None:
         """Take over from the configuration how strongly an adapter acts."""
-        acting = config.pair_index(config.pair) if config.fitted else 0
-        steering = strength(config.expected_pairs(), acting, config.feature_factor, config.learning_rate)
+        steering = strength(config)
         if name in self.gradiend_steering and self.gradiend_steering[name].shape == steering.shape:
             self.gradiend_steering[name].copy_(steering)
         else:
@@ -306,10 +305,11 @@ def gradiend_layers(model: nn.Module, adapter_name: str | None = None) -> dict[s
     return {layer.path: layer for layer in children_of_kind(model, GradiendLayer, adapter_name)}
 
 
-def strength(pairs: int, acting: int, feature_factor: float, learning_rate: float) -> Tensor:
+def strength(config: GradiendConfig) -> Tensor:
     """`(2, pairs)`: what Wd and bd of each pair are multiplied by, zero for pairs that do not act."""
-    factors = torch.zeros(2, pairs, device="cpu", dtype=torch.float32)
-    factors[0, acting], factors[1, acting] = learning_rate * feature_factor, learning_rate
+    factors = torch.zeros(2, config.expected_pairs(), device="cpu", dtype=torch.float32)
+    acting = config.pair_index(config.pair) if config.fitted else 0
+    factors[0, acting], factors[1, acting] = config.learning_rate * config.feature_factor, config.learning_rate
     return factors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from hf_erasure.models.model import class_name
 
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
-from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig, refuse_beyond_float32
+from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
 from .edit import WeightEdit, edited_tensor, written
 from .layer import GradiendLayer, gradiend_layers, strength
 from .model import share_kept
@@ -89,23 +90,31 @@ def set_features(
     n = sum(parameter.numel() for parameter in parameters.values())
     decoders = _pruned([feature.decoder for feature in features], config.density, n)
     encoders = [f.encoder.prune(config.density) if config.keep_encoder else f.encoder for f in features]
+    kept = encoders if config.keep_encoder else []
     sizes: dict[str, dict[str, Any]] = {}
-    last: dict[str, int] = {}
+    last: dict[str, int] = {}  # the last entry of each weight that is changed
     for name, layer, own in _places(layers, adapter_name):
         shape = parameters[name].shape
-        index, values = _aligned(name, shape, [(d.index, (d.weight, d.bias)) for d in decoders])
-        layer.set_part(adapter_name, own, INDEX, index)
-        for kind, value in zip((FEATURE, OFFSET), values or (None, None), strict=True):
-            layer.set_part(adapter_name, own, kind, value)
-        sizes[name] = {"shape": list(shape), "count": _count(index, values)}
-        if sizes[name]["count"] != 0:
+        values = [[decoder.weight for decoder in decoders], [decoder.bias for decoder in decoders]]
+        index, weight, bias = _aligned(name, shape, [decoder.index for decoder in decoders], *values)
+        read_at, read = _aligned(name, shape, [encoder.index for encoder in kept], [e.weight for e in kept])
+        parts = {INDEX: index, FEATURE: weight, OFFSET: bias, ENCODER_INDEX: read_at, ENCODER: read}
+        for kind, part in parts.items():
+            layer.set_part(adapter_name, own, kind, part)
+        sizes[name] = {"shape": list(shape), "count": _count(index, weight), "encoder_count": _count(read_at, read)}
+        if weight is not None:
             last[name] = shape.numel() - 1 if index is None else int(index[-1])
-        kept = [(e.index, (e.weight,)) for e in encoders] if config.keep_encoder else []
-        index, values = _aligned(name, shape, kept)
-        layer.set_part(adapter_name, own, ENCODER_INDEX, index)
-        layer.set_part(adapter_name, own, ENCODER, None if values is None else values[0])
-        sizes[name]["encoder_count"] = _count(index, values)
-    _record(adapter_of(model, adapter_name, GradiendConfig).owner, config, sizes, encoders, pairs, last)
+    config.pairs = [list(pair) for pair in pairs]
+    config.fitted_parameters = sizes
+    config.encoders = [
+        {"scale": e.scale, "bias": e.bias, "activation": e.activation, "unit_norm": e.unit_norm} for e in encoders
+    ]
+    config.fitted = True
+    base = adapter_of(model, adapter_name, GradiendConfig).owner
+    samples = fingerprint(base, list(config.fitted_modules))
+    for name in samples.keys() & last.keys():
+        samples[name]["last"] = last[name]
+    config.provenance = {**config.provenance, "base_class": class_name(base), "fingerprint": samples}
     for layer in layers.values():
         layer.steer(adapter_name, config)
 
@@ -120,31 +129,27 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
     places = list(_places(layers, adapter_name))
     shapes = {name: layer.parameter(own).shape for name, layer, own in places}
 
-    def rows(kind: str, position: int) -> dict[str, Tensor]:
-        found = {}
+    def blocks(kind: str, index_kind: str, number: int) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+        values: dict[str, Tensor] = {}
+        index: dict[str, Tensor | None] = {}
         for name, layer, own in places:
             part = layer.part(adapter_name, own, kind)
-            empty = torch.zeros(0, device=layer.state_placement()[0], dtype=torch.float32)
-            found[name] = empty if part is None else part[position]
-        return found
-
-    def positions(kind: str, values: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        found: dict[str, Tensor | None] = {}
-        for name, layer, own in places:
-            part = layer.part(adapter_name, own, kind)
-            is_empty = part is None and not values[name].numel()
-            found[name] = values[name].new_zeros(0, dtype=torch.int32) if is_empty else part
-        return found
+            if part is None:
+                values[name] = torch.zeros(0, device=layer.state_placement()[0], dtype=torch.float32)
+                index[name] = values[name].int()
+            else:
+                values[name], index[name] = part[number], layer.part(adapter_name, own, index_kind)
+        return values, index
 
     features = []
     for number, pair in enumerate(config.pairs or []):
-        weight, bias = rows(FEATURE, number), rows(OFFSET, number)
+        weight, index = blocks(FEATURE, INDEX, number)
+        bias, _ = blocks(OFFSET, INDEX, number)
         encoder = None
         if config.keep_encoder:
-            read = rows(ENCODER, number)
-            encoder = FeatureEncoder(read, positions(ENCODER_INDEX, read), shapes, **(config.encoders or [])[number])
-        decoder = FeatureDecoder(weight, bias, positions(INDEX, weight), shapes)
-        features.append(StoredFeature((pair[0], pair[1]), encoder, decoder))
+            read, read_at = blocks(ENCODER, ENCODER_INDEX, number)
+            encoder = FeatureEncoder(read, read_at, shapes, **(config.encoders or [])[number])
+        features.append(StoredFeature((pair[0], pair[1]), encoder, FeatureDecoder(weight, bias, index, shapes)))
     return features
 
 
@@ -164,8 +169,9 @@ def steer(
         ValueError: If the adapter is not fitted, is merged, or a value cannot be used. Nothing has changed then.
     """
     layers, config = _adapter(model, adapter_name)
-    for field, value in _steered(config, feature_factor, learning_rate, pair).items():
-        setattr(config, field, value)
+    steered = _steered(config, feature_factor, learning_rate, pair)
+    for field in ("feature_factor", "learning_rate", "pair"):
+        setattr(config, field, getattr(steered, field))
     for layer in layers.values():
         layer.steer(adapter_name, config)
 
@@ -189,14 +195,12 @@ def edited(
         ValueError: If the adapter is not fitted or is merged, or a weight is quantised or offloaded.
     """
     layers, config = _adapter(model, adapter_name)
-    steering = _steering(config, feature_factor, learning_rate, pair)
     changes: list[tuple[nn.Parameter, list[WeightEdit]]] = []
-    for name, layer, edit in _edits(layers, adapter_name, steering):
-        parameter = layer.parameter(name)
+    for name, layer, edit in _edits(layers, adapter_name, _steered(config, feature_factor, learning_rate, pair)):
         reason = layer.why_not_editable(name)
         if reason is not None:
             raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
-        changes.append((parameter, [edit]))
+        changes.append((layer.parameter(name), [edit]))
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.without(adapter_name))
@@ -221,8 +225,8 @@ def kept_share(
         ValueError: If the adapter is not fitted, or is merged already.
     """
     layers, config = _adapter(model, adapter_name)
-    steering = _steering(config, feature_factor, learning_rate, pair)
-    return share_kept(list(layers.values()), adapter_name, steering)
+    steered = _steered(config, feature_factor, learning_rate, pair)
+    return share_kept(list(layers.values()), adapter_name, strength(steered))
 
 
 def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLayer, str, Tensor]]:
@@ -232,7 +236,7 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
         ValueError: If the adapter is not fitted, or is merged.
     """
     layers, config = _adapter(model, adapter_name)
-    for name, layer, edit in _edits(layers, adapter_name, _steering(config)):
+    for name, layer, edit in _edits(layers, adapter_name, config):
         shape = layer.parameter(name).shape
         zeros = torch.zeros(shape, device=edit.values.device, dtype=torch.float32)
         yield layer, name, edited_tensor(zeros, [edit])
@@ -304,68 +308,46 @@ def _pruned(decoders: list[FeatureDecoder], density: float, n: int) -> list[Feat
 
 
 def _aligned(
-    name: str,
-    shape: torch.Size,
-    parts: Sequence[tuple[dict[str, Tensor | None], tuple[dict[str, Tensor], ...]]],
-) -> tuple[Tensor | None, list[Tensor] | None]:
+    name: str, shape: torch.Size, index_of: Sequence[dict[str, Tensor | None]], *values_of: Sequence[dict[str, Tensor]]
+) -> list[Tensor | None]:
     """The blocks of several features on common positions.
 
     Args:
         name: The block.
         shape: Its shape.
-        parts: For each feature its positions and its values by block.
+        index_of: For each feature its positions by block.
+        values_of: For each kind of values, and each feature, the values by block.
 
     Returns:
-        Positions `(count,)` int32, None for all of them in order; and each kind of values as `(features, count)`, None
+        Positions `(count,)` int32, None for all of them in order; then each kind of values as `(features, count)`, None
         where no feature has an entry.
     """
     nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
-    empty = (nothing.int(), [nothing] * len(parts[0][1])) if parts else None
-    blocks = [(index[name], [v[name] for v in values]) if name in index else empty for index, values in parts]
-    found = [block for block in blocks if block is not None]
-    filled = [values[0] for _, values in found if values[0].numel()]
+    found = [[values.get(name, nothing) for values in kind] for kind in values_of]
+    filled = [value for value in found[0] if value.numel()]
     if not filled:
-        return None, None
+        return [None] * (1 + len(found))
     device = filled[0].device
-    indices = [None if index is None else index.to(device).long() for index, _ in found]
+    kept = [index.get(name, nothing.int()) for index in index_of]
+    indices = [None if index is None else index.to(device).long() for index in kept]
     dense = any(index is None for index in indices)
     union = None if dense else torch.cat([index for index in indices if index is not None]).unique()
     count = shape.numel() if union is None else union.numel()
-    rows = [torch.zeros(len(found), count, device=device, dtype=torch.float32) for _ in found[0][1]]
-    for number, (index, (_, values)) in enumerate(zip(indices, found, strict=True)):
-        for row, value in zip(rows, values, strict=True):
+    rows = [torch.zeros(len(indices), count, device=device, dtype=torch.float32) for _ in found]
+    for number, index in enumerate(indices):
+        for row, values in zip(rows, found, strict=True):
             if index is None:
-                row[number] = value
+                row[number] = values[number]
             else:
-                row[number, index if union is None else torch.searchsorted(union, index)] = value.to(device, row.dtype)
-    return None if union is None else union.int(), rows
+                at = index if union is None else torch.searchsorted(union, index)
+                row[number, at] = values[number].to(device, row.dtype)
+    return [None if union is None else union.int(), *rows]
 
 
-def _count(index: Tensor | None, values: list[Tensor] | None) -> int | None:
+def _count(index: Tensor | None, values: Tensor | None) -> int | None:
     if values is None:
         return 0
     return None if index is None else index.numel()
-
-
-def _record(
-    base: nn.Module,
-    config: GradiendConfig,
-    sizes: dict[str, dict[str, Any]],
-    encoders: Sequence[FeatureEncoder],
-    pairs: Sequence[tuple[str, str]],
-    last: dict[str, int],
-) -> None:
-    """What the saved adapter says about itself; `last` is the last entry of each weight that it changes."""
-    config.pairs = [list(pair) for pair in pairs]
-    config.fitted_parameters = sizes
-    config.encoders = [
-        {"scale": e.scale, "bias": e.bias, "activation": e.activation, "unit_norm": e.unit_norm} for e in encoders
-    ]
-    config.fitted = True
-    samples = fingerprint(base, list(config.fitted_modules))
-    for name in samples.keys() & last.keys():
-        samples[name]["last"] = last[name]
-    config.provenance = {**config.provenance, "base_class": class_name(base), "fingerprint": samples}
 
 
 # ---- how strongly ----------------------------------------------------------------------------------------------------
@@ -373,33 +355,24 @@ def _record(
 
 def _steered(
     config: GradiendConfig, feature_factor: float | None, learning_rate: float | None, pair: Sequence[str] | None
-) -> dict[str, Any]:
-    """The strength by field of the configuration, with what is there where nothing is given."""
-    given = {"feature_factor": feature_factor, "learning_rate": learning_rate}
-    fields: dict[str, Any] = {n: getattr(config, n) if v is None else float(v) for n, v in given.items()}
-    for name, value in fields.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name}={value} is not a finite number.")
-    refuse_beyond_float32(**fields)
+) -> GradiendConfig:
+    """A copy of a configuration with another strength, where one is given."""
+    steered = copy.copy(config)
+    for field, value in (("feature_factor", feature_factor), ("learning_rate", learning_rate)):
+        if value is not None:
+            setattr(steered, field, float(value))
+    steered.check_strength()
     if pair is not None:
         config.pair_index(pair)
-    return fields | {"pair": config.pair if pair is None else list(pair)}
-
-
-def _steering(
-    config: GradiendConfig,
-    feature_factor: float | None = None,
-    learning_rate: float | None = None,
-    pair: Sequence[str] | None = None,
-) -> Tensor:
-    fields = _steered(config, feature_factor, learning_rate, pair)
-    acting = config.pair_index(fields["pair"])
-    return strength(config.expected_pairs(), acting, fields["feature_factor"], fields["learning_rate"])
+        steered.pair = list(pair)
+    return steered
 
 
 def _edits(
-    layers: dict[str, GradiendLayer], adapter_name: str, steering: Tensor
+    layers: dict[str, GradiendLayer], adapter_name: str, config: GradiendConfig
 ) -> Iterator[tuple[str, GradiendLayer, WeightEdit]]:
+    """The changes of an adapter at the strength of a configuration, with the layer and own name of each parameter."""
+    steering = strength(config)
     for _, layer, own in _places(layers, adapter_name):
         edit = layer.edit_of(adapter_name, own, steering)
         if edit is not None:
