@@ -18,7 +18,7 @@ from .adapters import saved_tensors, saving, switching
 from .adapters.internals import Internal, check_internals, installed
 from .adapters.loading import key_renaming, load
 from .callbacks import trainer_saves
-from .hub import saved_cards
+from .hub import cards, pushing
 
 # On a function that is wrapped: a list with the wrapper of now.
 _WRAPPERS = "_hf_erasure_wrappers"
@@ -188,7 +188,7 @@ def patches() -> tuple[Patch, ...]:
             "transformers.utils.hub",
             "create_and_tag_model_card",
             ("repo_id",),
-            wrapper=saved_cards.create_and_tag_model_card,
+            wrapper=pushing.create_and_tag_model_card,
             why="push_to_hub writes a template over the card of an adapter",
             without="model.push_to_hub replaces the card of an adapter by a template",
             also=("transformers.modeling_utils",),
@@ -230,9 +230,9 @@ def install(table: tuple[Patch, ...] | None = None) -> None:
         missing = internal.why_missing()
         if missing is not None:
             _warn(internal, missing, f"what hf_erasure does in Trainer.{method} for a model with an adapter of its own")
-    name = saved_cards.write_saved_card.__qualname__
+    name = cards.write_saved_card.__qualname__
     saving.ON_STAGED[:] = [function for function in saving.ON_STAGED if function.__qualname__ != name]
-    saving.ON_STAGED.append(saved_cards.write_saved_card)
+    saving.ON_STAGED.append(cards.write_saved_card)
 
 
 def _warn(internal: Internal, missing: str, without: str) -> None:

@@ -56,7 +56,7 @@ from hf_erasure.metrics import METRICS, metric_path
 for name in METRICS:
     evaluate.load(metric_path(name))
 
-from hf_erasure.hub.templates import environment, template_folder
+from hf_erasure.hub.rendering import environment, template_folder
 assert where.parent in template_folder().resolve().parents, template_folder()
 for name in CARDS:
     environment().get_template(name)

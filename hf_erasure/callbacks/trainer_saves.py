@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from hf_erasure.adapters.common.layer import adapter_children, child_configs
 from hf_erasure.adapters.saved_tensors import refuse_loss
-from hf_erasure.hub.saved_cards import create_model_card, write_pushed_card
+from hf_erasure.hub.pushing import create_model_card, write_pushed_card
 
 from .checkpoints import is_lost, load_trained, own_trained, save_adapters, saving_all, several_active
 from .checks import is_sharded, warn_of_what_is_left_out

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hf_erasure.adapters.common.config import ChildConfig
-from hf_erasure.adapters.common.files import write_text
+from hf_erasure.adapters.common.files import CONFIG, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.adapters.common.provenance import TOLD
+from hf_erasure.adapters.common.provenance import TOLD, Provenance
+from hf_erasure.adapters.loading.fingerprint import unlike
+from hf_erasure.adapters.saved_tensors import digest_of
+from hf_erasure.fitting.report import concept_of_config
+from hf_erasure.models.pooling import IN_WORDS
 
-from .cards import CONFIG, config_in, own_adapters
-from .facts import hub_id, state_of
-from .measured import Measured, of_evaluation
+from .cards import config_in, own_adapters
+from .facts import Measured, hub_id, interval_of, is_number, plain, read_object, state_of
+
+# The layout of `results.json` that is read, and the column of the model without adapters in it.
+EVALUATION_FORMAT = 1
+BASE = "base"
 
 
 def describe(
@@ -103,6 +111,88 @@ def describe_folder(
     if config.provenance[TOLD]:
         after["provenance"] = {**(before.get("provenance") or {}), TOLD: config.provenance[TOLD]}
     if after != before:
-        text = json.dumps(after, indent=2, sort_keys=True)
-        write_text(folder / CONFIG, text)
+        write_text(folder / CONFIG, json.dumps(after, indent=2, sort_keys=True))
     return rows
+
+
+# ---- what `hf-erasure evaluate` measured -----------------------------------------------------------------------------
+
+
+def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
+    """The rows of an adapter in what `hf-erasure evaluate` wrote.
+
+    Args:
+        path: `results.json`, or the folder with it.
+        names: What the adapter is called there; by default it is found by its values.
+        config: Of the adapter.
+        folder: Where it lies.
+
+    Raises:
+        ValueError: If the file holds no such results, or they are of another adapter or of another base.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    content = read_object(path)
+    if content.get("format") != EVALUATION_FORMAT or not isinstance(content.get("values"), dict):
+        raise ValueError(f"{path} holds no results that this version reads: run `hf-erasure evaluate` again.")
+    try:
+        return _rows_of(content, _column(content, list(names), config, folder, path), concept_of_config(config))
+    except (AttributeError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} holds no results that this version reads ({reason}).") from error
+
+
+def _rows_of(content: dict[str, Any], name: str, concept: str | None) -> list[Measured]:
+    """The measures of a column beside those of the base."""
+    values, about = content["values"], content.get("about", {})
+    data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
+    limit = about.get("limit")
+    data += f", at most {limit} items a data set" if is_number(limit) else ""
+    rows = []
+    for measure in content.get("measures", []):
+        before, after = (values.get(entry, {}).get(measure.get("key")) for entry in (BASE, name))
+        if not before or not after or not is_number(before.get("value")) or not is_number(after.get("value")):
+            continue
+        better, ideal, pool = measure.get("better"), measure.get("ideal"), IN_WORDS.get(str(measure.get("pool")))
+        title = plain(measure.get("title"))
+        title += f", {pool}" if pool and not title.endswith(pool) else ""
+        better = f"closer to {ideal:g}" if better == "closer" else plain(better)
+        ends = interval_of(before.get("interval")), interval_of(after.get("interval"))
+        is_other = measure.get("purpose") == "bias" and measure.get("concept") not in (None, concept)
+        rows.append(Measured(
+            plain(measure["key"]), title, before["value"], after["value"], better, data, *ends,
+            ideal if is_number(ideal) else None, is_other,
+        ))  # fmt: skip
+    return rows
+
+
+def _column(content: dict[str, Any], names: list[str], config: ChildConfig, folder: Path, path: Path) -> str:
+    """The column of the adapter, which is known by its values and those of its base, and by its name only besides."""
+    again = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
+    prints = content.get("fingerprints")
+    if not isinstance(prints, dict) or not isinstance(prints.get("adapters"), dict):
+        raise ValueError(f"{path} does not say which adapters and which base it is of (no fingerprints). {again}")
+    alone = [e["name"] for e in content.get("entries", []) if len(e["adapters"]) == 1 and e.get("strength", 1) == 1]
+    known = {name: own for name in alone if isinstance(own := prints["adapters"].get(name), dict)}
+    digest = digest_of(folder, config)
+    same = [name for name, own in known.items() if digest is not None and own.get("adapter") == digest]
+    chosen = [name for name in names if name in same] if names else same
+    if not chosen:
+        wanted = f" under the name {names[0]!r}" if names else ""
+        raise ValueError(
+            f"{path} has measures of the adapters {list(known)}, and the {config.described} in {folder} is not among "
+            f"them{wanted}: it is another one, or was fitted or steered anew since. {again}"
+        )
+    kept, seen = Provenance.of(config).fingerprint, known[chosen[0]].get("base")
+    if not isinstance(seen, dict) or not kept.keys() & seen.keys():
+        warnings.warn(
+            f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
+            f"{'the adapter keeps no sample of it' if not kept else 'its weights could not be read there'}.",
+            stacklevel=4,
+        )
+    elif weight := unlike(kept, seen):
+        raise ValueError(
+            f"{path} was measured on another base than the {config.described} was fitted on, as the weight {weight!r} "
+            f"shows, so its figures are not those of this adapter. {again}"
+        )
+    return chosen[0]

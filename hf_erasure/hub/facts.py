@@ -1,13 +1,18 @@
-"""The facts of an adapter that its card says, gathered from its configuration and from what lies beside it."""
+"""The facts of an adapter that its card says, gathered from its configuration and from what lies beside it.
+
+Everything read here may come from a stranger: text is made one visible line, and what is not a number is left out.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import unicodedata
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -17,10 +22,44 @@ from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.provenance import TOLD, Provenance
 from hf_erasure.adapters.saved_tensors import digest_of_data
-from hf_erasure.models.heads import head_of
+from hf_erasure.fitting.report import verdict
+from hf_erasure.models.pooling import IN_WORDS
 
-from .markdown import is_number, plain
-from .measured import at_fitting, figures_on, kept_rows, leakage_of, of_recipe, of_selection, of_training
+# So many characters of a name are shown, which a table of a card must leave readable.
+LONGEST = 200
+# So many sites are listed in a card, which a model of any depth must leave readable.
+MOST_SITES = 200
+# What a name ends with that is one of a file.
+_FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".tsv", ".arrow")
+# Pictures that this package draws beside an adapter → their captions.
+LEAKAGE, EFFECT = "leakage.png", "effect.png"
+PICTURES = {
+    LEAKAGE: "Correlation with the concept by depth, before and after.",
+    EFFECT: "What the chosen edit does.",
+    "encoded.png": "Values of the feature neuron on texts that it was not learned from.",
+    "surface.png": "All edits that were tried.",
+}
+FINAL = "last_hidden_state"
+_TEST = "the recipe's test split"
+# Of GRADIEND's tables: what a column is, and which way is better.
+_GRADIEND = {"lms": ("language modelling, score", "higher"), "loss": ("language modelling, loss", "lower")}
+_GOALS = ("balance", "bpi", "fpi", "mpi")
+# Of `GradiendCallback`: what a figure with this ending is.
+_WATCHED = {
+    "_encoded": "mean value of the feature neuron on the gradients of training",
+    "_guarded": "mean cosine between the change of the weights and the feature's direction, which was taken out",
+}
+
+
+# ---- values of strangers ---------------------------------------------------------------------------------------------
+
+
+def plain(value: Any, longest: int = LONGEST) -> str:
+    """One line of visible characters: no line breaks, control characters, changes of direction or lone surrogates."""
+    spaced = " ".join(str(value).split())
+    # Cn is left in: what this Python does not know yet is a character all the same.
+    visible = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
+    return visible if len(visible) <= longest else f"{visible[: longest - 1]}…"
 
 
 def hub_id(name: Any) -> str | None:
@@ -34,17 +73,27 @@ def hub_id(name: Any) -> str | None:
     return None if Path(name).exists() else name
 
 
-# So many sites are listed in a card, which a model of any depth must leave readable.
-MOST_SITES = 200
-# What a name ends with that is one of a file.
-_FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".tsv", ".arrow")
-# Pictures that this package draws beside an adapter → their captions.
-PICTURES = {
-    "leakage.png": "Correlation with the concept by depth, before and after.",
-    "effect.png": "What the chosen edit does.",
-    "encoded.png": "Values of the feature neuron on texts that it was not learned from.",
-    "surface.png": "All edits that were tried.",
-}
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def interval_of(ends: Any) -> list[float] | None:
+    """Both ends of an interval, where these are two numbers."""
+    is_one = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(is_number, ends))
+    return [float(end) for end in ends] if is_one else None
+
+
+def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """The object in a file; empty where there is no file, or no object in it."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# ---- facts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -118,39 +167,39 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         folder: Where it lies, with the recipe and the results of the run that made it, if there was one.
         base_model: The base's name on the Hub, in the place of what the configuration says.
     """
-    made, recipe = Provenance.of(config), _recipe(folder)
-    told, data = made.card, recipe["data"] if isinstance(recipe.get("data"), dict) else {}
-    named = [name for name in map(hub_id, _texts(made.data.datasets)) if name is not None]
+    made = Provenance.of(config)
+    told, is_gradiend = made.card, isinstance(config, GradiendConfig)
     facts = CardFacts(
-        kind="gradiend" if isinstance(config, GradiendConfig) else "concept_erasure",
+        kind="gradiend" if is_gradiend else "concept_erasure",
         concept=plain(config.feature if isinstance(config, GradiendConfig) else getattr(config, "concept", "concept")),
-        classes=_texts(getattr(config, "classes", None) or getattr(config, "labels", None) or ()),
+        classes=list(map(plain, getattr(config, "classes" if is_gradiend else "labels", None) or ())),
         fitted=bool(config.fitted),
         base_id=hub_id(base_model or config.base_model_name_or_path),
         base_class=plain(made.base_class) or None,
         base_revision=plain(config.revision or "") or None,
         examples=made.examples,
         tokens=made.tokens,
-        datasets=list(dict.fromkeys([*_texts(told.datasets), *_datasets(data), *named])),
-        labels_from=plain(told.labels_from) or _labels_from(data) or plain(made.data.labels_from) or None,
+        datasets=list(map(plain, told.datasets)),
+        labels_from=plain(told.labels_from) or None,
         fingerprint=digest_of_data(made.fingerprint),
-        parts=_texts(made.combined_from),
+        parts=list(map(plain, made.combined_from)),
         versions=_versions(config, made),
         pictures={name: text for name, text in PICTURES.items() if folder is not None and (folder / name).is_file()},
         license=plain(told.license) or None,
-        language=_texts(told.language),
+        language=list(map(plain, told.language)),
     )
-    measured = kept_rows(told.results) if told.results_of == state_of(config) else []
-    measured += of_training(facts.concept, made)
-    by_recipe = [] if folder is None else of_recipe(folder, recipe, config)
-    measured += by_recipe
+    rows = kept_rows(told.results) if told.results and told.results_of == state_of(config) else []
+    rows += of_training(facts.concept, made) if made.training.figures else []
+    by_recipe = _add_recipe(facts, folder, config, made) if folder and (folder / "recipe.yaml").is_file() else []
+    rows += by_recipe
     if isinstance(config, ConceptErasureConfig):
-        _add_erasure(facts, config, made)
-        measured += at_fitting(facts.concept, made)
+        rows += _add_erasure(facts, config, made)
     elif isinstance(config, GradiendConfig):
         facts.method = _gradiend_method(config, made)
-        measured += [] if by_recipe else of_selection(made)
-    facts.measured = [row.as_dict() for row in measured]
+        rows += [] if by_recipe else of_selection(made)
+    facts.datasets = list(dict.fromkeys([*facts.datasets, *filter(None, map(hub_id, map(plain, made.data.datasets)))]))
+    facts.labels_from = facts.labels_from or plain(made.data.labels_from) or None
+    facts.measured = [asdict(row) | {"change": row.change} for row in rows]
     return facts
 
 
@@ -162,29 +211,53 @@ def state_of(config: ChildConfig) -> str:
     return str(digest_of_data([{name: known.get(name) for name in names}, made]))
 
 
-def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenance) -> None:
-    """Add the sites and the method of an erasure."""
-    leakage, fitted = leakage_of(made), config.fitted_sites or {}
+def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenance) -> list[Measured]:
+    """Add the sites and the method of an erasure; returns what was measured when it was fitted."""
+    leakage, fitted = _leakage_of(made), config.fitted_sites or {}
     unmeasured = dict.fromkeys(("before", "after", "before_interval", "after_interval"))
     sites = [{"name": plain(name), **size, **leakage.get(plain(name), unmeasured)} for name, size in fitted.items()]
     facts.sites, facts.more_sites = sites[:MOST_SITES], max(0, len(sites) - MOST_SITES)
     finals = leakage.keys() - {site["name"] for site in sites}
     facts.finals = [{"name": n, "width": None, "rank": None, **own} for n, own in leakage.items() if n in finals]
     ranks = [site["rank"] for site in facts.sites]
+    on = _figures_on(made, plain(made.measured_on) or "held-out examples")
+    # The theorem holds where the method is not iterative and the rank is that of the concept, or above.
+    needed = config.concept_dim if config.labels is None else len(config.labels) - 1
+    is_guarded = config.method != "inlp" and needed is not None and (config.rank is None or config.rank >= needed)
     facts.method = {
         "name": config.method, "side": config.site, "affine": bool(config.affine), "sites": len(sites),
-        "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": figures_on(made),
-        "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [],
-        "guarded": _is_guarded(config),
+        "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": on,
+        "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": is_guarded,
     }  # fmt: skip
+    shown = {site: site for site in leakage if FINAL in site}
+    worst = max((site for site in leakage if site not in shown), key=lambda s: leakage[s]["after"], default=None)
+    if worst is not None:
+        shown[worst] = f"the site that leaks most, {worst}"
+    key, data = "linear_leakage", f"{on}, when it was fitted"
+    return [
+        Measured(key, f"correlation with {facts.concept}: {name}", better="lower", data=data, **leakage[site])
+        for site, name in shown.items()
+    ]
 
 
-def _is_guarded(config: ConceptErasureConfig) -> bool:
-    """Whether the method and the rank are those of the theorem."""
-    if config.method == "inlp" or (config.labels is None and config.concept_dim is None):
-        return False
-    needed = config.z_dim - 1 if config.labels is not None else config.z_dim
-    return config.rank is None or config.rank >= needed
+def _leakage_of(made: Provenance) -> dict[str, dict[str, Any]]:
+    """Site → the correlation with the concept `before` and `after`, and the intervals about both, where there are any.
+
+    The last hidden states come after the sites.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for site, pair in made.leakage.items():
+        if all(map(is_number, pair)):
+            before, after = (max(0.0, float(value)) for value in pair)  # older versions kept a sign
+            ends = made.leakage_intervals.get(site, ())
+            intervals = {"before_interval": interval_of(ends[:2]), "after_interval": interval_of(ends[2:])}
+            found[plain(site)] = {"before": before, "after": after} | intervals
+    return dict(sorted(found.items(), key=lambda entry: FINAL in entry[0]))
+
+
+def _figures_on(made: Provenance, measured_on: str) -> str:
+    """What figures are of, and what they were measured on."""
+    return f"{measured_on}, of {IN_WORDS[made.pool]}" if made.pool in IN_WORDS else measured_on
 
 
 def _gradiend_method(config: GradiendConfig, made: Provenance) -> dict[str, Any]:
@@ -192,8 +265,8 @@ def _gradiend_method(config: GradiendConfig, made: Provenance) -> dict[str, Any]
     chosen = made.selection
     return {
         "estimator": plain(made.estimator) or None, "task": plain(made.task) or None, "source": config.source,
-        "pair": _texts(config.pair or (config.pairs[0] if config.pairs else config.classes) or ()),
-        "pairs": [_texts(pair) for pair in config.pairs or []], "feature_factor": config.feature_factor,
+        "pair": list(map(plain, config.pair or (config.pairs[0] if config.pairs else config.classes) or ())),
+        "pairs": [list(map(plain, pair)) for pair in config.pairs or []], "feature_factor": config.feature_factor,
         "learning_rate": config.learning_rate, "density": config.density, "parameters": len(sizes),
         "weights": sum(size for size, _ in sizes),
         "changed": sum(size if count is None else count for size, count in sizes),
@@ -217,23 +290,162 @@ def _versions(config: ChildConfig, made: Provenance) -> dict[str, str]:
     return {name: plain(value, 60) for name, value in known.items() if value}
 
 
-def _texts(values: Iterable[Any]) -> list[str]:
-    return [plain(value) for value in values]
+# ---- what was measured -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number of the model without the adapter and with it.
+
+    Attributes:
+        key: What it is, in one word, as in the metadata of cards.
+        title: What it is.
+        before: Without the adapter; None where only the adapter was measured.
+        after: With it.
+        better: `"lower"`, `"higher"`, `"closer to …"`, or nothing where neither is.
+        data: What it was measured on.
+        before_interval: 95 % of a bootstrap, where there is one.
+        after_interval: The same with the adapter.
+        ideal: The best value, where there is one.
+        is_other: Whether it is a measure of another concept than the adapter's.
+    """
+
+    key: str
+    title: str
+    before: float | None
+    after: float
+    better: str
+    data: str
+    before_interval: list[float] | None = None
+    after_interval: list[float] | None = None
+    ideal: float | None = None
+    is_other: bool = False
+
+    @property
+    def change(self) -> str:
+        """`"better"`, `"worse"` or `"no change"`; nothing where there is no interval to tell it by."""
+        way = self.better.partition(" ")[0]
+        if self.before is None or self.after_interval is None or way not in ("lower", "higher", "closer"):
+            return ""
+        return verdict(self.before, self.after, self.after_interval, way, self.ideal) or "no change"
+
+
+def of_selection(made: Provenance) -> list[Measured]:
+    """What the chosen edit of a GRADIEND adapter does to the data it was chosen on."""
+    chosen = made.selection
+    data = "the data that the edit was chosen on"
+    data += f", {plain(chosen.measured_on)}" if "fitted" in chosen.measured_on else ""
+    return _edit_rows(_flat(chosen.base), _flat(chosen.best), chosen.goal, data)
+
+
+def _flat(point: dict[str, Any]) -> dict[str, Any]:
+    shares, goals = point.get("probabilities"), point.get("goals")
+    named = {f"P({name})": value for name, value in shares.items()} if isinstance(shares, dict) else {}
+    return named | (goals if isinstance(goals, dict) else {}) | {name: point.get(name) for name in _GRADIEND}
+
+
+def _edit_rows(base: dict[str, Any], edited: dict[str, Any], goal: Any, data: str) -> list[Measured]:
+    rows = []
+    for name, before in base.items():
+        after = edited.get(name)
+        if not (is_number(before) and is_number(after)):
+            continue
+        if name in _GRADIEND:
+            title, better = _GRADIEND[name]
+            rows.append(Measured(name, title, before, after, better, data))
+        elif name.startswith("P("):
+            rows.append(Measured("class_probability", f"mean probability {plain(name)}", before, after, "", data))
+        elif name in _GOALS or name == goal:
+            chosen = ", which the edit was chosen for" if name == goal else ""
+            title = name.upper() if name in _GOALS[1:] else f"score of {plain(name)!r}"
+            rows.append(Measured(plain(name), f"{title}{chosen}", before, after, "higher", data))
+    return rows
+
+
+def of_training(concept: str, made: Provenance) -> list[Measured]:
+    """What a callback of ours logged last while the model under the adapter was trained."""
+    figures = made.training.figures
+    where = f"at step {made.training.step} of training"
+    held_out = f"{_figures_on(made, plain(made.training.measured_on) or 'held-out batches')}, {where}"
+    refits = figures.get("erasure_refits")
+    held_out += f", refitted {refits:g} times by then" if is_number(refits) else ""
+    rows = []
+    for name, value in figures.items():
+        site = name.removeprefix("leakage/")
+        if not is_number(value):
+            continue
+        if name == "leakage_max" or (site != name and FINAL in site):
+            where_it_leaks = "the site that leaks most" if site == name else plain(site)
+            title = f"correlation with {concept}: {where_it_leaks}"
+            rows.append(Measured("linear_leakage", title, None, value, "lower", held_out))
+        for suffix, title in _WATCHED.items():
+            if name.endswith(suffix):
+                rows.append(Measured(suffix[1:], title, None, value, "", f"the steps up to the log {where}"))
+    return rows
+
+
+def kept_rows(rows: list[Any]) -> list[Measured]:
+    """Rows that were kept in an adapter's configuration."""
+    found = []
+    for row in rows:
+        known = row if isinstance(row, dict) else {}
+        numbers: dict[str, Any] = {n: known[n] for n in ("before", "after", "ideal") if is_number(known.get(n))}
+        if {"before", "after"} <= numbers.keys():
+            texts = {name: plain(known.get(name, "")) for name in ("key", "title", "better", "data")}
+            intervals = {name: interval_of(known.get(name)) for name in ("before_interval", "after_interval")}
+            found.append(Measured(**texts | numbers | intervals, is_other=known.get("is_other") is True))
+    return found
 
 
 # ---- the recipe that made it -----------------------------------------------------------------------------------------
 
 
-def _recipe(folder: Path | None) -> dict[str, Any]:
-    """The recipe in an output folder; empty where the adapter was made by a program."""
-    path = folder / "recipe.yaml" if folder is not None else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _add_recipe(facts: CardFacts, folder: Path, config: ChildConfig, made: Provenance) -> list[Measured]:
+    """Add the data that the recipe in an output folder names; returns what its run has measured.
+
+    That is the last line of an erasure's probe table, or the saved edit of a GRADIEND. The probes read one vector a
+    text: that of the erasure's pool, and of all tokens their mean. Nothing was measured where the adapter was fitted or
+    steered anew since.
+    """
+    recipe, file = read_object(folder / "recipe.yaml", yaml.safe_load), folder / "results.json"
+    data = recipe["data"] if isinstance(recipe.get("data"), dict) else {}
+    facts.datasets += _datasets(data)
+    facts.labels_from = facts.labels_from or _labels_from(data)
+    results = read_object(file)
+    if not recipe or not results or made.recipe != digest_of_data(file.read_text(encoding="utf-8")):
+        return []
+    edits = results.get("edits")
+    if not isinstance(edits, dict) or not isinstance(config, GradiendConfig):
+        return _probe_rows(results, data, made)
+    base, saved = edits.get("none"), edits.get(results.get("saved"))
+    if not (isinstance(base, dict) and isinstance(saved, dict)):
+        return []
+    is_steered_so = (saved.get("h"), saved.get("α")) == (config.feature_factor, config.learning_rate)
+    return _edit_rows(base, saved, results.get("saved"), _TEST) if is_steered_so else []
+
+
+def _probe_rows(results: dict[str, Any], data: dict[str, Any], made: Provenance) -> list[Measured]:
+    read = "mean" if made.pool == "tokens" else made.pool
+    probed = _TEST + (f", {IN_WORDS[read]}" if read in IN_WORDS else "")
+    probed += f", {plain(made.measured_on)}" if "fitted" in made.measured_on else ""
+    last = list(results)[-1]
+    row = results[last] if isinstance(results[last], dict) else {}
+    rows = []
+    for column, better in ((data.get("label_column"), "lower"), (data.get("keep_column"), "higher")):
+        before, after = row.get(f"{column} before"), row.get(f"{column} after")
+        if not (is_number(before) and is_number(after)):
+            continue
+        majority = row.get(f"{column} majority")
+        constant = f" (always the majority: {majority:.3f})" if is_number(majority) else ""
+        title = f"accuracy of a linear probe for {plain(column)}, {plain(last)}{constant}"
+        rows.append(Measured("probe_accuracy", title, before, after, better, probed))
+        refitted = row.get(f"{column} refitted")
+        if is_number(refitted):
+            title = (
+                f"the same of a probe fitted on one half of the erased test split, judged on the other: {plain(column)}"
+            )
+            rows.append(Measured("refitted_probe_accuracy", title, None, refitted, "lower", probed))
+    return rows
 
 
 def _datasets(data: dict[str, Any]) -> list[str]:
@@ -263,9 +475,3 @@ def _labels_from(data: dict[str, Any]) -> str | None:
     if train.get("sentences") is not None:
         return "sentences with one of the recipe's words, whose counterpart a table of the recipe names"
     return "a file of pairs with the columns factual, counterfactual and label" if train.get("file") else None
-
-
-def head(facts: CardFacts) -> tuple[str, str | None]:
-    """The class to load the base with, and the Hub's name of its task."""
-    found = head_of(facts.base_class)
-    return ("AutoModel", None) if found is None else (found.auto_class, found.pipeline_tag)

@@ -1,15 +1,22 @@
-"""What goes wrong between a user and the Hub, in a sentence that says what to do about it."""
+"""Pushing to the Hub: of a folder in one commit, and our card in what transformers and Trainer push.
+
+What goes wrong between a user and the Hub is said in a sentence that tells what to do about it. `push_to_hub` of
+transformers writes a template over the card that a save has left, Trainers do too, and Trainer calls a method on the
+model that only a `PeftModel` has. What they do for models without an adapter of ours is left as it is.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -20,12 +27,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from hf_erasure.adapters.common.files import CARD, CONFIG, WEIGHTS
+from hf_erasure.adapters.saving import PUSHED_FROM
 
-from .cards import Card, gather, has_own_text, own_adapters, rendered, text_of, updated
-from .facts import PICTURES, hub_id
-from .markdown import plain
-from .measured import read_json
-from .templates import SOMEWHERE
+from .cards import config_in, gather, holds_adapters_only, kept_quiet, own_adapters, told_by, write_card
+from .facts import PICTURES, hub_id, plain, read_object
+from .readme import WrittenCard, filled, has_own_text, text_of, updated
+from .rendering import SOMEWHERE, Card, rendered
 
 _REMEDIES = {
     401: "Log in with `hf auth login`, or give a valid token.",
@@ -36,6 +43,7 @@ _REMEDIES = {
     429: "Wait a little, and try again.",
 }
 _AGAIN = "Try again; a second push sends only what has not arrived."
+# So many characters of what the Hub says are shown.
 _LONGEST = 400
 Result = TypeVar("Result")
 
@@ -90,7 +98,10 @@ def _status_of(error: HTTPError) -> int | None:
 
 # What a repository of a model consists of; training states and pickles are none of it.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
+# So often a push is made anew where somebody else commits in between.
 _ATTEMPTS = 3
+# Where Trainer's card begins to say how training went.
+_TRAINING = "## Training procedure"
 
 
 def push_adapter(
@@ -278,7 +289,7 @@ def _adapter_files(folder: Path) -> Iterator[str]:
 
 def _based_on(file: Path, base_model: str | None) -> bytes:
     """A configuration that names the base as the Hub does, so that `AutoModel.from_pretrained` finds it."""
-    content = read_json(file) | {"base_model_name_or_path": base_model}
+    content = read_object(file) | {"base_model_name_or_path": base_model}
     return json.dumps(content, indent=2, sort_keys=True).encode("utf-8")
 
 
@@ -308,3 +319,84 @@ def _place(subfolder: str | None) -> str:
     if not parts or parts[0] == "/" or ".." in parts or "\\" in subfolder:
         raise ValueError(f"subfolder={subfolder!r} is no folder within a repository: write a name such as 'gender'.")
     return "/".join(parts)
+
+
+# ---- the card of what transformers pushes ----------------------------------------------------------------------------
+
+
+class _PushedCard(ModelCard):
+    """What the repository has, or transformers' template; where an adapter of ours is pushed, our card takes it up."""
+
+    hf_erasure_repo_id = ""
+    hf_erasure_token: Any = None
+
+    def save(self, filepath: Path | str) -> None:
+        """Write README.md into the folder that is about to be pushed."""
+        path = Path(filepath)
+        if path.name != CARD or not holds_adapters_only(path.parent):
+            super().save(filepath)
+            return
+        # What lies in the folder and what lies on the Hub: the one that somebody has written counts.
+        pushed_from = PUSHED_FROM.get()
+        here = text_of(path if pushed_from is None else pushed_from / CARD)
+        present = here if has_own_text(here) else filled(self._there(), text_of(path))
+        where, tags = self.hf_erasure_repo_id, self.data.get("tags") or []
+        kept_quiet(path.parent, lambda: write_card(path.parent, repo_id=where, present=present, tags=tags))
+        for name in [name for name, _ in own_adapters(path.parent) if name]:
+            write = functools.partial(write_card, path.parent / name, repo_id=where, subfolder=name)
+            kept_quiet(path.parent / name, write)
+
+    def _there(self) -> str:
+        """What the repository has, which transformers takes for nothing where the Hub could not be asked."""
+        if not has_own_text(str(self)):
+            there = card_on_hub(self.hf_erasure_repo_id, self.hf_erasure_token)
+            if there is not None and has_own_text(there):
+                return there
+        return str(self)
+
+
+def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """The card that `push_to_hub` of transformers writes over that of what it pushes."""
+    card: Any = original(repo_id, *args, **kwargs)
+    given = inspect.signature(original).bind(repo_id, *args, **kwargs).arguments
+    card.__class__ = _PushedCard
+    card.hf_erasure_repo_id, card.hf_erasure_token = repo_id, given.get("token")
+    return card
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+
+def write_pushed_card(trainer: Any, checkpoint: Path) -> None:
+    """Write the card of what Trainer copies from a checkpoint before it pushes it: the files, and not the card."""
+    target, config = Path(trainer.args.output_dir), config_in(checkpoint)
+    if config is not None:
+        known = {"repo_id": getattr(trainer, "hub_model_id", None), **told_by(trainer.model)}
+        kept_quiet(target, lambda: write_card(target, config, **known))
+
+
+def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """A Trainer's card says how training went: that becomes a part of ours, which says all the rest."""
+    output_dir = trainer.args.output_dir
+    folder = Path(output_dir)
+    if not trainer.is_world_process_zero() or not holds_adapters_only(folder):
+        original(*args, **kwargs)
+        return
+    with TemporaryDirectory() as elsewhere:
+        # Into an empty folder: where Trainer finds a card of PEFT, it calls a method that only a PeftModel has.
+        object.__setattr__(trainer.args, "output_dir", elsewhere)
+        try:
+            original(*args, **kwargs)
+        finally:
+            object.__setattr__(trainer.args, "output_dir", output_dir)
+        theirs = ModelCard(text_of(Path(elsewhere, CARD)) or "")
+    repo_id = getattr(trainer, "hub_model_id", None)
+    kept_quiet(folder, functools.partial(_with_training, folder, theirs, repo_id))
+
+
+def _with_training(folder: Path, theirs: ModelCard, repo_id: str | None) -> WrittenCard:
+    """Our card, with what Trainer's says of the training run, and with its metadata."""
+    training = theirs.text.partition(_TRAINING)[2].partition("<!-- hf-erasure end")[0].strip()
+    present = filled(text_of(folder / CARD) or "---\n{}\n---\n", str(theirs))
+    text = f"{_TRAINING}\n\n{training}" if training else ""
+    return write_card(folder, repo_id=repo_id, training=text, present=present)

@@ -27,11 +27,10 @@ from hf_erasure.adapters.common.provenance import RECIPE
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.cli import app
 from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
-from hf_erasure.hub.cards import config_in, rendered, updated
+from hf_erasure.hub.cards import config_in
 from hf_erasure.hub.facts import CardFacts, facts_of
-from hf_erasure.hub.metadata import merged
-from hf_erasure.hub.plots import draw
-from hf_erasure.hub.templates import template_folder
+from hf_erasure.hub.readme import merged, updated
+from hf_erasure.hub.rendering import draw, rendered, template_folder
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.small_models import LABELS, small_batches
@@ -254,7 +253,7 @@ def test_the_picture_is_drawn_where_there_is_something_to_draw(
         assert f"]({name})" in (place / "README.md").read_text()
     bare = tmp_path / "bare"
     bare.mkdir()
-    monkeypatch.setattr("hf_erasure.hub.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_erasure.hub.rendering.find_spec", lambda name: None)
     write_card(bare, erasure())
     assert not list(bare.glob("*.png")) and "![" not in (bare / "README.md").read_text()
 

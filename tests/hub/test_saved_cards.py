@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils.hub import PushToHubMixin
 
 from hf_erasure import GradiendCallback, patches
-from hf_erasure.hub import cards, saved_cards
+from hf_erasure.hub import cards, pushing
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.lifecycle import Cell, Lifecycle, config_of, fit
 from tests.small_models import LABELS, small_batch
@@ -76,7 +76,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pat
         for module in (transformers.utils.hub, transformers.modeling_utils):
             monkeypatch.setattr(module, "hf_api", lambda: api)
         monkeypatch.setattr(ModelCard, "load", load)
-        monkeypatch.setattr(saved_cards, "card_on_hub", lambda *_: present)
+        monkeypatch.setattr(pushing, "card_on_hub", lambda *_: present)
         monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*card of the adapter.*|.*README.md was left.*")

@@ -1,0 +1,290 @@
+"""A card made from facts: its Markdown by a template, its metadata for the Hub, and its picture.
+
+The templates are `model_cards/` of the repository, which the wheel carries inside the package. Names of concepts,
+classes and modules come from files of strangers, so all that a template puts in is escaped.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hf_erasure.adapters.common.files import write_whole
+from hf_erasure.models.heads import Head, head_of
+
+from .facts import EFFECT, LEAKAGE, LONGEST, CardFacts, is_number, plain
+
+OURS = "hf-erasure"
+# What stands in a card for the name of a repository that is not known yet.
+SOMEWHERE = "path/to/this/folder"
+# What a card had before ours may name another base, or a folder of somebody's disk.
+REPLACED_TAGS = ("base_model:",)
+_TAGS = {
+    "concept_erasure": ["concept-erasure", "debiasing", "interpretability"],
+    "gradiend": ["gradiend", "debiasing", "model-editing"],
+}
+_FOLDER, _SUFFIX = "model_cards", ".md.j2"
+# So many characters of a text are shown that is not a name, such as who labelled the data.
+_LONGEST_TEXT = 2000
+# What begins something in the middle of a line of GitHub's Markdown; `<`, `>` and `&` become entities.
+_MARKS = re.compile(r"([\\`*_\[\]|~$])")
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_BLOCK = re.compile(r"<!-- hf-erasure ([0-9a-f]{12}): [^\n]*? -->\n(.*?)\n<!-- hf-erasure end -->", re.DOTALL)
+_NOTE = "made by hf-erasure; what you write before or after this part stays"
+# Colours of the lines and bars of pictures.
+_BEFORE, _AFTER = "#b3541e", "#1f5f8b"
+
+
+# ---- cards -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card that could stand alone, in its two parts.
+
+    Attributes:
+        data: Its metadata.
+        text: Its Markdown.
+    """
+
+    data: ModelCardData
+    text: str
+
+    @property
+    def block(self) -> str:
+        """The Markdown between the marks by which it is found again."""
+        return f"<!-- hf-erasure {_digest(self.text)}: {_NOTE} -->\n{self.text}\n<!-- hf-erasure end -->"
+
+    @classmethod
+    def read(cls, readme: str) -> Card | None:
+        """The card in a README.md; None where there is none, or somebody has changed it."""
+        found = intact(readme.replace("\r\n", "\n"))
+        return None if found is None else cls(ModelCard(readme).data, found[2])  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"---\n{self.data.to_yaml()}\n---\n\n{self.block}\n"
+
+
+def intact(text: str) -> re.Match[str] | None:
+    """The part of a README.md that is ours, where nobody has changed it."""
+    found = _BLOCK.search(text)
+    return found if found is not None and _digest(found[2]) == found[1] else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+
+
+def rendered(facts: CardFacts) -> Card:
+    """The card that says these facts."""
+    head, where = head_of(facts.base_class), facts.base_id or facts.base_class
+    what = "Erasure of" if facts.kind == "concept_erasure" else "GRADIEND of"
+    title = plain(f"{what} “{facts.concept}”" + (f" in {where}" if where else ""))
+    text = render(facts.kind, facts, title, head)
+    if facts.training:
+        text += f"\n\n{facts.training.strip()}"
+    method = facts.method.get("name")
+    tags = [*_TAGS[facts.kind], *([method] if method in ("leace", "inlp") else [])]
+    data = metadata_of(facts, head, tags)
+    data.tags = list(
+        dict.fromkeys([*(data.tags or ()), *(tag for tag in facts.tags if not tag.startswith(REPLACED_TAGS))])
+    )
+    # A measure of the base and of the adapter, as the Hub lists them.
+    results = [
+        EvalResult(
+            task_type=data.pipeline_tag or "other",
+            dataset_type=OURS,
+            dataset_name=row["data"] + (", other measures" if row["is_other"] else ""),
+            metric_type=row["key"],
+            metric_name=f"{row['title']} ({who})",
+            metric_value=round(float(row[when]), 6),
+            metric_args={"measured_by": OURS, "model": who},
+        )
+        for row in facts.measured
+        for when, who in (("before", "base"), ("after", "with the adapter"))
+        if row[when] is not None
+    ]
+    if results:
+        data.model_name, data.eval_results = title, results
+    return Card(data, text)
+
+
+def metadata_of(facts: CardFacts, head: Head | None, tags: Iterable[str], *, library: str = "peft") -> ModelCardData:
+    """The metadata of a card, but for results.
+
+    Args:
+        facts: Of the adapter.
+        head: Of the model that it is for, or that it was merged into.
+        tags: Besides the package's own, and those by which the Hub lists adapters of a base.
+        library: What loads it: PEFT an adapter, transformers a checkpoint that it was merged into.
+    """
+    is_adapter = library == "peft"
+    of_base = [*adapter_tags(facts.base_id), *(["transformers"] if head else [])] if is_adapter else []
+    data = ModelCardData(
+        library_name=library,
+        base_model=facts.base_id,
+        pipeline_tag=None if head is None else head.pipeline_tag,
+        tags=[OURS, *tags, *of_base],
+        datasets=facts.datasets or None,
+        license=facts.license,
+        language=facts.language or None,
+    )
+    if facts.base_id is not None:
+        data["base_model_relation"] = "adapter" if is_adapter else "finetune"
+    return data
+
+
+def adapter_tags(base: str | list[str] | None) -> list[str]:
+    """By these the Hub lists the adapters of a base model, or of several."""
+    return [f"base_model:adapter:{name}" for name in ([base] if isinstance(base, str) else base or [])]
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------
+
+
+def render(name: str, facts: CardFacts, title: str, head: Head | None, **values: Any) -> str:
+    """A filled template, without empty lines in a row."""
+    auto_class = "AutoModel" if head is None else head.auto_class
+    template = environment().get_template(f"{name}{_SUFFIX}")
+    text = template.render(facts=facts, title=title, auto_class=auto_class, **values)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.strip().splitlines()))
+
+
+def template_folder() -> Path:
+    """Where the templates are.
+
+    Raises:
+        FileNotFoundError: If they were not installed.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / _FOLDER, package.parent / _FOLDER):
+        if (folder / f"concept_erasure{_SUFFIX}").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"The templates of model cards are missing from {package / _FOLDER}: the installation is not complete, install "
+        "hf-erasure again."
+    )
+
+
+@functools.cache
+def environment() -> Environment:
+    """Whatever a template puts in is escaped, unless it is `Markdown` already."""
+    made = Environment(
+        loader=FileSystemLoader(template_folder()),
+        finalize=functools.partial(escaped, longest=_LONGEST_TEXT),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.globals["somewhere"] = SOMEWHERE
+    made.filters |= {"code": code, "listed": listed, "literal": literal, "number": number, "path": path}
+    return made
+
+
+class Markdown(str):
+    """Text that is Markdown already, and goes into a card as it is."""
+
+    __slots__ = ()
+
+
+def escaped(value: Any, longest: int = LONGEST) -> Markdown:
+    """Text that shows as it is anywhere within a line, in a table too."""
+    if isinstance(value, Markdown):
+        return value
+    marked = _MARKS.sub(r"\\\1", plain(value, longest))
+    return Markdown("".join(_ENTITIES.get(c, c) for c in marked))
+
+
+def code(value: Any) -> Markdown:
+    """A name as code; as plain text where it has characters that end code or a cell of a table."""
+    text = plain(value)
+    return Markdown(f"`{text}`") if text and not re.search(r"[`|\\<>]", text) else escaped(text)
+
+
+def listed(values: Any) -> Markdown:
+    """Names separated by commas."""
+    return Markdown(", ".join(code(value) for value in values))
+
+
+def literal(value: Any) -> Markdown:
+    """A string as Python writes it, for a block of code."""
+    return Markdown(json.dumps(plain(value), ensure_ascii=False))
+
+
+def number(value: Any, form: str = "", interval: Any = None) -> Markdown:
+    """A number in a form, or with as many digits as it deserves, and its interval; a dash where there is none."""
+    if not is_number(value):
+        return Markdown("–")
+    usual = "," if isinstance(value, int) else ",.1f" if abs(value) >= 100 else ".3f"
+    ends = "" if interval is None else f" [{number(interval[0])}, {number(interval[1])}]"
+    return Markdown(f"{value:{form or usual}}{ends}")
+
+
+def path(value: Any) -> Markdown:
+    """A file or a name on the Hub, as the target of a link."""
+    return Markdown(quote(plain(value), safe="/"))
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(facts: CardFacts, folder: Path) -> str | None:
+    """Draw what was measured into the folder; returns the file's name.
+
+    Nothing is drawn, and None returned, where there is nothing to draw or matplotlib is not installed.
+    """
+    is_erasure = facts.kind == "concept_erasure"
+    lines = [site for site in [*facts.sites, *facts.finals] if site["before"] is not None]
+    shares = [row for row in facts.measured if row["before"] is not None and not row["is_other"]]
+    bars = [row for row in shares if 0 <= row["before"] <= 1 and 0 <= row["after"] <= 1]
+    if find_spec("matplotlib") is None or not (lines if is_erasure else bars):
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4 if is_erasure else 0.5 * len(bars) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    if is_erasure:
+        _draw_leakage(axes, lines, facts.method["figures_on"])
+    else:
+        _draw_effect(axes, bars)
+    axes.legend()
+    name = LEAKAGE if is_erasure else EFFECT
+    write_whole(folder / name, lambda path: figure.savefig(path, format="png", dpi=110))
+    return name
+
+
+def _draw_leakage(axes: Any, lines: list[dict[str, Any]], figures_on: str) -> None:
+    where = range(len(lines))
+    for when, color, marker, style in (("before", _BEFORE, "o", "-"), ("after", _AFTER, "s", "--")):
+        axes.plot(where, [line[when] for line in lines], marker=marker, color=color, linestyle=style, label=when)
+        ends = [line.get(f"{when}_interval") for line in lines]
+        if all(ends):
+            axes.fill_between(where, *zip(*ends, strict=True), color=color, alpha=0.15)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_ylabel("correlation with the concept")
+    axes.set_title(_literal(f"on {figures_on}"), fontsize=9)
+    axes.set_xticks(where, [_literal(line["name"]) for line in lines], rotation=90, fontsize=6)
+
+
+def _draw_effect(axes: Any, bars: list[dict[str, Any]]) -> None:
+    for offset, when, color in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
+        axes.barh([i + offset for i in range(len(bars))], [row[when] for row in bars], 0.38, color=color, label=when)
+    axes.set_yticks(range(len(bars)), [_literal(row["title"]) for row in bars], fontsize=7)
+    axes.invert_yaxis()
+
+
+def _literal(text: str) -> str:
+    """Text in which matplotlib looks for no formula."""
+    return text.replace("$", r"\$")
