@@ -17,7 +17,7 @@ from typing import Any
 from .adapters import saved_tensors, saving, switching
 from .adapters.internals import Internal, check_internals, installed
 from .adapters.loading import key_renaming, load
-from .callbacks import trainer_saves
+from .callbacks import trainer
 from .hub import cards, pushing
 
 # On a function that is wrapped: a list with the wrapper of now.
@@ -195,13 +195,13 @@ def patches() -> tuple[Patch, ...]:
         ),
         of_trainer(
             "Trainer.train",
-            wrapper=trainer_saves.train,
+            wrapper=trainer.train,
             why="no event comes before a training whose saves would lose an adapter, nor before a log is reported",
             without="Trainer does not say at its start what its saves will lose, nor log what callbacks measure",
         ),
         of_trainer(
             "Trainer._save",
-            wrapper=trainer_saves.save,
+            wrapper=trainer.save,
             why="of a model with adapters it saves the active one alone",
             without="Trainer saves the active adapter alone, without the weights that were trained under it",
         ),
@@ -225,7 +225,7 @@ def install(table: tuple[Patch, ...] | None = None) -> None:
             _wrap(patch)
         else:
             _warn(patch, missing, patch.without)
-    for method in trainer_saves.OWN_METHODS:
+    for method in trainer.OWN_METHODS:
         internal = Internal("transformers", "transformers.trainer", f"Trainer.{method}")
         missing = internal.why_missing()
         if missing is not None:

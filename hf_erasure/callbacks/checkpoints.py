@@ -1,9 +1,9 @@
 """What Trainer writes for a model with adapters of ours, and reads back: all that training has changed.
 
 Of a model with adapters Trainer saves one adapter. The model's own weights, fine-tuned under it, and an erasure that
-was refitted beside a LoRA would be lost without a word; two active adapters stop it; and into a model that is no
+was refitted beside a LoRA would be lost without a word; two active adapters stop it; and into a model that is not a
 `PeftModel` it can load no checkpoint at all. Where one of our callbacks takes part, and where several adapters of a
-model that is no `PeftModel` are active, a checkpoint holds instead
+model that is not a `PeftModel` are active, a checkpoint holds instead
 
 - in the folder itself the trained adapter, as ever; or, where the model's own weights are trained, the model without
   adapters, for `from_pretrained`;
@@ -27,41 +27,20 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
-from hf_erasure.adapters.common.layer import child_configs
 from hf_erasure.adapters.common.tuner import is_child
 from hf_erasure.adapters.saving import ON_STAGED, staged
-
-
-def configs_of(model: Any) -> dict[str, PeftConfig]:
-    """The configurations of all adapters by name; none of a plain model."""
-    return dict(getattr(model, "peft_config", None) or {})
+from hf_erasure.models.model import unwrapped
 
 
 def own_trained(model: nn.Module) -> list[str]:
     """The names of the model's own weights that are trained, without those of adapters."""
-    base = _base_of(model)
-    named = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
+    named = {name: parameter for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad}
     return [name for name in named if _plain_name(name, model) is not None]
 
 
 def is_lost(model: nn.Module) -> bool:
     """Whether Trainer by itself would save less of a model than training changes, or could not load what it saves."""
-    return bool(configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained(model)))
-
-
-def several_active(model: nn.Module) -> bool:
-    """Whether several adapters are active, and one of this package is there: transformers refuses to save that."""
-    wanted: Any = model
-    if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False) or not child_configs(model):
-        return False
-    return len(wanted.active_adapters()) > 1
-
-
-def left_out(model: Any) -> list[str]:
-    """The adapters of this package that Trainer by itself does not save with the one that it saves."""
-    if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False):
-        return []
-    return [name for name in child_configs(model) if name not in model.active_adapters()]
+    return bool(_configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained(model)))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -69,11 +48,17 @@ def left_out(model: Any) -> list[str]:
 
 @contextmanager
 def saving_all(model: Any) -> Iterator[None]:
-    """Let `model.save_pretrained(folder)` write all that training changes, for a while."""
+    """Let `model.save_pretrained(folder)` write the model's own weights, where trained, and every adapter."""
 
     def save_pretrained(folder: str | Path, *, is_main_process: bool = True, **ignored: Any) -> None:
-        if is_main_process:
-            save_trained(model, Path(folder))
+        if not is_main_process:
+            return
+        others = [name for name, config in _configs_of(model).items() if not isinstance(config, ChildConfig)]
+        top = others[0] if len(others) == 1 else None
+        if own_trained(model):
+            _save_base(model, Path(folder))
+            top = None
+        save_adapters(model, Path(folder), top)
 
     model.save_pretrained = save_pretrained
     try:
@@ -82,20 +67,9 @@ def saving_all(model: Any) -> Iterator[None]:
         del model.save_pretrained
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the model's own weights, where they are trained, and every adapter."""
-    top = None
-    if own_trained(model):
-        _save_base(model, folder)
-    else:
-        others = [name for name, config in configs_of(model).items() if not isinstance(config, ChildConfig)]
-        top = others[0] if len(others) == 1 else None
-    save_adapters(model, folder, top)
-
-
 def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: Collection[str] | None = None) -> None:
     """Write every adapter, or `only` some, into a folder of its own name, but `top` into the folder itself."""
-    chosen = {name: config for name, config in configs_of(model).items() if only is None or name in only}
+    chosen = {name: config for name, config in _configs_of(model).items() if only is None or name in only}
     states = {name: _adapter_state(model, name) for name in chosen}  # all of them, before one is written
     for name, config in chosen.items():
         with staged(folder if name == top else folder / name) as content:
@@ -106,7 +80,7 @@ def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: 
 
 
 def _save_base(model: nn.Module, folder: Path) -> None:
-    base: Any = _base_of(model)
+    base: Any = unwrapped(model)
     named = {key: _plain_name(key, model) for key in base.state_dict()}
     state = {plain: base.state_dict()[key] for key, plain in named.items() if plain is not None}
     loaded = base._hf_peft_config_loaded
@@ -128,7 +102,7 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put back in place what `save_trained`, or PEFT for a `PeftModel`, has written.
+    """Put back in place what `saving_all`, or PEFT for a `PeftModel`, has written.
 
     Raises:
         ValueError: If something that is trained, or an adapter, is not in the folder.
@@ -136,20 +110,34 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     own = own_trained(model)
     if own:
         _load_base(model, folder, own)
-    for name, config in configs_of(model).items():
-        place = _place_of(folder, name, config)
+    for name, config in _configs_of(model).items():
+        place, saved = _saved_in(folder, name, config)
+        tensors = load_file(place / WEIGHTS)
         if isinstance(config, ConceptErasureConfig):
-            _load_erasure(model, name, config, place)
+            for path, layer in erasure_layers(model, name).items():
+                stem, device = f"{PREFIX}{path}.{layer.child_name}", layer.state_of(name)[0].device
+                layer.restore_state(name, tuple(tensors[f"{stem}.{part}"].to(device) for part in layer.stores(name)))
+            for field in ("fitted", "fitted_sites", "provenance"):
+                setattr(config, field, getattr(saved, field))
         elif isinstance(config, ChildConfig):
-            _check_same(model, name, place)
-            saved: Any = PeftConfig.from_pretrained(str(place))
+            # Training never changes a GRADIEND adapter, so the model must have the one that the checkpoint has.
+            present = _adapter_state(model, name)
+            if tensors.keys() != present.keys() or any(not torch.equal(tensors[k], present[k].cpu()) for k in present):
+                raise ValueError(
+                    f"The adapter {name!r} of the model is not the one that the checkpoint was trained with: load that "
+                    f"one, model.load_adapter({str(place)!r}, adapter_name={name!r}), before training goes on."
+                )
             config.provenance = saved.provenance
         else:
-            _load_other(model, name, place)
+            missing = sorted(_adapter_state(model, name).keys() - tensors.keys())
+            if missing:
+                raise ValueError(f"{str(place)!r} lacks {missing[0]!r}, a tensor of the adapter {name!r}.")
+            strip = "" if isinstance(model, PeftModel) else PREFIX
+            set_peft_model_state_dict(model, {k.removeprefix(strip): v for k, v in tensors.items()}, adapter_name=name)
 
 
 def _load_base(model: nn.Module, folder: Path, own: list[str]) -> None:
-    base = _base_of(model)
+    base = unwrapped(model)
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         found |= load_file(file)
@@ -164,42 +152,12 @@ def _load_base(model: nn.Module, folder: Path, own: list[str]) -> None:
     base.load_state_dict(values, strict=False)
 
 
-def _load_erasure(model: nn.Module, name: str, config: ConceptErasureConfig, place: Path) -> None:
-    saved: Any = PeftConfig.from_pretrained(str(place))
-    tensors = load_file(place / WEIGHTS)
-    for path, layer in erasure_layers(model, name).items():
-        stem = f"{PREFIX}{path}.{layer.child_name}.{layer.child_name}"
-        parts = [tensors[f"{stem}_{part}"] for part in ("left", "right", "bias")]
-        device = layer.state_of(name)[0].device
-        layer.restore_state(name, tuple(part.to(device) for part in parts))
-    for field in ("fitted", "fitted_sites", "provenance"):
-        setattr(config, field, getattr(saved, field))
-
-
-def _check_same(model: nn.Module, name: str, place: Path) -> None:
-    """Training never changes a GRADIEND adapter, so the model must have the one that the checkpoint has."""
-    saved, present = load_file(place / WEIGHTS), _adapter_state(model, name)
-    same = saved.keys() == present.keys() and all(torch.equal(saved[k], v.cpu()) for k, v in present.items())
-    if not same:
-        raise ValueError(
-            f"The adapter {name!r} of the model is not the one that the checkpoint was trained with: load that one, "
-            f"model.load_adapter({str(place)!r}, adapter_name={name!r}), before training goes on."
-        )
-
-
-def _load_other(model: nn.Module, name: str, place: Path) -> None:
-    saved, present = load_file(place / WEIGHTS), _adapter_state(model, name)
-    missing = present.keys() - saved.keys()
-    if missing:
-        raise ValueError(f"{str(place)!r} lacks {sorted(missing)[0]!r}, a tensor of the adapter {name!r}.")
-    strip = "" if isinstance(model, PeftModel) else PREFIX
-    set_peft_model_state_dict(model, {k.removeprefix(strip): v for k, v in saved.items()}, adapter_name=name)
-
-
-def _place_of(folder: Path, name: str, config: PeftConfig) -> Path:
+def _saved_in(folder: Path, name: str, config: PeftConfig) -> tuple[Path, Any]:
+    """Where a checkpoint has an adapter, and its configuration there."""
     for place in (folder / name, folder):
-        if (place / CONFIG).is_file() and PeftConfig.from_pretrained(str(place)).peft_type == config.peft_type:
-            return place
+        saved = PeftConfig.from_pretrained(str(place)) if (place / CONFIG).is_file() else None
+        if saved is not None and saved.peft_type == config.peft_type:
+            return place, saved
     raise ValueError(
         f"{str(folder)!r} does not have the adapter {name!r}: it was saved without a callback of hf_erasure, or for "
         "another model."
@@ -209,14 +167,14 @@ def _place_of(folder: Path, name: str, config: PeftConfig) -> Path:
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def _base_of(model: Any) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+def _configs_of(model: Any) -> dict[str, PeftConfig]:
+    return dict(getattr(model, "peft_config", None) or {})
 
 
 def _plain_name(key: str, model: nn.Module) -> str | None:
     """What a tensor is called in the model without adapters; None for what belongs to an adapter."""
     parts = key.split(".")
-    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in configs_of(model).values())
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in _configs_of(model).values())
     if is_child(key) or "modules_to_save" in parts or any(part.startswith(prefixes) for part in parts):
         return None
     return ".".join(part for part in parts if part not in ("base_layer", "original_module"))

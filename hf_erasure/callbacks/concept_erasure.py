@@ -7,17 +7,16 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_erasure.adapters.common.acting import users_level
 from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.heldout import measured_leakage, shared_rows
 from hf_erasure.fitting.report import in_words
 from hf_erasure.fitting.sites import adapter_to_fit
 
-from .checks import check_training
-from .logs import LoggingCallback, devices_of
+from .trainer import LoggingCallback, same_random_numbers
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -84,12 +83,20 @@ class ConceptErasureCallback(LoggingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check how the model is trained, and fit an erasure that was not."""
+        super().on_train_begin(args, state, control, **kwargs)
         model: nn.Module = kwargs["model"]
-        check_training(model, args)
-        self.remember(state)
         found, _ = adapter_to_fit(model, self.adapter_name)
         if self.eval_batches is not None:
-            self._compare_rows(model, self.eval_batches)
+            with same_random_numbers(model):
+                examples, fitted = shared_rows(self.batches, self.eval_batches)
+            self.measured_on = in_words(examples, fitted)
+            if fitted:
+                warnings.warn(
+                    f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} "
+                    "is fitted on: the leakage that is logged is on fitted rows, and says little of others. Give other "
+                    "rows.",
+                    stacklevel=users_level(),
+                )
         if not found.config.fitted:
             self._refit(model, state)
 
@@ -131,21 +138,8 @@ class ConceptErasureCallback(LoggingCallback):
             self.memory["is_due"] = self.refit_leakage is not None and found["leakage_max"] > self.refit_leakage
         return found
 
-    def _compare_rows(self, model: nn.Module, eval_batches: Iterable[Any]) -> None:
-        """Say where leakage is measured on rows that are fitted on."""
-        with torch.random.fork_rng(devices=devices_of(model)):
-            examples, fitted = shared_rows(self.batches, eval_batches)
-        self.measured_on = in_words(examples, fitted)
-        if fitted:
-            warnings.warn(
-                f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} is "
-                "fitted on: the leakage that is logged is on fitted rows, and says little of others. Give other rows.",
-                stacklevel=2,
-            )
-
     def _refit(self, model: nn.Module, state: TrainerState) -> None:
-        # Batches that are shuffled must not move the random numbers that training draws.
-        with torch.random.fork_rng(devices=devices_of(model)):
+        with same_random_numbers(model):  # batches may be shuffled
             fit_concept_erasure(model, self.batches, self.adapter_name, pool=self.pool, progress=False, **self._options)
         self.memory.update(refits=self.refits + 1, is_due=False)
         _LOGGER.info("Erasure %r fitted at step %d.", self.adapter_name, state.global_step)

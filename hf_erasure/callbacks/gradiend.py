@@ -13,11 +13,11 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
+from hf_erasure.adapters.common.layer import innermost
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
 
-from .checks import check_training, is_sharded
-from .logs import LoggingCallback
+from .trainer import LoggingCallback, is_sharded
 
 MODES = ("monitor", "guard")
 # Taking a direction out of a product of two matrices is not linear; two corrections leave the square of a step.
@@ -69,14 +69,13 @@ class GradiendCallback(LoggingCallback):
         Raises:
             ValueError: If the adapter cannot do what is asked, or the training touches none of its weights.
         """
-        model: nn.Module = kwargs["model"]
-        check_training(model, args)
+        super().on_train_begin(args, state, control, **kwargs)
         if is_sharded():
             raise ValueError(
                 "GradiendCallback reads whole gradients and weights, and here they are sharded (FSDP, DeepSpeed): "
                 "train with DDP, or on one device."
             )
-        self.remember(state)
+        model: nn.Module = kwargs["model"]
         stored = features_of(model, self.adapter_name)
         config = adapter_of(model, self.adapter_name, GradiendConfig).config
         feature = stored[config.pair_index(config.pair)]
@@ -128,6 +127,32 @@ class GradiendCallback(LoggingCallback):
 
 
 @dataclass
+class LoraPair:
+    """The two matrices of a LoRA on one weight: `scaling · B A`.
+
+    Attributes:
+        a: `(rank, in)`.
+        b: `(out, rank)`.
+        scaling: Of their product.
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+
+    def product(self) -> Tensor:
+        """`(out, in)` float32: what the LoRA adds to the weight."""
+        return self.scaling * (self.b.detach().float() @ self.a.detach().float())
+
+    def gradient(self) -> Tensor:
+        """`(out, in)` float32: the change of the weight, to first order, when A and B move along their gradients."""
+        a, b = self.a.detach().float(), self.b.detach().float()
+        by_a = torch.zeros_like(a) if self.a.grad is None else self.a.grad.float()
+        by_b = torch.zeros_like(b) if self.b.grad is None else self.b.grad.float()
+        return self.scaling * (by_b @ a + b @ by_a)
+
+
+@dataclass
 class Trained:
     """One weight of the base model whose value training changes.
 
@@ -143,6 +168,10 @@ class Trained:
     lora: list[LoraPair]
     transposed: bool = False
 
+    def oriented(self, change: Tensor) -> Tensor:
+        """From `(out, in)` to how the weight is kept, or back, which is the same turn."""
+        return change.T if self.transposed else change
+
     def rows(self, index: Tensor | None) -> Tensor:
         """`(count,)` int64: the layer's output that each entry, or each of those at `index`, belongs to."""
         weight = self.weight
@@ -152,36 +181,17 @@ class Trained:
             return torch.zeros_like(index)
         return index % weight.shape[-1] if self.transposed else index // weight[0].numel()
 
+    def value(self) -> Tensor:
+        """`(shape of the weight)`: what training changes, the weight or what its LoRA adds."""
+        if not self.lora:
+            return self.weight.detach()
+        return self.oriented(sum((pair.product() for pair in self.lora), torch.zeros(())))
+
     def gradient(self) -> Tensor:
-        """`(shape of the weight)` float32: its gradient, or what the gradients of its LoRA make of it."""
+        """`(shape of the weight)`: its gradient, or what the gradients of its LoRA make of it, float32."""
         if not self.lora:
             return torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad
-        return sum((pair.gradient() for pair in self.lora), torch.zeros(()))
-
-
-@dataclass
-class LoraPair:
-    """The two matrices of a LoRA on one weight: `scaling · B A`, transposed for layers that keep `(in, out)`."""
-
-    a: nn.Parameter  # (rank, in)
-    b: nn.Parameter  # (out, rank)
-    scaling: float
-    transposed: bool
-
-    def oriented(self, change: Tensor) -> Tensor:
-        """A change of the weight as `(out, in)`, or the other way about: the turn is its own inverse."""
-        return change.T if self.transposed else change
-
-    def product(self) -> Tensor:
-        """What the LoRA adds to the weight, float32."""
-        return self.oriented(self.scaling * (self.b.detach().float() @ self.a.detach().float()))
-
-    def gradient(self) -> Tensor:
-        """The change of the weight, to first order, when A and B move along their gradients."""
-        a, b = self.a.detach().float(), self.b.detach().float()
-        by_a = torch.zeros_like(a) if self.a.grad is None else self.a.grad.float()
-        by_b = torch.zeros_like(b) if self.b.grad is None else self.b.grad.float()
-        return self.oriented(self.scaling * (by_b @ a + b @ by_a))
+        return self.oriented(sum((pair.gradient() for pair in self.lora), torch.zeros(())))
 
 
 def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
@@ -194,29 +204,20 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
     modules = dict(adapter_of(model, adapter_name, GradiendConfig).owner.named_modules())
     for name, weight in targeted_parameters(model, adapter_name).items():
         path, _, own = name.rpartition(".")
-        lora = _lora_on(modules.get(path)) if own == "weight" else []
+        module: Any = modules.get(path)
+        lora, is_lora = [], isinstance(module, LoraLayer)
+        if own == "weight" and is_lora and not weight.requires_grad:
+            a, b, scaling = module.lora_A, module.lora_B, module.scaling
+            trained = [n for n in module.active_adapters if n in a and a[n].weight.requires_grad]
+            lora = [LoraPair(a[n].weight, b[n].weight, scaling[n]) for n in trained]
         if weight.requires_grad or lora:
-            transposed = isinstance(modules.get(path), Conv1D)
-            found.append(Trained(name, weight, [] if weight.requires_grad else lora, transposed))
+            found.append(Trained(name, weight, lora, module is not None and isinstance(innermost(module), Conv1D)))
     if not found:
         raise ValueError(
             f"Training changes none of the weights that the GRADIEND adapter {adapter_name!r} knows: there is nothing "
             "to watch. Train the model's own weights, or put a LoRA on linear layers that the adapter targets."
         )
     return found
-
-
-def _lora_on(module: nn.Module | None) -> list[LoraPair]:
-    if not isinstance(module, LoraLayer):
-        return []
-    pairs = []
-    layer: Any = module
-    names: list[str] = list(layer.active_adapters)
-    for name in names:
-        if name in layer.lora_A and layer.lora_A[name].weight.requires_grad:
-            turned = bool(getattr(layer, "fan_in_fan_out", False))
-            pairs.append(LoraPair(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], turned))
-    return pairs
 
 
 # ---- the guard -------------------------------------------------------------------------------------------------------
@@ -234,7 +235,8 @@ class _Guard:
         self.weights = [w for w in weights if w.name in decoder.weight and decoder.weight[w.name].numel()]
         if not self.weights:
             raise ValueError("None of the weights that are trained is changed by the adapter: nothing to guard.")
-        self.index = {w.name: _long(decoder.index[w.name], w.weight.device) for w in self.weights}
+        found = {w.name: (decoder.index[w.name], w.weight.device) for w in self.weights}
+        self.index = {name: None if i is None else i.to(device, torch.long) for name, (i, device) in found.items()}
         self.direction = {w.name: decoder.weight[w.name].to(w.weight.device, torch.float32) for w in self.weights}
         self.norm = math.sqrt(sum(float(d.double().square().sum()) for d in self.direction.values()))
         self.kept: dict[str, Tensor] = {}
@@ -263,8 +265,7 @@ class _Guard:
 
     def _values(self, weight: Trained) -> Tensor:
         """`(count,)` float32: the weight, or what its LoRA adds, at the entries of the direction."""
-        value = sum((p.product() for p in weight.lora), torch.zeros(())) if weight.lora else weight.weight.detach()
-        flat, index = value.reshape(-1).float(), self.index[weight.name]
+        flat, index = weight.value().reshape(-1).float(), self.index[weight.name]
         return flat.clone() if index is None else flat[index]
 
     def _correct_rows(self, weight: Trained, change: Tensor) -> None:
@@ -285,7 +286,7 @@ class _Guard:
         dense = dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)
         steps: list[tuple[nn.Parameter, Tensor]] = []
         for pair in weight.lora:
-            toward = pair.oriented(dense.view_as(weight.weight))
+            toward = weight.oriented(dense.view_as(weight.weight))
             steps.append((pair.b, pair.scaling * toward @ pair.a.detach().float().T))
             steps.append((pair.a, pair.scaling * pair.b.detach().float().T @ toward))
         total = sum(float(step.double().square().sum()) for _, step in steps)
@@ -300,7 +301,3 @@ def _add(parameter: nn.Parameter, change: Tensor, index: Tensor | None) -> None:
         parameter.data.add_(change.view_as(parameter))
     else:
         parameter.data.view(-1).index_add_(0, index, change)
-
-
-def _long(index: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if index is None else index.to(device, torch.long)

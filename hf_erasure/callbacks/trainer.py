@@ -1,0 +1,303 @@
+"""How Trainer trains a model with adapters of ours: what is checked and said first, logged, saved and loaded.
+
+Two methods of Trainer are wrapped for every program, since it offers callbacks no event there: `train` and `_save`. A
+trainer whose model has adapters of ours gets, when one of them is called, methods of its own in the place of a few
+others; see `OWN_METHODS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_erasure.adapters.common.acting import adapters_now, users_level
+from hf_erasure.adapters.common.layer import adapter_children, child_configs
+from hf_erasure.adapters.common.provenance import TRAINING
+from hf_erasure.adapters.saved_tensors import refuse_loss
+from hf_erasure.hub.pushing import create_model_card, write_pushed_card
+
+from .checkpoints import is_lost, load_trained, own_trained, save_adapters, saving_all
+
+_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class LoggingCallback(TrainerCallback):
+    """A callback with figures for the log, and a memory that outlives a checkpoint.
+
+    Attributes:
+        adapter_name: The adapter it is about.
+        memory: What a resumed training must know, in JSON's types.
+        measured_on: What the figures are on, in words; empty where nothing else than training's own rows is read.
+    """
+
+    measured_on = ""
+
+    def __init__(self, adapter_name: str, memory: dict[str, Any]) -> None:
+        self.adapter_name = adapter_name
+        self.memory = memory
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check how the model is trained, and let the Trainer keep `memory`, after taking over that of a checkpoint."""
+        check_training(kwargs["model"], args)
+        # `ExportableState` would have the callback built anew from JSON, which cannot hold its batches.
+        key = f"{type(self).__name__} {self.adapter_name}"
+        self.memory.update(state.stateful_callbacks.get(key, {}))
+        state.stateful_callbacks[key] = self.memory
+
+    def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
+        """What to add to the log that is about to be written.
+
+        Args:
+            state: Of the Trainer.
+            model: Unwrapped.
+        """
+        raise NotImplementedError
+
+    def logged(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
+        """The figures; the adapter's card has them too."""
+        with same_random_numbers(model):
+            found = self.figures(state, model)
+        config = child_configs(model).get(self.adapter_name)
+        if found and config is not None:
+            told = {"step": state.global_step, "figures": found, "measured_on": self.measured_on}
+            config.provenance = config.provenance | {TRAINING: told}
+        return found
+
+
+def same_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
+    """What happens inside does not move the random numbers that training draws."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    return torch.random.fork_rng(devices=list(devices))
+
+
+# ---- before the first step -------------------------------------------------------------------------------------------
+
+
+def check_training(model: nn.Module, args: TrainingArguments) -> None:
+    """Look at how a model is about to be trained with a callback of this package.
+
+    Warns where a checkpoint would hold less than was trained, which it does where weights are sharded.
+
+    Raises:
+        ValueError: If nothing is trainable, or `load_best_model_at_end` cannot work.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "No parameter is trainable, so training would fail in its first backward pass: adding an adapter has "
+            "frozen the model. Call model.requires_grad_(True) to fine-tune it whole, or add a LoRA: "
+            "model.add_adapter(LoraConfig(…)) and model.set_adapter([…]) with both names."
+        )
+    if not is_sharded() or not is_lost(model):
+        return  # all of it is saved and loaded, see below
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end cannot load back what is trained here while the weights are sharded (FSDP, "
+            "DeepSpeed): leave it out, and load the checkpoint yourself."
+        )
+    _warn_of_own_weights(
+        model,
+        "Save the weights yourself after training: merge or delete the adapter first.",
+        "while weights are sharded (FSDP, DeepSpeed) ",
+    )
+
+
+def is_sharded() -> bool:
+    """Whether this training keeps a part of each weight on every process."""
+    # Looked at, and not built: building it sets the kind of distribution back to what it is without accelerate.
+    return AcceleratorState._shared_state.get("distributed_type") in _SHARDING
+
+
+def _warn_of_own_weights(model: nn.Module, remedy: str, when: str = "") -> None:
+    own = own_trained(model)
+    if own:
+        warnings.warn(
+            f"{len(own)} weights of the model itself are trained, but {when}Trainer saves only the adapter of a model "
+            f"that has one. {remedy}",
+            stacklevel=users_level(),
+        )
+
+
+def _warn_of_what_is_left_out(model: nn.Module) -> None:
+    """Say which adapters of this package checkpoints will lack, or that there will be none.
+
+    Args:
+        model: What Trainer trains by itself, without a callback of this package.
+    """
+    holder = _saved_by_trainer(model)
+    if holder is None:
+        return
+    ours, active = list(child_configs(holder)), _active(holder)
+    if len(active) > 1:  # of a model that Trainer saves itself, all are saved
+        acting = [name for name in active if name in ours]
+        others = [name for name in active if name not in ours]
+        warnings.warn(
+            f"Several adapters are active, {active}, and Trainer cannot save them here: its first save would fail. "
+            f"Write sticky=True in the configuration of {acting}, so that they act without being active, switch on "
+            f"{others or acting[:1]} alone, and save {acting} yourself.",
+            stacklevel=users_level(),
+        )
+        return
+    if holder is not model and ours:
+        _warn_of_own_weights(holder, f"After training save the adapter {active}, delete it, and save the model.")
+    names = [name for name in ours if active and name not in active]
+    if names:
+        now = adapters_now(holder)
+        acts = {True: "acts while it is trained", False: "does not act"}
+        told = ", ".join(f"the {now.loaded[name]} {name!r}, which {acts[name in now.acting]}" for name in names)
+        if holder is model:
+            together = (
+                f"Call model.set_adapter({[*names, *active]}) before training to train with them on; checkpoints then "
+                "hold every adapter, each in a folder of its name. Or save"
+            )
+        else:
+            together = "To train with them on, write sticky=True in their configuration. Save"
+        warnings.warn(
+            f"Trainer will save {active} without {told}. {together} {names} yourself: model.set_adapter({names[0]!r}) "
+            "and model.save_pretrained(folder).",
+            stacklevel=users_level(),
+        )
+
+
+def _saved_by_trainer(model: nn.Module) -> Any:
+    """The model whose adapter is saved in the place of its weights when Trainer saves `model`; None where all is saved.
+
+    That is the model inside of another library's, such as a SentenceTransformer. Of a module of one's own Trainer
+    writes all tensors.
+    """
+    if isinstance(model, (PreTrainedModel, PeftModel)):
+        return model
+    inside = (module for module in model.modules() if isinstance(module, PreTrainedModel) and child_configs(module))
+    return next(inside, None) if hasattr(model, "save_pretrained") else None
+
+
+def _active(model: Any) -> list[str]:
+    """The active adapters of a model with an adapter of this package that transformers saves; it refuses several."""
+    if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False) or not child_configs(model):
+        return []
+    return list(model.active_adapters())
+
+
+# ---- the wrapped methods ---------------------------------------------------------------------------------------------
+
+
+class _Figures(TrainerCallback):
+    """The first callback while a trainer trains: it asks ours for figures before anybody is told of a log."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        # Only logs of training: those of an evaluation are on their own.
+        if logs is None or "loss" not in logs:
+            return
+        for callback in _ours(self.trainer):
+            added = callback.logged(state, self.trainer.callback_handler.model)
+            logs.update(added)
+            if state.log_history:
+                state.log_history[-1].update(added)
+
+
+def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Trainer.train`: it says first what its saves would lose, and logs what our callbacks measure."""
+    if not _saves_all(trainer):
+        if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
+            refuse_loss(trainer.model)  # its first save would
+        _warn_of_what_is_left_out(trainer.model)
+    _give_own_methods(trainer)
+    if not _ours(trainer):
+        return original(*args, **kwargs)
+    figures = _Figures(trainer)
+    trainer.callback_handler.callbacks.insert(0, figures)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        trainer.callback_handler.callbacks.remove(figures)
+
+
+def save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """`Trainer._save`, which saves the active adapter alone: all that training changes."""
+    _give_own_methods(trainer)
+    if _saves_all(trainer):
+        if is_lost(trainer.model):
+            with saving_all(trainer.model):
+                return original(*args, **kwargs)
+    elif child_configs(trainer.model):
+        _warn_of_own_weights(
+            trainer.model,
+            "Give Trainer a ConceptErasureCallback or a GradiendCallback, with which it saves both, or delete the "
+            "adapter before you save.",
+        )
+    return original(*args, **kwargs)
+
+
+def _ours(trainer: Any) -> list[LoggingCallback]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LoggingCallback)]
+
+
+def _saves_all(trainer: Any) -> bool:
+    """Whether checkpoints hold all that training changes, of a model with adapters that is whole on every process.
+
+    They do with a callback of this package, and where several adapters are active, which Trainer itself cannot save.
+    """
+    model = trainer.model
+    is_whole = isinstance(model, (PreTrainedModel, PeftModel)) and not is_sharded()
+    return is_whole and bool(child_configs(model)) and (bool(_ours(trainer)) or len(_active(model)) > 1)
+
+
+# ---- methods of one trainer ------------------------------------------------------------------------------------------
+
+
+def _load_from_checkpoint(original: Callable, trainer: Any, folder: str, model: Any = None) -> None:
+    """What training goes on from."""
+    if _saves_all(trainer):
+        load_trained(trainer.model if model is None else model, Path(folder))
+    else:
+        original(folder, model)
+
+
+def _load_best_model(original: Callable, trainer: Any) -> None:
+    """What `load_best_model_at_end` asks for."""
+    if _saves_all(trainer):
+        load_trained(trainer.model, Path(trainer.state.best_model_checkpoint))
+    else:
+        original()
+
+
+def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None:
+    """Trainer copies the files that it knows from a checkpoint before it pushes them, and no folders and no card."""
+    if trainer.is_world_process_zero():
+        if _saves_all(trainer):
+            places = [name for name in child_configs(trainer.model) if (Path(folder) / name).is_dir()]
+            save_adapters(trainer.model, Path(trainer.args.output_dir), only=places)
+        write_pushed_card(trainer, Path(folder))
+    original(folder)
+
+
+# Name of a method → what is called in its place, with the method, on a trainer whose model has adapters of ours.
+OWN_METHODS: dict[str, Callable[..., Any]] = {
+    "_load_from_checkpoint": _load_from_checkpoint,
+    "_load_best_model": _load_best_model,
+    "_push_from_checkpoint": _push_from_checkpoint,
+    "create_model_card": create_model_card,
+}
+
+
+def _give_own_methods(trainer: Any) -> None:
+    if not adapter_children(trainer.model):
+        return
+    for name, method in OWN_METHODS.items():
+        theirs = getattr(type(trainer), name, None)
+        if theirs is not None and name not in vars(trainer):
+            setattr(trainer, name, functools.partial(method, theirs.__get__(trainer), trainer))
