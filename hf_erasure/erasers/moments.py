@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from .apply import apply_erasure
-from .inlp_factors import check_probe, check_rounds, inlp_factors, ridge_factor
-from .leace import leace_factors
-from .mean_projection import mean_projection_factors
-from .orth import orth_factors
-from .packed_covariance import PackedGram
+from .factors import (
+    check_probe,
+    check_rounds,
+    inlp_factors,
+    leace_factors,
+    mean_projection_factors,
+    orth_factors,
+    ridge_factor,
+)
 from .statistics import Sums, centred_products, infer_z_dim, read_rows, read_state, sum_rows, write_state
 from .whitening import (
     EXACT,
+    PackedGram,
     Spread,
     check_shrinkage,
     concept_columns,
@@ -179,7 +184,7 @@ class ConceptMoments:
                 raise TypeError(f"{name} is {value!r}: give an int.")
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be {least} or more.")
-        self._x_dim, self._z_dim = x_dim, z_dim
+        self.x_dim, self.z_dim = x_dim, z_dim
         self._device = None if device is None else torch.device(device)
         self._sums: Sums | None = None
         self._gram: PackedGram | None = None
@@ -212,13 +217,13 @@ class ConceptMoments:
                 NaN or infinity.
         """
         self._check_whole()
-        rows = read_rows(x, z, weight, mask, self._x_dim, self._z_dim)
+        rows = read_rows(x, z, weight, mask, self.x_dim, self.z_dim)
         if rows.count == 0:
             return self
         device = self._device or x.device
-        gram = self._gram or PackedGram(self._x_dim, device)
+        gram = self._gram or PackedGram(self.x_dim, device)
         with torch.autocast(device.type, enabled=False):
-            sums = sum_rows(rows, self._z_dim, device)
+            sums = sum_rows(rows, self.z_dim, device)
             products, rounding = centred_products(rows, sums.mean_x, gram, product_dtype(x.dtype, device))
         self._absorb(gram, sums, products, rounding)
         self._device = device
@@ -236,17 +241,17 @@ class ConceptMoments:
         """
         if not isinstance(other, ConceptMoments):
             raise TypeError(f"other is {type(other).__name__}: merge takes ConceptMoments.")
-        if (other._x_dim, other._z_dim) != (self._x_dim, self._z_dim):
+        if (other.x_dim, other.z_dim) != (self.x_dim, self.z_dim):
             raise ValueError(
-                f"other has x_dim={other._x_dim}, z_dim={other._z_dim}, but these moments have x_dim={self._x_dim}, "
-                f"z_dim={self._z_dim}: only moments of the same site and concept merge."
+                f"other has x_dim={other.x_dim}, z_dim={other.z_dim}, but these moments have x_dim={self.x_dim}, "
+                f"z_dim={self.z_dim}: only moments of the same site and concept merge."
             )
         self._check_whole()
         other._check_whole()
         if other._sums is None or other._gram is None:
             return self
         device = self._device or other._sums.mean_x.device
-        gram = self._gram or PackedGram(self._x_dim, device)
+        gram = self._gram or PackedGram(self.x_dim, device)
         self._absorb(gram, other._sums.to(device), other._gram.values.to(device), None)
         self._device = device
         self._resolution = max(self._resolution, other._resolution)
@@ -275,7 +280,7 @@ class ConceptMoments:
             return self
         merged = functools.reduce(Sums.merged, present)
         device = self._device or torch.device("cpu")
-        gram = self._gram or PackedGram(self._x_dim, device)
+        gram = self._gram or PackedGram(self.x_dim, device)
         self._torn = True
         if own is not None:
             shift = (own.mean_x - merged.mean_x).to(device)
@@ -297,7 +302,7 @@ class ConceptMoments:
             outer.append((sums.mean_x - mine.mean_x, mine.weight / merged.weight * sums.weight))
         device = gram.values.device
         scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=device)
-        vectors = torch.stack([vector for vector, _ in outer]) if outer else sums.mean_x.new_zeros(0, self._x_dim)
+        vectors = torch.stack([vector for vector, _ in outer]) if outer else sums.mean_x.new_zeros(0, self.x_dim)
         # Nothing below can be refused, but it can be interrupted. A second copy to fall back on would double the
         # memory, so a torn sum is recognised instead of used.
         self._torn = True
@@ -312,16 +317,6 @@ class ConceptMoments:
             )
 
     # ------------------------------------------------------------------ what is known
-
-    @property
-    def x_dim(self) -> int:
-        """Width of the activations."""
-        return self._x_dim
-
-    @property
-    def z_dim(self) -> int:
-        """Number of classes or concept values; 0 for a background."""
-        return self._z_dim
 
     @property
     def rows(self) -> int:
@@ -391,7 +386,7 @@ class ConceptMoments:
             ValueError: If no rows were seen, there is no concept, or it does not vary.
         """
         sums, _ = self._known()
-        if self._z_dim == 0:
+        if self.z_dim == 0:
             raise ValueError("z_dim=0: these moments are a background and know no concept. Set z_dim and give labels.")
         present = None if sums.counts is None else sums.counts.nonzero().squeeze(1)
         if present is not None and present.numel() == 1:
@@ -427,7 +422,7 @@ class ConceptMoments:
         return self._of(mean.numel(), known, gram)
 
     def _of(self, z_dim: int, sums: Sums, gram: PackedGram) -> ConceptMoments:
-        other = ConceptMoments(self._x_dim, z_dim, device=self._device)
+        other = ConceptMoments(self.x_dim, z_dim, device=self._device)
         other._sums, other._gram, other._resolution = sums, gram, self._resolution
         return other
 
@@ -505,9 +500,9 @@ class ConceptMoments:
                 f"x is constant over all {sums.rows} rows: no feature varies, so there is nothing to erase. Check that "
                 "the activations come from the right module."
             )
-        if sums.rows <= self._x_dim:
+        if sums.rows <= self.x_dim:
             warnings.warn(
-                f"Fitted on rows={sums.rows} of width x_dim={self._x_dim}: the guarantee holds for these rows, but "
+                f"Fitted on rows={sums.rows} of width x_dim={self.x_dim}: the guarantee holds for these rows, but "
                 "with fewer rows than features most of it is chance. Give more rows.",
                 stacklevel=4,  # past the two decorators above
             )
@@ -565,9 +560,9 @@ class ConceptMoments:
         """Σ and mean of what should stay as it is: a share of the background's, and the rest these moments' own."""
         if not isinstance(background, ConceptMoments):
             raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
-        if background._x_dim != self._x_dim:
+        if background.x_dim != self.x_dim:
             raise ValueError(
-                f"background has x_dim={background._x_dim}, but these moments have x_dim={self._x_dim}: gather both at "
+                f"background has x_dim={background.x_dim}, but these moments have x_dim={self.x_dim}: gather both at "
                 "the same module."
             )
         if background._sums is None:
@@ -584,7 +579,7 @@ class ConceptMoments:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of everything, as tensors on the device of the moments."""
-        dims = {"x_dim": torch.tensor(self._x_dim), "z_dim": torch.tensor(self._z_dim)}
+        dims = {"x_dim": torch.tensor(self.x_dim), "z_dim": torch.tensor(self.z_dim)}
         if self._sums is None:
             return dims
         return dims | write_state(*self._known(), self._resolution)
@@ -606,8 +601,8 @@ class ConceptMoments:
             self._sums, self._gram, self._resolution, self._torn = None, None, EXACT, False
             return
         device = self._device or (d["gram"].device if "gram" in d else torch.device("cpu"))
-        gram = PackedGram(self._x_dim, device)
-        sums = read_state(d, self._x_dim, self._z_dim, gram)
+        gram = PackedGram(self.x_dim, device)
+        sums = read_state(d, self.x_dim, self.z_dim, gram)
         gram.values.copy_(d["gram"])
         self._sums, self._gram, self._device = sums.to(device), gram, device
         self._resolution, self._torn = float(d["resolution"]), False
@@ -624,7 +619,7 @@ class ConceptMoments:
         return self
 
     def __repr__(self) -> str:
-        return f"ConceptMoments(x_dim={self._x_dim}, z_dim={self._z_dim}, rows={self.rows})"
+        return f"ConceptMoments(x_dim={self.x_dim}, z_dim={self.z_dim}, rows={self.rows})"
 
 
 def _check_options(method: str, rank: int | None, rounds: int | None, background_weight: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, one_hot
 
-from .inlp_factors import beyond, check_rounds
+from .factors import beyond, check_rounds
 from .moments import FITS_ON_ROWS, ConceptMoments, Eraser
 from .statistics import infer_z_dim, read_rows
 

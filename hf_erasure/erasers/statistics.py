@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .packed_covariance import PackedGram
+from .whitening import PackedGram
 
 IGNORED = -100
 """The class id of a row that does not count, as in `torch.nn.CrossEntropyLoss`."""
@@ -229,10 +229,19 @@ def sum_rows(rows: Rows, z_dim: int, device: torch.device) -> Sums:
     ids, values, weight = (None if t is None else t.to(device) for t in (rows.ids, rows.values, rows.weight))
     total = float(rows.count) if weight is None else float(weight.sum())
     squares = float(rows.count) if weight is None else float(weight.square().sum())
-    mean_z, concept, counts = _sum_concept(ids, values, weight, total, z_dim, device)
-    centred = None if values is None else values - mean_z
-    if centred is not None and weight is not None:
-        centred = centred * weight[:, None]
+    centred = counts = None
+    if ids is not None:
+        counts = torch.bincount(ids, minlength=z_dim)
+        by_class = counts.double() if weight is None else torch.bincount(ids, weight, minlength=z_dim)
+        mean_z, concept = by_class / total, torch.diag(by_class) - torch.outer(by_class, by_class) / total
+    elif values is None:
+        mean_z = torch.zeros(z_dim, dtype=torch.float64, device=device)
+        concept = torch.diag(mean_z)
+    else:
+        mean_z = (values if weight is None else values * weight[:, None]).sum(0) / total
+        plain = values - mean_z
+        centred = plain if weight is None else plain * weight[:, None]
+        concept = plain.T @ centred
     pivot, sums, cross = _sum_x(rows, ids, centred, weight, z_dim, device)
     shift = sums.sum(0) / total
     if not bool(torch.isfinite(shift).all()):
@@ -241,24 +250,6 @@ def sum_rows(rows: Rows, z_dim: int, device: torch.device) -> Sums:
         # Class sums are not centred yet: every class holds its share of the mean.
         cross = (sums - total * mean_z[:, None] * shift).T if z_dim else sums.new_zeros(sums.shape[1], 0)
     return Sums(rows.count, total, squares, pivot + shift, mean_z, cross.contiguous(), concept, counts)
-
-
-def _sum_concept(
-    ids: Tensor | None, values: Tensor | None, weight: Tensor | None, total: float, z_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Mean, centred second moments and class counts of z."""
-    if ids is not None:
-        counts = torch.bincount(ids, minlength=z_dim)
-        sums = counts.double() if weight is None else torch.bincount(ids, weight, minlength=z_dim)
-        return sums / total, torch.diag(sums) - torch.outer(sums, sums) / total, counts
-    if values is None:
-        empty = torch.zeros(z_dim, dtype=torch.float64, device=device)
-        return empty, torch.diag(empty), None
-    weighted = values if weight is None else values * weight[:, None]
-    mean = weighted.sum(0) / total
-    centred = values - mean
-    scaled = centred if weight is None else centred * weight[:, None]
-    return mean, centred.T @ scaled, None
 
 
 def _sum_x(

@@ -13,8 +13,7 @@ from sklearn.covariance import OAS
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
-from hf_erasure.erasers.packed_covariance import PackedGram
-from hf_erasure.erasers.whitening import oas_shrinkage
+from hf_erasure.erasers.whitening import PackedGram, oas_shrinkage
 from tests.erasers.data import as_values, leak, moments_of, rows
 
 TENSORS = ("mean_x", "mean_z", "covariance_x", "cross_covariance", "covariance_z")

@@ -1,7 +1,7 @@
-"""Iterative null-space projection, INLP (Ravfogel et al. 2020, arXiv 2004.07667).
+"""What each method subtracts and reads, `left` and `right`, from moments alone.
 
-A round trains a linear probe of the concept and projects x orthogonally onto the null space of its weights; the next
-round trains on what is left. Two probes are here:
+INLP (Ravfogel et al. 2020, arXiv 2004.07667) goes by rounds, each of which trains a linear probe of the concept and
+projects x orthogonally onto the null space of its weights; the next round trains on what is left. Two probes are known:
 
 * least squares, whose rounds are functions of the moments alone (`inlp_factors`; `ConceptMoments.eraser("inlp")`),
 * logistic regression, the paper's, which needs the rows (`fit_inlp`; `Eraser.fit(x, z, "inlp")`).
@@ -24,6 +24,78 @@ PROBES = ("logistic", "least_squares")
 
 # A direction that shares all but this with those removed before is rounding.
 _NEW = 1e-9
+
+
+def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """LEACE: the smallest linear change of x, in the least-squares sense, that leaves no covariance with the concept.
+
+    Theorem 4.2 of arXiv 2306.03819.
+    With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the paper's projection
+    `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`, is `left · right` with `U τ Vᵀ = C⁻ᵀ S A`, `left = A V / τ` and
+    `right = Uᵀ C⁻ᵀ S`. It needs one Cholesky factorisation and no d × d eigenvectors. `left` lies in the span of A
+    whatever Σ is, so an inexact Σ costs optimality and never the guarantee.
+
+    Args:
+        columns: `(d, r)` float64, covariances of x with r concept directions, linearly independent.
+        factor: The whitening of x.
+        rank: Keep that many directions, those of the largest canonical correlations; None for all.
+
+    Returns:
+        `left` `(d, rank)` and `right` `(rank, d)`, with `right @ left` the identity.
+    """
+    basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
+    basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
+    left = columns @ mixing.T / strength
+    right = factor.readings(basis)
+    # The triangular solves lose digits where features are nearly collinear. One correction makes right · left the
+    # identity again, and with it the projection exact.
+    return left, torch.linalg.solve(right @ left, right)
+
+
+def orth_factors(columns: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The orthogonal projection away from the span of `columns`.
+
+    It is LEACE with Σ = I, known as spectral attribute removal (SAL, arXiv 2203.07893) when all directions are kept:
+    the same guarantee, with a larger change of the activations, and a symmetric projection.
+
+    Args:
+        columns: `(d, r)` float64, covariances of x with r concept directions, linearly independent.
+        rank: Keep that many directions, those of the largest covariance; None for all.
+
+    Returns:
+        `left` `(d, rank)` with orthonormal columns, and `right`, its transpose.
+    """
+    basis = torch.linalg.svd(columns, full_matrices=False)[0][:, :rank]
+    return basis, basis.T
+
+
+def mean_projection_factors(columns: Tensor, cross: Tensor, shares: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The orthogonal projection away from the span of `μ_c − μ`, the differences of the class means.
+
+    Haghighatkhah, Fokkens, Sommerauer, Speckmann and Verbeek, "Better Hit the Nail on the Head than Beat around the
+    Bush: Removing Protected Attributes with a Single Projection" (2022). For class ids the covariance of x with the
+    indicator of class c is `p_c (μ_c − μ)`, so that all directions together are those of `orth` (SAL): the two methods
+    are the same map. They differ where the rank is capped, as here every class counts alike, whatever its share.
+
+    Args:
+        columns: `(d, r)` float64, what of the covariances with the concept is more than rounding; it has the span of
+            the differences.
+        cross: `(d, k)` float64, covariances of x with the indicators of the classes.
+        shares: `(k,)` float64, shares of the classes; one of 0 has no mean and does not count.
+        rank: Keep that many directions, those in which the class means lie farthest apart; None for all.
+
+    Returns:
+        `left` `(d, rank)` with orthonormal columns, and `right`, its transpose.
+    """
+    present = shares > 0
+    differences = cross[:, present] / shares[present]
+    span = torch.linalg.svd(columns, full_matrices=False)[0]
+    basis = span @ torch.linalg.svd(span.T @ differences, full_matrices=False)[0]
+    basis = basis[:, :rank]
+    return basis, basis.T
+
+
+# ---- INLP ------------------------------------------------------------------------------------------------------------
 
 
 def inlp_factors(
@@ -77,8 +149,7 @@ def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
     if shrinkage == "oas":
         scale = torch.where(variance > 0, variance, 1.0).rsqrt()
         correlation = sigma.like(sigma.values.clone())
-        correlation.scale(scale)
-        correlation.set_diagonal(torch.ones_like(scale))
+        correlation.standardise(scale)
         shrinkage = oas_shrinkage(correlation.mean_square(), sigma.dim, spread.rows)
     share = float(shrinkage or 0.0)
     if share:
