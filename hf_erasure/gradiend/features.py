@@ -271,5 +271,5 @@ def _check_blocks(index: Index, shapes: Mapping[str, torch.Size], **parts: Mappi
                     f"{what} of {name!r} has shape {tuple(values[name].shape)}: it must be ({count},), "
                     + (f"all of {tuple(shape)}." if index[name] is None else "one value per position in index.")
                 )
-    if total(shapes) == 0:
+    if not any(shape.numel() for shape in shapes.values()):
         raise ValueError("The blocks have no entries.")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Features, Sequence, Value
 
-from hf_erasure.fitting.gradiend.selection import goal_by_name, goal_names
+from hf_erasure.fitting.gradiend.selection import goal_by_name, goals_of
 from hf_erasure.metrics import base, resampling
 
 
@@ -52,7 +52,7 @@ def score(
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise ValueError(f"classes={list(classes)}: write two or more different names.")
     tensor = torch.from_numpy(p)
-    named = goal_names(classes) if goals is None else list(goals)
+    named = list(goals_of(classes)) if goals is None else list(goals)
     values = {name: lms * goal_by_name(name, classes)(tensor).numpy() for name in named}
     found = resampling.bootstrap(
         lambda index: {name: each[index].mean() for name, each in values.items()},

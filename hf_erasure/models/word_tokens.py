@@ -106,7 +106,7 @@ def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prefix
 
 def word_forms(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> set[tuple[int, ...]]:
     """The token sequences under which words may occur in a text: capitalised or not, after a space or without one."""
-    spelled = sorted({form for word in words for form in (word, word.lower(), _capitalised(word), word.upper())})
+    spelled = sorted({form for word in words for form in (word, word.lower(), capitalised(word), word.upper())})
     forms = {tuple(tokens) for tokens in encode(tokenizer, spelled)}
     before = ["a" if _STARTS_UNSPACED.match(word) else "a " for word in spelled]
     within = place_words(tokenizer, before, spelled, [""] * len(spelled))
@@ -124,7 +124,24 @@ def occurrences(tokens: Sequence[int], forms: set[tuple[int, ...]]) -> set[int]:
     return found
 
 
-def _capitalised(word: str) -> str:
+def whole_words(words: Iterable[str]) -> re.Pattern[str]:
+    """Finds words that are not part of longer ones, the longest first; in scripts without spaces, their characters."""
+    letter = rf"[^\W{_UNSPACED}]"  # Chinese characters beside it do not make another word of an English one
+    found = []
+    for word in sorted(words, key=len, reverse=True):
+        before = "" if _STARTS_UNSPACED.match(word) else rf"(?<!{letter})(?<!-)"
+        after = f"(?![{_SIGNS}])" if _ENDS_UNSPACED.match(word) else rf"(?!{letter})(?!-)"
+        found.append(f"{before}{re.escape(word)}{after}")
+    return re.compile("|".join(found), re.IGNORECASE)
+
+
+def is_unspaced(word: str) -> bool:
+    """Whether a word begins or ends in a script that puts no space between words."""
+    return bool(_STARTS_UNSPACED.match(word) or _ENDS_UNSPACED.match(word))
+
+
+def capitalised(word: str) -> str:
+    """A word as at the beginning of a sentence."""
     return word[:1].upper() + word[1:]
 
 

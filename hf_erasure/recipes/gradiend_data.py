@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from hf_erasure.adapters.common.files import read_text
-from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates, whole_words
-from hf_erasure.models.word_tokens import SLOT, PairError, shortened
+from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates
+from hf_erasure.models.word_tokens import SLOT, PairError, shortened, whole_words
 
 from .run import load_rows
 from .schema import check_section, fields_of

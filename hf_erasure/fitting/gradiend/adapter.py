@@ -21,8 +21,7 @@ from hf_erasure.adapters import (
     targeted_parameters,
 )
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.models.heads import task_of
-from hf_erasure.models.model import bare_model
+from hf_erasure.models.heads import Task
 from hf_erasure.models.slots import PairBatch, as_pair_batch
 
 from ..processes import Processes
@@ -223,11 +222,10 @@ class GradiendAdapter:
             ValueError: If the adapter was saved without its encoder, or is merged.
         """
         encode = list(self.encoders().values())[self._index(pair)]
-        task, source = task_of(self.model), self.config.source
-        if not isinstance(batch, PairBatch):
-            batch = as_pair_batch(batch, bare_model(self.model), task, source)
-        with unsteered(self.model, self.name):
-            reader = GradientReader(self.model, targeted_parameters(self.model, self.name), task)
+        source = self.config.source
+        with reading_the_base(self.model, self.name) as reader:
+            if not isinstance(batch, PairBatch):
+                batch = as_pair_batch(batch, reader.model, reader.task, source)
             rows = (batch.some_rows([row]) for row in range(len(batch)))
             values = [encode(reader.gradient(row, source)) for row in rows]
         return torch.tensor(values, dtype=torch.float32, device="cpu")
@@ -267,11 +265,11 @@ class GradiendAdapter:
 
 
 @contextmanager
-def unsteered(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Let an adapter have no effect for a while.
+def reading_the_base(model: nn.Module, adapter_name: str, task: Task | None = None) -> Iterator[GradientReader]:
+    """Read gradients of the base model at an adapter's weights: the adapter has no effect meanwhile.
 
     Raises:
-        ValueError: If it is merged.
+        ValueError: If the adapter is merged.
     """
     if any(adapter_name in layer.merged_adapters for layer in gradiend_layers(model, adapter_name).values()):
         raise ValueError(
@@ -279,12 +277,11 @@ def unsteered(model: nn.Module, adapter_name: str) -> Iterator[None]:
             "model: call unmerge_adapter() first."
         )
     config = adapter_of(model, adapter_name, GradiendConfig).config
-    if not config.fitted:  # it has no effect
-        yield
-        return
-    rate = config.learning_rate
-    steer(model, adapter_name, learning_rate=0.0)
+    rate, has_effect = config.learning_rate, config.fitted
+    if has_effect:
+        steer(model, adapter_name, learning_rate=0.0)
     try:
-        yield
+        yield GradientReader(model, targeted_parameters(model, adapter_name), task)
     finally:
-        steer(model, adapter_name, learning_rate=rate)
+        if has_effect:
+            steer(model, adapter_name, learning_rate=rate)

@@ -11,6 +11,8 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +100,14 @@ class Progress:
         self._held: dict[int, Fitted] = {}
         self._identity: dict[str, Any] = {}
 
-    def begin(self, steps: int) -> None:
-        """Begin, or go on after the steps that are done."""
+    @contextmanager
+    def running(self, steps: int) -> Iterator[None]:
+        """Tell the callbacks that so many steps begin, or go on after those that are done; and that they are over."""
         self.state.max_steps = steps
         self.state.compute_steps(self.args, steps)
         self.control = self.handler.on_train_begin(self.args, self.state, self.control)
+        yield
+        self.control = self.handler.on_train_end(self.args, self.state, self.control)
 
     def step(self) -> None:
         """One more step is done; afterwards `control` says what is due."""
@@ -115,10 +120,6 @@ class Progress:
         self.control = self.handler.on_log(self.args, self.state, self.control, figures)
         if evaluated:
             self.control = self.handler.on_evaluate(self.args, self.state, self.control, figures)
-
-    def end(self) -> None:
-        """Tell the callbacks that training is over."""
-        self.control = self.handler.on_train_end(self.args, self.state, self.control)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

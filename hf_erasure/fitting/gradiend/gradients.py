@@ -85,7 +85,6 @@ class GradientReader(SlotReader):
         Raises:
             ValueError: A name in ``wanted`` is unknown, the loss is not finite, or it reaches none of the parameters.
         """
-        _check_kinds(wanted)
         with self._reading():
             losses = self._losses(batch, wanted)
             found = {}
@@ -119,7 +118,6 @@ class GradientReader(SlotReader):
         Raises:
             ValueError: As `gradients`.
         """
-        _check_kinds((source,))
         alone = source == "difference"
         try:
             with self._reading():
@@ -154,6 +152,11 @@ class GradientReader(SlotReader):
 
     def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""
+        unknown = [kind for kind in wanted if kind not in KINDS]
+        if unknown or not wanted:
+            raise ValueError(
+                f"{unknown[0] if unknown else 'nothing'!r} is not a kind of gradient; write one of {KINDS}"
+            )
         right = batch.filled.to(self.device)
         if batch.apart is None:
             wrong = replace(right, tokens=batch.counterfactual.to(self.device))
@@ -241,12 +244,6 @@ class GradientReader(SlotReader):
                 for parameter, flag, gradient in before:
                     parameter.requires_grad_(flag)
                     parameter.grad = gradient
-
-
-def _check_kinds(kinds: Sequence[str]) -> None:
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"{unknown[0] if unknown else 'nothing'!r} is not a kind of gradient; write one of {KINDS}")
 
 
 def _mean_nll(logits: Tensor, filled: Filled) -> Tensor:

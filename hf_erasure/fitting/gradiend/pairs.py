@@ -8,7 +8,7 @@ A row has ``text`` with one ``[FEATURE]`` slot, ``factual`` and ``counterfactual
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -200,8 +200,9 @@ class _Pair:
     label: int
     other: int
 
-    def fault(self, what: str) -> PairError:
-        return PairError(f"row {self.row} ({shortened(self.text)}): {what}")
+
+def _fault(row: int, text: Any, what: str) -> PairError:
+    return PairError(f"row {row} ({shortened(str(text))}): {what}")
 
 
 def _read(dataset: Dataset, classes: list[str]) -> list[_Pair]:
@@ -216,7 +217,35 @@ def _read(dataset: Dataset, classes: list[str]) -> list[_Pair]:
         raise PairError(f"the pairs have no column {missing[0]!r}{why}; they have {dataset.column_names}")
     if len(dataset) == 0:
         raise PairError("the pairs are empty; they need rows of at least two classes")
-    return [_read_row(index, row, dataset, classes) for index, row in enumerate(dataset)]
+    return [_read_row(index, row, dataset.features, classes) for index, row in enumerate(dataset)]
+
+
+def _read_row(index: int, row: Mapping[str, Any], features: Mapping[str, Any], classes: list[str]) -> _Pair:
+    for name in ("text", "factual", "counterfactual"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise _fault(index, row["text"], f"{name} is {row[name]!r}; write text there")
+    label = _class_of(index, row, "label", features, classes)
+    if len(classes) == 2 and row.get("counterfactual_label") is None:
+        other = 1 - label
+    else:
+        other = _class_of(index, row, "counterfactual_label", features, classes)
+    factual, counterfactual = row["factual"].strip(), row["counterfactual"].strip()
+    if other == label:
+        twice = f"label and counterfactual_label are both {classes[label]!r}; name another class"
+        raise _fault(index, row["text"], twice)
+    if factual == counterfactual:
+        twice = f"factual and counterfactual are both {factual!r}; write the other class's word"
+        raise _fault(index, row["text"], twice)
+    return _Pair(index, row["text"], factual, counterfactual, label, other)
+
+
+def _class_of(index: int, row: Mapping[str, Any], column: str, features: Mapping[str, Any], classes: list[str]) -> int:
+    value = row[column]
+    if isinstance(features[column], ClassLabel) and isinstance(value, int) and value >= 0:
+        value = features[column].int2str(value)
+    if value not in classes:
+        raise _fault(index, row["text"], f"{column} is {value!r}; write one of {classes}")
+    return classes.index(value)
 
 
 def _check_classes(pairs: Sequence[_Pair], classes: list[str]) -> None:
@@ -227,142 +256,89 @@ def _check_classes(pairs: Sequence[_Pair], classes: list[str]) -> None:
         raise PairError(f"all {len(pairs)} rows have the label {only!r}; add rows of {', '.join(map(repr, needed))}")
 
 
-def _read_row(index: int, row: Mapping[str, Any], dataset: Dataset, classes: list[str]) -> _Pair:
-    for name in ("text", "factual", "counterfactual"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise PairError(f"row {index} ({shortened(str(row['text']))}): {name} is {row[name]!r}; write text there")
-    where = f"row {index} ({shortened(row['text'])})"
-    label = _class_id(row, "label", dataset, classes, where)
-    if row.get("counterfactual_label") is not None:
-        other = _class_id(row, "counterfactual_label", dataset, classes, where)
-    elif len(classes) > 2:
-        raise PairError(f"{where}: counterfactual_label is missing; write the class of {row['counterfactual']!r}")
-    else:
-        other = 1 - label
-    if other == label:
-        raise PairError(f"{where}: label and counterfactual_label are both {classes[label]!r}; name another class")
-    factual, counterfactual = row["factual"].strip(), row["counterfactual"].strip()
-    if factual == counterfactual:
-        raise PairError(f"{where}: factual and counterfactual are both {factual!r}; write the other class's word")
-    return _Pair(index, row["text"], factual, counterfactual, label, other)
-
-
-def _class_id(row: Mapping[str, Any], column: str, dataset: Dataset, classes: list[str], where: str) -> int:
-    value, feature = row[column], dataset.features[column]
-    if isinstance(feature, ClassLabel) and isinstance(value, int) and value >= 0:
-        value = feature.int2str(value)
-    if value not in classes:
-        raise PairError(f"{where}: {column} is {value!r}; write one of {classes}")
-    return classes.index(value)
-
-
 def _encoded(
     pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout, config: Any
 ) -> Iterator[EncodedRow | PairError]:
     """Every row, or what is wrong with it; what `PairSet` refuses and `usable_rows` leaves out."""
     limit = longest_input(tokenizer, config)
     if layout.task == "classification":
-        read = _label_reader(pairs, tokenizer, config)
+        rows = _with_labels(pairs, tokenizer, config)
     else:
-        read = _word_reader(pairs, tokenizer, layout)
-    for number, pair in enumerate(pairs):
-        try:
-            row = read(number)
-            length = len(row.slot.head) + max(len(row.factual), len(row.counterfactual)) + len(row.slot.tail)
-            if limit is not None and length > limit:
-                raise pair.fault(f"it has {length} tokens, and the model takes {limit}; shorten its text")
+        rows = _with_words(pairs, tokenizer, layout)
+    for pair, row in zip(pairs, rows, strict=True):
+        if isinstance(row, str):
+            yield _fault(pair.row, pair.text, row)
+            continue
+        length = len(row.slot.head) + max(len(row.factual), len(row.counterfactual)) + len(row.slot.tail)
+        if limit is not None and length > limit:
+            what = f"it has {length} tokens, and the model takes {limit}; shorten its text"
+            yield _fault(pair.row, pair.text, what)
+        else:
             yield row
-        except PairError as error:
-            yield error
 
 
-def _word_reader(
+def _with_words(
     pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, layout: Layout
-) -> Callable[[int], EncodedRow]:
-    """Tokenises all at once; gives the row of a number, or raises what is wrong with it."""
-    texts = [_with_slot(pair.text, tokenizer) for pair in pairs]
-    before, after = ([text.partition(SLOT)[part] for text in texts] for part in (0, 2))
-    after = [""] * len(pairs) if layout.task == "causal" else after
+) -> Iterator[EncodedRow | str]:
+    """Rows of a language model, tokenised all at once; or what is wrong with one."""
+    mask, is_causal, nowhere = tokenizer.mask_token, layout.task == "causal", Placed([], [], [])
+    # The tokenizer's mask token may stand for the slot.
+    texts = [pair.text if SLOT in pair.text or mask is None else pair.text.replace(mask, SLOT) for pair in pairs]
+    before = [text.partition(SLOT)[0] for text in texts]
+    after = ["" if is_causal else text.partition(SLOT)[2] for text in texts]
+    right_words, wrong_words = (
+        [placed or nowhere for placed in place_words(tokenizer, before, words, after)]
+        for words in ([pair.factual for pair in pairs], [pair.counterfactual for pair in pairs])
+    )
     lead, trail = special_ends(tokenizer)
-    factual = place_words(tokenizer, before, [pair.factual for pair in pairs], after)
-    counterfactual = place_words(tokenizer, before, [pair.counterfactual for pair in pairs], after)
-
-    def read(number: int) -> EncodedRow:
-        pair = pairs[number]
-        _check_slot(pair, texts[number], layout)
-        right = _checked(pair, pair.factual, factual[number], tokenizer)
-        wrong = _checked(pair, pair.counterfactual, counterfactual[number], tokenizer)
-        _check_both(pair, right, wrong, layout)
-        slot = Slot([*lead, *right.head], [] if layout.task == "causal" else [*right.tail, *trail])
-        return EncodedRow(slot, right.word, wrong.word, pair.label, pair.other)
-
-    return read
+    for pair, text, right, wrong in zip(pairs, texts, right_words, wrong_words, strict=True):
+        slot = Slot([*lead, *right.head], [] if is_causal else [*right.tail, *trail])
+        row = EncodedRow(slot, right.word, wrong.word, pair.label, pair.other)
+        yield _fault_of_words(pair, text, right, wrong, tokenizer, layout.task) or row
 
 
-def _with_slot(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's mask token may stand for the slot."""
-    mask = tokenizer.mask_token
-    return text if SLOT in text or mask is None else text.replace(mask, SLOT)
-
-
-def _check_slot(pair: _Pair, text: str, layout: Layout) -> None:
-    count = text.count(SLOT)
+def _fault_of_words(
+    pair: _Pair, text: str, right: Placed, wrong: Placed, tokenizer: PreTrainedTokenizerBase, task: str
+) -> str | None:
+    """What is wrong with the slot of a text and the two words in it; a word that has no place has no tokens."""
+    one, other, count, around = pair.factual, pair.counterfactual, text.count(SLOT), f"punctuation around {SLOT}"
     if count != 1:
         found = "is no slot" if count == 0 else f"are {count} slots"
-        raise pair.fault(f"there {found}; write {SLOT} exactly once, where {pair.factual!r} goes")
-    if layout.task == "causal" and not text.partition(SLOT)[0].strip():
-        raise pair.fault(
-            f"nothing stands before {SLOT}, but a causal model predicts a word from what is before it; "
-            "put the slot further to the right"
+        return f"there {found}; write {SLOT} exactly once, where {one!r} goes"
+    if task == "causal" and not text.partition(SLOT)[0].strip():
+        return (
+            f"nothing stands before {SLOT}, but a causal model predicts a word from what is before it; put the slot "
+            "further to the right"
         )
-
-
-def _checked(pair: _Pair, word: str, placed: Placed | None, tokenizer: PreTrainedTokenizerBase) -> Placed:
-    if placed is None:
-        raise pair.fault(
-            f"a token reaches over an end of {word!r}, so the tokens do not align; "
-            f"put spaces or punctuation around {SLOT}"
-        )
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in placed.word:
-        raise pair.fault(f"{word!r} is not in the tokenizer's vocabulary; use a word that it knows")
-    return placed
-
-
-def _check_both(pair: _Pair, right: Placed, wrong: Placed, layout: Layout) -> None:
+    for word, placed in ((one, right), (other, wrong)):
+        if not placed.word:
+            return f"a token reaches over an end of {word!r}, so the tokens do not align; put spaces or {around}"
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in placed.word:
+            return f"{word!r} is not in the tokenizer's vocabulary; use a word that it knows"
     if right.head != wrong.head or right.tail != wrong.tail:
-        raise pair.fault(
-            f"the text around {SLOT} has other tokens with {pair.counterfactual!r} than with {pair.factual!r}; "
-            f"put spaces or punctuation around {SLOT}"
-        )
+        return f"the text around {SLOT} has other tokens with {other!r} than with {one!r}; put spaces or {around}"
     if right.word == wrong.word:
-        raise pair.fault(
-            f"the tokenizer makes the same tokens of {pair.factual!r} and {pair.counterfactual!r}; "
-            "write words that it tells apart"
+        return f"the tokenizer makes the same tokens of {one!r} and {other!r}; write words that it tells apart"
+    if task == "masked" and len(right.word) != len(wrong.word):
+        return (
+            f"{one!r} has {len(right.word)} tokens and {other!r} {len(wrong.word)}; a masked model needs one mask for "
+            "each token, so write words with equally many"
         )
-    if layout.task == "masked" and len(right.word) != len(wrong.word):
-        raise pair.fault(
-            f"{pair.factual!r} has {len(right.word)} tokens and {pair.counterfactual!r} {len(wrong.word)}; a masked "
-            "model needs one mask for each token, so write words with equally many"
-        )
+    return None
 
 
-def _label_reader(
-    pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any
-) -> Callable[[int], EncodedRow]:
+def _with_labels(pairs: Sequence[_Pair], tokenizer: PreTrainedTokenizerBase, config: Any) -> Iterator[EncodedRow | str]:
+    """Rows of a classifier, or what is wrong with one."""
     ids = getattr(config, "label2id", None)
     if not ids:
         raise PairError("classification needs the model's config with its label2id; pass config=model.config")
     lead, trail = special_ends(tokenizer)
-    texts = encode(tokenizer, [pair.text for pair in pairs])
-
-    def read(number: int) -> EncodedRow:
-        pair = pairs[number]
+    for pair, text in zip(pairs, encode(tokenizer, [pair.text for pair in pairs]), strict=True):
+        unknown = [name for name in (pair.factual, pair.counterfactual) if name not in ids]
         if SLOT in pair.text:
-            raise pair.fault(f"a classifier has no slot; write the word itself instead of {SLOT}")
-        for name in (pair.factual, pair.counterfactual):
-            if name not in ids:
-                raise pair.fault(f"{name!r} is not a label of the model; write one of {list(ids)}")
-        slot = Slot([*lead, *texts[number], *trail], [])
-        return EncodedRow(slot, [ids[pair.factual]], [ids[pair.counterfactual]], pair.label, pair.other)
-
-    return read
+            yield f"a classifier has no slot; write the word itself instead of {SLOT}"
+        elif unknown:
+            yield f"{unknown[0]!r} is not a label of the model; write one of {list(ids)}"
+        else:
+            words = [ids[pair.factual]], [ids[pair.counterfactual]]
+            yield EncodedRow(Slot([*lead, *text, *trail], []), *words, pair.label, pair.other)

@@ -31,40 +31,31 @@ if TYPE_CHECKING:
 
 Goal = Callable[[Tensor], Tensor]  # (texts, classes) probabilities → (texts,)
 
-_GENDERS = ("fpi", "mpi")
+
+def goals_of(classes: Sequence[str]) -> dict[str, Goal]:
+    """The goals that are defined for these classes, in the order of the columns of `p`: some for two classes only."""
+    goals: dict[str, Goal] = {"balance": lambda p: (1 - (p.amax(1) - p.amin(1))) * p.amin(1)}
+    goals |= {name: _prefers(index) for index, name in enumerate(classes)}
+    if len(classes) == 2:
+        goals.setdefault("bpi", lambda p: (1 - (p[:, 0] - p[:, 1]).abs()) * p.sum(1))
+    for name, index in zip(("fpi", "mpi"), female_and_male(classes) or (), strict=False):
+        goals.setdefault(name, _prefers(index))
+    return goals
 
 
 def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
     """The goal of that name.
 
-    Args:
-        name: `"bpi"`, `"fpi"`, `"mpi"`, `"balance"` or one of the classes.
-        classes: The feature's classes, in the order of the columns of `p`.
-
     Raises:
         ValueError: If the name means nothing for these classes.
     """
-    if name in classes:
-        return _prefers(list(classes).index(name))
-    if name == "balance":
-        return lambda p: (1 - (p.amax(1) - p.amin(1))) * p.amin(1)
-    if name == "bpi" and len(classes) == 2:
-        return lambda p: (1 - (p[:, 0] - p[:, 1]).abs()) * p.sum(1)
-    genders = female_and_male(classes)
-    if name in _GENDERS and genders is not None:
-        return _prefers(genders[_GENDERS.index(name)])
-    raise ValueError(
-        f"goal={name!r} is not defined for the classes {list(classes)}: write one of the class names, 'balance'"
-        + (", 'bpi', or 'fpi' and 'mpi' for a female and a male class." if len(classes) == 2 else ".")
-    )
-
-
-def goal_names(classes: Sequence[str]) -> list[str]:
-    """Every name that `goal_by_name` knows for these classes."""
-    names = ["balance", *classes]
-    if len(classes) == 2:
-        names.append("bpi")
-    return [*names, *(name for name in _GENDERS if female_and_male(classes) is not None and name not in classes)]
+    goals = goals_of(classes)
+    if name not in goals:
+        raise ValueError(
+            f"goal={name!r} is not defined for the classes {list(classes)}: write one of the class names, 'balance'"
+            + (", 'bpi', or 'fpi' and 'mpi' for a female and a male class." if len(classes) == 2 else ".")
+        )
+    return goals[name]
 
 
 def _prefers(index: int) -> Goal:
@@ -119,7 +110,8 @@ class ClassWords:
             names = [pairs.classes[i] for i in owners[several[0]]]
             said = f"{several[0]!r} is a word of {' and '.join(map(repr, names))}"
             warnings.warn(f"{said}: each text is scored by the words that its rows give to each class.", stacklevel=4)
-            readings = _checked(pairs.readings(), pairs.classes, said)
+            readings = pairs.readings()
+            _check_readings(readings, pairs.classes, said)
             texts, by_text = torch.tensor([text for text, _ in readings]), [each for _, each in readings]
         else:
             texts, by_text = torch.arange(sum(map(len, batches))), [words]
@@ -157,7 +149,7 @@ def class_words(datasets: Iterable[Dataset], classes: Sequence[str]) -> ClassWor
     return ClassWords({label: list(words) for label, words in found.items()})
 
 
-def _checked(readings: list[Reading], classes: Sequence[str], said: str) -> list[Reading]:
+def _check_readings(readings: list[Reading], classes: Sequence[str], said: str) -> None:
     for text, words in readings:
         for name, own in zip(classes, words, strict=True):
             if not own or any(own & other for other in words if other is not own):
@@ -166,7 +158,6 @@ def _checked(readings: list[Reading], classes: Sequence[str], said: str) -> list
                     f"{said}, so each text is scored by the words that its own rows give to each class, and those of "
                     f"text {text} {lacks}; add rows with its other words, or use words of one class only"
                 )
-    return readings
 
 
 def _names(dataset: Dataset, column: str) -> list[str]:
@@ -290,11 +281,9 @@ class Scorer:
         *,
         masked: bool,
     ) -> None:
-        self.classes = list(classes)
-        self._class_probabilities = class_probabilities
-        self._language_modelling = language_modelling
+        self.classes, self.goals = list(classes), goals_of(classes)
+        self._class_probabilities, self._language_modelling = class_probabilities, language_modelling
         self._masked = masked
-        self.goals = {name: goal_by_name(name, self.classes) for name in goal_names(self.classes)}
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
         """Score the model as it is now, under these names; `base` is what cost is counted from."""
@@ -336,8 +325,8 @@ def scan(
     yield base
     for pair in pairs:
         for factor in feature_factors:
-            for rates in _by_direction(learning_rates):
-                for rate in rates:
+            for sign in (1, -1):
+                for rate in sorted((rate for rate in learning_rates if rate * sign > 0), key=abs):
                     with edited(model, adapter_name, feature_factor=factor, learning_rate=rate, pair=pair):
                         point = scorer.score(pair, factor, rate, base)
                     yield point
@@ -361,9 +350,3 @@ def choose(base: Point, points: Sequence[Point], goal: str, budget: float) -> Po
         stacklevel=3,
     )
     return base
-
-
-def _by_direction(learning_rates: Sequence[float]) -> list[list[float]]:
-    positive = sorted(rate for rate in learning_rates if rate > 0)
-    negative = sorted((rate for rate in learning_rates if rate < 0), reverse=True)
-    return [rates for rates in (positive, negative) if rates]

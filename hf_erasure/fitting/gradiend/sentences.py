@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
-from hf_erasure.models.word_tokens import (
-    _ENDS_UNSPACED,
-    _SIGNS,
-    _STARTS_UNSPACED,
-    _UNSPACED,
-    SLOT,
-    PairError,
-    _capitalised,
-    shortened,
-)
+from hf_erasure.models.word_tokens import SLOT, PairError, capitalised, is_unspaced, shortened, whole_words
 
-# --------------------------------------------------------------------------------------------------------------------
-# Pairs from plain sentences
-# --------------------------------------------------------------------------------------------------------------------
-
+FILLER = "{name}"
+PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
 Counterparts = Mapping[str, str] | Mapping[str, Sequence[str]]
 
 
@@ -61,39 +48,48 @@ def pairs_from_sentences(
     if isinstance(sentences, str):
         raise TypeError("sentences is one string; pass a list of sentences")
     table = _table(counterparts, classes)
-    pattern, spellings = _pattern(table), _spellings(table)
-    rows: list[dict[str, str]] = []
+    unspaced = [word for word in table if is_unspaced(word)]
+    if unspaced:
+        warnings.warn(
+            f"The script of {unspaced[0]!r} puts no space between words, so it is found wherever its characters stand, "
+            "within longer words too: leave sentences with such words out, or put these words in the table.",
+            stacklevel=2,
+        )
+    pattern, spellings = whole_words(table), _spellings(table)
+    rows: list[tuple[str, ...]] = []
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, str):
             raise PairError(f"sentence {number} is {sentence!r}, which is not a text; leave it out")
         if SLOT in sentence:
             raise PairError(f"sentence {number} ({shortened(sentence)}) has a slot already; pass it as a row of pairs")
         found = [match for match in pattern.finditer(sentence) if match.group() in spellings]
-        if not single or len(found) == 1:
-            rows += [row for match in found for row in _rows_at(sentence, match, *spellings[match.group()])]
-    present = {row["label"] for row in rows}
+        for match in found if not single or len(found) == 1 else ():
+            (label, others), spell = spellings[match.group()]
+            text = sentence[: match.start()] + SLOT + sentence[match.end() :]
+            rows += [(text, match.group(), spell(word), label, other) for other, word in others.items()]
+    present = {label for *_, label, _ in rows}
     if len(present) < 2:
-        missing = [name for name in classes if name not in present]
+        missing = next(name for name in classes if name not in present)
+        usable = [word for word, (label, others) in table.items() if label == missing and others]
+        such_as = ", ".join(map(repr, usable[:3])) or "none: each of its words has several counterparts in the table"
         raise PairError(
             f"the sentences make pairs of {sorted(present) or 'no class'} only; add sentences with words of "
-            f"{missing[0]!r}, such as {_example(table, missing[0])}"
+            f"{missing!r}, such as {such_as}"
         )
-    columns = ("text", "factual", "counterfactual", "label", "counterfactual_label")
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+    return _as_dataset(rows)
 
 
-@dataclass
-class _Entry:
-    """A word of the table: its class, and the word for it in every class where there is exactly one."""
+def _as_dataset(rows: Iterable[tuple[str, ...]]) -> Dataset:
+    return Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
 
-    label: str
-    counterparts: dict[str, str]
+
+# A word's class, and the word for it in every class where there is exactly one.
+_Entry = tuple[str, dict[str, str]]
 
 
 def _table(counterparts: Counterparts, classes: Sequence[str]) -> dict[str, _Entry]:
-    tuples = _tuples(counterparts, classes)
     found: dict[str, tuple[str, dict[str, set[str]]]] = {}
-    for words in tuples:
+    for words in _tuples(counterparts, classes):
         for label, word in zip(classes, words, strict=True):
             owner, others = found.setdefault(word, (label, {}))
             if owner != label:
@@ -102,7 +98,7 @@ def _table(counterparts: Counterparts, classes: Sequence[str]) -> dict[str, _Ent
                 if other != label:
                     others.setdefault(other, set()).add(counterpart)
     return {
-        word: _Entry(label, {other: next(iter(choices)) for other, choices in others.items() if len(choices) == 1})
+        word: (label, {other: next(iter(choices)) for other, choices in others.items() if len(choices) == 1})
         for word, (label, others) in found.items()
     }
 
@@ -132,61 +128,14 @@ def _tuples(counterparts: Counterparts, classes: Sequence[str]) -> list[tuple[st
     return rows
 
 
-def _pattern(table: Mapping[str, _Entry]) -> re.Pattern[str]:
-    unspaced = [word for word in table if _STARTS_UNSPACED.match(word) or _ENDS_UNSPACED.match(word)]
-    if unspaced:
-        warnings.warn(
-            f"The script of {unspaced[0]!r} puts no space between words, so it is found wherever its characters stand, "
-            "within longer words too: leave sentences with such words out, or put these words in the table.",
-            stacklevel=3,
-        )
-    return whole_words(table)
-
-
-def whole_words(words: Iterable[str]) -> re.Pattern[str]:
-    """Finds words that are not part of longer ones, the longest first; in scripts without spaces, their characters."""
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(map(_whole_word, longest_first)), re.IGNORECASE)
-
-
-def _whole_word(word: str) -> str:
-    letter = rf"[^\W{_UNSPACED}]"  # Chinese characters beside it do not make another word of an English one
-    before = "" if _STARTS_UNSPACED.match(word) else rf"(?<!{letter})(?<!-)"
-    after = f"(?![{_SIGNS}])" if _ENDS_UNSPACED.match(word) else rf"(?!{letter})(?!-)"
-    return f"{before}{re.escape(word)}{after}"
-
-
 def _spellings(table: Mapping[str, _Entry]) -> dict[str, tuple[_Entry, Callable[[str], str]]]:
     """What may stand in a sentence: the entry it belongs to, and how the counterpart is then spelled."""
     found: dict[str, tuple[_Entry, Callable[[str], str]]] = {word: (entry, str) for word, entry in table.items()}
     for word, entry in table.items():
-        found.setdefault(_capitalised(word), (entry, _capitalised))
+        found.setdefault(capitalised(word), (entry, capitalised))
         if len(word) > 1:
             found.setdefault(word.upper(), (entry, str.upper))
     return found
-
-
-def _rows_at(sentence: str, match: re.Match[str], entry: _Entry, spell: Callable[[str], str]) -> list[dict[str, str]]:
-    text = sentence[: match.start()] + SLOT + sentence[match.end() :]
-    return [
-        {
-            "text": text,
-            "factual": match.group(),
-            "counterfactual": spell(counterpart),
-            "label": entry.label,
-            "counterfactual_label": other,
-        }
-        for other, counterpart in entry.counterparts.items()
-    ]
-
-
-def _example(table: Mapping[str, _Entry], label: str) -> str:
-    usable = [word for word, entry in table.items() if entry.label == label and entry.counterparts]
-    return ", ".join(map(repr, usable[:3])) or "none: each of its words has several counterparts in the table"
-
-
-FILLER = "{name}"
-PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
 
 
 def pairs_from_templates(
@@ -232,4 +181,4 @@ def pairs_from_templates(
                     for other in classes:
                         if other != label:
                             rows[text, word, words[other][index], label, other] = None
-    return Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
+    return _as_dataset(rows)

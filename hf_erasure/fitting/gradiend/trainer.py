@@ -6,8 +6,7 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -24,7 +23,6 @@ from hf_erasure.adapters import (
     set_features,
     stated_bytes,
     steer,
-    targeted_parameters,
 )
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.layer import outside_inference_mode
@@ -38,9 +36,8 @@ from hf_erasure.models.slots import SlotReader
 
 from ..dataloader import origin_of
 from ..processes import Processes
-from .adapter import Encode, EncodedValues, GradiendAdapter, encode_all, together, unsteered
+from .adapter import Encode, EncodedValues, GradiendAdapter, encode_all, reading_the_base, together
 from .checkpoints import Fitted, Progress
-from .gradients import GradientReader
 from .pairs import Pair, PairSet, Signed
 from .selection import (
     FEATURE_FACTORS,
@@ -157,8 +154,13 @@ class GradiendTrainer:
         progress = Progress(
             self.model, self.args, self.callbacks, self.processing_class, self._processes, several=several
         )
-        with self._reader() as reader:
-            self._say_size(list(reader.parameters.values()))
+        with reading_the_base(self.model, self.adapter_name, self.task) as reader:
+            weights, size = reader.parameters.values(), stated_bytes(self.model, self.adapter_name)
+            _LOGGER.info(
+                f"GRADIEND adapter {self.adapter_name!r}: {self.config.density:.2%} of "
+                f"{sum(p.numel() for p in weights):,} weights, so the adapter will take {size / 2**20:.2f} MiB, "
+                f"{size / sum(p.numel() * p.element_size() for p in weights):.2f} times what these weights take."
+            )
             training = Training(reader, self.config.source, self.args, pairs, evaluation, self._processes, progress)
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
             self._fill_adapter(training)
@@ -167,14 +169,6 @@ class GradiendTrainer:
         metrics = {f"cor_{a}_{b}": fitted.correlation for fitted in self.fitted for a, b in [fitted.pair]}
         losses = training.losses
         return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
-
-    def _say_size(self, parameters: Sequence[nn.Parameter]) -> None:
-        n, held = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-        size = stated_bytes(self.model, self.adapter_name)
-        _LOGGER.info(
-            "GRADIEND adapter %r: %.2f%% of %s weights, so the adapter will take %.2f MiB, %.2f times what these "
-            "weights take.", self.adapter_name, 100 * self.config.density, f"{n:,}", size / 2**20, size / held,
-        )  # fmt: skip
 
     def _fill_adapter(self, training: Training) -> None:
         config, data = self.config, training.train.dataset
@@ -243,7 +237,7 @@ class GradiendTrainer:
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
         encoders, pairs, source = self._encoders(), self._pair_set(dataset), self.config.source
         texts = [] if neutral is None else self._neutral_batches(neutral)
-        with self._reader() as reader:
+        with reading_the_base(self.model, self.adapter_name, self.task) as reader:
             return [
                 encode_all(reader, source, encoders[pair], pairs.signed(1, pair) + texts, pair, self._processes)
                 for pair in self.pairs
@@ -399,12 +393,6 @@ class GradiendTrainer:
     @property
     def _model_config(self) -> Any:
         return bare_model(self.model).config
-
-    @contextmanager
-    def _reader(self) -> Iterator[GradientReader]:
-        """Reads the gradients of the base model, whatever the adapter is steered to."""
-        with unsteered(self.model, self.adapter_name):
-            yield GradientReader(self.model, targeted_parameters(self.model, self.adapter_name), self.task)
 
     def _eval_sets(self, given: Dataset | dict[str, Dataset] | None = None) -> dict[str, Dataset]:
         """The sets to evaluate on by name, in the place of the trainer's where they are given; "" for a single one."""

@@ -155,12 +155,11 @@ class Training:
                 steps = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
             starts.append(Start(number, pair, seed, a_pass, steps))
         state, facts = self.progress.resume(resume_from, self._identity())
-        self.progress.begin(sum(start.steps for start in starts))
         run = self._closed_form if closed else self._trained
-        for start in starts[facts["start"] :]:
-            run(start, state, facts)
-            state, facts = {}, {"step": 0}
-        self.progress.end()
+        with self.progress.running(sum(start.steps for start in starts)):
+            for start in starts[facts["start"] :]:
+                run(start, state, facts)
+                state, facts = {}, {"step": 0}
         self.processes.wait()
         return [self._best([start for start in starts if start.pair == pair]) for pair in pairs]
 

@@ -7,8 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_erasure.fitting.gradiend import PairError, check_pairs, pairs_from_sentences, word_tokens
-from hf_erasure.fitting.gradiend.sentences import whole_words
-from hf_erasure.models.word_tokens import occurrences, word_forms
+from hf_erasure.models.word_tokens import occurrences, whole_words, word_forms
 from tests.fitting.gradiend.language_models import LETTERS, tokenizer_of
 
 CLASSES = ["male", "female"]
