@@ -19,19 +19,12 @@ from .stereoset import StereoSet
 from .tpr_gap import TPRGap
 from .weat import WEAT
 
+_CLASSES: list[type[Measure]] = [
+    CrowSPairs, EncoderCorrelation, LinearLeakage, MinimumDescriptionLength, Perplexity, PredictionBalance, PronounGap,
+    StereoSet, TPRGap, WEAT,
+]  # fmt: skip
 # By the name of the file.
-METRICS: dict[str, type[Measure]] = {
-    "crows_pairs": CrowSPairs,
-    "encoder_correlation": EncoderCorrelation,
-    "linear_leakage": LinearLeakage,
-    "minimum_description_length": MinimumDescriptionLength,
-    "perplexity": Perplexity,
-    "prediction_balance": PredictionBalance,
-    "pronoun_gap": PronounGap,
-    "stereoset": StereoSet,
-    "tpr_gap": TPRGap,
-    "weat": WEAT,
-}
+METRICS = {metric.__module__.rpartition(".")[2]: metric for metric in _CLASSES}
 
 
 def metric_path(name: str) -> str:
@@ -46,18 +39,6 @@ def metric_path(name: str) -> str:
 
 
 __all__ = [
-    "METRICS",
-    "WEAT",
-    "CrowSPairs",
-    "EncoderCorrelation",
-    "Facts",
-    "LinearLeakage",
-    "Measure",
-    "MinimumDescriptionLength",
-    "Perplexity",
-    "PredictionBalance",
-    "PronounGap",
-    "StereoSet",
-    "TPRGap",
-    "metric_path",
-]
+    "METRICS", "WEAT", "CrowSPairs", "EncoderCorrelation", "Facts", "LinearLeakage", "Measure",
+    "MinimumDescriptionLength", "Perplexity", "PredictionBalance", "PronounGap", "StereoSet", "TPRGap", "metric_path",
+]  # fmt: skip

@@ -102,10 +102,13 @@ def good_rows(
         try:
             if isinstance(content, BadRow):
                 raise content
-            _check_text(content)
+            # Fails at half a character: a byte that is not UTF-8, or half of an escaped pair.
+            json.dumps(content, ensure_ascii=False).encode()
             found.append(read(content))
         except BadRow as error:
             bad.append({"row": where, "reason": str(error)})
+        except UnicodeEncodeError:
+            bad.append({"row": where, "reason": "is not UTF-8"})
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             bad.append({"row": where, "reason": f"cannot be read ({type(error).__name__}: {error})"})
     if not found:
@@ -207,20 +210,17 @@ def text_at(content: Any, key: str) -> str:
     Raises:
         BadRow: If it is not there.
     """
-    value = content.get(key) if isinstance(content, dict) else None
+    value = _at(content, key)
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"lacks {key}")
     return value
 
 
-def _check_text(content: Any) -> None:
-    """Raise for half a character: a byte that is not UTF-8, or half of an escaped pair."""
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else [content]
-    for part in parts:
-        if isinstance(part, (dict, list)):
-            _check_text(part)
-        elif isinstance(part, str) and any("\ud800" <= character <= "\udfff" for character in part):
-            raise BadRow("is not UTF-8")
+def _at(value: Any, *keys: str) -> Any:
+    """What is in nested dictionaries under some keys; None where one of them is not there."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 # ---- benchmarks ------------------------------------------------------------------------------------------------------
@@ -289,24 +289,20 @@ def read_stereoset(path: Source) -> Rows[StereoSetItem]:
     """
     found = json_of(path)
     if isinstance(found, dict):
-        data = found.get("data")
-        found = data.get("intrasentence") if isinstance(data, dict) else None
+        found = _at(found, "data", "intrasentence")
     if not isinstance(found, list) or not found:
         raise UnusableFile(f"{path} has no intrasentence items: give dev.json or test.json of StereoSet.")
-    named = []
-    for number, entry in enumerate(found, 1):
-        name = entry.get("id") if isinstance(entry, dict) else None
-        named.append((f"item {repr(name) if name else number}", entry))
+    names = [repr(_at(entry, "id")) if _at(entry, "id") else number for number, entry in enumerate(found, 1)]
+    named = [(f"item {name}", entry) for name, entry in zip(names, found, strict=True)]
     return good_rows(path, named, _stereoset_item, "intrasentence items, as dev.json of StereoSet does")
 
 
 def _stereoset_item(entry: Any) -> StereoSetItem:
     context, term, kind = (text_at(entry, key) for key in ("context", "target", "bias_type"))
-    given = entry.get("sentences")
-    by_label = {part.get("gold_label"): part for part in given if isinstance(part, dict)} if given else {}
-    if lacking := [label for label in _ENDINGS if not isinstance(by_label.get(label, {}).get("sentence"), str)]:
+    sentences = {_at(part, "gold_label"): _at(part, "sentence") for part in entry.get("sentences") or ()}
+    if lacking := [label for label in _ENDINGS if not isinstance(sentences.get(label), str)]:
         raise BadRow(f"lacks {lacking[0]!r} among its sentences")
-    first, second, third = (by_label[label]["sentence"] for label in _ENDINGS)
+    first, second, third = (sentences[label] for label in _ENDINGS)
     return StereoSetItem(term, kind, context, (first, second, third))
 
 
@@ -355,8 +351,7 @@ def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
     paths = {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.json*"))}
     if not paths:
         raise UnusableFile(f"{folder} holds no tests: give the folder with sent-weat6.jsonl and the like.")
-    unknown = [name for name in tests or () if name not in paths]
-    if unknown:
+    if unknown := [name for name in tests or () if name not in paths]:
         raise ValueError(f"{folder} has no test {unknown[0]!r}: write some of {', '.join(paths)}.")
     found = SeatTests()
     for name in paths if tests is None else tests:
@@ -375,8 +370,7 @@ def _seat_test(path: Path, left_out: list[LeftOutRows]) -> dict[str, list[str]]:
     sets = json_of(path)
     found = {}
     for short, key in _SETS.items():
-        part = sets.get(key) if isinstance(sets, dict) else None
-        texts = part.get("examples") if isinstance(part, dict) else None
+        texts = _at(sets, key, "examples")
         if not isinstance(texts, list) or not texts:
             raise UnusableFile(f"{path} lacks {key}: it should hold {', '.join(_SETS.values())}.")
         named = [(f"{key}, example {number}", text) for number, text in enumerate(texts, 1)]
@@ -404,9 +398,8 @@ def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Itera
             paths = [Path(folder) / f"{name}_stereotyped_type{kind}.txt.{split}" for name in ("pro", "anti")]
             pro, anti = (content_lines(path) for path in paths)
             if len(pro) != len(anti):
-                raise UnusableFile(
-                    f"{folder}: type {kind} of {split} has {len(pro)} pro and {len(anti)} anti sentences."
-                )
+                counts = f"{len(pro)} pro and {len(anti)} anti sentences"
+                raise UnusableFile(f"{folder}: type {kind} of {split} has {counts}: they must be pairs.")
             lines = [(where, [one, other]) for (where, one), (_, other) in zip(pro, anti, strict=True)]
             rows = good_rows(paths[0], lines, functools.partial(_pronoun_pair, type=kind), "sentences of WinoBias")
             pairs += rows

@@ -7,9 +7,10 @@ mean square of noisy gaps is above 0 without any true gap: judge it by its p val
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_erasure.metrics import base, resampling
 
@@ -48,81 +49,59 @@ def score(
     """
     resampling.tails(confidence)
     draws, shuffles = base.whole("resamples", resamples, 2), base.whole("permutations", permutations)
-    rows = _rows(predictions, references, groups, positive)
-    sizes, hits = rows.counted()
+    all_sizes, all_hits, classes = _counted(predictions, references, groups, positive)
+    both = np.asarray((all_sizes > 0).all(0))
+    if not both.any():
+        raise ValueError("No class has rows of both groups, so there is no gap: give rows of both for some class.")
+    sizes, hits = all_sizes[:, both], all_hits[:, both]
+    names, lacking = ([name for name, has in zip(classes, both, strict=True) if has == kind] for kind in (True, False))
     gaps, shares = _gaps(hits, sizes), sizes[0] / sizes.sum(0)
     rms, correlation = float(_rms(gaps)), float(_correlation(gaps, shares))
 
     # Rows that are drawn again within class and group hit as often as a binomial variable says.
     drawn = _gaps(np.random.default_rng(seed).binomial(sizes, hits / sizes, (draws, *sizes.shape)), sizes)
-    resampled = {"rms": _rms(drawn), **{f"gaps.{name}": drawn[:, i] for i, name in enumerate(rows.names)}}
+    resampled = {"rms": _rms(drawn), **{f"gaps.{name}": drawn[:, i] for i, name in enumerate(names)}}
     if not np.isnan(correlation):
         resampled["correlation"] = _correlation(drawn, shares)
     intervals = resampling.percentiles(resampled, confidence)
     # Groups that are shuffled within a class share its hits as a hypergeometric variable says.
-    both = hits.sum(0)
-    one = np.random.default_rng(seed).hypergeometric(both, sizes.sum(0) - both, sizes[0], (shuffles, len(both)))
-    test = resampling.among(rms, _rms(_gaps(np.stack([one, both - one], 1), sizes)))
+    right = hits.sum(0)
+    one = np.random.default_rng(seed).hypergeometric(right, sizes.sum(0) - right, sizes[0], (shuffles, len(right)))
+    test = resampling.among(rms, _rms(_gaps(np.stack([one, right - one], 1), sizes)))
+    rows = int(sizes.sum())
     return {
         "rms": rms, "correlation": None if np.isnan(correlation) else correlation,
-        "gaps": dict(zip(rows.names, gaps.tolist(), strict=True)),
-        "shares": dict(zip(rows.names, shares.tolist(), strict=True)), "accuracy": float(rows.hits.mean()),
-        "left_out": dict.fromkeys(rows.lacking, "has rows of one group only"),
-        "coverage": rows.coverage, "rows": len(rows.hits), **test.as_dict(), **intervals,
+        "gaps": dict(zip(names, gaps.tolist(), strict=True)), "shares": dict(zip(names, shares.tolist(), strict=True)),
+        "accuracy": float(hits.sum() / rows), "left_out": dict.fromkeys(lacking, "has rows of one group only"),
+        "coverage": float(rows / all_sizes.sum()), "rows": rows, **test.as_dict(), **intervals,
     }  # fmt: skip
 
 
-class _Rows(NamedTuple):
-    """The rows of classes that have both groups.
-
-    Attributes:
-        hits: 1 where the prediction is right.
-        sides: 1 for the positive group, 0 for the other.
-        y: The class, as a position in `names`.
-        names: Of the classes.
-        lacking: Names of the classes that have one group only.
-        coverage: Share of all rows that is here.
-    """
-
-    hits: base.Floats
-    sides: base.Floats
-    y: base.Ints
-    names: list[str]
-    lacking: list[str]
-    coverage: float
-
-    def counted(self) -> tuple[base.Ints, base.Ints]:
-        """`(2, classes)` each: rows of the positive group and of the other by class, and how many of them are right."""
-        sides = np.stack([self.sides, 1 - self.sides])
-        sizes, hits = (np.stack([np.bincount(self.y, side * own) for side in sides]) for own in (1, self.hits))
-        return sizes.astype(np.int64), hits.astype(np.int64)
-
-
-def _rows(predictions: Any, references: Any, groups: Any, positive: Any) -> _Rows:
+def _counted(predictions: Any, references: Any, groups: Any, positive: Any) -> tuple[base.Ints, base.Ints, list[str]]:
+    """`(2, classes)` each: rows of the positive group and of the other by class, and how many of them are right."""
     truth = base.labels("references", references, len(references))
     predicted = base.labels("predictions", predictions, len(truth), of="references")
-    sides = _sides(base.labels("groups", groups, len(truth), of="references"), positive)
+    first = _sides(base.labels("groups", groups, len(truth), of="references"), positive)
     y, classes = base.class_ids("references", truth, least=1)
     if {isinstance(label, str) for label in predicted} != {isinstance(label, str) for label in truth}:
         raise ValueError("predictions and references mix strings and numbers, so none could agree: write both alike.")
-    hits = np.array([guess == label for guess, label in zip(predicted, truth, strict=True)], dtype=np.float64)
-    both = np.array([0 < sides[y == c].sum() < (y == c).sum() for c in range(len(classes))])
-    if not both.any():
-        raise ValueError("No class has rows of both groups, so there is no gap: give rows of both for some class.")
-    kept, position = both[y], both.cumsum() - 1
-    here = [[str(name) for name, has in zip(classes, both, strict=True) if has == wanted] for wanted in (True, False)]
-    return _Rows(hits[kept], sides[kept], position[y[kept]], here[0], here[1], float(kept.mean()))
+    right = np.array([guess == label for guess, label in zip(predicted, truth, strict=True)])
+    sizes, hits = (
+        np.stack([np.bincount(y[side & of], minlength=len(classes)) for side in (first, ~first)])
+        for of in (np.ones_like(right), right)
+    )
+    return sizes, hits, list(map(str, classes))
 
 
-def _sides(groups: list[Any], positive: Any) -> base.Floats:
-    """1 for the positive group, 0 for the other."""
+def _sides(groups: list[Any], positive: Any) -> NDArray[np.bool_]:
+    """Which rows are of the positive group."""
     ids, two = base.class_ids("groups", groups)
     names = list(map(str, two))
     if len(names) != 2:
         raise ValueError(f"groups hold {len(names)} groups ({', '.join(names[:5])} …): a gap is between two.")
     if positive is not None and str(positive) not in names:
         raise ValueError(f"positive={positive!r} is none of the groups: write one of {names}.")
-    return (ids == (0 if positive is None else names.index(str(positive)))).astype(np.float64)
+    return np.asarray(ids == (0 if positive is None else names.index(str(positive))))
 
 
 def _gaps(hits: base.Ints, sizes: base.Ints) -> base.Floats:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,7 +109,6 @@ def reading_of(
         backbone: The module that returns the last hidden state.
         forward: Runs the model on two rows of different lengths, the shorter one padded.
         real_of: From a last hidden state `(batch, seq, width)` to its positions that are not padding, `(batch, seq)`.
-
         is_bare: Whether the class of the model adds no module to its base; such a model may return logits all the same.
 
     Returns:
@@ -156,75 +155,65 @@ def _gradient(
     Raises:
         ValueError: If there is no such state, or the output does not depend on it.
     """
-    trace = _Trace(backbone)
-    with _hooked(model, trace.record):
-        output = forward()
+    output, returned, made = _traced(model, backbone, forward)
     if is_bare and not _logits(output):
         return None
-    hidden = _last_hidden_state(trace.returned)
+    hidden = _last_hidden_state(returned)
     if hidden is None or hidden.dim() != 3:
         raise ValueError("it returns no last hidden state of shape (batch, seq, width)")
-    start = _Start(*trace.maker_of(hidden))
-    with _hooked(start.module, start.hook, alone=True):
+    # The innermost module that returned this very tensor, in which of its calls, and where in its output.
+    maker = next(((module, call, key) for module, call, key, tensor in made if tensor() is hidden), None)
+    if maker is None:
+        raise ValueError("no module returns the last hidden state")
+    calls = 0
+    leaf: Tensor | None = None
+
+    def begin(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal calls, leaf
+        calls += 1
+        if calls != maker[1]:
+            return output
+        torch.set_grad_enabled(True)  # until the surrounding no_grad ends
+        leaf = _tensors(output)[maker[2]].detach().clone().requires_grad_()
+        # Not the leaf itself, which what follows could not change in place.
+        return _replaced(output, maker[2], leaf.clone())
+
+    with _hooked([maker[0]], begin):
         output = forward()
     read = _logits(output) or [t for t in _tensors(output).values() if t.is_floating_point()][:1]
     read = [tensor for tensor in read if tensor.requires_grad]
-    if start.leaf is None or not read:
+    if leaf is None or not read:
         raise ValueError("its output does not depend on the last hidden state")
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.enable_grad():
         # Weights at random, since sums of normalised numbers have no gradient.
         weights = [torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor) for tensor in read]
         total = sum((tensor * weight).float().sum() for tensor, weight in zip(read, weights, strict=True))
-        return torch.autograd.grad(total, start.leaf)[0], hidden  # type: ignore[arg-type]
+        return torch.autograd.grad(total, leaf)[0], hidden  # type: ignore[arg-type]
 
 
-@dataclass
-class _Trace:
-    """Which module has returned which tensor, in the order in which they returned, and what the backbone did last."""
+def _traced(
+    model: nn.Module, backbone: nn.Module, forward: Callable[[], Any]
+) -> tuple[Any, Any, list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]]]:
+    """What the model returns, what the backbone did last, and of every tensor the module, the call and the key."""
+    calls, returned = Counter[nn.Module](), None
+    made: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = []
 
-    backbone: nn.Module
-    returned: Any = None
-    calls: Counter[nn.Module] = field(default_factory=Counter)
-    made: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = field(default_factory=list)
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal returned
+        calls[module] += 1
+        made.extend((module, calls[module], key, weakref.ref(tensor)) for key, tensor in _tensors(output).items())
+        if module is backbone:
+            returned = output
 
-    def record(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.calls[module] += 1
-        self.made += [(module, self.calls[module], key, weakref.ref(t)) for key, t in _tensors(output).items()]
-        if module is self.backbone:
-            self.returned = output
-
-    def maker_of(self, hidden: Tensor) -> tuple[nn.Module, int, Any]:
-        """The innermost module that returned this very tensor, which of its calls it was, and where in its output."""
-        for module, call, key, tensor in self.made:
-            if tensor() is hidden:
-                return module, call, key
-        raise ValueError("no module returns the last hidden state")
-
-
-@dataclass
-class _Start:
-    """Begins to keep gradients at one output of one call of a module."""
-
-    module: nn.Module
-    call: int
-    key: Any
-    calls: int = 0
-    leaf: Tensor | None = None
-
-    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self.calls += 1
-        if self.calls != self.call:
-            return output
-        torch.set_grad_enabled(True)  # until the surrounding no_grad ends
-        self.leaf = _tensors(output)[self.key].detach().clone().requires_grad_()
-        # Not the leaf itself, which what follows could not change in place.
-        return _replaced(output, self.key, self.leaf.clone())
+    with _hooked(model.modules(), record):
+        output = forward()
+    return output, returned, made
 
 
 @contextmanager
-def _hooked(model: nn.Module, hook: Callable[..., Any], *, alone: bool = False) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in ([model] if alone else model.modules())]
+def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
     finally:

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -226,18 +227,6 @@ def _seq2seq(layout: Layout, tokenizer: PreTrainedTokenizerBase, config: Any) ->
 
 
 @dataclass(frozen=True)
-class Template:
-    """The slots of a batch, to be filled with any word."""
-
-    layout: Layout
-    slots: tuple[Slot, ...]
-
-    def fill(self, word: Sequence[int]) -> Filled:
-        """The same word in every slot."""
-        return self.layout.fill(self.slots, [word] * len(self.slots))
-
-
-@dataclass(frozen=True)
 class PairBatch:
     """Rows of one class, of which one mean-loss gradient is taken.
 
@@ -251,7 +240,8 @@ class PairBatch:
         other: Class id of the counterfactual words; `None` for neutral texts.
         apart: The counterfactual words' own forward pass, where one cannot serve both: words of several tokens whose
             earlier tokens a causal or seq2seq model is given.
-        template: The slots without words.
+        layout: How words are laid into the slots; `None` where the slots are not known.
+        slots: One a row, without words.
     """
 
     inputs: dict[str, Tensor]
@@ -262,7 +252,8 @@ class PairBatch:
     label: int | None = None
     other: int | None = None
     apart: Filled | None = field(default=None, repr=False)
-    template: Template | None = field(default=None, repr=False)
+    layout: Layout | None = field(default=None, repr=False)
+    slots: tuple[Slot, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         """Rows."""
@@ -282,24 +273,15 @@ class PairBatch:
         """The chosen rows, at least one, in their order here."""
         kept = torch.zeros(len(self), dtype=torch.bool)
         kept[list(chosen)] = True
-        apart, template = self.apart, self.template
-        if apart is not None:
-            apart = apart.some_rows(kept)
-        if template is not None:
-            slots = tuple(slot for slot, keep in zip(template.slots, kept.tolist(), strict=True) if keep)
-            template = replace(template, slots=slots)
+        apart = None if self.apart is None else self.apart.some_rows(kept)
         counterfactual = self.counterfactual[kept[self.rows]] if apart is None else apart.tokens
-        return self._with(self.filled.some_rows(kept), counterfactual=counterfactual, apart=apart, template=template)
+        slots = tuple(itertools.compress(self.slots, kept.tolist()))
+        return self._with(self.filled.some_rows(kept), counterfactual=counterfactual, apart=apart, slots=slots)
 
     def _with(self, filled: Filled, **changed: Any) -> PairBatch:
         """The same with another forward pass of the factual words."""
-        named: dict[str, Any] = {
-            "inputs": filled.inputs,
-            "rows": filled.rows,
-            "positions": filled.positions,
-            "factual": filled.tokens,
-        }
-        return replace(self, **named, **changed)
+        changed |= {"inputs": filled.inputs, "rows": filled.rows, "positions": filled.positions}
+        return replace(self, factual=filled.tokens, **changed)
 
 
 @dataclass(frozen=True)
@@ -324,10 +306,7 @@ def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
     return PairBatch(
         factual.inputs, factual.rows, factual.positions, factual.tokens,
         counterfactual=torch.tensor([token for row in rows for token in row.counterfactual]),
-        label=rows[0].label,
-        other=rows[0].other,
-        apart=apart,
-        template=Template(layout, slots),
+        label=rows[0].label, other=rows[0].other, apart=apart, layout=layout, slots=slots,
     )  # fmt: skip
 
 
@@ -419,8 +398,8 @@ class SlotReader:
         with evaluating(self.model):
             for group in groups.values():
                 word = words[group[0]]
-                if batch.template is not None:
-                    filled = batch.template.fill(word)
+                if batch.layout is not None:
+                    filled = batch.layout.fill(batch.slots, [word] * len(batch))
                 elif len(batch.rows) == len(batch) and len(word) == 1:
                     filled = batch.filled
                 else:

@@ -20,11 +20,6 @@ class PairError(ValueError):
     """A data set of counterfactual pairs (or of neutral texts) that cannot be used; the message names the row."""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tokens
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The token ids of every text, without special tokens."""
     if not texts:
@@ -72,16 +67,14 @@ def place_words(
     spaced = encode(tokenizer, prefixes)
     upto = encode(tokenizer, [prefix + word for prefix, word in zip(prefixes, words, strict=True)])
     whole = encode(tokenizer, [p + w + s for p, w, s in zip(prefixes, words, suffixes, strict=True)])
-    return [_cut((a, b), c, d) for a, b, c, d in zip(bare, spaced, upto, whole, strict=True)]
-
-
-def _cut(heads: Iterable[list[int]], upto: list[int], whole: list[int]) -> Placed | None:
-    if whole[: len(upto)] != upto:
-        return None
-    for head in heads:
-        if len(head) < len(upto) and upto[: len(head)] == head:
-            return Placed(head, upto[len(head) :], whole[len(upto) :])
-    return None
+    found: list[Placed | None] = []
+    for *heads, end, text in zip(bare, spaced, upto, whole, strict=True):
+        fitting = [head for head in heads if len(head) < len(end) and end[: len(head)] == head]
+        if fitting and text[: len(end)] == end:
+            found.append(Placed(fitting[0], end[len(fitting[0]) :], text[len(end) :]))
+        else:
+            found.append(None)
+    return found
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prefix: str = "a ") -> list[list[int]]:
