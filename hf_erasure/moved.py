@@ -21,6 +21,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "erasers.oracle": ("erasers",),
     "erasers.quadratic": ("erasers",),
     "erasers.rlace": ("erasers",),
+    "evaluation.treebank": ("evaluation.data",),
     "fitting.combining": ("fitting", "fitting.combine"),
     "fitting.data": ("fitting", "fitting.dataloader"),
     "fitting.erasure": ("fitting", "fitting.fit"),

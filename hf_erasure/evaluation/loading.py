@@ -159,23 +159,21 @@ class Loader:
         if getattr(self._config, "is_encoder_decoder", False):
             notes.append("its encoder reads the texts, and hidden states are the encoder's")
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
-        if ours and (lacking := [a for a in ours if not self._has_sites(own, a.config)]):
-            fitted_on = [Provenance.of(a.config).base_class for a in ours]
-            others = [found for name in fitted_on if (found := model_class(name)) is not None]
-            for kind in (*others, AutoModel):
+        if lacking := [adapter.name for adapter in ours if not self._has_sites(own, adapter.config)]:
+            others = [model_class(Provenance.of(adapter.config).base_class) for adapter in ours]
+            for kind in (*filter(None, others), AutoModel):
                 if kind is not own and all(self._has_sites(kind, adapter.config) for adapter in ours):
                     self.kind = kind
                     notes.append(
-                        f"loaded as {_name(kind)} and not as {_name(own)}, since only there are the modules that "
-                        f"{lacking[0].name} was fitted on"
+                        f"loaded as {kind.__name__} and not as {own.__name__}, since only there are the modules that "
+                        f"{lacking[0]} was fitted on"
                     )
                     break
         self.note = "; ".join(notes)
 
     def _has_sites(self, kind: Any, config: ChildConfig) -> bool:
-        make = kind.from_config if kind is AutoModel else kind
         with torch.device("meta"):
-            model = make(self._config)
+            model = kind.from_config(self._config) if kind is AutoModel else kind(self._config)
         return host_of(model, config) is not None
 
     def load(self, entry: Entry) -> nn.Module:
@@ -281,7 +279,3 @@ def host_of(model: Any, config: Any) -> Any:
         if {name for name, _ in host.named_modules()}.issuperset(config.fitted_modules):
             return host
     return None
-
-
-def _name(kind: Any) -> str:
-    return str(kind.__name__)

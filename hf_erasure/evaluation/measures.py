@@ -1,29 +1,27 @@
-"""One measure of an evaluation each: what it needs, how it is read, and how it is taken of a model."""
+"""The measures of the tables: what each needs, how it is read, and how it is taken of a model."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES
 from hf_erasure.metrics import METRICS, benchmarks, minimum_description_length, resampling, tpr_gap
 from hf_erasure.metrics.linear_leakage import accuracy, held_out_answers
 from hf_erasure.metrics.readers import spread
-from hf_erasure.models.heads import known_task
 from hf_erasure.models.pooling import IN_WORDS
 
-from .data import Biographies, DataFolder
-from .states import FINAL, StateReader, TokenStates
+from .data import DataFolder
+from .subject import FINAL, Subject, TokenStates
 
-# So many labelled tokens are probed, and so many of them layer by layer.
-_TOKENS, _TOKENS_BY_DEPTH = 2000, 1000
 _TOKEN_FOLDS = 3
 # Of the pseudo-perplexity of a masked model: texts at most, and tokens of a window.
 _PSEUDO_TEXTS, _PSEUDO_WINDOW = 40, 64
@@ -31,103 +29,6 @@ _PERPLEXITY_ROWS = 32
 # Of each kind of text: the base's states are kept.
 _DISTORTION_TEXTS = 300
 GENDER_SEAT = ("sent-weat6", "sent-weat6b", "sent-weat7", "sent-weat7b", "sent-weat8", "sent-weat8b")
-
-
-class NotForThisModel(ValueError):
-    """A measure cannot be asked of a model; the message says why."""
-
-
-@dataclass
-class Shared:
-    """What the entries of one run have in common.
-
-    Attributes:
-        data: The folder.
-        seed: Of folds, resamples and permutations.
-        resamples: Of every bootstrap.
-        confidence: Of every interval.
-        stereoset: How causal models score StereoSet, as in `benchmarks.stereoset`.
-        base_states: The base's last hidden states by text, which distortion is relative to.
-    """
-
-    data: DataFolder
-    seed: int = 0
-    resamples: int = 1000
-    confidence: float = 0.95
-    stereoset: str = "sentence"
-    base_states: list[Tensor] | None = None
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Keywords of every metric."""
-        return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
-
-
-@dataclass
-class Subject:
-    """A model under examination; what several measures need of it is computed once.
-
-    Attributes:
-        model: With the adapters of its entry.
-        tokenizer: Of the model.
-        shared: What all entries have in common.
-        is_base: Whether it is the model without adapters, which others are compared with.
-        pool: How the states of a text become one vector.
-        kept: Results that several measures read.
-        others: The same model with other pools.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    shared: Shared
-    is_base: bool = True
-    pool: str = "mean"
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
-    others: dict[str, Subject] = field(default_factory=dict)
-
-    def at(self, pool: str) -> Subject:
-        """The same model, whose texts are pooled in another way."""
-        if pool == self.pool:
-            return self
-        return self.others.setdefault(pool, replace(self, pool=pool, kept={}, others={}))
-
-    @functools.cached_property
-    def head(self) -> str | None:
-        """`"masked"`, `"causal"` or None."""
-        task = known_task(self.model)
-        return task if task in ("masked", "causal") else None
-
-    @property
-    def data(self) -> DataFolder:
-        """The folder of data."""
-        return self.shared.data
-
-    @property
-    def statistics(self) -> dict[str, Any]:
-        """Keywords of every metric."""
-        return self.shared.statistics
-
-    @functools.cached_property
-    def reader(self) -> StateReader:
-        """Of the hidden states."""
-        return StateReader(self.model, self.tokenizer)
-
-    @functools.cached_property
-    def biographies(self) -> tuple[Biographies, dict[str, Tensor]]:
-        """The biographies, and their pooled states by layer."""
-        found = self.data.biographies()
-        return found, self.reader.pooled(found.texts, self.pool)
-
-    @functools.cached_property
-    def tokens(self) -> TokenStates:
-        """States of tagged tokens by layer."""
-        return self.reader.tagged(self.data.sentences(), _TOKENS)
-
-    @functools.cached_property
-    def professions(self) -> list[str]:
-        """The profession that a linear probe fitted on the others gives to each biography."""
-        found, states = self.biographies
-        return held_out_answers(states[FINAL], found.professions, seed=self.shared.seed)
 
 
 @dataclass(frozen=True)
@@ -142,7 +43,7 @@ class Measure:
         better: `"lower"`, `"higher"` or `"closer"` to the ideal.
         ideal: Of a model without the bias, or without loss.
         says: What the number is, in a sentence.
-        take: Of a subject, the metric's whole result with `intervals`.
+        take: Of a subject that pools as the measure does, the metric's whole result with `intervals`.
         needs_head: Whether the model must predict words.
         source: Paper and address, where it is one of the field's.
         harness: The task of lm-evaluation-harness that measures the same on causal models, if there is one.
@@ -164,12 +65,6 @@ class Measure:
     concept: str | None = None
     pool: str | None = None
 
-    def why_not(self, subject: Subject) -> str | None:
-        """Why this model cannot be asked for it; None where it can."""
-        if self.needs_head and subject.head is None:
-            return f"{type(subject.model).__name__} has no head that predicts words"
-        return None
-
     def described(self) -> dict[str, Any]:
         """Its facts for the results."""
         ideal = self.ideal if math.isfinite(self.ideal) else None
@@ -178,7 +73,7 @@ class Measure:
 
 
 def _of_metric(
-    metric: str, key: str, title: str, take: Callable[[Subject], dict[str, Any]], says: str = "", **changed: Any
+    metric: str, key: str, title: str, take: Callable[[Subject], dict[str, Any]], says: str, **changed: Any
 ) -> Measure:
     """A measure whose direction, ideal and source are those of a metric."""
     facts = METRICS[metric].facts
@@ -186,26 +81,109 @@ def _of_metric(
         "figure": facts.figure, "better": facts.better, "ideal": facts.ideal, "harness": facts.harness,
         "purpose": "bias", **changed,
     }  # fmt: skip
-    return Measure(key, title, says=says or facts.formula, take=take, source=f"{facts.paper}, {facts.url}", **given)
+    return Measure(key, title, says=says, take=take, source=f"{facts.paper}, {facts.url}", **given)
 
 
-# ---- gender -----------------------------------------------------------------------------------------------------
+# ---- what probes read ------------------------------------------------------------------------------------------------
 
 
-def _leakage(subject: Subject, *, nonlinear: bool = False) -> dict[str, Any]:
+def _leakage(
+    x: Tensor, labels: list[str], groups: list[Any] | None = None, *, nonlinear: bool = False, folds: int = 5,
+    seed: int, **statistics: Any,
+) -> dict[str, Any]:  # fmt: skip
+    given = held_out_answers(x, labels, groups, nonlinear=nonlinear, folds=folds, seed=seed)
+    return accuracy(given, labels, groups, seed=seed, **statistics)
+
+
+def _of_gender(subject: Subject, **options: Any) -> dict[str, Any]:
     found, states = subject.biographies
-    given = held_out_answers(states[FINAL], found.genders, nonlinear=nonlinear, seed=subject.shared.seed)
-    return accuracy(given, found.genders, **subject.statistics)
+    return _leakage(states[FINAL], found.genders, **options, **subject.statistics)
 
 
-def _compression(subject: Subject) -> dict[str, Any]:
-    found, states = subject.biographies
-    return minimum_description_length.score(states[FINAL], found.genders, **subject.statistics)
+def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, Any]:
+    """Leakage of parts of speech, tags too rare to be in every fold left out and named."""
+    of_tag: dict[str, set[int]] = {}
+    for tag, sentence in zip(tokens.tags, tokens.sentences, strict=True):
+        of_tag.setdefault(tag, set()).add(sentence)
+    rare = sorted(tag for tag, own in of_tag.items() if len(own) < 2 * _TOKEN_FOLDS)
+    kept = [i for i, tag in enumerate(tokens.tags) if tag not in rare]
+    if not kept:
+        raise ValueError("No part of speech occurs in enough sentences: raise --limit.")
+    tags, groups = [tokens.tags[i] for i in kept], [tokens.sentences[i] for i in kept]
+    return {**_leakage(states[kept], tags, groups, folds=_TOKEN_FOLDS, **options), "rare": rare}
 
 
-def _tpr_gap(subject: Subject) -> dict[str, Any]:
-    found, _ = subject.biographies
-    return tpr_gap.score(subject.professions, found.professions, found.genders, **subject.statistics)
+def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) -> list[dict[str, Any]]:
+    """Linear leakage of `"gender"` or `"pos"` (at so many tokens) at every layer, with intervals."""
+    if concept == "gender":
+        found, states = subject.biographies
+        return [
+            {"layer": layer, **_leakage(state, found.genders, **subject.statistics)} for layer, state in states.items()
+        ]
+    tokens = subject.tokens
+    step = max(1, math.ceil(len(tokens.tags) / most_tokens))
+    fewer = TokenStates({}, tokens.tags[::step], tokens.sentences[::step])
+    return [
+        {"layer": layer, **_of_tags(state[::step], fewer, **subject.statistics)}
+        for layer, state in tokens.layers.items()
+    ]
+
+
+def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, **changed: Any) -> list[Measure]:
+    """A linear probe of a concept, and one that is not."""
+    nonlinear = "the same with a multilayer perceptron: what is not linearly readable may still be readable"
+    return [
+        _of_metric("linear_leakage", f"{key}_linear", f"{of}, linear probe − majority", take, says, **changed),
+        _of_metric(
+            "linear_leakage", f"{key}_mlp", f"{of}, MLP probe − majority", functools.partial(take, nonlinear=True),
+            nonlinear, **changed,
+        ),
+    ]  # fmt: skip
+
+
+# ---- what benchmarks ask ---------------------------------------------------------------------------------------------
+
+
+def _asked(subject: Subject, ask: Callable[..., dict[str, Any]], source: Path, **options: Any) -> dict[str, Any]:
+    return ask(subject.model, subject.tokenizer, source, limit=subject.data.limit, **options, **subject.statistics)
+
+
+def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, Any]:
+    """Computed once a subject, as two figures are of one result."""
+    key = f"stereoset {bias_types}"
+    if key not in subject.kept:
+        subject.kept[key] = _asked(
+            subject, benchmarks.stereoset, subject.data.file("stereoset"), bias_types=bias_types,
+            convention=subject.shared.stereoset,
+        )  # fmt: skip
+    return subject.kept[key]
+
+
+def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
+    """StereoSet and CrowS-Pairs, of one kind of bias or of all."""
+    stereoset = functools.partial(_stereoset, bias_types=bias_types)
+    name, suffix = f" ({of or 'all kinds'})", f"_{of}" if of else ""
+    return [
+        _of_metric(
+            "crows_pairs", f"crows_pairs{suffix}", f"CrowS-Pairs{name}, % stereotype",
+            lambda subject: _asked(
+                subject, benchmarks.crows_pairs, subject.data.file("crows-pairs"), bias_types=bias_types
+            ),
+            "share of pairs in which the stereotype is likelier; 50 is ideal", needs_head=True,
+            figure="score", better="closer", ideal=50.0,
+        ),
+        _of_metric(
+            "stereoset", f"stereoset_ss{suffix}", f"StereoSet SS{name}, % stereotype", stereoset,
+            "share of terms for which the stereotype is likelier than the anti-stereotype; 50 is ideal. A masked model "
+            "is asked for the word in the blank, a causal one for the whole sentence (the JSON names the convention)",
+            needs_head=True, figure="ss", better="closer", ideal=50.0,
+        ),
+        _of_metric(
+            "stereoset", f"stereoset_lms{suffix}", f"StereoSet LMS{name}", stereoset,
+            "share of items in which a meaningful word is likelier than an unrelated one", needs_head=True,
+            figure="lms", better="higher", ideal=100.0, purpose="capability",
+        ),
+    ]  # fmt: skip
 
 
 def _seat(subject: Subject, tests: Sequence[str] | None) -> dict[str, Any]:
@@ -224,74 +202,26 @@ def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
     )  # fmt: skip
 
 
-def _winobias(subject: Subject) -> dict[str, Any]:
-    folder, limit = subject.data.part("winobias"), subject.data.limit
-    return benchmarks.winobias(subject.model, subject.tokenizer, folder, limit=limit, **subject.statistics)
+# ---- bias ------------------------------------------------------------------------------------------------------------
 
 
-def _crows_pairs(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, Any]:
-    path, limit = subject.data.file("crows-pairs"), subject.data.limit
-    return benchmarks.crows_pairs(
-        subject.model, subject.tokenizer, path, bias_types=bias_types, limit=limit, **subject.statistics
-    )
+def _compression(subject: Subject) -> dict[str, Any]:
+    found, states = subject.biographies
+    return minimum_description_length.score(states[FINAL], found.genders, **subject.statistics)
 
 
-def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, Any]:
-    path, limit = subject.data.file("stereoset"), subject.data.limit
-    return benchmarks.stereoset(
-        subject.model, subject.tokenizer, path, bias_types=bias_types, limit=limit,
-        convention=subject.shared.stereoset, **subject.statistics,
-    )  # fmt: skip
+def _tpr_gap(subject: Subject) -> dict[str, Any]:
+    found, _ = subject.biographies
+    return tpr_gap.score(subject.professions, found.professions, found.genders, **subject.statistics)
 
 
-def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
-    """StereoSet and CrowS-Pairs, of one kind of bias or of all."""
-    stereoset = _once(f"stereoset {of}", functools.partial(_stereoset, bias_types=bias_types))
-    crows = functools.partial(_crows_pairs, bias_types=bias_types)
-    name = f" ({of or 'all kinds'})"
-    suffix = f"_{of}" if of else ""
-    return [
-        _of_metric(
-            "crows_pairs", f"crows_pairs{suffix}", f"CrowS-Pairs{name}, % stereotype", crows,
-            "share of pairs in which the stereotype is likelier; 50 is ideal", needs_head=True,
-            figure="score", better="closer", ideal=50.0,
-        ),
-        _of_metric(
-            "stereoset", f"stereoset_ss{suffix}", f"StereoSet SS{name}, % stereotype", stereoset,
-            "share of terms for which the stereotype is likelier than the anti-stereotype; 50 is ideal. A masked model "
-            "is asked for the word in the blank, a causal one for the whole sentence (the JSON names the convention)",
-            needs_head=True, figure="ss", better="closer", ideal=50.0,
-        ),
-        _of_metric(
-            "stereoset", f"stereoset_lms{suffix}", f"StereoSet LMS{name}", stereoset,
-            "share of items in which a meaningful word is likelier than an unrelated one", needs_head=True,
-            figure="lms", better="higher", ideal=100.0, purpose="capability",
-        ),
-    ]  # fmt: skip
-
-
-def _once(key: str, take: Callable[[Subject], dict[str, Any]]) -> Callable[[Subject], dict[str, Any]]:
-    """Two figures of one result are computed once a subject."""
-
-    def taken(subject: Subject) -> dict[str, Any]:
-        if key not in subject.kept:
-            subject.kept[key] = take(subject)
-        return subject.kept[key]
-
-    return taken
-
-
-def gender_measures() -> list[Measure]:
+def _gender_measures() -> list[Measure]:
     """Gender in biographies, in associations, and in what the model would rather say."""
     return [
-        _of_metric(
-            "linear_leakage", "gender_linear", "Gender, linear probe − majority", _leakage,
+        *_probes(
+            "gender", "Gender", _of_gender,
             "accuracy of a cross-validated logistic regression on the last hidden states of biographies, minus the "
             "share of the larger gender", pool="mean",
-        ),
-        _of_metric(
-            "linear_leakage", "gender_mlp", "Gender, MLP probe − majority", functools.partial(_leakage, nonlinear=True),
-            "the same with a multilayer perceptron: what is not linearly readable may still be readable", pool="mean",
         ),
         _of_metric(
             "minimum_description_length", "gender_mdl", "Gender, MDL compression", _compression,
@@ -304,64 +234,33 @@ def gender_measures() -> list[Measure]:
         ),
         _seat_mean("seat_gender", "SEAT gender, mean |d|", GENDER_SEAT),
         _of_metric(
-            "pronoun_gap", "winobias", "WinoBias pronoun gap", _winobias,
+            "pronoun_gap", "winobias", "WinoBias pronoun gap",
+            lambda subject: _asked(subject, benchmarks.winobias, subject.data.part("winobias")),
             "how much more often the pronoun of the occupation's stereotype is likelier", needs_head=True,
         ),
         *_language_bias("gender", ["gender"]),
     ]  # fmt: skip
 
 
-# ---- parts of speech --------------------------------------------------------------------------------------------
-
-
-def _tag_leakage(subject: Subject, *, nonlinear: bool = False) -> dict[str, Any]:
-    tokens = subject.tokens
-    return tag_leakage(tokens.layers[FINAL], tokens, nonlinear=nonlinear, seed=subject.shared.seed, **{
-        name: value for name, value in subject.statistics.items() if name != "seed"
-    })  # fmt: skip
-
-
-def tag_leakage(
-    states: Tensor, tokens: TokenStates, *, nonlinear: bool = False, seed: int = 0, **statistics: Any
-) -> dict[str, Any]:
-    """Leakage of parts of speech, tags too rare to be in every fold left out and named."""
-    of_tag: dict[str, set[int]] = {}
-    for tag, sentence in zip(tokens.tags, tokens.sentences, strict=True):
-        of_tag.setdefault(tag, set()).add(sentence)
-    rare = sorted(tag for tag, own in of_tag.items() if len(own) < 2 * _TOKEN_FOLDS)
-    kept = [i for i, tag in enumerate(tokens.tags) if tag not in rare]
-    if not kept:
-        raise ValueError("No part of speech occurs in enough sentences: raise --limit.")
-    tags, groups = [tokens.tags[i] for i in kept], [tokens.sentences[i] for i in kept]
-    given = held_out_answers(states[kept], tags, nonlinear=nonlinear, groups=groups, folds=_TOKEN_FOLDS, seed=seed)
-    return {**accuracy(given, tags, groups, seed=seed, **statistics), "rare": rare}
-
-
-def pos_measures() -> list[Measure]:
+def _pos_measures() -> list[Measure]:
     """Part of speech at the tokens of a treebank."""
-    return [
-        _of_metric(
-            "linear_leakage", "pos_linear", "Part of speech, linear probe − majority", _tag_leakage,
-            "accuracy of a cross-validated logistic regression on the last hidden states of tokens, sentences never "
-            "split, minus the share of the most frequent tag",
-        ),
-        _of_metric(
-            "linear_leakage", "pos_mlp", "Part of speech, MLP probe − majority",
-            functools.partial(_tag_leakage, nonlinear=True),
-            "the same with a multilayer perceptron: what is not linearly readable may still be readable",
-        ),
-    ]  # fmt: skip
+
+    def take(subject: Subject, **options: Any) -> dict[str, Any]:
+        return _of_tags(subject.tokens.layers[FINAL], subject.tokens, **options, **subject.statistics)
+
+    return _probes(
+        "pos", "Part of speech", take,
+        "accuracy of a cross-validated logistic regression on the last hidden states of tokens, sentences never "
+        "split, minus the share of the most frequent tag",
+    )  # fmt: skip
 
 
-# ---- stereotypes ------------------------------------------------------------------------------------------------
-
-
-def stereotype_measures() -> list[Measure]:
+def _stereotype_measures() -> list[Measure]:
     """Stereotypes of all kinds."""
     return [_seat_mean("seat_all", "SEAT all, mean |d|", None), *_language_bias("", None)]
 
 
-# ---- capability -------------------------------------------------------------------------------------------------
+# ---- capability ------------------------------------------------------------------------------------------------------
 
 
 def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
@@ -398,7 +297,7 @@ def _distortion(subject: Subject) -> dict[str, Any]:
     return {**found, "texts": len(pairs), "tokens": sum(len(state) for state in now)}
 
 
-def capability_measures(data: DataFolder) -> list[Measure]:
+def _capability_measures(data: DataFolder) -> list[Measure]:
     """What is paid, in every suite; perplexity on each kind of text that is there."""
     kinds = [name for name in ("wikitext-2", "tinystories-sample") if (data.path / name).is_dir()] or ["wikitext-2"]
     return [
@@ -422,61 +321,36 @@ def capability_measures(data: DataFolder) -> list[Measure]:
     ]  # fmt: skip
 
 
-# ---- suites -----------------------------------------------------------------------------------------------------
+# ---- suites ----------------------------------------------------------------------------------------------------------
 
-_SUITES: dict[str, dict[str, Callable[[], list[Measure]]]] = {
-    "gender": {GENDER: gender_measures},
-    "pos": {POS: pos_measures},
-    "stereotypes": {STEREOTYPES: stereotype_measures},
-    "all": {GENDER: gender_measures, POS: pos_measures, STEREOTYPES: stereotype_measures},
+_CONCEPTS: dict[str, tuple[str, Callable[[], list[Measure]]]] = {
+    "gender": (GENDER, _gender_measures),
+    "pos": (POS, _pos_measures),
+    "stereotypes": (STEREOTYPES, _stereotype_measures),
 }
-SUITES = tuple(_SUITES)
+SUITES = (*_CONCEPTS, "all")
 
 
 def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) -> list[Measure]:
     """What a suite measures, capability at the end; what reads pooled states once for each pool.
 
+    The first pool keeps a measure's key, and the mean alone its title.
+
     Raises:
         ValueError: If there is no such suite.
     """
-    if suite not in _SUITES:
+    if suite not in SUITES:
         raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")
-    own = [replace(measure, concept=concept) for concept, make in _SUITES[suite].items() for measure in make()]
-    chosen = [*own, *capability_measures(data)]
-    return [own for measure in chosen for own in ([measure] if measure.pool is None else _at_pools(measure, pools))]
-
-
-def _at_pools(measure: Measure, pools: Sequence[str]) -> list[Measure]:
-    """A measure of pooled states at each pool; the first keeps the key, and the title where it is the mean."""
+    of_suite = [own for name, own in _CONCEPTS.items() if suite in (name, "all")]
+    chosen = [replace(measure, concept=concept) for concept, make in of_suite for measure in make()]
     found = []
-    for pool in pools:
-        words = IN_WORDS[pool]
-        found.append(
-            replace(
-                measure,
-                key=measure.key if pool == pools[0] else f"{measure.key}_{pool}",
-                title=measure.title if pools == ("mean",) else f"{measure.title}, {words}",
-                says=f"{measure.says}; pooled: {words}",
-                pool=pool,
-                take=functools.partial(lambda subject, pool: measure.take(subject.at(pool)), pool=pool),
-            )
-        )
+    for measure in [*chosen, *_capability_measures(data)]:
+        if measure.pool is None:
+            found.append(measure)
+            continue
+        for pool in pools:
+            key = measure.key if pool == pools[0] else f"{measure.key}_{pool}"
+            title = measure.title if pools == ("mean",) else f"{measure.title}, {IN_WORDS[pool]}"
+            says = f"{measure.says}; pooled: {IN_WORDS[pool]}"
+            found.append(replace(measure, key=key, title=title, says=says, pool=pool))
     return found
-
-
-def leakage_by_depth(subject: Subject, concept: str) -> list[dict[str, Any]]:
-    """Linear leakage of `"gender"` or `"pos"` at every layer, with intervals."""
-    statistics = {name: value for name, value in subject.statistics.items() if name != "seed"}
-    seed, rows = subject.shared.seed, []
-    if concept == "gender":
-        found, states = subject.biographies
-        for layer, state in states.items():
-            given = held_out_answers(state, found.genders, seed=seed)
-            rows.append({"layer": layer, **accuracy(given, found.genders, seed=seed, **statistics)})
-        return rows
-    tokens = subject.tokens
-    step = max(1, math.ceil(len(tokens.tags) / _TOKENS_BY_DEPTH))
-    fewer = TokenStates({}, tokens.tags[::step], tokens.sentences[::step])
-    for layer, state in tokens.layers.items():
-        rows.append({"layer": layer, **tag_leakage(state[::step], fewer, seed=seed, **statistics)})
-    return rows

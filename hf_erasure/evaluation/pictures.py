@@ -15,6 +15,7 @@ from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_sentences
 from hf_erasure.fitting.report import FEMALE, MALE
 from hf_erasure.metrics import encoder_correlation
+from hf_erasure.metrics.readers import spread
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import SlotReader
 from hf_erasure.models.word_tokens import SLOT, encode, occurrences, word_forms, word_tokens
@@ -22,15 +23,13 @@ from hf_erasure.recipes.gradiend import read_gradiend_recipe
 from hf_erasure.recipes.gradiend_data import word_table
 from hf_erasure.recipes.run import RECIPE_FILE
 
-from .data import DataFolder, spread
+from .data import DataFolder
 from .loading import Adapter, host_of
-from .measures import NotForThisModel, Subject
-from .states import FINAL
+from .subject import FINAL, Subject
 
 # A gradient a text, so fewer than elsewhere.
 _NEURON_TEXTS = 40
 _POINTS = 120
-_PRONOUNS = {"female": "she", "male": "he"}
 _SENTENCE_END = re.compile(r"(?<=[.?])\s+|(?<=[。！？])")
 _PREFIX = "The {} said that "
 
@@ -90,30 +89,26 @@ def pronoun_shares(subject: Subject) -> dict[str, Any]:
     Raises:
         ValueError: If the model has no head that predicts words, or its tokenizer does not know the pronouns.
     """
-    if subject.head is None:
-        raise NotForThisModel(f"{type(subject.model).__name__} has no head that predicts words")
-    tokenizer, occupations = subject.tokenizer, subject.data.occupations()
+    head, tokenizer, occupations = subject.require_head(), subject.tokenizer, subject.data.occupations()
     tokens = encode(tokenizer, [_PREFIX.format(name) for name, _ in occupations])
     known = [each for each, ids in zip(occupations, tokens, strict=True) if tokenizer.unk_token_id not in ids]
-    ending = " was tired." if subject.head == "masked" else ""
+    ending = " was tired." if head == "masked" else ""
     if not known:
         raise ValueError("The tokenizer knows none of the occupations.")
-    texts = [_PREFIX.format(name) + SLOT + ending for name, _ in known]
     # Both classes, as pairs have them; each text has its slot once all the same.
     words = {"female": ("she", "he"), "male": ("he", "she")}
     rows = [
-        {"text": text, "factual": one, "counterfactual": other, "label": label}
-        for text in texts
+        {"text": _PREFIX.format(name) + SLOT + ending, "factual": one, "counterfactual": other, "label": label}
+        for name, _ in known
         for label, (one, other) in words.items()
     ]
-    config = getattr(subject.model, "config", None)
-    pairs = PairSet(Dataset.from_list(rows), tokenizer, subject.head, ["female", "male"], config)
-    batches, reader = pairs.slots(32), SlotReader(subject.model)
-    tokens_of = word_tokens(tokenizer, list(_PRONOUNS.values()), "said that ")
-    scores = torch.cat([reader.word_log_probabilities(batch, tokens_of).cpu() for batch in batches]).double()
+    pairs = PairSet(Dataset.from_list(rows), tokenizer, head, list(words), getattr(subject.model, "config", None))
+    reader, tokens_of = SlotReader(subject.model), word_tokens(tokenizer, ["she", "he"], "said that ")
+    found = [reader.word_log_probabilities(batch, tokens_of).cpu() for batch in pairs.slots(32)]
+    scores = torch.cat(found).double()
     shares = (scores[:, 0] - scores[:, 1]).sigmoid().tolist()
-    found = [{"occupation": n, "stereotype": of, "she": s} for (n, of), s in zip(known, shares, strict=True)]
-    return {"occupations": found, "left_out": len(occupations) - len(known)}
+    jobs = [{"occupation": n, "stereotype": of, "she": s} for (n, of), s in zip(known, shares, strict=True)]
+    return {"occupations": jobs, "left_out": len(occupations) - len(known)}
 
 
 def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
@@ -125,16 +120,15 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
     Raises:
         ValueError: If the adapter has no encoder, there are no words for its classes, or no sentences with them.
     """
-    if subject.head is None:
-        raise NotForThisModel(f"{type(subject.model).__name__} has no head that predicts words")
+    head, tokenizer = subject.require_head(), subject.tokenizer
     handle = GradiendAdapter.of(host_of(subject.model, adapter.config), adapter.name)
     handle.encoders()  # says so where there are none
-    pair = tuple(handle.config.pair or (handle.config.pairs or [])[0])
+    pair = list(handle.config.pair or (handle.config.pairs or [])[0])
     table = _words(adapter, list(handle.config.classes or []))
     texts = _sentences(subject.data)
     config = getattr(subject.model, "config", None)
-    rows = pairs_from_sentences(texts, {name: table[name] for name in pair}, list(pair), single=True)
-    rows = rows.select(usable_rows(rows, list(pair), subject.tokenizer, subject.head, config))
+    rows = pairs_from_sentences(texts, {name: table[name] for name in pair}, pair, single=True)
+    rows = rows.select(usable_rows(rows, pair, tokenizer, head, config))
     chosen: list[int] = []
     for name in pair:
         own = [i for i, label in enumerate(rows["label"]) if label == name]
@@ -142,17 +136,18 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
             raise ValueError(f"no sentence of {subject.data.path} has a word of {name!r} alone")
         chosen += spread(own, _NEURON_TEXTS)
     feature_words = [word for words in table.values() for word in words]
-    forms = word_forms(subject.tokenizer, feature_words)
-    plain = [t for t, ids in zip(texts, encode(subject.tokenizer, texts), strict=True) if not occurrences(ids, forms)]
+    forms = word_forms(tokenizer, feature_words)
+    plain = [t for t, ids in zip(texts, encode(tokenizer, texts), strict=True) if not occurrences(ids, forms)]
     neutral = Dataset.from_list([{"text": text} for text in spread(plain, _NEURON_TEXTS)])
-    values: dict[str, list[float]] = {name: [] for name in pair}
-    for batch in PairSet(rows.select(chosen), subject.tokenizer, subject.head, list(pair), config).batches(16):
-        values[pair[int(batch.label or 0)]] += handle.encode(batch, list(pair)).tolist()
-    batches = neutral_batches(neutral, subject.tokenizer, subject.head, feature_words, batch_size=16, config=config)
-    values["neutral"] = [v for batch in batches for v in handle.encode(batch, list(pair)).tolist()]
-    labels = [1] * len(values[pair[0]]) + [-1] * len(values[pair[1]]) + [0] * len(values["neutral"])
-    figures = encoder_correlation.score([v for own in values.values() for v in own], labels, **subject.statistics)
-    return {"feature": handle.config.feature, "pair": list(pair), "values": values, **figures}
+    values: dict[str, list[float]] = {name: [] for name in (*pair, "neutral")}
+    for batch in PairSet(rows.select(chosen), tokenizer, head, pair, config).batches(16):
+        values[pair[int(batch.label or 0)]] += handle.encode(batch, pair).tolist()
+    for batch in neutral_batches(neutral, tokenizer, head, feature_words, batch_size=16, config=config):
+        values["neutral"] += handle.encode(batch, pair).tolist()
+    labels = [sign for name, sign in zip(values, (1, -1, 0), strict=True) for _ in values[name]]
+    every = [value for own in values.values() for value in own]
+    figures = encoder_correlation.score(every, labels, **subject.statistics)
+    return {"feature": handle.config.feature, "pair": pair, "values": values, **figures}
 
 
 def _words(adapter: Adapter, classes: list[str]) -> dict[str, list[str]]:

@@ -109,9 +109,8 @@ class Results:
         rank = {"perplexity": 0, "profession": 1}
         paid = min(capabilities, key=lambda measure: rank.get(measure["figure"], rank.get(measure["key"], 2)))
         panels = []
-        own = [m for title, group in self.groups() if title != OTHER for m in group if m["purpose"] == "bias"]
-        for bias in own:
-            if self._complete(bias):
+        for bias in (m for title, group in self.groups() if title != OTHER for m in group):
+            if bias["purpose"] == "bias" and self._complete(bias):
                 points = [
                     {
                         "name": name,
@@ -150,24 +149,29 @@ class Results:
             raise ValueError(f"{folder} holds no evaluation that this version reads: run `hf-erasure evaluate` again.")
         return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
+    def tables(self) -> list[dict[str, Any]]:
+        """The measures under their headings (`title`), in words: `measure`, `direction` and `cells` of every row."""
+        return [{"title": title, "rows": [self._row(measure) for measure in group]} for title, group in self.groups()]
+
+    def _row(self, measure: dict[str, Any]) -> dict[str, Any]:
+        cells = []
+        for name in self.names:
+            cell = self.cell(name, measure["key"])
+            value, interval = ("not measured", None) if cell is None else (shown(cell["value"]), cell["interval"])
+            cells.append({"value": value, "interval": interval_text(interval), "verdict": self.verdict(name, measure)})
+        return {"measure": measure, "direction": direction(measure), "cells": cells}
+
     def table(self) -> str:
         """The measures by entry as text, with intervals and the direction that is better."""
-        head = ["", "", *self.names]
-        rows = [head]
-        for title, measures in self.groups():
-            rows.append([title, *[""] * (len(head) - 1)])
-            for measure in measures:
-                cells = [self._cell_text(name, measure) for name in self.names]
-                rows.append([f"  {measure['title']}", direction(measure), *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        marks = {"better": " +", "worse": " -", "": ""}
+        rows = [["", "", *self.names]]
+        for table in self.tables():
+            rows.append([table["title"], *[""] * (len(rows[0]) - 1)])
+            for row in table["rows"]:
+                cells = [f"{cell['value']}{cell['interval']}{marks[cell['verdict']]}" for cell in row["cells"]]
+                rows.append([f"  {row['measure']['title']}", row["direction"], *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    def _cell_text(self, name: str, measure: dict[str, Any]) -> str:
-        cell = self.cell(name, measure["key"])
-        if cell is None:
-            return "not measured"
-        mark = {"better": " +", "worse": " -"}.get(self.verdict(name, measure), "")
-        return f"{shown(cell['value'])}{interval_text(cell['interval'])}{mark}"
 
     def pooling(self) -> str:
         """By what vector of a text probes read it, as a sentence; empty where the results do not say."""
@@ -175,10 +179,8 @@ class Results:
         if not words:
             return ""
         first = f"; layers and embeddings by {words[0]}" if len(words) > 1 else ""
-        of_tokens = dict.fromkeys(name for entry in self.entries for name in entry.get("of_tokens", []))
-        guarded = (
-            f" {', '.join(of_tokens)}: fitted for {IN_WORDS['tokens']}, probed by their mean." if of_tokens else ""
-        )
+        guarded = ", ".join(dict.fromkeys(name for entry in self.entries for name in entry.get("of_tokens", [])))
+        guarded = f" {guarded}: fitted for {IN_WORDS['tokens']}, probed by their mean." if guarded else ""
         return f"Probes and SEAT read a text by {' and by '.join(words)}{first}.{guarded}"
 
     def notes(self) -> list[str]:

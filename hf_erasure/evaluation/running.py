@@ -1,4 +1,4 @@
-"""One run: the base, each adapter and all together, on the same data with the same seeds."""
+"""One run: the base, each adapter and all together, on the same data with the same seeds, and the harness on each."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,13 @@ from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.metrics.benchmarks import CAUSAL_CONVENTIONS
 
 from .data import DataFolder, MissingData
-from .harness import require_harness, run_harness
 from .loading import BASE, Entry, Loader, entries_of, fingerprints, pools_of, read_adapters, verified
-from .measures import Measure, NotForThisModel, Shared, Subject, leakage_by_depth, measures_of
+from .measures import Measure, leakage_by_depth, measures_of
 from .pictures import Plane, embedding, neuron_values, pronoun_shares
 from .results import Results, reason_of
+from .subject import Shared, Subject
 
 Progress = Callable[[str], None]
-# Probes at every layer are drawn with narrower lines than the table has digits.
-_DEPTH_CONCEPTS = {"gender": ("gender",), "pos": ("pos",), "stereotypes": (), "all": ("gender", "pos")}
 
 
 @dataclass
@@ -101,7 +100,7 @@ class _Run:
         self.shared = Shared(data, plan.seed, plan.resamples, plan.confidence, plan.stereoset)
         self.plane: Plane | None = None
         self.results = Results(self._about())
-        self.harness_measures: list[dict[str, Any]] = []
+        self.harness_measures: dict[str, dict[str, Any]] = {}
         self.reasons: dict[str, dict[str, str]] = {}
         self.too_few = False
 
@@ -175,48 +174,47 @@ class _Run:
             self._try(measure.title, entry, functools.partial(self._take, measure, entry, subject))
 
     def _take(self, measure: Measure, entry: Entry, subject: Subject) -> None:
-        reason = measure.why_not(subject)
-        if reason is not None:
-            raise NotForThisModel(reason)
-        self.results.values[entry.name][measure.key] = _cell(measure, measure.take(subject))
+        if measure.needs_head:
+            subject.require_head()
+        found = measure.take(subject.at(measure.pool))
+        value = found[measure.figure]
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"{measure.figure} has no value on these items")
+        interval = found.get("intervals", {}).get(measure.figure)
+        self.results.values[entry.name][measure.key] = {"value": float(value), "interval": interval, "details": found}
 
     def _draw(self, entry: Entry, subject: Subject) -> None:
-        for concept in _DEPTH_CONCEPTS[self.plan.suite]:
-            self.progress(f"{entry.name}: leakage of {concept} by depth")
-            self._try(f"Leakage of {concept} by depth", entry, functools.partial(self._depth, entry, subject, concept))
-        if "gender" in _DEPTH_CONCEPTS[self.plan.suite]:
-            self._try("Embeddings in two dimensions", entry, lambda: self._embed(entry, subject))
-            self._try("Probability shifts", entry, lambda: self._shift(entry, subject))
+        name, results = entry.name, self.results
+
+        def embed() -> None:
+            if self.plane is None and not subject.is_base:
+                raise ValueError("the plane is that of the base, whose biographies could not be drawn")
+            self.plane, results.embedding[name] = embedding(subject, self.plane)
+
+        def depth(concept: str) -> None:
+            results.depth.setdefault(concept, {})[name] = leakage_by_depth(subject, concept)
+
+        for concept in ("gender", "pos"):
+            if self.plan.suite in (concept, "all"):
+                self.progress(f"{name}: leakage of {concept} by depth")
+                self._try(f"Leakage of {concept} by depth", entry, functools.partial(depth, concept))
+        if self.plan.suite in ("gender", "all"):
+            self._try("Embeddings in two dimensions", entry, embed)
+            self._try("Probability shifts", entry, lambda: results.shifts.update({name: pronoun_shares(subject)}))
         if len(entry.adapters) == 1 and entry.strength == 1 and isinstance(entry.adapters[0].config, GradiendConfig):
-            self.progress(f"{entry.name}: feature neuron")
-            values = self.results.neurons
-            self._try("Feature neuron", entry, lambda: values.update(
-                {entry.name: neuron_values(subject, entry.adapters[0])}
-            ))  # fmt: skip
-
-    def _depth(self, entry: Entry, subject: Subject, concept: str) -> None:
-        self.results.depth.setdefault(concept, {})[entry.name] = leakage_by_depth(subject, concept)
-
-    def _shift(self, entry: Entry, subject: Subject) -> None:
-        self.results.shifts[entry.name] = pronoun_shares(subject)
-
-    def _embed(self, entry: Entry, subject: Subject) -> None:
-        if self.plane is None and not subject.is_base:
-            raise ValueError("the plane is that of the base, whose biographies could not be drawn")
-        self.plane, points = embedding(subject, self.plane)
-        self.results.embedding[entry.name] = points
+            self.progress(f"{name}: feature neuron")
+            read = functools.partial(neuron_values, subject, entry.adapters[0])
+            self._try("Feature neuron", entry, lambda: results.neurons.update({name: read()}))
 
     def _take_harness(self, entry: Entry, subject: Subject) -> None:
         found = run_harness(subject, list(self.plan.harness), task_folder=self.plan.harness_tasks)
-        known = {measure["key"] for measure in self.harness_measures}
         for name, cell in found.items():
-            key = f"harness.{name}"
-            if key not in known:
-                self.harness_measures.append({
-                    "key": key, "title": f"harness: {name}", "purpose": "capability", "figure": name,
-                    "better": cell["better"], "says": "as lm-evaluation-harness reports it", "source": "",
-                    "ideal": 0.0 if cell["better"] == "lower" else None,
-                })  # fmt: skip
+            key, better = f"harness.{name}", cell["better"]
+            self.harness_measures.setdefault(key, {
+                "key": key, "title": f"harness: {name}", "purpose": "capability", "figure": name, "better": better,
+                "says": "as lm-evaluation-harness reports it", "source": "",
+                "ideal": 0.0 if better == "lower" else None,
+            })  # fmt: skip
             figures = {"value": cell["value"], "interval": cell["interval"], "details": {}}
             self.results.values[entry.name][key] = figures
 
@@ -235,9 +233,13 @@ class _Run:
     def _keep(self) -> None:
         """Bring the lists of the results up to date, and write them."""
         results = self.results
+        cells = [cell for values in results.values.values() for cell in values.values()]
         taken = {key for values in results.values.values() for key in values}
-        results.measures = [m.described() for m in self.measures if m.key in taken] + self.harness_measures
-        results.left_out = _left_out(self.shared.data, results)
+        results.measures = [m.described() for m in self.measures if m.key in taken] + [*self.harness_measures.values()]
+        left_out = {name: asdict(rows) for name, rows in self.shared.data.left_out.items()}
+        for cell in cells:
+            left_out |= {rows["file"]: rows for rows in cell["details"].get("bad_rows", [])}
+        results.left_out = list(left_out.values())
         results.not_measured = []
         for what, by_entry in self.reasons.items():
             # One line for a reason that all entries share.
@@ -248,23 +250,62 @@ class _Run:
             results.save(self.output)
 
 
-def _left_out(data: DataFolder, results: Results) -> list[dict[str, Any]]:
-    """The rows that could not be read, an entry a file."""
-    found = {name: asdict(rows) for name, rows in data.left_out.items()}
-    for values in results.values.values():
-        for cell in values.values():
-            found |= {rows["file"]: rows for rows in cell["details"].get("bad_rows", [])}
-    return list(found.values())
+# ---- lm-evaluation-harness -------------------------------------------------------------------------------------------
 
 
-def _cell(measure: Measure, found: dict[str, Any]) -> dict[str, Any]:
-    """Value, interval and the whole result of a measure.
+def require_harness() -> None:
+    """Raise where the harness is not installed.
 
     Raises:
-        ValueError: If the value is not finite.
+        ImportError: Says what to install.
     """
-    value = found[measure.figure]
-    if value is None or not math.isfinite(value):
-        raise ValueError(f"{measure.figure} has no value on these items")
-    interval = found.get("intervals", {}).get(measure.figure)
-    return {"value": float(value), "interval": interval, "details": found}
+    try:
+        import_module("lm_eval.models.huggingface")
+    except ImportError as error:
+        raise ImportError(
+            f"--harness needs lm-evaluation-harness ({error}): pip install 'hf-erasure[harness]'"
+        ) from error
+
+
+def run_harness(
+    subject: Subject, tasks: list[str], *, task_folder: str | None = None, batch_size: int = 8
+) -> dict[str, dict[str, Any]]:
+    """The harness's figures of some tasks, `"task.metric"` → value, interval and direction.
+
+    The model itself is handed over, adapters and all; nothing is copied.
+
+    Args:
+        subject: A causal language model.
+        tasks: Names of tasks.
+        task_folder: Where further task definitions are.
+        batch_size: Rows a forward.
+
+    Raises:
+        ValueError: If the model is not causal, a task is not known, or its data cannot be had.
+    """
+    if subject.head != "causal":
+        raise ValueError(f"{type(subject.model).__name__} is no causal language model, which the harness needs")
+    manager = import_module("lm_eval.tasks").TaskManager(include_path=task_folder)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise ValueError(f"--harness {unknown[0]}: lm-evaluation-harness has no such task.")
+    seed = subject.shared.seed
+    model = import_module("lm_eval.models.huggingface").HFLM(
+        pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size
+    )
+    found = import_module("lm_eval").simple_evaluate(
+        model=model, tasks=tasks, task_manager=manager, limit=subject.data.limit, bootstrap_iters=0,
+        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+    )  # fmt: skip
+    figures = {}
+    for task, scores in found["results"].items():
+        higher = found.get("higher_is_better", {}).get(task, {})
+        for name, value in scores.items():
+            metric, _, _ = name.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = scores.get(name.replace(metric, f"{metric}_stderr", 1))
+            # The harness gives a standard error; 1.96 of them are 95 % of a normal distribution.
+            spread = [value - 1.96 * error, value + 1.96 * error] if isinstance(error, float) else None
+            better = "lower" if higher.get(metric) is False else "higher"
+            figures[f"{task}.{metric}"] = {"value": value, "interval": spread, "better": better}
+    return figures

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
-from hf_erasure.evaluation.treebank import Sentence, read_treebank
+from hf_erasure.evaluation.data import Sentence, read_treebank
 from hf_erasure.recipes.probe import majority, probe_accuracy
 from recipes import studies
 

@@ -25,7 +25,7 @@ from hf_erasure.evaluation import (
 from hf_erasure.evaluation.loading import Entry, Loader
 from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.results import Results
-from hf_erasure.evaluation.states import StateReader
+from hf_erasure.evaluation.subject import StateReader
 from tests.evaluation.material import run, small_data
 
 # ---- of a model, or of a folder --------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_whatever_a_measure_or_a_picture_raises_the_others_go_on(
 ) -> None:
     monkeypatch.setattr(measures.benchmarks, "seat", _raising(error))
     monkeypatch.setattr(running, "embedding", _raising(error))
-    monkeypatch.setattr(report.figures, "interval_bars", _raising(error))
+    monkeypatch.setattr(report, "interval_bars", _raising(error))
     result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 18, "--resamples", 10)
     assert result.exit_code == 0, result.output
     results = Results.read(tmp_path / "out")

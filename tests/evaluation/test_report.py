@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_erasure.evaluation import report, svg
+from hf_erasure.evaluation import report
 from hf_erasure.evaluation.results import OTHER, Results
 from tests.evaluation.browser import Browser, chromium
 from tests.evaluation.material import made_up
@@ -88,9 +88,9 @@ def test_headings_tables_and_drawings_can_be_heard(page: str) -> None:
 
 
 def test_entries_differ_by_more_than_colour() -> None:
-    marks = [re.sub(r' class="[^"]*"', "", svg.marker(0, 0, series)) for series in range(len(svg.MARKERS))]
+    marks = [re.sub(r' class="[^"]*"', "", report.marker(0, 0, series)) for series in range(len(report.MARKERS))]
     assert len(set(marks)) == len(marks)
-    lines = [re.sub(r' class="[^"]*"', "", svg.path([(0, 0), (1, 1)], series)) for series in range(6)]
+    lines = [re.sub(r' class="[^"]*"', "", report.path([(0, 0), (1, 1)], series)) for series in range(6)]
     assert len(set(lines)) == len(lines)
 
 
@@ -127,7 +127,7 @@ def test_every_colour_that_is_used_is_defined(page: str) -> None:
 
 
 def test_labels_keep_apart() -> None:
-    places = svg.apart([10.0, 10.0, 11.0, 50.0], 13, 0, 60)
+    places = report.apart([10.0, 10.0, 11.0, 50.0], 13, 0, 60)
     ordered = sorted(places)
     assert all(after - before >= 13 - 1e-9 for before, after in pairwise(ordered))
     assert min(places) >= 0 and max(places) <= 60

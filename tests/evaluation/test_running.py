@@ -31,14 +31,13 @@ from hf_erasure.evaluation import (
     DataFolder,
     Evaluation,
     evaluate,
-    harness,
     running,
 )
+from hf_erasure.evaluation.data import read_sentence, read_treebank
 from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verified
-from hf_erasure.evaluation.measures import Shared, Subject, measures_of
+from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.results import Results
-from hf_erasure.evaluation.states import FINAL, StateReader
-from hf_erasure.evaluation.treebank import read_sentence, read_treebank
+from hf_erasure.evaluation.subject import FINAL, Shared, StateReader, Subject
 from hf_erasure.metrics import linear_leakage
 from tests import prepared
 from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, run, small_data
@@ -400,7 +399,7 @@ def test_the_harness_gets_the_model(assets: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     rows.write_text("\n".join(json.dumps({"text": f"{name} went to the park and"}) for name in ("Tom", "Ben", "Max")))
     (tmp_path / "small_choice.yaml").write_text(TASK.format(rows=rows))
-    found = harness.run_harness(_subject(assets), ["small_choice"], task_folder=str(tmp_path))
+    found = running.run_harness(_subject(assets), ["small_choice"], task_folder=str(tmp_path))
     # A model of stories would not say letters at random.
     assert found["small_choice.acc"]["value"] == 1.0 and found["small_choice.acc"]["better"] == "higher"
 
@@ -408,7 +407,7 @@ def test_the_harness_gets_the_model(assets: Path, tmp_path: Path) -> None:
 def test_a_task_that_is_not_there(assets: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     with pytest.raises(ValueError, match="no such task"):
-        harness.run_harness(_subject(assets), ["no_such_task_at_all"])
+        running.run_harness(_subject(assets), ["no_such_task_at_all"])
 
 
 def test_what_is_handed_to_the_harness(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +430,7 @@ def test_what_is_handed_to_the_harness(assets: Path, monkeypatch: pytest.MonkeyP
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     subject = _subject(assets)
-    found = harness.run_harness(subject, ["t"])
+    found = running.run_harness(subject, ["t"])
     assert seen["model"]["pretrained"] is subject.model and seen["model"]["tokenizer"] is subject.tokenizer
     assert seen["limit"] == 8 and seen["random_seed"] == 0
     assert found["t.acc"]["interval"] == pytest.approx([0.304, 0.696])

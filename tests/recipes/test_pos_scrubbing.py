@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_erasure.evaluation.treebank import read_sentence
+from hf_erasure.evaluation.data import read_sentence
 from recipes.pos_scrubbing import study
 
 FOLDER = Path(study.__file__).parent

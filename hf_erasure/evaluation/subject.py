@@ -1,0 +1,220 @@
+"""A model under examination: what its layers hold for texts and at labelled tokens, which several measures read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_erasure.metrics.linear_leakage import held_out_answers
+from hf_erasure.models import pooled
+from hf_erasure.models.heads import known_task
+from hf_erasure.models.model import Runner, evaluating, last_hidden_state, text_encoder
+from hf_erasure.models.slots import longest_input
+
+from .data import Biographies, DataFolder, Sentence
+
+FINAL = "last_hidden_state"
+_LONGEST = 256  # tokens of a text; the rest of a longer one is cut off
+_TAGGED = 2000  # labelled tokens that are probed
+
+
+class NotForThisModel(ValueError):
+    """A measure cannot be asked of a model; the message says why."""
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """States at labelled tokens.
+
+    Attributes:
+        layers: Layer → `(tokens, width)`.
+        tags: One a token.
+        sentences: The sentence of each token.
+    """
+
+    layers: dict[str, Tensor]
+    tags: list[str]
+    sentences: list[int]
+
+
+class StateReader:
+    """Hidden states by layer, the embeddings first and the last hidden state at the end.
+
+    Args:
+        model: With its adapters. Of an encoder-decoder the encoder is read, which sees the text as it is.
+        tokenizer: Of the model.
+        batch_size: Texts a forward.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 32) -> None:
+        self.runner, self.tokenizer, self.batch_size = Runner(text_encoder(model), []), tokenizer, batch_size
+        self.longest = min(longest_input(tokenizer, self.runner.model.config) or _LONGEST, _LONGEST)
+
+    def pooled(self, texts: Sequence[str], pool: str = "mean") -> dict[str, Tensor]:
+        """Layer → `(texts, width)`: the mean over the tokens of each text, its first or its last (`pool`)."""
+        parts: dict[str, list[Tensor]] = {}
+        for _, states, mask in self._batches(texts):
+            for name, state in states.items():
+                parts.setdefault(name, []).append(pooled(state, mask, pool))
+        return {name: torch.cat(found) for name, found in parts.items()}
+
+    def final(self, texts: Sequence[str]) -> list[Tensor]:
+        """The last hidden states of each text, `(tokens, width)`."""
+        batches = self._batches(texts, every=False)
+        return [row[real] for _, states, mask in batches for row, real in zip(states[FINAL], mask, strict=True)]
+
+    def tagged(self, sentences: Sequence[Sentence], most: int) -> TokenStates:
+        """States at tokens that have a tag, at most so many, evenly spread.
+
+        Raises:
+            ValueError: If the tokenizer cannot say where its tokens stand.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError("The tokenizer does not say where in a text its tokens stand, so words cannot be matched.")
+        parts: dict[str, list[Tensor]] = {}
+        tags: list[str] = []
+        owners: list[int] = []
+        for start, states, mask in self._batches([sentence.text for sentence in sentences]):
+            for row, sentence in enumerate(sentences[start : start + len(mask)]):
+                encoded = self._encoded([sentence.text], offsets=True)
+                found = sentence.tags([(int(a), int(b)) for a, b in encoded["offset_mapping"][0]])
+                places = [place for place, tag in enumerate(found) if tag is not None]
+                tags += [tag for tag in found if tag is not None]
+                owners += [start + row] * len(places)
+                for name, state in states.items():
+                    parts.setdefault(name, []).append(state[row][mask[row]][places])
+        keep = [index * len(tags) // most for index in range(most)] if len(tags) > most else list(range(len(tags)))
+        layers = {name: torch.cat(rows)[keep] for name, rows in parts.items()}
+        return TokenStates(layers, [tags[i] for i in keep], [owners[i] for i in keep])
+
+    def _encoded(self, texts: Sequence[str], *, offsets: bool = False) -> Any:
+        return self.tokenizer(
+            list(texts), truncation=True, max_length=self.longest, return_offsets_mapping=offsets, verbose=False
+        )
+
+    def _batches(self, texts: Sequence[str], every: bool = True) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
+        """The first text's number, states by layer `(batch, seq, width)` in float32, and which positions are real."""
+        rows = self._encoded(texts)["input_ids"]
+        if empty := [number for number, row in enumerate(rows) if not row]:
+            raise ValueError(f"Text {empty[0]} has no tokens: leave it out.")
+        padding = self.tokenizer.pad_token_id or 0
+        for start in range(0, len(rows), self.batch_size):
+            chosen = rows[start : start + self.batch_size]
+            width = max(map(len, chosen))
+            ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in chosen])
+            mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in chosen])
+            with evaluating(self.runner.model):
+                output = self.runner({"input_ids": ids, "attention_mask": mask.long(), "output_hidden_states": every})
+            # The last of the hidden states is last_hidden_state, in most architectures and with these names.
+            states = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if every else {}
+            states[FINAL] = last_hidden_state(output)
+            yield start, {name: state.float().cpu() for name, state in states.items()}, mask
+
+
+# ---- the model under examination -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shared:
+    """What the entries of one run have in common.
+
+    Attributes:
+        data: The folder.
+        seed: Of folds, resamples and permutations.
+        resamples: Of every bootstrap.
+        confidence: Of every interval.
+        stereoset: How causal models score StereoSet, as in `benchmarks.stereoset`.
+        base_states: The base's last hidden states by text, which distortion is relative to.
+    """
+
+    data: DataFolder
+    seed: int = 0
+    resamples: int = 1000
+    confidence: float = 0.95
+    stereoset: str = "sentence"
+    base_states: list[Tensor] | None = None
+
+
+@dataclass
+class Subject:
+    """A model under examination; what several measures need of it is computed once.
+
+    Attributes:
+        model: With the adapters of its entry.
+        tokenizer: Of the model.
+        shared: What all entries have in common.
+        is_base: Whether it is the model without adapters, which others are compared with.
+        pool: How the states of a text become one vector.
+        kept: Results that several measures read.
+        others: The same model with other pools.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    shared: Shared
+    is_base: bool = True
+    pool: str = "mean"
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    others: dict[str, Subject] = field(default_factory=dict)
+
+    def at(self, pool: str | None) -> Subject:
+        """The same model, whose texts are pooled in another way; itself where no pool is asked for."""
+        if pool is None or pool == self.pool:
+            return self
+        return self.others.setdefault(pool, replace(self, pool=pool, kept={}, others={}))
+
+    @functools.cached_property
+    def head(self) -> str | None:
+        """`"masked"`, `"causal"` or None."""
+        task = known_task(self.model)
+        return task if task in ("masked", "causal") else None
+
+    def require_head(self) -> str:
+        """The head of a model that predicts words.
+
+        Raises:
+            NotForThisModel: If it has none.
+        """
+        if self.head is None:
+            raise NotForThisModel(f"{type(self.model).__name__} has no head that predicts words")
+        return self.head
+
+    @property
+    def data(self) -> DataFolder:
+        """The folder of data."""
+        return self.shared.data
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """Keywords of every metric."""
+        return {name: getattr(self.shared, name) for name in ("confidence", "resamples", "seed")}
+
+    @functools.cached_property
+    def reader(self) -> StateReader:
+        """Of the hidden states."""
+        return StateReader(self.model, self.tokenizer)
+
+    @functools.cached_property
+    def biographies(self) -> tuple[Biographies, dict[str, Tensor]]:
+        """The biographies, and their pooled states by layer."""
+        found = self.data.biographies()
+        return found, self.reader.pooled(found.texts, self.pool)
+
+    @functools.cached_property
+    def tokens(self) -> TokenStates:
+        """States of tagged tokens by layer."""
+        return self.reader.tagged(self.data.sentences(), _TAGGED)
+
+    @functools.cached_property
+    def professions(self) -> list[str]:
+        """The profession that a linear probe fitted on the others gives to each biography."""
+        found, states = self.biographies
+        return held_out_answers(states[FINAL], found.professions, seed=self.shared.seed)
