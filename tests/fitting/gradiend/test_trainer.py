@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
+from hf_erasure.fitting.gradiend.adapter import reading_the_base
 from hf_erasure.fitting.gradiend.checkpoints import checkpoints
 from hf_erasure.fitting.gradiend.selection import class_words
 from hf_erasure.models.slots import SlotReader
@@ -355,7 +356,7 @@ def test_a_loaded_adapter_encodes_as_the_one_that_was_saved(name: str, density: 
     assert values.shape == (3,)
     # Class 0 is +1, and a sparse encoder is brought to the scale of the dense one: merely pruned it reads 0.05 to 0.2
     # less here, calibrated the mean stays within 0.06.
-    with trainer._reader() as reader:
+    with reading_the_base(model, NAME) as reader:
         encode = trainer.fitted[0].feature.encoder.encode
         rows = [batch.some_rows([row]) for row in range(len(batch))]
         dense = [encode(reader.gradients(row, wanted=("factual",))["factual"]) for row in rows]
