@@ -52,19 +52,7 @@ def patches() -> tuple[Patch, ...]:
     mixin, tuners, models = "transformers.integrations.peft", "peft.tuners.tuners_utils", "peft.peft_model"
     of_transformers = functools.partial(Patch, "transformers", mixin)
     of_tuners, of_models = functools.partial(Patch, "peft", tuners), functools.partial(Patch, "peft", models)
-    of_trainer = functools.partial(Patch, "transformers", "transformers.trainer")
-    makes = functools.partial(
-        of_models,
-        wrapper=switching.make_peft_model,
-        why="the class of a task changes the caller's configuration, and what fails afterwards leaves the adapter",
-    )
     return (
-        of_transformers(
-            "PeftAdapterMixin.add_adapter",
-            ("adapter_config", "adapter_name"),
-            wrapper=switching.add_adapter,
-            why="what fails is not undone, and nothing says which adapter went off",
-        ),
         of_transformers(
             "PeftAdapterMixin.load_adapter",
             ("peft_model_id", "adapter_name"),
@@ -75,13 +63,8 @@ def patches() -> tuple[Patch, ...]:
             "PeftAdapterMixin.set_adapter",
             ("adapter_name",),
             wrapper=switching.set_adapter,
-            why="it stops halfway at a trained module that not every adapter has a copy of",
-        ),
-        of_transformers(
-            "PeftAdapterMixin.enable_adapters",
-            wrapper=switching.enable_adapters,
-            why="it forgets the trained modules that disable_adapters switches off",
-            without="after model.enable_adapters() trained modules stay off",
+            why="it stops halfway at a trained module that not every adapter has a copy of; add_adapter calls it last, "
+            "and does not say which adapter went off",
         ),
         Patch(
             "peft",
@@ -92,14 +75,11 @@ def patches() -> tuple[Patch, ...]:
             without="model.load_adapter does not find the tensors of an adapter in some architectures",
             also=(mixin,),
         ),
-        *(
-            makes(f"{kind}.__init__", ("model", "peft_config", "adapter_name"))
-            for kind in (
-                "PeftModel",
-                "PeftModelForSequenceClassification",
-                "PeftModelForTokenClassification",
-                "PeftModelForQuestionAnswering",
-            )
+        of_models(
+            "PeftModel.__init__",
+            ("model", "peft_config", "adapter_name"),
+            wrapper=switching.make_peft_model,
+            why="the class of a task changes the caller's configuration, and what fails afterwards leaves the adapter",
         ),
         of_models(
             "PeftModel.load_adapter",
@@ -149,12 +129,6 @@ def patches() -> tuple[Patch, ...]:
             why="another method wraps modules on which children hang, which then do not see what it adds",
         ),
         of_tuners(
-            "BaseTuner.set_adapter",
-            ("adapter_name",),
-            wrapper=switching.set_adapter_of_method,
-            why="it switches layers of one method, but trained modules of all",
-        ),
-        of_tuners(
             "delete_adapter",
             ("model", "adapter_name"),
             wrapper=switching.delete_adapter,
@@ -162,15 +136,10 @@ def patches() -> tuple[Patch, ...]:
             also=("peft.functional",),
         ),
         of_tuners(
-            "BaseTuner.merge_adapter",
-            ("adapter_names", "safe_merge"),
-            wrapper=switching.merge_or_unmerge,
-            why="another method merges every layer that it finds, children too",
-        ),
-        of_tuners(
-            "BaseTuner.unmerge_adapter",
-            wrapper=switching.merge_or_unmerge,
-            why="another method takes back every merge that it finds, those of children too",
+            "onload_layer",
+            ("layer",),
+            wrapper=switching.onload_layer,
+            why="another method merges every layer that it finds, and takes every merge back, children's too",
         ),
         of_tuners(
             "BaseTuner.unload",
@@ -193,17 +162,13 @@ def patches() -> tuple[Patch, ...]:
             without="model.push_to_hub replaces the card of an adapter by a template",
             also=("transformers.modeling_utils",),
         ),
-        of_trainer(
+        Patch(
+            "transformers",
+            "transformers.trainer",
             "Trainer.train",
             wrapper=trainer.train,
             why="no event comes before a training whose saves would lose an adapter, nor before a log is reported",
             without="Trainer does not say at its start what its saves will lose, nor log what callbacks measure",
-        ),
-        of_trainer(
-            "Trainer._save",
-            wrapper=trainer.save,
-            why="of a model with adapters it saves the active one alone",
-            without="Trainer saves the active adapter alone, without the weights that were trained under it",
         ),
     )
 

@@ -7,57 +7,46 @@ that; without an adapter of this package in the model it does nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from peft import PeftConfig, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftModelForQuestionAnswering,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .common.acting import all_configs, kind_of, naming_what_goes_off, say_which_copies_went_off
+from .common.acting import all_configs, naming_what_goes_off, say_which_copies_went_off
 from .common.config import ChildConfig
-from .common.layer import adapter_children, child_configs
+from .common.layer import AdapterChild, adapter_children, child_configs
 from .common.model_state import (
     ActiveCopies,
-    auxiliary_wrappers,
     check_one_copy,
-    enable_copies,
     remove_empty_layers,
     set_by_hand,
     undone_on_failure,
 )
-from .common.tuner import ChildTuner, move_inside_wrappers, out_of_sight, refuse_copies, rehome_layers
+from .common.tuner import ChildTuner, move_inside_wrappers, refuse_copies, rehome_layers
 
-# The heads that PEFT adds to modules_to_save after it has attached an adapter, which is too late to keep it off them.
-_LATE_HEADS: dict[type[PeftModel], tuple[str, ...]] = {
+# The heads that the classes of tasks add to modules_to_save: the first before it calls `PeftModel.__init__`, the others
+# afterwards, which is too late to keep an adapter off them.
+_HEADS: dict[type[PeftModel], tuple[str, ...]] = {
+    PeftModelForSequenceClassification: ("classifier", "score"),
     PeftModelForTokenClassification: ("classifier", "score"),
     PeftModelForQuestionAnswering: ("qa_outputs",),
 }
+# Models to which an adapter was added last → its name. Then `set_adapter` of that name is a part of `add_adapter`.
+_ADDED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 # ---- adding ----------------------------------------------------------------------------------------------------------
-
-
-def add_adapter(original: Callable, model: Any, adapter_config: Any, adapter_name: str | None = None) -> None:
-    """`add_adapter` of a transformers model: undone if it fails; trained modules of other methods act on."""
-    name, ours = adapter_name or "default", isinstance(adapter_config, ChildConfig)
-    if not ours and isinstance(adapter_config, PeftConfig) and not adapter_children(model):
-        original(adapter_config, adapter_name)
-        return
-
-    def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
-        is_concerned = ours or isinstance(all_configs(model).get(on), ChildConfig)
-        return on != "" and is_concerned and name not in wrapper._adapters
-
-    copies = ActiveCopies(model)
-    with (
-        undone_on_failure(model, name, is_ours=ours or not isinstance(adapter_config, PeftConfig)),
-        naming_what_goes_off(model, name),
-    ):
-        original(adapter_config, adapter_name)
-        # What else was on is off now, but for trained modules: without them untrained ones would answer.
-        copies.restore(trained=False, where=stays)
 
 
 def make_peft_model(
@@ -68,12 +57,18 @@ def make_peft_model(
     adapter_name: str = "default",
     **kwargs: Any,
 ) -> None:
-    """`PeftModel(…)`: what the class of a task adds to the configuration goes into a copy."""
-    if not isinstance(peft_config, ChildConfig):
+    """`PeftModel.__init__`: what the class of a task adds to the configuration goes into a copy."""
+    if isinstance(peft_config, ChildConfig):
+        heads = next((names for kind, names in _HEADS.items() if isinstance(wrapped, kind)), ())
+        if isinstance(wrapped, PeftModelForSequenceClassification):
+            peft_config.forget_modules_to_save(len(peft_config.modules_to_save or ()) - len(heads))
+        with undone_on_failure(model, adapter_name, is_ours=True):
+            original(model, peft_config.copied(heads), adapter_name, **kwargs)
+        tuner: Any = wrapped.base_model
+        tuner.callers = peft_config, len(peft_config.modules_to_save or ())
+    else:
         original(model, peft_config, adapter_name, **kwargs)
-        return
-    with undone_on_failure(model, adapter_name, is_ours=True):
-        original(model, peft_config.copied(_LATE_HEADS.get(type(wrapped), ())), adapter_name, **kwargs)
+    _ADDED.pop(model, None)
 
 
 def inject_adapter(
@@ -88,53 +83,47 @@ def inject_adapter(
     except ValueError:
         tuner.peft_config.pop(adapter_name)
         raise
+    copies = ActiveCopies(model)
     with naming_what_goes_off(model, adapter_name):
-        original(model, adapter_name, *args, **kwargs)
+        try:
+            original(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            copies.restore()
+            raise
         rehome_layers(model)
+    _ADDED[model] = adapter_name
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------
 
 
 def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -> None:
-    """`set_adapter` of a transformers model, which stops halfway at a trained module that lacks one of the names."""
+    """`set_adapter` of a transformers model, which stops halfway at a trained module that lacks one of the names.
+
+    After an adapter was added, by `add_adapter`, what goes off is named, and trained modules of other methods act on:
+    without them untrained ones would answer.
+    """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    if not adapter_children(model) or not auxiliary_wrappers(model):
+    newcomer = _ADDED.pop(model, None)
+    if not adapter_children(model):
         return original(adapter_name)
     check_one_copy(model, names)
-    before = ActiveCopies(model).on
-    with set_by_hand(model, names):
-        original(adapter_name)
-    say_which_copies_went_off(model, before)
-
-
-def enable_adapters(original: Callable, model: Any) -> None:
-    """`enable_adapters` of a transformers model, which forgets trained modules."""
-    original()
-    if adapter_children(model):
-        enable_copies(model)
-
-
-def set_adapter_of_method(original: Callable, tuner: BaseTuner, adapter_name: Any, *args: Any, **kwargs: Any) -> None:
-    """`BaseTuner.set_adapter` switches layers of one method, but trained modules of all: those of others stay."""
-    model = tuner.model
-    if not adapter_children(model):
-        original(adapter_name, *args, **kwargs)
+    copies, configs = ActiveCopies(model), all_configs(model)
+    if newcomer is None or names != [newcomer]:
+        with set_by_hand(model, names):
+            original(adapter_name)
+        say_which_copies_went_off(model, copies.on)
         return
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    configs = {**all_configs(model), **tuner.peft_config}
-    method = {kind_of(configs[name]) for name in names if name in configs}
+    ours = isinstance(configs.get(newcomer), ChildConfig)
 
     def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
-        is_concerned = isinstance(tuner, ChildTuner) or isinstance(configs.get(on), ChildConfig)
-        is_other = on in configs and kind_of(configs[on]) not in method
-        return is_concerned and is_other and not wrapper._adapters & set(names)
+        is_concerned = ours or isinstance(configs.get(on), ChildConfig)
+        return on != "" and is_concerned and newcomer not in wrapper._adapters
 
-    if isinstance(tuner, ChildTuner):
-        check_one_copy(model, names)
-    copies = ActiveCopies(model)
-    original(adapter_name, *args, **kwargs)
-    copies.restore(where=stays)
+    with naming_what_goes_off(model, newcomer):
+        with set_by_hand(model, names):
+            original(adapter_name)
+        copies.restore(trained=False, where=stays)
 
 
 def delete_adapter(original: Callable, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -151,10 +140,20 @@ def delete_adapter(original: Callable, model: nn.Module, adapter_name: str, *arg
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def merge_or_unmerge(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-    """Another method (ours have their own) merges or unmerges its layers, and no others."""
-    with out_of_sight(tuner.model):
-        return original(*args, **kwargs)
+@contextmanager
+def onload_layer(original: Callable, layer: nn.Module) -> Iterator[None]:
+    """Around `merge` and `unmerge` of each layer that another method finds (ours do not call it): not of ours."""
+    if not isinstance(layer, AdapterChild):
+        with original(layer):
+            yield
+        return
+    methods = dict.fromkeys(("merge", "unmerge"), lambda *args, **kwargs: None)
+    vars(layer).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(layer)[name]
 
 
 def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.common.config import ChildConfig
-from hf_erasure.adapters.common.model_state import enable_copies, set_copies
+from hf_erasure.adapters.common.model_state import auxiliary_wrappers, set_copies
 from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.merging.export import model_class
@@ -260,7 +260,8 @@ def _acts(model: nn.Module, adapter: Adapter) -> tuple[bool, str]:
         switched.set_adapter(others) if others else switched.disable_adapters()
         without = last_hidden_state(runner(batch))
         switched.enable_adapters()
-        enable_copies(model)
+        for wrapper in auxiliary_wrappers(model).values():  # which `enable_adapters` forgets
+            wrapper.enable_adapters(True)
         switched.set_adapter(active)
     change = float((now - without).norm() / without.norm())
     acts = "changes" if change else "does not act: it does not change"

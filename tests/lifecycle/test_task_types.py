@@ -109,12 +109,21 @@ def test_no_adapter_is_put_on_a_head_that_is_copied(task: str, kind: str):
 
 
 @pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("task", WITH_HEADS)
+def test_nothing_is_left_to_the_class_of_a_task(task: str, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Which would otherwise train the head after the adapter was attached; what fails there nobody undoes."""
+    left: list[Any] = []
+    monkeypatch.setattr(peft.peft_model, "_set_trainable", lambda *_, module_names, **__: left.append(module_names))
+    model = peft.get_peft_model(base(task), OF[kind].config(task_type=task, target_modules=TASKS[task][3]))
+    assert left == [None] and heads(model) == TASKS[task][2]
+
+
+@pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("task", [*WITH_HEADS, "CAUSAL_LM"])
 def test_what_fails_leaves_the_model_as_it_was(task: str, kind: str, monkeypatch: pytest.MonkeyPatch):
     model = base(task).train()
     model.base_model.requires_grad_(False).eval()
-    if task == "CAUSAL_LM":
-        model.gradient_checkpointing_enable()  # otherwise nothing is left to fail
+    model.gradient_checkpointing_enable()  # otherwise nothing is left to fail
     modules, before = list(model.named_modules()), weights(model)
     states = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
 
@@ -122,7 +131,6 @@ def test_what_fails_leaves_the_model_as_it_was(task: str, kind: str, monkeypatch
         raise RuntimeError("after the adapter was attached")
 
     monkeypatch.setattr(peft.peft_model.PeftModel, "prepare_model_for_gradient_checkpointing", broken)
-    monkeypatch.setattr(peft.peft_model, "_set_trainable", broken)
     with pytest.raises(RuntimeError, match="after the adapter was attached"):
         peft.get_peft_model(model, OF[kind].config(task_type=task, target_modules=TASKS[task][3]))
     assert [(n, id(m)) for n, m in model.named_modules()] == [(n, id(m)) for n, m in modules]

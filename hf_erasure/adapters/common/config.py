@@ -133,6 +133,12 @@ class ChildConfig(PeftConfig):
         config.modules_to_save = list(dict.fromkeys(names)) or self.modules_to_save
         return config
 
+    def forget_modules_to_save(self, count: int) -> None:
+        """Keep `count` of the `modules_to_save`, in place, after a class of PEFT has added its head to them."""
+        if self.modules_to_save:
+            del self.modules_to_save[count:]
+            self.modules_to_save = self.modules_to_save or None
+
     def take_fitted(self, saved: ChildConfig) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted.
 

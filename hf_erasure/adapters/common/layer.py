@@ -94,6 +94,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         host: The module that this is a child of.
         path: The host's name in the model.
         sticky_adapters: Adapter name → whether it stays active beside others; in the order in which they were added.
+        trained_modules: PEFT's wrappers of what is trained with any adapter of the model, such as a head.
         rows: Which adapter each row of the batch has while `adapter_names` are given.
     """
 
@@ -113,6 +114,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._awaits_values: set[str] = set()
         self._held: set[str] = set()
         self.rows: Rows | None = None
+        self.trained_modules: list[Any] = []
         self.merged_adapters = []
         # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
         self._disable_adapters = False
@@ -317,6 +319,8 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
+        for module in self.trained_modules if enabled else ():  # `enable_adapters` of transformers forgets them
+            module.enable_adapters(True)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's `convert_to_lora` names what it writes after the adapter's own modules, which are not the hosts."""

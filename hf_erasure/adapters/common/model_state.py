@@ -43,6 +43,44 @@ def auxiliary_wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
 
 
+class _Stays(str):
+    """The name of an adapter whose copy goes on acting, whichever PEFT wants to switch on."""
+
+
+class TrainedModule(ModulesToSaveWrapper):
+    """PEFT's wrapper, where an adapter of this package has a copy: it stays on when another method switches its layers.
+
+    Attributes:
+        ours: The adapters of this package that have one.
+    """
+
+    ours: set[str]
+
+    @classmethod
+    def adopt(cls, model: nn.Module, adapter_name: str) -> None:
+        """Make PEFT's wrappers in which an adapter of this package has a copy into such ones."""
+        for wrapper in auxiliary_wrappers(model).values():
+            if adapter_name in wrapper._adapters:
+                wrapper.__class__ = cls
+                vars(wrapper).setdefault("ours", set()).add(adapter_name)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """The adapter to switch on, when PEFT switches the layers of a method."""
+        found = super().check_set_adapter(adapter_name)
+        acting = self.ours.intersection(self.active_adapters)
+        return _Stays(*acting) if acting and found not in self._adapters else found
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Let a copy act; nothing changes where one stays."""
+        if not isinstance(adapter_names, _Stays):
+            super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Remove an adapter's copy."""
+        super().delete_adapter(adapter_name, new_active_adapters)
+        self.ours.discard(adapter_name)
+
+
 class ActiveCopies:
     """Which copies act in the wrappers of a model, to be put back.
 
@@ -118,12 +156,6 @@ def set_copies(model: nn.Module, names: Iterable[str]) -> None:
     """Let each wrapper have the adapter of `names` that it has a copy of, or none."""
     for wrapper in auxiliary_wrappers(model).values():
         wrapper.set_adapter([name for name in names if name in wrapper._adapters])
-
-
-def enable_copies(model: nn.Module) -> None:
-    """Let the wrappers take part again, which `enable_adapters` of transformers forgets."""
-    for wrapper in auxiliary_wrappers(model).values():
-        wrapper.enable_adapters(True)
 
 
 @contextmanager
@@ -343,7 +375,9 @@ class ModelState:
         for module, training in self.training:
             module.training = training
         if self.loaded is not None:
-            self.model._hf_peft_config_loaded = self.loaded
+            # `add_adapter` of transformers says so before anything is added.
+            model: Any = self.model
+            model._hf_peft_config_loaded = self.loaded and bool(getattr(model, "peft_config", None))
 
 
 def is_of_ours(model: Any, name: str) -> bool:

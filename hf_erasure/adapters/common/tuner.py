@@ -15,10 +15,19 @@ from torch import nn
 
 from ..loading.fingerprint import check_base
 from ..loading.key_renaming import rename_fitted, renaming
+from .acting import all_configs, kind_of
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
 from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
-from .model_state import ActiveCopies, auxiliary_wrappers, note_adapters, put_in_place, undone_on_failure
+from .model_state import (
+    ActiveCopies,
+    TrainedModule,
+    auxiliary_wrappers,
+    check_one_copy,
+    note_adapters,
+    put_in_place,
+    undone_on_failure,
+)
 from .placement import execution_device
 
 # The index of a layer in a module's name, with the name of the list of layers.
@@ -32,6 +41,8 @@ class ChildTuner(BaseTuner):
     # The names of the modules that an adapter is put on when the user does not name any.
     _default_targets: Callable[[nn.Module], list[str]]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
+    # The configuration that a caller made a `PeftModel` with, and how many modules_to_save it has.
+    callers: tuple[ChildConfig, int] | None = None
 
     def __init__(
         self,
@@ -47,6 +58,17 @@ class ChildTuner(BaseTuner):
                 "or delete that adapter first."
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules directly in this one.
+
+        PEFT's classes of tasks ask for them right after they have written their head into the caller's configuration,
+        which is given back here as it was.
+        """
+        if self.callers is not None:
+            (config, count), self.callers = self.callers, None
+            config.forget_modules_to_save(count)
+        return super().named_children()
 
     # ---- attaching ---------------------------------------------------------------------------------------------------
 
@@ -97,6 +119,7 @@ class ChildTuner(BaseTuner):
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        TrainedModule.adopt(model, adapter_name)
         kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
         copies.hand_on(adapter_name, but=kin)
         refuse_copies(model, adapter_name)
@@ -187,6 +210,19 @@ class ChildTuner(BaseTuner):
         for child in self._children():  # before PEFT forgets its configuration
             child.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Switch adapters of this kind on; PEFT would also switch trained modules of other methods, which stay."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        check_one_copy(self.model, names)
+        copies, configs = ActiveCopies(self.model), {**all_configs(self.model), **self.peft_config}
+        kinds = {kind_of(configs[name]) for name in names if name in configs}
+        super().set_adapter(adapter_name, *args, **kwargs)
+        others = {name for name, config in configs.items() if kind_of(config) not in kinds}
+        for place, wrapper in copies.wrappers.items():
+            if copies.on.get(place) not in others and not wrapper._adapters & set(names):
+                wrapper.set_adapter([])
+        copies.restore(where=lambda on, wrapper: on in others and not wrapper._adapters & set(names))
 
     def _children(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
@@ -318,31 +354,14 @@ def rehome_layers(model: nn.Module) -> None:
     keys in the state dict stay as they are.
     """
     modules = dict(model.named_modules())
+    trained = [module for module in modules.values() if isinstance(module, AuxiliaryTrainingWrapper)]
     for child in adapter_children(model):
+        child.trained_modules = trained
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
             child.rehome(outermost)
     for kind in {type(child) for child in adapter_children(model)}:
         kind.link(model)
-
-
-@contextmanager
-def out_of_sight(model: nn.Module) -> Iterator[None]:
-    """Take the children out of the tree of modules for a while; their hooks stay, so that they act as they do.
-
-    Another method that walks the tree to merge or unmerge its layers would merge them too.
-    """
-    hosts = {id(child.host): child.host for child in adapter_children(model)}
-    kept = [(host, dict(host._modules)) for host in hosts.values()]
-    try:
-        for host, _ in kept:
-            for kind in AdapterChild.__subclasses__():
-                host._modules.pop(kind.child_name, None)
-        yield
-    finally:
-        for host, modules in kept:
-            host._modules.clear()
-            host._modules.update(modules)
 
 
 def move_inside_wrappers(model: nn.Module) -> None:
