@@ -15,7 +15,7 @@ LIMITS = {
     "fit_concept_erasure, sequential": (28, 181),
     "fit_concept_erasure, one pass": (25, 162),
     "forward with erasure": (4, 13),
-    "save_pretrained": (14, 68),
+    "save_pretrained": (13, 65),
     "load_adapter": (17, 115),
     "GradiendTrainer.train": (29, 176),
     "select, 1 × 1": (19, 122),

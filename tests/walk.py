@@ -133,7 +133,8 @@ def _functions_of(path: Path) -> tuple[tuple[int, int, str], ...]:
 def function_of(code: CodeType) -> Function | None:
     """The `def` that code belongs to; None for code of others and for that of modules and classes."""
     path = Path(code.co_filename)
-    if code.co_name == "<module>" or not path.is_relative_to(PACKAGE):
+    # Python asks `moved` for every module that any library looks for and does not find; no reader goes there.
+    if code.co_name == "<module>" or not path.is_relative_to(PACKAGE) or path.name == "moved.py":
         return None
     line = code.co_firstlineno
     around = [spot for spot in _functions_of(path) if spot[0] <= line <= spot[1]]

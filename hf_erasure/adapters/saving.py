@@ -38,7 +38,7 @@ import shutil
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -81,9 +81,14 @@ def staged(folder: str | Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     finish(folder)
     _sweep(folder)
-    with _staging_in(folder) as content:
+    staging, lock = _new_staging(folder)
+    try:
+        content = staging / _CONTENT
+        content.mkdir(parents=True)
         yield content
         _commit(content, folder)
+    finally:
+        _remove(staging, lock)
 
 
 def finish(folder: str | Path) -> None:
@@ -168,22 +173,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _staging_in(folder: Path) -> Iterator[Path]:
-    """A staging with its content, and beside it a file that is locked as long as this process is at work on it."""
+def _new_staging(folder: Path) -> tuple[Path, BaseFileLock]:
+    """The name of a staging, and the lock on a file beside it that this process holds as long as it is at work."""
     while True:
         staging = folder / f"{STAGING}{secrets.token_hex(8)}"
         alive = staging.with_suffix(_ALIVE)
-        lock = _locked(alive)
+        lock: BaseFileLock = FileLock(alive)
+        try:
+            lock.acquire()
+        except NotImplementedError:  # file systems without locks: there the file is merely there
+            alive.unlink(missing_ok=True)
+            lock = SoftFileLock(alive)
+            lock.acquire()
         if alive.exists():
-            break
+            return staging, lock
         lock.release()  # another save took the file for one of a process that was killed
-    try:
-        content = staging / _CONTENT
-        content.mkdir(parents=True)
-        yield content
-    finally:
-        _remove(staging, lock)
 
 
 def _sweep(folder: Path) -> None:
@@ -198,18 +202,6 @@ def _sweep(folder: Path) -> None:
         except (Timeout, NotImplementedError):
             continue  # its writer is at work, or nobody can say
         _remove(alive.with_suffix(""), lock)
-
-
-def _locked(alive: Path) -> BaseFileLock:
-    """A new file that this process holds locked; on file systems without locks one that is merely there."""
-    lock: BaseFileLock = FileLock(alive)
-    try:
-        lock.acquire()
-    except NotImplementedError:
-        alive.unlink(missing_ok=True)
-        lock = SoftFileLock(alive)
-        lock.acquire()
-    return lock
 
 
 def _remove(staging: Path, lock: BaseFileLock) -> None:
@@ -242,10 +234,7 @@ def save_peft_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -
             _warn_of_replaced(folder if name == "default" else folder / name)
     if not ours or not given.get("is_main_process", True) or folder.is_file():
         return original(*args, **kwargs)
-    _check_wishes(given)
-    places = {name: "" if name == "default" else name for name in ours}
-    with _save_to(folder, model, places, given.get("kwargs", {}).get("state_dict")) as content:
-        given["save_directory"] = str(content)
+    with _save_to(model, {name: "" if name == "default" else name for name in ours}, given):
         original(*call.args, **call.kwargs)
 
 
@@ -271,12 +260,10 @@ def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Non
         _warn_of_replaced(folder)
     if not ours or folder.is_file() or not writes:
         return original(*args, **kwargs)
-    _check_wishes(given)
     push = given.pop("push_to_hub", False)
     options = {name: given.get("kwargs", {}).pop(name) for name in _PUSH if name in given.get("kwargs", {})}
     given["max_shard_size"] = sys.maxsize  # PEFT reads one file
-    with _save_to(folder, model, dict.fromkeys(ours, ""), given.get("state_dict")) as content:
-        given["save_directory"] = str(content)
+    with _save_to(model, dict.fromkeys(ours, ""), given):
         original(*call.args, **call.kwargs)
     if push:
         if given.get("token") is not None:
@@ -293,13 +280,27 @@ _PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", 
 
 
 @contextmanager
-def _save_to(folder: Path, model: Any, places: dict[str, str], state_dict: Mapping[str, Any] | None) -> Iterator[Path]:
-    """Stage a save of adapters of ours, each into a place below `folder`."""
+def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Iterator[None]:
+    """Stage a save of adapters of ours, each into a place below the folder that is saved to.
+
+    Args:
+        model: With the adapters.
+        places: Name of an adapter → its place.
+        given: The arguments of the save, which is led into the staged folder.
+    """
+    more = given.get("kwargs", {})
+    if not given.get("safe_serialization", more.get("safe_serialization", True)):
+        raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
+    refuse_embeddings(given.get("save_embedding_layers", "auto"))
+    if given.get("distributed_checkpoint"):
+        raise ValueError("distributed_checkpoint=True would write what no adapter is loaded from: leave it out.")
+    folder, state_dict = Path(given["save_directory"]), given.get("state_dict", more.get("state_dict"))
     for name, place in places.items():
         _refuse_others(folder / place, model.peft_config[name])
         own_tensors(model, name, state_dict)  # nothing is begun for an adapter that is not whole
     with staged(folder) as content:
-        yield content
+        given["save_directory"] = str(content)
+        yield
         for place in {"", *places.values()}:
             # The card that is there already is to be updated, in the place of the one that PEFT has just written.
             card, staged_card = folder / place / CARD, content / place / CARD
@@ -309,14 +310,6 @@ def _save_to(folder: Path, model: Any, places: dict[str, str], state_dict: Mappi
         for name, place in places.items():
             for write in ON_STAGED:
                 write(content / place, model, name)
-
-
-def _check_wishes(given: dict[str, Any]) -> None:
-    if not given.get("safe_serialization", given.get("kwargs", {}).get("safe_serialization", True)):
-        raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
-    refuse_embeddings(given.get("save_embedding_layers", "auto"))
-    if given.get("distributed_checkpoint"):
-        raise ValueError("distributed_checkpoint=True would write what no adapter is loaded from: leave it out.")
 
 
 def _refuse_others(place: Path, config: ChildConfig) -> None:
