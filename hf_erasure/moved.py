@@ -31,7 +31,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fitting.gradiend.templates": ("fitting.gradiend",),
     "fitting.gradiend.words": ("fitting.gradiend",),
     "fitting.occupations": ("recipes", "recipes.occupations"),
-    "fitting.probing": ("recipes.probe",),
+    "fitting.probing": ("recipes.erasure",),
     "fitting.recipe": ("recipes", "recipes.erasure"),
     "fitting.recipe_file": ("recipes.schema",),
     "fitting.scrubbing": ("fitting.fit",),

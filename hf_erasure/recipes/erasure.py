@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says which model, which data, which concept, and where the adapter goes."""
+"""A recipe of an erasure: what it says, its run, and what a linear probe reads from each layer before and after."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor, nn
 from transformers import AutoModel
 
-from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.common.provenance import Provenance
+from hf_erasure.erasers import apply_erasure
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
+from hf_erasure.fitting.labels import BatchLabels, Source
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
-from hf_erasure.models import POOLS
+from hf_erasure.fitting.sites import bar, observed, observed_final
+from hf_erasure.models import POOLS, pooled
+from hf_erasure.models.model import Runner, evaluating
 
 from .occupations import occupation_sentences
-from .probe import pooled_states, probe_table
 from .run import difference, finished_run, load_base, load_source, put_adapter, write_run
 from .schema import check_counts, fields_of, one_of, read
 
@@ -155,15 +161,19 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
         ValueError: If model, data and concept do not go together.
     """
     model, tokenizer = _model_of(recipe)
-    data = load_data(recipe.data)
+    data, background = load_data(recipe.data), None
+    if recipe.data.background is not None:
+        rows = load_source(recipe.data.background, streaming=recipe.data.streaming)[recipe.data.train]
+        options: dict[str, Any] = {"text_column": "text", "label_column": None, "labels": None}
+        background = _batches(recipe, rows, tokenizer, share=True, **options)
     report = fit_concept_erasure(
         model,
-        _loader(recipe, data[recipe.data.train], tokenizer, share=True),
+        _batches(recipe, data[recipe.data.train], tokenizer, share=True),
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
-        eval_batches=_loader(recipe, data[recipe.data.test], tokenizer, share=True),
-        background=_background(recipe, tokenizer),
+        eval_batches=_batches(recipe, data[recipe.data.test], tokenizer, share=True),
+        background=background,
         resident_batches=recipe.fit.resident_batches,
         checkpoint_dir=Path(recipe.output) / FIT_FOLDER if recipe.fit.checkpoint else None,
         progress=progress,
@@ -191,39 +201,15 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
     return table, difference(table, written)
 
 
+# ---- model and data --------------------------------------------------------------------------------------------------
+
+
 def _model_of(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, Any]:
     """The model on this process's device, with a new adapter or that of a finished run, and its tokenizer."""
     model, tokenizer = load_base(AutoModel, embedded_model() if recipe.model == EMBEDDED else recipe.model)
     model.to(Processes().device)
     put_adapter(model, ADAPTER_NAME, recipe.config(), folder)
     return model, tokenizer
-
-
-def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
-    """The probe table of a model with the adapter, on the recipe's data."""
-    splits = _probe_splits(recipe.data, data)
-    guarded = Provenance.of(model.peft_config[ADAPTER_NAME]).pool
-    pool = "mean" if guarded == "tokens" else guarded
-    states = {
-        (split, erased): pooled_states(
-            model, _loader(recipe, rows, tokenizer), ADAPTER_NAME, erased=erased, pool=pool, progress=progress
-        )
-        for split, rows in splits.items()
-        for erased in (False, True)
-    }
-    columns = [c for c in (recipe.data.label_column, recipe.data.keep_column) if c]
-    labels = {split: {c: [str(v) for v in rows[c]] for c in columns} for split, rows in splits.items()}
-    return probe_table(states, labels, recipe.data.label_column, recipe.data.keep_column)
-
-
-def _probe_splits(recipe: DataRecipe, data: Splits) -> dict[str, Dataset]:
-    """The rows that probes are fitted on and tested on."""
-    train, test, most = data[recipe.train], data[recipe.test], recipe.probe_rows
-    if isinstance(train, IterableDataset):
-        train, test = (Dataset.from_list(list(split.take(most or STREAMED_PROBE_ROWS))) for split in (train, test))
-    elif most is not None and most < len(train):
-        train = train.shuffle(seed=0).select(range(most))
-    return {"train": train, "test": test}
 
 
 def embedded_model() -> str:
@@ -254,28 +240,167 @@ def load_data(recipe: DataRecipe) -> Splits:
     return data
 
 
-def _loader(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, share: bool = False) -> Any:
-    return concept_dataloader(
-        rows,
-        tokenizer,
-        text_column=recipe.data.text_column,
-        label_column=recipe.data.label_column,
-        batch_size=recipe.fit.batch_size,
-        max_length=recipe.fit.max_length,
-        labels=recipe.labels,
-        split_between_processes=share,
-    )
+def _batches(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, share: bool = False, **other: Any) -> Any:
+    options: dict[str, Any] = {
+        "text_column": recipe.data.text_column,
+        "label_column": recipe.data.label_column,
+        "batch_size": recipe.fit.batch_size,
+        "max_length": recipe.fit.max_length,
+        "labels": recipe.labels,
+        "split_between_processes": share,
+    }
+    return concept_dataloader(rows, tokenizer, **options | other)
 
 
-def _background(recipe: Recipe, tokenizer: Any) -> Any:
-    if recipe.data.background is None:
-        return None
-    rows = load_source(recipe.data.background, streaming=recipe.data.streaming)[recipe.data.train]
-    return concept_dataloader(
-        rows,
-        tokenizer,
-        label_column=None,
-        batch_size=recipe.fit.batch_size,
-        max_length=recipe.fit.max_length,
-        split_between_processes=True,
-    )
+# ---- probing ---------------------------------------------------------------------------------------------------------
+
+
+def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
+    """The probe table of a model with the adapter, on the recipe's data."""
+    train, test, most = data[recipe.data.train], data[recipe.data.test], recipe.data.probe_rows
+    if isinstance(train, IterableDataset):
+        train, test = (Dataset.from_list(list(split.take(most or STREAMED_PROBE_ROWS))) for split in (train, test))
+    elif most is not None and most < len(train):
+        train = train.shuffle(seed=0).select(range(most))
+    guarded = Provenance.of(model.peft_config[ADAPTER_NAME]).pool
+    pool = "mean" if guarded == "tokens" else guarded
+    states, labels = {}, {}
+    for split, rows in (("train", train), ("test", test)):
+        columns = [column for column in (recipe.data.label_column, recipe.data.keep_column) if column]
+        labels[split] = {column: [str(value) for value in rows[column]] for column in columns}
+        for erased in (False, True):
+            batches = _batches(recipe, rows, tokenizer)
+            states[split, erased] = pooled_states(
+                model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress
+            )
+    return probe_table(states, labels, recipe.data.label_column, recipe.data.keep_column)
+
+
+def pooled_states(
+    model: nn.Module,
+    batches: Iterable[Any],
+    adapter_name: str,
+    *,
+    erased: bool,
+    pool: str = "mean",
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """One vector a sequence from every site of an adapter and from the last hidden states.
+
+    Args:
+        model: A model with the adapter.
+        batches: Dicts of model inputs.
+        adapter_name: The adapter whose sites are looked at.
+        erased: With the adapter, or without it.
+        pool: `"mean"` over real positions, `"cls"` or `"last"`.
+        progress: Show a progress bar.
+
+    Returns:
+        Site → `(sequences, width)`, float32.
+
+    Raises:
+        ValueError: If there are no batches.
+    """
+    layers = erasure_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
+    runner = Runner(model, layers.values())
+    found: dict[str, list[Tensor]] = {}
+    current: list[BatchLabels] = []
+
+    def keep(site: str, activation: Tensor, where: str) -> None:
+        aligned, selection = current[0].select(activation, where)
+        found.setdefault(site, []).append(pooled(aligned.float(), selection.real, pool).cpu())
+
+    def at_site(site: str, hidden: Tensor) -> Tensor:
+        if erased:
+            hidden = apply_erasure(hidden, *layers[site].parts_on(adapter_name, hidden.device))
+        keep(site, hidden, site)
+        return hidden
+
+    def at_end(name: str, state: Tensor) -> Tensor:
+        keep(name, state, runner.side_of(name))
+        return state
+
+    examples = 0
+    what = f"reading {'with' if erased else 'without'} {adapter_name}"
+    looking = observed(layers, adapter_name, at_site), observed_final(runner.final_states(), at_end)
+    with evaluating(runner.model), looking[0], looking[1], bar(what, progress, Processes()) as shown:
+        for labels in Source("states", "batches", batches).read("tokens"):
+            current[:] = [labels]
+            runner(labels.batch)
+            shown.update(labels.rows)
+            examples += labels.rows
+    if not examples:
+        raise ValueError("There are no batches to read states from.")
+    return {site: torch.cat(parts) for site, parts in found.items()}
+
+
+def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: list[str]) -> float:
+    """Accuracy on the test rows of a logistic regression fitted on the training rows, standardised.
+
+    Raises:
+        ImportError: Without scikit-learn.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("Probing needs scikit-learn: pip install 'hf-erasure[demo]'") from error
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
+    probe.fit(train_x.double().numpy(), train_y)
+    return float(probe.score(test_x.double().numpy(), test_y))
+
+
+def refitted_accuracy(x: Tensor, y: list[str]) -> float:
+    """Accuracy of probes fitted on one half of the rows and judged on the other, mean of both ways."""
+    half = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)) % 2 == 0
+    scores = []
+    for chosen in (half, ~half):
+        fitted, judged = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
+        scores.append(probe_accuracy(x[fitted], [y[i] for i in fitted], x[judged], [y[i] for i in judged]))
+    return sum(scores) / 2
+
+
+def majority(labels: list[str]) -> float:
+    """The accuracy of always answering with the most frequent label."""
+    return max(labels.count(label) for label in set(labels)) / len(labels)
+
+
+def probe_table(
+    states: dict[tuple[str, bool], dict[str, Tensor]],
+    labels: dict[str, dict[str, list[str]]],
+    concept: str,
+    kept: str | None,
+) -> pd.DataFrame:
+    """Probe accuracy by layer, before and after, on the test split.
+
+    A probe is fitted anew on the erased training states. Where those are what the erasure was fitted on, the theorem
+    says that it learns nothing. The column "refitted" asks more: how well a probe does that is fitted on one half of
+    the erased test rows, whose cues the erasure has not seen, and judged on the other.
+
+    Args:
+        states: (`"train"` or `"test"`, with the adapter) → site → `(rows, width)`.
+        labels: `"train"` or `"test"` → column → labels.
+        concept: The column that was erased.
+        kept: A column that should stay readable, if any.
+
+    Returns:
+        One row a site; accuracies, majorities, and the mean cosine between test states without and with the adapter.
+    """
+    import pandas as pd
+
+    rows = []
+    for site in states["train", False]:
+        row: dict[str, Any] = {"layer": site}
+        for column in (concept, kept) if kept else (concept,):
+            for erased, when in ((False, "before"), (True, "after")):
+                row[f"{column} {when}"] = probe_accuracy(
+                    states["train", erased][site], labels["train"][column],
+                    states["test", erased][site], labels["test"][column],
+                )  # fmt: skip
+            row[f"{column} majority"] = majority(labels["test"][column])
+        row[f"{concept} refitted"] = refitted_accuracy(states["test", True][site], labels["test"][concept])
+        old, new = states["test", False][site], states["test", True][site]
+        row["cosine"] = float(nn.functional.cosine_similarity(old, new, dim=-1).mean())
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("layer")

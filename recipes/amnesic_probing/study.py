@@ -26,7 +26,7 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.metrics.benchmarks import text_perplexity
-from hf_erasure.recipes.probe import majority, probe_accuracy
+from hf_erasure.recipes.erasure import majority, probe_accuracy
 from recipes import studies
 from recipes.gradiend_gender.study import read_stories
 from recipes.over_seeds import cell, markdown, t_interval

@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_erasure import ConceptErasureConfig, ErasureReport, concept_dataloader, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.recipes.probe import pooled_states
+from hf_erasure.recipes.erasure import pooled_states
 from tests.small_models import LABELS, VOCABULARY, inputs_of, outputs_of, same, small_batch, small_batches, small_model
 
 
