@@ -14,7 +14,7 @@ import hf_erasure  # noqa: F401  registers the adapter type
 from hf_erasure import verify_adapter
 from hf_erasure.cli import app
 from hf_erasure.recipes.erasure import read_recipe
-from hf_erasure.recipes.gradiend import read_gradiend_recipe
+from hf_erasure.recipes.gradiend_recipe import read_gradiend_recipe
 from hf_erasure.recipes.occupations import occupation_sentences
 from tests.prepared import command
 

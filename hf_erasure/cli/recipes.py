@@ -14,13 +14,12 @@ from hf_erasure.fitting.processes import Processes
 from hf_erasure.hub import write_card
 from hf_erasure.recipes.erasure import FIGURE_FILE, Recipe, check_output, read_recipe, run_recipe
 from hf_erasure.recipes.gradiend import (
-    GradiendRecipe,
     check_gradiend_output,
     encode_texts,
-    read_gradiend_recipe,
     run_gradiend_recipe,
     select_gradiend_output,
 )
+from hf_erasure.recipes.gradiend_recipe import GradiendRecipe, read_gradiend_recipe
 from hf_erasure.recipes.schema import json_schema
 
 from .app import app

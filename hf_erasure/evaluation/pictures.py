@@ -19,8 +19,7 @@ from hf_erasure.metrics.readers import spread
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import SlotReader
 from hf_erasure.models.word_tokens import SLOT, encode, occurrences, word_forms, word_tokens
-from hf_erasure.recipes.gradiend import read_gradiend_recipe
-from hf_erasure.recipes.gradiend_data import word_table
+from hf_erasure.recipes.gradiend_recipe import read_gradiend_recipe, word_table
 from hf_erasure.recipes.run import RECIPE_FILE
 
 from .data import DataFolder

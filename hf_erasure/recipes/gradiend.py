@@ -1,127 +1,45 @@
-"""A GRADIEND recipe: one YAML file that says which model, feature and data, what to choose, and where it goes."""
+"""The run of a GRADIEND recipe: learn a feature, choose an edit, measure and write; and what is done with it later."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from datasets import Dataset
 from transformers import AutoConfig
 
-from hf_erasure.adapters import GradiendConfig, edited
+from hf_erasure.adapters import edited
 from hf_erasure.fitting.gradiend.adapter import EncodedValues, GradiendAdapter, together
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
-from hf_erasure.fitting.gradiend.selection import (
-    FEATURE_FACTORS,
-    LEARNING_RATES,
-    Point,
-    Selection,
-    choose,
-    goal_by_name,
-)
+from hf_erasure.fitting.gradiend.selection import Point, Selection, choose, goal_by_name
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.models.heads import HEADS, Task, task_named
+from hf_erasure.models.heads import task_named
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import collate
-from hf_erasure.models.word_tokens import SLOT, PairError
+from hf_erasure.models.word_tokens import SLOT
 
-from .gradiend_data import GradiendDataRecipe, Materials, load_materials, with_pair_columns
-from .plotting import histogram, require_plotting, surface
+from .gradiend_recipe import TASKS, GradiendRecipe, Materials, load_materials, read_gradiend_recipe
 from .run import difference, finished_run, load_base, load_rows, naming_the_model, put_adapter, table_of, write_run
-from .schema import fields_of, one_of, read
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 ADAPTER_NAME = "feature"
 TABLES_FILE, EDITS_FILE, GRID_FILE = "results.md", "results.csv", "grid.csv"
 HISTOGRAM_FILE, SURFACE_FILE = "encoded.png", "surface.png"
 NO_EDIT = "none"
-# Task → the Auto class that loads a model for it.
-TASKS = {task: next(head.auto_class for head in HEADS if head.task == task) for task in get_args(Task)}
-
-
-@dataclass
-class SelectRecipe:
-    """What an edit is chosen for.
-
-    Attributes:
-        goal: As of `GradiendTrainer.select`, or a list: the adapter is saved with the edit for the first, and all are
-            reported.
-        budget: By how much language modelling may get worse.
-        feature_factors: The grid's values of h.
-        learning_rates: The grid's values of α.
-    """
-
-    goal: str | list[str] = "balance"
-    budget: float = 0.02
-    feature_factors: list[float] = field(default_factory=lambda: list(FEATURE_FACTORS))
-    learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
-
-    def __post_init__(self) -> None:
-        if not self.budget >= 0:
-            raise ValueError(f"select.budget={self.budget} in a recipe must be 0 or more.")
-
-    @property
-    def goals(self) -> list[str]:
-        """The goals, each once."""
-        return list(dict.fromkeys([self.goal] if isinstance(self.goal, str) else self.goal))
-
-
-@dataclass
-class GradiendRecipe:
-    """Everything a run needs.
-
-    Attributes:
-        model: A Hub id or a local folder.
-        feature: What is learned.
-        classes: Its classes, in order.
-        output: The folder the adapter is written to.
-        task: `"masked"`, `"causal"`, `"seq2seq"`, `"classification"`, or `"auto"`: as the checkpoint says.
-        config: Further fields of `GradiendConfig`; the encoder is kept unless they say otherwise.
-        data: Where pairs and texts are.
-        arguments: Fields of `GradiendTrainingArguments`.
-        select: What an edit is chosen for.
-    """
-
-    model: str
-    feature: str
-    classes: list[str]
-    output: str
-    data: GradiendDataRecipe
-    task: str = field(default="auto", metadata=one_of(("auto", *TASKS)))
-    config: dict[str, Any] = field(default_factory=dict, metadata=fields_of(GradiendConfig, "feature", "classes"))
-    arguments: dict[str, Any] = field(default_factory=dict, metadata=fields_of(GradiendTrainingArguments))
-    select: SelectRecipe = field(default_factory=SelectRecipe)
-
-    def __post_init__(self) -> None:
-        self.adapter()
-        for goal in self.select.goals:
-            goal_by_name(goal, self.classes)
-
-    def adapter(self) -> GradiendConfig:
-        """The configuration of the adapter."""
-        return GradiendConfig(feature=self.feature, classes=self.classes, **{"keep_encoder": True} | self.config)
-
-
-def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GradiendRecipe:
-    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `select.budget=0.05`.
-
-    Raises:
-        ValueError: If the file is not a recipe, a key is unknown, or a value is not what the run could use.
-    """
-    return read(path, overrides, GradiendRecipe)
-
-
-# ---- a run ----------------------------------------------------------------------------------------------------------
+# Of the figures: the first class, the second, neutral texts.
+_COLOURS = ("#b3541e", "#1f5f8b", "#7a7a7a")
+_DOTS_PER_INCH = 120
 
 
 @dataclass
@@ -166,12 +84,13 @@ class GradiendRun:
         self.args = GradiendTrainingArguments(**arguments)  # before what takes long
         self.model, self.tokenizer, self.task = load_model(recipe)
         put_adapter(self.model, ADAPTER_NAME, recipe.adapter(), adapter)
-        self.data: Materials = load_materials(recipe.data, recipe.classes, self._usable)
+        self.data: Materials = load_materials(
+            recipe.data,
+            recipe.classes,
+            lambda rows: usable_rows(rows, recipe.classes, self.tokenizer, self.task, self.model.config),
+        )
         self.model.to(self.args.device)
         self.trainer = self._trainer()
-
-    def _usable(self, rows: Dataset) -> list[int]:
-        return usable_rows(rows, self.recipe.classes, self.tokenizer, self.task, self.model.config)
 
     def _trainer(self) -> GradiendTrainer:
         return GradiendTrainer(
@@ -223,22 +142,19 @@ class GradiendRun:
         values = self.trainer.encode(self.data.test, self.data.neutral["test"])
         figures = together(values)
         names = [name for name in ("cor", "acc", "cor_enc", "acc_enc") if name in figures]
-        rows = {"mean of pairs" if len(values) > 1 else "/".join(values[0].pair): {n: figures[n] for n in names}}
-        if len(values) > 1:
-            rows |= {"/".join(v.pair): {n: figures[f"{n}_{v.pair[0]}_{v.pair[1]}"] for n in names} for v in values}
-        return table_of(rows, "encoder"), values
+        rows = {"mean of pairs": figures} if len(values) > 1 else {}
+        rows |= {"/".join(part.pair): part.metrics() for part in values}
+        return table_of({row: {name: found[name] for name in names} for row, found in rows.items()}, "encoder"), values
 
     def edits(self, chosen: dict[str, Point]) -> pd.DataFrame:
         """What each edit does to the test data, the first row without one."""
         scorer = self.trainer.scorer(self.data.test, self.data.neutral["test"])
-        pair = self.trainer.pairs[0]
+        edits = {NO_EDIT: (self.trainer.pairs[0], 0.0, 0.0)}
+        edits |= {goal: (point.pair, point.feature_factor, point.learning_rate) for goal, point in chosen.items()}
         rows, base = {}, None
-        for name, (of, factor, rate) in {
-            NO_EDIT: (pair, 0.0, 0.0),
-            **{goal: (point.pair, point.feature_factor, point.learning_rate) for goal, point in chosen.items()},
-        }.items():
-            with edited(self.model, ADAPTER_NAME, feature_factor=factor, learning_rate=rate, pair=of):
-                point = scorer.score(of, factor, rate, base)
+        for name, (pair, factor, rate) in edits.items():
+            with edited(self.model, ADAPTER_NAME, feature_factor=factor, learning_rate=rate, pair=pair):
+                point = scorer.score(pair, factor, rate, base)
             base = base or point
             rows[name] = _row(point)
         return table_of(rows, "edit for")
@@ -283,7 +199,8 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
         ValueError: If model, feature and data do not go together.
         ImportError: Without matplotlib.
     """
-    require_plotting()  # before what takes long
+    if find_spec("matplotlib") is None:  # said before what takes long
+        raise ImportError("The figures need matplotlib: pip install 'hf-erasure[plot]'")
     run = GradiendRun(recipe, progress)
     correlation = run.fit()
     chosen, selection, messages = run.select(recipe.select.goals, recipe.select.budget)
@@ -297,8 +214,8 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     grid: pd.DataFrame = selection.to_pandas()
     grid.to_csv(output / GRID_FILE, index=False)
     if values:
-        histogram(values, output / HISTOGRAM_FILE)
-    surface(grid, list(chosen), output / SURFACE_FILE)
+        _draw_values(values, output / HISTOGRAM_FILE)
+    _draw_grid(grid, list(chosen), output / SURFACE_FILE)
     return outcome
 
 
@@ -369,20 +286,17 @@ def encode_texts(
     adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
     adapter.encoders()  # says so where there are none
     rows = load_rows(source, split, with_texts=True)
-    slotted = [i for i, text in enumerate(rows["text"]) if SLOT in text]
-    if run.task == "classification":
-        slotted = list(range(len(rows)))
-    plain = sorted(set(range(len(rows))) - set(slotted))
+    has_slot = [run.task == "classification" or SLOT in text for text in rows["text"]]
+    slotted, plain = ([i for i, has in enumerate(has_slot) if has == wanted] for wanted in (True, False))
     batches: dict[int, Any] = {}
+    config = run.model.config
     if slotted:
-        pairs = PairSet(_completed(rows.select(slotted), run), run.tokenizer, run.task, recipe.classes,
-                        run.model.config)  # fmt: skip
+        completed = run.data.completed(rows.select(slotted), recipe.classes)
+        pairs = PairSet(completed, run.tokenizer, run.task, recipe.classes, config)
         batches |= {i: collate(pairs.layout, [row]) for i, row in zip(slotted, pairs.rows, strict=True)}
     if plain:
-        words = _feature_words(run.data)
-        made = neutral_batches(
-            rows.select(plain), run.tokenizer, run.task, words, batch_size=1, config=run.model.config
-        )
+        words = run.data.words()
+        made = neutral_batches(rows.select(plain), run.tokenizer, run.task, words, batch_size=1, config=config)
         batches |= dict(zip(plain, made, strict=True))
     columns: dict[str, list[Any]] = {"text": list(rows["text"])}
     columns |= {name: list(rows[name]) for name in ("factual", "label") if name in rows.column_names}
@@ -390,35 +304,6 @@ def encode_texts(
         values = [float(adapter.encode(batches[i], pair)[0]) for i in range(len(rows))]
         columns[f"{pair[0]}/{pair[1]}"] = values
     return pd.DataFrame(columns), len(plain)
-
-
-def _completed(rows: Dataset, run: GradiendRun) -> Dataset:
-    """Rows with all columns of pairs: where only the factual word is given, its class and counterpart are looked up."""
-    if with_pair_columns(rows) and (len(run.recipe.classes) == 2 or "counterfactual_label" in rows.column_names):
-        return rows
-    if "factual" not in rows.column_names:
-        raise PairError(f"the texts have {SLOT} slots, so they need a column 'factual' with the words that stand there")
-    known: dict[str, tuple[str, str, str]] = {}
-    for row in (*run.data.train, *run.data.choice, *run.data.test):
-        other = row.get("counterfactual_label") or next(c for c in run.recipe.classes if c != row["label"])
-        known.setdefault(row["factual"].strip().lower(), (row["counterfactual"], row["label"], other))
-    found = []
-    for number, row in enumerate(rows):
-        entry = known.get(str(row["factual"]).strip().lower())
-        if entry is None:
-            words = ", ".join(sorted(known)[:8])
-            raise PairError(
-                f"row {number}: {row['factual']!r} is no word of the recipe ({words} …); "
-                "give the columns counterfactual, label and counterfactual_label too"
-            )
-        found.append({"text": row["text"], "factual": row["factual"], "counterfactual": entry[0], "label": entry[1],
-                      "counterfactual_label": entry[2]})  # fmt: skip
-    return Dataset.from_list(found)
-
-
-def _feature_words(data: Materials) -> list[str]:
-    columns = [rows[name] for rows in (data.train, data.choice, data.test) for name in ("factual", "counterfactual")]
-    return sorted({word.strip() for column in columns for word in column})
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -485,3 +370,56 @@ def _markdown(table: pd.DataFrame) -> str:
         lines.append(cells)
     lines.insert(1, ["---", *("---:" for _ in table.columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
+    """Encoded values as a histogram per class, neutral texts among them; one panel a pair of classes."""
+    figure = _figure(4.2 * len(parts), 3.2)
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    for panel, part in zip(panels, parts, strict=True):
+        limit = max(1.0, float(part.values.abs().max()))
+        edges = [limit * (i / 20 - 1) for i in range(41)]
+        for label, name, colour in zip((1, -1, 0), (*part.pair, "neutral"), _COLOURS, strict=True):
+            values = part.values[part.labels == label].tolist()
+            if values:
+                panel.hist(values, bins=edges, label=f"{name} ({len(values)})", color=colour, alpha=0.6)
+        found = part.metrics()
+        title = ", ".join(f"{key} {found[key]:.3f}" for key in ("cor", "cor_enc") if key in found)
+        # Above the panel: values stand at both of its ends.
+        panel.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
+        panel.set_xlabel(f"encoded value, {part.pair[0]} +1, {part.pair[1]} −1")
+    panels[0].set_ylabel("texts")
+    figure.savefig(path, dpi=_DOTS_PER_INCH)
+
+
+def _draw_grid(grid: pd.DataFrame, goals: Sequence[str], path: Path) -> None:
+    """Goals and language modelling over feature factor and learning rate; a row of panels for each pair of classes."""
+    points = grid.iloc[1:]  # the first row is the model without an edit
+    pairs = list(dict.fromkeys(points["pair"]))
+    columns = [*dict.fromkeys(goals), "cost"]
+    figure = _figure(4.2 * len(columns), 0.6 + 3.4 * len(pairs))
+    panels = figure.subplots(len(pairs), len(columns), squeeze=False)
+    for row, pair in zip(panels, pairs, strict=True):
+        for panel, column in zip(row, columns, strict=True):
+            # Above a tenth, language modelling is lost, and only how far would be seen.
+            limits = {"vmin": -0.1, "vmax": 0.1, "cmap": "RdBu_r"} if column == "cost" else {"cmap": "viridis"}
+            table = points[points["pair"] == pair].pivot(index="feature_factor", columns="learning_rate", values=column)
+            image = panel.imshow(table.to_numpy(), aspect="auto", origin="lower", **limits)
+            for axis, labels in ((panel.xaxis, table.columns), (panel.yaxis, table.index)):
+                axis.set_ticks(range(len(labels)), [f"{label:g}" for label in labels], fontsize=6)
+            panel.tick_params("x", rotation=90)
+            panel.set_title(f"{column}, neuron {pair}", fontsize=9)
+            figure.colorbar(image, ax=panel)
+        row[0].set_ylabel("feature factor h")
+    for panel in panels[-1]:
+        panel.set_xlabel("learning rate α")
+    figure.savefig(path, dpi=_DOTS_PER_INCH)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", figsize=(width, height))

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hf_erasure.adapters.common.files import fits, in_words, read_text, short
+from hf_erasure.adapters.common.files import fits, hints, in_words, read_text, short
 
 Section = TypeVar("Section")
 _FEW = 20  # fields that a message lists
@@ -107,21 +107,20 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
         if content.get(name) is None:
             raise ValueError(f"{missing_in or section} lacks {name}: {documented(kind)[name]}")
     entries = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(kind)
+    declared = typing.get_type_hints(kind)
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{section}.{key}" if section else key
-        part, of = _section_in(hints[key]), entries[key].metadata.get(_KIND)
+        part, of = _section_in(declared[key]), entries[key].metadata.get(_KIND)
         if (part or of) and value is None:
             continue
         if part is not None:
             found[key] = section_of(value, part, name)
         elif of is not None:
-            known = typing.get_type_hints(of)
             given = check_section(value, of, name, entries[key].metadata[_ABOVE])
-            found[key] = {inner: _checked(given[inner], known[inner], f"{name}.{inner}") for inner in given}
+            found[key] = {inner: _checked(given[inner], hints(of)[inner], f"{name}.{inner}") for inner in given}
         else:
-            found[key] = _checked(value, hints[key], name, entries[key].metadata.get(_WORDS))
+            found[key] = _checked(value, declared[key], name, entries[key].metadata.get(_WORDS))
     return kind(**found)
 
 
@@ -205,12 +204,6 @@ def documented(kind: type) -> dict[str, str]:
     return {name: " ".join(words.split()) for name, words in entries}
 
 
-def _described(kind: Any) -> dict[str, str]:
-    """Field → what the docstring says of it, or else its `help`."""
-    helps = {entry.name: entry.metadata["help"] for entry in fields(kind) if "help" in entry.metadata}
-    return helps | documented(kind)
-
-
 def _required(kind: Any) -> list[str]:
     return [e.name for e in fields(kind) if e.init and e.default is MISSING and e.default_factory is MISSING]
 
@@ -229,20 +222,21 @@ def json_schema(kind: type, title: str) -> dict[str, Any]:
 
 
 def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> dict[str, Any]:
-    hints, words = typing.get_type_hints(kind), _described(kind)
+    helps = {entry.name: entry.metadata["help"] for entry in fields(kind) if "help" in entry.metadata}
+    words = helps | documented(kind)
     # What PEFT and transformers add differs between their releases: it is allowed, and not listed.
     mine = [part for part in kind.__mro__ if part.__module__.startswith("hf_erasure.")]
     ours = {name for part in mine for name in inspect.get_annotations(part)}
     entries = [entry for entry in fields(kind) if entry.init and entry.name in ours and entry.name not in leave_out]
     found: dict[str, Any] = {
         "type": "object",
-        "properties": {entry.name: dict(_property(entry, hints[entry.name], words)) for entry in entries},
+        "properties": {entry.name: dict(_property(entry, hints(kind)[entry.name], words)) for entry in entries},
         "additionalProperties": any(entry.name not in ours for entry in fields(kind)),
     }
     if required and (needed := _required(kind)):
         found["required"] = needed
     only = getattr(kind, "short_for", None)
-    return {"anyOf": [*_alternatives(_type(hints[only])), found]} if only is not None else found
+    return {"anyOf": [*_alternatives(_type(hints(kind)[only])), found]} if only is not None else found
 
 
 def _property(entry: Field[Any], hint: Any, words: dict[str, str]) -> Iterator[tuple[str, Any]]:

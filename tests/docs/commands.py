@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hf_erasure.cli import app
 from hf_erasure.recipes.erasure import read_recipe
-from hf_erasure.recipes.gradiend import read_gradiend_recipe
+from hf_erasure.recipes.gradiend_recipe import read_gradiend_recipe
 from tests.docs.blocks import Block, PageError
 
 ROOT = Path(__file__).resolve().parents[2]

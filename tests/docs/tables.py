@@ -22,8 +22,7 @@ from hf_erasure.cli import app
 from hf_erasure.evaluation.data import LAYOUT
 from hf_erasure.metrics import METRICS, Facts
 from hf_erasure.recipes.erasure import DataRecipe, Recipe
-from hf_erasure.recipes.gradiend import GradiendRecipe, SelectRecipe
-from hf_erasure.recipes.gradiend_data import PairsRecipe
+from hf_erasure.recipes.gradiend_recipe import GradiendRecipe, PairsRecipe, SelectRecipe
 from hf_erasure.recipes.schema import documented
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

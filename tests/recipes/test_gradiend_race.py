@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from hf_erasure.recipes.gradiend import NO_EDIT, check_gradiend_output, read_gradiend_recipe, run_gradiend_recipe
+from hf_erasure.recipes.gradiend import NO_EDIT, check_gradiend_output, run_gradiend_recipe
+from hf_erasure.recipes.gradiend_recipe import read_gradiend_recipe
 from tests.small_models import roughen
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -13,8 +13,7 @@ from datasets import Dataset
 from hf_erasure.fitting.gradiend import PairError
 from hf_erasure.fitting.gradiend.pairs import usable_rows
 from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
-from hf_erasure.recipes.gradiend import read_gradiend_recipe
-from hf_erasure.recipes.gradiend_data import GradiendDataRecipe, load_materials
+from hf_erasure.recipes.gradiend_recipe import GradiendDataRecipe, load_materials, read_gradiend_recipe
 from hf_erasure.recipes.schema import section_of
 from tests.fitting.gradiend.language_models import tokenizer_of
 

@@ -10,13 +10,11 @@ from hf_erasure.fitting.gradiend import SlotReader, word_tokens
 from hf_erasure.fitting.gradiend.pairs import PairSet
 from hf_erasure.recipes.gradiend import (
     NO_EDIT,
-    GradiendRecipe,
     check_gradiend_output,
     load_model,
-    read_gradiend_recipe,
     run_gradiend_recipe,
 )
-from hf_erasure.recipes.gradiend_data import PARTS, PairsRecipe, load_materials
+from hf_erasure.recipes.gradiend_recipe import PARTS, GradiendRecipe, PairsRecipe, load_materials, read_gradiend_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "gradiend_three_classes" / "recipe.yaml"
 

@@ -1,4 +1,4 @@
-"""The data of a GRADIEND recipe: pairs to learn from, to choose an edit on and to report, and neutral texts."""
+"""What a GRADIEND recipe says, and its data: pairs to learn from, to choose an edit on and to report; neutral texts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from datasets import Dataset
 
+from hf_erasure.adapters import GradiendConfig
 from hf_erasure.adapters.common.files import read_text
+from hf_erasure.fitting.gradiend.selection import FEATURE_FACTORS, LEARNING_RATES, goal_by_name
 from hf_erasure.fitting.gradiend.sentences import PAIR_COLUMNS, pairs_from_sentences, pairs_from_templates
+from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
+from hf_erasure.models.heads import HEADS, Task
 from hf_erasure.models.word_tokens import SLOT, PairError, shortened, whole_words
 
 from .run import load_rows
-from .schema import check_section, fields_of
+from .schema import check_section, fields_of, one_of, read
 
+# Task → the Auto class that loads a model for it.
+TASKS = {task: next(head.auto_class for head in HEADS if head.task == task) for task in get_args(Task)}
 PARTS = ("train", "choice", "test")
 NEUTRAL_PARTS = ("choice", "test")
 
@@ -132,6 +138,81 @@ class GradiendDataRecipe:
         return content | {name: {**defaults, **part} for name, part in sets.items() if isinstance(part, dict)}
 
 
+@dataclass
+class SelectRecipe:
+    """What an edit is chosen for.
+
+    Attributes:
+        goal: As of `GradiendTrainer.select`, or a list: the adapter is saved with the edit for the first, and all are
+            reported.
+        budget: By how much language modelling may get worse.
+        feature_factors: The grid's values of h.
+        learning_rates: The grid's values of α.
+    """
+
+    goal: str | list[str] = "balance"
+    budget: float = 0.02
+    feature_factors: list[float] = field(default_factory=lambda: list(FEATURE_FACTORS))
+    learning_rates: list[float] = field(default_factory=lambda: list(LEARNING_RATES))
+
+    def __post_init__(self) -> None:
+        if not self.budget >= 0:
+            raise ValueError(f"select.budget={self.budget} in a recipe must be 0 or more.")
+
+    @property
+    def goals(self) -> list[str]:
+        """The goals, each once."""
+        return list(dict.fromkeys([self.goal] if isinstance(self.goal, str) else self.goal))
+
+
+@dataclass
+class GradiendRecipe:
+    """Everything a run needs.
+
+    Attributes:
+        model: A Hub id or a local folder.
+        feature: What is learned.
+        classes: Its classes, in order.
+        output: The folder the adapter is written to.
+        task: `"masked"`, `"causal"`, `"seq2seq"`, `"classification"`, or `"auto"`: as the checkpoint says.
+        config: Further fields of `GradiendConfig`; the encoder is kept unless they say otherwise.
+        data: Where pairs and texts are.
+        arguments: Fields of `GradiendTrainingArguments`.
+        select: What an edit is chosen for.
+    """
+
+    model: str
+    feature: str
+    classes: list[str]
+    output: str
+    data: GradiendDataRecipe
+    task: str = field(default="auto", metadata=one_of(("auto", *TASKS)))
+    config: dict[str, Any] = field(default_factory=dict, metadata=fields_of(GradiendConfig, "feature", "classes"))
+    arguments: dict[str, Any] = field(default_factory=dict, metadata=fields_of(GradiendTrainingArguments))
+    select: SelectRecipe = field(default_factory=SelectRecipe)
+
+    def __post_init__(self) -> None:
+        self.adapter()
+        for goal in self.select.goals:
+            goal_by_name(goal, self.classes)
+
+    def adapter(self) -> GradiendConfig:
+        """The configuration of the adapter."""
+        return GradiendConfig(feature=self.feature, classes=self.classes, **{"keep_encoder": True} | self.config)
+
+
+def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GradiendRecipe:
+    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `select.budget=0.05`.
+
+    Raises:
+        ValueError: If the file is not a recipe, a key is unknown, or a value is not what the run could use.
+    """
+    return read(path, overrides, GradiendRecipe)
+
+
+# ---- the data -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Materials:
     """The data of a run.
@@ -153,6 +234,44 @@ class Materials:
         found = {name: len(getattr(self, name)) for name in PARTS}
         found |= {f"{name} texts": len(set(getattr(self, name)["text"])) for name in PARTS}
         return found | {f"neutral {name}": len(rows) for name, rows in self.neutral.items()}
+
+    def words(self) -> list[str]:
+        """The words of all pairs."""
+        columns = [getattr(self, part)[name] for part in PARTS for name in ("factual", "counterfactual")]
+        return sorted({word.strip() for column in columns for word in column})
+
+    def completed(self, rows: Dataset, classes: Sequence[str]) -> Dataset:
+        """Rows with all columns of pairs: where only `factual` is given, its class and counterpart are looked up.
+
+        Args:
+            rows: Texts with a slot.
+            classes: Of the feature.
+
+        Raises:
+            PairError: If the word of a row is not given, or no pair has it.
+        """
+        several = "counterfactual_label" in rows.column_names
+        if set(PAIR_COLUMNS[:4]) <= set(rows.column_names) and (len(classes) == 2 or several):
+            return rows
+        if "factual" not in rows.column_names:
+            raise PairError(
+                f"the texts have {SLOT} slots, so they need a column 'factual' with the words that stand there"
+            )
+        known: dict[str, dict[str, str]] = {}
+        for row in (*self.train, *self.choice, *self.test):
+            other = row.get("counterfactual_label") or next(name for name in classes if name != row["label"])
+            entry = {"counterfactual": row["counterfactual"], "label": row["label"], "counterfactual_label": other}
+            known.setdefault(row["factual"].strip().lower(), entry)
+        words = [str(word).strip().lower() for word in rows["factual"]]
+        for number, word in enumerate(words):
+            if word not in known:
+                raise PairError(
+                    f"row {number}: {rows[number]['factual']!r} is not a word of the recipe "
+                    f"({', '.join(sorted(known)[:8])} …); give the columns counterfactual, label and "
+                    "counterfactual_label too"
+                )
+        given = [{"text": row["text"], "factual": row["factual"]} for row in rows]
+        return Dataset.from_list([row | known[word] for row, word in zip(given, words, strict=True)])
 
 
 def load_materials(
@@ -249,33 +368,25 @@ def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float],
     words = word_table(recipe, classes, "data.whole") if rows is None else {}
     texts = list(dict.fromkeys(_sentences(recipe) if rows is None else rows["text"]))
     # Sentences that differ in words of the table only have the same text once these give way to a slot.
+    every = {word for entries in words.values() for word in entries}
     alike: dict[str, list[str]] = {}
     for text in texts:
-        alike.setdefault(_without_words(text, words), []).append(text)
+        alike.setdefault(whole_words(every).sub(SLOT, text) if every else text, []).append(text)
     groups = list(alike.values())
     random.Random(seed).shuffle(groups)
     ends = [0, *(round(len(groups) * end) for end in itertools.accumulate(shares))]
-    parts = {
-        name: [text for group in groups[a:b] for text in group]
-        for name, a, b in zip(PARTS, ends, ends[1:], strict=False)
-    }
-    if rows is not None:
-        owner = {text: name for name, part in parts.items() for text in part}
-        owners = [owner.get(text) for text in rows["text"]]
-        return {name: rows.select([i for i, own in enumerate(owners) if own == name]) for name in PARTS}
-    return {name: _named(name, part, words, classes, recipe.single) for name, part in parts.items()}
-
-
-def _without_words(text: str, words: Mapping[str, Sequence[str]]) -> str:
-    every = {word for entries in words.values() for word in entries}
-    return whole_words(every).sub(SLOT, text) if every else text
-
-
-def _named(name: str, texts: list[str], words: dict[str, list[str]], classes: Sequence[str], single: bool) -> Dataset:
-    try:
-        return pairs_from_sentences(texts, words, classes, single=single)
-    except PairError as error:
-        raise PairError(f"data.whole, the {len(texts)} sentences for {name}: {error}") from error
+    parts = {}
+    for name, first, behind in zip(PARTS, ends, ends[1:], strict=False):
+        own = [text for group in groups[first:behind] for text in group]
+        if rows is not None:
+            chosen = set(own)
+            parts[name] = rows.select([number for number, text in enumerate(rows["text"]) if text in chosen])
+            continue
+        try:
+            parts[name] = pairs_from_sentences(own, words, classes, single=recipe.single)
+        except PairError as error:
+            raise PairError(f"data.whole, the {len(own)} sentences for {name}: {error}") from error
+    return parts
 
 
 def _check_apart(parts: Mapping[str, Dataset]) -> None:
@@ -319,8 +430,3 @@ def _texts(recipe: TextsRecipe) -> list[str]:
     texts = list(dict.fromkeys(re.sub(r"\s*\n\s*", "\n", text.strip()) for text in found))
     texts = [text for text in texts if text]
     return texts if recipe.rows is None else texts[recipe.rows[0] : recipe.rows[1]]
-
-
-def with_pair_columns(rows: Dataset) -> bool:
-    """Whether the rows are pairs; the class of the counterpart may be left out for two classes."""
-    return set(PAIR_COLUMNS[:4]) <= set(rows.column_names)
