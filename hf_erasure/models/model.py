@@ -111,7 +111,12 @@ def unwrapped(model: Any) -> Any:
     inner = model._modules.get("_orig_mod", model.__dict__.get("_orig_mod", model))
     while isinstance(inner, _PARALLEL) or type(inner).__name__ == "DeepSpeedEngine":
         inner = inner.module
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return without_peft(inner)
+
+
+def without_peft(model: Any) -> Any:
+    """The model inside a `PeftModel`; other models are given back."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def modules_along(model: nn.Module, path: str) -> list[nn.Module]:

@@ -25,6 +25,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from hf_erasure.models.model import without_peft
+
 from .config import ChildConfig
 from .files import PREFIX
 from .layer import AdapterChild, adapter_children
@@ -238,7 +240,7 @@ def note_adapters(model: Any) -> None:
     DDP does not broadcast their buffers. And the model refuses `adapter_names`, which most models of transformers take
     and do not read; a `PeftModel` reads it and does not hand it on.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     ignored = base.__dict__.get(_IGNORED)
     refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is _refuse_names]
     if adapter_children(base):
@@ -315,7 +317,7 @@ def undone_on_failure(
     Yields:
         What the model was; None inside of another such block for the same model, which undoes all.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     if id(base) in _UNDONE.get():
         yield None
         return

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from hf_erasure.models.model import without_peft
 
 from ..common.config import ChildConfig
 from ..common.files import CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS, short
@@ -237,7 +239,7 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
     Raises:
         ValueError: Names the first tensor that is missing, too many, or of another type or shape.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = without_peft(model)
     found = rename_tensors(read_header(file), config, prefix_of(base))
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
@@ -337,8 +339,7 @@ def _saved_tensors(model: nn.Module, config: ChildConfig) -> dict[str, tuple[int
     """The shapes of the tensors of a model that `modules_to_save` mean, as PEFT reads it, without wrappers' names."""
     if not config.modules_to_save:
         return {}
-    wrapped: Any = model
-    base: Any = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    base: Any = without_peft(model)
     shapes: dict[str, tuple[int, ...]] = {}
     modules: dict[str, Any] = dict(base.named_modules())
     for path, module in modules.items():

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.integrations import peft as integration
 
+from hf_erasure.models.model import without_peft
+
 from ..common.acting import all_configs, comparing_with_fitting, naming_what_goes_off
 from ..common.config import ChildConfig
 from ..common.files import COMMIT, PREFIX, WEIGHTS
@@ -205,7 +207,7 @@ def set_peft_model_state_dict(
             own = [module.modules_to_save[other] for other in trained if other in module.modules_to_save]
             for key, value in [*own, module.original_module][0].state_dict().items():
                 tensors.setdefault(f"{name}.{key}", value)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_peft(model)
     tensors = rename_tensors(tensors, model.peft_config[adapter_name], prefix_of(base), PREFIX)
     with keys_of_own_copies(model, adapter_name):
         return original(model, tensors, adapter_name, *args, **kwargs)

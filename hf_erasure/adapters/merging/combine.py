@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_erasure._version import __version__
 from hf_erasure.erasers import Eraser, combine_erasers
-from hf_erasure.models.model import as_attribute
+from hf_erasure.models.model import as_attribute, without_peft
 
 from ..common.acting import naming_what_goes_off, without
 from ..common.lookup import adapter_of
@@ -169,7 +169,7 @@ def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str
             f"This PeftModel takes {getattr(model.peft_type, 'value', model.peft_type)} adapters only: call "
             "combine_adapters(model.get_base_model(), …)."
         )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_peft(model)
     config.target_modules = exactly(list(config.fitted_modules), base)
     with warnings.catch_warnings(), naming_what_goes_off(model, into, expected=names):
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
