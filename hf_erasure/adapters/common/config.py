@@ -181,12 +181,12 @@ class ChildConfig(PeftConfig):
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
-    """Try the patterns of a configuration on all modules of a model, and look at how long its lists are.
+    """Look at how long the lists of a configuration are, and try its patterns on all modules of a model.
 
     PEFT compares every name with every module, which takes forever for lists that no model is as long as.
 
     Raises:
-        ValueError: If a pattern is not a regular expression, or takes longer than it may; or if a list is too long.
+        ValueError: If a list is too long, or a pattern is not a regular expression, or takes longer than it may.
     """
     names = [name for name, _ in model.named_modules()]
     for key in (*_PATTERNS, "modules_to_save"):
@@ -196,12 +196,7 @@ def check_targets(config: Any, model: nn.Module) -> None:
                 f"{key} names {len(listed)} modules, and this {type(model).__name__} has {len(names)} in all: the "
                 "configuration is damaged, or for another model."
             )
-    began = time.process_time()
-    for pattern in _patterns(config):
-        for name in names:
-            matches(config, pattern, name)
-            if time.process_time() - began > _SECONDS_A_MODEL:
-                raise ValueError(_too_slow(config, pattern, _SECONDS_A_MODEL))
+    as_names(config, *names)
 
 
 def matches(config: Any, field: str, name: str) -> bool:
@@ -220,17 +215,22 @@ def matches(config: Any, field: str, name: str) -> bool:
 
 
 def as_names(config: Any, *names: str) -> Any:
-    """A copy of a configuration in which those of `names` that its patterns match stand in their place."""
-    plain = copy.copy(config)
-    for pattern in _patterns(config):
-        setattr(plain, pattern, {name for name in names if matches(config, pattern, name)})
+    """A copy of a configuration in which those of `names` that its patterns match stand in their place.
+
+    Raises:
+        ValueError: As `matches`; also if all the names together take longer than they may.
+    """
+    plain, began = copy.copy(config), time.process_time()
+    for key in _PATTERNS:
+        value = getattr(config, key, None)
+        if isinstance(value, str) and value.lower() != "all-linear":
+            setattr(plain, key, set())
+            for name in names:
+                if matches(config, key, name):
+                    getattr(plain, key).add(name)
+                if time.process_time() - began > _SECONDS_A_MODEL:
+                    raise ValueError(_too_slow(config, key, _SECONDS_A_MODEL))
     return plain
-
-
-def _patterns(config: Any) -> list[str]:
-    """The fields that hold a pattern; "all-linear" is a word."""
-    values = {field: getattr(config, field, None) for field in _PATTERNS}
-    return [f for f, value in values.items() if isinstance(value, str) and value.lower() != "all-linear"]
 
 
 def _too_slow(config: Any, field: str, seconds: float) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -21,8 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from .config import ChildConfig
-
-Child = TypeVar("Child", bound="AdapterChild")
 
 # What PEFT calls a row without an adapter.
 NO_ADAPTER = "__base__"
@@ -103,6 +101,8 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     # The attributes that have an entry for each adapter, besides the state.
     entries: ClassVar[tuple[str, ...]] = ("sticky_adapters",)
+    # Tells the children of a kind in a model what else in it they concern, after its modules have changed.
+    link: ClassVar[Any] = None
     host: nn.Module
 
     def __init__(self, host: nn.Module, path: str) -> None:
@@ -281,10 +281,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def _unhook(self) -> None:
         """Take back what `_hook` did."""
 
-    @staticmethod
-    def link(model: nn.Module) -> None:
-        """Tell the children of this kind what else in the model they concern, after its modules have changed."""
-
     def _get_available_adapters(self) -> set[str]:
         """What PEFT reports as available; it looks for parameters, and there are none here."""
         return set(self.adapters)
@@ -339,12 +335,7 @@ def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[
         model: Any model, bare or wrapped in a `PeftModel`.
         adapter_name: Only those that hold this adapter.
     """
-    return children_of_kind(model, AdapterChild, adapter_name)
-
-
-def children_of_kind(model: nn.Module, kind: type[Child], adapter_name: str | None = None) -> list[Child]:
-    """The same of one kind."""
-    children = [module for module in model.modules() if isinstance(module, kind)]
+    children = [module for module in model.modules() if isinstance(module, AdapterChild)]
     return [child for child in children if adapter_name is None or adapter_name in child.sticky_adapters]
 
 

@@ -185,7 +185,12 @@ class ChildTuner(BaseTuner):
 
     def _what_to_add(self, config: Any, target: nn.Module, path: str) -> tuple[Any, ...] | None:
         """What a child is told beside the configuration; None where the adapter has nothing to do at a target."""
-        refuse_container(path, target)
+        lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+        if isinstance(target, lists) or type(target).forward is nn.Module.forward:
+            raise ValueError(
+                f"{path!r} is a {type(target).__name__}, whose modules the model goes through, and no adapter can be "
+                rf"put on it: name the modules in it, as in target_modules=r'{path}\.\d+'."
+            )
         return ()
 
     def _check_complete(self, config: Any, children: list[AdapterChild], wanted: list[str]) -> None:
@@ -360,8 +365,9 @@ def rehome_layers(model: nn.Module) -> None:
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
             child.rehome(outermost)
-    for kind in {type(child) for child in adapter_children(model)}:
-        kind.link(model)
+    for link in {type(child).link for child in adapter_children(model)}:
+        if link is not None:
+            link(model)
 
 
 def move_inside_wrappers(model: nn.Module) -> None:
@@ -394,16 +400,6 @@ def keep_layers(names: list[str], config: Any) -> list[str]:
     lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
     found = {name: [m for m in _INDEX.finditer(name) if not lists or m["list"] in lists] for name in names}
     return [n for n, at in found.items() if layers is None or (at and int(at[0]["index"]) in wanted)]
-
-
-def refuse_container(path: str, module: nn.Module) -> None:
-    """Raise a `ValueError` if a target is a list of modules: the model would go through a child in it, too."""
-    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-    if isinstance(module, lists) or type(module).forward is nn.Module.forward:
-        raise ValueError(
-            f"{path!r} is a {type(module).__name__}, whose modules the model goes through, and no adapter can be put "
-            rf"on it: name the modules in it, as in target_modules=r'{path}\.\d+'."
-        )
 
 
 def _check_name(name: str, model: nn.Module) -> None:

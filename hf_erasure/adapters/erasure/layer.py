@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, StateDict, children_of_kind
+from ..common.layer import AdapterChild, StateDict, adapter_children
 from ..merging.record import forget, withdraw
-from .config import SITES, ConceptErasureConfig
+from .config import ConceptErasureConfig
 
 CHILD = "concept_erasure"
 Observer = Callable[[Tensor], Tensor]
@@ -121,10 +121,6 @@ class ErasureLayer(AdapterChild):
         silent = {*self.merged_adapters, *self._held}
         return [name for name in acting if self.concept_erasure_site[name] == site and name not in silent]
 
-    def acting_adapters(self) -> list[str]:
-        """The adapters whose erasers act on a forward pass."""
-        return [name for site in SITES for name in self.applied_adapters(site)]
-
     def _erase_output(self, host: nn.Module, args: tuple, output: Any) -> Any:
         acting = self.applied_adapters("output")
         if not acting:
@@ -201,7 +197,7 @@ def erasure_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
         model: Any model, bare or wrapped in a `PeftModel`.
         adapter_name: Only those that hold this adapter.
     """
-    return {layer.path: layer for layer in children_of_kind(model, ErasureLayer, adapter_name)}
+    return {child.path: child for child in adapter_children(model, adapter_name) if isinstance(child, ErasureLayer)}
 
 
 # ---- the hidden state in what a module takes or returns --------------------------------------------------------------

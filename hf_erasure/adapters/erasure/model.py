@@ -34,7 +34,13 @@ def default_targets(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If the model has no list of blocks, or no normalization layer in them.
     """
-    blocks = [name for name, module in model.named_modules() if _is_block_list(module)]
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    # Blocks have several parts, with matrices among them; a list of convolutions alone is not one of blocks.
+    blocks = [
+        name
+        for name, modules in lists.items()
+        if next(modules[0].children(), None) is not None and any(p.dim() == 2 for p in modules[0].parameters())
+    ]
     # A list of experts or of convolutions inside a block is part of that block.
     outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     within = tuple(f"{name}." for name in outermost)
@@ -46,13 +52,6 @@ def default_targets(model: nn.Module) -> list[str]:
         )
     chosen = {*inside, *_final_norms(model, outermost)}
     return [name for name, _ in model.named_modules() if name in chosen]
-
-
-def _is_block_list(module: nn.Module) -> bool:
-    """Blocks are a list of modules of several parts, with matrices among them; convolutions alone are not blocks."""
-    if not isinstance(module, nn.ModuleList) or not len(module) or not any(True for _ in module[0].children()):
-        return False
-    return any(parameter.dim() == 2 for parameter in module[0].parameters())
 
 
 def _is_norm(name: str, module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.config import INDICES
-from ..common.layer import AdapterChild, StateDict, children_of_kind, innermost
+from ..common.layer import AdapterChild, StateDict, adapter_children, innermost
 from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
@@ -152,7 +152,9 @@ class GradiendLayer(AdapterChild):
                 if parameter is not None:
                     owners.setdefault(id(parameter), []).append((module, name))
         readers = Readers(model, left_out=AdapterChild)
-        for layer in children_of_kind(model, GradiendLayer):
+        for layer in adapter_children(model):
+            if not isinstance(layer, GradiendLayer):
+                continue
             used = dict.fromkeys(name for names in layer.gradiend_parameters.values() for name in names)
             places = {name: owners[id(layer.parameter(name))] for name in used}
             for name, found in places.items():
@@ -302,7 +304,7 @@ def gradiend_layers(model: nn.Module, adapter_name: str | None = None) -> dict[s
         model: Any model, bare or wrapped in a `PeftModel`.
         adapter_name: Only those that hold this adapter.
     """
-    return {layer.path: layer for layer in children_of_kind(model, GradiendLayer, adapter_name)}
+    return {child.path: child for child in adapter_children(model, adapter_name) if isinstance(child, GradiendLayer)}
 
 
 def strength(config: GradiendConfig) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..common.layer import AdapterChild, Rows, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
-from ..common.tuner import ChildTuner, exactly, refuse_container
+from ..common.tuner import ChildTuner, exactly
 from .config import GradiendConfig
 from .edit import squares_of_change
 from .layer import GradiendLayer
@@ -97,7 +97,7 @@ class GradiendModel(ChildTuner):
                 self._refuse_quantised(f"{path}.{name}", owner.get_parameter(name), config)
         if not names:
             if not isinstance(config.target_modules, str):
-                refuse_container(path, target)
+                super()._what_to_add(config, target, path)
             self._passed_over[path] = target
             return None
         self._claimed.update(id(owner.get_parameter(name)) for name in names)
@@ -153,7 +153,7 @@ class GradiendModel(ChildTuner):
             )
         for path, module in self._passed_over.items():
             if next(module.parameters(), None) is not None and not any(name.startswith(f"{path}.") for name in at):
-                refuse_container(path, module)
+                super()._what_to_add(config, module, path)
         if config.fitted_parameters is None:
             # PEFT shortens long lists to suffixes, and takes "embed_tokens" for a wish to save the embeddings too.
             config.target_modules = exactly(at, self.model)
