@@ -3,8 +3,9 @@
 Build the wheel and the sdist, and check that what a user installs is what the repository has: run by `make
 release-check` and, before it publishes, by the release workflow.
 
-The wheel is installed into a fresh environment, and everything is tried from another folder with an interpreter that
-does not see the checkout. The sdist has to give the same wheel.
+The wheel is installed into a fresh environment without constraints (torch aside, whose build is chosen first), so with
+the newest releases that its ranges admit. Everything is tried from another folder with an interpreter that does not
+see the checkout, and the main job of `make demo` is run there. The sdist has to give the same wheel.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ VERSION = re.compile(r"__version__ = \"([^\"]+)\"")
 # What a user cannot do without, beside the modules.
 PACKAGED = ("hf_erasure/py.typed", "hf_erasure/evaluation/templates/report.html.j2", "hf_erasure/metrics/weat.py")
 SHIPPED = ("README.md", "LICENSE", "pyproject.toml", "CHANGELOG.md", "tests/conftest.py", "docs/index.md", "mkdocs.yml")
+
+MAIN_JOB = "recipes/minilm-gender/recipe.yaml"
+
+VERSIONS = """
+from importlib.metadata import version
+names = ("torch", "transformers", "peft", "accelerate", "datasets", "huggingface_hub")
+print("with " + ", ".join(f"{name} {version(name)}" for name in names))
+"""
 
 # Run by the fresh interpreter, in a folder that is empty.
 INSTALLED = """
@@ -182,15 +191,44 @@ def check_installed(wheel: Path, folder: Path, version: str, borrowed: str | Non
     if borrowed:
         asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         Path(run(asked, cwd=empty, isolated=True).strip(), "borrowed.pth").write_text(f"{borrowed}\n", encoding="utf-8")
-    options = ["--no-deps", "--force-reinstall"] if borrowed else ["-c", ROOT / "constraints.txt"]
-    run([python, "-m", "pip", "install", "--quiet", *options, wheel], cwd=empty, isolated=True)
+    pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet"]
+    if borrowed:
+        run([*pip, "--no-deps", "--force-reinstall", wheel], cwd=empty, isolated=True)
+    else:
+        run([*pip, torch_pin()], cwd=empty, isolated=True)
+        run([*pip, f"{wheel}[demo]"], cwd=empty, isolated=True)
+        run([python, "-m", "pip", "check"], cwd=empty, isolated=True)
+    say(run([python, "-c", VERSIONS], cwd=empty, isolated=True).strip())
     script = f"EXPECTED, DATA, CARDS = {version!r}, {data_files()!r}, {cards()!r}\n{textwrap.dedent(INSTALLED)}"
     say(run([python, "-I", "-W", "ignore", "-c", script], cwd=empty, isolated=True).strip().splitlines()[-1])
     for command in (["--help"], ["fit", "--help"], ["gradiend", "fit", "--help"], ["evaluate", "--help"]):
         if "Usage" not in run([binaries / "hf-erasure", *command], cwd=empty, isolated=True):
             raise Unfit(f"`hf-erasure {' '.join(command)}` does not say how it is used")
-    if not borrowed:
-        run([python, "-m", "pip", "check"], cwd=empty, isolated=True)
+    check_main_job(binaries / "hf-erasure", empty)
+
+
+def torch_pin() -> str:
+    """The release of torch in constraints.txt, which is installed first: the wheel of the index may be another build.
+
+    Raises:
+        Unfit: The file does not pin torch.
+    """
+    found = re.search(r"^torch==[^ ;]+", _text("constraints.txt"), re.MULTILINE)
+    if found is None:
+        raise Unfit("constraints.txt has no line `torch==…`")
+    return found[0]
+
+
+def check_main_job(program: Path, folder: Path) -> None:
+    """Do what `make demo` does first: erase a concept from the embedded model, load the adapter again, compare.
+
+    Raises:
+        Unfit: It fails, or no adapter is saved.
+    """
+    run([program, "fit", ROOT / MAIN_JOB, "output=adapter"], cwd=folder, isolated=True)
+    if not (folder / "adapter" / "adapter_model.safetensors").is_file():
+        raise Unfit(f"`hf-erasure fit {MAIN_JOB}` saved no adapter")
+    say(run([program, "check", "adapter"], cwd=folder, isolated=True).strip().splitlines()[-1])
 
 
 def main() -> None:
