@@ -213,7 +213,7 @@ def torch_pin() -> str:
     Raises:
         Unfit: The file does not pin torch.
     """
-    found = re.search(r"^torch==[^ ;]+", _text("constraints.txt"), re.MULTILINE)
+    found = re.search(r"^torch==[^\s;]+", _text("constraints.txt"), re.MULTILINE)
     if found is None:
         raise Unfit("constraints.txt has no line `torch==…`")
     return found[0]
