@@ -115,16 +115,7 @@ def encoded(values: Iterable[float], labels: Iterable[int], pair: Pair) -> Encod
 def encode_all(
     reader: GradientReader, source: str, encode: Encode, batches: Sequence[Signed], pair: Pair, processes: Processes
 ) -> EncodedValues:
-    """One gradient a batch, encoded; shared among processes.
-
-    Args:
-        reader: Of the base model.
-        source: Which gradient the encoder reads.
-        encode: The encoder.
-        batches: One text each, with +1, −1 or 0.
-        pair: The classes that +1 and −1 stand for.
-        processes: Those that share the work.
-    """
+    """The values of batches of one text each, with +1, −1 or 0; the work is shared among processes."""
     mine = [(encode(reader.gradient(batch, source)), sign) for batch, sign in processes.mine(batches)]
     values, labels = zip(*processes.gathered(mine), strict=True)
     return encoded(values, labels, pair)

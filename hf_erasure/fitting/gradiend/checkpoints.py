@@ -69,14 +69,6 @@ class Progress:
 
     Features lie in files where checkpoints are written and there are several to choose from, and otherwise in memory,
     three vectors of the size of the model each.
-
-    Args:
-        model: What is trained on, for callbacks.
-        args: The intervals of logs, evaluations and checkpoints, and where they go.
-        callbacks: Added to those that transformers' `Trainer` has.
-        processing_class: For callbacks.
-        processes: Of which the main one writes and shows.
-        several: Whether more than one feature is kept.
     """
 
     def __init__(
@@ -124,12 +116,7 @@ class Progress:
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def save(self, state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Write a checkpoint, whole or not at all, and delete those beyond `save_total_limit`.
-
-        Args:
-            state: Of the estimator.
-            facts: What `resume` gives beside it.
-        """
+        """Write a checkpoint, whole or not at all, and delete those beyond `save_total_limit`."""
         if self.processes.is_main:
             final = self.root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             unfinished = self.root / f".{final.name}"
@@ -150,27 +137,37 @@ class Progress:
     def resume(
         self, checkpoint: str | bool | None, identity: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state and facts to go on from; what an earlier training left behind is not mistaken for this one's.
+        """The state and facts to go on from; those of a beginning where there is no checkpoint, as `save` had them.
 
         Args:
             checkpoint: A folder, True for the last one, or none.
             identity: What must be the same as when it was written.
 
-        Returns:
-            Nothing and the facts of a beginning where there is no checkpoint to go on from.
-
         Raises:
             ValueError: If there is no checkpoint, it is damaged, or it is of another training.
         """
         self._identity = identity
-        folder = None if checkpoint is None or checkpoint is False else self._folder_of(checkpoint)
-        state, facts = ({}, {"start": 0, "step": 0}) if folder is None else self._read(folder)
-        for name, value in facts.get("identity", {}).items():
-            if identity.get(name) != value:
+        state: dict[str, Tensor] = {}
+        facts: dict[str, Any] = {"start": 0, "step": 0}
+        folder = None
+        if checkpoint is not None and checkpoint is not False:
+            folder = self._folder_of(checkpoint)
+            kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+            self.state.log_history, self.state.global_step = kept["log_history"], kept["global_step"]
+            try:
+                state, content = read_tensors(folder / STATE)
+            except SafetensorError as error:
                 raise ValueError(
-                    f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
-                    f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
-                )
+                    f"The {STATE} of the checkpoint {str(folder)!r} is damaged ({error}): resume from an earlier one."
+                ) from error
+            facts = content["facts"]
+            for name, value in facts["identity"].items():
+                if identity.get(name) != value:
+                    raise ValueError(
+                        f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
+                        f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
+                    )
+        # What an earlier training left behind is not mistaken for this one's.
         if self.folder is not None and self.processes.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
         if folder is not None:
@@ -189,17 +186,6 @@ class Progress:
             if not (folder / name).exists():
                 raise ValueError(f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer: it has no {name}.")
         return folder
-
-    def _read(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        self.state.log_history, self.state.global_step = kept["log_history"], kept["global_step"]
-        try:
-            state, content = read_tensors(folder / STATE)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The {STATE} of the checkpoint {str(folder)!r} is damaged ({error}): resume from an earlier one."
-            ) from error
-        return state, content["facts"]
 
     # ---- features ---------------------------------------------------------------------------------------------------
 

@@ -88,12 +88,6 @@ class ClassWords:
         A word counts once, however it is spelled. Where a word belongs to several classes, no sum over the words of a
         class tells them apart: each text is then scored by the words that its own rows give to each class.
 
-        Args:
-            pairs: The texts.
-            tokenizer: Of the model.
-            config: The model's.
-            batch_size: Texts a forward pass.
-
         Raises:
             PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
         """
@@ -130,12 +124,7 @@ class ClassWords:
 
 
 def class_words(datasets: Iterable[Dataset], classes: Sequence[str]) -> ClassWords:
-    """Gather the words of every class from pairs.
-
-    Args:
-        datasets: That passed the checks of `PairSet`.
-        classes: In the order of their ids.
-    """
+    """Gather the words of every class from pairs that passed the checks of `PairSet`."""
     found: dict[str, dict[str, None]] = {label: {} for label in classes}
     for dataset in datasets:
         labels = _names(dataset, "label")

@@ -28,6 +28,7 @@ from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.common.provenance import RECORD
+from hf_erasure.adapters.gradiend.model import LEAST_KEPT
 from hf_erasure.fitting.report import in_words
 from hf_erasure.models.heads import task_of
 from hf_erasure.models.model import bare_model
@@ -38,7 +39,7 @@ from ..dataloader import origin_of
 from ..processes import Processes
 from .adapter import Encode, EncodedValues, GradiendAdapter, encode_all, reading_the_base, together
 from .checkpoints import Fitted, Progress
-from .pairs import Pair, PairSet, Signed
+from .pairs import Pair, PairSet
 from .selection import (
     FEATURE_FACTORS,
     LEARNING_RATES,
@@ -52,9 +53,6 @@ from .selection import (
     scan,
 )
 from .training import GradiendTrainingArguments, Training
-
-# As where a merge warns.
-LEAST_KEPT = 0.9
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -235,31 +233,24 @@ class GradiendTrainer:
         if dataset is None:
             raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
-        encoders, pairs, source = self._encoders(), self._pair_set(dataset), self.config.source
-        texts = [] if neutral is None else self._neutral_batches(neutral)
+        pairs, batches = self._pair_set(dataset), []
+        if self.fitted and not self.config.keep_encoder:  # as they were estimated
+            encoders: dict[Pair, Encode] = {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
+        else:
+            encoders = GradiendAdapter.of(self.model, self.adapter_name).encoders()
+        if neutral is not None:
+            batches = neutral_batches(
+                neutral, self.processing_class, self.task, self._words().all, batch_size=1, seed=self.args.seed,
+                config=self._model_config,
+            )  # fmt: skip
+        texts = [(batch, 0) for batch in batches]
         with reading_the_base(self.model, self.adapter_name, self.task) as reader:
             return [
-                encode_all(reader, source, encoders[pair], pairs.signed(1, pair) + texts, pair, self._processes)
+                encode_all(
+                    reader, self.config.source, encoders[pair], pairs.signed(1, pair) + texts, pair, self._processes
+                )
                 for pair in self.pairs
             ]
-
-    def _encoders(self) -> dict[Pair, Encode]:
-        """The feature neurons as they were estimated, or as the adapter keeps them."""
-        if self.fitted and not self.config.keep_encoder:
-            return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
-        return dict(GradiendAdapter.of(self.model, self.adapter_name).encoders())
-
-    def _neutral_batches(self, neutral: Dataset) -> list[Signed]:
-        batches = neutral_batches(
-            neutral,
-            self.processing_class,
-            self.task,
-            self._words().all,
-            batch_size=1,
-            seed=self.args.seed,
-            config=self._model_config,
-        )
-        return [(batch, 0) for batch in batches]
 
     # ---- selection --------------------------------------------------------------------------------------------------
 

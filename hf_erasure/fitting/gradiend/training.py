@@ -116,19 +116,7 @@ class _Best:
 
 @dataclass
 class Training:
-    """Runs all starts.
-
-    Attributes:
-        reader: Gives gradients of the base model.
-        source: What the encoder reads: `"factual"`, `"counterfactual"` or `"difference"`.
-        args: Estimator, steps and intervals.
-        train: The training data.
-        evaluation: What correlations are measured on; those of the latest training steps are taken where it is None.
-        processes: Those that share the work.
-        progress: Told of every step; keeps checkpoints and features.
-        losses: Of the latest steps.
-        recent: Encoded values and signs of the latest steps.
-    """
+    """Runs all starts; correlations are of the latest training steps where there is no data to evaluate on."""
 
     reader: GradientReader
     source: str
@@ -137,6 +125,7 @@ class Training:
     evaluation: PairSet | None
     processes: Processes
     progress: Progress
+    # Of the latest steps; and their encoded values and signs.
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
     # The start and epoch whose batches are drawn, and these.
@@ -207,7 +196,7 @@ class Training:
             if (is_last or is_saved) and self.processes.count > 1:
                 estimator.pool(lambda own: self.processes.gathered([own]), self.processes.add_one)
             if is_saved:
-                self._save(start, step + 1, estimator.state_dict())
+                self.progress.save(estimator.state_dict(), {"start": start.number, "step": step + 1})
                 if not self.processes.is_main:  # the main one has it all
                     estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
         feature = estimator.feature()
@@ -254,7 +243,8 @@ class Training:
             if done == start.steps or control.should_evaluate:
                 self._consider(start, neuron, best, done)
             if control.should_save and done < start.steps:
-                self._save(start, done, neuron.state_dict(), best=asdict(best))
+                facts = {"start": start.number, "step": done, "best": asdict(best)}
+                self.progress.save(neuron.state_dict(), facts)
             if args.patience is not None and best.since >= args.patience:
                 break
 
@@ -279,19 +269,15 @@ class Training:
         else:
             parameters = self.reader.parameters.items()
             gradients, rows = {kind: {name: torch.zeros_like(p) for name, p in parameters} for kind in wanted}, 0
-        if self.processes.count > 1:
-            self._average(gradients, rows)
+        if self.processes.count > 1:  # the mean over the rows of all, as if they had been one batch
+            total = sum(self.processes.gathered([rows]))
+            for blocks in gradients.values():
+                for block in blocks.values():
+                    block.mul_(rows / total)
+                self.processes.add(blocks)
         result = neuron.step(gradients[self.source], gradients["difference"])
         self.losses.append(result.loss)
         self.recent.append((result.encoded, sign))
-
-    def _average(self, gradients: dict[str, dict[str, Tensor]], rows: int) -> None:
-        """The mean over the rows of all processes, in place: as if they had been one batch."""
-        total = sum(self.processes.gathered([rows]))
-        for blocks in gradients.values():
-            for block in blocks.values():
-                block.mul_(rows / total)
-            self.processes.add(blocks)
 
     def _consider(self, start: Start, neuron: FeatureNeuron, best: _Best, step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
@@ -321,9 +307,6 @@ class Training:
         values, signs = zip(*self.recent, strict=True)
         return pearson(torch.tensor(values, dtype=torch.float64), torch.tensor(signs))
 
-    def _save(self, start: Start, step: int, state: dict[str, Tensor], **more: Any) -> None:
-        self.progress.save(state, {"start": start.number, "step": step, **more})
-
     def _best(self, starts: Iterable[Start]) -> Fitted:
         found = [self.progress.kept(start.number, start.pair) for start in starts]
         best = max(found, key=lambda fitted: -1.0 if math.isnan(fitted.correlation) else abs(fitted.correlation))
@@ -337,11 +320,7 @@ class Training:
         return best
 
     def calibrated(self, fitted: Fitted, density: float) -> Feature:
-        """A start's feature with a sparse encoder, whose class means are those of the dense one.
-
-        Args:
-            fitted: With a dense encoder, which is kept where `density` prunes nothing.
-            density: The share of entries to keep.
+        """A start's feature with an encoder of that density, whose class means are those of the dense one.
 
         Raises:
             ValueError: If the kept entries do not tell the classes apart.
