@@ -108,7 +108,7 @@ def build(source: Path, output: Path, *kinds: str) -> list[Path]:
 
 
 def data_files() -> list[str]:
-    """Everything in the package that is no module, as paths below it."""
+    """Everything in the package that is not a module, as paths below it."""
     tracked = run(["git", "ls-files", "hf_erasure"], cwd=ROOT).split() if (ROOT / ".git").exists() else []
     named = tracked or [str(path.relative_to(ROOT)) for path in (ROOT / "hf_erasure").rglob("*") if path.is_file()]
     kept = [name for name in named if not name.endswith((".py", ".pyc")) and "__pycache__" not in name]

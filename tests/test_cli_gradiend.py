@@ -186,7 +186,7 @@ def test_encode_writes_a_value_a_text(fitted: tuple[Path, str], tmp_path: Path) 
     ("change", "said"),
     [
         ("output", "holds no finished run: run `hf-erasure gradiend fit"),
-        ("factual", "'queen' is no word of the recipe (he, she"),
+        ("factual", "'queen' is not a word of the recipe (he, she"),
         ("column", "has no column 'text'"),
         ("goal", "goal='mother' is not defined for the classes"),
         ("colour=red", "colour is not known"),

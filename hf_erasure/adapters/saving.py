@@ -103,11 +103,11 @@ def finish(folder: str | Path) -> None:
     while os.path.lexists(commit):
         try:
             if not stat.S_ISDIR(commit.lstat().st_mode):
-                raise ValueError(f"{str(commit)!r} is no folder that a save has left: delete it.")
+                raise ValueError(f"{str(commit)!r} is not a folder that a save has left: delete it.")
             # The configuration first: with it the folder is found to be an adapter's, and the rest is moved then.
             for file in sorted(commit.iterdir(), key=lambda path: (path.name != CONFIG, path.name)):
                 if not stat.S_ISREG(file.lstat().st_mode):
-                    raise ValueError(f"{str(file)!r} is no file that a save has left: delete {str(commit)!r}.")
+                    raise ValueError(f"{str(file)!r} is not a file that a save has left: delete {str(commit)!r}.")
                 os.replace(file, folder / file.name)  # a link in its place is replaced, not written to
             commit.rmdir()
         except FileNotFoundError:

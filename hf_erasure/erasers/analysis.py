@@ -61,7 +61,7 @@ class OracleEraser:
             `(…, x_dim)` in the dtype of `x`; computed in float32 or, for float64, in it.
 
         Raises:
-            TypeError: If `x` is no floating-point tensor or `z` no tensor.
+            TypeError: If `x` is not a floating-point tensor or `z` not a tensor.
             ValueError: If a shape does not fit or a class id is out of range.
         """
         width, classes = self.coefficients.shape
@@ -142,8 +142,8 @@ class QuadraticEraser:
             mask: `(…)` bool, False leaves a row out.
 
         Raises:
-            TypeError: If an argument is no tensor of numbers.
-            ValueError: If `z` is no class ids, or as in `of`.
+            TypeError: If an argument is not a tensor of numbers.
+            ValueError: If `z` is not class ids, or as in `of`.
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
@@ -209,7 +209,7 @@ class QuadraticEraser:
             `(…, x_dim)` in the dtype of `x`; computed in float32 or, for float64, in it.
 
         Raises:
-            TypeError: If `x` is no floating-point tensor or `z` no tensor of integers.
+            TypeError: If `x` is not a floating-point tensor or `z` not a tensor of integers.
             ValueError: If a shape does not fit or a class id is out of range.
         """
         count, width = self.class_means.shape

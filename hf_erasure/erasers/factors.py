@@ -173,7 +173,7 @@ def check_rounds(rounds: int | None, rank: int | None) -> int:
     """At most how many rounds are meant.
 
     Raises:
-        TypeError: If one is no int.
+        TypeError: If one is not an int.
         ValueError: If one is below 1.
     """
     for name, value in (("rounds", rounds), ("rank", rank)):

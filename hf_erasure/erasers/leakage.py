@@ -37,7 +37,7 @@ def cross_validated_correlation(
         A correlation between −1 and 1; 0.0 where x or z does not vary.
 
     Raises:
-        TypeError: If an argument is no `ConceptMoments`.
+        TypeError: If an argument is not a `ConceptMoments`.
         ValueError: If the halves have different dimensions, no concept, or no rows.
     """
     for name, half in (("half_a", half_a), ("half_b", half_b)):

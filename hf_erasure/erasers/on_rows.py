@@ -47,8 +47,8 @@ def fit_inlp(
         mask: `(…)` bool, False leaves a row out.
 
     Raises:
-        TypeError: If an argument is no tensor of numbers, or a count no int.
-        ValueError: If `z` is no class ids, there is one class only, x does not vary, or an option is out of range.
+        TypeError: If an argument is not a tensor of numbers, or a count is not an int.
+        ValueError: If `z` is not class ids, there is one class only, x does not vary, or an option is out of range.
     """
     limit = check_rounds(rounds, rank)
     rows = class_rows(x, z, weight, mask, "inlp")
@@ -126,8 +126,8 @@ def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None,
     """Check a batch and bring its counted rows to one scale.
 
     Raises:
-        TypeError: If an argument is no tensor, or holds the wrong kind of numbers.
-        ValueError: If `z` is no class ids, there is one class only, or x does not vary.
+        TypeError: If an argument is not a tensor, or holds the wrong kind of numbers.
+        ValueError: If `z` is not class ids, there is one class only, or x does not vary.
     """
     if not isinstance(x, Tensor) or x.ndim == 0:
         raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
@@ -298,8 +298,8 @@ def fit_rlace(
         An orthogonal projection of exactly that rank.
 
     Raises:
-        TypeError: If an argument is no tensor of numbers, or a count no int.
-        ValueError: If `z` is no class ids, there is one class only, x does not vary, or an option is out of range.
+        TypeError: If an argument is not a tensor of numbers, or a count is not an int.
+        ValueError: If `z` is not class ids, there is one class only, x does not vary, or an option is out of range.
     """
     rows = class_rows(x, z, weight, mask, "rlace")
     width = rows.x.shape[1]

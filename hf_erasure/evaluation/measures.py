@@ -225,7 +225,7 @@ def _gender_measures() -> list[Measure]:
         ),
         _of_metric(
             "minimum_description_length", "gender_mdl", "Gender, MDL compression", _compression,
-            "how much shorter the online code of the gender is than a uniform one; 1 is no shorter", pool="mean",
+            "how much shorter the online code of the gender is than a uniform one; 1 is not shorter", pool="mean",
         ),
         _of_metric(
             "tpr_gap", "tpr_gap", "TPR gap of profession (RMS)", _tpr_gap,

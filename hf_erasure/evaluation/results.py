@@ -30,7 +30,7 @@ LIMITS = (
     "On pre-LN models the intermediate hidden states stay un-erased unless whole blocks are targeted: look at the "
     "leakage by depth.",
     "CrowS-Pairs and StereoSet hold noisy pairs, SEAT effect sizes have wide permutation intervals on small models, "
-    "and a value near the ideal is no proof that a model is unbiased.",
+    "and a value near the ideal is not a proof that a model is unbiased.",
     "Intervals say how much other items would move a number, the model and the fitted adapter being what they are.",
 )
 

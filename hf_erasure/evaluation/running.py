@@ -284,7 +284,7 @@ def run_harness(
         ValueError: If the model is not causal, a task is not known, or its data cannot be had.
     """
     if subject.head != "causal":
-        raise ValueError(f"{type(subject.model).__name__} is no causal language model, which the harness needs")
+        raise ValueError(f"{type(subject.model).__name__} is not a causal language model, which the harness needs")
     manager = import_module("lm_eval.tasks").TaskManager(include_path=task_folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ValueError(f"--harness {unknown[0]}: lm-evaluation-harness has no such task.")

@@ -199,7 +199,7 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
     """Write an adapter as a stock LoRA with its card, which `PeftModel.from_pretrained(base, folder)` loads without us.
 
     An erasure is exported exactly. A GRADIEND adapter becomes its nearest LoRA of a rank, at its present strength;
-    what it changes in norms, biases and other parameters that are no matrices is left out, and the text says how much
+    what it changes in norms, biases and other parameters that are not matrices is left out, and the text says how much
     that is.
 
     Args:
@@ -212,8 +212,8 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
         What was written, what could not be, and where PEFT can use it but not merge it.
 
     Raises:
-        ValueError: If the adapter is not fitted, is merged, or has a site that is no linear layer and whose activation
-            does not go into linear layers only; names the site and what stands in the way.
+        ValueError: If the adapter is not fitted, is merged, or has a site that is not a linear layer and whose
+            activation does not go into linear layers only; names the site and what stands in the way.
     """
     exported = export(model, adapter_name, folder, rank=rank)
     write_lora_card(exported, adapter_of(model, adapter_name, ChildConfig).config)

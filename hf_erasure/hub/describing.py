@@ -49,7 +49,7 @@ def describe(
         language: Codes such as `"en"`.
 
     Raises:
-        ValueError: If there is no such adapter of ours, or a name is none of a repository.
+        ValueError: If there is no such adapter of ours, or a name is not that of a repository.
     """
     config = adapter_of(model, adapter_name, ChildConfig).config
     tell(config, datasets=datasets, labels_from=labels_from, base_model=base_model, license=license, language=language)
@@ -59,13 +59,13 @@ def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> 
     """Write into a configuration what `describe` is told.
 
     Raises:
-        ValueError: If a name is none of a repository.
+        ValueError: If a name is not that of a repository.
     """
     datasets = told.get("datasets")
     told["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets or [])
     for name in [*told["datasets"], *([base_model] if base_model else [])]:
         if hub_id(name) is None:
-            raise ValueError(f"{name!r} is no name on the Hub: write it as in 'user/name', and no folder.")
+            raise ValueError(f"{name!r} is not a name on the Hub: write it as in 'user/name', not as a folder.")
     if base_model:
         config.base_model_name_or_path = base_model
     known = config.provenance.get(TOLD)

@@ -63,7 +63,7 @@ class PushError(OSError):
 def explained(push: Callable[..., Result]) -> Callable[..., Result]:
     """Wrap a function that pushes to the repository which is its first argument.
 
-    The client's own exceptions are of several types, of which some are no `OSError`, over several lines, and about
+    The client's own exceptions are of several types, of which some are not an `OSError`, over several lines, and about
     addresses that the user has never seen.
     """
 
@@ -136,13 +136,13 @@ def push_adapter(
         Where the commit is.
 
     Raises:
-        ValueError: If the folder holds no fitted adapter of ours, or a name is none of a repository.
+        ValueError: If the folder holds no fitted adapter of ours, or a name is not that of a repository.
         PushError: If the Hub refuses, or does not answer.
     """
     folder, place = Path(folder), _place(subfolder)
     _check_fitted(folder)
     if base_model is not None and hub_id(base_model) is None:
-        raise ValueError(f"base_model={base_model!r} is no name on the Hub: write it as in 'user/name'.")
+        raise ValueError(f"base_model={base_model!r} is not a name on the Hub: write it as in 'user/name'.")
 
     def files(present: Callable[[str], str | None], to: str) -> Iterator[CommitOperationAdd]:
         facts = gather(folder, base_model=base_model)
@@ -317,7 +317,7 @@ def _place(subfolder: str | None) -> str:
         return ""
     parts = PurePosixPath(subfolder).parts
     if not parts or parts[0] == "/" or ".." in parts or "\\" in subfolder:
-        raise ValueError(f"subfolder={subfolder!r} is no folder within a repository: write a name such as 'gender'.")
+        raise ValueError(f"subfolder={subfolder!r} is not a folder within a repository: write a name such as 'gender'.")
     return "/".join(parts)
 
 

@@ -4,7 +4,7 @@ Each function reads the file, scores what can be scored, and computes the metric
 (too long for the model, a decisive word that the tokenizer does not know) is left out, counted by reason under
 `left_out`, and `coverage` says what share of the items asked for was scored (`asked`: how many `bias_types` and `limit`
 leave of the file). What is left out depends on the tokenizer and the longest input alone, so a model with and without
-an adapter is judged on the same items. Rows of the file that could not be read are no items; they are warned of, and
+an adapter is judged on the same items. Rows of the file that could not be read are not items; they are warned of, and
 `bad_rows` names them for each file.
 """
 
@@ -425,7 +425,7 @@ def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Quer
     """For either version: all its tokens (causal), or one row with every pronoun that differs masked (masked).
 
     Raises:
-        LeftOut: If the versions are no pair, one is too long, or their pronouns cannot be compared.
+        LeftOut: If the versions are not a pair, one is too long, or their pronouns cannot be compared.
     """
     if item.stereotype is None:
         raise LeftOut(NOT_A_PAIR)

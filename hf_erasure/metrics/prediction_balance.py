@@ -42,7 +42,8 @@ def score(
         Goal → value between 0 and 1; `means`, the mean probability of each class; `lms`, `texts`, `intervals`.
 
     Raises:
-        ValueError: If a probability is no probability, a goal means nothing for the classes, or the input is malformed.
+        ValueError: If a probability is not between 0 and 1, a goal means nothing for the classes, or the input is
+            malformed.
     """
     p = base.numbers("predictions", probabilities, width=len(classes))
     if p.min() < 0 or p.sum(1).max() > 1 + 1e-6:

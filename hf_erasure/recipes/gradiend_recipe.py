@@ -326,7 +326,7 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
     if isinstance(words, list):
         bad = [entry for entry in words if not isinstance(entry, list) or len(entry) != len(classes)]
         if bad:
-            raise ValueError(f"{where}.words: {bad[0]!r} is no list of one word for each of {list(classes)}.")
+            raise ValueError(f"{where}.words: {bad[0]!r} is not a list of one word for each of {list(classes)}.")
         words = {label: [str(entry[i]) for entry in words] for i, label in enumerate(classes)}
     if not isinstance(words, Mapping):
         raise ValueError(f"{where}.words is missing: write class → list of words, a list of tuples, or a JSON file.")

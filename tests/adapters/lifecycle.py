@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def refused(self) -> bool:
-        """Token ids are no activation; the pixels that go into ViT's embeddings are."""
+        """Token ids are not an activation; the pixels that go into ViT's embeddings are."""
         return self.target == "embeddings" and self.site == "input" and self.parts.is_text
 
     @property

@@ -57,8 +57,8 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     # tensors
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-5]), "is damaged"),
     "bytes behind the end": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"more"), "is damaged"),
-    "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is damaged, or is no safetensors file"),
-    "endless header": (lambda f: header(f, 2**63, b"{}"), "is damaged, or is no safetensors file"),
+    "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "is damaged, or is not a safetensors file"),
+    "endless header": (lambda f: header(f, 2**63, b"{}"), "is damaged, or is not a safetensors file"),
     "header of nonsense": (lambda f: header(f, 100, b"x" * 200), "is damaged"),
     "deep header": (lambda f: header(f, 200_000, b"[" * 200_000), "is damaged"),
     "4 TiB that are not there": (sparse, "of which most are not on disk"),
@@ -102,7 +102,7 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: rewrite(f, target_modules=[f"{n}" for n in range(10**5)]),
         "target_modules names 100000",
     ),
-    "a site that is no module": (
+    "a site that is not a module": (
         lambda f: rewrite(f, fitted_sites={"../../x": {"width": 1, "rank": 1}}),
         "are missing in",
     ),
@@ -153,14 +153,14 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: rewrite(f, provenance={"fingerprint": "x"}),
         "is not what fitting writes there",
     ),
-    "samples outside": (lambda f: samples(f, positions=[10**12], values=[0.0]), "is no sample"),
-    "negative positions": (lambda f: samples(f, positions=[-1], values=[0.0]), "is no sample"),
-    "samples of text": (lambda f: samples(f, values=["x"]), "is no sample"),
-    "samples of another length": (lambda f: samples(f, values=[0.0]), "is no sample"),
-    "samples of a dtype": (lambda f: samples(f, dtype="__class__"), "is no sample"),
+    "samples outside": (lambda f: samples(f, positions=[10**12], values=[0.0]), "is not a sample"),
+    "negative positions": (lambda f: samples(f, positions=[-1], values=[0.0]), "is not a sample"),
+    "samples of text": (lambda f: samples(f, values=["x"]), "is not a sample"),
+    "samples of another length": (lambda f: samples(f, values=[0.0]), "is not a sample"),
+    "samples of a dtype": (lambda f: samples(f, dtype="__class__"), "is not a sample"),
     # files
     "a pickle": (lambda f: pickled(f, "adapter_model.bin"), "pickle, which could run any code and is never loaded"),
-    "a pickle in disguise": (lambda f: pickled(f, WEIGHTS), "is damaged, or is no safetensors file"),
+    "a pickle in disguise": (lambda f: pickled(f, WEIGHTS), "is damaged, or is not a safetensors file"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
     "weights elsewhere": (lambda f: link(f, WEIGHTS), "is a link to a place outside of its folder"),
     "a configuration elsewhere": (lambda f: link(f, CONFIG), "is a link to a place outside of its folder"),
@@ -172,8 +172,8 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to("/dev/zero")),
         "is a link to a place outside of its folder",
     ),
-    "weights that are a pipe": (lambda f: fifo(f, WEIGHTS), "is no ordinary file"),
-    "weights that are a folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is no ordinary file"),
+    "weights that are a pipe": (lambda f: fifo(f, WEIGHTS), "is not an ordinary file"),
+    "weights that are a folder": (lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()), "is not an ordinary file"),
 }
 
 

@@ -265,14 +265,14 @@ def test_what_a_folder_pretends_to_be_left_by_a_save_does_no_harm(lifecycle: Lif
     assert (outside / "secret").read_text() == "kept"
     (folder / saving.COMMIT).symlink_to(outside)
     for act in (lambda: lifecycle.fitted(CELL).save_pretrained(folder), lambda: finish(folder)):
-        with pytest.raises(ValueError, match="is no folder that a save has left"):
+        with pytest.raises(ValueError, match="is not a folder that a save has left"):
             act()
-    with pytest.raises(ValueError, match="is no folder that a save has left"):
+    with pytest.raises(ValueError, match="is not a folder that a save has left"):
         lifecycle.base("bert").load_adapter(str(folder))
     (folder / saving.COMMIT).unlink()
     (folder / saving.COMMIT).mkdir()
     (folder / saving.COMMIT / "adapter_config.json").symlink_to(outside / "secret")
-    with pytest.raises(ValueError, match="is no file that a save has left"):
+    with pytest.raises(ValueError, match="is not a file that a save has left"):
         lifecycle.base("bert").load_adapter(str(folder))
     assert names(outside) == {"secret"}
 

@@ -185,7 +185,7 @@ def test_merging_an_erasure_is_refused(kind: str, bases: Bases, tmp_path: Path, 
 
 
 def test_what_stands_in_the_way_of_merging_beside_quantised_layers_is_said(bases: Bases, tmp_path: Path):
-    """BERT's residual connections would refuse on float weights too, so that these are no way out."""
+    """BERT's residual connections would refuse on float weights too, so that these are not a way out."""
     erased(bases.load("bert", "quanto int8"), "bert").save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(bases.load("bert", "quanto int8"), tmp_path)
     with pytest.raises(ValueError, match=r"goes into `add`.* Use the adapter unmerged\.$"):

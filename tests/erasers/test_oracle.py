@@ -64,7 +64,7 @@ def test_it_changes_no_more_than_leace(problem: tuple[Tensor, Tensor]) -> None:
 @laws
 @given(problems)
 def test_twice_takes_as_much_again(problem: tuple[Tensor, Tensor]) -> None:
-    """It is no projection: what it takes away depends on z alone."""
+    """It is not a projection: what it takes away depends on z alone."""
     x, z = problem
     eraser = OracleEraser.fit(x, z)
     once = eraser(x, z)

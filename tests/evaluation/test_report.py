@@ -145,7 +145,7 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
 def test_better_and_worse_are_said_where_an_interval_leaves_the_bases_value_out() -> None:
     results = made_up(5)
     leak, crows, lms = results.measures
-    # 0.40 ± 0.05, then 0.25, 0.10, −0.05, −0.20: a probe below the majority reads nothing, which is no harm.
+    # 0.40 ± 0.05, then 0.25, 0.10, −0.05, −0.20: a probe below the majority reads nothing, which is not a harm.
     assert [results.verdict(name, leak) for name in results.names] == ["", *["better"] * 4]
     # 60 ± 5, then 57, 54, 51, 48 with 50 for ideal.
     assert [results.verdict(name, crows) for name in results.names] == ["", "", "better", "better", "better"]

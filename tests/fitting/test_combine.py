@@ -203,7 +203,7 @@ def test_no_probe_reads_either_concept_from_a_trained_model(biographies):
         x = rows_at(model, [site], batches)[site]
         x = (x - x.mean(0)) / x.std(0)
         u, s, _ = torch.linalg.svd(x, full_matrices=False)
-        # Directions that the erasure has left to rounding (float32 on float32 erasers) are no features.
+        # Directions that the erasure has left to rounding (float32 on float32 erasers) are not features.
         features = (u[:, s > 1e-5 * s[0]] * len(x) ** 0.5).numpy()
         for concept in ("gender", "profession"):
             z = labels[concept][:, None].expand_as(real)[real].numpy()

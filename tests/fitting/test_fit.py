@@ -125,7 +125,7 @@ def test_pool_mean_guards_the_mean_pooled_embedding_and_tokens_do_not() -> None:
         states = (states - states.mean(0)) / states.std(0)
         gaps[pool] = float((states[z == 0].mean(0) - states[z == 1].mean(0)).abs().max())
     # Zero up to the rounding of float32 erasers and states, in units of the standard deviation; tokens of sequences of
-    # unequal length weigh otherwise, which leaves a difference that is no rounding.
+    # unequal length weigh otherwise, which leaves a difference that is not rounding.
     assert gaps["mean"] <= 1e-5 < 1e-3 < gaps["tokens"]
 
 

@@ -50,7 +50,7 @@ def push(folder: Path, what: str) -> dict[str, Any]:
 
 def command(*arguments: str) -> dict[str, Any]:
     done = CliRunner().invoke(app, arguments)
-    # An exception that is no exit is what a user would see as a traceback.
+    # An exception that is not an exit is what a user would see as a traceback.
     raised = None if isinstance(done.exception, SystemExit) else done.exception
     return {"code": done.exit_code, "said": done.output, "raised": repr(raised) if raised else None}
 

@@ -241,7 +241,7 @@ class LoopbackHub:
         if request.user is None:
             raise Refused(401, "Invalid username or password.")
         if asked.get("type", "model") != "model" or not re.fullmatch(r"[\w.-]{1,96}", asked.get("name", "")):
-            raise Refused(400, f"This is no name for a model repository: {asked.get('name')!r}")
+            raise Refused(400, f"This is not a name for a model repository: {asked.get('name')!r}")
         namespace = asked.get("organization") or request.user.name
         self._check_namespace(request.user, namespace)
         name = f"{namespace}/{asked['name']}"
@@ -374,7 +374,7 @@ class LoopbackHub:
     def _actions(self, repository: Repository, asked: dict[str, Any]) -> dict[str, Any]:
         oid, size = asked["oid"], asked["size"]
         if not re.fullmatch("[0-9a-f]{64}", oid) or not isinstance(size, int) or size < 1:
-            return asked | {"error": {"code": 422, "message": "This is no sha256 with a size"}}
+            return asked | {"error": {"code": 422, "message": "This is not a sha256 with a size"}}
         if oid in repository.large:
             return {"oid": oid, "size": size}
         ticket = secrets.token_hex(16)

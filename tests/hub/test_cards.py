@@ -234,7 +234,7 @@ def test_what_its_maker_tells_is_in_every_card_until_it_is_fitted_anew(lifecycle
     fit_concept_erasure(again, small_batches("llama", seed=9), NAME, sequential=False, progress=False)
     again.save_pretrained(tmp_path / "three")
     assert "two annotators" not in (tmp_path / "three/README.md").read_text()
-    with pytest.raises(ValueError, match="is no name on the Hub"):
+    with pytest.raises(ValueError, match="is not a name on the Hub"):
         describe(model, NAME, datasets=[str(tmp_path)])
     with pytest.raises(ValueError, match="'absent' is not an hf_erasure adapter"):
         describe(model, "absent")
@@ -283,7 +283,7 @@ NASTY = [
 
 
 def shape(card: str) -> tuple[list[str], list[str]]:
-    """What Markdown makes of a card: its blocks, and what is no text within them."""
+    """What Markdown makes of a card: its blocks, and what is not text within them."""
     blocks, inline = [], []
     for token in MarkdownIt("commonmark", {"html": True}).enable("table").parse(card):
         blocks.append(token.type + (token.content.split("\n")[0] if token.type == "html_block" else ""))
@@ -486,7 +486,7 @@ def test_the_command_refuses_what_is_not_of_this_adapter(folder: Path, lifecycle
         change(content)
         chosen.write_text(json.dumps(content))
         assert words in refused(chosen)
-    assert "no name on the Hub" in invoke("card", folder, "--base-model", "./base").output
+    assert "not a name on the Hub" in invoke("card", folder, "--base-model", "./base").output
     assert "there is one in ['no-gender']" in invoke("card", tmp_path).output
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

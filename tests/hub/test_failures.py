@@ -214,7 +214,7 @@ def test_a_command_that_cannot_load_its_base_says_so(seen: Seen):
 
 
 def test_what_the_client_lets_through_is_a_sentence_too(capsys: pytest.CaptureFixture[str]):
-    # Of a file of a tokenizer, say; the client's exceptions for a connection are no OSError.
+    # Of a file of a tokenizer, say; the client's exceptions for a connection are not an OSError.
     with pytest.raises(typer.Exit) as stopped, errors_as_sentences():
         raise HTTPError("peer closed connection")
     assert stopped.value.exit_code == 2

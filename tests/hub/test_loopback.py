@@ -199,7 +199,7 @@ def test_each_refusal_has_the_exception_that_the_client_has_for_it(api: HfApi, b
         bob.hf_hub_download(NAME, ".gitattributes")
 
 
-# ---- what is no commit -----------------------------------------------------------------------------------------------
+# ---- what is not a commit -------------------------------------------------------------------------------------------
 
 POINTER = {"path": WEIGHTS, "algo": "sha256", "oid": hashlib.sha256(b"weights").hexdigest(), "size": 7}
 

@@ -171,7 +171,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """The content of an `adapter_config.json`.
 
     Raises:
-        ValueError: If it is no JSON, no object, or far larger than any configuration.
+        ValueError: If it is not JSON, not an object, or far larger than any configuration.
     """
     size = _size_of_regular(file)
     if size > MAX_CONFIG_BYTES:
@@ -272,18 +272,18 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The type and the shape of each tensor in a safetensors file, by its name without PEFT's prefix.
 
     Raises:
-        ValueError: If it is no such file, is not complete, or says that it is far larger than what is on disk.
+        ValueError: If it is not such a file, is not complete, or says that it is far larger than what is on disk.
     """
     size, on_disk = _size_of_regular(file), getattr(file.stat(), "st_blocks", None)
     if on_disk is not None and size > _SMALL and on_disk * 512 < size // 8:
         raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
     try:
         with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  it is no mapping
+            tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  it is not a mapping
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in tensors.items()}
     except (SafetensorError, RuntimeError) as error:  # the latter where it cannot be mapped
         raise ValueError(
-            f"{str(file)!r} is damaged, or is no safetensors file ({error}): copy or download it again."
+            f"{str(file)!r} is damaged, or is not a safetensors file ({error}): copy or download it again."
         ) from error
     named = {name.removeprefix(PREFIX): entry for name, entry in found.items()}
     if len(named) < len(found):
@@ -361,7 +361,7 @@ def _size_of_regular(file: Path) -> int:
     """The size of a file; a device or a pipe has none, and might never end."""
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{str(file)!r} is no ordinary file.")
+        raise ValueError(f"{str(file)!r} is not an ordinary file.")
     return found.st_size
 
 

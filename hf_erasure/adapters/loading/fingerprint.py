@@ -39,7 +39,7 @@ QUANTISED = "quantised"
 RELATED = 0.9
 # Packed into 2 bits a normal sample still correlates by 0.85 with itself, and 64 values of another model by 0 ± 0.13.
 RELATED_QUANTISED = 0.5
-# 4 bits in groups leave 0.99 of a normal sample, 8 bits 0.9999; below this, what differs is no rounding of theirs.
+# 4 bits in groups leave 0.99 of a normal sample, 8 bits 0.9999; below this, what differs is not rounding of theirs.
 ROUNDED = 0.97
 # One matrix that is another's, among others that are the same; of fewer values chance alone may say so.
 ENOUGH_OF_ONE, RELATED_ONE = 16, 0.5
@@ -317,7 +317,9 @@ def _check_sample(name: str, sample: Any) -> None:
             and fits(sample.get("last", 0), int)
         )
     if not is_sample:
-        raise ValueError(f"The fingerprint has {short(sample)} of {name!r}, which is no sample: the file is damaged.")
+        raise ValueError(
+            f"The fingerprint has {short(sample)} of {name!r}, which is not a sample: the file is damaged."
+        )
 
 
 def _say_unread(unread: list[str], total: int, config: ChildConfig) -> None:

@@ -303,8 +303,8 @@ def _fault_of_words(
     """What is wrong with the slot of a text and the two words in it; a word that has no place has no tokens."""
     one, other, count, around = pair.factual, pair.counterfactual, text.count(SLOT), f"punctuation around {SLOT}"
     if count != 1:
-        found = "is no slot" if count == 0 else f"are {count} slots"
-        return f"there {found}; write {SLOT} exactly once, where {one!r} goes"
+        found = "there is no slot" if count == 0 else f"there are {count} slots"
+        return f"{found}; write {SLOT} exactly once, where {one!r} goes"
     if task == "causal" and not text.partition(SLOT)[0].strip():
         return (
             f"nothing stands before {SLOT}, but a causal model predicts a word from what is before it; put the slot "

@@ -283,7 +283,7 @@ class Training:
         """Measure the correlation and keep the neuron if it is the best so far."""
         correlation = self._correlation(start.pair, neuron.encode)
         self.progress.log({"cor": correlation, "eval_cor": correlation}, evaluated=True)
-        # A correlation that is not defined is no better than none, but something must be kept.
+        # A correlation that is not defined is not better than none, but something must be kept.
         size = 0.0 if math.isnan(correlation) else abs(correlation)
         if size <= best.size:
             best.since += 1

@@ -29,7 +29,7 @@ RATE = 0.05
 # Of outputs after two blocks: the edit in another order of float32 operations differs by a rounding a weight (2^-24
 # relative), which sums over 64 columns and norms multiply by less than 200.
 ORACLE_TOLERANCE = 2e-5
-# What is no part of the base model: heads and poolers.
+# What is not a part of the base model: heads and poolers.
 LEFT_OUT = {"llama": {"lm_head.weight"}, "bert": {"pooler.dense.weight", "pooler.dense.bias"}}
 LEFT_OUT["vit"] = LEFT_OUT["bert"]
 

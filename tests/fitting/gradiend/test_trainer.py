@@ -116,7 +116,7 @@ def test_a_saved_configuration_is_json_where_nothing_was_evaluated(tmp_path: Pat
     assert model.peft_config[NAME].provenance["correlation"] == {}
     model.save_pretrained(tmp_path / "saved")
     text = (tmp_path / "saved" / "adapter_config.json").read_text()
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 @pytest.mark.parametrize("source", ["counterfactual", "difference"])
