@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -85,15 +85,19 @@ def concept_dataloader(
             iterating) a row's label is unknown, missing, or does not match its input.
     """
     _check_arguments(dataset, batch_size, max_length, labels, label_subwords)
-    first = _first_example(dataset)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("dataset is empty: check the filter or the split that made it.")
+    if not isinstance(first, Mapping):
+        raise TypeError(f"dataset gives rows of type {type(first).__name__}: pass dataset.with_format(None).")
     encode = _choose_encoder(first, tokenizer, text_column, max_length, label_subwords)
-    read_labels = None
+    collate, columns = ConceptCollator(encode), list(encode.columns)
     if label_column is not None:
         _require_column(first, label_column, "label_column")
-        read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
-    origin = {} if label_column is None else origin_of(dataset, f"the column {label_column!r}")
-    dataset = _keep_columns(dataset, [*encode.columns, *([label_column] if label_column is not None else [])])
-    collate = ConceptCollator(encode, read_labels, origin)
+        collate.read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
+        collate.origin = origin_of(dataset, f"the column {label_column!r}")
+        columns.append(label_column)
+    dataset = _keep_columns(dataset, columns)
     if split_between_processes:
         processes = Processes()
         dataset = split_dataset_by_node(dataset, processes.rank, processes.count)
@@ -105,17 +109,19 @@ def concept_dataloader(
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate, shuffle=shuffle, generator=generator)
 
 
+@dataclass
 class ConceptCollator:
     """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them.
 
     Attributes:
+        encode: Makes the inputs.
+        read_labels: Makes the labels; None for batches without.
         origin: Where the rows come from, as `origin_of` says it.
     """
 
-    def __init__(self, encode: _Encoder, read_labels: _LabelReader | None, origin: dict[str, Any]) -> None:
-        self.encode = encode
-        self.read_labels = read_labels
-        self.origin = origin
+    encode: _Encoder
+    read_labels: _LabelReader | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -150,13 +156,12 @@ class _TextEncoder:
     """Tokenises strings, or lists of words."""
 
     tokenizer: PreTrainedTokenizerBase
-    column: str
+    columns: list[str]
     max_length: int | None
     split_into_words: bool
     label_subwords: str
 
     def __post_init__(self) -> None:
-        self.columns = [self.column]
         self.unit = "words" if self.split_into_words else None
         self.glues_words = self.split_into_words and _glues_words(self.tokenizer)
 
@@ -187,13 +192,13 @@ class _TextEncoder:
         return _Encoded(inputs, owners, [len(text) for text in texts])
 
     def _text(self, row: Row) -> Any:
-        text = _plain(row[self.column])
+        text = _plain(row[self.columns[0]])
         is_list = isinstance(text, list) and all(isinstance(word, str) for word in text)
         if is_list if self.split_into_words else isinstance(text, str):
             return text
         expected = "a list of words" if self.split_into_words else "a string"
         raise ValueError(
-            f"column {self.column!r} holds {text!r} where the first row holds {expected}: filter such rows out or "
+            f"column {self.columns[0]!r} holds {text!r} where the first row holds {expected}: filter such rows out or "
             f"bring them into the same form."
         )
 
@@ -207,16 +212,11 @@ class _TokenisedEncoder:
     unit: str | None = "tokens"
 
     def __call__(self, rows: Sequence[Row]) -> _Encoded:
-        features = [{name: _plain(row[name]) for name in self.columns} for row in rows]
-        lengths = [len(feature["input_ids"]) for feature in features]
-        padded = self.tokenizer.pad(
-            {name: [feature[name] for feature in features] for name in self.columns},
-            padding=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        columns = {name: [_plain(row[name]) for row in rows] for name in self.columns}
+        padded = self.tokenizer.pad(columns, padding=True, return_attention_mask=True, return_tensors="pt")
         inputs = dict(padded)
-        _refuse_rows_without_tokens(inputs["attention_mask"], [feature["input_ids"] for feature in features])
+        _refuse_rows_without_tokens(inputs["attention_mask"], columns["input_ids"])
+        lengths = [len(ids) for ids in columns["input_ids"]]
         owners: list[list[int | None]] = []
         for length in lengths:
             padding = [None] * (inputs["input_ids"].shape[1] - length)
@@ -229,23 +229,19 @@ class _TokenisedEncoder:
 class _PixelEncoder:
     """Stacks images: as they are, or run through an image processor first."""
 
-    column: str
-    processor: BaseImageProcessor | None
+    columns: list[str]
+    processor: BaseImageProcessor | None = None
     unit: str | None = None
 
-    def __post_init__(self) -> None:
-        self.columns = [self.column]
-
     def __call__(self, rows: Sequence[Row]) -> _Encoded:
-        images = [row[self.column] for row in rows]
+        images = [row[self.columns[0]] for row in rows]
         if self.processor is not None:
-            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-            return _Encoded({"pixel_values": pixels})
+            return _Encoded({"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]})
         arrays = [torch.as_tensor(np.asarray(image)) for image in images]
         shapes = {tuple(array.shape) for array in arrays}
         if len(shapes) > 1:
             raise ValueError(
-                f"column {self.column!r} holds images of different shapes {sorted(shapes)} in one batch: run them "
+                f"column {self.columns[0]!r} holds images of different shapes {sorted(shapes)} in one batch: run them "
                 f"through the model's image processor, which resizes them, or set batch_size=1."
             )
         return _Encoded({"pixel_values": torch.stack(arrays)})
@@ -267,10 +263,10 @@ def _choose_encoder(
         known = dict.fromkeys(["input_ids", "attention_mask", "token_type_ids", *tokenizer.model_input_names])
         return _TokenisedEncoder(tokenizer, [name for name in known if name in first])
     if "pixel_values" in first:
-        return _PixelEncoder("pixel_values", None)
+        return _PixelEncoder(["pixel_values"])
     _require_column(first, text_column, "text_column")
     if isinstance(tokenizer, BaseImageProcessor):
-        return _PixelEncoder(text_column, tokenizer)
+        return _PixelEncoder([text_column], tokenizer)
     _check_tokenizer(tokenizer, max_length)
     text = _plain(first[text_column])
     if not isinstance(text, str | list):
@@ -278,7 +274,7 @@ def _choose_encoder(
             f"text_column={text_column!r} holds {text!r} in the first row: it must hold strings or lists of words, or "
             f"images together with an image processor. Filter rows without a text out of dataset."
         )
-    return _TextEncoder(tokenizer, text_column, max_length, isinstance(text, list), label_subwords)
+    return _TextEncoder(tokenizer, [text_column], max_length, isinstance(text, list), label_subwords)
 
 
 def _check_tokenizer(tokenizer: Any, max_length: int | None) -> None:
@@ -473,15 +469,6 @@ def _check_arguments(
         raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
     if not labels or len(set(labels)) != len(labels):
         raise ValueError(f"labels must name every class once, got {list(labels)}.")
-
-
-def _first_example(dataset: Dataset | IterableDataset) -> Row:
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError("dataset is empty: check the filter or the split that made it.")
-    if not isinstance(row, Mapping):
-        raise TypeError(f"dataset gives rows of type {type(row).__name__}: pass dataset.with_format(None).")
-    return row
 
 
 def _require_column(first: Row, name: str, argument: str) -> None:
