@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
         )
     if rank == 0:
         return x
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with _autocast_off(x.device.type):
+    dtype, device = torch.promote_types(x.dtype, torch.float32), x.device.type
+    # Devices without autocast (meta) refuse the context altogether.
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         rows = x.to(dtype).reshape(-1, width)
         left, right = left.to(dtype), right.to(dtype)
         return _erase_rows(rows, left, right, bias).reshape(x.shape).to(x.dtype)
@@ -55,10 +56,3 @@ def _erase_rows(rows: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) 
         return torch.addcmul(rows, reading, left[:, 0], value=-1)
     reading = rows @ right.T if shift is None else torch.addmm(shift, rows, right.T, beta=-1)
     return torch.addmm(rows, reading, left.T, alpha=-1)
-
-
-def _autocast_off(device_type: str) -> AbstractContextManager[None]:
-    """Devices without autocast (meta) refuse the context altogether."""
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)

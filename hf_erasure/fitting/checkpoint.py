@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,13 +215,12 @@ class MomentsOfAPass:
             self._checkpoint.save_moments(self._key, self._statistics, batches, data, final=True)
 
 
-def digest_of(batches: Iterable[Mapping[str, Any]]) -> str:
+def digest_of(batches: Sequence[BatchLabels]) -> str:
     """What identifies batches: a hash of their tensors, in order; empty where there are none."""
-    found, some = hashlib.sha256(), False
-    for batch in batches:
-        add_to(found, batch)
-        some = True
-    return found.hexdigest() if some else ""
+    found = hashlib.sha256()
+    for labels in batches:
+        add_to(found, labels.batch)
+    return found.hexdigest() if batches else ""
 
 
 def add_to(found: Any, batch: Mapping[str, Any]) -> None:

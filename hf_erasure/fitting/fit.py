@@ -264,7 +264,7 @@ class Scrubber:
             statistics.check_reached(())
         one_by_one = task.runner.is_sharded
         if checkpoint is not None:
-            self._data = together(processes.gathered([digest_of(labels.batch for labels in self._batches)]))
+            self._data = together(processes.gathered([digest_of(self._batches)]))
             self.fits, was_one_by_one = processes.on_main(
                 lambda: (checkpoint.load_sites(self._data), checkpoint.one_site_a_pass), "reading the checkpoint"
             )
@@ -333,7 +333,10 @@ class Scrubber:
                         self._running = thread
                         thread.advance()
                         if thread.site is not None and thread.hidden is not None:
-                            self._look(self._batches[thread.index], thread.site, thread.hidden)
+                            labels = self._batches[thread.index]
+                            self._statistics[labels.source].update(
+                                thread.site, *labels.select(thread.hidden, thread.site)
+                            )
                             thread.hidden = None
                 except OutOfStep as reason:
                     refusal = str(reason)
@@ -362,7 +365,7 @@ class Scrubber:
 
         def look(wanted: str, labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
             if site == wanted and labels is not None:
-                self._look(labels, site, hidden)
+                self._statistics[labels.source].update(site, *labels.select(hidden, site))
             return self._erased(site, hidden) if site in self.fits else hidden
 
         with processes.agreeing("running over its first batch"):
@@ -374,9 +377,6 @@ class Scrubber:
                     task.run_over(self._batches, functools.partial(look, site))
                 self._solve(site)
             shown.update()
-
-    def _look(self, labels: BatchLabels, site: str, hidden: Tensor) -> None:
-        self._statistics[labels.source].update(site, *labels.select(hidden, site))
 
     def _solve(self, site: str) -> None:
         seen, processes = list(self._statistics.values()), self.task.processes

@@ -318,7 +318,6 @@ class RowsSeen:
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
-        self._waiting = 0
         self._known = np.empty(0, np.uint64)
 
     def watching(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -330,19 +329,14 @@ class RowsSeen:
     def add(self, hashes: np.ndarray) -> None:
         """Add rows by their hashes."""
         self._parts.append(hashes)
-        self._waiting += len(hashes)
-        if self._waiting > max(_WAITING, len(self._known)):
-            self._settle()
-
-    def _settle(self) -> None:
-        if self._parts:
-            self._known = np.unique(np.concatenate([self._known, *self._parts]))
-            self._parts, self._waiting = [], 0
+        if sum(map(len, self._parts)) > max(_WAITING, len(self._known)):
+            self._known = self.hashes
 
     @property
     def hashes(self) -> np.ndarray:
         """`(rows,)` uint64, sorted and each once."""
-        self._settle()
+        if self._parts:
+            self._known, self._parts = np.unique(np.concatenate([self._known, *self._parts])), []
         return self._known
 
     def pool(self, processes: Processes) -> None:
