@@ -248,15 +248,15 @@ def _losses(rows: ClassRows, logits: Tensor) -> Tensor:
     return -(rows.weight @ (rows.target * log_softmax(logits, 1)).sum(1))
 
 
+# Steps where the caller names none; what they reach is said at `_FIRST_RIDGE`.
 STEPS = 100
-
 # The first step is as long as a projection of rank 1, the last this share of it.
 _LAST_STEP = 1e-3
 # The adversary's ridge falls from this to what was asked for, over this share of the steps. On 450 rows of width 384,
 # which a weakly penalised probe separates with nearly any direction gone, 100 steps end 4e-4 nats from the optimum so;
 # after 300 steps with the last ridge from the start a probe still read held-out rows with 92 % accuracy.
 _FIRST_RIDGE, _SOFTENED = 10.0, 0.9
-# Steps after which the projection is rounded and judged.
+# Steps after which the projection is rounded and judged, which takes a probe of its own.
 _EVERY = 10
 # Slope at which a probe's answer counts as found.
 _TOLERANCE = 1e-6

@@ -22,11 +22,13 @@ from hf_erasure.models.pooling import IN_WORDS
 from .data import DataFolder
 from .subject import FINAL, Subject, TokenStates
 
+# Folds of the probes of single tokens; a tag with fewer than two tokens a fold is too rare to be probed.
 _TOKEN_FOLDS = 3
-# Of the pseudo-perplexity of a masked model: texts at most, and tokens of a window.
+# Texts of a pseudo-perplexity at most, and tokens of its windows: a masked model reads a row for each token.
 _PSEUDO_TEXTS, _PSEUDO_WINDOW = 40, 64
+# Rows of a batch of windows.
 _PERPLEXITY_ROWS = 32
-# Of each kind of text: the base's states are kept.
+# Texts of each kind: the base's states of all of them are kept in memory.
 _DISTORTION_TEXTS = 300
 GENDER_SEAT = ("sent-weat6", "sent-weat6b", "sent-weat7", "sent-weat7b", "sent-weat8", "sent-weat8b")
 

@@ -26,8 +26,9 @@ from .data import DataFolder
 from .loading import Adapter, host_of
 from .subject import FINAL, Subject
 
-# A gradient a text, so fewer than elsewhere.
+# Texts of each class that a neuron reads; each takes a gradient, so they are fewer than elsewhere.
 _NEURON_TEXTS = 40
+# Points of a picture at most, so that single ones can be told apart.
 _POINTS = 120
 _SENTENCE_END = re.compile(r"(?<=[.?])\s+|(?<=[。！？])")
 _PREFIX = "The {} said that "

@@ -21,13 +21,16 @@ from hf_erasure.metrics.readers import spread
 
 from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, reason_of, shown
 
+# Width of a picture, in units of SVG that the page scales to its column; sizes below are in the same units.
 WIDTH = 360
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus")
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 2", "1 2")
+# Half the width of a marker that stands alone, and of one among many.
 _SIZE, _SMALLER = 4.2, 3.6
+# Height of a row.
 _ROW = 20
-_OCCUPATIONS = 18
-_BINS = 20
+# Occupations that fit into a picture, and bars of a histogram.
+_OCCUPATIONS, _BINS = 18, 20
 
 # ---- marks -----------------------------------------------------------------------------------------------------------
 

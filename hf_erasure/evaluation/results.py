@@ -16,6 +16,7 @@ from hf_erasure.models.pooling import IN_WORDS
 
 from .loading import BASE
 
+# The layout of `results.json`; raise it when what an older version wrote cannot be read any more.
 FORMAT = 1
 RESULTS_FILE, REPORT_FILE = "results.json", "report.html"
 # The heading of measures that are of the concept of none of the adapters.

@@ -17,6 +17,7 @@ from .blocks import dot, flat, flat_blocks, largest, require_finite, sum_of_squa
 ACTIVATIONS = ("tanh", "identity")
 # Where the class means of the closed form's pre-activation read: tanh tells values about it apart well.
 CLASS_MEAN = 0.9
+# Positions in a tensor are kept as int32; a larger tensor keeps all its entries.
 MAX_INT32 = 2**31 - 1
 
 Index = Mapping[str, Tensor | None]

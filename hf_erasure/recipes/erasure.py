@@ -39,6 +39,7 @@ Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
 EMBEDDED = "embedded"
 ADAPTER_NAME = "erasure"
+# Rows of each streamed split that are probed where the recipe names no number: how long a stream is, nobody knows.
 STREAMED_PROBE_ROWS = 2000
 FIGURE_FILE = "leakage.png"
 

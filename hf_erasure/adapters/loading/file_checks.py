@@ -32,11 +32,11 @@ from ..common.files import CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS, short
 from ..common.provenance import Provenance
 from .key_renaming import prefix_of, rename_tensors
 
-# A configuration that names ten thousand weights, each with samples of its values, takes a few of these.
+# Bytes. A configuration that names ten thousand weights, each with samples of its values, has a few million.
 MAX_CONFIG_BYTES = 16 * 2**20
 # The types of tensors that adapters have, by the names that safetensors has for them.
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
-# Bytes. How much of a smaller file is on disk does not matter.
+# Bytes. How much of a smaller file is on disk does not matter: it cannot fill the memory.
 _SMALL = 2**28
 
 

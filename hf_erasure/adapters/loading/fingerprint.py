@@ -33,6 +33,8 @@ from ..common.placement import dequantised, is_quantised, is_sharded, shared_wei
 from ..common.provenance import Provenance
 from .key_renaming import absent, prefix_of
 
+# Values that are kept of a weight at most, of all weights together, and of a weight at least: enough for a correlation,
+# and a configuration stays a file of some hundred kilobytes.
 SAMPLES, TOTAL, FEWEST = 64, 2048, 4
 QUANTISED = "quantised"
 # Below this correlation of the sampled values the weights are those of another model, not a further training of it.

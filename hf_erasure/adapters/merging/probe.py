@@ -27,7 +27,8 @@ from ..common.placement import has_quantised
 from ..erasure.layer import ErasureLayer, erasure_layers
 from .record import why_not_mergeable
 
-# How many times as far as another rounding of the weights may a merge take the outputs.
+# A merge may take the outputs so many times as far as another rounding of the weights does: that is one sample of what
+# rounding does, and others are larger.
 _TIMES_ROUNDING = 4
 # Operations that give a view without being declared as one, or that read a tensor's shape and not its values.
 _VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}

@@ -156,6 +156,8 @@ def _names(dataset: Dataset, column: str) -> list[str]:
 
 # ---- the grid -------------------------------------------------------------------------------------------------------
 
+# Edits that are tried where none are named: in both directions, from steps that hardly change a word to some that break
+# the model, after which `FAR` ends a direction.
 FEATURE_FACTORS = (0.0, *(sign * x for x in (0.2, 0.4, 0.6, 0.8, 1.0, 2.0, 10.0) for sign in (1, -1)))
 _RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
 LEARNING_RATES = tuple(sign * x for sign in (1, -1) for x in _RATES)
