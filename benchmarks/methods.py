@@ -265,7 +265,7 @@ LIMITS = """## What these figures do not say
 - LEACE, `orth`, mean projection and the oracle guarantee that no linear probe with a convex loss beats a constant
   *on the rows they were fitted on*. INLP guarantees nothing after a few rounds, and R-LACE comes near its optimum,
   which for two classes and one direction is `orth`. For classes mean projection and `orth` are one map.
-- Accuracy below the majority is no success: a probe that is mostly wrong tells as much as one that is mostly right,
+- Accuracy below the majority is not a success: a probe that is mostly wrong tells as much as one that is mostly right,
   read the other way round. On the very rows an eraser was fitted on the concept is balanced out
   exactly, and a probe trained there may learn a direction that is a little wrong elsewhere. *Fresh rows* has no
   such bias.

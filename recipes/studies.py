@@ -30,7 +30,7 @@ def read_settings(kind: type[Settings], path: str | Path, overrides: Iterable[st
         expected: Some keys of it, for the message when the file is none.
 
     Raises:
-        ValueError: If the file is no recipe, or a key is unknown.
+        ValueError: If the file is not a recipe, or a key is unknown.
     """
     os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(ASSETS))
     content = read_content(path, overrides, expected)

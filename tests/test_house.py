@@ -103,6 +103,17 @@ def test_every_folder_has_its_place():
     assert {path.stem for path in PACKAGE.glob("*.py")} <= BESIDE
 
 
+def test_the_map_of_the_code_names_every_room_and_files_that_are_there():
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    rooms, calls = text.partition("## Map of the code")[2].partition("\n## ")[0].split("Where a call starts")
+    order = re.findall(r"^\| `(\w+)/`", rooms, re.MULTILINE)
+    assert set(order) == set(MAY_IMPORT)
+    for place, room in enumerate(order):
+        assert MAY_IMPORT[room] <= set(order[:place]), room
+    missing = [name for name in re.findall(r"`([\w/]+/\w+\.py)`", calls) if not (PACKAGE / name).is_file()]
+    assert not missing
+
+
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_arrows_go_one_way(folder: str):
     allowed = MAY_IMPORT[folder] | {folder, "_version"}

@@ -172,7 +172,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = (), kind: type = 
     """Read the file, and what is written behind it on the command line.
 
     Raises:
-        ValueError: If the file is no recipe, or a key is unknown.
+        ValueError: If the file is not a recipe, or a key is unknown.
     """
     os.environ.setdefault("HF_ERASURE_TEST_ASSETS", str(studies.ASSETS))
     content = read_content(path, overrides, "models, stories, materials")

@@ -93,7 +93,7 @@ def read_settings(path: str | Path, overrides: Iterable[str] = ()) -> Settings:
     """Read the file, and what is written behind it on the command line.
 
     Raises:
-        ValueError: If the file is no recipe, or a key is unknown.
+        ValueError: If the file is not a recipe, or a key is unknown.
     """
     return studies.read_settings(
         Settings,
