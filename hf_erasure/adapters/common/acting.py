@@ -107,10 +107,7 @@ def users_level() -> int:
 def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
     """Warn of what acted before an adapter came and does not afterwards, if one of this package is concerned.
 
-    Args:
-        model: What the adapter is added to or loaded into.
-        newcomer: The name of that adapter.
-        expected: Adapters of which nothing is to be said.
+    Of the adapters that are `expected` to go off, nothing is said.
     """
     if _ADDING.get():
         yield
@@ -189,12 +186,7 @@ def _listed(adapters: Mapping[str, str]) -> str:
 
 
 def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
-    """The other adapters that act, as fitting writes them down: `{"name", "kind", "sample"}` of each.
-
-    Args:
-        model: Bare or wrapped in a `PeftModel`.
-        adapter_name: The adapter that is fitted, or was.
-    """
+    """The other adapters that act, as fitting writes them down: `{"name", "kind", "sample"}` of each."""
     configs = all_configs(model)
     others = {name: noun for name, noun in adapters_now(model).acting.items() if name != adapter_name}
     fitted = [name for name in others if not isinstance(configs.get(name), ChildConfig) or configs[name].fitted]
@@ -211,13 +203,7 @@ def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
 
 
 def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:
-    """Name the loaded adapters that do not act while one is fitted.
-
-    Args:
-        model: Bare or wrapped in a `PeftModel`.
-        adapter_name: The adapter that is about to be fitted.
-        expected: Adapters that are off on purpose.
-    """
+    """Name the loaded adapters that do not act while one is fitted, but for those `expected` to be off."""
     now, configs = adapters_now(model), all_configs(model)
     idle = {name for name, config in configs.items() if isinstance(config, ChildConfig) and not config.has_effect}
     known = {*now.acting, *idle, *expected, adapter_name}

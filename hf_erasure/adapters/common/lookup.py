@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -53,12 +53,7 @@ class Found(Generic[C]):
 
 
 def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
-    """Find an adapter.
-
-    Args:
-        model: What the user has: a bare model, or any module with one inside.
-        name: The adapter's name.
-        kind: Its kind; `ChildConfig` for either.
+    """Find an adapter of a kind, `ChildConfig` for either, in a bare model or any module with one inside.
 
     Raises:
         AdapterNotFound: If there is none of that name and kind. It is a `ValueError`.
@@ -78,8 +73,8 @@ def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
 
 def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Iterator[Found[C]]:
     """The adapters of a kind, or those of one name, with the models that have them, in the model's order."""
-    for path, owner, configs in _owners(model):
-        for name, config in configs.items():
+    for path, owner in model.named_modules():
+        for name, config in (configs_on(owner) or {}).items():
             if only in (None, name) and isinstance(config, kind) and adapter_children(owner, name):
                 around = modules_along(model, path)
                 outer = next((module for module in around if isinstance(module, PreTrainedModel)), owner)
@@ -102,16 +97,8 @@ def only_adapter(model: nn.Module, kind: type[C]) -> str:
     raise ValueError(f"This {type(model).__name__} has several {kind.noun}s, {names}: say which with adapter_name=….")
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, PeftConfig]]]:
-    """The modules that PEFT has noted adapters on, with the names they have in `model`."""
-    for path, module in model.named_modules():
-        configs = configs_on(module)
-        if configs is not None:
-            yield path, module, configs
-
-
 def _absent(model: nn.Module, name: str, kind: type[ChildConfig]) -> str:
-    others = [configs[name] for _, _, configs in _owners(model) if name in configs]
+    others = [configs[name] for configs in map(configs_on, model.modules()) if configs and name in configs]
     known = [place.name for place in adapters_in(model, kind)]
     article = "an" if kind.noun.startswith("hf") else "a"
     told = f"adapter_name={name!r} is not {article} {kind.noun} of this model ({type(model).__name__})"

@@ -86,9 +86,6 @@ class TrainedModule(ModulesToSaveWrapper):
 class ActiveCopies:
     """Which copies act in the wrappers of a model, to be put back.
 
-    Args:
-        model: The model.
-
     Attributes:
         on: Name of a wrapper → the adapter whose copy acts there; without those where the base model's module does.
     """
@@ -126,9 +123,7 @@ class ActiveCopies:
     def hand_on(self, newcomer: str, but: Collection[str]) -> None:
         """Let the copies of a newcomer start from those that acted; PEFT takes them from the base model, untrained.
 
-        Args:
-            newcomer: An adapter.
-            but: Not from the copies of these, of the same method: they go off with all that is theirs.
+        But not from the copies of `but`, of the same method: they go off with all that is theirs.
         """
         for name, acted in self.on.items():
             copies: Any = self.wrappers[name]._modules.get("modules_to_save")
@@ -336,13 +331,7 @@ def undone_on_failure(
 
 
 class ModelState:
-    """What a failed call must leave as it was.
-
-    Args:
-        model: A bare model or a `PeftModel`.
-        adapter_name: The adapter that is about to come.
-        is_new: As in `undone_on_failure`.
-    """
+    """What a failed call that adds or loads an adapter must leave as it was; arguments as of `undone_on_failure`."""
 
     def __init__(self, model: nn.Module, adapter_name: str, *, is_new: bool = False) -> None:
         self.model, self.adapter_name = model, adapter_name

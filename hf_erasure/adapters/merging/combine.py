@@ -29,15 +29,8 @@ def combine_fitted(
 ) -> ConceptErasureConfig:
     """Make one erasure adapter that removes the concepts of several fitted ones, from their erasers.
 
-    Args:
-        model: A model with fitted erasures, or whatever it is inside of.
-        names: The adapters, at least two.
-        into: The name of the new adapter.
-        sticky: Whether the new adapter stays active when another is activated.
-        fitted_anew: Say nothing of deeper sites, since the erasers will be replaced.
-
-    Returns:
-        The configuration of the new adapter.
+    Arguments and result are those of `hf_erasure.combine_adapters`. Of erasers that will be `fitted_anew`, it is not
+    said that they are approximate at deeper sites.
 
     Raises:
         ValueError: As `hf_erasure.combine_adapters`; the model is as it was then.
@@ -104,19 +97,16 @@ def _combined_sites(
         here = [name for name in sorted(configs) if path in parts[name]]
         if not here:
             continue
-        erasers = [_eraser_of(parts[name][path], name, affine=configs[name].affine) for name in here]
+        erasers = []
+        for name in here:
+            left, right, bias = (part.cpu() for part in parts[name][path].eraser_state(name))
+            erasers.append(Eraser(left, right, bias if configs[name].affine else None))
         rows = [float(Provenance.of(configs[name]).examples or 0) for name in here]
         try:
             sites[path] = combine_erasers(erasers, rows if all(rows) else None)
         except ValueError as error:
             raise ValueError(f"At {path!r} {here} cannot be combined: {error}") from error
     return sites
-
-
-def _eraser_of(layer: ErasureLayer, name: str, *, affine: bool) -> Eraser:
-    """An adapter's eraser in the precision in which it is kept, on the CPU."""
-    left, right, bias = (part.cpu() for part in layer.eraser_state(name))
-    return Eraser(left, right, bias if affine else None)
 
 
 def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sticky: bool) -> ConceptErasureConfig:
@@ -143,6 +133,11 @@ def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sti
 def _combined_provenance(configs: dict[str, ConceptErasureConfig]) -> dict[str, Any]:
     """What the new adapter says about itself: nothing was measured of it, and its parts were."""
     sources = [Provenance.of(config) for config in configs.values()]
+    combined = {}
+    for name, config in configs.items():
+        told = {field: getattr(config, field) for field in ("concept", "labels", "concept_dim", "method", "rank")}
+        kept = {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
+        combined[name] = told | kept
     return {
         "hf_erasure_version": __version__,
         "base_class": sources[0].base_class or None,
@@ -150,16 +145,10 @@ def _combined_provenance(configs: dict[str, ConceptErasureConfig]) -> dict[str, 
         "tokens": sum(source.tokens or 0 for source in sources),
         "pool": "+".join(dict.fromkeys(source.pool for source in sources if source.pool)),
         "leakage": {},
-        "combined_from": {name: _described(config) for name, config in configs.items()},
+        "combined_from": combined,
         RECORD: without((entry for source in sources for entry in source.active_adapters or ()), configs),
         "fingerprint": {key: value for source in sources for key, value in source.fingerprint.items()},
     }
-
-
-def _described(config: ConceptErasureConfig) -> dict[str, Any]:
-    plain = config.to_dict()
-    told = {field: plain[field] for field in ("concept", "labels", "concept_dim", "method", "rank")}
-    return told | {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
 
 
 def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str]) -> None:

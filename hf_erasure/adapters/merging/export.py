@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +176,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
             f"weights, biases and the like; the first is {next(iter(left_out))!r})"
         )
     written = _write(base, config, folder, modules, factors, {})
-    return LoraExport(
-        folder, written.modules, written.unmergeable, f"{written.text}{text}.", kept / total, list(left_out)
-    )
+    return replace(written, text=f"{written.text}{text}.", kept=kept / total, left_out=list(left_out))
 
 
 @dataclass(frozen=True)
@@ -197,11 +195,7 @@ class LowRank:
 
 
 def low_rank(delta: Tensor, rank: int) -> LowRank:
-    """Truncate the singular value decomposition of a weight's change, for changes that are not of low rank themselves.
-
-    Args:
-        delta: `(out, in)`.
-        rank: How many singular values to keep.
+    """Truncate the singular value decomposition of a weight's change `(out, in)` to its `rank` largest values.
 
     Raises:
         ValueError: If there are not so many.

@@ -67,11 +67,6 @@ class MergePlan:
 def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> None:
     """Write erasers into weights, and check on a small forward pass that the model still computes the same.
 
-    Args:
-        model: The base model with erasure layers.
-        names: The adapters to merge.
-        safe_merge: Refuse weights that are not finite.
-
     Raises:
         ValueError: Names the site that cannot be merged exactly and what to do instead; nothing has changed then.
     """
@@ -117,11 +112,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
 def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> MergePlan:
     """Find the layers that take the erasers of adapters.
 
-    Args:
-        model: The base model.
-        names: The adapters.
-        probe: What is run to find them.
-        allow_tied: Take layers whose weight is another's too, for changes that do not touch the weight itself.
+    With `allow_tied` also those whose weight is another's too, for changes that do not touch the weight itself.
 
     Raises:
         ValueError: Names the site that has no such layers, what stands in the way, and the remedy.

@@ -68,13 +68,7 @@ class Probe:
 
 
 def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], names: list[str]) -> None:
-    """Compare the model's outputs after a merge with those before.
-
-    Args:
-        probe: What is run.
-        before: Its outputs before the merge.
-        modules: The layers whose weights were merged.
-        names: The adapters, for the message.
+    """Compare the outputs of a probe after adapters were merged into modules with those before.
 
     Raises:
         ValueError: If the outputs differ by more than rounding.
@@ -131,13 +125,9 @@ class Uses:
 def trace_uses(
     model: nn.Module, probe: Probe, sites: dict[str, ErasureLayer], names: list[str]
 ) -> tuple[dict[str, Uses], dict[str, set[str]]]:
-    """Run the probe and note where the activations of `sites` go.
+    """Run the probe and note where the activations of `sites` go, whose erasers are to be folded.
 
-    Args:
-        model: The base model.
-        probe: What is run.
-        sites: The layers whose erasers are to be folded, by path.
-        names: The adapters to be merged. An erasure of another adapter stays in force and stands in the way.
+    An erasure of another adapter than `names` stays in force and stands in the way.
 
     Returns:
         The uses of each site by path, and for each linear layer by name what its weight is used for: paths of sites,

@@ -81,10 +81,7 @@ def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterabl
     With `P = L R`, an erased output of `W x + c` is `(I − P) W x + c − P (c − μ)`, and an erased input gives
     `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one.
 
-    Args:
-        host: A `Linear`, a `Conv1D`, or (output only) an `Embedding`.
-        parameters: The host's parameters by name.
-        edits: The erasers, the one next to the weight first.
+    The host is a `Linear`, a `Conv1D`, or (output only) an `Embedding`; the eraser next to the weight comes first.
     """
     weight = parameters["weight"]
     linear = weight.double().T if isinstance(host, _TRANSPOSED) else weight.double()
@@ -303,13 +300,7 @@ def _digest(value: Tensor) -> int:
 
 
 class Snapshot:
-    """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place.
-
-    Args:
-        layers: The erasure layers.
-        modules: The modules that own the weights.
-        entries: Entries of the configuration that may be set.
-    """
+    """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place."""
 
     def __init__(self, layers: Iterable[Any], modules: Sequence[nn.Module], entries: Sequence[BiasEntry] = ()) -> None:
         notes = ("merged_adapters", "written", "_active_adapter", "_disable_adapters", "sticky_adapters")
