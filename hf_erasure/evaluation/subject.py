@@ -14,7 +14,7 @@ from hf_erasure.metrics.linear_leakage import held_out_answers
 from hf_erasure.models import pooled
 from hf_erasure.models.heads import known_task
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, text_encoder
-from hf_erasure.models.slots import longest_input
+from hf_erasure.models.slots import longest_input, padded_inputs
 
 from .data import Biographies, DataFolder, Sentence
 
@@ -108,15 +108,13 @@ class StateReader:
         padding = self.tokenizer.pad_token_id or 0
         for start in range(0, len(rows), self.batch_size):
             chosen = rows[start : start + self.batch_size]
-            width = max(map(len, chosen))
-            ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in chosen])
-            mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in chosen])
+            inputs = padded_inputs(chosen, padding)
             with evaluating(self.runner.model):
-                output = self.runner({"input_ids": ids, "attention_mask": mask.long(), "output_hidden_states": every})
+                output = self.runner({**inputs, "output_hidden_states": every})
             # The last of the hidden states is last_hidden_state, in most architectures and with these names.
             states = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if every else {}
             states[FINAL] = last_hidden_state(output)
-            yield start, {name: state.float().cpu() for name, state in states.items()}, mask
+            yield start, {name: state.float().cpu() for name, state in states.items()}, inputs["attention_mask"].bool()
 
 
 # ---- the model under examination -------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ class Facts:
         ideal: The value of a model without the bias, or without loss.
         interval: What was drawn again for the interval.
         harness: The task of lm-evaluation-harness that measures the same on causal models, if there is one.
-        citation: BibTeX.
     """
 
     title: str
@@ -48,7 +47,6 @@ class Facts:
     ideal: float
     interval: str
     harness: str | None = None
-    citation: str = ""
 
     def badness(self, value: float) -> float:
         """How far a value falls short of the ideal; 0 at it, and beyond it unless the ideal is to be met exactly."""
@@ -78,7 +76,7 @@ class Measure(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=str(self.facts),
-            citation=self.facts.citation or f"{self.facts.paper}, {self.facts.url}",
+            citation=f"{self.facts.paper}, {self.facts.url}",
             inputs_description=f"{self.usage}, confidence=, resamples=, seed=",
             features=self.inputs,
             reference_urls=[self.facts.url],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from .model import evaluating
-from .slots import EncodedRow, Filled, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
+from .slots import EncodedRow, Layout, PairBatch, Row, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
 
 _LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit
@@ -220,7 +220,7 @@ class LanguageModelling:
             raise PairError("no neutral text has a token that could be scored; write longer texts")
         kept.sort(key=lambda entry: len(entry[0]))
         chunks = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-        self.batches = [_lay_out(layout, chunk) for chunk in chunks]
+        self.batches = [layout.padded([_row(layout, *entry) for entry in chunk]) for chunk in chunks]
         if task == "classification":
             with evaluating(reader.model):
                 self.batches = [replace(b, tokens=reader.logits(b).argmax(-1).cpu()) for b in self.batches]
@@ -250,37 +250,23 @@ def _chosen(text: NeutralText, task: str, share: float, generator: random.Random
     return sorted(generator.sample(text.usable, count))
 
 
-def _lay_out(layout: Layout, texts: Sequence[tuple[list[int], list[int]]]) -> Filled:
-    """One forward that predicts the chosen positions of some texts."""
+def _row(layout: Layout, text: list[int], places: list[int]) -> Row:
+    """One row of a forward pass that predicts the tokens at some places of a text."""
     if layout.task == "classification":
-        return layout.fill([Slot(tokens, []) for tokens, _ in texts], [[0]] * len(texts))
-    inputs, decoder, rows, positions, tokens = [], [], [], [], []
-    for row, (text, places) in enumerate(texts):
-        if layout.sentinels:
-            places = places[: len(layout.sentinels)]
-        source, target, predicting = _cut_out(layout, text, places)
-        inputs.append(source)
-        decoder.append(target)
-        rows += [row] * len(places)
-        positions += predicting
-        tokens += [text[place] for place in places]
-    return layout.padded(inputs, decoder, rows, positions, tokens)
-
-
-def _cut_out(layout: Layout, text: list[int], places: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """The (encoder's) input without the tokens at `places`, the decoder's input, and what positions predict them."""
+        return Row(text, [0], [0])
+    if layout.sentinels:
+        places = places[: len(layout.sentinels)]
+    tokens = [text[place] for place in places]
     if layout.task == "causal":
-        return text, [], [place - 1 for place in places]
+        return Row(text, [place - 1 for place in places], tokens)
     holes = layout.sentinels or (layout.hole,) * len(places)
-    source = list(text)
+    source, target = list(text), [layout.start]
     for place, hole in zip(places, holes, strict=False):
         source[place] = hole
-    if layout.task == "masked":
-        return source, [], places
-    if not layout.sentinels:
-        return source, [layout.start, *text[:-1]], places
-    target = [layout.start]
-    for place, hole in zip(places, holes, strict=False):
         target += [hole, text[place]]
+    if layout.task == "masked":
+        return Row(source, places, tokens)
+    if not layout.sentinels:
+        return Row(source, places, tokens, [layout.start, *text[:-1]])
     # Start, then (sentinel, token) pairs: a token is predicted at its sentinel, the last token is input to nothing.
-    return source, target[:-1], [1 + 2 * step for step in range(len(places))]
+    return Row(source, [1 + 2 * step for step in range(len(places))], tokens, target[:-1])

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .model import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
 from .pooling import pooled
-from .slots import Layout, SlotReader, in_float32, longest_input, padded_inputs, padding_of
+from .slots import Layout, Row, SlotReader, in_float32, longest_input, padded_inputs, padding_of
 
 _LONGEST = 512  # tokens of a window where neither tokenizer nor model has a limit
 
@@ -211,10 +211,8 @@ class LanguageScorer:
         """The log-probabilities of one forward, `(tokens of all queries,)`."""
         # The one place where the shift is made: what stands at p is predicted by the logits at p − 1.
         shift = 1 if self.task == "causal" else 0
-        rows = [row for row, query in enumerate(queries) for _ in query.places]
-        at = [place - shift for query in queries for place in query.places]
-        tokens = [token for query in queries for token in query.tokens]
-        filled = self.layout.padded([query.ids for query in queries], [], rows, at, tokens)
+        rows = [Row(query.ids, [place - shift for place in query.places], query.tokens) for query in queries]
+        filled = self.layout.padded(rows)
         logits = self.reader.logits(filled)
         parts = in_float32(logits, filled.tokens.to(logits.device)[:, None])
         return torch.cat([part.log_softmax(-1).gather(1, goal)[:, 0] for part, goal in parts]).cpu()

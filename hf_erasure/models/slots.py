@@ -75,6 +75,23 @@ class Filled:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of a forward pass.
+
+    Attributes:
+        ids: The (encoder's) input.
+        positions: Whose logits predict the tokens; in the decoder's input for seq2seq.
+        tokens: What is predicted: token ids, or one label id.
+        decoder: The decoder's input (seq2seq).
+    """
+
+    ids: list[int]
+    positions: list[int]
+    tokens: list[int]
+    decoder: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Slot:
     """One row without its word: the tokens before and after, special tokens included."""
 
@@ -128,45 +145,32 @@ class Layout:
 
     def fill(self, slots: Sequence[Slot], words: Sequence[Sequence[int]]) -> Filled:
         """Lay one word (its tokens, or one label id) into every slot; padded to the longest row."""
-        inputs, decoder, rows, positions = [], [], [], []
-        for row, (slot, word) in enumerate(zip(slots, words, strict=True)):
-            source, target, first = self._row(slot, word)
-            inputs.append(source)
-            decoder.append(target)
-            rows += [row] * len(word)
-            positions += [first + step for step in range(len(word))]
-        return self.padded(inputs, decoder, rows, positions, [token for word in words for token in word])
+        return self.padded([self._row(slot, list(word)) for slot, word in zip(slots, words, strict=True)])
 
-    def _row(self, slot: Slot, word: Sequence[int]) -> tuple[list[int], list[int], int]:
-        """The (encoder's) input, the decoder's input, and the position that predicts the word's first token."""
-        forced = list(word[:-1])
+    def _row(self, slot: Slot, word: list[int]) -> Row:
+        head, before = slot.head, len(slot.head)
+        steps, forced = range(len(word)), word[:-1]
         if self.task == "masked":
-            return [*slot.head, *[self.hole] * len(word), *slot.tail], [], len(slot.head)
+            return Row([*head, *[self.hole] * len(word), *slot.tail], [before + step for step in steps], word)
         if self.task == "causal":
-            return [*slot.head, *forced], [], len(slot.head) - 1
+            return Row([*head, *forced], [before - 1 + step for step in steps], word)
         if self.task == "classification":
-            return slot.head, [], 0
-        source = [*slot.head, self.hole, *slot.tail]
-        given = [self.hole] if self.sentinels else slot.head
-        return source, [self.start, *given, *forced], len(given)
+            return Row(head, [0], word)
+        given = [self.hole] if self.sentinels else head
+        target = [self.start, *given, *forced]
+        return Row([*head, self.hole, *slot.tail], [len(given) + step for step in steps], word, target)
 
-    def padded(
-        self,
-        inputs: Sequence[list[int]],
-        decoder: Sequence[list[int]],
-        rows: Sequence[int],
-        positions: Sequence[int],
-        tokens: Sequence[int],
-    ) -> Filled:
-        """Rows of token ids as tensors, with a mask and what else the model needs; positions move with the padding."""
-        named = padded_inputs(inputs, self.pad, left=self.left, type_ids=self.type_ids)
-        at, row_index = torch.tensor(positions), torch.tensor(rows)
+    def padded(self, rows: Sequence[Row]) -> Filled:
+        """Rows as tensors, with a mask and what else the model needs; positions move with the padding."""
+        named = padded_inputs([row.ids for row in rows], self.pad, left=self.left, type_ids=self.type_ids)
+        owners = torch.tensor([number for number, row in enumerate(rows) for _ in row.tokens])
+        at = torch.tensor([position for row in rows for position in row.positions])
         if self.left:
-            at = at + (named["attention_mask"] == 0).sum(1)[row_index]
+            at = at + (named["attention_mask"] == 0).sum(1)[owners]
         if self.task == "seq2seq":
             # Right padding under a causal mask: no earlier position sees it.
-            named["decoder_input_ids"] = padded_inputs(decoder, self.pad)["input_ids"]
-        return Filled(named, row_index, at, torch.tensor(tokens))
+            named["decoder_input_ids"] = padded_inputs([row.decoder for row in rows], self.pad)["input_ids"]
+        return Filled(named, owners, at, torch.tensor([token for row in rows for token in row.tokens]))
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
