@@ -16,7 +16,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "adapters.config": ("adapters", "adapters.erasure.config"),
     "adapters.gradiend_config": ("adapters", "adapters.gradiend.config"),
     "adapters.lora_export": ("adapters", "adapters.merging.lora"),
-    "erasers.eraser": ("erasers",),
     "erasers.inlp": ("erasers",),
     "erasers.oracle": ("erasers",),
     "erasers.quadratic": ("erasers",),

@@ -13,10 +13,10 @@ against those they came to; only `QuadraticEraser` against quadratic ones as wel
 """
 
 from .analysis import OracleEraser, QuadraticEraser
-from .apply import apply_erasure
+from .eraser import Eraser, apply_erasure
 from .joint import combine_erasers, joint_moments
 from .leakage import correlation_interval, cross_validated_correlation, relative_change
-from .moments import ConceptMoments, Eraser
+from .moments import ConceptMoments
 from .on_rows import fit_inlp, fit_rlace
 
 __all__ = [

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .moments import ConceptMoments
-from .statistics import infer_z_dim, read_rows
+from .eraser import check_activations
+from .moments import ConceptMoments, batch_moments
+from .statistics import infer_dims, read_rows
 from .whitening import check_shrinkage, oas_shrinkage, whiten_concept
 
 
@@ -32,9 +33,7 @@ class OracleEraser:
     @classmethod
     def fit(cls, x: Tensor, z: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None) -> OracleEraser:
         """Fit on one batch of rows; arguments and errors are those of `ConceptMoments.update`."""
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
-        return cls.of(ConceptMoments(x.shape[-1], infer_z_dim(x, z, mask)).update(x, z, weight, mask=mask))
+        return cls.of(batch_moments(x, z, weight, mask))
 
     @classmethod
     @torch.inference_mode(False)
@@ -65,9 +64,10 @@ class OracleEraser:
             ValueError: If a shape does not fit or a class id is out of range.
         """
         width, classes = self.coefficients.shape
-        check_activations(x, z, width)
+        check_activations(x, width)
+        _check_is_tensor(z)
         if z.shape == x.shape[:-1] and not z.dtype.is_floating_point and classes > 1:
-            values = one_hot(check_ids(z, classes), classes)
+            values = one_hot(_known_ids(z, classes), classes)
         elif z.shape == (*x.shape[:-1], classes):
             values = z
         elif classes == 1 and z.shape == x.shape[:-1]:
@@ -82,18 +82,12 @@ class OracleEraser:
         return (x.to(dtype) - offset @ self.coefficients.to(x.device, dtype).T).to(x.dtype)
 
 
-def check_activations(x: Tensor, z: Tensor, width: int) -> None:
-    """Refuse what an eraser that is told z cannot act on."""
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x is {kind}: an eraser acts on floating-point activations; call x.float() first.")
+def _check_is_tensor(z: Tensor) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"z is {type(z).__name__}: give a tensor with the concept of every row.")
-    if x.shape[-1:] != (width,):
-        raise ValueError(f"x has shape {tuple(x.shape)}, but the eraser acts on a last dimension of {width}.")
 
 
-def check_ids(z: Tensor, classes: int) -> Tensor:
+def _known_ids(z: Tensor, classes: int) -> Tensor:
     """Class ids as int64, all of them known: a row without a label cannot be erased by its label."""
     low, high = (int(edge) for edge in z.aminmax()) if z.numel() else (0, 0)
     if low < 0 or high >= classes:
@@ -145,10 +139,8 @@ class QuadraticEraser:
             TypeError: If an argument is not a tensor of numbers.
             ValueError: If `z` is not class ids, or as in `of`.
         """
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
-        classes = infer_z_dim(x, z, mask)
-        rows = read_rows(x, z, weight, mask, x.shape[-1], classes)
+        width, classes = infer_dims(x, z, mask)
+        rows = read_rows(x, z, weight, mask, width, classes)
         if rows.ids is None:
             raise ValueError(f"z has shape {tuple(z.shape)} and dtype {z.dtype}: give one integer class id per row.")
         counted = rows.chunk(0, rows.count)
@@ -158,7 +150,7 @@ class QuadraticEraser:
             if not bool(own.any()):
                 raise ValueError(f"Class {label} of {classes} has no rows: number the classes that occur from 0.")
             own_weight = None if rows.weight is None else rows.weight[own]
-            parts.append(ConceptMoments(x.shape[-1], 0).update(counted[own].double(), None, own_weight))
+            parts.append(ConceptMoments(width, 0).update(counted[own].double(), None, own_weight))
         return cls.of(parts, shrinkage=shrinkage)
 
     @classmethod
@@ -213,12 +205,13 @@ class QuadraticEraser:
             ValueError: If a shape does not fit or a class id is out of range.
         """
         count, width = self.class_means.shape
-        check_activations(x, z, width)
+        check_activations(x, width)
+        _check_is_tensor(z)
         if z.dtype.is_floating_point:
             raise TypeError(f"z has dtype {z.dtype}: give integer class ids.")
         if z.shape != x.shape[:-1]:
             raise ValueError(f"z has shape {tuple(z.shape)} and x {tuple(x.shape)}: give one class id per row.")
-        ids = check_ids(z, count).to(x.device).reshape(-1)
+        ids = _known_ids(z, count).to(x.device).reshape(-1)
         dtype = torch.promote_types(x.dtype, torch.float32)
         means, mean, maps = (part.to(x.device, dtype) for part in (self.class_means, self.mean, self.maps))
         rows = x.to(dtype).reshape(-1, width)

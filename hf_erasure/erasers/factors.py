@@ -17,8 +17,11 @@ from torch import Tensor
 
 from .whitening import Factor, Spread, factorise, oas_shrinkage
 
+METHODS = ("leace", "orth", "mean_projection", "inlp")
+"""Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
+
 ROUNDS = 10
-"""Rounds where neither their number nor a rank is given."""
+"""Rounds of INLP where neither their number nor a rank is given."""
 
 PROBES = ("logistic", "least_squares")
 
@@ -29,9 +32,8 @@ _NEW = 1e-9
 def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Tensor, Tensor]:
     """LEACE: the smallest linear change of x, in the least-squares sense, that leaves no covariance with the concept.
 
-    Theorem 4.2 of arXiv 2306.03819.
-    With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the paper's projection
-    `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`, is `left · right` with `U τ Vᵀ = C⁻ᵀ S A`, `left = A V / τ` and
+    With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the projection `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`,
+    of arXiv 2306.03819 (Theorem 4.2) is `left · right` with `U τ Vᵀ = C⁻ᵀ S A`, `left = A V / τ` and
     `right = Uᵀ C⁻ᵀ S`. It needs one Cholesky factorisation and no d × d eigenvectors. `left` lies in the span of A
     whatever Σ is, so an inexact Σ costs optimality and never the guarantee.
 
@@ -158,35 +160,6 @@ def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
     return factorise(spread, None)
 
 
-def check_probe(probe: str) -> str:
-    """Refuse a probe that there is not.
-
-    Raises:
-        ValueError: The message says which there are.
-    """
-    if probe not in PROBES:
-        raise ValueError(f"probe is {probe!r}: it must be one of {', '.join(map(repr, PROBES))}.")
-    return probe
-
-
-def check_rounds(rounds: int | None, rank: int | None) -> int:
-    """At most how many rounds are meant.
-
-    Raises:
-        TypeError: If one is not an int.
-        ValueError: If one is below 1.
-    """
-    for name, value in (("rounds", rounds), ("rank", rank)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"{name} is {value!r}: give an int, or None.")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}: it must be 1 or more, or None.")
-    if rounds is not None:
-        return rounds
-    # A round adds at least one direction or is the last.
-    return ROUNDS if rank is None else rank
-
-
 def beyond(block: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal directions of `block` that are not in the span of `basis`, which is orthonormal."""
     lengths = block.norm(dim=0)
@@ -196,3 +169,61 @@ def beyond(block: Tensor, basis: Tensor) -> Tensor:
     vectors, strength, _ = torch.linalg.svd(block, full_matrices=False)
     new = vectors[:, strength > _NEW]
     return torch.linalg.qr(new - basis @ (basis.T @ new))[0]
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def check_count(name: str, value: int | None, *, least: int = 1, most: int | None = None, none: str = "") -> None:
+    """Refuse what is not a whole number within the bounds; where None may be given, `none` is how a message says so.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is out of the bounds.
+    """
+    if value is None and none:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}: give an int{none}.")
+    if value < least or (most is not None and value > most):
+        limit = "" if most is None else f", at most {most}"
+        raise ValueError(f"{name} is {value}: it must be {least} or more{limit}{none}.")
+
+
+def check_rounds(rounds: int | None, rank: int | None) -> int:
+    """At most how many rounds are meant."""
+    check_count("rounds", rounds, none=", or None")
+    check_count("rank", rank, none=", or None for all directions")
+    if rounds is not None:
+        return rounds
+    # A round adds at least one direction or is the last.
+    return ROUNDS if rank is None else rank
+
+
+def check_probe(probe: str) -> str:
+    """Refuse a probe that is not known.
+
+    Raises:
+        ValueError: The message says which there are.
+    """
+    if probe not in PROBES:
+        raise ValueError(f"probe is {probe!r}: it must be one of {', '.join(map(repr, PROBES))}.")
+    return probe
+
+
+def check_options(method: str, rank: int | None, rounds: int | None, background_weight: float) -> int:
+    """Refuse options that `ConceptMoments.eraser` cannot solve with; returns at most how many rounds are meant."""
+    if method == "rlace":
+        raise ValueError(
+            "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, 'rlace'). "
+            "Its optimum for k classes and k − 1 directions is what 'orth' computes."
+        )
+    if rounds is not None and method != "inlp":
+        raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
+    if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
+        raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
+    if not 0 <= background_weight <= 1:
+        raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
+    return check_rounds(rounds, rank)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .apply import apply_erasure
+from .eraser import FITS, Eraser
 from .factors import (
-    check_probe,
-    check_rounds,
+    check_count,
+    check_options,
     inlp_factors,
     leace_factors,
     mean_projection_factors,
     orth_factors,
     ridge_factor,
 )
-from .statistics import Sums, centred_products, infer_z_dim, read_rows, read_state, sum_rows, write_state
+from .statistics import Sums, centred_products, infer_dims, read_rows, read_state, sum_rows, write_state
 from .whitening import (
     EXACT,
     PackedGram,
@@ -33,123 +33,6 @@ from .whitening import (
     significance,
     whiten_concept,
 )
-
-# Methods that train probes on the rows, by name; `on_rows` enters them, which needs the moments itself.
-FITS_ON_ROWS: dict[str, Callable[..., Eraser]] = {}
-
-
-@dataclass(frozen=True, eq=False)
-class Eraser:
-    """The map `x ↦ x − left · right · (x − bias)` (arXiv 2306.03819, Theorem 4.3).
-
-    The tensors are copies: nothing that happens to the moments later reaches an eraser.
-
-    Attributes:
-        left: `(x_dim, rank)` float64, the directions that are subtracted.
-        right: `(rank, x_dim)` float64, the readings of the concept; `right @ left` is the identity.
-        bias: `(x_dim,)` float64, the mean that stays in place; None for a map without affine part.
-    """
-
-    left: Tensor
-    right: Tensor
-    bias: Tensor | None
-
-    def __post_init__(self) -> None:
-        if self.left.ndim != 2 or self.right.shape != self.left.shape[::-1]:
-            raise ValueError(
-                f"left has shape {tuple(self.left.shape)} and right {tuple(self.right.shape)}: they must be "
-                "(x_dim, rank) and (rank, x_dim)."
-            )
-        if self.bias is not None and self.bias.shape != self.left.shape[:1]:
-            raise ValueError(
-                f"bias has shape {tuple(self.bias.shape)}: it must be ({self.left.shape[0]},), the width of left."
-            )
-        # A copy made outside inference mode may become a buffer that is later changed in place. It has the strides that
-        # loading gives it: with others, as a solver leaves them, matrix products may sum in another order.
-        with torch.inference_mode(False):
-            for name in ("left", "right", "bias"):
-                value = getattr(self, name)
-                if value is not None:
-                    copied = value.detach().clone(memory_format=torch.contiguous_format)
-                    object.__setattr__(self, name, copied)
-
-    @classmethod
-    def fit(
-        cls,
-        x: Tensor,
-        z: Tensor,
-        method: str = "leace",
-        *,
-        weight: Tensor | None = None,
-        mask: Tensor | None = None,
-        **options: Any,
-    ) -> Eraser:
-        """Fit an eraser on one batch of rows.
-
-        Args:
-            x: `(…, x_dim)` activations.
-            z: Integer class ids `(…)`, −100 to leave a row out; or values `(…, z_dim)`; or one value per row `(…)`.
-            method: "leace", "orth" (which is SAL) or "mean_projection", from the moments of the rows; "inlp" or
-                "rlace", which train probes on the rows.
-            weight: `(…)` non-negative weights of rows.
-            mask: `(…)` bool, False leaves a row out.
-            **options: As for `ConceptMoments.eraser`; for "inlp" as for `fit_inlp`, for "rlace" as for `fit_rlace`.
-                `probe="least_squares"` with "inlp" takes the rounds from the moments, as `ConceptMoments.eraser` does;
-                the default is `probe="logistic"`.
-
-        Raises:
-            TypeError: If `x` or `z` is not a tensor of numbers.
-            ValueError: As `ConceptMoments.update` and `ConceptMoments.eraser` do.
-        """
-        # Only INLP has a probe that the moments answer.
-        on_rows = method in FITS_ON_ROWS
-        if method == "inlp":
-            on_rows = check_probe(options.pop("probe", "logistic")) == "logistic"
-        if on_rows:
-            return FITS_ON_ROWS[method](x, z, weight=weight, mask=mask, **options)
-        moments = ConceptMoments(_width(x), infer_z_dim(x, z, mask))
-        return moments.update(x, z, weight, mask=mask).eraser(method, **options)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Erase the concept from `x` `(…, x_dim)`; computed on the device of `x`, in float32 or, for float64, in it."""
-        bias = None if self.bias is None else self.bias.to(x.device)
-        return apply_erasure(x, self.left.to(x.device), self.right.to(x.device), bias)
-
-    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """`left`, `right` and `bias` as an adapter keeps them: a purely linear eraser has a zero bias."""
-        bias = self.left.new_zeros(self.x_dim) if self.bias is None else self.bias
-        return self.left.to(device, dtype), self.right.to(device, dtype), bias.to(device, dtype)
-
-    @property
-    def rank(self) -> int:
-        """How many directions are removed."""
-        return self.left.shape[1]
-
-    @property
-    def x_dim(self) -> int:
-        """Width of the activations."""
-        return self.left.shape[0]
-
-    @property
-    def matrix(self) -> Tensor:
-        """`(x_dim, x_dim)`: the linear part `I − left · right`."""
-        identity = torch.eye(self.x_dim, dtype=self.left.dtype, device=self.left.device)
-        return identity - self.left @ self.right
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Eraser:
-        """A copy on another device or in another dtype."""
-        bias = None if self.bias is None else self.bias.to(device=device, dtype=dtype)
-        return Eraser(self.left.to(device=device, dtype=dtype), self.right.to(device=device, dtype=dtype), bias)
-
-
-def _width(x: Tensor) -> int:
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
-    return x.shape[-1]
-
-
-METHODS = ("leace", "orth", "mean_projection", "inlp")
-"""Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
 
 
 class ConceptMoments:
@@ -179,11 +62,8 @@ class ConceptMoments:
             TypeError: If a dimension is not an int.
             ValueError: If `x_dim` is below 1 or `z_dim` below 0.
         """
-        for name, value, least in (("x_dim", x_dim, 1), ("z_dim", z_dim, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}: give an int.")
-            if value < least:
-                raise ValueError(f"{name} is {value}: it must be {least} or more.")
+        check_count("x_dim", x_dim)
+        check_count("z_dim", z_dim, least=0)
         self.x_dim, self.z_dim = x_dim, z_dim
         self._device = None if device is None else torch.device(device)
         self._sums: Sums | None = None
@@ -225,10 +105,7 @@ class ConceptMoments:
         with torch.autocast(device.type, enabled=False):
             sums = sum_rows(rows, self.z_dim, device)
             products, rounding = centred_products(rows, sums.mean_x, gram, product_dtype(x.dtype, device))
-        self._absorb(gram, sums, products, rounding)
-        self._device = device
-        self._resolution = max(self._resolution, torch.finfo(x.dtype).eps)
-        return self
+        return self._absorb(gram, sums, products, rounding, torch.finfo(x.dtype).eps)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -252,10 +129,7 @@ class ConceptMoments:
             return self
         device = self._device or other._sums.mean_x.device
         gram = self._gram or PackedGram(self.x_dim, device)
-        self._absorb(gram, other._sums.to(device), other._gram.values.to(device), None)
-        self._device = device
-        self._resolution = max(self._resolution, other._resolution)
-        return self
+        return self._absorb(gram, other._sums.to(device), other._gram.values.to(device), None, other._resolution)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -291,7 +165,9 @@ class ConceptMoments:
         self._resolution = max(resolution for _, resolution in parts)
         return self
 
-    def _absorb(self, gram: PackedGram, sums: Sums, products: Tensor, rounding: Tensor | None) -> None:
+    def _absorb(
+        self, gram: PackedGram, sums: Sums, products: Tensor, rounding: Tensor | None, resolution: float
+    ) -> ConceptMoments:
         """Take in centred sums and products. `rounding` is how far the products' centre lay from the mean."""
         mine = self._sums
         merged = sums if mine is None else mine.merged(sums)
@@ -300,14 +176,15 @@ class ConceptMoments:
             outer.append((rounding, -sums.weight))
         if mine is not None:
             outer.append((sums.mean_x - mine.mean_x, mine.weight / merged.weight * sums.weight))
-        device = gram.values.device
-        scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=device)
+        scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=gram.values.device)
         vectors = torch.stack([vector for vector, _ in outer]) if outer else sums.mean_x.new_zeros(0, self.x_dim)
         # Nothing below can be refused, but it can be interrupted. A second copy to fall back on would double the
         # memory, so a torn sum is recognised instead of used.
         self._torn = True
         gram.absorb(products, vectors, scales)
         self._sums, self._gram, self._torn = merged, gram, False
+        self._device, self._resolution = sums.mean_x.device, max(self._resolution, resolution)
+        return self
 
     def _check_whole(self) -> None:
         if self._torn:
@@ -490,7 +367,7 @@ class ConceptMoments:
             TypeError: If `background` is not `ConceptMoments` or `rank` not an int.
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
         """
-        _check_options(method, rank, rounds, background_weight)
+        limit = check_options(method, rank, rounds, background_weight)
         check_shrinkage(shrinkage)
         sums, _ = self._known()
         self.check_concept()
@@ -515,8 +392,8 @@ class ConceptMoments:
         elif method == "mean_projection":
             left, right = mean_projection_factors(columns, self.cross_covariance, self._class_shares(), rank)
         elif method == "inlp":
-            limit, cutoff = check_rounds(rounds, rank), significance(self._resolution)
-            left, right = inlp_factors(columns, ridge_factor(self.spread(), shrinkage), limit, rank, cutoff)
+            factor = ridge_factor(self.spread(), shrinkage)
+            left, right = inlp_factors(columns, factor, limit, rank, significance(self._resolution))
         else:
             left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
         return Eraser(left, right, mean if affine else None)
@@ -622,21 +499,13 @@ class ConceptMoments:
         return f"ConceptMoments(x_dim={self.x_dim}, z_dim={self.z_dim}, rows={self.rows})"
 
 
-def _check_options(method: str, rank: int | None, rounds: int | None, background_weight: float) -> None:
-    if method == "rlace":
-        raise ValueError(
-            "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, 'rlace'). "
-            "Its optimum for k classes and k − 1 directions is what 'orth' computes."
-        )
-    if rounds is not None and method != "inlp":
-        raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
-        raise TypeError(f"rank is {rank!r}: give an int, or None for all directions.")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is {rank}: it must be 1 or more, or None for all directions.")
-    if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
-        raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
-    if not 0 <= background_weight <= 1:
-        raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
+def batch_moments(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None) -> ConceptMoments:
+    """The moments of one batch, in which all classes occur."""
+    return ConceptMoments(*infer_dims(x, z, mask)).update(x, z, weight, mask=mask)
+
+
+def _fit(x: Tensor, z: Tensor, *, weight: Tensor | None, mask: Tensor | None, **options: Any) -> Eraser:
+    return batch_moments(x, z, weight, mask).eraser(**options)
+
+
+FITS["moments"] = _fit

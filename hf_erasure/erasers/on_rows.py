@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, one_hot
 
-from .factors import beyond, check_rounds
-from .moments import FITS_ON_ROWS, ConceptMoments, Eraser
-from .statistics import infer_z_dim, read_rows
+from .eraser import FITS, Eraser
+from .factors import beyond, check_count, check_rounds
+from .moments import batch_moments
+from .statistics import read_rows
 
 # A probe that saves less than this share of the entropy of the concept knows nothing.
 _GAIN = 1e-3
@@ -56,7 +57,7 @@ def fit_inlp(
     basis = rows.x.new_zeros(rows.x.shape[1], 0)
     for _ in range(limit):
         remaining = rows.x - (rows.x @ basis) @ basis.T
-        probe = logistic_probe(rows.with_x(remaining), penalty)
+        probe = logistic_probe(replace(rows, x=remaining), penalty)
         if known - probe.loss < _GAIN * known:
             break
         new = beyond(probe.directions(), basis)
@@ -84,10 +85,6 @@ class ClassRows:
     weight: Tensor
     mean: Tensor
     varies: Tensor
-
-    def with_x(self, x: Tensor) -> ClassRows:
-        """The same classes with other features."""
-        return replace(self, x=x)
 
     def cleaned(self, basis: Tensor) -> Tensor:
         """Orthonormal directions `(d, r)` without the rounding on features that are switched off.
@@ -129,17 +126,14 @@ def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None,
         TypeError: If an argument is not a tensor, or holds the wrong kind of numbers.
         ValueError: If `z` is not class ids, there is one class only, or x does not vary.
     """
-    if not isinstance(x, Tensor) or x.ndim == 0:
-        raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
-    width, classes = x.shape[-1], infer_z_dim(x, z, mask)
-    rows = read_rows(x, z, weight, mask, width, classes)
+    # The moments know best whether there is something to erase; they read the rows as every other method does.
+    moments = batch_moments(x, z, weight, mask)
+    rows = read_rows(x, z, weight, mask, moments.x_dim, moments.z_dim)
     if rows.ids is None:
         raise ValueError(
             f"z has shape {tuple(z.shape)} and dtype {z.dtype}, but method={method!r} trains a classifier: give one "
             "integer class id per row, or take 'leace' or 'orth', which erase values as well."
         )
-    # The moments know best whether there is something to erase; they read the rows as every other method does.
-    moments = ConceptMoments(width, classes).update(x, z, weight, mask=mask)
     moments.check_concept()
     variance = moments.spread().variance
     if not bool((variance > 0).any()):
@@ -304,11 +298,8 @@ def fit_rlace(
     rows = class_rows(x, z, weight, mask, "rlace")
     width = rows.x.shape[1]
     count = min(width, max(1, rows.target.shape[1] - 1)) if rank is None else rank
-    for name, value, most in (("rank", count, width), ("steps", steps, None)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}: give an int.")
-        if value < 1 or (most is not None and value > most):
-            raise ValueError(f"{name} is {value}: it must be 1 or more{'' if most is None else f', at most {most}'}.")
+    check_count("rank", count, most=width)
+    check_count("steps", steps)
     basis = rows.cleaned(_play(rows, count, steps, penalty))
     return Eraser(basis, basis.T, rows.mean if affine else None)
 
@@ -322,7 +313,7 @@ def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tens
     for step in range(steps):
         ridge = max(last, _FIRST_RIDGE * (last / _FIRST_RIDGE) ** (step / (_SOFTENED * steps)))
         remaining = rows.x - rows.x @ relaxed
-        probe = logistic_probe(rows.with_x(remaining), ridge, probe, curvature.frame(ridge), _TOLERANCE)
+        probe = logistic_probe(replace(rows, x=remaining), ridge, probe, curvature.frame(ridge), _TOLERANCE)
         logits = remaining @ probe.weights + probe.intercept
         slope = -(rows.x.T @ errors(rows, logits)) @ probe.weights.T
         slope = slope + slope.T
@@ -331,7 +322,7 @@ def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tens
             relaxed = relaxed + slope * (_LAST_STEP ** (step / steps) / length)
         relaxed, basis = _onto_fantope(relaxed, rank)
         if length == 0 or step == steps - 1 or step % _EVERY == _EVERY - 1:
-            rounded = rows.with_x(rows.x - rows.x @ basis @ basis.T)
+            rounded = replace(rows, x=rows.x - rows.x @ basis @ basis.T)
             loss = logistic_probe(rounded, last, None, curvature.frame(last), _TOLERANCE).loss
             if loss > highest:
                 best, highest = basis, loss
@@ -353,4 +344,4 @@ def _onto_fantope(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return projected, vectors[:, -rank:]
 
 
-FITS_ON_ROWS.update(inlp=fit_inlp, rlace=fit_rlace)
+FITS.update(inlp=fit_inlp, rlace=fit_rlace)

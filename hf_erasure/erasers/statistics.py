@@ -40,14 +40,16 @@ class Rows:
         return self.x.index_select(0, self.index[start:stop])
 
 
-def infer_z_dim(x: Tensor, z: Tensor, mask: Tensor | None) -> int:
-    """How many classes or concept values `z` holds."""
+def infer_dims(x: Tensor, z: Tensor, mask: Tensor | None) -> tuple[int, int]:
+    """The width of `x`, and how many classes or concept values `z` holds."""
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, x_dim).")
     if not isinstance(z, Tensor):
         raise TypeError(f"z is {type(z).__name__}: give a tensor of class ids or of concept values.")
     if z.shape == x.shape[:-1] and not z.dtype.is_floating_point:
         counted = z if mask is None else z[_as_mask(mask, z.shape, z.device)]
-        return max(int(counted.max()) + 1, 1) if counted.numel() else 1
-    return 1 if z.shape == x.shape[:-1] else z.shape[-1]
+        return x.shape[-1], max(int(counted.max()) + 1, 1) if counted.numel() else 1
+    return x.shape[-1], 1 if z.shape == x.shape[:-1] else z.shape[-1]
 
 
 def read_rows(x: Tensor, z: Tensor | None, weight: Tensor | None, mask: Tensor | None, x_dim: int, z_dim: int) -> Rows:
