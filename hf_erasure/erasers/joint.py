@@ -69,19 +69,6 @@ def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None =
     Raises:
         ValueError: If there are none, widths differ, or only some keep a mean.
     """
-    _check(erasers, weights)
-    shares = [1.0] * len(erasers) if weights is None else [float(weight) for weight in weights]
-    acting = [(eraser, share) for eraser, share in zip(erasers, shares, strict=True) if eraser.rank]
-    if len(acting) < 2:
-        return (acting[0][0] if acting else erasers[0]).to(dtype=torch.float64)
-    device = acting[0][0].left.device
-    parts = [(e.left.to(device).double(), e.right.to(device).double()) for e, _ in acting]
-    resolution = max(torch.finfo(e.left.dtype).eps for e, _ in acting)
-    left, right = _joint_projection(parts, resolution)
-    return Eraser(left, right, _mean([(e.bias, share) for e, share in acting], device))
-
-
-def _check(erasers: Sequence[Eraser], weights: Sequence[float] | None) -> None:
     if not erasers:
         raise ValueError("erasers is empty: give at least one eraser.")
     widths = sorted({eraser.x_dim for eraser in erasers})
@@ -93,6 +80,15 @@ def _check(erasers: Sequence[Eraser], weights: Sequence[float] | None) -> None:
         )
     if weights is not None and (len(weights) != len(erasers) or min(weights) < 0 or not sum(weights) > 0):
         raise ValueError(f"weights={list(weights)}: give one for each of the {len(erasers)} erasers, none negative.")
+    shares = [1.0] * len(erasers) if weights is None else [float(weight) for weight in weights]
+    acting = [(eraser, share) for eraser, share in zip(erasers, shares, strict=True) if eraser.rank]
+    if len(acting) < 2:
+        return (acting[0][0] if acting else erasers[0]).to(dtype=torch.float64)
+    device = acting[0][0].left.device
+    parts = [(e.left.to(device).double(), e.right.to(device).double()) for e, _ in acting]
+    resolution = max(torch.finfo(e.left.dtype).eps for e, _ in acting)
+    left, right = _joint_projection(parts, resolution)
+    return Eraser(left, right, _mean([(e.bias, share) for e, share in acting], device))
 
 
 def _mean(means: list[tuple[Tensor | None, float]], device: torch.device) -> Tensor | None:
@@ -120,8 +116,11 @@ def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> 
     readings = _joint_basis([own for _, own in spans], cutoff)
     own_cosines = [torch.linalg.svdvals(reads.T @ own).min() for own, reads in spans]
     within, cosines, directions = torch.linalg.svd(readings.T @ basis, full_matrices=True)
-    legible = cosines > _legibility(resolution) * torch.stack(own_cosines).min()
-    count = int(legible.sum())  # they come first, since the cosines fall
+    # How much smaller than the worst of the parts a cosine may be that is still divided by: what rounding leaves of a
+    # concept grows with one over the cosine, 1e-16 to 1e-11 in float64, 1e-7 to 1e-4 in float32. And so does the
+    # distortion: a thousand times that of one eraser is a fair price for reading a concept as it was fitted.
+    least = (1e-5 if resolution <= EXACT else 1e-3) * torch.stack(own_cosines).min()
+    count = int((cosines > least).sum())  # they come first, since the cosines fall
     left = basis @ directions.T
     read = (readings @ within[:, :count] / cosines[:count]).T
     right = torch.cat([read, left[:, count:].T])
@@ -159,13 +158,3 @@ def _joint_basis(bases: list[Tensor], cutoff: float) -> Tensor:
     """
     vectors, values, _ = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
     return vectors[:, values > cutoff * values[0]]
-
-
-def _legibility(resolution: float) -> float:
-    """How much smaller than the worst of the parts a cosine may be that is still divided by.
-
-    What rounding leaves of a concept grows with one over the cosine: 1e-16 to 1e-11 in float64, 1e-7 to 1e-4 in
-    float32. And so does the distortion: a thousand times that of one eraser is a fair price for reading a concept as it
-    was fitted.
-    """
-    return 1e-5 if resolution <= EXACT else 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,12 +54,11 @@ def fit_inlp(
     """
     limit = check_rounds(rounds, rank)
     rows = class_rows(x, z, weight, mask, "inlp")
-    known = nothing_known(rows)
     basis = rows.x.new_zeros(rows.x.shape[1], 0)
     for _ in range(limit):
         remaining = rows.x - (rows.x @ basis) @ basis.T
         probe = logistic_probe(replace(rows, x=remaining), penalty)
-        if known - probe.loss < _GAIN * known:
+        if rows.entropy - probe.loss < _GAIN * rows.entropy:
             break
         new = beyond(probe.directions(), basis)
         basis = torch.cat([basis, new], dim=1)
@@ -93,6 +93,25 @@ class ClassRows:
         reads into such a feature, where a probe of standardised features finds it.
         """
         return basis * self.varies[:, None]
+
+    @functools.cached_property
+    def curvature(self) -> tuple[Tensor, Tensor]:
+        """Variances `(d,)` along the principal directions `(d, d)`: how the log loss curves, up to a factor."""
+        values, vectors = torch.linalg.eigh(self.x.T @ (self.x * self.weight[:, None]))
+        return values.clamp_min(0), vectors
+
+    def frame(self, ridge: float) -> Tensor:
+        """`(d, d)` coordinates in which a penalised loss curves about alike everywhere: few steps are enough."""
+        values, vectors = self.curvature
+        return vectors * (values / 4 + ridge).rsqrt()
+
+    @property
+    def entropy(self) -> float:
+        """The log loss of the best constant, in nats."""
+        shares = self.weight @ self.target
+        if shares.numel() == 1:
+            shares = torch.cat([1 - shares, shares])
+        return float(-(shares * shares.log()).sum())
 
 
 @dataclass(frozen=True)
@@ -147,14 +166,6 @@ def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None,
     return ClassRows(centred, target, shares / shares.sum(), moments.mean_x, varies)
 
 
-def nothing_known(rows: ClassRows) -> float:
-    """The log loss of the best constant, in nats: the entropy of the classes."""
-    shares = rows.weight @ rows.target
-    if shares.numel() == 1:
-        shares = torch.cat([1 - shares, shares])
-    return float(-(shares * shares.log()).sum())
-
-
 def logistic_probe(
     rows: ClassRows,
     penalty: float | None = None,
@@ -168,14 +179,14 @@ def logistic_probe(
         rows: What is learned from.
         penalty: None for one over the rows.
         start: Where to start from.
-        frame: What a `Curvature` of similar rows made for the penalty; None to make one of these.
+        frame: The `frame` of similar rows for the penalty; None for that of these.
         tolerance: The largest slope, in nats, at which the minimum counts as found.
 
     Raises:
         ValueError: If `penalty` is not positive.
     """
     ridge = ridge_of(rows, penalty)
-    frame = Curvature.of(rows).frame(ridge) if frame is None else frame
+    frame = rows.frame(ridge) if frame is None else frame
     begin = rows.x.new_zeros(rows.x.shape[1] + 1, rows.target.shape[1])
     if start is not None:
         begin[:-1], begin[-1] = torch.linalg.solve(frame, start.weights), start.intercept
@@ -200,24 +211,6 @@ def ridge_of(rows: ClassRows, penalty: float | None) -> float:
     if not ridge > 0:
         raise ValueError(f"penalty is {penalty!r}: it must be positive; without it a probe of separable classes grows.")
     return ridge
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """Variances `(d,)` of rows along their principal directions `(d, d)`: how the log loss curves, up to a factor."""
-
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, rows: ClassRows) -> Curvature:
-        """That of the given rows."""
-        values, vectors = torch.linalg.eigh(rows.x.T @ (rows.x * rows.weight[:, None]))
-        return cls(values.clamp_min(0), vectors)
-
-    def frame(self, ridge: float) -> Tensor:
-        """`(d, d)` coordinates in which a penalised loss curves about alike everywhere: few steps are enough."""
-        return self.vectors * (self.values / 4 + ridge).rsqrt()
 
 
 def _objective(point: Tensor, rows: ClassRows, frame: Tensor, ridge: float) -> Tensor:
@@ -308,12 +301,12 @@ def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tens
     """`(d, rank)` orthonormal directions of the best projection found."""
     width, last = rows.x.shape[1], ridge_of(rows, penalty)
     relaxed = torch.eye(width, dtype=torch.float64, device=rows.x.device) * (rank / width)
-    probe, curvature = None, Curvature.of(rows)
+    probe = None
     best, highest = relaxed[:, :rank], -1.0
     for step in range(steps):
         ridge = max(last, _FIRST_RIDGE * (last / _FIRST_RIDGE) ** (step / (_SOFTENED * steps)))
         remaining = rows.x - rows.x @ relaxed
-        probe = logistic_probe(replace(rows, x=remaining), ridge, probe, curvature.frame(ridge), _TOLERANCE)
+        probe = logistic_probe(replace(rows, x=remaining), ridge, probe, rows.frame(ridge), _TOLERANCE)
         logits = remaining @ probe.weights + probe.intercept
         slope = -(rows.x.T @ errors(rows, logits)) @ probe.weights.T
         slope = slope + slope.T
@@ -323,7 +316,7 @@ def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tens
         relaxed, basis = _onto_fantope(relaxed, rank)
         if length == 0 or step == steps - 1 or step % _EVERY == _EVERY - 1:
             rounded = replace(rows, x=rows.x - rows.x @ basis @ basis.T)
-            loss = logistic_probe(rounded, last, None, curvature.frame(last), _TOLERANCE).loss
+            loss = logistic_probe(rounded, last, None, rows.frame(last), _TOLERANCE).loss
             if loss > highest:
                 best, highest = basis, loss
         if length == 0:
