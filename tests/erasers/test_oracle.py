@@ -95,7 +95,7 @@ def test_what_cannot_be_erased_is_refused() -> None:
         eraser(x, z[:99])
     with pytest.raises(ValueError, match="last dimension of 4"):
         eraser(x[:, :3], z)
-    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64"):
         eraser(x.long(), z)
     with pytest.raises(ValueError, match="Only one class"):
         OracleEraser.fit(x, torch.ones(100, dtype=torch.int64))
