@@ -140,10 +140,9 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
     check_activations(x, width)
     if rank == 0:
         return x
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype, device = torch.promote_types(x.dtype, torch.float32), x.device.type
     # Devices without autocast (meta) refuse the context altogether.
-    has_autocast = torch.amp.is_autocast_available(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         rows = x.to(dtype).reshape(-1, width)
         left, right = left.to(dtype), right.to(dtype)
         return _erase_rows(rows, left, right, bias).reshape(x.shape).to(x.dtype)

@@ -408,7 +408,7 @@ class ConceptMoments:
         if sums.counts is None:
             raise ValueError(
                 "method is 'mean_projection', but the concept was not given as the class ids of one concept, so there "
-                "are not class means: give integer ids, or take 'orth', which removes the same directions and needs "
+                "are no class means: give integer ids, or take 'orth', which removes the same directions and needs "
                 "covariances only."
             )
         return sums.mean_z * (sums.counts > 0)
