@@ -152,15 +152,7 @@ def solved(
     resident_batches: int | None = None,
     checkpoint: FitCheckpoint | None = None,
 ) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
-    """The erasers of all sites, and what was seen of each source.
-
-    Args:
-        task: What is fitted.
-        sources: Labelled batches of every concept that is erased; in each process its own.
-        background: Unlabelled batches, if there are any.
-        sequential: Whether each site is fitted on activations that are erased upstream.
-        resident_batches: How many batches keep their activations in memory in sequential fitting; all when None.
-        checkpoint: Where to keep what is finished, if anywhere.
+    """The erasers of all sites, and what was seen of each source; options are those of `fit_concept_erasure`.
 
     Raises:
         ValueError: If there is no data, a site is never reached, or its rows cannot be used.
@@ -238,18 +230,9 @@ class Scrubber:
     _data: str = field(default="", init=False)
 
     def fit(self, sources: Iterable[Source]) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
-        """Fit all sites.
+        """Fit all sites; returns the fit of each, and what was seen of each source.
 
-        Args:
-            sources: Labelled batches of every concept that is erased, and perhaps a background; in each process its
-                own. All are held, and of the activations those of `resident_batches`.
-
-        Returns:
-            Site → its fit, and what was seen of each source.
-
-        Raises:
-            ValueError: If there is no data, a site is never reached, or its rows cannot be used.
-            RuntimeError: If the model fails on a batch, or another process failed.
+        All batches of the sources are held, and of the activations those of `resident_batches`.
         """
         task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
         with processes.agreeing("reading its batches"):
@@ -405,15 +388,7 @@ def conclude(
     eval_batches: Iterable[Any] | None = None,
     rows: RowsSeen | None = None,
 ) -> ErasureReport:
-    """Put the erasers in place, measure them, and write down what was done.
-
-    Args:
-        task: What was fitted.
-        fits: Site → its eraser.
-        seen: What was seen of each source.
-        eval_batches: Held-out batches.
-        rows: Those fitted on.
-    """
+    """Put the erasers in place, measure them on held-out batches, and write down what was done."""
     config, name, layers = task.config, task.name, task.layers
     labelled = [statistics for statistics in seen if statistics.z_dim]
     lines = [

@@ -45,14 +45,8 @@ def measure(
     taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
     forward pass is measured over all its visits together, as it is fitted, and at each.
 
-    Every process measures batches of its own; all end with the figures of all. Warns where the batches share sequences
-    with those that were fitted on.
-
-    Args:
-        task: What is measured.
-        batches: Held-out batches with labels.
-        known: Lines of sites with what is known from fitting.
-        fitted_on: The rows that were fitted on.
+    Every process measures batches of its own; all end with the figures of all, put into the lines that are known from
+    fitting. Warns where the batches share sequences with those that were fitted on.
 
     Returns:
         One line a site, and one for each visit of a site with several; how many sequences they are on; and how many of
@@ -158,9 +152,6 @@ class _Measurement:
     """Both runs of the model over the held-out batches, one with the adapter and one without.
 
     What is known of a site is kept by visit: calls of its module in one forward pass are counted from 1.
-
-    Args:
-        task: What is measured.
     """
 
     def __init__(self, task: FitTask) -> None:
@@ -240,12 +231,7 @@ class _Measurement:
 
     @on_cpu
     def lines(self, known: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
-        """What was measured at each site, in the model's order, the last hidden states at the end.
-
-        Args:
-            known: Lines of sites with what is known from fitting.
-            groups: How many distinct sequences.
-            examples: How many sequences, for messages.
+        """What was measured at each site on `groups` distinct sequences, the last hidden states at the end.
 
         Raises:
             ValueError: If one half of the sequences lacks a class at some site.

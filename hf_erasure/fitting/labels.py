@@ -47,14 +47,9 @@ class Selection:
 
 
 def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selection]:
-    """One row a sequence where each row weighs 1/length: the mean, which `pool="mean"` guards.
+    """One row a sequence, `(batch, 1, …, width)`, where each row weighs 1/length: the mean, which `pool="mean"` guards.
 
-    Args:
-        activation: `(batch, seq, …, width)`.
-        selection: Its rows; left alone where they carry no weight.
-
-    Returns:
-        `(batch, 1, …, width)` and the selection of these.
+    An activation whose rows carry no weight is left alone.
     """
     if selection.weight is None or selection.z is None:
         return activation, selection
@@ -336,17 +331,15 @@ def pool_for(
         alike = ": all tokens count alike" if reading.pool is None else ""
         return Pool(reading.pool or "tokens", reading.text + alike)
     is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
-    not_guarded = f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}"
+    remedy, beside = "", "" if reading.pool is None else f" (pool={reading.pool!r})"
     if reading.pool is not None and not is_read:
-        warnings.warn(
-            f"{not_guarded} (pool={reading.pool!r}): what the head reads is not guarded. Leave pool out, or give "
-            f"pool={reading.pool!r}.",
-            stacklevel=4,
-        )
+        remedy = f"Leave pool out, or give pool={reading.pool!r}."
     elif reading.is_other and pool != "tokens":
+        remedy = "Pad batches on the side that the head expects, or give pool='tokens'."
+    if remedy:
         warnings.warn(
-            f"{not_guarded}: what the head reads is not guarded. Pad batches on the side that the head expects, or "
-            "give pool='tokens'.",
+            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}{beside}: what the head reads is not guarded. "
+            f"{remedy}",
             stacklevel=4,
         )
     return Pool(pool, reading.text)

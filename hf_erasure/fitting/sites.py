@@ -68,13 +68,10 @@ class FitTask:
         observer: Callable[[BatchLabels | None, str, Tensor], Tensor],
         then: Callable[[BatchLabels], None] = lambda labels: None,
     ) -> None:
-        """Run the model over batches.
+        """Run the model over this process's batches.
 
-        Args:
-            batches: This process's own.
-            observer: Sees the batch, the site and its activation in the place of the adapter's eraser, and returns
-                what goes on; the batch is None where it does not count.
-            then: Called with each batch that counts after its forward pass.
+        The observer sees the batch, the site and its activation in the place of the adapter's eraser, and returns what
+        goes on; the batch is None where it does not count. `then` is called with each that counts after its pass.
         """
         running: list[BatchLabels | None] = [None]
         with observed(self.layers, self.name, lambda site, hidden: observer(running[0], site, hidden)):
@@ -242,11 +239,7 @@ class SiteStatistics:
             moments.pool(lambda own: processes.gathered([own]), processes.add_one)
 
     def check_reached(self, sites: Collection[str], found: Container[str] | None = None) -> None:
-        """Check that there was data, and that every site saw some of it.
-
-        Args:
-            sites: What should have been reached.
-            found: What was; the sites that have moments when None.
+        """Check that there was data, and that every site is in `found`, by default those that have moments.
 
         Raises:
             ValueError: Says which was missing, and the remedy.
@@ -299,12 +292,8 @@ def solve(
 ) -> dict[str, SiteFit]:
     """Solve for the erasers of sites, each in one of the processes; all end with the same fits.
 
-    Args:
-        processes: Those that share the work.
-        sites: Their names, which have moments in all of `seen`.
-        seen: The statistics of each concept that is erased, and perhaps of a background (`z_dim` is 0), of rows that
-            say what should not be disturbed.
-        config: Method, rank and whether the mean is kept.
+    The statistics are those of each concept that is erased, and perhaps of a background (`z_dim` is 0), of rows that
+    say what should not be disturbed.
 
     Raises:
         ValueError: Names the site, and what the moments lack, if that was in this process.
