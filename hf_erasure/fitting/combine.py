@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import warn_of_what_is_off, without
-from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of, adapters_in
+from hf_erasure.adapters.common.model_state import undone_on_failure
 from hf_erasure.adapters.common.provenance import RECORD, Provenance
 from hf_erasure.adapters.erasure.layer import CHILD
 from hf_erasure.adapters.merging.combine import combine_fitted
@@ -91,7 +91,9 @@ def combine_adapters(
     if set(batches) != set(names):
         raise ValueError(f"batches are given for {sorted(batches)}, but names={list(names)}: give them for each name.")
     check_pool(pool)
-    with _undone_on_failure(model, into):
+    places = adapters_in(model, ConceptErasureConfig)
+    holder = next((place.holder for place in places if place.name in names), model)
+    with undone_on_failure(holder, into, is_ours=True):
         combine_fitted(model, names, into, sticky=sticky, fitted_anew=True)
         concepts = {name: adapter_of(model, name, ConceptErasureConfig).config for name in names}
         task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]], progress=progress)
@@ -110,23 +112,6 @@ def combine_adapters(
         task.config.provenance["combined_from"] = made_of
         task.config.provenance[RECORD] = without(task.config.provenance[RECORD], names)
     return task.config
-
-
-@contextmanager
-def _undone_on_failure(model: Any, into: str) -> Iterator[None]:
-    """Take the new adapter off again if it could not be fitted."""
-    known = {place.name for place in adapters_in(model, ChildConfig)}
-    active = {id(child): (child, child.active_adapters) for child in adapter_children(model)}
-    try:
-        yield
-    except BaseException:
-        added = [] if into in known else list(adapters_in(model, ConceptErasureConfig, into))
-        for place in added:
-            place.holder.delete_adapter(into)
-        if added:
-            for child, names in active.values():
-                child.set_adapter(names)
-        raise
 
 
 # ---- fits of several shards ------------------------------------------------------------------------------------------
