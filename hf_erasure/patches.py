@@ -16,7 +16,7 @@ from typing import Any
 
 from .adapters import saved_tensors, saving, switching
 from .adapters.internals import Internal, check_internals, installed
-from .adapters.loading import key_renaming, load
+from .adapters.loading import load
 from .callbacks import trainer
 from .hub import cards, pushing
 
@@ -66,15 +66,6 @@ def patches() -> tuple[Patch, ...]:
             why="it stops halfway at a trained module that not every adapter has a copy of; add_adapter calls it last, "
             "and does not say which adapter went off",
         ),
-        Patch(
-            "peft",
-            "peft.utils.transformers_weight_conversion",
-            "build_peft_weight_mapping",
-            wrapper=key_renaming.weight_mapping,
-            why="load_adapter renames keys of adapters as it renames those of old checkpoints",
-            without="model.load_adapter does not find the tensors of an adapter in some architectures",
-            also=(mixin,),
-        ),
         of_models(
             "PeftModel.__init__",
             ("model", "peft_config", "adapter_name"),
@@ -85,7 +76,8 @@ def patches() -> tuple[Patch, ...]:
             "PeftModel.load_adapter",
             ("model_id", "adapter_name"),
             wrapper=load.load_into_peft_model,
-            why="as load_adapter of transformers; and values that a file lacks stay those of the adapter before",
+            why="as load_adapter of transformers; values that a file lacks stay those of the adapter before, and "
+            "it fails where the class of a task wants a head that was not saved",
         ),
         of_models(
             "PeftModel.from_pretrained",
@@ -98,12 +90,6 @@ def patches() -> tuple[Patch, ...]:
             ("save_directory",),
             wrapper=saving.save_peft_model,
             why="a save that is killed leaves half of an adapter, and one may overwrite another's",
-        ),
-        of_models(
-            "set_peft_model_state_dict",
-            wrapper=load.set_peft_model_state_dict,
-            why="load_adapter of a PeftModel fails where the class of a task wants a head that was not saved",
-            without="an adapter of a model without a head is not loaded into a PeftModel with one",
         ),
         Patch(
             "transformers",

@@ -84,14 +84,15 @@ def inject_adapter(
         tuner.peft_config.pop(adapter_name)
         raise
     copies = ActiveCopies(model)
-    with naming_what_goes_off(model, adapter_name):
+    with naming_what_goes_off(model, adapter_name) as is_all:
         try:
             original(model, adapter_name, *args, **kwargs)
         except BaseException:
             copies.restore()
             raise
         rehome_layers(model)
-    _ADDED[model] = adapter_name
+    if is_all:
+        _ADDED[model] = adapter_name
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------

@@ -42,12 +42,7 @@ def test_trained_saved_and_loaded_with_the_adapter(kind: str, tmp_path, matrix):
     assert saved == ["base_model.model.pooler.dense.bias", "base_model.model.pooler.dense.weight"]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["pooler.dense"]
     again = base("bert")
-    if not LOADS_COPIES:  # there a LoRA is loaded without its copy, and nothing is said
-        if kind in OURS:
-            with pytest.raises(ValueError, match=r"does not load modules_to_save=.*PeftModel.from_pretrained"):
-                again.load_adapter(str(tmp_path), "other")
-            assert as_base(again, "bert")
-    else:
+    if LOADS_COPIES or kind in OURS:  # an older transformers loads a LoRA without its copy, and nothing is said
         again.load_adapter(str(tmp_path), "other")
         assert same(outputs(again, "bert"), expected)
     wrapped = peft.PeftModel.from_pretrained(base("bert"), str(tmp_path), "other")

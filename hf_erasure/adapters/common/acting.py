@@ -104,18 +104,21 @@ def users_level() -> int:
 
 
 @contextmanager
-def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
+def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str] = ()) -> Iterator[bool]:
     """Warn of what acted before an adapter came and does not afterwards, if one of this package is concerned.
 
     Of the adapters that are `expected` to go off, nothing is said.
+
+    Yields:
+        Whether it is said here, and not by a call that this one is a part of.
     """
     if _ADDING.get():
-        yield
+        yield False
         return
     before, copies = adapters_now(model).on, ActiveCopies(model).on
     token = _ADDING.set(True)
     try:
-        yield
+        yield True
     finally:
         _ADDING.reset(token)
     if adapter_children(model):

@@ -8,7 +8,7 @@ buffers, and hooks on the host let them act.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -211,15 +211,30 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             store[name] = value
         self._awaits_values.add(name)
 
-    def settle(self, name: str) -> None:
-        """Take values that were just loaded into memory of their own.
+    def take(self, name: str, values: Mapping[str, Tensor | None], device: Any = None) -> None:
+        """Take the values of a file for an adapter; what the file lacks must not pass for values.
 
-        Loading leaves views into the mapped file: unaligned, so that sums round differently than before saving, and
-        gone when the file is written anew.
+        Args:
+            name: The adapter.
+            values: By the attribute that holds a part.
+            device: Where accelerate runs the host, if it has a say.
+
+        Raises:
+            ValueError: If a value is missing, not finite, or of another shape than the adapter's.
         """
-        _, dtype = self.state_placement()
-        for store in self.stores(name).values():
-            store[name] = store[name].to(dtype if store[name].is_floating_point() else torch.int32, copy=True)
+        self.await_values(name)
+        place, dtype = self.state_placement()
+        for key, store in self.stores(name).items():
+            value = values.get(key)
+            if value is None:
+                continue
+            if value.shape != store[name].shape:
+                raise ValueError(
+                    f"{self._part_in_words(key, name)} has shape {list(store[name].shape)}, and the values that are "
+                    f"loaded have {list(value.shape)}: they are of another adapter."
+                )
+            store[name] = value.to(device or place, dtype if store[name].is_floating_point() else torch.int32)
+        self.check_values(name)
 
     def move_state(self, name: str, device: torch.device) -> None:
         """Keep an adapter where accelerate runs the module; the meta device is not a place to be."""

@@ -161,32 +161,15 @@ def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
     It would tell every wrapper all of the names, and fail at those that a wrapper does not know.
     """
-    with _replaced(auxiliary_wrappers(model).values(), "set_adapter", lambda *args, **kwargs: None):
-        yield
-    set_copies(model, names)
-
-
-@contextmanager
-def keys_of_own_copies(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """While PEFT loads an adapter, let only the wrappers that it has a copy in look for keys in its file.
-
-    A wrapper of trained tokens would look for those of any adapter, and fail.
-    """
-    others = [wrapper for wrapper in auxiliary_wrappers(model).values() if adapter_name not in wrapper._adapters]
-    with _replaced(others, "adapter_state_dict_load_map", lambda name: {}):
-        yield
-
-
-@contextmanager
-def _replaced(wrappers: Collection[nn.Module], method: str, by: Callable[..., Any]) -> Iterator[None]:
-    wrappers = list(wrappers)
+    wrappers = auxiliary_wrappers(model).values()
     for wrapper in wrappers:
-        wrapper.__dict__[method] = by
+        vars(wrapper)["set_adapter"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
         for wrapper in wrappers:
-            del wrapper.__dict__[method]
+            del vars(wrapper)["set_adapter"]
+    set_copies(model, names)
 
 
 def trained_tensors(model: nn.Module, name: str) -> list[Tensor]:

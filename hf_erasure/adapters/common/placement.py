@@ -35,24 +35,6 @@ def execution_device(module: nn.Module) -> Any:
 
 
 @contextmanager
-def device_map_of_offloaded(model: Any) -> Iterator[None]:
-    """Give a model whose weights accelerate keeps elsewhere a map while an adapter is loaded, if it has none.
-
-    Without one, transformers would load to the meta device of the placeholders, which holds no values.
-    """
-    devices = [] if hasattr(model, "hf_device_map") else [execution_device(module) for module in model.modules()]
-    device = next((device for device in devices if device is not None), None)
-    if device is None:
-        yield
-        return
-    model.hf_device_map = {"": device}
-    try:
-        yield
-    finally:
-        del model.hf_device_map
-
-
-@contextmanager
 def left_in_place(model: Any) -> Iterator[None]:
     """Hide the map of an offloaded model from PEFT, which would take accelerate's hooks off and spread it anew.
 

@@ -28,7 +28,6 @@ from .model_state import (
     put_in_place,
     undone_on_failure,
 )
-from .placement import execution_device
 
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
@@ -126,11 +125,6 @@ class ChildTuner(BaseTuner):
         # Tensors that are given along are a wish for some of the modules.
         wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
         self._check_complete(config, adapter_children(model, adapter_name), wanted)
-        places: Any = getattr(model, "hf_device_map", None)
-        for child in adapter_children(model, adapter_name) if places else ():
-            # Loading sends tensors where their module runs; for a module on disk it would not find a place.
-            if (device := execution_device(child.host)) is not None:
-                places[f"{child.path}.{child.child_name}"] = device
         note_adapters(model)
 
     def _check_config(self, config: Any) -> None:

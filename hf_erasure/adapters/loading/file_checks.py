@@ -11,9 +11,8 @@ import inspect
 import json
 import os
 import stat
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,13 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from hf_erasure.models.model import without_peft
 
 from ..common.config import ChildConfig
-from ..common.files import CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS, short
+from ..common.files import CONFIG, PICKLE, PREFIX, WEIGHTS, short
 from ..common.provenance import Provenance
 from .key_renaming import prefix_of, rename_tensors
 
@@ -85,21 +85,33 @@ class Source:
             return None
 
 
-@contextmanager
-def looked_at(
-    model: nn.Module, source: Source, config: PeftConfig | None = None, *, pickled: bool = False
-) -> Iterator[tuple[str, bool]]:
-    """Look at an adapter before it is loaded, and make sure afterwards that it was not saved anew in the meantime.
+@dataclass(frozen=True)
+class Read:
+    """What was read of an adapter.
+
+    Attributes:
+        config: Its configuration; None where it is not an adapter of this package.
+        tensors: Its tensors by their names without PEFT's prefix, in memory of their own.
+        unseen: Why its files could not be looked at.
+    """
+
+    config: ChildConfig | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    unseen: str | None = None
+
+
+def read_adapter(
+    model: nn.Module, source: Source, config: PeftConfig | None = None, *, is_given: bool = True, pickled: bool = False
+) -> Read:
+    """Read an adapter and check all that can be before it is in a model.
 
     Args:
-        model: What it is loaded into.
+        model: What it is to be loaded into.
         source: Where from.
         config: Its configuration, where the caller has one already.
+        is_given: Whether the caller gave it for this load; otherwise it is that of an adapter which is overwritten.
+            What fitting wrote into the saved one it takes over, so that the one that an adapter was made with will do.
         pickled: Whether the caller asked for a pickle.
-
-    Yields:
-        What to load instead of the source's name, the same folder or the snapshot of a repository, and whether it is
-        an adapter of this package.
 
     Raises:
         ValueError: Says what is wrong with which file.
@@ -110,11 +122,13 @@ def looked_at(
     except Exception as error:
         if isinstance(config, ChildConfig):
             raise
-        with _not_seen(f"{type(error).__name__}: {error}"):
-            yield source.name, False  # PEFT says better what went wrong
-        return
+        return Read(unseen=f"{type(error).__name__}: {error}")  # PEFT says better what went wrong
     seen = _stamps(file)
     stated = config if file is None else _config_of(file, source)
+    if is_given and isinstance(config, ChildConfig):
+        config = config.copied()
+        if stated is not None and type(stated) is type(config):
+            config.take_fitted(stated)
     config = config or stated
     if isinstance(stated, ChildConfig) and type(config) is not type(stated):
         raise ValueError(
@@ -122,46 +136,22 @@ def looked_at(
             f"{type(config).__name__}: leave it out, or give one of the same kind."
         )
     if not isinstance(config, ChildConfig):
-        with _not_seen(None if isinstance(config, PeftConfig) else f"there is no {CONFIG}"):
-            yield source.name, False
-        return
+        return Read(unseen=None if isinstance(config, PeftConfig) else f"there is no {CONFIG}")
     if pickled:
         raise ValueError(f"use_safetensors=False would load a pickle as the {config.described}: leave it out.")
-    weights, source = _weights_of(source, file)
+    weights = _weights_of(source, file)
     seen += _stamps(weights)
+    failed: Exception | None = None
     try:
         check_tensors(weights, config, model, getattr(stated, "modules_to_save", None))
-        yield source.name, True
+        tensors = {name.removeprefix(PREFIX): value.clone() for name, value in load_file(weights).items()}
     except Exception as error:
-        if _stamps(file, weights) != seen:
-            raise _saved_anew(source) from error
-        raise
+        failed = error
     if _stamps(file, weights) != seen:
-        raise _saved_anew(source)
-
-
-def with_what_was_fitted(config: ChildConfig, source: Source) -> ChildConfig:
-    """A copy of a configuration that is given in the place of a saved one, with what fitting wrote into the saved one.
-
-    So the configuration that an adapter was made with will do, and what differs in it from the saved one counts.
-
-    Raises:
-        ValueError: If the two do not go together.
-    """
-    config, file = config.copied(), source.file(CONFIG)
-    saved = None if file is None else _config_of(file, source)
-    if isinstance(saved, ChildConfig) and type(saved) is type(config):
-        config.take_fitted(saved)
-    return config
-
-
-@contextmanager
-def _not_seen(reason: str | None) -> Iterator[None]:
-    token = UNSEEN.set(reason)
-    try:
-        yield
-    finally:
-        UNSEEN.reset(token)
+        raise ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.") from failed
+    if failed is not None:
+        raise failed
+    return Read(config, tensors)
 
 
 # ---- the configuration -----------------------------------------------------------------------------------------------
@@ -200,30 +190,24 @@ def _config_of(file: Path, source: Source) -> PeftConfig:
         )
     if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], ChildConfig):  # type: ignore[index]
         return PeftConfig()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT reads it once more, and warns of fields that it does not know then
-        return PeftConfig.from_pretrained(str(file.parent))
+    return PeftConfig.from_pretrained(str(file.parent))
 
 
 # ---- the tensors -----------------------------------------------------------------------------------------------------
 
 
-def _weights_of(source: Source, config: Path | None) -> tuple[Path, Source]:
-    """The file with the tensors, of the commit that the configuration is of, and where to load it from.
-
-    Of a repository that is its snapshot, so that what was looked at is what is loaded.
-    """
-    depth = len(Path(source.subfolder).parts)
+def _weights_of(source: Source, config: Path | None) -> Path:
+    """The file with the tensors, in a repository that of the commit that the configuration is of."""
     if config is not None and not source.is_folder:
-        source = replace(source, options={**source.options, "revision": config.parents[depth].name})
+        revision = config.parents[len(Path(source.subfolder).parts)].name
+        source = replace(source, options={**source.options, "revision": revision})
     weights = source.file(WEIGHTS)
     if weights is None:
         pickled = " It has a pickle, which could run any code and is never loaded." if source.file(PICKLE) else ""
         raise ValueError(f"{str(source.folder)!r} has no {WEIGHTS}.{pickled} Copy or download the complete adapter.")
     if source.is_folder:
         _check_link(weights, source)
-        return weights, source
-    return weights, Source(str(weights.parents[depth]), source.subfolder)
+    return weights
 
 
 def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
@@ -387,7 +371,3 @@ def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
                 state = file.stat()
                 found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
     return found
-
-
-def _saved_anew(source: Source) -> ValueError:
-    return ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.")

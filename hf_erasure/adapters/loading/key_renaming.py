@@ -1,17 +1,13 @@
-"""Keys of an adapter file under other names: with or without a head, or as transformers renames old checkpoints."""
+"""Names of modules and tensors of an adapter in the bare model, and in the same model with a head."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
-from transformers.core_model_loading import WeightRenaming
 
 from ..common.config import ChildConfig
-from ..common.files import PREFIX
 
 Rename = Callable[[str], str]
 T = TypeVar("T")
@@ -65,54 +61,19 @@ def rename_fitted(config: ChildConfig, rename: Rename) -> None:
         setattr(config, field, None)
 
 
-def rename_tensors(tensors: dict[str, T], config: ChildConfig, prefix: str, outer: str = "") -> dict[str, T]:
+def rename_tensors(tensors: dict[str, T], config: ChildConfig, prefix: str) -> dict[str, T]:
     """The tensors of a file under the names that the adapter's modules have in the model it is loaded into.
 
     Args:
-        tensors: By their names in the file, with `outer` in front or without.
+        tensors: By their names in the file, without PEFT's prefix.
         config: The adapter's, with the names of this model.
         prefix: See `prefix_of`.
-        outer: What PEFT puts in front of all names.
     """
     expected = config.tensors() if config.fitted else {}
 
-    def renamed(key: str) -> str:
-        name = key.removeprefix(outer)
+    def renamed(name: str) -> str:
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        return key.removesuffix(name) + next((known for known in names if known in expected), name)
+        return next((known for known in names if known in expected), name)
 
-    named = {renamed(key): value for key, value in tensors.items()}
+    named = {renamed(name): value for name, value in tensors.items()}
     return named if len(named) == len(tensors) else tensors
-
-
-# Where a model notes how its checkpoint was converted.
-_NOTE = "_weight_conversions"
-
-
-def weight_mapping(
-    original: Callable[..., Any], weight_conversions: Any, adapter_name: str, peft_config: Any = None
-) -> Any:
-    """What `load_adapter` does to the keys of a file: PEFT's prefix goes, and the adapter's name comes."""
-    if not isinstance(peft_config, ChildConfig):
-        return original(weight_conversions, adapter_name, peft_config=peft_config)
-    kind = str(peft_config.peft_type).rpartition(".")[2].lower()
-    return [
-        WeightRenaming(rf"^{re.escape(PREFIX)}(.+)", r"\1"),
-        WeightRenaming(rf"(\.{kind}\.{kind}_[^.]+)$", rf"\1.{adapter_name}"),
-    ]
-
-
-@contextmanager
-def conversions_kept(model: Any, name: str) -> Iterator[None]:
-    """Keep the model's note of how its checkpoint was converted, by which it is saved, while an adapter is loaded.
-
-    transformers puts what the adapter's keys went through in its place, and all keys of the model would have PEFT's
-    prefix when it is saved without the adapter.
-    """
-    noted = model.__dict__.get(_NOTE, _NOTE)
-    yield
-    if isinstance(model.peft_config.get(name), ChildConfig):
-        if noted is _NOTE:
-            model.__dict__.pop(_NOTE, None)
-        else:
-            setattr(model, _NOTE, noted)

@@ -1,7 +1,8 @@
 """Loading an adapter into a transformers model, into a `PeftModel`, or by `PeftModel.from_pretrained`.
 
-Neither PEFT nor transformers undoes a load that fails, notices a missing or non-finite tensor, or looks at files before
-it uses them. The three functions here are called in the place of theirs, call them, and add that.
+The three functions here are called in the place of those of transformers and PEFT. An adapter of another method is left
+to them. One of this package is read and checked before it touches a model; then PEFT attaches it, and its values are
+put where they belong. What fails is undone, and a value that is missing or not finite is noticed.
 """
 
 from __future__ import annotations
@@ -9,33 +10,29 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers.integrations import peft as integration
-
-from hf_erasure.models.model import without_peft
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..common.acting import all_configs, comparing_with_fitting, naming_what_goes_off
 from ..common.config import ChildConfig
-from ..common.files import COMMIT, PREFIX, WEIGHTS
+from ..common.files import COMMIT, PREFIX, UNSEEN, WEIGHTS
 from ..common.layer import adapter_children, outside_inference_mode
-from ..common.model_state import is_of_ours, keys_of_own_copies, trained_tensors, undone_on_failure
-from ..common.placement import device_map_of_offloaded, left_in_place
+from ..common.model_state import auxiliary_wrappers, undone_on_failure
+from ..common.placement import execution_device, left_in_place
 from ..saving import finish
-from .file_checks import Source, looked_at, with_what_was_fitted
-from .key_renaming import conversions_kept, prefix_of, rename_tensors
+from .file_checks import Read, Source, read_adapter
+from .key_renaming import prefix_of, rename_tensors
 
-# Older releases report `modules_to_save` as weights that are not needed.
-_LOADS_COPIES = "adapter_state_dict_load_map" in inspect.getsource(integration)
-# Set within `from_pretrained`, which has looked at the files when it calls `load_adapter`.
-_LOOKED: ContextVar[bool] = ContextVar("looked", default=False)
+# What `from_pretrained` has read when it calls `load_adapter`.
+_READ: ContextVar[Read | None] = ContextVar("read", default=None)
 
 
 def load_adapter(
@@ -49,50 +46,57 @@ def load_adapter(
     """`load_adapter` of a transformers model."""
     call = inspect.signature(original).bind(peft_model_id, adapter_name, *args, **kwargs)
     name, given, config = adapter_name or "default", call.arguments, call.arguments.get("peft_config")
-    source, pickled = _source_of(given)
-    with _loading(model, name, source, config, pickled=pickled) as (place, wanted, is_ours):
-        if source is not None:
-            given["peft_model_id"] = place
-        if wanted is not None:
-            given["peft_config"] = wanted
-        with device_map_of_offloaded(model), conversions_kept(model, name):
-            result = original(*call.args, **call.kwargs)
-        _check_loaded(model, name, config)
-        copies = model.peft_config[name].modules_to_save if is_ours else None
-        if copies and not _LOADS_COPIES:
-            raise ValueError(
-                f"This release of transformers does not load modules_to_save={copies} with load_adapter: load the "
-                "adapter with PeftModel.from_pretrained(model, folder), or use a newer transformers."
-            )
-    return result
-
-
-def _source_of(given: dict[str, Any]) -> tuple[Source | None, bool]:
-    """Where `load_adapter` of transformers is about to read, and whether a pickle; nowhere when it is given tensors."""
-    load_config, more = given.get("load_config"), given.get("kwargs", {})
+    load_config, more, tensors = given.get("load_config"), given.get("kwargs", {}), given.get("adapter_state_dict")
     place = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
-    if place is None or given.get("adapter_state_dict") is not None:
-        return None, False
-    options = (getattr(load_config, "download_kwargs", None), more.get("download_kwargs"), given.get("adapter_kwargs"))
-    pickled = more.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
-    return Source.of(place, *options, more, given), pickled
+    with _loading(model, name):
+        if place is None or tensors is not None:
+            read = Read()
+            if tensors is not None and isinstance(config, ChildConfig):
+                read = Read(config.copied(), {key.removeprefix(PREFIX): value for key, value in tensors.items()})
+        else:
+            downloads = (getattr(load_config, "download_kwargs", None), more.get("download_kwargs"))
+            source = Source.of(place, *downloads, given.get("adapter_kwargs"), more, given)
+            pickled = more.get("use_safetensors", getattr(load_config, "use_safetensors", None)) is False
+            read = _read(model, source, config, pickled=pickled)
+        if read.config is None:
+            return _by_others(read, original, call)
+        if given.get("hotswap") is True:
+            raise ValueError(f"hotswap=True is for a LoRA: leave it out to load the {read.config.described}.")
+        if model._hf_peft_config_loaded and name in model.peft_config:
+            raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+        read.config.inference_mode = not given.get("is_trainable", False)
+        inject_adapter_in_model(read.config, model, name)
+        model._hf_peft_config_loaded = True
+        _take(model, name, read.tensors, config)
+        if model.peft_config[name].inference_mode:
+            model.eval()
+            layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            for layer in layers:
+                layer.requires_grad_(False)
+    # Nothing is missing and nothing too many; releases have other fields.
+    hints = get_type_hints(LoadStateDictInfo)
+    return LoadStateDictInfo(**{field: (get_origin(hint) or hint)() for field, hint in hints.items()})
 
 
 def load_into_peft_model(
     original: Callable, model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
 ) -> Any:
     """`PeftModel.load_adapter`, also over an adapter that is there."""
-    if _LOOKED.get():
-        return original(model_id, adapter_name, *args, **kwargs)
-    present = model.peft_config.get(adapter_name)
-    with _loading(model, adapter_name, Source.of(model_id, kwargs), present, is_given=False) as (place, _, is_ours):
-        # Loading over an adapter would keep the old values of tensors that the file lacks.
-        for child in adapter_children(model, adapter_name):
-            child.await_values(adapter_name)
-        with left_in_place(model) if is_ours else nullcontext():
-            result = original(place, adapter_name, *args, **kwargs)
-        _check_loaded(model, adapter_name)
-    return result
+    call = inspect.signature(original).bind(model_id, adapter_name, *args, **kwargs)
+    is_trainable, present = call.arguments.get("is_trainable", False), model.peft_config.get(adapter_name)
+    with _loading(model, adapter_name):
+        read = _READ.get() or _read(model, Source.of(model_id, kwargs), present, is_given=False)
+        if read.config is None:
+            return _by_others(read, original, call)
+        if present is None:
+            read.config.inference_mode = not is_trainable
+            model.add_adapter(adapter_name, read.config)
+            if is_trainable and hasattr(model, "set_requires_grad"):  # older releases have left it so
+                model.set_requires_grad(adapter_name)
+        _take(model, adapter_name, read.tensors)
+        if not is_trainable:
+            model.eval()
+    return _IncompatibleKeys([], [])
 
 
 def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,17 +104,15 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
     call = inspect.signature(original).bind(model, *args, **kwargs)
     given = call.arguments
     name, config = given.get("adapter_name", "default"), given.get("config")
-    with _loading(model, name, Source.of(given["model_id"], kwargs), config) as (place, wanted, is_ours):
-        given["model_id"] = place
-        if wanted is not None:
-            given["config"] = wanted
-        token = _LOOKED.set(True)
-        try:
-            with left_in_place(model) if is_ours else nullcontext():
-                result = original(*call.args, **call.kwargs)
-        finally:
-            _LOOKED.reset(token)
-        _check_loaded(result, name, config)
+    with _loading(model, name), ExitStack() as stack:
+        read = _read(model, Source.of(given["model_id"], kwargs), config)
+        stack.callback(_READ.reset, _READ.set(read))
+        if read.config is None:
+            return _by_others(read, original, call)
+        given["config"] = read.config
+        stack.enter_context(left_in_place(model))
+        result = original(*call.args, **call.kwargs)
+        _give_back(result, name, config)
     return result
 
 
@@ -118,96 +120,68 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
 
 
 @contextmanager
-def _loading(
-    model: Any,
-    name: str,
-    source: Source | None,
-    config: PeftConfig | None,
-    *,
-    is_given: bool = True,
-    pickled: bool = False,
-) -> Iterator[tuple[Any, ChildConfig | None, bool]]:
-    """Look at the files first, and undo a load that fails.
-
-    Args:
-        model: What is loaded into.
-        name: What the adapter will be called.
-        source: Its files; None where the caller gives tensors.
-        config: The configuration that is known already.
-        is_given: Whether the caller gave it; otherwise it is that of an adapter which is overwritten.
-        pickled: Whether the caller asked for a pickle.
-
-    Yields:
-        What to load instead of what was named, the configuration to load with, where the caller gave one of this
-        package, and whether the adapter is one of this package.
-    """
-    with (
-        undone_on_failure(model, name),
-        naming_what_goes_off(model, name),
-        comparing_with_fitting(model, name),
-        ExitStack() as stack,
-    ):
-        wanted = config if is_given and isinstance(config, ChildConfig) else None
-        if source is None:
-            stack.enter_context(outside_inference_mode() if wanted else nullcontext())
-            yield None, wanted, wanted is not None
-            return
-        if os.path.lexists(source.folder / COMMIT):
-            finish(source.folder)
-        wanted = wanted and with_what_was_fitted(wanted, source)
-        place, is_ours = stack.enter_context(looked_at(model, source, wanted or config, pickled=pickled))
-        stack.enter_context(outside_inference_mode() if is_ours else nullcontext())
-        try:
-            yield place, wanted, is_ours
-        except SafetensorError as error:
-            if not is_ours:
-                raise
-            raise ValueError(
-                f"The {WEIGHTS} of {str(source.folder)!r} is damaged ({error}): copy or download it again."
-            ) from error
+def _loading(model: Any, name: str) -> Iterator[None]:
+    """Undo a load that fails, and say after another what is not any more as it was."""
+    with undone_on_failure(model, name), naming_what_goes_off(model, name), comparing_with_fitting(model, name):
+        yield
 
 
-def _check_loaded(model: Any, name: str, config: PeftConfig | None = None) -> None:
-    """Take what was loaded into memory of its own, and raise where a value is missing or not finite.
+def _read(model: Any, source: Source, config: PeftConfig | None, **options: bool) -> Read:
+    """Read and check an adapter, after a save into its folder that was killed is finished."""
+    if os.path.lexists(source.folder / COMMIT):
+        finish(source.folder)
+    return read_adapter(model, source, config, **options)
+
+
+def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> Any:
+    """Let PEFT or transformers load an adapter that is not of this package, as far as could be seen."""
+    token = UNSEEN.set(read.unseen)
+    try:
+        return original(*call.args, **call.kwargs)
+    finally:
+        UNSEEN.reset(token)
+
+
+def _give_back(model: Any, name: str, config: Any) -> None:
+    """Make the configuration that a caller gave the adapter's own, as PEFT does."""
+    if isinstance(config, ChildConfig):
+        config.__dict__.update(vars(model.peft_config[name]))
+        model.peft_config[name] = config
+
+
+def _take(model: Any, name: str, tensors: dict[str, Tensor], given: Any = None) -> None:
+    """Put the values of a file into an adapter that was attached, and raise where one is missing or not finite.
+
+    A class of PEFT may want a head that was not saved. It is the head that was trained with a LoRA, where there is one,
+    or the model's own.
 
     Args:
         model: With the adapter.
         name: The adapter.
-        config: That a caller gave for loading. It is the adapter's own afterwards, as in PEFT.
+        tensors: By their names without PEFT's prefix.
+        given: The configuration that a caller gave for loading, if one did.
     """
-    if not is_of_ours(model, name):
-        return
-    if isinstance(config, ChildConfig):
-        config.__dict__.update(model.peft_config[name].__dict__)
-        model.peft_config[name] = config
-    for child in adapter_children(model, name):
-        child.settle(name)
-        child.check_values(name)
-    for tensor in trained_tensors(model, name):
-        if tensor.device.type != "meta" and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"The modules_to_save={model.peft_config[name].modules_to_save} of adapter {name!r} are not finite: "
-                f"{WEIGHTS} holds NaN. Copy or download it again."
-            )
-
-
-def set_peft_model_state_dict(
-    original: Callable, model: Any, tensors: dict[str, Tensor], adapter_name: str = "default", *args: Any, **kwargs: Any
-) -> Any:
-    """PEFT's function as `PeftModel.load_adapter` calls it: a saved adapter without a head takes the model's own.
-
-    A class of PEFT may want one all the same. It is the head that was trained with a LoRA, where there is one.
-    """
-    configs = all_configs(model)
-    if not isinstance(configs.get(adapter_name), ChildConfig):
-        return original(model, tensors, adapter_name, *args, **kwargs)
-    trained = [name for name, config in configs.items() if not isinstance(config, ChildConfig)]
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            own = [module.modules_to_save[other] for other in trained if other in module.modules_to_save]
-            for key, value in [*own, module.original_module][0].state_dict().items():
-                tensors.setdefault(f"{name}.{key}", value)
-    base = without_peft(model)
-    tensors = rename_tensors(tensors, model.peft_config[adapter_name], prefix_of(base), PREFIX)
-    with keys_of_own_copies(model, adapter_name):
-        return original(model, tensors, adapter_name, *args, **kwargs)
+    _give_back(model, name, given)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = rename_tensors(tensors, model.peft_config[name], prefix_of(base))
+    with outside_inference_mode():
+        for child in adapter_children(base, name):
+            stem = f"{child.path}.{child.child_name}"
+            values = {part: named.get(f"{stem}.{part}") for part in child.stores(name)}
+            child.take(name, values, execution_device(child.host))
+        configs = all_configs(model)
+        for path, wrapper in auxiliary_wrappers(base).items():
+            if name not in wrapper._adapters:
+                continue
+            copies: Any = wrapper.modules_to_save
+            trained = [copies[other] for other in copies if not isinstance(configs.get(other), ChildConfig)]
+            present: dict[str, Tensor] = [*trained, wrapper.original_module][0].state_dict()
+            found = {key: named.get(f"{path}.{key}", value) for key, value in present.items()}
+            found = {key: value for key, value in found.items() if not value.is_meta}
+            if any(value.is_floating_point() and not bool(torch.isfinite(value).all()) for value in found.values()):
+                raise ValueError(
+                    f"The modules_to_save={model.peft_config[name].modules_to_save} of adapter {name!r} are not "
+                    f"finite: {WEIGHTS} holds NaN. Copy or download it again."
+                )
+            is_elsewhere = any(value.is_meta for value in copies[name].parameters())
+            copies[name].load_state_dict(found, strict=False, assign=is_elsewhere)
