@@ -1,6 +1,6 @@
 """Everything that touches PEFT's internals."""
 
-from . import internals  # noqa: F401  it checks what the others import, so it comes first
+from .internals import register  # isort: skip  it checks what the others import, so it comes first
 from .erasure.config import ConceptErasureConfig
 from .erasure.layer import ErasureLayer, erasure_layers
 from .erasure.model import ConceptErasureModel
@@ -18,7 +18,6 @@ from .gradiend.state import (
     targeted_parameters,
 )
 from .merging.export import LoraExport, export_to_lora
-from .registration import register
 from .verification import Verification, verify_adapter
 
 register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)

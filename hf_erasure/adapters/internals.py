@@ -1,9 +1,12 @@
-"""What this package relies on in PEFT, transformers and accelerate beyond their documented surface, checked at import.
+"""What this package relies on in PEFT, transformers and accelerate, checked at import, and how it adds types to PEFT.
 
 What of it is wrapped stands in `hf_erasure.patches`, and is checked there. A release that lacks one of these would fail
 later, in the middle of a user's call, or not at all and give wrong results; so the import fails, and says what is
 missing where. A release of transformers that demands a newer PEFT than the installed one still imports, and fails in
 every `add_adapter`: the import warns of it.
+
+`PeftType` is a closed enum, and PEFT looks every type up in it by name, so a mere string in its tables would break
+`load_adapter`. A new member is therefore added to the enum itself, in the way the `enum` module builds its own.
 """
 
 from __future__ import annotations
@@ -13,10 +16,18 @@ import inspect
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.version import Version
+from peft import mapping
+from peft.utils import peft_types
 from transformers.integrations import peft as integration
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils.peft_types import PeftType
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class Internal:
         return None
 
 
+# On a member of the enum that we added, so that it is known again after this module was reloaded.
+_MARK = "_added_by_hf_erasure"
 _TUNERS = "peft.tuners.tuners_utils"
 _MIXIN = "transformers.integrations.peft"
 
@@ -75,6 +88,7 @@ INTERNALS = (
     Internal("peft", _TUNERS, "BaseTuner._check_merge_allowed"),
     Internal("peft", _TUNERS, "BaseTuner._check_tied_modules", ("model", "peft_config")),
     Internal("peft", _TUNERS, "BaseTuner.delete_adapter", ("adapter_name",)),
+    Internal("peft", _TUNERS, "BaseTuner.set_adapter", ("adapter_name",)),
     Internal("peft", "peft", "PeftModel._enable_peft_forward_hooks"),
     # what the children are
     Internal("peft", _TUNERS, "BaseTunerLayer._get_available_adapters"),
@@ -83,8 +97,11 @@ INTERNALS = (
     Internal("peft", _TUNERS, "BaseTunerLayer.get_base_layer"),
     Internal("peft", "peft.tuners._buffer_dict", "BufferDict"),
     Internal("peft", "peft.utils", "AuxiliaryTrainingWrapper.unload_and_optionally_merge_module"),
+    Internal("peft", "peft.utils", "ModulesToSaveWrapper.check_set_adapter", ("adapter_name",)),
+    Internal("peft", "peft.utils", "ModulesToSaveWrapper.delete_adapter", ("adapter_name", "new_active_adapters")),
     Internal("transformers", _MIXIN, "PeftAdapterMixin._hf_peft_config_loaded"),
     Internal("transformers", "transformers.pytorch_utils", "Conv1D"),
+    Internal("transformers", "transformers.utils.loading_report", "LoadStateDictInfo"),
     # offloaded weights
     Internal("accelerate", "accelerate.hooks", "ModelHook"),
     Internal("accelerate", "accelerate.hooks", "AlignDevicesHook", ("execution_device", "offload", "weights_map")),
@@ -141,6 +158,59 @@ def _supported(package: str) -> str:
     except PackageNotFoundError:  # run from a folder of sources
         return ""
     return next((str(found.specifier) for found in wanted if found.name == package and found.marker is None), "")
+
+
+# ---- new types -------------------------------------------------------------------------------------------------------
+
+
+def extend_peft_type(name: str) -> PeftType:
+    """Add `name` to `PeftType` and return the member; a second call returns the same member.
+
+    Args:
+        name: The new type, in upper case, e.g. `"CONCEPT_ERASURE"`.
+
+    Raises:
+        ImportError: If this PEFT release ships a type of that name itself, or its enum can no longer be extended.
+    """
+    known = peft_types.PeftType
+    if hasattr(known.__members__.get(name), _MARK):
+        return known(name)
+    if name in known.__members__:
+        raise ImportError(
+            f"peft {installed('peft')} already has a PeftType.{name}, which hf_erasure meant to add. Install a release "
+            "of hf-erasure made for this peft, or an older peft."
+        )
+    member = str.__new__(known, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = known  # type: ignore[attr-defined]
+    # `EnumMeta` keeps the definition order of members for comparisons made by newer Pythons.
+    member._sort_order_ = len(known.__members__)  # type: ignore[attr-defined]
+    known._member_map_[name] = member
+    known._value2member_map_[name] = member
+    known._member_names_.append(name)
+    # EnumMeta forbids rebinding members through normal attribute access, hence `type.__setattr__`.
+    type.__setattr__(known, name, member)
+    if known(name) is not member or getattr(known, name) is not member:
+        raise ImportError(
+            f"PeftType of peft {installed('peft')} could not be extended by {name!r}: hf_erasure does not support this "
+            "combination of Python and peft."
+        )
+    setattr(member, _MARK, True)
+    return member
+
+
+def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
+    """Enter a configuration and its tuner in PEFT's tables under `name` (lower case).
+
+    Idempotent; the classes of a reloaded module take the places of their former selves.
+    """
+    peft_type = peft_types.PeftType(name.upper())
+    if peft_type in mapping.PEFT_TYPE_TO_TUNER_MAPPING and hasattr(peft_type, _MARK):
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
+        return
+    peft_types.register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
 
 
 check_internals()

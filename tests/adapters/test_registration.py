@@ -18,7 +18,7 @@ from peft.utils.peft_types import PeftType
 
 import hf_erasure
 from hf_erasure import ConceptErasureConfig, patches
-from hf_erasure.adapters import ConceptErasureModel, registration, switching
+from hf_erasure.adapters import ConceptErasureModel, internals, switching
 from hf_erasure.adapters.internals import INTERNALS, check_internals, check_pair
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.prepared import TRANSFORMERS, Ended, run, run_code
@@ -95,8 +95,8 @@ def test_registering_and_installing_again_changes_nothing(lifecycle: Lifecycle):
     before = (list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING))
     depth = wrapped_depth(peft.PeftModel.load_adapter)
     for _ in range(3):
-        assert registration.extend_peft_type("CONCEPT_ERASURE") is MEMBER
-        registration.register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)
+        assert internals.extend_peft_type("CONCEPT_ERASURE") is MEMBER
+        internals.register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)
         patches.install()
     assert (list(PeftType), dict(PEFT_TYPE_TO_TUNER_MAPPING), dict(PEFT_TYPE_TO_CONFIG_MAPPING)) == before
     assert wrapped_depth(peft.PeftModel.load_adapter) == depth
@@ -104,11 +104,11 @@ def test_registering_and_installing_again_changes_nothing(lifecycle: Lifecycle):
 
 def test_a_name_of_pefts_own_is_refused():
     with pytest.raises(ImportError, match=r"already has a PeftType\.LORA"):
-        registration.extend_peft_type("LORA")
+        internals.extend_peft_type("LORA")
 
 
 @pytest.mark.parametrize(
-    "module", [hf_erasure, hf_erasure.adapters, registration, switching, patches], ids=lambda m: m.__name__
+    "module", [hf_erasure, hf_erasure.adapters, internals, switching, patches], ids=lambda m: m.__name__
 )
 def test_a_module_can_be_reloaded(module, lifecycle: Lifecycle):
     importlib.reload(module)

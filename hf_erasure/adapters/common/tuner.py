@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..loading.file_checks import rename_fitted, renaming
 from ..loading.fingerprint import check_base
-from ..loading.key_renaming import rename_fitted, renaming
 from .acting import all_configs, kind_of
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN

@@ -10,7 +10,7 @@ from hf_erasure.erasers.factors import ROUNDS
 
 from ..common.config import FLOATS, ChildConfig, Layout
 from ..common.files import short
-from ..registration import extend_peft_type
+from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 

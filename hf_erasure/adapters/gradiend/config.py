@@ -12,7 +12,7 @@ from hf_erasure.gradiend.features import ACTIVATIONS
 
 from ..common.config import FLOATS, INDICES, ChildConfig, Layout
 from ..common.files import fits, short
-from ..registration import extend_peft_type
+from ..internals import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
 

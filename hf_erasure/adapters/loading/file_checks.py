@@ -11,11 +11,11 @@ import inspect
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -30,7 +30,9 @@ from hf_erasure.models.model import without_peft
 from ..common.config import ChildConfig
 from ..common.files import CONFIG, PICKLE, PREFIX, WEIGHTS, short
 from ..common.provenance import Provenance
-from .key_renaming import prefix_of, rename_tensors
+
+Rename = Callable[[str], str]
+T = TypeVar("T")
 
 # Bytes. A configuration that names ten thousand weights, each with samples of its values, has a few million.
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -336,6 +338,75 @@ def _saved_tensors(model: nn.Module, config: ChildConfig) -> dict[str, tuple[int
             own = {*module._parameters, *module._buffers} & tensors.keys()
             shapes |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in own}
     return shapes
+
+
+# ---- names in the bare model, and in the same model with a head ------------------------------------------------------
+
+
+def renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
+    """What turns names of modules into those that the same modules have in a model.
+
+    Returns:
+        None where a module is in this model neither as it is called, nor with or without the `base_model_prefix`.
+    """
+    names, modules = list(names), {name for name, _ in model.named_modules()}
+    return next((rename for rename in _known(model) if all(rename(name) in modules for name in names)), None)
+
+
+def absent(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of the names of modules, those that are not in a model; those under none of its names, where some have one."""
+    modules = {name for name, _ in model.named_modules()}
+    missing = [name for name in names if name not in modules]
+    nowhere = [name for name in missing if all(rename(name) not in modules for rename in _known(model))]
+    return nowhere or missing
+
+
+def _known(model: nn.Module) -> list[Rename]:
+    prefix = f"{prefix_of(model)}."
+    return [str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)]
+
+
+def prefix_of(model: Any) -> str:
+    """What stands before the names of the bare model's modules in the same model with a head; may be empty."""
+    body = getattr(model, "base_model", None)
+    if isinstance(body, nn.Module) and body is not model:
+        return next(name for name, module in model.named_modules() if module is body)
+    return getattr(model, "base_model_prefix", "")
+
+
+def rename_fitted(config: ChildConfig, rename: Rename) -> None:
+    """Let a fitted adapter act at the modules of other names, and say so in all that it has written down of them."""
+    at = list(config.fitted_modules)
+    config.provenance = dict(config.provenance)
+    for key in ("fitted_sites", "fitted_parameters"):
+        if getattr(config, key, None):
+            setattr(config, key, {rename(name): value for name, value in getattr(config, key).items()})
+    measured = {key: config.provenance[key] for key in ("leakage", "leakage_intervals") if config.provenance.get(key)}
+    for key, figures in measured.items():
+        config.provenance[key] = {rename(name) if name in at else name: value for name, value in figures.items()}
+    kept = config.provenance.get("fingerprint") or {}
+    config.provenance["fingerprint"] = {rename(name): sample for name, sample in kept.items()}
+    # Patterns were made for the other names; where it acts is known.
+    for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        setattr(config, key, None)
+
+
+def rename_tensors(tensors: dict[str, T], config: ChildConfig, prefix: str) -> dict[str, T]:
+    """The tensors of a file under the names that the adapter's modules have in the model it is loaded into.
+
+    Args:
+        tensors: By their names in the file, without PEFT's prefix.
+        config: The adapter's, with the names of this model.
+        prefix: See `prefix_of`.
+    """
+    expected = config.tensors() if config.fitted else {}
+
+    def renamed(name: str) -> str:
+        names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        return next((known for known in names if known in expected), name)
+
+    named = {renamed(name): value for name, value in tensors.items()}
+    return named if len(named) == len(tensors) else tensors
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -28,8 +28,7 @@ from ..common.layer import adapter_children, outside_inference_mode
 from ..common.model_state import auxiliary_wrappers, undone_on_failure
 from ..common.placement import execution_device, left_in_place
 from ..saving import finish
-from .file_checks import Read, Source, read_adapter
-from .key_renaming import prefix_of, rename_tensors
+from .file_checks import Read, Source, prefix_of, read_adapter, rename_tensors
 
 # What `from_pretrained` has read when it calls `load_adapter`.
 _READ: ContextVar[Read | None] = ContextVar("read", default=None)
