@@ -156,6 +156,14 @@ def patches() -> tuple[Patch, ...]:
             why="no event comes before a training whose saves would lose an adapter, nor before a log is reported",
             without="Trainer does not say at its start what its saves will lose, nor log what callbacks measure",
         ),
+        Patch(
+            "transformers",
+            "transformers.trainer",
+            "Trainer._save",
+            wrapper=trainer.save,
+            why="of a model with adapters it saves the active one alone, also where it did not train",
+            without="Trainer saves the active adapter alone, without the weights that were trained under it",
+        ),
     )
 
 

@@ -1,7 +1,8 @@
 """How Trainer trains a model with adapters of ours: what is checked and said first, logged, saved and loaded.
 
-One method of Trainer is wrapped for every program, since it offers callbacks no event there: `train`. A trainer whose
-model has adapters of ours gets, when it is called, methods of its own in the place of a few others; see `OWN_METHODS`.
+Two methods of Trainer are wrapped for every program, since it offers callbacks no event there: `train` and `_save`. A
+trainer whose model has adapters of ours gets, when one of them is called, methods of its own in the place of a few
+others; see `OWN_METHODS`.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def _active(model: Any) -> list[str]:
     return list(model.active_adapters())
 
 
-# ---- the wrapped method ----------------------------------------------------------------------------------------------
+# ---- the wrapped methods ---------------------------------------------------------------------------------------------
 
 
 class _Figures(TrainerCallback):
@@ -225,6 +226,22 @@ def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
         trainer.callback_handler.callbacks.remove(figures)
 
 
+def save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
+    """`Trainer._save`, which saves the active adapter alone: all that training changes."""
+    _give_own_methods(trainer)
+    if _saves_all(trainer):
+        if is_lost(trainer.model):
+            with saving_all(trainer.model):
+                return original(*args, **kwargs)
+    elif child_configs(trainer.model):
+        _warn_of_own_weights(
+            trainer.model,
+            "Give Trainer a ConceptErasureCallback or a GradiendCallback, with which it saves both, or delete the "
+            "adapter before you save.",
+        )
+    return original(*args, **kwargs)
+
+
 def _ours(trainer: Any) -> list[LoggingCallback]:
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LoggingCallback)]
 
@@ -240,21 +257,6 @@ def _saves_all(trainer: Any) -> bool:
 
 
 # ---- methods of one trainer ------------------------------------------------------------------------------------------
-
-
-def _save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
-    """All that training changes, of which Trainer saves the active adapter alone."""
-    if _saves_all(trainer):
-        if is_lost(trainer.model):
-            with saving_all(trainer.model):
-                return original(*args, **kwargs)
-    elif child_configs(trainer.model):
-        _warn_of_own_weights(
-            trainer.model,
-            "Give Trainer a ConceptErasureCallback or a GradiendCallback, with which it saves both, or delete the "
-            "adapter before you save.",
-        )
-    return original(*args, **kwargs)
 
 
 def _load_from_checkpoint(original: Callable, trainer: Any, folder: str, model: Any = None) -> None:
@@ -285,7 +287,6 @@ def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None
 
 # Name of a method → what is called in its place, with the method, on a trainer whose model has adapters of ours.
 OWN_METHODS: dict[str, Callable[..., Any]] = {
-    "_save": _save,
     "_load_from_checkpoint": _load_from_checkpoint,
     "_load_best_model": _load_best_model,
     "_push_from_checkpoint": _push_from_checkpoint,

@@ -209,6 +209,15 @@ def test_save(kind: str, way: str, tmp_path: Path, matrix: Enter):
     matrix(TABLE, row(kind, way), "save", "same")
 
 
+@pytest.mark.parametrize("way", ["full fine-tuning", "LoRA, both active"])
+def test_a_trainer_that_did_not_train_saves_all_too(way: str, tmp_path: Path):
+    trainer = trainer_for("erasure", way, tmp_path)
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).add_(0.5)
+    trainer.save_model(str(tmp_path / "own"))
+    assert_reloads(trainer.model, tmp_path / "own", "erasure", way)
+
+
 @every_cell(FULL)
 def test_resume_from_checkpoint(kind: str, way: str, tmp_path: Path, matrix: Enter):
     # Saved between two logs, so that what the callback has gathered since the first must survive too.
