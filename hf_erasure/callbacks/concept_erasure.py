@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
 from hf_erasure.adapters.common.acting import users_level
 from hf_erasure.fitting import fit_concept_erasure
@@ -79,12 +79,9 @@ class ConceptErasureCallback(LoggingCallback):
         refits: int = self.memory["refits"]
         return refits
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Check how the model is trained, and fit an erasure that was not."""
-        super().on_train_begin(args, state, control, **kwargs)
-        model: nn.Module = kwargs["model"]
+        super().on_train_begin(args, state, control, model=model)
         found, _ = adapter_to_fit(model, self.adapter_name)
         if self.eval_batches is not None:
             with same_random_numbers(model):
@@ -100,33 +97,27 @@ class ConceptErasureCallback(LoggingCallback):
         if not found.config.fitted:
             self._refit(model, state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Refit where the schedule says so."""
         if isinstance(self.refit_steps, int) and state.global_step % self.refit_steps == 0:
-            self._refit(kwargs["model"], state)
+            self._refit(model, state)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Refit where the schedule says so."""
         if self.refit_steps == "epoch":
-            self._refit(kwargs["model"], state)
+            self._refit(model, state)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Refit what the latest log has found to leak."""
         if self.memory["is_due"]:
-            self._refit(kwargs["model"], state)
+            self._refit(model, state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Refit what leaks at the end: found by the last log, or in the best model, which is another one."""
         if args.load_best_model_at_end and self.refit_leakage is not None:
-            self.logged(state, kwargs["model"])
+            self.logged(state, model)
         if self.memory["is_due"]:
-            self._refit(kwargs["model"], state)
+            self._refit(model, state)
 
     def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """Leakage per site, and how often the erasure was refitted."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.pytorch_utils import Conv1D
 
 from hf_erasure.adapters import GradiendConfig, features_of, targeted_parameters
@@ -61,21 +61,18 @@ class GradiendCallback(LoggingCallback):
         self._weights: list[Trained] = []
         self._guard: _Guard | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Find the adapter, and the weights that are trained and that it knows.
 
         Raises:
             ValueError: If the adapter cannot do what is asked, or the training touches none of its weights.
         """
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, model=model)
         if is_sharded():
             raise ValueError(
                 "GradiendCallback reads whole gradients and weights, and here they are sharded (FSDP, DeepSpeed): "
                 "train with DDP, or on one device."
             )
-        model: nn.Module = kwargs["model"]
         stored = features_of(model, self.adapter_name)
         config = adapter_of(model, self.adapter_name, GradiendConfig).config
         feature = stored[config.pair_index(config.pair)]
@@ -94,9 +91,7 @@ class GradiendCallback(LoggingCallback):
         if self.mode == "guard":
             self._guard = _Guard(self._weights, feature.decoder)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Read the gradient that the optimizer is about to use."""
         if self._encoder is not None and state.global_step % self.log_steps == 0:
             gradients = {name: torch.zeros(shape) for name, shape in self._encoder.shapes.items()} | {
@@ -106,9 +101,7 @@ class GradiendCallback(LoggingCallback):
         if self._guard is not None:
             self._guard.before()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Take the feature's direction out of what the optimizer has done."""
         if self._guard is not None:
             self.memory["guarded"].append(self._guard.after())

@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, DistributedType
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_erasure.adapters.common.acting import adapters_now, users_level
 from hf_erasure.adapters.common.layer import adapter_children, child_configs
@@ -46,11 +46,9 @@ class LoggingCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.memory = memory
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Check how the model is trained, and let the Trainer keep `memory`, after taking over that of a checkpoint."""
-        check_training(kwargs["model"], args)
+        check_training(model, args)
         # `ExportableState` would have the callback built anew from JSON, which cannot hold its batches.
         key = f"{type(self).__name__} {self.adapter_name}"
         self.memory.update(state.stateful_callbacks.get(key, {}))
