@@ -134,15 +134,12 @@ class BatchThread:
 def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = None) -> Iterator[list[BatchThread]]:
     """One thread a forward pass, in the modes of the caller; all have ended when the block is left, however it is.
 
-    Args:
-        forwards: What to run.
-        resident: How many batches keep their tensors in memory, the running one included; all when None.
+    So many batches as are `resident` keep their tensors in memory, the running one included; all when None.
     """
     modes = callers_modes()
-    threads: list[BatchThread] = []
     offload = None if resident is None else ActivationOffload(resident)
+    threads = [BatchThread(index, forward, modes, offload) for index, forward in enumerate(forwards)]
     try:
-        threads += [BatchThread(index, forward, modes, offload) for index, forward in enumerate(forwards)]
         yield threads
     finally:
         for thread in threads:
@@ -182,12 +179,8 @@ def callers_modes() -> Callable[[], ExitStack]:
 class LiveTensors(TorchDispatchMode):
     """Knows the tensors made under it that are still alive, and moves their bytes out and in.
 
-    Args:
-        offload: What decides whose bytes are where.
-        index: Of the batch.
-
     Attributes:
-        offload: As given.
+        offload: What decides whose bytes are where.
         moved: What was moved out: where a storage is → the storage and its size in bytes.
     """
 

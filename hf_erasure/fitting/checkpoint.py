@@ -34,16 +34,10 @@ _FIGURES = ("rows", "correlation", "change")
 
 
 class FitCheckpoint:
-    """The folder of one fit.
+    """The folder of one fit, made if it is not there.
 
-    Args:
-        folder: Made if it is not there.
-        config: What is fitted.
-        sites: Where.
-        pool: Which rows a sequence label counts for.
-        sequential: The procedure.
-        processes: How many share the data: each continues with its own share.
-        active: The other adapters that act, as `hf_erasure.adapters.common.acting` records them.
+    Several processes continue each with its own share of the data. `active` are the other adapters that act, as
+    `hf_erasure.adapters.common.acting` records them.
 
     Raises:
         ValueError: If the folder belongs to another fit.
@@ -176,11 +170,7 @@ class FitCheckpoint:
 class MomentsOfAPass:
     """What a process has seen in one pass over the batches of one source, kept in a checkpoint.
 
-    Args:
-        checkpoint: Where.
-        key: Of the source.
-        statistics: Empty; filled with what was seen so far.
-        processes: Those that share the data; each keeps the moments of its own share.
+    The statistics are empty, and filled with what was seen so far. Each of several processes keeps those of its share.
     """
 
     def __init__(self, checkpoint: FitCheckpoint, key: str, statistics: SiteStatistics, processes: Processes) -> None:

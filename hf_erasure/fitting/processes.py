@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -54,13 +54,9 @@ class Processes:
         return list(items[self.rank :: self.count])
 
     def in_step(self, groups: Iterable[Sequence[T]]) -> list[list[T]]:
-        """Cut each group into rows of one item a process; the last row of a group may be shorter.
+        """Cut groups of what may be taken in one step together, such as batches of one class, into a row a step.
 
-        Args:
-            groups: Items that may be taken in one step together, such as batches of one class.
-
-        Returns:
-            One row a step.
+        A row has one item a process; the last row of a group may be shorter.
         """
         return [list(group[i : i + self.count]) for group in groups for i in range(0, len(group), self.count)]
 
@@ -96,12 +92,7 @@ class Processes:
 
     # ---- what they found --------------------------------------------------------------------------------------------
 
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Add tensors over all processes, in place."""
-        for tensor in tensors.values():
-            self.add_one(tensor)
-
-    def add_one(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
         """Add a tensor over all processes, in place, wherever it lives: a backend may know its own device only."""
         if self.count == 1:
             return

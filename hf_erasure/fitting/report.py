@@ -158,13 +158,11 @@ class ErasureReport:
         table = [head, *map(_cells, self.sites)]
         first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
         lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in table]
-        return "\n".join([self._title(), "", *lines, "", self._note()])
-
-    def _title(self) -> str:
-        return (
+        title = (
             f"{self.method} erasure of {self.concept!r} as adapter {self.adapter_name!r}: {self.examples} examples, "
             f"{self.tokens} tokens, pool={self.pool!r}" + (f" ({self.reader})" if self.reader else "")
         )
+        return "\n".join([title, "", *lines, "", self._note()])
 
     def _note(self) -> str:
         if not self.eval_examples:

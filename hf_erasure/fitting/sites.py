@@ -236,7 +236,7 @@ class SiteStatistics:
         for site, (width, dtype) in sorted(everywhere.items()):
             self.dtypes[site] = dtype
             moments = self.moments.setdefault(site, ConceptMoments(width, self.z_dim))
-            moments.pool(lambda own: processes.gathered([own]), processes.add_one)
+            moments.pool(lambda own: processes.gathered([own]), processes.add)
 
     def check_reached(self, sites: Collection[str], found: Container[str] | None = None) -> None:
         """Check that there was data, and that every site is in `found`, by default those that have moments.

@@ -194,7 +194,7 @@ class Training:
             is_last = step + 1 == start.steps
             is_saved = self.progress.control.should_save and not is_last
             if (is_last or is_saved) and self.processes.count > 1:
-                estimator.pool(lambda own: self.processes.gathered([own]), self.processes.add_one)
+                estimator.pool(lambda own: self.processes.gathered([own]), self.processes.add)
             if is_saved:
                 self.progress.save(estimator.state_dict(), {"start": start.number, "step": step + 1})
                 if not self.processes.is_main:  # the main one has it all
@@ -273,8 +273,7 @@ class Training:
             total = sum(self.processes.gathered([rows]))
             for blocks in gradients.values():
                 for block in blocks.values():
-                    block.mul_(rows / total)
-                self.processes.add(blocks)
+                    self.processes.add(block.mul_(rows / total))
         result = neuron.step(gradients[self.source], gradients["difference"])
         self.losses.append(result.loss)
         self.recent.append((result.encoded, sign))
