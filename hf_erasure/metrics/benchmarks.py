@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_erasure.models.scorer import Encoding, LanguageScorer, Query, pooled_embeddings, strided_losses
+from hf_erasure.models.scorer import Encoding, LanguageScorer, pooled_embeddings, strided_losses
+from hf_erasure.models.slots import Row
 
 from . import crows_pairs as crows_pairs_metric
 from . import perplexity as perplexity_metric
@@ -298,7 +299,7 @@ def _measured(
     scorer: LanguageScorer,
     read: Rows[Item],
     items: Sequence[Item],
-    queries_of: Callable[[Item], list[list[Query]]],
+    queries_of: Callable[[Item], list[list[Row]]],
     measure: Callable[[Floats, list[Item]], dict[str, Any]],
     *,
     kind: str,
@@ -349,7 +350,7 @@ def _measured(
 
 def stereoset_queries(
     scorer: LanguageScorer, item: StereoSetItem, convention: str = CAUSAL_CONVENTIONS[0]
-) -> list[list[Query]]:
+) -> list[list[Row]]:
     """For each of the three sentences: its tokens (causal), or one row for each token in the blank (masked).
 
     Args:
@@ -376,7 +377,7 @@ def stereoset_queries(
     return rows
 
 
-def _as_the_authors(scorer: LanguageScorer, encoding: Encoding) -> list[Query]:
+def _as_the_authors(scorer: LanguageScorer, encoding: Encoding) -> list[Row]:
     """The first token after a start token, the others in a row without one, as in the code of StereoSet's authors.
 
     Raises:
@@ -396,7 +397,7 @@ def stereoset_score(scorer: LanguageScorer, parts: list[Tensor]) -> float:
     return float(np.mean([float(part.double().exp()[0]) for part in parts]))
 
 
-def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Query]]:
+def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Row]]:
     """For either sentence: all its tokens (causal), or one row for each token that both share (masked).
 
     Raises:
@@ -421,7 +422,7 @@ def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Query]]:
     ]
 
 
-def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Query]]:
+def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Row]]:
     """For either version: all its tokens (causal), or one row with every pronoun that differs masked (masked).
 
     Raises:

@@ -66,21 +66,6 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Query:
-    """One row of tokens, and tokens whose log-probabilities are asked for.
-
-    Attributes:
-        ids: The row; what is to be predicted by a masked model is masked in it.
-        places: Where the tokens stand.
-        tokens: What stands there.
-    """
-
-    ids: list[int]
-    places: list[int]
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
 class Window:
     """What a model lost on a part of a text.
 
@@ -158,7 +143,7 @@ class LanguageScorer:
         """Whether the model can take the text as one row."""
         return self.longest is None or len(encoding.ids) <= self.longest
 
-    def queries(self, encoding: Encoding, places: Sequence[int] | None = None) -> list[Query]:
+    def queries(self, encoding: Encoding, places: Sequence[int] | None = None) -> list[Row]:
         """The rows that the scores of a text's tokens take: one for a causal model, one a token for a masked one.
 
         Args:
@@ -167,55 +152,49 @@ class LanguageScorer:
         """
         return self.asked(encoding.ids, encoding.places if places is None else list(places))
 
-    def asked(self, ids: list[int], places: list[int]) -> list[Query]:
+    def asked(self, ids: list[int], places: list[int]) -> list[Row]:
         """The same for a row of tokens."""
         if self.task == "causal":
-            return [Query(ids, places, [ids[place] for place in places])]
+            # The one place where the shift is made: what stands at p is predicted by the logits at p − 1.
+            return [Row(ids, [place - 1 for place in places], [ids[place] for place in places])]
         return [self.masked(ids, [place]) for place in places]
 
-    def masked(self, ids: Sequence[int], places: Sequence[int]) -> Query:
+    def masked(self, ids: Sequence[int], places: Sequence[int]) -> Row:
         """A row in which some tokens are masked at once."""
         hidden = list(ids)
         for place in places:
             hidden[place] = self.layout.hole
-        return Query(hidden, list(places), [ids[place] for place in places])
+        return Row(hidden, list(places), [ids[place] for place in places])
 
     @on_cpu
-    def log_probabilities(self, queries: Sequence[Query]) -> list[Tensor]:
-        """For every query the log-probabilities of its tokens, `(tokens,)` float32 on the CPU.
+    def log_probabilities(self, rows: Sequence[Row]) -> list[Tensor]:
+        """For every row the log-probabilities of its tokens, `(tokens,)` float32 on the CPU.
 
         Raises:
             ValueError: If a row is longer than the model takes, or asks for its first token of a causal model.
         """
-        for query in queries:
-            if self.longest is not None and len(query.ids) > self.longest:
-                raise ValueError(f"A row has {len(query.ids)} tokens, more than {self.longest}: leave it out.")
-            if self.task == "causal" and query.places and min(query.places) < 1:
+        for row in rows:
+            if self.longest is not None and len(row.ids) > self.longest:
+                raise ValueError(f"A row has {len(row.ids)} tokens, more than {self.longest}: leave it out.")
+            if min(row.positions, default=0) < 0:
                 raise ValueError("A causal model predicts no first token: put a start token before it.")
-        found: list[Tensor] = [torch.empty(0)] * len(queries)
-        order = sorted((i for i, query in enumerate(queries) if query.places), key=lambda i: len(queries[i].ids))
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        order = sorted((i for i, row in enumerate(rows) if row.tokens), key=lambda i: len(rows[i].ids))
         with evaluating(self.reader.model):
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
-                scores = self._scores([queries[i] for i in chosen])
-                for i, part in zip(chosen, scores.split([len(queries[i].places) for i in chosen]), strict=True):
-                    found[i] = part
+                filled = self.layout.padded([rows[i] for i in chosen])
+                logits = self.reader.logits(filled)
+                parts = in_float32(logits, filled.tokens.to(logits.device)[:, None])
+                scores = torch.cat([part.log_softmax(-1).gather(1, goal)[:, 0] for part, goal in parts]).cpu()
+                for i, own in zip(chosen, scores.split([len(rows[i].tokens) for i in chosen]), strict=True):
+                    found[i] = own
         return found
 
-    def sums(self, texts: Sequence[Sequence[Query]]) -> list[float]:
-        """For each text the summed log-probability of the tokens that its queries ask for."""
-        parts = iter(self.log_probabilities([query for queries in texts for query in queries]))
-        return [sum(float(next(parts).double().sum()) for _ in queries) for queries in texts]
-
-    def _scores(self, queries: Sequence[Query]) -> Tensor:
-        """The log-probabilities of one forward, `(tokens of all queries,)`."""
-        # The one place where the shift is made: what stands at p is predicted by the logits at p − 1.
-        shift = 1 if self.task == "causal" else 0
-        rows = [Row(query.ids, [place - shift for place in query.places], query.tokens) for query in queries]
-        filled = self.layout.padded(rows)
-        logits = self.reader.logits(filled)
-        parts = in_float32(logits, filled.tokens.to(logits.device)[:, None])
-        return torch.cat([part.log_softmax(-1).gather(1, goal)[:, 0] for part, goal in parts]).cpu()
+    def sums(self, texts: Sequence[Sequence[Row]]) -> list[float]:
+        """For each text the summed log-probability of the tokens that its rows ask for."""
+        parts = iter(self.log_probabilities([row for rows in texts for row in rows]))
+        return [sum(float(next(parts).double().sum()) for _ in rows) for rows in texts]
 
 
 def strided_losses(

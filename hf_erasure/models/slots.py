@@ -429,10 +429,13 @@ class SlotReader:
         }
         if "use_cache" in taken:
             inputs["use_cache"] = False
-        if self.task == "classification":
-            return _logits_of(self.model(**inputs))[filled.rows]
         with self._gathered(filled) as done:
-            logits = _logits_of(self.model(**inputs))
+            output = self.model(**inputs)
+        logits = output.get("logits") if isinstance(output, (dict, ModelOutput)) else output[0]
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"{type(self.model).__name__} returns no logits: load the model with its head.")
+        if self.task == "classification":
+            return logits[filled.rows]
         return logits[0] if done else logits[filled.rows, filled.positions]
 
     @contextmanager
@@ -458,19 +461,12 @@ class SlotReader:
             return output
 
         apart = isinstance(self._backbone, nn.Module) and self._backbone is not self.model
-        handle = self._backbone.register_forward_hook(hook) if apart else None
+        handle = self._backbone.register_forward_hook(hook) if apart and self.task != "classification" else None
         try:
             yield done
         finally:
             if handle is not None:
                 handle.remove()
-
-
-def _logits_of(output: Any) -> Tensor:
-    found = output.get("logits") if isinstance(output, (dict, ModelOutput)) else output[0]
-    if not isinstance(found, Tensor):
-        raise ValueError("the model returns no logits")
-    return found
 
 
 def in_float32(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hf_erasure.models.scorer import LanguageScorer, Query, pooled_embeddings, strided_losses
+from hf_erasure.models.scorer import LanguageScorer, pooled_embeddings, strided_losses
+from hf_erasure.models.slots import Row
 from tests.metrics.models import fresh, trained
 
 TEXTS = [
@@ -96,7 +97,7 @@ def test_bfloat16_models_are_scored_in_float32(task: str, assets: Path):
     with torch.no_grad():
         logits = model(torch.tensor([query.ids])).logits[0]
     assert logits.dtype == torch.bfloat16 and found.dtype == torch.float32
-    at = torch.tensor(query.places) - int(task == "causal")
+    at = torch.tensor(query.positions)
     exact, rounded = (part.log_softmax(-1)[at, torch.tensor(query.tokens)] for part in (logits.float(), logits))
     # The head's product over chosen rows may round otherwise than over all: one step of bfloat16 is 2⁻⁸ of a logit.
     assert torch.allclose(found, exact, atol=0.15)
@@ -249,7 +250,7 @@ def test_refused(assets: Path):
     with pytest.raises(ValueError, match=r"A row has \d+ tokens, more than 8"):
         scorer.sums([scorer.queries(scorer.encode(TEXTS[2]))])
     with pytest.raises(ValueError, match="predicts no first token"):
-        scorer.log_probabilities([Query([1, 2], [0], [1])])
+        scorer.log_probabilities([Row([1, 2], [-1], [1])])
     with pytest.raises(ValueError, match="Text 1 has no token to score"):
         strided_losses(model, tokenizer, ["Tom", ""])
     for stride in (8, 20):
