@@ -198,14 +198,7 @@ def prune_together(decoders: list[FeatureDecoder], density: float) -> list[Featu
 
 @dataclass(frozen=True)
 class _Support:
-    """Which of the stored entries of blocks stay.
-
-    Attributes:
-        keep: Name to bool `(count,)` over the stored entries.
-        old: Name to positions of the stored entries, None where all of the block is stored.
-        index: Name to int32 positions of the entries that stay, None where the block is dense.
-        shapes: Name to shape of the block.
-    """
+    """Which of the stored entries of blocks stay: `keep` is over those at the positions `old`, to become `index`."""
 
     keep: dict[str, Tensor]
     old: Index
@@ -238,7 +231,8 @@ def _support(
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is {density}: write a share of the entries above 0 and up to 1.")
     wanted = math.ceil(density * total(shapes))
-    if wanted >= sum(_stored(old[name], shape) for name, shape in shapes.items()):
+    stored = (shape.numel() if (at := old[name]) is None else at.numel() for name, shape in shapes.items())
+    if wanted >= sum(stored):
         return None
     keep = largest(score, list(shapes), wanted)
     index: dict[str, Tensor | None] = {}
@@ -251,11 +245,6 @@ def _support(
     return _Support(keep, old, index, shapes)
 
 
-def _stored(positions: Tensor | None, shape: torch.Size) -> int:
-    """How many entries of a block are stored."""
-    return shape.numel() if positions is None else positions.numel()
-
-
 def _spread(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
     """Values at positions of an otherwise zero vector of that size; the values themselves where they are all of it."""
     return values if positions is None else values.new_zeros(size).index_copy_(0, positions.long(), values)
@@ -266,11 +255,12 @@ def _check_blocks(index: Index, shapes: Mapping[str, torch.Size], **parts: Mappi
         if not shapes or values.keys() != shapes.keys() or index.keys() != shapes.keys():
             raise ValueError(f"{what}, index and shapes must have the same names, at least one.")
         for name, shape in shapes.items():
-            count = _stored(index[name], shape)
+            positions = index[name]
+            count = shape.numel() if positions is None else positions.numel()
             if tuple(values[name].shape) != (count,):
                 raise ValueError(
                     f"{what} of {name!r} has shape {tuple(values[name].shape)}: it must be ({count},), "
-                    + (f"all of {tuple(shape)}." if index[name] is None else "one value per position in index.")
+                    + (f"all of {tuple(shape)}." if positions is None else "one value per position in index.")
                 )
     if not any(shape.numel() for shape in shapes.values()):
         raise ValueError("The blocks have no entries.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,8 +24,7 @@ KINDS = ("values", "first", "second")
 PARTS = ("encoder", "decoder", "decoder_bias")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one training step found, before the weights changed.
 
     Attributes:
@@ -200,9 +198,9 @@ class FeatureNeuron:
         count = torch.tensor(self.steps, dtype=torch.float32, device=self.device)
         buffers = [torch.empty(self._pieces[0].stop, dtype=torch.float32, device=self.device) for _ in PARTS]
         sums = [self._update(piece, sources, targets, h, slope, count, buffers) for piece in self._pieces]
-        bias = self._encoder_bias
         slopes = torch.tensor([slope], dtype=torch.float64).to(self.device, torch.float32)
-        self._adamw([bias.values], [slopes], [bias.first], [bias.second], count)
+        values, first, second = self._encoder_bias
+        self._adamw([values], [slopes], [first], [second], count)
         self._square, self._cross, squares = _added(sums, 3)
         return Step(self._finite(squares) / self._n, h)
 

@@ -187,7 +187,7 @@ class GradiendAdapter:
         """
         import pandas as pd
 
-        decoder = features_of(self.model, self.name)[self._index(pair)].decoder
+        decoder = features_of(self.model, self.name)[self.config.pair_index(pair or self.config.pair)].decoder
         rows = []
         for name, (_, square, kept) in decoder.importance().items():
             entries = decoder.shapes[name].numel()
@@ -212,7 +212,7 @@ class GradiendAdapter:
         Raises:
             ValueError: If the adapter was saved without its encoder, or is merged.
         """
-        encode = list(self.encoders().values())[self._index(pair)]
+        encode = list(self.encoders().values())[self.config.pair_index(pair or self.config.pair)]
         source = self.config.source
         with reading_the_base(self.model, self.name) as reader:
             if not isinstance(batch, PairBatch):
@@ -225,10 +225,8 @@ class GradiendAdapter:
         """The encoder of every pair.
 
         Raises:
-            ValueError: If the adapter does not hold them.
+            ValueError: If the adapter is not fitted, or does not hold them.
         """
-        if not self.config.fitted:
-            raise ValueError(f"The GRADIEND adapter {self.name!r} is not fitted: train it with GradiendTrainer first.")
         found: dict[Pair, Encode] = {}
         for pair, feature in zip(self.config.pairs or [], features_of(self.model, self.name), strict=True):
             if feature.encoder is None:
@@ -238,13 +236,6 @@ class GradiendAdapter:
                 )
             found[(pair[0], pair[1])] = feature.encoder.encode
         return found
-
-    def _index(self, pair: Pair | list[str] | None) -> int:
-        pairs = [list(known) for known in self.config.pairs or []]
-        wanted = list(pair) if pair is not None else list(self.config.pair or (pairs[0] if pairs else []))
-        if wanted not in pairs:
-            raise ValueError(f"pair={wanted} is not one of the pairs {pairs} of the GRADIEND adapter {self.name!r}.")
-        return pairs.index(wanted)
 
     def __repr__(self) -> str:
         config = self.config

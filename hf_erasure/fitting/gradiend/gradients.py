@@ -87,10 +87,8 @@ class GradientReader(SlotReader):
         """
         with self._reading():
             losses = self._losses(batch, wanted)
-            found = {}
-            for index, kind in enumerate(wanted):
-                found[kind] = self._backward(losses, kind, last=index == len(wanted) - 1)
-            return found
+            kinds = list(dict.fromkeys(wanted))
+            return {kind: self._backward(losses, kind, last=kind == kinds[-1]) for kind in kinds}
 
     def gradient(self, batch: PairBatch, kind: str) -> Blocks:
         """One of the gradients that `gradients` gives."""

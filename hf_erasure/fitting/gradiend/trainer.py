@@ -233,7 +233,7 @@ class GradiendTrainer:
         if dataset is None:
             raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
-        pairs, batches = self._pair_set(dataset), []
+        pairs, source, batches = self._pair_set(dataset), self.config.source, []
         if self.fitted and not self.config.keep_encoder:  # as they were estimated
             encoders: dict[Pair, Encode] = {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
         else:
@@ -241,14 +241,12 @@ class GradiendTrainer:
         if neutral is not None:
             batches = neutral_batches(
                 neutral, self.processing_class, self.task, self._words().all, batch_size=1, seed=self.args.seed,
-                config=self._model_config,
+                config=bare_model(self.model).config,
             )  # fmt: skip
         texts = [(batch, 0) for batch in batches]
         with reading_the_base(self.model, self.adapter_name, self.task) as reader:
             return [
-                encode_all(
-                    reader, self.config.source, encoders[pair], pairs.signed(1, pair) + texts, pair, self._processes
-                )
+                encode_all(reader, source, encoders[pair], pairs.signed(1, pair) + texts, pair, self._processes)
                 for pair in self.pairs
             ]
 
@@ -298,13 +296,8 @@ class GradiendTrainer:
         bar = tqdm(scanned, total=total, desc=f"select {goal}", disable=self.args.disable_tqdm)
         base, *points = list(bar)
         best = choose(base, points, goal, budget)
-        steer(
-            self.model,
-            self.adapter_name,
-            feature_factor=best.feature_factor,
-            learning_rate=best.learning_rate,
-            pair=list(best.pair),
-        )
+        adapter = GradiendAdapter.of(self.model, self.adapter_name)
+        adapter.steer(best.feature_factor, best.learning_rate, best.pair)
         selection = Selection(goal, budget, best, base, tuple(points))
         kept, measured_on = self._kept_share(best), self._figures_on(next(iter(self._eval_sets(eval_dataset).values())))
         self.config.provenance["selection"] = selection.to_dict() | {"kept_share": kept, "measured_on": measured_on}
@@ -345,19 +338,14 @@ class GradiendTrainer:
         if dataset is None or neutral is None:
             missing = "eval_dataset" if dataset is None else "neutral_dataset"
             raise ValueError(f"Scoring an edit needs eval_dataset and neutral_dataset; {missing} is missing.")
-        words, size, config = self._words(), self.args.per_device_eval_batch_size, self._model_config
+        words, size, config = self._words(), self.args.per_device_eval_batch_size, bare_model(self.model).config
         probabilities = words.scores(self._pair_set(dataset), self.processing_class, config, size)
         # The model is scored as it stands when a score is asked for: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
         language = LanguageModelling(
-            reader,
-            neutral,
-            self.processing_class,
-            feature_words=words.all,
-            batch_size=size,
-            seed=self.args.seed,
+            reader, neutral, self.processing_class, feature_words=words.all, batch_size=size, seed=self.args.seed,
             mask_draws=self.args.mask_draws,
-        )
+        )  # fmt: skip
         return Scorer(self.classes, lambda: probabilities(reader), language.score, masked=self.task == "masked")
 
     # ---- what it works on -------------------------------------------------------------------------------------------
@@ -376,14 +364,9 @@ class GradiendTrainer:
         """Checked and tokenised once; it keeps the data set, whose id so stays its own."""
         _require_dataset("The data set of pairs", dataset)
         if id(dataset) not in self._tokenised:
-            self._tokenised[id(dataset)] = PairSet(
-                dataset, self.processing_class, self.task, self.classes, self._model_config
-            )
+            config = bare_model(self.model).config
+            self._tokenised[id(dataset)] = PairSet(dataset, self.processing_class, self.task, self.classes, config)
         return self._tokenised[id(dataset)]
-
-    @property
-    def _model_config(self) -> Any:
-        return bare_model(self.model).config
 
     def _eval_sets(self, given: Dataset | dict[str, Dataset] | None = None) -> dict[str, Dataset]:
         """The sets to evaluate on by name, in the place of the trainer's where they are given; "" for a single one."""

@@ -263,7 +263,7 @@ class Training:
         return (batch.some_rows(mine) if mine else None), sign
 
     def _step(self, neuron: FeatureNeuron, batch: PairBatch | None, sign: int) -> None:
-        wanted = tuple(dict.fromkeys((self.source, "difference")))
+        wanted = (self.source, "difference")
         if batch is not None:
             gradients, rows = self.reader.gradients(batch, wanted=wanted), len(batch)
         else:

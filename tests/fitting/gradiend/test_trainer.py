@@ -410,7 +410,7 @@ def test_an_adapter_without_encoder_says_how_to_get_one(tmp_path: Path):
     model = adapted("bert")
     trainer = trainer_of(model, "bert", tmp_path)
     adapter = GradiendAdapter.of(model, NAME)
-    with pytest.raises(ValueError, match="is not fitted"):
+    with pytest.raises(ValueError, match="was never fitted"):
         adapter.encode(_batches("bert", 1)[0])
     trainer.train()
     with pytest.raises(ValueError, match=r"keep_encoder=True"):
@@ -423,7 +423,7 @@ def test_encode_refuses_what_does_not_say_enough(tmp_path: Path):
     adapter = GradiendAdapter.of(model, NAME)
     with pytest.raises(ValueError, match="reads the 'difference' gradient"):
         adapter.encode(_with_labels(_batches("bert", 1)[0], "bert"))
-    with pytest.raises(ValueError, match="is not one of the pairs"):
+    with pytest.raises(ValueError, match="was not fitted; there is"):
         adapter.encode(_batches("bert", 1)[0], pair=("male", "nurse"))
     with pytest.raises(ValueError, match="is not a GRADIEND adapter of this model"):
         GradiendAdapter.of(model, "other")
