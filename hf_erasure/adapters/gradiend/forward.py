@@ -72,40 +72,36 @@ class ForwardWithEdits:
 
     def add(self, layer: GradiendLayer, parameter: str, own_name: str) -> None:
         """Hide `own_name` behind what `layer` makes of its `parameter`."""
-        self._enter_module()
         self.edits.append((layer, parameter, own_name))
-        self._list_all()
+        self._stand_in()
 
     def add_read(self, layer: GradiendLayer, other: ForwardWithEdits) -> None:
         """Hide the parameters of another module, too, while this one runs."""
-        self._enter_module()
         self.read.append((layer, other))
-        self._list_all()
+        self._stand_in()
 
     def remove(self, layer: GradiendLayer) -> None:
         """Take back what was added for a layer; without others, the module is as it was."""
         self.edits = [edit for edit in self.edits if edit[0] is not layer]
         self.read = [read for read in self.read if read[0] is not layer]
-        self._list_all()
-        place = _place_of_forward(self.module)
-        if self._all or self.module.__dict__.get(place) is not self:
-            return
-        if self._wrapped is not None:
-            self.module.__dict__[place] = self._wrapped
-        elif place == "forward":
-            del self.module.__dict__[place]
-        else:  # accelerate came later, and took this for the module's own
-            self.module.__dict__[place] = type(self.module).forward.__get__(self.module)
+        self._stand_in()
 
-    def _enter_module(self) -> None:
-        if not self._all:
-            place = _place_of_forward(self.module)
-            self._wrapped = self.module.__dict__.get(place)
-            self.module.__dict__[place] = self
-
-    def _list_all(self) -> None:
-        own = [self] if self.edits else []
-        self._all = own + list({id(other): other for _, other in self.read}.values())
+    def _stand_in(self) -> None:
+        """Be called in the place of the module's forward as long as there is something to hide."""
+        stood_in = bool(self._all)
+        self._all = [self] if self.edits else []
+        self._all += {id(other): other for _, other in self.read}.values()
+        place, attributes = _place_of_forward(self.module), self.module.__dict__
+        if self._all and not stood_in:
+            self._wrapped = attributes.get(place)
+            attributes[place] = self
+        elif not self._all and attributes.get(place) is self:
+            if self._wrapped is not None:
+                attributes[place] = self._wrapped
+            elif place == "forward":
+                del attributes[place]
+            else:  # accelerate came later, and took this for the module's own
+                attributes[place] = type(self.module).forward.__get__(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the module's `forward` returns with the changed values in place."""
@@ -154,7 +150,11 @@ class ForwardWithEdits:
                 values = self._values()
                 if not values:
                     return False
-                self._show(values)
+                place = self.module.__dict__
+                for name, value in values.items():
+                    # Another thread that runs without gradients must not take the graph away from one with them.
+                    if name not in place or value.requires_grad or not place[name].requires_grad:
+                        place[name] = value
                 _list_weights(self.module)
             self._inside[here] = self._inside.get(here, 0) + 1
             return True
@@ -181,13 +181,6 @@ class ForwardWithEdits:
                 weights[name] = weight
                 edits.setdefault(name, []).extend(layer.acting_edits(parameter, weight.device))
         return {name: with_gradient(weights[name], found) for name, found in edits.items() if found}
-
-    def _show(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            shown = self.module.__dict__.get(name)
-            # Another thread that runs without gradients must not take the graph away from one that runs with them.
-            if shown is None or value.requires_grad or not shown.requires_grad:
-                self.module.__dict__[name] = value
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -247,7 +240,9 @@ class Readers:
                 break
             reading = _methods_that_read(kind, reads, methods | mentions)
             methods |= reading - {"forward"}
-            pending = pending or bool(reading) or _has_variant(ancestor)
+            # A LoRA may have a part of its own, like DoRA's magnitude, that it hands the module it wraps.
+            has_variant = isinstance(ancestor, BaseTunerLayer) and bool(getattr(ancestor, "lora_variant", None))
+            pending = pending or bool(reading) or has_variant
             if pending and _has_forward(ancestor):
                 found.append(ancestor)
                 pending = False
@@ -265,11 +260,6 @@ class Readers:
 
 def _has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
-
-
-def _has_variant(module: nn.Module) -> bool:
-    """Whether a LoRA has a part of its own, like DoRA's magnitude, that it hands the module it wraps."""
-    return isinstance(module, BaseTunerLayer) and bool(getattr(module, "lora_variant", None))
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -314,14 +304,11 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
             found.update(_attributes(code))
             # Not into PyTorch: it knows no module but its own, and those are looked at where they are.
             called = [each.__globals__.get(name) for name in code.co_names]
-            line += [f for f in called if isinstance(f, FunctionType) and f not in line and not _is_torch(f)]
+            known = [f for f in called if isinstance(f, FunctionType) and f.__module__.partition(".")[0] != "torch"]
+            line += [f for f in known if f not in line]
         cells = [cell.cell_contents for cell in each.__closure__ or () if _is_filled(cell)]
         line += [f for f in cells if isinstance(f, FunctionType) and f not in line]
     return frozenset(found)
-
-
-def _is_torch(function: FunctionType) -> bool:
-    return function.__module__.partition(".")[0] == "torch"
 
 
 def _is_filled(cell: Any) -> bool:
