@@ -15,7 +15,7 @@ from typing import Any
 MOVED: dict[str, tuple[str, ...]] = {
     "adapters.config": ("adapters", "adapters.erasure.config"),
     "adapters.gradiend_config": ("adapters", "adapters.gradiend.config"),
-    "adapters.lora_export": ("adapters", "adapters.merging.lora"),
+    "adapters.lora_export": ("adapters", "adapters.merging.export"),
     "erasers.inlp": ("erasers",),
     "erasers.oracle": ("erasers",),
     "erasers.quadratic": ("erasers",),

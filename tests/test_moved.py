@@ -148,3 +148,8 @@ def test_installing_again_adds_nothing():
     before = len(sys.meta_path)
     moved.install()
     assert len(sys.meta_path) == before
+
+
+def test_every_place_that_is_named_is_there():
+    for place in {place for places in moved.MOVED.values() for place in places}:
+        importlib.import_module(f"hf_erasure.{place}")

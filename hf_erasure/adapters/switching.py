@@ -8,7 +8,7 @@ that; without an adapter of this package in the model it does nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -110,8 +110,9 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
         return original(adapter_name)
     check_one_copy(model, names)
     copies, configs = ActiveCopies(model), all_configs(model)
+    by_hand = set_by_hand(model, names) if copies.wrappers else nullcontext()
     if newcomer is None or names != [newcomer]:
-        with set_by_hand(model, names):
+        with by_hand:
             original(adapter_name)
         say_which_copies_went_off(model, copies.on)
         return
@@ -122,7 +123,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
         return on != "" and is_concerned and newcomer not in wrapper._adapters
 
     with naming_what_goes_off(model, newcomer):
-        with set_by_hand(model, names):
+        with by_hand:
             original(adapter_name)
         copies.restore(trained=False, where=stays)
 

@@ -118,9 +118,10 @@ class ChildTuner(BaseTuner):
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        TrainedModule.adopt(model, adapter_name)
-        kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
-        copies.hand_on(adapter_name, but=kin)
+        if config.modules_to_save:
+            TrainedModule.adopt(model, adapter_name)
+            kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
+            copies.hand_on(adapter_name, but=kin)
         refuse_copies(model, adapter_name)
         # Tensors that are given along are a wish for some of the modules.
         wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
@@ -212,6 +213,9 @@ class ChildTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Switch adapters of this kind on; PEFT would also switch trained modules of other methods, which stay."""
+        if not auxiliary_wrappers(self.model):
+            super().set_adapter(adapter_name, *args, **kwargs)
+            return
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         check_one_copy(self.model, names)
         copies, configs = ActiveCopies(self.model), {**all_configs(self.model), **self.peft_config}

@@ -9,6 +9,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hf_erasure.models.heads import HEAD_MODULES
+
 from ..common.layer import AdapterChild, Rows, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
 from ..common.tuner import ChildTuner, exactly
@@ -18,8 +20,6 @@ from .layer import GradiendLayer
 
 # The share of its edit that a merge must keep; with less, the merged model is not the one that was selected.
 LEAST_KEPT = 0.9
-# Heads that sit in the base model's own class, where it has no part without them.
-_HEADS = ("classifier", "score", "qa_outputs", "lm_head", "classification_head")
 
 
 def default_owners(model: nn.Module) -> list[str]:
@@ -34,7 +34,7 @@ def default_owners(model: nn.Module) -> list[str]:
         if not name.startswith(f"{inside}." if inside else "") or not name:
             continue
         is_pooler = any("pooler" in part.lower() for part in parts)
-        is_head = innermost(module) is head or (not inside and parts[0] in _HEADS)
+        is_head = innermost(module) is head or (not inside and parts[0] in HEAD_MODULES)
         if not is_pooler and not is_head and any(True for _ in innermost(module).parameters(recurse=False)):
             names.append(name)
     return names
