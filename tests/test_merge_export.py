@@ -668,4 +668,4 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(assets: Path, tmp_path: Path)
     lora.save_pretrained(tmp_path / "lora")
     result = CliRunner().invoke(app, ["export-lora", str(source), str(tmp_path / "lora"), str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert "holds a LORA adapter, and no erasure" in result.stderr.replace("PeftType.", "")
+    assert "holds a LORA adapter, which is not one of hf_erasure" in result.stderr.replace("PeftType.", "")

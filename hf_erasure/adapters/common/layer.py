@@ -127,7 +127,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     @property
     def other_param_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """The names of all attributes that have an entry for each adapter; PEFT deletes an adapter from them."""
-        return (*self.entries, *(name for name, module in self._modules.items() if isinstance(module, StateDict)))
+        return (*self.entries, *self._modules)
 
     # BaseTunerLayer reads these from the module that it wraps, and this one does not wrap any.
     @property
@@ -163,8 +163,8 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     def stores(self, name: str) -> dict[str, StateDict]:
         """The parts of an adapter that a file has, by the attribute that holds them."""
-        found = {key: store for key, store in self._modules.items() if isinstance(store, StateDict)}
-        return {key: store for key, store in found.items() if store.persistent and name in store}
+        stores: dict[str, Any] = dict(self.named_children())
+        return {key: store for key, store in stores.items() if store.persistent and name in store}
 
     def state_placement(self) -> tuple[torch.device, torch.dtype]:
         """Where the state belongs, and in which precision; on the CPU where accelerate keeps the weights elsewhere."""
@@ -238,8 +238,9 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     def move_state(self, name: str, device: torch.device) -> None:
         """Keep an adapter where accelerate runs the module; the meta device is not a place to be."""
-        for store in self.children() if device.type != "meta" else ():
-            if isinstance(store, StateDict) and name in store:
+        stores: Any = self.children() if device.type != "meta" else ()
+        for store in stores:
+            if name in store:
                 store[name] = store[name].to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterChild:

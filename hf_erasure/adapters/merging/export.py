@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pytorch_utils import Conv1D
 
+from ..common.acting import kind_of
 from ..common.config import ChildConfig
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import innermost
@@ -277,7 +278,10 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
     """
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ChildConfig):
-        raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, and no erasure.")
+        raise ValueError(
+            f"{str(adapter)!r} holds a {kind_of(config)} adapter, which is not one of hf_erasure: load and merge it "
+            "with PEFT, PeftModel.from_pretrained(model, folder).merge_and_unload()."
+        )
     base = _model_class(model, config).from_pretrained(model)
     wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_NAME)
     return wrapped
