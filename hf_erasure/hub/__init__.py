@@ -15,10 +15,9 @@ A card is Markdown between two comments, made from what the adapter's configurat
 inside that somebody has changed, stays; then only the metadata is brought up to date.
 """
 
-from .cards import export_to_lora, write_card, write_lora_card, write_merged_card
+from .cards import WrittenCard, export_to_lora, write_card, write_lora_card, write_merged_card
 from .describing import describe, describe_folder
 from .pushing import PushError, push_adapter, push_model
-from .readme import WrittenCard
 
 __all__ = [
     "PushError",

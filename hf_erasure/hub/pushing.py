@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import (
@@ -29,9 +31,21 @@ from huggingface_hub.utils import validate_repo_id
 from hf_erasure.adapters.common.files import CARD, CONFIG, WEIGHTS
 from hf_erasure.adapters.saving import PUSHED_FROM
 
-from .cards import config_in, gather, holds_adapters_only, kept_quiet, own_adapters, told_by, write_card
+from .cards import (
+    WrittenCard,
+    config_in,
+    filled,
+    gather,
+    has_own_text,
+    holds_adapters_only,
+    kept_quiet,
+    own_adapters,
+    text_of,
+    told_by,
+    updated,
+    write_card,
+)
 from .facts import PICTURES, hub_id, plain, read_object
-from .readme import WrittenCard, filled, has_own_text, text_of, updated
 from .rendering import SOMEWHERE, Card, rendered
 
 _REMEDIES = {
@@ -45,7 +59,6 @@ _REMEDIES = {
 _AGAIN = "Try again; a second push sends only what has not arrived."
 # So many characters of what the Hub says are shown.
 _LONGEST = 400
-Result = TypeVar("Result")
 
 
 class PushError(OSError):
@@ -60,26 +73,22 @@ class PushError(OSError):
         self.status = status
 
 
-def explained(push: Callable[..., Result]) -> Callable[..., Result]:
-    """Wrap a function that pushes to the repository which is its first argument.
+@contextmanager
+def explained(repo_id: str) -> Iterator[None]:
+    """Raise a `PushError` for what the client raises while it is at work on a repository.
 
-    The client's own exceptions are of several types, of which some are not an `OSError`, over several lines, and about
-    addresses that the user has never seen.
+    Its own exceptions are of several types, of which some are not an `OSError`, over several lines, and about addresses
+    that the user has never seen.
     """
-
-    @functools.wraps(push)
-    def explaining(repo_id: str, *args: Any, **kwargs: Any) -> Result:
-        try:
-            return push(repo_id, *args, **kwargs)
-        except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
-            # What went wrong with one file has its reason as the cause.
-            reason = error if isinstance(error, HTTPError) else error.__cause__
-            if not isinstance(reason, HTTPError):
-                raise
-            what = f" ({plain(error).rstrip('.')})" if isinstance(error, RuntimeError) else ""
-            raise PushError(f"Pushing to {repo_id!r} failed{what}: {reason_of(reason)}", _status_of(reason)) from error
-
-    return explaining
+    try:
+        yield
+    except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
+        # What went wrong with one file has its reason as the cause.
+        reason = error if isinstance(error, HTTPError) else error.__cause__
+        if not isinstance(reason, HTTPError):
+            raise
+        what = f" ({plain(error).rstrip('.')})" if isinstance(error, RuntimeError) else ""
+        raise PushError(f"Pushing to {repo_id!r} failed{what}: {reason_of(reason)}", _status_of(reason)) from error
 
 
 def reason_of(error: HTTPError) -> str:
@@ -96,6 +105,8 @@ def _status_of(error: HTTPError) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
 
 
+# Name of a file → its text in the repository as it is now; None where there is none.
+Present = Callable[[str], str | None]
 # What a repository of a model consists of; training states and pickles are none of it.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
 # So often a push is made anew where somebody else commits in between.
@@ -139,31 +150,38 @@ def push_adapter(
         ValueError: If the folder holds no fitted adapter of ours, or a name is not that of a repository.
         PushError: If the Hub refuses, or does not answer.
     """
-    folder, place = Path(folder), _place(subfolder)
-    _check_fitted(folder)
+    folder, place, adapters = Path(folder), _place(subfolder), _fitted_adapters(Path(folder))
     if base_model is not None and hub_id(base_model) is None:
         raise ValueError(f"base_model={base_model!r} is not a name on the Hub: write it as in 'user/name'.")
 
-    def files(present: Callable[[str], str | None], to: str) -> Iterator[CommitOperationAdd]:
+    def within(*parts: str) -> str:
+        return str(PurePosixPath(place, *parts))
+
+    def files(present: Present, to: str) -> Iterator[CommitOperationAdd]:
         facts = gather(folder, base_model=base_model)
         facts.repo_id = to
         if place:
-            facts.subfolder = f"{place}/{facts.subfolder}" if facts.subfolder else place
-            facts.others = {_within(place, name): what for name, what in facts.others.items()}
-        for name in _adapter_files(folder):
-            renamed = base_model is not None and PurePosixPath(name).name == CONFIG
-            content = _based_on(folder / name, base_model) if renamed else folder / name
-            yield CommitOperationAdd(_within(place, name), content)
-        path = _within(place, CARD)
-        yield _readme(rendered(facts), text_of(folder / CARD), present(path), path)
-        for name in [name for name, _ in own_adapters(folder) if name]:
-            inner = replace(gather(folder / name, base_model=base_model), repo_id=to, subfolder=_within(place, name))
-            path = _within(place, f"{name}/{CARD}")
-            yield _readme(rendered(inner), text_of(folder / name / CARD), present(path), path)
+            facts.subfolder = within(facts.subfolder or "")
+            facts.others = {within(name): what for name, what in facts.others.items()}
+        cards = {"": facts}
+        for name in filter(None, adapters):
+            own = gather(folder / name, base_model=base_model)
+            cards[name] = replace(own, repo_id=to, subfolder=within(name))
+        # No recipe and no training state.
+        for name, file in itertools.product(adapters, (CONFIG, WEIGHTS, *PICTURES)):
+            content: Path | bytes = folder / name / file
+            if file == CONFIG and base_model is not None:
+                # So that `AutoModel.from_pretrained` finds the base.
+                known = read_object(folder / name / file) | {"base_model_name_or_path": base_model}
+                content = json.dumps(known, indent=2, sort_keys=True).encode("utf-8")
+            if (folder / name / file).is_file():
+                yield CommitOperationAdd(within(name, file), content)
+        for name, own in cards.items():
+            yield _readme(rendered(own), text_of(folder / name / CARD), present, within(name, CARD))
         if place and present(CARD) is None:
             # The Hub shows the card at the top, where a new repository would have none.
-            facts.pictures = {_within(place, name): text for name, text in facts.pictures.items()}
-            yield _readme(rendered(facts), None, None, CARD)
+            facts.pictures = {within(name): text for name, text in facts.pictures.items()}
+            yield _readme(rendered(facts), None, present, CARD)
 
     return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
 
@@ -188,26 +206,22 @@ def push_model(
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} holds no weights in safetensors: there is nothing to push.")
 
-    def files(present: Callable[[str], str | None], to: str) -> Iterator[CommitOperationAdd]:
+    def files(present: Present, to: str) -> Iterator[CommitOperationAdd]:
         for name in names:
             yield CommitOperationAdd(name, folder / name)
-        here, there = text_of(folder / CARD), present(CARD)
+        here = text_of(folder / CARD)
         card = None if here is None else Card.read(here)
         if card is not None:
-            yield _readme(replace(card, text=card.text.replace(SOMEWHERE, to)), here, there, CARD)
+            yield _readme(replace(card, text=card.text.replace(SOMEWHERE, to)), here, present, CARD)
         elif here is not None:
             yield CommitOperationAdd(CARD, here.encode("utf-8"))
 
     return _push(repo_id, files, message or f"Upload {folder.resolve().name}", private, revision, create_pr, token)
 
 
-Files = Callable[[Callable[[str], str | None], str], Iterator[CommitOperationAdd]]
-
-
-@explained
 def _push(
     repo_id: str,
-    files: Files,
+    files: Callable[[Present, str], Iterator[CommitOperationAdd]],
     message: str,
     private: bool | None,
     revision: str | None,
@@ -216,56 +230,49 @@ def _push(
 ) -> CommitInfo:
     """Commit files onto what the repository holds; anew if somebody else commits in between."""
     validate_repo_id(repo_id)
-    api = HfApi(token=token)
-    to = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr/"):
-        _make_branch(api, to, revision, create_pr)
-    attempts = 0
-    while True:
-        head = api.model_info(to, revision=revision).sha
-        present = _reader(to, head or revision, token)
-        attempts += 1
-        try:
-            return api.create_commit(
-                to, list(files(present, to)), commit_message=message, revision=revision, create_pr=create_pr,
-                parent_commit=head,
-            )  # fmt: skip
-        except HfHubHTTPError as error:
-            # 412: the README.md that ours was made from is no longer the latest.
-            if error.response is None or error.response.status_code != 412 or attempts == _ATTEMPTS:
-                raise
+    api, attempts = HfApi(token=token), 0
+    with explained(repo_id):
+        to = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr/"):
+            try:
+                api.create_branch(to, branch=revision, exist_ok=True)
+            except HfHubHTTPError as error:
+                # Who may only propose changes cannot make branches; the commit says so if there is none.
+                if not create_pr or _status_of(error) != 403:
+                    raise
+        while True:
+            head = api.model_info(to, revision=revision).sha
+            present = functools.partial(_card_at, to, head or revision, token)
+            attempts += 1
+            try:
+                return api.create_commit(
+                    to, list(files(present, to)), commit_message=message, revision=revision, create_pr=create_pr,
+                    parent_commit=head,
+                )  # fmt: skip
+            except HfHubHTTPError as error:
+                # 412: the README.md that ours was made from is no longer the latest.
+                if _status_of(error) != 412 or attempts == _ATTEMPTS:
+                    raise
 
 
-def _make_branch(api: HfApi, repo_id: str, revision: str, create_pr: bool) -> None:
+def _card_at(repo_id: str, revision: str | None, token: str | bool | None, name: str) -> str | None:
+    """A card of a repository as it is now; None where there is none."""
     try:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    except HfHubHTTPError as error:
-        # Who may only propose changes cannot make branches; the commit says so if there is none.
-        if not create_pr or error.response is None or error.response.status_code != 403:
-            raise
+        return text_of(Path(hf_hub_download(repo_id, name, revision=revision, token=token)))
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None  # and not where the Hub could not be asked: somebody's card would be overwritten
 
 
-def _reader(repo_id: str, revision: str | None, token: Any) -> Callable[[str], str | None]:
-    """Reads a card of a repository as it is now; None where there is none."""
-
-    def present(name: str) -> str | None:
-        try:
-            return text_of(Path(hf_hub_download(repo_id, name, revision=revision, token=token)))
-        except (RemoteEntryNotFoundError, RevisionNotFoundError):
-            return None  # and not where the Hub could not be asked: somebody's card would be overwritten
-
-    return present
-
-
-def _readme(card: Card, here: str | None, there: str | None, path: str) -> CommitOperationAdd:
+def _readme(card: Card, here: str | None, present: Present, path: str) -> CommitOperationAdd:
     """The card in the text that somebody has written, in the folder or on the Hub."""
-    text, outcome, reason = updated(here if has_own_text(here) else there, card)
+    text, outcome, reason = updated(here if has_own_text(here) else present(path), card)
     if outcome == "left":
         raise ValueError(f"The {CARD} of the repository or of the folder cannot be kept: {reason}")
     return CommitOperationAdd(path, text.encode("utf-8"))
 
 
-def _check_fitted(folder: Path) -> None:
+def _fitted_adapters(folder: Path) -> list[str]:
+    """The folders of adapters within a folder; an empty name where it is one itself."""
     adapters = dict(own_adapters(folder))
     if not adapters:
         raise ValueError(
@@ -277,34 +284,17 @@ def _check_fitted(folder: Path) -> None:
             raise ValueError(f"The {config.described} in {folder / name} was never fitted. {config.remedy}")
         if not (folder / name / WEIGHTS).is_file():
             raise ValueError(f"{folder / name} has no {WEIGHTS}: the adapter is not complete.")
+    return list(adapters)
 
 
-def _adapter_files(folder: Path) -> Iterator[str]:
-    """What is uploaded of an adapter, or of several in folders of their names: no recipe, no training state."""
-    for name in dict(own_adapters(folder)):
-        for file in (CONFIG, WEIGHTS, *PICTURES):
-            if (folder / name / file).is_file():
-                yield str(PurePosixPath(name, file))
-
-
-def _based_on(file: Path, base_model: str | None) -> bytes:
-    """A configuration that names the base as the Hub does, so that `AutoModel.from_pretrained` finds it."""
-    content = read_object(file) | {"base_model_name_or_path": base_model}
-    return json.dumps(content, indent=2, sort_keys=True).encode("utf-8")
-
-
-def _within(place: str, name: str) -> str:
-    return f"{place}/{name}" if place else name
-
-
-@explained
 def card_on_hub(repo_id: str, token: str | bool | None = None) -> str | None:
     """The README.md of a repository; None where there is none.
 
     Raises:
         PushError: If the Hub could not be asked.
     """
-    return _reader(repo_id, None, token)(CARD)
+    with explained(repo_id):
+        return _card_at(repo_id, None, token, CARD)
 
 
 def _place(subfolder: str | None) -> str:

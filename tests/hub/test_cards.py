@@ -27,9 +27,8 @@ from hf_erasure.adapters.common.provenance import RECIPE
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.cli import app
 from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
-from hf_erasure.hub.cards import config_in
+from hf_erasure.hub.cards import config_in, merged, updated
 from hf_erasure.hub.facts import CardFacts, facts_of
-from hf_erasure.hub.readme import merged, updated
 from hf_erasure.hub.rendering import draw, rendered, template_folder
 from tests.adapters.gradiend.lifecycle import Gradiends
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
