@@ -353,11 +353,6 @@ def stereoset_queries(
 ) -> list[list[Row]]:
     """For each of the three sentences: its tokens (causal), or one row for each token in the blank (masked).
 
-    Args:
-        scorer: Of the model.
-        item: What to ask.
-        convention: Of causal models, one of `CAUSAL_CONVENTIONS`.
-
     Raises:
         LeftOut: If a sentence is empty, too long, does not fit the context, or fills the blank with an unknown word.
     """
@@ -378,11 +373,7 @@ def stereoset_queries(
 
 
 def _as_the_authors(scorer: LanguageScorer, encoding: Encoding) -> list[Row]:
-    """The first token after a start token, the others in a row without one, as in the code of StereoSet's authors.
-
-    Raises:
-        ValueError: If the tokenizer has no start token.
-    """
+    """The first token after a start token, the others in a row without one, as in the code of StereoSet's authors."""
     if scorer.start is None:
         raise ValueError(f"{type(scorer.tokenizer).__name__} has no start token: write convention='sentence'.")
     ids = [encoding.ids[place] for place in encoding.places]
@@ -410,16 +401,15 @@ def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Row]]:
         raise LeftOut(UNKNOWN if any(encoding.unknown for encoding in both) else ALIKE)
     blocks = SequenceMatcher(None, tokens[0], tokens[1], autojunk=False).get_matching_blocks()
     shared = [{block[side] + step for block in blocks for step in range(block[2])} for side in (0, 1)]
+    alike = []
     for encoding, own in zip(both, shared, strict=True):
         _check_known(encoding, [p for i, p in enumerate(encoding.places) if i not in own])
+        alike.append([encoding.places[i] for i in sorted(own)])
     if scorer.task == "causal":
         return [scorer.queries(encoding) for encoding in both]
-    if not shared[0]:
+    if not alike[0]:
         raise LeftOut(NOTHING_SHARED)
-    return [
-        scorer.queries(encoding, [encoding.places[i] for i in sorted(own)])
-        for encoding, own in zip(both, shared, strict=True)
-    ]
+    return [scorer.queries(encoding, places) for encoding, places in zip(both, alike, strict=True)]
 
 
 def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Row]]:
@@ -430,15 +420,14 @@ def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Row]
     """
     if item.stereotype is None:
         raise LeftOut(NOT_A_PAIR)
-    rows, sizes = [], []
+    rows, sizes, is_masked = [], [], scorer.task == "masked"
     for sentence, slots in zip((item.pro, item.anti), item.slots, strict=True):
         encoding = _encoded(scorer, sentence)
         places = [place for slot in slots for place in encoding.within(*slot)]
         _check_known(encoding, places)
         sizes.append(len(places))
-        masked = scorer.task == "masked"
-        rows.append([scorer.masked(encoding.ids, places)] if masked else scorer.queries(encoding))
-    if scorer.task == "masked" and sizes[0] != sizes[1]:
+        rows.append([scorer.masked(encoding.ids, places)] if is_masked else scorer.queries(encoding))
+    if is_masked and sizes[0] != sizes[1]:
         raise LeftOut(UNEQUAL)
     return rows
 

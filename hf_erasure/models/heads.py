@@ -43,6 +43,8 @@ class Head:
         return frozenset(n for value in listed.values() for n in ([value] if isinstance(value, str) else value))
 
 
+# Names of heads that sit in a model's own class, where it has no part without them.
+HEAD_MODULES = ("classifier", "score", "qa_outputs", "lm_head", "classification_head")
 HEADS = (
     Head(
         "AutoModelForSequenceClassification", "text-classification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -81,14 +83,9 @@ def task_named(names: Iterable[str], *, encoder_decoder: bool) -> Task | None:
 
 
 def known_task(model: nn.Module) -> Task | None:
-    """What a model's head predicts; None where that is neither words nor labels of whole texts.
-
-    Args:
-        model: A bare model, or whatever it is inside of.
-    """
+    """What a model's head predicts, bare or wrapped; None where that is neither words nor labels of whole texts."""
     base = bare_model(model)
-    names = [kind.__name__ for kind in type(base).__mro__]
-    return task_named(names, encoder_decoder=is_encoder_decoder(base))
+    return task_named((kind.__name__ for kind in type(base).__mro__), encoder_decoder=is_encoder_decoder(base))
 
 
 def task_of(model: nn.Module) -> Task:

@@ -68,11 +68,8 @@ def bare_model(model: Any) -> Any:
     inner = unwrapped(model)
     while inner is not model:
         model, inner = inner, unwrapped(inner)
-    within = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) or configs_on(module) is not None
-    }
+    modules = model.named_modules()
+    within = {path: m for path, m in modules if isinstance(m, PreTrainedModel) or configs_on(m) is not None}
     outermost = next(iter(within), "")
     is_around = all(path.startswith(f"{outermost}.") for path in within if path != outermost)
     return within[outermost] if outermost and is_around else model
@@ -149,11 +146,7 @@ def backbone_of(model: Any) -> Any:
 
 
 def text_encoder(model: nn.Module) -> nn.Module:
-    """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as ever.
-
-    Args:
-        model: A bare model, or whatever it is inside of.
-    """
+    """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as ever."""
     bare = bare_model(model)
     return bare.get_encoder() if is_encoder_decoder(bare) else model
 
@@ -212,10 +205,8 @@ class Runner:
     def final_states(self) -> dict[str, nn.Module]:
         """The modules that return a last hidden state, by the name it has in transformers' outputs."""
         if is_encoder_decoder(self.model):
-            return {
-                "encoder_last_hidden_state": self.model.get_encoder(),
-                "last_hidden_state": self.model.get_decoder(),
-            }
+            encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+            return {"encoder_last_hidden_state": encoder, "last_hidden_state": decoder}
         return {"last_hidden_state": self.backbone}
 
     def side_of(self, name: str) -> str:

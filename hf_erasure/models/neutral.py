@@ -36,7 +36,7 @@ class NeutralText:
     words: list[int]
 
 
-def neutral_texts(
+def _neutral_texts(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     layout: Layout,
@@ -46,20 +46,7 @@ def neutral_texts(
     *,
     in_pieces: bool = False,
 ) -> list[NeutralText]:
-    """Neutral texts as tokens, with the positions that are not feature words.
-
-    Args:
-        dataset: With ``text``.
-        tokenizer: Of the model.
-        layout: The task's.
-        feature_words: Words of all classes, as text. Their tokens are neither predicted nor drawn.
-        config: The model's.
-        max_length: Longest text in tokens, special tokens included; by default what the model takes, at most 512.
-        in_pieces: Cut longer texts into pieces, instead of cutting their ends off.
-
-    Raises:
-        PairError: There is no column ``text``, no row, or a row has no text.
-    """
+    """Neutral texts as tokens; longer ones lose their ends, or are cut into pieces."""
     longest = longest_input(tokenizer, config, _LONGEST if max_length is None else max_length) or _LONGEST
     lead, trail = special_ends(tokenizer)
     room = max(1, longest - len(lead) - len(trail))
@@ -125,7 +112,7 @@ def neutral_batches(
     if batch_size < 1:
         raise PairError(f"batch_size is {batch_size}; it must be at least 1")
     layout = Layout.of(tokenizer, task, config)
-    texts = neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length)
+    texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length)
     draw = _neutral_labels if layout.task == "classification" else _neutral_words
     rows = draw(texts, layout, config, random.Random(seed))
     return [collate(layout, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
@@ -137,8 +124,7 @@ def _neutral_words(texts: list[NeutralText], layout: Layout, config: Any, genera
         raise PairError("all neutral texts together have fewer than two words that are not feature words; add texts")
     rows = []
     for number, text in enumerate(texts):
-        choices = text.words or text.usable
-        if not choices:
+        if not (choices := text.words or text.usable):
             raise PairError(f"neutral row {number} has no token that could be predicted; write a longer text")
         at = generator.choice(choices)
         token = other = text.tokens[at]
@@ -211,7 +197,7 @@ class LanguageModelling:
         self.reader = reader
         config, task = reader.model.config, reader.task
         layout = Layout.of(tokenizer, task, config)
-        texts = neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length, in_pieces=True)
+        texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length, in_pieces=True)
         generator = random.Random(seed)
         draws = mask_draws if task in ("masked", "seq2seq") else 1
         drawn = [(text.tokens, _chosen(text, task, mask_share, generator)) for _ in range(draws) for text in texts]
