@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from hf_erasure.fitting.gradiend import GradientReader, PairBatch, PairSet, neutral_batches
-from hf_erasure.fitting.gradiend.adapter import encoded
+from hf_erasure.fitting.gradiend.gradients import encoded
 from hf_erasure.fitting.gradiend.sentences import pairs_from_templates
 from hf_erasure.gradiend import ClosedFormEstimator, FeatureNeuron
 

@@ -25,7 +25,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fitting.data": ("fitting", "fitting.dataloader"),
     "fitting.erasure": ("fitting", "fitting.fit"),
     "fitting.gradiend.arguments": ("fitting.gradiend",),
-    "fitting.gradiend.evaluation": ("fitting.gradiend", "fitting.gradiend.adapter"),
+    "fitting.gradiend.evaluation": ("fitting.gradiend", "fitting.gradiend.gradients"),
     "fitting.gradiend.language": ("fitting.gradiend", "models.neutral"),
     "fitting.gradiend.templates": ("fitting.gradiend",),
     "fitting.gradiend.words": ("fitting.gradiend",),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Features, Value
 
-from hf_erasure.fitting.gradiend.adapter import encoded
+from hf_erasure.fitting.gradiend.gradients import encoded
 from hf_erasure.metrics import base, resampling
 
 

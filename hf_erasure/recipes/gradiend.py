@@ -14,7 +14,8 @@ import transformers
 from transformers import AutoConfig
 
 from hf_erasure.adapters import edited
-from hf_erasure.fitting.gradiend.adapter import EncodedValues, GradiendAdapter, together
+from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
+from hf_erasure.fitting.gradiend.gradients import EncodedValues, together
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
 from hf_erasure.fitting.gradiend.selection import Point, Selection, choose, goal_by_name
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer

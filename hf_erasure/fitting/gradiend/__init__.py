@@ -5,8 +5,8 @@ from hf_erasure.models.neutral import LanguageModelling, neutral_batches
 from hf_erasure.models.slots import Filled, PairBatch, SlotReader
 from hf_erasure.models.word_tokens import SLOT, PairError, word_tokens
 
-from .adapter import EncodedValues, GradiendAdapter
-from .gradients import GradientReader
+from .adapter import GradiendAdapter
+from .gradients import EncodedValues, GradientReader
 from .pairs import PairSet, check_pairs, pair_batches
 from .selection import Selection
 from .sentences import pairs_from_sentences, pairs_from_templates

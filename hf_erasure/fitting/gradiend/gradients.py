@@ -1,23 +1,34 @@
-"""Gradients of a model's loss at feature words, as named float32 blocks (arXiv 2502.01406, section 3)."""
+"""Gradients of a model's loss at feature words, as named float32 blocks, and the values that are read off them.
+
+See arXiv 2502.01406, section 3.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_erasure.adapters import GradiendConfig, gradiend_layers, steer, targeted_parameters
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import sum_of_squares
 from hf_erasure.models.heads import Task
 from hf_erasure.models.model import evaluating
 from hf_erasure.models.slots import Filled, PairBatch, SlotReader
+
+from ..processes import Processes
+from .pairs import Pair, Signed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KINDS = ("factual", "counterfactual", "difference")
 
@@ -247,3 +258,116 @@ class GradientReader(SlotReader):
 def _mean_nll(logits: Tensor, filled: Filled) -> Tensor:
     losses = F.cross_entropy(logits, filled.tokens.to(logits.device), reduction="none")
     return (filled.weights.to(losses.device) * losses).sum()
+
+
+@contextmanager
+def reading_the_base(model: nn.Module, adapter_name: str, task: Task | None = None) -> Iterator[GradientReader]:
+    """Read gradients of the base model at an adapter's weights: the adapter has no effect meanwhile.
+
+    Raises:
+        ValueError: If the adapter is merged.
+    """
+    if any(adapter_name in layer.merged_adapters for layer in gradiend_layers(model, adapter_name).values()):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is merged into the weights, whose gradients are not those of the base "
+            "model: call unmerge_adapter() first."
+        )
+    config = adapter_of(model, adapter_name, GradiendConfig).config
+    rate, has_effect = config.learning_rate, config.fitted
+    if has_effect:
+        steer(model, adapter_name, learning_rate=0.0)
+    try:
+        yield GradientReader(model, targeted_parameters(model, adapter_name), task)
+    finally:
+        if has_effect:
+            steer(model, adapter_name, learning_rate=rate)
+
+
+# ---- values of the feature neuron ------------------------------------------------------------------------------------
+
+Encode = Callable[[Mapping[str, Tensor]], float]
+# Encoded values above it count as class 0, below its negative as class 1, between them as neutral.
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class EncodedValues:
+    """Values of the feature neuron beside what was put in.
+
+    Attributes:
+        values: `(texts,)` in [−1, 1] for tanh.
+        labels: `(texts,)` of +1, −1 and 0.
+        pair: The names of the classes that +1 and −1 stand for.
+    """
+
+    values: Tensor
+    labels: Tensor
+    pair: Pair
+
+    def metrics(self) -> dict[str, float]:
+        """`cor` and `acc` without neutral texts, `cor_enc` and `acc_enc` with them, where there are any.
+
+        `acc` is the balanced accuracy of the sign; `acc_enc` that of three classes told apart at ±0.5.
+        """
+        featured = self.labels != 0
+        values, labels = self.values[featured], self.labels[featured]
+        found = {"cor": pearson(values, labels), "acc": balanced_accuracy(values.sign(), labels)}
+        if bool((~featured).any()):
+            decided = (self.values > THRESHOLD).double() - (self.values < -THRESHOLD).double()
+            found["cor_enc"] = pearson(self.values, self.labels)
+            found["acc_enc"] = balanced_accuracy(decided, self.labels)
+        return found
+
+    def names(self) -> list[str]:
+        """The class of every text, or `"neutral"`."""
+        by_label = {1: self.pair[0], -1: self.pair[1], 0: "neutral"}
+        return [by_label[int(label)] for label in self.labels]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a text: `value`, `class`."""
+        import pandas as pd
+
+        return pd.DataFrame({"value": self.values.tolist(), "class": self.names()})
+
+
+def together(parts: Sequence[EncodedValues]) -> dict[str, float]:
+    """The metrics of one pair, or of several: each by its name, and their means without one."""
+    if len(parts) == 1:
+        return parts[0].metrics()
+    each = {part.pair: part.metrics() for part in parts}
+    shared = set.intersection(*(set(found) for found in each.values()))
+    means = {name: sum(found[name] for found in each.values()) / len(each) for name in sorted(shared)}
+    return means | {f"{name}_{a}_{b}": value for (a, b), found in each.items() for name, value in found.items()}
+
+
+def pearson(values: Tensor, labels: Tensor) -> float:
+    """Pearson's correlation; NaN where one of the two does not vary, since there is none then."""
+    x, y = values.double(), labels.double()
+    if x.numel() == 0 or bool((x == x[0]).all()) or bool((y == y[0]).all()):
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / (x.norm() * y.norm()))
+
+
+def balanced_accuracy(decided: Tensor, labels: Tensor) -> float:
+    """The mean over classes of the share that was recognised."""
+    shares = [float((decided[labels == label] == label).double().mean()) for label in labels.unique()]
+    return sum(shares) / len(shares)
+
+
+def encoded(values: Iterable[float], labels: Iterable[int], pair: Pair) -> EncodedValues:
+    """Gather values and labels; float64 on the CPU."""
+    return EncodedValues(
+        torch.tensor(list(values), dtype=torch.float64, device="cpu"),
+        torch.tensor(list(labels), dtype=torch.long, device="cpu"),
+        pair,
+    )
+
+
+def encode_all(
+    reader: GradientReader, source: str, encode: Encode, batches: Sequence[Signed], pair: Pair, processes: Processes
+) -> EncodedValues:
+    """The values of batches of one text each, with +1, −1 or 0; the work is shared among processes."""
+    mine = [(encode(reader.gradient(batch, source)), sign) for batch, sign in processes.mine(batches)]
+    values, labels = zip(*processes.gathered(mine), strict=True)
+    return encoded(values, labels, pair)

@@ -37,8 +37,9 @@ from hf_erasure.models.slots import SlotReader
 
 from ..dataloader import origin_of
 from ..processes import Processes
-from .adapter import Encode, EncodedValues, GradiendAdapter, encode_all, reading_the_base, together
+from .adapter import GradiendAdapter
 from .checkpoints import Fitted, Progress
+from .gradients import Encode, EncodedValues, encode_all, reading_the_base, together
 from .pairs import Pair, PairSet
 from .selection import (
     FEATURE_FACTORS,

@@ -24,9 +24,8 @@ from hf_erasure.gradiend.features import ACTIVATIONS
 from hf_erasure.models.slots import PairBatch
 
 from ..processes import Processes, share_the_cpu
-from .adapter import Encode, encode_all, pearson
 from .checkpoints import Fitted, Progress
-from .gradients import GradientReader
+from .gradients import Encode, GradientReader, encode_all, pearson
 from .pairs import Pair, PairSet, Signed
 
 ESTIMATORS = ("closed_form", "trained")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score
 
-from hf_erasure.fitting.gradiend.adapter import EncodedValues, encoded, together
+from hf_erasure.fitting.gradiend.gradients import EncodedValues, encoded, together
 from hf_erasure.fitting.gradiend.selection import Point, Scorer, Selection, choose, goal_by_name, scan
 
 GENDERS = ("female", "male")

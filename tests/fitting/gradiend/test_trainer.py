@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
-from hf_erasure.fitting.gradiend.adapter import reading_the_base
 from hf_erasure.fitting.gradiend.checkpoints import checkpoints
+from hf_erasure.fitting.gradiend.gradients import reading_the_base
 from hf_erasure.fitting.gradiend.selection import class_words
 from hf_erasure.models.slots import SlotReader
 from tests.adapters.test_ordinary import MODES, state_of
