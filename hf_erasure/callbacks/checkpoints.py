@@ -1,6 +1,6 @@
 """What Trainer writes for a model with adapters of ours, and reads back: all that training has changed.
 
-Of a model with adapters Trainer saves one adapter. The model's own weights, fine-tuned under it, and an erasure that
+Trainer saves one adapter of a model with adapters. The model's own weights, fine-tuned under it, and an erasure that
 was refitted beside a LoRA would be lost without a word; two active adapters stop it; and into a model that is not a
 `PeftModel` it can load no checkpoint at all. Where one of our callbacks takes part, and where several adapters of a
 model that is not a `PeftModel` are active, a checkpoint holds instead

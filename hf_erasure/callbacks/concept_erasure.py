@@ -37,7 +37,7 @@ class ConceptErasureCallback(LoggingCallback):
         eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`. Where they
             share rows with `batches`, a warning and the card of the checkpoint say so.
         sequential: As in `fit_concept_erasure`.
-        pool: As in `fit_concept_erasure`: by default what the model's head reads.
+        pool: As in `fit_concept_erasure`; by default what the model's head reads.
         background: As in `fit_concept_erasure`.
 
     Raises:

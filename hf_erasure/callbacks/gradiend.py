@@ -34,7 +34,7 @@ class GradiendCallback(LoggingCallback):
     *guard*: after each step of the optimizer, whatever it is, the component of the weights' change along the decoder's
     direction Wd is taken out of every output of every layer (a row of its weight) by itself. One component of all
     weights together would be a single direction among millions: measured, it keeps out a fraction of what the rows do.
-    Of a sparse adapter that touches its entries only. How much was taken out is logged as `<adapter>_guarded`: the
+    A sparse adapter changes its own entries only. How much was taken out is logged as `<adapter>_guarded`: the
     mean cosine between change and direction. What the data teach about the feature through other directions arrives
     all the same (recipes/guarded_finetuning measures how much of it).
 
@@ -126,7 +126,7 @@ class LoraPair:
     Attributes:
         a: `(rank, in)`.
         b: `(out, rank)`.
-        scaling: Of their product.
+        scaling: What their product is multiplied by.
     """
 
     a: nn.Parameter
@@ -220,7 +220,7 @@ class _Guard:
     """Takes the component along Wd out of every change of the weights.
 
     Args:
-        weights: Those that are trained.
+        weights: The weights that are trained.
         decoder: Gives the direction.
     """
 

@@ -58,7 +58,7 @@ class LoggingCallback(TrainerCallback):
         """What to add to the log that is about to be written.
 
         Args:
-            state: Of the Trainer.
+            state: The state of the Trainer.
             model: Unwrapped.
         """
         raise NotImplementedError
@@ -171,8 +171,8 @@ def _warn_of_what_is_left_out(model: nn.Module) -> None:
 def _saved_by_trainer(model: nn.Module) -> Any:
     """The model whose adapter is saved in the place of its weights when Trainer saves `model`; None where all is saved.
 
-    That is the model inside of another library's, such as a SentenceTransformer. Of a module of one's own Trainer
-    writes all tensors.
+    That is the model inside of another library's, such as a SentenceTransformer. Trainer writes all tensors of a module
+    that has no `save_pretrained`.
     """
     if isinstance(model, (PreTrainedModel, PeftModel)):
         return model
@@ -197,7 +197,7 @@ class _Figures(TrainerCallback):
         self.trainer = trainer
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        # Only logs of training: those of an evaluation are on their own.
+        # Logs of an evaluation have no loss of training, and nothing is added to them.
         if logs is None or "loss" not in logs:
             return
         for callback in _ours(self.trainer):

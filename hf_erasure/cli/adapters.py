@@ -29,7 +29,7 @@ def merge(
     model: Model,
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(help="Where the merged model is written.")],
-    max_shard_size: Annotated[str | None, typer.Option(help="Of each file of weights, e.g. 5GB")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="The largest file of weights, e.g. 5GB")] = None,
     push: Push = None,
     private: Private = False,
 ) -> None:
@@ -68,7 +68,7 @@ def merge_fits(
     one: Annotated[
         Path, typer.Argument(help="The output folder of a one-pass fit with fit.checkpoint=true.", exists=True)
     ],
-    other: Annotated[Path, typer.Argument(help="That of a fit on other data.", exists=True)],
+    other: Annotated[Path, typer.Argument(help="The output folder of such a fit on other data.", exists=True)],
     output: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
 ) -> None:
     """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
@@ -87,8 +87,8 @@ def push(
     revision: Annotated[str | None, typer.Option(help="A branch; it is made if there is none.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="A folder within the repository.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    token: Annotated[str | None, typer.Option(help="Of the Hub; by default the one of `hf auth login`.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    token: Annotated[str | None, typer.Option(help="A token for the Hub; by default that of `hf auth login`.")] = None,
+    message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
     base_model: BaseModel = None,
 ) -> None:
     """Upload an adapter with its card to the Hub, in one commit.
@@ -117,7 +117,7 @@ def card(
     base_model: BaseModel = None,
     dataset: Annotated[list[str] | None, typer.Option(help="A data set on the Hub that it was fitted on.")] = None,
     labels_from: Annotated[str | None, typer.Option(help="Who or what labelled the data, in words.")] = None,
-    license: Annotated[str | None, typer.Option(help="As the Hub writes it, e.g. apache-2.0")] = None,
+    license: Annotated[str | None, typer.Option(help="The licence as the Hub writes it, e.g. apache-2.0")] = None,
     language: Annotated[list[str] | None, typer.Option(help="A code such as en.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace text of the README.md that somebody has written, too.")

@@ -25,8 +25,8 @@ def evaluate(
     suite: Annotated[str, typer.Option(help="gender, pos, stereotypes or all.")] = "gender",
     output: Annotated[Path, typer.Option(help="Where results.json and report.html go.")] = Path("out/evaluation"),
     limit: Annotated[int | None, typer.Option(help="At most so many items of each data set, spread evenly.")] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, resamples and permutations.")] = 0,
-    resamples: Annotated[int, typer.Option(help="Of every bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Decides folds, resamples and permutations.")] = 0,
+    resamples: Annotated[int, typer.Option(help="How many resamples a bootstrap draws.")] = 1000,
     strengths: Annotated[
         str, typer.Option(help="Measure GRADIEND adapters at these multiples of their learning rate too, e.g. 0.5,2")
     ] = "",

@@ -38,7 +38,7 @@ ADAPTER_NAME = "feature"
 TABLES_FILE, EDITS_FILE, GRID_FILE = "results.md", "results.csv", "grid.csv"
 HISTOGRAM_FILE, SURFACE_FILE = "encoded.png", "surface.png"
 NO_EDIT = "none"
-# Of the figures: the first class, the second, neutral texts.
+# Colours of the figures: for the first class, the second, and neutral texts.
 _COLOURS = ("#b3541e", "#1f5f8b", "#7a7a7a")
 _DOTS_PER_INCH = 120
 

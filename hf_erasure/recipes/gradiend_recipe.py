@@ -38,12 +38,12 @@ class PairsRecipe:
     Attributes:
         file: A file or Hub id with the columns `text`, `factual`, `counterfactual`, `label` (and, for more than two
             classes, `counterfactual_label`).
-        split: Of the file or of the sentences; the only one there is when None.
+        split: The split of the file or of the sentences; the only one there is when None.
         templates: With `{name}` and `[FEATURE]`.
-        fillers: Of the templates: class → what stands for `{name}`.
+        fillers: What stands for `{name}` in the templates: class → names.
         sentences: Plain sentences: a list, a text file (one a line), or another file or Hub id with the column `text`.
-        words: Of templates and sentences: class → words, a list of tuples in the order of the classes, or a JSON file
-            of either; words at one index are counterparts.
+        words: The words of templates and sentences: class → words, a list of tuples in the order of the classes, or a
+            JSON file with either; words at one index are counterparts.
         words_key: The key of the table within that file.
         single: Leave out sentences with more than one word of the table, which would tell the class.
     """
@@ -64,7 +64,7 @@ class TextsRecipe:
 
     Attributes:
         texts: A list, a text file, or another file or Hub id with the column `text`.
-        split: Of a data set.
+        split: The split of a data set.
         separator: A regular expression that parts the texts of a text file; by default its lines are the texts.
         rows: First row and the one behind the last, counted after empty and repeated texts were left out.
     """
@@ -103,8 +103,8 @@ class GradiendDataRecipe:
         choice: For the best start of a trained neuron and for the choice of an edit.
         test: For the report; nothing is chosen on it.
         whole: In their place: one source of which each gets a share, sentence by sentence.
-        shares: Of train, choice and test in `whole`.
-        seed: Of the order in which `whole` is dealt out.
+        shares: Which shares of `whole` train, choice and test get.
+        seed: Decides the order in which `whole` is dealt out.
         defaults: Entries for each of the sets that does not have its own, such as `words`.
         skip_unusable: Leave out rows whose words the model's tokenizer does not know, or, for a masked model, that
             have unequally many tokens, instead of refusing them.
@@ -143,8 +143,8 @@ class SelectRecipe:
     """What an edit is chosen for.
 
     Attributes:
-        goal: As of `GradiendTrainer.select`, or a list: the adapter is saved with the edit for the first, and all are
-            reported.
+        goal: One that `GradiendTrainer.select` knows, or a list: the adapter is saved with the edit for the first, and
+            all are reported.
         budget: By how much language modelling may get worse.
         feature_factors: The grid's values of h.
         learning_rates: The grid's values of α.
@@ -245,7 +245,7 @@ class Materials:
 
         Args:
             rows: Texts with a slot.
-            classes: Of the feature.
+            classes: The classes of the feature.
 
         Raises:
             PairError: If the word of a row is not given, or no pair has it.
@@ -281,7 +281,7 @@ def load_materials(
 
     Args:
         recipe: Where they are.
-        classes: Of the feature.
+        classes: The classes of the feature.
         usable: Gives the rows of a set that the model can use; asked with `skip_unusable` only.
 
     Raises:

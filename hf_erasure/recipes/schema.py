@@ -94,7 +94,7 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
     """A section of a recipe as its dataclass.
 
     Args:
-        content: Of the section.
+        content: What stands in the section.
         kind: The dataclass.
         section: Its name in the recipe; empty for the whole recipe.
         missing_in: What a message says to lack a key, where that is not the section.
@@ -128,7 +128,7 @@ def check_section(content: Any, kind: type, section: str = "", above: Sequence[s
     """A section of a recipe whose keys are fields of a dataclass.
 
     Args:
-        content: Of the section.
+        content: What stands in the section.
         kind: The dataclass.
         section: Its name in the recipe.
         above: Fields that have a key of their own at the top of the recipe.
