@@ -146,7 +146,17 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         rows = x.to(dtype).reshape(-1, width)
         left, right = left.to(dtype), right.to(dtype)
-        return _erase_rows(rows, left, right, bias).reshape(x.shape).to(x.dtype)
+        # right · (x − bias) = right · x − right · bias saves a pass over x. The constant is a difference of large
+        # numbers where the mean is far from zero, so it is formed in float64.
+        shift = None if bias is None else (right.double() @ bias.to(right.device).double()).to(dtype)
+        if rank == 1:
+            reading = torch.mv(rows, right[0]).unsqueeze(-1)
+            reading = reading if shift is None else reading - shift
+            erased = torch.addcmul(rows, reading, left[:, 0], value=-1)
+        else:
+            reading = rows @ right.T if shift is None else torch.addmm(shift, rows, right.T, beta=-1)
+            erased = torch.addmm(rows, reading, left.T, alpha=-1)
+        return erased.reshape(x.shape).to(x.dtype)
 
 
 def check_activations(x: Tensor, width: int) -> None:
@@ -159,16 +169,3 @@ def check_activations(x: Tensor, width: int) -> None:
             f"x has shape {tuple(x.shape)}, but the eraser acts on a last dimension of {width}: apply it to the "
             "activations it was fitted on."
         )
-
-
-def _erase_rows(rows: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """`rows` is `(n, d)`; all tensors share one dtype but `bias`."""
-    # right · (x − bias) = right · x − right · bias saves a pass over x. The constant is a difference of large numbers
-    # where the mean is far from zero, so it is formed in float64.
-    shift = None if bias is None else (right.double() @ bias.to(right.device).double()).to(rows.dtype)
-    if left.shape[1] == 1:
-        reading = torch.mv(rows, right[0]).unsqueeze(-1)
-        reading = reading if shift is None else reading - shift
-        return torch.addcmul(rows, reading, left[:, 0], value=-1)
-    reading = rows @ right.T if shift is None else torch.addmm(shift, rows, right.T, beta=-1)
-    return torch.addmm(rows, reading, left.T, alpha=-1)

@@ -211,8 +211,8 @@ def check_probe(probe: str) -> str:
     return probe
 
 
-def check_options(method: str, rank: int | None, rounds: int | None, background_weight: float) -> int:
-    """Refuse options that `ConceptMoments.eraser` cannot solve with; returns at most how many rounds are meant."""
+def check_options(method: str, rank: int | None, rounds: int | None, background_weight: float) -> None:
+    """Refuse options that `ConceptMoments.eraser` cannot solve with."""
     if method == "rlace":
         raise ValueError(
             "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, 'rlace'). "
@@ -222,8 +222,8 @@ def check_options(method: str, rank: int | None, rounds: int | None, background_
         raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
+    check_count("rank", rank, none=", or None for all directions")
     if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
         raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
     if not 0 <= background_weight <= 1:
         raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
-    return check_rounds(rounds, rank)

@@ -15,6 +15,7 @@ from .eraser import FITS, Eraser
 from .factors import (
     check_count,
     check_options,
+    check_rounds,
     inlp_factors,
     leace_factors,
     mean_projection_factors,
@@ -367,7 +368,7 @@ class ConceptMoments:
             TypeError: If `background` is not `ConceptMoments` or `rank` not an int.
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
         """
-        limit = check_options(method, rank, rounds, background_weight)
+        check_options(method, rank, rounds, background_weight)
         check_shrinkage(shrinkage)
         sums, _ = self._known()
         self.check_concept()
@@ -392,8 +393,8 @@ class ConceptMoments:
         elif method == "mean_projection":
             left, right = mean_projection_factors(columns, self.cross_covariance, self._class_shares(), rank)
         elif method == "inlp":
-            factor = ridge_factor(self.spread(), shrinkage)
-            left, right = inlp_factors(columns, factor, limit, rank, significance(self._resolution))
+            limit, cutoff = check_rounds(rounds, rank), significance(self._resolution)
+            left, right = inlp_factors(columns, ridge_factor(self.spread(), shrinkage), limit, rank, cutoff)
         else:
             left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
         return Eraser(left, right, mean if affine else None)

@@ -330,7 +330,7 @@ def centred_products(rows: Rows, mean: Tensor, gram: PackedGram, dtype: torch.dt
     size = max(512, min(2048, gram.dim * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
     centre = mean.to(dtype)
     root = None if rows.weight is None else rows.weight.sqrt().to(device=device, dtype=dtype)[:, None]
-    out = gram.empty(dtype, device)
+    out = torch.empty_like(gram.values, dtype=dtype)
     buffer = torch.empty(min(size, rows.count), gram.dim, dtype=dtype, device=device)
     for start in range(0, rows.count, size):
         stop = min(start + size, rows.count)

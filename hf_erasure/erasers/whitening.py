@@ -31,12 +31,8 @@ class PackedGram:
         self.dim = dim
         self.block = 128 if dim <= 1024 else 256
         self._edges = [(start, min(start + self.block, dim)) for start in range(0, dim, self.block)]
-        self.values = self.empty(torch.float64, device).zero_()
-
-    def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised values in this layout."""
         size = sum(stop * (stop - start) for start, stop in self._edges)
-        return torch.empty(size, dtype=dtype, device=device)
+        self.values = torch.zeros(size, dtype=torch.float64, device=device)
 
     def columns(self, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Every block column `[:stop, start:stop]` of a matrix in this layout, as `(start, stop, view)`."""
