@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from hf_erasure.models.model import without_peft
 
@@ -172,13 +172,6 @@ def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     set_copies(model, names)
 
 
-def trained_tensors(model: nn.Module, name: str) -> list[Tensor]:
-    """The tensors of an adapter's copies of `modules_to_save`."""
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    copies = [wrapper.modules_to_save[name] for wrapper in wrappers if name in wrapper.modules_to_save]
-    return [tensor for copy in copies for tensor in copy.state_dict(keep_vars=True).values()]
-
-
 def put_in_place(model: nn.Module, wrapper: str, module: nn.Module) -> None:
     """Put a module where a wrapper is."""
     parent, _, name = wrapper.rpartition(".")
@@ -304,7 +297,8 @@ def undone_on_failure(
     try:
         yield before
     except BaseException:
-        if is_ours or is_of_ours(model, adapter_name) or adapter_children(model, adapter_name):
+        config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
+        if is_ours or isinstance(config, ChildConfig) or adapter_children(model, adapter_name):
             before.restore()
         elif adapter_children(model):
             before.trained_copies.restore()
@@ -326,7 +320,10 @@ class ModelState:
         self.trained_copies = ActiveCopies(model)
         children = adapter_children(model, adapter_name)
         self.values = [(child, tuple(part.clone() for part in child.state_of(adapter_name))) for child in children]
-        self.copies = [(tensor, tensor.detach().clone()) for tensor in trained_tensors(model, adapter_name)]
+        wrappers = [w.modules_to_save for w in model.modules() if isinstance(w, ModulesToSaveWrapper)]
+        copies = [wrapper[adapter_name] for wrapper in wrappers if adapter_name in wrapper]
+        tensors = [tensor for copy in copies for tensor in copy.state_dict(keep_vars=True).values()]
+        self.copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def restore(self) -> None:
         """Undo whatever the call did to the model."""
@@ -352,8 +349,3 @@ class ModelState:
             # `add_adapter` of transformers says so before anything is added.
             model: Any = self.model
             model._hf_peft_config_loaded = self.loaded and bool(getattr(model, "peft_config", None))
-
-
-def is_of_ours(model: Any, name: str) -> bool:
-    """Whether a model has the configuration of an adapter of this package by that name."""
-    return isinstance((getattr(model, "peft_config", None) or {}).get(name), ChildConfig)

@@ -96,27 +96,15 @@ class ChildTuner(BaseTuner):
             )
         check_targets(config, model)
         if config.fitted:
-            rename = renaming(model, config.fitted_modules)
-            if rename not in (None, str):
-                rename_fitted(config, rename)
-            try:
-                check_base(model, config)
-            except ValueError as error:
-                merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
-                if not merged:
-                    raise
-                raise ValueError(
-                    f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before "
-                    "other adapters are loaded, and merge again afterwards."
-                ) from error
-            if config.target_modules is None:  # PEFT takes that for a default of its own
-                config.target_modules = exactly(list(config.fitted_modules), model)
+            self._recognise(model, config)
         elif config.revision is None:
             # Of the base, like its name: what was downloaded.
             config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         self._check_config(config)
         if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = self._keys_of_hosts(kwargs["state_dict"])
+            # PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child.
+            child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
+            kwargs["state_dict"] = {key.replace(child, f".{self.prefix}"): value for key, value in given.items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.modules_to_save:
             TrainedModule.adopt(model, adapter_name)
@@ -127,6 +115,24 @@ class ChildTuner(BaseTuner):
         wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
         self._check_complete(config, adapter_children(model, adapter_name), wanted)
         note_adapters(model)
+
+    def _recognise(self, model: nn.Module, config: Any) -> None:
+        """Give a fitted adapter the names that its modules have in a model, and refuse another base."""
+        rename = renaming(model, config.fitted_modules)
+        if rename not in (None, str):
+            rename_fitted(config, rename)
+        try:
+            check_base(model, config)
+        except ValueError as error:
+            merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
+            if not merged:
+                raise
+            raise ValueError(
+                f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before "
+                "other adapters are loaded, and merge again afterwards."
+            ) from error
+        if config.target_modules is None:  # PEFT takes that for a default of its own
+            config.target_modules = exactly(list(config.fitted_modules), model)
 
     def _check_config(self, config: Any) -> None:
         """Refuse a configuration that cannot be attached to any model."""
@@ -199,11 +205,6 @@ class ChildTuner(BaseTuner):
                 f"The {config.described} acts at {left_out[0]!r} and {len(left_out) - 1} other modules that no adapter "
                 f"can be put on in this {kind}."
             )
-
-    def _keys_of_hosts(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child."""
-        child = self.tuner_layer_cls.child_name
-        return {key.replace(f".{child}.{self.prefix}", f".{self.prefix}"): value for key, value in state_dict.items()}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, and the children that held no other."""

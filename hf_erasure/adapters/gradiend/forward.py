@@ -15,6 +15,7 @@ import dis
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -306,16 +307,11 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
             called = [each.__globals__.get(name) for name in code.co_names]
             known = [f for f in called if isinstance(f, FunctionType) and f.__module__.partition(".")[0] != "torch"]
             line += [f for f in known if f not in line]
-        cells = [cell.cell_contents for cell in each.__closure__ or () if _is_filled(cell)]
-        line += [f for f in cells if isinstance(f, FunctionType) and f not in line]
+        for cell in each.__closure__ or ():
+            with suppress(ValueError):  # of a cell that is empty
+                if isinstance(cell.cell_contents, FunctionType) and cell.cell_contents not in line:
+                    line.append(cell.cell_contents)
     return frozenset(found)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
