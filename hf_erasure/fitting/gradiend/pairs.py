@@ -51,6 +51,12 @@ class PairSet:
         self.dataset, self.layout, self.classes = dataset, Layout.of(tokenizer, task, config), list(classes)
         pairs = _read(dataset, self.classes)
         _check_classes(pairs, self.classes)
+        # By class the words that stand or could stand for it, each once.
+        self.words: list[dict[str, None]] = [{} for _ in self.classes]
+        for pair in pairs:
+            self.words[pair.label][pair.factual] = None
+        for pair in pairs:
+            self.words[pair.other][pair.counterfactual] = None
         self.rows: list[EncodedRow] = []
         for row in _encoded(pairs, tokenizer, self.layout, config):
             if isinstance(row, PairError):

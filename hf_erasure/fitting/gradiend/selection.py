@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_erasure.adapters import edited
@@ -123,19 +122,10 @@ class ClassWords:
         return probabilities
 
 
-def class_words(datasets: Iterable[Dataset], classes: Sequence[str]) -> ClassWords:
-    """Gather the words of every class from pairs that passed the checks of `PairSet`."""
-    found: dict[str, dict[str, None]] = {label: {} for label in classes}
-    for dataset in datasets:
-        labels = _names(dataset, "label")
-        if "counterfactual_label" in dataset.column_names:
-            others = _names(dataset, "counterfactual_label")
-        else:
-            others = [classes[1 - list(classes).index(label)] for label in labels]
-        for column, owners in (("factual", labels), ("counterfactual", others)):
-            for word, owner in zip(dataset[column], owners, strict=True):
-                found[owner].setdefault(word.strip())
-    return ClassWords({label: list(words) for label, words in found.items()})
+def class_words(sets: Sequence[PairSet], classes: Sequence[str]) -> ClassWords:
+    """The words of every class in several sets of pairs."""
+    words = {name: [word for pairs in sets for word in pairs.words[i]] for i, name in enumerate(classes)}
+    return ClassWords({name: list(dict.fromkeys(own)) for name, own in words.items()})
 
 
 def _check_readings(readings: list[Reading], classes: Sequence[str], said: str) -> None:
@@ -147,11 +137,6 @@ def _check_readings(readings: list[Reading], classes: Sequence[str], said: str) 
                     f"{said}, so each text is scored by the words that its own rows give to each class, and those of "
                     f"text {text} {lacks}; add rows with its other words, or use words of one class only"
                 )
-
-
-def _names(dataset: Dataset, column: str) -> list[str]:
-    feature = dataset.features[column]
-    return [feature.int2str(v) if isinstance(v, int) and hasattr(feature, "int2str") else v for v in dataset[column]]
 
 
 # ---- the grid -------------------------------------------------------------------------------------------------------

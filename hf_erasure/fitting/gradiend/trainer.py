@@ -359,7 +359,7 @@ class GradiendTrainer:
 
     def _words(self) -> ClassWords:
         sets = [d for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
-        return class_words(sets, self.classes)
+        return class_words([self._pair_set(dataset) for dataset in sets], self.classes)
 
     def _pair_set(self, dataset: Dataset) -> PairSet:
         """Checked and tokenised once; it keeps the data set, whose id so stays its own."""

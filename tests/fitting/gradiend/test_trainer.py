@@ -336,8 +336,8 @@ def test_one_word_in_two_spellings_counts_once():
     twice = Dataset.from_list([row, {**row, **spelled}])
     found = []
     for data in (once, twice):
-        words, reader = class_words([data], CLASSES), SlotReader(model_of("bert").eval())
-        found.append(words.scores(PairSet(data, uncased, "masked", CLASSES), uncased, None, 4)(reader))
+        read, reader = PairSet(data, uncased, "masked", CLASSES), SlotReader(model_of("bert").eval())
+        found.append(class_words([read], CLASSES).scores(read, uncased, None, 4)(reader))
     assert torch.equal(*found)
 
 
