@@ -14,9 +14,6 @@ from .model import bare_model, is_encoder_decoder
 
 Task = Literal["masked", "causal", "seq2seq", "classification"]
 
-# What a head is called that sits in a model's own class, where the model has no part without it.
-HEAD_MODULES = ("classifier", "score", "qa_outputs", "lm_head", "classification_head")
-
 
 @dataclass(frozen=True)
 class Head:
