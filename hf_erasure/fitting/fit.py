@@ -317,7 +317,7 @@ class Scrubber:
                         thread.advance()
                         if thread.site is not None and thread.hidden is not None:
                             labels = self._batches[thread.index]
-                            self._statistics[labels.source].update(
+                            self._statistics[labels.source.key].update(
                                 thread.site, *labels.select(thread.hidden, thread.site)
                             )
                             thread.hidden = None
@@ -348,7 +348,7 @@ class Scrubber:
 
         def look(wanted: str, labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
             if site == wanted and labels is not None:
-                self._statistics[labels.source].update(site, *labels.select(hidden, site))
+                self._statistics[labels.source.key].update(site, *labels.select(hidden, site))
             return self._erased(site, hidden) if site in self.fits else hidden
 
         with processes.agreeing("running over its first batch"):

@@ -58,19 +58,70 @@ def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selec
     return mean.unsqueeze(1), Selection(labelled, labelled, selection.z[:, :1], None)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Batches of one kind.
+
+    Attributes:
+        key: Tells them from the others of the fit.
+        title: What messages call them.
+        batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
+        z_dim: Columns of the concept; 0 for a background, which decides on mean and covariance alone.
+        categorical: Whether labels are class ids.
+    """
+
+    key: str
+    title: str
+    batches: Iterable[Any]
+    z_dim: int = 0
+    categorical: bool = True
+
+    def read(self, pool: str) -> Iterator[BatchLabels]:
+        """The batches one after another, each checked and with its labels.
+
+        Args:
+            pool: Which rows a sequence label counts for.
+
+        Raises:
+            TypeError: If something is not a batch, or its inputs are not tensors.
+            ValueError: If labels are missing or do not fit.
+        """
+        name = "batches" if self.z_dim else "background"
+        for position, batch in enumerate(self.batches):
+            where = f"{name}[{position}]"
+            if not hasattr(batch, "keys"):
+                raise TypeError(
+                    f"{where} is a {type(batch).__name__}; a batch is a dict of model inputs"
+                    f"{' plus concept_labels' if self.z_dim else ''}, as concept_dataloader makes them."
+                )
+            if self.z_dim and "concept_labels" not in batch:
+                raise ValueError(
+                    f"{where} has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
+                    "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
+                )
+            for key, value in batch.items():
+                numbers = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
+                if key != "concept_labels" and (isinstance(value, np.ndarray) or numbers):
+                    raise TypeError(
+                        f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
+                        "torch.as_tensor(…)."
+                    )
+            yield BatchLabels(batch, self, pool)
+
+
+def labelled_by(
+    concept: ConceptErasureConfig, batches: Iterable[Any], key: str = "labelled", title: str = "batches"
+) -> Source:
+    """Batches with the labels of a concept."""
+    return Source(key, title, batches, concept.z_dim, concept.labels is not None)
+
+
 class BatchLabels:
     """One batch with its labels and masks.
 
-    Args:
-        batch: Model inputs and `concept_labels`.
-        z_dim: Columns of the concept; 0 for a background, which needs no labels.
-        categorical: Whether labels are class ids.
-        pool: Which rows a sequence label counts for: `"tokens"`, `"mean"`, `"cls"` or `"last"`.
-        source: The key of the `Source` it comes from.
-
     Attributes:
-        batch: As it was given.
-        source: As it was given.
+        batch: Model inputs and `concept_labels`.
+        source: Where it comes from; says what its labels are.
         rows: The number of sequences.
 
     Raises:
@@ -78,24 +129,16 @@ class BatchLabels:
         ValueError: If labels are not those of this batch and of such a concept.
     """
 
-    def __init__(
-        self,
-        batch: Mapping[str, Any],
-        z_dim: int = 0,
-        categorical: bool = True,
-        pool: str = "tokens",
-        source: str = "",
-    ) -> None:
-        self.batch, self.source = dict(batch), source
-        self._z_dim, self._categorical, self._pool = z_dim, categorical, pool
+    def __init__(self, batch: Mapping[str, Any], source: Source, pool: str = "tokens") -> None:
+        self.batch, self.source, self._pool = dict(batch), source, pool
         inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
         self.rows: int = next(inputs).shape[0]
         self._labels: Tensor | None = None
         self._by_token = False
         self._selections: dict[tuple[bool, int, torch.device], Selection] = {}
-        if z_dim:
+        if source.z_dim:
             self._labels = label_tensor(batch)
-            self._by_token = self._labels.dim() == (2 if categorical else 3)
+            self._by_token = self._labels.dim() == (2 if source.categorical else 3)
             self._check(self._labels)
 
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
@@ -171,24 +214,25 @@ class BatchLabels:
             if self._pool == "mean":
                 # Each sequence weighs 1, so that the mean-pooled embedding is what is guarded.
                 weight = (real / real.sum(1, keepdim=True).clamp_min(1)).double()
-        if z is not None and self._categorical:
+        if z is not None and self.source.categorical:
             counted = counted & (z != IGNORED)
         return Selection(*(None if t is None else t.to(device) for t in (counted, real, z, weight)))  # type: ignore[arg-type]
 
     def _check(self, labels: Tensor) -> None:
-        of, z_dim = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}", self._z_dim
-        if self._categorical and (labels.is_floating_point() or labels.dim() not in (1, 2)):
+        of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
+        z_dim, categorical = self.source.z_dim, self.source.categorical
+        if categorical and (labels.is_floating_point() or labels.dim() not in (1, 2)):
             raise ValueError(
                 f"{of} are not class ids of shape (batch,) or (batch, seq). A continuous concept is declared by "
                 "ConceptErasureConfig(concept_dim=…)."
             )
         is_float = labels.is_floating_point() and labels.shape[-1] == z_dim and labels.dim() in (2, 3)
-        if not self._categorical and not is_float:
+        if not categorical and not is_float:
             raise ValueError(
                 f"{of} are not floats of shape (batch, {z_dim}) or (batch, seq, {z_dim}). Classes are declared by "
                 "ConceptErasureConfig(labels=[…])."
             )
-        if self._categorical and self._by_token:
+        if categorical and self._by_token:
             lengths = {mask.shape[1] for mask in (self._mask(False), self._mask(True)) if mask is not None}
             if labels.shape[1] == 1 and 1 not in lengths:
                 raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
@@ -197,7 +241,7 @@ class BatchLabels:
                     f"{of} cannot be matched with the tokens: of one-hot rows write concept_labels.argmax(1)."
                 )
         strange = labels[((labels < 0) & (labels != IGNORED)) | (labels >= z_dim)]
-        if self._categorical and strange.numel():
+        if categorical and strange.numel():
             raise ValueError(
                 f"concept_labels hold the class id {strange[0].item()}, and the adapter has {z_dim} classes, 0 to "
                 f"{z_dim - 1}: name every class in ConceptErasureConfig(labels=[…]), or write {IGNORED} where a row "
@@ -225,64 +269,6 @@ def label_tensor(batch: Mapping[str, Any]) -> Tensor:
             f"concept_labels are not numbers, the first is {given[0]!r}: write the id of each row's class, or let "
             "concept_dataloader(…, labels=[…]) number the names."
         ) from error
-
-
-@dataclass(frozen=True)
-class Source:
-    """Batches of one kind.
-
-    Attributes:
-        key: Tells them from the others of the fit.
-        title: What messages call them.
-        batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
-        z_dim: Columns of the concept; 0 for a background, which decides on mean and covariance alone.
-        categorical: Whether labels are class ids.
-    """
-
-    key: str
-    title: str
-    batches: Iterable[Any]
-    z_dim: int = 0
-    categorical: bool = True
-
-    def read(self, pool: str) -> Iterator[BatchLabels]:
-        """The batches one after another, each checked and with its labels.
-
-        Args:
-            pool: Which rows a sequence label counts for.
-
-        Raises:
-            TypeError: If something is not a batch, or its inputs are not tensors.
-            ValueError: If labels are missing or do not fit.
-        """
-        name = "batches" if self.z_dim else "background"
-        for position, batch in enumerate(self.batches):
-            where = f"{name}[{position}]"
-            if not hasattr(batch, "keys"):
-                raise TypeError(
-                    f"{where} is a {type(batch).__name__}; a batch is a dict of model inputs"
-                    f"{' plus concept_labels' if self.z_dim else ''}, as concept_dataloader makes them."
-                )
-            if self.z_dim and "concept_labels" not in batch:
-                raise ValueError(
-                    f"{where} has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
-                    "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
-                )
-            for key, value in batch.items():
-                numbers = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
-                if key != "concept_labels" and (isinstance(value, np.ndarray) or numbers):
-                    raise TypeError(
-                        f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
-                        "torch.as_tensor(…)."
-                    )
-            yield BatchLabels(batch, self.z_dim, self.categorical, pool, self.key)
-
-
-def labelled_by(
-    concept: ConceptErasureConfig, batches: Iterable[Any], key: str = "labelled", title: str = "batches"
-) -> Source:
-    """Batches with the labels of a concept."""
-    return Source(key, title, batches, concept.z_dim, concept.labels is not None)
 
 
 # ---- the pool of a fit -----------------------------------------------------------------------------------------------
@@ -375,7 +361,8 @@ def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
     asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
 
     def real_of(hidden: Tensor) -> Tensor:
-        return BatchLabels(rows).select(hidden, runner.side_of("last_hidden_state"))[1].real
+        unlabelled = BatchLabels(rows, Source("background", "background", ()))
+        return unlabelled.select(hidden, runner.side_of("last_hidden_state"))[1].real
 
     with evaluating(read):
         return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)

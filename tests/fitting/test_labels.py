@@ -18,7 +18,7 @@ STATES = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 
 def labels(concept: torch.Tensor, pool: str = "tokens", z_dim: int = 2, **inputs: torch.Tensor) -> BatchLabels:
     batch = {"input_ids": IDS, "attention_mask": MASK, "concept_labels": concept, **inputs}
-    return BatchLabels(batch, z_dim, not concept.is_floating_point(), pool)
+    return BatchLabels(batch, Source("labelled", "batches", (), z_dim, not concept.is_floating_point()), pool)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_labels_that_do_not_fit_are_refused(concept: torch.Tensor, pool: str, me
 def test_names_of_classes_instead_of_their_ids_are_refused() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK, "concept_labels": ["female", "male", "male"]}
     with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
-        BatchLabels(batch, 2, True, "mean").select(STATES, "layer.0")
+        BatchLabels(batch, Source("labelled", "batches", (), 2), "mean").select(STATES, "layer.0")
     model = ARCHITECTURES["bert"].build()
     model.add_adapter(ConceptErasureConfig(labels=LABELS))
     with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
