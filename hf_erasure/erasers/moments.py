@@ -391,28 +391,20 @@ class ConceptMoments:
         if method == "orth":
             left, right = orth_factors(columns, rank)
         elif method == "mean_projection":
-            left, right = mean_projection_factors(columns, self.cross_covariance, self._class_shares(), rank)
+            if sums.counts is None:
+                raise ValueError(
+                    "method is 'mean_projection', but the concept was not given as the class ids of one concept, so "
+                    "there are no class means: give integer ids, or take 'orth', which removes the same directions and "
+                    "needs covariances only."
+                )
+            shares = sums.mean_z * (sums.counts > 0)
+            left, right = mean_projection_factors(columns, self.cross_covariance, shares, rank)
         elif method == "inlp":
             limit, cutoff = check_rounds(rounds, rank), significance(self._resolution)
             left, right = inlp_factors(columns, ridge_factor(self.spread(), shrinkage), limit, rank, cutoff)
         else:
             left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
         return Eraser(left, right, mean if affine else None)
-
-    def _class_shares(self) -> Tensor:
-        """`(k,)` shares of the classes.
-
-        Raises:
-            ValueError: If the concept was not given as class ids of one concept.
-        """
-        sums, _ = self._known()
-        if sums.counts is None:
-            raise ValueError(
-                "method is 'mean_projection', but the concept was not given as the class ids of one concept, so there "
-                "are no class means: give integer ids, or take 'orth', which removes the same directions and needs "
-                "covariances only."
-            )
-        return sums.mean_z * (sums.counts > 0)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -428,7 +420,6 @@ class ConceptMoments:
         Raises:
             ValueError: If no rows were seen, z does not vary, or `shrinkage` is unknown.
         """
-        self._known()
         self.check_concept()
         spread = self.spread()
         columns = self.cross_covariance @ whiten_concept(self.covariance_z)
