@@ -193,14 +193,14 @@ def _new_staging(folder: Path) -> tuple[Path, BaseFileLock]:
 def _sweep(folder: Path) -> None:
     """Remove what saves have left that were killed before they were committed."""
     for alive in folder.glob(f"{STAGING}*{_ALIVE}"):
-        # A link would be somebody's trap: a lock empties the file that it is on.
+        # A link may lead to a file of somebody else, and a lock empties the file that it is on.
         if alive.is_symlink() or not alive.is_file():
             continue
         lock = FileLock(alive, timeout=0)
         try:
             lock.acquire()
         except (Timeout, NotImplementedError):
-            continue  # its writer is at work, or nobody can say
+            continue  # its writer is at work, or the file system has no locks to tell
         _remove(alive.with_suffix(""), lock)
 
 

@@ -249,7 +249,7 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ChildConfig):
-        raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, and none of hf_erasure.")
+        raise ValueError(f"{str(adapter)!r} holds a {config.peft_type} adapter, which is not one of hf_erasure.")
     facts = facts_of(config, Path(adapter) if Path(adapter).is_dir() else None)
     facts.base_id = facts.base_id or hub_id(model)
     names = read_object(folder / "config.json").get("architectures") or [None]

@@ -63,7 +63,7 @@ def plain(value: Any, longest: int = LONGEST) -> str:
 
 
 def hub_id(name: Any) -> str | None:
-    """A name where it can be that of a repository on the Hub, and is none of a folder; else None."""
+    """A name where it can be that of a repository on the Hub, and is not that of a folder; else None."""
     if not isinstance(name, str) or name.count("/") > 1:
         return None
     try:

@@ -107,7 +107,7 @@ def _status_of(error: HTTPError) -> int | None:
 
 # Name of a file → its text in the repository as it is now; None where there is none.
 Present = Callable[[str], str | None]
-# What a repository of a model consists of; training states and pickles are none of it.
+# What a repository of a model consists of; training states and pickles are left out.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
 # So often a push is made anew where somebody else commits in between.
 _ATTEMPTS = 3

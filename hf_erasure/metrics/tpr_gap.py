@@ -100,7 +100,7 @@ def _sides(groups: list[Any], positive: Any) -> NDArray[np.bool_]:
     if len(names) != 2:
         raise ValueError(f"groups hold {len(names)} groups ({', '.join(names[:5])} …): a gap is between two.")
     if positive is not None and str(positive) not in names:
-        raise ValueError(f"positive={positive!r} is none of the groups: write one of {names}.")
+        raise ValueError(f"positive={positive!r} is not one of the groups: write one of {names}.")
     return np.asarray(ids == (0 if positive is None else names.index(str(positive))))
 
 

@@ -75,7 +75,7 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: retensor(
             f, lambda t: t.update({"base_model.model.x.concept_erasure.concept_erasure_left": torch.zeros(1)})
         ),
-        "are none of the erasure of 'gender'",
+        "do not belong to the erasure of 'gender'",
     ),
     "a weight of the base": (
         lambda f: retensor(f, lambda t: t.update({"base_model.model.pooler.dense.bias": torch.zeros(32)})),
@@ -131,7 +131,7 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "is damaged"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), "no configuration"),
     "a number": (lambda f: (f / CONFIG).write_text("3"), "no configuration"),
-    "NaN in JSON": (lambda f: (f / CONFIG).write_text('{"peft_type": NaN}'), "peft_type=nan, which is none"),
+    "NaN in JSON": (lambda f: (f / CONFIG).write_text('{"peft_type": NaN}'), "peft_type=nan, which this PEFT"),
     "no Unicode": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "is damaged"),
     "deep JSON": (lambda f: (f / CONFIG).write_text("[" * 200_000 + "]" * 200_000), "nested too deeply"),
     "a number of a million digits": (
@@ -140,10 +140,10 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown type": (
         lambda f: rewrite(f, peft_type="NO_SUCH"),
-        "peft_type='NO_SUCH', which is none that this PEFT knows",
+        "peft_type='NO_SUCH', which this PEFT does not know",
     ),
-    "type that is a list": (lambda f: rewrite(f, peft_type=[1]), r"peft_type=\[1\], which is none"),
-    "no type": (lambda f: rewrite(f, peft_type=None), "peft_type=None, which is none"),
+    "type that is a list": (lambda f: rewrite(f, peft_type=[1]), r"peft_type=\[1\], which this PEFT"),
+    "no type": (lambda f: rewrite(f, peft_type=None), "peft_type=None, which this PEFT"),
     "unknown task": (lambda f: rewrite(f, task_type="NO_SUCH"), "Invalid task type"),
     "labels of numbers": (lambda f: rewrite(f, labels=[1, 2]), "labels=.* must be"),
     "a concept that is an object": (lambda f: rewrite(f, concept={"a": 1}), "concept=.* must be str"),
@@ -323,7 +323,7 @@ SAVED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda f: retensor(f, lambda t: t.pop(at(f, "pooler.dense.bias"))), "modules_to_save.* are missing in"),
     "another module": (
         lambda f: retensor(f, lambda t: t.update({"base_model.model.encoder.x": torch.zeros(1)})),
-        "nor of its modules_to_save=.*: it would change the model itself",
+        "nor to its modules_to_save=.*: it would change the model itself",
     ),
 }
 

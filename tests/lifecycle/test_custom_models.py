@@ -1,4 +1,4 @@
-"""Models that are none of transformers' and return plain tensors, as in PEFT's own tests. LoRA is the oracle."""
+"""Models that are not of transformers and return plain tensors, as in PEFT's own tests. LoRA is the oracle."""
 
 from __future__ import annotations
 

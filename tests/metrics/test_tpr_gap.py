@@ -131,7 +131,7 @@ def test_refused(predictions, references, groups, words: str):
 
 
 def test_unknown_positive_group_is_refused():
-    with pytest.raises(ValueError, match=r"positive='x' is none of the groups"):
+    with pytest.raises(ValueError, match=r"positive='x' is not one of the groups"):
         tpr_gap.score(["a", "a"], ["a", "a"], ["f", "m"], positive="x")
 
 

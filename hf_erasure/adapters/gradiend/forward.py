@@ -214,7 +214,7 @@ class Readers:
 
     Args:
         model: The model.
-        left_out: Modules of this kind are none of the model's own.
+        left_out: Modules of this kind do not count as the model's own.
     """
 
     def __init__(self, model: nn.Module, left_out: type[nn.Module]) -> None:

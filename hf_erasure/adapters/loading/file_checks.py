@@ -187,7 +187,7 @@ def _config_of(file: Path, source: Source) -> PeftConfig:
     kind = content.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
-            f"{str(file)!r} says peft_type={short(kind)}, which is none that this PEFT knows: the file is damaged, or "
+            f"{str(file)!r} says peft_type={short(kind)}, which this PEFT does not know: the file is damaged, or "
             "made for a newer release."
         )
     if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], ChildConfig):  # type: ignore[index]
@@ -244,7 +244,9 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
             "the complete folder, or fit the adapter again."
         )
     if extra:
-        raise ValueError(f"{extra[0]!r} and {len(extra) - 1} other tensors {where} are none of the {config.described}.")
+        raise ValueError(
+            f"{extra[0]!r} and {len(extra) - 1} other tensors {where} do not belong to the {config.described}."
+        )
     for name, (shape, types) in expected.items():
         dtype, present = own[name]
         if present != shape or dtype not in types:
@@ -299,8 +301,8 @@ def _check_saved(
         )
     if extra:
         raise ValueError(
-            f"{extra[0]!r} and {len(extra) - 1} other tensors {where} are none of the {config.described}, nor of its "
-            f"modules_to_save={short(config.modules_to_save)}: it would change the model itself."
+            f"{extra[0]!r} and {len(extra) - 1} other tensors {where} belong neither to the {config.described} nor to "
+            f"its modules_to_save={short(config.modules_to_save)}: it would change the model itself."
         )
     if missing:
         raise ValueError(
