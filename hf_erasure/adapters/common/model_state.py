@@ -25,8 +25,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from hf_erasure.models.model import without_peft
-
 from .config import ChildConfig
 from .files import PREFIX
 from .layer import AdapterChild, adapter_children
@@ -211,7 +209,7 @@ def note_adapters(model: Any) -> None:
     DDP does not broadcast their buffers. And the model refuses `adapter_names`, which most models of transformers take
     and do not read; a `PeftModel` reads it and does not hand it on.
     """
-    base = without_peft(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ignored = base.__dict__.get(_IGNORED)
     refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is _refuse_names]
     if adapter_children(base):
@@ -288,7 +286,7 @@ def undone_on_failure(
     Yields:
         What the model was; None inside of another such block for the same model, which undoes all.
     """
-    base = without_peft(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if id(base) in _UNDONE.get():
         yield None
         return

@@ -16,8 +16,6 @@ from accelerate.hooks import AlignDevicesHook, ModelHook
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
-from hf_erasure.models.model import without_peft
-
 from .layer import ordinary
 
 # What to do where weights are quantised, in the words of a message.
@@ -41,7 +39,7 @@ def left_in_place(model: Any) -> Iterator[None]:
     That brings back what is offloaded, or fails where it was loaded from disk; and hooks on modules that stay in place
     do not need it.
     """
-    base = without_peft(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     places = base.__dict__.pop("hf_device_map", None)
     try:
         yield
