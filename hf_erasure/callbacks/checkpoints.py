@@ -34,8 +34,8 @@ from hf_erasure.models.model import unwrapped
 
 def own_trained(model: nn.Module) -> list[str]:
     """The names of the model's own weights that are trained, without those of adapters."""
-    named = {name: parameter for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad}
-    return [name for name in named if _plain_name(name, model) is not None]
+    trained = [name for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad]
+    return [name for name in trained if _plain_name(name, model) is not None]
 
 
 def is_lost(model: nn.Module) -> bool:

@@ -67,10 +67,7 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
     Raises:
         ValueError: If the file is not a recipe, or an override cannot be applied.
     """
-    try:
-        content = yaml.safe_load(read_text(Path(path)))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = _from_yaml(read_text(Path(path)), f"{path} is")
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a recipe: expected keys such as {expected}.")
     for override in overrides:
@@ -83,11 +80,15 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ValueError(f"{key!r}: {parent!r} is a value, not a section of the recipe.")
-        try:
-            section[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{override!r} has a value that is not YAML: {' '.join(str(error).split())}") from error
+        section[last] = _from_yaml(value, f"{override!r} has a value that is")
     return content
+
+
+def _from_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} not YAML: {' '.join(str(error).split())}") from error
 
 
 def section_of(content: Any, kind: type[Section], section: str = "", *, missing_in: str = "") -> Section:
