@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,18 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     for path, module in base.named_modules():
-        place = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-        for key, name, tensor in _saved(module, adapter_name):
-            value = given.get(f"{root}{path}.{key}", given.get(f"{root}{place}.{key}", tensor))
-            (own if isinstance(module, AdapterChild) else copies)[f"{place}.{name}"] = value
+        kept: dict[str, tuple[str, Tensor]] = {}  # by the key below the module: the same in a file, and a value
         if isinstance(module, AdapterChild) and adapter_name in module.adapters:
             module.check_values(adapter_name)
+            stores = module.stores(adapter_name)
+            kept = {f"{part}.{adapter_name}": (part, store[adapter_name]) for part, store in stores.items()}
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            copied = module.modules_to_save[adapter_name].state_dict(keep_vars=True)
+            kept = {f"modules_to_save.{adapter_name}.{name}": (name, tensor) for name, tensor in copied.items()}
+        place = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+        for key, (name, tensor) in kept.items():
+            value = given.get(f"{root}{path}.{key}", given.get(f"{root}{place}.{key}", tensor))
+            (own if isinstance(module, AdapterChild) else copies)[f"{place}.{name}"] = value
     _check_whole(own, config, adapter_name, base)
     if config.modules_to_save:
         _check_copies(copies, config, config.modules_to_save, base)
@@ -100,17 +106,6 @@ def refuse_embeddings(wish: Any) -> None:
             f"save_embedding_layers={wish!r} would put the model's own embeddings into the adapter, where no model "
             "loads them from: save the model itself, without adapters."
         )
-
-
-def _saved(module: nn.Module, adapter_name: str) -> Iterator[tuple[str, str, Tensor]]:
-    """What one module keeps for an adapter: the key below the module, the same without the adapter's name, a value."""
-    if isinstance(module, AdapterChild):
-        for key, tensor in module.state_dict(keep_vars=True).items():
-            if key.endswith(f".{adapter_name}"):
-                yield key, key.removesuffix(f".{adapter_name}"), tensor
-    elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-        for name, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
-            yield f"modules_to_save.{adapter_name}.{name}", name, tensor
 
 
 def _check_whole(own: dict[str, Tensor], config: ChildConfig, adapter_name: str, base: nn.Module) -> None:

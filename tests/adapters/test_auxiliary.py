@@ -131,6 +131,12 @@ def test_it_does_whichever_came_last(kind: str, folders: dict[str, Path]):
     assert head_that_acts(model.eval()) == "ours"
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["value"]), "more")
     assert head_that_acts(wrapped) == "ours"
+    trained = [name for name, parameter in model.classifier.named_parameters() if parameter.requires_grad]
+    wrapped.set_adapter("more")
+    assert head_that_acts(wrapped) == "ours"
+    assert trained == [name for name, parameter in model.classifier.named_parameters() if parameter.requires_grad]
+    model.set_adapter(["lora", "more"])
+    assert head_that_acts(wrapped) == "base"
 
 
 @pytest.mark.parametrize("kind", OURS)

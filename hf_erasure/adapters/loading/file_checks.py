@@ -230,7 +230,8 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
-    _check_saved(found.keys() - own.keys(), found, config, base, saved, where)
+    if config.modules_to_save or len(own) < len(found):
+        _check_saved(found.keys() - own.keys(), found, config, base, saved, where)
     if not config.fitted:
         filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
         if filled is not None:
@@ -288,7 +289,14 @@ def _check_saved(
     where: str,
 ) -> None:
     """Of tensors that are none of the adapter, only those of `modules_to_save` may come, and those of `saved` must."""
-    wanted = _saved_tensors(model, config)
+    wanted: dict[str, tuple[int, ...]] = {}  # name → shape, of what `modules_to_save` mean here, as PEFT reads it
+    modules: dict[str, Any] = dict(model.named_modules()) if config.modules_to_save else {}
+    for path, module in modules.items():
+        plain = ".".join(part for part in path.split(".") if part not in ("original_module", "base_layer"))
+        if "modules_to_save" not in path.split(".") and is_saved(plain, config.modules_to_save):
+            tensors = module.state_dict(keep_vars=True)
+            kept = {*module._parameters, *module._buffers} & tensors.keys()
+            wanted |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in kept}
     required = {name for name in wanted if is_saved(name, saved)}
     extra, missing = sorted(names - wanted.keys()), sorted(required - names)
     of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
@@ -323,25 +331,6 @@ def is_saved(name: str, modules_to_save: Iterable[str] | None) -> bool:
     return any(".".join(parts[: depth + 1]).endswith(ends) for depth in range(len(parts)))
 
 
-def _saved_tensors(model: nn.Module, config: ChildConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of a model that `modules_to_save` mean, as PEFT reads it, without wrappers' names."""
-    if not config.modules_to_save:
-        return {}
-    base: Any = without_peft(model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    modules: dict[str, Any] = dict(base.named_modules())
-    for path, module in modules.items():
-        parts = path.split(".")
-        if "modules_to_save" in parts:
-            continue
-        plain = ".".join(part for part in parts if part not in ("original_module", "base_layer"))
-        if is_saved(plain, config.modules_to_save):
-            tensors = module.state_dict(keep_vars=True)
-            own = {*module._parameters, *module._buffers} & tensors.keys()
-            shapes |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in own}
-    return shapes
-
-
 # ---- names in the bare model, and in the same model with a head ------------------------------------------------------
 
 
@@ -351,21 +340,16 @@ def renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
     Returns:
         None where a module is in this model neither as it is called, nor with or without the `base_model_prefix`.
     """
-    names, modules = list(names), {name for name, _ in model.named_modules()}
-    return next((rename for rename in _known(model) if all(rename(name) in modules for name in names)), None)
+    names, modules, prefix = list(names), {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
+    ways: tuple[Rename, ...] = (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix))
+    return next((rename for rename in ways if all(rename(name) in modules for name in names)), None)
 
 
 def absent(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Of the names of modules, those that are not in a model; those under none of its names, where some have one."""
-    modules = {name for name, _ in model.named_modules()}
+    modules, prefix = {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
     missing = [name for name in names if name not in modules]
-    nowhere = [name for name in missing if all(rename(name) not in modules for rename in _known(model))]
-    return nowhere or missing
-
-
-def _known(model: nn.Module) -> list[Rename]:
-    prefix = f"{prefix_of(model)}."
-    return [str, lambda name: prefix + name, lambda name: name.removeprefix(prefix)]
+    return [name for name in missing if not {prefix + name, name.removeprefix(prefix)} & modules] or missing
 
 
 def prefix_of(model: Any) -> str:
@@ -401,13 +385,10 @@ def rename_tensors(tensors: dict[str, T], config: ChildConfig, prefix: str) -> d
         config: The adapter's, with the names of this model.
         prefix: See `prefix_of`.
     """
-    expected = config.tensors() if config.fitted else {}
-
-    def renamed(name: str) -> str:
+    expected, named = config.tensors() if config.fitted else {}, {}
+    for name, value in tensors.items():
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-        return next((known for known in names if known in expected), name)
-
-    named = {renamed(name): value for name, value in tensors.items()}
+        named[next((known for known in names if known in expected), name)] = value
     return named if len(named) == len(tensors) else tensors
 
 

@@ -19,7 +19,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,8 +122,9 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         kept_values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
-        pair = _Pair(name, _at(weight, positions), kept_values, (dtype, sample["dtype"]), weight.dim() > 1)
-        if name in of_tokens and not pair.is_rough:
+        dtypes = (dtype, sample["dtype"])
+        pair = _Pair(name, _at(weight, positions), kept_values, dtypes, weight.dim() > 1, QUANTISED in dtypes)
+        if name in of_tokens and not pair.is_rough and bool(pair.differ().any()):
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.seen):
             pairs.append(pair)
@@ -166,7 +167,7 @@ def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
         _check_sample(name, seen[name])
         values = [torch.tensor(sample[name]["values"], dtype=torch.double, device="cpu") for sample in (seen, kept)]
         dtypes = (seen[name]["dtype"], kept[name]["dtype"])
-        pairs.append(_Pair(name, values[0], values[1], dtypes, len(kept[name]["shape"]) > 1))
+        pairs.append(_Pair(name, values[0], values[1], dtypes, len(kept[name]["shape"]) > 1, QUANTISED in dtypes))
     changed = [pair for pair in pairs if bool(pair.differ().any())]
     changed = [pair for pair in changed if not (pair.is_rough and _correlation(changed)[0] >= ROUNDED)]
     return min(changed, key=_one).name if changed else ""
@@ -184,10 +185,7 @@ class _Pair:
     kept: Tensor
     dtypes: tuple[str, str]
     is_matrix: bool
-    is_rough: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.is_rough = QUANTISED in self.dtypes
+    is_rough: bool  # a quantiser has packed one of the two
 
     def differ(self) -> Tensor:
         """Which values differ by more than the coarser dtype's rounding: each was rounded by half a step."""
@@ -253,8 +251,6 @@ def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: Chil
         config: The adapter's.
     """
     differ = pair.differ()
-    if not bool(differ.any()):
-        return pair
     first = int(rows[differ].min())
     new, change = rows >= first, (pair.seen - pair.kept) / (float(pair.kept.std(correction=0)) or 1.0)
     if bool(new.all()) or not (bool(differ[new].all()) or bool((change[new].abs() <= _NEARLY).all())):
@@ -267,7 +263,7 @@ def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: Chil
             "Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter into that "
             "one.",
         )
-    return _Pair(pair.name, pair.seen[~new], pair.kept[~new], pair.dtypes, pair.is_matrix)
+    return replace(pair, seen=pair.seen[~new], kept=pair.kept[~new])
 
 
 def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
