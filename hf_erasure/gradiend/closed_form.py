@@ -32,7 +32,7 @@ class ClosedFormEstimator:
 
     Attributes:
         shapes: Name to shape of every block.
-        device: Where the means live.
+        device: Where the means are kept.
     """
 
     def __init__(self, shapes: Mapping[str, Iterable[int]], device: torch.device | str | None = None) -> None:
@@ -40,7 +40,7 @@ class ClosedFormEstimator:
 
         Args:
             shapes: Name to shape of every block.
-            device: Where the means live; None is the CPU.
+            device: Where the means are kept; None is the CPU.
 
         Raises:
             ValueError: If there is no block, or one without entries.

@@ -111,7 +111,7 @@ class FeatureNeuron:
             eps: AdamW's ε.
             weight_decay: AdamW's decoupled weight decay.
             seed: Of the initial weights; they are drawn on the CPU, so that all devices start alike.
-            device: Where everything lives; None is the CPU.
+            device: Where all of it is kept; None is the CPU.
 
         Raises:
             ValueError: If there is no block, or an argument is out of its range.

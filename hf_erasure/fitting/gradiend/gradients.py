@@ -79,7 +79,7 @@ class GradientReader(SlotReader):
                 raise ValueError(f"{name} {fault}")
             seen[id(parameter)] = name
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        # What is estimated lives with the first of the weights.
+        # What is estimated is kept on the device of the first of the weights.
         self.weights_device = next(iter(parameters.values())).device
 
     def gradients(self, batch: PairBatch, wanted: Sequence[str] = ("factual", "difference")) -> dict[str, Blocks]:
@@ -204,7 +204,7 @@ class GradientReader(SlotReader):
     def _backward(
         self, losses: dict[str, Tensor], kind: str, *, last: bool, dtype: torch.dtype | None = torch.float32
     ) -> Blocks:
-        """One backward; the graph lives on unless it is the last. Blocks become `dtype` (`None`: stay) one by one."""
+        """One backward; the graph stays unless it is the last. Blocks become `dtype` (`None`: stay) one by one."""
         loss = losses.pop(kind) if last else losses[kind]
         targets = list(self.parameters.values())
         raw: list[Tensor | None] = [*torch.autograd.grad(loss, targets, retain_graph=not last, allow_unused=True)]

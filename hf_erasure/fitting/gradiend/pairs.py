@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_erasure.models.slots import EncodedRow, Layout, PairBatch, Slot, collate, longest_input
 from hf_erasure.models.word_tokens import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
 
+from ..dataloader import origin_of
+
 Pair = tuple[str, str]
 # A batch of one class of a pair, +1 for the first of the two and -1 for the other; 0 for neutral texts.
 Signed = tuple[PairBatch, int]
@@ -49,6 +51,7 @@ class PairSet:
         config: Any = None,
     ) -> None:
         self.dataset, self.layout, self.classes = dataset, Layout.of(tokenizer, task, config), list(classes)
+        self.origin = origin_of(dataset, "the columns factual, counterfactual and label")
         pairs = _read(dataset, self.classes)
         _check_classes(pairs, self.classes)
         # By class the words that stand or could stand for it, each once.
@@ -160,7 +163,7 @@ def usable_rows(
     """The rows that `PairSet` takes: their words are known and aligned, and the model takes texts of their length.
 
     Raises:
-        PairError: The columns, the classes or a cell are wrong, which leaving out rows does not mend; or what is left
+        PairError: The columns, the classes or a cell are wrong, which leaving out rows does not change; or what is left
             has less than two classes.
     """
     layout, names = Layout.of(tokenizer, task, config), list(classes)

@@ -35,7 +35,6 @@ from hf_erasure.models.model import bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
 from hf_erasure.models.slots import SlotReader
 
-from ..dataloader import origin_of
 from ..processes import Processes
 from .adapter import GradiendAdapter
 from .checkpoints import Fitted, Progress
@@ -170,7 +169,7 @@ class GradiendTrainer:
         return TrainOutput(progress.state.global_step, sum(losses) / len(losses) if losses else 0.0, metrics)
 
     def _fill_adapter(self, training: Training) -> None:
-        config, data = self.config, training.train.dataset
+        config = self.config
         features = [fitted.feature for fitted in self.fitted]
         if config.keep_encoder:
             features = [training.calibrated(fitted, config.density) for fitted in self.fitted]
@@ -180,8 +179,8 @@ class GradiendTrainer:
             RECORD: active_beside(self.model, self.adapter_name),
             "estimator": self.args.estimator,
             "task": self.task,
-            "examples": len(data),
-            "data": origin_of(data, "the columns factual, counterfactual and label"),
+            "examples": len(training.train),
+            "data": training.train.origin,
             # Without data to evaluate on there is no correlation; NaN is not JSON.
             "correlation": {
                 f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
@@ -200,7 +199,7 @@ class GradiendTrainer:
         """How well the feature neuron reads pairs it was not trained on.
 
         With `keep_encoder=True` that is the neuron as the adapter keeps it, at its density; otherwise the dense one,
-        which lives as long as this trainer.
+        which this trainer keeps and no file does.
 
         Args:
             eval_dataset: In the place of the one given to the trainer; of several sets by name, each is measured.

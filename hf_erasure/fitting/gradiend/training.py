@@ -201,7 +201,7 @@ class Training:
         feature = estimator.feature()
         if self.args.per_device_train_batch_size > 1:
             (high,), (low,) = self._class_means([feature.encoder], map(_singly, sides))
-            if high > low:  # no scale can mend classes that come out the wrong way about
+            if high > low:  # no scale turns classes round that come out the wrong way
                 feature = replace(feature, encoder=feature.encoder.centred(high, low))
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.log({"cor": correlation}, evaluated=True)
