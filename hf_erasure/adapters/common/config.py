@@ -37,17 +37,7 @@ _SECONDS_A_MODEL = 5.0
 
 @dataclass
 class ChildConfig(PeftConfig):
-    """The configuration of an adapter that hangs on its modules as a child.
-
-    Args:
-        exclude_modules: Suffixes or a regular expression of modules to leave alone.
-        layers_to_transform: Indices of the blocks to act on; all when `None`.
-        layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
-        sticky: Stay active when another adapter is activated, until disabled or deleted.
-        modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
-        fitted: Written by fitting. Whether there are values to load.
-        provenance: Written by fitting. What the adapter was made from: the plugin's version, the class of the base
-            model, the fingerprint of its weights, the other adapters that acted, and what was measured.
+    """The configuration of an adapter that hangs on its modules as a child; its fields are told where a kind has them.
 
     Attributes:
         noun: What messages call an adapter of this kind.
@@ -118,12 +108,7 @@ class ChildConfig(PeftConfig):
         raise NotImplementedError
 
     def has_size_of(self, name: str, shape: list[int]) -> bool:
-        """Whether tensors of a fitted adapter have a size that is one of a weight's.
-
-        Args:
-            name: The weight.
-            shape: Its shape where the adapter was fitted.
-        """
+        """Whether tensors of a fitted adapter have a size of a weight's, whose shape is that where it was fitted."""
         raise NotImplementedError
 
     def copied(self, more_to_save: Iterable[str] = ()) -> ChildConfig:

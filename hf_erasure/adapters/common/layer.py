@@ -345,12 +345,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
 
 def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[AdapterChild]:
-    """The children of either kind in a model, in its order.
-
-    Args:
-        model: Any model, bare or wrapped in a `PeftModel`.
-        adapter_name: Only those that hold this adapter.
-    """
+    """The children of either kind in a model, in its order; with a name, only those that hold that adapter."""
     children = [module for module in model.modules() if isinstance(module, AdapterChild)]
     return [child for child in children if adapter_name is None or adapter_name in child.sticky_adapters]
 

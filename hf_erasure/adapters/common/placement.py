@@ -137,8 +137,7 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
 def held(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
     """One parameter for changes in place: itself, or a copy of one that is offloaded, which goes back afterwards.
 
-    Args:
-        places: The modules that own it, with its name there; more than one where it is tied.
+    It has the modules that own it and its names there; more than one where it is tied.
     """
     module, name = places[0]
     parameter, value = module._parameters[name], value_of(module, name)

@@ -330,10 +330,7 @@ class ChildTuner(BaseTuner):
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
     """PEFT's `modules_to_save` copies a module with all that hangs on it, and saves no adapter from inside the copy.
 
-    Args:
-        model: The base model.
-        adapter_name: The adapter that is being added.
-        modules_to_save: Those of that adapter, before they are copied.
+    Those of the adapter that is being added are given before they are copied.
 
     Raises:
         ValueError: Names the module that has an adapter of ours and is copied.

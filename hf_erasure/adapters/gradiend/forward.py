@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..common.layer import AdapterChild
 from ..common.placement import value_where_it_runs
 from .edit import WeightEdit, with_gradient
 
@@ -210,19 +211,14 @@ def _list_weights(module: nn.Module) -> None:
 
 
 class Readers:
-    """Finds the modules of a model that may read parameters of others.
+    """Finds the modules of a model that may read parameters of others; children are not modules of the model."""
 
-    Args:
-        model: The model.
-        left_out: Modules of this kind do not count as the model's own.
-    """
-
-    def __init__(self, model: nn.Module, left_out: type[nn.Module]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         # A module may be registered in several others.
         self._parents: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, child in module._modules.items():
-                if child is not None and not isinstance(module, left_out):
+                if child is not None and not isinstance(module, AdapterChild):
                     self._parents.setdefault(id(child), []).append((module, name))
 
     def of(self, owner: nn.Module, parameter: str) -> list[nn.Module]:
@@ -348,9 +344,6 @@ def _holder(instruction: dis.Instruction | None) -> str:
 
 class UsedAsTheyAre(TorchFunctionMode):
     """Finds out which parameters functions of PyTorch get as they are, while attributes of changed values hide them.
-
-    Args:
-        parameters: The parameters by name.
 
     Attributes:
         names: Those that were used, in the order of their use.

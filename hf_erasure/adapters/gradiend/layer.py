@@ -151,7 +151,7 @@ class GradiendLayer(AdapterChild):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     owners.setdefault(id(parameter), []).append((module, name))
-        readers = Readers(model, left_out=AdapterChild)
+        readers = Readers(model)
         for layer in adapter_children(model):
             if not isinstance(layer, GradiendLayer):
                 continue
@@ -180,12 +180,9 @@ class GradiendLayer(AdapterChild):
         self.gradiend_on[name] = config.has_effect
 
     def edit_of(self, name: str, parameter: str, steering: Tensor | None = None) -> WeightEdit | None:
-        """An adapter's change of a parameter; None where it does not change any entry of it.
+        """An adapter's change of a parameter, at another strength `(2, pairs)` where one is given.
 
-        Args:
-            name: The adapter.
-            parameter: The parameter's own name.
-            steering: `(2, pairs)`, to try another strength than the present one.
+        None where it does not change any entry of it.
         """
         feature, offset = self.part(name, parameter, FEATURE), self.part(name, parameter, OFFSET)
         if feature is None or offset is None or not feature.shape[-1]:

@@ -310,7 +310,7 @@ def _pruned(decoders: list[FeatureDecoder], density: float, n: int) -> list[Feat
 def _aligned(
     name: str, shape: torch.Size, index_of: Sequence[dict[str, Tensor | None]], *values_of: Sequence[dict[str, Tensor]]
 ) -> list[Tensor | None]:
-    """The blocks of several features on common positions.
+    """A block of several features on common positions.
 
     Args:
         name: The block.

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from hf_erasure import GradiendConfig, verify_adapter
 from hf_erasure.adapters import edited, gradiend_layers, steer, targeted_parameters
-from hf_erasure.adapters.common.layer import AdapterChild
 from hf_erasure.adapters.gradiend.forward import Readers
 from tests.adapters.gradiend.lifecycle import NAME, fit
 from tests.small_models import roughen, small_model
@@ -425,5 +424,5 @@ def test_a_reader_at_the_root_from_which_accelerate_takes_its_autocast():
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit"])
 def test_no_reader_is_seen_where_every_module_is_called(name: str):
     model = small_model(name)
-    readers = Readers(model, left_out=AdapterChild)
+    readers = Readers(model)
     assert not any(readers.of(module, parameter) for module in model.modules() for parameter in module._parameters)
