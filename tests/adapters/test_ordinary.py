@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_erasure import fit_concept_erasure
 from hf_erasure.adapters import steer
 from hf_erasure.adapters.common.layer import adapter_children
-from tests.lifecycle.verbs import LOADS_COPIES, OF, OURS, base, outputs
+from tests.lifecycle.verbs import OF, OURS, base, outputs
 from tests.small_models import same, small_batch, small_batches
 
 ARCHITECTURE = "llama"
@@ -116,8 +116,7 @@ def test_a_head_that_was_loaded_under_inference_mode_trains(kind: str, tmp_path:
     OF[kind].added(ARCHITECTURE, "a", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     model, other = base(ARCHITECTURE), base(ARCHITECTURE)
     with torch.inference_mode():
-        if LOADS_COPIES:
-            model.load_adapter(str(tmp_path), "a")
+        model.load_adapter(str(tmp_path), "a")
         wrapped = peft.PeftModel.from_pretrained(other, str(tmp_path))
     for found in (model, wrapped):
         check_ordinary(found)
