@@ -40,8 +40,7 @@ def score(
     """
     values = base.numbers("predictions", scores, width=2)
     of = np.array(base.labels("references", directions, len(values)))
-    unknown = set(of.tolist()) - set(DIRECTIONS)
-    if unknown:
+    if unknown := set(of.tolist()) - set(DIRECTIONS):
         raise ValueError(f"references hold {sorted(map(str, unknown))}: write 'stereo' or 'antistereo'.")
     wins = (values[:, 0] > values[:, 1]) + (values[:, 0] == values[:, 1]) / 2
 

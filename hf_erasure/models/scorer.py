@@ -236,13 +236,11 @@ def strided_losses(
             raise ValueError(f"Text {number} has no token to score: leave it out.")
         parts += [(encoding, *window) for window in _windows(scorer, encoding, longest, stride)]
     sums = scorer.sums([scorer.asked(ids, places) for _, ids, places, _ in parts])
-    return [
-        # A sum above 0 is rounding; one that is not a number stays so.
-        Window(
-            0.0 if total > 0 else -total, len(scored), _bytes_of(encoding, scored), len(encoding.unknown & {*scored})
-        )
-        for (encoding, _, _, scored), total in zip(parts, sums, strict=True)
-    ]
+    found = []
+    for (encoding, _, _, scored), total in zip(parts, sums, strict=True):
+        loss = 0.0 if total > 0 else -total  # a sum above 0 is rounding; one that is not a number stays so
+        found.append(Window(loss, len(scored), _bytes_of(encoding, scored), len(encoding.unknown & {*scored})))
+    return found
 
 
 def _windows(
@@ -331,11 +329,8 @@ def _rows(
     check_texts(texts)
     cut = {"truncation": True, "max_length": longest} if truncate and longest else {}
     rows = [list(tokenizer(text, verbose=False, **cut)["input_ids"]) for text in texts]
-    long = sum(longest is not None and len(row) > longest for row in rows)
-    if long:
-        raise ValueError(
-            f"{long} of {len(rows)} texts have more than {longest} tokens: write truncate=True to cut them."
-        )
+    if long := sum(longest is not None and len(row) > longest for row in rows):
+        raise ValueError(f"{long} of {len(rows)} texts have more than {longest} tokens: write truncate=True to cut.")
     if not all(rows):
         raise ValueError(f"Text {[len(row) for row in rows].index(0)} has no tokens: leave it out.")
     return rows

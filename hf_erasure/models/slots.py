@@ -34,6 +34,7 @@ from .word_tokens import PairError
 IGNORED = -100
 # A tokenizer that knows no limit gives a number far above it.
 _NO_LIMIT = 10**9
+_SENTINELS = 100  # tokens <extra_id_…> that T5 has
 _ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
 
 
@@ -215,7 +216,7 @@ def _seq2seq(layout: Layout, tokenizer: PreTrainedTokenizerBase, config: Any) ->
     if start is None:
         raise PairError("seq2seq needs the model's config with its decoder_start_token_id; pass config=model.config")
     sentinels = []
-    for number in range(100):
+    for number in range(_SENTINELS):
         name = f"<extra_id_{number}>"
         token = tokenizer.convert_tokens_to_ids(name)
         if token is None or token == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(token) != name:
