@@ -180,7 +180,7 @@ class GradiendTrainer:
             "estimator": self.args.estimator,
             "task": self.task,
             "examples": len(training.train),
-            "data": training.train.origin,
+            "data": dict(training.train.origin),
             # Without data to evaluate on there is no correlation; NaN is not JSON.
             "correlation": {
                 f"{f.pair[0]}/{f.pair[1]}": f.correlation for f in self.fitted if not math.isnan(f.correlation)
