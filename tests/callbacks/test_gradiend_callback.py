@@ -16,9 +16,10 @@ from accelerate.state import AcceleratorState, DistributedType
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_erasure.adapters import features_of
+from hf_erasure.adapters import GradiendConfig, features_of
 from hf_erasure.callbacks import GradiendCallback
-from tests.fitting.gradiend.language_models import model_of, tokenizer_of
+from hf_erasure.callbacks.gradiend import trained_weights
+from tests.fitting.gradiend.language_models import CLASSES, model_of, tokenizer_of
 from tests.fitting.gradiend.test_trainer import NAME, adapted, trainer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*switched the GRADIEND adapter")
@@ -252,3 +253,19 @@ def test_a_checkpoint_without_what_is_trained_is_refused(tmp_path: Path):
     trainer = Trainer(model, arguments, collate, skewed("she"), callbacks=[GradiendCallback(NAME)])
     with pytest.raises(ValueError, match="saved without a callback of hf_erasure"):
         trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["by the LoRA", "itself, under a LoRA"])
+def test_a_weight_that_is_kept_as_in_by_out_is_known_as_such(own: bool) -> None:
+    model: Any = model_of("gpt2")
+    model.add_adapter(GradiendConfig(feature="gender", classes=list(CLASSES), sticky=True), adapter_name="feature")
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    model.add_adapter(lora, adapter_name="lora")
+    if own:
+        model.requires_grad_(True)
+    found = {weight.name: weight for weight in trained_weights(model, "feature")}
+    name = "transformer.h.0.attn.c_attn"
+    weight, layer = found[f"{name}.weight"], model.get_submodule(name)
+    assert weight.rows(None).max() + 1 == layer.out_features == 3 * layer.in_features
+    expected = layer.get_base_layer().weight if own else layer.get_delta_weight("lora")
+    torch.testing.assert_close(weight.value(), expected.detach(), rtol=0, atol=0)
