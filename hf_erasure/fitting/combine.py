@@ -18,7 +18,7 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_laye
 from hf_erasure.adapters.common.acting import naming_what_goes_off, warn_of_what_is_off, without
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
-from hf_erasure.adapters.common.lookup import adapter_of, adapters_in
+from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.common.model_state import undone_on_failure
 from hf_erasure.adapters.common.provenance import RECORD, Provenance
 from hf_erasure.adapters.common.tuner import exactly
@@ -93,18 +93,28 @@ def combine_adapters(
             differ in side, width or `affine`, if `into` is taken, or the batches do not fit; the model is as it was
             then.
     """
+    if batches is not None:
+        if set(batches) != set(names):
+            raise ValueError(
+                f"batches are given for {sorted(batches)}, but names={list(names)}: give them for each name."
+            )
+        check_pool(pool)
+    elif background is not None or resident_batches is not None:
+        raise ValueError("background and resident_batches are for fitting anew: give batches={name: …} with them.")
+    concepts, holder = _to_combine(model, names, into)
     if batches is None:
-        if background is not None or resident_batches is not None:
-            raise ValueError("background and resident_batches are for fitting anew: give batches={name: …} with them.")
-        return _combined(model, names, into, sticky=sticky)
-    if set(batches) != set(names):
-        raise ValueError(f"batches are given for {sorted(batches)}, but names={list(names)}: give them for each name.")
-    check_pool(pool)
-    places = adapters_in(model, ConceptErasureConfig)
-    holder = next((place.holder for place in places if place.name in names), model)
+        config = _combined(holder, concepts, into, sticky)
+        if len(config.fitted_sites or ()) > 1:
+            warnings.warn(
+                f"{into!r} was combined from erasers that were fitted while the other concepts were still there "
+                "upstream. It is exact at the sites whose input the other adapters leave alone, such as the first one; "
+                "what arrives at deeper sites is changed by all of them. To erase the concepts from the whole network, "
+                "fit anew: give batches={name: …} with the labels of each.",
+                stacklevel=2,
+            )
+        return config
     with undone_on_failure(holder, into, is_ours=True):
-        _combined(model, names, into, sticky=sticky, fitted_anew=True)
-        concepts = {name: adapter_of(model, name, ConceptErasureConfig).config for name in names}
+        _combined(holder, concepts, into, sticky)
         task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]], progress=progress)
         task.config.rank = sum(concept.max_rank for concept in concepts.values())
         given = {**batches, names[0]: first}
@@ -126,33 +136,14 @@ def combine_adapters(
 # ---- from the erasers of adapters ------------------------------------------------------------------------------------
 
 
-def _combined(
-    model: Any, names: Sequence[str], into: str, *, sticky: bool = False, fitted_anew: bool = False
-) -> ConceptErasureConfig:
-    """Make one erasure adapter that removes the concepts of several fitted ones, from their erasers.
-
-    Arguments and result are those of `hf_erasure.combine_adapters`. Of erasers that will be `fitted_anew`, it is not
-    said that they are approximate at deeper sites.
-
-    Raises:
-        ValueError: As `hf_erasure.combine_adapters`; the model is as it was then.
-    """
-    configs, model = _to_combine(model, names, into)
+def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, sticky: bool) -> ConceptErasureConfig:
+    """Add an adapter to what holds some, with erasers combined from theirs; returns its configuration."""
     parts = {name: erasure_layers(model, name) for name in configs}
     sites = _combined_sites(model, configs, parts)
-    config = _combined_config(configs, sites, sticky)
-    _attach(model, config, into, list(configs))
+    _attach(model, _combined_config(configs, sites, sticky), into, list(configs))
     for path, layer in erasure_layers(model, into).items():
         kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
         layer.set_eraser(into, sites[path], torch.float64 if torch.float64 in kept else torch.float32)
-    if len(sites) > 1 and not fitted_anew:
-        warnings.warn(
-            f"{into!r} was combined from erasers that were fitted while the other concepts were still there upstream. "
-            "It is exact at the sites whose input the other adapters leave alone, such as the first one; what arrives "
-            "at deeper sites is changed by all of them. To erase the concepts from the whole network, fit anew: give "
-            "batches={name: …} with the labels of each.",
-            stacklevel=3,
-        )
     attached: ConceptErasureConfig = model.peft_config[into]
     return attached
 
