@@ -229,7 +229,7 @@ class GradiendTrainer:
     @outside_inference_mode()
     def encode(self, dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> list[EncodedValues]:
         """The feature neuron's value for every pair and every neutral text, one `EncodedValues` a pair of classes."""
-        dataset = next(iter(self._eval_sets(dataset).values()), None)
+        dataset = dataset if dataset is not None else next(iter(self._eval_sets().values()), None)
         if dataset is None:
             raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
@@ -333,7 +333,7 @@ class GradiendTrainer:
 
     def scorer(self, eval_dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> Scorer:
         """What `select` scores an edit with: class probabilities at the slots, and language modelling."""
-        dataset = next(iter(self._eval_sets(eval_dataset).values()), None)
+        dataset = eval_dataset if eval_dataset is not None else next(iter(self._eval_sets().values()), None)
         neutral = neutral_dataset if neutral_dataset is not None else self.neutral_dataset
         if dataset is None or neutral is None:
             missing = "eval_dataset" if dataset is None else "neutral_dataset"

@@ -693,6 +693,15 @@ def test_data_of_other_types_and_a_missing_tokenizer_are_named(tmp_path: Path):
         GradiendTrainer(model, arguments, pairs("llama"), tokenizer=tokenizer_of("llama"), adapter_name="nope")
 
 
+def test_several_sets_are_refused_where_one_is_read(tmp_path: Path):
+    trainer = trainer_of(adapted("llama"), "llama", tmp_path)
+    trainer.train()
+    several = {"a": pairs("llama"), "b": pairs("llama")}
+    for call in (trainer.encode, trainer.scorer):
+        with pytest.raises(TypeError, match="data set of pairs is a dict"):
+            call(several, neutral_dataset=neutral())
+
+
 def test_figures_on_the_pairs_that_were_learned_from_are_called_that(tmp_path: Path):
     trainer = trainer_of(adapted("bert"), "bert", tmp_path)
     trainer.train()
