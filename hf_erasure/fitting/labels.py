@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,10 @@ class BatchLabels:
             self._labels = label_tensor(batch)
             self._by_token = self._labels.dim() == (2 if source.categorical else 3)
             self._check(self._labels)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One batch is lent to another process without the others of its source, which may be a generator."""
+        return type(self), (self.batch, replace(self.source, batches=()), self._pool)
 
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
         """Align an activation with the labels.
