@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -24,6 +24,7 @@ from .config import ChildConfig
 
 # What PEFT calls a row without an adapter.
 NO_ADAPTER = "__base__"
+Child = TypeVar("Child", bound="AdapterChild")
 
 
 class StateDict(BufferDict):
@@ -118,6 +119,16 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
         self._disable_adapters = False
+
+    @classmethod
+    def by_path(cls: type[Child], model: nn.Module, adapter_name: str | None = None) -> dict[str, Child]:
+        """The layers of this kind in a model by the name of their host, in the model's order.
+
+        Args:
+            model: Any model, bare or wrapped in a `PeftModel`.
+            adapter_name: Only those that hold this adapter.
+        """
+        return {child.path: child for child in adapter_children(model, adapter_name) if isinstance(child, cls)}
 
     @property
     def adapters(self) -> list[str]:

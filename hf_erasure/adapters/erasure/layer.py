@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, StateDict, adapter_children
+from ..common.layer import AdapterChild, StateDict
 from ..merging.record import forget, withdraw
 from .config import ConceptErasureConfig
 
@@ -68,13 +68,9 @@ class ErasureLayer(AdapterChild):
 
     def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype) -> None:
         """Put a fitted eraser in place; a purely linear one keeps a zero bias."""
-        device, _ = self.state_placement()
+        parts = eraser.parts(self.state_placement()[0], dtype)
         # In the strides that loading will give them: others let matrix products sum in another order.
-        parts = (part.clone(memory_format=torch.contiguous_format) for part in eraser.parts(device, dtype))
-        left, right, bias = parts
-        self.concept_erasure_left[name] = left
-        self.concept_erasure_right[name] = right
-        self.concept_erasure_bias[name] = bias
+        self.restore_state(name, tuple(part.clone(memory_format=torch.contiguous_format) for part in parts))
         self._awaits_values.discard(name)
 
     def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,14 +186,7 @@ class ErasureLayer(AdapterChild):
         )
 
 
-def erasure_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, ErasureLayer]:
-    """The erasure layers of a model by the name of their host, in the model's order.
-
-    Args:
-        model: Any model, bare or wrapped in a `PeftModel`.
-        adapter_name: Only those that hold this adapter.
-    """
-    return {child.path: child for child in adapter_children(model, adapter_name) if isinstance(child, ErasureLayer)}
+erasure_layers = ErasureLayer.by_path
 
 
 # ---- the hidden state in what a module takes or returns --------------------------------------------------------------

@@ -90,8 +90,6 @@ class GradiendConfig(ChildConfig):
                 "of them out of a new config; in a loaded adapter_config.json their absence means the file is damaged."
             )
         self._check_fitted()
-        if self.pair is not None and self.pairs:
-            self.pair_index(self.pair)
 
     def take_fitted(self, saved: Any) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted.
@@ -113,12 +111,20 @@ class GradiendConfig(ChildConfig):
                 f"classes={classes!r}: a feature needs at least two different classes, as in "
                 "classes=['female', 'male']."
             )
+        self.check_pairs()
+
+    def check_pairs(self) -> None:
+        """Raise a `ValueError` unless the pair that acts, and those that are fitted, are pairs of the classes."""
         for pair in [*([self.pair] if self.pair is not None else []), *(self.pairs or [])]:
             if isinstance(pair, str) or len(pair) != 2:
                 raise ValueError(f"{pair!r} is not a pair of classes: write two names, as in ['female', 'male'].")
-            unknown = [name for name in pair if classes is not None and name not in classes]
+            unknown = [name for name in pair if self.classes is not None and name not in self.classes]
             if unknown:
-                raise ValueError(f"pair {list(pair)!r} has {unknown[0]!r}, which is not among classes={classes!r}.")
+                raise ValueError(
+                    f"pair {list(pair)!r} has {unknown[0]!r}, which is not among classes={self.classes!r}."
+                )
+        if self.pairs:
+            self.pair_index(self.pair)
 
     def _check_fitted(self) -> None:
         """What fitting writes; in a file it may be anything."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.config import INDICES
-from ..common.layer import AdapterChild, StateDict, adapter_children, innermost
+from ..common.layer import AdapterChild, StateDict, innermost
 from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
@@ -152,9 +152,7 @@ class GradiendLayer(AdapterChild):
                 if parameter is not None:
                     owners.setdefault(id(parameter), []).append((module, name))
         readers = Readers(model)
-        for layer in adapter_children(model):
-            if not isinstance(layer, GradiendLayer):
-                continue
+        for layer in GradiendLayer.by_path(model).values():
             used = dict.fromkeys(name for names in layer.gradiend_parameters.values() for name in names)
             places = {name: owners[id(layer.parameter(name))] for name in used}
             for name, found in places.items():
@@ -294,14 +292,7 @@ class GradiendLayer(AdapterChild):
         )
 
 
-def gradiend_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, GradiendLayer]:
-    """The GRADIEND layers of a model by the name of their host, in the model's order.
-
-    Args:
-        model: Any model, bare or wrapped in a `PeftModel`.
-        adapter_name: Only those that hold this adapter.
-    """
-    return {child.path: child for child in adapter_children(model, adapter_name) if isinstance(child, GradiendLayer)}
+gradiend_layers = GradiendLayer.by_path
 
 
 def strength(config: GradiendConfig) -> Tensor:

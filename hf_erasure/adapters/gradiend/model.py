@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -178,15 +179,11 @@ class GradiendModel(ChildTuner):
             if reason is not None:
                 raise ValueError(f"The GRADIEND adapter cannot be merged: {reason}.")
         self._warn_before_merge(names)
-        done: list[GradiendLayer] = []
-        try:
+        with ExitStack() as way_back:
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
-                done.append(layer)
-        except BaseException:
-            for layer in reversed(done):
-                layer.unmerge_last()
-            raise
+                way_back.callback(layer.unmerge_last)
+            way_back.pop_all()
 
     def _warn_before_merge(self, names: list[str]) -> None:
         for name in names:

@@ -86,7 +86,11 @@ def set_features(
         )
     for feature in features:
         _check_blocks(feature, parameters)
-    _check_pairs(config, pairs)
+    if len({tuple(pair) for pair in pairs}) != len(pairs):
+        raise ValueError(f"pairs={list(pairs)} names a pair of classes twice.")
+    tried = copy.copy(config)
+    tried.pairs = [list(pair) for pair in pairs]
+    tried.check_pairs()
     n = sum(parameter.numel() for parameter in parameters.values())
     decoders = _pruned([feature.decoder for feature in features], config.density, n)
     encoders = [f.encoder.prune(config.density) if config.keep_encoder else f.encoder for f in features]
@@ -104,7 +108,7 @@ def set_features(
         sizes[name] = {"shape": list(shape), "count": _count(index, weight), "encoder_count": _count(read_at, read)}
         if weight is not None:
             last[name] = shape.numel() - 1 if index is None else int(index[-1])
-    config.pairs = [list(pair) for pair in pairs]
+    config.pairs = tried.pairs
     config.fitted_parameters = sizes
     config.encoders = [
         {"scale": e.scale, "bias": e.bias, "activation": e.activation, "unit_norm": e.unit_norm} for e in encoders
@@ -285,17 +289,6 @@ def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None
     for name, values in (*feature.decoder.weight.items(), *feature.decoder.bias.items()):
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"The feature is not finite at {name!r}: fit it again, with a lower learning rate.")
-
-
-def _check_pairs(config: GradiendConfig, pairs: Sequence[tuple[str, str]]) -> None:
-    if len({tuple(pair) for pair in pairs}) != len(pairs):
-        raise ValueError(f"pairs={list(pairs)} names a pair of classes twice.")
-    for pair in pairs:
-        unknown = [name for name in pair if config.classes is not None and name not in config.classes]
-        if len(pair) != 2 or unknown:
-            raise ValueError(f"{tuple(pair)!r} is not a pair of the adapter's classes={config.classes!r}.")
-    if config.pair is not None and tuple(config.pair) not in {tuple(pair) for pair in pairs}:
-        raise ValueError(f"pair={config.pair} of the configuration is not among the pairs fitted, {list(pairs)}.")
 
 
 def _pruned(decoders: list[FeatureDecoder], density: float, n: int) -> list[FeatureDecoder]:

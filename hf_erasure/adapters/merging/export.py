@@ -70,25 +70,7 @@ class LoraExport:
 
 
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
-    """Write an adapter as a stock LoRA, which `PeftModel.from_pretrained(base, folder)` loads without us.
-
-    An erasure is exported exactly. A GRADIEND adapter becomes its nearest LoRA of a rank, at its present strength;
-    what it changes in norms, biases and other parameters that are not matrices is left out, and the text says how much
-    that is.
-
-    Args:
-        model: The model with the fitted adapter, or whatever it is inside of. It is not changed.
-        adapter_name: The adapter; it is exported as it acts alone.
-        folder: Where `adapter_config.json` and `adapter_model.safetensors` are written.
-        rank: Of the LoRA, for a GRADIEND adapter; 16 when left out. An erasure has its own.
-
-    Returns:
-        What was written, what could not be, and where PEFT can use it but not merge it.
-
-    Raises:
-        ValueError: If the adapter is not fitted, is merged, or has a site that is not a linear layer and whose
-            activation does not go into linear layers only; names the site and what stands in the way.
-    """
+    """Do what `hf_erasure.export_to_lora` does, of which this is a part, but for the card."""
     found = adapter_of(model, adapter_name, ChildConfig)
     if isinstance(found.config, GradiendConfig):
         chosen = DEFAULT_RANK if rank is None else rank
