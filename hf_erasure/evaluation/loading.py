@@ -190,15 +190,11 @@ class Loader:
             for adapter in entry.adapters:
                 (host_of(model, adapter.config) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
         names = [adapter.name for adapter in entry.adapters]
-        if all(host_of(model, adapter.config) is model for adapter in entry.adapters):
-            if names:
-                model.set_adapter(names if len(names) > 1 else names[0])
-        else:
-            # The model and its backbone hold adapters of their own, and neither's set_adapter knows the other's.
-            for layer in model.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    layer.set_adapter(names)
-            set_copies(model, names)
+        # A model and its backbone may hold adapters of their own, and neither's set_adapter knows the other's.
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_adapter(names)
+        set_copies(model, names)
         for adapter in entry.adapters:
             if entry.strength != 1 and isinstance(adapter.config, GradiendConfig):
                 rate = adapter.config.learning_rate * entry.strength

@@ -172,7 +172,6 @@ def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
                 subject, benchmarks.crows_pairs, subject.data.file("crows-pairs"), bias_types=bias_types
             ),
             "share of pairs in which the stereotype is likelier; 50 is ideal", needs_head=True,
-            figure="score", better="closer", ideal=50.0,
         ),
         _of_metric(
             "stereoset", f"stereoset_ss{suffix}", f"StereoSet SS{name}, % stereotype", stereoset,
@@ -183,7 +182,7 @@ def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
         _of_metric(
             "stereoset", f"stereoset_lms{suffix}", f"StereoSet LMS{name}", stereoset,
             "share of items in which a meaningful word is likelier than an unrelated one", needs_head=True,
-            figure="lms", better="higher", ideal=100.0, purpose="capability",
+            figure="lms", purpose="capability",
         ),
     ]  # fmt: skip
 
@@ -307,7 +306,7 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
             _of_metric(
                 "perplexity", f"perplexity_{name}", f"Perplexity, {name}", functools.partial(_perplexity, name=name),
                 "exp of the mean loss of a token; of a masked model, of its pseudo-likelihood",
-                purpose="capability", needs_head=True, figure="perplexity", better="lower", ideal=1.0,
+                purpose="capability", needs_head=True, figure="perplexity", ideal=1.0,
             )
             for name in kinds
         ),

@@ -200,7 +200,7 @@ def holds_adapters_only(folder: Path) -> bool:
 def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
     """Write the card of an adapter that is about to be saved, and of the folder with several; see `ON_STAGED`."""
     known, root = told_by(model), root_of(folder)
-    kept_quiet(folder, lambda: write_card(folder, model.peft_config[adapter_name], redraw=True, **known))
+    kept_quiet(folder, write_card, model.peft_config[adapter_name], redraw=True, **known)
     if root == folder:
         return
     target = target_of(root)
@@ -208,7 +208,7 @@ def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
     is_ours = next(own_adapters(root), None) is not None
     is_free = holds_adapters_only(target) or not any((target / name).exists() for name in _MODEL_FILES)
     if is_ours and is_free:
-        kept_quiet(root, lambda: write_card(root, beside=target, **known))
+        kept_quiet(root, write_card, beside=target, **known)
 
 
 def told_by(model: Any) -> dict[str, Any]:
@@ -218,10 +218,10 @@ def told_by(model: Any) -> dict[str, Any]:
     return {"tags": [*library, *(getattr(base, "model_tags", None) or [])], "base_class": type(base).__name__}
 
 
-def kept_quiet(where: Any, write: Callable[[], WrittenCard]) -> None:
-    """An adapter is worth more than its card: what goes wrong with the card is said, and stops no save."""
+def kept_quiet(where: Path, write: Callable[..., WrittenCard], *args: Any, **kwargs: Any) -> None:
+    """Write a card into a folder; an adapter is worth more than its card, so what goes wrong is said, and no more."""
     try:
-        written = write()
+        written = write(where, *args, **kwargs)
     except Exception as error:
         warnings.warn(
             f"The card of the adapter in {where} could not be written: {type(error).__name__}: {error}", stacklevel=4
@@ -349,16 +349,7 @@ def text_of(path: Path) -> str | None:
 
 
 def updated(present: str | None, card: Card, *, overwrite: bool = False) -> tuple[str, str, str]:
-    """A README.md with the card in it.
-
-    Args:
-        present: The text of the file that is there.
-        card: What it should say.
-        overwrite: Take the place of text that somebody has written or changed.
-
-    Returns:
-        The new text, the outcome and its reason, as in `WrittenCard`.
-    """
+    """A README.md with the card in it: its new text, the outcome and its reason, as in `WrittenCard`."""
     if present is None or not present.strip():
         return str(card), "made", ""
     try:

@@ -119,13 +119,7 @@ def describe_folder(
 
 
 def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
-    """The rows of an adapter in what `hf-erasure evaluate` wrote.
-
-    Args:
-        path: `results.json`, or the folder with it.
-        names: What the adapter is called there; by default it is found by its values.
-        config: Of the adapter.
-        folder: Where it lies.
+    """The rows of the adapter in a folder among what `hf-erasure evaluate` wrote, as in `describe_folder`.
 
     Raises:
         ValueError: If the file holds no such results, or they are of another adapter or of another base.

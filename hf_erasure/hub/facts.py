@@ -160,13 +160,7 @@ class CardFacts:
 
 
 def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str | None = None) -> CardFacts:
-    """Gather what is known of an adapter.
-
-    Args:
-        config: Its configuration.
-        folder: Where it lies, with the recipe and the results of the run that made it, if there was one.
-        base_model: The base's name on the Hub, in the place of what the configuration says.
-    """
+    """Gather what is known of an adapter, also by the recipe and the results in its folder, if a run made it."""
     made = Provenance.of(config)
     told, is_gradiend = made.card, isinstance(config, GradiendConfig)
     facts = CardFacts(

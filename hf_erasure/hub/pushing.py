@@ -331,10 +331,9 @@ class _PushedCard(ModelCard):
         here = text_of(path if pushed_from is None else pushed_from / CARD)
         present = here if has_own_text(here) else filled(self._there(), text_of(path))
         where, tags = self.hf_erasure_repo_id, self.data.get("tags") or []
-        kept_quiet(path.parent, lambda: write_card(path.parent, repo_id=where, present=present, tags=tags))
+        kept_quiet(path.parent, write_card, repo_id=where, present=present, tags=tags)
         for name in [name for name, _ in own_adapters(path.parent) if name]:
-            write = functools.partial(write_card, path.parent / name, repo_id=where, subfolder=name)
-            kept_quiet(path.parent / name, write)
+            kept_quiet(path.parent / name, write_card, repo_id=where, subfolder=name)
 
     def _there(self) -> str:
         """What the repository has, which transformers takes for nothing where the Hub could not be asked."""
@@ -361,8 +360,8 @@ def write_pushed_card(trainer: Any, checkpoint: Path) -> None:
     """Write the card of what Trainer copies from a checkpoint before it pushes it: the files, and not the card."""
     target, config = Path(trainer.args.output_dir), config_in(checkpoint)
     if config is not None:
-        known = {"repo_id": getattr(trainer, "hub_model_id", None), **told_by(trainer.model)}
-        kept_quiet(target, lambda: write_card(target, config, **known))
+        repo_id = getattr(trainer, "hub_model_id", None)
+        kept_quiet(target, write_card, config, repo_id=repo_id, **told_by(trainer.model))
 
 
 def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -380,8 +379,7 @@ def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: An
         finally:
             object.__setattr__(trainer.args, "output_dir", output_dir)
         theirs = ModelCard(text_of(Path(elsewhere, CARD)) or "")
-    repo_id = getattr(trainer, "hub_model_id", None)
-    kept_quiet(folder, functools.partial(_with_training, folder, theirs, repo_id))
+    kept_quiet(folder, _with_training, theirs, getattr(trainer, "hub_model_id", None))
 
 
 def _with_training(folder: Path, theirs: ModelCard, repo_id: str | None) -> WrittenCard:

@@ -121,13 +121,9 @@ def rendered(facts: CardFacts) -> Card:
 
 
 def metadata_of(facts: CardFacts, head: Head | None, tags: Iterable[str], *, library: str = "peft") -> ModelCardData:
-    """The metadata of a card, but for results.
+    """The metadata of a card, but for results, with tags besides the package's own and those of a base's adapters.
 
-    Args:
-        facts: Of the adapter.
-        head: Of the model that it is for, or that it was merged into.
-        tags: Besides the package's own, and those by which the Hub lists adapters of a base.
-        library: What loads it: PEFT an adapter, transformers a checkpoint that it was merged into.
+    PEFT loads an adapter, and transformers a checkpoint that it was merged into.
     """
     is_adapter = library == "peft"
     of_base = [*adapter_tags(facts.base_id), *(["transformers"] if head else [])] if is_adapter else []
