@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -153,28 +152,25 @@ class Loader:
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError) as error:
             raise OSError(f"model {self.path} cannot be loaded: {str(error).splitlines()[0]}") from error
-        named = [name for name in self._config.architectures or [] if hasattr(transformers, name)]
-        own = getattr(transformers, named[0]) if named else AutoModel
-        self.kind, notes = own, []
+        own = next(filter(None, map(model_class, self._config.architectures or [])), AutoModel)
+        ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
+        others = filter(None, (model_class(Provenance.of(adapter.config).base_class) for adapter in ours))
+        self.kind: Any = next((kind for kind in (own, *others, AutoModel) if not self._lacking(kind, ours)), own)
+        notes = []
         if getattr(self._config, "is_encoder_decoder", False):
             notes.append("its encoder reads the texts, and hidden states are the encoder's")
-        ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
-        if lacking := [adapter.name for adapter in ours if not self._has_sites(own, adapter.config)]:
-            others = [model_class(Provenance.of(adapter.config).base_class) for adapter in ours]
-            for kind in (*filter(None, others), AutoModel):
-                if kind is not own and all(self._has_sites(kind, adapter.config) for adapter in ours):
-                    self.kind = kind
-                    notes.append(
-                        f"loaded as {kind.__name__} and not as {own.__name__}, since only there are the modules that "
-                        f"{lacking[0]} was fitted on"
-                    )
-                    break
+        if self.kind is not own:
+            notes.append(
+                f"loaded as {self.kind.__name__} and not as {own.__name__}, since only there are the modules that "
+                f"{self._lacking(own, ours)[0]} was fitted on"
+            )
         self.note = "; ".join(notes)
 
-    def _has_sites(self, kind: Any, config: ChildConfig) -> bool:
+    def _lacking(self, kind: Any, adapters: list[Adapter]) -> list[str]:
+        """The adapters whose modules a model of a class does not have."""
         with torch.device("meta"):
             model = kind.from_config(self._config) if kind is AutoModel else kind(self._config)
-        return host_of(model, config) is not None
+        return [adapter.name for adapter in adapters if host_of(model, adapter.config) is None]
 
     def load(self, entry: Entry) -> nn.Module:
         """The model with the adapters of an entry, all of them active, in evaluation mode.

@@ -441,7 +441,7 @@ def test_classes_and_names_of_a_fitted_adapter_are_checked(gradiends: Gradiends)
         ([bad], [PAIR], "block 'nothing.weight'"),
         ([other_shape], [PAIR], "has shape"),
         ([infinite], [PAIR], "not finite"),
-        ([feature], [("female", "nobody")], "not a pair of the adapter's classes"),
+        ([feature], [("female", "nobody")], "'nobody', which is not among classes"),
         ([feature, feature], [PAIR], "2 features for 1 pairs"),
         ([feature, feature], [PAIR, PAIR], "twice"),
     ]
