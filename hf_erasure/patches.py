@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from .adapters import saved_tensors, saving, switching
+from .adapters.common import tuner
 from .adapters.internals import Internal, check_internals, installed
 from .adapters.loading import load
 from .callbacks import trainer
@@ -111,7 +112,7 @@ def patches() -> tuple[Patch, ...]:
         of_tuners(
             "BaseTuner.inject_adapter",
             ("model", "adapter_name", "state_dict"),
-            wrapper=switching.inject_adapter,
+            wrapper=tuner.inject_adapter,
             why="another method wraps modules on which children hang, which then do not see what it adds",
         ),
         of_tuners(

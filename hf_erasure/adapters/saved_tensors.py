@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from hf_erasure.models.model import as_attribute, without_peft
+from hf_erasure.models.model import as_attribute
 
 from .common.acting import users_level
 from .common.config import ChildConfig
@@ -65,7 +66,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     """
     config: ChildConfig = model.peft_config[adapter_name]
     is_wrapped = hasattr(model, "get_base_model")
-    base: nn.Module = without_peft(model)
+    base: nn.Module = model.get_base_model() if is_wrapped else model
     given, root = state_dict or {}, PREFIX if is_wrapped else ""
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
@@ -234,8 +235,9 @@ def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: If the weights of the model would be written, among them tensors of an adapter that nothing reads.
     """
-    base: Any = without_peft(model)
-    saved = base if base is not model or getattr(model, "_hf_peft_config_loaded", False) else None
+    saved: Any = model if getattr(model, "_hf_peft_config_loaded", False) else None
+    if isinstance(model, PeftModel):
+        saved = model.get_base_model()
     if all(m is saved or isinstance(m, BaseTuner) or "peft_config" not in vars(m) for m in model.modules()):
         return
     lost = [place for place in adapters_in(model, ChildConfig) if place.owner is not saved]

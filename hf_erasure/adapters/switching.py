@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from peft import (
     PeftConfig,
@@ -33,7 +32,7 @@ from .common.model_state import (
     set_by_hand,
     undone_on_failure,
 )
-from .common.tuner import ChildTuner, move_inside_wrappers, refuse_copies, rehome_layers
+from .common.tuner import ADDED, ChildTuner, move_inside_wrappers, rehome_layers
 
 # The heads that the classes of tasks add to modules_to_save: the first before it calls `PeftModel.__init__`, the others
 # afterwards, which is too late to keep an adapter off them.
@@ -42,8 +41,6 @@ _HEADS: dict[type[PeftModel], tuple[str, ...]] = {
     PeftModelForTokenClassification: ("classifier", "score"),
     PeftModelForQuestionAnswering: ("qa_outputs",),
 }
-# Models to which an adapter was added last → its name. Then `set_adapter` of that name is a part of `add_adapter`.
-_ADDED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 # ---- adding ----------------------------------------------------------------------------------------------------------
@@ -68,31 +65,7 @@ def make_peft_model(
         tuner.callers = peft_config, len(peft_config.modules_to_save or ())
     else:
         original(model, peft_config, adapter_name, **kwargs)
-    _ADDED.pop(model, None)
-
-
-def inject_adapter(
-    original: Callable, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-) -> None:
-    """`BaseTuner.inject_adapter`: children of modules that it wraps move out to the wrappers."""
-    if not isinstance(tuner, ChildTuner) and not adapter_children(model):
-        original(model, adapter_name, *args, **kwargs)
-        return
-    try:
-        refuse_copies(model, adapter_name, getattr(tuner.peft_config[adapter_name], "modules_to_save", None) or ())
-    except ValueError:
-        tuner.peft_config.pop(adapter_name)
-        raise
-    copies = ActiveCopies(model)
-    with naming_what_goes_off(model, adapter_name) as is_all:
-        try:
-            original(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            copies.restore()
-            raise
-        rehome_layers(model)
-    if is_all:
-        _ADDED[model] = adapter_name
+    ADDED.pop(model, None)
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------
@@ -105,7 +78,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     without them untrained ones would answer.
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    newcomer = _ADDED.pop(model, None)
+    newcomer = ADDED.pop(model, None)
     if not adapter_children(model):
         return original(adapter_name)
     check_one_copy(model, names)

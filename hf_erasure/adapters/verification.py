@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from hf_erasure.models.model import distance, dummy_batch, evaluating, tensors_of
 
 from .common.acting import other_than_when_fitted
-from .common.config import ChildConfig
+from .common.config import ChildConfig, Provenance
 from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, Found, adapter_of
-from .common.provenance import Provenance
 from .erasure.config import ConceptErasureConfig
 from .erasure.layer import erasure_layers
 from .gradiend.config import GradiendConfig

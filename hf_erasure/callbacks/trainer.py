@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_erasure.adapters.common.acting import adapters_now, users_level
+from hf_erasure.adapters.common.config import TRAINING
 from hf_erasure.adapters.common.layer import adapter_children, child_configs
-from hf_erasure.adapters.common.provenance import TRAINING
 from hf_erasure.adapters.saved_tensors import refuse_loss
 from hf_erasure.hub.pushing import create_model_card, write_pushed_card
 

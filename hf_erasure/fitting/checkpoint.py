@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.files import read_tensors, write_tensors, write_whole
-from hf_erasure.adapters.common.provenance import RECORD
 from hf_erasure.erasers import ConceptMoments, Eraser
 
 from .labels import BatchLabels

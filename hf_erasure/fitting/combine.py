@@ -16,11 +16,11 @@ from torch import nn
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.acting import naming_what_goes_off, warn_of_what_is_off, without
+from hf_erasure.adapters.common.config import RECORD, Provenance
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.common.model_state import undone_on_failure
-from hf_erasure.adapters.common.provenance import RECORD, Provenance
 from hf_erasure.adapters.common.tuner import exactly
 from hf_erasure.adapters.erasure.config import CONCEPT_ERASURE
 from hf_erasure.adapters.erasure.layer import CHILD

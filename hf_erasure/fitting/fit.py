@@ -22,7 +22,7 @@ from tqdm import tqdm
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
-from hf_erasure.adapters.common.provenance import RECORD
+from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.loading.fingerprint import fingerprint
 from hf_erasure.erasers import apply_erasure
 from hf_erasure.models.model import class_name, evaluating

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
+from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
-from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.erasers import ConceptMoments, Eraser, joint_moments, relative_change
 from hf_erasure.models import POOLS, check_pool
 from hf_erasure.models.model import Runner, last_hidden_state, on_cpu

@@ -9,10 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hf_erasure.adapters.common.config import ChildConfig
+from hf_erasure.adapters.common.config import TOLD, ChildConfig, Provenance
 from hf_erasure.adapters.common.files import CONFIG, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.adapters.common.provenance import TOLD, Provenance
 from hf_erasure.adapters.loading.fingerprint import unlike
 from hf_erasure.adapters.saved_tensors import digest_of
 from hf_erasure.fitting.report import concept_of_config

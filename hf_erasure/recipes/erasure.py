@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
+from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.adapters.common.provenance import Provenance
 from hf_erasure.erasers import apply_erasure
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader

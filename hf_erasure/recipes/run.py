@@ -13,8 +13,7 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from transformers import AutoTokenizer
 
-from hf_erasure.adapters.common.config import ChildConfig
-from hf_erasure.adapters.common.provenance import RECIPE
+from hf_erasure.adapters.common.config import RECIPE, ChildConfig
 from hf_erasure.adapters.saved_tensors import digest_of_data
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hf_erasure.adapters.common.files import fits, hints, in_words, read_text, short
+from hf_erasure.adapters.common.config import fits, hints, in_words, short
+from hf_erasure.adapters.common.files import read_text
 
 Section = TypeVar("Section")
 _FEW = 20  # fields that a message lists

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig, combine_adapters, fit_concept_erasure
-from hf_erasure.adapters.common.provenance import RECIPE
+from hf_erasure.adapters.common.config import RECIPE
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.cli import app
 from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card

@@ -22,11 +22,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .config import ChildConfig
-from .files import fits, short
+from .config import ChildConfig, Provenance, fits, short
 from .layer import AdapterChild, adapter_children
 from .model_state import ActiveCopies, auxiliary_wrappers
-from .provenance import Provenance
 
 # Set while an adapter is being added or loaded: what went off is said once, when all is done.
 _ADDING: ContextVar[bool] = ContextVar("adding", default=False)

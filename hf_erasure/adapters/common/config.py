@@ -1,13 +1,22 @@
-"""What the configurations of both kinds have in common, and checks of names and patterns that any file may hold."""
+"""The configurations of both kinds, what they say of how an adapter was made, and checks of what any file may hold.
+
+Fitting, merging, callbacks and `hf_erasure.hub.describe` write the `provenance` of a configuration as plain JSON, under
+the names of the fields of `Provenance`. It may come from a file of a stranger, so it is read by `Provenance.of`, which
+leaves out what is not of its type.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import time
+import types
+import typing
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import regex  # type: ignore[import-untyped]
@@ -15,8 +24,7 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 from torch import nn
 
-from .files import check_types, short, target_of
-from .provenance import refuse_wrong
+from .files import target_of
 
 # Of tensors by name: the shape, and the types by which safetensors knows them.
 Layout = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
@@ -33,6 +41,13 @@ _SPARE_NAMES = 10_000
 _SECONDS_A_MATCH = 0.5
 # How long all matches of a field in a model may take together, in seconds of the processor.
 _SECONDS_A_MODEL = 5.0
+# Parts that are written by other code than what fits the adapter.
+RECORD, TRAINING, RECIPE, TOLD = "active_adapters", "training", "recipe", "card"
+# Fields that decide what is done with an adapter: one of another type is refused when the configuration is read.
+_REFUSED = (
+    "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
+    "measured_on",
+)  # fmt: skip
 
 
 @dataclass
@@ -72,13 +87,22 @@ class ChildConfig(PeftConfig):
             for name in [value] if isinstance(value, str) else value or []:
                 if not _NAME.fullmatch(name):
                     raise ValueError(f"{key}={short(value)}: {short(name)} is not a name of a module.")
-        refuse_wrong(self.provenance)
         for name in _PATTERNS:
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set)):
                 setattr(self, name, set(value))
         self._check()
-        self._check_layers()
+        target: Any = getattr(self, "target_modules", None)
+        if isinstance(target, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            remedy = "write the layers into the expression"
+            if target.lower() == "all-linear":
+                remedy = "name the linear layers, as in target_modules=['q_proj', 'v_proj']"
+            raise ValueError(
+                "layers_to_transform and layers_pattern go with a list of target_modules or None, not with "
+                f"target_modules={target!r}, which they would not narrow: {remedy}."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")
 
     def _check(self) -> None:
         """Refuse values, as a `ValueError`, that an adapter of this kind cannot have."""
@@ -136,19 +160,6 @@ class ChildConfig(PeftConfig):
                     setattr(self, known.name, getattr(saved, known.name))
             self.__post_init__()
 
-    def _check_layers(self) -> None:
-        target: Any = getattr(self, "target_modules", None)
-        if isinstance(target, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
-            remedy = "write the layers into the expression"
-            if target.lower() == "all-linear":
-                remedy = "name the linear layers, as in target_modules=['q_proj', 'v_proj']"
-            raise ValueError(
-                "layers_to_transform and layers_pattern go with a list of target_modules or None, not with "
-                f"target_modules={target!r}, which they would not narrow: {remedy}."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where to find layers_to_transform, which is missing.")
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them, with sets as sorted lists so that equal configs make equal files."""
         plain = super().to_dict()
@@ -163,6 +174,9 @@ class ChildConfig(PeftConfig):
                 stacklevel=2,
             )
         super().save_pretrained(save_directory, **kwargs)
+
+
+# ---- names and patterns ----------------------------------------------------------------------------------------------
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
@@ -223,3 +237,205 @@ def _too_slow(config: Any, field: str, seconds: float) -> str:
         f"The regular expression {field}={short(getattr(config, field))} takes longer than {seconds:g} s on the names "
         "of this model: write one without nested repetitions, or a list of names."
     )
+
+
+# ---- values that any file may hold -----------------------------------------------------------------------------------
+
+
+def check_types(config: Any) -> None:
+    """Compare the values of a configuration's fields, and what decides in its provenance, with their declared types.
+
+    A text where a list of texts is declared passes: what is wrong with it, the configuration can say better.
+
+    Raises:
+        TypeError: Names the field or the entry, and its value.
+    """
+    kind: Any = type(config)
+    declared = hints(kind)
+    for entry in fields(config):
+        value, hint = getattr(config, entry.name), declared[entry.name]
+        if not fits(value, hint):
+            raise TypeError(f"{entry.name}={short(value)} of a {type(config).__name__} must be {in_words(hint)}.")
+    for name in _REFUSED:
+        value = config.provenance.get(name)
+        if value is not None and not fits(value, hints(Provenance)[name]):
+            raise TypeError(f"provenance[{name!r}]={short(value)} is not what fitting writes there.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value that could come from JSON is of a declared type; a list, tuple or set of a list's,
+    and a list or tuple of its length of a tuple's.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is list:
+        if isinstance(value, str):
+            return parts == (str,)
+        return isinstance(value, (list, tuple, set, frozenset, range)) and all(fits(item, parts[0]) for item in value)
+    if origin is tuple:
+        is_list = isinstance(value, (list, tuple)) and len(value) == len(parts)
+        return is_list and all(map(fits, value, parts))
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if hint is Any or not isinstance(hint, type):
+        return True
+    if hint in (int, float):  # True is not a number here
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, str) if issubclass(hint, str) else isinstance(value, hint)
+
+
+def short(value: Any) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def in_words(hint: Any) -> str:
+    """A declared type as a message shows it."""
+    text = str(hint) if typing.get_origin(hint) else getattr(hint, "__name__", str(hint))
+    return re.sub(r"\b(typing|peft\.utils\.peft_types)\.|<enum '|<class '|'>", "", text)
+
+
+@functools.cache
+def hints(kind: Any) -> dict[str, Any]:
+    """The declared types of a dataclass's fields."""
+    return typing.get_type_hints(kind)
+
+
+# ---- how an adapter was made, and what was measured of it ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the data come from.
+
+    Attributes:
+        datasets: Names on the Hub.
+        labels_from: Who or what labelled them, in words.
+    """
+
+    datasets: list[str] = field(default_factory=list)
+    labels_from: str = ""
+
+
+@dataclass(frozen=True)
+class Told(Data):
+    """What only its maker knows of an adapter, and what was measured of it afterwards.
+
+    Attributes:
+        license: As the Hub writes it.
+        language: Codes.
+        results: Rows of `hf-erasure evaluate`, as the card shows them.
+        results_of: The state of the adapter that they are of.
+    """
+
+    license: str = ""
+    language: list[str] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+    results_of: str = ""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a callback measured last while the model under the adapter was trained.
+
+    Attributes:
+        step: Of the Trainer.
+        figures: By the names that are logged.
+        measured_on: What the figures are on, in words.
+    """
+
+    step: int | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+    measured_on: str = ""
+
+
+@dataclass(frozen=True)
+class ChosenEdit:
+    """How the strength of a GRADIEND was chosen.
+
+    Attributes:
+        goal: What it was chosen for.
+        budget: How much worse language modelling may get, as a share of itself.
+        base: What was measured of the model without the edit.
+        best: The same with the chosen one.
+        kept_share: How much of the edit is left after rounding to the dtype of the weights, from 0 to 1.
+        measured_on: What it was measured on, in words.
+    """
+
+    goal: str = ""
+    budget: float | None = None
+    base: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    kept_share: float | None = None
+    measured_on: str = ""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known of how an adapter was made.
+
+    Attributes:
+        hf_erasure_version: The version of this package that fitted it.
+        base_class: The class of the base model.
+        fingerprint: Weight → a sample of its values.
+        examples: How many sequences or pairs it was fitted on.
+        tokens: How many positions.
+        pool: What of a sequence is guarded.
+        reader: What reads that, in words.
+        leakage: Site → correlation with the concept before and after, magnitudes.
+        leakage_intervals: Site → the two ends of the interval before, and the two after.
+        measured_on: What the leakage was measured on, in words.
+        active_adapters: The other adapters that acted at fitting; None where an older release did not write it.
+        combined_from: Name → what is known of the adapters that this one was combined from.
+        data: Where the data come from.
+        estimator: Of a GRADIEND: how its neuron was estimated.
+        task: Of a GRADIEND: the kind of language modelling.
+        correlation: Of a GRADIEND: pair → correlation of the neuron with the class.
+        selection: Of a GRADIEND: how its strength was chosen.
+        training: What was measured while the model was trained.
+        recipe: The digest of the results of the recipe that made it.
+        card: What its maker told.
+    """
+
+    hf_erasure_version: str = ""
+    base_class: str = ""
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    examples: int | None = None
+    tokens: int | None = None
+    pool: str = ""
+    reader: str = ""
+    leakage: dict[str, tuple[float, float]] = field(default_factory=dict)
+    leakage_intervals: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
+    measured_on: str = ""
+    active_adapters: list[dict[str, Any]] | None = None
+    combined_from: dict[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
+    estimator: str = ""
+    task: str = ""
+    correlation: dict[str, float] = field(default_factory=dict)
+    selection: ChosenEdit = field(default_factory=ChosenEdit)
+    training: Training = field(default_factory=Training)
+    recipe: str = ""
+    card: Told = field(default_factory=Told)
+
+    @classmethod
+    def of(cls, config: Any) -> Provenance:
+        """What a configuration says; nothing where it is one of another method."""
+        made: Provenance = _read(cls, getattr(config, "provenance", None))
+        return made
+
+
+def _read(kind: Any, values: Any) -> Any:
+    """A dataclass of those values that are of the declared types."""
+    known = values if isinstance(values, dict) else {}
+    found: dict[str, Any] = {}
+    for name, hint in hints(kind).items():
+        value = known.get(name)
+        if is_dataclass(hint):
+            found[name] = _read(hint, value)
+        elif value is not None and fits(value, hint):
+            # One text may stand for a list of one.
+            found[name] = [value] if isinstance(value, str) and hint == list[str] else value
+    return kind(**found)

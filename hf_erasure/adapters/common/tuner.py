@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ..loading.file_checks import rename_fitted, renaming
 from ..loading.fingerprint import check_base
-from .acting import all_configs, kind_of
+from .acting import all_configs, kind_of, naming_what_goes_off
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
 from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
@@ -31,6 +33,8 @@ from .model_state import (
 
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
+# Models to which an adapter was added last → its name. Then `set_adapter` of that name is a part of `add_adapter`.
+ADDED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class ChildTuner(BaseTuner):
@@ -100,7 +104,6 @@ class ChildTuner(BaseTuner):
         elif config.revision is None:
             # Of the base, like its name: what was downloaded.
             config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-        self._check_config(config)
         if kwargs.get("state_dict") is not None:
             # PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child.
             child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
@@ -134,9 +137,6 @@ class ChildTuner(BaseTuner):
         if config.target_modules is None:  # PEFT takes that for a default of its own
             config.target_modules = exactly(list(config.fitted_modules), model)
 
-    def _check_config(self, config: Any) -> None:
-        """Refuse a configuration that cannot be attached to any model."""
-
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Name the modules that `target_modules=None` stands for."""
         if not peft_config.fitted and peft_config.target_modules is None:
@@ -145,6 +145,9 @@ class ChildTuner(BaseTuner):
             if isinstance(peft_config.target_modules, str):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         return peft_config
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -325,6 +328,33 @@ class ChildTuner(BaseTuner):
         elif hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
+
+
+# ---- attaching beside adapters of other methods ----------------------------------------------------------------------
+
+
+def inject_adapter(
+    original: Callable, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+) -> None:
+    """`BaseTuner.inject_adapter`: children of modules that it wraps move out to the wrappers."""
+    if not isinstance(tuner, ChildTuner) and not adapter_children(model):
+        original(model, adapter_name, *args, **kwargs)
+        return
+    try:
+        refuse_copies(model, adapter_name, getattr(tuner.peft_config[adapter_name], "modules_to_save", None) or ())
+    except ValueError:
+        tuner.peft_config.pop(adapter_name)
+        raise
+    copies = ActiveCopies(model)
+    with naming_what_goes_off(model, adapter_name) as is_all:
+        try:
+            original(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            copies.restore()
+            raise
+        rehome_layers(model)
+    if is_all:
+        ADDED[model] = adapter_name
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:

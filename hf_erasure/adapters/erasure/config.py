@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from hf_erasure.erasers.factors import ROUNDS
 
-from ..common.config import FLOATS, ChildConfig, Layout
-from ..common.files import short
+from ..common.config import FLOATS, ChildConfig, Layout, short
 from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -70,7 +69,18 @@ class ConceptErasureConfig(ChildConfig):
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "Written by fitting."})
 
     def _check(self) -> None:
-        self._check_choices()
+        if self.method == "rlace":
+            raise ValueError(
+                "method='rlace' plays its game on rows, and fitting a model keeps none: fit it on arrays, with "
+                "hf_erasure.erasers.Eraser.fit(x, z, 'rlace'). For k classes and k − 1 directions its optimum is what "
+                "method='orth' computes."
+            )
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
+        if self.site not in SITES:
+            raise ValueError(f"site={self.site!r} is not known; choose 'output' or 'input'.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
         self._check_concept()
         if self.fitted and not self.fitted_sites:
             raise ValueError(
@@ -94,20 +104,6 @@ class ConceptErasureConfig(ChildConfig):
         super().take_fitted(saved)
         if saved.fitted and saved.site != self.site:
             raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, and not for {self.site!r}.")
-
-    def _check_choices(self) -> None:
-        if self.method == "rlace":
-            raise ValueError(
-                "method='rlace' plays its game on rows, and fitting a model keeps none: fit it on arrays, with "
-                "hf_erasure.erasers.Eraser.fit(x, z, 'rlace'). For k classes and k − 1 directions its optimum is what "
-                "method='orth' computes."
-            )
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
-        if self.site not in SITES:
-            raise ValueError(f"site={self.site!r} is not known; choose 'output' or 'input'.")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
 
     def _check_concept(self) -> None:
         if self.labels is not None:

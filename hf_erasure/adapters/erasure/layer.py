@@ -55,6 +55,8 @@ class ErasureLayer(AdapterChild):
         """Make room for an adapter: values that are missing until loaded if it was fitted, the identity otherwise."""
         if isinstance(self.host, nn.Embedding) and config.site == "input":
             raise ValueError(f"{self.path!r} takes token ids, which hold no activation to erase: use site='output'.")
+        if not config.fitted and config.labels is None and config.concept_dim is None:
+            config.z_dim  # noqa: B018  raises with the remedy
         self.concept_erasure_site[name] = config.site
         self.sticky_adapters[name] = config.sticky
         device, dtype = self.state_placement()

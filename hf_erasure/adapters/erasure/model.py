@@ -10,14 +10,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from ..common.config import as_names
 from ..common.layer import Rows
 from ..common.tuner import ChildTuner
 from ..merging.plan import merge
-from .config import ConceptErasureConfig
 from .layer import ErasureLayer
 
 # Norms registered before the blocks are those of the embeddings, unless their name says that they come last.
@@ -83,13 +80,6 @@ class ConceptErasureModel(ChildTuner):
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
     _default_targets = staticmethod(default_targets)
-
-    def _check_config(self, config: ConceptErasureConfig) -> None:
-        if not config.fitted and config.labels is None and config.concept_dim is None:
-            config.z_dim  # noqa: B018  raises with the remedy
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: ConceptErasureConfig) -> None:
-        super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write erasers into the weights, at every site or, if one refuses, at none.

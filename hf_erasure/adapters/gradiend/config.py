@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import FLOATS, INDICES, ChildConfig, Layout
-from ..common.files import fits, short
+from ..common.config import FLOATS, INDICES, ChildConfig, Layout, fits, short
 from ..internals import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")

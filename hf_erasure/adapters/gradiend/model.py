@@ -63,13 +63,11 @@ class GradiendModel(ChildTuner):
 
     # ---- attaching ---------------------------------------------------------------------------------------------------
 
-    def _check_config(self, config: Any) -> None:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The parameters that the adapter being attached has already; a tied weight comes with its first owner.
         self._claimed: set[int] = set()
         # Modules without parameters of their own, which an expression matched.
         self._passed_over: dict[str, nn.Module] = {}
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         by_default = peft_config.target_modules is None and not peft_config.fitted
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         if by_default:

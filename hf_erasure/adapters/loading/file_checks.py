@@ -25,11 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_erasure.models.model import without_peft
-
-from ..common.config import ChildConfig
-from ..common.files import CONFIG, PICKLE, PREFIX, WEIGHTS, short
-from ..common.provenance import Provenance
+from ..common.config import ChildConfig, Provenance, short
+from ..common.files import CONFIG, PICKLE, PREFIX, WEIGHTS
 
 Rename = Callable[[str], str]
 T = TypeVar("T")
@@ -50,11 +47,13 @@ class Source:
         name: A folder, or the id of a repository on the Hub.
         subfolder: Where in it.
         options: What `hf_hub_download` takes besides.
+        is_folder: Whether it is a folder on this machine.
     """
 
     name: str
-    subfolder: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    subfolder: str
+    options: dict[str, Any]
+    is_folder: bool
 
     @classmethod
     def of(cls, name: Any, *options: Any) -> Source:
@@ -62,12 +61,7 @@ class Source:
         given = {key: value for part in options for key, value in (part or {}).items() if value is not None}
         known = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder", "local_dir"}
         taken = {key: value for key, value in given.items() if key in known}
-        return cls(os.fspath(name), given.get("subfolder") or "", taken)
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder on this machine."""
-        return os.path.isdir(self.name)
+        return cls(os.fspath(name), given.get("subfolder") or "", taken, os.path.isdir(name))
 
     @property
     def folder(self) -> Path:
@@ -108,7 +102,7 @@ def read_adapter(
     """Read an adapter and check all that can be before it is in a model.
 
     Args:
-        model: What it is to be loaded into.
+        model: What it is to be loaded into, without a `PeftModel` around it.
         source: Where from.
         config: Its configuration, where the caller has one already.
         is_given: Whether the caller gave it for this load; otherwise it is that of an adapter which is overwritten.
@@ -218,20 +212,19 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
     Args:
         file: The tensors.
         config: The configuration.
-        model: What the adapter is loaded into.
+        model: What the adapter is loaded into, without a `PeftModel` around it.
         saved: The `modules_to_save` that must be there. PEFT's class of a task adds the head to those of `config`, and
             where an adapter was saved without one, the model's own stays.
 
     Raises:
         ValueError: Names the first tensor that is missing, too many, or of another type or shape.
     """
-    base: Any = without_peft(model)
-    found = rename_tensors(read_header(file), config, prefix_of(base))
+    found = rename_tensors(read_header(file), config, prefix_of(model))
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
     if config.modules_to_save or len(own) < len(found):
-        _check_saved(found.keys() - own.keys(), found, config, base, saved, where)
+        _check_saved(found.keys() - own.keys(), found, config, model, saved, where)
     if not config.fitted:
         filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
         if filled is not None:

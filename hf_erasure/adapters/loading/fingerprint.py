@@ -27,10 +27,8 @@ import transformers
 from torch import Tensor, nn
 
 from ..common.acting import users_level
-from ..common.config import ChildConfig
-from ..common.files import fits, short
+from ..common.config import ChildConfig, Provenance, fits, short
 from ..common.placement import dequantised, is_quantised, is_sharded, shared_weights, value_of, why_not_reachable
-from ..common.provenance import Provenance
 from .file_checks import absent, prefix_of
 
 # Values that are kept of a weight at most, of all weights together, and of a weight at least: enough for a correlation,

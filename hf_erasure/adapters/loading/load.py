@@ -129,7 +129,8 @@ def _read(model: Any, source: Source, config: PeftConfig | None, **options: bool
     """Read and check an adapter, after a save into its folder that was killed is finished."""
     if os.path.lexists(source.folder / COMMIT):
         finish(source.folder)
-    return read_adapter(model, source, config, **options)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return read_adapter(base, source, config, **options)
 
 
 def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> Any:

@@ -22,12 +22,11 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pytorch_utils import Conv1D
 
 from ..common.acting import kind_of
-from ..common.config import ChildConfig
+from ..common.config import ChildConfig, Provenance
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import innermost
 from ..common.lookup import adapter_of
 from ..common.placement import shared_weights
-from ..common.provenance import Provenance
 from ..common.tuner import exactly
 from ..erasure.layer import erasure_layers
 from ..gradiend.config import GradiendConfig

@@ -25,9 +25,9 @@ from hf_erasure.adapters import (
     steer,
 )
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
+from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
-from hf_erasure.adapters.common.provenance import RECORD
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
 from hf_erasure.fitting.report import in_words
 from hf_erasure.models.heads import task_of
