@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_erasure.models.model import distance, dummy_batch, evaluating, tensors_of
+from hf_erasure.models.model import callee_of, distance, dummy_batch, evaluating, tensors_of
 
 from .common.acting import other_than_when_fitted
 from .common.config import ChildConfig, Provenance
@@ -187,7 +187,7 @@ class _Outputs:
 
     def __init__(self, model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> None:
         self.found = found
-        self.callee: nn.Module = found.callee
+        self.callee: nn.Module = callee_of(model, found.model)
         if batch is None:
             self.inputs: dict[str, Any] = dummy_batch(found.model)
         else:

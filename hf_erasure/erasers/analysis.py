@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from .eraser import check_activations
+from .factors import check_shrinkage, oas_shrinkage, whiten_concept
 from .moments import ConceptMoments, batch_moments
 from .statistics import infer_dims, read_rows
-from .whitening import check_shrinkage, oas_shrinkage, whiten_concept
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +27,15 @@ class Eraser:
         left: `(x_dim, rank)` float64, the directions that are subtracted.
         right: `(rank, x_dim)` float64, the readings of the concept; `right @ left` is the identity.
         bias: `(x_dim,)` float64, the mean that stays in place; None for a map without affine part.
+        x_dim: Width of the activations.
+        rank: How many directions are removed.
     """
 
     left: Tensor
     right: Tensor
     bias: Tensor | None
+    x_dim: int = field(init=False, repr=False)
+    rank: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.left.ndim != 2 or self.right.shape != self.left.shape[::-1]:
@@ -43,6 +47,8 @@ class Eraser:
             raise ValueError(
                 f"bias has shape {tuple(self.bias.shape)}: it must be ({self.left.shape[0]},), the width of left."
             )
+        for name, size in zip(("x_dim", "rank"), self.left.shape, strict=True):
+            object.__setattr__(self, name, size)
         # A copy made outside inference mode may become a buffer that is later changed in place. It has the strides that
         # loading gives it: with others, as a solver leaves them, matrix products may sum in another order.
         with torch.inference_mode(False):
@@ -94,16 +100,6 @@ class Eraser:
         """`left`, `right` and `bias` as an adapter keeps them: a purely linear eraser has a zero bias."""
         bias = self.left.new_zeros(self.x_dim) if self.bias is None else self.bias
         return self.left.to(device, dtype), self.right.to(device, dtype), bias.to(device, dtype)
-
-    @property
-    def rank(self) -> int:
-        """How many directions are removed."""
-        return self.left.shape[1]
-
-    @property
-    def x_dim(self) -> int:
-        """Width of the activations."""
-        return self.left.shape[0]
 
     @property
     def matrix(self) -> Tensor:

@@ -12,10 +12,15 @@ leaves a covariance with the concept that another direction reads; only what the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .whitening import Factor, Spread, factorise, oas_shrinkage
+from .statistics import PackedGram
+
+EXACT = torch.finfo(torch.float64).eps
+"""Resolution of moments that saw float64 rows only."""
 
 METHODS = ("leace", "orth", "mean_projection", "inlp")
 """Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
@@ -27,6 +32,178 @@ PROBES = ("logistic", "least_squares")
 
 # A direction that shares all but this with those removed before is rounding.
 _NEW = 1e-9
+
+
+# ---- how exact it is -------------------------------------------------------------------------------------------------
+
+
+def significance(resolution: float) -> float:
+    """Below which length a row of correlations with the concept is rounding: 1e-12 for float64 rows, else 1e-6.
+
+    Sampling noise lies far above it: a correlation of 1e-6 would take 10¹² rows to tell from chance.
+    """
+    return 1e-12 if resolution <= EXACT else 1e-6
+
+
+def variance_floor(resolution: float) -> float:
+    """The share of a combination's variance that cannot be told from zero.
+
+    It is the variance of `Σ uᵢ xᵢ` relative to `Σ uᵢ² var(xᵢ)`. A float32 product rounds a correlation matrix by about
+    6e-8 an entry, so its spectrum by some 1e-6 at the widths of language models; float64 by 1e-15, kept a hundred
+    times away.
+    """
+    return 1e-13 if resolution <= EXACT else 1e-6
+
+
+def oas_shrinkage(mean_square: float, width: int, rows: float) -> float:
+    """The oracle approximating shrinkage intensity of a correlation matrix.
+
+    Chen, Wiesel, Eldar and Hero, "Shrinkage Algorithms for MMSE Covariance Estimation" (2010), equation 23, with the
+    identity as target. Standardised coordinates make it free of the scale of every feature, and the result is kept
+    in [0, 1], so the shrunk matrix never loses positive definiteness.
+
+    Args:
+        mean_square: Mean of the squared entries of the correlation matrix, ones on the diagonal included.
+        width: Number of features.
+        rows: The effective number of rows, `(Σ w)² / Σ w²` when rows have weights `w`.
+
+    Returns:
+        The share of the identity, between 0 (keep the estimate) and 1.
+    """
+    excess = (rows + 1) * (mean_square - 1 / width)
+    return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
+
+
+def check_shrinkage(shrinkage: str | float | None) -> None:
+    """Refuse what is neither "oas", nor None, nor a share.
+
+    Raises:
+        ValueError: The message says what it may be.
+    """
+    if shrinkage is None or shrinkage == "oas":
+        return
+    if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage <= 1:
+        raise ValueError(f'shrinkage is {shrinkage!r}: give "oas", None, or a share between 0 and 1.')
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and second moments as the methods need them, all float64.
+
+    Attributes:
+        mean: `(d,)` of x; it stays in place.
+        sigma: Covariance `(d, d)`, with 0 on the diagonal for constant features; it decides what "as little as
+            possible" means.
+        variance: `(d,)` variances of the rows the concept was read from; 0 for constant features.
+        cross: `(d, k)` covariance of x with the concept.
+        concept: `(k, k)` covariance of the concept.
+        rows: Effective number of rows behind `sigma`.
+        resolution: Machine epsilon of the coarsest rows.
+    """
+
+    mean: Tensor
+    sigma: PackedGram
+    variance: Tensor
+    cross: Tensor
+    concept: Tensor
+    rows: float
+    resolution: float
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`upperᵀ · upper ≈ scale · Σ · scale`, shrunk.
+
+    Attributes:
+        upper: `(d, d)` float64 Cholesky factor of the shrunk correlation matrix.
+        scale: `(d,)` float64, one over the standard deviations; 0 for features that never vary.
+    """
+
+    upper: Tensor
+    scale: Tensor
+
+    def whiten(self, columns: Tensor) -> Tensor:
+        """`(d, r)` covariances with x, whitened: `upper⁻ᵀ · scale · columns`."""
+        return torch.linalg.solve_triangular(self.upper.mT, self.scale[:, None] * columns, upper=False)
+
+    def readings(self, whitened: Tensor) -> Tensor:
+        """`(r, d)` linear forms on x that whitened directions `(d, r)` stand for."""
+        return (torch.linalg.solve_triangular(self.upper, whitened, upper=True) * self.scale[:, None]).T
+
+
+def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
+    """Shrink and factor a covariance in standardised coordinates; `spread.sigma` is used up.
+
+    The jitter climbs by tens until the factorisation succeeds. Any positive definite stand-in keeps the guarantee of
+    the methods, so a jitter costs optimality only.
+
+    Raises:
+        ValueError: If `shrinkage` is unknown or the covariance is not finite.
+    """
+    check_shrinkage(shrinkage)
+    # What is added to the diagonal of the correlation matrix, in units of a variance of one.
+    jitter, sigma = 1e-13 if spread.resolution <= EXACT else 1e-7, spread.sigma
+    # A feature that a background never moves still needs a scale, and the rows of the concept give one. A feature that
+    # moves nowhere gets none: it is neither read nor changed.
+    diagonal = _trusted(torch.maximum(sigma.values[sigma.diagonal], jitter * _trusted(spread.variance)))
+    scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    sigma.standardise(scale)
+    if shrinkage == "oas":
+        shrinkage = oas_shrinkage(sigma.mean_square(), sigma.dim, spread.rows)
+    share = float(shrinkage or 0.0)
+    if share:
+        sigma.values.mul_(1 - share)
+    while jitter <= 10:
+        upper = sigma.cholesky(share + jitter)
+        if upper is not None:
+            return Factor(upper, scale)
+        jitter *= 10
+    raise ValueError("The covariance of x is not finite, so it cannot be factored: scale the activations down.")
+
+
+def _trusted(variance: Tensor) -> Tensor:
+    """Variances with a floor below which a square is lost: a feature next to others 10¹⁵ times as large.
+
+    Trained norms switch features off by weights such as 1e-33, whose squares underflow. Their scale is unknown then,
+    and only its being positive matters: it costs optimality in a feature of no size, and no guarantee.
+    """
+    return variance.clamp_min(1e-30 * float(variance.max()))
+
+
+def whiten_concept(covariance: Tensor) -> Tensor:
+    """`(k, r)` float64 matrix that gives z the identity as covariance; r is the number of dimensions z varies in.
+
+    Scaling every column to variance 1 first keeps a class of probability 1e-6 as far from the cut-off as a common
+    one. One-hot columns add up to one, so k classes vary in k − 1 dimensions.
+    """
+    variance = covariance.diagonal().clamp_min(0.0)
+    scale = torch.where(variance > 0, variance, 1.0).rsqrt() * (variance > 0)
+    values, vectors = torch.linalg.eigh(covariance * scale * scale[:, None])
+    # A combination of z whose variance is 1e-12 of its parts is their rounding.
+    keep = values > 1e-12 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
+    return scale[:, None] * vectors[:, keep] * values[keep].rsqrt()
+
+
+def concept_columns(spread: Spread) -> Tensor:
+    """`(d, r)` covariances of x with the independent concept directions it carries.
+
+    z is whitened, x is standardised, so the cut-off (`significance`) is relative to both: it compares the
+    length of a vector of correlations with 1. Canonical correlations are not compared, because they are all 1 when
+    there are fewer rows than features, and need not be correlations when Σ comes from a background.
+    """
+    columns = spread.cross @ whiten_concept(spread.concept)
+    variance = _trusted(spread.variance)
+    varies = variance > 0
+    columns = torch.where(varies[:, None], columns, 0.0)
+    if columns.shape[1] == 0:
+        return columns
+    standardised = columns * torch.where(varies, variance, 1.0).rsqrt()[:, None]
+    _, strength, directions = torch.linalg.svd(standardised, full_matrices=False)
+    keep = strength > significance(spread.resolution) * strength[0].clamp_min(1.0)
+    return columns @ directions[keep].T
+
+
+# ---- methods that are one projection ---------------------------------------------------------------------------------
 
 
 def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -156,7 +333,7 @@ def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
     share = float(shrinkage or 0.0)
     if share:
         sigma.values.mul_(1 - share)
-        sigma.set_diagonal(sigma.diagonal + share * variance.mean())
+        sigma.values[sigma.diagonal] += share * variance.mean()
     return factorise(spread, None)
 
 
@@ -211,7 +388,9 @@ def check_probe(probe: str) -> str:
     return probe
 
 
-def check_options(method: str, rank: int | None, rounds: int | None, background_weight: float) -> None:
+def check_options(
+    method: str, rank: int | None, rounds: int | None, shrinkage: str | float | None, background_weight: float
+) -> None:
     """Refuse options that `ConceptMoments.eraser` cannot solve with."""
     if method == "rlace":
         raise ValueError(
@@ -227,3 +406,4 @@ def check_options(method: str, rank: int | None, rounds: int | None, background_
         raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
     if not 0 <= background_weight <= 1:
         raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
+    check_shrinkage(shrinkage)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .factors import EXACT, significance
 from .moments import ConceptMoments, Eraser
-from .whitening import EXACT, significance
 
 
 def joint_moments(parts: Sequence[ConceptMoments]) -> ConceptMoments:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .factors import Spread, factorise, significance, variance_floor, whiten_concept
 from .moments import ConceptMoments, Eraser
-from .whitening import factorise, significance, variance_floor, whiten_concept
 
 
 @torch.no_grad()
@@ -79,35 +79,35 @@ def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: s
     pair = _first_pair(found_on, shrinkage)
     if pair is None:
         return 0.0
-    device = read_on.mean_x.device
-    u, v = pair[0].to(device), pair[1].to(device)
     spread = read_on.spread()
-    if _is_rounding(read_on, spread.variance):
+    u, v = (part.to(spread.mean.device) for part in pair)
+    if _is_rounding(spread):
         return 0.0
     unrelated = u.square() @ spread.variance
-    floor = variance_floor(max(found_on.resolution, read_on.resolution))
+    floor = variance_floor(max(found_on.resolution, spread.resolution))
     variance_x = torch.maximum(spread.sigma.quadratic(u[None])[0, 0], floor * unrelated)
-    variance_z = v @ read_on.covariance_z @ v
+    variance_z = v @ spread.concept @ v
     scale = float((variance_x * variance_z.clamp_min(0.0)).sqrt())
     if scale == 0.0:
         return 0.0
-    return max(-1.0, min(1.0, float(u @ read_on.cross_covariance @ v) / scale))
+    return max(-1.0, min(1.0, float(u @ spread.cross @ v) / scale))
 
 
-def _is_rounding(moments: ConceptMoments, variance: Tensor) -> bool:
+def _is_rounding(spread: Spread) -> bool:
     """Whether the rows are one and the same but for the digits their dtype rounds."""
-    cutoff = max(significance(moments.resolution), moments.resolution)
-    total = float(variance.sum())
-    return total <= cutoff**2 * (total + float(moments.mean_x.square().sum()))
+    cutoff = max(significance(spread.resolution), spread.resolution)
+    total = float(spread.variance.sum())
+    return total <= cutoff**2 * (total + float(spread.mean.square().sum()))
 
 
 def _first_pair(moments: ConceptMoments, shrinkage: str | float | None) -> tuple[Tensor, Tensor] | None:
     """`(x_dim,)` and `(z_dim,)` coefficients of the most correlated pair; None where z does not vary."""
-    whitener = whiten_concept(moments.covariance_z)
+    spread = moments.spread()
+    whitener = whiten_concept(spread.concept)
     if whitener.shape[1] == 0:
         return None
-    factor = factorise(moments.spread(), shrinkage)
-    basis, _, mixing = torch.linalg.svd(factor.whiten(moments.cross_covariance @ whitener), full_matrices=False)
+    factor = factorise(spread, shrinkage)
+    basis, _, mixing = torch.linalg.svd(factor.whiten(spread.cross @ whitener), full_matrices=False)
     return factor.readings(basis[:, :1])[0], whitener @ mixing[0]
 
 
@@ -127,11 +127,11 @@ def relative_change(eraser: Eraser, moments: ConceptMoments) -> float:
     """
     if eraser.x_dim != moments.x_dim:
         raise ValueError(f"eraser has x_dim={eraser.x_dim}, but moments have x_dim={moments.x_dim}: use the same site.")
-    spread, mean = moments.spread(), moments.mean_x
+    spread = moments.spread()
     total = float(spread.variance.sum())
     if total <= 0.0:
         raise ValueError(f"x does not vary over the {moments.rows} rows of moments: a relative change is undefined.")
-    left, right = (part.to(mean) for part in (eraser.left, eraser.right))
-    shift = right @ (mean if eraser.bias is None else mean - eraser.bias.to(mean))
+    left, right = (part.to(spread.mean) for part in (eraser.left, eraser.right))
+    shift = right @ (spread.mean if eraser.bias is None else spread.mean - eraser.bias.to(spread.mean))
     second = spread.sigma.quadratic(right) + torch.outer(shift, shift)
     return max(0.0, float(((left.T @ left) * second).sum()) / total) ** 0.5

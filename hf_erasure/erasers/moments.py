@@ -13,26 +13,31 @@ from torch import Tensor
 
 from .eraser import FITS, Eraser
 from .factors import (
+    EXACT,
+    Spread,
     check_count,
     check_options,
     check_rounds,
+    concept_columns,
+    factorise,
     inlp_factors,
     leace_factors,
     mean_projection_factors,
     orth_factors,
     ridge_factor,
-)
-from .statistics import Sums, centred_products, infer_dims, read_rows, read_state, sum_rows, write_state
-from .whitening import (
-    EXACT,
-    PackedGram,
-    Spread,
-    check_shrinkage,
-    concept_columns,
-    factorise,
-    product_dtype,
     significance,
     whiten_concept,
+)
+from .statistics import (
+    PackedGram,
+    Sums,
+    centred_products,
+    infer_dims,
+    product_dtype,
+    read_rows,
+    read_state,
+    sum_rows,
+    write_state,
 )
 
 
@@ -226,7 +231,7 @@ class ConceptMoments:
     def variance_x(self) -> Tensor:
         """`(x_dim,)` float64 population variances, the diagonal of `covariance_x`."""
         sums, gram = self._known()
-        return gram.diagonal / sums.weight
+        return gram.values[gram.diagonal] / sums.weight
 
     @property
     def cross_covariance(self) -> Tensor:
@@ -305,14 +310,22 @@ class ConceptMoments:
         return other
 
     def spread(self) -> Spread:
-        """The second moments of x as the methods use them: float64, constant features marked by a variance of 0."""
+        """Mean and covariances as the methods use them; constant features are marked by a variance of 0."""
         sums, gram = self._known()
         sigma = gram.like(gram.values / sums.weight)
-        variance = sigma.diagonal
+        variance = sigma.values[sigma.diagonal]
         # Equal float64 numbers may differ from their own mean in the last digits.
         variance[variance <= (1e-12 * sums.mean_x).square()] = 0.0
-        sigma.set_diagonal(variance)
-        return Spread(sigma, variance, self.effective_rows, self._resolution)
+        sigma.values[sigma.diagonal] = variance
+        return Spread(
+            mean=sums.mean_x,
+            sigma=sigma,
+            variance=variance,
+            cross=sums.cross / sums.weight,
+            concept=sums.concept / sums.weight,
+            rows=sums.weight**2 / sums.weight_squares,
+            resolution=self._resolution,
+        )
 
     def _known(self) -> tuple[Sums, PackedGram]:
         self._check_whole()
@@ -368,8 +381,7 @@ class ConceptMoments:
             TypeError: If `background` is not `ConceptMoments` or `rank` not an int.
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
         """
-        check_options(method, rank, rounds, background_weight)
-        check_shrinkage(shrinkage)
+        check_options(method, rank, rounds, shrinkage, background_weight)
         sums, _ = self._known()
         self.check_concept()
         own = self.spread()
@@ -384,10 +396,8 @@ class ConceptMoments:
                 "with fewer rows than features most of it is chance. Give more rows.",
                 stacklevel=4,  # past the two decorators above
             )
-        columns = concept_columns(self.cross_covariance, self.covariance_z, own)
-        spread, mean = own, self.mean_x
-        if background is not None:
-            spread, mean = self._surroundings(own, background, background_weight)
+        columns = concept_columns(own)
+        spread = own if background is None else self._surroundings(own, background, background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
         elif method == "mean_projection":
@@ -398,13 +408,13 @@ class ConceptMoments:
                     "needs covariances only."
                 )
             shares = sums.mean_z * (sums.counts > 0)
-            left, right = mean_projection_factors(columns, self.cross_covariance, shares, rank)
+            left, right = mean_projection_factors(columns, own.cross, shares, rank)
         elif method == "inlp":
             limit, cutoff = check_rounds(rounds, rank), significance(self._resolution)
             left, right = inlp_factors(columns, ridge_factor(self.spread(), shrinkage), limit, rank, cutoff)
         else:
             left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
-        return Eraser(left, right, mean if affine else None)
+        return Eraser(left, right, spread.mean if affine else None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -422,10 +432,10 @@ class ConceptMoments:
         """
         self.check_concept()
         spread = self.spread()
-        columns = self.cross_covariance @ whiten_concept(self.covariance_z)
+        columns = spread.cross @ whiten_concept(spread.concept)
         return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
 
-    def _surroundings(self, own: Spread, background: ConceptMoments, share: float) -> tuple[Spread, Tensor]:
+    def _surroundings(self, own: Spread, background: ConceptMoments, share: float) -> Spread:
         """Σ and mean of what should stay as it is: a share of the background's, and the rest these moments' own."""
         if not isinstance(background, ConceptMoments):
             raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
@@ -441,8 +451,8 @@ class ConceptMoments:
         sigma = own.sigma.like(torch.lerp(own.sigma.values, other.sigma.values.to(device), share))
         # Estimates from different rows: their variances add.
         rows = 1 / (share**2 / other.rows + (1 - share) ** 2 / own.rows)
-        mean = torch.lerp(self.mean_x, background.mean_x.to(device), share)
-        return Spread(sigma, own.variance, rows, max(own.resolution, other.resolution)), mean
+        mean = torch.lerp(own.mean, other.mean.to(device), share)
+        return replace(own, mean=mean, sigma=sigma, rows=rows, resolution=max(own.resolution, other.resolution))
 
     # ------------------------------------------------------------------ keeping
 

@@ -1,13 +1,13 @@
-"""A batch checked and flattened, its sums and centred products, exactly mergeable, with their state as tensors."""
+"""A batch checked and flattened, its sums and packed products, exactly mergeable, with their state as tensors."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-
-from .whitening import PackedGram
 
 IGNORED = -100
 """The class id of a row that does not count, as in `torch.nn.CrossEntropyLoss`."""
@@ -170,6 +170,108 @@ def _check_concept(rows: Rows, z_dim: int) -> None:
 # ---- sums and products of its rows -----------------------------------------------------------------------------------
 
 
+class PackedGram:
+    """A symmetric `(dim, dim)` sum of products in float64, of which only the upper block triangle exists.
+
+    Half the products and half the memory of a full matrix are saved: the float64 sum takes little more room than a
+    full float32 matrix would. Block columns, `block` wide and as tall as the diagonal is deep, because products of
+    that shape run nearly as fast as one of the whole matrix; tiles and block rows were measured to be slower.
+
+    Attributes:
+        dim: Side of the matrix.
+        block: Width of a block column.
+        values: float64, all block columns one after another, each row by row.
+        diagonal: `(dim,)` int64, the positions of the diagonal among the values.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        # Measured on CPU: narrower blocks run slower, wider ones waste more below the diagonal.
+        self.dim = dim
+        self.block = 128 if dim <= 1024 else 256
+        self._edges = [(start, min(start + self.block, dim)) for start in range(0, dim, self.block)]
+        size = sum(stop * (stop - start) for start, stop in self._edges)
+        self.values = torch.zeros(size, dtype=torch.float64, device=device)
+        offset, positions = 0, []
+        for start, stop in self._edges:
+            width = stop - start
+            square, offset = offset + start * width, offset + stop * width
+            positions.append(torch.arange(square, offset, width + 1, device=device))
+        self.diagonal = torch.cat(positions)
+
+    def columns(self, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Every block column `[:stop, start:stop]` of a matrix in this layout, as `(start, stop, view)`."""
+        offset = 0
+        for start, stop in self._edges:
+            size = stop * (stop - start)
+            yield start, stop, values[offset : offset + size].view(stop, stop - start)
+            offset += size
+
+    def products(self, rows: Tensor, out: Tensor, *, add: bool) -> None:
+        """`out (+)= rowsᵀ rows` for rows `(n, dim)`, in their dtype."""
+        for start, stop, column in self.columns(out):
+            column.addmm_(rows[:, :stop].T, rows[:, start:stop], beta=int(add))
+
+    def absorb(self, values: Tensor | None, vectors: Tensor, scales: Tensor) -> None:
+        """Add what `products` made, if anything, and `Σ scalesᵣ · vectorsᵣ vectorsᵣᵀ` for `(r, dim)` vectors."""
+        scaled = (vectors * scales[:, None]).T
+        added = None if values is None else self.columns(values)
+        for start, stop, column in self.columns(self.values):
+            # One column after another: it is still in the cache for the second addition.
+            if added is not None:
+                column.add_(next(added)[2])
+            if scaled.shape[1]:
+                column.addmm_(scaled[:stop], vectors[:, start:stop])
+
+    def like(self, values: Tensor) -> PackedGram:
+        """A matrix of the same size that holds `values`."""
+        other = copy.copy(self)
+        other.values = values
+        return other
+
+    def standardise(self, scale: Tensor) -> None:
+        """Multiply rows and columns by `scale` `(dim,)`, and write ones on the diagonal, in place."""
+        for start, stop, column in self.columns(self.values):
+            column.mul_(scale[start:stop]).mul_(scale[:stop, None])
+        self.values[self.diagonal] = 1.0
+
+    def mean_square(self) -> float:
+        """Mean of the squares of all `dim²` entries."""
+        total = 0.0
+        for start, _, column in self.columns(self.values):
+            total += 2 * float(torch.linalg.vector_norm(column[:start])) ** 2
+            total += float(torch.linalg.vector_norm(column[start:])) ** 2
+        return total / self.dim**2
+
+    def quadratic(self, forms: Tensor) -> Tensor:
+        """`forms · matrix · formsᵀ` for float64 `(r, dim)` forms."""
+        total = forms.new_zeros(forms.shape[0], forms.shape[0])
+        for start, stop, column in self.columns(self.values):
+            above = forms[:, :start] @ column[:start] @ forms[:, start:stop].T
+            total += above + above.T + forms[:, start:stop] @ column[start:] @ forms[:, start:stop].T
+        return total
+
+    def cholesky(self, shift: float) -> Tensor | None:
+        """The upper factor `U`, `Uᵀ U = matrix + shift · I`; None if that is not positive definite."""
+        full = self.values.new_zeros(self.dim, self.dim)
+        for start, stop, column in self.columns(self.values):
+            full[start:stop, :stop] = column.T
+        full.diagonal().add_(shift)
+        # The transpose lies in memory as LAPACK wants it, and is factored where it lies: no copy, no second matrix.
+        upper, info = full.mT, torch.zeros((), dtype=torch.int32, device=full.device)
+        torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
+        return upper if int(info) == 0 else None
+
+    def dense(self) -> Tensor:
+        """The full matrix, `(dim, dim)`, symmetric to the bit."""
+        full = self.values.new_empty(self.dim, self.dim)
+        for start, stop, column in self.columns(self.values):
+            full[:start, start:stop] = column[:start]
+            full[start:stop, :start] = column[:start].T
+            # Two triangles of one product may round differently.
+            full[start:stop, start:stop] = (column[start:] + column[start:].T) / 2
+        return full
+
+
 @dataclass(frozen=True)
 class Sums:
     """Sums over rows, centred on their own mean, all float64. Two of them merge exactly, in any order.
@@ -308,6 +410,23 @@ def _reject(rows: Rows) -> None:
     )
 
 
+def product_dtype(x_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the d × d products for rows of `x_dtype`: its own, but at least float32.
+
+    Where a process has allowed matrix products below float32 (TF32, bfloat16), float64 is used instead: switching the
+    process-wide setting back and forth would reach other threads.
+    """
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn
+    setting = getattr(getattr(backend, "matmul", backend), "fp32_precision", None)
+    if setting is not None:
+        is_reduced = setting in ("tf32", "bf16")
+    elif device.type == "cuda":
+        is_reduced = torch.backends.cuda.matmul.allow_tf32
+    else:
+        is_reduced = torch.get_float32_matmul_precision() == "medium"
+    return torch.float64 if is_reduced or x_dtype == torch.float64 else torch.float32
+
+
 def centred_products(rows: Rows, mean: Tensor, gram: PackedGram, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Multiply the counted rows with themselves, a chunk at a time.
 
@@ -339,7 +458,7 @@ def centred_products(rows: Rows, mean: Tensor, gram: PackedGram, dtype: torch.dt
         if root is not None:
             centred *= root[start:stop]
         gram.products(centred, out, add=start > 0)
-    largest = float(gram.like(out).diagonal.max())
+    largest = float(out[gram.diagonal].max())
     weight = rows.count if rows.weight is None else float(rows.weight.sum())
     # Squares beyond the range of float32: too large, or so small that they vanish.
     if dtype != torch.float64 and not 1e-30 * weight <= largest < float("inf"):

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import contextvars
 import ctypes
+import functools
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_erasure.models.model import TextTooLong
+
+Modes = list[Callable[[], AbstractContextManager[Any]]]
 
 
 class OutOfStep(Exception):
@@ -52,9 +55,7 @@ class BatchThread:
         visited: The sites where it has stopped so far.
     """
 
-    def __init__(
-        self, index: int, forward: Callable[[], Any], modes: Callable[[], ExitStack], offload: ActivationOffload | None
-    ) -> None:
+    def __init__(self, index: int, forward: Callable[[], Any], modes: Modes, offload: ActivationOffload | None) -> None:
         self.index = index
         self.site: str | None = None
         self.hidden: Tensor | None = None
@@ -71,10 +72,13 @@ class BatchThread:
             daemon=True,
         )
 
-    def _run(self, forward: Callable[[], Any], modes: Callable[[], ExitStack]) -> None:
+    def _run(self, forward: Callable[[], Any], modes: Modes) -> None:
         try:
-            with modes(), self._live or nullcontext():
-                forward()
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode())
+                with self._live or nullcontext():
+                    forward()
         except _Abandoned:
             pass
         except BaseException as error:  # carried to the thread that waits
@@ -148,8 +152,8 @@ def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = 
             shutil.rmtree(offload.folder, ignore_errors=True)
 
 
-def callers_modes() -> Callable[[], ExitStack]:
-    """What a new thread does not inherit: grad mode, inference mode, autocast and the default device."""
+def callers_modes() -> Modes:
+    """What a new thread does not inherit, to be entered there: inference and grad mode, default device, autocast."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     device = torch.get_default_device()
     autocasts = [
@@ -158,19 +162,16 @@ def callers_modes() -> Callable[[], ExitStack]:
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     ]
     cached = torch.is_autocast_cache_enabled()
-
-    def enter() -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(torch.inference_mode(inference))
-        stack.enter_context(torch.set_grad_enabled(gradients))
-        # Setting a default device costs a check at every call, so it is left alone where it is the usual one.
-        if device.type != "cpu":
-            stack.enter_context(torch.device(device))
-        for kind, dtype in autocasts:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cached))
-        return stack
-
-    return enter
+    modes: Modes = [
+        functools.partial(torch.inference_mode, inference),
+        functools.partial(torch.set_grad_enabled, gradients),
+    ]
+    # Setting a default device costs a check at every call, so it is left alone where it is the usual one.
+    if device.type != "cpu":
+        modes.append(functools.partial(torch.device, device))
+    return modes + [
+        functools.partial(torch.autocast, kind, dtype=dtype, cache_enabled=cached) for kind, dtype in autocasts
+    ]
 
 
 # ---- tensors of waiting batches --------------------------------------------------------------------------------------

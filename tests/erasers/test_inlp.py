@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, Eraser, fit_inlp
-from hf_erasure.erasers.whitening import concept_columns
+from hf_erasure.erasers.factors import concept_columns
 from tests.erasers.data import as_values, leak, moments_of, ols_r2, rows
 from tests.small_models import LABELS, inputs_of, outputs_of, same, small_batches, small_model
 
@@ -171,7 +171,7 @@ def test_white_features_need_one_round_which_is_that_of_orth() -> None:
 def test_the_space_is_that_of_krylov() -> None:
     x, z = rows(400, 9, 3)
     moments = moments_of(x, z)
-    columns = concept_columns(moments.cross_covariance, moments.covariance_z, moments.spread())
+    columns = concept_columns(moments.spread())
     parts = [columns]
     for _ in range(3):
         parts.append(torch.linalg.solve(moments.covariance_x, parts[-1]))

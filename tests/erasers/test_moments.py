@@ -13,7 +13,8 @@ from sklearn.covariance import OAS
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
-from hf_erasure.erasers.whitening import PackedGram, oas_shrinkage
+from hf_erasure.erasers.factors import oas_shrinkage
+from hf_erasure.erasers.statistics import PackedGram
 from tests.erasers.data import as_values, leak, moments_of, rows
 
 TENSORS = ("mean_x", "mean_z", "covariance_x", "cross_covariance", "covariance_z")

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_erasure.models.model import as_attribute, callee_of, configs_on, modules_along
+from hf_erasure.models.model import as_attribute, configs_on, modules_along
 
 from .config import ChildConfig
 from .layer import adapter_children
@@ -40,7 +40,6 @@ class Found(Generic[C]):
         model: The outermost transformers model around the owner, such as the one with the head; the owner itself where
             there is none. It is what a batch goes through.
         holder: What adapters are added to, switched on and saved by: the `PeftModel` of the owner, or the owner.
-        callee: What to call instead of `model`, with the same inputs: the wrapper of FSDP, which gathers weights.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Found(Generic[C]):
     path: str
     model: Any
     holder: Any
-    callee: Any
 
 
 def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
@@ -80,7 +78,7 @@ def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Ite
                 outer = next((module for module in around if isinstance(module, PreTrainedModel)), owner)
                 peft_models = (m for m in around if isinstance(m, PeftModel) and m.get_base_model() is owner)
                 holder = next(peft_models, owner)
-                yield Found(name, config, owner, path, outer, holder, callee_of(model, outer))
+                yield Found(name, config, owner, path, outer, holder)
 
 
 def only_adapter(model: nn.Module, kind: type[C]) -> str:
