@@ -112,8 +112,8 @@ def task_for(
     with processes.agreeing("reading its batches"):
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
-    known = Provenance.of(config)
-    if as_fitted and pool is None and known.pool in POOLS:
+    known = Provenance.of(config) if as_fitted and pool is None else None
+    if known is not None and known.pool in POOLS:
         guarded = Pool(known.pool, known.reader)
     else:
         guarded = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)

@@ -20,11 +20,12 @@ import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import ChildConfig, Provenance, fits, short
 from .layer import AdapterChild, adapter_children
-from .model_state import ActiveCopies, auxiliary_wrappers
+from .model_state import ActiveCopies
 
 # Set while an adapter is being added or loaded: what went off is said once, when all is done.
 _ADDING: ContextVar[bool] = ContextVar("adding", default=False)
@@ -56,7 +57,8 @@ def adapters_now(model: nn.Module) -> Present:
     """The adapters of a model as they are now, those of other methods too."""
     found, configs = Present(), all_configs(model)
     # What a wrapper of an embedding has inside goes with the adapter that it was trained with.
-    inside = {id(wrapper._modules.get("token_adapter")) for wrapper in auxiliary_wrappers(model).values()}
+    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    inside = {id(wrapper._modules.get("token_adapter")) for wrapper in wrappers}
     for module in model.modules():
         if isinstance(module, AdapterChild):
             nouns = dict.fromkeys(module.sticky_adapters, module.noun)
@@ -205,10 +207,12 @@ def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
 
 def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:
     """Name the loaded adapters that do not act while one is fitted, but for those `expected` to be off."""
-    now, configs = adapters_now(model), all_configs(model)
-    idle = {name for name, config in configs.items() if isinstance(config, ChildConfig) and not config.has_effect}
-    known = {*now.acting, *idle, *expected, adapter_name}
+    now = adapters_now(model)
+    known = {*now.acting, *expected, adapter_name}
     off = {name: noun for name, noun in now.loaded.items() if name not in known}
+    for name, config in all_configs(model).items():
+        if name in off and isinstance(config, ChildConfig) and not config.has_effect:
+            del off[name]
     if off:
         together = [*(name for name in now.acting if name != adapter_name), *off, adapter_name]
         are, them = ("are", "them") if len(off) > 1 else ("is", "it")

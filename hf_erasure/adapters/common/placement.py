@@ -181,7 +181,9 @@ def is_sharded(parameter: Tensor) -> bool:
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:
     """Parameter names that share their tensor with others (tied embeddings), each with all its names."""
     # Offloaded, each place of a tied weight has a placeholder of its own.
-    ties: dict[str, str] = (getattr(model, "all_tied_weights_keys", None) or {}) if is_offloaded(model) else {}
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    if ties and not is_offloaded(model):
+        ties = {}
     tied = {*ties, *ties.values()}
     names: dict[int | str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
