@@ -492,8 +492,9 @@ class ConceptMoments:
         self._check_whole()
         device = torch.device(device)
         if self._sums is not None and self._gram is not None:
-            sums, values = self._sums.to(device), self._gram.values.to(device)
-            self._sums, self._gram.values = sums, values
+            gram = self._gram.like(self._gram.values.to(device))
+            gram.diagonal = gram.diagonal.to(device)
+            self._sums, self._gram = self._sums.to(device), gram
         self._device = device
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,6 +170,9 @@ def _check_concept(rows: Rows, z_dim: int) -> None:
 
 # ---- sums and products of its rows -----------------------------------------------------------------------------------
 
+TENSORS = ("mean_x", "mean_z", "cross", "concept")
+"""What sums hold of the rows beside their numbers."""
+
 
 class PackedGram:
     """A symmetric `(dim, dim)` sum of products in float64, of which only the upper block triangle exists.
@@ -314,14 +318,8 @@ class Sums:
 
     def to(self, device: torch.device) -> Sums:
         """The same sums on another device."""
-        return replace(
-            self,
-            mean_x=self.mean_x.to(device),
-            mean_z=self.mean_z.to(device),
-            cross=self.cross.to(device),
-            concept=self.concept.to(device),
-            counts=None if self.counts is None else self.counts.to(device),
-        )
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in TENSORS}
+        return replace(self, **moved, counts=None if self.counts is None else self.counts.to(device))
 
 
 def sum_rows(rows: Rows, z_dim: int, device: torch.device) -> Sums:
@@ -469,7 +467,7 @@ def centred_products(rows: Rows, mean: Tensor, gram: PackedGram, dtype: torch.dt
     return out, centre.double() - mean
 
 
-TENSORS = ("mean_x", "mean_z", "cross", "concept")
+# ---- state -----------------------------------------------------------------------------------------------------------
 
 
 def write_state(sums: Sums, gram: PackedGram, resolution: float) -> dict[str, Tensor]:
