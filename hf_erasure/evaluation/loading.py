@@ -24,7 +24,7 @@ from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
-from hf_erasure.models.model import Runner, dummy_batch, evaluating, last_hidden_state
+from hf_erasure.models.model import Runner, distance, dummy_batch, evaluating, last_hidden_state
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 
 BASE, TOGETHER = "base", "together"
@@ -254,7 +254,7 @@ def _acts(model: nn.Module, adapter: Adapter) -> tuple[bool, str]:
         for wrapper in auxiliary_wrappers(model).values():  # which `enable_adapters` forgets
             wrapper.enable_adapters(True)
         switched.set_adapter(active)
-    change = float((now - without).norm() / without.norm())
+    change = distance([now], [without])
     acts = "changes" if change else "does not act: it does not change"
     return change > 0, f"Adapter {adapter.name!r} ({adapter.kind}) {acts} the last hidden states ({change:.2%})."
 

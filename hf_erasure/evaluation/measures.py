@@ -98,8 +98,7 @@ def _leakage(
 
 
 def _of_gender(subject: Subject, **options: Any) -> dict[str, Any]:
-    found, states = subject.biographies
-    return _leakage(states[FINAL], found.genders, **options, **subject.statistics)
+    return _leakage(subject.states[FINAL], subject.biographies.genders, **options, **subject.statistics)
 
 
 def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, Any]:
@@ -118,9 +117,10 @@ def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, A
 def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) -> list[dict[str, Any]]:
     """Linear leakage of `"gender"` or `"pos"` (at so many tokens) at every layer, with intervals."""
     if concept == "gender":
-        found, states = subject.biographies
+        genders = subject.biographies.genders
         return [
-            {"layer": layer, **_leakage(state, found.genders, **subject.statistics)} for layer, state in states.items()
+            {"layer": layer, **_leakage(state, genders, **subject.statistics)}
+            for layer, state in subject.states.items()
         ]
     tokens = subject.tokens
     step = max(1, math.ceil(len(tokens.tags) / most_tokens))
@@ -206,16 +206,6 @@ def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
 # ---- bias ------------------------------------------------------------------------------------------------------------
 
 
-def _compression(subject: Subject) -> dict[str, Any]:
-    found, states = subject.biographies
-    return minimum_description_length.score(states[FINAL], found.genders, **subject.statistics)
-
-
-def _tpr_gap(subject: Subject) -> dict[str, Any]:
-    found, _ = subject.biographies
-    return tpr_gap.score(subject.professions, found.professions, found.genders, **subject.statistics)
-
-
 def _gender_measures() -> list[Measure]:
     """Gender in biographies, in associations, and in what the model would rather say."""
     return [
@@ -225,11 +215,17 @@ def _gender_measures() -> list[Measure]:
             "share of the larger gender", pool="mean",
         ),
         _of_metric(
-            "minimum_description_length", "gender_mdl", "Gender, MDL compression", _compression,
+            "minimum_description_length", "gender_mdl", "Gender, MDL compression",
+            lambda subject: minimum_description_length.score(
+                subject.states[FINAL], subject.biographies.genders, **subject.statistics
+            ),
             "how much shorter the online code of the gender is than a uniform one; 1 is not shorter", pool="mean",
         ),
         _of_metric(
-            "tpr_gap", "tpr_gap", "TPR gap of profession (RMS)", _tpr_gap,
+            "tpr_gap", "tpr_gap", "TPR gap of profession (RMS)",
+            lambda subject: tpr_gap.score(
+                subject.professions, subject.biographies.professions, subject.biographies.genders, **subject.statistics
+            ),
             "root mean square over professions of the difference in true positive rate between the genders, of a "
             "linear probe fitted on the same states", pool="mean",
         ),
@@ -274,11 +270,6 @@ def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
     )
 
 
-def _profession(subject: Subject) -> dict[str, Any]:
-    found, _ = subject.biographies
-    return accuracy(subject.professions, found.professions, **subject.statistics)
-
-
 def _distortion(subject: Subject) -> dict[str, Any]:
     texts = [text for part in subject.data.texts().values() for text in spread(part, _DISTORTION_TEXTS)]
     now, shared = subject.reader.final(texts), subject.shared
@@ -312,7 +303,8 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
         ),
         Measure(
             "profession", "Profession, linear probe", "capability", "accuracy", "higher", 1.0,
-            "accuracy of a cross-validated logistic regression on the same states of biographies", _profession,
+            "accuracy of a cross-validated logistic regression on the same states of biographies",
+            lambda subject: accuracy(subject.professions, subject.biographies.professions, **subject.statistics),
             pool="mean",
         ),
         Measure(

@@ -78,9 +78,8 @@ class Plane:
 
 def embedding(subject: Subject, plane: Plane | None) -> tuple[Plane, list[dict[str, Any]]]:
     """The plane of the base, and an entry's states in it."""
-    found, states = subject.biographies
-    plane = plane or Plane(states[FINAL], found.genders)
-    return plane, plane.points(states[FINAL])
+    plane = plane or Plane(subject.states[FINAL], subject.biographies.genders)
+    return plane, plane.points(subject.states[FINAL])
 
 
 def pronoun_shares(subject: Subject) -> dict[str, Any]:

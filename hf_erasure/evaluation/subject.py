@@ -201,10 +201,14 @@ class Subject:
         return StateReader(self.model, self.tokenizer)
 
     @functools.cached_property
-    def biographies(self) -> tuple[Biographies, dict[str, Tensor]]:
-        """The biographies, and their pooled states by layer."""
-        found = self.data.biographies()
-        return found, self.reader.pooled(found.texts, self.pool)
+    def biographies(self) -> Biographies:
+        """The biographies of the data."""
+        return self.data.biographies()
+
+    @functools.cached_property
+    def states(self) -> dict[str, Tensor]:
+        """The pooled states of the biographies by layer."""
+        return self.reader.pooled(self.biographies.texts, self.pool)
 
     @functools.cached_property
     def tokens(self) -> TokenStates:
@@ -214,5 +218,4 @@ class Subject:
     @functools.cached_property
     def professions(self) -> list[str]:
         """The profession that a linear probe fitted on the others gives to each biography."""
-        found, states = self.biographies
-        return held_out_answers(states[FINAL], found.professions, seed=self.shared.seed)
+        return held_out_answers(self.states[FINAL], self.biographies.professions, seed=self.shared.seed)
