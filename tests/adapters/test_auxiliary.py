@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,32 @@ def test_the_trained_head_stays_on(road: str, kind: str, sticky: bool, folders: 
         assert head_that_acts(model) == "lora"
         model.delete_adapter("ours")
         assert torch.equal(logits_of(model), logits_of(tuned()))
+
+
+HEADS = {
+    "TOKEN_CLS": (hf.BertForTokenClassification, "classifier"),
+    "QUESTION_ANS": (hf.BertForQuestionAnswering, "qa_outputs"),
+}
+
+
+@pytest.mark.parametrize("copied", ["", "copied", "pickled"])
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("kind", OURS)
+def test_a_head_that_a_class_of_peft_adds_is_enabled_too(kind: str, task: str, copied: str):
+    """It is added after the LoRA has been, and `enable_adapters` of transformers forgets trained modules."""
+    cls, head = HEADS[task]
+    base: Any = roughen(cls(small_model("bert").config), torch.Generator().manual_seed(0)).eval()
+    OF[kind].add(base, "bert", "ours", target_modules=["key"])
+    peft.get_peft_model(base, peft.LoraConfig(task_type=task, target_modules=["query"]), "lora")
+    copies = {"": base, "copied": copy.deepcopy(base), "pickled": pickle.loads(pickle.dumps(base))}
+    base = copies[copied]
+    with torch.no_grad():
+        base.get_submodule(head).modules_to_save["lora"].weight.add_(0.5)
+    before = base(**BATCH)[0]
+    base.disable_adapters()
+    assert not torch.equal(base(**BATCH)[0], before)
+    base.enable_adapters()
+    assert torch.equal(base(**BATCH)[0], before)
 
 
 @pytest.mark.parametrize("kind", OURS)

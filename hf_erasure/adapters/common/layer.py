@@ -8,6 +8,7 @@ buffers, and hooks on the host let them act.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import ChildConfig
@@ -83,6 +85,28 @@ class Rows:
         return torch.tensor(chosen, device=hidden.device)
 
 
+@dataclass(eq=False)
+class Within:
+    """The model that children are in. Whoever copies a part of it, with children, does not copy all of it.
+
+    Attributes:
+        model: A weak reference to it.
+    """
+
+    model: Callable[[], nn.Module | None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Within:
+        copied = memo.get(id(self.model()))
+        return self if copied is None else Within(weakref.ref(copied))
+
+    def __getstate__(self) -> tuple[nn.Module | None]:
+        return (self.model(),)
+
+    def __setstate__(self, state: tuple[nn.Module | None]) -> None:
+        (model,) = state
+        self.model = (lambda: None) if model is None else weakref.ref(model)
+
+
 class AdapterChild(nn.Module, BaseTunerLayer):
     """The state of every adapter of one kind at one module: one `StateDict` for each part that a file has.
 
@@ -93,7 +117,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         host: The module that this is a child of.
         path: The host's name in the model.
         sticky_adapters: Adapter name → whether it stays active beside others; in the order in which they were added.
-        trained_modules: PEFT's wrappers of what is trained with any adapter of the model, such as a head.
+        within: The model that this is in, since the last adapter was added.
         rows: Which adapter each row of the batch has while `adapter_names` are given.
     """
 
@@ -115,7 +139,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._awaits_values: set[str] = set()
         self._held: set[str] = set()
         self.rows: Rows | None = None
-        self.trained_modules: list[Any] = []
+        self.within: Within | None = None
         self.merged_adapters = []
         # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
         self._disable_adapters = False
@@ -342,8 +366,12 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
-        for module in self.trained_modules if enabled else ():  # `enable_adapters` of transformers forgets them
-            module.enable_adapters(True)
+        # `enable_adapters` of transformers forgets trained modules, such as a head: the first child sees to them.
+        model = self.within.model() if enabled and self.within is not None else None
+        if model is not None and next((m for m in model.modules() if isinstance(m, AdapterChild)), None) is self:
+            for module in model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    module.enable_adapters(True)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's `convert_to_lora` names what it writes after the adapter's own modules, which are not the hosts."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -20,7 +20,7 @@ from ..loading.fingerprint import check_base
 from .acting import all_configs, kind_of, naming_what_goes_off
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
-from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
+from .layer import NO_ADAPTER, AdapterChild, Rows, Within, adapter_children, outside_inference_mode
 from .model_state import (
     ActiveCopies,
     TrainedModule,
@@ -34,7 +34,7 @@ from .model_state import (
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
 # Models to which an adapter was added last → its name. Then `set_adapter` of that name is a part of `add_adapter`.
-ADDED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+ADDED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 class ChildTuner(BaseTuner):
@@ -384,10 +384,9 @@ def rehome_layers(model: nn.Module) -> None:
     An erasure then sees what the wrapped module and the other adapter give together, whichever came first, and the
     keys in the state dict stay as they are.
     """
-    modules = dict(model.named_modules())
-    trained = [module for module in modules.values() if isinstance(module, AuxiliaryTrainingWrapper)]
+    modules, within = dict(model.named_modules()), Within(weakref.ref(model))
     for child in adapter_children(model):
-        child.trained_modules = trained
+        child.within = within
         outermost = modules.get(child.path)
         if outermost is not None and outermost is not child.host:
             child.rehome(outermost)
