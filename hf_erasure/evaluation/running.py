@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig
@@ -23,6 +23,7 @@ from .results import Results, reason_of
 from .subject import Shared, Subject
 
 Progress = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -152,21 +153,15 @@ class _Run:
 
     def _load(self, entry: Entry) -> Subject | None:
         """The model of an entry; None where it cannot be loaded, and then nothing of the entry is measured."""
-        made: list[Subject] = []
-
-        def load() -> None:
-            model, base = self.loader.load(entry), entry.name == BASE
-            made.append(Subject(model, self.loader.tokenizer, self.shared, base, self.pools[0]))
-            if base:
-                self.results.about |= {"class": type(model).__name__, "predicts": made[0].head}
-
-        def know_again() -> None:
-            self.results.fingerprints = fingerprints(made[0].model, self.adapters)
-
-        self._try("Every measure", entry, load)
-        if made and entry.name == BASE:
-            self._try("Fingerprints", entry, know_again)
-        return made[0] if made else None
+        model = self._try("Every measure", entry, functools.partial(self.loader.load, entry))
+        if model is None:
+            return None
+        subject = Subject(model, self.loader.tokenizer, self.shared, entry.name == BASE, self.pools[0])
+        if subject.is_base:
+            self.results.about |= {"class": type(model).__name__, "predicts": subject.head}
+            found = self._try("Fingerprints", entry, functools.partial(fingerprints, model, self.adapters))
+            self.results.fingerprints = found or {}
+        return subject
 
     def _measure(self, entry: Entry, subject: Subject) -> None:
         for measure in self.measures:
@@ -218,10 +213,11 @@ class _Run:
             figures = {"value": cell["value"], "interval": cell["interval"], "details": {}}
             self.results.values[entry.name][key] = figures
 
-    def _try(self, what: str, entry: Entry, take: Callable[[], Any]) -> None:
+    def _try(self, what: str, entry: Entry, take: Callable[[], T]) -> T | None:
         """Take one cell; whatever it raises is its reason for not being there, and no other cell's concern."""
+        found = None
         try:
-            take()
+            found = take()
         except Exception as error:
             reason, refused = reason_of(error), type(error) is ValueError
             if refused and self.plan.limit is not None and "raise --limit" not in reason:
@@ -229,6 +225,7 @@ class _Run:
             self.reasons.setdefault(what, {})[entry.name] = reason
             self.too_few |= refused
         self._keep()
+        return found
 
     def _keep(self) -> None:
         """Bring the lists of the results up to date, and write them."""
