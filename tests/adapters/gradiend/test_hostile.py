@@ -52,7 +52,7 @@ GRADIENDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a count of text": (lambda f: parameters(f, count="1"), "fitted_parameters has"),
     "a huge shape": (
         lambda f: parameters(f, shape=[10**6, 10**6], count=None),
-        "two files are not of the same adapter|missing|none of",
+        "two files are not of the same adapter|missing|do not belong to",
     ),
     "a negative shape": (lambda f: parameters(f, shape=[-2, -3]), "fitted_parameters has"),
     "a shape of floats": (lambda f: parameters(f, shape=[1.5]), "fitted_parameters has"),
