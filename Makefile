@@ -12,7 +12,8 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 DEMO_RECIPE ?= recipes/minilm-gender/recipe.yaml
 DEMO_OUT ?= out/minilm-gender
-PYTEST_WORKERS ?= 2
+# Three on two cores: some tests wait, for processes that they start or for files.
+PYTEST_WORKERS ?= 3
 PYTEST_ARGS ?=
 
 # Real models and data for the tests that want them; those tests skip where the folder is missing.
