@@ -140,7 +140,8 @@ def read_adapter(
     failed: Exception | None = None
     try:
         check_tensors(weights, config, model, getattr(stated, "modules_to_save", None))
-        tensors = {name.removeprefix(PREFIX): value.clone() for name, value in load_file(weights).items()}
+        with torch.device("cpu"):  # older releases of safetensors read to the default device
+            tensors = {name.removeprefix(PREFIX): value.clone() for name, value in load_file(weights).items()}
     except Exception as error:
         failed = error
     if _stamps(file, weights) != seen:
