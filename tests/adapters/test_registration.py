@@ -161,11 +161,11 @@ DIFFERENT = {
     ),
     "a parameter is gone": (
         "import peft; peft.PeftModel.load_adapter = lambda self, model_id: None",
-        "the parameter 'adapter_name' of peft.PeftModel.load_adapter, which peft VERSION does not have",
+        "the parameter 'adapter_name' of peft.peft_model.PeftModel.load_adapter, which peft VERSION does not have",
     ),
     "a method of transformers is gone": (
-        "from transformers.integrations.peft import PeftAdapterMixin; del PeftAdapterMixin.delete_adapter",
-        "transformers.integrations.peft.PeftAdapterMixin.delete_adapter, which transformers VERSION does not have",
+        "from transformers.integrations.peft import PeftAdapterMixin; del PeftAdapterMixin.set_adapter",
+        "transformers.integrations.peft.PeftAdapterMixin.set_adapter, which transformers VERSION does not have",
     ),
 }
 
