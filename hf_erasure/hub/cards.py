@@ -26,7 +26,7 @@ from hf_erasure.adapters import export_to_lora as export
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import CARD, CONFIG, root_of, target_of, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.models.heads import head_of
+from hf_erasure.models.heads import HEAD_OF
 
 from .facts import PICTURES, CardFacts, facts_of, hub_id, plain, read_object
 from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, draw, intact, metadata_of, render, rendered
@@ -252,7 +252,7 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
     facts = facts_of(config, Path(adapter) if Path(adapter).is_dir() else None)
     facts.base_id = facts.base_id or hub_id(model)
     names = read_object(folder / "config.json").get("architectures") or [None]
-    head = head_of(names[0] if isinstance(names[0], str) else None)
+    head = HEAD_OF.get(names[0] if isinstance(names[0], str) else None)
     title = f"{facts.base_id or facts.base_class or 'A model'} with {_noun(facts)} merged into its weights"
     text = render("merged", facts, title, head, what=what, adapter=hub_id(str(adapter)))
     data = metadata_of(facts, head, ["merged", "debiasing"], library="transformers")
@@ -287,7 +287,7 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
 def write_lora_card(exported: LoraExport, config: ChildConfig) -> WrittenCard:
     """Make the card of a LoRA that an adapter was exported to."""
     facts = facts_of(config)
-    head, noun = head_of(facts.base_class), _noun(facts)
+    head, noun = HEAD_OF.get(facts.base_class), _noun(facts)
     title = f"{noun[:1].upper()}{noun[1:]} as a LoRA" + (f" for {facts.base_id}" if facts.base_id else "")
     reasons = list(dict.fromkeys(exported.unmergeable.values()))
     text = render("lora", facts, title, head, exported=exported, reasons=reasons)

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_erasure.adapters.common.files import write_whole
-from hf_erasure.models.heads import Head, head_of
+from hf_erasure.models.heads import HEAD_OF, Head
 
 from .facts import EFFECT, LEAKAGE, LONGEST, CardFacts, is_number, plain
 
@@ -88,7 +88,7 @@ def _digest(text: str) -> str:
 
 def rendered(facts: CardFacts) -> Card:
     """The card that says these facts."""
-    head, where = head_of(facts.base_class), facts.base_id or facts.base_class
+    head, where = HEAD_OF.get(facts.base_class), facts.base_id or facts.base_class
     what = "Erasure of" if facts.kind == "concept_erasure" else "GRADIEND of"
     title = plain(f"{what} “{facts.concept}”" + (f" in {where}" if where else ""))
     text = render(facts.kind, facts, title, head)

@@ -62,11 +62,8 @@ HEADS = (
     Head("AutoModel", "image-feature-extraction", "MODEL_FOR_IMAGE_MAPPING_NAMES"),
     Head("AutoModel", "feature-extraction", "MODEL_MAPPING_NAMES"),
 )  # fmt: skip
-
-
-def head_of(class_name: str | None) -> Head | None:
-    """The head of a class of transformers; None for one that transformers does not list."""
-    return next((head for head in HEADS if class_name in head.listed), None)
+# A class that transformers lists → its head, the first of the table that has it.
+HEAD_OF: dict[Any, Head] = {name: head for head in reversed(HEADS) for name in head.listed}
 
 
 def task_named(names: Iterable[str], *, encoder_decoder: bool) -> Task | None:
