@@ -85,6 +85,16 @@ class Rows:
         return torch.tensor(chosen, device=hidden.device)
 
 
+def refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the forward of a model that is not a `PeftModel`: it does not read which adapter each row has."""
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            f"adapter_names={kwargs['adapter_names']!r}: {type(model).__name__} would ignore it, and run all rows with "
+            "the active adapters. PeftModel.from_pretrained(model, folder) makes a model that follows it; or run the "
+            "rows of each adapter as a batch of their own, with set_adapter(name)."
+        )
+
+
 @dataclass(eq=False)
 class Within:
     """The model that children are in. Whoever copies a part of it, with children, does not copy all of it.

@@ -27,7 +27,7 @@ from torch import nn
 
 from .config import ChildConfig
 from .files import PREFIX
-from .layer import AdapterChild, adapter_children
+from .layer import AdapterChild, adapter_children, refuse_names
 
 # The base models that a call is being undone for if it fails, by their ids.
 _UNDONE: ContextVar[frozenset[int]] = ContextVar("undone", default=frozenset())
@@ -211,12 +211,12 @@ def note_adapters(model: Any) -> None:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     ignored = base.__dict__.get(_IGNORED)
-    refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is _refuse_names]
+    refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_names]
     if adapter_children(base):
         if not isinstance(ignored, AdapterBuffers):
             setattr(base, _IGNORED, AdapterBuffers(base, ignored or ()))
         if not refusing:
-            base.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+            base.register_forward_pre_hook(refuse_names, with_kwargs=True)
         return
     if isinstance(ignored, AdapterBuffers):
         delattr(base, _IGNORED)
@@ -255,15 +255,6 @@ class AdapterBuffers(Collection[str]):
 
     def __contains__(self, name: object) -> bool:
         return any(name == known for known in self)
-
-
-def _refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise ValueError(
-            f"adapter_names={kwargs['adapter_names']!r}: {type(model).__name__} would ignore it, and run all rows with "
-            "the active adapters. PeftModel.from_pretrained(model, folder) makes a model that follows it; or run the "
-            "rows of each adapter as a batch of their own, with set_adapter(name)."
-        )
 
 
 # ---- undoing a call that failed --------------------------------------------------------------------------------------

@@ -1,19 +1,18 @@
-"""How far a training is, and what it keeps: checkpoints to go on from, and the best feature of every start so far.
+"""How far a training is, and what it keeps: checkpoints to go on from, and the best feature of every pair so far.
 
-In `output_dir` lie `checkpoint-N/`, each whole, and `features/start-NNN.safetensors`. Files are replaced as a whole and
-never written into, so that a checkpoint may share those of features.
+In `output_dir` lie `checkpoint-N/`, each whole: the state of the start that was under way, what Trainer keeps of its
+own state, and `features/start-NNN.safetensors`, the best features so far by the number of the start that found them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,11 @@ class Fitted:
     steps: int
     seed: int
 
+    @property
+    def rank(self) -> float:
+        """The size of the correlation, by which starts are compared; one that is not defined is below all."""
+        return -1.0 if math.isnan(self.correlation) else abs(self.correlation)
+
 
 class FeatureProgressCallback(ProgressCallback):
     """The bar of transformers, with loss and correlation at its end instead of a line a log."""
@@ -67,8 +71,11 @@ class FeatureProgressCallback(ProgressCallback):
 class Progress:
     """Tells the callbacks of a training, and writes and reads what is kept of it.
 
-    Features lie in files where checkpoints are written and there are several to choose from, and otherwise in memory,
-    three vectors of the size of the model each.
+    Attributes:
+        state: As Trainer has it.
+        control: What the callbacks ask for.
+        kept: Pair → the number of the start that was best so far, and its feature: three vectors of the size of the
+            targeted weights.
     """
 
     def __init__(
@@ -78,8 +85,6 @@ class Progress:
         callbacks: list[TrainerCallback],
         processing_class: Any,
         processes: Processes,
-        *,
-        several: bool,
     ) -> None:
         bar: list[TrainerCallback] = [] if args.disable_tqdm else [FeatureProgressCallback()]
         self.args, self.processes, self.root = args, processes, Path(str(args.output_dir))
@@ -87,9 +92,7 @@ class Progress:
         is_main = processes.is_main
         self.state = TrainerState(is_local_process_zero=is_main, is_world_process_zero=is_main)
         self.control = TrainerControl()
-        keeps_files = several and str(args.save_strategy) not in ("no", "SaveStrategy.NO")
-        self.folder = self.root / FEATURES if keeps_files else None
-        self._held: dict[int, Fitted] = {}
+        self.kept: dict[Pair, tuple[int, Fitted]] = {}
         self._identity: dict[str, Any] = {}
 
     @contextmanager
@@ -121,10 +124,10 @@ class Progress:
             final = self.root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             unfinished = self.root / f".{final.name}"
             shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            (unfinished / FEATURES).mkdir(parents=True)
             write_tensors(unfinished / STATE, state, {"facts": {**facts, "identity": self._identity}, "plain": {}})
-            if self.folder is not None and self.folder.is_dir():
-                _link_all(self.folder, unfinished / FEATURES)
+            for start, fitted in self.kept.values():
+                _write_feature(unfinished / FEATURES / FEATURE_FILE.format(f"{start:03}"), fitted)
             self.state.save_to_json(str(unfinished / TRAINER_STATE))
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
@@ -135,13 +138,14 @@ class Progress:
         self.processes.wait()
 
     def resume(
-        self, checkpoint: str | bool | None, identity: dict[str, Any]
+        self, checkpoint: str | bool | None, identity: dict[str, Any], pairs: Sequence[Pair]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state and facts to go on from; those of a beginning where there is no checkpoint, as `save` had them.
 
         Args:
             checkpoint: A folder, True for the last one, or none.
             identity: What must be the same as when it was written.
+            pairs: Of every start.
 
         Raises:
             ValueError: If there is no checkpoint, it is damaged, or it is of another training.
@@ -149,7 +153,6 @@ class Progress:
         self._identity = identity
         state: dict[str, Tensor] = {}
         facts: dict[str, Any] = {"start": 0, "step": 0}
-        folder = None
         if checkpoint is not None and checkpoint is not False:
             folder = self._folder_of(checkpoint)
             kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
@@ -167,12 +170,9 @@ class Progress:
                         f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
                         f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
                     )
-        # What an earlier training left behind is not mistaken for this one's.
-        if self.folder is not None and self.processes.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if folder is not None:
-            self._take_features(folder / FEATURES)
-        self.processes.wait()
+            for path in sorted((folder / FEATURES).glob(FEATURE_FILE.format("*"))):
+                start = int(path.stem.removeprefix("start-"))
+                self.keep(start, _read_feature(path, pairs[start]))
         return state, facts
 
     def _folder_of(self, checkpoint: str | bool) -> Path:
@@ -187,29 +187,10 @@ class Progress:
                 raise ValueError(f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer: it has no {name}.")
         return folder
 
-    # ---- features ---------------------------------------------------------------------------------------------------
-
     def keep(self, start: int, fitted: Fitted) -> None:
-        """Keep a start's feature in the place of the one before."""
-        if self.folder is None:
-            self._held[start] = fitted
-        elif self.processes.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_feature(self.folder / FEATURE_FILE.format(f"{start:03}"), fitted)
-
-    def kept(self, start: int, pair: Pair) -> Fitted:
-        """A start's feature, which is one of a pair."""
-        if self.folder is None:
-            return replace(self._held[start], pair=pair)
-        return replace(_read_feature(self.folder / FEATURE_FILE.format(f"{start:03}")), pair=pair)
-
-    def _take_features(self, source: Path) -> None:
-        """Keep what a checkpoint holds."""
-        if self.folder is None:
-            paths = sorted(source.glob(FEATURE_FILE.format("*")))
-            self._held = {int(path.stem.removeprefix("start-")): _read_feature(path) for path in paths}
-        elif self.processes.is_main and source.is_dir():
-            _link_all(source, self.folder)
+        """Keep a start's feature if it is the best of its pair so far."""
+        if fitted.pair not in self.kept or fitted.rank > self.kept[fitted.pair][1].rank:
+            self.kept[fitted.pair] = start, fitted
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -217,16 +198,6 @@ def checkpoints(root: Path) -> list[Path]:
     named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = {int(match[1]): path for path in root.iterdir() if (match := named.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
-
-
-def _link_all(folder: Path, other: Path) -> None:
-    """The features of a folder in another one too."""
-    other.mkdir(parents=True)
-    for path in folder.glob(FEATURE_FILE.format("*")):
-        try:
-            os.link(path, other / path.name)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, other / path.name)
 
 
 def _write_feature(path: Path, fitted: Fitted) -> None:
@@ -244,8 +215,7 @@ def _write_feature(path: Path, fitted: Fitted) -> None:
     write_tensors(path, tensors, facts)
 
 
-def _read_feature(path: Path) -> Fitted:
-    """What `_write_feature` wrote; the file does not say of which pair it is."""
+def _read_feature(path: Path, pair: Pair) -> Fitted:
     tensors, facts = read_tensors(path)
     shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
     parts = {part: {name: tensors[f"{part}.{name}"] for name in shapes} for part in ("encoder", "weight", "bias")}
@@ -254,4 +224,4 @@ def _read_feature(path: Path) -> Fitted:
         FeatureDecoder(parts["weight"], parts["bias"], dict.fromkeys(shapes), dict(shapes)),
     )
     correlation = math.nan if facts["correlation"] is None else facts["correlation"]
-    return Fitted(("", ""), feature, correlation, facts["steps"], facts["seed"])
+    return Fitted(pair, feature, correlation, facts["steps"], facts["seed"])

@@ -98,8 +98,11 @@ class GradientReader(SlotReader):
         """
         with self._reading():
             losses = self._losses(batch, wanted)
-            kinds = list(dict.fromkeys(wanted))
-            return {kind: self._backward(losses, kind, last=kind == kinds[-1]) for kind in kinds}
+            found: dict[str, Blocks] = {}
+            for kind in dict.fromkeys(wanted):
+                blocks = self._whole(losses.pop(kind), last=not losses)
+                found[kind] = {name: blocks.pop(name).float() for name in self.parameters}
+            return found
 
     def gradient(self, batch: PairBatch, kind: str) -> Blocks:
         """One of the gradients that `gradients` gives."""
@@ -132,9 +135,9 @@ class GradientReader(SlotReader):
             with self._reading():
                 losses = self._losses(batch, (source,) if alone else (source, "difference"))
                 if low_memory:
-                    self._add_by_block(losses[source], estimator, sign, alone=alone)
+                    self._add_by_block(losses.pop(source), estimator, sign, alone=alone)
                 else:
-                    gradient = self._backward(losses, source, last=alone, dtype=None)
+                    gradient = self._whole(losses.pop(source), last=alone)
                     estimator.add_source(gradient, sign)
                     for name, block in gradient.items() if alone else ():
                         estimator.add_target(name, block, sign)
@@ -191,33 +194,18 @@ class GradientReader(SlotReader):
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the {kind} loss is {loss.item()}; the model or its input has values out of range")
             if not loss.requires_grad:
-                self._unreached()
+                names = ", ".join(list(self.parameters)[:3])
+                raise ValueError(
+                    f"the loss does not depend on any of the {len(self.parameters)} targeted parameters ({names}, …); "
+                    "target parameters that the model's prediction goes through"
+                )
         return losses
 
-    def _unreached(self) -> None:
-        names = ", ".join(list(self.parameters)[:3])
-        raise ValueError(
-            f"the loss does not depend on any of the {len(self.parameters)} targeted parameters ({names}, …); target "
-            "parameters that the model's prediction goes through"
-        )
-
-    def _backward(
-        self, losses: dict[str, Tensor], kind: str, *, last: bool, dtype: torch.dtype | None = torch.float32
-    ) -> Blocks:
-        """One backward; the graph stays unless it is the last. Blocks become `dtype` (`None`: stay) one by one."""
-        loss = losses.pop(kind) if last else losses[kind]
-        targets = list(self.parameters.values())
-        raw: list[Tensor | None] = [*torch.autograd.grad(loss, targets, retain_graph=not last, allow_unused=True)]
-        if all(gradient is None for gradient in raw):
-            self._unreached()
-        blocks: Blocks = {}
-        for index, (name, parameter) in enumerate(self.parameters.items()):
-            gradient = raw[index]
-            raw[index] = None
-            block = torch.zeros_like(parameter) if gradient is None else gradient
-            blocks[name] = block if dtype is None else block.to(dtype)
-            del gradient, block
-        return blocks
+    def _whole(self, loss: Tensor, *, last: bool) -> Blocks:
+        """One backward; every block in its parameter's dtype, in the order of the parameters."""
+        found: Blocks = {}
+        self._stream(loss, found.__setitem__, last=last)
+        return {name: found[name] for name in self.parameters}
 
     def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any], *, last: bool = True) -> None:
         """One backward that gives each block to `take` when it is complete, and frees it."""

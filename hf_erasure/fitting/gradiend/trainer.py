@@ -148,10 +148,7 @@ class GradiendTrainer:
         warn_of_what_is_off(self.model, self.adapter_name)
         again, pairs = self.config.fitted, self._pair_set(self.train_dataset)
         evaluation = next(map(self._pair_set, self._eval_sets().values()), None)
-        several = self.args.estimator == "trained" or len(self.pairs) > 1
-        progress = Progress(
-            self.model, self.args, self.callbacks, self.processing_class, self._processes, several=several
-        )
+        progress = Progress(self.model, self.args, self.callbacks, self.processing_class, self._processes)
         with reading_the_base(self.model, self.adapter_name, self.task) as reader:
             weights, size = reader.parameters.values(), stated_bytes(self.model, self.adapter_name)
             _LOGGER.info(

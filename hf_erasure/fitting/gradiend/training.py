@@ -142,14 +142,14 @@ class Training:
                 a_pass = sum(map(len, self._sides(pair, times=self.processes.count)))
                 steps = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
             starts.append(Start(number, pair, seed, a_pass, steps))
-        state, facts = self.progress.resume(resume_from, self._identity())
+        state, facts = self.progress.resume(resume_from, self._identity(), [start.pair for start in starts])
         run = self._closed_form if closed else self._trained
         with self.progress.running(sum(start.steps for start in starts)):
             for start in starts[facts["start"] :]:
                 run(start, state, facts)
                 state, facts = {}, {"step": 0}
         self.processes.wait()
-        return [self._best([start for start in starts if start.pair == pair]) for pair in pairs]
+        return [self._best(pair, len(seeds)) for pair in pairs]
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
@@ -305,12 +305,11 @@ class Training:
         values, signs = zip(*self.recent, strict=True)
         return pearson(torch.tensor(values, dtype=torch.float64), torch.tensor(signs))
 
-    def _best(self, starts: Iterable[Start]) -> Fitted:
-        found = [self.progress.kept(start.number, start.pair) for start in starts]
-        best = max(found, key=lambda fitted: -1.0 if math.isnan(fitted.correlation) else abs(fitted.correlation))
+    def _best(self, pair: Pair, starts: int) -> Fitted:
+        _, best = self.progress.kept[pair]
         if self.args.estimator == "trained" and not abs(best.correlation) >= self.args.convergence:
             warnings.warn(
-                f"None of {len(found)} starts for {'/'.join(best.pair)} converged: the best correlation is "
+                f"None of {starts} starts for {'/'.join(best.pair)} converged: the best correlation is "
                 f"{best.correlation:.2f}, below convergence={self.args.convergence}. Try other learning_rates, more "
                 "steps or seeds, or estimator='closed_form'.",
                 stacklevel=2,
