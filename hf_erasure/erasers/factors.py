@@ -12,7 +12,7 @@ leaves a covariance with the concept that another direction reads; only what the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +109,12 @@ class Spread:
     rows: float
     resolution: float
 
+    def share(self, shrinkage: str | float | None, scale: Tensor) -> float:
+        """The share of the identity that is meant for `sigma`, standardised by `scale` `(d,)`."""
+        if shrinkage == "oas":
+            return oas_shrinkage(self.sigma.mean_square(scale), self.sigma.dim, self.rows)
+        return float(shrinkage or 0.0)
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -132,7 +138,7 @@ class Factor:
 
 
 def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
-    """Shrink and factor a covariance in standardised coordinates; `spread.sigma` is used up.
+    """Shrink and factor a covariance in standardised coordinates.
 
     The jitter climbs by tens until the factorisation succeeds. Any positive definite stand-in keeps the guarantee of
     the methods, so a jitter costs optimality only.
@@ -147,14 +153,9 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
     # moves nowhere gets none: it is neither read nor changed.
     diagonal = _trusted(torch.maximum(sigma.values[sigma.diagonal], jitter * _trusted(spread.variance)))
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-    sigma.standardise(scale)
-    if shrinkage == "oas":
-        shrinkage = oas_shrinkage(sigma.mean_square(), sigma.dim, spread.rows)
-    share = float(shrinkage or 0.0)
-    if share:
-        sigma.values.mul_(1 - share)
+    share = spread.share(shrinkage, scale)
     while jitter <= 10:
-        upper = sigma.cholesky(share + jitter)
+        upper = sigma.cholesky(scale, share, jitter)
         if upper is not None:
             return Factor(upper, scale)
         jitter *= 10
@@ -314,7 +315,7 @@ def inlp_factors(
 
 
 def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
-    """Σ of a least-squares probe with a ridge; `spread.sigma` is used up.
+    """Σ of a least-squares probe with a ridge.
 
     The ridge is on the weights as they are, as in scikit-learn's `Ridge`: `(1 − s) Σ + s · mean(var) · I`. LEACE
     shrinks towards the variances instead, whatever the scale of a feature. Here scale matters: without a ridge in these
@@ -325,16 +326,10 @@ def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
         shrinkage: "oas", the share s, or None for no ridge.
     """
     sigma, variance = spread.sigma, spread.variance
-    if shrinkage == "oas":
-        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
-        correlation = sigma.like(sigma.values.clone())
-        correlation.standardise(scale)
-        shrinkage = oas_shrinkage(correlation.mean_square(), sigma.dim, spread.rows)
-    share = float(shrinkage or 0.0)
-    if share:
-        sigma.values.mul_(1 - share)
-        sigma.values[sigma.diagonal] += share * variance.mean()
-    return factorise(spread, None)
+    share = spread.share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())
+    ridged = PackedGram(sigma.dim, variance.device, sigma.values * (1 - share))
+    ridged.values[ridged.diagonal] += share * variance.mean()
+    return factorise(replace(spread, sigma=ridged), None)
 
 
 def beyond(block: Tensor, basis: Tensor) -> Tensor:

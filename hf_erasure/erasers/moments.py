@@ -33,11 +33,8 @@ from .statistics import (
     Sums,
     centred_products,
     infer_dims,
-    product_dtype,
     read_rows,
-    read_state,
     sum_rows,
-    write_state,
 )
 
 
@@ -74,7 +71,6 @@ class ConceptMoments:
         self._device = None if device is None else torch.device(device)
         self._sums: Sums | None = None
         self._gram: PackedGram | None = None
-        self._resolution = EXACT
         self._torn = False
 
     # ------------------------------------------------------------------ gathering
@@ -107,11 +103,10 @@ class ConceptMoments:
         if rows.count == 0:
             return self
         device = self._device or x.device
-        gram = self._gram or PackedGram(self.x_dim, device)
         with torch.autocast(device.type, enabled=False):
             sums = sum_rows(rows, self.z_dim, device)
-            products, rounding = centred_products(rows, sums.mean_x, gram, product_dtype(x.dtype, device))
-        return self._absorb(gram, sums, products, rounding, torch.finfo(x.dtype).eps)
+            products, rounding = centred_products(rows, sums.mean_x, device)
+        return self._absorb(sums, products, rounding)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -134,8 +129,8 @@ class ConceptMoments:
         if other._sums is None or other._gram is None:
             return self
         device = self._device or other._sums.mean_x.device
-        gram = self._gram or PackedGram(self.x_dim, device)
-        return self._absorb(gram, other._sums.to(device), other._gram.values.to(device), None, other._resolution)
+        products = PackedGram(self.x_dim, device, other._gram.values.to(device))
+        return self._absorb(other._sums.to(device), products, None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -154,8 +149,8 @@ class ConceptMoments:
         """
         self._check_whole()
         own = None if self._sums is None else self._sums.to(torch.device("cpu"))
-        parts: list[tuple[Sums | None, float]] = gather((own, self._resolution))
-        present = [sums for sums, _ in parts if sums is not None]
+        parts: list[Sums | None] = gather(own)
+        present = [sums for sums in parts if sums is not None]
         if not present:
             return self
         merged = functools.reduce(Sums.merged, present)
@@ -168,28 +163,25 @@ class ConceptMoments:
             gram.absorb(None, shift[None], scale)
         add(gram.values)
         self._sums, self._gram, self._device, self._torn = merged.to(device), gram, device, False
-        self._resolution = max(resolution for _, resolution in parts)
         return self
 
-    def _absorb(
-        self, gram: PackedGram, sums: Sums, products: Tensor, rounding: Tensor | None, resolution: float
-    ) -> ConceptMoments:
+    def _absorb(self, sums: Sums, products: PackedGram, rounding: Tensor | None) -> ConceptMoments:
         """Take in centred sums and products. `rounding` is how far the products' centre lay from the mean."""
-        mine = self._sums
+        mine, device = self._sums, sums.mean_x.device
+        gram = self._gram or PackedGram(self.x_dim, device)
         merged = sums if mine is None else mine.merged(sums)
         outer: list[tuple[Tensor, float]] = []
         if rounding is not None:
             outer.append((rounding, -sums.weight))
         if mine is not None:
             outer.append((sums.mean_x - mine.mean_x, mine.weight / merged.weight * sums.weight))
-        scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=gram.values.device)
+        scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=device)
         vectors = torch.stack([vector for vector, _ in outer]) if outer else sums.mean_x.new_zeros(0, self.x_dim)
         # Nothing below can be refused, but it can be interrupted. A second copy to fall back on would double the
         # memory, so a torn sum is recognised instead of used.
         self._torn = True
         gram.absorb(products, vectors, scales)
-        self._sums, self._gram, self._torn = merged, gram, False
-        self._device, self._resolution = sums.mean_x.device, max(self._resolution, resolution)
+        self._sums, self._gram, self._device, self._torn = merged, gram, device, False
         return self
 
     def _check_whole(self) -> None:
@@ -260,7 +252,7 @@ class ConceptMoments:
     @property
     def resolution(self) -> float:
         """Machine epsilon of the coarsest rows that were added."""
-        return self._resolution
+        return EXACT if self._sums is None else self._sums.resolution
 
     def check_concept(self) -> None:
         """Check that there is something to erase.
@@ -306,13 +298,13 @@ class ConceptMoments:
 
     def _of(self, z_dim: int, sums: Sums, gram: PackedGram) -> ConceptMoments:
         other = ConceptMoments(self.x_dim, z_dim, device=self._device)
-        other._sums, other._gram, other._resolution = sums, gram, self._resolution
+        other._sums, other._gram = sums, gram
         return other
 
     def spread(self) -> Spread:
         """Mean and covariances as the methods use them; constant features are marked by a variance of 0."""
         sums, gram = self._known()
-        sigma = gram.like(gram.values / sums.weight)
+        sigma = PackedGram(self.x_dim, gram.values.device, gram.values / sums.weight)
         variance = sigma.values[sigma.diagonal]
         # Equal float64 numbers may differ from their own mean in the last digits.
         variance[variance <= (1e-12 * sums.mean_x).square()] = 0.0
@@ -324,7 +316,7 @@ class ConceptMoments:
             cross=sums.cross / sums.weight,
             concept=sums.concept / sums.weight,
             rows=sums.weight**2 / sums.weight_squares,
-            resolution=self._resolution,
+            resolution=sums.resolution,
         )
 
     def _known(self) -> tuple[Sums, PackedGram]:
@@ -410,8 +402,8 @@ class ConceptMoments:
             shares = sums.mean_z * (sums.counts > 0)
             left, right = mean_projection_factors(columns, own.cross, shares, rank)
         elif method == "inlp":
-            limit, cutoff = check_rounds(rounds, rank), significance(self._resolution)
-            left, right = inlp_factors(columns, ridge_factor(self.spread(), shrinkage), limit, rank, cutoff)
+            limit, cutoff = check_rounds(rounds, rank), significance(own.resolution)
+            left, right = inlp_factors(columns, ridge_factor(own, shrinkage), limit, rank, cutoff)
         else:
             left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
         return Eraser(left, right, spread.mean if affine else None)
@@ -448,11 +440,12 @@ class ConceptMoments:
             raise ValueError("background has seen no rows (rows=0): call its update with unlabelled activations first.")
         device = own.variance.device
         other = background.spread()
-        sigma = own.sigma.like(torch.lerp(own.sigma.values, other.sigma.values.to(device), share))
+        sigma = torch.lerp(own.sigma.values, other.sigma.values.to(device), share)
         # Estimates from different rows: their variances add.
         rows = 1 / (share**2 / other.rows + (1 - share) ** 2 / own.rows)
         mean = torch.lerp(own.mean, other.mean.to(device), share)
-        return replace(own, mean=mean, sigma=sigma, rows=rows, resolution=max(own.resolution, other.resolution))
+        resolution = max(own.resolution, other.resolution)
+        return replace(own, mean=mean, sigma=PackedGram(self.x_dim, device, sigma), rows=rows, resolution=resolution)
 
     # ------------------------------------------------------------------ keeping
 
@@ -461,7 +454,8 @@ class ConceptMoments:
         dims = {"x_dim": torch.tensor(self.x_dim), "z_dim": torch.tensor(self.z_dim)}
         if self._sums is None:
             return dims
-        return dims | write_state(*self._known(), self._resolution)
+        sums, gram = self._known()
+        return {**dims, **sums.state(), "gram": gram.values.clone()}
 
     @torch.inference_mode(False)
     def load_state_dict(self, d: dict[str, Tensor]) -> None:
@@ -477,14 +471,23 @@ class ConceptMoments:
                     f"{getattr(self, name)}: create ConceptMoments with the dimensions the state was saved with."
                 )
         if "rows" not in d:
-            self._sums, self._gram, self._resolution, self._torn = None, None, EXACT, False
+            self._sums, self._gram, self._torn = None, None, False
             return
         device = self._device or (d["gram"].device if "gram" in d else torch.device("cpu"))
         gram = PackedGram(self.x_dim, device)
-        sums = read_state(d, self.x_dim, self.z_dim, gram)
+        shapes = {"mean_x": (self.x_dim,), "mean_z": (self.z_dim,), "cross": (self.x_dim, self.z_dim)}
+        shapes |= {"concept": (self.z_dim, self.z_dim), "gram": tuple(gram.values.shape)}
+        shapes |= {"counts": (self.z_dim,)} if "counts" in d else {}
+        for name in ("rows", "weight", "weight_squares", "resolution", *shapes):
+            if name not in d:
+                raise ValueError(f"The state lacks {name!r}: give what state_dict returned, whole.")
+            shape = shapes.get(name, ())
+            if tuple(d[name].shape) != shape:
+                raise ValueError(f"{name!r} in the state has shape {tuple(d[name].shape)}: it must be {shape}.")
+            if not bool(torch.isfinite(d[name]).all()):
+                raise ValueError(f"{name!r} in the state is not finite: the file is damaged; gather the moments anew.")
         gram.values.copy_(d["gram"])
-        self._sums, self._gram, self._device = sums.to(device), gram, device
-        self._resolution, self._torn = float(d["resolution"]), False
+        self._sums, self._gram, self._device, self._torn = Sums.of(d).to(device), gram, device, False
 
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> ConceptMoments:
@@ -492,8 +495,7 @@ class ConceptMoments:
         self._check_whole()
         device = torch.device(device)
         if self._sums is not None and self._gram is not None:
-            gram = self._gram.like(self._gram.values.to(device))
-            gram.diagonal = gram.diagonal.to(device)
+            gram = PackedGram(self.x_dim, device, self._gram.values.to(device))
             self._sums, self._gram = self._sums.to(device), gram
         self._device = device
         return self

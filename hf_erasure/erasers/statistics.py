@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +21,9 @@ class Rows:
         x: `(all rows, x_dim)`, counted or not, in the dtype they came in.
         index: `(count,)` positions of the counted rows in `x`; None when all count.
         count: How many rows count.
-        ids: `(count,)` int64 class ids, or None.
-        values: `(count, z_dim)` float64 concept values, or None.
-        weight: `(count,)` float64, all positive; None when every row weighs 1.
+        ids: `(count,)` int64 class ids; None where there are values.
+        values: `(count, z_dim)` float64 concept values, of width 0 for a background; None where there are ids.
+        weight: `(count,)` float64, all positive.
     """
 
     x: Tensor
@@ -32,7 +31,7 @@ class Rows:
     count: int
     ids: Tensor | None
     values: Tensor | None
-    weight: Tensor | None
+    weight: Tensor
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """The counted rows `start:stop` of `x`."""
@@ -70,21 +69,26 @@ def read_rows(x: Tensor, z: Tensor | None, weight: Tensor | None, mask: Tensor |
         )
     if x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, so the batch is empty: leave batches without rows out.")
-    lead, device = x.shape[:-1], x.device
-    keep = None if mask is None else _as_mask(mask, lead, device).reshape(-1)
+    lead, device, flat = x.shape[:-1], x.device, x.detach().reshape(-1, x_dim)
+    keep = torch.ones(len(flat), dtype=torch.bool, device=device)
+    keep = keep if mask is None else _as_mask(mask, lead, device).reshape(-1)
     ids, values = _read_z(z, lead, z_dim)
-    ids = None if ids is None else ids.to(device).reshape(-1)
-    values = None if values is None else values.to(device).reshape(-1, z_dim)
     if ids is not None:
-        keep = ids != IGNORED if keep is None else keep & (ids != IGNORED)
-    flat_weight = None if weight is None else _read_weight(weight, lead, device, keep)
-    if flat_weight is not None:
-        keep = flat_weight > 0 if keep is None else keep & (flat_weight > 0)
-    index = None if keep is None or bool(keep.all()) else keep.nonzero().squeeze(1)
-    if index is not None:
-        ids, values, flat_weight = (None if t is None else t[index] for t in (ids, values, flat_weight))
-    flat = x.detach().reshape(-1, x_dim)
-    rows = Rows(flat, index, flat.shape[0] if index is None else index.numel(), ids, values, flat_weight)
+        ids = ids.to(device).reshape(-1)
+        keep = keep & (ids != IGNORED)
+    if values is not None:
+        values = values.to(device).reshape(len(flat), z_dim)
+    if weight is None:
+        weights = torch.ones(len(flat), dtype=torch.float64, device=device)
+    else:
+        weights = _read_weight(weight, lead, device, keep)
+        keep = keep & (weights > 0)
+    if bool(keep.all()):
+        rows = Rows(flat, None, len(flat), ids, values, weights)
+    else:
+        index = keep.nonzero().squeeze(1)
+        ids, values = (None if t is None else t[index] for t in (ids, values))
+        rows = Rows(flat, index, index.numel(), ids, values, weights[index])
     _check_concept(rows, z_dim)
     return rows
 
@@ -102,11 +106,11 @@ def _as_mask(mask: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
 
 
 def _read_z(z: Tensor | None, lead: torch.Size, z_dim: int) -> tuple[Tensor | None, Tensor | None]:
-    """Class ids `lead`, or values `lead + (z_dim,)`; neither for a background."""
+    """Class ids `lead`, or values `lead + (z_dim,)`."""
     if z_dim == 0:
         if z is not None:
             raise ValueError("z was given, but the moments have z_dim=0 (a background): leave z out, or set z_dim.")
-        return None, None
+        return None, torch.zeros(*lead, 0, dtype=torch.float64, device="cpu")
     if z is None:
         raise ValueError(f"z is missing, but the moments have z_dim={z_dim}: give class ids or concept values.")
     if not isinstance(z, Tensor):
@@ -130,7 +134,7 @@ def _read_z(z: Tensor | None, lead: torch.Size, z_dim: int) -> tuple[Tensor | No
     )
 
 
-def _read_weight(weight: Tensor, lead: torch.Size, device: torch.device, keep: Tensor | None) -> Tensor:
+def _read_weight(weight: Tensor, lead: torch.Size, device: torch.device, keep: Tensor) -> Tensor:
     """Flat float64 weights; rows that do not count get 0, whatever they held."""
     if not isinstance(weight, Tensor) or weight.dtype.is_complex:
         raise TypeError(f"weight is {type(weight).__name__}: give a tensor of real numbers, one per row.")
@@ -139,8 +143,7 @@ def _read_weight(weight: Tensor, lead: torch.Size, device: torch.device, keep: T
             f"weight has shape {tuple(weight.shape)}, but x without its last dimension has {tuple(lead)}: give one "
             "weight per row."
         )
-    flat = weight.detach().to(device=device, dtype=torch.float64).reshape(-1)
-    flat = flat if keep is None else torch.where(keep, flat, 0.0)
+    flat = torch.where(keep, weight.detach().to(device=device, dtype=torch.float64).reshape(-1), 0.0)
     bad = ~(torch.isfinite(flat) & (flat >= 0))
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
@@ -170,12 +173,12 @@ def _check_concept(rows: Rows, z_dim: int) -> None:
 
 # ---- sums and products of its rows -----------------------------------------------------------------------------------
 
-TENSORS = ("mean_x", "mean_z", "cross", "concept")
-"""What sums hold of the rows beside their numbers."""
+# What sums hold of the rows beside their numbers.
+_TENSORS = ("mean_x", "mean_z", "cross", "concept")
 
 
 class PackedGram:
-    """A symmetric `(dim, dim)` sum of products in float64, of which only the upper block triangle exists.
+    """A symmetric `(dim, dim)` sum of products, of which only the upper block triangle exists.
 
     Half the products and half the memory of a full matrix are saved: the float64 sum takes little more room than a
     full float32 matrix would. Block columns, `block` wide and as tall as the diagonal is deep, because products of
@@ -184,17 +187,20 @@ class PackedGram:
     Attributes:
         dim: Side of the matrix.
         block: Width of a block column.
-        values: float64, all block columns one after another, each row by row.
+        values: float64 where sums are kept, all block columns one after another, each row by row.
         diagonal: `(dim,)` int64, the positions of the diagonal among the values.
     """
 
-    def __init__(self, dim: int, device: torch.device) -> None:
+    def __init__(
+        self, dim: int, device: torch.device, values: Tensor | None = None, *, dtype: torch.dtype = torch.float64
+    ) -> None:
+        """Zeros, or what `values` of this layout hold."""
         # Measured on CPU: narrower blocks run slower, wider ones waste more below the diagonal.
         self.dim = dim
         self.block = 128 if dim <= 1024 else 256
         self._edges = [(start, min(start + self.block, dim)) for start in range(0, dim, self.block)]
         size = sum(stop * (stop - start) for start, stop in self._edges)
-        self.values = torch.zeros(size, dtype=torch.float64, device=device)
+        self.values = torch.zeros(size, dtype=dtype, device=device) if values is None else values
         offset, positions = 0, []
         for start, stop in self._edges:
             width = stop - start
@@ -202,46 +208,36 @@ class PackedGram:
             positions.append(torch.arange(square, offset, width + 1, device=device))
         self.diagonal = torch.cat(positions)
 
-    def columns(self, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Every block column `[:stop, start:stop]` of a matrix in this layout, as `(start, stop, view)`."""
+    def columns(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Every block column `[:stop, start:stop]`, as `(start, stop, view)`."""
         offset = 0
         for start, stop in self._edges:
             size = stop * (stop - start)
-            yield start, stop, values[offset : offset + size].view(stop, stop - start)
+            yield start, stop, self.values[offset : offset + size].view(stop, stop - start)
             offset += size
 
-    def products(self, rows: Tensor, out: Tensor, *, add: bool) -> None:
-        """`out (+)= rowsᵀ rows` for rows `(n, dim)`, in their dtype."""
-        for start, stop, column in self.columns(out):
-            column.addmm_(rows[:, :stop].T, rows[:, start:stop], beta=int(add))
-
-    def absorb(self, values: Tensor | None, vectors: Tensor, scales: Tensor) -> None:
-        """Add what `products` made, if anything, and `Σ scalesᵣ · vectorsᵣ vectorsᵣᵀ` for `(r, dim)` vectors."""
+    def absorb(self, products: PackedGram | None, vectors: Tensor, scales: Tensor) -> None:
+        """Add the products, if any, and `Σ scalesᵣ · vectorsᵣ vectorsᵣᵀ` for `(r, dim)` vectors."""
         scaled = (vectors * scales[:, None]).T
-        added = None if values is None else self.columns(values)
-        for start, stop, column in self.columns(self.values):
+        added = None if products is None else products.columns()
+        for start, stop, column in self.columns():
             # One column after another: it is still in the cache for the second addition.
             if added is not None:
                 column.add_(next(added)[2])
             if scaled.shape[1]:
                 column.addmm_(scaled[:stop], vectors[:, start:stop])
 
-    def like(self, values: Tensor) -> PackedGram:
-        """A matrix of the same size that holds `values`."""
-        other = copy.copy(self)
-        other.values = values
-        return other
+    def standardised(self, scale: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """The block columns with rows and columns multiplied by `scale` `(dim,)` and a diagonal of ones, copied."""
+        for start, stop, column in self.columns():
+            standard = column * scale[start:stop] * scale[:stop, None]
+            standard[start:].fill_diagonal_(1.0)
+            yield start, stop, standard
 
-    def standardise(self, scale: Tensor) -> None:
-        """Multiply rows and columns by `scale` `(dim,)`, and write ones on the diagonal, in place."""
-        for start, stop, column in self.columns(self.values):
-            column.mul_(scale[start:stop]).mul_(scale[:stop, None])
-        self.values[self.diagonal] = 1.0
-
-    def mean_square(self) -> float:
-        """Mean of the squares of all `dim²` entries."""
+    def mean_square(self, scale: Tensor) -> float:
+        """Mean of the squares of all `dim²` entries of the standardised matrix."""
         total = 0.0
-        for start, _, column in self.columns(self.values):
+        for start, _, column in self.standardised(scale):
             total += 2 * float(torch.linalg.vector_norm(column[:start])) ** 2
             total += float(torch.linalg.vector_norm(column[start:])) ** 2
         return total / self.dim**2
@@ -249,17 +245,20 @@ class PackedGram:
     def quadratic(self, forms: Tensor) -> Tensor:
         """`forms · matrix · formsᵀ` for float64 `(r, dim)` forms."""
         total = forms.new_zeros(forms.shape[0], forms.shape[0])
-        for start, stop, column in self.columns(self.values):
+        for start, stop, column in self.columns():
             above = forms[:, :start] @ column[:start] @ forms[:, start:stop].T
             total += above + above.T + forms[:, start:stop] @ column[start:] @ forms[:, start:stop].T
         return total
 
-    def cholesky(self, shift: float) -> Tensor | None:
-        """The upper factor `U`, `Uᵀ U = matrix + shift · I`; None if that is not positive definite."""
+    def cholesky(self, scale: Tensor, share: float, jitter: float) -> Tensor | None:
+        """The upper factor `U` of the standardised matrix, shrunk; None where that is not positive definite.
+
+        `Uᵀ U = (1 − share) · standardised + (share + jitter) · I`.
+        """
         full = self.values.new_zeros(self.dim, self.dim)
-        for start, stop, column in self.columns(self.values):
-            full[start:stop, :stop] = column.T
-        full.diagonal().add_(shift)
+        for start, stop, column in self.standardised(scale):
+            full[start:stop, :stop] = column.mul_(1 - share).T
+        full.diagonal().add_(share + jitter)
         # The transpose lies in memory as LAPACK wants it, and is factored where it lies: no copy, no second matrix.
         upper, info = full.mT, torch.zeros((), dtype=torch.int32, device=full.device)
         torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
@@ -268,7 +267,7 @@ class PackedGram:
     def dense(self) -> Tensor:
         """The full matrix, `(dim, dim)`, symmetric to the bit."""
         full = self.values.new_empty(self.dim, self.dim)
-        for start, stop, column in self.columns(self.values):
+        for start, stop, column in self.columns():
             full[:start, start:stop] = column[:start]
             full[start:stop, :start] = column[:start].T
             # Two triangles of one product may round differently.
@@ -284,6 +283,7 @@ class Sums:
         rows: How many rows.
         weight: Sum of their weights.
         weight_squares: Sum of the squared weights.
+        resolution: Machine epsilon of the coarsest rows.
         mean_x: `(d,)` weighted mean.
         mean_z: `(k,)` weighted mean; shares of the classes for class ids.
         cross: `(d, k)` sum of `w (x − mean_x)(z − mean_z)ᵀ`.
@@ -294,6 +294,7 @@ class Sums:
     rows: int
     weight: float
     weight_squares: float
+    resolution: float
     mean_x: Tensor
     mean_z: Tensor
     cross: Tensor
@@ -309,6 +310,7 @@ class Sums:
             rows=self.rows + other.rows,
             weight=weight,
             weight_squares=self.weight_squares + other.weight_squares,
+            resolution=max(self.resolution, other.resolution),
             mean_x=self.mean_x + share * shift_x,
             mean_z=self.mean_z + share * shift_z,
             cross=self.cross + other.cross + coupling * torch.outer(shift_x, shift_z),
@@ -316,9 +318,24 @@ class Sums:
             counts=None if self.counts is None or other.counts is None else self.counts + other.counts,
         )
 
+    def state(self) -> dict[str, Tensor]:
+        """Copies of everything, as tensors."""
+        numbers = {"rows": torch.tensor(self.rows)}
+        for name in ("weight", "weight_squares", "resolution"):
+            numbers[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
+        held = numbers | {name: getattr(self, name).clone() for name in _TENSORS}
+        return held if self.counts is None else {**held, "counts": self.counts.clone()}
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor]) -> Sums:
+        """The sums of a state that is known to be sound, copied."""
+        held: dict[str, Any] = {name: state[name].detach().double().clone() for name in _TENSORS}
+        held |= {name: float(state[name]) for name in ("weight", "weight_squares", "resolution")}
+        return cls(rows=int(state["rows"]), counts=state["counts"].clone() if "counts" in state else None, **held)
+
     def to(self, device: torch.device) -> Sums:
         """The same sums on another device."""
-        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in TENSORS}
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
         return replace(self, **moved, counts=None if self.counts is None else self.counts.to(device))
 
 
@@ -328,37 +345,35 @@ def sum_rows(rows: Rows, z_dim: int, device: torch.device) -> Sums:
     Raises:
         ValueError: If a counted row of x is not finite.
     """
-    ids, values, weight = (None if t is None else t.to(device) for t in (rows.ids, rows.values, rows.weight))
-    total = float(rows.count) if weight is None else float(weight.sum())
-    squares = float(rows.count) if weight is None else float(weight.square().sum())
+    ids, weight = None if rows.ids is None else rows.ids.to(device), rows.weight.to(device)
+    total = float(weight.sum())
     centred = counts = None
-    if ids is not None:
-        counts = torch.bincount(ids, minlength=z_dim)
-        by_class = counts.double() if weight is None else torch.bincount(ids, weight, minlength=z_dim)
-        mean_z, concept = by_class / total, torch.diag(by_class) - torch.outer(by_class, by_class) / total
-    elif values is None:
-        mean_z = torch.zeros(z_dim, dtype=torch.float64, device=device)
-        concept = torch.diag(mean_z)
-    else:
-        mean_z = (values if weight is None else values * weight[:, None]).sum(0) / total
+    if rows.values is not None:
+        values = rows.values.to(device)
+        mean_z = (values * weight[:, None]).sum(0) / total
         plain = values - mean_z
-        centred = plain if weight is None else plain * weight[:, None]
+        centred = plain * weight[:, None]
         concept = plain.T @ centred
+    elif ids is not None:
+        counts = torch.bincount(ids, minlength=z_dim)
+        by_class = weight.new_zeros(z_dim).index_add_(0, ids, weight)
+        mean_z, concept = by_class / total, torch.diag(by_class) - torch.outer(by_class, by_class) / total
     pivot, sums, cross = _sum_x(rows, ids, centred, weight, z_dim, device)
     shift = sums.sum(0) / total
     if not bool(torch.isfinite(shift).all()):
         _reject(rows)
     if centred is None:
         # Class sums are not centred yet: every class holds its share of the mean.
-        cross = (sums - total * mean_z[:, None] * shift).T if z_dim else sums.new_zeros(sums.shape[1], 0)
-    return Sums(rows.count, total, squares, pivot + shift, mean_z, cross.contiguous(), concept, counts)
+        cross = (sums - total * mean_z[:, None] * shift).T
+    exact = float(weight.square().sum()), torch.finfo(rows.x.dtype).eps
+    return Sums(rows.count, total, *exact, pivot + shift, mean_z, cross.contiguous(), concept, counts)
 
 
 def _sum_x(
     rows: Rows,
     ids: Tensor | None,
     centred: Tensor | None,
-    weight: Tensor | None,
+    weight: Tensor,
     z_dim: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -380,8 +395,7 @@ def _sum_x(
             x -= pivot
         if centred is not None:
             cross.addmm_(x.T, centred[part])
-        if weight is not None:
-            x *= weight[part, None]
+        x *= weight[part, None]
         if ids is None:
             sums[0] += x.sum(0)
         else:
@@ -425,90 +439,43 @@ def product_dtype(x_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float64 if is_reduced or x_dtype == torch.float64 else torch.float32
 
 
-def centred_products(rows: Rows, mean: Tensor, gram: PackedGram, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def centred_products(
+    rows: Rows, mean: Tensor, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[PackedGram, Tensor]:
     """Multiply the counted rows with themselves, a chunk at a time.
 
     Args:
         rows: The batch.
         mean: `(d,)` float64 mean of its counted rows.
-        gram: The layout of the result.
-        dtype: Of the products; float64 is used instead where squares leave the range of float32.
+        device: Where to.
+        dtype: Of the products; None for that of the rows. It is float64 where squares leave the range of float32.
 
     Returns:
-        `Σ w (x − c)(x − c)ᵀ` in the layout of `gram`, and `c − mean` `(d,)` float64; c is the mean rounded to `dtype`.
+        `Σ w (x − c)(x − c)ᵀ`, and `c − mean` `(d,)` float64; c is the mean rounded to the dtype.
 
     Raises:
         ValueError: If squares leave the range of float64.
     """
-    device = gram.values.device
+    dtype, width = product_dtype(rows.x.dtype, device) if dtype is None else dtype, mean.numel()
     # A centred chunk takes at most 2/3 d² numbers of 4 bytes, beside as much for the products and twice as much for the
     # sums they go to. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
     copied = rows.index is not None or rows.x.dtype != dtype or rows.x.device != device
-    size = max(512, min(2048, gram.dim * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
-    centre = mean.to(dtype)
-    root = None if rows.weight is None else rows.weight.sqrt().to(device=device, dtype=dtype)[:, None]
-    out = torch.empty_like(gram.values, dtype=dtype)
-    buffer = torch.empty(min(size, rows.count), gram.dim, dtype=dtype, device=device)
+    size = max(512, min(2048, width * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
+    centre, root = mean.to(dtype), rows.weight.sqrt().to(device=device, dtype=dtype)[:, None]
+    products = PackedGram(width, device, dtype=dtype)
+    buffer = torch.empty(min(size, rows.count), width, dtype=dtype, device=device)
     for start in range(0, rows.count, size):
         stop = min(start + size, rows.count)
         centred = buffer[: stop - start]
         torch.sub(rows.chunk(start, stop).to(device=device, dtype=dtype), centre, out=centred)
-        if root is not None:
-            centred *= root[start:stop]
-        gram.products(centred, out, add=start > 0)
-    largest = float(out[gram.diagonal].max())
-    weight = rows.count if rows.weight is None else float(rows.weight.sum())
+        centred *= root[start:stop]
+        for first, last, column in products.columns():
+            column.addmm_(centred[:, :last].T, centred[:, first:last])
+    largest = float(products.values[products.diagonal].max())
     # Squares beyond the range of float32: too large, or so small that they vanish.
-    if dtype != torch.float64 and not 1e-30 * weight <= largest < float("inf"):
-        del buffer, out
-        return centred_products(rows, mean, gram, torch.float64)
+    if dtype != torch.float64 and not 1e-30 * float(rows.weight.sum()) <= largest < float("inf"):
+        del buffer, products
+        return centred_products(rows, mean, device, torch.float64)
     if not largest < float("inf"):
         raise ValueError("x holds numbers whose squares overflow float64: scale the activations down.")
-    return out, centre.double() - mean
-
-
-# ---- state -----------------------------------------------------------------------------------------------------------
-
-
-def write_state(sums: Sums, gram: PackedGram, resolution: float) -> dict[str, Tensor]:
-    """Copies of everything that rows contributed."""
-    state = {
-        "rows": torch.tensor(sums.rows),
-        "weight": torch.tensor(sums.weight, dtype=torch.float64),
-        "weight_squares": torch.tensor(sums.weight_squares, dtype=torch.float64),
-        "resolution": torch.tensor(resolution, dtype=torch.float64),
-        "gram": gram.values.clone(),
-    }
-    state |= {name: getattr(sums, name).clone() for name in TENSORS}
-    return state if sums.counts is None else {**state, "counts": sums.counts.clone()}
-
-
-def read_state(d: dict[str, Tensor], x_dim: int, z_dim: int, gram: PackedGram) -> Sums:
-    """The sums of a state, copied, once all of the state is known to be sound.
-
-    Raises:
-        ValueError: If an entry is missing, has another shape or is not finite.
-    """
-    shapes: dict[str, tuple[int, ...]] = {
-        "rows": (),
-        "weight": (),
-        "weight_squares": (),
-        "resolution": (),
-        "mean_x": (x_dim,),
-        "mean_z": (z_dim,),
-        "cross": (x_dim, z_dim),
-        "concept": (z_dim, z_dim),
-        "gram": tuple(gram.values.shape),
-        **({"counts": (z_dim,)} if "counts" in d else {}),
-    }
-    for name, shape in shapes.items():
-        if name not in d:
-            raise ValueError(f"The state lacks {name!r}: give what state_dict returned, whole.")
-        if tuple(d[name].shape) != shape:
-            raise ValueError(f"{name!r} in the state has shape {tuple(d[name].shape)}: it must be {shape}.")
-        if not bool(torch.isfinite(d[name]).all()):
-            raise ValueError(f"{name!r} in the state is not finite: the file is damaged; gather the moments anew.")
-    mean_x, mean_z, cross, concept = (d[name].detach().double().clone() for name in TENSORS)
-    scalars = int(d["rows"]), float(d["weight"]), float(d["weight_squares"])
-    counts = d["counts"].detach().clone() if "counts" in d else None
-    return Sums(*scalars, mean_x, mean_z, cross, concept, counts)
+    return products, centre.double() - mean

@@ -409,7 +409,7 @@ def test_an_interruption_before_the_sums_are_touched_changes_nothing(monkeypatch
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(PackedGram, "products", exhausted)
+        patch.setattr(PackedGram, "columns", exhausted)
         with pytest.raises(MemoryError):
             moments.update(x, z)
     assert same(moments, before)
