@@ -26,8 +26,9 @@ from .common.files import PICKLE, PREFIX, WEIGHTS
 from .common.layer import AdapterChild
 from .common.lookup import Found, adapters_in
 from .common.tuner import is_child
-from .loading.file_checks import TYPES
 
+# The types of tensors that adapters have, by the names that safetensors has for them.
+_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}
 # What stands in the name of a module that was compiled, sharded or checkpointed by itself.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -134,7 +135,7 @@ def _check_whole(own: dict[str, Tensor], config: ChildConfig, adapter_name: str,
         for name, tensor in own.items()
         if name not in expected
         or tuple(tensor.shape) != expected[name][0]
-        or TYPES.get(tensor.dtype) not in expected[name][1]
+        or _TYPES.get(tensor.dtype) not in expected[name][1]
     ]
     if wrong:
         raise ValueError(

@@ -48,10 +48,9 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
 from .common.acting import users_level
-from .common.config import ChildConfig
+from .common.config import ChildConfig, read_config
 from .common.files import CARD, COMMIT, CONFIG, STAGING
 from .common.layer import child_configs
-from .loading.file_checks import read_config
 from .saved_tensors import own_tensors, refuse_embeddings, refuse_loss
 
 # What is to be committed is in this folder of a staging; a file beside it is locked by its writer while that lives.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import targeted_parameters
+from hf_erasure.adapters.common import placement
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.loading import fingerprint
 from tests.adapters.gradiend import lifecycle as gradiend
@@ -358,14 +359,14 @@ def test_weights_that_are_out_of_reach_are_left_out_and_it_is_said_once(
 ):
     """As of a model that is sharded, or whose weights accelerate keeps where they cannot be reached."""
     folder = saved(llama(), "gradiend", tmp_path / "adapter")
-    original = fingerprint.why_not_reachable
+    original = placement.is_sharded
 
-    def unreachable(module: Any) -> str | None:
-        return "is sharded" if isinstance(module, torch.nn.Linear) else original(module)
+    def sharded(parameter: torch.Tensor) -> bool:
+        return parameter.dim() > 1 or original(parameter)
 
-    monkeypatch.setattr(fingerprint, "why_not_reachable", unreachable)
+    monkeypatch.setattr(placement, "is_sharded", sharded)
     (told,) = said(lambda: llama().load_adapter(str(folder)))
-    assert re.search(r"was checked in part: 14 of the \d+ weights .* cannot be read here", told)
+    assert re.search(r"was checked in part: 15 of the \d+ weights .* cannot be read here", told)
     with pytest.raises(ValueError, match="another model"):  # by those that can be
         llama(seed=7).load_adapter(str(folder))
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig
 from hf_erasure.adapters.common import config as patterns
-from hf_erasure.adapters.loading import file_checks as untrusted
+from hf_erasure.adapters.loading import load
 from hf_erasure.cli import app
 from hf_erasure.fitting.checkpoint import FitCheckpoint
 from hf_erasure.recipes.schema import read_content
@@ -295,7 +295,7 @@ def test_files_that_cannot_be_looked_at_are_not_loaded(lifecycle: Lifecycle, mon
     def fail(self: Any, name: str) -> None:
         raise OSError("503 Service Unavailable")
 
-    monkeypatch.setattr(untrusted.Source, "file", fail)
+    monkeypatch.setattr(load.Source, "file", fail)
     for way in WAYS[:2]:
         refused(
             way, lifecycle.base("bert"), lifecycle.folder(CELL), "could not be checked before they are loaded .*503"

@@ -24,8 +24,8 @@ from hf_erasure import (
     verify_adapter,
 )
 from hf_erasure.adapters import erasure_layers, gradiend_layers, targeted_parameters
+from hf_erasure.adapters.common import placement
 from hf_erasure.adapters.common.placement import dequantised, has_quantised, quantised_modules
-from hf_erasure.adapters.loading import fingerprint
 from tests.adapters.gradiend import lifecycle as gradiends
 from tests.ecosystem.quantised_bases import ARCHITECTURES, KINDS, Bases, load
 from tests.fitting.gradiend.language_models import CLASSES, neutral, pairs, tokenizer_of
@@ -228,7 +228,7 @@ def test_quantised_weights_are_read_as_the_numbers_they_stand_for(kind: str, bas
 def test_weights_that_cannot_be_read_are_said_to_be(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     erased(bases.load("llama"), "llama").save_pretrained(tmp_path)
     model = bases.load("llama", "quanto int8")
-    monkeypatch.setattr(fingerprint, "dequantised", lambda module, name: None)
+    monkeypatch.setattr(placement, "dequantised", lambda module, name: None)
     with pytest.warns(UserWarning, match=r"could not be checked: none of the 14 weights .*proj.weight'.* quantiser"):
         model.load_adapter(tmp_path, NAME)
     assert verify_adapter(model, NAME, small_batch("llama"))

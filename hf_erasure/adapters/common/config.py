@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
+import stat
 import time
 import types
 import typing
@@ -17,6 +19,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar
 
 import regex  # type: ignore[import-untyped]
@@ -31,6 +34,8 @@ Layout = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 # The names that safetensors has for float32 and float64, and for int32.
 FLOATS, INDICES = ("F32", "F64"), ("I32",)
+# Bytes. A configuration that names ten thousand weights, each with samples of its values, has a few million.
+MAX_CONFIG_BYTES = 16 * 2**20
 # What may be the name of a module; as part of a regular expression, which PEFT makes of it, it stands for itself.
 _NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
@@ -240,6 +245,38 @@ def _too_slow(config: Any, field: str, seconds: float) -> str:
 
 
 # ---- values that any file may hold -----------------------------------------------------------------------------------
+
+
+def size_of(file: Path) -> int:
+    """The size of a file in bytes.
+
+    Raises:
+        ValueError: If it is a device or a pipe, which has none, and might never end.
+    """
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{str(file)!r} is not an ordinary file.")
+    return found.st_size
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of an `adapter_config.json`.
+
+    Raises:
+        ValueError: If it is not JSON, not an object, or far larger than any configuration.
+    """
+    size = size_of(file)
+    if size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{str(file)!r} has {size} bytes, and no configuration is that long: it is damaged.")
+    try:
+        content = json.loads(file.read_bytes().decode("utf-8"))  # NaN may be among what was measured
+    except RecursionError as error:
+        raise ValueError(f"{str(file)!r} is nested too deeply to be a configuration: it is damaged.") from error
+    except ValueError as error:  # of JSON, of Unicode, and of numbers with thousands of digits
+        raise ValueError(f"{str(file)!r} is damaged: {error}. Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(file)!r} holds {short(content)} and no configuration: it is damaged.")
+    return content
 
 
 def check_types(config: Any) -> None:

@@ -18,6 +18,8 @@ from torch.distributed.fsdp import FlatParameter
 
 from .layer import ordinary
 
+# What stands in the place of a dtype where a quantiser has packed the numbers.
+QUANTISED = "quantised"
 # What to do where weights are quantised, in the words of a message.
 FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the merged model"
 
@@ -80,6 +82,30 @@ def value_of(module: nn.Module, name: str) -> Tensor | None:
     if parameter.device.type == "meta":
         raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {why_not_reachable(module)}.")
     return parameter.detach()
+
+
+def numbers_of(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
+    """The numbers of a model's parameter, wherever they are, and the name of their dtype, or else `QUANTISED`.
+
+    It is found also where a LoRA has wrapped its module since. The numbers are None where this process cannot read all
+    of them. Of a quantised parameter they are those that it stands for.
+    """
+    path, _, own = name.rpartition(".")
+    for place in (path, f"{path}.base_layer"):
+        try:
+            module = model.get_submodule(place)
+        except AttributeError:
+            continue
+        parameter = module._parameters.get(own)
+        if parameter is None:
+            continue
+        is_elsewhere = parameter.device.type == "meta"
+        if is_quantised(parameter):
+            return None if is_elsewhere else dequantised(module, own), QUANTISED
+        if is_sharded(parameter) or (is_elsewhere and _hook_of(module) is None):
+            continue
+        return value_of(module, own), str(parameter.dtype).removeprefix("torch.")
+    return None, ""
 
 
 def value_where_it_runs(module: nn.Module, name: str) -> Tensor | None:

@@ -15,8 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from ..loading.file_checks import rename_fitted, renaming
-from ..loading.fingerprint import check_base
+from ..loading.fingerprint import recognise
 from .acting import all_configs, kind_of, naming_what_goes_off
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
@@ -100,7 +99,9 @@ class ChildTuner(BaseTuner):
             )
         check_targets(config, model)
         if config.fitted:
-            self._recognise(model, config)
+            recognise(model, config)
+            if config.target_modules is None:  # PEFT takes that for a default of its own
+                config.target_modules = exactly(list(config.fitted_modules), model)
         elif config.revision is None:
             # Of the base, like its name: what was downloaded.
             config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
@@ -118,24 +119,6 @@ class ChildTuner(BaseTuner):
         wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
         self._check_complete(config, adapter_children(model, adapter_name), wanted)
         note_adapters(model)
-
-    def _recognise(self, model: nn.Module, config: Any) -> None:
-        """Give a fitted adapter the names that its modules have in a model, and refuse another base."""
-        rename = renaming(model, config.fitted_modules)
-        if rename not in (None, str):
-            rename_fitted(config, rename)
-        try:
-            check_base(model, config)
-        except ValueError as error:
-            merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
-            if not merged:
-                raise
-            raise ValueError(
-                f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before "
-                "other adapters are loaded, and merge again afterwards."
-            ) from error
-        if config.target_modules is None:  # PEFT takes that for a default of its own
-            config.target_modules = exactly(list(config.fitted_modules), model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Name the modules that `target_modules=None` stands for."""

@@ -1,7 +1,8 @@
-"""Recognise the base model an adapter was fitted on by a sample of its weights.
+"""Recognise the base model an adapter was fitted on, by the names of its modules and a sample of its weights.
 
-A hash would call a float32 and a bf16 copy of one checkpoint different; sampled values, compared within the coarser
-dtype's rounding, do not. Of a quantised weight the numbers that it stands for are compared, only by their correlation.
+In the bare model and in one with a head the same modules have other names. As to weights, a hash would call a float32
+and a bf16 copy of one checkpoint different; sampled values, compared within the coarser dtype's rounding, do not. Of a
+quantised weight the numbers that it stands for are compared, only by their correlation.
 
 Sampled is every weight that an adapter acts on: those of its modules, and of a module without a matrix (a norm, whose
 weights often are all ones) the next matrix besides. Up to 64 values of each, and fewer where the weights are many:
@@ -18,23 +19,24 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..common.acting import users_level
 from ..common.config import ChildConfig, Provenance, fits, short
-from ..common.placement import dequantised, is_quantised, is_sharded, shared_weights, value_of, why_not_reachable
-from .file_checks import absent, prefix_of
+from ..common.placement import QUANTISED, is_quantised, numbers_of, shared_weights
+
+Rename = Callable[[str], str]
 
 # Values that are kept of a weight at most, of all weights together, and of a weight at least: enough for a correlation,
 # and a configuration stays a file of some hundred kilobytes.
 SAMPLES, TOTAL, FEWEST = 64, 2048, 4
-QUANTISED = "quantised"
 # Below this correlation of the sampled values the weights are those of another model, not a further training of it.
 RELATED = 0.9
 # Packed into 2 bits a normal sample still correlates by 0.85 with itself, and 64 values of another model by 0 ± 0.13.
@@ -63,7 +65,7 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
     each = max(FEWEST, min(SAMPLES, TOTAL // max(1, len(names))))
     found: dict[str, Any] = {}
     for name in names:
-        weight, dtype = _weight(model, name)
+        weight, dtype = numbers_of(model, name)
         if weight is None or not weight.numel():
             continue
         positions = torch.linspace(0, weight.numel() - 1, min(each, weight.numel()), device="cpu", dtype=torch.double)
@@ -77,8 +79,8 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
     return found
 
 
-def check_base(model: nn.Module, config: ChildConfig) -> None:
-    """Compare a fitted adapter with the model it is about to be attached to.
+def recognise(model: nn.Module, config: ChildConfig) -> None:
+    """Give a fitted adapter the names that its modules have in the model it is about to be attached to.
 
     Warns when the weights are a further-trained version of the adapter's base, and of weights that cannot be read.
     Where tokens were added or removed, the rows that both models have are compared.
@@ -88,25 +90,38 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             model. The last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
         TypeError: If the fingerprint is none.
     """
-    modules = {name for name, _ in model.named_modules()}
-    if not modules.issuperset(config.fitted_modules):
-        missing = absent(model, config.fitted_modules)
-        others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
+    try:
+        rename = renaming(model, config.fitted_modules)
+        if rename is None:
+            _refuse_absent(model, config)
+        elif rename is not str:
+            rename_fitted(config, rename)
+        kept = Provenance.of(config).fingerprint
+        if not kept:
+            warnings.warn(
+                f"The {config.described} does not say what weights it was fitted on ({_fitted_on(config)}): whether "
+                "this is the same base cannot be checked.",
+                stacklevel=2,
+            )
+        pairs = _pairs_of(model, config, kept)
+        _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
+        _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
+    except ValueError as error:
+        merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
+        if not merged:
+            raise
         raise ValueError(
-            f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r}{others}, which this "
-            f"{type(model).__name__} does not have.{_hint(model, config, missing)}"
-        )
-    kept = Provenance.of(config).fingerprint
-    if not kept:
-        warnings.warn(
-            f"The {config.described} does not say what weights it was fitted on ({_fitted_on(config)}): whether this "
-            "is the same base cannot be checked.",
-            stacklevel=2,
-        )
+            f"{error} But {sorted(merged)} are merged into the weights here: call unmerge_adapter() before "
+            "other adapters are loaded, and merge again afterwards."
+        ) from error
+
+
+def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> list[_Pair]:
+    """The samples of a fingerprint with what this model has there; refuses weights of another shape."""
     pairs, unread, of_tokens = [], [], _token_weights(model)
     for name, sample in kept.items():
         _check_sample(name, sample)
-        weight, dtype = _weight(model, name)
+        weight, dtype = numbers_of(model, name)
         if weight is None:
             unread.append(name)
             continue
@@ -128,8 +143,7 @@ def check_base(model: nn.Module, config: ChildConfig) -> None:
             pairs.append(pair)
     if unread:
         _say_unread(unread, len(kept), config)
-    _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
-    _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
+    return pairs
 
 
 def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +156,7 @@ def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, sample in kept.items():
         _check_sample(name, sample)
-        weight, dtype = _weight(model, name)
+        weight, dtype = numbers_of(model, name)
         if weight is not None and max(sample["positions"]) < weight.numel():
             values = _at(weight, torch.tensor(sample["positions"], device="cpu", dtype=torch.long)).tolist()
             found[name] = sample | {"shape": list(weight.shape), "dtype": dtype, "values": values}
@@ -338,6 +352,70 @@ def _fitted_on(config: ChildConfig) -> str:
     return f"{name}{revision}" if name else kind or "another model"
 
 
+# ---- names in the bare model, and in the same model with a head ------------------------------------------------------
+
+
+def renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
+    """What turns names of modules into those that the same modules have in a model.
+
+    Returns:
+        None where a module is in this model neither as it is called, nor with or without the `base_model_prefix`.
+    """
+    names, modules, prefix = list(names), {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
+    ways: tuple[Rename, ...] = (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix))
+    return next((rename for rename in ways if all(rename(name) in modules for name in names)), None)
+
+
+def prefix_of(model: Any) -> str:
+    """What stands before the names of the bare model's modules in the same model with a head; may be empty."""
+    body = getattr(model, "base_model", None)
+    if isinstance(body, nn.Module) and body is not model:
+        return next(name for name, module in model.named_modules() if module is body)
+    return getattr(model, "base_model_prefix", "")
+
+
+def rename_fitted(config: ChildConfig, rename: Rename) -> None:
+    """Let a fitted adapter act at the modules of other names, and say so in all that it has written down of them."""
+    at = list(config.fitted_modules)
+    config.provenance = dict(config.provenance)
+    for key in ("fitted_sites", "fitted_parameters"):
+        if getattr(config, key, None):
+            setattr(config, key, {rename(name): value for name, value in getattr(config, key).items()})
+    measured = {key: config.provenance[key] for key in ("leakage", "leakage_intervals") if config.provenance.get(key)}
+    for key, figures in measured.items():
+        config.provenance[key] = {rename(name) if name in at else name: value for name, value in figures.items()}
+    kept = config.provenance.get("fingerprint") or {}
+    config.provenance["fingerprint"] = {rename(name): sample for name, sample in kept.items()}
+    # Patterns were made for the other names; where it acts is known.
+    for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        setattr(config, key, None)
+
+
+def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
+    """Name the sites that are missing, and where they are: in a head that is not here, or below one of the modules."""
+    sites, names = list(config.fitted_modules), {name for name, _ in model.named_modules()}
+    base_class, prefix = Provenance.of(config).base_class, f"{prefix_of(model)}."
+    missing = [site for site in sites if site not in names]  # where some have another name here, those without one
+    missing = [site for site in missing if not {prefix + site, site.removeprefix(prefix)} & names] or missing
+    others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
+    below = (child for child, _ in model.named_children() if all(f"{child}.{site}" in names for site in sites))
+    hint = "Load it into the model it was fitted on."
+    kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
+    if kin and not any(site.startswith(prefix) for site in missing):
+        place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"
+        hint = (
+            f"{len(sites) - len(missing)} of its {len(sites)} modules are here, {short(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} {place}: load it into a {base_class}, or fit it again with "
+            "targets that both models have."
+        )
+    elif child := next(below, None):
+        hint = f"They exist below model.{child}: call model.{child}.load_adapter(…)."
+    raise ValueError(
+        f"The {config.described} was fitted on {_fitted_on(config)} and acts at {missing[0]!r}{others}, which this "
+        f"{type(model).__name__} does not have. {hint}"
+    )
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -357,25 +435,16 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     def tell(full: str) -> bool:
         name = full.replace(".base_layer.", ".")
         if name not in told:
-            module, own = _place(model, name)
-            is_packed = module is not None and is_quantised(module.get_parameter(own))
-            told[name] = module is not None and not (is_packed and dequantised(module, own) is None)
+            told[name] = numbers_of(model, name)[0] is not None
         return told[name]
 
     for site in sites:
         here = [tell(name) and name in are_matrices for name in own.get(site, []) if "lora_" not in name]
-        if not any(here):
-            any(tell(name) for name in _outwards(site, matrices))
+        if not any(here):  # the next is one inside the module, or else inside the module that contains it, and so on
+            parts = site.split(".")
+            around = [".".join([*parts[:depth], ""]) for depth in range(len(parts), -1, -1)]
+            any(tell(name) for place in around for name in matrices if name.startswith(place))
     return [name for name, readable in told.items() if readable]
-
-
-def _outwards(site: str, matrices: list[str]) -> Iterator[str]:
-    """The matrices inside a module, then those inside the module that contains it, and so on."""
-    around = site
-    while around:
-        yield from (name for name in matrices if name.startswith(f"{around}."))
-        around = around.rpartition(".")[0]
-    yield from matrices
 
 
 def _at(weight: Tensor, positions: Tensor) -> Tensor:
@@ -383,57 +452,6 @@ def _at(weight: Tensor, positions: Tensor) -> Tensor:
     if weight.is_contiguous():
         return weight.view(-1)[positions.to(weight.device)].to("cpu", torch.double)
     return weight[torch.unravel_index(positions.to(weight.device), weight.shape)].to("cpu", torch.double)
-
-
-def _weight(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
-    """The numbers of a parameter with the name of their dtype; None where there is nothing to read."""
-    module, own = _place(model, name)
-    if module is None:
-        return None, ""
-    parameter = module.get_parameter(own)
-    if is_quantised(parameter):
-        return dequantised(module, own), QUANTISED
-    return value_of(module, own), str(parameter.dtype).removeprefix("torch.")
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The module that owns a parameter, and its name there; None where it cannot be read.
-
-    It is found also where a LoRA has wrapped its module since.
-    """
-    path, _, own = name.rpartition(".")
-    for candidate in (path, f"{path}.base_layer"):
-        try:
-            module = model.get_submodule(candidate)
-        except AttributeError:
-            continue
-        parameter = module._parameters.get(own)
-        if parameter is None or why_not_reachable(module) is not None:
-            continue
-        # One process must see all of it.
-        if not is_quantised(parameter) and (type(parameter.data) is not Tensor or is_sharded(parameter)):
-            continue
-        if not (is_quantised(parameter) and parameter.device.type == "meta"):
-            return module, own
-    return None, own
-
-
-def _hint(model: nn.Module, config: ChildConfig, missing: list[str]) -> str:
-    """Where the sites are: in a head that this model does not have, or below one of its modules."""
-    sites, names = list(config.fitted_modules), {name for name, _ in model.named_modules()}
-    base_class, prefix = Provenance.of(config).base_class, f"{prefix_of(model)}."
-    kin = getattr(getattr(transformers, base_class, None), "base_model_prefix", "") == prefix[:-1] != ""
-    if kin and not any(site.startswith(prefix) for site in missing):
-        place = "not here" if base_class.endswith("Model") else f"in the head of {base_class}"
-        return (
-            f" {len(sites) - len(missing)} of its {len(sites)} modules are here, {short(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} {place}: load it into a {base_class}, or fit it again with "
-            "targets that both models have."
-        )
-    for child, _ in model.named_children():
-        if all(f"{child}.{site}" in names for site in sites):
-            return f" They exist below model.{child}: call model.{child}.load_adapter(…)."
-    return " Load it into the model it was fitted on."
 
 
 def _token_weights(model: nn.Module) -> set[str]:

@@ -32,7 +32,7 @@ from ..erasure.layer import erasure_layers
 from ..gradiend.config import GradiendConfig
 from ..gradiend.model import base_modules
 from ..gradiend.state import changes_of, targeted_parameters
-from ..loading.file_checks import renaming
+from ..loading.fingerprint import renaming
 from .plan import plan_merge, refuse_sharded
 from .probe import Probe
 from .record import Snapshot, is_weight_layer, weight_change
