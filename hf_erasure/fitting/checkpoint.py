@@ -21,16 +21,17 @@ from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.files import read_tensors, write_tensors, write_whole
 from hf_erasure.erasers import ConceptMoments, Eraser
 
-from .labels import BatchLabels
+from .labels import BatchLabels, SiteStatistics, Source
 from .processes import Processes
-from .sites import SiteFit, SiteStatistics
+from .report import SiteReport
+from .sites import SiteFit
 
 MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
 # Moments are written so seldom that writing takes no more than this share of the time.
 WRITING_SHARE = 0.1
-# What is kept of a `SiteFit` beside its tensors and their dtype.
-_FIGURES = ("rows", "correlation", "change")
+# What is kept of a site's line of the report: the name there → the name in the file.
+_FIGURES = {"rows": "rows", "correlation_fit": "correlation", "change_labelled": "change"}
 
 
 class FitCheckpoint:
@@ -98,7 +99,7 @@ class FitCheckpoint:
         tensors = {"left": eraser.left, "right": eraser.right, "shares": fit.shares}
         if eraser.bias is not None:
             tensors["bias"] = eraser.bias
-        figures = {name: getattr(fit, name) for name in _FIGURES}
+        figures = {kept: getattr(fit.line, name) for name, kept in _FIGURES.items()}
         facts = {"site": site, "data": data, "dtype": str(fit.dtype).removeprefix("torch."), **figures}
         write_tensors(self.folder / f"site-{self.sites.index(site):04d}.safetensors", tensors, facts)
 
@@ -113,13 +114,14 @@ class FitCheckpoint:
             tensors, facts = read_tensors(path)
             self.check_data(facts["data"], data)
             eraser = Eraser(left=tensors["left"], right=tensors["right"], bias=tensors.get("bias"))
-            figures = {name: facts[name] for name in _FIGURES}
-            found[facts["site"]] = SiteFit(eraser, getattr(torch, facts["dtype"]), shares=tensors["shares"], **figures)
+            figures = {name: facts[kept] for name, kept in _FIGURES.items()}
+            line = SiteReport(facts["site"], width=eraser.x_dim, rank=eraser.rank, **figures)
+            found[line.site] = SiteFit(eraser, getattr(torch, facts["dtype"]), tensors["shares"], line)
         return found
 
     # ---- moments so far ---------------------------------------------------------------------------------------------
 
-    def save_moments(self, name: str, statistics: SiteStatistics, batches: int, data: str, *, final: bool) -> None:
+    def save_moments(self, name: str, source: Source, batches: int, data: str, *, final: bool) -> None:
         """Keep what was seen after so many batches, unless that was done a moment ago."""
         waited = time.monotonic() - self._last_written
         if not final and waited < self._writing_took / WRITING_SHARE:
@@ -128,26 +130,29 @@ class FitCheckpoint:
         tensors = {
             f"{index}.{key}": value
             for index, site in enumerate(self.sites)
-            if site in statistics.moments
-            for key, value in statistics.moments[site].state_dict().items()
+            if site in source.moments
+            for key, value in source.moments[site].state_dict().items()
         }
         facts = {
             "batches": batches,
             "data": data,
-            "examples": statistics.examples,
-            "tokens": statistics.tokens,
-            "widths": {site: moments.x_dim for site, moments in statistics.moments.items()},
-            "dtypes": {site: str(dtype).removeprefix("torch.") for site, dtype in statistics.dtypes.items()},
+            "examples": source.examples,
+            "tokens": source.tokens,
+            "widths": {site: moments.x_dim for site, moments in source.moments.items()},
+            "dtypes": {site: str(dtype).removeprefix("torch.") for site, dtype in source.dtypes.items()},
         }
         write_tensors(self.folder / f"moments-{name}.safetensors", tensors, facts)
         self._last_written = time.monotonic()
         self._writing_took = self._last_written - started
 
-    def load_moments(self, name: str, statistics: SiteStatistics) -> tuple[int, str]:
-        """Put what was seen so far into empty statistics; returns after how many batches, and what identifies those."""
+    def load_moments(self, name: str, statistics: SiteStatistics) -> dict[str, Any]:
+        """Put the moments so far into empty statistics; returns after how many `batches`, `examples` and `tokens`.
+
+        `data` there identifies those batches. Empty where there are no moments.
+        """
         path = self.folder / f"moments-{name}.safetensors"
         if not path.exists():
-            return 0, ""
+            return {}
         tensors, facts = read_tensors(path)
         for site, width in facts["widths"].items():
             prefix = f"{self.sites.index(site)}."
@@ -155,8 +160,7 @@ class FitCheckpoint:
             moments.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             statistics.moments[site] = moments
             statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
-        statistics.examples, statistics.tokens = facts["examples"], facts["tokens"]
-        return facts["batches"], facts["data"]
+        return facts
 
     def check_data(self, kept: str, data: str) -> None:
         """Raise a `ValueError` if what was kept comes from other batches."""
@@ -170,14 +174,16 @@ class FitCheckpoint:
 class MomentsOfAPass:
     """What a process has seen in one pass over the batches of one source, kept in a checkpoint.
 
-    The statistics are empty, and filled with what was seen so far. Each of several processes keeps those of its share.
+    The source is one that was not read yet; it gets the moments so far. Each of several processes keeps those of its
+    share.
     """
 
-    def __init__(self, checkpoint: FitCheckpoint, key: str, statistics: SiteStatistics, processes: Processes) -> None:
-        self._checkpoint, self._key, self._statistics, self._processes = checkpoint, key, statistics, processes
-        self._own = key if processes.count == 1 else f"{key}-{processes.rank}-of-{processes.count}"
+    def __init__(self, checkpoint: FitCheckpoint, source: Source, processes: Processes) -> None:
+        self._checkpoint, self._source, self._processes = checkpoint, source, processes
+        self._own = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
         self._hash, self._seen, self._data = hashlib.sha256(), 0, ""
-        self._done, self._kept = checkpoint.load_moments(self._own, statistics)
+        kept = checkpoint.load_moments(self._own, source)
+        self._done, self._kept = kept.get("batches", 0), kept.get("data", "")
 
     def remaining(self, batches: Iterable[BatchLabels]) -> Iterator[BatchLabels]:
         """The batches that the moments do not hold yet."""
@@ -193,7 +199,7 @@ class MomentsOfAPass:
 
     def save(self, *, final: bool = False) -> None:
         """Keep the moments of this process's share, unless that was done a moment ago."""
-        self._checkpoint.save_moments(self._own, self._statistics, self._seen, self._data, final=final)
+        self._checkpoint.save_moments(self._own, self._source, self._seen, self._data, final=final)
 
     def save_sum(self) -> None:
         """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
@@ -202,7 +208,7 @@ class MomentsOfAPass:
         batches = sum(self._processes.gathered([self._seen]))
         data = together(self._processes.gathered([self._data]))
         if self._processes.is_main:
-            self._checkpoint.save_moments(self._key, self._statistics, batches, data, final=True)
+            self._checkpoint.save_moments(self._source.key, self._source, batches, data, final=True)
 
 
 def digest_of(batches: Sequence[BatchLabels]) -> str:

@@ -31,8 +31,8 @@ from hf_erasure.models.model import as_attribute, without_peft
 
 from .checkpoint import FitCheckpoint
 from .fit import conclude, solved
-from .labels import labelled_by
-from .sites import SiteStatistics, solve_site, task_for
+from .labels import SiteStatistics, Source
+from .sites import solve_site, task_for
 
 Sites = dict[str, Eraser]
 
@@ -118,7 +118,7 @@ def combine_adapters(
         task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]], progress=progress)
         task.config.rank = sum(concept.max_rank for concept in concepts.values())
         given = {**batches, names[0]: first}
-        sources = [labelled_by(concept, given[name], name, f"batches[{name!r}]") for name, concept in concepts.items()]
+        sources = [Source(concept, given[name], name, f"batches[{name!r}]") for name, concept in concepts.items()]
         warn_of_what_is_off(model, into, expected=names)
         made_of = task.config.provenance["combined_from"]
         # The concepts must be there to be fitted: their own adapters do not act meanwhile, sticky or not.
@@ -126,8 +126,8 @@ def combine_adapters(
             for name in names:
                 for child in adapter_children(model, name):
                     stack.enter_context(child.without(name))
-            fits, seen = solved(task, sources, background, sequential=sequential, resident_batches=resident_batches)
-            conclude(task, fits, seen)
+            fits = solved(task, sources, background, sequential=sequential, resident_batches=resident_batches)
+            conclude(task, sources, fits)
         task.config.provenance["combined_from"] = made_of
         task.config.provenance[RECORD] = without(task.config.provenance[RECORD], names)
     return task.config
@@ -295,7 +295,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         )
         for folder in (one, other, output)
     ]
-    labelled, background = _sum(stores, "labelled", config.z_dim), _sum(stores, "background", 0)
+    labelled, background = _sum(stores, Source(config)), _sum(stores, Source(None, key="background"))
     if not labelled.moments:
         raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")
     seen = [labelled, background] if background.moments else [labelled]
@@ -343,16 +343,18 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
         )
 
 
-def _sum(stores: list[FitCheckpoint], name: str, z_dim: int) -> SiteStatistics:
-    """The moments of the first two stores, also written to the third."""
-    found = SiteStatistics(z_dim), SiteStatistics(z_dim)
-    batches = sum(store.load_moments(name, part)[0] for store, part in zip(stores, found, strict=False))
-    whole, other = found
-    if whole.moments.keys() != other.moments.keys():
-        raise ValueError(f"Only one of the two fits has {name} moments: fit both with the same kind of data.")
-    for site, moments in other.moments.items():
+def _sum(stores: list[FitCheckpoint], whole: Source) -> Source:
+    """What the first two stores hold of a source, also written to the third."""
+    batches, parts = 0, [whole, SiteStatistics(whole.z_dim)]
+    for store, part in zip(stores, parts, strict=False):
+        kept = store.load_moments(whole.key, part)
+        batches += kept.get("batches", 0)
+        whole.examples += kept.get("examples", 0)
+        whole.tokens += kept.get("tokens", 0)
+    if whole.moments.keys() != parts[1].moments.keys():
+        raise ValueError(f"Only one of the two fits has {whole.key} moments: fit both with the same kind of data.")
+    for site, moments in parts[1].moments.items():
         whole.moments[site].merge(moments)
-    whole.examples, whole.tokens = whole.examples + other.examples, whole.tokens + other.tokens
     if whole.moments:
-        stores[-1].save_moments(name, whole, batches, "merged", final=True)
+        stores[-1].save_moments(whole.key, whole, batches, "merged", final=True)
     return whole

@@ -17,22 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.loading.fingerprint import fingerprint
-from hf_erasure.erasers import apply_erasure
 from hf_erasure.models.model import class_name, evaluating
 
 from .batch_threads import BatchThread, OutOfStep, batch_threads
 from .checkpoint import FitCheckpoint, MomentsOfAPass, digest_of, together
 from .heldout import RowsSeen, measure
-from .labels import BatchLabels, Source, labelled_by
-from .report import ErasureReport, SiteReport
-from .sites import FitTask, SiteFit, SiteStatistics, bar, observed, solve, task_for
+from .labels import BatchLabels, Source
+from .report import ErasureReport
+from .sites import FitTask, SiteFit, observed, solve, task_for
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +108,8 @@ def fit_concept_erasure(
                 active=active_beside(model, adapter_name),
             )
     rows = None if eval_batches is None else RowsSeen()
-    source = labelled_by(task.config, labelled if rows is None else rows.watching(labelled))
-    fits, seen = solved(
+    source = Source(task.config, labelled if rows is None else rows.watching(labelled))
+    fits = solved(
         task,
         [source],
         background,
@@ -118,7 +117,7 @@ def fit_concept_erasure(
         resident_batches=resident_batches,
         checkpoint=checkpoint,
     )
-    report = conclude(task, fits, seen, eval_batches, rows)
+    report = conclude(task, [source], fits, eval_batches, rows)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
 
@@ -140,48 +139,48 @@ def _check_label_order(named: tuple[str, ...] | None, config: ConceptErasureConf
         )
 
 
-# ---- all sites in one pass -------------------------------------------------------------------------------------------
-
-
 def solved(
     task: FitTask,
-    sources: list[Source],
+    labelled: list[Source],
     background: Iterable[Any] | None,
     *,
     sequential: bool,
     resident_batches: int | None = None,
     checkpoint: FitCheckpoint | None = None,
-) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
-    """The erasers of all sites, and what was seen of each source; options are those of `fit_concept_erasure`.
+) -> dict[str, SiteFit]:
+    """The erasers of all sites; options are those of `fit_concept_erasure`.
 
     Raises:
         ValueError: If there is no data, a site is never reached, or its rows cannot be used.
         RuntimeError: If the model fails on a batch, or another process failed.
     """
+    sources = list(labelled)
     if background is not None:
-        sources = [*sources, Source("background", "background", background)]
+        sources.append(Source(None, background, "background", "background"))
     if sequential:
-        return Scrubber(task, resident_batches, checkpoint).fit(sources)
-    seen = [_gathered(task, source, checkpoint) for source in sources]
-    return solve(task.processes, list(task.layers), seen, task.config), seen
+        return Scrubber(task, sources, resident_batches, checkpoint).fit()
+    for source in sources:
+        _gather(task, source, checkpoint)
+    return solve(task.processes, list(task.layers), sources, task.config)
 
 
-def _gathered(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> SiteStatistics:
+# ---- all sites in one pass -------------------------------------------------------------------------------------------
+
+
+def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> None:
     """Run the model over the batches of a source, with the adapter left out, and collect the moments at its sites.
 
     Every process runs over batches of its own; all end with the moments of all. Batches that the moments of a
     checkpoint hold already are passed over.
     """
     processes, kept = task.processes, None
-    statistics = SiteStatistics(source.z_dim, source.title)
 
     def look(labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
         if labels is not None:
-            statistics.update(site, *labels.select(hidden, site))
+            source.update(site, *labels.select(hidden, site))
         return hidden
 
     def keep(labels: BatchLabels) -> None:
-        statistics.count(labels)
         shown.update(labels.rows)
         if kept is not None:
             kept.save()
@@ -189,19 +188,18 @@ def _gathered(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -
     with processes.agreeing("running over its batches"):
         batches = source.read(task.pool.name)
         if checkpoint is not None:
-            kept = MomentsOfAPass(checkpoint, source.key, statistics, processes)
+            kept = MomentsOfAPass(checkpoint, source, processes)
             batches = kept.remaining(batches)
-        what = f"fitting {task.name}" if source.z_dim else "background"
-        with evaluating(task.runner.model), bar(what, task.progress, processes) as shown:
+        what = f"fitting {task.name}" if source.concept else "background"
+        with evaluating(task.runner.model), tqdm(desc=what, unit=" rows", disable=not task.progress) as shown:
             task.run_over(batches, look, keep)
         if kept is not None:
             kept.save(final=True)
-    statistics.pool(processes)
-    statistics.pool_counts(processes)
+    source.pool(processes)
+    source.pool_counts(processes)
     if kept is not None:
         kept.save_sum()
-    statistics.check_reached(task.layers)
-    return statistics
+    source.check_reached(task.layers)
 
 
 # ---- one site after another ------------------------------------------------------------------------------------------
@@ -211,40 +209,35 @@ def _gathered(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -
 class Scrubber:
     """Fits the sites of one adapter in the order in which the model reaches them.
 
+    All batches of the sources are held.
+
     Attributes:
         task: What is fitted.
+        sources: What it is fitted on.
         resident_batches: How many batches keep their activations in memory; all when None.
         checkpoint: Where finished sites are kept, if anywhere; those that are there are not fitted again.
         fits: Site → its fit, so far.
     """
 
     task: FitTask
+    sources: list[Source]
     resident_batches: int | None = None
     checkpoint: FitCheckpoint | None = None
     fits: dict[str, SiteFit] = field(default_factory=dict, init=False)
-    _statistics: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
     _batches: list[BatchLabels] = field(default_factory=list, init=False)
     _running: BatchThread = field(init=False)
     # Sites that the checkpoint had, and what identifies the batches that they were fitted on.
     _kept: set[str] = field(default_factory=set, init=False)
     _data: str = field(default="", init=False)
 
-    def fit(self, sources: Iterable[Source]) -> tuple[dict[str, SiteFit], list[SiteStatistics]]:
-        """Fit all sites; returns the fit of each, and what was seen of each source.
-
-        All batches of the sources are held, and of the activations those of `resident_batches`.
-        """
+    def fit(self) -> dict[str, SiteFit]:
+        """Fit all sites, with every module run once a batch where the model calls its sites so that this is right."""
         task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
         with processes.agreeing("reading its batches"):
-            for source in sources:
-                statistics = self._statistics[source.key] = SiteStatistics(source.z_dim, source.title)
-                for labels in source.read(task.pool.name):
-                    self._batches.append(labels)
-                    statistics.count(labels)
-        seen = list(self._statistics.values())
-        for statistics in seen:
-            statistics.pool_counts(processes)
-            statistics.check_reached(())
+            self._batches += [labels for source in self.sources for labels in source.read(task.pool.name)]
+        for source in self.sources:
+            source.pool_counts(processes)
+            source.check_reached(())
         one_by_one = task.runner.is_sharded
         if checkpoint is not None:
             self._data = together(processes.gathered([digest_of(self._batches)]))
@@ -252,39 +245,34 @@ class Scrubber:
                 lambda: (checkpoint.load_sites(self._data), checkpoint.one_site_a_pass), "reading the checkpoint"
             )
             self._kept, one_by_one = set(self.fits), one_by_one or was_one_by_one
-        title = f"scrubbing {task.name}"
-        with evaluating(task.runner.model), bar(title, task.progress, processes, " sites") as shown:
+        shown = tqdm(desc=f"scrubbing {task.name}", unit=" sites", disable=not task.progress)
+        with evaluating(task.runner.model), shown:
             shown.reset(len(task.layers))
-            if one_by_one or not self._side_by_side(shown):
-                shown.reset(len(task.layers))
+            try:
+                if not one_by_one:
+                    self._side_by_side(shown)
+            except OutOfStep as reason:
+                one_by_one = True
+                self._start_over(reason)
+                shown.reset()
+            if one_by_one:
                 self._one_site_a_pass(shown)
-        seen[0].check_reached(task.layers, self.fits)
-        return self.fits, seen
+        self.sources[0].check_reached(task.layers, self.fits)
+        return self.fits
 
-    def _side_by_side(self, shown: tqdm) -> bool:
-        """Fit with every module run once; False if the model calls a site in a way that this does not allow for."""
-        forwards = [functools.partial(self.task.runner, labels.batch) for labels in self._batches]
-        try:
-            with (
-                observed(self.task.layers, self.task.name, self._stop_at),
-                batch_threads(forwards, self.resident_batches) as threads,
-            ):
-                self._all_to_the_end(threads, shown)
-        except OutOfStep as reason:
-            logger.warning(
-                "%s Its eraser has to be fitted on all its visits together, so the sites are fitted one a pass: %d "
-                "passes over the data instead of one.",
-                reason,
-                len(self.task.layers),
-            )
-            self.fits.clear()
-            self._kept.clear()
-            for statistics in self._statistics.values():
-                statistics.moments.clear()
-            if self.checkpoint is not None and self.task.processes.is_main:
-                self.checkpoint.begin_one_site_a_pass()
-            return False
-        return True
+    def _start_over(self, reason: OutOfStep) -> None:
+        logger.warning(
+            "%s Its eraser has to be fitted on all its visits together, so the sites are fitted one a pass: %d passes "
+            "over the data instead of one.",
+            reason,
+            len(self.task.layers),
+        )
+        self.fits.clear()
+        self._kept.clear()
+        for source in self.sources:
+            source.moments.clear()
+        if self.checkpoint is not None and self.task.processes.is_main:
+            self.checkpoint.begin_one_site_a_pass()
 
     def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
         """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
@@ -297,45 +285,50 @@ class Scrubber:
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
             thread.stop(site, hidden)
-        return self._erased(site, hidden)
+        return self.fits[site].eraser(hidden)
 
-    def _all_to_the_end(self, threads: list[BatchThread], shown: tqdm) -> None:
+    def _side_by_side(self, shown: tqdm) -> None:
         """Bring the batches of all processes to the next site, fit it, let them go on, until none is left.
 
         Raises:
-            OutOfStep: If a batch of any process cannot be fitted so.
+            OutOfStep: If a batch of any process calls a site in a way that this does not allow for.
         """
-        waiting, processes, order = threads, self.task.processes, list(self.task.layers)
-        while True:
-            # To and fro, so that those whose tensors are in memory go first. The direction depends on the site alone:
-            # sums are the same to the bit however many batches are resident, and wherever a killed fit continues.
-            refusal = None
-            with processes.agreeing("running over its batches"):
-                try:
-                    for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
-                        self._running = thread
-                        thread.advance()
-                        if thread.site is not None and thread.hidden is not None:
-                            labels = self._batches[thread.index]
-                            self._statistics[labels.source.key].update(
-                                thread.site, *labels.select(thread.hidden, thread.site)
-                            )
-                            thread.hidden = None
-                except OutOfStep as reason:
-                    refusal = str(reason)
-            # Where a batch skips a module, others wait further up: the first in the model's order comes first.
-            first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
-            reached = processes.gathered([(first, refusal)])
-            for _, refused in reached:
-                if refused is not None:
-                    raise OutOfStep(refused)
-            stops = [index for index, _ in reached if index is not None]
-            if not stops:
-                return
-            site = order[min(stops)]
-            waiting = [thread for thread in threads if thread.site == site]
-            self._solve(site)
-            shown.update()
+        forwards = [functools.partial(self.task.runner, labels.batch) for labels in self._batches]
+        with (
+            observed(self.task.layers, self.task.name, self._stop_at),
+            batch_threads(forwards, self.resident_batches) as threads,
+        ):
+            waiting = threads
+            while (site := self._next_stop(threads, waiting)) is not None:
+                waiting = [thread for thread in threads if thread.site == site]
+                self._solve(site)
+                shown.update()
+
+    def _next_stop(self, threads: list[BatchThread], waiting: list[BatchThread]) -> str | None:
+        """Let the batches that wait run to their next sites; returns the one to fit next, in all processes the same."""
+        processes, order, refusal = self.task.processes, list(self.task.layers), None
+        with processes.agreeing("running over its batches"):
+            try:
+                # To and fro, so that those whose tensors are in memory go first. The direction depends on the site
+                # alone: sums are the same to the bit however many batches are resident, and wherever a killed fit
+                # continues.
+                for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
+                    self._running = thread
+                    thread.advance()
+                    if thread.site is not None and thread.hidden is not None:
+                        labels = self._batches[thread.index]
+                        labels.source.update(thread.site, *labels.select(thread.hidden, thread.site))
+                        thread.hidden = None
+            except OutOfStep as reason:
+                refusal = str(reason)
+        # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+        first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
+        reached = processes.gathered([(first, refusal)])
+        for _, refused in reached:
+            if refused is not None:
+                raise OutOfStep(refused)
+        stops = [index for index, _ in reached if index is not None]
+        return order[min(stops)] if stops else None
 
     def _one_site_a_pass(self, shown: tqdm) -> None:
         """Fit each site with all sites before it erased; the definition, for sites that are called several times."""
@@ -348,8 +341,8 @@ class Scrubber:
 
         def look(wanted: str, labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
             if site == wanted and labels is not None:
-                self._statistics[labels.source.key].update(site, *labels.select(hidden, site))
-            return self._erased(site, hidden) if site in self.fits else hidden
+                labels.source.update(site, *labels.select(hidden, site))
+            return self.fits[site].eraser(hidden) if site in self.fits else hidden
 
         with processes.agreeing("running over its first batch"):
             task.run_over(self._batches[:1], note)
@@ -362,20 +355,16 @@ class Scrubber:
             shown.update()
 
     def _solve(self, site: str) -> None:
-        seen, processes = list(self._statistics.values()), self.task.processes
-        for statistics in seen:
-            statistics.pool(processes, [site])
-            statistics.check_reached([site])
-        self.fits |= solve(processes, [site], seen, self.task.config)
-        for statistics in seen:
+        processes = self.task.processes
+        for source in self.sources:
+            source.pool(processes, [site])
+            source.check_reached([site])
+        self.fits |= solve(processes, [site], self.sources, self.task.config)
+        for source in self.sources:
             # Only one site's moments are ever held.
-            del statistics.moments[site]
+            del source.moments[site]
         if self.checkpoint is not None and processes.is_main:
             self.checkpoint.save_site(site, self.fits[site], self._data)
-
-    def _erased(self, site: str, hidden: Tensor) -> Tensor:
-        fit = self.fits[site]
-        return apply_erasure(hidden, *fit.eraser.parts(hidden.device, fit.dtype))
 
 
 # ---- what becomes of them --------------------------------------------------------------------------------------------
@@ -383,29 +372,17 @@ class Scrubber:
 
 def conclude(
     task: FitTask,
+    labelled: list[Source],
     fits: dict[str, SiteFit],
-    seen: list[SiteStatistics],
     eval_batches: Iterable[Any] | None = None,
     rows: RowsSeen | None = None,
 ) -> ErasureReport:
     """Put the erasers in place, measure them on held-out batches, and write down what was done."""
     config, name, layers = task.config, task.name, task.layers
-    labelled = [statistics for statistics in seen if statistics.z_dim]
-    lines = [
-        SiteReport(
-            site,
-            width=fits[site].eraser.x_dim,
-            rank=fits[site].eraser.rank,
-            rows=fits[site].rows,
-            correlation_fit=fits[site].correlation,
-            change_labelled=fits[site].change,
-        )
-        for site in layers
-    ]
     before = {} if eval_batches is None else {site: layer.state_of(name) for site, layer in layers.items()}
     for site, layer in layers.items():
         layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
-    examples = fitted = 0
+    lines, examples, fitted = [fits[site].line for site in layers], 0, 0
     if eval_batches is not None:
         try:
             lines, examples, fitted = measure(task, eval_batches, lines, rows)
@@ -419,8 +396,8 @@ def conclude(
         method=config.method,
         pool=task.pool.name,
         reader=task.pool.reader,
-        examples=sum(statistics.examples for statistics in labelled),
-        tokens=sum(statistics.tokens for statistics in labelled),
+        examples=sum(source.examples for source in labelled),
+        tokens=sum(source.tokens for source in labelled),
         eval_examples=examples,
         eval_fitted=fitted,
         sites=lines,

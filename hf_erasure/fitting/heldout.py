@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
 from hf_erasure.models.model import evaluating, on_cpu
 
-from .labels import BatchLabels, Selection, labelled_by, mean_pooled
+from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled
 from .processes import Processes
 from .report import SiteReport
-from .sites import FitTask, SiteStatistics, bar, observed, observed_final, task_for
+from .sites import FitTask, observed, observed_final, task_for
 
 # The content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
@@ -57,27 +58,26 @@ def measure(
         RuntimeError: If another process failed.
     """
     measurement, processes, own = _Measurement(task), task.processes, RowsSeen()
-    examples = fitted = 0
+    source, fitted = Source(task.config, batches), 0
     if fitted_on is not None:
         fitted_on.pool(processes)
     with (
         processes.agreeing("measuring its batches"),
         evaluating(task.runner.model),
-        bar(f"measuring {task.name}", task.progress, processes) as shown,
+        tqdm(desc=f"measuring {task.name}", unit=" rows", disable=not task.progress) as shown,
     ):
-        for labels, counts in task.in_step(labelled_by(task.config, batches).read(task.pool.name)):
+        for labels, counts in task.in_step(source.read(task.pool.name)):
             if not counts:  # to keep up with the others
                 task.runner(labels.batch)
                 task.runner(labels.batch)
                 continue
             measurement.look_at(labels)
             shown.update(labels.rows)
-            examples += labels.rows
             hashes = hashes_of(labels.batch)
             own.add(hashes)
             fitted += 0 if fitted_on is None else fitted_on.count(hashes)
     measurement.pool(processes)
-    examples, fitted = (sum(processes.gathered([count])) for count in (examples, fitted))
+    examples, fitted = (sum(processes.gathered([count])) for count in (source.examples, fitted))
     if not examples:
         raise ValueError("eval_batches is empty: there is nothing to measure on. Leave it out, or give held-out data.")
     own.pool(processes)

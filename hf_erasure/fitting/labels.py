@@ -2,31 +2,26 @@
 
 A batch labels whole sequences or single tokens; activations come with padding, with another length in a decoder than
 in an encoder, and sometimes with heads or flattened. This file is the one place where the two are brought together.
-Batches come in by `Source.read`, which checks each of them; what follows relies on that. Which rows the label of a
-sequence counts for is its pool, by default what the model's head reads: `pool_for`.
+Batches come in by `Source.read`, which checks each of them; what follows relies on that.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
+from hf_erasure.erasers import ConceptMoments
 from hf_erasure.erasers.statistics import IGNORED
-from hf_erasure.models import POOLS, Reading, pooling, reading_of, sentence_reading
-from hf_erasure.models.model import Runner, evaluating, on_cpu, unwrapped
-from hf_erasure.models.pooling import IN_WORDS
+from hf_erasure.models import pooling
+from hf_erasure.models.model import on_cpu
 
 from .processes import Processes
-
-# Where a head reads every token by itself, it reads these two as well.
-_POSITIONS = ("cls", "last")
 
 
 @dataclass(frozen=True)
@@ -58,26 +53,84 @@ def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selec
     return mean.unsqueeze(1), Selection(labelled, labelled, selection.z[:, :1], None)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Batches of one kind.
+# ---- batches of one kind ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SiteStatistics:
+    """Moments by site.
 
     Attributes:
-        key: Tells them from the others of the fit.
-        title: What messages call them.
-        batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
-        z_dim: Columns of the concept; 0 for a background, which decides on mean and covariance alone.
-        categorical: Whether labels are class ids.
+        z_dim: Columns of the concept; 0 for a background.
+        moments: By site, created when the width of the activation is known.
+        dtypes: Of the activations, by site.
     """
 
-    key: str
-    title: str
-    batches: Iterable[Any]
-    z_dim: int = 0
-    categorical: bool = True
+    z_dim: int
+    moments: dict[str, ConceptMoments] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @on_cpu
+    def update(self, site: str, activation: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
+        """Add an activation `(batch, seq, …, width)`; `mask` narrows the selection further.
+
+        Raises:
+            ValueError: Names the site, and what was wrong with its rows.
+        """
+        counted = selection.counted if mask is None else selection.counted & mask
+        if not bool(counted.any()):
+            return
+        if site not in self.moments:
+            self.moments[site] = ConceptMoments(activation.shape[-1], self.z_dim)
+            self.dtypes[site] = activation.dtype
+        # Heads between the positions and the width carry the label of their position.
+        rows = activation[counted]
+        heads = rows[0].numel() // rows.shape[-1]
+        z = None if selection.z is None else selection.z[counted].repeat_interleave(heads, 0)
+        weight = None if selection.weight is None else selection.weight[counted].repeat_interleave(heads, 0)
+        try:
+            self.moments[site].update(rows.reshape(-1, rows.shape[-1]), z, weight)
+        except ValueError as error:
+            raise ValueError(f"At {site!r}: {error}") from error
+
+    def pool(self, processes: Processes, sites: Collection[str] | None = None) -> None:
+        """Make the moments of these sites, or of all, those of all processes together, in every one of them."""
+        if processes.count == 1:
+            return
+        chosen = [site for site in self.moments if sites is None or site in sites]
+        found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in chosen}
+        everywhere = {site: facts for own in processes.gathered([found]) for site, facts in own.items()}
+        for site, (width, dtype) in sorted(everywhere.items()):
+            self.dtypes[site] = dtype
+            moments = self.moments.setdefault(site, ConceptMoments(width, self.z_dim))
+            moments.pool(lambda own: processes.gathered([own]), processes.add)
+
+
+class Source(SiteStatistics):
+    """Batches of one kind, and what was seen of them.
+
+    Attributes:
+        concept: By whose labels they are read; None for a background, which decides on mean and covariance alone.
+        batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
+        key: Tells them from the others of a fit, in its checkpoint.
+        title: What messages call them.
+        examples: Sequences that were read.
+        tokens: Real positions of these.
+    """
+
+    def __init__(
+        self,
+        concept: ConceptErasureConfig | None,
+        batches: Iterable[Any] = (),
+        key: str = "labelled",
+        title: str = "batches",
+    ) -> None:
+        super().__init__(0 if concept is None else concept.z_dim)
+        self.concept, self.batches, self.key, self.title = concept, batches, key, title
+        self.examples = self.tokens = 0
 
     def read(self, pool: str) -> Iterator[BatchLabels]:
-        """The batches one after another, each checked and with its labels.
+        """The batches one after another, each checked, counted and with its labels.
 
         Args:
             pool: Which rows a sequence label counts for.
@@ -86,15 +139,14 @@ class Source:
             TypeError: If something is not a batch, or its inputs are not tensors.
             ValueError: If labels are missing or do not fit.
         """
-        name = "batches" if self.z_dim else "background"
         for position, batch in enumerate(self.batches):
-            where = f"{name}[{position}]"
+            where = f"{self.title}[{position}]"
             if not hasattr(batch, "keys"):
                 raise TypeError(
                     f"{where} is a {type(batch).__name__}; a batch is a dict of model inputs"
-                    f"{' plus concept_labels' if self.z_dim else ''}, as concept_dataloader makes them."
+                    f"{' plus concept_labels' if self.concept else ''}, as concept_dataloader makes them."
                 )
-            if self.z_dim and "concept_labels" not in batch:
+            if self.concept and "concept_labels" not in batch:
                 raise ValueError(
                     f"{where} has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
                     "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
@@ -106,14 +158,42 @@ class Source:
                         f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
                         "torch.as_tensor(…)."
                     )
-            yield BatchLabels(batch, self, pool)
+            labels, mask = BatchLabels(batch, self, pool), batch.get("attention_mask")
+            self.examples += labels.rows
+            self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows
+            yield labels
+
+    def pool_counts(self, processes: Processes) -> None:
+        """Make what was read that of all processes together, in every one of them."""
+        examples, tokens = zip(*processes.gathered([(self.examples, self.tokens)]), strict=True)
+        self.examples, self.tokens = sum(examples), sum(tokens)
+
+    def check_reached(self, sites: Collection[str], found: Container[str] | None = None) -> None:
+        """Check that there was data, and that every site is in `found`, by default those that have moments.
+
+        Raises:
+            ValueError: Says which was missing, and the remedy.
+        """
+        if not self.examples:
+            raise ValueError(
+                f"{self.title} is empty: there is nothing to fit on. An iterator that was used up gives none either."
+            )
+        absent = [site for site in sites if site not in (self.moments if found is None else found)]
+        if absent and len(absent) == len(sites) and self.concept:
+            raise ValueError(
+                f"None of the {self.examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
+                "-100, or the forward pass does not call this module, as where another one reads its weight itself. "
+                "Name modules that are called."
+            )
+        if absent:
+            raise ValueError(
+                f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over "
+                f"{self.title}: name only modules that the forward pass calls (one whose weight another module reads "
+                "itself is not called), or give batches that use them (decoder inputs for a decoder)."
+            )
 
 
-def labelled_by(
-    concept: ConceptErasureConfig, batches: Iterable[Any], key: str = "labelled", title: str = "batches"
-) -> Source:
-    """Batches with the labels of a concept."""
-    return Source(key, title, batches, concept.z_dim, concept.labels is not None)
+# ---- one batch -------------------------------------------------------------------------------------------------------
 
 
 class BatchLabels:
@@ -134,16 +214,16 @@ class BatchLabels:
         inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
         self.rows: int = next(inputs).shape[0]
         self._labels: Tensor | None = None
-        self._by_token = False
+        self._by_token = self._by_class = False
         self._selections: dict[tuple[bool, int, torch.device], Selection] = {}
-        if source.z_dim:
-            self._labels = label_tensor(batch)
-            self._by_token = self._labels.dim() == (2 if source.categorical else 3)
-            self._check(self._labels)
+        if source.concept is not None:
+            self._labels, self._by_class = label_tensor(batch), source.concept.labels is not None
+            self._by_token = self._labels.dim() == (2 if self._by_class else 3)
+            self._check(self._labels, source.z_dim)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """One batch is lent to another process without the others of its source, which may be a generator."""
-        return type(self), (self.batch, replace(self.source, batches=()), self._pool)
+        return type(self), (self.batch, Source(self.source.concept), self._pool)
 
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
         """Align an activation with the labels.
@@ -218,25 +298,24 @@ class BatchLabels:
             if self._pool == "mean":
                 # Each sequence weighs 1, so that the mean-pooled embedding is what is guarded.
                 weight = (real / real.sum(1, keepdim=True).clamp_min(1)).double()
-        if z is not None and self.source.categorical:
+        if z is not None and self._by_class:
             counted = counted & (z != IGNORED)
         return Selection(*(None if t is None else t.to(device) for t in (counted, real, z, weight)))  # type: ignore[arg-type]
 
-    def _check(self, labels: Tensor) -> None:
+    def _check(self, labels: Tensor, z_dim: int) -> None:
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
-        z_dim, categorical = self.source.z_dim, self.source.categorical
-        if categorical and (labels.is_floating_point() or labels.dim() not in (1, 2)):
+        if self._by_class and (labels.is_floating_point() or labels.dim() not in (1, 2)):
             raise ValueError(
                 f"{of} are not class ids of shape (batch,) or (batch, seq). A continuous concept is declared by "
                 "ConceptErasureConfig(concept_dim=…)."
             )
         is_float = labels.is_floating_point() and labels.shape[-1] == z_dim and labels.dim() in (2, 3)
-        if not categorical and not is_float:
+        if not self._by_class and not is_float:
             raise ValueError(
                 f"{of} are not floats of shape (batch, {z_dim}) or (batch, seq, {z_dim}). Classes are declared by "
                 "ConceptErasureConfig(labels=[…])."
             )
-        if categorical and self._by_token:
+        if self._by_class and self._by_token:
             lengths = {mask.shape[1] for mask in (self._mask(False), self._mask(True)) if mask is not None}
             if labels.shape[1] == 1 and 1 not in lengths:
                 raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
@@ -245,7 +324,7 @@ class BatchLabels:
                     f"{of} cannot be matched with the tokens: of one-hot rows write concept_labels.argmax(1)."
                 )
         strange = labels[((labels < 0) & (labels != IGNORED)) | (labels >= z_dim)]
-        if categorical and strange.numel():
+        if self._by_class and strange.numel():
             raise ValueError(
                 f"concept_labels hold the class id {strange[0].item()}, and the adapter has {z_dim} classes, 0 to "
                 f"{z_dim - 1}: name every class in ConceptErasureConfig(labels=[…]), or write {IGNORED} where a row "
@@ -273,100 +352,3 @@ def label_tensor(batch: Mapping[str, Any]) -> Tensor:
             f"concept_labels are not numbers, the first is {given[0]!r}: write the id of each row's class, or let "
             "concept_dataloader(…, labels=[…]) number the names."
         ) from error
-
-
-# ---- the pool of a fit -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What a fit guards.
-
-    Attributes:
-        name: One of `POOLS`.
-        reader: What the model's head reads, in words.
-    """
-
-    name: str
-    reader: str
-
-
-def pool_for(
-    pool: str | None, model: nn.Module, runner: Runner, config: ConceptErasureConfig, first: Any, processes: Processes
-) -> Pool:
-    """The pool of a fit; warns where it is not what the model's head reads, or where that could not be found out.
-
-    Args:
-        pool: What was asked for, one of `POOLS`; None for what the head reads.
-        model: The model as the caller has given it.
-        runner: Calls it.
-        config: By whose labels the batches are read.
-        first: The first of the labelled batches; None where this process has no batch.
-        processes: Those that share the data.
-    """
-    rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
-    if rows is None:
-        return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
-    of_tokens = 2 if config.labels is not None else 3
-    if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
-        return Pool("tokens", "the labels are of single tokens")
-    reading = sentence_reading(model) or _reading(model, runner, rows)
-    if pool is None:
-        if not reading.clear:
-            warnings.warn(
-                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded, "
-                f"pool={' or '.join(map(repr, POOLS))}, and pad batches on the side that the head expects.",
-                stacklevel=4,
-            )
-        alike = ": all tokens count alike" if reading.pool is None else ""
-        return Pool(reading.pool or "tokens", reading.text + alike)
-    is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
-    remedy, beside = "", "" if reading.pool is None else f" (pool={reading.pool!r})"
-    if reading.pool is not None and not is_read:
-        remedy = f"Leave pool out, or give pool={reading.pool!r}."
-    elif reading.is_other and pool != "tokens":
-        remedy = "Pad batches on the side that the head expects, or give pool='tokens'."
-    if remedy:
-        warnings.warn(
-            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}{beside}: what the head reads is not guarded. "
-            f"{remedy}",
-            stacklevel=4,
-        )
-    return Pool(pool, reading.text)
-
-
-def _two_rows(batch: Any) -> dict[str, Any] | None:
-    """The longest and the shortest row of a batch; None where it is not one."""
-    if not isinstance(batch, Mapping):
-        return None
-    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
-    inputs = [value for name, value in tensors.items() if name != "concept_labels"]
-    if not inputs or not len(inputs[0]):
-        return None
-    mask = tensors.get("attention_mask", torch.ones(len(inputs[0]), 1, device="cpu"))
-    lengths = mask.flatten(1).sum(1)
-    chosen = sorted({int(lengths.argmax()), int(lengths.argmin())})
-    return {
-        name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == len(lengths) else value
-        for name, value in batch.items()
-    }
-
-
-@on_cpu
-def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
-    is_bare = runner.backbone is runner.model
-    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
-    # Around a bare model a module of the caller's own may have the head.
-    while (inner := unwrapped(model)) is not model:
-        model = inner
-    has_own_head = is_bare and model is not runner.model and not runner.is_sharded
-    read = model if has_own_head else runner.model
-    root = runner.callee if runner.is_sharded else read
-    asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
-
-    def real_of(hidden: Tensor) -> Tensor:
-        unlabelled = BatchLabels(rows, Source("background", "background", ()))
-        return unlabelled.select(hidden, runner.side_of("last_hidden_state"))[1].real
-
-    with evaluating(read):
-        return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)

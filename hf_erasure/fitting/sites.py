@@ -1,32 +1,51 @@
-"""The sites of an adapter: running its model and looking at them, their statistics, and the erasers that these give."""
+"""What is fitted: an adapter's sites, how its model is run and looked at there, and the erasers that moments give.
+
+Which rows the label of a sequence counts for is the pool of a fit, by default what the model's head reads: `pool_for`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
-from hf_erasure.erasers import ConceptMoments, Eraser, joint_moments, relative_change
-from hf_erasure.models import POOLS, check_pool
-from hf_erasure.models.model import Runner, last_hidden_state, on_cpu
+from hf_erasure.erasers import Eraser, joint_moments, relative_change
+from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
+from hf_erasure.models.model import Runner, evaluating, last_hidden_state, on_cpu, unwrapped
+from hf_erasure.models.pooling import IN_WORDS
 
-from .labels import BatchLabels, Pool, Selection, pool_for
+from .labels import BatchLabels, SiteStatistics, Source, label_tensor
 from .processes import Processes
+from .report import SiteReport
 
-SiteObserver = Callable[[str, Tensor], Tensor]
+# Where a head reads every token by itself, it reads these two as well.
+_POSITIONS = ("cls", "last")
 # Variance of an activation, as a share of its mean square, that the rounding of float32 statistics may make.
 _ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a fit guards.
+
+    Attributes:
+        name: One of `POOLS`.
+        reader: What the model's head reads, in words.
+    """
+
+    name: str
+    reader: str
 
 
 @dataclass
@@ -41,7 +60,7 @@ class FitTask:
         config: Its configuration.
         pool: Which rows a sequence label counts for, and what the model's head reads.
         processes: Those that share the data.
-        progress: Whether to show progress bars.
+        progress: Whether this process shows progress bars.
     """
 
     owner: nn.Module
@@ -117,7 +136,7 @@ def task_for(
         guarded = Pool(known.pool, known.reader)
     else:
         guarded = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
-    task = FitTask(found.owner, runner, layers, name, config, guarded, processes, progress)
+    task = FitTask(found.owner, runner, layers, name, config, guarded, processes, progress and processes.is_main)
     return task, itertools.chain(first, rest)
 
 
@@ -135,7 +154,9 @@ def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureCon
 
 
 @contextmanager
-def observed(layers: dict[str, ErasureLayer], adapter_name: str, observer: SiteObserver) -> Iterator[None]:
+def observed(
+    layers: dict[str, ErasureLayer], adapter_name: str, observer: Callable[[str, Tensor], Tensor]
+) -> Iterator[None]:
     """While open, `observer(site, activation)` stands in for the adapter's eraser at every site.
 
     It sees the activation after all erasers that act before this one, and what it returns goes on.
@@ -164,103 +185,88 @@ def observed_final(finals: dict[str, nn.Module], observer: Callable[[str, Tensor
             handle.remove()
 
 
-def bar(what: str, progress: bool, processes: Processes, unit: str = " rows") -> tqdm:
-    """A progress bar, on the main process only."""
-    return tqdm(desc=what, unit=unit, disable=not (progress and processes.is_main))
+# ---- the pool of a fit -----------------------------------------------------------------------------------------------
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
+def pool_for(
+    pool: str | None, model: nn.Module, runner: Runner, config: ConceptErasureConfig, first: Any, processes: Processes
+) -> Pool:
+    """The pool of a fit; warns where it is not what the model's head reads, or where that could not be found out.
 
-
-@dataclass
-class SiteStatistics:
-    """What was seen of one kind of batches: how much, and the moments by site.
-
-    Attributes:
-        z_dim: Columns of the concept; 0 for a background.
-        title: What messages call the batches.
-        moments: By site, created when the width of the activation is known.
-        dtypes: Of the activations, by site.
-        examples: Sequences.
-        tokens: Real positions.
+    Args:
+        pool: What was asked for, one of `POOLS`; None for what the head reads.
+        model: The model as the caller has given it.
+        runner: Calls it.
+        config: By whose labels the batches are read.
+        first: The first of the labelled batches; None where this process has no batch.
+        processes: Those that share the data.
     """
-
-    z_dim: int
-    title: str = "batches"
-    moments: dict[str, ConceptMoments] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
-    examples: int = 0
-    tokens: int = 0
-
-    def count(self, labels: BatchLabels) -> None:
-        """Add a batch to what was seen."""
-        mask = labels.batch.get("attention_mask")
-        self.examples += labels.rows
-        self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows
-
-    @on_cpu
-    def update(self, site: str, activation: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
-        """Add an activation `(batch, seq, …, width)`; `mask` narrows the selection further.
-
-        Raises:
-            ValueError: Names the site, and what was wrong with its rows.
-        """
-        counted = selection.counted if mask is None else selection.counted & mask
-        if not bool(counted.any()):
-            return
-        if site not in self.moments:
-            self.moments[site] = ConceptMoments(activation.shape[-1], self.z_dim)
-            self.dtypes[site] = activation.dtype
-        # Heads between the positions and the width carry the label of their position.
-        rows = activation[counted]
-        heads = rows[0].numel() // rows.shape[-1]
-        z = None if selection.z is None else selection.z[counted].repeat_interleave(heads, 0)
-        weight = None if selection.weight is None else selection.weight[counted].repeat_interleave(heads, 0)
-        try:
-            self.moments[site].update(rows.reshape(-1, rows.shape[-1]), z, weight)
-        except ValueError as error:
-            raise ValueError(f"At {site!r}: {error}") from error
-
-    def pool_counts(self, processes: Processes) -> None:
-        """Make what was seen that of all processes together, in every one of them."""
-        examples, tokens = zip(*processes.gathered([(self.examples, self.tokens)]), strict=True)
-        self.examples, self.tokens = sum(examples), sum(tokens)
-
-    def pool(self, processes: Processes, sites: Collection[str] | None = None) -> None:
-        """Make the moments of these sites, or of all, those of all processes together, in every one of them."""
-        if processes.count == 1:
-            return
-        chosen = [site for site in self.moments if sites is None or site in sites]
-        found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in chosen}
-        everywhere = {site: facts for own in processes.gathered([found]) for site, facts in own.items()}
-        for site, (width, dtype) in sorted(everywhere.items()):
-            self.dtypes[site] = dtype
-            moments = self.moments.setdefault(site, ConceptMoments(width, self.z_dim))
-            moments.pool(lambda own: processes.gathered([own]), processes.add)
-
-    def check_reached(self, sites: Collection[str], found: Container[str] | None = None) -> None:
-        """Check that there was data, and that every site is in `found`, by default those that have moments.
-
-        Raises:
-            ValueError: Says which was missing, and the remedy.
-        """
-        if not self.examples:
-            raise ValueError(
-                f"{self.title} is empty: there is nothing to fit on. An iterator that was used up gives none either."
+    rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
+    if rows is None:
+        return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
+    of_tokens = 2 if config.labels is not None else 3
+    if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
+        return Pool("tokens", "the labels are of single tokens")
+    reading = sentence_reading(model) or _reading(model, runner, rows)
+    if pool is None:
+        if not reading.clear:
+            warnings.warn(
+                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded, "
+                f"pool={' or '.join(map(repr, POOLS))}, and pad batches on the side that the head expects.",
+                stacklevel=4,
             )
-        absent = [site for site in sites if site not in (self.moments if found is None else found)]
-        if absent and len(absent) == len(sites) and self.z_dim:
-            raise ValueError(
-                f"None of the {self.examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
-                "-100, or the forward pass does not call this module, as where another one reads its weight itself. "
-                "Name modules that are called."
-            )
-        if absent:
-            raise ValueError(
-                f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over "
-                f"{self.title}: name only modules that the forward pass calls (one whose weight another module reads "
-                "itself is not called), or give batches that use them (decoder inputs for a decoder)."
-            )
+        alike = ": all tokens count alike" if reading.pool is None else ""
+        return Pool(reading.pool or "tokens", reading.text + alike)
+    is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
+    remedy, beside = "", "" if reading.pool is None else f" (pool={reading.pool!r})"
+    if reading.pool is not None and not is_read:
+        remedy = f"Leave pool out, or give pool={reading.pool!r}."
+    elif reading.is_other and pool != "tokens":
+        remedy = "Pad batches on the side that the head expects, or give pool='tokens'."
+    if remedy:
+        warnings.warn(
+            f"pool={pool!r} guards {IN_WORDS[pool]}, but {reading.text}{beside}: what the head reads is not guarded. "
+            f"{remedy}",
+            stacklevel=4,
+        )
+    return Pool(pool, reading.text)
+
+
+def _two_rows(batch: Any) -> dict[str, Any] | None:
+    """The longest and the shortest row of a batch; None where it is not one."""
+    if not isinstance(batch, Mapping):
+        return None
+    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    inputs = [value for name, value in tensors.items() if name != "concept_labels"]
+    if not inputs or not len(inputs[0]):
+        return None
+    mask = tensors.get("attention_mask", torch.ones(len(inputs[0]), 1, device="cpu"))
+    lengths = mask.flatten(1).sum(1)
+    chosen = sorted({int(lengths.argmax()), int(lengths.argmin())})
+    return {
+        name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == len(lengths) else value
+        for name, value in batch.items()
+    }
+
+
+@on_cpu
+def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
+    is_bare = runner.backbone is runner.model
+    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
+    # Around a bare model a module of the caller's own may have the head.
+    while (inner := unwrapped(model)) is not model:
+        model = inner
+    has_own_head = is_bare and model is not runner.model and not runner.is_sharded
+    read = model if has_own_head else runner.model
+    root = runner.callee if runner.is_sharded else read
+    asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
+
+    def real_of(hidden: Tensor) -> Tensor:
+        unlabelled = BatchLabels(rows, Source(None))
+        return unlabelled.select(hidden, runner.side_of("last_hidden_state"))[1].real
+
+    with evaluating(read):
+        return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)
 
 
 # ---- erasers ---------------------------------------------------------------------------------------------------------
@@ -273,18 +279,14 @@ class SiteFit:
     Attributes:
         eraser: float64.
         dtype: What the eraser is kept and applied in: float32, or float64 on float64 activations.
-        rows: Labelled rows.
         shares: `(z_dim,)` mean of the concept; the shares of the classes.
-        correlation: Largest canonical correlation with the concept on these rows, before erasure.
-        change: `sqrt(E|r(x) − x|² / E|x − E x|²)` on these rows.
+        line: Its line of the report, without what held-out batches tell.
     """
 
     eraser: Eraser
     dtype: torch.dtype
-    rows: int
     shares: Tensor
-    correlation: float
-    change: float
+    line: SiteReport
 
 
 def solve(
@@ -329,11 +331,13 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
     acts = eraser.rank > 0
-    return SiteFit(
-        eraser=eraser,
-        dtype=torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32,
+    line = SiteReport(
+        site,
+        width=eraser.x_dim,
+        rank=eraser.rank,
         rows=moments.rows,
-        shares=moments.mean_z,
-        correlation=float(moments.canonical_correlations()[0]) if acts else 0.0,
-        change=relative_change(eraser, moments) if acts else 0.0,
+        correlation_fit=float(moments.canonical_correlations()[0]) if acts else 0.0,
+        change_labelled=relative_change(eraser, moments) if acts else 0.0,
     )
+    dtype = torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32
+    return SiteFit(eraser, dtype, moments.mean_z, line)

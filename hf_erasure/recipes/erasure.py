@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoModel
 
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
@@ -23,7 +24,7 @@ from hf_erasure.fitting.fit import fit_concept_erasure
 from hf_erasure.fitting.labels import BatchLabels, Source
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
-from hf_erasure.fitting.sites import bar, observed, observed_final
+from hf_erasure.fitting.sites import observed, observed_final
 from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
 
@@ -321,16 +322,15 @@ def pooled_states(
         keep(name, state, runner.side_of(name))
         return state
 
-    examples = 0
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
+    shown = tqdm(desc=what, unit=" rows", disable=not (progress and Processes().is_main))
     looking = observed(layers, adapter_name, at_site), observed_final(runner.final_states(), at_end)
-    with evaluating(runner.model), looking[0], looking[1], bar(what, progress, Processes()) as shown:
-        for labels in Source("states", "batches", batches).read("tokens"):
+    with evaluating(runner.model), looking[0], looking[1], shown:
+        for labels in Source(None, batches).read("tokens"):
             current[:] = [labels]
             runner(labels.batch)
             shown.update(labels.rows)
-            examples += labels.rows
-    if not examples:
+    if not found:
         raise ValueError("There are no batches to read states from.")
     return {site: torch.cat(parts) for site, parts in found.items()}
 

@@ -18,7 +18,10 @@ STATES = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 
 def labels(concept: torch.Tensor, pool: str = "tokens", z_dim: int = 2, **inputs: torch.Tensor) -> BatchLabels:
     batch = {"input_ids": IDS, "attention_mask": MASK, "concept_labels": concept, **inputs}
-    return BatchLabels(batch, Source("labelled", "batches", (), z_dim, not concept.is_floating_point()), pool)
+    config = (
+        ConceptErasureConfig(concept_dim=z_dim) if concept.is_floating_point() else ConceptErasureConfig(labels=LABELS)
+    )
+    return BatchLabels(batch, Source(config), pool)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +111,7 @@ def test_labels_that_do_not_fit_are_refused(concept: torch.Tensor, pool: str, me
 def test_names_of_classes_instead_of_their_ids_are_refused() -> None:
     batch = {"input_ids": IDS, "attention_mask": MASK, "concept_labels": ["female", "male", "male"]}
     with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
-        BatchLabels(batch, Source("labelled", "batches", (), 2), "mean").select(STATES, "layer.0")
+        BatchLabels(batch, Source(ConceptErasureConfig(labels=LABELS)), "mean").select(STATES, "layer.0")
     model = ARCHITECTURES["bert"].build()
     model.add_adapter(ConceptErasureConfig(labels=LABELS))
     with pytest.raises(TypeError, match="concept_labels are not numbers, the first is 'female'"):
@@ -122,7 +125,7 @@ def test_an_activation_of_other_positions_is_refused() -> None:
 
 def test_a_batch_without_labels_says_what_is_missing() -> None:
     def read(*batches: Any) -> None:
-        list(Source("labelled", "batches", batches, 2).read("tokens"))
+        list(Source(ConceptErasureConfig(labels=LABELS), batches).read("tokens"))
 
     whole = {"input_ids": IDS, "concept_labels": [0, 1, 1]}
     with pytest.raises(ValueError, match=r"batches\[2\] has no 'concept_labels', only \['input_ids'\]"):

@@ -12,8 +12,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
-from hf_erasure.fitting.labels import Pool, pool_for
 from hf_erasure.fitting.processes import Processes
+from hf_erasure.fitting.sites import Pool, pool_for
 from hf_erasure.models import pooled
 from hf_erasure.models.model import Runner
 from tests.small_models import _GROUPED, _SIZES, _TEXT, _TOKENS, VOCABULARY, WIDTH, roughen
