@@ -173,24 +173,20 @@ class _Measurement:
         drawn = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
 
         def see(erased: bool, site: str, hidden: Tensor) -> Tensor:
-            after = hidden
-            if erased:
-                after = apply_erasure(hidden, *task.layers[site].parts_on(task.name, hidden.device))
             called[erased, site] += 1
-            place = site, called[erased, site]
-            aligned, selection = labels.select(after, site)
-            self._record(erased, place, drawn, aligned, selection)
-            if erased:
-                self._move(place, labels.select(hidden, site)[0], aligned, selection)
+            before, selection = labels.select(hidden, site)
+            if not erased:
+                self._add(site, called[False, site], drawn, selection, before)
+                return hidden
+            after = apply_erasure(hidden, *task.layers[site].parts_on(task.name, hidden.device))
+            self._add(site, called[True, site], drawn, selection, labels.select(after, site)[0], before)
             return after
 
         def see_final(erased: bool, name: str, state: Tensor) -> None:
             aligned, selection = labels.select(state, runner.side_of(name))
             # There is one last hidden state a forward pass, so it is always the first visit.
-            self._record(erased, (name, 1), drawn, aligned, selection)
-            if erased:
-                self._move((name, 1), plain[name], aligned, selection)
-            else:
+            self._add(name, 1, drawn, selection, aligned, plain[name] if erased else None)
+            if not erased:
                 plain[name] = aligned
 
         for erased in (False, True):
@@ -201,21 +197,18 @@ class _Measurement:
                 runner(labels.batch)
 
     @on_cpu
-    def _record(
-        self, erased: bool, place: tuple[str, int], drawn: Tensor, aligned: Tensor, selection: Selection
+    def _add(
+        self, site: str, visit: int, drawn: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
     ) -> None:
-        aligned, selection = mean_pooled(aligned.float() if aligned.dtype.itemsize < 4 else aligned, selection)
-        site, visit = place
+        """Add the activation of one visit, aligned with the labels; with what it was `before`, if it is erased."""
+        guarded, rows = mean_pooled(now.float() if now.dtype.itemsize < 4 else now, selection)
         for half in (0, 1):
-            mask = (drawn == half).unsqueeze(1).to(aligned.device)
-            self._halves[erased, half, visit].update(site, aligned, selection, mask)
-
-    @on_cpu
-    def _move(self, place: tuple[str, int], before: Tensor, after: Tensor, selection: Selection) -> None:
-        for labelled in (True, False):
-            rows = selection.counted if labelled else selection.real & ~selection.counted
-            old, new = (t[rows].reshape(-1, t.shape[-1]) for t in (before, after))
-            self._movements[(*place, labelled)].update(old, new)
+            mask = (drawn == half).unsqueeze(1).to(now.device)
+            self._halves[before is not None, half, visit].update(site, guarded, rows, mask)
+        if before is not None:
+            for labelled, chosen in ((True, selection.counted), (False, selection.real & ~selection.counted)):
+                old, new = (t[chosen].reshape(-1, t.shape[-1]) for t in (before, now))
+                self._movements[site, visit, labelled].update(old, new)
 
     def pool(self, processes: Processes) -> None:
         """Add what all processes have measured, in every one of them."""
