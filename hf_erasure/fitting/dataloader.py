@@ -31,6 +31,9 @@ from hf_erasure.erasers.statistics import IGNORED
 from .processes import Processes
 
 Row = Mapping[str, Any]
+# Per row and padded position: the index into the row's list of labels, or None for no label. Empty where the inputs
+# have no words or tokens to label.
+Owners = list[list[int | None]]
 # What a tokenizer says without a limit is larger than any length.
 _NO_LIMIT = 10**20
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
@@ -130,25 +133,13 @@ class ConceptCollator:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Encode `rows` (dicts of the data set's columns) as one batch."""
-        encoded = self.encode(rows)
-        batch = dict(encoded.inputs)
+        batch, owners = self.encode(rows)
         if self.read_labels is not None:
-            batch["concept_labels"] = self.read_labels(rows, encoded)
+            batch["concept_labels"] = self.read_labels(rows, owners)
         return batch
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Encoded:
-    """The inputs of a batch, and which of a row's labels each position takes."""
-
-    inputs: dict[str, Tensor]
-    owners: list[list[int | None]] | None = None
-    """Per row and padded position: the index into the row's list of labels, or `None` for no label."""
-    counts: list[int] | None = None
-    """Per row: how many token labels it must bring. `None` where the inputs have no words or tokens to label."""
 
 
 @dataclass
@@ -165,7 +156,7 @@ class _TextEncoder:
         self.unit = "words" if self.split_into_words else None
         self.glues_words = self.split_into_words and _glues_words(self.tokenizer)
 
-    def __call__(self, rows: Sequence[Row]) -> _Encoded:
+    def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Owners]:
         texts = [self._text(row) for row in rows]
         spaced = texts
         if self.glues_words:
@@ -182,14 +173,14 @@ class _TextEncoder:
         inputs = {name: value for name, value in encoding.items() if isinstance(value, Tensor)}
         _refuse_rows_without_tokens(inputs["attention_mask"], texts)
         if not (self.split_into_words and self.tokenizer.is_fast):
-            return _Encoded(inputs)
+            return inputs, []
         owners = [list(encoding.word_ids(index)) for index in range(len(rows))]
         if self.label_subwords == "first":
             owners = [
                 [word if word != before else None for word, before in zip(row, [None, *row], strict=False)]
                 for row in owners
             ]
-        return _Encoded(inputs, owners, [len(text) for text in texts])
+        return inputs, owners
 
     def _text(self, row: Row) -> Any:
         text = _plain(row[self.columns[0]])
@@ -211,18 +202,16 @@ class _TokenisedEncoder:
     columns: list[str]
     unit: str | None = "tokens"
 
-    def __call__(self, rows: Sequence[Row]) -> _Encoded:
+    def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Owners]:
         columns = {name: [_plain(row[name]) for row in rows] for name in self.columns}
-        padded = self.tokenizer.pad(columns, padding=True, return_attention_mask=True, return_tensors="pt")
-        inputs = dict(padded)
+        inputs = dict(self.tokenizer.pad(columns, padding=True, return_attention_mask=True, return_tensors="pt"))
         _refuse_rows_without_tokens(inputs["attention_mask"], columns["input_ids"])
-        lengths = [len(ids) for ids in columns["input_ids"]]
-        owners: list[list[int | None]] = []
-        for length in lengths:
-            padding = [None] * (inputs["input_ids"].shape[1] - length)
+        owners: Owners = []
+        for ids in columns["input_ids"]:
+            padding = [None] * (inputs["input_ids"].shape[1] - len(ids))
             left = self.tokenizer.padding_side == "left"
-            owners.append([*padding, *range(length)] if left else [*range(length), *padding])
-        return _Encoded(inputs, owners, lengths)
+            owners.append([*padding, *range(len(ids))] if left else [*range(len(ids)), *padding])
+        return inputs, owners
 
 
 @dataclass
@@ -233,10 +222,10 @@ class _PixelEncoder:
     processor: BaseImageProcessor | None = None
     unit: str | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> _Encoded:
+    def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Owners]:
         images = [row[self.columns[0]] for row in rows]
         if self.processor is not None:
-            return _Encoded({"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]})
+            return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}, []
         arrays = [torch.as_tensor(np.asarray(image)) for image in images]
         shapes = {tuple(array.shape) for array in arrays}
         if len(shapes) > 1:
@@ -244,7 +233,7 @@ class _PixelEncoder:
                 f"column {self.columns[0]!r} holds images of different shapes {sorted(shapes)} in one batch: run them "
                 f"through the model's image processor, which resizes them, or set batch_size=1."
             )
-        return _Encoded({"pixel_values": torch.stack(arrays)})
+        return {"pixel_values": torch.stack(arrays)}, []
 
 
 _Encoder = _TextEncoder | _TokenisedEncoder | _PixelEncoder
@@ -319,22 +308,22 @@ class _LabelReader:
     """Reads the labels of a batch in the one form that was found in the first row."""
 
     column: str
+    encode: _Encoder
     form: Literal["rows", "tokens", "values"]
     names: tuple[str, ...] | None
     """Class names by id, or the names of the dimensions."""
     stored_names: tuple[str, ...] | None = None
     """Names behind the ints of a `ClassLabel` column, whose order may differ from `names`."""
-    unit: str | None = None
 
     def __post_init__(self) -> None:
         self.id_of = {name: index for index, name in enumerate(self.names or ())}
 
-    def __call__(self, rows: Sequence[Row], encoded: _Encoded) -> Tensor:
+    def __call__(self, rows: Sequence[Row], owners: Owners) -> Tensor:
         values = [_plain(row[self.column]) for row in rows]
         if self.form == "values":
             return self._values(values)
         if self.form == "tokens":
-            owners, counts = encoded.owners or [], encoded.counts or []
+            counts = [len(_plain(row[self.encode.columns[0]])) for row in rows]
             return torch.tensor([self._token_ids(*row) for row in zip(values, owners, counts, strict=True)])
         ids = [self._class_id(value) for value in values]
         if IGNORED in ids:
@@ -348,8 +337,8 @@ class _LabelReader:
         if not isinstance(values, list) or len(values) != count:
             found = f"{len(values)} labels" if isinstance(values, list) else f"the label {values!r}"
             raise ValueError(
-                f"column {self.column!r} has {found} for a row of {count} {self.unit}: give each of its {self.unit} "
-                f"one label (None for those that have none). Labels: {str(values)[:80]}"
+                f"column {self.column!r} has {found} for a row of {count} {self.encode.unit}: give each of its "
+                f"{self.encode.unit} one label (None for those that have none). Labels: {str(values)[:80]}"
             )
         ids = [self._class_id(value) for value in values]
         return [IGNORED if owner is None else ids[owner] for owner in owners]
@@ -399,7 +388,7 @@ def _choose_label_reader(
     per_token = isinstance(value, list)
     element = next((item for item in value if item is not None), None) if per_token else value
     if isinstance(element, float):
-        return _LabelReader(column, "values", tuple(labels) if labels is not None else None)
+        return _LabelReader(column, encode, "values", tuple(labels) if labels is not None else None)
     if element is not None and not isinstance(element, str | int):
         raise ValueError(
             f"label_column={column!r} holds {value!r}: labels are ints, strings or floats, or one list of these a row."
@@ -412,7 +401,7 @@ def _choose_label_reader(
     strings = isinstance(element, str) or getattr(class_label or feature, "dtype", None) == "string"
     if names is None and strings:
         names = _distinct_labels(dataset, column)
-    return _LabelReader(column, "tokens" if per_token else "rows", names, stored, encode.unit)
+    return _LabelReader(column, encode, "tokens" if per_token else "rows", names, stored)
 
 
 def _check_token_labels(column: str, value: list[Any], encode: _Encoder) -> None:

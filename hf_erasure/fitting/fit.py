@@ -102,7 +102,7 @@ def fit_concept_erasure(
                 checkpoint_dir,
                 task.config,
                 task.layers,
-                pool=task.pool.name,
+                pool=task.pool,
                 sequential=sequential,
                 processes=task.processes.count,
                 active=active_beside(model, adapter_name),
@@ -186,7 +186,7 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> 
             kept.save()
 
     with processes.agreeing("running over its batches"):
-        batches = source.read(task.pool.name)
+        batches = source.read(task.pool)
         if checkpoint is not None:
             kept = MomentsOfAPass(checkpoint, source, processes)
             batches = kept.remaining(batches)
@@ -234,7 +234,7 @@ class Scrubber:
         """Fit all sites, with every module run once a batch where the model calls its sites so that this is right."""
         task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
         with processes.agreeing("reading its batches"):
-            self._batches += [labels for source in self.sources for labels in source.read(task.pool.name)]
+            self._batches += [labels for source in self.sources for labels in source.read(task.pool)]
         for source in self.sources:
             source.pool_counts(processes)
             source.check_reached(())
@@ -285,7 +285,7 @@ class Scrubber:
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
             thread.stop(site, hidden)
-        return self.fits[site].eraser(hidden)
+        return self.fits[site].erase(hidden)
 
     def _side_by_side(self, shown: tqdm) -> None:
         """Bring the batches of all processes to the next site, fit it, let them go on, until none is left.
@@ -342,7 +342,7 @@ class Scrubber:
         def look(wanted: str, labels: BatchLabels | None, site: str, hidden: Tensor) -> Tensor:
             if site == wanted and labels is not None:
                 labels.source.update(site, *labels.select(hidden, site))
-            return self.fits[site].eraser(hidden) if site in self.fits else hidden
+            return self.fits[site].erase(hidden) if site in self.fits else hidden
 
         with processes.agreeing("running over its first batch"):
             task.run_over(self._batches[:1], note)
@@ -377,25 +377,20 @@ def conclude(
     eval_batches: Iterable[Any] | None = None,
     rows: RowsSeen | None = None,
 ) -> ErasureReport:
-    """Put the erasers in place, measure them on held-out batches, and write down what was done."""
-    config, name, layers = task.config, task.name, task.layers
-    before = {} if eval_batches is None else {site: layer.state_of(name) for site, layer in layers.items()}
-    for site, layer in layers.items():
-        layer.set_eraser(name, fits[site].eraser, fits[site].dtype)
-    lines, examples, fitted = [fits[site].line for site in layers], 0, 0
+    """Measure the erasers on held-out batches, put them in place, and write down what was done."""
+    config, lines, examples, fitted = task.config, [fits[site].line for site in task.layers], 0, 0
     if eval_batches is not None:
-        try:
-            lines, examples, fitted = measure(task, eval_batches, lines, rows)
-        except BaseException:
-            for site, state in before.items():
-                layers[site].restore_state(name, state)
-            raise
+        lines, examples, fitted = measure(
+            task, eval_batches, lambda site, hidden: fits[site].erase(hidden), lines, rows
+        )
+    for site, layer in task.layers.items():
+        layer.set_eraser(task.name, fits[site].eraser, fits[site].dtype)
     report = ErasureReport(
         concept=config.concept,
-        adapter_name=name,
+        adapter_name=task.name,
         method=config.method,
-        pool=task.pool.name,
-        reader=task.pool.reader,
+        pool=task.pool,
+        reader=task.reader,
         examples=sum(source.examples for source in labelled),
         tokens=sum(source.tokens for source in labelled),
         eval_examples=examples,

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,11 @@ _WAITING = 1 << 16
 
 
 def measure(
-    task: FitTask, batches: Iterable[Any], known: Iterable[SiteReport] = (), fitted_on: RowsSeen | None = None
+    task: FitTask,
+    batches: Iterable[Any],
+    erase: Callable[[str, Tensor], Tensor],
+    known: Iterable[SiteReport] = (),
+    fitted_on: RowsSeen | None = None,
 ) -> tuple[list[SiteReport], int, int]:
     """Leakage and movement on held-out batches, at every site and at the last hidden states.
 
@@ -46,6 +50,7 @@ def measure(
     taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
     forward pass is measured over all its visits together, as it is fitted, and at each.
 
+    `erase(site, activation)` is what the erasure makes of an activation; the adapter itself need not have its values.
     Every process measures batches of its own; all end with the figures of all, put into the lines that are known from
     fitting. Warns where the batches share sequences with those that were fitted on.
 
@@ -57,7 +62,7 @@ def measure(
         ValueError: If the batches are empty or one half of them lacks a class.
         RuntimeError: If another process failed.
     """
-    measurement, processes, own = _Measurement(task), task.processes, RowsSeen()
+    measurement, processes, own = _Measurement(task, erase), task.processes, RowsSeen()
     source, fitted = Source(task.config, batches), 0
     if fitted_on is not None:
         fitted_on.pool(processes)
@@ -66,7 +71,7 @@ def measure(
         evaluating(task.runner.model),
         tqdm(desc=f"measuring {task.name}", unit=" rows", disable=not task.progress) as shown,
     ):
-        for labels, counts in task.in_step(source.read(task.pool.name)):
+        for labels, counts in task.in_step(source.read(task.pool)):
             if not counts:  # to keep up with the others
                 task.runner(labels.batch)
                 task.runner(labels.batch)
@@ -107,7 +112,12 @@ def measured_leakage(
     Raises:
         ValueError: If there is no such adapter, it is merged, or the batches hold too little.
     """
-    lines, _, _ = measure(*task_for(model, adapter_name, batches, pool, as_fitted=True))
+    task, read = task_for(model, adapter_name, batches, pool, as_fitted=True)
+
+    def erase(site: str, hidden: Tensor) -> Tensor:
+        return apply_erasure(hidden, *task.layers[site].parts_on(adapter_name, hidden.device))
+
+    lines, _, _ = measure(task, read, erase)
     whole = (line for line in lines if line.visit is None)
     return {line.site: line.correlation_after for line in whole if line.correlation_after is not None}
 
@@ -154,8 +164,8 @@ class _Measurement:
     What is known of a site is kept by visit: calls of its module in one forward pass are counted from 1.
     """
 
-    def __init__(self, task: FitTask) -> None:
-        self._task, z_dim = task, task.config.z_dim
+    def __init__(self, task: FitTask, erase: Callable[[str, Tensor], Tensor]) -> None:
+        self._task, self._erase, z_dim = task, erase, task.config.z_dim
         # By (erased, half, visit), and by site within.
         self._halves: dict[tuple[bool, int, int], SiteStatistics] = defaultdict(lambda: SiteStatistics(z_dim))
         # By (site, visit) and whether it is that of labelled positions or of the others.
@@ -178,7 +188,7 @@ class _Measurement:
             if not erased:
                 self._add(site, called[False, site], drawn, selection, before)
                 return hidden
-            after = apply_erasure(hidden, *task.layers[site].parts_on(task.name, hidden.device))
+            after = self._erase(site, hidden)
             self._add(site, called[True, site], drawn, selection, labels.select(after, site)[0], before)
             return after
 

@@ -75,12 +75,8 @@ class Processes:
         """
         source, spare = iter(items), None
         while True:
-            item, error = None, None
-            try:
+            with self.agreeing("reading its batches"):
                 item = next(source, None)
-            except Exception as caught:
-                error = caught
-            self._raise_together(error, "reading its batches")
             spare = item if item is not None else spare
             states = self.gathered([(item is not None, spare is not None)])
             if not any(more for more, _ in states):
@@ -132,9 +128,6 @@ class Processes:
             yield
         except Exception as caught:
             error = caught
-        self._raise_together(error, doing)
-
-    def _raise_together(self, error: Exception | None, doing: str) -> None:
         failures = self.gathered([None if error is None else f"{type(error).__name__}: {error}"])
         if error is not None:
             raise error

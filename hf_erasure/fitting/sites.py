@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
-from hf_erasure.erasers import Eraser, joint_moments, relative_change
+from hf_erasure.erasers import Eraser, apply_erasure, joint_moments, relative_change
 from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, on_cpu, unwrapped
 from hf_erasure.models.pooling import IN_WORDS
@@ -35,19 +35,6 @@ _POSITIONS = ("cls", "last")
 _ROUNDING = 1e-12
 
 
-@dataclass(frozen=True)
-class Pool:
-    """What a fit guards.
-
-    Attributes:
-        name: One of `POOLS`.
-        reader: What the model's head reads, in words.
-    """
-
-    name: str
-    reader: str
-
-
 @dataclass
 class FitTask:
     """One adapter that is fitted or measured.
@@ -58,7 +45,8 @@ class FitTask:
         layers: The sites, by the name of their module, in the model's order.
         name: The adapter.
         config: Its configuration.
-        pool: Which rows a sequence label counts for, and what the model's head reads.
+        pool: Which rows a sequence label counts for, one of `POOLS`.
+        reader: What the model's head reads, in words.
         processes: Those that share the data.
         progress: Whether this process shows progress bars.
     """
@@ -68,7 +56,8 @@ class FitTask:
     layers: dict[str, ErasureLayer]
     name: str
     config: ConceptErasureConfig
-    pool: Pool
+    pool: str
+    reader: str
     processes: Processes
     progress: bool = False
 
@@ -133,10 +122,11 @@ def task_for(
         first = list(itertools.islice(rest, 1))
     known = Provenance.of(config) if as_fitted and pool is None else None
     if known is not None and known.pool in POOLS:
-        guarded = Pool(known.pool, known.reader)
+        guarded, reader = known.pool, known.reader
     else:
-        guarded = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
-    task = FitTask(found.owner, runner, layers, name, config, guarded, processes, progress and processes.is_main)
+        guarded, reader = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
+    shows = progress and processes.is_main
+    task = FitTask(found.owner, runner, layers, name, config, guarded, reader, processes, shows)
     return task, itertools.chain(first, rest)
 
 
@@ -190,8 +180,10 @@ def observed_final(finals: dict[str, nn.Module], observer: Callable[[str, Tensor
 
 def pool_for(
     pool: str | None, model: nn.Module, runner: Runner, config: ConceptErasureConfig, first: Any, processes: Processes
-) -> Pool:
-    """The pool of a fit; warns where it is not what the model's head reads, or where that could not be found out.
+) -> tuple[str, str]:
+    """What a fit guards, one of `POOLS`, and what the model's head reads, in words.
+
+    Warns where the two are not the same, or where the second could not be found out.
 
     Args:
         pool: What was asked for, one of `POOLS`; None for what the head reads.
@@ -203,10 +195,10 @@ def pool_for(
     """
     rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
     if rows is None:
-        return Pool(pool or "tokens", "")  # fitting says what is wrong with the batches
+        return pool or "tokens", ""  # fitting says what is wrong with the batches
     of_tokens = 2 if config.labels is not None else 3
     if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
-        return Pool("tokens", "the labels are of single tokens")
+        return "tokens", "the labels are of single tokens"
     reading = sentence_reading(model) or _reading(model, runner, rows)
     if pool is None:
         if not reading.clear:
@@ -216,7 +208,7 @@ def pool_for(
                 stacklevel=4,
             )
         alike = ": all tokens count alike" if reading.pool is None else ""
-        return Pool(reading.pool or "tokens", reading.text + alike)
+        return reading.pool or "tokens", reading.text + alike
     is_read = pool == reading.pool or (reading.pool == "tokens" and pool in _POSITIONS)
     remedy, beside = "", "" if reading.pool is None else f" (pool={reading.pool!r})"
     if reading.pool is not None and not is_read:
@@ -229,7 +221,7 @@ def pool_for(
             f"{remedy}",
             stacklevel=4,
         )
-    return Pool(pool, reading.text)
+    return pool, reading.text
 
 
 def _two_rows(batch: Any) -> dict[str, Any] | None:
@@ -287,6 +279,10 @@ class SiteFit:
     dtype: torch.dtype
     shares: Tensor
     line: SiteReport
+
+    def erase(self, hidden: Tensor) -> Tensor:
+        """What an adapter with this eraser makes of an activation, to the bit."""
+        return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype))
 
 
 def solve(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.fitting.sites import Pool, pool_for
+from hf_erasure.fitting.sites import pool_for
 from hf_erasure.models import pooled
 from hf_erasure.models.model import Runner
 from tests.small_models import _GROUPED, _SIZES, _TEXT, _TOKENS, VOCABULARY, WIDTH, roughen
@@ -72,7 +72,7 @@ def image_batch() -> dict[str, Tensor]:
     return {"pixel_values": pixels, "concept_labels": torch.tensor([0, 1, 0])}
 
 
-def found(model: nn.Module, batch: dict[str, Tensor], pool: str | None = None) -> Pool:
+def found(model: nn.Module, batch: dict[str, Tensor], pool: str | None = None) -> tuple[str, str]:
     roughen(model, torch.Generator().manual_seed(0)).eval()
     config = ConceptErasureConfig(labels=["a", "b"])
     return pool_for(pool, model, Runner(model), config, batch, Processes())
@@ -85,26 +85,26 @@ def test_a_text_head_s_positions_are_found(name: str, left: bool) -> None:
     build, pool = TEXTS[name]
     if left and pool == "cls":
         with pytest.warns(UserWarning, match=r"reads positions \[0\] of 8, padding among them"):
-            assert found(build(), text_batch(left=True)).name == "tokens"
+            assert found(build(), text_batch(left=True))[0] == "tokens"
     else:
-        assert found(build(), text_batch(left=left)).name == pool
+        assert found(build(), text_batch(left=left))[0] == pool
 
 
 @pytest.mark.filterwarnings("error:pool")
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_head_s_positions_are_found(name: str) -> None:
     build, pool, words = IMAGES[name]
-    guarded = found(build(), image_batch())
-    assert guarded.name == pool and words in guarded.reader
+    guarded, reader = found(build(), image_batch())
+    assert guarded == pool and words in reader
 
 
 def test_frozen_half_precision_weights_are_read_too_and_stay_as_they_were() -> None:
     model = hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)).to(torch.bfloat16).requires_grad_(False).train()
     with torch.inference_mode():
-        guarded = pool_for(
+        guarded, _ = pool_for(
             None, model, Runner(model, []), ConceptErasureConfig(labels=["a", "b"]), text_batch(), Processes()
         )
-    assert guarded.name == "cls" and model.training
+    assert guarded == "cls" and model.training
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -112,15 +112,15 @@ def test_frozen_half_precision_weights_are_read_too_and_stay_as_they_were() -> N
 @pytest.mark.filterwarnings("error:pool")
 def test_a_bare_model_has_no_reader_and_any_pool_is_taken() -> None:
     model = hf.BertModel(hf.BertConfig(**_TEXT))
-    assert found(model, text_batch()) == Pool("tokens", "BertModel has no head that reads: all tokens count alike")
-    assert found(model, text_batch(), "mean") == Pool("mean", "BertModel has no head that reads")
+    assert found(model, text_batch()) == ("tokens", "BertModel has no head that reads: all tokens count alike")
+    assert found(model, text_batch(), "mean") == ("mean", "BertModel has no head that reads")
 
 
 @pytest.mark.parametrize(("pool", "warns"), [("cls", False), ("mean", True), ("last", True), ("tokens", True)])
 def test_a_pool_that_the_head_does_not_read_warns_and_names_both(pool: str, warns: bool) -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert found(hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)), text_batch(), pool).name == pool
+        assert found(hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)), text_batch(), pool)[0] == pool
     texts = [str(warning.message) for warning in seen if "pool=" in str(warning.message)]
     assert len(texts) == warns and all(f"pool={pool!r}" in text and "pool='cls'" in text for text in texts)
 
@@ -128,21 +128,21 @@ def test_a_pool_that_the_head_does_not_read_warns_and_names_both(pool: str, warn
 @pytest.mark.filterwarnings("error:pool")
 def test_a_language_model_reads_its_first_and_its_last_token_among_the_others() -> None:
     for pool in ("cls", "last"):
-        assert found(hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), text_batch(), pool).name == pool
+        assert found(hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)), text_batch(), pool)[0] == pool
 
 
 def test_labels_of_tokens_need_no_reader() -> None:
     batch = text_batch()
     batch["concept_labels"] = torch.zeros_like(batch["input_ids"])
     guarded = found(hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)), batch)
-    assert guarded == Pool("tokens", "the labels are of single tokens")
+    assert guarded == ("tokens", "the labels are of single tokens")
 
 
 def test_a_head_that_fails_on_the_rows_is_said_to_be_unknown() -> None:
     model = hf.BertForSequenceClassification(hf.BertConfig(**_TEXT))
     model.classifier = nn.Linear(WIDTH + 1, 2)
     with pytest.warns(UserWarning, match="what BertForSequenceClassification reads could not be found out"):
-        assert found(model, text_batch()).name == "tokens"
+        assert found(model, text_batch())[0] == "tokens"
 
 
 def test_a_sentence_encoder_s_pooling_module_is_asked() -> None:
@@ -155,7 +155,7 @@ def test_a_sentence_encoder_s_pooling_module_is_asked() -> None:
         bare = hf.BertModel(hf.BertConfig(**_TEXT))
         encoder = Encoder(bare, models.Pooling(WIDTH, pooling_mode=mode))
         config = ConceptErasureConfig(labels=["a", "b"])
-        assert pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes()).name == pool
+        assert pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes())[0] == pool
     with pytest.warns(UserWarning, match="its pooling module reads 'max'"):
         encoder = Encoder(bare, models.Pooling(WIDTH, pooling_mode="max"))
         pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes())
@@ -205,8 +205,8 @@ class Around(nn.Module):
 
 @pytest.mark.filterwarnings("error:pool")
 def test_the_head_of_a_module_around_a_bare_model_is_asked() -> None:
-    assert found(Around(lambda states: states[:, 0]), text_batch()).name == "cls"
+    assert found(Around(lambda states: states[:, 0]), text_batch())[0] == "cls"
     guarded = found(Around(lambda states: states.mean(1)), text_batch())
-    assert guarded == Pool("mean", "Around reads the mean of the tokens, padding included")
-    assert found(Around(lambda states: states), text_batch()).name == "tokens"
-    assert found(nn.DataParallel(Around(lambda states: states[:, 0])), text_batch()).name == "cls"
+    assert guarded == ("mean", "Around reads the mean of the tokens, padding included")
+    assert found(Around(lambda states: states), text_batch())[0] == "tokens"
+    assert found(nn.DataParallel(Around(lambda states: states[:, 0])), text_batch())[0] == "cls"
