@@ -16,7 +16,7 @@ from torch import nn
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.acting import naming_what_goes_off, warn_of_what_is_off, without
-from hf_erasure.adapters.common.config import RECORD, Provenance
+from hf_erasure.adapters.common.config import RECIPE, RECORD, Provenance
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of
@@ -313,6 +313,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         config.provenance[count] += added.provenance[count]
     # What was measured of the first alone says nothing of the sum.
     config.provenance["leakage"] = {}
+    config.provenance.pop(RECIPE, None)
     with staged(Path(output)) as content:
         config.save_pretrained(str(content))
         save_file(weights, content / WEIGHTS, metadata={"format": "pt"})

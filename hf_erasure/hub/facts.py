@@ -8,18 +8,16 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
-from hf_erasure.adapters.common.config import TOLD, ChildConfig, Provenance
+from hf_erasure.adapters.common.config import TESTED_ON, TOLD, ChildConfig, ChosenEdit, Provenance
 from hf_erasure.adapters.saved_tensors import digest_of_data
 from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
@@ -28,8 +26,6 @@ from hf_erasure.models.pooling import IN_WORDS
 LONGEST = 200
 # So many sites are listed in a card, which a model of any depth must leave readable.
 MOST_SITES = 200
-# What a name ends with that is one of a file.
-_FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt", ".tsv", ".arrow")
 # Pictures that this package draws beside an adapter → their captions.
 LEAKAGE, EFFECT = "leakage.png", "effect.png"
 PICTURES = {
@@ -39,9 +35,8 @@ PICTURES = {
     "surface.png": "All edits that were tried.",
 }
 FINAL = "last_hidden_state"
-_TEST = "the recipe's test split"
 # Of GRADIEND's tables: what a column is, and which way is better.
-_GRADIEND = {"lms": ("language modelling, score", "higher"), "loss": ("language modelling, loss", "lower")}
+_GRADIEND = {"loss": ("language modelling, loss", "lower"), "lms": ("language modelling, score", "higher")}
 _GOALS = ("balance", "bpi", "fpi", "mpi")
 # Of `GradiendCallback`: what a figure with this ending is.
 _WATCHED = {
@@ -83,11 +78,11 @@ def interval_of(ends: Any) -> list[float] | None:
     return [float(end) for end in ends] if is_one else None
 
 
-def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is no file, or no object in it."""
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -159,9 +154,11 @@ class CardFacts:
 
 
 def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str | None = None) -> CardFacts:
-    """Gather what is known of an adapter, also by the recipe and the results in its folder, if a run made it."""
+    """Gather what the configuration of an adapter says, and which pictures lie in its folder."""
     made = Provenance.of(config)
-    told, is_gradiend = made.card, isinstance(config, GradiendConfig)
+    told, run, is_gradiend = made.card, made.recipe, isinstance(config, GradiendConfig)
+    # What its maker told comes first; of the rest, what cannot be a name on the Hub is left out.
+    datasets = [*map(plain, told.datasets), *map(hub_id, map(plain, [*run.datasets, *made.data.datasets]))]
     facts = CardFacts(
         kind="gradiend" if is_gradiend else "concept_erasure",
         concept=plain(config.feature if isinstance(config, GradiendConfig) else getattr(config, "concept", "concept")),
@@ -172,8 +169,8 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         base_revision=plain(config.revision or "") or None,
         examples=made.examples,
         tokens=made.tokens,
-        datasets=list(map(plain, told.datasets)),
-        labels_from=plain(told.labels_from) or None,
+        datasets=list(dict.fromkeys(filter(None, datasets))),
+        labels_from=plain(told.labels_from or run.labels_from or made.data.labels_from) or None,
         fingerprint=digest_of_data(made.fingerprint),
         parts=list(map(plain, made.combined_from)),
         versions=_versions(config, made),
@@ -183,15 +180,12 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
     )
     rows = kept_rows(told.results) if told.results and told.results_of == state_of(config) else []
     rows += of_training(facts.concept, made) if made.training.figures else []
-    by_recipe = _add_recipe(facts, folder, config, made) if folder and (folder / "recipe.yaml").is_file() else []
-    rows += by_recipe
     if isinstance(config, ConceptErasureConfig):
-        rows += _add_erasure(facts, config, made)
+        rows += kept_rows(run.results) + _add_erasure(facts, config, made)
     elif isinstance(config, GradiendConfig):
-        facts.method = _gradiend_method(config, made)
-        rows += [] if by_recipe else of_selection(made)
-    facts.datasets = list(dict.fromkeys([*facts.datasets, *filter(None, map(hub_id, map(plain, made.data.datasets)))]))
-    facts.labels_from = facts.labels_from or plain(made.data.labels_from) or None
+        tested, chosen = (edit if _steered_by(edit, config) else ChosenEdit() for edit in (run.edit, made.selection))
+        facts.method = _gradiend_method(config, made, chosen)
+        rows += of_edit(tested, config, TESTED_ON) or of_edit(chosen, config, "the data that the edit was chosen on")
     facts.measured = [asdict(row) | {"change": row.change} for row in rows]
     return facts
 
@@ -253,9 +247,8 @@ def _figures_on(made: Provenance, measured_on: str) -> str:
     return f"{measured_on}, of {IN_WORDS[made.pool]}" if made.pool in IN_WORDS else measured_on
 
 
-def _gradiend_method(config: GradiendConfig, made: Provenance) -> dict[str, Any]:
+def _gradiend_method(config: GradiendConfig, made: Provenance, chosen: ChosenEdit) -> dict[str, Any]:
     sizes = [(math.prod(size["shape"]), size.get("count")) for size in (config.fitted_parameters or {}).values()]
-    chosen = made.selection
     return {
         "estimator": plain(made.estimator) or None, "task": plain(made.task) or None, "source": config.source,
         "pair": list(map(plain, config.pair or (config.pairs[0] if config.pairs else config.classes) or ())),
@@ -323,24 +316,13 @@ class Measured:
         return verdict(self.before, self.after, self.after_interval, way, self.ideal) or "no change"
 
 
-def of_selection(made: Provenance) -> list[Measured]:
-    """What the chosen edit of a GRADIEND adapter does to the data it was chosen on."""
-    chosen = made.selection
-    data = "the data that the edit was chosen on"
+def of_edit(chosen: ChosenEdit, config: GradiendConfig, data: str) -> list[Measured]:
+    """What an edit of a GRADIEND adapter does to some data."""
     data += f", {plain(chosen.measured_on)}" if "fitted" in chosen.measured_on else ""
-    return _edit_rows(_flat(chosen.base), _flat(chosen.best), chosen.goal, data)
-
-
-def _flat(point: dict[str, Any]) -> dict[str, Any]:
-    shares, goals = point.get("probabilities"), point.get("goals")
-    named = {f"P({name})": value for name, value in shares.items()} if isinstance(shares, dict) else {}
-    return named | (goals if isinstance(goals, dict) else {}) | {name: point.get(name) for name in _GRADIEND}
-
-
-def _edit_rows(base: dict[str, Any], edited: dict[str, Any], goal: Any, data: str) -> list[Measured]:
+    base, best = _flat(chosen.base, config), _flat(chosen.best, config)
     rows = []
     for name, before in base.items():
-        after = edited.get(name)
+        after = best.get(name)
         if not (is_number(before) and is_number(after)):
             continue
         if name in _GRADIEND:
@@ -348,11 +330,29 @@ def _edit_rows(base: dict[str, Any], edited: dict[str, Any], goal: Any, data: st
             rows.append(Measured(name, title, before, after, better, data))
         elif name.startswith("P("):
             rows.append(Measured("class_probability", f"mean probability {plain(name)}", before, after, "", data))
-        elif name in _GOALS or name == goal:
-            chosen = ", which the edit was chosen for" if name == goal else ""
+        elif name in _GOALS or name == chosen.goal:
             title = name.upper() if name in _GOALS[1:] else f"score of {plain(name)!r}"
-            rows.append(Measured(plain(name), f"{title}{chosen}", before, after, "higher", data))
+            title += ", which the edit was chosen for" if name == chosen.goal else ""
+            rows.append(Measured(plain(name), title, before, after, "higher", data))
     return rows
+
+
+def _flat(point: dict[str, Any], config: GradiendConfig) -> dict[str, Any]:
+    """Name → figure, in an order that writing to a file does not change."""
+    order = dict.fromkeys([_GOALS[0], *(config.classes or ()), *_GOALS[1:]])
+    found: dict[str, Any] = {}
+    for part, form in (("probabilities", "P({})"), ("goals", "{}")):
+        own = point.get(part)
+        known = own if isinstance(own, dict) else {}
+        found |= {form.format(name): known[name] for name in order | known if name in known}
+    return found | {name: point.get(name) for name in _GRADIEND}
+
+
+def _steered_by(chosen: ChosenEdit, config: GradiendConfig) -> bool:
+    """Whether an adapter is steered as it was chosen; older ones do not say how they were."""
+    now = {name: getattr(config, name) for name in ("feature_factor", "learning_rate", "pair")}
+    then = now | {name: chosen.best[name] for name in now if name in chosen.best}
+    return digest_of_data(now) == digest_of_data(then)
 
 
 def of_training(concept: str, made: Provenance) -> list[Measured]:
@@ -383,88 +383,10 @@ def kept_rows(rows: list[Any]) -> list[Measured]:
     for row in rows:
         known = row if isinstance(row, dict) else {}
         numbers: dict[str, Any] = {n: known[n] for n in ("before", "after", "ideal") if is_number(known.get(n))}
-        if {"before", "after"} <= numbers.keys():
+        if "after" in numbers and ("before" in numbers or known.get("before") is None):
             texts = {name: plain(known.get(name, "")) for name in ("key", "title", "better", "data")}
             intervals = {name: interval_of(known.get(name)) for name in ("before_interval", "after_interval")}
-            found.append(Measured(**texts | numbers | intervals, is_other=known.get("is_other") is True))
-    return found
-
-
-# ---- the recipe that made it -----------------------------------------------------------------------------------------
-
-
-def _add_recipe(facts: CardFacts, folder: Path, config: ChildConfig, made: Provenance) -> list[Measured]:
-    """Add the data that the recipe in an output folder names; returns what its run has measured.
-
-    That is the last line of an erasure's probe table, or the saved edit of a GRADIEND. The probes read one vector a
-    text: that of the erasure's pool, and of all tokens their mean. Nothing was measured where the adapter was fitted or
-    steered anew since.
-    """
-    recipe, file = read_object(folder / "recipe.yaml", yaml.safe_load), folder / "results.json"
-    data = recipe["data"] if isinstance(recipe.get("data"), dict) else {}
-    facts.datasets += _datasets(data)
-    facts.labels_from = facts.labels_from or _labels_from(data)
-    results = read_object(file)
-    if not recipe or not results or made.recipe != digest_of_data(file.read_text(encoding="utf-8")):
-        return []
-    edits = results.get("edits")
-    if not isinstance(edits, dict) or not isinstance(config, GradiendConfig):
-        return _probe_rows(results, data, made)
-    base, saved = edits.get("none"), edits.get(results.get("saved"))
-    if not (isinstance(base, dict) and isinstance(saved, dict)):
-        return []
-    is_steered_so = (saved.get("h"), saved.get("α")) == (config.feature_factor, config.learning_rate)
-    return _edit_rows(base, saved, results.get("saved"), _TEST) if is_steered_so else []
-
-
-def _probe_rows(results: dict[str, Any], data: dict[str, Any], made: Provenance) -> list[Measured]:
-    read = "mean" if made.pool == "tokens" else made.pool
-    probed = _TEST + (f", {IN_WORDS[read]}" if read in IN_WORDS else "")
-    probed += f", {plain(made.measured_on)}" if "fitted" in made.measured_on else ""
-    last = list(results)[-1]
-    row = results[last] if isinstance(results[last], dict) else {}
-    rows = []
-    for column, better in ((data.get("label_column"), "lower"), (data.get("keep_column"), "higher")):
-        before, after = row.get(f"{column} before"), row.get(f"{column} after")
-        if not (is_number(before) and is_number(after)):
-            continue
-        majority = row.get(f"{column} majority")
-        constant = f" (always the majority: {majority:.3f})" if is_number(majority) else ""
-        title = f"accuracy of a linear probe for {plain(column)}, {plain(last)}{constant}"
-        rows.append(Measured("probe_accuracy", title, before, after, better, probed))
-        refitted = row.get(f"{column} refitted")
-        if is_number(refitted):
-            title = (
-                f"the same of a probe fitted on one half of the erased test split, judged on the other: {plain(column)}"
+            found.append(
+                Measured(**{"before": None} | texts | numbers | intervals, is_other=known.get("is_other") is True)
             )
-            rows.append(Measured("refitted_probe_accuracy", title, None, refitted, "lower", probed))
-    return rows
-
-
-def _datasets(data: dict[str, Any]) -> list[str]:
-    """Names on the Hub that are the source of a recipe's data; a source may also be a file, or `"occupations"`."""
-    found = [data.get("source"), data.get("background")]
-    for part in ("train", "choice", "test", "whole"):
-        section = data.get(part)
-        if isinstance(section, dict):
-            found += [section.get("file"), section.get("sentences")]
-    named = [name for name in map(hub_id, found) if name is not None and "/" in name]
-    return [name for name in named if not name.lower().endswith(_FILES)]
-
-
-def _labels_from(data: dict[str, Any]) -> str | None:
-    """Who or what labelled a recipe's data, in words."""
-    if isinstance(data.get("source"), str):
-        column, split = (plain(data.get(key)) for key in ("label_column", "train"))
-        if data["source"] == "occupations":
-            return "sentences about people at work that hf-erasure makes from templates, which say who they are about"
-        name = hub_id(data["source"]) or "a file of its maker"
-        return f"the column {column!r} of {name}, split {split!r}"
-    train = data.get("train") or data.get("whole")
-    if not isinstance(train, dict):
-        return None
-    if isinstance(train.get("templates"), list):
-        return f"{len(train['templates'])} sentence templates of the recipe, filled with words of each class"
-    if train.get("sentences") is not None:
-        return "sentences with one of the recipe's words, whose counterpart a table of the recipe names"
-    return "a file of pairs with the columns factual, counterfactual and label" if train.get("file") else None
+    return found

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
-from hf_erasure.adapters.common.config import Provenance
+from hf_erasure.adapters.common.config import RECIPE, TESTED_ON, Provenance
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.erasers import apply_erasure
 from hf_erasure.fitting.combine import FIT_FOLDER
@@ -27,9 +27,20 @@ from hf_erasure.fitting.report import ErasureReport
 from hf_erasure.fitting.sites import observed, observed_final
 from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
+from hf_erasure.models.pooling import IN_WORDS
 
 from .occupations import occupation_sentences
-from .run import difference, finished_run, load_base, load_source, put_adapter, write_run
+from .run import (
+    difference,
+    finished_run,
+    is_on_hub,
+    load_base,
+    load_source,
+    names_on_hub,
+    put_adapter,
+    table_of,
+    write_run,
+)
 from .schema import check_counts, fields_of, one_of, read
 
 if TYPE_CHECKING:
@@ -38,7 +49,7 @@ if TYPE_CHECKING:
 
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
-EMBEDDED = "embedded"
+EMBEDDED, OCCUPATIONS = "embedded", "occupations"
 ADAPTER_NAME = "erasure"
 # Rows of each streamed split that are probed where the recipe names no number: how long a stream is, nobody knows.
 STREAMED_PROBE_ROWS = 2000
@@ -63,7 +74,7 @@ class DataRecipe:
             of each split, 2,000 when None.
     """
 
-    source: str = "occupations"
+    source: str = OCCUPATIONS
     name: str | None = None
     train: str = "train"
     test: str = "test"
@@ -76,6 +87,16 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self, "data", "probe_rows")
+
+    def origin(self) -> dict[str, Any]:
+        """Where the data come from, as a card says it; they were loaded."""
+        name = self.source if is_on_hub(self.source) else "a file of its maker"
+        labels_from = f"the column {self.label_column!r} of {name}, split {self.train!r}"
+        if self.source == OCCUPATIONS:
+            labels_from = (
+                "sentences about people at work that hf-erasure makes from templates, which say who they are about"
+            )
+        return {"datasets": names_on_hub([self.source, self.background]), "labels_from": labels_from}
 
 
 @dataclass
@@ -183,7 +204,9 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
     if not Processes().is_main:
         return None
     table = probe(recipe, model, tokenizer, data, progress)
-    write_run(recipe.output, model, model.peft_config[ADAPTER_NAME], asdict(recipe), table.to_dict("index"))
+    config = model.peft_config[ADAPTER_NAME]
+    config.provenance[RECIPE] = recipe.data.origin() | {"results": _rows_of_card(recipe.data, table, config)}
+    write_run(recipe.output, model, asdict(recipe), table.to_dict("index"))
     report.plot(str(Path(recipe.output) / FIGURE_FILE))
     return Outcome(report, table)
 
@@ -232,7 +255,7 @@ def load_data(recipe: DataRecipe) -> Splits:
     Raises:
         ValueError: If a split of the recipe is not there.
     """
-    if recipe.source == "occupations":
+    if recipe.source == OCCUPATIONS:
         data = occupation_sentences()
     else:
         data = load_source(recipe.source, recipe.name, streaming=recipe.streaming)
@@ -258,24 +281,70 @@ def _batches(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, sh
 
 
 def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
-    """The probe table of a model with the adapter, on the recipe's data."""
+    """Probe accuracy by layer, before and after, on the test split of the recipe's data.
+
+    A probe is fitted anew on the erased training states. Where those are what the erasure was fitted on, the theorem
+    says that it learns nothing. The column "refitted" asks more: how well a probe does that is fitted on one half of
+    the erased test rows, whose cues the erasure has not seen, and judged on the other.
+
+    Returns:
+        One row a site; accuracies, majorities, and the mean cosine between test states without and with the adapter.
+    """
     train, test, most = data[recipe.data.train], data[recipe.data.test], recipe.data.probe_rows
     if isinstance(train, IterableDataset):
         train, test = (Dataset.from_list(list(split.take(most or STREAMED_PROBE_ROWS))) for split in (train, test))
     elif most is not None and most < len(train):
         train = train.shuffle(seed=0).select(range(most))
-    guarded = Provenance.of(model.peft_config[ADAPTER_NAME]).pool
-    pool = "mean" if guarded == "tokens" else guarded
-    states, labels = {}, {}
+    concept, kept = recipe.data.label_column, recipe.data.keep_column
+    columns = [concept, kept] if kept else [concept]
+    pool = _pool_of_probes(model.peft_config[ADAPTER_NAME])
+    states: dict[tuple[str, str], dict[str, Tensor]] = {}
+    labels: dict[tuple[str, str], list[str]] = {}
     for split, rows in (("train", train), ("test", test)):
-        columns = [column for column in (recipe.data.label_column, recipe.data.keep_column) if column]
-        labels[split] = {column: [str(value) for value in rows[column]] for column in columns}
-        for erased in (False, True):
-            batches = _batches(recipe, rows, tokenizer)
-            states[split, erased] = pooled_states(
-                model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress
-            )
-    return probe_table(states, labels, recipe.data.label_column, recipe.data.keep_column)
+        labels |= {(split, column): [str(value) for value in rows[column]] for column in columns}
+        for when in ("before", "after"):
+            states[split, when] = pooled_states(
+                model, _batches(recipe, rows, tokenizer), ADAPTER_NAME, erased=when == "after", pool=pool,
+                progress=progress,
+            )  # fmt: skip
+    found = {}
+    for site, before in states["test", "before"].items():
+        after, row = states["test", "after"][site], {}
+        for column in columns:
+            y = labels["train", column], labels["test", column]
+            row[f"{column} before"] = probe_accuracy(states["train", "before"][site], y[0], before, y[1])
+            row[f"{column} after"] = probe_accuracy(states["train", "after"][site], y[0], after, y[1])
+            row[f"{column} majority"] = majority(y[1])
+        row[f"{concept} refitted"] = refitted_accuracy(after, labels["test", concept])
+        row["cosine"] = float(nn.functional.cosine_similarity(before, after, dim=-1).mean())
+        found[site] = row
+    return table_of(found, "layer")
+
+
+def _pool_of_probes(config: ConceptErasureConfig) -> str:
+    """Probes read one vector a text: that of the erasure's pool, and of all tokens their mean."""
+    pool = Provenance.of(config).pool
+    return "mean" if pool == "tokens" else pool
+
+
+def _rows_of_card(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureConfig) -> list[dict[str, Any]]:
+    """What the probes of the last layer say, as rows of the adapter's card."""
+    measured_on = Provenance.of(config).measured_on
+    on = f"{TESTED_ON}, {IN_WORDS[_pool_of_probes(config)]}" + (f", {measured_on}" if "fitted" in measured_on else "")
+    layer, found = table.index[-1], table.iloc[-1].to_dict()
+    rows = []
+    for column, better in ((data.label_column, "lower"), (data.keep_column, "higher")):
+        if column is None:
+            continue
+        constant = f"(always the majority: {found[f'{column} majority']:.3f})"
+        title = f"accuracy of a linear probe for {column}, {layer} {constant}"
+        before, after, refitted = (found.get(f"{column} {what}") for what in ("before", "after", "refitted"))
+        shared = {"better": better, "data": on}
+        rows.append(shared | {"key": "probe_accuracy", "title": title, "before": before, "after": after})
+        if refitted is not None:
+            title = f"the same of a probe fitted on one half of the erased test split, judged on the other: {column}"
+            rows.append(shared | {"key": "refitted_probe_accuracy", "title": title, "after": refitted})
+    return rows
 
 
 def pooled_states(
@@ -365,43 +434,3 @@ def refitted_accuracy(x: Tensor, y: list[str]) -> float:
 def majority(labels: list[str]) -> float:
     """The accuracy of always answering with the most frequent label."""
     return max(labels.count(label) for label in set(labels)) / len(labels)
-
-
-def probe_table(
-    states: dict[tuple[str, bool], dict[str, Tensor]],
-    labels: dict[str, dict[str, list[str]]],
-    concept: str,
-    kept: str | None,
-) -> pd.DataFrame:
-    """Probe accuracy by layer, before and after, on the test split.
-
-    A probe is fitted anew on the erased training states. Where those are what the erasure was fitted on, the theorem
-    says that it learns nothing. The column "refitted" asks more: how well a probe does that is fitted on one half of
-    the erased test rows, whose cues the erasure has not seen, and judged on the other.
-
-    Args:
-        states: (`"train"` or `"test"`, with the adapter) → site → `(rows, width)`.
-        labels: `"train"` or `"test"` → column → labels.
-        concept: The column that was erased.
-        kept: A column that should stay readable, if any.
-
-    Returns:
-        One row a site; accuracies, majorities, and the mean cosine between test states without and with the adapter.
-    """
-    import pandas as pd
-
-    rows = []
-    for site in states["train", False]:
-        row: dict[str, Any] = {"layer": site}
-        for column in (concept, kept) if kept else (concept,):
-            for erased, when in ((False, "before"), (True, "after")):
-                row[f"{column} {when}"] = probe_accuracy(
-                    states["train", erased][site], labels["train"][column],
-                    states["test", erased][site], labels["test"][column],
-                )  # fmt: skip
-            row[f"{column} majority"] = majority(labels["test"][column])
-        row[f"{concept} refitted"] = refitted_accuracy(states["test", True][site], labels["test"][concept])
-        old, new = states["test", False][site], states["test", True][site]
-        row["cosine"] = float(nn.functional.cosine_similarity(old, new, dim=-1).mean())
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("layer")

@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig
 
 from hf_erasure.adapters import edited
+from hf_erasure.adapters.common.config import RECIPE
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
 from hf_erasure.fitting.gradiend.gradients import EncodedValues, together
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
@@ -147,18 +148,16 @@ class GradiendRun:
         rows |= {"/".join(part.pair): part.metrics() for part in values}
         return table_of({row: {name: found[name] for name in names} for row, found in rows.items()}, "encoder"), values
 
-    def edits(self, chosen: dict[str, Point]) -> pd.DataFrame:
-        """What each edit does to the test data, the first row without one."""
+    def edits(self, chosen: dict[str, Point]) -> dict[str, Point]:
+        """What each edit does to the test data, the first without one."""
         scorer = self.trainer.scorer(self.data.test, self.data.neutral["test"])
         edits = {NO_EDIT: (self.trainer.pairs[0], 0.0, 0.0)}
         edits |= {goal: (point.pair, point.feature_factor, point.learning_rate) for goal, point in chosen.items()}
-        rows, base = {}, None
+        found: dict[str, Point] = {}
         for name, (pair, factor, rate) in edits.items():
             with edited(self.model, ADAPTER_NAME, feature_factor=factor, learning_rate=rate, pair=pair):
-                point = scorer.score(pair, factor, rate, base)
-            base = base or point
-            rows[name] = _row(point)
-        return table_of(rows, "edit for")
+                found[name] = scorer.score(pair, factor, rate, found.get(NO_EDIT))
+        return found
 
     def as_loaded(self) -> dict[str, Any]:
         """What the adapter does as it is, active and not merged."""
@@ -169,9 +168,11 @@ class GradiendRun:
 
     # ---- writing ----
 
-    def save(self, outcome: GradiendOutcome, chosen: dict[str, Point], saved: str) -> None:
+    def save(self, outcome: GradiendOutcome, chosen: dict[str, Point], tested: dict[str, Point], saved: str) -> None:
         """Write the adapter, the recipe, the results and the edits to the recipe's output."""
         output = Path(self.recipe.output)
+        edit = {"goal": saved, "base": asdict(tested[NO_EDIT]), "best": asdict(tested[saved])}
+        self.trainer.config.provenance[RECIPE] = self.recipe.data.origin() | {"edit": edit}
         results = {
             "encoding": outcome.encoding.to_dict("index"),
             "edits": outcome.edits.to_dict("index"),
@@ -180,7 +181,7 @@ class GradiendRun:
             "correlation on choice data": outcome.correlation,
             "rows": outcome.counts,
         }
-        write_run(output, self.model, self.trainer.config, _without_none(asdict(self.recipe)), results)
+        write_run(output, self.model, _without_none(asdict(self.recipe)), results)
         outcome.edits.to_csv(output / EDITS_FILE)
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
         sizes = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
@@ -207,10 +208,11 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     chosen, selection, messages = run.select(recipe.select.goals, recipe.select.budget)
     encoding, values = run.encoding()
     counts = run.data.counts() | {f"{name} left out": count for name, count in run.data.skipped.items()}
-    outcome = GradiendOutcome(encoding, run.edits(chosen), correlation, counts, messages)
+    tested = run.edits(chosen)
+    outcome = GradiendOutcome(encoding, _table(tested), correlation, counts, messages)
     if not Processes().is_main:
         return None
-    run.save(outcome, chosen, recipe.select.goals[0])
+    run.save(outcome, chosen, tested, recipe.select.goals[0])
     output = Path(recipe.output)
     grid: pd.DataFrame = selection.to_pandas()
     grid.to_csv(output / GRID_FILE, index=False)
@@ -233,7 +235,7 @@ def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[Gr
     recipe, results = _finished(folder)
     run = GradiendRun(recipe, progress, adapter=folder)
     encoding, _ = run.encoding()
-    edits = run.edits({goal: _point(entry) for goal, entry in results["chosen"].items()})
+    edits = _table(run.edits({goal: _point(entry) for goal, entry in results["chosen"].items()}))
     now = GradiendOutcome(encoding, edits, results["correlation on choice data"], run.data.counts(), [])
     # Merged and unmerged, float32 weights are the same, and half precision rounds the same sum.
     loaded, written = run.as_loaded(), results["edits"][results["saved"]]
@@ -257,12 +259,13 @@ def select_gradiend_output(
     chosen, selection, messages = run.select([goal], recipe.select.budget if budget is None else budget)
     others = {name: _point(entry) for name, entry in results["chosen"].items() if name != goal}
     encoding = table_of(results["encoding"], "encoder")
-    counts = results["rows"]
-    table = run.edits(chosen | others)
-    outcome = GradiendOutcome(encoding, table, results["correlation on choice data"], counts, messages)
-    run.save(outcome, chosen | others, goal)
+    tested = run.edits(chosen | others)
+    outcome = GradiendOutcome(
+        encoding, _table(tested), results["correlation on choice data"], results["rows"], messages
+    )
+    run.save(outcome, chosen | others, tested, goal)
     selection.to_pandas().to_csv(Path(folder) / GRID_FILE, index=False)
-    outcome.edits = table.loc[[NO_EDIT, goal]]
+    outcome.edits = outcome.edits.loc[[NO_EDIT, goal]]
     return outcome
 
 
@@ -336,6 +339,10 @@ def _task(path: str) -> str:
         f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say what it "
         f"predicts: write task: {', '.join(TASKS)}."
     )
+
+
+def _table(points: dict[str, Point]) -> pd.DataFrame:
+    return table_of({name: _row(point) for name, point in points.items()}, "edit for")
 
 
 def _row(point: Point) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
 from hf_erasure.models.heads import HEADS, Task
 from hf_erasure.models.word_tokens import SLOT, PairError, shortened, whole_words
 
-from .run import load_rows
+from .run import load_rows, names_on_hub
 from .schema import check_section, fields_of, one_of, read
 
 # Task → the Auto class that loads a model for it.
@@ -129,6 +129,17 @@ class GradiendDataRecipe:
             raise ValueError(
                 f"The recipe lacks {', '.join(missing)}: what is reported is not what an edit is chosen on."
             )
+
+    def origin(self) -> dict[str, Any]:
+        """Where the pairs come from, as a card says it; they were loaded."""
+        parts = [part for part in (self.whole, self.train, self.choice, self.test) if part is not None]
+        labels_from = "a file of pairs with the columns factual, counterfactual and label"
+        if parts[0].templates is not None:
+            labels_from = f"{len(parts[0].templates)} sentence templates of the recipe, filled with words of each class"
+        elif parts[0].sentences is not None:
+            labels_from = "sentences with one of the recipe's words, whose counterpart a table of the recipe names"
+        sources = [source for part in parts for source in (part.file, part.sentences)]
+        return {"datasets": names_on_hub(sources), "labels_from": labels_from}
 
     @staticmethod
     def spelled_out(content: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,8 +13,7 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from transformers import AutoTokenizer
 
-from hf_erasure.adapters.common.config import RECIPE, ChildConfig
-from hf_erasure.adapters.saved_tensors import digest_of_data
+from hf_erasure.adapters.common.config import ChildConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +63,16 @@ def load_source(source: str, name: str | None = None, *, streaming: bool = False
     return load_dataset(source, name, streaming=streaming)
 
 
+def is_on_hub(source: Any) -> bool:
+    """Whether a source that was loaded is a name on the Hub, and not a file or a folder."""
+    return isinstance(source, str) and not Path(os.path.expandvars(source)).exists()
+
+
+def names_on_hub(sources: Iterable[Any]) -> list[str]:
+    """The names of repositories among sources that were loaded."""
+    return [source for source in sources if is_on_hub(source) and "/" in source]
+
+
 def load_rows(source: str, split: str | None = None, *, with_texts: bool = False) -> Dataset:
     """The rows of a file or Hub id that has one split, or of its split of that name.
 
@@ -84,14 +93,13 @@ def load_rows(source: str, split: str | None = None, *, with_texts: bool = False
 # ---- a finished run --------------------------------------------------------------------------------------------------
 
 
-def write_run(folder: str | Path, model: Any, config: ChildConfig, recipe: dict[str, Any], results: Any) -> None:
-    """Write the adapter, the recipe and the results; the adapter's configuration holds a digest of these."""
-    folder, text = Path(folder), json.dumps(results, indent=1)
-    config.provenance[RECIPE] = digest_of_data(text)
+def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], results: Any) -> None:
+    """Write the adapter, the recipe and the results."""
+    folder = Path(folder)
     model.save_pretrained(folder)
     written = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     (folder / RECIPE_FILE).write_text(written, encoding="utf-8")
-    (folder / RESULTS_FILE).write_text(text, encoding="utf-8")
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: str) -> tuple[Recipe, Any]:

@@ -23,8 +23,8 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig, combine_adapters, fit_concept_erasure
-from hf_erasure.adapters.common.config import RECIPE
-from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
+from hf_erasure.adapters.common.config import RECIPE, TESTED_ON
+from hf_erasure.adapters.saved_tensors import digest_of
 from hf_erasure.cli import app
 from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
 from hf_erasure.hub.cards import config_in, merged, updated
@@ -506,27 +506,40 @@ def other_weights(samples: dict[str, Any]) -> None:
         sample["values"] = [1.0 - value for value in sample["values"]]
 
 
-@pytest.mark.parametrize("kind", ["erasure", "gradiend"])
-def test_results_of_a_recipe_stay_with_the_adapter_that_it_made(kind: str, tmp_path: Path) -> None:
-    point = {"h": 1.0, "α": 0.01, "bpi": 0.25}
-    results = {
-        "erasure": {"layer 1": {"gender before": 0.9, "gender after": 0.5}},
-        "gradiend": {"edits": {"none": point, "bpi": point | {"bpi": 0.75}}, "saved": "bpi"},
-    }[kind]
-    text = json.dumps(results)
-    (tmp_path / "results.json").write_text(text)
-    (tmp_path / "recipe.yaml").write_text("data: {label_column: gender}")
+def test_results_of_a_recipe_stay_with_the_adapter_that_it_made(lifecycle: Lifecycle, tmp_path: Path) -> None:
+    model = lifecycle.fitted(CELL)
+    row = {"key": "probe_accuracy", "title": "a probe", "before": 0.9, "after": 0.5, "better": "lower"}
+    refitted = {"key": "refitted_probe_accuracy", "title": "a refitted probe", "after": 0.75, "better": "lower"}
+    rows = [known | {"data": TESTED_ON} for known in (row, refitted)]
+    model.peft_config[NAME].provenance[RECIPE] = {"labels_from": "two annotators", "results": rows}
+    for folder, is_its_own in ((tmp_path / "own", True), (tmp_path / "anew", False)):
+        model.save_pretrained(folder)
+        text = (folder / "README.md").read_text()
+        for words in ("| a probe | 0.900 | 0.500 |", "| a refitted probe | – | 0.750 |", "| labels | two annotators |"):
+            assert (words in text) == is_its_own
+        fit_concept_erasure(model, small_batches("llama", seed=9), NAME, sequential=False, progress=False)
 
-    def has_them(is_its_own: bool = True, **fields: Any) -> bool:
-        config = erasure() if kind == "erasure" else gradiend(feature_factor=1.0, **fields)
-        config.provenance = config.provenance | ({RECIPE: digest_of_data(text)} if is_its_own else {})
-        return any(row["data"].startswith("the recipe's test split") for row in facts_of(config, tmp_path).measured)
 
-    assert has_them()
-    assert not has_them(is_its_own=False)  # fitted by a program since, into the same folder
-    assert kind == "erasure" or not has_them(learning_rate=0.02)
-    (tmp_path / "results.json").write_text(json.dumps(results | {"more": {}}))
-    assert not has_them()
+@pytest.mark.parametrize("part", ["recipe", "selection"])
+def test_what_an_edit_did_is_said_where_the_adapter_is_steered_so(part: str) -> None:
+    steered = {"feature_factor": 1.0, "learning_rate": 0.01, "pair": ["she", "he"]}
+    base: dict[str, Any] = {"loss": 0.5, "probabilities": {"he": 0.5, "she": 0.25}}
+    base["goals"] = {"bpi": 0.25, "balance": 0.125}
+    edit = {"goal": "bpi", "base": base, "best": base | steered | {"goals": {"bpi": 0.75, "balance": 0.5}}}
+
+    def titles(**fields: Any) -> list[str]:
+        config = gradiend(**steered | fields)
+        config.provenance = config.provenance | {"selection": {}} | {part: {"edit": edit} if part == RECIPE else edit}
+        facts = facts_of(config)
+        assert facts.method["goal"] == ("bpi" if part == "selection" and facts.measured else None)
+        return [row["title"] for row in facts.measured]
+
+    shares = ["mean probability P(she)", "mean probability P(he)"]
+    goals = ["score of 'balance'", "BPI, which the edit was chosen for"]
+    assert titles() == [*shares, *goals, "language modelling, loss"]
+    assert titles(learning_rate=0.02) == titles(feature_factor=-1.0) == []
+    other = {"classes": ["she", "he", "they"], "pairs": [["she", "he"], ["she", "they"]], "encoders": [ENCODER] * 2}
+    assert titles(**other) and not titles(**other, pair=["she", "they"])
 
 
 def test_results_on_a_base_that_nobody_knows_are_taken_with_a_warning(folder: Path, tmp_path: Path) -> None:

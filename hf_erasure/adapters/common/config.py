@@ -48,6 +48,8 @@ _SECONDS_A_MATCH = 0.5
 _SECONDS_A_MODEL = 5.0
 # Parts that are written by other code than what fits the adapter.
 RECORD, TRAINING, RECIPE, TOLD = "active_adapters", "training", "recipe", "card"
+# What the figures of a recipe's run are on, in words.
+TESTED_ON = "the recipe's test split"
 # Fields that decide what is done with an adapter: one of another type is refused when the configuration is read.
 _REFUSED = (
     "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
@@ -410,6 +412,19 @@ class ChosenEdit:
 
 
 @dataclass(frozen=True)
+class RecipeRun(Data):
+    """What the recipe that made an adapter says of its data, and what its run measured on the test split.
+
+    Attributes:
+        results: Of an erasure: rows, as the card shows them.
+        edit: Of a GRADIEND: the edit that it was saved with.
+    """
+
+    results: list[Any] = field(default_factory=list)
+    edit: ChosenEdit = field(default_factory=ChosenEdit)
+
+
+@dataclass(frozen=True)
 class Provenance:
     """What is known of how an adapter was made.
 
@@ -432,7 +447,7 @@ class Provenance:
         correlation: Of a GRADIEND: pair → correlation of the neuron with the class.
         selection: Of a GRADIEND: how its strength was chosen.
         training: What was measured while the model was trained.
-        recipe: The digest of the results of the recipe that made it.
+        recipe: What a run of a recipe says of its data, and has measured.
         card: What its maker told.
     """
 
@@ -454,7 +469,7 @@ class Provenance:
     correlation: dict[str, float] = field(default_factory=dict)
     selection: ChosenEdit = field(default_factory=ChosenEdit)
     training: Training = field(default_factory=Training)
-    recipe: str = ""
+    recipe: RecipeRun = field(default_factory=RecipeRun)
     card: Told = field(default_factory=Told)
 
     @classmethod

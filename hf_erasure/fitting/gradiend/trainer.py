@@ -25,7 +25,7 @@ from hf_erasure.adapters import (
     steer,
 )
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
-from hf_erasure.adapters.common.config import RECORD
+from hf_erasure.adapters.common.config import RECIPE, RECORD, TOLD
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
@@ -171,6 +171,8 @@ class GradiendTrainer:
         if config.keep_encoder:
             features = [training.calibrated(fitted, config.density) for fitted in self.fitted]
         set_features(self.model, self.adapter_name, features, [fitted.pair for fitted in self.fitted])
+        for key in ("selection", RECIPE, TOLD):  # these are of what the adapter held before
+            config.provenance.pop(key, None)
         config.provenance |= {
             "hf_erasure_version": __version__,
             RECORD: active_beside(self.model, self.adapter_name),

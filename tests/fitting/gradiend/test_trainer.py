@@ -620,8 +620,12 @@ def test_an_adapter_that_is_trained_again_waits_to_be_steered(tmp_path: Path):
     trainer.train()
     GradiendAdapter.of(model, NAME).steer(1.0, -0.01)
     assert not torch.equal(logits_of(model, "llama"), unadapted)
+    config = model.peft_config[NAME]
+    known = {"selection", "card", "recipe"}
+    config.provenance |= {key: {"goal": "female"} for key in known}
     trainer.train()
-    assert model.peft_config[NAME].learning_rate == 0.0
+    assert not known & config.provenance.keys(), "these were said of the feature of before"
+    assert config.learning_rate == 0.0
     assert torch.equal(logits_of(model, "llama"), unadapted)
 
 
