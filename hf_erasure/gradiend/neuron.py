@@ -9,9 +9,9 @@ pieces that stay in cache: gradients exist for a piece at a time only.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder, chec
 
 KINDS = ("values", "first", "second")
 PARTS = ("encoder", "decoder", "decoder_bias")
+# Each vector begins at a multiple of so many float32 numbers, 64 bytes, where vector instructions work fastest.
+ALIGNED = 16
 
 
 class Step(NamedTuple):
@@ -36,16 +38,8 @@ class Step(NamedTuple):
     encoded: float
 
 
-class _Trained(NamedTuple):
-    """A vector in float32 with its AdamW moments."""
-
-    values: Tensor
-    first: Tensor
-    second: Tensor
-
-
 class _Segment(NamedTuple):
-    """What a piece holds of one block: `block[start:stop]` lies at `piece[first:last]`."""
+    """Entries `start:stop` of a block, which are entries `first:last` of a vector of all blocks."""
 
     name: str
     start: int
@@ -54,26 +48,19 @@ class _Segment(NamedTuple):
     last: int
 
 
-class _Piece(NamedTuple):
-    """Entries `start:stop` of the vectors, updated together."""
-
-    start: int
-    stop: int
-    segments: list[_Segment]
-
-
-def _cut_into_pieces(shapes: Mapping[str, torch.Size], size: int) -> list[_Piece]:
-    """All entries in pieces of `size`: small blocks share one, large blocks take several."""
-    result, position, n = [_Piece(0, min(size, total(shapes)), [])], 0, total(shapes)
+def _cut_into_pieces(shapes: Mapping[str, torch.Size], size: int) -> list[list[_Segment]]:
+    """All entries in pieces of `size`, updated together: small blocks share one, large blocks take several."""
+    result: list[list[_Segment]] = []
+    position = room = 0
     for name, shape in shapes.items():
         start = 0
         while start < shape.numel():
-            if position == result[-1].stop:
-                result.append(_Piece(position, min(position + size, n), []))
-            first = position - result[-1].start
-            count = min(shape.numel() - start, result[-1].stop - position)
-            result[-1].segments.append(_Segment(name, start, start + count, first, first + count))
-            start, position = start + count, position + count
+            if room == 0:
+                result.append([])
+                room = size
+            count = min(shape.numel() - start, room)
+            result[-1].append(_Segment(name, start, start + count, position, position + count))
+            start, position, room = start + count, position + count, room - count
     return result
 
 
@@ -131,28 +118,32 @@ class FeatureNeuron:
                 raise ValueError(f"{name} is {value!r}: write a number from 0 up to and without {upper}.")
         self.steps = 0
         self._n = total(self.shapes)
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        self._starts = dict(zip(self.shapes, accumulate(sizes, initial=0), strict=False))
+        aligned = math.ceil(self._n / ALIGNED) * ALIGNED
+        # (kinds, parts, n): weights and AdamW's moments of We, Wd and bd; and (kinds, 1) those of be.
+        vectors = torch.zeros(len(KINDS), len(PARTS), aligned, dtype=torch.float32, device=self.device)
+        self._vectors = vectors[..., : self._n]
+        self._encoder_bias = torch.zeros(len(KINDS), 1, dtype=torch.float32, device=self.device)
         self._pieces = _cut_into_pieces(self.shapes, piece_size(self.device))
         self._initialise(torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        def drawn(length: int, bound: float) -> _Trained:
-            values = torch.empty(length, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-            values = values.to(self.device)
-            return _Trained(values, torch.zeros_like(values), torch.zeros_like(values))
+        def draw(vector: Tensor, bound: float) -> None:
+            drawn = torch.empty(vector.shape, dtype=torch.float32, device="cpu")
+            vector.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
-        bound = 1.0 / math.sqrt(self._n)
-        self._encoder, self._encoder_bias = drawn(self._n, bound), drawn(1, bound)
-        bound = abs(float(self._encoder.values.max()))
-        self._decoder, self._decoder_bias = drawn(self._n, bound), drawn(self._n, bound)
-        sums = [_sums(*views) for views in pieces(self._decoder.values, self._decoder_bias.values)]
-        self._square, self._cross = _added(sums, 2)
+        encoder, decoder, decoder_bias = self._vectors[0]
+        for vector in (encoder, self._encoder_bias[0]):
+            draw(vector, 1.0 / math.sqrt(self._n))
+        bound = abs(float(encoder.max()))
+        for vector in (decoder, decoder_bias):
+            draw(vector, bound)
+        self._square, self._cross = _added([_sums(*views) for views in pieces(decoder, decoder_bias)])
 
-    def _view(self, vector: Tensor, name: str) -> Tensor:
-        """`(count,)`: the entries of one block."""
-        return vector[self._starts[name] : self._starts[name] + self.shapes[name].numel()]
+    def _blocks(self, vector: Tensor) -> dict[str, Tensor]:
+        """Name to `(count,)`: views of a vector of all blocks."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        return dict(zip(self.shapes, vector.split(sizes), strict=True))
 
     def encode(self, source: Mapping[str, Tensor]) -> float:
         """The value of the feature neuron for one gradient.
@@ -165,12 +156,13 @@ class FeatureNeuron:
             ValueError: If a block is missing, has another shape or is not finite.
         """
         blocks = flat_blocks(source, self.shapes, self.device, "The source")
-        products = {name: dot(self._view(self._encoder.values, name), block) for name, block in blocks.items()}
+        own = self._blocks(self._vectors[0, 0])
+        products = {name: dot(own[name], block) for name, block in blocks.items()}
         require_finite(products, "source gradient")
         return self._activate(sum(products.values()))
 
     def _activate(self, projection: float) -> float:
-        value = projection + float(self._encoder_bias.values)
+        value = projection + float(self._encoder_bias[0])
         # torch's tanh, so that training goes on to the bit as it did when values were tensors.
         return float(torch.tensor(value, dtype=torch.float64).tanh()) if self.activation == "tanh" else value
 
@@ -196,24 +188,22 @@ class FeatureNeuron:
             slope = slope * (1.0 - h * h)
         self.steps += 1
         count = torch.tensor(self.steps, dtype=torch.float32, device=self.device)
-        buffers = [torch.empty(self._pieces[0].stop, dtype=torch.float32, device=self.device) for _ in PARTS]
+        size = self._pieces[0][-1].last
+        buffers = [torch.empty(size, dtype=torch.float32, device=self.device) for _ in PARTS]
         sums = [self._update(piece, sources, targets, h, slope, count, buffers) for piece in self._pieces]
         slopes = torch.tensor([slope], dtype=torch.float64).to(self.device, torch.float32)
-        values, first, second = self._encoder_bias
-        self._adamw([values], [slopes], [first], [second], count)
-        self._square, self._cross, squares = _added(sums, 3)
+        self._adamw(self._encoder_bias[:, None], [slopes], count)
+        self._square, self._cross, squares = _added(sums)
         return Step(self._finite(squares) / self._n, h)
 
     def _read(self, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[float, float]:
         """`⟨We, g⟩` and `⟨Wd, t⟩`, once everything is known to be finite."""
         products: list[list[Tensor]] = []
-        for piece in self._pieces:
-            for name, start, stop, first, last in piece.segments:
-                own = slice(piece.start + first, piece.start + last)
-                g, t = sources[name][start:stop].float(), targets[name][start:stop].float()
-                encoder, decoder = self._encoder.values[own], self._decoder.values[own]
-                products.append([torch.dot(encoder, g), torch.dot(decoder, t), torch.dot(t, t)])
-        sums = _added(products, 3)
+        encoder, decoder, _ = self._vectors[0]
+        for name, start, stop, first, last in itertools.chain(*self._pieces):
+            g, t = (blocks[name][start:stop].float() for blocks in (sources, targets))
+            products.append([torch.dot(encoder[first:last], g), torch.dot(decoder[first:last], t), torch.dot(t, t)])
+        sums = _added(products)
         if not all(map(math.isfinite, sums)):
             # Nothing times a number that is not finite is finite, so the inner products find it wherever it is.
             for what, blocks in (("source gradient", sources), ("target", targets)):
@@ -224,7 +214,7 @@ class FeatureNeuron:
 
     def _update(
         self,
-        piece: _Piece,
+        piece: list[_Segment],
         sources: Mapping[str, Tensor],
         targets: Mapping[str, Tensor],
         h: float,
@@ -233,24 +223,26 @@ class FeatureNeuron:
         buffers: list[Tensor],
     ) -> list[Tensor]:
         """A step's second pass over one piece: gradients, AdamW, and inner products of what came out."""
-        trained = (self._encoder, self._decoder, self._decoder_bias)
-        values, first, second = ([getattr(t, kind)[piece.start : piece.stop] for t in trained] for kind in KINDS)
-        gradients = [buffer[: piece.stop - piece.start] for buffer in buffers]
+        begin, end = piece[0].first, piece[-1].last
+        vectors = self._vectors[..., begin:end]
+        _, decoder, decoder_bias = vectors[0]
+        gradients = [buffer[: end - begin] for buffer in buffers]
         for_encoder, for_decoder, residual = gradients
-        for name, start, stop, begin, end in piece.segments:
+        for name, start, stop, first, last in piece:
             g, t = (blocks[name][start:stop].float() for blocks in (sources, targets))
-            torch.sub(values[2][begin:end], t, out=residual[begin:end])
-            torch.mul(g, slope, out=for_encoder[begin:end])
-        residual.add_(values[1], alpha=h)
+            own = slice(first - begin, last - begin)
+            torch.sub(decoder_bias[own], t, out=residual[own])
+            torch.mul(g, slope, out=for_encoder[own])
+        residual.add_(decoder, alpha=h)
         squared_error = torch.dot(residual, residual)
         residual.mul_(2.0 / self._n)
         torch.mul(residual, h, out=for_decoder)
-        self._adamw(values, gradients, first, second, count)
-        return [*_sums(values[1], values[2]), squared_error]
+        self._adamw(vectors, gradients, count)
+        return [*_sums(decoder, decoder_bias), squared_error]
 
-    def _adamw(
-        self, values: list[Tensor], gradients: list[Tensor], first: list[Tensor], second: list[Tensor], count: Tensor
-    ) -> None:
+    def _adamw(self, vectors: Tensor, gradients: list[Tensor], count: Tensor) -> None:
+        """One step on `(kinds, parts, entries)`."""
+        values, first, second = (list(kind) for kind in vectors)
         beta1, beta2 = self.betas
         torch._fused_adamw_(
             values, gradients, first, second, [], [count] * len(values), lr=self.lr, beta1=beta1, beta2=beta2,
@@ -270,18 +262,16 @@ class FeatureNeuron:
 
         Training goes on as it would have with the signs chosen otherwise at the start.
         """
-        for trained in (self._encoder, self._encoder_bias, self._decoder):
-            trained.values.neg_()
-            trained.first.neg_()
+        self._vectors[:2, :2].neg_()
+        self._encoder_bias[:2].neg_()
         self._cross = -self._cross
 
     def feature(self) -> Feature:
         """The neuron as a frozen dense feature, in tensors of its own."""
         encoder, decoder, bias = (
-            {name: self._view(trained.values, name).clone() for name in self.shapes}
-            for trained in (self._encoder, self._decoder, self._decoder_bias)
+            {name: block.clone() for name, block in self._blocks(vector).items()} for vector in self._vectors[0]
         )
-        shapes, be = dict(self.shapes), float(self._encoder_bias.values)
+        shapes, be = dict(self.shapes), float(self._encoder_bias[0])
         return Feature(
             FeatureEncoder(encoder, dict.fromkeys(shapes), shapes, bias=be, activation=self.activation),
             FeatureDecoder(decoder, bias, dict.fromkeys(shapes), dict(shapes)),
@@ -290,11 +280,10 @@ class FeatureNeuron:
     def _tensors(self) -> dict[str, Tensor]:
         """Every vector of the state by its name in `state_dict`, not copied."""
         found = {}
-        for kind in KINDS:
-            found[f"encoder_bias/{kind}"] = getattr(self._encoder_bias, kind)
-            for part in PARTS:
-                vector = getattr(getattr(self, f"_{part}"), kind)
-                found |= {f"{part}/{kind}/0/{name}": self._view(vector, name) for name in self.shapes}
+        for kind, vectors, bias in zip(KINDS, self._vectors, self._encoder_bias, strict=True):
+            found[f"encoder_bias/{kind}"] = bias
+            for part, vector in zip(PARTS, vectors, strict=True):
+                found |= {f"{part}/{kind}/0/{name}": block for name, block in self._blocks(vector).items()}
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -340,7 +329,8 @@ def _sums(decoder: Tensor, bias: Tensor) -> list[Tensor]:
     return [torch.dot(decoder, decoder), torch.dot(decoder, bias)]
 
 
-def _added(sums: list[list[Tensor]], width: int) -> list[float]:
-    """Float32 sums of pieces, so many of each, added in float64."""
-    found: list[float] = torch.stack([value for row in sums for value in row]).double().view(-1, width).sum(0).tolist()
+def _added(sums: list[list[Tensor]]) -> list[float]:
+    """Rows of float32 sums, one row a piece, added in float64."""
+    rows = torch.stack([value for row in sums for value in row]).double().view(len(sums), -1)
+    found: list[float] = rows.sum(0).tolist()
     return found

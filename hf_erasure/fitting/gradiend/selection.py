@@ -7,6 +7,7 @@ merge gives.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,66 +67,59 @@ def _prefers(index: int) -> Goal:
     return goal
 
 
-@dataclass(frozen=True)
-class ClassWords:
-    """The words by which each class shows.
+def class_words(sets: Iterable[PairSet], classes: Sequence[str]) -> dict[str, list[str]]:
+    """Class → its words in several sets of pairs, each once; for classification the names of the model's labels."""
+    sets = list(sets)
+    return {name: list(dict.fromkeys(word for s in sets for word in s.words[i])) for i, name in enumerate(classes)}
 
-    Attributes:
-        words: Class → its words; for classification the names of the model's labels.
+
+def all_words(words: dict[str, list[str]]) -> list[str]:
+    """The words of all classes, each once."""
+    return list(dict.fromkeys(itertools.chain(*words.values())))
+
+
+def class_probabilities(
+    words: dict[str, list[str]], pairs: PairSet, tokenizer: Any, config: Any, batch_size: int
+) -> Callable[[SlotReader], Tensor]:
+    """What gives `(texts, classes)`: the probability that the slot of a text holds a word of the class.
+
+    A word counts once, however it is spelled. Where a word belongs to several classes, no sum over the words of a
+    class tells them apart: each text is then scored by the words that its own rows give to each class.
+
+    Raises:
+        PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
     """
+    every = all_words(words)
+    if pairs.layout.task == "classification":
+        tokens = [[config.label2id[word]] for word in every]
+    else:
+        tokens = word_tokens(tokenizer, every)
+    of_word = {word: tuple(own) for word, own in zip(every, tokens, strict=True)}
+    of_class = [{of_word[word] for word in own} for own in words.values()]
+    owners = {word: [i for i, own in enumerate(of_class) if of_word[word] in own] for word in every}
+    several = [word for word in every if len(owners[word]) > 1]
+    batches = pairs.slots(batch_size)
+    if several:
+        names = [pairs.classes[i] for i in owners[several[0]]]
+        said = f"{several[0]!r} is a word of {' and '.join(map(repr, names))}"
+        warnings.warn(f"{said}: each text is scored by the words that its rows give to each class.", stacklevel=4)
+        readings = pairs.readings()
+        _check_readings(readings, pairs.classes, said)
+        texts, by_text = torch.tensor([text for text, _ in readings]), [each for _, each in readings]
+    else:
+        texts, by_text = torch.arange(sum(map(len, batches))), [of_class]
+    known = sorted({word for each in by_text for own in each for word in own})
+    position = {word: index for index, word in enumerate(known)}
+    chosen = torch.zeros(len(by_text), len(of_class), len(known), dtype=torch.double)
+    for row, each in enumerate(by_text):
+        for column, own in enumerate(each):
+            chosen[row, column, [position[word] for word in own]] = 1
 
-    words: dict[str, list[str]]
+    def probabilities(reader: SlotReader) -> Tensor:
+        found = [reader.word_log_probabilities(batch, known).double().exp().cpu() for batch in batches]
+        return (torch.cat(found)[texts, None] * chosen).sum(2)
 
-    @property
-    def all(self) -> list[str]:
-        """The words of all classes, each once."""
-        return list(dict.fromkeys(word for words in self.words.values() for word in words))
-
-    def scores(self, pairs: PairSet, tokenizer: Any, config: Any, batch_size: int) -> Callable[[SlotReader], Tensor]:
-        """What gives `(texts, classes)`: the probability that the slot of a text holds a word of the class.
-
-        A word counts once, however it is spelled. Where a word belongs to several classes, no sum over the words of a
-        class tells them apart: each text is then scored by the words that its own rows give to each class.
-
-        Raises:
-            PairError: If a word belongs to several classes, and the rows of a text give no word for some class.
-        """
-        if pairs.layout.task == "classification":
-            tokens = [[config.label2id[word]] for word in self.all]
-        else:
-            tokens = word_tokens(tokenizer, self.all)
-        of_word = {word: tuple(own) for word, own in zip(self.all, tokens, strict=True)}
-        words = [{of_word[word] for word in own} for own in self.words.values()]
-        owners = {word: [i for i, own in enumerate(words) if of_word[word] in own] for word in self.all}
-        several = [word for word in self.all if len(owners[word]) > 1]
-        batches = pairs.slots(batch_size)
-        if several:
-            names = [pairs.classes[i] for i in owners[several[0]]]
-            said = f"{several[0]!r} is a word of {' and '.join(map(repr, names))}"
-            warnings.warn(f"{said}: each text is scored by the words that its rows give to each class.", stacklevel=4)
-            readings = pairs.readings()
-            _check_readings(readings, pairs.classes, said)
-            texts, by_text = torch.tensor([text for text, _ in readings]), [each for _, each in readings]
-        else:
-            texts, by_text = torch.arange(sum(map(len, batches))), [words]
-        known = sorted({word for each in by_text for own in each for word in own})
-        position = {word: index for index, word in enumerate(known)}
-        chosen = torch.zeros(len(by_text), len(words), len(known), dtype=torch.double)
-        for row, each in enumerate(by_text):
-            for column, own in enumerate(each):
-                chosen[row, column, [position[word] for word in own]] = 1
-
-        def probabilities(reader: SlotReader) -> Tensor:
-            found = [reader.word_log_probabilities(batch, known).double().exp().cpu() for batch in batches]
-            return (torch.cat(found)[texts, None] * chosen).sum(2)
-
-        return probabilities
-
-
-def class_words(sets: Sequence[PairSet], classes: Sequence[str]) -> ClassWords:
-    """The words of every class in several sets of pairs."""
-    words = {name: [word for pairs in sets for word in pairs.words[i]] for i, name in enumerate(classes)}
-    return ClassWords({name: list(dict.fromkeys(own)) for name, own in words.items()})
+    return probabilities
 
 
 def _check_readings(readings: list[Reading], classes: Sequence[str], said: str) -> None:

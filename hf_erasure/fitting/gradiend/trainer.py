@@ -17,13 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import TrainOutput
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import (
-    GradiendConfig,
-    kept_share,
-    set_features,
-    stated_bytes,
-    steer,
-)
+from hf_erasure.adapters import GradiendConfig, kept_share, set_features, stated_bytes, steer
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECIPE, RECORD, TOLD
 from hf_erasure.adapters.common.layer import outside_inference_mode
@@ -43,11 +37,12 @@ from .pairs import Pair, PairSet
 from .selection import (
     FEATURE_FACTORS,
     LEARNING_RATES,
-    ClassWords,
     Point,
     Scorer,
     Selection,
+    all_words,
     choose,
+    class_probabilities,
     class_words,
     goal_by_name,
     scan,
@@ -239,7 +234,7 @@ class GradiendTrainer:
             encoders = GradiendAdapter.of(self.model, self.adapter_name).encoders()
         if neutral is not None:
             batches = neutral_batches(
-                neutral, self.processing_class, self.task, self._words().all, batch_size=1, seed=self.args.seed,
+                neutral, self.processing_class, self.task, all_words(self._words()), batch_size=1, seed=self.args.seed,
                 config=bare_model(self.model).config,
             )  # fmt: skip
         texts = [(batch, 0) for batch in batches]
@@ -288,8 +283,7 @@ class GradiendTrainer:
         if not budget >= 0:
             raise ValueError(f"budget={budget}: give the share that language modelling may lose, such as 0.02.")
         scorer = self.scorer(eval_dataset, neutral_dataset)
-        if goal not in scorer.goals:
-            goal_by_name(goal, self.classes)  # raises with what can be asked for
+        goal_by_name(goal, self.classes)  # raises with what can be asked for
         scanned = scan(self.model, self.adapter_name, scorer, self.pairs, budget, feature_factors, learning_rates)
         total = len(self.pairs) * len(feature_factors) * len(learning_rates) + 1
         bar = tqdm(scanned, total=total, desc=f"select {goal}", disable=self.args.disable_tqdm)
@@ -338,12 +332,12 @@ class GradiendTrainer:
             missing = "eval_dataset" if dataset is None else "neutral_dataset"
             raise ValueError(f"Scoring an edit needs eval_dataset and neutral_dataset; {missing} is missing.")
         words, size, config = self._words(), self.args.per_device_eval_batch_size, bare_model(self.model).config
-        probabilities = words.scores(self._pair_set(dataset), self.processing_class, config, size)
+        probabilities = class_probabilities(words, self._pair_set(dataset), self.processing_class, config, size)
         # The model is scored as it stands when a score is asked for: with the edit in its weights.
         reader = SlotReader(self.model, self.task)
         language = LanguageModelling(
-            reader, neutral, self.processing_class, feature_words=words.all, batch_size=size, seed=self.args.seed,
-            mask_draws=self.args.mask_draws,
+            reader, neutral, self.processing_class, feature_words=all_words(words), batch_size=size,
+            seed=self.args.seed, mask_draws=self.args.mask_draws,
         )  # fmt: skip
         return Scorer(self.classes, lambda: probabilities(reader), language.score, masked=self.task == "masked")
 
@@ -355,9 +349,9 @@ class GradiendTrainer:
             model: Any = adapter_of(self.model, self.adapter_name, GradiendConfig).holder
             model.save_pretrained(output_dir or self.args.output_dir)
 
-    def _words(self) -> ClassWords:
+    def _words(self) -> dict[str, list[str]]:
         sets = [d for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
-        return class_words([self._pair_set(dataset) for dataset in sets], self.classes)
+        return class_words(map(self._pair_set, sets), self.classes)
 
     def _pair_set(self, dataset: Dataset) -> PairSet:
         """Checked and tokenised once; it keeps the data set, whose id so stays its own."""
