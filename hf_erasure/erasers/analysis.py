@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from .eraser import check_activations
-from .factors import check_shrinkage, oas_shrinkage, whiten_concept
+from .eraser import check_activations, check_shrinkage, whiten_concept
 from .moments import ConceptMoments, batch_moments
 from .statistics import infer_dims, read_rows
 
@@ -254,12 +253,6 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shrunk(moments: ConceptMoments, shrinkage: str | float | None) -> Tensor:
-    covariance = moments.covariance_x
-    if shrinkage is None:
-        return covariance
-    variance = covariance.diagonal().clone()
-    if shrinkage == "oas":
-        scale = torch.where(variance > 0, variance, 1.0).rsqrt()
-        correlation = covariance * scale * scale[:, None]
-        shrinkage = oas_shrinkage(float(correlation.square().mean()), moments.x_dim, moments.effective_rows)
-    return (1 - float(shrinkage)) * covariance + float(shrinkage) * variance.diag()
+    variance = moments.variance_x
+    share = moments.spread().share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())
+    return (1 - share) * moments.covariance_x + share * variance.diag()

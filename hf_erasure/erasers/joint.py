@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .factors import EXACT, significance
-from .moments import ConceptMoments, Eraser
+from .eraser import EXACT, Eraser, significance
+from .moments import ConceptMoments
 
 
 def joint_moments(parts: Sequence[ConceptMoments]) -> ConceptMoments:
@@ -35,8 +35,9 @@ def joint_moments(parts: Sequence[ConceptMoments]) -> ConceptMoments:
     for part in parts:
         part.check_concept()
     surroundings = ConceptMoments(parts[0].x_dim, 0)
+    none = parts[0].mean_z[:0]
     for part in parts:
-        surroundings.merge(part.without_concept())
+        surroundings.merge(part.with_concept(none, part.cross_covariance[:, :0], none.diag()))
     return surroundings.with_concept(
         mean=torch.cat([part.mean_z for part in parts]),
         cross=torch.cat([part.cross_covariance for part in parts], dim=1),

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .factors import Spread, factorise, significance, variance_floor, whiten_concept
-from .moments import ConceptMoments, Eraser
+from .eraser import Eraser, Spread, factorise, significance, variance_floor, whiten_concept
+from .moments import ConceptMoments
 
 
 @torch.no_grad()
@@ -127,11 +127,4 @@ def relative_change(eraser: Eraser, moments: ConceptMoments) -> float:
     """
     if eraser.x_dim != moments.x_dim:
         raise ValueError(f"eraser has x_dim={eraser.x_dim}, but moments have x_dim={moments.x_dim}: use the same site.")
-    spread = moments.spread()
-    total = float(spread.variance.sum())
-    if total <= 0.0:
-        raise ValueError(f"x does not vary over the {moments.rows} rows of moments: a relative change is undefined.")
-    left, right = (part.to(spread.mean) for part in (eraser.left, eraser.right))
-    shift = right @ (spread.mean if eraser.bias is None else spread.mean - eraser.bias.to(spread.mean))
-    second = spread.sigma.quadratic(right) + torch.outer(shift, shift)
-    return max(0.0, float(((left.T @ left) * second).sum()) / total) ** 0.5
+    return moments.spread().change(eraser)

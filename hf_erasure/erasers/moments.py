@@ -11,23 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .eraser import FITS, Eraser
-from .factors import (
+from .eraser import (
     EXACT,
+    FITS,
+    Eraser,
     Spread,
     check_count,
     check_options,
-    check_rounds,
     concept_columns,
     factorise,
-    inlp_factors,
     leace_factors,
     mean_projection_factors,
     orth_factors,
-    ridge_factor,
     significance,
     whiten_concept,
 )
+from .least_squares import check_rounds, inlp_factors, ridge_factor
 from .statistics import (
     PackedGram,
     Sums,
@@ -276,13 +275,6 @@ class ConceptMoments:
                 "value is present. Add rows in which the concept differs."
             )
 
-    def without_concept(self) -> ConceptMoments:
-        """The mean and covariance of x alone, as of a background; they share memory with these moments."""
-        sums, gram = self._known()
-        nothing = sums.mean_z.new_zeros(0)
-        plain = replace(sums, mean_z=nothing, cross=sums.cross[:, :0], concept=nothing.diag(), counts=None)
-        return self._of(0, plain, gram)
-
     def with_concept(self, mean: Tensor, cross: Tensor, covariance: Tensor) -> ConceptMoments:
         """These mean and covariance of x, with what is known of a concept; they share memory with these moments.
 
@@ -292,13 +284,9 @@ class ConceptMoments:
             covariance: `(k, k)` of the concept.
         """
         sums, gram = self._known()
-        weight = sums.weight
-        known = replace(sums, mean_z=mean, cross=cross * weight, concept=covariance * weight, counts=None)
-        return self._of(mean.numel(), known, gram)
-
-    def _of(self, z_dim: int, sums: Sums, gram: PackedGram) -> ConceptMoments:
-        other = ConceptMoments(self.x_dim, z_dim, device=self._device)
-        other._sums, other._gram = sums, gram
+        cross, concept = cross * sums.weight, covariance * sums.weight
+        other = ConceptMoments(self.x_dim, mean.numel(), device=self._device)
+        other._sums, other._gram = replace(sums, mean_z=mean, cross=cross, concept=concept, counts=None), gram
         return other
 
     def spread(self) -> Spread:
@@ -311,11 +299,13 @@ class ConceptMoments:
         sigma.values[sigma.diagonal] = variance
         return Spread(
             mean=sums.mean_x,
+            shares=sums.mean_z,
             sigma=sigma,
             variance=variance,
             cross=sums.cross / sums.weight,
             concept=sums.concept / sums.weight,
-            rows=sums.weight**2 / sums.weight_squares,
+            rows=sums.rows,
+            effective_rows=self.effective_rows,
             resolution=sums.resolution,
         )
 
@@ -389,7 +379,10 @@ class ConceptMoments:
                 stacklevel=4,  # past the two decorators above
             )
         columns = concept_columns(own)
-        spread = own if background is None else self._surroundings(own, background, background_weight)
+        spread = own
+        if background is not None:
+            self._check_background(background)
+            spread = own.beside(background.spread(), background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
         elif method == "mean_projection":
@@ -427,8 +420,7 @@ class ConceptMoments:
         columns = spread.cross @ whiten_concept(spread.concept)
         return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
 
-    def _surroundings(self, own: Spread, background: ConceptMoments, share: float) -> Spread:
-        """Σ and mean of what should stay as it is: a share of the background's, and the rest these moments' own."""
+    def _check_background(self, background: ConceptMoments) -> None:
         if not isinstance(background, ConceptMoments):
             raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
         if background.x_dim != self.x_dim:
@@ -438,14 +430,6 @@ class ConceptMoments:
             )
         if background._sums is None:
             raise ValueError("background has seen no rows (rows=0): call its update with unlabelled activations first.")
-        device = own.variance.device
-        other = background.spread()
-        sigma = torch.lerp(own.sigma.values, other.sigma.values.to(device), share)
-        # Estimates from different rows: their variances add.
-        rows = 1 / (share**2 / other.rows + (1 - share) ** 2 / own.rows)
-        mean = torch.lerp(own.mean, other.mean.to(device), share)
-        resolution = max(own.resolution, other.resolution)
-        return replace(own, mean=mean, sigma=PackedGram(self.x_dim, device, sigma), rows=rows, resolution=resolution)
 
     # ------------------------------------------------------------------ keeping
 

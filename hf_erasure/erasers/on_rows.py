@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, one_hot
 
-from .eraser import FITS, Eraser
-from .factors import beyond, check_count, check_rounds
+from .eraser import FITS, Eraser, check_count
+from .least_squares import beyond, check_rounds
 from .moments import batch_moments
 from .statistics import read_rows
 

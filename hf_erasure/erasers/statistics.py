@@ -70,27 +70,18 @@ def read_rows(x: Tensor, z: Tensor | None, weight: Tensor | None, mask: Tensor |
     if x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}, so the batch is empty: leave batches without rows out.")
     lead, device, flat = x.shape[:-1], x.device, x.detach().reshape(-1, x_dim)
-    keep = torch.ones(len(flat), dtype=torch.bool, device=device)
-    keep = keep if mask is None else _as_mask(mask, lead, device).reshape(-1)
-    ids, values = _read_z(z, lead, z_dim)
-    if ids is not None:
-        ids = ids.to(device).reshape(-1)
-        keep = keep & (ids != IGNORED)
-    if values is not None:
-        values = values.to(device).reshape(len(flat), z_dim)
-    if weight is None:
-        weights = torch.ones(len(flat), dtype=torch.float64, device=device)
-    else:
+    keep = torch.ones(lead, dtype=torch.bool, device=device) if mask is None else _as_mask(mask, lead, device)
+    if isinstance(z, Tensor) and z.shape == lead and not z.dtype.is_floating_point:
+        keep = keep & (z.to(device) != IGNORED)
+    weights = torch.ones(lead, dtype=torch.float64, device=device)
+    if weight is not None:
         weights = _read_weight(weight, lead, device, keep)
         keep = keep & (weights > 0)
+    ids, values = _read_concept(z, keep, z_dim)
     if bool(keep.all()):
-        rows = Rows(flat, None, len(flat), ids, values, weights)
-    else:
-        index = keep.nonzero().squeeze(1)
-        ids, values = (None if t is None else t[index] for t in (ids, values))
-        rows = Rows(flat, index, index.numel(), ids, values, weights[index])
-    _check_concept(rows, z_dim)
-    return rows
+        return Rows(flat, None, len(flat), ids, values, weights.reshape(-1))
+    index = keep.reshape(-1).nonzero().squeeze(1)
+    return Rows(flat, index, index.numel(), ids, values, weights[keep])
 
 
 def _as_mask(mask: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
@@ -105,12 +96,13 @@ def _as_mask(mask: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
     return mask.to(device) != 0
 
 
-def _read_z(z: Tensor | None, lead: torch.Size, z_dim: int) -> tuple[Tensor | None, Tensor | None]:
-    """Class ids `lead`, or values `lead + (z_dim,)`."""
+def _read_concept(z: Tensor | None, keep: Tensor, z_dim: int) -> tuple[Tensor | None, Tensor | None]:
+    """The class ids `(count,)`, or the values `(count, z_dim)`, of the rows in `keep`; a background has no values."""
+    lead = keep.shape
     if z_dim == 0:
         if z is not None:
             raise ValueError("z was given, but the moments have z_dim=0 (a background): leave z out, or set z_dim.")
-        return None, torch.zeros(*lead, 0, dtype=torch.float64, device="cpu")
+        return None, torch.zeros(int(keep.sum()), 0, dtype=torch.float64, device=keep.device)
     if z is None:
         raise ValueError(f"z is missing, but the moments have z_dim={z_dim}: give class ids or concept values.")
     if not isinstance(z, Tensor):
@@ -118,24 +110,36 @@ def _read_z(z: Tensor | None, lead: torch.Size, z_dim: int) -> tuple[Tensor | No
     if z.dtype.is_complex:
         raise TypeError(f"z has dtype {z.dtype}: give integer class ids or real values.")
     if z.shape == lead and not z.dtype.is_floating_point:
-        return z.to(torch.int64), None
-    if z.shape == (*lead, z_dim):
-        if not z.dtype.is_floating_point and bool((z == IGNORED).any()):
+        ids = z.to(keep.device, torch.int64)[keep]
+        low, high = (int(edge) for edge in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= z_dim:
             raise ValueError(
-                f"z has shape {tuple(z.shape)}, one value per concept dimension, and holds {IGNORED}: leave such rows "
-                "out with mask=, or give one class id per row."
+                f"z holds class id {low if low < 0 else high}, but z_dim={z_dim}: ids run from 0 to {z_dim - 1}, and "
+                f"{IGNORED} leaves a row out. Set z_dim to the number of classes, or pass numbers as floats."
             )
-        return None, z.to(torch.float64)
-    if z.shape == lead and z_dim == 1:
-        return None, z.to(torch.float64).unsqueeze(-1)
-    raise ValueError(
-        f"z has shape {tuple(z.shape)} and dtype {z.dtype}, but x has rows of shape {tuple(lead)} and z_dim={z_dim}: "
-        f"give integer class ids of shape {tuple(lead)} or values of shape {(*lead, z_dim)}."
-    )
+        return ids, None
+    if z.shape != (*lead, z_dim) and (z.shape != lead or z_dim != 1):
+        raise ValueError(
+            f"z has shape {tuple(z.shape)} and dtype {z.dtype}, but x has rows of shape {tuple(lead)} and z_dim="
+            f"{z_dim}: give integer class ids of shape {tuple(lead)} or values of shape {(*lead, z_dim)}."
+        )
+    if not z.dtype.is_floating_point and bool((z == IGNORED).any()):
+        raise ValueError(
+            f"z has shape {tuple(z.shape)}, one value per concept dimension, and holds {IGNORED}: leave such rows "
+            "out with mask=, or give one class id per row."
+        )
+    values = z.to(keep.device, torch.float64).reshape(*lead, z_dim)[keep]
+    finite = torch.isfinite(values).all(dim=1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"z is not finite in {int((~finite).sum())} of {len(values)} counted rows, the first of them row "
+            f"{int((~finite).nonzero()[0])}: leave such rows out with mask=."
+        )
+    return None, values
 
 
 def _read_weight(weight: Tensor, lead: torch.Size, device: torch.device, keep: Tensor) -> Tensor:
-    """Flat float64 weights; rows that do not count get 0, whatever they held."""
+    """Weights in float64; rows that do not count get 0, whatever they held."""
     if not isinstance(weight, Tensor) or weight.dtype.is_complex:
         raise TypeError(f"weight is {type(weight).__name__}: give a tensor of real numbers, one per row.")
     if weight.shape != lead:
@@ -143,7 +147,8 @@ def _read_weight(weight: Tensor, lead: torch.Size, device: torch.device, keep: T
             f"weight has shape {tuple(weight.shape)}, but x without its last dimension has {tuple(lead)}: give one "
             "weight per row."
         )
-    flat = torch.where(keep, weight.detach().to(device=device, dtype=torch.float64).reshape(-1), 0.0)
+    weight = torch.where(keep, weight.detach().to(device=device, dtype=torch.float64), 0.0)
+    flat = weight.reshape(-1)
     bad = ~(torch.isfinite(flat) & (flat >= 0))
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
@@ -151,24 +156,7 @@ def _read_weight(weight: Tensor, lead: torch.Size, device: torch.device, keep: T
             f"weight has {int(bad.sum())} entries that are negative or not finite, the first {float(flat[first])} at "
             f"row {first}: weights must be 0 or more."
         )
-    return flat
-
-
-def _check_concept(rows: Rows, z_dim: int) -> None:
-    if rows.ids is not None:
-        low, high = (int(edge) for edge in rows.ids.aminmax()) if rows.count else (0, 0)
-        if low < 0 or high >= z_dim:
-            raise ValueError(
-                f"z holds class id {low if low < 0 else high}, but z_dim={z_dim}: ids run from 0 to {z_dim - 1}, and "
-                f"{IGNORED} leaves a row out. Set z_dim to the number of classes, or pass numbers as floats."
-            )
-    if rows.values is not None:
-        finite = torch.isfinite(rows.values).all(dim=1)
-        if not bool(finite.all()):
-            raise ValueError(
-                f"z is not finite in {int((~finite).sum())} of {rows.count} counted rows, the first of them row "
-                f"{int((~finite).nonzero()[0])}: leave such rows out with mask=."
-            )
+    return weight
 
 
 # ---- sums and products of its rows -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
-from hf_erasure.erasers import Eraser, apply_erasure, joint_moments, relative_change
+from hf_erasure.erasers import Eraser, apply_erasure, joint_moments
 from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, on_cpu, unwrapped
 from hf_erasure.models.pooling import IN_WORDS
@@ -317,11 +317,12 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     background = next((statistics.moments[site] for statistics in seen if not statistics.z_dim), None)
     try:
         moments = labelled[0] if len(labelled) == 1 else joint_moments(labelled)
-        variance = moments.variance_x
-        if bool(variance.max() <= _ROUNDING * (moments.mean_x.square().mean() + variance.mean())):
+        spread = moments.spread()
+        mean, variance = spread.mean, spread.variance
+        if bool(variance.max() <= _ROUNDING * (mean.square().mean() + variance.mean())):
             # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
-            eraser = Eraser(left=empty, right=empty.T.clone(), bias=moments.mean_x)
+            eraser = Eraser(left=empty, right=empty.T.clone(), bias=mean)
         else:
             eraser = moments.eraser(config.method, affine=config.affine, rank=config.max_rank, background=background)
     except ValueError as error:
@@ -331,9 +332,9 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         site,
         width=eraser.x_dim,
         rank=eraser.rank,
-        rows=moments.rows,
+        rows=spread.rows,
         correlation_fit=float(moments.canonical_correlations()[0]) if acts else 0.0,
-        change_labelled=relative_change(eraser, moments) if acts else 0.0,
+        change_labelled=spread.change(eraser) if acts else 0.0,
     )
     dtype = torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32
-    return SiteFit(eraser, dtype, moments.mean_z, line)
+    return SiteFit(eraser, dtype, spread.shares, line)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, Eraser, fit_inlp
-from hf_erasure.erasers.factors import concept_columns
+from hf_erasure.erasers.eraser import concept_columns
 from tests.erasers.data import as_values, leak, moments_of, ols_r2, rows
 from tests.small_models import LABELS, inputs_of, outputs_of, same, small_batches, small_model
 

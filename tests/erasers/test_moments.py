@@ -13,7 +13,7 @@ from sklearn.covariance import OAS
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
-from hf_erasure.erasers.factors import oas_shrinkage
+from hf_erasure.erasers.eraser import oas_shrinkage
 from hf_erasure.erasers.statistics import PackedGram
 from tests.erasers.data import as_values, leak, moments_of, rows
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_erasure.erasers.factors import ROUNDS
+from hf_erasure.erasers.least_squares import ROUNDS
 
 from ..common.config import FLOATS, ChildConfig, Layout, short
 from ..internals import extend_peft_type

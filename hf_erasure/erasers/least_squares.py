@@ -1,0 +1,102 @@
+"""INLP from moments: rounds of a least-squares probe.
+
+INLP (Ravfogel et al. 2020, arXiv 2004.07667) goes by rounds, each of which trains a linear probe of the concept and
+projects x orthogonally onto the null space of its weights; the next round trains on what is left. Two probes are known:
+
+* least squares, whose rounds are functions of the moments alone (`inlp_factors`; `ConceptMoments.eraser("inlp")`),
+* logistic regression, the paper's, which needs the rows (`fit_inlp`; `Eraser.fit(x, z, "inlp")`).
+
+Neither gives the guarantee of LEACE after a few rounds. A round takes away the direction that its probe reads, and
+leaves a covariance with the concept that another direction reads; only what the rounds removed stays removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .eraser import Factor, Spread, check_count, factorise
+from .statistics import PackedGram
+
+ROUNDS = 10
+"""Rounds of INLP where neither their number nor a rank is given."""
+
+# A direction that shares all but this with those removed before is rounding.
+_NEW = 1e-9
+
+
+def inlp_factors(
+    columns: Tensor, factor: Factor, rounds: int, rank: int | None, cutoff: float
+) -> tuple[Tensor, Tensor]:
+    """INLP with a least-squares probe, from moments.
+
+    With `A` the covariances with the concept and `U` the directions removed so far, the probe of a round minimises
+    `tr Wᵀ Σ W − 2 tr Wᵀ A` over the W orthogonal to U. In `Y = F W`, `Σ = Fᵀ F`, the minimum is what of `F⁻ᵀ A` is
+    orthogonal to `F⁻ᵀ U`; so one factorisation of Σ serves all rounds, and the singular values of Y are the
+    correlations that the probe finds. In exact arithmetic the rounds together remove the block Krylov space
+    `Σ⁻¹A, Σ⁻²A, …, Σ⁻ʳA`. Each adds as many directions as the concept varies in, k − 1 for k classes.
+
+    Args:
+        columns: `(d, r)` float64, covariances of x with r concept directions that are whitened, linearly independent.
+        factor: The factored Σ of the rows that the probe is trained on, as `ridge_factor` makes it.
+        rounds: At most so many.
+        rank: At most so many directions, those of the first rounds; None for all.
+        cutoff: The correlation with the concept below which what is left is rounding.
+
+    Returns:
+        `left` `(d, rank)` with orthonormal columns, and `right`, its transpose.
+    """
+    basis, wanted = columns[:, :0], factor.whiten(columns)
+    spent = basis
+    for _ in range(rounds):
+        found = wanted - spent @ (spent.T @ wanted)
+        vectors, strength, _ = torch.linalg.svd(found, full_matrices=False)
+        probe = factor.readings(vectors[:, strength > cutoff]).T
+        new = beyond(probe, basis)
+        basis = torch.cat([basis, new], dim=1)
+        if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
+            break
+        spent = torch.cat([spent, beyond(factor.whiten(new), spent)], dim=1)
+    basis = basis[:, :rank]
+    return basis, basis.T
+
+
+def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
+    """Σ of a least-squares probe with a ridge.
+
+    The ridge is on the weights as they are, as in scikit-learn's `Ridge`: `(1 − s) Σ + s · mean(var) · I`. LEACE
+    shrinks towards the variances instead, whatever the scale of a feature. Here scale matters: without a ridge in these
+    units a feature that hardly varies has the largest weight of all, and rounds go by that remove nothing else.
+
+    Args:
+        spread: Of the rows that the probe is trained on.
+        shrinkage: "oas", the share s, or None for no ridge.
+    """
+    sigma, variance = spread.sigma, spread.variance
+    share = spread.share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())
+    ridged = PackedGram(sigma.dim, variance.device, sigma.values * (1 - share))
+    ridged.values[ridged.diagonal] += share * variance.mean()
+    return factorise(replace(spread, sigma=ridged), None)
+
+
+def beyond(block: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal directions of `block` that are not in the span of `basis`, which is orthonormal."""
+    lengths = block.norm(dim=0)
+    block = block / torch.where(lengths > 0, lengths, 1.0)
+    for _ in range(2):  # once more, for what rounding left of the basis
+        block = block - basis @ (basis.T @ block)
+    vectors, strength, _ = torch.linalg.svd(block, full_matrices=False)
+    new = vectors[:, strength > _NEW]
+    return torch.linalg.qr(new - basis @ (basis.T @ new))[0]
+
+
+def check_rounds(rounds: int | None, rank: int | None) -> int:
+    """At most how many rounds are meant."""
+    check_count("rounds", rounds, none=", or None")
+    check_count("rank", rank, none=", or None for all directions")
+    if rounds is not None:
+        return rounds
+    # A round adds at least one direction or is the last.
+    return ROUNDS if rank is None else rank
