@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .config import ChildConfig, Provenance, fits, short
 from .layer import AdapterChild, adapter_children
-from .model_state import ActiveCopies
+from .model_state import ActiveCopies, auxiliary_wrappers, undone_on_failure
 
 # Set while an adapter is being added or loaded: what went off is said once, when all is done.
 _ADDING: ContextVar[bool] = ContextVar("adding", default=False)
@@ -115,7 +115,7 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
     if _ADDING.get():
         yield False
         return
-    before, copies = adapters_now(model).on, ActiveCopies(model).on
+    before, copies = adapters_now(model).on, ActiveCopies(model)
     token = _ADDING.set(True)
     try:
         yield True
@@ -126,7 +126,8 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
         off = {name: noun for name, noun in before.items() if name not in after and name not in expected}
         if off:
             _warn_of_adapters(model, off, newcomer)
-        _warn_of_copies(model, copies, newcomer if newcomer in after else None)
+        if copies.wrappers or auxiliary_wrappers(model):
+            _warn_of_copies(model, copies.on, newcomer if newcomer in after else None)
 
 
 def say_which_copies_went_off(model: nn.Module, before: dict[str, str]) -> None:
@@ -257,22 +258,23 @@ def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
 
 
 @contextmanager
-def comparing_with_fitting(model: nn.Module, newcomer: str) -> Iterator[None]:
-    """Warn, after an adapter was loaded, of each that now acts among other adapters than those it was fitted among."""
-    if _COMPARING.get():  # what is loaded belongs to a load that says it
-        yield
-        return
-    before = {name: other_than_when_fitted(model, name) for name in all_configs(model)}
-    token = _COMPARING.set(True)
-    try:
-        yield
-    finally:
-        _COMPARING.reset(token)
-    acting = adapters_now(model).acting
-    for name in all_configs(model):
-        said = other_than_when_fitted(model, name) if name in acting or name == newcomer else ""
-        if said and said != before.get(name):
-            warnings.warn(said, stacklevel=users_level())
+def undone_or_told(model: nn.Module, newcomer: str) -> Iterator[None]:
+    """Undo a load that fails, and say after another what went off, and what acts among others than at fitting."""
+    with undone_on_failure(model, newcomer), naming_what_goes_off(model, newcomer):
+        if _COMPARING.get():  # what is loaded belongs to a load that says it
+            yield
+            return
+        before = {name: other_than_when_fitted(model, name) for name in all_configs(model)}
+        token = _COMPARING.set(True)
+        try:
+            yield
+        finally:
+            _COMPARING.reset(token)
+        acting = adapters_now(model).acting
+        for name in all_configs(model):
+            said = other_than_when_fitted(model, name) if name in acting or name == newcomer else ""
+            if said and said != before.get(name):
+                warnings.warn(said, stacklevel=users_level())
 
 
 def _sample(model: nn.Module, name: str) -> list[float]:

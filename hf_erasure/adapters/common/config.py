@@ -11,13 +11,12 @@ import copy
 import functools
 import json
 import re
-import stat
 import time
 import types
 import typing
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,7 +85,17 @@ class ChildConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.own_type
-        check_types(self)
+        kind: Any = type(self)
+        declared = hints(kind)
+        for entry in fields(self):
+            value, hint = getattr(self, entry.name), declared[entry.name]
+            # A text where a list of texts is declared passes: what is wrong with it is said better below.
+            if not fits(value, hint):
+                raise TypeError(f"{entry.name}={short(value)} of a {kind.__name__} must be {in_words(hint)}.")
+        for name in _REFUSED:
+            value = self.provenance.get(name)
+            if value is not None and not fits(value, hints(Provenance)[name]):
+                raise TypeError(f"provenance[{name!r}]={short(value)} is not what fitting writes there.")
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list: [{self.modules_to_save!r}].")
         for key in ("modules_to_save", "layers_pattern"):
@@ -249,25 +258,15 @@ def _too_slow(config: Any, field: str, seconds: float) -> str:
 # ---- values that any file may hold -----------------------------------------------------------------------------------
 
 
-def size_of(file: Path) -> int:
-    """The size of a file in bytes.
-
-    Raises:
-        ValueError: If it is a device or a pipe, which has none, and might never end.
-    """
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{str(file)!r} is not an ordinary file.")
-    return found.st_size
-
-
 def read_config(file: Path) -> dict[str, Any]:
     """The content of an `adapter_config.json`.
 
     Raises:
         ValueError: If it is not JSON, not an object, or far larger than any configuration.
     """
-    size = size_of(file)
+    if not file.is_file():  # a pipe might never end
+        raise ValueError(f"{str(file)!r} is not an ordinary file.")
+    size = file.stat().st_size
     if size > MAX_CONFIG_BYTES:
         raise ValueError(f"{str(file)!r} has {size} bytes, and no configuration is that long: it is damaged.")
     try:
@@ -279,26 +278,6 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(file)!r} holds {short(content)} and no configuration: it is damaged.")
     return content
-
-
-def check_types(config: Any) -> None:
-    """Compare the values of a configuration's fields, and what decides in its provenance, with their declared types.
-
-    A text where a list of texts is declared passes: what is wrong with it, the configuration can say better.
-
-    Raises:
-        TypeError: Names the field or the entry, and its value.
-    """
-    kind: Any = type(config)
-    declared = hints(kind)
-    for entry in fields(config):
-        value, hint = getattr(config, entry.name), declared[entry.name]
-        if not fits(value, hint):
-            raise TypeError(f"{entry.name}={short(value)} of a {type(config).__name__} must be {in_words(hint)}.")
-    for name in _REFUSED:
-        value = config.provenance.get(name)
-        if value is not None and not fits(value, hints(Provenance)[name]):
-            raise TypeError(f"provenance[{name!r}]={short(value)} is not what fitting writes there.")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -345,8 +324,28 @@ def hints(kind: Any) -> dict[str, Any]:
 # ---- how an adapter was made, and what was measured of it ------------------------------------------------------------
 
 
+class Part:
+    """Facts that are read from the configuration of an adapter, or from a value in it."""
+
+    @classmethod
+    def of(cls, source: Any) -> Any:
+        """Those that are of the declared types; none of a configuration of another method."""
+        values = getattr(source, "provenance", source)
+        known = values if isinstance(values, dict) else {}
+        found: dict[str, Any] = {}
+        kind: Any = cls
+        for name, hint in hints(kind).items():
+            value = known.get(name)
+            if isinstance(hint, type) and issubclass(hint, Part):
+                found[name] = hint.of(value)
+            elif value is not None and fits(value, hint):
+                # One text may stand for a list of one.
+                found[name] = [value] if isinstance(value, str) and hint == list[str] else value
+        return cls(**found)
+
+
 @dataclass(frozen=True)
-class Data:
+class Data(Part):
     """Where the data come from.
 
     Attributes:
@@ -376,7 +375,7 @@ class Told(Data):
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Part):
     """What a callback measured last while the model under the adapter was trained.
 
     Attributes:
@@ -391,7 +390,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class ChosenEdit:
+class ChosenEdit(Part):
     """How the strength of a GRADIEND was chosen.
 
     Attributes:
@@ -425,7 +424,7 @@ class RecipeRun(Data):
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Provenance(Part):
     """What is known of how an adapter was made.
 
     Attributes:
@@ -471,23 +470,3 @@ class Provenance:
     training: Training = field(default_factory=Training)
     recipe: RecipeRun = field(default_factory=RecipeRun)
     card: Told = field(default_factory=Told)
-
-    @classmethod
-    def of(cls, config: Any) -> Provenance:
-        """What a configuration says; nothing where it is one of another method."""
-        made: Provenance = _read(cls, getattr(config, "provenance", None))
-        return made
-
-
-def _read(kind: Any, values: Any) -> Any:
-    """A dataclass of those values that are of the declared types."""
-    known = values if isinstance(values, dict) else {}
-    found: dict[str, Any] = {}
-    for name, hint in hints(kind).items():
-        value = known.get(name)
-        if is_dataclass(hint):
-            found[name] = _read(hint, value)
-        elif value is not None and fits(value, hint):
-            # One text may stand for a list of one.
-            found[name] = [value] if isinstance(value, str) and hint == list[str] else value
-    return kind(**found)

@@ -99,12 +99,13 @@ def numbers_of(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
         parameter = module._parameters.get(own)
         if parameter is None:
             continue
-        is_elsewhere = parameter.device.type == "meta"
+        hook, is_elsewhere = _hook_of(module), parameter.device.type == "meta"
         if is_quantised(parameter):
             return None if is_elsewhere else dequantised(module, own), QUANTISED
-        if is_sharded(parameter) or (is_elsewhere and _hook_of(module) is None):
+        if is_sharded(parameter) or (is_elsewhere and hook is None):
             continue
-        return value_of(module, own), str(parameter.dtype).removeprefix("torch.")
+        values: Tensor = parameter if hook is None else hook.weights_map[own]
+        return values.detach(), str(parameter.dtype).removeprefix("torch.")
     return None, ""
 
 

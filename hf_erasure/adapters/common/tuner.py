@@ -85,40 +85,40 @@ class ChildTuner(BaseTuner):
         config = self.peft_config[adapter_name] = config.copied()
         try:
             with undone_on_failure(model, adapter_name, is_ours=True, is_new=True), outside_inference_mode():
-                self._inject(model, adapter_name, config, *args, **kwargs)
+                copies = ActiveCopies(model)
+                _check_name(adapter_name, model)
+                if UNSEEN.get() is not None:
+                    raise ValueError(
+                        f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
+                    )
+                check_targets(config, model)
+                if config.fitted:
+                    recognise(model, config)
+                    if config.target_modules is None:  # PEFT takes that for a default of its own
+                        config.target_modules = exactly(list(config.fitted_modules), model)
+                elif config.revision is None:
+                    # Of the base, like its name: what was downloaded.
+                    config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+                if kwargs.get("state_dict") is not None:
+                    # PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the
+                    # child.
+                    child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
+                    kwargs["state_dict"] = {
+                        key.replace(child, f".{self.prefix}"): value for key, value in given.items()
+                    }
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if config.modules_to_save:
+                    TrainedModule.adopt(model, adapter_name)
+                    kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
+                    copies.hand_on(adapter_name, but=kin)
+                refuse_copies(model, adapter_name)
+                # Tensors that are given along are a wish for some of the modules.
+                wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
+                self._check_complete(config, adapter_children(model, adapter_name), wanted)
+                note_adapters(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
-
-    def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
-        copies = ActiveCopies(model)
-        _check_name(adapter_name, model)
-        if UNSEEN.get() is not None:
-            raise ValueError(
-                f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
-            )
-        check_targets(config, model)
-        if config.fitted:
-            recognise(model, config)
-            if config.target_modules is None:  # PEFT takes that for a default of its own
-                config.target_modules = exactly(list(config.fitted_modules), model)
-        elif config.revision is None:
-            # Of the base, like its name: what was downloaded.
-            config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
-        if kwargs.get("state_dict") is not None:
-            # PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the child.
-            child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
-            kwargs["state_dict"] = {key.replace(child, f".{self.prefix}"): value for key, value in given.items()}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if config.modules_to_save:
-            TrainedModule.adopt(model, adapter_name)
-            kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
-            copies.hand_on(adapter_name, but=kin)
-        refuse_copies(model, adapter_name)
-        # Tensors that are given along are a wish for some of the modules.
-        wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
-        self._check_complete(config, adapter_children(model, adapter_name), wanted)
-        note_adapters(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Name the modules that `target_modules=None` stands for."""

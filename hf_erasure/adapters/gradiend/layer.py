@@ -104,9 +104,9 @@ class GradiendLayer(AdapterChild):
             if isinstance(store, StateDict) and store.persistent and not len(store):
                 del self._modules[key]
 
-    def _is_sound(self, key: str, value: Tensor) -> bool:
-        if value.is_floating_point() or not value.numel():
-            return super()._is_sound(key, value)
+    def _are_positions(self, key: str, value: Tensor) -> bool:
+        if not value.numel():
+            return True
         *_, parameter = key.split("_", 2)
         is_inside = int(value[0]) >= 0 and int(value[-1]) < self.parameter(parameter).numel()
         return is_inside and bool((value[1:] > value[:-1]).all())

@@ -16,6 +16,7 @@ among matrices near zero would make any two models alike. Weights that are const
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -118,7 +119,7 @@ def recognise(model: nn.Module, config: ChildConfig) -> None:
 
 def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> list[_Pair]:
     """The samples of a fingerprint with what this model has there; refuses weights of another shape."""
-    pairs, unread, of_tokens = [], [], _token_weights(model)
+    pairs, unread, of_tokens = [], [], functools.cache(lambda: _token_weights(model))
     for name, sample in kept.items():
         _check_sample(name, sample)
         weight, dtype = numbers_of(model, name)
@@ -127,7 +128,7 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
             continue
         shape = list(weight.shape)
         if shape != sample["shape"]:
-            is_resized = name in of_tokens and len(shape) == len(sample["shape"]) and shape[1:] == sample["shape"][1:]
+            is_resized = name in of_tokens() and len(shape) == len(sample["shape"]) and shape[1:] == sample["shape"][1:]
             _check_shape(name, shape, sample["shape"], config, is_resized)
             if not is_resized:
                 continue
@@ -137,7 +138,7 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         kept_values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
         dtypes = (dtype, sample["dtype"])
         pair = _Pair(name, _at(weight, positions), kept_values, dtypes, weight.dim() > 1, QUANTISED in dtypes)
-        if name in of_tokens and not pair.is_rough and bool(pair.differ().any()):
+        if not pair.is_rough and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.seen):
             pairs.append(pair)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ..common.acting import all_configs, comparing_with_fitting, naming_what_goes_off
-from ..common.config import ChildConfig, Provenance, read_config, short, size_of
+from ..common.acting import all_configs, undone_or_told
+from ..common.config import ChildConfig, Provenance, read_config, short
 from ..common.files import COMMIT, CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
 from ..common.layer import adapter_children, outside_inference_mode
-from ..common.model_state import auxiliary_wrappers, undone_on_failure
+from ..common.model_state import auxiliary_wrappers
 from ..common.placement import execution_device, left_in_place
 from ..saving import finish
 from .fingerprint import prefix_of
@@ -94,11 +94,13 @@ class Read:
         config: Its configuration; None where it is not an adapter of this package.
         tensors: Its tensors by their names without PEFT's prefix, in memory of their own.
         unseen: Why its files could not be looked at.
+        given: The configuration that the caller gave for this load; it becomes the adapter's own.
     """
 
     config: ChildConfig | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     unseen: str | None = None
+    given: PeftConfig | None = None
 
 
 # What `from_pretrained` has read when it calls `load_adapter`.
@@ -118,11 +120,12 @@ def load_adapter(
     name, given, config = adapter_name or "default", call.arguments, call.arguments.get("peft_config")
     load_config, more, tensors = given.get("load_config"), given.get("kwargs", {}), given.get("adapter_state_dict")
     place = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
-    with _loading(model, name):
+    with undone_or_told(model, name):
         if place is None or tensors is not None:
             read = Read()
             if tensors is not None and isinstance(config, ChildConfig):
-                read = Read(config.copied(), {key.removeprefix(PREFIX): value for key, value in tensors.items()})
+                tensors = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+                read = Read(config.copied(), tensors, given=config)
         else:
             downloads = (getattr(load_config, "download_kwargs", None), more.get("download_kwargs"))
             source = Source.of(place, *downloads, given.get("adapter_kwargs"), more, given)
@@ -137,7 +140,7 @@ def load_adapter(
         read.config.inference_mode = not given.get("is_trainable", False)
         inject_adapter_in_model(read.config, model, name)
         model._hf_peft_config_loaded = True
-        _take(model, name, read.tensors, config)
+        _take(model, name, read)
         if model.peft_config[name].inference_mode:
             model.eval()
             layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -154,7 +157,7 @@ def load_into_peft_model(
     """`PeftModel.load_adapter`, also over an adapter that is there."""
     call = inspect.signature(original).bind(model_id, adapter_name, *args, **kwargs)
     is_trainable, present = call.arguments.get("is_trainable", False), model.peft_config.get(adapter_name)
-    with _loading(model, adapter_name):
+    with undone_or_told(model, adapter_name):
         read = _READ.get() or read_adapter(model, Source.of(model_id, kwargs), present, is_given=False)
         if read.config is None:
             return _by_others(read, original, call)
@@ -163,7 +166,7 @@ def load_into_peft_model(
             model.add_adapter(adapter_name, read.config)
             if is_trainable and hasattr(model, "set_requires_grad"):  # older releases have left it so
                 model.set_requires_grad(adapter_name)
-        _take(model, adapter_name, read.tensors)
+        _take(model, adapter_name, read)
         if not is_trainable:
             model.eval()
     return _IncompatibleKeys([], [])
@@ -173,27 +176,17 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
     """`PeftModel.from_pretrained`, which injects an adapter, freezes the model and then loads the weights."""
     call = inspect.signature(original).bind(model, *args, **kwargs)
     given = call.arguments
-    name, config = given.get("adapter_name", "default"), given.get("config")
-    with _loading(model, name), ExitStack() as stack:
-        read = read_adapter(model, Source.of(given["model_id"], kwargs), config)
+    with undone_or_told(model, given.get("adapter_name", "default")), ExitStack() as stack:
+        read = read_adapter(model, Source.of(given["model_id"], kwargs), given.get("config"))
         stack.callback(_READ.reset, _READ.set(read))
         if read.config is None:
             return _by_others(read, original, call)
         given["config"] = read.config
         stack.enter_context(left_in_place(model))
-        result = original(*call.args, **call.kwargs)
-        _give_back(result, name, config)
-    return result
+        return original(*call.args, **call.kwargs)
 
 
 # ---- what all have in common -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _loading(model: Any, name: str) -> Iterator[None]:
-    """Undo a load that fails, and say after another what is not any more as it was."""
-    with undone_on_failure(model, name), naming_what_goes_off(model, name), comparing_with_fitting(model, name):
-        yield
 
 
 def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> Any:
@@ -205,28 +198,17 @@ def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> 
         UNSEEN.reset(token)
 
 
-def _give_back(model: Any, name: str, config: Any) -> None:
-    """Make the configuration that a caller gave the adapter's own, as PEFT does."""
-    if isinstance(config, ChildConfig):
-        config.__dict__.update(vars(model.peft_config[name]))
-        model.peft_config[name] = config
-
-
-def _take(model: Any, name: str, tensors: dict[str, Tensor], given: Any = None) -> None:
+def _take(model: Any, name: str, read: Read) -> None:
     """Put the values of a file into an adapter that was attached, and raise where one is missing or not finite.
 
     A class of PEFT may want a head that was not saved. It is the head that was trained with a LoRA, where there is one,
     or the model's own.
-
-    Args:
-        model: With the adapter.
-        name: The adapter.
-        tensors: By their names without PEFT's prefix.
-        given: The configuration that a caller gave for loading, if one did.
     """
-    _give_back(model, name, given)
+    if read.given is not None:
+        read.given.__dict__.update(vars(model.peft_config[name]))
+        model.peft_config[name] = read.given
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    named = rename_tensors(tensors, model.peft_config[name], prefix_of(base))
+    named = rename_tensors(read.tensors, model.peft_config[name], prefix_of(base))
     with outside_inference_mode():
         for child in adapter_children(base, name):
             stem = f"{child.path}.{child.child_name}"
@@ -278,10 +260,10 @@ def read_adapter(
         if isinstance(config, ChildConfig):
             raise
         return Read(unseen=f"{type(error).__name__}: {error}")  # PEFT says better what went wrong
-    seen = _stamps(file)
+    seen, given = _stamps(file), None
     stated = config if file is None else _config_of(file, source)
     if is_given and isinstance(config, ChildConfig):
-        config = config.copied()
+        given, config = config, config.copied()
         if stated is not None and type(stated) is type(config):
             config.take_fitted(stated)
     config = config or stated
@@ -308,7 +290,7 @@ def read_adapter(
         raise ValueError(f"{str(source.folder)!r} was saved anew while it was being loaded: load it again.") from failed
     if failed is not None:
         raise failed
-    return Read(config, tensors)
+    return Read(config, tensors, given=given)
 
 
 def _config_of(file: Path, source: Source) -> PeftConfig:
@@ -418,7 +400,9 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         ValueError: If it is not such a file, is not complete, or says that it is far larger than what is on disk.
     """
-    size, on_disk = size_of(file), getattr(file.stat(), "st_blocks", None)
+    if not file.is_file():  # a pipe might never end
+        raise ValueError(f"{str(file)!r} is not an ordinary file.")
+    size, on_disk = file.stat().st_size, getattr(file.stat(), "st_blocks", None)
     if on_disk is not None and size > _SMALL and on_disk * 512 < size // 8:
         raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
     try:
