@@ -26,7 +26,7 @@ from hf_erasure.models.model import evaluating, on_cpu
 from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled
 from .processes import Processes
 from .report import SiteReport
-from .sites import FitTask, observed, observed_final, task_for
+from .sites import FitTask, observed, task_for
 
 # The content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
@@ -184,26 +184,21 @@ class _Measurement:
 
         def see(erased: bool, site: str, hidden: Tensor) -> Tensor:
             called[erased, site] += 1
-            before, selection = labels.select(hidden, site)
-            if not erased:
-                self._add(site, called[False, site], drawn, selection, before)
-                return hidden
-            after = self._erase(site, hidden)
-            self._add(site, called[True, site], drawn, selection, labels.select(after, site)[0], before)
-            return after
-
-        def see_final(erased: bool, name: str, state: Tensor) -> None:
-            aligned, selection = labels.select(state, runner.side_of(name))
+            where, before = runner.side_of(site), None
+            now, selection = labels.select(hidden, where)
+            if site in finals and erased:
+                before = plain[site]
+            elif site in finals:
+                plain[site] = now
+            elif erased:
+                before, hidden = now, self._erase(site, hidden)
+                now, _ = labels.select(hidden, where)
             # There is one last hidden state a forward pass, so it is always the first visit.
-            self._add(name, 1, drawn, selection, aligned, plain[name] if erased else None)
-            if not erased:
-                plain[name] = aligned
+            self._add(site, 1 if site in finals else called[erased, site], drawn, selection, now, before)
+            return hidden
 
         for erased in (False, True):
-            with (
-                observed(task.layers, task.name, functools.partial(see, erased)),
-                observed_final(finals, functools.partial(see_final, erased)),
-            ):
+            with observed(task.layers, task.name, functools.partial(see, erased), finals):
                 runner(labels.batch)
 
     @on_cpu

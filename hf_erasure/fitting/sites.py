@@ -145,12 +145,21 @@ def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureCon
 
 @contextmanager
 def observed(
-    layers: dict[str, ErasureLayer], adapter_name: str, observer: Callable[[str, Tensor], Tensor]
+    layers: dict[str, ErasureLayer],
+    adapter_name: str,
+    observer: Callable[[str, Tensor], Tensor],
+    finals: Mapping[str, nn.Module] | None = None,
 ) -> Iterator[None]:
     """While open, `observer(site, activation)` stands in for the adapter's eraser at every site.
 
-    It sees the activation after all erasers that act before this one, and what it returns goes on.
+    It sees the activation after all erasers that act before this one, and what it returns goes on. Of the modules that
+    `finals` names it sees the last hidden states, too; what it returns for these is not used.
     """
+
+    def at(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        observer(name, last_hidden_state(output))
+
+    handles = [module.register_forward_hook(functools.partial(at, name)) for name, module in (finals or {}).items()]
     try:
         for path, layer in layers.items():
             layer.observers[adapter_name] = functools.partial(observer, path)
@@ -158,19 +167,6 @@ def observed(
     finally:
         for layer in layers.values():
             layer.observers.pop(adapter_name, None)
-
-
-@contextmanager
-def observed_final(finals: dict[str, nn.Module], observer: Callable[[str, Tensor], Any]) -> Iterator[None]:
-    """While open, `observer(name, state)` sees every last hidden state; what it returns is not used."""
-
-    def at(name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        observer(name, last_hidden_state(output))
-
-    handles = [module.register_forward_hook(functools.partial(at, name)) for name, module in finals.items()]
-    try:
-        yield
-    finally:
         for handle in handles:
             handle.remove()
 

@@ -24,7 +24,7 @@ from hf_erasure.fitting.fit import fit_concept_erasure
 from hf_erasure.fitting.labels import BatchLabels, Source
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
-from hf_erasure.fitting.sites import observed, observed_final
+from hf_erasure.fitting.sites import observed
 from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS
@@ -377,24 +377,16 @@ def pooled_states(
     found: dict[str, list[Tensor]] = {}
     current: list[BatchLabels] = []
 
-    def keep(site: str, activation: Tensor, where: str) -> None:
-        aligned, selection = current[0].select(activation, where)
-        found.setdefault(site, []).append(pooled(aligned.float(), selection.real, pool).cpu())
-
-    def at_site(site: str, hidden: Tensor) -> Tensor:
-        if erased:
+    def look(site: str, hidden: Tensor) -> Tensor:
+        if erased and site in layers:
             hidden = apply_erasure(hidden, *layers[site].parts_on(adapter_name, hidden.device))
-        keep(site, hidden, site)
+        aligned, selection = current[0].select(hidden, runner.side_of(site))
+        found.setdefault(site, []).append(pooled(aligned.float(), selection.real, pool).cpu())
         return hidden
-
-    def at_end(name: str, state: Tensor) -> Tensor:
-        keep(name, state, runner.side_of(name))
-        return state
 
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
     shown = tqdm(desc=what, unit=" rows", disable=not (progress and Processes().is_main))
-    looking = observed(layers, adapter_name, at_site), observed_final(runner.final_states(), at_end)
-    with evaluating(runner.model), looking[0], looking[1], shown:
+    with evaluating(runner.model), observed(layers, adapter_name, look, runner.final_states()), shown:
         for labels in Source(None, batches).read("tokens"):
             current[:] = [labels]
             runner(labels.batch)
