@@ -180,9 +180,8 @@ def _combined_sites(
 ) -> Sites:
     """The eraser of every site that one of the adapters acts on, in the model's order."""
     for name, layers in parts.items():
-        if any(name in layer.merged_adapters for layer in layers.values()):
-            raise ValueError(f"Adapter {name!r} is merged into the weights: call unmerge_adapter() first.")
         for layer in layers.values():
+            layer.refuse_if_merged(name)
             layer.check_values(name)
     sites = {}
     for path in erasure_layers(model):

@@ -241,10 +241,11 @@ class Scrubber:
         one_by_one = task.runner.is_sharded
         if checkpoint is not None:
             self._data = together(processes.gathered([digest_of(self._batches)]))
-            self.fits, was_one_by_one = processes.on_main(
-                lambda: (checkpoint.load_sites(self._data), checkpoint.one_site_a_pass), "reading the checkpoint"
-            )
-            self._kept, one_by_one = set(self.fits), one_by_one or was_one_by_one
+            with processes.agreeing("reading the checkpoint"):
+                finished = checkpoint.load_sites(self._data) if processes.is_main else {}
+                one_by_one = one_by_one or checkpoint.one_site_a_pass
+            self.fits, one_by_one = processes.from_one((finished, one_by_one))
+            self._kept = set(self.fits)
         shown = tqdm(desc=f"scrubbing {task.name}", unit=" sites", disable=not task.progress)
         with evaluating(task.runner.model), shown:
             shown.reset(len(task.layers))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -59,10 +59,6 @@ class Processes:
         A row has one item a process; the last row of a group may be shorter.
         """
         return [list(group[i : i + self.count]) for group in groups for i in range(0, len(group), self.count)]
-
-    def take(self, row: Sequence[T]) -> T | None:
-        """This process's item of a row, or `None` where the row has fewer."""
-        return row[self.rank] if self.rank < len(row) else None
 
     def equally_often(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
         """As many items in every process as the one with the most has: forward passes of a sharded model must meet.
@@ -134,13 +130,6 @@ class Processes:
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise AnotherProcessFailed(f"Process {rank} failed while {doing}. {failure}")
-
-    def on_main(self, function: Callable[[], T], doing: str) -> T:
-        """What a function gives in the main process, in all; none goes on if it fails."""
-        result = None
-        with self.agreeing(doing):
-            result = function() if self.is_main else None
-        return self.from_one(result)  # type: ignore[return-value]
 
 
 def share_the_cpu() -> bool:
