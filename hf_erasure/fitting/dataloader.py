@@ -489,15 +489,9 @@ def _plain(value: Any) -> Any:
 
 
 def origin_of(dataset: Any, columns: str) -> dict[str, Any]:
-    """Names on the Hub, and where the labels are.
+    """`{"datasets", "labels_from"}`: names on the Hub, and where the labels are, with `columns` in words.
 
-    Args:
-        dataset: A `datasets.Dataset` or `IterableDataset`; a data set that was made in memory or read from a file has
-            no name.
-        columns: What of it is the label, in words.
-
-    Returns:
-        `{"datasets", "labels_from"}`, for JSON.
+    What was made in memory or read from a file has no name.
     """
     info = getattr(dataset, "info", None)
     # A data set keeps of its builder which files it has read, and these are named by repository.

@@ -132,9 +132,6 @@ class Source(SiteStatistics):
     def read(self, pool: str) -> Iterator[BatchLabels]:
         """The batches one after another, each checked, counted and with its labels.
 
-        Args:
-            pool: Which rows a sequence label counts for.
-
         Raises:
             TypeError: If something is not a batch, or its inputs are not tensors.
             ValueError: If labels are missing or do not fit.

@@ -244,12 +244,7 @@ def _cells(line: SiteReport) -> tuple[str, ...]:
 
 
 def in_words(examples: int, fitted: int) -> str:
-    """What figures are on, to follow "on".
-
-    Args:
-        examples: How many rows they are on.
-        fitted: How many of these were fitted on.
-    """
+    """What figures are on, to follow "on": so many rows, of which so many were fitted on."""
     if not fitted:
         return f"{examples} held-out examples"
     return f"fitted rows ({'all' if fitted == examples else fitted} of {examples})"
@@ -259,15 +254,12 @@ def in_words(examples: int, fitted: int) -> str:
 
 
 def badness(value: float, better: str, ideal: float | None) -> float:
-    """How far a value falls short of the ideal.
+    """How far a value falls short of the ideal: 0 there, and beyond it too unless it is to be met exactly.
 
     Args:
         value: The value.
         better: `"lower"`, `"higher"` or `"closer"`.
         ideal: The best value. None where there is none: then only the order of two values counts.
-
-    Returns:
-        0 at the ideal, and beyond it too unless the ideal is to be met exactly.
     """
     if ideal is None:
         return value if better == "lower" else -value
@@ -279,17 +271,9 @@ def badness(value: float, better: str, ideal: float | None) -> float:
 def verdict(
     base: float, value: float, interval: Sequence[float] | None, better: str, ideal: float | None = None
 ) -> str:
-    """What an adapter does to a measure; an interval that holds the base's value means no change.
+    """What an adapter does to a measure, whose value was that of the `base`: `"better"` or `"worse"`.
 
-    Args:
-        base: Without the adapter.
-        value: With it.
-        interval: Of the value with the adapter; None where it has none.
-        better: `"lower"`, `"higher"` or `"closer"`.
-        ideal: The best value, if there is one.
-
-    Returns:
-        `"better"` or `"worse"`; nothing where the interval holds the base's value or there is no interval.
+    Nothing where there is no interval about the value, or where it holds the base's. The others as in `badness`.
     """
     if interval is None or interval[0] <= base <= interval[1]:
         return ""
@@ -298,15 +282,7 @@ def verdict(
 
 
 def concept_of(name: Any, classes: Iterable[Any] | None = None) -> str | None:
-    """The concept that a name or classes stand for.
-
-    Args:
-        name: What an adapter calls its concept or feature.
-        classes: Its classes, where it has any.
-
-    Returns:
-        `GENDER`, `POS` or `STEREOTYPES`; None for any other concept.
-    """
+    """`GENDER`, `POS` or `STEREOTYPES`, if the name of a concept or its classes stand for one of these."""
     apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", str(name)).lower()
     words = " ".join(["", *re.findall(r"[^\W_]+", apart), ""])
     for concept, names in _NAMES.items():

@@ -100,16 +100,10 @@ def task_for(
     as_fitted: bool = False,
     progress: bool = False,
 ) -> tuple[FitTask, Iterator[Any]]:
-    """The task of fitting or measuring an adapter, and its batches, of which the first was looked at.
+    """The task of fitting or measuring an adapter, and its labelled batches, of which the first was looked at.
 
-    Args:
-        model: With the adapter, or whatever that is inside of.
-        name: The adapter.
-        batches: Labelled batches; the labels' form and two rows of the first one decide on the pool.
-        pool: As in `fit_concept_erasure`.
-        concept: By whose labels the batches are read; the adapter's own when None.
-        as_fitted: Take the pool that the adapter was fitted for, if there is one and none is asked for.
-        progress: Whether to show progress bars.
+    The labels are those of `concept`, by default of the adapter. `as_fitted` takes the pool that the adapter was fitted
+    for, if there is one and none is asked for.
 
     Raises:
         ValueError: If the pool is not known, there is no such adapter, or it is merged.
@@ -179,15 +173,8 @@ def pool_for(
 ) -> tuple[str, str]:
     """What a fit guards, one of `POOLS`, and what the model's head reads, in words.
 
-    Warns where the two are not the same, or where the second could not be found out.
-
-    Args:
-        pool: What was asked for, one of `POOLS`; None for what the head reads.
-        model: The model as the caller has given it.
-        runner: Calls it.
-        config: By whose labels the batches are read.
-        first: The first of the labelled batches; None where this process has no batch.
-        processes: Those that share the data.
+    Warns where the two are not the same, or where the second could not be found out. The model is the one that the
+    caller has given, `first` the first batch with the labels of `config`, or None where this process has no batch.
     """
     rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
     if rows is None:

@@ -70,9 +70,11 @@ class ErasureLayer(AdapterChild):
 
     def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype) -> None:
         """Put a fitted eraser in place; a purely linear one keeps a zero bias."""
-        parts = eraser.parts(self.state_placement()[0], dtype)
-        # In the strides that loading will give them: others let matrix products sum in another order.
-        self.restore_state(name, tuple(part.clone(memory_format=torch.contiguous_format) for part in parts))
+        device, _ = self.state_placement()
+        stores = self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias
+        for store, part in zip(stores, eraser.parts(device, dtype), strict=True):
+            # In the strides that loading will give it: others let matrix products sum in another order.
+            store[name] = part.clone(memory_format=torch.contiguous_format)
         self._awaits_values.discard(name)
 
     def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
