@@ -208,8 +208,9 @@ class _Measurement:
         """Add the activation of one visit, aligned with the labels; with what it was `before`, if it is erased."""
         guarded, rows = mean_pooled(now.float() if now.dtype.itemsize < 4 else now, selection)
         for half in (0, 1):
-            mask = (drawn == half).unsqueeze(1).to(now.device)
-            self._halves[before is not None, half, visit].update(site, guarded, rows, mask)
+            of_half = rows.counted & (drawn == half).unsqueeze(1).to(now.device)
+            statistics = self._halves[before is not None, half, visit]
+            statistics.update(site, guarded, dataclasses.replace(rows, counted=of_half))
         if before is not None:
             for labelled, chosen in ((True, selection.counted), (False, selection.real & ~selection.counted)):
                 old, new = (t[chosen].reshape(-1, t.shape[-1]) for t in (before, now))
@@ -335,11 +336,9 @@ class RowsSeen:
 
 def hashes_of(batch: Any) -> np.ndarray:
     """One hash a row, of its inputs without padding: `(rows,)` uint64; empty for what is not a batch."""
-    if not isinstance(batch, Mapping):
-        return np.empty(0, np.uint64)
     inputs = {
         name: value.detach().cpu()
-        for name, value in sorted(batch.items())
+        for name, value in (sorted(batch.items()) if isinstance(batch, Mapping) else ())
         if isinstance(value, Tensor) and value.dim() and name not in _BESIDES
         if not name.endswith("mask") and not name.startswith("decoder_")
     }

@@ -71,13 +71,13 @@ class SiteStatistics:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     @on_cpu
-    def update(self, site: str, activation: Tensor, selection: Selection, mask: Tensor | None = None) -> None:
-        """Add an activation `(batch, seq, …, width)`; `mask` narrows the selection further.
+    def update(self, site: str, activation: Tensor, selection: Selection) -> None:
+        """Add an activation `(batch, seq, …, width)`.
 
         Raises:
             ValueError: Names the site, and what was wrong with its rows.
         """
-        counted = selection.counted if mask is None else selection.counted & mask
+        counted = selection.counted
         if not bool(counted.any()):
             return
         if site not in self.moments:
