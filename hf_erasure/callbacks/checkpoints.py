@@ -12,7 +12,7 @@ model that is not a `PeftModel` are active, a checkpoint holds instead
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from hf_erasure.models.model import unwrapped
 def own_trained(model: nn.Module) -> list[str]:
     """The names of the model's own weights that are trained, without those of adapters."""
     trained = [name for name, parameter in unwrapped(model).named_parameters() if parameter.requires_grad]
-    return [name for name in trained if _plain_name(name, model) is not None]
+    return list(_plain_names(model, trained))
 
 
 def is_lost(model: nn.Module) -> bool:
@@ -81,8 +81,8 @@ def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: 
 
 def _save_base(model: nn.Module, folder: Path) -> None:
     base: Any = unwrapped(model)
-    named = {key: _plain_name(key, model) for key in base.state_dict()}
-    state = {plain: base.state_dict()[key] for key, plain in named.items() if plain is not None}
+    tensors = base.state_dict()
+    state = {plain: tensors[key] for key, plain in _plain_names(model, tensors).items()}
     loaded = base._hf_peft_config_loaded
     base._hf_peft_config_loaded = False
     try:
@@ -141,8 +141,7 @@ def _load_base(model: nn.Module, folder: Path, own: list[str]) -> None:
     found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("model*.safetensors")):
         found |= load_file(file)
-    named = {key: _plain_name(key, model) for key in base.state_dict()}
-    values = {key: found[plain] for key, plain in named.items() if plain in found}
+    values = {key: found[plain] for key, plain in _plain_names(model, base.state_dict()).items() if plain in found}
     missing = [name for name in own if name not in values]
     if missing:
         raise ValueError(
@@ -171,10 +170,12 @@ def _configs_of(model: Any) -> dict[str, PeftConfig]:
     return dict(getattr(model, "peft_config", None) or {})
 
 
-def _plain_name(key: str, model: nn.Module) -> str | None:
-    """What a tensor is called in the model without adapters; None for what belongs to an adapter."""
-    parts = key.split(".")
+def _plain_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """What tensors are called in the model without adapters; those of adapters are left out."""
     prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in _configs_of(model).values())
-    if is_child(key) or "modules_to_save" in parts or any(part.startswith(prefixes) for part in parts):
-        return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        if not (is_child(key) or "modules_to_save" in parts or any(part.startswith(prefixes) for part in parts)):
+            found[key] = ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    return found

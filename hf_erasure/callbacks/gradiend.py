@@ -217,12 +217,7 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
 
 
 class _Guard:
-    """Takes the component along Wd out of every change of the weights.
-
-    Args:
-        weights: The weights that are trained.
-        decoder: Gives the direction.
-    """
+    """Takes the component along the decoder's Wd out of every change of the weights."""
 
     def __init__(self, weights: list[Trained], decoder: FeatureDecoder) -> None:
         self.weights = [w for w in weights if w.name in decoder.weight and decoder.weight[w.name].numel()]

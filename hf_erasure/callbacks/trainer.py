@@ -55,12 +55,7 @@ class LoggingCallback(TrainerCallback):
         state.stateful_callbacks[key] = self.memory
 
     def figures(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
-        """What to add to the log that is about to be written.
-
-        Args:
-            state: The state of the Trainer.
-            model: Unwrapped.
-        """
+        """What to add to the log that is about to be written, measured on the unwrapped model."""
         raise NotImplementedError
 
     def logged(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
@@ -128,11 +123,7 @@ def _warn_of_own_weights(model: nn.Module, remedy: str, when: str = "") -> None:
 
 
 def _warn_of_what_is_left_out(model: nn.Module) -> None:
-    """Say which adapters of this package checkpoints will lack, or that there will be none.
-
-    Args:
-        model: What Trainer trains by itself, without a callback of this package.
-    """
+    """Say which adapters checkpoints will lack, or that there will be none, without a callback of this package."""
     holder = _saved_by_trainer(model)
     if holder is None:
         return
@@ -190,38 +181,14 @@ def _active(model: Any) -> list[str]:
 # ---- the wrapped methods ---------------------------------------------------------------------------------------------
 
 
-class _Figures(TrainerCallback):
-    """The first callback while a trainer trains: it asks ours for figures before anybody is told of a log."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        # Logs of an evaluation have no loss of training, and nothing is added to them.
-        if logs is None or "loss" not in logs:
-            return
-        for callback in _ours(self.trainer):
-            added = callback.logged(state, self.trainer.callback_handler.model)
-            logs.update(added)
-            if state.log_history:
-                state.log_history[-1].update(added)
-
-
 def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """`Trainer.train`: it says first what its saves would lose, and logs what our callbacks measure."""
+    """`Trainer.train`: it says first what its saves would lose, and then logs what our callbacks measure."""
     if not _saves_all(trainer):
         if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
             refuse_loss(trainer.model)  # its first save would
         _warn_of_what_is_left_out(trainer.model)
     _give_own_methods(trainer)
-    if not _ours(trainer):
-        return original(*args, **kwargs)
-    figures = _Figures(trainer)
-    trainer.callback_handler.callbacks.insert(0, figures)
-    try:
-        return original(*args, **kwargs)
-    finally:
-        trainer.callback_handler.callbacks.remove(figures)
+    return original(*args, **kwargs)
 
 
 def save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -257,6 +224,13 @@ def _saves_all(trainer: Any) -> bool:
 # ---- methods of one trainer ------------------------------------------------------------------------------------------
 
 
+def _log(original: Callable, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    """What our callbacks measure is in a log before anybody is told of it; an evaluation's has no loss of training."""
+    for callback in _ours(trainer) if "loss" in logs else ():
+        logs.update(callback.logged(trainer.state, trainer.callback_handler.model))
+    original(logs, *args, **kwargs)
+
+
 def _load_from_checkpoint(original: Callable, trainer: Any, folder: str, model: Any = None) -> None:
     """What training goes on from."""
     if _saves_all(trainer):
@@ -285,6 +259,7 @@ def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None
 
 # Name of a method → what is called in its place, with the method, on a trainer whose model has adapters of ours.
 OWN_METHODS: dict[str, Callable[..., Any]] = {
+    "log": _log,
     "_load_from_checkpoint": _load_from_checkpoint,
     "_load_best_model": _load_best_model,
     "_push_from_checkpoint": _push_from_checkpoint,
