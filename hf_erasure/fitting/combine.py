@@ -27,7 +27,7 @@ from hf_erasure.adapters.erasure.layer import CHILD
 from hf_erasure.adapters.saving import staged
 from hf_erasure.erasers import Eraser, combine_erasers
 from hf_erasure.models import check_pool
-from hf_erasure.models.model import as_attribute, without_peft
+from hf_erasure.models.model import as_attribute
 
 from .checkpoint import FitCheckpoint
 from .fit import conclude, solved
@@ -250,7 +250,7 @@ def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str
             f"This PeftModel takes {getattr(model.peft_type, 'value', model.peft_type)} adapters only: call "
             "combine_adapters(model.get_base_model(), …)."
         )
-    base = without_peft(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     config.target_modules = exactly(list(config.fitted_modules), base)
     with warnings.catch_warnings(), naming_what_goes_off(model, into, expected=names):
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

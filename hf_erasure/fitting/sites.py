@@ -21,8 +21,8 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_laye
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.erasers import Eraser, apply_erasure, joint_moments
-from hf_erasure.models import POOLS, Reading, check_pool, reading_of, sentence_reading
-from hf_erasure.models.model import Runner, evaluating, last_hidden_state, on_cpu, unwrapped
+from hf_erasure.models import POOLS, check_pool, reading_of
+from hf_erasure.models.model import Runner, last_hidden_state, on_cpu
 from hf_erasure.models.pooling import IN_WORDS
 
 from .labels import BatchLabels, SiteStatistics, Source, label_tensor
@@ -182,7 +182,11 @@ def pool_for(
     of_tokens = 2 if config.labels is not None else 3
     if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
         return "tokens", "the labels are of single tokens"
-    reading = sentence_reading(model) or _reading(model, runner, rows)
+
+    def real_of(hidden: Tensor) -> Tensor:
+        return BatchLabels(rows, Source(None)).select(hidden, runner.side_of("last_hidden_state"))[1].real
+
+    reading = reading_of(model, runner, rows, real_of)
     if pool is None:
         if not reading.clear:
             warnings.warn(
@@ -222,26 +226,6 @@ def _two_rows(batch: Any) -> dict[str, Any] | None:
         name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == len(lengths) else value
         for name, value in batch.items()
     }
-
-
-@on_cpu
-def _reading(model: nn.Module, runner: Runner, rows: dict[str, Any]) -> Reading:
-    is_bare = runner.backbone is runner.model
-    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
-    # Around a bare model a module of the caller's own may have the head.
-    while (inner := unwrapped(model)) is not model:
-        model = inner
-    has_own_head = is_bare and model is not runner.model and not runner.is_sharded
-    read = model if has_own_head else runner.model
-    root = runner.callee if runner.is_sharded else read
-    asked = {**rows, "output_hidden_states": True} if is_bare and not has_own_head else rows
-
-    def real_of(hidden: Tensor) -> Tensor:
-        unlabelled = BatchLabels(rows, Source(None))
-        return unlabelled.select(hidden, runner.side_of("last_hidden_state"))[1].real
-
-    with evaluating(read):
-        return reading_of(read, final, lambda: runner.call(root, asked), real_of, is_bare=is_bare and not has_own_head)
 
 
 # ---- erasers ---------------------------------------------------------------------------------------------------------

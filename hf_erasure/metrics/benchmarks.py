@@ -368,7 +368,9 @@ def stereoset_queries(
         places, ids = encoding.within(*blank), encoding.ids
         _check_known(encoding, places)
         # A token of the word is asked for with the word's later tokens taken out.
-        rows.append([scorer.masked([*ids[: place + 1], *ids[places[-1] + 1 :]], [place]) for place in places])
+        rows.append(
+            [scorer.layout.predicting([*ids[: place + 1], *ids[places[-1] + 1 :]], [place]) for place in places]
+        )
     return rows
 
 
@@ -426,7 +428,7 @@ def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Row]
         places = [place for slot in slots for place in encoding.within(*slot)]
         _check_known(encoding, places)
         sizes.append(len(places))
-        rows.append([scorer.masked(encoding.ids, places)] if is_masked else scorer.queries(encoding))
+        rows.append([scorer.layout.predicting(encoding.ids, places)] if is_masked else scorer.queries(encoding))
     if is_masked and sizes[0] != sizes[1]:
         raise LeftOut(UNEQUAL)
     return rows

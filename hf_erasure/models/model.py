@@ -108,12 +108,7 @@ def unwrapped(model: Any) -> Any:
     inner = model._modules.get("_orig_mod", model.__dict__.get("_orig_mod", model))
     while isinstance(inner, _PARALLEL) or type(inner).__name__ == "DeepSpeedEngine":
         inner = inner.module
-    return without_peft(inner)
-
-
-def without_peft(model: Any) -> Any:
-    """The model inside a `PeftModel`; other models are given back."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def modules_along(model: nn.Module, path: str) -> list[nn.Module]:
@@ -180,15 +175,13 @@ class Runner:
         self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
         self.device = input_device(self.model)
 
-    def __call__(self, batch: dict[str, Any]) -> Any:
-        """One forward pass over a batch, labels taken off."""
-        # A classifier makes the decoder's inputs from those of the encoder, which its base model need not do.
-        given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
-        makes = is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
-        return self.call(self.model if makes and self.callee is self.backbone else self.callee, batch)
-
-    def call(self, callee: nn.Module, batch: dict[str, Any]) -> Any:
-        """The same of another part of the model."""
+    def __call__(self, batch: dict[str, Any], callee: nn.Module | None = None) -> Any:
+        """One forward pass over a batch, labels taken off; of another part of the model where one is given."""
+        if callee is None:
+            # A classifier makes the decoder's inputs from those of the encoder, which its base model need not do.
+            given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+            makes = is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
+            callee = self.model if makes and self.callee is self.backbone else self.callee
         parameters = inspect.signature(callee.forward).parameters
         inputs = {name: value for name, value in batch.items() if name not in _LOSS_INPUTS}
         if "labels" in batch and is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:

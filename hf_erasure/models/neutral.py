@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from .model import evaluating
-from .slots import EncodedRow, Layout, PairBatch, Row, Slot, SlotReader, collate, in_float32, longest_input
+from .slots import EncodedRow, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
 
 _LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit
@@ -206,7 +206,7 @@ class LanguageModelling:
             raise PairError("no neutral text has a token that could be scored; write longer texts")
         kept.sort(key=lambda entry: len(entry[0]))
         chunks = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-        self.batches = [layout.padded([_row(layout, *entry) for entry in chunk]) for chunk in chunks]
+        self.batches = [layout.padded([layout.predicting(*entry) for entry in chunk]) for chunk in chunks]
         if task == "classification":
             with evaluating(reader.model):
                 self.batches = [replace(b, tokens=reader.logits(b).argmax(-1).cpu()) for b in self.batches]
@@ -234,25 +234,3 @@ def _chosen(text: NeutralText, task: str, share: float, generator: random.Random
         return list(range(text.first + 1, len(text.tokens)))
     count = min(len(text.usable), max(1, round(share * len(text.usable))))
     return sorted(generator.sample(text.usable, count))
-
-
-def _row(layout: Layout, text: list[int], places: list[int]) -> Row:
-    """One row of a forward pass that predicts the tokens at some places of a text."""
-    if layout.task == "classification":
-        return Row(text, [0], [0])
-    if layout.sentinels:
-        places = places[: len(layout.sentinels)]
-    tokens = [text[place] for place in places]
-    if layout.task == "causal":
-        return Row(text, [place - 1 for place in places], tokens)
-    holes = layout.sentinels or (layout.hole,) * len(places)
-    source, target = list(text), [layout.start]
-    for place, hole in zip(places, holes, strict=False):
-        source[place] = hole
-        target += [hole, text[place]]
-    if layout.task == "masked":
-        return Row(source, places, tokens)
-    if not layout.sentinels:
-        return Row(source, places, tokens, [layout.start, *text[:-1]])
-    # Start, then (sentinel, token) pairs: a token is predicted at its sentinel, the last token is input to nothing.
-    return Row(source, [1 + 2 * step for step in range(len(places))], tokens, target[:-1])

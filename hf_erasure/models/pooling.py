@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .model import Runner, evaluating, last_hidden_state, on_cpu, unwrapped
+
 POOLS = ("tokens", "mean", "cls", "last")
 IN_WORDS = {
     "tokens": "every token",
@@ -92,37 +94,46 @@ class Reading:
     is_other: bool = False
 
 
-def reading_of(
-    model: nn.Module,
-    backbone: nn.Module,
-    forward: Callable[[], Any],
-    real_of: Callable[[Tensor], Tensor],
-    *,
-    is_bare: bool,
-) -> Reading:
-    """Find out which positions a head reads.
+@on_cpu
+def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: Callable[[Tensor], Tensor]) -> Reading:
+    """Find out what is read: by the pooling module of a SentenceTransformer, or by a head.
 
     Everything up to the last hidden state runs without gradients, so that only the head's own activations are kept.
 
     Args:
-        model: The model with its head.
-        backbone: The module that returns the last hidden state.
-        forward: Runs the model on two rows of different lengths, the shorter one padded.
+        model: As the caller has it; around a bare model a module of the caller's own may have the head.
+        runner: Calls it.
+        rows: A batch of two rows of different lengths, the shorter one padded.
         real_of: From a last hidden state `(batch, seq, width)` to its positions that are not padding, `(batch, seq)`.
-        is_bare: Whether the class of the model adds no module to its base; such a model may return logits all the same.
 
     Returns:
         What is read; it is not clear where the model fails on these rows.
     """
+    for module in model.modules():
+        if type(module).__module__.startswith("sentence_transformers.") and hasattr(module, "pooling_mode"):
+            mode: Any = module.pooling_mode
+            pool = _SENTENCE_POOLS.get(mode) if isinstance(mode, str) else None
+            words = IN_WORDS[pool] if pool else repr(mode)
+            return Reading(pool, f"its pooling module reads {words}", clear=pool is not None, is_other=pool is None)
+    while (inner := unwrapped(model)) is not model:
+        model = inner
+    is_bare = runner.backbone is runner.model
+    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
+    if is_bare and model is not runner.model and not runner.is_sharded:
+        is_bare = False
+    else:
+        model = runner.model
+        rows = {**rows, "output_hidden_states": True} if is_bare else rows
     name = type(model).__name__
     no_head = Reading(None, f"{name} has no head that reads")
     if is_bare and type(model).__module__.startswith("transformers.") and name.endswith("Model"):
         return no_head
     if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None:
         return Reading("tokens", f"{name} reads {IN_WORDS['tokens']}")  # a language model, whose logits are large
+    callee = runner.callee if runner.is_sharded else model
     try:
-        with torch.inference_mode(False), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            found = _gradient(model, backbone, forward, is_bare)
+        with torch.inference_mode(False), evaluating(model), torch.compiler.set_stance("force_eager"):
+            found = _gradient(model, final, lambda: runner(rows, callee), is_bare)
             if found is None:
                 return no_head
             gradient, hidden = found
@@ -131,17 +142,6 @@ def reading_of(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Reading(None, f"what {name} reads could not be found out ({reason})", clear=False)
     return Reading(pool, f"{name} reads {words}", clear=pool is not None, is_other=is_other)
-
-
-def sentence_reading(model: nn.Module) -> Reading | None:
-    """What the pooling module of a SentenceTransformer reads; None for other models."""
-    for module in model.modules():
-        if type(module).__module__.startswith("sentence_transformers.") and hasattr(module, "pooling_mode"):
-            mode: Any = module.pooling_mode
-            pool = _SENTENCE_POOLS.get(mode) if isinstance(mode, str) else None
-            words = IN_WORDS[pool] if pool else repr(mode)
-            return Reading(pool, f"its pooling module reads {words}", clear=pool is not None, is_other=pool is None)
-    return None
 
 
 # ---- the backward ----------------------------------------------------------------------------------------------------
@@ -158,9 +158,10 @@ def _gradient(
     output, returned, made = _traced(model, backbone, forward)
     if is_bare and not _logits(output):
         return None
-    hidden = _last_hidden_state(returned)
-    if hidden is None or hidden.dim() != 3:
-        raise ValueError("it returns no last hidden state of shape (batch, seq, width)")
+    states = returned.get("hidden_states") if isinstance(returned, Mapping) else None
+    hidden = states[-1] if states and returned.get("last_hidden_state") is None else last_hidden_state(returned)
+    if hidden.dim() != 3:
+        raise ValueError(f"its last hidden state is {tuple(hidden.shape)}, not (batch, seq, width)")
     # The innermost module that returned this very tensor, in which of its calls, and where in its output.
     maker = next(((module, call, key) for module, call, key, tensor in made if tensor() is hidden), None)
     if maker is None:
@@ -239,13 +240,6 @@ def _replaced(output: Any, key: Any, tensor: Tensor) -> Any:
         output[key] = tensor  # type: ignore[index]
         return output
     return type(output)([tensor if index == key else value for index, value in enumerate(output)])
-
-
-def _last_hidden_state(output: Any) -> Tensor | None:
-    if isinstance(output, Mapping):
-        found, states = output.get("last_hidden_state"), output.get("hidden_states")
-        return states[-1] if found is None and states else found
-    return output if isinstance(output, Tensor) else output[0] if output else None
 
 
 def _logits(output: Any) -> list[Tensor]:

@@ -154,17 +154,8 @@ class LanguageScorer:
 
     def asked(self, ids: list[int], places: list[int]) -> list[Row]:
         """The same for a row of tokens."""
-        if self.task == "causal":
-            # The one place where the shift is made: what stands at p is predicted by the logits at p − 1.
-            return [Row(ids, [place - 1 for place in places], [ids[place] for place in places])]
-        return [self.masked(ids, [place]) for place in places]
-
-    def masked(self, ids: Sequence[int], places: Sequence[int]) -> Row:
-        """A row in which some tokens are masked at once."""
-        hidden = list(ids)
-        for place in places:
-            hidden[place] = self.layout.hole
-        return Row(hidden, list(places), [ids[place] for place in places])
+        together = [places] if self.task == "causal" else [[place] for place in places]
+        return [self.layout.predicting(ids, chosen) for chosen in together]
 
     @on_cpu
     def log_probabilities(self, rows: Sequence[Row]) -> list[Tensor]:

@@ -161,6 +161,27 @@ class Layout:
         target = [self.start, *given, *forced]
         return Row([*head, self.hole, *slot.tail], [len(given) + step for step in steps], word, target)
 
+    def predicting(self, ids: Sequence[int], places: Sequence[int]) -> Row:
+        """The row that predicts the tokens at some places of a text; they are hidden but for causal models."""
+        if self.task == "classification":
+            return Row(list(ids), [0], [0])
+        places = places[: len(self.sentinels)] if self.sentinels else places
+        tokens = [ids[place] for place in places]
+        if self.task == "causal":
+            # What stands at a place is predicted by the logits at the one before it.
+            return Row(list(ids), [place - 1 for place in places], tokens)
+        holes = self.sentinels or (self.hole,) * len(places)
+        source, target = list(ids), [self.start]
+        for place, hole in zip(places, holes, strict=False):
+            source[place] = hole
+            target += [hole, ids[place]]
+        if self.task == "masked":
+            return Row(source, list(places), tokens)
+        if not self.sentinels:
+            return Row(source, list(places), tokens, [self.start, *ids[:-1]])
+        # Start, then (sentinel, token) pairs: a token is predicted at its sentinel, the last token is input to nothing.
+        return Row(source, [1 + 2 * step for step in range(len(places))], tokens, target[:-1])
+
     def padded(self, rows: Sequence[Row]) -> Filled:
         """Rows as tensors, with a mask and what else the model needs; positions move with the padding."""
         named = padded_inputs([row.ids for row in rows], self.pad, left=self.left, type_ids=self.type_ids)
