@@ -54,13 +54,7 @@ def adapter_state_dict(
 def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter of either kind, with those of its `modules_to_save`, by the keys of its file.
 
-    Args:
-        model: A transformers model or a `PeftModel` with the adapter.
-        adapter_name: The adapter.
-        state_dict: Values that go before the model's own, as gathered from shards.
-
-    Returns:
-        Key without PEFT's prefix → tensor.
+    Values in a `state_dict`, as gathered from shards, go before the model's own. Keys are without PEFT's prefix.
 
     Raises:
         ValueError: If the model does not have all of them, or has values that are missing or not finite.
@@ -175,23 +169,20 @@ def digest_of(folder: str | Path, config: Any) -> str | None:
 
     The digest is the same for every copy, whether it was saved from a bare encoder or from a model with a head.
 
-    Args:
-        folder: The adapter's, or its name on the Hub.
-        config: Its configuration.
-
     Returns:
-        16 hexadecimal digits; None where the folder holds no weights.
+        16 hexadecimal digits; None where the folder, or the repository on the Hub, holds no weights.
     """
-    found = [path for name in (WEIGHTS, PICKLE) if (path := _file(folder, name)) is not None]
-    if not found:
+    named = (cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False) for name in (WEIGHTS, PICKLE))
+    file = next(filter(None, named), None)
+    if file is None:
         return None
     hashed = hashlib.sha256()
     settings = {name: getattr(config, name, None) for name in _SETTINGS}
     hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    if found[0].suffix == ".bin":  # a pickle is not opened
-        hashed.update(found[0].read_bytes())
+    if file.endswith(PICKLE):  # it is not opened
+        hashed.update(Path(file).read_bytes())
         return hashed.hexdigest()[:16]
-    with safe_open(found[0], framework="pt") as content:
+    with torch.device("cpu"), safe_open(file, framework="pt") as content:
         names = sorted(content.keys())
         for name in names:
             value = content.get_tensor(name)
@@ -215,23 +206,10 @@ def _relative(name: str, names: list[str]) -> str:
     return ".".join(name.split(".")[shared:])
 
 
-def _file(folder: str | Path, name: str) -> Path | None:
-    if (path := Path(folder, name)).is_file():
-        return path
-    if Path(folder).is_dir():
-        return None
-    cached = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
-    return None if cached is None else Path(cached)
-
-
 def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> None:
-    """Called before `model.save_pretrained`, or before a training that will call it.
+    """Called before `model.save_pretrained`, of all its tensors or a `state_dict`, or before a training that calls it.
 
     A model that holds adapters itself saves the active one and no weights; it is told in a warning what is left out.
-
-    Args:
-        model: A transformers model, or a `PeftModel`.
-        state_dict: What is to be written; all of the model's tensors when None.
 
     Raises:
         ValueError: If the weights of the model would be written, among them tensors of an adapter that nothing reads.

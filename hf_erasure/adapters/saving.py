@@ -122,35 +122,30 @@ def finish(folder: str | Path) -> None:
 
 def _commit(content: Path, folder: Path) -> None:
     """Bring everything to disk, then let folder after folder take its place."""
-    places = [path for path in content.rglob("*") if path.is_dir()]
-    for place in places:
-        target = folder / place.relative_to(content)
+    paths = list(content.rglob("*"))
+    places = {path: folder / path.relative_to(content) for path in paths if path.is_dir()}
+    for target in places.values():
         if target.is_symlink():
             raise ValueError(f"{str(target)!r} is a link to another place: delete it, or save into another folder.")
-    for file in (path for path in content.rglob("*") if path.is_file()):
+    for file in (path for path in paths if path.is_file()):
         _sync(file)
     # The deepest first, the folder itself last: it has the card of the whole.
-    for place in sorted(places, key=lambda path: -len(path.parts)):
+    for place in [*sorted(places, key=lambda path: -len(path.parts)), content]:
         _sync(place)
-        _commit_one(place, folder / place.relative_to(content))
-    _sync(content)
-    _commit_one(content, folder)
-
-
-def _commit_one(content: Path, folder: Path) -> None:
-    if not any(content.iterdir()):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        finish(folder)
-        try:
-            os.rename(content, folder / COMMIT)  # the save has happened
-            break
-        except OSError as error:
-            if not _is_another(error):
-                raise
-    _sync(folder)
-    finish(folder)
+        if not any(place.iterdir()):
+            continue
+        target = places.get(place, folder)
+        target.mkdir(parents=True, exist_ok=True)
+        while True:
+            finish(target)
+            try:
+                os.rename(place, target / COMMIT)  # the save has happened
+                break
+            except OSError as error:
+                if not _is_another(error):
+                    raise
+        _sync(target)
+        finish(target)
 
 
 def _is_another(error: OSError) -> bool:
@@ -280,12 +275,9 @@ _PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", 
 
 @contextmanager
 def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Iterator[None]:
-    """Stage a save of adapters of ours, each into a place below the folder that is saved to.
+    """Stage a save of adapters of ours, which leads its arguments `given` into the staged folder.
 
-    Args:
-        model: With the adapters.
-        places: Name of an adapter → its place.
-        given: The arguments of the save, which is led into the staged folder.
+    `places` has for the name of each adapter the place below the folder that is saved to.
     """
     more = given.get("kwargs", {})
     if not given.get("safe_serialization", more.get("safe_serialization", True)):

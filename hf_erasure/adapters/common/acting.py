@@ -127,14 +127,14 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
         if off:
             _warn_of_adapters(model, off, newcomer)
         if copies.wrappers or auxiliary_wrappers(model):
-            _warn_of_copies(model, copies.on, newcomer if newcomer in after else None)
+            _warn_of_copies(model, copies.on, newcomer if newcomer in after else "")
 
 
 def say_which_copies_went_off(model: nn.Module, before: dict[str, str]) -> None:
     """Warn of modules of the base model that act in the place of trained copies, after a user switched adapters."""
+    now = ActiveCopies(model).on
     if not _ADDING.get():
-        now = ActiveCopies(model).on
-        _warn_of_copies(model, {place: name for place, name in before.items() if place not in now}, None)
+        _warn_of_copies(model, {place: name for place, name in before.items() if place not in now})
 
 
 def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
@@ -157,7 +157,7 @@ def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
     )
 
 
-def _warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None) -> None:
+def _warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str = "") -> None:
     """Name the copies that acted before and do not any more, and those of a newcomer that acts without them."""
     copies_now = ActiveCopies(model)
     for place, name in before.items():
@@ -171,7 +171,7 @@ def _warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | No
             )
     for place, name in copies_now.on.items():
         copies: Any = copies_now.wrappers[place]._modules.get("modules_to_save")
-        if newcomer is None or name == newcomer or copies is None or newcomer not in copies:
+        if name == newcomer or copies is None or newcomer not in copies:
             continue
         own, acting_copy = copies[newcomer].state_dict(), copies[name].state_dict()
         if any(not torch.equal(own[key], acting_copy[key]) for key in own):

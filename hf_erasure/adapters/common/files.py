@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,7 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, An
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote."""
-    with safe_open(path, framework="pt") as file:
+    with torch.device("cpu"), safe_open(path, framework="pt") as file:  # older releases read to the default device
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
 
 

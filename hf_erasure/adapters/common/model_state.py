@@ -147,17 +147,11 @@ def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def set_copies(model: nn.Module, names: Iterable[str]) -> None:
-    """Let each wrapper have the adapter of `names` that it has a copy of, or none."""
-    for wrapper in auxiliary_wrappers(model).values():
-        wrapper.set_adapter([name for name in names if name in wrapper._adapters])
-
-
 @contextmanager
 def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """While transformers switches adapters on, let each wrapper have the one of `names` that it has a copy of, or none.
+    """After the block, which switches adapters on, each wrapper has the one of `names` that it has a copy of, or none.
 
-    It would tell every wrapper all of the names, and fail at those that a wrapper does not know.
+    transformers would tell every wrapper all of the names, and fail at those that a wrapper does not know.
     """
     wrappers = auxiliary_wrappers(model).values()
     for wrapper in wrappers:
@@ -167,7 +161,8 @@ def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     finally:
         for wrapper in wrappers:
             del vars(wrapper)["set_adapter"]
-    set_copies(model, names)
+    for wrapper in wrappers:
+        wrapper.set_adapter([name for name in names if name in wrapper._adapters])
 
 
 def put_in_place(model: nn.Module, wrapper: str, module: nn.Module) -> None:
@@ -261,30 +256,26 @@ class AdapterBuffers(Collection[str]):
 
 
 @contextmanager
-def undone_on_failure(
-    model: Any, adapter_name: str, *, is_ours: bool = False, is_new: bool = False
-) -> Iterator[ModelState | None]:
+def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, is_new: bool = False) -> Iterator[None]:
     """Put a model back as it was if the block raises, and what came is an adapter of this package.
 
-    A failed adapter of another method is left to PEFT, but for the trained copies that an adapter of ours acts with.
+    Where the adapter is there already, its values are put back too. A failed adapter of another method is left to PEFT,
+    but for the trained copies that an adapter of ours acts with.
 
     Args:
         model: A bare model or a `PeftModel`.
-        adapter_name: The adapter that comes. Where it is there already, its values are put back too.
+        adapter_name: The adapter that comes.
         is_ours: Whether it is known to be one of this package; otherwise that is seen from what the block has left.
         is_new: Whether it is known to be new, though the model has a configuration of that name.
-
-    Yields:
-        What the model was; None inside of another such block for the same model, which undoes all.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if id(base) in _UNDONE.get():
-        yield None
+    if id(base) in _UNDONE.get():  # the outer block undoes all
+        yield
         return
     before = ModelState(model, adapter_name, is_new=is_new)
     token = _UNDONE.set(_UNDONE.get() | {id(base)})
     try:
-        yield before
+        yield
     except BaseException:
         config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
         if is_ours or isinstance(config, ChildConfig) or adapter_children(model, adapter_name):
@@ -310,9 +301,8 @@ class ModelState:
         children = adapter_children(model, adapter_name)
         self.values = [(child, tuple(part.clone() for part in child.state_of(adapter_name))) for child in children]
         wrappers = [w.modules_to_save for w in model.modules() if isinstance(w, ModulesToSaveWrapper)]
-        copies = [wrapper[adapter_name] for wrapper in wrappers if adapter_name in wrapper]
-        tensors = [tensor for copy in copies for tensor in copy.state_dict(keep_vars=True).values()]
-        self.copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        copies = [wrapper[adapter_name].state_dict(keep_vars=True) for wrapper in wrappers if adapter_name in wrapper]
+        self.copies = [(tensor, tensor.detach().clone()) for copy in copies for tensor in copy.values()]
 
     def restore(self) -> None:
         """Undo whatever the call did to the model."""

@@ -52,11 +52,7 @@ ANY_BASE = "HF_ERASURE_ANY_BASE"
 
 
 def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
-    """Sample the weights at and around `sites`.
-
-    Args:
-        model: The base model.
-        sites: Names of modules.
+    """Sample the weights at and around the modules of these names.
 
     Returns:
         Parameter name → `{"shape", "dtype", "positions", "values"}`, for JSON; of a quantised one the shape and values
@@ -148,12 +144,7 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
 
 
 def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
-    """Sample a model at the places of a fingerprint; weights that cannot be read or are smaller here are left out.
-
-    Args:
-        model: Any model with those weights.
-        kept: What `fingerprint` gave.
-    """
+    """Sample a model at the places of a fingerprint; weights that cannot be read or are smaller here are left out."""
     found = {}
     for name, sample in kept.items():
         _check_sample(name, sample)
@@ -208,23 +199,20 @@ class _Pair:
         rtol, atol = max(step.eps for step in steps), max(step.smallest_normal * step.eps for step in steps)
         return ~torch.isclose(self.seen, self.kept, rtol=rtol, atol=atol)
 
-    def products(self) -> tuple[float, float, float, float]:
-        """Of the values about their means, in units of the old ones' spread: here², old², here · old, difference²."""
-        spread = float(self.kept.std(correction=0))
-        # Rounding makes a spread of what is constant.
-        if not spread > 1e-6 * float(self.kept.abs().max()):
-            return 0.0, 0.0, 0.0, 0.0
-        seen, kept = (self.seen - self.seen.mean()) / spread, (self.kept - self.kept.mean()) / spread
-        change = (self.seen - self.kept) / spread
-        return tuple(float(part.sum()) for part in (seen * seen, kept * kept, seen * kept, change * change))  # type: ignore[return-value]
-
 
 def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
     """The correlation of all values within their weights, and how far they moved, by their spread; nan of constants."""
-    seen, kept, both, change = (math.fsum(parts) for parts in zip(*(pair.products() for pair in pairs), strict=True))
-    if not kept or math.isnan(seen):
+    parts = []
+    for pair in pairs:
+        spread = pair.kept.std(correction=0)
+        if spread > 1e-6 * pair.kept.abs().max():  # rounding makes a spread of what is constant
+            seen, kept = pair.seen - pair.seen.mean(), pair.kept - pair.kept.mean()
+            parts.append(torch.stack([seen, kept, pair.seen - pair.kept]) / spread)
+    if not parts:
         return math.nan, math.nan
-    return (both / math.sqrt(seen * kept) if seen else 0.0), math.sqrt(change / kept)
+    seen, kept, change = torch.cat(parts, dim=1)
+    both = seen.norm() * kept.norm()
+    return float(seen @ kept / both) if both else 0.0, float(change.norm() / kept.norm())
 
 
 def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConfig, is_resized: bool) -> None:
@@ -255,13 +243,8 @@ def _refuse_another_base(told: str, remedy: str) -> None:
 def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
     """The values of rows that were not made anew, since tokens were added, where the adapter was fitted or here.
 
-    They were where all values before some row are the same, and after it all differ, or by next to nothing.
-
-    Args:
-        pair: Of a weight with a row for each token.
-        rows: `(n,)`, the row of each sampled value.
-        last_changed: The last row that the adapter changes.
-        config: The adapter's.
+    They were where all values before some row are the same, and after it all differ, or by next to nothing. `rows` has
+    the row of each sampled value, and `last_changed` is the last one that the adapter changes.
     """
     differ = pair.differ()
     first = int(rows[differ].min())
@@ -422,14 +405,13 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
 
 def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     """Names of the weights at each site, and of a matrix next to it where it has none that can be read."""
-    named = [n for n, _ in model.named_parameters(remove_duplicate=False) if "lora_" not in n]
-    # Of a tied weight one name is enough, the same wherever the model is.
-    tied = shared_weights(model)
-    named = [n for n in named if tied.get(n, [n])[0] == n]
-    matrices = [n for n in named if model.get_parameter(n).dim() > 1 or is_quantised(model.get_parameter(n))]
+    tied = shared_weights(model)  # of a tied weight one name is enough, the same wherever the model is
+    first = {name: tied.get(name, [name])[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    weights = {n: model.get_parameter(n) for n, known in first.items() if n == known and "lora_" not in n}
+    matrices = [name for name, weight in weights.items() if weight.dim() > 1 or is_quantised(weight)]
     own: dict[str, list[str]] = {}
-    for name in (n for n, _ in model.named_parameters(remove_duplicate=False)):
-        own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(tied.get(name, [name])[0])
+    for name, known in first.items():
+        own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(known)
     are_matrices = set(matrices)
     told: dict[str, bool] = {}  # names → whether there is something to read
 

@@ -353,12 +353,8 @@ def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
 def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
     """Compare the names, types and shapes in a file with what its configuration says.
 
-    Args:
-        file: The tensors.
-        config: The configuration.
-        model: What the adapter is loaded into, without a `PeftModel` around it.
-        saved: The `modules_to_save` that must be there. PEFT's class of a task adds the head to those of `config`, and
-            where an adapter was saved without one, the model's own stays.
+    Of `modules_to_save` those that are `saved` must be there. To those of `config` a class of PEFT has added its head,
+    and where an adapter was saved without one, the model's own stays.
 
     Raises:
         ValueError: Names the first tensor that is missing, too many, or of another type or shape.
@@ -471,13 +467,7 @@ def is_saved(name: str, modules_to_save: Iterable[str] | None) -> bool:
 
 
 def rename_tensors(tensors: dict[str, T], config: ChildConfig, prefix: str) -> dict[str, T]:
-    """The tensors of a file under the names that the adapter's modules have in the model it is loaded into.
-
-    Args:
-        tensors: By their names in the file, without PEFT's prefix.
-        config: The adapter's, with the names of this model.
-        prefix: See `prefix_of`.
-    """
+    """The tensors of a file under the names that the adapter's modules have in the model it is loaded into."""
     expected, named = config.tensors() if config.fitted else {}, {}
     for name, value in tensors.items():
         names = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
