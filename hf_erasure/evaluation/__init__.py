@@ -4,7 +4,8 @@ from .data import LAYOUT, DataFolder, MissingData
 from .loading import AdapterDoesNotAct
 from .measures import SUITES
 from .results import LIMITS, Results
-from .running import Evaluation, evaluate
+from .running import evaluate
+from .subject import Evaluation
 
 __all__ = [
     "LAYOUT",

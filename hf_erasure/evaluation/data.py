@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,31 +23,24 @@ from hf_erasure.metrics.readers import (
 
 T = TypeVar("T")
 
-# Part → the files that are looked for, and what is in them.
-LAYOUT: dict[str, str] = {
-    "bias-in-bios": "*.csv with the columns hard_text (or text), profession and gender",
-    "crows-pairs": "crows_pairs_anonymized.csv",
-    "seat": "sent-weat6.jsonl, … as in bias-bench",
-    "stereoset": "dev.json",
-    "ud-ewt": "*.conllu; the file of the test split is read where there is one",
-    "winobias": "pro_ and anti_stereotyped_type1 and 2 .txt.dev, female_occupations.txt, male_occupations.txt",
-    "wikitext-2": "test.txt",
-    "tinystories-sample": "tinystories.txt (optional: a second kind of text)",
+# Part → the files that are looked for, and what the folder should hold.
+_PARTS = {
+    "bias-in-bios": ("*.csv", "*.csv with the columns hard_text (or text), profession and gender"),
+    "crows-pairs": ("crows_pairs_anonymized.csv", "crows_pairs_anonymized.csv"),
+    "seat": ("*.jsonl", "sent-weat6.jsonl, … as in bias-bench"),
+    "stereoset": ("dev.json", "dev.json"),
+    "ud-ewt": ("*.conllu", "*.conllu; the file of the test split is read where there is one"),
+    "winobias": (
+        "*_stereotyped_type*.txt.*",
+        "pro_ and anti_stereotyped_type1 and 2 .txt.dev, female_occupations.txt, male_occupations.txt",
+    ),
+    "wikitext-2": ("test.txt", "test.txt"),
+    "tinystories-sample": ("tinystories.txt", "tinystories.txt (optional: a second kind of text)"),
 }
-_FILES = {
-    "crows-pairs": "crows_pairs_anonymized.csv",
-    "seat": "*.jsonl",
-    "stereoset": "dev.json",
-    "winobias": "*_stereotyped_type*.txt.*",
-    "wikitext-2": "test.txt",
-    "tinystories-sample": "tinystories.txt",
-    "bias-in-bios": "*.csv",
-    "ud-ewt": "*.conllu",
-}
+LAYOUT = {name: holds for name, (_, holds) in _PARTS.items()}
 TEXTS = ("wikitext-2", "tinystories-sample")
 # Shorter lines are headings and fragments.
 _LEAST_CHARACTERS = 40
-LONG = f"paragraphs, one a line, of at least {_LEAST_CHARACTERS} characters"
 # Of longer paragraphs the beginning is read: more paragraphs say more than long ones.
 _MOST_CHARACTERS = 200
 _TREEBANK_TEXT = re.compile(r"#\s*text\s*=\s*(.*\S)")
@@ -59,13 +53,7 @@ class MissingData(ValueError):
 
 @dataclass(frozen=True)
 class Biographies:
-    """Texts with the profession and the gender of the person.
-
-    Attributes:
-        texts: Without the name of the profession, where the file has taken it out.
-        professions: One a text.
-        genders: One a text, in lower case.
-    """
+    """Texts, which a file may have rid of the name of the profession, with each person's profession and gender."""
 
     texts: list[str]
     professions: list[str]
@@ -74,12 +62,7 @@ class Biographies:
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence as it was written, and what part of speech stands where.
-
-    Attributes:
-        text: The sentence.
-        spans: `(start, end, tag)` of every word in characters of `text`.
-    """
+    """A sentence as it was written, and `(start, end, tag)` of every word in its characters."""
 
     text: str
     spans: list[tuple[int, int, str]]
@@ -115,7 +98,8 @@ class DataFolder:
         self.path, self.limit = Path(path), limit
         self.left_out: dict[str, LeftOutRows] = {}
         if not self.path.is_dir():
-            raise MissingData(f"--data {self.path}: there is no such folder. It should hold {described()}")
+            layout = "; ".join(f"{name}/: {what}" for name, what in LAYOUT.items())
+            raise MissingData(f"--data {self.path}: there is no such folder. It should hold {layout}.")
 
     def part(self, name: str) -> Path:
         """The folder of a part.
@@ -123,14 +107,14 @@ class DataFolder:
         Raises:
             MissingData: If the part or its files are not there.
         """
-        folder = self.path / name
-        if not folder.is_dir() or not any(folder.glob(_FILES[name])):
-            raise MissingData(f"{self.path} has no {name}/{_FILES[name]}: put there {LAYOUT[name]}")
+        folder, (files, holds) = self.path / name, _PARTS[name]
+        if not folder.is_dir() or not any(folder.glob(files)):
+            raise MissingData(f"{self.path} has no {name}/{files}: put there {holds}")
         return folder
 
     def file(self, name: str) -> Path:
         """The one file of a part."""
-        return self.part(name) / _FILES[name]
+        return self.part(name) / _PARTS[name][0]
 
     def biographies(self) -> Biographies:
         """Biographies, sorted by profession and gender before they are thinned, so that all kinds stay.
@@ -157,17 +141,18 @@ class DataFolder:
         Raises:
             MissingData: If there is none of any kind.
         """
-        found = {name: self.paragraphs(name) for name in TEXTS if (self.path / name / _FILES[name]).is_file()}
+        places = {name: f"{name}/{_PARTS[name][0]}" for name in TEXTS}
+        found = {name: self.paragraphs(name) for name, place in places.items() if (self.path / place).is_file()}
         if not found:
-            raise MissingData(f"{self.path} has no text: put there {' or '.join(f'{n}/{_FILES[n]}' for n in TEXTS)}")
+            raise MissingData(f"{self.path} has no text: put there {' or '.join(places.values())}")
         return found
 
     def paragraphs(self, name: str) -> list[str]:
         """Running text of one kind, as `texts` has it."""
-        path = self.file(name)
+        path, expected = self.file(name), f"paragraphs, one a line, of at least {_LEAST_CHARACTERS} characters"
         lines = [(where, line.strip()) for where, line in lines_of(path)]
         long = [(where, line) for where, line in lines if len(line) >= _LEAST_CHARACTERS and not line.startswith("=")]
-        return spread(self._noted(good_rows(path, long, _cut, LONG)), self.limit)
+        return spread(self._noted(good_rows(path, long, _cut, expected)), self.limit)
 
     def occupations(self) -> list[tuple[str, str]]:
         """Occupations and the gender that most who have them are of, as WinoBias lists them."""
@@ -199,11 +184,6 @@ def _cut(text: str) -> str:
     return text if text == beginning else beginning[:space] if space > _MOST_CHARACTERS // 2 else beginning
 
 
-def described() -> str:
-    """The layout in a sentence."""
-    return "; ".join(f"{name}/: {what}" for name, what in LAYOUT.items()) + "."
-
-
 # ---- treebanks (CoNLL-U) ---------------------------------------------------------------------------------------------
 
 
@@ -218,16 +198,10 @@ def read_treebank(path: str | Path) -> Rows[Sentence]:
 
 def _blocks(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     """The first line and the lines of every sentence; comments without a word after them are not a sentence."""
-    block: list[str] = []
-    first = ""
-    for where, line in [*lines_of(path), ("", "")]:
-        if line.strip():
-            first = first if block else where
-            block.append(line)
-            continue
-        if any(not each.startswith("#") for each in block):
-            yield first, block
-        block = []
+    for has_text, rows in itertools.groupby(lines_of(path), key=lambda row: bool(row[1].strip())):
+        places, block = zip(*rows, strict=True)
+        if has_text and any(not line.startswith("#") for line in block):
+            yield places[0], list(block)
 
 
 def read_sentence(lines: list[str]) -> Sentence:

@@ -36,13 +36,7 @@ class AdapterDoesNotAct(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder.
-
-    Attributes:
-        name: What it is called in tables, and in the model.
-        folder: Where it is.
-        config: Its configuration.
-    """
+    """An adapter's folder, and what it is called in tables and in the model."""
 
     name: str
     folder: str
@@ -59,16 +53,43 @@ class Adapter:
         kept = Provenance.of(self.config).pool if isinstance(self.config, ConceptErasureConfig) else ""
         return [name for name in kept.split("+") if name in POOLS]
 
+    def host(self, model: Any) -> Any:
+        """The model that it is loaded into: this one, or its backbone where it was fitted on that alone.
+
+        None where neither has the modules that it was fitted on.
+        """
+        if not isinstance(self.config, ChildConfig):
+            return model
+        for host in (model, model.base_model):
+            if {name for name, _ in host.named_modules()}.issuperset(self.config.fitted_modules):
+                return host
+        return None
+
+    def acts(self, model: nn.Module) -> tuple[bool, str]:
+        """Whether it does, and what `verify_adapter` says; of other kinds, whether the output differs without it."""
+        if isinstance(self.config, ChildConfig):
+            found = verify_adapter(self.host(model) or model, self.name)
+            return found.ok, found.text
+        switched: Any = model
+        active = list(switched.active_adapters())
+        batch, runner = dummy_batch(model), Runner(model, [])
+        with evaluating(model):
+            now = last_hidden_state(runner(batch))
+            others = [name for name in active if name != self.name]
+            switched.set_adapter(others) if others else switched.disable_adapters()
+            without = last_hidden_state(runner(batch))
+            switched.enable_adapters()
+            for wrapper in auxiliary_wrappers(model).values():  # which `enable_adapters` forgets
+                wrapper.enable_adapters(True)
+            switched.set_adapter(active)
+        change = distance([now], [without])
+        deed = "changes" if change else "does not act: it does not change"
+        return change > 0, f"Adapter {self.name!r} ({self.kind}) {deed} the last hidden states ({change:.2%})."
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One column of the tables: the base, an adapter, an adapter at another strength, or all adapters.
-
-    Attributes:
-        name: Of the column.
-        adapters: What is loaded and active.
-        strength: What learning rates of GRADIEND adapters are multiplied with.
-    """
+    """One column of the tables: the base, an adapter, or all adapters; learning rates of GRADIEND times `strength`."""
 
     name: str
     adapters: tuple[Adapter, ...] = ()
@@ -127,11 +148,7 @@ def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> 
 
 
 class Loader:
-    """Loads a model in one class for all entries.
-
-    Args:
-        model: A folder, a name on the Hub, or `"embedded"`.
-        adapters: All that will be loaded into it.
+    """Loads a model in one class for all entries: the first that has the modules of all adapters.
 
     Attributes:
         path: Where the model is.
@@ -169,7 +186,7 @@ class Loader:
         """The adapters whose modules a model of a class does not have."""
         with torch.device("meta"):
             model = kind.from_config(self._config) if kind is AutoModel else kind(self._config)
-        return [adapter.name for adapter in adapters if host_of(model, adapter.config) is None]
+        return [adapter.name for adapter in adapters if adapter.host(model) is None]
 
     def load(self, entry: Entry) -> nn.Module:
         """The model with the adapters of an entry, all of them active, in evaluation mode.
@@ -183,7 +200,7 @@ class Loader:
             warnings.filterwarnings("ignore", message="(Adding .* switched |Other adapters act here)")
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             for adapter in entry.adapters:
-                (host_of(model, adapter.config) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
+                (adapter.host(model) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
         names = [adapter.name for adapter in entry.adapters]
         # A model and its backbone may hold adapters of their own, and neither's set_adapter knows the other's.
         with set_by_hand(model, names):
@@ -193,16 +210,12 @@ class Loader:
         for adapter in entry.adapters:
             if entry.strength != 1 and isinstance(adapter.config, GradiendConfig):
                 rate = adapter.config.learning_rate * entry.strength
-                steer(host_of(model, adapter.config), adapter.name, learning_rate=rate)
+                steer(adapter.host(model), adapter.name, learning_rate=rate)
         return model.eval()
 
 
 def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """By which a base and adapters are known again.
-
-    Args:
-        model: The base.
-        adapters: All that are evaluated.
+    """By which a base and the adapters that are evaluated are known again.
 
     Returns:
         `base`, a digest of a sample of all weights; `adapters` by name: `adapter`, a digest of its values, and of ours
@@ -213,7 +226,7 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
         own = found[adapter.name] = {"adapter": digest_of(adapter.folder, adapter.config), "base": {}}
         kept = Provenance.of(adapter.config).fingerprint
         if kept:
-            own["base"] = sampled_again(host_of(model, adapter.config) or model, kept)
+            own["base"] = sampled_again(adapter.host(model) or model, kept)
     with_weights = [
         name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
     ]
@@ -221,53 +234,17 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
 
 
 def verified(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:
-    """What `verify_adapter` says of each adapter of an entry; of other kinds, whether the output differs without them.
+    """What `Adapter.acts` says of each adapter of an entry.
 
     Raises:
         AdapterDoesNotAct: If one is false, unless `allow_inactive`.
     """
     said = {}
     for adapter in entry.adapters:
-        if isinstance(adapter.config, ChildConfig):
-            found = verify_adapter(host_of(model, adapter.config) or model, adapter.name)
-            ok, text = found.ok, found.text
-        else:
-            ok, text = _acts(model, adapter)
+        acts, text = adapter.acts(model)
         said[adapter.name] = text
-        if not ok and not allow_inactive:
+        if not acts and not allow_inactive:
             raise AdapterDoesNotAct(
                 f"{text} Its numbers would be those of the base. (--allow-inactive measures it all the same.)"
             )
     return said
-
-
-def _acts(model: nn.Module, adapter: Adapter) -> tuple[bool, str]:
-    switched: Any = model
-    active = list(switched.active_adapters())
-    batch, runner = dummy_batch(model), Runner(model, [])
-    with evaluating(model):
-        now = last_hidden_state(runner(batch))
-        others = [name for name in active if name != adapter.name]
-        switched.set_adapter(others) if others else switched.disable_adapters()
-        without = last_hidden_state(runner(batch))
-        switched.enable_adapters()
-        for wrapper in auxiliary_wrappers(model).values():  # which `enable_adapters` forgets
-            wrapper.enable_adapters(True)
-        switched.set_adapter(active)
-    change = distance([now], [without])
-    acts = "changes" if change else "does not act: it does not change"
-    return change > 0, f"Adapter {adapter.name!r} ({adapter.kind}) {acts} the last hidden states ({change:.2%})."
-
-
-def host_of(model: Any, config: Any) -> Any:
-    """The model that an adapter is loaded into: this one, or its backbone where it was fitted on that alone.
-
-    Returns:
-        None where neither has the modules that the adapter was fitted on.
-    """
-    if not isinstance(config, ChildConfig):
-        return model
-    for host in (model, model.base_model):
-        if {name for name, _ in host.named_modules()}.issuperset(config.fitted_modules):
-            return host
-    return None

@@ -156,7 +156,7 @@ def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, 
     if key not in subject.kept:
         subject.kept[key] = _asked(
             subject, benchmarks.stereoset, subject.data.file("stereoset"), bias_types=bias_types,
-            convention=subject.shared.stereoset,
+            convention=subject.shared.plan.stereoset,
         )  # fmt: skip
     return subject.kept[key]
 

@@ -23,7 +23,7 @@ from hf_erasure.recipes.gradiend_recipe import read_gradiend_recipe, word_table
 from hf_erasure.recipes.run import RECIPE_FILE
 
 from .data import DataFolder
-from .loading import Adapter, host_of
+from .loading import Adapter
 from .subject import FINAL, Subject
 
 # Texts of each class that a neuron reads; each takes a gradient, so they are fewer than elsewhere.
@@ -37,11 +37,8 @@ _PREFIX = "The {} said that "
 class Plane:
     """A fixed plane to look at states in: along the difference of the genders' means, and across it.
 
-    Directions come from one half of the base's states; only the other half is drawn, of the base and of every adapter.
-
-    Args:
-        states: `(rows, width)` Of the base.
-        labels: Two kinds.
+    Directions come from one half of the base's states `(rows, width)`, whose labels are of two kinds; only the other
+    half is drawn, of the base and of every adapter.
 
     Raises:
         ValueError: If there are too few rows of either kind.
@@ -120,7 +117,7 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
         ValueError: If the adapter has no encoder, there are no words for its classes, or no sentences with them.
     """
     head, tokenizer = subject.require_head(), subject.tokenizer
-    handle = GradiendAdapter.of(host_of(subject.model, adapter.config), adapter.name)
+    handle = GradiendAdapter.of(adapter.host(subject.model), adapter.name)
     handle.encoders()  # says so where there are none
     pair = list(handle.config.pair or (handle.config.pairs or [])[0])
     table = _words(adapter, list(handle.config.classes or []))

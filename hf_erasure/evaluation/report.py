@@ -141,13 +141,7 @@ def shortened(name: str, most: int = 18) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with its caption.
-
-    Attributes:
-        caption: Above it.
-        drawing: The `svg` element.
-        note: Below it, may be empty.
-    """
+    """A drawing (an `svg` element) with a caption above it and perhaps a note below it."""
 
     caption: str
     drawing: Markup

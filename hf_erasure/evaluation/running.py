@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,46 +20,10 @@ from .loading import BASE, Entry, Loader, entries_of, fingerprints, pools_of, re
 from .measures import Measure, leakage_by_depth, measures_of
 from .pictures import Plane, embedding, neuron_values, pronoun_shares
 from .results import Results, reason_of
-from .subject import Shared, Subject
+from .subject import Evaluation, Shared, Subject
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
-
-
-@dataclass
-class Evaluation:
-    """What to evaluate.
-
-    Attributes:
-        model: A folder, a name on the Hub, or `"embedded"`.
-        data: The folder of data; see `hf_erasure.evaluation.LAYOUT`.
-        adapters: Folders of adapters.
-        suite: `"gender"`, `"pos"`, `"stereotypes"` or `"all"`.
-        limit: At most so many items of each data set; all when None.
-        seed: Of folds, resamples and permutations.
-        resamples: Of every bootstrap.
-        confidence: Of every interval.
-        strengths: Factors of the learning rate at which GRADIEND adapters are measured besides.
-        harness: Tasks of lm-evaluation-harness.
-        harness_tasks: A folder of further task definitions.
-        allow_inactive: Go on where an adapter does not act.
-        stereoset: How a causal model scores a sentence of StereoSet: `"sentence"`, after its start token, or
-            `"authors"`, as the authors' code does; see `hf_erasure.metrics.benchmarks.stereoset`.
-    """
-
-    model: str
-    data: str | Path
-    adapters: Sequence[str] = ()
-    suite: str = "gender"
-    limit: int | None = None
-    seed: int = 0
-    resamples: int = 1000
-    confidence: float = 0.95
-    strengths: Sequence[float] = ()
-    harness: Sequence[str] = ()
-    harness_tasks: str | None = None
-    allow_inactive: bool = False
-    stereoset: str = "sentence"
 
 
 def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str | Path | None = None) -> Results:
@@ -98,7 +62,7 @@ class _Run:
         self.pools = pools_of(self.adapters)
         self.measures = measures_of(plan.suite, data, self.pools)
         self.loader = Loader(plan.model, self.adapters)
-        self.shared = Shared(data, plan.seed, plan.resamples, plan.confidence, plan.stereoset)
+        self.shared = Shared(plan, data)
         self.plane: Plane | None = None
         self.results = Results(self._about())
         self.harness_measures: dict[str, dict[str, Any]] = {}
@@ -113,7 +77,9 @@ class _Run:
             self.results.values[entry.name] = {}
             subject = self._load(entry)
             if subject is not None:
-                self._measure(entry, subject)
+                for measure in self.measures:
+                    self.progress(f"{entry.name}: {measure.title}")
+                    self._try(measure.title, entry, functools.partial(self._take, measure, entry, subject))
                 self._draw(entry, subject)
                 if self.plan.harness:
                     self.progress(f"{entry.name}: lm-evaluation-harness")
@@ -162,11 +128,6 @@ class _Run:
             found = self._try("Fingerprints", entry, functools.partial(fingerprints, model, self.adapters))
             self.results.fingerprints = found or {}
         return subject
-
-    def _measure(self, entry: Entry, subject: Subject) -> None:
-        for measure in self.measures:
-            self.progress(f"{entry.name}: {measure.title}")
-            self._try(measure.title, entry, functools.partial(self._take, measure, entry, subject))
 
     def _take(self, measure: Measure, entry: Entry, subject: Subject) -> None:
         if measure.needs_head:
@@ -269,13 +230,7 @@ def run_harness(
 ) -> dict[str, dict[str, Any]]:
     """The harness's figures of some tasks, `"task.metric"` → value, interval and direction.
 
-    The model itself is handed over, adapters and all; nothing is copied.
-
-    Args:
-        subject: A causal language model.
-        tasks: Names of tasks.
-        task_folder: Where further task definitions are.
-        batch_size: Rows a forward.
+    The model itself is handed over, adapters and all; nothing is copied. Further tasks are defined in `task_folder`.
 
     Raises:
         ValueError: If the model is not causal, a task is not known, or its data cannot be had.
@@ -285,7 +240,7 @@ def run_harness(
     manager = import_module("lm_eval.tasks").TaskManager(include_path=task_folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ValueError(f"--harness {unknown[0]}: lm-evaluation-harness has no such task.")
-    seed = subject.shared.seed
+    seed = subject.shared.plan.seed
     model = import_module("lm_eval.models.huggingface").HFLM(
         pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size
     )

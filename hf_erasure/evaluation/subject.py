@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_erasure.metrics.linear_leakage import held_out_answers
+from hf_erasure.metrics.readers import spread
 from hf_erasure.models import pooled
 from hf_erasure.models.heads import known_task
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, text_encoder
@@ -32,13 +34,7 @@ class NotForThisModel(ValueError):
 
 @dataclass(frozen=True)
 class TokenStates:
-    """States at labelled tokens.
-
-    Attributes:
-        layers: Layer → `(tokens, width)`.
-        tags: One a token.
-        sentences: The sentence of each token.
-    """
+    """States at labelled tokens, layer → `(tokens, width)`, with the tag of each token and its sentence's number."""
 
     layers: dict[str, Tensor]
     tags: list[str]
@@ -48,10 +44,7 @@ class TokenStates:
 class StateReader:
     """Hidden states by layer, the embeddings first and the last hidden state at the end.
 
-    Args:
-        model: With its adapters. Of an encoder-decoder the encoder is read, which sees the text as it is.
-        tokenizer: Of the model.
-        batch_size: Texts a forward.
+    Of an encoder-decoder the encoder is read, which sees the text as it is.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 32) -> None:
@@ -82,16 +75,17 @@ class StateReader:
         parts: dict[str, list[Tensor]] = {}
         tags: list[str] = []
         owners: list[int] = []
-        for start, states, mask in self._batches([sentence.text for sentence in sentences]):
+        texts = [sentence.text for sentence in sentences]
+        offsets = self._encoded(texts, offsets=True)["offset_mapping"]
+        for start, states, mask in self._batches(texts):
             for row, sentence in enumerate(sentences[start : start + len(mask)]):
-                encoded = self._encoded([sentence.text], offsets=True)
-                found = sentence.tags([(int(a), int(b)) for a, b in encoded["offset_mapping"][0]])
+                found = sentence.tags([(int(a), int(b)) for a, b in offsets[start + row]])
                 places = [place for place, tag in enumerate(found) if tag is not None]
                 tags += [tag for tag in found if tag is not None]
                 owners += [start + row] * len(places)
                 for name, state in states.items():
                     parts.setdefault(name, []).append(state[row][mask[row]][places])
-        keep = [index * len(tags) // most for index in range(most)] if len(tags) > most else list(range(len(tags)))
+        keep = spread(range(len(tags)), most)
         layers = {name: torch.cat(rows)[keep] for name, rows in parts.items()}
         return TokenStates(layers, [tags[i] for i in keep], [owners[i] for i in keep])
 
@@ -121,47 +115,62 @@ class StateReader:
 
 
 @dataclass
-class Shared:
-    """What the entries of one run have in common.
+class Evaluation:
+    """What to evaluate.
 
     Attributes:
-        data: The folder.
+        model: A folder, a name on the Hub, or `"embedded"`.
+        data: The folder of data; see `hf_erasure.evaluation.LAYOUT`.
+        adapters: Folders of adapters.
+        suite: `"gender"`, `"pos"`, `"stereotypes"` or `"all"`.
+        limit: At most so many items of each data set; all when None.
         seed: Of folds, resamples and permutations.
         resamples: Of every bootstrap.
         confidence: Of every interval.
-        stereoset: How causal models score StereoSet, as in `benchmarks.stereoset`.
-        base_states: The base's last hidden states by text, which distortion is relative to.
+        strengths: Factors of the learning rate at which GRADIEND adapters are measured besides.
+        harness: Tasks of lm-evaluation-harness.
+        harness_tasks: A folder of further task definitions.
+        allow_inactive: Go on where an adapter does not act.
+        stereoset: How a causal model scores a sentence of StereoSet: `"sentence"`, after its start token, or
+            `"authors"`, as the authors' code does; see `hf_erasure.metrics.benchmarks.stereoset`.
     """
 
-    data: DataFolder
+    model: str
+    data: str | Path
+    adapters: Sequence[str] = ()
+    suite: str = "gender"
+    limit: int | None = None
     seed: int = 0
     resamples: int = 1000
     confidence: float = 0.95
+    strengths: Sequence[float] = ()
+    harness: Sequence[str] = ()
+    harness_tasks: str | None = None
+    allow_inactive: bool = False
     stereoset: str = "sentence"
+
+
+@dataclass
+class Shared:
+    """What the entries of one run have in common."""
+
+    plan: Evaluation
+    data: DataFolder
+    # The base's last hidden states by text, which distortion is relative to.
     base_states: list[Tensor] | None = None
 
 
 @dataclass
 class Subject:
-    """A model under examination; what several measures need of it is computed once.
-
-    Attributes:
-        model: With the adapters of its entry.
-        tokenizer: Of the model.
-        shared: What all entries have in common.
-        is_base: Whether it is the model without adapters, which others are compared with.
-        pool: How the states of a text become one vector.
-        kept: Results that several measures read.
-        others: The same model with other pools.
-    """
+    """A model under examination, with the adapters of its entry; what several measures need of it is computed once."""
 
     model: nn.Module
     tokenizer: Any
     shared: Shared
     is_base: bool = True
-    pool: str = "mean"
-    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
-    others: dict[str, Subject] = field(default_factory=dict)
+    pool: str = "mean"  # how the states of a text become one vector
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # results that several measures read
+    others: dict[str, Subject] = field(default_factory=dict)  # the same model with other pools
 
     def at(self, pool: str | None) -> Subject:
         """The same model, whose texts are pooled in another way; itself where no pool is asked for."""
@@ -193,7 +202,7 @@ class Subject:
     @property
     def statistics(self) -> dict[str, Any]:
         """Keywords of every metric."""
-        return {name: getattr(self.shared, name) for name in ("confidence", "resamples", "seed")}
+        return {name: getattr(self.shared.plan, name) for name in ("confidence", "resamples", "seed")}
 
     @functools.cached_property
     def reader(self) -> StateReader:
@@ -218,4 +227,4 @@ class Subject:
     @functools.cached_property
     def professions(self) -> list[str]:
         """The profession that a linear probe fitted on the others gives to each biography."""
-        return held_out_answers(self.states[FINAL], self.biographies.professions, seed=self.shared.seed)
+        return held_out_answers(self.states[FINAL], self.biographies.professions, seed=self.shared.plan.seed)

@@ -95,13 +95,7 @@ def either_kind(labels: list[str], **others: Any) -> list[Features]:
 
 
 def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) -> Floats:
-    """An array of finite float64.
-
-    Args:
-        name: Of the input, for the message.
-        values: A tensor, an array or lists.
-        width: How many numbers each row must have.
-        dims: 1 for `(rows,)`, 2 for `(rows, width)`.
+    """An array of finite float64, `(rows,)` for `dims=1` and else `(rows, width)`.
 
     Raises:
         ValueError: If there are no rows, the shape is another, or a number is missing or not finite.

@@ -127,13 +127,9 @@ def held_out_answers(
 
 
 def accuracy(given: list[Any], labels: list[Any], groups: list[Any] | None = None, **drawing: Any) -> dict[str, Any]:
-    """Accuracy of answers, and how far it is above that of always giving the most frequent label.
+    """Accuracy of a probe's answers, and how far it is above that of always giving the most frequent label.
 
-    Args:
-        given: `(rows,)` What a probe answered.
-        labels: `(rows,)` What is true.
-        groups: `(rows,)` What belongs together and is drawn together for the intervals.
-        **drawing: `resamples`, `confidence` and `seed` of the bootstrap.
+    Rows of one group are drawn together for the intervals; `drawing` are keywords of `resampling.bootstrap`.
     """
     correct = np.array([answer == label for answer, label in zip(given, labels, strict=True)], dtype=np.float64)
     counts = Counter(labels)

@@ -141,8 +141,9 @@ class LogisticProbe:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            nll = F.cross_entropy(_logits(inputs @ theta.T), y)
-            value = nll + l2 / (2 * len(x)) * theta[:, penalised].square().sum()
+            scores = inputs @ theta.T
+            logits = scores if scores.shape[1] > 1 else torch.cat([torch.zeros_like(scores), scores], 1)
+            value = F.cross_entropy(logits, y) + l2 / (2 * len(x)) * theta[:, penalised].square().sum()
             value.backward()
             return value
 
@@ -156,10 +157,6 @@ class LogisticProbe:
     def log_probabilities(self, x: Tensor) -> Tensor:
         """`(rows, classes)` float64."""
         return (x.double() @ self.weight.T + self.bias).log_softmax(-1)
-
-
-def _logits(scores: Tensor) -> Tensor:
-    return scores if scores.shape[1] > 1 else torch.cat([torch.zeros_like(scores), scores], 1)
 
 
 def _standardised(x: base.Floats) -> Tensor:

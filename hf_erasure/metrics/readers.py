@@ -51,13 +51,7 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class LeftOutRows:
-    """The bad rows of a file.
-
-    Attributes:
-        file: Its path.
-        count: How many rows are left out.
-        rows: The first of them, each with `row` (where it is) and `reason`.
-    """
+    """How many rows of a file are left out, and the first of them, each with `row` (where it is) and `reason`."""
 
     file: str
     count: int
@@ -71,15 +65,11 @@ class LeftOutRows:
 
 
 class Rows(list[Item], Generic[Item]):
-    """The good rows of one or several files, in order.
+    """The good rows of one or several files, in order, and under `left_out` the bad ones of each file."""
 
-    Attributes:
-        left_out: The bad rows, an entry for each file that has some.
-    """
-
-    def __init__(self, items: Iterable[Item] = (), left_out: Iterable[LeftOutRows] = ()) -> None:
-        super().__init__(items)
-        self.left_out = list(left_out)
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: list[LeftOutRows] = []
 
 
 def good_rows(
@@ -167,12 +157,8 @@ def csv_rows(path: Source, wanted: Sequence[str]) -> list[tuple[str, dict[str, s
 
     Blank lines and comments are not rows.
 
-    Args:
-        path: Of the file.
-        wanted: Columns that it must have.
-
     Raises:
-        UnusableFile: If it lacks a column, or its first line is not CSV.
+        UnusableFile: If it lacks a column that is wanted, or its first line is not CSV.
     """
     lines = list(io.StringIO(text_of(path), newline=""))
     reader, start = csv.reader(lines, strict=True), 0
@@ -228,13 +214,9 @@ def _at(value: Any, *keys: str) -> Any:
 
 @dataclass(frozen=True)
 class StereoSetItem:
-    """An intrasentence item.
+    """An intrasentence item: a context with `BLANK` where its sentences differ.
 
-    Attributes:
-        term: The target term.
-        bias_type: `gender`, `profession`, `race` or `religion`.
-        context: With `BLANK` where the sentences differ.
-        sentences: The stereotypical, the anti-stereotypical and the unrelated sentence.
+    They are the stereotypical, the anti-stereotypical and the unrelated one.
     """
 
     term: str
@@ -327,9 +309,7 @@ def _crows_pair(cells: dict[str, str]) -> CrowSPair:
 class SeatTests(dict[str, dict[str, list[str]]]):
     """Tests of WEAT and SEAT: name → `X`, `Y`, `A`, `B` → texts.
 
-    Attributes:
-        skipped: Tests whose file cannot be used → why.
-        left_out: Bad rows of the others, an entry for each file that has some.
+    Under `skipped` are tests whose file cannot be used, with the reason, under `left_out` bad rows of the others.
     """
 
     def __init__(self) -> None:

@@ -141,13 +141,9 @@ class Permutation:
 
 
 def among(observed: float, null: Floats, *, exact: bool = False, scale: float | None = None) -> Permutation:
-    """Test whether a statistic is greater than those of permutations.
+    """Test whether a statistic is greater than its values after permutations: all of them (`exact`), or a sample.
 
-    Args:
-        observed: The statistic.
-        null: `(permutations,)` Its values after each permutation.
-        exact: Whether these are all permutations, the observed one among them.
-        scale: What its rounding is relative to; by default the statistic itself.
+    Rounding is relative to `scale`; by default to the statistic itself.
     """
     reached = int((null >= observed - _SAME * (abs(observed) if scale is None else scale)).sum())
     p = reached / len(null) if exact else (reached + 1) / (len(null) + 1)
@@ -157,11 +153,7 @@ def among(observed: float, null: Floats, *, exact: bool = False, scale: float | 
 def subset_sums(values: Floats, size: int, *, permutations: int = 20_000, seed: int = 0) -> Permutation:
     """Test whether the first `size` values sum to more than a random choice of so many (one-sided).
 
-    Args:
-        values: `(items,)`.
-        size: How many of them are in the first set.
-        permutations: Every choice is looked at if there are at most so many, else so many are drawn.
-        seed: Of the draws.
+    Every choice is looked at if there are at most `permutations`, else so many are drawn.
     """
     whole("permutations", permutations)
     if not 0 < size < len(values):
@@ -178,32 +170,14 @@ def subset_sums(values: Floats, size: int, *, permutations: int = 20_000, seed: 
     return among(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum()))
 
 
-def shuffled(
-    statistic: Callable[[Ints], float],
-    count: int,
-    *,
-    strata: Sequence[Any] | None = None,
-    permutations: int = 1000,
-    seed: int = 0,
-) -> Permutation:
-    """Test whether a statistic is greater than after shuffling items, within strata where there are any.
+def shuffled(statistic: Callable[[Ints], float], count: int, *, permutations: int = 1000, seed: int = 0) -> Permutation:
+    """Test whether a statistic is greater than after shuffling items; of its absolute value the test is two-sided.
 
-    Args:
-        statistic: `(count,)` where each item is taken from → the statistic; take its absolute value for a two-sided
-            test.
-        count: How many items.
-        strata: One entry an item.
-        permutations: How many shuffles to draw.
-        seed: Of the draws.
+    The statistic is given `(count,)` places that the items are taken from.
     """
-    generator, members = np.random.default_rng(seed), _positions(strata, count, "strata")
-    observed, null = statistic(np.arange(count)), np.empty(whole("permutations", permutations))
-    for draw in range(permutations):
-        index = np.arange(count)
-        for part in members:
-            index[part] = generator.permutation(part)
-        null[draw] = statistic(index)
-    return among(observed, null)
+    generator, everything = np.random.default_rng(seed), np.arange(count)
+    draws = (generator.permutation(everything) for _ in range(whole("permutations", permutations)))
+    return among(statistic(everything), np.array([statistic(index) for index in draws]))
 
 
 def sign_test(successes: int, trials: int) -> float:

@@ -391,7 +391,8 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 def _subject(assets: Path) -> Subject:
     path = assets / "models" / "stories260k"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
-    return Subject(model, tokenizer, Shared(DataFolder(assets / "data", 8)))
+    data = assets / "data"
+    return Subject(model, tokenizer, Shared(Evaluation(str(path), data), DataFolder(data, 8)))
 
 
 def test_the_harness_gets_the_model(assets: Path, tmp_path: Path) -> None:
