@@ -116,13 +116,6 @@ def patches() -> tuple[Patch, ...]:
             why="another method wraps modules on which children hang, which then do not see what it adds",
         ),
         of_tuners(
-            "delete_adapter",
-            ("model", "adapter_name"),
-            wrapper=switching.delete_adapter,
-            why="children stay when their last adapter is gone, and trained modules of others go off",
-            also=("peft.functional",),
-        ),
-        of_tuners(
             "onload_layer",
             ("layer",),
             wrapper=switching.onload_layer,

@@ -7,8 +7,10 @@ that; without an adapter of this package in the model it does nothing else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 from peft import (
@@ -28,11 +30,10 @@ from .common.layer import AdapterChild, adapter_children, child_configs
 from .common.model_state import (
     ActiveCopies,
     check_one_copy,
-    remove_empty_layers,
     set_by_hand,
     undone_on_failure,
 )
-from .common.tuner import ADDED, ChildTuner, move_inside_wrappers, rehome_layers
+from .common.tuner import ChildTuner, move_inside_wrappers, rehome_layers
 
 # The heads that the classes of tasks add to modules_to_save: the first before it calls `PeftModel.__init__`, the others
 # afterwards, which is too late to keep an adapter off them.
@@ -65,7 +66,6 @@ def make_peft_model(
         tuner.callers = peft_config, len(peft_config.modules_to_save or ())
     else:
         original(model, peft_config, adapter_name, **kwargs)
-    ADDED.pop(model, None)
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------
@@ -78,17 +78,17 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     without them untrained ones would answer.
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    newcomer = ADDED.pop(model, None)
     if not adapter_children(model):
         return original(adapter_name)
     check_one_copy(model, names)
     copies, configs = ActiveCopies(model), all_configs(model)
     by_hand = set_by_hand(model, names) if copies.wrappers else nullcontext()
-    if newcomer is None or names != [newcomer]:
+    if not _is_adding(model):
         with by_hand:
             original(adapter_name)
         say_which_copies_went_off(model, copies.on)
         return
+    (newcomer,) = names
     ours = isinstance(configs.get(newcomer), ChildConfig)
 
     def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
@@ -101,15 +101,17 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
         copies.restore(trained=False, where=stays)
 
 
-def delete_adapter(original: Callable, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `delete_adapter`, by which every method deletes: children that are empty then go too."""
-    if not adapter_children(model):
-        return original(model, adapter_name, *args, **kwargs)
-    copies = ActiveCopies(model)
-    result = original(model, adapter_name, *args, **kwargs)
-    copies.restore(where=lambda on, wrapper: on in wrapper._adapters)
-    remove_empty_layers(model)
-    return result
+def _is_adding(model: nn.Module) -> bool:
+    """Whether `add_adapter` of a model runs: it switches its newcomer on last, as a user would.
+
+    Only the calls that are running tell: `inject_adapter_in_model` adds one too, and does not switch it on.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "add_adapter" and frame.f_locals.get("self") is model:
+            return True
+        frame = frame.f_back
+    return False
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

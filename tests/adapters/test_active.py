@@ -105,3 +105,17 @@ def test_nothing_is_said_where_nothing_goes_off(kind: str, tmp_path):
     with pytest.raises(ValueError):
         model.add_adapter(OF[kind].config(target_modules=["nowhere"]), "wrong")
     assert adapters_now(model).acting.keys() == {"ours", "lora"}
+
+
+@pytest.mark.parametrize("kind", ["erasure", "GRADIEND"])
+def test_switching_to_one_that_was_injected_is_no_addition(kind: str):
+    """`add_adapter` ends in `set_adapter`; only there is the adapter a newcomer that sent others off unasked."""
+    model = base("bert")
+    model.add_adapter(OF[kind].config(target_modules=["query"]), "ours")
+    assert (
+        warned(lambda: peft.inject_adapter_in_model(OF["LoRA"].config(target_modules=["value"]), model, "lora")) == []
+    )
+    assert warned(lambda: model.set_adapter("lora")) == []
+    model.set_adapter("ours")
+    (said,) = warned(lambda: model.add_adapter(OF["LoRA"].config(target_modules=["key"]), "added"))
+    assert "Adding 'added' switched" in said and "'ours'" in said and "'lora'" not in said

@@ -289,3 +289,19 @@ def test_taking_ours_away_leaves_the_other_adapter_whole(kind: str, how: str, fo
     again = classifier()
     load_lora(again, tmp_path)
     assert torch.equal(logits_of(again), logits_of(tuned()))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_deleting_ours_leaves_no_trace_on_what_others_have(kind: str):
+    """Neither an entry on a host, nor a class of ours in the place of PEFT's: such a model is saved without us."""
+    model = tuned(**TOKENS)
+    before = {name: type(module) for name, module in model.named_modules()}
+    expected, entries = logits_of(model), {name: [*module._modules] for name, module in model.named_modules()}
+    model.add_adapter(OF[kind].config(target_modules=["key", "dense"], modules_to_save=["pooler"]), "ours")
+    model.add_adapter(OF[kind].config(target_modules=["key"]), "more")
+    model.set_adapter("lora")
+    for name in ("ours", "more"):
+        model.delete_adapter(name)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert {name: [*module._modules] for name, module in model.named_modules()} == entries
+    assert torch.equal(logits_of(model), expected)

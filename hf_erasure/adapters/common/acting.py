@@ -104,21 +104,18 @@ def users_level() -> int:
 
 
 @contextmanager
-def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str] = ()) -> Iterator[bool]:
+def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
     """Warn of what acted before an adapter came and does not afterwards, if one of this package is concerned.
 
     Of the adapters that are `expected` to go off, nothing is said.
-
-    Yields:
-        Whether it is said here, and not by a call that this one is a part of.
     """
-    if _ADDING.get():
-        yield False
+    if _ADDING.get():  # the call that this one is a part of says it
+        yield
         return
     before, copies = adapters_now(model).on, ActiveCopies(model)
     token = _ADDING.set(True)
     try:
-        yield True
+        yield
     finally:
         _ADDING.reset(token)
     if adapter_children(model):

@@ -8,11 +8,10 @@ buffers, and hooks on the host let them act.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -23,6 +22,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import ChildConfig
+
+if TYPE_CHECKING:
+    from .model_state import Within
 
 # What PEFT calls a row without an adapter.
 NO_ADAPTER = "__base__"
@@ -93,28 +95,6 @@ def refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             "the active adapters. PeftModel.from_pretrained(model, folder) makes a model that follows it; or run the "
             "rows of each adapter as a batch of their own, with set_adapter(name)."
         )
-
-
-@dataclass(eq=False)
-class Within:
-    """The model that children are in. Whoever copies a part of it, with children, does not copy all of it.
-
-    Attributes:
-        model: A weak reference to it.
-    """
-
-    model: Callable[[], nn.Module | None]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Within:
-        copied = memo.get(id(self.model()))
-        return self if copied is None else Within(weakref.ref(copied))
-
-    def __getstate__(self) -> tuple[nn.Module | None]:
-        return (self.model(),)
-
-    def __setstate__(self, state: tuple[nn.Module | None]) -> None:
-        (model,) = state
-        self.model = (lambda: None) if model is None else weakref.ref(model)
 
 
 class AdapterChild(nn.Module, BaseTunerLayer):
@@ -317,10 +297,14 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     # ---- adapters come and go ----------------------------------------------------------------------------------------
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter that is not merged."""
+        """Remove an adapter that is not merged; without another one, this child goes too."""
         self.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
         self._awaits_values.discard(adapter_name)
+        if not self.adapters:
+            self.detach()
+            if self.within is not None:
+                self.within.note()
 
     def refuse_if_merged(self, adapter_name: str) -> None:
         """Raise a `ValueError` if an adapter is in the weights, since nothing could take it out of them afterwards."""
@@ -337,7 +321,9 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def detach(self) -> None:
         """Take this child and its hooks off the host."""
         self._unhook()
-        self.host._modules.pop(self.child_name, None)
+        # In a dictionary of its own: PEFT walks over the present one while it deletes an adapter.
+        left = {name: module for name, module in self.host._modules.items() if module is not self}
+        self.host.__dict__["_modules"] = left
 
     def _hook(self) -> None:
         """Let the adapters act in the forward pass of the host."""

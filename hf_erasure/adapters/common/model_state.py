@@ -14,6 +14,7 @@ everything.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
 from .config import ChildConfig
@@ -47,22 +48,72 @@ class _Stays(str):
     """The name of an adapter whose copy goes on acting, whichever PEFT wants to switch on."""
 
 
-class TrainedModule(ModulesToSaveWrapper):
-    """PEFT's wrapper, where an adapter of this package has a copy: it stays on when another method switches its layers.
+@dataclass(eq=False)
+class Within:
+    """The model that children are in. Whoever copies a part of it, with children, does not copy all of it.
 
     Attributes:
-        ours: The adapters of this package that have one.
+        model: A weak reference to it.
+    """
+
+    model: Callable[[], nn.Module | None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Within:
+        copied = memo.get(id(self.model()))
+        return self if copied is None else Within(weakref.ref(copied))
+
+    def __getstate__(self) -> tuple[nn.Module | None]:
+        return (self.model(),)
+
+    def __setstate__(self, state: tuple[nn.Module | None]) -> None:
+        (model,) = state
+        self.model = (lambda: None) if model is None else weakref.ref(model)
+
+    def note(self) -> None:
+        """Tell the model that a child has gone."""
+        model = self.model()
+        if model is not None:
+            _note_children(model)
+
+
+class _Trained(AuxiliaryTrainingWrapper):
+    """PEFT's wrapper in a model with adapters of this package: the copy that acts goes on acting.
+
+    Attributes:
+        ours: The adapters of this package that have a copy here.
+        within: The model that this is in.
     """
 
     ours: set[str]
+    within: Within
 
-    @classmethod
-    def adopt(cls, model: nn.Module, adapter_name: str) -> None:
-        """Make PEFT's wrappers in which an adapter of this package has a copy into such ones."""
-        for wrapper in auxiliary_wrappers(model).values():
-            if adapter_name in wrapper._adapters:
-                wrapper.__class__ = cls
-                vars(wrapper).setdefault("ours", set()).add(adapter_name)
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        """Remove an adapter's copy; without another one, the module takes the wrapper's place."""
+        left, before = self._adapters - {adapter_name}, self._active_adapter
+        acting = [name for name in self.active_adapters if name in left]
+        follows = [] if acting else [name for name in new_active_adapters or () if name in left]
+        super().delete_adapter(adapter_name, follows[:1])
+        if acting:
+            self._active_adapter = before if isinstance(before, str) else acting
+        model = self.within.model()
+        if model is not None and not left:
+            for place in [name for name, module in model.named_modules() if module is self]:
+                put_in_place(model, place, self.original_module)
+        if model is None or not adapter_children(model):
+            self.be_plain()
+
+    def be_plain(self) -> None:
+        """Become PEFT's own wrapper again."""
+        _, self.__class__ = type(self).__bases__
+        del self.ours, self.within
+
+
+class TrainedTokens(_Trained, TrainableTokensWrapper):
+    """An embedding of which an adapter trains some rows."""
+
+
+class TrainedModule(_Trained, ModulesToSaveWrapper):
+    """A module that is trained with an adapter; one of ours stays on when another method switches its layers."""
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """The adapter to switch on, when PEFT switches the layers of a method."""
@@ -74,11 +125,6 @@ class TrainedModule(ModulesToSaveWrapper):
         """Let a copy act; nothing changes where one stays."""
         if not isinstance(adapter_names, _Stays):
             super().set_adapter(adapter_names, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
-        """Remove an adapter's copy."""
-        super().delete_adapter(adapter_name, new_active_adapters)
-        self.ours.discard(adapter_name)
 
 
 class ActiveCopies:
@@ -184,11 +230,6 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     for wrapper in auxiliary_wrappers(model).values():
         if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
             wrapper.delete_adapter(adapter_name, [])
-    remove_empty_layers(model)
-
-
-def remove_empty_layers(model: nn.Module) -> None:
-    """Take off the children and wrappers of the last adapter, so that the model is as it was before the first."""
     for child in adapter_children(model):
         if not child.adapters:
             child.detach()
@@ -201,13 +242,25 @@ def remove_empty_layers(model: nn.Module) -> None:
 def note_adapters(model: Any) -> None:
     """What the model itself is told when adapters were added or removed; without any, it is as it was.
 
-    DDP does not broadcast their buffers. And the model refuses `adapter_names`, which most models of transformers take
-    and do not read; a `PeftModel` reads it and does not hand it on.
+    Its modules that are trained with an adapter keep what acts in them. DDP does not broadcast the buffers of adapters.
+    And the model refuses `adapter_names`, which most models of transformers take and do not read; a `PeftModel` reads
+    it and does not hand it on.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    within, ours = Within(weakref.ref(base)), {name for child in adapter_children(base) for name in child.adapters}
+    for wrapper in auxiliary_wrappers(base).values():
+        if ours:
+            wrapper.__class__ = TrainedModule if isinstance(wrapper, ModulesToSaveWrapper) else TrainedTokens
+            vars(wrapper).update(ours=ours & wrapper._adapters, within=within)
+        elif isinstance(wrapper, _Trained):
+            wrapper.be_plain()
+    _note_children(base)
+
+
+def _note_children(base: nn.Module) -> None:
     ignored = base.__dict__.get(_IGNORED)
     refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_names]
-    if adapter_children(base):
+    if any(isinstance(module, AdapterChild) for module in base.modules()):
         if not isinstance(ignored, AdapterBuffers):
             setattr(base, _IGNORED, AdapterBuffers(base, ignored or ()))
         if not refusing:

@@ -19,10 +19,10 @@ from ..loading.fingerprint import recognise
 from .acting import all_configs, kind_of, naming_what_goes_off
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
-from .layer import NO_ADAPTER, AdapterChild, Rows, Within, adapter_children, outside_inference_mode
+from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
 from .model_state import (
     ActiveCopies,
-    TrainedModule,
+    Within,
     auxiliary_wrappers,
     check_one_copy,
     note_adapters,
@@ -32,8 +32,6 @@ from .model_state import (
 
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
-# Models to which an adapter was added last → its name. Then `set_adapter` of that name is a part of `add_adapter`.
-ADDED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 class ChildTuner(BaseTuner):
@@ -108,14 +106,12 @@ class ChildTuner(BaseTuner):
                     }
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if config.modules_to_save:
-                    TrainedModule.adopt(model, adapter_name)
                     kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
                     copies.hand_on(adapter_name, but=kin)
                 refuse_copies(model, adapter_name)
                 # Tensors that are given along are a wish for some of the modules.
                 wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
                 self._check_complete(config, adapter_children(model, adapter_name), wanted)
-                note_adapters(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -329,15 +325,14 @@ def inject_adapter(
         tuner.peft_config.pop(adapter_name)
         raise
     copies = ActiveCopies(model)
-    with naming_what_goes_off(model, adapter_name) as is_all:
+    with naming_what_goes_off(model, adapter_name):
         try:
             original(model, adapter_name, *args, **kwargs)
         except BaseException:
             copies.restore()
             raise
         rehome_layers(model)
-    if is_all:
-        ADDED[model] = adapter_name
+        note_adapters(model)
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
