@@ -172,28 +172,23 @@ def install(table: tuple[Patch, ...] | None = None) -> None:
     """
     table = patches() if table is None else table
     check_internals(tuple(patch for patch in table if not patch.without))
-    for patch in table:
-        missing = patch.why_missing()
-        if missing is None:
-            _wrap(patch)
-        else:
-            _warn(patch, missing, patch.without)
+    relied_on: list[tuple[Internal, str]] = [(patch, patch.without) for patch in table]
     for method in trainer.OWN_METHODS:
-        internal = Internal("transformers", "transformers.trainer", f"Trainer.{method}")
+        without = f"what hf_erasure does in Trainer.{method} for a model with an adapter of its own"
+        relied_on.append((Internal("transformers", "transformers.trainer", f"Trainer.{method}"), without))
+    for internal, without in relied_on:
         missing = internal.why_missing()
         if missing is not None:
-            _warn(internal, missing, f"what hf_erasure does in Trainer.{method} for a model with an adapter of its own")
+            warnings.warn(
+                f"hf_erasure wraps {missing}, which {internal.package} {installed(internal.package)} does not have. "
+                f"What does not work here: {without}. Everything else does.",
+                stacklevel=3,
+            )
+        elif isinstance(internal, Patch):
+            _wrap(internal)
     name = cards.write_saved_card.__qualname__
     saving.ON_STAGED[:] = [function for function in saving.ON_STAGED if function.__qualname__ != name]
     saving.ON_STAGED.append(cards.write_saved_card)
-
-
-def _warn(internal: Internal, missing: str, without: str) -> None:
-    warnings.warn(
-        f"hf_erasure wraps {missing}, which {internal.package} {installed(internal.package)} does not have. What does "
-        f"not work here: {without}. Everything else does.",
-        stacklevel=4,
-    )
 
 
 def _wrap(patch: Patch) -> None:

@@ -99,6 +99,7 @@ INTERNALS = (
     Internal("peft", "peft.utils", "AuxiliaryTrainingWrapper.unload_and_optionally_merge_module"),
     Internal("peft", "peft.utils", "ModulesToSaveWrapper.check_set_adapter", ("adapter_name",)),
     Internal("peft", "peft.utils", "ModulesToSaveWrapper.delete_adapter", ("adapter_name", "new_active_adapters")),
+    Internal("peft", "peft.utils", "TrainableTokensWrapper.delete_adapter", ("adapter_name", "new_active_adapters")),
     Internal("transformers", _MIXIN, "PeftAdapterMixin._hf_peft_config_loaded"),
     Internal("transformers", "transformers.pytorch_utils", "Conv1D"),
     Internal("transformers", "transformers.utils.loading_report", "LoadStateDictInfo"),

@@ -54,6 +54,8 @@ _REFUSED = (
     "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
     "measured_on",
 )  # fmt: skip
+# Marks the fields that fitting writes.
+BY_FITTING = {"by": "fitting"}
 
 
 @dataclass
@@ -72,15 +74,13 @@ class ChildConfig(PeftConfig):
     remedy: ClassVar[str]
     own_type: ClassVar[PeftType]
 
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of the blocks."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
-    sticky: bool = field(default=False, metadata={"help": "Stay active when another adapter is activated."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that are trained and saved with the adapter."}
-    )
-    fitted: bool = field(default=False, metadata={"help": "Written by fitting."})
-    provenance: dict[str, Any] = field(default_factory=dict, metadata={"help": "Written by fitting."})
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    sticky: bool = False
+    modules_to_save: list[str] | None = None
+    fitted: bool = field(default=False, metadata=BY_FITTING)
+    provenance: dict[str, Any] = field(default_factory=dict, metadata=BY_FITTING)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +172,7 @@ class ChildConfig(PeftConfig):
         """
         if saved.fitted and not self.fitted:
             for known in fields(self):
-                if known.metadata.get("help") == "Written by fitting.":
+                if known.metadata == BY_FITTING:
                     setattr(self, known.name, getattr(saved, known.name))
             self.__post_init__()
 

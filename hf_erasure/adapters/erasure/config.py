@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from hf_erasure.erasers.least_squares import ROUNDS
 
-from ..common.config import FLOATS, ChildConfig, Layout, short
+from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, short
 from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -55,18 +55,15 @@ class ConceptErasureConfig(ChildConfig):
     remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
     own_type = CONCEPT_ERASURE
 
-    concept: str = field(default="concept", metadata={"help": "What is erased, in a word."})
-    labels: list[str] | None = field(default=None, metadata={"help": "Class names, in the order of their ids."})
-    concept_dim: int | None = field(default=None, metadata={"help": "Columns of a continuous or multi-label concept."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all norms of the blocks, final norm."},
-    )
-    site: str = field(default="output", metadata={"help": "'output' or 'input' of the targets."})
-    method: str = field(default="leace", metadata={"help": "'leace', 'orth', 'mean_projection' or 'inlp'."})
-    affine: bool = field(default=True, metadata={"help": "Keep the mean of the activations."})
-    rank: int | None = field(default=None, metadata={"help": "At most so many directions a site."})
-    fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata={"help": "Written by fitting."})
+    concept: str = "concept"
+    labels: list[str] | None = None
+    concept_dim: int | None = None
+    target_modules: list[str] | str | None = None
+    site: str = "output"
+    method: str = "leace"
+    affine: bool = True
+    rank: int | None = None
+    fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata=BY_FITTING)
 
     def _check(self) -> None:
         if self.method == "rlace":

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import FLOATS, INDICES, ChildConfig, Layout, fits, short
+from ..common.config import BY_FITTING, FLOATS, INDICES, ChildConfig, Layout, fits, short
 from ..internals import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
@@ -60,21 +60,18 @@ class GradiendConfig(ChildConfig):
     remedy: ClassVar[str] = "Call GradiendTrainer(model, …, train_dataset=pairs).train()."
     own_type = GRADIEND
 
-    feature: str = field(default="feature", metadata={"help": "What the feature is, in a word."})
-    classes: list[str] | None = field(default=None, metadata={"help": "Names of its classes."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Suffixes, a regular expression or 'all-linear'. None: all of the base model but heads."},
-    )
-    density: float = field(default=0.01, metadata={"help": "The share of the weights that is changed."})
-    keep_encoder: bool = field(default=False, metadata={"help": "Save what reads the feature off a gradient too."})
-    feature_factor: float = field(default=1.0, metadata={"help": "h in W + α (h Wd + bd)."})
-    learning_rate: float = field(default=0.0, metadata={"help": "α in W + α (h Wd + bd); 0 does nothing."})
-    source: str = field(default="factual", metadata={"help": "'factual', 'counterfactual' or 'difference'."})
-    pair: list[str] | None = field(default=None, metadata={"help": "Which pair of classes acts."})
-    pairs: list[list[str]] | None = field(default=None, metadata={"help": "Written by fitting."})
-    fitted_parameters: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
-    encoders: list[dict[str, Any]] | None = field(default=None, metadata={"help": "Written by fitting."})
+    feature: str = "feature"
+    classes: list[str] | None = None
+    target_modules: list[str] | str | None = None
+    density: float = 0.01
+    keep_encoder: bool = False
+    feature_factor: float = 1.0
+    learning_rate: float = 0.0
+    source: str = "factual"
+    pair: list[str] | None = None
+    pairs: list[list[str]] | None = field(default=None, metadata=BY_FITTING)
+    fitted_parameters: dict[str, dict[str, Any]] | None = field(default=None, metadata=BY_FITTING)
+    encoders: list[dict[str, Any]] | None = field(default=None, metadata=BY_FITTING)
 
     def _check(self) -> None:
         self._check_classes()

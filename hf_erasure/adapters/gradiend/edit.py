@@ -6,7 +6,7 @@ with the adapter, a merge and a trial edit all come through `edited_tensor`, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,25 +101,19 @@ class UndoRecord:
         parameter: The weight.
         index: `(count,)` int64 flat positions that were written; None for all.
         before: The values that were there.
-        after: The values that were written, in the dtype of the weight then; None for all of them, which `edits` give.
-        edits: The changes.
+        edits: The changes of these values.
     """
 
     parameter: nn.Parameter
     index: Tensor | None
     before: Tensor
-    after: Tensor | None
     edits: list[WeightEdit]
 
     def undo(self) -> None:
         """Put the values back: to the bit, unless something else has changed the weight in between."""
         flat = _flat(self.parameter)
-        before = self.before.to(flat.device)
-        index = None if self.index is None else self.index.to(flat.device)
-        after = (
-            edited_tensor(before, [edit.to(flat.device) for edit in self.edits]) if self.after is None else self.after
-        )
-        after = after.to(flat.device)
+        before, index = self.before.to(flat.device), None if self.index is None else self.index.to(flat.device)
+        after = edited_tensor(before, [edit.to(flat.device) for edit in self.edits])
         now = flat if index is None else flat.index_select(0, index)
         if torch.allclose(now, after.to(flat.dtype), rtol=0, atol=0, equal_nan=True):
             values = before.to(flat.dtype)
@@ -131,22 +125,18 @@ class UndoRecord:
 
 def write(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
     """Add changes to a weight in place."""
-    flat = _flat(parameter)
+    flat, index = _flat(parameter), None
     edits = [edit.to(flat.device) for edit in edits]
-    if any(edit.index is None for edit in edits):
-        record = UndoRecord(parameter, None, flat.clone(), None, edits)
-        _put(parameter, flat, None, edited_tensor(flat, edits))
-        return record
-    indices = [edit.index.long() for edit in edits if edit.index is not None]
-    index = indices[0] if len(indices) == 1 else torch.cat(indices).unique()
-    before = flat.index_select(0, index)
-    local = [
-        WeightEdit(torch.searchsorted(index, positions).int() if len(edits) > 1 else None, edit.values)
-        for positions, edit in zip(indices, edits, strict=True)
-    ]
-    after = edited_tensor(before, local)
-    _put(parameter, flat, index, after)
-    return UndoRecord(parameter, index, before, after, [])
+    places = [edit.index.long() for edit in edits if edit.index is not None]
+    if len(places) < len(edits):
+        before = flat.clone()
+    else:  # only the entries that change are read and written
+        index = places[0] if len(places) == 1 else torch.cat(places).unique()
+        before = flat.index_select(0, index)
+        within = [torch.searchsorted(index, place).int() if len(places) > 1 else None for place in places]
+        edits = [WeightEdit(at, edit.values) for at, edit in zip(within, edits, strict=True)]
+    _put(parameter, flat, index, edited_tensor(before, edits))
+    return UndoRecord(parameter, index, before, edits)
 
 
 def _flat(parameter: Tensor) -> Tensor:
@@ -190,16 +180,19 @@ def why_not_editable(parameter: Tensor) -> str | None:
     return None
 
 
-def squares_of_change(parameter: Tensor, edit: WeightEdit) -> tuple[float, float]:
-    """How much of a change of one weight is left after rounding to its dtype.
+def share_kept(changes: Iterable[tuple[Tensor, WeightEdit]]) -> float:
+    """The share of changes of weights that is left after rounding to the weights' dtype, 1 for all.
 
-    Returns:
-        The sum of the squares of the wanted change, and the inner product of the wanted and the rounded change.
+    It is the length of the rounded changes along the wanted ones.
     """
-    flat = _flat(parameter)
-    edit = edit.to(flat.device)
-    if edit.index is not None:
-        flat, edit = flat.index_select(0, edit.index), WeightEdit(None, edit.values)
-    wanted = edited_tensor(torch.zeros_like(flat, dtype=torch.float32), [edit]).double()
-    kept = edited_tensor(flat, [edit]).double() - flat.double()
-    return float(wanted.square().sum()), float((wanted * kept).sum())
+    squares = product = 0.0
+    for parameter, edit in changes:
+        flat = _flat(parameter)
+        edit = edit.to(flat.device)
+        if edit.index is not None:
+            flat, edit = flat.index_select(0, edit.index), WeightEdit(None, edit.values)
+        wanted = edited_tensor(torch.zeros_like(flat, dtype=torch.float32), [edit]).double()
+        kept = edited_tensor(flat, [edit]).double() - flat.double()
+        squares += float(wanted.square().sum())
+        product += float((wanted * kept).sum())
+    return min(1.0, product / squares) if squares else 1.0

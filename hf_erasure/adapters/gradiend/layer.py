@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -191,6 +192,13 @@ class GradiendLayer(AdapterChild):
         else:
             values = factors[0] @ feature + factors[1] @ offset
         return WeightEdit(self.part(name, parameter, INDEX), values)
+
+    def edits_of(self, name: str, steering: Tensor | None = None) -> Iterator[tuple[str, WeightEdit]]:
+        """An adapter's changes by the parameters that it does change, at another strength where one is given."""
+        for parameter in self.gradiend_parameters[name]:
+            edit = self.edit_of(name, parameter, steering)
+            if edit is not None:
+                yield parameter, edit
 
     def changed_entries(self, name: str) -> int:
         """How many entries of the module's parameters an adapter changes."""

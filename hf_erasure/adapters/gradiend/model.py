@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from hf_erasure.models.heads import HEAD_MODULES
 
@@ -16,7 +16,7 @@ from ..common.layer import AdapterChild, Rows, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
 from ..common.tuner import ChildTuner, exactly
 from .config import GradiendConfig
-from .edit import squares_of_change
+from .edit import share_kept
 from .layer import GradiendLayer
 
 # The share of its edit that a merge must keep; with less, the merged model is not the one that was selected.
@@ -192,7 +192,9 @@ class GradiendModel(ChildTuner):
                     "nothing.",
                     stacklevel=4,
                 )
-            elif layers and (kept := share_kept(layers, name)) < LEAST_KEPT:
+                continue
+            kept = share_kept((x.parameter(own), edit) for x in layers for own, edit in x.edits_of(name))
+            if kept < LEAST_KEPT:
                 warnings.warn(
                     f"Merged into weights of this dtype, {name!r} keeps {kept:.0%} of its edit, since the rest is lost "
                     "to rounding. Merge into a float32 copy of the model, or choose a larger learning_rate.",
@@ -213,15 +215,3 @@ class GradiendModel(ChildTuner):
             f"{adapters} cannot be made one adapter. Use them together, model.base_model.set_adapter({adapters}): "
             "their changes add up, each with the strength that GradiendAdapter.of(model, name).steer(…) gives it."
         )
-
-
-def share_kept(layers: list[GradiendLayer], name: str, steering: Tensor | None = None) -> float:
-    """The share of an adapter's edit that rounding to the dtype of the weights leaves."""
-    wanted = kept = 0.0
-    for layer in layers:
-        for parameter in layer.gradiend_parameters[name]:
-            edit = layer.edit_of(name, parameter, steering)
-            if edit is not None:
-                squares, product = squares_of_change(layer.parameter(parameter), edit)
-                wanted, kept = wanted + squares, kept + product
-    return min(1.0, kept / wanted) if wanted else 1.0

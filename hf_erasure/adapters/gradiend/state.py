@@ -18,9 +18,8 @@ from hf_erasure.models.model import class_name
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
-from .edit import WeightEdit, edited_tensor, written
+from .edit import WeightEdit, edited_tensor, share_kept, written
 from .layer import GradiendLayer, gradiend_layers, strength
-from .model import share_kept
 
 
 @dataclass(frozen=True)
@@ -229,8 +228,8 @@ def kept_share(
         ValueError: If the adapter is not fitted, or is merged already.
     """
     layers, config = _adapter(model, adapter_name)
-    steered = _steered(config, feature_factor, learning_rate, pair)
-    return share_kept(list(layers.values()), adapter_name, strength(steered))
+    edits = _edits(layers, adapter_name, _steered(config, feature_factor, learning_rate, pair))
+    return share_kept((layer.parameter(own), edit) for own, layer, edit in edits)
 
 
 def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLayer, str, Tensor]]:
@@ -365,8 +364,6 @@ def _edits(
     layers: dict[str, GradiendLayer], adapter_name: str, config: GradiendConfig
 ) -> Iterator[tuple[str, GradiendLayer, WeightEdit]]:
     """The changes of an adapter at the strength of a configuration, with the layer and own name of each parameter."""
-    steering = strength(config)
-    for _, layer, own in _places(layers, adapter_name):
-        edit = layer.edit_of(adapter_name, own, steering)
-        if edit is not None:
+    for layer in layers.values():
+        for own, edit in layer.edits_of(adapter_name, strength(config)):
             yield own, layer, edit

@@ -22,7 +22,6 @@ from ..common.placement import (
     owns_offloaded,
     set_parameter,
     shared_weights,
-    values_of,
 )
 from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
@@ -35,11 +34,11 @@ from .record import (
     bias_entries,
     changed_since,
     is_weight_layer,
-    merged_parameters,
     originals,
     record_of,
     why_not_mergeable,
     write,
+    written_anew,
 )
 
 T = TypeVar("T")
@@ -55,7 +54,7 @@ class MergePlan:
         orders: By the path of a site the adapters that are merged there, or are to be, in the order in which they act.
         erasers: The erasers that go into each layer, by the layer's name, the one next to the weight first.
         modules: Those layers.
-        rewritten: Whether erasers go in front of some that are merged already, so that these are written anew too.
+        rewritten: Whether erasers go in front of some that are merged already.
     """
 
     orders: dict[str, list[str]] = field(default_factory=dict)
@@ -359,13 +358,8 @@ def _values(
     values = {}
     for target, module in plan.modules.items():
         erasers, record = _arranged(layers, plan, target), record_of(module)
-        if record is not None and erasers[: len(record.erasers)] != record.erasers:  # one goes in front of those
-            plan.rewritten = True
-            present = {name: value for name, value in originals(module).items() if value is not None}
-            values[target] = merged_parameters(module, present, erasers)
-        else:
-            values[target] = merged_parameters(module, values_of(module), plan.erasers[target])
-        plan.erasers[target] = erasers
+        plan.rewritten |= record is not None and erasers[: len(record.erasers)] != record.erasers
+        plan.erasers[target], values[target] = erasers, written_anew(module, erasers)
         for key, value in values[target].items():
             if safe_merge and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")

@@ -157,13 +157,13 @@ class MergeRecord:
     """What was written over a module's parameters.
 
     Attributes:
-        originals: Parameter name → its values before any eraser; None where there was no such parameter.
+        originals: Parameter name → its values before any eraser.
         erasers: The erasers, the one next to the weight first.
         bias_entry: What has given the module its bias; None where it has its own, or none.
         digests: Parameter name → `_digest` of the values that were written last.
     """
 
-    originals: dict[str, Tensor | None]
+    originals: dict[str, Tensor]
     erasers: list[EraserInWeight] = field(default_factory=list)
     bias_entry: BiasEntry | None = None
     digests: dict[str, int] = field(default_factory=dict)
@@ -219,26 +219,24 @@ def _opened(module: nn.Module) -> MergeRecord:
     """The module's record; a new one takes copies of its parameters."""
     record = record_of(module)
     if record is None:
-        values = {name: value_of(module, name) for name in ("weight", "bias")}
-        record = MergeRecord({name: None if value is None else value.clone() for name, value in values.items()})
+        record = MergeRecord({name: value.clone() for name, value in originals(module).items()})
         put_record(module, record)
     return record
 
 
-def originals(module: nn.Module) -> dict[str, Tensor | None]:
+def originals(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters as they were before any eraser, with a bias of zero where an entry has given it one."""
-    record = _opened(module)
-    found = dict(record.originals)
-    if record.bias_entry is not None and found["weight"] is not None:
-        found["bias"] = found["weight"].new_zeros(found["weight"].shape[0])
-    return found
+    record = record_of(module)
+    if record is None or record.bias_entry is None:
+        return values_of(module) if record is None else record.originals
+    weight = record.originals["weight"]
+    return record.originals | {"bias": weight.new_zeros(weight.shape[0])}
 
 
-def _written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor | None]:
+def written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
     """What the parameters of a module are, from the originals, with these erasers and no others in them."""
     plain = originals(module)
-    present = {name: value for name, value in plain.items() if value is not None}
-    return plain | (merged_parameters(module, present, erasers) if erasers else {})
+    return plain | merged_parameters(module, plain, erasers) if erasers else plain
 
 
 def write(module: nn.Module, values: dict[str, Tensor], erasers: list[EraserInWeight]) -> None:
@@ -259,15 +257,13 @@ def withdraw(module: nn.Module, path: str) -> None:
     if record is None:
         return
     left = [eraser for eraser in record.erasers if eraser.path != path]
-    values, later = _written_anew(module, left), changed_since(module)
-    written = _written_anew(module, record.erasers) if later else {}
-    record.erasers, record.digests = left, {name: _digest(v) for name, v in values.items() if v is not None}
+    values, later = dict(written_anew(module, left)), changed_since(module)
+    written = written_anew(module, record.erasers) if later else {}
+    record.erasers, record.digests = left, {name: _digest(value) for name, value in values.items()}
     for name, now in later.items():
-        before, value = written[name], values[name]
-        if before is not None and value is not None:
-            before, value = before.to(now.device, now.dtype), value.to(now.device, now.dtype)
-            changed = (now.double() - before.double() + value.double()).to(now.dtype)
-            values[name] = torch.where(now == before, value, changed)  # what nothing was added to is there to the bit
+        before, value = (parts[name].to(now.device, now.dtype) for parts in (written, values))
+        changed = (now.double() - before.double() + value.double()).to(now.dtype)
+        values[name] = torch.where(now == before, value, changed)  # what nothing was added to is there to the bit
     for name, value in values.items():
         set_parameter(module, name, value)
     if record.bias_entry is not None:
