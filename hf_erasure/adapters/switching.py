@@ -30,7 +30,7 @@ from .common.layer import AdapterChild, adapter_children, child_configs
 from .common.model_state import (
     ActiveCopies,
     check_one_copy,
-    set_by_hand,
+    note_adapters,
     undone_on_failure,
 )
 from .common.tuner import ChildTuner, move_inside_wrappers, rehome_layers
@@ -80,25 +80,24 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     if not adapter_children(model):
         return original(adapter_name)
-    check_one_copy(model, names)
     copies, configs = ActiveCopies(model), all_configs(model)
-    by_hand = set_by_hand(model, names) if copies.wrappers else nullcontext()
-    if not _is_adding(model):
-        with by_hand:
-            original(adapter_name)
-        say_which_copies_went_off(model, copies.on)
-        return
-    (newcomer,) = names
-    ours = isinstance(configs.get(newcomer), ChildConfig)
+    if copies.wrappers:
+        check_one_copy(model, names)
+        note_adapters(model)  # a class of a task may have added its head since
+    is_adding, ours = _is_adding(model), any(isinstance(configs.get(name), ChildConfig) for name in names)
 
     def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
         is_concerned = ours or isinstance(configs.get(on), ChildConfig)
-        return on != "" and is_concerned and newcomer not in wrapper._adapters
+        return on != "" and is_concerned and not wrapper._adapters & set(names)
 
-    with naming_what_goes_off(model, newcomer):
-        with by_hand:
-            original(adapter_name)
-        copies.restore(trained=False, where=stays)
+    with naming_what_goes_off(model, names[0]) if is_adding else nullcontext():
+        original(adapter_name)
+        for wrapper in copies.wrappers.values():
+            wrapper.set_adapter(names)
+        if is_adding:
+            copies.restore(trained=False, where=stays)
+    if not is_adding:
+        say_which_copies_went_off(model, copies.on)
 
 
 def _is_adding(model: nn.Module) -> bool:

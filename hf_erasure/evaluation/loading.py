@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
 from hf_erasure.adapters.common.config import ChildConfig, Provenance
-from hf_erasure.adapters.common.model_state import auxiliary_wrappers, set_by_hand
+from hf_erasure.adapters.common.model_state import auxiliary_wrappers
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
@@ -203,10 +203,11 @@ class Loader:
                 (adapter.host(model) or model).load_adapter(adapter.folder, adapter_name=adapter.name)
         names = [adapter.name for adapter in entry.adapters]
         # A model and its backbone may hold adapters of their own, and neither's set_adapter knows the other's.
-        with set_by_hand(model, names):
-            for layer in model.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    layer.set_adapter(names)
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_adapter(names)
+        for wrapper in auxiliary_wrappers(model).values():
+            wrapper.set_adapter([name for name in names if name in wrapper._adapters])
         for adapter in entry.adapters:
             if entry.strength != 1 and isinstance(adapter.config, GradiendConfig):
                 rate = adapter.config.learning_rate * entry.strength

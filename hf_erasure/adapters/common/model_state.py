@@ -70,10 +70,10 @@ class Within:
         self.model = (lambda: None) if model is None else weakref.ref(model)
 
     def note(self) -> None:
-        """Tell the model that a child has gone."""
+        """Tell the model that a child has gone, if it was the last one."""
         model = self.model()
-        if model is not None:
-            _note_children(model)
+        if model is not None and not any(isinstance(module, AdapterChild) for module in model.modules()):
+            note_adapters(model, deleting=True)
 
 
 class _Trained(AuxiliaryTrainingWrapper):
@@ -101,6 +101,12 @@ class _Trained(AuxiliaryTrainingWrapper):
                 put_in_place(model, place, self.original_module)
         if model is None or not adapter_children(model):
             self.be_plain()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Let the copy that one of these adapters has act, or none; transformers names adapters without one, too."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        known = [name for name in names if name in self._adapters]
+        super().set_adapter(adapter_names if known == [adapter_names] else known, inference_mode=inference_mode)
 
     def be_plain(self) -> None:
         """Become PEFT's own wrapper again."""
@@ -193,24 +199,6 @@ def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-@contextmanager
-def set_by_hand(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """After the block, which switches adapters on, each wrapper has the one of `names` that it has a copy of, or none.
-
-    transformers would tell every wrapper all of the names, and fail at those that a wrapper does not know.
-    """
-    wrappers = auxiliary_wrappers(model).values()
-    for wrapper in wrappers:
-        vars(wrapper)["set_adapter"] = lambda *args, **kwargs: None
-    try:
-        yield
-    finally:
-        for wrapper in wrappers:
-            del vars(wrapper)["set_adapter"]
-    for wrapper in wrappers:
-        wrapper.set_adapter([name for name in names if name in wrapper._adapters])
-
-
 def put_in_place(model: nn.Module, wrapper: str, module: nn.Module) -> None:
     """Put a module where a wrapper is."""
     parent, _, name = wrapper.rpartition(".")
@@ -239,28 +227,31 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     note_adapters(model)
 
 
-def note_adapters(model: Any) -> None:
+def note_adapters(model: Any, *, deleting: bool = False) -> None:
     """What the model itself is told when adapters were added or removed; without any, it is as it was.
 
     Its modules that are trained with an adapter keep what acts in them. DDP does not broadcast the buffers of adapters.
     And the model refuses `adapter_names`, which most models of transformers take and do not read; a `PeftModel` reads
     it and does not hand it on.
+
+    Args:
+        model: A bare model or a `PeftModel`.
+        deleting: Whether PEFT is deleting an adapter, and will turn to those modules next.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    within, ours = Within(weakref.ref(base)), {name for child in adapter_children(base) for name in child.adapters}
-    for wrapper in auxiliary_wrappers(base).values():
+    within, ours = (
+        Within(weakref.ref(base)),
+        {name for child in adapter_children(base) for name in child.sticky_adapters},
+    )
+    for wrapper in [] if deleting else auxiliary_wrappers(base).values():
         if ours:
             wrapper.__class__ = TrainedModule if isinstance(wrapper, ModulesToSaveWrapper) else TrainedTokens
             vars(wrapper).update(ours=ours & wrapper._adapters, within=within)
         elif isinstance(wrapper, _Trained):
             wrapper.be_plain()
-    _note_children(base)
-
-
-def _note_children(base: nn.Module) -> None:
     ignored = base.__dict__.get(_IGNORED)
     refusing = [key for key, hook in base._forward_pre_hooks.items() if hook is refuse_names]
-    if any(isinstance(module, AdapterChild) for module in base.modules()):
+    if ours:
         if not isinstance(ignored, AdapterBuffers):
             setattr(base, _IGNORED, AdapterBuffers(base, ignored or ()))
         if not refusing:
