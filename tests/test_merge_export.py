@@ -381,12 +381,12 @@ def test_a_merge_that_changes_outputs_is_taken_back(
     if others:
         wrapper.merge_adapter(others)
     before = State(wrapper, batch_of("llama"))
-    honest = folding.merged_parameters
+    honest = folding.written_anew
 
     def wrong(*args: Any) -> dict[str, Tensor]:
         return {name: value * 1.001 for name, value in honest(*args).items()}
 
-    monkeypatch.setattr(folding, "merged_parameters", wrong)
+    monkeypatch.setattr(folding, "written_anew", wrong)
     with pytest.raises(ValueError, match=r"changed the model's output by .* was taken back"):
         wrapper.merge_adapter(["default"] if others else None)
     before.assert_same(State(wrapper, batch_of("llama")))
