@@ -131,6 +131,22 @@ class ConceptCollator:
         """Class names in the order of their ids; `None` where the labels are bare ids or values."""
         return None if self.read_labels is None else self.read_labels.names
 
+    def check_labels(self, wanted: Sequence[str] | None) -> None:
+        """Raise a `ValueError` where an adapter numbers its classes in another way."""
+        if self.labels is None or wanted is None:
+            return
+        if unknown := [label for label in self.labels if label not in wanted]:
+            raise ValueError(
+                f"The batches have the class {unknown[0]!r}, and the adapter has {list(wanted)}: name it in "
+                "ConceptErasureConfig(labels=[…]), or filter its rows out of the data and write "
+                "concept_dataloader(…, labels=config.labels)."
+            )
+        if list(self.labels) != list(wanted):
+            raise ValueError(
+                f"The batches number their classes {list(self.labels)}, the adapter {list(wanted)}. Give both the same "
+                "order: concept_dataloader(…, labels=config.labels)."
+            )
+
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Encode `rows` (dicts of the data set's columns) as one batch."""
         batch, owners = self.encode(rows)

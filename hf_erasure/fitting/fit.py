@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.loading.fingerprint import fingerprint
@@ -28,6 +27,7 @@ from hf_erasure.models.model import class_name, evaluating
 
 from .batch_threads import BatchThread, OutOfStep, batch_threads
 from .checkpoint import FitCheckpoint, MomentsOfAPass, digest_of, together
+from .dataloader import ConceptCollator
 from .heldout import RowsSeen, measure
 from .labels import BatchLabels, Source
 from .report import ErasureReport
@@ -91,9 +91,9 @@ def fit_concept_erasure(
             "holds one batch at a time anyway."
         )
     task, labelled = task_for(model, adapter_name, batches, pool, progress=progress)
-    # What a loader of `concept_dataloader` knows of its data.
     collator = getattr(batches, "collate_fn", None)
-    _check_label_order(getattr(collator, "labels", None), task.config)
+    if isinstance(collator, ConceptCollator):
+        collator.check_labels(task.config.labels)
     warn_of_what_is_off(model, adapter_name)
     checkpoint = None
     if checkpoint_dir is not None:
@@ -120,23 +120,6 @@ def fit_concept_erasure(
     report = conclude(task, [source], fits, eval_batches, rows)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
-
-
-def _check_label_order(named: tuple[str, ...] | None, config: ConceptErasureConfig) -> None:
-    """The names of the class ids, where the loader knows them, must be the adapter's."""
-    if named is None or config.labels is None:
-        return
-    if unknown := [label for label in named if label not in config.labels]:
-        raise ValueError(
-            f"The batches have the class {unknown[0]!r}, and the adapter has {list(config.labels)}: name it in "
-            "ConceptErasureConfig(labels=[…]), or filter its rows out of the data and write "
-            "concept_dataloader(…, labels=config.labels)."
-        )
-    if list(named) != list(config.labels):
-        raise ValueError(
-            f"The batches number their classes {list(named)}, the adapter {list(config.labels)}. Give both the same "
-            "order: concept_dataloader(…, labels=config.labels)."
-        )
 
 
 def solved(
