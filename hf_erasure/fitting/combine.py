@@ -30,7 +30,7 @@ from hf_erasure.models import check_pool
 from hf_erasure.models.model import as_attribute
 
 from .checkpoint import FitCheckpoint
-from .fit import conclude, solved
+from .fit import check_resident, conclude, solved
 from .labels import SiteStatistics, Source
 from .sites import solve_site, task_for
 
@@ -99,6 +99,7 @@ def combine_adapters(
                 f"batches are given for {sorted(batches)}, but names={list(names)}: give them for each name."
             )
         check_pool(pool)
+        check_resident(resident_batches, sequential)
     elif background is not None or resident_batches is not None:
         raise ValueError("background and resident_batches are for fitting anew: give batches={name: …} with them.")
     concepts, holder = _to_combine(model, names, into)

@@ -85,11 +85,7 @@ def fit_concept_erasure(
     Raises:
         ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
     """
-    if resident_batches is not None and (not sequential or resident_batches < 1):
-        raise ValueError(
-            f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
-            "holds one batch at a time anyway."
-        )
+    check_resident(resident_batches, sequential)
     task, labelled = task_for(model, adapter_name, batches, pool, progress=progress)
     collator = getattr(batches, "collate_fn", None)
     if isinstance(collator, ConceptCollator):
@@ -120,6 +116,15 @@ def fit_concept_erasure(
     report = conclude(task, [source], fits, eval_batches, rows)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
+
+
+def check_resident(resident_batches: int | None, sequential: bool) -> None:
+    """Raise a `ValueError` for a number of resident batches that makes no sense."""
+    if resident_batches is not None and (not sequential or resident_batches < 1):
+        raise ValueError(
+            f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
+            "holds one batch at a time anyway."
+        )
 
 
 def solved(

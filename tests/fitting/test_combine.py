@@ -559,6 +559,8 @@ def test_the_former_adapters_do_not_act_while_the_new_one_is_fitted(sticky: bool
         ({"background": []}, "background and resident_batches are for fitting anew"),
         ({"batches": {"gender": [], "kind": []}}, r"batches\['gender'\] is empty"),
         ({"batches": {"gender": [], "kind": []}, "pool": "max"}, "pool='max' is not known"),
+        ({"batches": {"gender": [], "kind": []}, "resident_batches": 0}, "resident_batches=0: give at least 1"),
+        ({"batches": {"gender": [], "kind": []}, "resident_batches": 1, "sequential": False}, "with sequential=True"),
     ],
 )
 def test_refused_batches_leave_the_model_as_it_was(options: dict, words: str, lifecycle: Lifecycle):
