@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from hf_erasure.erasers.eraser import check_count
 from hf_erasure.erasers.statistics import IGNORED
 
 from .processes import Processes
@@ -460,12 +461,8 @@ def _check_arguments(
             f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
             f"dicts becomes one with datasets.Dataset.from_list(rows)."
         )
-    counts = {"batch_size": batch_size} | ({} if max_length is None else {"max_length": max_length})
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name} must be an int, got {count!r}.")
-        if count < 1:
-            raise ValueError(f"{name} must be 1 or more, got {count}.")
+    check_count("batch_size", batch_size)
+    check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
     if label_subwords not in ("all", "first"):
         raise ValueError(f"label_subwords must be 'all' or 'first', got {label_subwords!r}.")
     if labels is None:
