@@ -1,4 +1,4 @@
-"""Which rows of an activation carry which label.
+"""Labelled batches: which rows of an activation carry which label, and the moments of these rows.
 
 A batch labels whole sequences or single tokens; activations come with padding, with another length in a decoder than
 in an encoder, and sometimes with heads or flattened. This file is the one place where the two are brought together.
