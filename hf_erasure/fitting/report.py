@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -281,24 +281,21 @@ def verdict(
     return "better" if change < 0 else "worse" if change > 0 else ""
 
 
-def concept_of(name: Any, classes: Iterable[Any] | None = None) -> str | None:
-    """`GENDER`, `POS` or `STEREOTYPES`, if the name of a concept or its classes stand for one of these."""
+def concept_of_config(config: Any) -> str | None:
+    """What an adapter is about: `GENDER`, `POS`, `STEREOTYPES` or what it calls its own; None of other libraries'."""
+    name = getattr(config, "feature", None) or getattr(config, "concept", None)
     apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", str(name)).lower()
     words = " ".join(["", *re.findall(r"[^\W_]+", apart), ""])
     for concept, names in _NAMES.items():
         if any(f" {one} " in words for one in names):
             return concept
-    labels = [str(label).strip().lower() for label in classes or []]
+    classes = getattr(config, "classes", None) or getattr(config, "labels", None) or []
+    labels = [str(label).strip().lower() for label in classes]
     if FEMALE.intersection(labels) and MALE.intersection(labels) and (FEMALE | MALE | _BEYOND).issuperset(labels):
         return GENDER
-    return POS if len(labels) > 1 and _TAGS.issuperset(labels) else None
-
-
-def concept_of_config(config: Any) -> str | None:
-    """What an adapter is about: a concept of the field, or else what it calls its own; None of other libraries'."""
-    name = getattr(config, "feature", None) or getattr(config, "concept", None)
-    known = concept_of(name, getattr(config, "classes", None) or getattr(config, "labels", None))
-    return known or (None if name is None else str(name))
+    if len(labels) > 1 and _TAGS.issuperset(labels):
+        return POS
+    return None if name is None else str(name)
 
 
 def female_and_male(classes: Sequence[str]) -> tuple[int, int] | None:
