@@ -121,13 +121,7 @@ class GradiendCallback(LoggingCallback):
 
 @dataclass
 class LoraPair:
-    """The two matrices of a LoRA on one weight: `scaling · B A`.
-
-    Attributes:
-        a: `(rank, in)`.
-        b: `(out, rank)`.
-        scaling: What their product is multiplied by.
-    """
+    """The two matrices of a LoRA on one weight, A `(rank, in)` and B `(out, rank)`: it adds `scaling · B A`."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -147,19 +141,12 @@ class LoraPair:
 
 @dataclass
 class Trained:
-    """One weight of the base model whose value training changes.
-
-    Attributes:
-        name: Its full name, as adapters know it.
-        weight: The parameter.
-        lora: The matrices that change it, where it is not trained itself.
-        transposed: Whether it is kept as `(in, out)`.
-    """
+    """One weight of the base model, by its full name, whose value training changes: itself, or by `lora` alone."""
 
     name: str
     weight: nn.Parameter
     lora: list[LoraPair]
-    transposed: bool = False
+    transposed: bool = False  # kept as (in, out)
 
     def oriented(self, change: Tensor) -> Tensor:
         """From `(out, in)` to how the weight is kept, or back, which is the same turn."""

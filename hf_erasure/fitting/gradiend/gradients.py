@@ -113,11 +113,10 @@ class GradientReader(SlotReader):
     ) -> None:
         """Add one batch to a closed-form estimator without ever holding two gradients.
 
-        The source is needed whole, for its norm is global; it is given to ``estimator.add_source`` and let go. The
-        target (the difference) then comes from a second backward through the same graph, and each block is given to
-        ``estimator.add_target`` and freed as soon as backward has made it. With the source ``difference`` one backward
-        serves both. Blocks come in the parameters' dtype; those that the loss does not reach come as zeros, after the
-        others. After a failure the estimator is told to drop the batch.
+        The source is needed whole, for its norm is global; it is added and let go. The target (the difference) then
+        comes from a second backward through the same graph, and each block is added and freed as soon as backward has
+        made it. With the source ``difference`` one backward serves both. Blocks that the loss does not reach come as
+        zeros, after the others. After a failure the estimator is told to drop the batch.
 
         Args:
             batch: Rows of one class.

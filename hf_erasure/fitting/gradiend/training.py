@@ -137,9 +137,9 @@ class Training:
         starts = []
         for number, (pair, seed) in enumerate(itertools.product(pairs, seeds)):
             if closed:
-                steps = a_pass = len(self.processes.in_step(self._sides(pair)))
+                steps = a_pass = len(self.processes.in_step(self._sides(pair, args.per_device_train_batch_size)))
             else:
-                a_pass = sum(map(len, self._sides(pair, times=self.processes.count)))
+                a_pass = sum(map(len, self._sides(pair, args.per_device_train_batch_size * self.processes.count)))
                 steps = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
             starts.append(Start(number, pair, seed, a_pass, steps))
         state, facts = self.progress.resume(resume_from, self._identity(), [start.pair for start in starts])
@@ -171,9 +171,9 @@ class Training:
             same |= {name: getattr(args, name) for name in (*names, "max_steps", "num_train_epochs", "activation")}
         return same
 
-    def _sides(self, pair: Pair, seed: int | None = None, times: int = 1) -> list[list[Signed]]:
-        """The batches of a pair's class 0 and of its class 1, so many times the size of one device's batch."""
-        signed = self.train.signed(self.args.per_device_train_batch_size * times, pair, seed)
+    def _sides(self, pair: Pair, size: int, seed: int | None = None) -> list[list[Signed]]:
+        """The batches of a pair's class 0 and of its class 1."""
+        signed = self.train.signed(size, pair, seed)
         return [[entry for entry in signed if entry[1] == sign] for sign in (1, -1)]
 
     # ---- closed form ------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Training:
         # What was accumulated before adds up over processes: the main one goes on with it, the others start anew.
         if state and self.processes.is_main:
             estimator.load_state_dict(state)
-        sides = self._sides(start.pair)
+        sides = self._sides(start.pair, self.args.per_device_train_batch_size)
         for step, row in enumerate(self.processes.in_step(sides)):
             if step < facts["step"]:
                 continue
@@ -252,7 +252,8 @@ class Training:
         epoch, within = divmod(step, start.per_epoch)
         if self._epoch[0] != (start.number, epoch):
             seed = start.seed * APART + epoch
-            batches = list(itertools.chain(*self._sides(start.pair, seed, self.processes.count)))
+            size = self.args.per_device_train_batch_size * self.processes.count
+            batches = list(itertools.chain(*self._sides(start.pair, size, seed)))
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()
             self._epoch = (start.number, epoch), [batches[i] for i in order]
         batch, sign = self._epoch[1][within]
@@ -326,8 +327,7 @@ class Training:
         sparse = encoder.prune(density)
         if sparse is encoder:
             return fitted.feature
-        signed = self.train.signed(1, fitted.pair, self.args.seed)
-        sides = [[batch for batch, side in signed if side == sign] for sign in (1, -1)]
+        sides = ([batch for batch, _ in side] for side in self._sides(fitted.pair, 1, self.args.seed))
         (dense_up, sparse_up), (dense_down, sparse_down) = self._class_means([encoder, sparse], sides)
         factor = (dense_up - dense_down) / (sparse_up - sparse_down) if sparse_up != sparse_down else math.inf
         if not math.isfinite(factor) or factor == 0:
