@@ -63,8 +63,7 @@ class OracleEraser:
             ValueError: If a shape does not fit or a class id is out of range.
         """
         width, classes = self.coefficients.shape
-        check_activations(x, width)
-        _check_is_tensor(z)
+        _check_call(x, z, width)
         if z.shape == x.shape[:-1] and not z.dtype.is_floating_point and classes > 1:
             values = one_hot(_known_ids(z, classes), classes)
         elif z.shape == (*x.shape[:-1], classes):
@@ -81,7 +80,8 @@ class OracleEraser:
         return (x.to(dtype) - offset @ self.coefficients.to(x.device, dtype).T).to(x.dtype)
 
 
-def _check_is_tensor(z: Tensor) -> None:
+def _check_call(x: Tensor, z: Tensor, width: int) -> None:
+    check_activations(x, width)
     if not isinstance(z, Tensor):
         raise TypeError(f"z is {type(z).__name__}: give a tensor with the concept of every row.")
 
@@ -148,8 +148,7 @@ class QuadraticEraser:
             own = rows.ids == label
             if not bool(own.any()):
                 raise ValueError(f"Class {label} of {classes} has no rows: number the classes that occur from 0.")
-            own_weight = None if rows.weight is None else rows.weight[own]
-            parts.append(ConceptMoments(width, 0).update(counted[own].double(), None, own_weight))
+            parts.append(ConceptMoments(width, 0).update(counted[own].double(), None, rows.weight[own]))
         return cls.of(parts, shrinkage=shrinkage)
 
     @classmethod
@@ -204,8 +203,7 @@ class QuadraticEraser:
             ValueError: If a shape does not fit or a class id is out of range.
         """
         count, width = self.class_means.shape
-        check_activations(x, width)
-        _check_is_tensor(z)
+        _check_call(x, z, width)
         if z.dtype.is_floating_point:
             raise TypeError(f"z has dtype {z.dtype}: give integer class ids.")
         if z.shape != x.shape[:-1]:

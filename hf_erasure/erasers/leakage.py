@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from .eraser import Eraser, Spread, factorise, significance, variance_floor, whiten_concept
 from .moments import ConceptMoments
@@ -76,15 +75,18 @@ def correlation_interval(correlation: float, groups: int, *, deviations: float =
 
 
 def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: str | float | None) -> float:
-    pair = _first_pair(found_on, shrinkage)
-    if pair is None:
+    """The correlation, on the rows of one, of the pair that is the most correlated on those of the other."""
+    found, spread = found_on.spread(), read_on.spread()
+    whitener = whiten_concept(found.concept)
+    if whitener.shape[1] == 0:
         return 0.0
-    spread = read_on.spread()
-    u, v = (part.to(spread.mean.device) for part in pair)
+    factor = factorise(found, shrinkage)
     if _is_rounding(spread):
         return 0.0
+    basis, _, mixing = torch.linalg.svd(factor.whiten(found.cross @ whitener), full_matrices=False)
+    u, v = (part.to(spread.mean.device) for part in (factor.readings(basis[:, :1])[0], whitener @ mixing[0]))
     unrelated = u.square() @ spread.variance
-    floor = variance_floor(max(found_on.resolution, spread.resolution))
+    floor = variance_floor(max(found.resolution, spread.resolution))
     variance_x = torch.maximum(spread.sigma.quadratic(u[None])[0, 0], floor * unrelated)
     variance_z = v @ spread.concept @ v
     scale = float((variance_x * variance_z.clamp_min(0.0)).sqrt())
@@ -98,17 +100,6 @@ def _is_rounding(spread: Spread) -> bool:
     cutoff = max(significance(spread.resolution), spread.resolution)
     total = float(spread.variance.sum())
     return total <= cutoff**2 * (total + float(spread.mean.square().sum()))
-
-
-def _first_pair(moments: ConceptMoments, shrinkage: str | float | None) -> tuple[Tensor, Tensor] | None:
-    """`(x_dim,)` and `(z_dim,)` coefficients of the most correlated pair; None where z does not vary."""
-    spread = moments.spread()
-    whitener = whiten_concept(spread.concept)
-    if whitener.shape[1] == 0:
-        return None
-    factor = factorise(spread, shrinkage)
-    basis, _, mixing = torch.linalg.svd(factor.whiten(spread.cross @ whitener), full_matrices=False)
-    return factor.readings(basis[:, :1])[0], whitener @ mixing[0]
 
 
 @torch.no_grad()

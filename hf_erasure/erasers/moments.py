@@ -305,7 +305,7 @@ class ConceptMoments:
             cross=sums.cross / sums.weight,
             concept=sums.concept / sums.weight,
             rows=sums.rows,
-            effective_rows=self.effective_rows,
+            effective_rows=sums.weight**2 / sums.weight_squares,
             resolution=sums.resolution,
         )
 

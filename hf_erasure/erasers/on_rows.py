@@ -161,9 +161,8 @@ def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None,
     centred = (rows.chunk(0, rows.count).double() - moments.mean_x) / variance.mean().sqrt() * varies
     present, ids = rows.ids.unique(return_inverse=True)
     target = one_hot(ids, present.numel()).double()
-    shares = torch.ones(rows.count, dtype=torch.float64, device=x.device) if rows.weight is None else rows.weight
     target = target[:, 1:] if present.numel() == 2 else target
-    return ClassRows(centred, target, shares / shares.sum(), moments.mean_x, varies)
+    return ClassRows(centred, target, rows.weight / rows.weight.sum(), moments.mean_x, varies)
 
 
 def logistic_probe(

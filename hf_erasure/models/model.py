@@ -173,7 +173,6 @@ class Runner:
         self.is_sharded = any(isinstance(m, _SHARDED) for m in model.modules())
         # A sharded model gathers its weights at its root, so it is called there.
         self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
-        self.device = input_device(self.model)
 
     def __call__(self, batch: dict[str, Any], callee: nn.Module | None = None) -> Any:
         """One forward pass over a batch, labels taken off; of another part of the model where one is given."""
@@ -188,7 +187,8 @@ class Runner:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             inputs = {name: value for name, value in inputs.items() if name in parameters}
-        placed = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        device = input_device(self.model)
+        placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         try:
             return callee(**placed, **({"use_cache": False} if "use_cache" in parameters else {}))
         except (IndexError, RuntimeError) as error:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from .heads import Task, task_of
-from .model import backbone_of, bare_model, evaluating, input_device, is_encoder_decoder, positions_of
+from .model import Runner, evaluating, input_device, is_encoder_decoder, positions_of
 from .word_tokens import PairError
 
 # The id of no label, as transformers' losses leave it out.
@@ -389,11 +389,11 @@ class SlotReader:
     """
 
     def __init__(self, model: nn.Module, task: Task | None = None) -> None:
-        self.model: Any = bare_model(model)
+        self._runner = Runner(model)
+        self.model: Any = self._runner.model
         self.task: Task = task_of(self.model) if task is None else task
         # The module whose last hidden state the head reads; the model itself where it cannot be told from it.
-        self._backbone: Any = self.model.get_decoder() if is_encoder_decoder(self.model) else backbone_of(self.model)
-        self._parameters = inspect.signature(self.model.forward).parameters
+        self._backbone: Any = self.model.get_decoder() if is_encoder_decoder(self.model) else self._runner.backbone
 
     @property
     def device(self) -> torch.device:
@@ -444,15 +444,12 @@ class SlotReader:
 
         It leaves gradient mode and training flags to the caller.
         """
-        filled, taken = filled.to(self.device), self._parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-        inputs: dict[str, Any] = {
-            k: v for k, v in filled.inputs.items() if k in taken or (takes_all and k != "token_type_ids")
-        }
-        if "use_cache" in taken:
-            inputs["use_cache"] = False
+        filled = filled.to(self.device)
+        # A model that takes keywords of any name need not know token types.
+        taken = inspect.signature(self.model.forward).parameters
+        inputs = {k: v for k, v in filled.inputs.items() if k in taken or k != "token_type_ids"}
         with self._gathered(filled) as done:
-            output = self.model(**inputs)
+            output = self._runner(inputs, self.model)
         logits = output.get("logits") if isinstance(output, (dict, ModelOutput)) else output[0]
         if not isinstance(logits, Tensor):
             raise ValueError(f"{type(self.model).__name__} returns no logits: load the model with its head.")
