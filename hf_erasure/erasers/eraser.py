@@ -201,26 +201,15 @@ def oas_shrinkage(mean_square: float, width: int, rows: float) -> float:
 
     Chen, Wiesel, Eldar and Hero, "Shrinkage Algorithms for MMSE Covariance Estimation" (2010), equation 23, with the
     identity as target. Standardised coordinates make it free of the scale of every feature, and the result is kept
-    in [0, 1], so the shrunk matrix never loses positive definiteness.
-
-    Args:
-        mean_square: Mean of the squared entries of the correlation matrix, ones on the diagonal included.
-        width: Number of features.
-        rows: The effective number of rows, `(Σ w)² / Σ w²` when rows have weights `w`.
-
-    Returns:
-        The share of the identity, between 0 (keep the estimate) and 1.
+    in [0, 1], so the shrunk matrix never loses positive definiteness. The mean square is that of all entries, ones on
+    the diagonal included; rows of weights `w` count as `(Σ w)² / Σ w²`.
     """
     excess = (rows + 1) * (mean_square - 1 / width)
     return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
 
 
 def check_shrinkage(shrinkage: str | float | None) -> None:
-    """Refuse what is neither "oas", nor None, nor a share.
-
-    Raises:
-        ValueError: The message says what it may be.
-    """
+    """Refuse what is neither "oas", nor None, nor a share."""
     if shrinkage is None or shrinkage == "oas":
         return
     if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage <= 1:
@@ -377,6 +366,9 @@ def concept_columns(spread: Spread) -> Tensor:
 
 
 # ---- methods that are one projection ---------------------------------------------------------------------------------
+# Each takes `columns`, `(d, r)` float64 covariances of x with r concept directions, linearly independent, and the most
+# directions to keep, None for all. It returns `left` `(d, rank)` and `right` `(rank, d)`, with `right @ left` the
+# identity.
 
 
 def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -385,15 +377,8 @@ def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Te
     With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the projection `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`,
     of arXiv 2306.03819 (Theorem 4.2) is `left · right` with `U τ Vᵀ = C⁻ᵀ S A`, `left = A V / τ` and
     `right = Uᵀ C⁻ᵀ S`. It needs one Cholesky factorisation and no d × d eigenvectors. `left` lies in the span of A
-    whatever Σ is, so an inexact Σ costs optimality and never the guarantee.
-
-    Args:
-        columns: `(d, r)` float64, covariances of x with r concept directions, linearly independent.
-        factor: The whitening of x.
-        rank: Keep that many directions, those of the largest canonical correlations; None for all.
-
-    Returns:
-        `left` `(d, rank)` and `right` `(rank, d)`, with `right @ left` the identity.
+    whatever Σ is, so an inexact Σ costs optimality and never the guarantee. Directions of the largest canonical
+    correlations are kept first.
     """
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
@@ -408,14 +393,8 @@ def orth_factors(columns: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     """The orthogonal projection away from the span of `columns`.
 
     It is LEACE with Σ = I, known as spectral attribute removal (SAL, arXiv 2203.07893) when all directions are kept:
-    the same guarantee, with a larger change of the activations, and a symmetric projection.
-
-    Args:
-        columns: `(d, r)` float64, covariances of x with r concept directions, linearly independent.
-        rank: Keep that many directions, those of the largest covariance; None for all.
-
-    Returns:
-        `left` `(d, rank)` with orthonormal columns, and `right`, its transpose.
+    the same guarantee, with a larger change of the activations, and a symmetric projection. Directions of the largest
+    covariance are kept first.
     """
     basis = torch.linalg.svd(columns, full_matrices=False)[0][:, :rank]
     return basis, basis.T
@@ -429,15 +408,13 @@ def mean_projection_factors(columns: Tensor, cross: Tensor, shares: Tensor, rank
     indicator of class c is `p_c (μ_c − μ)`, so that all directions together are those of `orth` (SAL): the two methods
     are the same map. They differ where the rank is capped, as here every class counts alike, whatever its share.
 
+    Directions in which the class means lie farthest apart are kept first.
+
     Args:
-        columns: `(d, r)` float64, what of the covariances with the concept is more than rounding; it has the span of
-            the differences.
+        columns: What of the covariances with the concept is more than rounding; it has the span of the differences.
         cross: `(d, k)` float64, covariances of x with the indicators of the classes.
         shares: `(k,)` float64, shares of the classes; one of 0 has no mean and does not count.
-        rank: Keep that many directions, those in which the class means lie farthest apart; None for all.
-
-    Returns:
-        `left` `(d, rank)` with orthonormal columns, and `right`, its transpose.
+        rank: The most directions.
     """
     present = shares > 0
     differences = cross[:, present] / shares[present]
@@ -467,11 +444,7 @@ def check_count(name: str, value: int | None, *, least: int = 1, most: int | Non
 
 
 def check_probe(probe: str) -> str:
-    """Refuse a probe that is not known.
-
-    Raises:
-        ValueError: The message says which there are.
-    """
+    """Refuse a probe that is not known."""
     if probe not in PROBES:
         raise ValueError(f"probe is {probe!r}: it must be one of {', '.join(map(repr, PROBES))}.")
     return probe

@@ -42,7 +42,7 @@ def inlp_factors(
         columns: `(d, r)` float64, covariances of x with r concept directions that are whitened, linearly independent.
         factor: The factored Σ of the rows that the probe is trained on, as `ridge_factor` makes it.
         rounds: At most so many.
-        rank: At most so many directions, those of the first rounds; None for all.
+        rank: At most so many directions, those of the first rounds.
         cutoff: The correlation with the concept below which what is left is rounding.
 
     Returns:
@@ -69,10 +69,6 @@ def ridge_factor(spread: Spread, shrinkage: str | float | None) -> Factor:
     The ridge is on the weights as they are, as in scikit-learn's `Ridge`: `(1 − s) Σ + s · mean(var) · I`. LEACE
     shrinks towards the variances instead, whatever the scale of a feature. Here scale matters: without a ridge in these
     units a feature that hardly varies has the largest weight of all, and rounds go by that remove nothing else.
-
-    Args:
-        spread: Of the rows that the probe is trained on.
-        shrinkage: "oas", the share s, or None for no ridge.
     """
     sigma, variance = spread.sigma, spread.variance
     share = spread.share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())

@@ -98,13 +98,12 @@ class ConceptMoments:
                 NaN or infinity.
         """
         self._check_whole()
-        rows = read_rows(x, z, weight, mask, self.x_dim, self.z_dim)
+        rows = read_rows(x, z, weight, mask, self.x_dim, self.z_dim, self._device)
         if rows.count == 0:
             return self
-        device = self._device or x.device
-        with torch.autocast(device.type, enabled=False):
-            sums = sum_rows(rows, self.z_dim, device)
-            products, rounding = centred_products(rows, sums.mean_x, device)
+        with torch.autocast(rows.weight.device.type, enabled=False):
+            sums = sum_rows(rows, self.z_dim)
+            products, rounding = centred_products(rows, sums.mean_x)
         return self._absorb(sums, products, rounding)
 
     @torch.inference_mode(False)

@@ -139,12 +139,7 @@ class LogisticProbe:
 
 
 def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None, method: str) -> ClassRows:
-    """Check a batch and bring its counted rows to one scale.
-
-    Raises:
-        TypeError: If an argument is not a tensor, or holds the wrong kind of numbers.
-        ValueError: If `z` is not class ids, there is one class only, or x does not vary.
-    """
+    """Check a batch and bring its counted rows to one scale; the errors are those of `fit_inlp`."""
     # The moments know best whether there is something to erase; they read the rows as every other method does.
     moments = batch_moments(x, z, weight, mask)
     rows = read_rows(x, z, weight, mask, moments.x_dim, moments.z_dim)
@@ -180,9 +175,6 @@ def logistic_probe(
         start: Where to start from.
         frame: The `frame` of similar rows for the penalty; None for that of these.
         tolerance: The largest slope, in nats, at which the minimum counts as found.
-
-    Raises:
-        ValueError: If `penalty` is not positive.
     """
     ridge = ridge_of(rows, penalty)
     frame = rows.frame(ridge) if frame is None else frame
@@ -201,11 +193,7 @@ def logistic_probe(
 
 
 def ridge_of(rows: ClassRows, penalty: float | None) -> float:
-    """The penalty that is meant: one over the rows where none is given.
-
-    Raises:
-        ValueError: If it is not positive.
-    """
+    """The penalty that is meant: one over the rows where none is given."""
     ridge = 1 / rows.x.shape[0] if penalty is None else float(penalty)
     if not ridge > 0:
         raise ValueError(f"penalty is {penalty!r}: it must be positive; without it a probe of separable classes grows.")

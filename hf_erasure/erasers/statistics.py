@@ -23,7 +23,7 @@ class Rows:
         count: How many rows count.
         ids: `(count,)` int64 class ids; None where there are values.
         values: `(count, z_dim)` float64 concept values, of width 0 for a background; None where there are ids.
-        weight: `(count,)` float64, all positive.
+        weight: `(count,)` float64, all positive. It lies where the sums are wanted, as ids and values do.
     """
 
     x: Tensor
@@ -52,12 +52,18 @@ def infer_dims(x: Tensor, z: Tensor, mask: Tensor | None) -> tuple[int, int]:
     return x.shape[-1], 1 if z.shape == x.shape[:-1] else z.shape[-1]
 
 
-def read_rows(x: Tensor, z: Tensor | None, weight: Tensor | None, mask: Tensor | None, x_dim: int, z_dim: int) -> Rows:
-    """Check a batch and pick its counted rows.
+def read_rows(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    x_dim: int,
+    z_dim: int,
+    wanted: torch.device | None = None,
+) -> Rows:
+    """Check a batch and pick its counted rows; the errors are those of `ConceptMoments.update`.
 
-    Raises:
-        TypeError: If an argument is not a tensor, or holds the wrong kind of numbers.
-        ValueError: If a shape or a value cannot be used; the message names the argument.
+    Their sums are wanted on a device, by default that of x.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, {x_dim}).")
@@ -78,10 +84,10 @@ def read_rows(x: Tensor, z: Tensor | None, weight: Tensor | None, mask: Tensor |
         weights = _read_weight(weight, lead, device, keep)
         keep = keep & (weights > 0)
     ids, values = _read_concept(z, keep, z_dim)
-    if bool(keep.all()):
-        return Rows(flat, None, len(flat), ids, values, weights.reshape(-1))
-    index = keep.reshape(-1).nonzero().squeeze(1)
-    return Rows(flat, index, index.numel(), ids, values, weights[keep])
+    index = None if bool(keep.all()) else keep.reshape(-1).nonzero().squeeze(1)
+    weights, wanted = weights[keep], wanted or device
+    ids, values = (None if t is None else t.to(wanted) for t in (ids, values))
+    return Rows(flat, index, len(weights), ids, values, weights.to(wanted))
 
 
 def _as_mask(mask: Tensor, lead: torch.Size, device: torch.device) -> Tensor:
@@ -327,26 +333,25 @@ class Sums:
         return replace(self, **moved, counts=None if self.counts is None else self.counts.to(device))
 
 
-def sum_rows(rows: Rows, z_dim: int, device: torch.device) -> Sums:
+def sum_rows(rows: Rows, z_dim: int) -> Sums:
     """Read the counted rows once, in float64, a chunk at a time.
 
     Raises:
         ValueError: If a counted row of x is not finite.
     """
-    ids, weight = None if rows.ids is None else rows.ids.to(device), rows.weight.to(device)
+    ids, weight = rows.ids, rows.weight
     total = float(weight.sum())
     centred = counts = None
     if rows.values is not None:
-        values = rows.values.to(device)
-        mean_z = (values * weight[:, None]).sum(0) / total
-        plain = values - mean_z
+        mean_z = (rows.values * weight[:, None]).sum(0) / total
+        plain = rows.values - mean_z
         centred = plain * weight[:, None]
         concept = plain.T @ centred
     elif ids is not None:
         counts = torch.bincount(ids, minlength=z_dim)
         by_class = weight.new_zeros(z_dim).index_add_(0, ids, weight)
         mean_z, concept = by_class / total, torch.diag(by_class) - torch.outer(by_class, by_class) / total
-    pivot, sums, cross = _sum_x(rows, ids, centred, weight, z_dim, device)
+    pivot, sums, cross = _sum_x(rows, centred, z_dim)
     shift = sums.sum(0) / total
     if not bool(torch.isfinite(shift).all()):
         _reject(rows)
@@ -357,16 +362,9 @@ def sum_rows(rows: Rows, z_dim: int, device: torch.device) -> Sums:
     return Sums(rows.count, total, *exact, pivot + shift, mean_z, cross.contiguous(), concept, counts)
 
 
-def _sum_x(
-    rows: Rows,
-    ids: Tensor | None,
-    centred: Tensor | None,
-    weight: Tensor,
-    z_dim: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_x(rows: Rows, centred: Tensor | None, z_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """The pivot, the weighted sums of `x − pivot` (by class for class ids) and, for values, `(d, k)` with z."""
-    width = rows.x.shape[1]
+    ids, weight, width, device = rows.ids, rows.weight, rows.x.shape[1], rows.weight.device
     chunk = 256 if device.type == "cpu" else 2048  # stays in the cache on CPU; is worth a launch elsewhere
     buffer = torch.empty(min(chunk, rows.count), width, dtype=torch.float64, device=device)
     sums = torch.zeros(1 if ids is None else z_dim, width, dtype=torch.float64, device=device)
@@ -427,29 +425,21 @@ def product_dtype(x_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float64 if is_reduced or x_dtype == torch.float64 else torch.float32
 
 
-def centred_products(
-    rows: Rows, mean: Tensor, device: torch.device, dtype: torch.dtype | None = None
-) -> tuple[PackedGram, Tensor]:
+def centred_products(rows: Rows, mean: Tensor, dtype: torch.dtype | None = None) -> tuple[PackedGram, Tensor]:
     """Multiply the counted rows with themselves, a chunk at a time.
 
-    Args:
-        rows: The batch.
-        mean: `(d,)` float64 mean of its counted rows.
-        device: Where to.
-        dtype: Of the products; None for that of the rows. It is float64 where squares leave the range of float32.
+    It is done in `dtype`, by default the rows' own, and in float64 where squares leave the range of float32.
 
     Returns:
         `Σ w (x − c)(x − c)ᵀ`, and `c − mean` `(d,)` float64; c is the mean rounded to the dtype.
-
-    Raises:
-        ValueError: If squares leave the range of float64.
     """
-    dtype, width = product_dtype(rows.x.dtype, device) if dtype is None else dtype, mean.numel()
+    device, width = rows.weight.device, mean.numel()
+    dtype = product_dtype(rows.x.dtype, device) if dtype is None else dtype
     # A centred chunk takes at most 2/3 d² numbers of 4 bytes, beside as much for the products and twice as much for the
     # sums they go to. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
     copied = rows.index is not None or rows.x.dtype != dtype or rows.x.device != device
     size = max(512, min(2048, width * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
-    centre, root = mean.to(dtype), rows.weight.sqrt().to(device=device, dtype=dtype)[:, None]
+    centre, root = mean.to(dtype), rows.weight.sqrt().to(dtype)[:, None]
     products = PackedGram(width, device, dtype=dtype)
     buffer = torch.empty(min(size, rows.count), width, dtype=dtype, device=device)
     for start in range(0, rows.count, size):
@@ -463,7 +453,7 @@ def centred_products(
     # Squares beyond the range of float32: too large, or so small that they vanish.
     if dtype != torch.float64 and not 1e-30 * float(rows.weight.sum()) <= largest < float("inf"):
         del buffer, products
-        return centred_products(rows, mean, device, torch.float64)
+        return centred_products(rows, mean, torch.float64)
     if not largest < float("inf"):
         raise ValueError("x holds numbers whose squares overflow float64: scale the activations down.")
     return products, centre.double() - mean

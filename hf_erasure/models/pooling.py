@@ -251,12 +251,7 @@ def _logits(output: Any) -> list[Tensor]:
 
 
 def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
-    """The pool, what is read in words, and whether that is known to be not one of `POOLS`.
-
-    Args:
-        gradient: `(batch, seq, width)`.
-        real: `(batch, seq)`.
-    """
+    """The pool, what is read in words, and whether that is known to be not one of `POOLS`."""
     size = gradient.float().norm(dim=-1)
     read = size > _COUNTS * size.amax(1, keepdim=True)
     several = (real.sum(1) > 1) & read.any(1)  # a row of one token tells nothing

@@ -25,11 +25,7 @@ _LONGEST = 512  # tokens of a window where neither tokenizer nor model has a lim
 
 
 def whole(name: str, value: int, least: int = 1) -> int:
-    """A whole number that is not too small.
-
-    Raises:
-        ValueError: If it is.
-    """
+    """A whole number that is not too small."""
     if value != int(value) or value < least:
         raise ValueError(f"{name}={value}: write a whole number of at least {least}.")
     return int(value)
@@ -124,11 +120,7 @@ class LanguageScorer:
         self.start = next((token for token in starts if token is not None), None) if self.task == "causal" else None
 
     def encode(self, text: str) -> Encoding:
-        """A text as the model reads it; never cut.
-
-        Args:
-            text: Any text.
-        """
+        """A text as the model reads it; never cut."""
         found = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
         ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
         added = list(found["special_tokens_mask"])
@@ -144,11 +136,9 @@ class LanguageScorer:
         return self.longest is None or len(encoding.ids) <= self.longest
 
     def queries(self, encoding: Encoding, places: Sequence[int] | None = None) -> list[Row]:
-        """The rows that the scores of a text's tokens take: one for a causal model, one a token for a masked one.
+        """The rows that the scores of some tokens take, by default of all that are text.
 
-        Args:
-            encoding: Of the text.
-            places: Which tokens; by default all that are text.
+        A causal model takes one, a masked one takes one a token.
         """
         return self.asked(encoding.ids, encoding.places if places is None else list(places))
 

@@ -213,11 +213,7 @@ def padded_inputs(
 ) -> dict[str, Tensor]:
     """Rows of token ids as a model's inputs, `(rows, longest row)`.
 
-    Args:
-        rows: Token ids.
-        pad: The padding token.
-        left: Pad at the left, and give position ids, which then do not follow from the place.
-        type_ids: Give ``token_type_ids``, all 0.
+    Padded at the left there are position ids, which then do not follow from the place; ``token_type_ids`` are all 0.
     """
     width = max(map(len, rows))
     gaps = [width - len(row) for row in rows]
