@@ -132,14 +132,6 @@ def input_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def backbone_of(model: Any) -> Any:
-    """The base model, unless it is a part that takes other inputs than the model does, as DINOv3's encoder."""
-    found, name = getattr(model, "base_model", model), getattr(model, "main_input_name", "input_ids")
-    if not isinstance(found, nn.Module) or name not in inspect.signature(model.forward).parameters:
-        return found
-    return found if name in inspect.signature(found.forward).parameters else model
-
-
 def text_encoder(model: nn.Module) -> nn.Module:
     """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as ever."""
     bare = bare_model(model)
@@ -167,7 +159,14 @@ class Runner:
 
     def __init__(self, model: nn.Module, sites: Iterable[Any] = ()) -> None:
         self.model: Any = bare_model(model)
-        backbone = self.backbone = backbone_of(self.model)
+        backbone, main = (
+            getattr(self.model, "base_model", self.model),
+            getattr(self.model, "main_input_name", "input_ids"),
+        )
+        if isinstance(backbone, nn.Module) and main in inspect.signature(self.model.forward).parameters:
+            # A base model may be a part that takes other inputs than the model does, as DINOv3's encoder.
+            backbone = backbone if main in inspect.signature(backbone.forward).parameters else self.model
+        self.backbone: Any = backbone
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
         needs_all = any(id(site.host) not in within for site in sites)
         self.is_sharded = any(isinstance(m, _SHARDED) for m in model.modules())
