@@ -11,11 +11,11 @@ every `add_adapter`: the import warns of it.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
@@ -49,15 +49,13 @@ class Internal:
     def why_missing(self) -> str | None:
         """What is not as expected; None when all is."""
         try:
-            found = importlib.import_module(self.module)
+            found = resolve_name(f"{self.module}:{self.name}")
         except ImportError:
             return f"the module {self.module}"
-        for part in self.name.split("."):
-            if not hasattr(found, part):
-                return f"{self.module}.{self.name}"
-            found = getattr(found, part)
+        except AttributeError:
+            return f"{self.module}.{self.name}"
         if self.parameters:
-            taken = inspect.signature(found).parameters  # type: ignore[arg-type]
+            taken = inspect.signature(found).parameters
             lacking = [name for name in self.parameters if name not in taken]
             if lacking:
                 return f"the parameter {lacking[0]!r} of {self.module}.{self.name}"

@@ -10,22 +10,14 @@ mixed. After a save nothing but the adapter remains; what a killed one has left 
 Each adapter is committed by itself: of a `PeftModel` with several, each in the folder of its name, then the folder
 itself.
 
-**What is to lie beside an adapter**, as its card, is written into the staged folder by a function in `ON_STAGED`::
-
-    from hf_erasure.adapters.saving import ON_STAGED
-
-    def write_card(folder: Path, model: Any, adapter_name: str) -> None: ...
-
-    ON_STAGED.append(write_card)
-
-It is called once for every adapter of this package that a save writes, on the process that writes, after
-`adapter_config.json` and `adapter_model.safetensors` are complete in `folder`, and before anything has been committed:
-what it writes there is committed with them, and what it raises fails the save and leaves the target as it was. A
-`README.md` that is in the target already is in the staged folder too, to be updated. `model` is what `save_pretrained`
-was called on, a `PeftModel` or a transformers model. For a `PeftModel` `folder` is below the folder that is saved to
-where the adapter is not called "default"; `root_of(folder)` is the staged form of the latter, and `target_of(folder)`
-the place where all this will lie, both of `hf_erasure.adapters.common.files`. Only files directly in `folder` and in
-`root_of(folder)`: a push uploads one level of folders.
+What is to lie beside an adapter, as its card, is written by the functions in `ON_STAGED`. Each is called with the
+staged folder of an adapter, the model that is saved, a `PeftModel` or a transformers model, and the adapter's name:
+once for every adapter of this package that a save writes, on the process that writes, when `adapter_config.json` and
+`adapter_model.safetensors` are complete there and nothing has been committed. What it writes is committed with them,
+and what it raises fails the save and leaves the target as it was. A `README.md` in the target is in the staged folder
+too, to be updated. Of a `PeftModel` the staged folder of an adapter that is not called "default" is below that of the
+folder that is saved to, which is `root_of(folder)`, and all this will lie at `target_of(folder)`, both of
+`common.files`. It writes files directly in these two: a push uploads one level of folders.
 """
 
 from __future__ import annotations

@@ -408,26 +408,21 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     tied = shared_weights(model)  # of a tied weight one name is enough, the same wherever the model is
     first = {name: tied.get(name, [name])[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     weights = {n: model.get_parameter(n) for n, known in first.items() if n == known and "lora_" not in n}
-    matrices = [name for name, weight in weights.items() if weight.dim() > 1 or is_quantised(weight)]
+    matrices = {name: weight for name, weight in weights.items() if weight.dim() > 1 or is_quantised(weight)}
     own: dict[str, list[str]] = {}
     for name, known in first.items():
         own.setdefault(name.rpartition(".")[0].removesuffix(".base_layer"), []).append(known)
-    are_matrices = set(matrices)
-    told: dict[str, bool] = {}  # names → whether there is something to read
-
-    def tell(full: str) -> bool:
-        name = full.replace(".base_layer.", ".")
-        if name not in told:
-            told[name] = numbers_of(model, name)[0] is not None
-        return told[name]
-
+    readable = functools.cache(lambda name: numbers_of(model, name)[0] is not None)
+    found: dict[str, None] = {}
     for site in sites:
-        here = [tell(name) and name in are_matrices for name in own.get(site, []) if "lora_" not in name]
-        if not any(here):  # the next is one inside the module, or else inside the module that contains it, and so on
+        here = [name for name in own.get(site, []) if "lora_" not in name and readable(name)]
+        if not matrices.keys() & here:  # the next is one inside the module, or else inside the one around it, and so on
             parts = site.split(".")
             around = [".".join([*parts[:depth], ""]) for depth in range(len(parts), -1, -1)]
-            any(tell(name) for place in around for name in matrices if name.startswith(place))
-    return [name for name, readable in told.items() if readable]
+            near = (name for place in around for name in matrices if name.startswith(place) and readable(name))
+            here += [name for name in [next(near, None)] if name is not None]
+        found |= dict.fromkeys(name.replace(".base_layer.", ".") for name in here)
+    return list(found)
 
 
 def _at(weight: Tensor, positions: Tensor) -> Tensor:
