@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_erasure.models.scorer import Encoding, LanguageScorer, pooled_embeddings, strided_losses
+from hf_erasure.models.scorer import Encoding, LanguageScorer, pooled_embeddings
 from hf_erasure.models.slots import Row
 
 from . import crows_pairs as crows_pairs_metric
@@ -265,8 +265,8 @@ def text_perplexity(
         model: A masked or causal language model, adapters included.
         tokenizer: Of the model.
         texts: One text or several.
-        stride: As in `strided_losses`.
-        max_length: As in `strided_losses`.
+        stride: Of the windows, in tokens; by default half a window. Every token is scored once.
+        max_length: Of a window, special tokens included; by default what the model takes, 512 if it has no limit.
         batch_size: Rows a forward.
         **statistics: As for `hf_erasure.metrics.perplexity.score`.
 
@@ -277,12 +277,12 @@ def text_perplexity(
     Raises:
         ValueError: If a text has no token to score, or `stride` does not fit the window.
     """
-    windows = strided_losses(model, tokenizer, texts, stride=stride, max_length=max_length, batch_size=batch_size)
+    scorer = LanguageScorer(model, tokenizer, batch_size=batch_size, max_length=max_length)
+    windows = scorer.losses(texts, stride)
     columns = ([getattr(w, name) for w in windows] for name in ("loss", "tokens", "bytes"))
     found = perplexity_metric.score(*columns, **statistics)
-    task = LanguageScorer(model, tokenizer).task
     unknown = sum(window.unknown for window in windows) / found["tokens"]
-    return {**found, "unknown_share": unknown, "pseudo": task == "masked", "task": task}
+    return {**found, "unknown_share": unknown, "pseudo": scorer.task == "masked", "task": scorer.task}
 
 
 # ---- items -----------------------------------------------------------------------------------------------------------

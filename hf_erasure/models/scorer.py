@@ -177,74 +177,53 @@ class LanguageScorer:
         parts = iter(self.log_probabilities([row for rows in texts for row in rows]))
         return [sum(float(next(parts).double().sum()) for _ in rows) for rows in texts]
 
+    def losses(self, texts: str | Sequence[str], stride: int | None = None) -> list[Window]:
+        """Losses on running text, every token scored once, window after window.
 
-def strided_losses(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: str | Sequence[str],
-    *,
-    stride: int | None = None,
-    max_length: int | None = None,
-    batch_size: int = 8,
-) -> list[Window]:
-    """Losses on running text, every token scored once.
+        Windows of the longest row (512 tokens if there is no limit) move on by `stride`; each scores the tokens that no
+        earlier one has, so a token has at least the rest of a window as context, as far as the text has it.
 
-    Windows of `max_length` tokens move on by `stride`; each scores the tokens that no earlier one has, so a token has
-    at least `max_length − stride` others as context, as far as the text has them.
+        Args:
+            texts: One text or several; windows never span two.
+            stride: In tokens; by default half a window.
 
-    Args:
-        model: A masked or causal language model.
-        tokenizer: Of the model.
-        texts: One text or several; windows never span two.
-        stride: In tokens; by default half a window.
-        max_length: Of a window, special tokens included; by default what the model takes, 512 if it has no limit.
-        batch_size: Rows a forward; a masked model needs one row a token.
+        Raises:
+            ValueError: If a text has no token to score, or `stride` does not fit the window.
+        """
+        parts = []
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        check_texts(texts)
+        for number, text in enumerate(texts):
+            encoding = self.encode(text)
+            if not encoding.places:
+                raise ValueError(f"Text {number} has no token to score: leave it out.")
+            parts += [(encoding, *window) for window in self._windows(encoding, stride)]
+        sums = self.sums([self.asked(ids, places) for _, ids, places, _ in parts])
+        found = []
+        for (encoding, _, _, scored), total in zip(parts, sums, strict=True):
+            loss = 0.0 if total > 0 else -total  # a sum above 0 is rounding; one that is not a number stays so
+            found.append(Window(loss, len(scored), _bytes_of(encoding, scored), len(encoding.unknown & {*scored})))
+        return found
 
-    Returns:
-        The windows, in order.
-
-    Raises:
-        ValueError: If a text has no token to score, or `stride` does not fit the window.
-    """
-    scorer = LanguageScorer(model, tokenizer, batch_size=batch_size, max_length=max_length)
-    longest = scorer.longest or _LONGEST
-    parts = []
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    check_texts(texts)
-    for number, text in enumerate(texts):
-        encoding = scorer.encode(text)
-        if not encoding.places:
-            raise ValueError(f"Text {number} has no token to score: leave it out.")
-        parts += [(encoding, *window) for window in _windows(scorer, encoding, longest, stride)]
-    sums = scorer.sums([scorer.asked(ids, places) for _, ids, places, _ in parts])
-    found = []
-    for (encoding, _, _, scored), total in zip(parts, sums, strict=True):
-        loss = 0.0 if total > 0 else -total  # a sum above 0 is rounding; one that is not a number stays so
-        found.append(Window(loss, len(scored), _bytes_of(encoding, scored), len(encoding.unknown & {*scored})))
-    return found
-
-
-def _windows(
-    scorer: LanguageScorer, encoding: Encoding, longest: int, stride: int | None
-) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """A window's tokens, the positions in it that it scores, and their positions in the text."""
-    first, last = encoding.places[0], encoding.places[-1] + 1
-    # A masked model sees its special tokens around every window; a causal one its start token once.
-    lead, trail = (encoding.ids[:first], encoding.ids[last:]) if scorer.task == "masked" else ([], [])
-    begin, room = (first, longest - len(lead) - len(trail)) if scorer.task == "masked" else (0, longest)
-    most = room if scorer.task == "masked" else room - 1
-    step = max(1, room // 2) if stride is None else whole("stride", stride)
-    if room < 1 or step > most:
-        raise ValueError(f"stride={step} in a window of {longest} tokens: write at most {most}.")
-    done = first
-    while True:
-        end = min(begin + room, last)
-        scored = list(range(done, end))
-        shift = len(lead) - begin
-        yield [*lead, *encoding.ids[begin:end], *trail], [p + shift for p in scored], scored
-        if end == last:
-            return
-        done, begin = end, begin + step
+    def _windows(self, encoding: Encoding, stride: int | None) -> Iterator[tuple[list[int], list[int], list[int]]]:
+        """A window's tokens, the positions in it that it scores, and their positions in the text."""
+        first, last, longest = encoding.places[0], encoding.places[-1] + 1, self.longest or _LONGEST
+        # A masked model sees its special tokens around every window; a causal one its start token once.
+        lead, trail = (encoding.ids[:first], encoding.ids[last:]) if self.task == "masked" else ([], [])
+        begin, room = (first, longest - len(lead) - len(trail)) if self.task == "masked" else (0, longest)
+        most = room if self.task == "masked" else room - 1
+        step = max(1, room // 2) if stride is None else whole("stride", stride)
+        if room < 1 or step > most:
+            raise ValueError(f"stride={step} in a window of {longest} tokens: write at most {most}.")
+        done = first
+        while True:
+            end = min(begin + room, last)
+            scored = list(range(done, end))
+            shift = len(lead) - begin
+            yield [*lead, *encoding.ids[begin:end], *trail], [p + shift for p in scored], scored
+            if end == last:
+                return
+            done, begin = end, begin + step
 
 
 def _bytes_of(encoding: Encoding, scored: Sequence[int]) -> int:

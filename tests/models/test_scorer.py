@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hf_erasure.models.scorer import LanguageScorer, pooled_embeddings, strided_losses
+from hf_erasure.models.scorer import LanguageScorer, Window, pooled_embeddings
 from hf_erasure.models.slots import Row
 from tests.metrics.models import fresh, trained
 
@@ -21,6 +21,10 @@ TEXTS = [
 ]
 # Rows of a padded batch and the row alone differ by the order of float32 sums.
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def losses(model, tokenizer, texts, *, stride: int | None = None, batch_size: int = 8, **options) -> list[Window]:
+    return LanguageScorer(model, tokenizer, batch_size=batch_size, **options).losses(texts, stride)
 
 
 def alone_causal(model, tokenizer, text: str) -> np.ndarray:
@@ -136,7 +140,7 @@ def test_strided_loss_is_that_of_transformers_documentation(max_length: int, str
         counted, before = counted + scored, end
         if end == ids.shape[1]:
             break
-    windows = strided_losses(model, tokenizer, text, stride=stride, max_length=max_length)
+    windows = losses(model, tokenizer, text, stride=stride, max_length=max_length)
     assert sum(window.tokens for window in windows) == counted == ids.shape[1] - 1
     assert sum(window.loss for window in windows) == pytest.approx(total, rel=1e-5)
     assert sum(window.bytes for window in windows) == len(text.encode())
@@ -144,10 +148,10 @@ def test_strided_loss_is_that_of_transformers_documentation(max_length: int, str
 
 def test_masked_windows_score_every_token_once(assets: Path):
     model, tokenizer = trained(assets, "masked")
-    whole = strided_losses(model, tokenizer, TEXTS[2], batch_size=32)
+    whole = losses(model, tokenizer, TEXTS[2], batch_size=32)
     assert len(whole) == 1
     assert whole[0].loss == pytest.approx(-alone_masked(model, tokenizer, TEXTS[2]).sum(), abs=1e-3)
-    parts = strided_losses(model, tokenizer, TEXTS[2], max_length=12, stride=5, batch_size=32)
+    parts = losses(model, tokenizer, TEXTS[2], max_length=12, stride=5, batch_size=32)
     assert len(parts) > 3 and sum(part.tokens for part in parts) == whole[0].tokens
     assert sum(part.bytes for part in parts) == whole[0].bytes == len(TEXTS[2].encode())
     # By hand: the second window sees tokens 5 … 14 of the text and scores 10 … 14.
@@ -164,9 +168,9 @@ def test_masked_windows_score_every_token_once(assets: Path):
 def test_bytes_are_those_of_the_text_in_utf8(assets: Path):
     model, tokenizer = trained(assets, "causal")
     text = "The café — 猫 — was closed. \n"
-    window = strided_losses(model, tokenizer, text)[0]
+    window = losses(model, tokenizer, text)[0]
     assert window.bytes == len(text.encode()) == len(text) + 1 + 2 + 2 + 2
-    parts = strided_losses(model, tokenizer, text, max_length=5, stride=3)
+    parts = losses(model, tokenizer, text, max_length=5, stride=3)
     assert sum(part.bytes for part in parts) == window.bytes and sum(part.tokens for part in parts) == window.tokens
 
 
@@ -174,20 +178,20 @@ def test_white_space_at_the_end_counts(assets: Path):
     model, tokenizer = trained(assets, "masked")
     text = "Tom  was sad. \n"  # word pieces hold no white space
     for options in ({}, {"max_length": 4, "stride": 2}):
-        assert sum(window.bytes for window in strided_losses(model, tokenizer, text, **options)) == len(text)
+        assert sum(window.bytes for window in losses(model, tokenizer, text, **options)) == len(text)
 
 
 def test_a_first_token_without_a_start_takes_its_bytes_with_it(assets: Path):
     model, tokenizer = fresh(assets, "causal")
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer.bos_token = tokenizer.eos_token = None
-    scored = strided_losses(model, tokenizer, "The nurse said no.")[0]
+    scored = losses(model, tokenizer, "The nurse said no.")[0]
     assert scored.bytes == len(" nurse said no.")
 
 
 def test_windows_do_not_span_texts(assets: Path):
     model, tokenizer = trained(assets, "causal")
-    together, apart = strided_losses(model, tokenizer, TEXTS), [strided_losses(model, tokenizer, t)[0] for t in TEXTS]
+    together, apart = losses(model, tokenizer, TEXTS), [losses(model, tokenizer, t)[0] for t in TEXTS]
     for one, other in zip(together, apart, strict=True):
         assert (one.tokens, one.bytes, one.unknown) == (other.tokens, other.bytes, other.unknown)
         assert one.loss == pytest.approx(other.loss, abs=1e-3)
@@ -239,7 +243,7 @@ def test_adapters_that_are_active_take_part(task: str, assets: Path):
 def test_models_stay_in_training_mode(assets: Path):
     model, tokenizer = fresh(assets, "masked")
     model.train()
-    strided_losses(model, tokenizer, TEXTS[0])
+    losses(model, tokenizer, TEXTS[0])
     assert model.training and all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -252,10 +256,10 @@ def test_refused(assets: Path):
     with pytest.raises(ValueError, match="predicts no first token"):
         scorer.log_probabilities([Row([1, 2], [-1], [1])])
     with pytest.raises(ValueError, match="Text 1 has no token to score"):
-        strided_losses(model, tokenizer, ["Tom", ""])
+        losses(model, tokenizer, ["Tom", ""])
     for stride in (8, 20):
         with pytest.raises(ValueError, match=f"stride={stride} in a window of 8 tokens: write at most 7"):
-            strided_losses(model, tokenizer, TEXTS, stride=stride, max_length=8)
+            losses(model, tokenizer, TEXTS, stride=stride, max_length=8)
     with pytest.raises(ValueError, match="1 of 3 texts have more than 20 tokens: write truncate=True"):
         pooled_embeddings(*trained(assets, "masked"), TEXTS, max_length=20)
     assert pooled_embeddings(*trained(assets, "masked"), TEXTS, max_length=20, truncate=True).shape == (3, 192)
