@@ -29,7 +29,7 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.heads import HEAD_OF
 
 from .facts import PICTURES, CardFacts, facts_of, hub_id, plain, read_object
-from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, draw, intact, metadata_of, render, rendered
+from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, card_of, draw, intact, rendered
 
 # Of which each makes a folder that of a model or of another adapter.
 _MODEL_FILES = ("config.json", CONFIG)
@@ -254,9 +254,9 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
     names = read_object(folder / "config.json").get("architectures") or [None]
     head = HEAD_OF.get(names[0] if isinstance(names[0], str) else None)
     title = f"{facts.base_id or facts.base_class or 'A model'} with {_noun(facts)} merged into its weights"
-    text = render("merged", facts, title, head, what=what, adapter=hub_id(str(adapter)))
-    data = metadata_of(facts, head, ["merged", "debiasing"], library="transformers")
-    return write_into(folder / CARD, Card(data, text))
+    names_of = {"what": what, "adapter": hub_id(str(adapter))}
+    card = card_of(facts, "merged", title, head, ["merged", "debiasing"], "transformers", **names_of)
+    return write_into(folder / CARD, card)
 
 
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
@@ -290,8 +290,8 @@ def write_lora_card(exported: LoraExport, config: ChildConfig) -> WrittenCard:
     head, noun = HEAD_OF.get(facts.base_class), _noun(facts)
     title = f"{noun[:1].upper()}{noun[1:]} as a LoRA" + (f" for {facts.base_id}" if facts.base_id else "")
     reasons = list(dict.fromkeys(exported.unmergeable.values()))
-    text = render("lora", facts, title, head, exported=exported, reasons=reasons)
-    return write_into(exported.folder / CARD, Card(metadata_of(facts, head, ["lora", "debiasing"]), text))
+    card = card_of(facts, "lora", title, head, ["lora", "debiasing"], exported=exported, reasons=reasons)
+    return write_into(exported.folder / CARD, card)
 
 
 def _noun(facts: CardFacts) -> str:
@@ -372,7 +372,7 @@ def updated(present: str | None, card: Card, *, overwrite: bool = False) -> tupl
 
 def merged(present: Any, ours: ModelCardData) -> ModelCardData:
     """What a card says and what we know of the adapter: ours where it is about the adapter, theirs otherwise."""
-    found = ModelCardData()
+    found: Any = ModelCardData()
     found.__dict__.update(present.__dict__)
     found.library_name = ours.library_name
     # The base models that a card names stay, but for paths of somebody's disk.
@@ -384,22 +384,37 @@ def merged(present: Any, ours: ModelCardData) -> ModelCardData:
         found["base_model_relation"] = relation
     else:
         found.pop("base_model_relation")
-    of_base = adapter_tags(found.base_model) if found.library_name == "peft" else []
-    theirs = [tag for tag in _listed(present.tags) if not tag.startswith(REPLACED_TAGS)]
-    found.tags = _together(theirs, [*_listed(ours.tags), *of_base])
-    found.datasets = _together(present.datasets, ours.datasets) or None
-    for name in ("pipeline_tag", "license", "language"):
-        found[name] = present.get(name) or ours.get(name)
-    others = [result for result in present.eval_results or [] if (result.metric_args or {}).get("measured_by") != OURS]
-    found.eval_results = [*others, *(ours.eval_results or [])] or None
-    found.model_name = (present.model_name or ours.model_name) if found.eval_results else None
+    found.tags = [tag for tag in _listed(present.tags) if not tag.startswith(REPLACED_TAGS)]
+    found.eval_results = [r for r in present.eval_results or [] if (r.metric_args or {}).get("measured_by") != OURS]
+    _fill(found, ours)
+    found.tags = _together(found.tags, adapter_tags(found.base_model) if found.library_name == "peft" else [])
+    if not found.eval_results:
+        found.eval_results = found.model_name = None
     return found
 
 
-def _listed(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [str(entry) for entry in value] if isinstance(value, (list, tuple)) else [str(value)]
+def filled(present: str, other: str | None) -> str:
+    """A README.md with what the metadata of another one says besides; as it is where either cannot be read."""
+    if not other:
+        return present
+    try:
+        card = ModelCard(present)
+        _fill(card.data, ModelCard(other).data)
+        return str(card)
+    except _UNREADABLE:
+        return present
+
+
+def _fill(data: Any, more: Any) -> None:
+    """Add licence, languages, task, data sets, tags and results of other metadata; newer results replace the same."""
+    for name in ("license", "language", "pipeline_tag"):
+        data[name] = data.get(name) or more.get(name)
+    data.tags, data.datasets = _together(data.tags, more.tags) or None, _together(data.datasets, more.datasets) or None
+    if more.eval_results:
+        known = data.eval_results or []
+        new = [r for r in more.eval_results if not any(r.is_equal_except_value(other) for other in known)]
+        kept = [next((r for r in more.eval_results if r.is_equal_except_value(k)), k) for k in known]
+        data.eval_results, data.model_name = [*kept, *new], data.model_name or more.model_name
 
 
 def _together(theirs: Any, ours: Any) -> list[str]:
@@ -407,26 +422,7 @@ def _together(theirs: Any, ours: Any) -> list[str]:
     return list(dict.fromkeys([*_listed(theirs), *_listed(ours)]))
 
 
-def filled(present: str, other: str | None) -> str:
-    """A README.md with what the metadata of another one says besides; as it is where either cannot be read.
-
-    That are its licence, languages, task, data sets, tags and results.
-    """
-    if not other:
-        return present
-    try:
-        card = ModelCard(present)
-        data: Any = card.data
-        more: Any = ModelCard(other).data
-        for name in ("license", "language", "pipeline_tag"):
-            data[name] = data.get(name) or more.get(name)
-        data.tags = _together(data.tags, more.tags) or None
-        data.datasets = _together(data.datasets, more.datasets) or None
-        if more.eval_results:
-            known = data.eval_results or []
-            new = [r for r in more.eval_results if not any(r.is_equal_except_value(other) for other in known)]
-            kept = [next((r for r in more.eval_results if r.is_equal_except_value(k)), k) for k in known]
-            data.eval_results, data.model_name = [*kept, *new], data.model_name or more.model_name
-        return str(card)
-    except _UNREADABLE:
-        return present
+def _listed(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(entry) for entry in value] if isinstance(value, (list, tuple)) else [str(value)]

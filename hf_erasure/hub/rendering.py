@@ -91,15 +91,12 @@ def rendered(facts: CardFacts) -> Card:
     head, where = HEAD_OF.get(facts.base_class), facts.base_id or facts.base_class
     what = "Erasure of" if facts.kind == "concept_erasure" else "GRADIEND of"
     title = plain(f"{what} “{facts.concept}”" + (f" in {where}" if where else ""))
-    text = render(facts.kind, facts, title, head)
-    if facts.training:
-        text += f"\n\n{facts.training.strip()}"
     method = facts.method.get("name")
     tags = [*_TAGS[facts.kind], *([method] if method in ("leace", "inlp") else [])]
-    data = metadata_of(facts, head, tags)
-    data.tags = list(
-        dict.fromkeys([*(data.tags or ()), *(tag for tag in facts.tags if not tag.startswith(REPLACED_TAGS))])
-    )
+    card = card_of(facts, facts.kind, title, head, tags)
+    data, text = card.data, card.text + (f"\n\n{facts.training.strip()}" if facts.training else "")
+    theirs = [tag for tag in facts.tags if not tag.startswith(REPLACED_TAGS)]
+    data.tags = list(dict.fromkeys([*(data.tags or ()), *theirs]))
     # A measure of the base and of the adapter, as the Hub lists them.
     results = [
         EvalResult(
@@ -120,11 +117,27 @@ def rendered(facts: CardFacts) -> Card:
     return Card(data, text)
 
 
-def metadata_of(facts: CardFacts, head: Head | None, tags: Iterable[str], *, library: str = "peft") -> ModelCardData:
-    """The metadata of a card, but for results, with tags besides the package's own and those of a base's adapters.
+def card_of(
+    facts: CardFacts,
+    template: str,
+    title: str,
+    head: Head | None,
+    tags: Iterable[str],
+    library: str = "peft",
+    **more: Any,
+) -> Card:
+    """A filled template, without empty lines in a row, and its metadata, without results.
 
-    PEFT loads an adapter, and transformers a checkpoint that it was merged into.
+    PEFT loads an adapter, and transformers a checkpoint that it was merged into. Tags of the package are added, and
+    those by which the Hub lists the adapters of a base.
     """
+    auto_class = "AutoModel" if head is None else head.auto_class
+    text = (
+        environment()
+        .get_template(f"{template}{_SUFFIX}")
+        .render(facts=facts, title=title, auto_class=auto_class, **more)
+    )
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.strip().splitlines()))
     is_adapter = library == "peft"
     of_base = [*adapter_tags(facts.base_id), *(["transformers"] if head else [])] if is_adapter else []
     data = ModelCardData(
@@ -138,7 +151,7 @@ def metadata_of(facts: CardFacts, head: Head | None, tags: Iterable[str], *, lib
     )
     if facts.base_id is not None:
         data["base_model_relation"] = "adapter" if is_adapter else "finetune"
-    return data
+    return Card(data, text)
 
 
 def adapter_tags(base: str | list[str] | None) -> list[str]:
@@ -147,14 +160,6 @@ def adapter_tags(base: str | list[str] | None) -> list[str]:
 
 
 # ---- templates -------------------------------------------------------------------------------------------------------
-
-
-def render(name: str, facts: CardFacts, title: str, head: Head | None, **values: Any) -> str:
-    """A filled template, without empty lines in a row."""
-    auto_class = "AutoModel" if head is None else head.auto_class
-    template = environment().get_template(f"{name}{_SUFFIX}")
-    text = template.render(facts=facts, title=title, auto_class=auto_class, **values)
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.strip().splitlines()))
 
 
 def template_folder() -> Path:
