@@ -14,6 +14,7 @@ from hf_erasure.fitting.processes import Processes
 from hf_erasure.hub import write_card
 from hf_erasure.recipes.erasure import FIGURE_FILE, Recipe, check_output, read_recipe, run_recipe
 from hf_erasure.recipes.gradiend import (
+    NO_EDIT,
     check_gradiend_output,
     encode_texts,
     run_gradiend_recipe,
@@ -167,7 +168,7 @@ def select(
     """
     outcome = select_gradiend_output(folder, goal, budget, progress)
     write_card(folder)
-    _show(outcome.messages, outcome.edits)
+    _show(outcome.messages, outcome.edits.loc[[NO_EDIT, goal]])
     typer.echo(f"\nadapter: {folder}, steered for {goal!r}")
 
 

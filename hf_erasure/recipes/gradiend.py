@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from hf_erasure.adapters.common.config import RECIPE
 from hf_erasure.fitting.gradiend.adapter import GradiendAdapter
 from hf_erasure.fitting.gradiend.gradients import EncodedValues, together
 from hf_erasure.fitting.gradiend.pairs import PairSet, usable_rows
-from hf_erasure.fitting.gradiend.selection import Point, Selection, choose, goal_by_name
+from hf_erasure.fitting.gradiend.selection import Point, Selection, goal_by_name
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
 from hf_erasure.fitting.processes import Processes
@@ -44,39 +44,26 @@ _COLOURS = ("#b3541e", "#1f5f8b", "#7a7a7a")
 _DOTS_PER_INCH = 120
 
 
-@dataclass
-class GradiendOutcome:
-    """What was measured on the test data.
-
-    Attributes:
-        encoding: One row: correlation and accuracy of the encoder the adapter keeps, and means over pairs of classes.
-            Empty for an adapter without an encoder.
-        edits: One row an edit, the first without one: class probabilities, goals, language modelling.
-        correlation: Pair of classes → correlation on the choice data, of the neuron before it was made sparse.
-        counts: How large the sets are.
-        messages: Warnings of the choice of edits.
-    """
-
-    encoding: pd.DataFrame
-    edits: pd.DataFrame
-    correlation: dict[str, float]
-    counts: dict[str, int]
-    messages: list[str]
-
-    def tables(self) -> str:
-        """Both tables, as Markdown."""
-        parts = [_markdown(table) for table in (self.encoding, self.edits) if len(table)]
-        return "\n\n".join([*parts, *self.messages])
-
-
 class GradiendRun:
-    """A recipe's model, data and trainer.
+    """A recipe's model, data and trainer; what was chosen on the choice data, and measured on the test data.
 
     Args:
         recipe: What to do.
         progress: Show progress bars.
         adapter: The folder of a fitted adapter to load; a new one is added when None.
+
+    Attributes:
+        correlation: Pair of classes → correlation on the choice data, of the neuron before it was made sparse.
+        chosen: Goal → the edit for it.
+        selection: Everything that was tried.
+        messages: Warnings of the choice of edits.
+        encoding: One row: correlation and accuracy of the encoder the adapter keeps, and means over pairs of classes.
+            Empty for an adapter without an encoder.
+        tested: What each edit does to the test data, the first without one.
+        counts: How large the sets are.
     """
+
+    selection: Selection
 
     def __init__(self, recipe: GradiendRecipe, progress: bool = True, adapter: str | Path | None = None) -> None:
         self.recipe = recipe
@@ -93,6 +80,13 @@ class GradiendRun:
         )
         self.model.to(self.args.device)
         self.trainer = self._trainer()
+        self.correlation: dict[str, float] = {}
+        self.chosen: dict[str, Point] = {}
+        self.tested: dict[str, Point] = {}
+        self.messages: list[str] = []
+        self.encoding = table_of({}, "encoder")
+        left_out = {f"{name} left out": count for name, count in self.data.skipped.items()}
+        self.counts = self.data.counts() | left_out
 
     def _trainer(self) -> GradiendTrainer:
         return GradiendTrainer(
@@ -107,57 +101,58 @@ class GradiendRun:
 
     # ---- learning and choosing ----
 
-    def fit(self) -> dict[str, float]:
-        """Learn the feature; returns the correlation of each pair of classes on the choice data."""
+    def fit(self) -> None:
+        """Learn the feature."""
         self.trainer.train()
-        found = {"/".join(fitted.pair): fitted.correlation for fitted in self.trainer.fitted}
+        self.correlation = {"/".join(fitted.pair): fitted.correlation for fitted in self.trainer.fitted}
         # From here on the encoder that counts is the one in the adapter, which a user will load.
         self.trainer = self._trainer()
-        return found
 
-    def select(self, goals: Sequence[str], budget: float) -> tuple[dict[str, Point], Selection, list[str]]:
-        """Choose an edit for every goal on the choice data, with one scan, and steer to that of the first.
-
-        Returns:
-            Goal → edit, everything that was tried, and what was warned of.
-        """
+    def select(self, goals: Sequence[str], budget: float) -> None:
+        """Choose an edit for every goal on the choice data, with one scan, and steer to that of the first."""
         select = self.recipe.select
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            selection = self.trainer.select(
+            self.selection = self.trainer.select(
                 goals[0],
                 budget=budget,
                 feature_factors=[float(x) for x in select.feature_factors],
                 learning_rates=[float(x) for x in select.learning_rates],
             )
-            chosen = {goals[0]: selection.best}
-            for goal in goals[1:]:
-                chosen[goal] = choose(selection.base, selection.points, goal, budget)
-        return chosen, selection, [str(entry.message) for entry in caught]
+            chosen = {goal: self.selection.choose(goal).best for goal in goals[1:]}
+        chosen = {goals[0]: self.selection.best} | chosen
+        self.chosen = chosen | self.chosen | chosen  # the new ones first
+        self.messages = [str(entry.message) for entry in caught]
 
     # ---- measuring, on the test data ----
 
-    def encoding(self) -> tuple[pd.DataFrame, list[EncodedValues]]:
-        """How the adapter's encoder reads the test data; nothing where the adapter keeps none."""
+    def encode(self) -> list[EncodedValues]:
+        """Measure how the adapter's encoder reads the test data; nothing where the adapter keeps none."""
         if not self.trainer.config.keep_encoder:
-            return table_of({}, "encoder"), []
+            return []
         values = self.trainer.encode(self.data.test, self.data.neutral["test"])
         figures = together(values)
         names = [name for name in ("cor", "acc", "cor_enc", "acc_enc") if name in figures]
         rows = {"mean of pairs": figures} if len(values) > 1 else {}
         rows |= {"/".join(part.pair): part.metrics() for part in values}
-        return table_of({row: {name: found[name] for name in names} for row, found in rows.items()}, "encoder"), values
+        found = {row: {name: own[name] for name in names} for row, own in rows.items()}
+        self.encoding = table_of(found, "encoder")
+        return values
 
-    def edits(self, chosen: dict[str, Point]) -> dict[str, Point]:
-        """What each edit does to the test data, the first without one."""
+    def test(self) -> None:
+        """Measure what each chosen edit does to the test data."""
         scorer = self.trainer.scorer(self.data.test, self.data.neutral["test"])
         edits = {NO_EDIT: (self.trainer.pairs[0], 0.0, 0.0)}
-        edits |= {goal: (point.pair, point.feature_factor, point.learning_rate) for goal, point in chosen.items()}
-        found: dict[str, Point] = {}
+        edits |= {goal: (point.pair, point.feature_factor, point.learning_rate) for goal, point in self.chosen.items()}
+        self.tested = {}
         for name, (pair, factor, rate) in edits.items():
             with edited(self.model, ADAPTER_NAME, feature_factor=factor, learning_rate=rate, pair=pair):
-                found[name] = scorer.score(pair, factor, rate, found.get(NO_EDIT))
-        return found
+                self.tested[name] = scorer.score(pair, factor, rate, self.tested.get(NO_EDIT))
+
+    @property
+    def edits(self) -> pd.DataFrame:
+        """One row an edit, the first without one: class probabilities, goals, language modelling."""
+        return table_of({name: _row(point) for name, point in self.tested.items()}, "edit for")
 
     def as_loaded(self) -> dict[str, Any]:
         """What the adapter does as it is, active and not merged."""
@@ -168,28 +163,31 @@ class GradiendRun:
 
     # ---- writing ----
 
-    def save(self, outcome: GradiendOutcome, chosen: dict[str, Point], tested: dict[str, Point], saved: str) -> None:
-        """Write the adapter, the recipe, the results and the edits to the recipe's output."""
-        output = Path(self.recipe.output)
-        edit = {"goal": saved, "base": asdict(tested[NO_EDIT]), "best": asdict(tested[saved])}
+    def save(self, folder: str | Path, saved: str) -> None:
+        """Write the adapter, the recipe, the results, the edits and the grid; the adapter is steered for `saved`."""
+        output = Path(folder)
+        edit = {"goal": saved, "base": asdict(self.tested[NO_EDIT]), "best": asdict(self.tested[saved])}
         self.trainer.config.provenance[RECIPE] = self.recipe.data.origin() | {"edit": edit}
         results = {
-            "encoding": outcome.encoding.to_dict("index"),
-            "edits": outcome.edits.to_dict("index"),
-            "chosen": {goal: asdict(point) for goal, point in chosen.items()},
+            "encoding": self.encoding.to_dict("index"),
+            "edits": self.edits.to_dict("index"),
+            "chosen": {goal: asdict(point) for goal, point in self.chosen.items()},
             "saved": saved,
-            "correlation on choice data": outcome.correlation,
-            "rows": outcome.counts,
+            "correlation on choice data": self.correlation,
+            "rows": self.counts,
         }
-        write_run(output, self.model, _without_none(asdict(self.recipe)), results)
-        outcome.edits.to_csv(output / EDITS_FILE)
+        recipe = asdict(self.recipe) | {"output": str(folder)}
+        write_run(output, self.model, _without_none(recipe), results)
+        self.edits.to_csv(output / EDITS_FILE)
+        self.selection.to_pandas().to_csv(output / GRID_FILE, index=False)
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"
-        sizes = ", ".join(f"{name} {count}" for name, count in outcome.counts.items())
-        text = f"{title}\n\nMeasured on the test data. Rows: {sizes}.\n\n{outcome.tables()}\n"
-        (output / TABLES_FILE).write_text(text, encoding="utf-8")
+        sizes = ", ".join(f"{name} {count}" for name, count in self.counts.items())
+        tables = [_markdown(table) for table in (self.encoding, self.edits) if len(table)]
+        parts = [title, f"Measured on the test data. Rows: {sizes}.", *tables, *self.messages]
+        (output / TABLES_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendOutcome | None:
+def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendRun | None:
     """Learn the feature, choose edits on the choice data, measure on the test data, and write all to `recipe.output`.
 
     Several processes share the gradients.
@@ -203,26 +201,21 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
     """
     if find_spec("matplotlib") is None:  # said before what takes long
         raise ImportError("The figures need matplotlib: pip install 'hf-erasure[plot]'")
-    run = GradiendRun(recipe, progress)
-    correlation = run.fit()
-    chosen, selection, messages = run.select(recipe.select.goals, recipe.select.budget)
-    encoding, values = run.encoding()
-    counts = run.data.counts() | {f"{name} left out": count for name, count in run.data.skipped.items()}
-    tested = run.edits(chosen)
-    outcome = GradiendOutcome(encoding, _table(tested), correlation, counts, messages)
+    run, output = GradiendRun(recipe, progress), Path(recipe.output)
+    run.fit()
+    run.select(recipe.select.goals, recipe.select.budget)
+    values = run.encode()
+    run.test()
     if not Processes().is_main:
         return None
-    run.save(outcome, chosen, tested, recipe.select.goals[0])
-    output = Path(recipe.output)
-    grid: pd.DataFrame = selection.to_pandas()
-    grid.to_csv(output / GRID_FILE, index=False)
+    run.save(recipe.output, recipe.select.goals[0])
     if values:
         _draw_values(values, output / HISTOGRAM_FILE)
-    _draw_grid(grid, list(chosen), output / SURFACE_FILE)
-    return outcome
+    _draw_grid(run.selection.to_pandas(), list(run.chosen), output / SURFACE_FILE)
+    return run
 
 
-def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[GradiendOutcome, float]:
+def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[GradiendRun, float]:
     """Load a finished run's adapter folder afresh and measure again.
 
     Returns:
@@ -232,41 +225,30 @@ def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[Gr
     Raises:
         ValueError: If the folder holds no finished run.
     """
-    recipe, results = _finished(folder)
-    run = GradiendRun(recipe, progress, adapter=folder)
-    encoding, _ = run.encoding()
-    edits = _table(run.edits({goal: _point(entry) for goal, entry in results["chosen"].items()}))
-    now = GradiendOutcome(encoding, edits, results["correlation on choice data"], run.data.counts(), [])
+    run, results = _finished(folder, progress)
+    run.encode()
+    run.test()
     # Merged and unmerged, float32 weights are the same, and half precision rounds the same sum.
     loaded, written = run.as_loaded(), results["edits"][results["saved"]]
     names = [name for name, value in loaded.items() if isinstance(value, float) and name != "cost"]
     drift = max(abs(loaded[name] - written[name]) for name in names)
-    return now, max(difference(encoding, results["encoding"]), difference(edits, results["edits"]), drift)
+    return run, max(difference(run.encoding, results["encoding"]), difference(run.edits, results["edits"]), drift)
 
 
 def select_gradiend_output(
     folder: str | Path, goal: str, budget: float | None = None, progress: bool = True
-) -> GradiendOutcome:
+) -> GradiendRun:
     """Steer a finished run's adapter to another goal, and save it so.
 
     Raises:
         ValueError: If the folder holds no finished run, or the goal is not defined for its classes.
     """
-    recipe, results = _finished(folder)
-    goal_by_name(goal, recipe.classes)
-    recipe.output = str(folder)
-    run = GradiendRun(recipe, progress, adapter=folder)
-    chosen, selection, messages = run.select([goal], recipe.select.budget if budget is None else budget)
-    others = {name: _point(entry) for name, entry in results["chosen"].items() if name != goal}
-    encoding = table_of(results["encoding"], "encoder")
-    tested = run.edits(chosen | others)
-    outcome = GradiendOutcome(
-        encoding, _table(tested), results["correlation on choice data"], results["rows"], messages
-    )
-    run.save(outcome, chosen | others, tested, goal)
-    selection.to_pandas().to_csv(Path(folder) / GRID_FILE, index=False)
-    outcome.edits = outcome.edits.loc[[NO_EDIT, goal]]
-    return outcome
+    run, results = _finished(folder, progress, goal)
+    run.encoding = table_of(results["encoding"], "encoder")
+    run.select([goal], run.recipe.select.budget if budget is None else budget)
+    run.test()
+    run.save(folder, goal)
+    return run
 
 
 def encode_texts(
@@ -285,8 +267,8 @@ def encode_texts(
     """
     import pandas as pd
 
-    recipe, _ = _finished(folder)
-    run = GradiendRun(recipe, progress, adapter=folder)
+    run, _ = _finished(folder, progress)
+    classes = run.recipe.classes
     adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
     adapter.encoders()  # says so where there are none
     rows = load_rows(source, split, with_texts=True)
@@ -295,8 +277,8 @@ def encode_texts(
     batches: dict[int, Any] = {}
     config = run.model.config
     if slotted:
-        completed = run.data.completed(rows.select(slotted), recipe.classes)
-        pairs = PairSet(completed, run.tokenizer, run.task, recipe.classes, config)
+        completed = run.data.completed(rows.select(slotted), classes)
+        pairs = PairSet(completed, run.tokenizer, run.task, classes, config)
         batches |= {i: collate(pairs.layout, [row]) for i, row in zip(slotted, pairs.rows, strict=True)}
     if plain:
         words = run.data.words()
@@ -341,10 +323,6 @@ def _task(path: str) -> str:
     )
 
 
-def _table(points: dict[str, Point]) -> pd.DataFrame:
-    return table_of({name: _row(point) for name, point in points.items()}, "edit for")
-
-
 def _row(point: Point) -> dict[str, Any]:
     return (
         {"pair": "/".join(point.pair), "h": point.feature_factor, "α": point.learning_rate}
@@ -354,12 +332,15 @@ def _row(point: Point) -> dict[str, Any]:
     )
 
 
-def _point(entry: dict[str, Any]) -> Point:
-    return Point(**{**entry, "pair": (entry["pair"][0], entry["pair"][1])})
-
-
-def _finished(folder: str | Path) -> tuple[GradiendRecipe, dict[str, Any]]:
-    return finished_run(folder, read_gradiend_recipe, "hf-erasure gradiend fit")
+def _finished(folder: str | Path, progress: bool, *goals: str) -> tuple[GradiendRun, dict[str, Any]]:
+    """A run that was finished, with the adapter that it has left, and its results; the goals are checked first."""
+    recipe, results = finished_run(folder, read_gradiend_recipe, "hf-erasure gradiend fit")
+    for goal in goals:
+        goal_by_name(goal, recipe.classes)
+    run = GradiendRun(recipe, progress, adapter=folder)
+    run.chosen = {goal: Point(**entry | {"pair": tuple(entry["pair"])}) for goal, entry in results["chosen"].items()}
+    run.correlation = results["correlation on choice data"]
+    return run, results
 
 
 def _without_none(value: Any) -> Any:
