@@ -66,6 +66,14 @@ def test_fit_prints_the_table_and_writes_adapter_figure_and_results(fitted: tupl
     # The first site is erased exactly in one pass; half of 80 test rows are of either gender.
     assert first["gender before"] > first["gender after"]
     assert first["gender majority"] == pytest.approx(0.5, abs=0.1)
+    # The card says what the probes of the last layer read, and who labelled the data.
+    card, last = (folder / "README.md").read_text(), table["last_hidden_state"]
+    for column, better in (("gender", "lower"), ("field", "higher")):
+        row = f"{last[f'{column} before']:.3f} | {last[f'{column} after']:.3f} | {better} | –"
+        assert f"(always the majority: {last[f'{column} majority']:.3f}) | {row} |" in card
+    assert f"judged on the other: gender | – | {last['gender refitted']:.3f} | lower |" in card
+    assert "On the recipe's test split, the mean of the tokens:" in card
+    assert "| labels | the column 'gender' of a file of its maker, split 'train' |" in card
 
 
 def test_check_reproduces_the_results_in_a_second_process(fitted: tuple[Path, str], tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ def test_fit_prints_both_tables_and_writes_adapter_figures_and_results(fitted: t
     results = json.loads((folder / "results.json").read_text())
     assert list(results["edits"]) == ["none", "fpi", "bpi"]
     assert results["rows"]["train texts"] == 8
+    card = (folder / "README.md").read_text()
+    assert "On the recipe's test split:" in card and "FPI, which the edit was chosen for" in card
+    assert "| labels | 2 sentence templates of the recipe, filled with words of each class |" in card
+    assert "](encoded.png)" in card and "](surface.png)" in card
     # The tables of the page are those that were printed.
     assert "| none | female/male | 0 | 0 |" in (folder / "results.md").read_text()
 

@@ -29,18 +29,8 @@ from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS
 
-from .occupations import occupation_sentences
-from .run import (
-    difference,
-    finished_run,
-    is_on_hub,
-    load_base,
-    load_source,
-    names_on_hub,
-    put_adapter,
-    table_of,
-    write_run,
-)
+from .occupations import SOURCE, occupation_sentences
+from .run import difference, finished_run, load_base, load_source, names_on_hub, put_adapter, table_of, write_run
 from .schema import check_counts, fields_of, one_of, read
 
 if TYPE_CHECKING:
@@ -49,7 +39,7 @@ if TYPE_CHECKING:
 
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
-EMBEDDED, OCCUPATIONS = "embedded", "occupations"
+EMBEDDED = "embedded"
 ADAPTER_NAME = "erasure"
 # Rows of each streamed split that are probed where the recipe names no number: how long a stream is, nobody knows.
 STREAMED_PROBE_ROWS = 2000
@@ -74,7 +64,7 @@ class DataRecipe:
             of each split, 2,000 when None.
     """
 
-    source: str = OCCUPATIONS
+    source: str = SOURCE
     name: str | None = None
     train: str = "train"
     test: str = "test"
@@ -90,13 +80,13 @@ class DataRecipe:
 
     def origin(self) -> dict[str, Any]:
         """Where the data come from, as a card says it; they were loaded."""
-        name = self.source if is_on_hub(self.source) else "a file of its maker"
+        names = names_on_hub([self.source, self.background])
+        name = self.source if self.source in names else "a file of its maker"
         labels_from = f"the column {self.label_column!r} of {name}, split {self.train!r}"
-        if self.source == OCCUPATIONS:
-            labels_from = (
-                "sentences about people at work that hf-erasure makes from templates, which say who they are about"
-            )
-        return {"datasets": names_on_hub([self.source, self.background]), "labels_from": labels_from}
+        if self.source == SOURCE:
+            labels_from = "sentences about people at work that hf-erasure makes from templates"
+            labels_from += ", which say who they are about"
+        return {"datasets": names, "labels_from": labels_from}
 
 
 @dataclass
@@ -255,7 +245,7 @@ def load_data(recipe: DataRecipe) -> Splits:
     Raises:
         ValueError: If a split of the recipe is not there.
     """
-    if recipe.source == OCCUPATIONS:
+    if recipe.source == SOURCE:
         data = occupation_sentences()
     else:
         data = load_source(recipe.source, recipe.name, streaming=recipe.streaming)

@@ -16,6 +16,8 @@ from datasets import Dataset, DatasetDict
 
 from hf_erasure.adapters.common.files import read_text
 
+# What a recipe calls these sentences.
+SOURCE = "occupations"
 _MATERIAL = yaml.safe_load(read_text(Path(__file__).with_name("occupations.yaml")))
 # Split → field → occupations; split → gender → first names; split → surnames; split → cities; split → templates.
 OCCUPATIONS, FIRST_NAMES = _MATERIAL["occupations"], _MATERIAL["first_names"]

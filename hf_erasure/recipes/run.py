@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 
 from hf_erasure.adapters.common.config import ChildConfig
 
+from .occupations import SOURCE
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -63,14 +65,10 @@ def load_source(source: str, name: str | None = None, *, streaming: bool = False
     return load_dataset(source, name, streaming=streaming)
 
 
-def is_on_hub(source: Any) -> bool:
-    """Whether a source that was loaded is a name on the Hub, and not a file or a folder."""
-    return isinstance(source, str) and not Path(os.path.expandvars(source)).exists()
-
-
 def names_on_hub(sources: Iterable[Any]) -> list[str]:
-    """The names of repositories among sources that were loaded."""
-    return [source for source in sources if is_on_hub(source) and "/" in source]
+    """Those sources that are repositories, and not files or folders; they were loaded."""
+    names = [source for source in sources if isinstance(source, str) and source != SOURCE]
+    return [name for name in names if not Path(os.path.expandvars(name)).exists()]
 
 
 def load_rows(source: str, split: str | None = None, *, with_texts: bool = False) -> Dataset:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_erasure.recipes.erasure import read_recipe
+from hf_erasure.recipes.erasure import DataRecipe, read_recipe
 from hf_erasure.recipes.run import load_source
 
 CONTENT = {"model": "m", "concept": "gender", "labels": ["female", "male"], "output": "o"}
@@ -54,6 +54,18 @@ def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
 def test_what_a_run_could_not_use_is_refused_before_anything_is_loaded(path: Path, override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_recipe(path, [override])
+
+
+def test_a_card_is_told_where_the_data_come_from(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    of_hub = DataRecipe("someone/people", background="someone/more", label_column="sex").origin()
+    assert of_hub["datasets"] == ["someone/people", "someone/more"]
+    assert of_hub["labels_from"] == "the column 'sex' of someone/people, split 'train'"
+    of_file = DataRecipe(str(tmp_path / "a.csv"), background="someone/more").origin()
+    assert of_file["datasets"] == ["someone/more"]
+    assert of_file["labels_from"] == "the column 'gender' of a file of its maker, split 'train'"
+    own = DataRecipe().origin()
+    assert own["datasets"] == [] and own["labels_from"].startswith("sentences about people at work")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,19 @@ def test_pairs_come_from_files_too(tmp_path: Path) -> None:
     assert len(loaded.train) + len(loaded.choice) + len(loaded.test) == len(rows)
 
 
+def test_a_card_is_told_where_the_pairs_come_from(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").touch()
+    filled = read_data(data()).origin()
+    assert filled == {
+        "datasets": [], "labels_from": "1 sentence templates of the recipe, filled with words of each class",
+    }  # fmt: skip
+    whole = {"sentences": "someone/stories", "words": WORDS}
+    dealt = read_data(data(whole=whole, test={"sentences": str(tmp_path / "lines.txt"), "words": WORDS})).origin()
+    assert dealt["datasets"] == ["someone/stories"] and dealt["labels_from"].startswith("sentences with one of")
+    of_file = read_data(data(train={"file": "someone/pairs"})).origin()
+    assert of_file["datasets"] == ["someone/pairs"] and of_file["labels_from"].startswith("a file of pairs")
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [
