@@ -27,14 +27,7 @@ from .eraser import (
     whiten_concept,
 )
 from .least_squares import check_rounds, inlp_factors, ridge_factor
-from .statistics import (
-    PackedGram,
-    Sums,
-    centred_products,
-    infer_dims,
-    read_rows,
-    sum_rows,
-)
+from .statistics import PackedGram, Sums, centred_products, infer_dims, read_rows, sum_rows
 
 
 class ConceptMoments:
