@@ -328,9 +328,6 @@ def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) 
     """What a suite measures, capability at the end; what reads pooled states once for each pool.
 
     The first pool keeps a measure's key, and the mean alone its title.
-
-    Raises:
-        ValueError: If there is no such suite.
     """
     if suite not in SUITES:
         raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")

@@ -212,11 +212,7 @@ class _Run:
 
 
 def require_harness() -> None:
-    """Raise where the harness is not installed.
-
-    Raises:
-        ImportError: Says what to install.
-    """
+    """Raise an `ImportError` that says what to install, where the harness is not."""
     try:
         import_module("lm_eval.models.huggingface")
     except ImportError as error:

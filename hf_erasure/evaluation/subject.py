@@ -65,11 +65,7 @@ class StateReader:
         return [row[real] for _, states, mask in batches for row, real in zip(states[FINAL], mask, strict=True)]
 
     def tagged(self, sentences: Sequence[Sentence], most: int) -> TokenStates:
-        """States at tokens that have a tag, at most so many, evenly spread.
-
-        Raises:
-            ValueError: If the tokenizer cannot say where its tokens stand.
-        """
+        """States at tokens that have a tag, at most so many, evenly spread."""
         if not self.tokenizer.is_fast:
             raise ValueError("The tokenizer does not say where in a text its tokens stand, so words cannot be matched.")
         parts: dict[str, list[Tensor]] = {}
@@ -185,11 +181,7 @@ class Subject:
         return task if task in ("masked", "causal") else None
 
     def require_head(self) -> str:
-        """The head of a model that predicts words.
-
-        Raises:
-            NotForThisModel: If it has none.
-        """
+        """The head of a model that predicts words; a `NotForThisModel` is raised where there is none."""
         if self.head is None:
             raise NotForThisModel(f"{type(self.model).__name__} has no head that predicts words")
         return self.head

@@ -118,11 +118,7 @@ def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) 
 
 
 def labels(name: str, values: Any, count: int, *, of: str = "predictions") -> list[Any]:
-    """One label a row, as a list of strings or numbers.
-
-    Raises:
-        ValueError: If their number is not `count`, or one is missing.
-    """
+    """One label a row, none of them missing, as a list of strings or numbers."""
     found = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else list(values)
     if len(found) != count:
         raise ValueError(f"{len(found)} {name}, but {count} {of}: give one for each.")
@@ -133,11 +129,7 @@ def labels(name: str, values: Any, count: int, *, of: str = "predictions") -> li
 
 
 def class_ids(name: str, values: Sequence[Any], *, least: int = 2) -> tuple[Ints, list[Any]]:
-    """Whole numbers from 0 for labels, and the labels in their order.
-
-    Raises:
-        ValueError: If there are fewer classes than `least`.
-    """
+    """Whole numbers from 0 for labels, and the labels, at least so many, in their order."""
     classes = sorted(set(values), key=lambda label: (isinstance(label, str), label))
     if not classes:
         raise ValueError(f"{name} are empty: give at least one row.")

@@ -136,11 +136,7 @@ def content_lines(path: Source) -> list[tuple[str, str]]:
 
 
 def json_of(path: Source) -> Any:
-    """The one JSON value of a file; comments may follow it.
-
-    Raises:
-        UnusableFile: If the file holds something else.
-    """
+    """The one JSON value of a file; comments may follow it, and with anything else it is an `UnusableFile`."""
     text = text_of(path).lstrip()
     try:
         found, end = json.JSONDecoder().raw_decode(text)
@@ -191,11 +187,7 @@ def csv_rows(path: Source, wanted: Sequence[str]) -> list[tuple[str, dict[str, s
 
 
 def text_at(content: Any, key: str) -> str:
-    """A text that is not empty, at a key.
-
-    Raises:
-        BadRow: If it is not there.
-    """
+    """A text that is not empty, at a key; a row without it is a `BadRow`."""
     value = _at(content, key)
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"lacks {key}")
@@ -388,11 +380,7 @@ def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Itera
 
 
 def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most so many items, from everywhere in the file.
-
-    Raises:
-        ValueError: If `limit` is below 1.
-    """
+    """At most so many items, one or more, from everywhere in the file."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: write at least 1, or None for all.")
     if limit is None or limit >= len(items):

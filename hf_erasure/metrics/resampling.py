@@ -26,11 +26,7 @@ _CHUNK = 4_000_000
 
 
 def tails(confidence: float) -> tuple[float, float]:
-    """The two quantiles between which that share of a distribution lies.
-
-    Raises:
-        ValueError: If it is not a share.
-    """
+    """The two quantiles between which that share of a distribution lies."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence}: write a share between 0 and 1, such as 0.95.")
     return (1 - confidence) / 2, (1 + confidence) / 2
@@ -181,11 +177,7 @@ def shuffled(statistic: Callable[[Ints], float], count: int, *, permutations: in
 
 
 def sign_test(successes: int, trials: int) -> float:
-    """The exact two-sided p value of so many successes where each has the chance ½; 1.0 without a trial.
-
-    Raises:
-        ValueError: If there are more successes than trials.
-    """
+    """The exact two-sided p value of so many successes where each has the chance ½; 1.0 without a trial."""
     if not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials: give counts between 0 and the number of trials.")
 
