@@ -346,15 +346,7 @@ def pooled_states(
     pool: str = "mean",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """One vector a sequence from every site of an adapter and from the last hidden states.
-
-    Args:
-        model: A model with the adapter.
-        batches: Dicts of model inputs.
-        adapter_name: The adapter whose sites are looked at.
-        erased: With the adapter, or without it.
-        pool: `"mean"` over real positions, `"cls"` or `"last"`.
-        progress: Show a progress bar.
+    """One vector a sequence from every site of an adapter and from the last hidden states, with the adapter or without.
 
     Returns:
         Site → `(sequences, width)`, float32.

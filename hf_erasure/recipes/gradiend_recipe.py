@@ -254,10 +254,6 @@ class Materials:
     def completed(self, rows: Dataset, classes: Sequence[str]) -> Dataset:
         """Rows with all columns of pairs: where only `factual` is given, its class and counterpart are looked up.
 
-        Args:
-            rows: Texts with a slot.
-            classes: The classes of the feature.
-
         Raises:
             PairError: If the word of a row is not given, or no pair has it.
         """
@@ -290,10 +286,7 @@ def load_materials(
 ) -> Materials:
     """Load all sets, and see to it that they share no text.
 
-    Args:
-        recipe: Where they are.
-        classes: The classes of the feature.
-        usable: Gives the rows of a set that the model can use; asked with `skip_unusable` only.
+    `usable` gives the rows of a set that the model can use; it is asked with `skip_unusable` only.
 
     Raises:
         ValueError: If two sets share a text; names one.

@@ -101,12 +101,7 @@ def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], results: A
 
 
 def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: str) -> tuple[Recipe, Any]:
-    """The recipe and the results that `write_run` has left.
-
-    Args:
-        folder: Where.
-        read: Reads such a recipe.
-        command: What writes such a folder.
+    """The recipe and the results that a run by a command has left.
 
     Raises:
         ValueError: If the folder holds no finished run of this kind.

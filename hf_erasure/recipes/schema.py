@@ -58,12 +58,9 @@ def read(path: str | Path, overrides: Iterable[str], kind: type[Section]) -> Sec
 
 
 def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> dict[str, Any]:
-    """The keys and values of a YAML file with `key=value` overrides.
+    """The keys and values of a YAML file with `key=value` overrides, whose values are YAML too.
 
-    Args:
-        path: The file.
-        overrides: Their values are YAML.
-        expected: Some keys of such a recipe, for the message when the file is none.
+    `expected` are some keys of such a recipe, for the message where the file is not one.
 
     Raises:
         ValueError: If the file is not a recipe, or an override cannot be applied.
@@ -93,13 +90,7 @@ def _from_yaml(text: str, what: str) -> Any:
 
 
 def section_of(content: Any, kind: type[Section], section: str = "", *, missing_in: str = "") -> Section:
-    """A section of a recipe as its dataclass.
-
-    Args:
-        content: What stands in the section.
-        kind: The dataclass.
-        section: Its name in the recipe; empty for the whole recipe.
-        missing_in: What a message says to lack a key, where that is not the section.
+    """A section of a recipe as its dataclass; without a name it is the whole recipe, which is `missing_in` a file.
 
     Raises:
         ValueError: If a key is not known, one is missing, or a value is of another type.
@@ -127,13 +118,7 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
 
 
 def check_section(content: Any, kind: type, section: str = "", above: Sequence[str] = ()) -> dict[str, Any]:
-    """A section of a recipe whose keys are fields of a dataclass.
-
-    Args:
-        content: What stands in the section.
-        kind: The dataclass.
-        section: Its name in the recipe.
-        above: Fields that have a key of their own at the top of the recipe.
+    """A section of a recipe whose keys are fields of a dataclass; those `above` stand at the top of the recipe instead.
 
     Raises:
         ValueError: If it is not a section, or a key is not known or belongs at the top; names those there are.
