@@ -85,10 +85,9 @@ class PairSet:
         """
         if batch_size < 1:
             raise PairError(f"batch_size is {batch_size}; it must be at least 1")
-        groups = self._groups(pair)
         generator = random.Random(seed or 0)
         placed: list[tuple[float, list[EncodedRow]]] = []
-        for rows in groups.values():
+        for rows in self._groups(pair):
             if shuffle:
                 generator.shuffle(rows)
             chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -126,13 +125,13 @@ class PairSet:
             words[row.other or 0].add(tuple(row.counterfactual))
         return list(found.values())
 
-    def _groups(self, pair: Sequence[str] | None) -> dict[tuple[int | None, int | None], list[EncodedRow]]:
-        groups: dict[tuple[int | None, int | None], list[EncodedRow]] = {}
+    def _groups(self, pair: Sequence[str] | None) -> list[list[EncodedRow]]:
+        """The rows of each class and counterfactual class, all or those of a pair."""
+        groups: dict[tuple[int, int], list[EncodedRow]] = {}
         for row in self.rows:
-            groups.setdefault((row.label, row.other), []).append(row)
-        ordered = dict(sorted(groups.items(), key=lambda item: (item[0][0] or 0, item[0][1] or 0)))
+            groups.setdefault((row.label or 0, row.other or 0), []).append(row)
         if pair is None:
-            return ordered
+            return [groups[key] for key in sorted(groups)]
         unknown = [name for name in pair if name not in self.classes]
         if unknown or len(set(pair)) != 2:
             raise PairError(f"pair is {list(pair)}; name two different classes of {self.classes}")
@@ -143,7 +142,7 @@ class PairSet:
                     f"no row has the label {self.classes[label]!r} and the counterfactual label {self.classes[other]!r}"
                     f", which the pair {list(pair)} needs; add such rows"
                 )
-        return {key: ordered[key] for key in ((one, two), (two, one))}
+        return [groups[one, two], groups[two, one]]
 
 
 def check_pairs(
