@@ -1,4 +1,5 @@
 """Processes for tests, forked from one that has imported what they need: a fresh Python takes eight seconds to do so.
+All workers of a test run fork from the same ones.
 
 `run` and `start` run a function of a test module in a process of its own, `command` runs `hf-erasure` there, and
 `together` runs a function in several processes that know of each other, as torchrun starts them. There are three kinds
@@ -13,10 +14,13 @@ of processes to fork from:
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import os
 import pickle
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,10 +28,11 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,8 @@ IMPORTED = {
     TRANSFORMERS: tuple(f"transformers.models.{m}.modeling_{m}" for m in ("auto", "bert", "llama")),
     PACKAGE: ("hf_erasure.cli", "accelerate", "trl", "matplotlib.pyplot", "sklearn.linear_model"),
 }  # fmt: skip
+# The same in all workers of a test run. Short, as the name of a socket is no longer than about 100 characters.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)[:12]
 # Of a process that hangs; the slowest takes half a minute on an idle core.
 PATIENCE = 300
 # Between two looks at a process, in seconds.
@@ -78,28 +85,49 @@ class Ended:
 
 
 def serve(address: str, modules: Sequence[str]) -> None:
-    """Import modules, then start tasks and say what has become of them, until the other end is closed."""
+    """Import modules, then start tasks and say what has become of them, until no one is connected any more."""
     for name in modules:
         try:
             importlib.import_module(name)
         except ImportError:  # what is not installed, no task imports either
             continue
-    with Listener(address, "AF_UNIX") as listener:
-        connection = listener.accept()
-    with connection:
-        while True:
-            try:
-                asked = connection.recv()
-            except EOFError:
-                return
-            if isinstance(asked, Task):
-                pid = os.fork()
-                if pid == 0:
-                    _work(asked)
-                connection.send(pid)
-            else:
-                pid, status = os.waitpid(asked, os.WNOHANG)
-                connection.send(os.waitstatus_to_exitcode(status) if pid else None)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        connections = [_accepted(listener)]
+        while connections:
+            for ready in wait([listener, *connections]):
+                if isinstance(ready, socket.socket):
+                    connections.append(_accepted(listener))
+                elif isinstance(ready, Connection) and not _answered(ready, [listener, *connections]):
+                    connections.remove(ready)
+                    ready.close()
+    shutil.rmtree(Path(address).parent, ignore_errors=True)
+
+
+def _accepted(listener: socket.socket) -> Connection:
+    connection = Connection(listener.accept()[0].detach())
+    connection.send(os.getpid())
+    return connection
+
+
+def _answered(connection: Connection, every: Sequence[socket.socket | Connection]) -> bool:
+    """Do what is asked for; false where the other end is closed. A task's process keeps none of `every` open."""
+    try:
+        asked = connection.recv()
+        if isinstance(asked, Task):
+            pid = os.fork()
+            if pid == 0:
+                for one in every:
+                    one.close()
+                _work(asked)
+            connection.send(pid)
+        else:
+            pid, status = os.waitpid(asked, os.WNOHANG)
+            connection.send(os.waitstatus_to_exitcode(status) if pid else None)
+    except (EOFError, ConnectionError):
+        return False
+    return True
 
 
 def _work(task: Task) -> None:
@@ -129,28 +157,36 @@ def _work(task: Task) -> None:
 
 @functools.cache
 def _server(kind: str) -> Connection:
-    """The other end of `serve`, with the modules of a kind imported; one for the whole session."""
-    folder = tempfile.TemporaryDirectory(prefix="prepared-")
-    atexit.register(folder.cleanup)
-    address, said = str(Path(folder.name, "socket")), Path(folder.name, "said")
-    if kind == LIBRARIES:
-        code = f"from tests.prepared import serve; serve({address!r}, {IMPORTED[kind]!r})"
-        with said.open("w") as file:
-            process: Any = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=file)
-    else:
-        process = start(serve, address, IMPORTED[kind], folder=ROOT, kind=LIBRARIES, printed=(said, said))
-    end, connection = time.monotonic() + PATIENCE, None
-    while connection is None:
+    """A connection to `serve`, with the modules of a kind imported; one `serve` for all workers of a test run."""
+    # Whoever makes the folder starts it, and `serve` removes the folder when all have left.
+    folder = Path(tempfile.gettempdir(), f"prepared-{RUN}-{kind}")
+    address, said = str(folder / "socket"), folder / "said"
+    process, end = None, time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            process = _started(kind, address, said)
         try:
-            connection = Client(address, "AF_UNIX")
-        except (FileNotFoundError, ConnectionRefusedError):  # the socket is not there yet, or nobody listens yet
-            if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(
-                    f"no process with {IMPORTED[kind]} came about; it said\n{said.read_text()}"
-                ) from None
+            connection: Connection = Client(address, "AF_UNIX")
+            connection.recv()
+        # The socket is not there yet, or nobody listens yet, or the last one has just left.
+        except (FileNotFoundError, ConnectionError, EOFError):
+            if (process is not None and process.poll() is not None) or time.monotonic() > end:
+                printed = said.read_text() if said.is_file() else "nothing"
+                shutil.rmtree(folder, ignore_errors=True)
+                raise RuntimeError(f"no process with {IMPORTED[kind]} came about; it said\n{printed}") from None
             time.sleep(PAUSE)
-    atexit.register(connection.close)
-    return connection
+        else:
+            atexit.register(connection.close)
+            return connection
+
+
+def _started(kind: str, address: str, said: Path) -> Any:
+    if kind != LIBRARIES:
+        return start(serve, address, IMPORTED[kind], folder=ROOT, kind=LIBRARIES, printed=(said, said))
+    code = f"from tests.prepared import serve; serve({address!r}, {IMPORTED[kind]!r})"
+    with said.open("w") as file:
+        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=file, stderr=file)
 
 
 # ---- what tests use --------------------------------------------------------------------------------------------------
@@ -234,6 +270,12 @@ def run_code(code: str, *arguments: str) -> None:
     """Run a text of Python as `python -c` does, for what has to come before any import of a test module."""
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+
+
+def run_script(words: list[str]) -> None:
+    """Run a file as `python FILE WORDS` does."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def command(*words: object, folder: Path) -> Ended:

@@ -1,28 +1,47 @@
-"""Start a script in several processes, as a user does."""
+"""Start a module in several processes, as torchrun does."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
-from tests.prepared import ROOT
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tests import prepared
 
 
-def launch(processes: int, *command: object, folder: Path, timeout: int = 300, **environment: str) -> tuple[int, str]:
-    """Run `torchrun --nproc_per_node N command`; the exit status and all it printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def launch(processes: int, module: str, *words: str, folder: Path) -> tuple[int, str]:
+    """Run `torchrun --nproc_per_node N -m module words`; the exit status and all it printed.
+
+    It is torchrun's own launcher, with its own rendezvous and its own environment of each process. The processes are
+    forked from it and not started afresh, so that torch is imported once; the package is imported in each.
+    """
     # ACCELERATE_USE_CPU is not set: whoever starts torchrun on a machine without GPU does not know of it.
     known = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    run = subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
-        env=known | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    return run.returncode, run.stdout
+    command = ["--standalone", "--nproc_per_node", str(processes), "-m", module, *words]
+    known |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ended = prepared.run(_launcher, command, folder=folder, kind=prepared.LIBRARIES, environment=known)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def _launcher(command: list[str]) -> None:
+    with mock.patch.object(torchrun, "elastic_launch", _forking):
+        torchrun.main(command)
+
+
+def _forking(config: LaunchConfig, entrypoint: Any) -> elastic_launch:
+    # What torchrun would start is a Python with the words that it hands on.
+    return elastic_launch(dataclasses.replace(config, start_method="fork"), _as_python)
+
+
+def _as_python(*words: str) -> None:
+    """What `python -u -m module words` does."""
+    start = words.index("-m") + 1
+    sys.argv = list(words[start:])
+    runpy.run_module(words[start], run_name="__main__", alter_sys=True)

@@ -62,7 +62,7 @@ def test_torchrun_fits_what_one_process_fits_and_the_first_process_writes(
         status, printed = together(2, run_command, words, folder=tmp_path)
     else:
         # The one start in the suite that is torchrun's own: what torchrun does is the same whatever the processes do.
-        status, printed = launch(2, "-m", "hf_erasure.cli", *words, folder=tmp_path)
+        status, printed = launch(2, "hf_erasure.cli", *words, folder=tmp_path)
     assert status == 0, printed
     assert printed.count("Probe accuracy") == 1
     found = maps(tmp_path / "out")

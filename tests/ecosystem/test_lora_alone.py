@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.ecosystem.lora_alone import BEGINS, PARTS
+from tests.prepared import LIBRARIES, Process, run_script, start
 
 SCRIPT = Path(__file__).with_name("lora_alone.py")
-ROOT = Path(__file__).parents[2]
 # Trainer prints how long it took.
 TIMES = re.compile(r"'(\w+_runtime|\w+_per_second)': '[^']*'")
 
@@ -50,28 +48,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
             process.kill()
 
 
-def _start(folder: Path, words: list[str]) -> subprocess.Popen[bytes]:
+def _start(folder: Path, words: list[str]) -> Process:
+    """Both are forked from one process, so that texts have the same hashes: PEFT writes names in the order of a set."""
     (folder / "work").mkdir()
-    # The order of a set's texts, in which PEFT writes the names of modules, is that of their hashes.
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "PYTHONHASHSEED": "0",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "info",
     }
-    command = [sys.executable, str(SCRIPT), str(folder / "result.json"), *words]
-    with (folder / "printed").open("w") as printed, (folder / "logs").open("w") as logs:
-        return subprocess.Popen(command, env=environment, cwd=folder / "work", stdout=printed, stderr=logs)
+    printed = folder / "printed", folder / "logs"
+    arguments = [str(SCRIPT), str(folder / "result.json"), *words]
+    options: dict[str, Any] = {"kind": LIBRARIES, "environment": environment, "printed": printed}
+    return start(run_script, arguments, folder=folder / "work", **options)
 
 
-def _ended(process: subprocess.Popen[bytes], folder: Path) -> Run:
-    status = process.wait(timeout=400)
-    printed, logs = ((folder / name).read_text(encoding="utf-8") for name in ("printed", "logs"))
-    assert status == 0, logs
+def _ended(process: Process, folder: Path) -> Run:
+    ended = process.wait()
+    assert ended.returncode == 0, ended.stderr
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return Run(found, _after(printed), _after(logs).splitlines())
+    return Run(found, _after(ended.stdout), _after(ended.stderr).splitlines())
 
 
 def _after(printed: str) -> str:
