@@ -7,6 +7,7 @@ import doctest
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class Page:
         namespace: Of all Python blocks.
         printed: What the latest block printed.
         done: Set-ups that were made.
-        undone: What puts back what set-ups have substituted.
+        substitutes: What set-ups have put under other names.
+        undone: What puts it back.
     """
 
     path: Path
@@ -41,11 +43,12 @@ class Page:
     namespace: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
     printed: str = ""
     done: set[str] = field(default_factory=set)
+    substitutes: dict[str, mock.Mock] = field(default_factory=dict)
     undone: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def substitute(self, name: str, value: Any) -> None:
-        """Let another object stand under a name, as in `package.module.name`, until the page has been run."""
-        self.undone.enter_context(mock.patch(name, value))
+    def substitute(self, name: str, function: Callable[[], Any]) -> None:
+        """Let a function stand under a name, as in `package.module.name`, until the page has been run."""
+        self.substitutes[name] = self.undone.enter_context(mock.patch(name, side_effect=function))
 
 
 def run_page(path: Path, folder: Path) -> int:
@@ -64,6 +67,9 @@ def run_page(path: Path, folder: Path) -> int:
                     page.done.add(name)
                     SETUPS[name](page)
             _take(page, block)
+        for name, substitute in page.substitutes.items():
+            if not substitute.called:
+                raise PageError(f"{path}: a set-up puts something in the place of {name}, which no block calls")
     return len(blocks)
 
 
