@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 import re
+import stat
 import time
 import types
 import typing
@@ -264,11 +265,11 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If it is not JSON, not an object, or far larger than any configuration.
     """
-    if not file.is_file():  # a pipe might never end
+    state = file.stat()
+    if not stat.S_ISREG(state.st_mode):  # a pipe might never end
         raise ValueError(f"{str(file)!r} is not an ordinary file.")
-    size = file.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{str(file)!r} has {size} bytes, and no configuration is that long: it is damaged.")
+    if state.st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{str(file)!r} has {state.st_size} bytes, and no configuration is that long: it is damaged.")
     try:
         content = json.loads(file.read_bytes().decode("utf-8"))  # NaN may be among what was measured
     except RecursionError as error:

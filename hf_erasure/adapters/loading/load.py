@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
@@ -396,9 +397,10 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         ValueError: If it is not such a file, is not complete, or says that it is far larger than what is on disk.
     """
-    if not file.is_file():  # a pipe might never end
+    state = file.stat()
+    if not stat.S_ISREG(state.st_mode):  # a pipe might never end
         raise ValueError(f"{str(file)!r} is not an ordinary file.")
-    size, on_disk = file.stat().st_size, getattr(file.stat(), "st_blocks", None)
+    size, on_disk = state.st_size, getattr(state, "st_blocks", None)
     if on_disk is not None and size > _SMALL and on_disk * 512 < size // 8:
         raise ValueError(f"{str(file)!r} has {size} bytes, of which most are not on disk: copy or download it again.")
     try:
