@@ -32,6 +32,7 @@ from hf_erasure.models.model import as_attribute
 from .checkpoint import FitCheckpoint
 from .fit import check_resident, conclude, solved
 from .labels import SiteStatistics, Source
+from .report import in_words
 from .sites import solve_site, task_for
 
 Sites = dict[str, Eraser]
@@ -312,7 +313,8 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     for count in ("examples", "tokens"):
         config.provenance[count] += added.provenance[count]
     # What was measured of the first alone says nothing of the sum.
-    config.provenance["leakage"] = {}
+    examples = config.provenance["examples"]
+    config.provenance |= {"leakage": {}, "leakage_intervals": {}, "measured_on": in_words(examples, examples)}
     config.provenance.pop(RECIPE, None)
     with staged(Path(output)) as content:
         config.save_pretrained(str(content))

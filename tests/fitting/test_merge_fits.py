@@ -37,12 +37,15 @@ def test_two_halves_add_up_to_the_whole(background: bool, tmp_path: Path) -> Non
         return {"background": other[part]} if background else {}
 
     whole = fitted(tmp_path / "whole", batches, **extra(slice(None)))
-    fitted(tmp_path / "a", batches[:2], **extra(slice(0, 1)))
+    fitted(tmp_path / "a", batches[:2], eval_batches=small_batches("bert", 2, seed=500), **extra(slice(0, 1)))
     fitted(tmp_path / "b", batches[2:4], **extra(slice(1, 2)))
     fitted(tmp_path / "c", batches[4:], **extra(slice(2, None)))
     merge_fits(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
     config = merge_fits(tmp_path / "ab", tmp_path / "c", tmp_path / "abc")
     assert config.provenance["examples"] == 6 * 16
+    # What was measured of one part is not told of the whole.
+    assert config.provenance["leakage"] == config.provenance["leakage_intervals"] == {}
+    assert config.provenance["measured_on"] == "fitted rows (all of 96)"
     summed = loaded(tmp_path / "abc")
     assert verify_adapter(summed)
     for site, layer in erasure_layers(whole).items():
