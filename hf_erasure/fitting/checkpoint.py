@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.config import RECORD
-from hf_erasure.adapters.common.files import read_tensors, write_tensors, write_whole
+from hf_erasure.adapters.common.files import read_tensors, read_text, write_tensors, write_text
 from hf_erasure.erasers import ConceptMoments, Eraser
 
 from .labels import BatchLabels, SiteStatistics, Source
@@ -70,9 +70,9 @@ class FitCheckpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / MANIFEST
         if not manifest.exists():
-            write_whole(manifest, lambda path: Path(path).write_text(json.dumps(self.identity), encoding="utf-8"))
+            write_text(manifest, json.dumps(self.identity))
             return
-        kept = json.loads(manifest.read_text(encoding="utf-8"))
+        kept = json.loads(read_text(manifest))
         for name, value in self.identity.items():
             if kept.get(name, [] if name == RECORD else None) != value:
                 raise ValueError(
