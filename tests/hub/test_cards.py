@@ -349,7 +349,18 @@ def test_a_name_like_our_marks_does_not_hide_what_is_ours(make: Callable[[str], 
 
 
 def test_provenance_that_makes_no_sense_is_left_out() -> None:
-    keys = ("leakage", "selection", "correlation", "examples", "tokens", "pool", "card", "combined_from", "estimator")
+    keys = (
+        "leakage",
+        "selection",
+        "correlation",
+        "examples",
+        "tokens",
+        "pool",
+        "card",
+        "combined_from",
+        "estimator",
+        RECIPE,
+    )
     for value in (3, "text", [1], {"a": "b"}, {"a": [1]}, {"a": [float("nan"), 1]}, {"a": [True, False]}, None):
         for config in (erasure(), gradiend()):
             config.provenance = config.provenance | dict.fromkeys(keys, value)
