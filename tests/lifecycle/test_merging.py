@@ -156,3 +156,21 @@ def test_named_erasures_merge_in_the_order_in_which_they_are_named(targets, site
             assert same_weights(weights(model), plain)
         merged = model.merge_and_unload(adapter_names=order)
         assert distance(outputs(merged, "gpt2"), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("order", [["norm", "own"], ["own", "norm"]], ids="-".join)
+def test_an_erasure_at_a_layers_input_merges_next_to_its_weight(order: list[str]):
+    """Also where one of a norm in front of it is merged already, which acts before it."""
+    of = OF["erasure"]
+    model = of.wrapped("gpt2", "norm", target_modules=r".*\.ln_1")
+    model.add_adapter("own", of.config(target_modules=["c_attn"], site="input"))
+    model.set_adapter("own")
+    of.fit(model, "gpt2", "own", 5)
+    model.base_model.set_adapter(["norm", "own"])
+    expected, plain = outputs(model.eval(), "gpt2"), weights(model)
+    model.set_adapter(order[0])  # one that acts in between would be in the way
+    for name in order:
+        model.merge_adapter([name])
+    assert distance(outputs(model, "gpt2"), expected) < TOLERANCE
+    model.unmerge_adapter()
+    assert same_weights(weights(model), plain)

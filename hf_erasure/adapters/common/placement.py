@@ -214,7 +214,8 @@ def shared_weights(model: nn.Module) -> dict[str, list[str]]:
     tied = {*ties, *ties.values()}
     names: dict[int | str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(ties.get(name, name) if name in tied else id(parameter), []).append(name)
+        plain = name.replace(".base_layer.", ".")  # as without a LoRA around the module
+        names.setdefault(ties.get(plain, plain) if plain in tied else id(parameter), []).append(name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 

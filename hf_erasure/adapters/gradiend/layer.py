@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..common.config import INDICES
 from ..common.layer import AdapterChild, StateDict, innermost
-from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded
+from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded, shared_weights
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
 from .edit import UndoRecord, WeightEdit, why_not_editable, write
@@ -147,18 +147,14 @@ class GradiendLayer(AdapterChild):
     @staticmethod
     def link(model: nn.Module) -> None:
         """Find the modules that own the parameters, for a tied weight has several, and others that read them."""
-        owners: dict[int, list[Owner]] = {}
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append((module, name))
-        readers = Readers(model)
+        full_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        shared, readers = shared_weights(model), Readers(model)
         for layer in GradiendLayer.by_path(model).values():
-            used = dict.fromkeys(name for names in layer.gradiend_parameters.values() for name in names)
-            places = {name: owners[id(layer.parameter(name))] for name in used}
-            for name, found in places.items():
-                if layer.parameter(name).device.type == "meta":
-                    places[name] = found + _tied_by_name(model, f"{layer.path}.{name}", found)
+            places: dict[str, list[Owner]] = {}
+            for name in dict.fromkeys(name for names in layer.gradiend_parameters.values() for name in names):
+                full = full_names[id(layer.parameter(name))]
+                at = (other.rpartition(".") for other in shared.get(full, [full]))
+                places[name] = list(dict.fromkeys((model.get_submodule(path), own) for path, _, own in at))
             read = [(m, owner) for place in places.values() for owner, name in place for m in readers.of(owner, name)]
             layer._follow(places, list(dict.fromkeys(read)))
 
@@ -309,17 +305,3 @@ def strength(config: GradiendConfig) -> Tensor:
     acting = config.pair_index(config.pair) if config.fitted else 0
     factors[0, acting], factors[1, acting] = config.learning_rate * config.feature_factor, config.learning_rate
     return factors
-
-
-def _tied_by_name(model: nn.Module, full: str, found: list[Owner]) -> list[Owner]:
-    """Owners that an offloaded model no longer shows to hold one tensor, since each holds a placeholder."""
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    names = [a for a, b in ties.items() if b == full] + [b for a, b in ties.items() if a == full]
-    names += [a for a, b in ties.items() if b in names and a != full]
-    places = []
-    for name in dict.fromkeys(names):
-        path, _, own = name.rpartition(".")
-        module = innermost(model.get_submodule(path))
-        if not any(module is known for known, _ in found):
-            places.append((module, own))
-    return places

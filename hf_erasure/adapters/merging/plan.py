@@ -310,19 +310,17 @@ def _from_the_weight(layer: ErasureLayer, site: str, ordered: list[T]) -> list[T
 
 
 def _arranged(layers: dict[str, ErasureLayer], plan: MergePlan, target: str) -> list[EraserInWeight]:
-    """All erasers in a layer, old and new: those of one site in the order that the plan has for them."""
+    """All erasers in a layer, old and new, from the weight outwards: its own before those of a norm in front of it."""
     record = record_of(plan.modules[target])
-    found = [*(record.erasers if record is not None else []), *plan.erasers[target]]
-    for path in dict.fromkeys(eraser.path for eraser in plan.erasers[target]):
-        for side in SITES:
-            places = [i for i, eraser in enumerate(found) if (eraser.path, eraser.side) == (path, side)]
-            if places:
-                site = layers[path].concept_erasure_site[found[places[0]].adapter]
-                order = _from_the_weight(layers[path], site, plan.orders[path])
-                in_order = sorted((found[i] for i in places), key=lambda eraser: order.index(eraser.adapter))
-                for place, eraser in zip(places, in_order, strict=True):
-                    found[place] = eraser
-    return found
+
+    def place(eraser: EraserInWeight) -> tuple[bool, int, int]:
+        layer, order = layers[eraser.path], plan.orders.get(eraser.path)
+        site = layer.concept_erasure_site[eraser.adapter]
+        # Where nothing is merged now, those that are there stay in their order.
+        own_place = 0 if order is None else _from_the_weight(layer, site, order).index(eraser.adapter)
+        return eraser.path != target, SITES.index(site), own_place
+
+    return sorted([*(record.erasers if record is not None else []), *plan.erasers[target]], key=place)
 
 
 def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
