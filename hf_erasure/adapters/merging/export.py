@@ -39,8 +39,6 @@ from .record import Snapshot, is_weight_layer, weight_change
 
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16
-# The thin matrices of a LoRA, `(rank, in)` and `(out, rank)`, by module.
-Factors = dict[str, tuple[Tensor, Tensor]]
 _NAME = "default"
 
 
@@ -66,6 +64,16 @@ class LoraExport:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class _Added:
+    """What a LoRA adds to one module: `(rank, in)`, `(out, rank)`, and `(out,)` to its bias."""
+
+    module: nn.Module
+    a: Tensor
+    b: Tensor
+    shift: Tensor | None = None
 
 
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
@@ -94,26 +102,27 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
         plan = plan_merge(base, [name], Probe(base), allow_tied=True)
     finally:
         before.restore()
-    factors: Factors = {}
-    shifts: dict[str, Tensor] = {}
+    added: dict[str, _Added] = {}
     for path, module in plan.modules.items():
         parameters = {key: p.detach() for key, p in module.named_parameters(recurse=False)}
         change = weight_change(module, parameters, plan.erasers[path])
         if change.a.shape[0]:
-            factors[path] = change.a, change.b
-            shifts[path] = change.offset - parameters["bias"].double() if "bias" in parameters else change.offset
-    if not factors:
+            shift = change.offset - parameters["bias"].double() if "bias" in parameters else change.offset
+            added[path] = _Added(module, change.a, change.b, shift)
+    if not added:
         raise ValueError(f"The erasure {name!r} has rank 0 at every site: there is nothing to export.")
-    if not any(bool(shift.any()) for shift in shifts.values()):
-        shifts = {}
-    embeddings = [path for path in factors if isinstance(plan.modules[path], nn.Embedding)]
-    if shifts and embeddings:
+    embeddings = [path for path, here in added.items() if isinstance(here.module, nn.Embedding)]
+    if _has_shifts(added) and embeddings:
         raise ValueError(
             f"The erasure {name!r} cannot be exported: its affine part needs lora_bias=True, which PEFT does "
             f"not support for the embedding {embeddings[0]!r}. Fit a purely linear erasure with "
             "ConceptErasureConfig(affine=False), or two adapters."
         )
-    return _write(base, config, folder, {path: plan.modules[path] for path in factors}, factors, shifts)
+    return _write(base, config, folder, added)
+
+
+def _has_shifts(added: dict[str, _Added]) -> bool:
+    return any(here.shift is not None and bool(here.shift.any()) for here in added.values())
 
 
 def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder: Path, rank: int) -> LoraExport:
@@ -123,8 +132,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
         raise ValueError(
             f"The GRADIEND adapter {name!r} changes nothing: {config.remedy} Then choose a learning rate, by steer(…)."
         )
-    factors: Factors = {}
-    modules: dict[str, nn.Module] = {}
+    added: dict[str, _Added] = {}
     kept = lost = 0.0
     left_out: dict[str, float] = {}
     names = {id(innermost(module)): path for path, module in base_modules(base)}
@@ -142,9 +150,9 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
         kept, lost = kept + thin.kept * energy, lost + (1 - thin.kept) * energy
         for module, _ in carriers:
             transposed = isinstance(module, nn.Linear) != stored_by_output
-            modules[names[id(module)]] = module
-            factors[names[id(module)]] = (thin.b.T, thin.a.T) if transposed else (thin.a, thin.b)
-    if not factors:
+            a, b = (thin.b.T, thin.a.T) if transposed else (thin.a, thin.b)
+            added[names[id(module)]] = _Added(module, a, b)
+    if not added:
         raise ValueError(
             f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and nothing else fits into a "
             "LoRA. Merge it instead."
@@ -157,7 +165,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
             f"; {sum(left_out.values()) / total:.1%} is in {len(left_out)} parameters that a LoRA cannot carry (norm "
             f"weights, biases and the like; the first is {next(iter(left_out))!r})"
         )
-    written = _write(base, config, folder, modules, factors, {})
+    written = _write(base, config, folder, added)
     return replace(written, text=f"{written.text}{text}.", kept=kept / total, left_out=list(left_out))
 
 
@@ -191,16 +199,10 @@ def low_rank(delta: Tensor, rank: int) -> LowRank:
     return LowRank(v[:rank].to(delta.dtype), (u[:, :rank] * s[:rank]).to(delta.dtype), kept)
 
 
-def _write(
-    base: nn.Module,
-    config: ChildConfig,
-    folder: Path,
-    modules: dict[str, nn.Module],
-    factors: Factors,
-    shifts: dict[str, Tensor],
-) -> LoraExport:
-    """Write a LoRA from its thin matrices, and what it adds to biases."""
-    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
+def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, _Added]) -> LoraExport:
+    """Write a LoRA, and say where PEFT cannot merge it."""
+    has_shifts, tied = _has_shifts(added), {name.rpartition(".")[0] for name in shared_weights(base)}
+    ranks = {name: here.a.shape[0] for name, here in added.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT reads these as expressions for the end of a name; the anchor keeps them to the whole of it.
     other = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items() if rank != usual}
@@ -209,9 +211,9 @@ def _write(
         lora_alpha=usual,  # equal to the rank everywhere: the scaling is 1
         rank_pattern=other,
         alpha_pattern=dict(other),
-        target_modules=exactly(list(factors), base),
-        lora_bias=bool(shifts),
-        fan_in_fan_out=all(isinstance(module, Conv1D) for module in modules.values()),
+        target_modules=exactly(list(added), base),
+        lora_bias=has_shifts,
+        fan_in_fan_out=all(isinstance(here.module, Conv1D) for here in added.values()),
         task_type=config.task_type,
         # Without a task, AutoPeftModel finds the class of the base here.
         auto_mapping={"base_model_class": type(base).__name__, "parent_library": type(base).__module__},
@@ -219,33 +221,30 @@ def _write(
         inference_mode=True,
     )
     tensors: dict[str, Tensor] = {}
-    for name, (a, b) in factors.items():
-        dtype = torch.float64 if modules[name].get_parameter("weight").dtype == torch.float64 else torch.float32
-        if isinstance(modules[name], nn.Embedding):
-            parts = {"lora_embedding_A": a, "lora_embedding_B": b}
-        else:
-            parts = {"lora_A.weight": a, "lora_B.weight": b}
-        if name in shifts:
-            parts["lora_B.bias"] = shifts[name]
+    unmergeable: dict[str, str] = {}
+    for name, here in added.items():
+        weight = here.module.get_parameter("weight")
+        is_embedding = isinstance(here.module, nn.Embedding)
+        a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        parts = {a: here.a, b: here.b}
+        if has_shifts and here.shift is not None:
+            parts["lora_B.bias"] = here.shift
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         tensors |= {f"{PREFIX}{name}.{part}": t.to("cpu", dtype).contiguous() for part, t in parts.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    lora.save_pretrained(str(folder))
-
-    tied = {name.rpartition(".")[0] for name in shared_weights(base)}
-    unmergeable = {}
-    for name, module in modules.items():
-        if shifts and module._parameters.get("bias") is None:
+        if has_shifts and here.module._parameters.get("bias") is None:
             unmergeable[name] = "the affine part is a lora_bias, and the layer has no bias to merge it into"
         elif name in tied:
             unmergeable[name] = "its weight is shared with another module, which would change too"
-    bias = ", with lora_bias" if shifts else ""
-    text = f"Wrote a LoRA of rank {usual} on {len(factors)} modules{bias} to {folder}."
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    lora.save_pretrained(str(folder))
+    bias = ", with lora_bias" if has_shifts else ""
+    text = f"Wrote a LoRA of rank {usual} on {len(added)} modules{bias} to {folder}."
     for reason in dict.fromkeys(unmergeable.values()):
         at = [name for name, why in unmergeable.items() if why == reason]
         rest = f" and {len(at) - 1} others" if len(at) > 1 else ""
         text += f" PEFT applies it but cannot merge it at {at[0]!r}{rest}: {reason}."
-    return LoraExport(folder, list(factors), unmergeable, text)
+    return LoraExport(folder, list(added), unmergeable, text)
 
 
 # ---- a plain checkpoint, for the command line ------------------------------------------------------------------------
