@@ -198,12 +198,14 @@ def edited(
         ValueError: If the adapter is not fitted or is merged, or a weight is quantised or offloaded.
     """
     layers, config = _adapter(model, adapter_name)
+    steering = strength(_steered(config, feature_factor, learning_rate, pair))
     changes: list[tuple[nn.Parameter, list[WeightEdit]]] = []
-    for name, layer, edit in _edits(layers, adapter_name, _steered(config, feature_factor, learning_rate, pair)):
-        reason = layer.why_not_editable(name)
-        if reason is not None:
-            raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
-        changes.append((layer.parameter(name), [edit]))
+    for layer in layers.values():
+        for name, edit in layer.edits_of(adapter_name, steering):
+            reason = layer.why_not_editable(name)
+            if reason is not None:
+                raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
+            changes.append((layer.parameter(name), [edit]))
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.without(adapter_name))
@@ -228,8 +230,12 @@ def kept_share(
         ValueError: If the adapter is not fitted, or is merged already.
     """
     layers, config = _adapter(model, adapter_name)
-    edits = _edits(layers, adapter_name, _steered(config, feature_factor, learning_rate, pair))
-    return share_kept((layer.parameter(own), edit) for own, layer, edit in edits)
+    steering = strength(_steered(config, feature_factor, learning_rate, pair))
+    return share_kept(
+        (layer.parameter(own), edit)
+        for layer in layers.values()
+        for own, edit in layer.edits_of(adapter_name, steering)
+    )
 
 
 def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLayer, str, Tensor]]:
@@ -239,10 +245,11 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
         ValueError: If the adapter is not fitted, or is merged.
     """
     layers, config = _adapter(model, adapter_name)
-    for name, layer, edit in _edits(layers, adapter_name, config):
-        shape = layer.parameter(name).shape
-        zeros = torch.zeros(shape, device=edit.values.device, dtype=torch.float32)
-        yield layer, name, edited_tensor(zeros, [edit])
+    for layer in layers.values():
+        for name, edit in layer.edits_of(adapter_name, strength(config)):
+            shape = layer.parameter(name).shape
+            zeros = torch.zeros(shape, device=edit.values.device, dtype=torch.float32)
+            yield layer, name, edited_tensor(zeros, [edit])
 
 
 # ---- finding the adapter ---------------------------------------------------------------------------------------------
@@ -358,12 +365,3 @@ def _steered(
         config.pair_index(pair)
         steered.pair = list(pair)
     return steered
-
-
-def _edits(
-    layers: dict[str, GradiendLayer], adapter_name: str, config: GradiendConfig
-) -> Iterator[tuple[str, GradiendLayer, WeightEdit]]:
-    """The changes of an adapter at the strength of a configuration, with the layer and own name of each parameter."""
-    for layer in layers.values():
-        for own, edit in layer.edits_of(adapter_name, strength(config)):
-            yield own, layer, edit
