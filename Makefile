@@ -76,9 +76,11 @@ demo: $(VENV)/.demo  ## erase gender from an encoder; then strengthen it in a la
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend evaluate out/gradiend-demo/adapter
 
-# One core a worker: processes that tests start would take all of them otherwise. Fixtures of a file are made once.
+# One core a worker: processes that tests start would take all of them otherwise. Fixtures of a file are made once. Files
+# are given out in the order of tests/conftest.py.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(BY_FILE) $(PYTEST_ARGS)
 
 # Left out is what older releases do otherwise: layers_pattern where the list of blocks is at the top of the model, which
 # names a PeftModel still knows after a call that failed, and what a process writes that is not the main one.
@@ -91,7 +93,7 @@ test-oldest: $(OLDEST)/.test  ## run the tests of adapters with the oldest relea
 
 test-newest: $(NEWEST)/.test  ## run the tests of adapters and README with the newest releases that pyproject.toml allows
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE '^(torch|transformers|peft|accelerate|datasets|huggingface_hub) '
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -p no:cacheprovider \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(BY_FILE) -p no:cacheprovider \
 		$(PYTEST_ARGS) tests/adapters tests/lifecycle tests/docs/test_pages.py
 
 # What a processor adds in which order shows in the last bits. PROCESSOR_TESTS narrows it.
@@ -100,7 +102,7 @@ test-processors: $(VENV)/.test  ## run the tests of the mathematics and of adapt
 	for capability in default avx2; do for threads in 1 2; do \
 		echo "ATEN_CPU_CAPABILITY=$$capability, threads: $$threads"; \
 		HF_HUB_OFFLINE=1 ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q \
-			-n $(PYTEST_WORKERS) --dist loadfile -p no:cacheprovider $(PYTEST_ARGS) $(PROCESSOR_TESTS); \
+			-n $(PYTEST_WORKERS) $(BY_FILE) -p no:cacheprovider $(PYTEST_ARGS) $(PROCESSOR_TESTS); \
 	done; done
 
 matrix: $(VENV)/.test  ## run the ecosystem tests and write the tables of docs/compatibility.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,13 @@ from tests.matrix import PROPERTY, record
 torch.set_num_threads(1)
 
 CELL = "lifecycle_cell"
+# Of few tests that take long. Workers begin with them, so that none is left alone with one of them at the end.
+LONG = {
+    "docs/test_notebooks.py", "docs/test_pages.py", "distributed/test_command.py", "distributed/test_failing.py",
+    "distributed/test_fits.py", "ecosystem/test_compiled.py", "ecosystem/test_lora_alone.py",
+    "ecosystem/test_trainer.py", "ecosystem/test_wrapped.py", "evaluation/test_not_measured.py",
+    "evaluation/test_running.py",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +80,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("lifecycle"):
             # Properties travel with the report from the processes of xdist to the one that prints.
             item.user_properties.append((CELL, item.nodeid))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        counts = Counter(item.path for item in items)
+        items.sort(key=lambda item: (not is_long(item.path), -counts[item.path]))
+
+
+def is_long(path: Path) -> bool:
+    return "/".join(path.parts[-2:]) in LONG
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
