@@ -15,7 +15,6 @@ from typing import Any
 MOVED: dict[str, tuple[str, ...]] = {
     "adapters.config": ("adapters", "adapters.erasure.config"),
     "adapters.gradiend_config": ("adapters", "adapters.gradiend.config"),
-    "adapters.loading.file_checks": ("adapters.loading.load", "adapters.loading.fingerprint", "adapters.common.config"),
     "adapters.lora_export": ("adapters", "adapters.merging.export"),
     "erasers.inlp": ("erasers",),
     "erasers.oracle": ("erasers",),
