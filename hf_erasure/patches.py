@@ -172,11 +172,11 @@ def install(table: tuple[Patch, ...] | None = None) -> None:
     """
     table = patches() if table is None else table
     check_internals(tuple(patch for patch in table if not patch.without))
-    relied_on: list[tuple[Internal, str]] = [(patch, patch.without) for patch in table]
+    relied_on: list[tuple[Internal, str, Patch | None]] = [(patch, patch.without, patch) for patch in table]
     for method in trainer.OWN_METHODS:
         without = f"what hf_erasure does in Trainer.{method} for a model with an adapter of its own"
-        relied_on.append((Internal("transformers", "transformers.trainer", f"Trainer.{method}"), without))
-    for internal, without in relied_on:
+        relied_on.append((Internal("transformers", "transformers.trainer", f"Trainer.{method}"), without, None))
+    for internal, without, patch in relied_on:
         missing = internal.why_missing()
         if missing is not None:
             warnings.warn(
@@ -184,8 +184,8 @@ def install(table: tuple[Patch, ...] | None = None) -> None:
                 f"What does not work here: {without}. Everything else does.",
                 stacklevel=3,
             )
-        elif isinstance(internal, Patch):
-            _wrap(internal)
+        elif patch is not None:
+            _wrap(patch)
     name = cards.write_saved_card.__qualname__
     saving.ON_STAGED[:] = [function for function in saving.ON_STAGED if function.__qualname__ != name]
     saving.ON_STAGED.append(cards.write_saved_card)
