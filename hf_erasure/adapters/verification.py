@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_erasure.models.model import callee_of, distance, dummy_batch, evaluating, tensors_of
+from hf_erasure.models.dummy import dummy_batch
+from hf_erasure.models.model import callee_of, distance, evaluating, tensors_of
 
 from .common.acting import other_than_when_fitted
 from .common.config import ChildConfig, Provenance

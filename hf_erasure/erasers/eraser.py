@@ -121,7 +121,7 @@ class Eraser:
         return Eraser(self.left.to(device=device, dtype=dtype), self.right.to(device=device, dtype=dtype), bias)
 
 
-def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, axis: int = -1) -> Tensor:
     """Return `x − left · right · (x − bias)` for every row of `x` (arXiv 2306.03819, Theorem 4.3).
 
     The arithmetic runs in float32, or in float64 for a float64 `x`, whatever autocast says; the result has the dtype
@@ -132,6 +132,7 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
         left: `(d, rank)` directions that are subtracted.
         right: `(rank, d)` readings that say how much of each.
         bias: `(d,)` centre that the map leaves in place, or None for a linear map.
+        axis: The axis of the features, where it is not the last.
 
     Returns:
         `(…, d)` in the dtype of `x`; `x` itself when the rank is 0.
@@ -140,6 +141,8 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -
         TypeError: If `x` does not hold floating-point numbers.
         ValueError: If the width of `x` is not that of the eraser.
     """
+    if axis != -1:
+        return apply_erasure(x.movedim(axis, -1), left, right, bias).movedim(-1, axis)
     width, rank = left.shape
     if not x.dtype.is_floating_point or x.shape[-1:] != (width,):  # on the hot path, a call only where it refuses
         check_activations(x, width)

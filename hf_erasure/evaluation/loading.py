@@ -24,7 +24,8 @@ from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
-from hf_erasure.models.model import Runner, distance, dummy_batch, evaluating, last_hidden_state
+from hf_erasure.models.dummy import dummy_batch
+from hf_erasure.models.model import Runner, distance, evaluating, last_hidden_state
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 
 BASE, TOGETHER = "base", "together"

@@ -145,7 +145,8 @@ def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, s
     _attach(model, _combined_config(configs, sites, sticky), into, list(configs))
     for path, layer in erasure_layers(model, into).items():
         kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
-        layer.set_eraser(into, sites[path], torch.float64 if torch.float64 in kept else torch.float32)
+        dtype = torch.float64 if torch.float64 in kept else torch.float32
+        layer.set_eraser(into, sites[path], dtype, layer.concept_erasure_axis[into])
     attached: ConceptErasureConfig = model.peft_config[into]
     return attached
 
@@ -195,6 +196,8 @@ def _combined_sites(
         for name in here:
             left, right, bias = (part.cpu() for part in parts[name][path].eraser_state(name))
             erasers.append(Eraser(left, right, bias if configs[name].affine else None))
+        if len({parts[name][path].concept_erasure_axis[name] for name in here}) > 1:
+            raise ValueError(f"At {path!r} {here} cannot be combined: they erase along different axes.")
         rows = [float(Provenance.of(configs[name]).examples or 0) for name in here]
         try:
             sites[path] = combine_erasers(erasers, rows if all(rows) else None)
@@ -219,7 +222,11 @@ def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sti
         rank=max(ranks) or None,
         sticky=sticky,
         fitted=True,
-        fitted_sites={path: {"width": eraser.x_dim, "rank": eraser.rank} for path, eraser in sites.items()},
+        fitted_sites={
+            path: next(c.fitted_sites[path] for c in configs.values() if path in (c.fitted_sites or {}))  # type: ignore[index]
+            | {"width": eraser.x_dim, "rank": eraser.rank}
+            for path, eraser in sites.items()
+        },
         provenance=_combined_provenance(configs),
     )
 
@@ -301,7 +308,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         raise ValueError(f"{one} and {other} hold no moments: fit with fit.sequential=false fit.checkpoint=true.")
     seen = [labelled, background] if background.moments else [labelled]
     weights = load_file(Path(one) / WEIGHTS)
-    config.fitted_sites = {}
+    before, config.fitted_sites = config.fitted_sites or {}, {}
     for site in sites:
         # A name ends like this, whatever the model that the adapter was saved from is called in front of it.
         keys = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
@@ -309,7 +316,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         fit, kept = solve_site(site, seen, config), weights[keys["left"]]
         for key, value in zip(keys.values(), fit.eraser.parts(kept.device, fit.dtype), strict=True):
             weights[key] = value.contiguous()
-        config.fitted_sites[site] = {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
+        config.fitted_sites[site] = before[site] | {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
     for count in ("examples", "tokens"):
         config.provenance[count] += added.provenance[count]
     # What was measured of the first alone says nothing of the sum.

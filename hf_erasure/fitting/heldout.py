@@ -24,9 +24,10 @@ from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interv
 from hf_erasure.models.model import evaluating, on_cpu
 
 from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled
+from .layouts import observed
 from .processes import Processes
 from .report import SiteReport
-from .sites import FitTask, observed, task_for
+from .sites import FitTask, task_for
 
 # The content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
@@ -71,7 +72,7 @@ def measure(
         evaluating(task.runner.model),
         tqdm(desc=f"measuring {task.name}", unit=" rows", disable=not task.progress) as shown,
     ):
-        for labels, counts in task.in_step(source.read(task.pool)):
+        for labels, counts in task.in_step(source.read(task.pool, task.layouts)):
             if not counts:  # to keep up with the others
                 task.runner(labels.batch)
                 task.runner(labels.batch)

@@ -19,8 +19,10 @@ from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
+from hf_erasure.models.layout import Axes
 from hf_erasure.models.model import on_cpu
 
+from .layouts import Layouts
 from .processes import Processes
 
 
@@ -129,8 +131,12 @@ class Source(SiteStatistics):
         self.concept, self.batches, self.key, self.title = concept, batches, key, title
         self.examples = self.tokens = 0
 
-    def read(self, pool: str) -> Iterator[BatchLabels]:
+    def read(self, pool: str, layouts: Layouts) -> Iterator[BatchLabels]:
         """The batches one after another, each checked, counted and with its labels.
+
+        Args:
+            pool: Which rows a sequence label counts for.
+            layouts: Tells the axes of activations.
 
         Raises:
             TypeError: If something is not a batch, or its inputs are not tensors.
@@ -155,7 +161,7 @@ class Source(SiteStatistics):
                         f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
                         "torch.as_tensor(…)."
                     )
-            labels, mask = BatchLabels(batch, self, pool), batch.get("attention_mask")
+            labels, mask = BatchLabels(batch, self, pool, layouts.of(batch)), batch.get("attention_mask")
             self.examples += labels.rows
             self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows
             yield labels
@@ -206,13 +212,15 @@ class BatchLabels:
         ValueError: If labels are not those of this batch and of such a concept.
     """
 
-    def __init__(self, batch: Mapping[str, Any], source: Source, pool: str = "tokens") -> None:
-        self.batch, self.source, self._pool = dict(batch), source, pool
+    def __init__(
+        self, batch: Mapping[str, Any], source: Source, pool: str, axes: Mapping[str, Axes | ValueError]
+    ) -> None:
+        self.batch, self.source, self._pool, self._axes = dict(batch), source, pool, axes
         inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
         self.rows: int = next(inputs).shape[0]
         self._labels: Tensor | None = None
         self._by_token = self._by_class = False
-        self._selections: dict[tuple[bool, int, torch.device], Selection] = {}
+        self._selections: dict[tuple[str | None, int, torch.device], Selection] = {}
         if source.concept is not None:
             self._labels, self._by_class = label_tensor(batch), source.concept.labels is not None
             self._by_token = self._labels.dim() == (2 if self._by_class else 3)
@@ -220,56 +228,54 @@ class BatchLabels:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """One batch is lent to another process without the others of its source, which may be a generator."""
-        return type(self), (self.batch, Source(self.source.concept), self._pool)
+        return type(self), (self.batch, Source(self.source.concept), self._pool, self._axes)
 
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
         """Align an activation with the labels.
 
         Args:
-            activation: `(batch, seq, …, width)`, `(batch, width)` or `(batch · seq, width)`.
-            where: The module's name; one with "decoder" in it is aligned with the decoder's mask.
+            activation: Of any layout that was found.
+            where: The name of its module, or of the last hidden state.
 
         Returns:
             The activation as `(batch, seq, …, width)`, and its `Selection`.
 
         Raises:
-            ValueError: If the positions of the activation are not those of the batch.
+            ValueError: If its axes could not be told, or its positions are not those of the labels.
         """
-        decoder = "decoder" in where
-        mask = self._mask(decoder)
-        if activation.dim() == 2:
-            # One row a sequence (poolers), or all tokens in one list (experts).
-            flattened = mask is not None and activation.shape[0] == mask.numel() and mask.shape[1] > 1
-            shape = mask.shape if flattened and mask is not None else (activation.shape[0], 1)
-            activation = activation.reshape(*shape, activation.shape[-1])
-        seq = activation.shape[1]
-        if activation.shape[0] != self.rows or (mask is not None and seq not in (1, mask.shape[1])):
-            expected = f"({self.rows}, {'any' if mask is None else mask.shape[1]}, …)"
-            raise ValueError(
-                f"The activation at {where!r} has shape {tuple(activation.shape)}, which does not line up with the "
-                f"batch, expected {expected}: its rows cannot be labelled. Choose another target module."
+        axes = self._axes.get(where)
+        if not isinstance(axes, Axes):
+            raise axes or ValueError(
+                f"{where!r} was not reached by the rows that showed what the axes of activations are: choose another "
+                "target module."
             )
-        key = (decoder, seq, activation.device)
+        axes.check(shape := tuple(activation.shape), self.rows, where)
+        activation = axes.arranged(activation, self.rows)
+        seq = activation.shape[1]
+        key = (axes.side, seq, activation.device)
         if key not in self._selections:
+            mask = None if axes.side is None else self._mask(axes.side)
+            if mask is not None and mask.shape[1] != seq:
+                raise ValueError(
+                    f"The activation at {where!r} has shape {shape}, which does not line up with the batch of "
+                    f"{mask.shape[1]} positions: its rows cannot be labelled. Choose another target module."
+                )
             all_real = torch.ones(self.rows, seq, dtype=torch.bool, device="cpu")
-            real = all_real if mask is None or seq != mask.shape[1] else mask.cpu()
-            self._selections[key] = self._selection(real, activation.device, where)
+            self._selections[key] = self._selection(all_real if mask is None else mask.cpu(), activation.device, where)
         return activation, self._selections[key]
 
     def covers(self, where: str) -> bool:
         """Whether the labels speak of this side of an encoder-decoder; labels of whole sequences speak of both."""
-        if self._labels is None or not self._by_token:
+        axes = self._axes.get(where)
+        if self._labels is None or not self._by_token or not isinstance(axes, Axes) or axes.side is None:
             return True
-        mask = self._mask("decoder" in where)
+        mask = self._mask(axes.side)
         return mask is None or self._labels.shape[:2] == mask.shape
 
-    def _mask(self, decoder: bool) -> Tensor | None:
+    def _mask(self, side: str) -> Tensor | None:
         """`(batch, seq)` bool, or None where the batch has none to say (images)."""
-        # A model that is all decoder calls its modules so too, but its batch has one mask.
-        decoder = decoder and any(name.startswith("decoder_") or name == "labels" for name in self.batch)
-        side = "decoder_" if decoder else ""
         mask = self.batch.get(f"{side}attention_mask")
-        if mask is None and decoder and "labels" in self.batch and "decoder_input_ids" not in self.batch:
+        if mask is None and side and "labels" in self.batch and "decoder_input_ids" not in self.batch:
             mask = self.batch["labels"] != IGNORED
         if mask is None:
             ids = self.batch.get(f"{side}input_ids")
@@ -313,7 +319,7 @@ class BatchLabels:
                 "ConceptErasureConfig(labels=[…])."
             )
         if self._by_class and self._by_token:
-            lengths = {mask.shape[1] for mask in (self._mask(False), self._mask(True)) if mask is not None}
+            lengths = {mask.shape[1] for mask in (self._mask(""), self._mask("decoder_")) if mask is not None}
             if labels.shape[1] == 1 and 1 not in lengths:
                 raise ValueError(f"{of} are a column: for one class a sequence write concept_labels.squeeze(1).")
             if labels.shape[1] == z_dim and lengths and z_dim not in lengths:

@@ -40,6 +40,11 @@ class SiteReport:
             module, its eraser is fitted on all visits together; their leakage is measured together and at each.
         width: Features.
         rank: Directions erased; None where no eraser sits.
+        visits: How often the module was called in one forward pass of the fit. Its eraser removes what the concept
+            adds to any of them: up to so many times as many directions.
+        residual: Where it was called several times, the largest cross-covariance with the concept that is left at a
+            visit, as a share of `|x| |z|`: an eraser changes what arrives at later visits, and is fitted again until
+            this is nothing but rounding. The guarantee does not hold where it is more.
         rows: Labelled rows the eraser was fitted on.
         correlation_fit: Largest canonical correlation with the concept on the rows it was fitted on, before erasure.
             In-sample: close to 1 wherever rows are not many more than features.
@@ -57,6 +62,8 @@ class SiteReport:
     visit: int | None = None
     width: int | None = None
     rank: int | None = None
+    visits: int = 1
+    residual: float | None = None
     rows: int | None = None
     correlation_fit: float | None = None
     correlation_before: float | None = None

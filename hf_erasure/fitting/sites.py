@@ -6,11 +6,10 @@ Which rows the label of a sequence counts for is the pool of a fit, by default w
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
-from hf_erasure.erasers import Eraser, apply_erasure, joint_moments
+from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
 from hf_erasure.models import POOLS, check_pool, reading_of
-from hf_erasure.models.model import Runner, last_hidden_state, on_cpu
+from hf_erasure.models.model import Runner, on_cpu
 from hf_erasure.models.pooling import IN_WORDS
 
 from .labels import BatchLabels, SiteStatistics, Source, label_tensor
+from .layouts import Layouts, few_rows, observed
 from .processes import Processes
 from .report import SiteReport
 
@@ -45,6 +45,7 @@ class FitTask:
         layers: The sites, by the name of their module, in the model's order.
         name: The adapter.
         config: Its configuration.
+        layouts: Tells what the axes of activations are.
         pool: Which rows a sequence label counts for, one of `POOLS`.
         reader: What the model's head reads, in words.
         processes: Those that share the data.
@@ -56,10 +57,15 @@ class FitTask:
     layers: dict[str, ErasureLayer]
     name: str
     config: ConceptErasureConfig
+    layouts: Layouts
     pool: str
     reader: str
     processes: Processes
     progress: bool = False
+
+    def along(self, fits: dict[str, SiteFit]) -> dict[str, SiteFit]:
+        """Fits of sites, each along the axis of its features."""
+        return {site: dataclasses.replace(fit, axis=self.layouts.width_of(site)) for site, fit in fits.items()}
 
     def in_step(self, batches: Iterable[BatchLabels]) -> Iterator[tuple[BatchLabels, bool]]:
         """The batches to run the model on, and which of them count.
@@ -73,18 +79,26 @@ class FitTask:
     def run_over(
         self,
         batches: Iterable[BatchLabels],
-        observer: Callable[[BatchLabels | None, str, Tensor], Tensor],
+        observer: Callable[[BatchLabels | None, str, int, Tensor], Tensor],
         then: Callable[[BatchLabels], None] = lambda labels: None,
     ) -> None:
         """Run the model over this process's batches.
 
-        The observer sees the batch, the site and its activation in the place of the adapter's eraser, and returns what
-        goes on; the batch is None where it does not count. `then` is called with each that counts after its pass.
+        The observer sees the batch, the site, how often this was visited, and its activation in the place of the
+        adapter's eraser, and returns what goes on; the batch is None where it does not count. `then` is called with
+        each that counts after its pass.
         """
         running: list[BatchLabels | None] = [None]
-        with observed(self.layers, self.name, lambda site, hidden: observer(running[0], site, hidden)):
+        visits: Counter[str] = Counter()
+
+        def see(site: str, hidden: Tensor) -> Tensor:
+            visits[site] += 1
+            return observer(running[0], site, visits[site], hidden)
+
+        with observed(self.layers, self.name, see):
             for labels, counts in self.in_step(batches):
                 running[0] = labels if counts else None
+                visits.clear()
                 self.runner(labels.batch)
                 if counts:
                     then(labels)
@@ -114,13 +128,19 @@ def task_for(
     with processes.agreeing("reading its batches"):
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
+    layouts = Layouts(runner, layers, name)
+    # Of a sharded model every forward pass needs all processes, and one of them may have no batch.
+    few = processes.gathered([few_rows(first[0]) if first else None])
+    rows = next((rows for rows in few if rows is not None), None)
+    if rows is not None:
+        layouts.of(rows)
     known = Provenance.of(config) if as_fitted and pool is None else None
     if known is not None and known.pool in POOLS:
         guarded, reader = known.pool, known.reader
     else:
-        guarded, reader = pool_for(pool, model, runner, concept or config, first[0] if first else None, processes)
+        guarded, reader = pool_for(pool, model, layouts, concept or config, rows)
     shows = progress and processes.is_main
-    task = FitTask(found.owner, runner, layers, name, config, guarded, reader, processes, shows)
+    task = FitTask(found.owner, runner, layers, name, config, layouts, guarded, reader, processes, shows)
     return task, itertools.chain(first, rest)
 
 
@@ -137,46 +157,17 @@ def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureCon
     return found, layers
 
 
-@contextmanager
-def observed(
-    layers: dict[str, ErasureLayer],
-    adapter_name: str,
-    observer: Callable[[str, Tensor], Tensor],
-    finals: Mapping[str, nn.Module] | None = None,
-) -> Iterator[None]:
-    """While open, `observer(site, activation)` stands in for the adapter's eraser at every site.
-
-    It sees the activation after all erasers that act before this one, and what it returns goes on. Of the modules that
-    `finals` names it sees the last hidden states, too; what it returns for these is not used.
-    """
-
-    def at(name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        observer(name, last_hidden_state(output))
-
-    handles = [module.register_forward_hook(functools.partial(at, name)) for name, module in (finals or {}).items()]
-    try:
-        for path, layer in layers.items():
-            layer.observers[adapter_name] = functools.partial(observer, path)
-        yield
-    finally:
-        for layer in layers.values():
-            layer.observers.pop(adapter_name, None)
-        for handle in handles:
-            handle.remove()
-
-
 # ---- the pool of a fit -----------------------------------------------------------------------------------------------
 
 
 def pool_for(
-    pool: str | None, model: nn.Module, runner: Runner, config: ConceptErasureConfig, first: Any, processes: Processes
+    pool: str | None, model: nn.Module, layouts: Layouts, config: ConceptErasureConfig, rows: dict[str, Any] | None
 ) -> tuple[str, str]:
     """What a fit guards, one of `POOLS`, and what the model's head reads, in words.
 
     Warns where the two are not the same, or where the second could not be found out. The model is the one that the
-    caller has given, `first` the first batch with the labels of `config`, or None where this process has no batch.
+    caller has given, `rows` are some of the first batch with the labels of `config`, or None where there is none.
     """
-    rows = next((rows for rows in processes.gathered([_two_rows(first)]) if rows is not None), None)
     if rows is None:
         return pool or "tokens", ""  # fitting says what is wrong with the batches
     of_tokens = 2 if config.labels is not None else 3
@@ -184,9 +175,10 @@ def pool_for(
         return "tokens", "the labels are of single tokens"
 
     def real_of(hidden: Tensor) -> Tensor:
-        return BatchLabels(rows, Source(None)).select(hidden, runner.side_of("last_hidden_state"))[1].real
+        labels = BatchLabels(rows, Source(None), "tokens", layouts.of(rows))
+        return labels.select(hidden, layouts.runner.side_of("last_hidden_state"))[1].real
 
-    reading = reading_of(model, runner, rows, real_of)
+    reading = reading_of(model, layouts.runner, rows, real_of)
     if pool is None:
         if not reading.clear:
             warnings.warn(
@@ -211,23 +203,6 @@ def pool_for(
     return pool, reading.text
 
 
-def _two_rows(batch: Any) -> dict[str, Any] | None:
-    """The longest and the shortest row of a batch; None where it is not one."""
-    if not isinstance(batch, Mapping):
-        return None
-    tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
-    inputs = [value for name, value in tensors.items() if name != "concept_labels"]
-    if not inputs or not len(inputs[0]):
-        return None
-    mask = tensors.get("attention_mask", torch.ones(len(inputs[0]), 1, device="cpu"))
-    lengths = mask.flatten(1).sum(1)
-    chosen = sorted({int(lengths.argmax()), int(lengths.argmin())})
-    return {
-        name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == len(lengths) else value
-        for name, value in batch.items()
-    }
-
-
 # ---- erasers ---------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +214,7 @@ class SiteFit:
         eraser: float64.
         dtype: What the eraser is kept and applied in: float32, or float64 on float64 activations.
         shares: `(z_dim,)` mean of the concept; the shares of the classes.
+        axis: That of the features.
         line: Its line of the report, without what held-out batches tell.
     """
 
@@ -246,15 +222,26 @@ class SiteFit:
     dtype: torch.dtype
     shares: Tensor
     line: SiteReport
+    axis: int = -1
 
     def erase(self, hidden: Tensor) -> Tensor:
         """What an adapter with this eraser makes of an activation, to the bit."""
-        return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype))
+        return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype), self.axis)
 
 
-def solve(
-    processes: Processes, sites: Sequence[str], seen: Sequence[SiteStatistics], config: ConceptErasureConfig
-) -> dict[str, SiteFit]:
+def visits_of(site: str, seen: Sequence[SiteStatistics]) -> list[str]:
+    """The keys of the moments of a site, one for each visit of its module in a forward pass."""
+    every = {key for statistics in seen for key in statistics.moments}
+    keys = itertools.takewhile(every.__contains__, (visit_of(site, number) for number in itertools.count(1)))
+    return list(keys)
+
+
+def visit_of(site: str, number: int) -> str:
+    """The key of the moments of one visit of a site, from 1."""
+    return site if number == 1 else f"{site}, visit {number}"
+
+
+def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -> dict[str, SiteFit]:
     """Solve for the erasers of sites, each in one of the processes; all end with the same fits.
 
     The statistics are those of each concept that is erased, and perhaps of a background (`z_dim` is 0), of rows that
@@ -264,24 +251,35 @@ def solve(
         ValueError: Names the site, and what the moments lack, if that was in this process.
         RuntimeError: If one failed in another.
     """
+    processes = task.processes
     if processes.count == 1:
-        return {site: solve_site(site, seen, config) for site in sites}
+        return task.along({site: solve_site(site, seen, task.config) for site in sites})
     with processes.agreeing("solving for its sites"):
-        mine = {site: solve_site(site, seen, config) for site in processes.mine(sites)}
+        mine = {site: solve_site(site, seen, task.config) for site in processes.mine(sites)}
         # Processes hand over what lies in main memory.
         mine = {
             site: dataclasses.replace(fit, eraser=fit.eraser.to("cpu"), shares=fit.shares.cpu())
             for site, fit in mine.items()
         }
     solved = {site: fit for own in processes.gathered([mine]) for site, fit in own.items()}
-    return {site: solved[site] for site in sites}
+    return task.along({site: solved[site] for site in sites})
 
 
 @on_cpu
 def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasureConfig) -> SiteFit:
-    """Solve for one site, as `solve` does for several."""
-    labelled = [statistics.moments[site] for statistics in seen if statistics.z_dim]
-    background = next((statistics.moments[site] for statistics in seen if not statistics.z_dim), None)
+    """Solve for one site, as `solve` does for several.
+
+    Of a module that is called several times the columns of all visits are erased, each taken about the means of its
+    visit.
+    """
+    visits = visits_of(site, seen)
+    labelled = [s.moments[key] for s in seen if s.z_dim for key in visits if key in s.moments]
+    of_background = [s.moments[key] for s in seen if not s.z_dim for key in visits if key in s.moments]
+    background = of_background[0] if of_background else None
+    for more in of_background[1:]:
+        background.merge(more)  # type: ignore[union-attr]
+    # What was asked for, or what the guarantee needs at every visit.
+    rank = config.max_rank if config.rank is not None else config.max_rank * len(visits)
     try:
         moments = labelled[0] if len(labelled) == 1 else joint_moments(labelled)
         spread = moments.spread()
@@ -291,7 +289,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
             eraser = Eraser(left=empty, right=empty.T.clone(), bias=mean)
         else:
-            eraser = moments.eraser(config.method, affine=config.affine, rank=config.max_rank, background=background)
+            eraser = moments.eraser(config.method, affine=config.affine, rank=rank, background=background)
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
     acts = eraser.rank > 0
@@ -299,9 +297,18 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         site,
         width=eraser.x_dim,
         rank=eraser.rank,
+        visits=len(visits),
         rows=spread.rows,
-        correlation_fit=float(moments.canonical_correlations()[0]) if acts else 0.0,
+        correlation_fit=max(float(part.canonical_correlations()[0]) for part in labelled) if acts else 0.0,
         change_labelled=spread.change(eraser) if acts else 0.0,
     )
     dtype = torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32
-    return SiteFit(eraser, dtype, spread.shares, line)
+    return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line)
+
+
+def residual_of(eraser: Eraser, moments: ConceptMoments) -> float:
+    """The cross-covariance with the concept that an eraser leaves of moments, as a share of `|x| |z|`."""
+    cross = moments.cross_covariance
+    left, right = eraser.left.to(cross), eraser.right.to(cross)
+    scale = float((moments.spread().variance.sum() * moments.covariance_z.trace()).sqrt())
+    return float((cross - left @ (right @ cross)).norm()) / scale if scale else 0.0

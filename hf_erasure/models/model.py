@@ -231,25 +231,6 @@ def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> Non
 # ---- what goes in and what comes out ---------------------------------------------------------------------------------
 
 
-def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
-    """A small input the model accepts: its own `dummy_inputs`, or noise of the shape its main input has.
-
-    Raises:
-        ValueError: If it has neither.
-    """
-    base = bare_model(model)
-    device, main = input_device(base), getattr(base, "main_input_name", "input_ids")
-    if main == "pixel_values":
-        config = base.config
-        size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-        noise = torch.Generator().manual_seed(0)
-        return {"pixel_values": torch.randn(2, config.num_channels, *size, generator=noise).to(device, base.dtype)}
-    dummies = getattr(base, "dummy_inputs", {})
-    if main not in dummies:
-        raise ValueError(f"{type(base).__name__} has no dummy input to compare outputs on: pass batch=, its inputs.")
-    return {name: value.to(device) for name, value in dummies.items()}
-
-
 def tensors_of(output: Any) -> list[Tensor]:
     """The tensors in what a model returns: a tensor, or tuples, lists, dicts and dataclasses of such."""
     if is_dataclass(output) and not isinstance(output, dict):

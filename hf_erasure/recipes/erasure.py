@@ -17,14 +17,13 @@ from transformers import AutoModel
 from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
 from hf_erasure.adapters.common.config import RECIPE, TESTED_ON, Provenance
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.erasers import apply_erasure
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
 from hf_erasure.fitting.labels import BatchLabels, Source
+from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
-from hf_erasure.fitting.sites import observed
 from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS
@@ -361,17 +360,18 @@ def pooled_states(
 
     def look(site: str, hidden: Tensor) -> Tensor:
         if erased and site in layers:
-            hidden = apply_erasure(hidden, *layers[site].parts_on(adapter_name, hidden.device))
+            hidden = layers[site].erased(adapter_name, hidden)
         aligned, selection = current[0].select(hidden, runner.side_of(site))
         found.setdefault(site, []).append(pooled(aligned.float(), selection.real, pool).cpu())
         return hidden
 
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
     shown = tqdm(desc=what, unit=" rows", disable=not (progress and Processes().is_main))
-    with evaluating(runner.model), observed(layers, adapter_name, look, runner.final_states()), shown:
-        for labels in Source(None, batches).read("tokens"):
+    with evaluating(runner.model), shown:
+        for labels in Source(None, batches).read("tokens", Layouts(runner, layers, adapter_name)):
             current[:] = [labels]
-            runner(labels.batch)
+            with observed(layers, adapter_name, look, runner.final_states()):
+                runner(labels.batch)
             shown.update(labels.rows)
     if not found:
         raise ValueError("There are no batches to read states from.")

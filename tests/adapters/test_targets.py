@@ -95,7 +95,6 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: hf.ConvNextModel(hf.ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)),
         [
             "encoder.stages.0.layers.0.layernorm",
-            "encoder.stages.1.downsampling_layer.0",
             "encoder.stages.1.layers.0.layernorm",
             "layernorm",
         ],

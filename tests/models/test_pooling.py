@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
-from hf_erasure.fitting.processes import Processes
+from hf_erasure.fitting.layouts import Layouts, few_rows
 from hf_erasure.fitting.sites import pool_for
 from hf_erasure.models import pooled
 from hf_erasure.models.model import Runner
@@ -75,7 +75,7 @@ def image_batch() -> dict[str, Tensor]:
 def found(model: nn.Module, batch: dict[str, Tensor], pool: str | None = None) -> tuple[str, str]:
     roughen(model, torch.Generator().manual_seed(0)).eval()
     config = ConceptErasureConfig(labels=["a", "b"])
-    return pool_for(pool, model, Runner(model), config, batch, Processes())
+    return pool_for(pool, model, Layouts(Runner(model), {}, "default"), config, few_rows(batch))
 
 
 @pytest.mark.filterwarnings("error:pool")
@@ -102,7 +102,11 @@ def test_frozen_half_precision_weights_are_read_too_and_stay_as_they_were() -> N
     model = hf.BertForSequenceClassification(hf.BertConfig(**_TEXT)).to(torch.bfloat16).requires_grad_(False).train()
     with torch.inference_mode():
         guarded, _ = pool_for(
-            None, model, Runner(model, []), ConceptErasureConfig(labels=["a", "b"]), text_batch(), Processes()
+            None,
+            model,
+            Layouts(Runner(model, []), {}, "default"),
+            ConceptErasureConfig(labels=["a", "b"]),
+            few_rows(text_batch()),
         )
     assert guarded == "cls" and model.training
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
@@ -155,12 +159,14 @@ def test_a_sentence_encoder_s_pooling_module_is_asked() -> None:
         bare = hf.BertModel(hf.BertConfig(**_TEXT))
         encoder = Encoder(bare, models.Pooling(WIDTH, pooling_mode=mode))
         config = ConceptErasureConfig(labels=["a", "b"])
-        assert pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes())[0] == pool
+        assert (
+            pool_for(None, encoder, Layouts(Runner(bare, []), {}, "default"), config, few_rows(text_batch()))[0] == pool
+        )
     with pytest.warns(UserWarning, match="its pooling module reads 'max'"):
         encoder = Encoder(bare, models.Pooling(WIDTH, pooling_mode="max"))
-        pool_for(None, encoder, Runner(bare, []), config, text_batch(), Processes())
+        pool_for(None, encoder, Layouts(Runner(bare, []), {}, "default"), config, few_rows(text_batch()))
     with pytest.warns(UserWarning, match="pool='mean' guards .*, but its pooling module reads 'max': what the head"):
-        pool_for("mean", encoder, Runner(bare, []), config, text_batch(), Processes())
+        pool_for("mean", encoder, Layouts(Runner(bare, []), {}, "default"), config, few_rows(text_batch()))
 
 
 def test_a_pool_beside_a_head_that_reads_padding_warns() -> None:

@@ -46,7 +46,8 @@ class ConceptErasureConfig(ChildConfig):
         sticky: Stay active when another adapter is activated, until disabled or deleted.
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether the erasers exist.
-        fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`.
+        fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`, and the `"axis"` of the features
+            where it is not the last, as for channels of images.
         provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
             base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
     """
@@ -86,7 +87,7 @@ class ConceptErasureConfig(ChildConfig):
             )
         for name, size in (self.fitted_sites or {}).items():
             width, rank = size.get("width", -1), size.get("rank", -1)
-            if size.keys() != {"width", "rank"} or not 0 <= rank <= width:
+            if size.keys() - {"axis"} != {"width", "rank"} or not 0 <= rank <= width or size.get("axis", -1) < -1:
                 raise ValueError(
                     f"fitted_sites has {short(size)} at {name!r}, which is not a width with a rank of at most that. "
                     "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."

@@ -36,7 +36,7 @@ class ErasureLayer(AdapterChild):
     child_name = CHILD
     noun = "erasure"
     precisions = (torch.float32, torch.float64)
-    entries = ("sticky_adapters", "concept_erasure_site", "observers")
+    entries = ("sticky_adapters", "concept_erasure_site", "concept_erasure_axis", "observers")
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__(host, path)
@@ -48,6 +48,8 @@ class ErasureLayer(AdapterChild):
         self.concept_erasure_right = StateDict(persistent=True)
         self.concept_erasure_bias = StateDict(persistent=True)
         self.concept_erasure_site: dict[str, str] = {}
+        # The axis of the features; the last but for modules that give channels first.
+        self.concept_erasure_axis: dict[str, int] = {}
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -61,6 +63,7 @@ class ErasureLayer(AdapterChild):
         self.sticky_adapters[name] = config.sticky
         device, dtype = self.state_placement()
         size = config.fitted_sites[self.path] if config.fitted and config.fitted_sites else {"width": 0, "rank": 0}
+        self.concept_erasure_axis[name] = size.get("axis", -1)
         self.concept_erasure_left[name] = torch.zeros(size["width"], size["rank"], device=device, dtype=dtype)
         self.concept_erasure_right[name] = torch.zeros(size["rank"], size["width"], device=device, dtype=dtype)
         self.concept_erasure_bias[name] = torch.zeros(size["width"], device=device, dtype=dtype)
@@ -68,8 +71,9 @@ class ErasureLayer(AdapterChild):
             self.await_values(name)
         self._hook()
 
-    def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype) -> None:
-        """Put a fitted eraser in place; a purely linear one keeps a zero bias."""
+    def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype, axis: int = -1) -> None:
+        """Put a fitted eraser in place, along the axis of the features; a purely linear one keeps a zero bias."""
+        self.concept_erasure_axis[name] = axis
         device, _ = self.state_placement()
         stores = self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias
         for store, part in zip(stores, eraser.parts(device, dtype), strict=True):
@@ -80,6 +84,15 @@ class ErasureLayer(AdapterChild):
     def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """The eraser's `left`, `right` and `bias` as they are."""
         return self.concept_erasure_left[name], self.concept_erasure_right[name], self.concept_erasure_bias[name]
+
+    def size_of(self, name: str) -> dict[str, int]:
+        """An eraser's entry of `fitted_sites`."""
+        (width, rank), axis = self.concept_erasure_left[name].shape, self.concept_erasure_axis[name]
+        return {"width": width, "rank": rank} | ({} if axis == -1 else {"axis": axis})
+
+    def erased(self, name: str, hidden: Tensor) -> Tensor:
+        """An activation as an adapter erases it."""
+        return apply_erasure(hidden, *self.parts_on(name, hidden.device), self.concept_erasure_axis[name])
 
     def parts_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """An eraser's `left`, `right` and `bias` on a device, where they stay: accelerate may have moved the model."""
@@ -152,15 +165,16 @@ class ErasureLayer(AdapterChild):
             return hidden
         if left.device != hidden.device:
             left, right, bias = self.parts_on(name, hidden.device)
-        if hidden.shape[-1] != left.shape[0]:
+        axis = self.concept_erasure_axis[name]
+        if hidden.shape[axis] != left.shape[0]:
             raise ValueError(
-                f"{self.path!r} has activations of width {hidden.shape[-1]}, but adapter {name!r} erases width "
+                f"{self.path!r} has activations of width {hidden.shape[axis]}, but adapter {name!r} erases width "
                 f"{left.shape[0]}: it was fitted on another model. Fit it again on this one."
             )
         # A check of values cannot be compiled; there a NaN shows in the output.
         if name in self._awaits_values and not torch.compiler.is_compiling():
             self.check_values(name)
-        return apply_erasure(hidden, left, right, bias)
+        return apply_erasure(hidden, left, right, bias, axis)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+from hf_erasure.models.dummy import dummy_batch
+from hf_erasure.models.flow import Flow, blocks_of
+from hf_erasure.models.model import Runner, bare_model, evaluating
 
 from ..common.layer import Rows
 from ..common.tuner import ChildTuner
@@ -26,11 +31,39 @@ _HEAD_NORM = re.compile(r"^(q|k|v|kv|query|key|value)(_[a-z])?_?(layer)?_?norm$"
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Names of the normalization layers inside the blocks, and of the final norms, in the model's order.
+    """Names of the norms of the hidden state inside the blocks, and of the final norms, in the model's order.
+
+    They are found by watching what flows in one small forward pass; of a model for which no input is known, by the
+    names and classes of its modules.
 
     Raises:
-        ValueError: If the model has no list of blocks, or no normalization layer in them.
+        ValueError: If there are none.
     """
+    base = bare_model(model)
+    try:
+        batch = dummy_batch(model)
+    except ValueError:
+        chosen = set(_by_structure(model))
+    else:
+        runner = Runner(model)
+        with evaluating(base), torch.random.fork_rng(devices=[]):
+            chosen = set(Flow(model).run(lambda: runner(batch, runner.callee if runner.is_sharded else base)).sites)
+    if not chosen:
+        raise ValueError(
+            f"No normalization layer was found inside the blocks of {type(model).__name__} that reads or writes its "
+            "hidden state, so there is no default for target_modules. Name the modules whose output is to be erased, "
+            f"e.g. target_modules={_examples(model)}."
+        )
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def _examples(model: nn.Module) -> list[str]:
+    """Names of modules that pass a hidden state on, for a message."""
+    blocks = {id(block) for block in blocks_of(model)}
+    return [name for name, module in model.named_modules() if id(module) in blocks][-2:] or ["layer.0", "layer.1"]
+
+
+def _by_structure(model: nn.Module) -> set[str]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
     # Blocks have several parts, with matrices among them; a list of convolutions alone is not one of blocks.
     blocks = [
@@ -42,13 +75,7 @@ def default_targets(model: nn.Module) -> list[str]:
     outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     within = tuple(f"{name}." for name in outermost)
     inside = [name for name, m in model.named_modules() if name.startswith(within) and _is_norm(name, m)]
-    if not inside:
-        raise ValueError(
-            f"No normalization layer was found inside the blocks of {type(model).__name__}, so there is no default for "
-            "target_modules. Name the modules whose output is to be erased, e.g. target_modules=['layer.0', 'layer.1']."
-        )
-    chosen = {*inside, *_final_norms(model, outermost)}
-    return [name for name, _ in model.named_modules() if name in chosen]
+    return {*inside, *_final_norms(model, outermost)} if inside else set()
 
 
 def _is_norm(name: str, module: nn.Module) -> bool:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_erasure.models.model import distance, dummy_batch, evaluating, tensors_of
+from hf_erasure.models.dummy import dummy_batch
+from hf_erasure.models.model import distance, evaluating, tensors_of
 
 from ..common.placement import has_quantised
 from ..erasure.layer import ErasureLayer, erasure_layers

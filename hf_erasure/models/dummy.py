@@ -1,0 +1,119 @@
+"""A small input that a model accepts, made from its configuration: texts, images, sounds, or several of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import Runner, bare_model, evaluating, input_device, is_encoder_decoder
+
+ROWS = 2
+# Tokens of a text; an odd number, which is no width, no head and no window.
+LENGTH = 7
+# So many samples of a sound give several frames after the convolutions of any speech encoder here.
+_SAMPLES = 4000
+_FRAMES = 128
+_PARTS = ("vision_config", "image_config", "audio_config", "text_config", "encoder", "vision")
+
+
+def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
+    """A small input that the model accepts: it was run on it.
+
+    Its own `dummy_inputs` come first, then what its main input and its configuration suggest, with as few others as it
+    needs: of a language model with a tower for images, text alone.
+
+    Raises:
+        ValueError: If it accepts none of those.
+    """
+    base, reasons = bare_model(model), []
+    runner = Runner(model)
+    for made in _suggested(base):
+        batch = {name: value.to(input_device(base)) for name, value in made.items()}
+        try:
+            with evaluating(base), torch.random.fork_rng(devices=[]):
+                runner(batch, runner.callee if runner.is_sharded else base)
+        except Exception as error:
+            reasons.append(f"{'+'.join(made)}: {type(error).__name__}: {error}")
+            continue
+        return batch
+    raise ValueError(
+        f"{type(base).__name__} has no dummy input to compare outputs on: pass batch=, its inputs. "
+        f"Tried: {'; '.join(' '.join(reason.split())[:120] for reason in reasons) or 'nothing'}."
+    )
+
+
+def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
+    main, config = getattr(base, "main_input_name", "input_ids"), getattr(base, "config", None)
+    own = getattr(base, "dummy_inputs", None) if config is not None else None
+    if isinstance(own, dict) and main in own:
+        yield own
+    if config is None:
+        return
+    takes = inspect.signature(base.forward).parameters
+    noise = torch.Generator().manual_seed(0)
+    text = _text(base, takes, noise) if "input_ids" in takes or main == "input_ids" else {}
+    media = [*_images(config, noise), *_sounds(config, noise)]
+    if main == "input_ids":
+        yield text
+        yield from ({**text, **more} for more in media)
+        return
+    for more in media:
+        if main in more:
+            yield more
+            yield _decoder(base, takes, noise) | more
+            yield text | more
+
+
+def _of(config: Any, *names: str) -> Any:
+    """The first of these values in a configuration, or in those of its parts."""
+    parts = [config, *(getattr(config, part, None) for part in _PARTS)]
+    found = (getattr(part, name, None) for part in parts if part is not None for name in names)
+    return next((value for value in found if value is not None), None)
+
+
+def _text(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
+    config = base.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    words = _of(text, "vocab_size") or _of(config, "vocab_size", "src_vocab_size") or 100
+    # Tokens that stand for images or sounds have a meaning of their own; they are the last, as a rule.
+    most = max(2, min(words if isinstance(words, int) else min(words), 60))
+    ids = torch.randint(most // 6, most, (ROWS, LENGTH), generator=noise)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "bbox" in takes:
+        found["bbox"] = torch.tensor([1, 1, 5, 5]).expand(ROWS, LENGTH, 4).clone()
+    return found | _decoder(base, takes, noise)
+
+
+def _decoder(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
+    if not is_encoder_decoder(base) or "decoder_input_ids" not in takes:
+        return {}
+    words = _of(base.config, "decoder_vocab_size", "tgt_vocab_size", "vocab_size") or 100
+    return {"decoder_input_ids": torch.randint(2, max(3, min(words, 60)), (ROWS, LENGTH - 2), generator=noise)}
+
+
+def _images(config: Any, noise: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    size = _of(config, "image_size", "input_size") or 224
+    size = (size["height"], size["width"]) if isinstance(size, dict) else size
+    height, width = tuple(size)[-2:] if isinstance(size, (list, tuple)) else (size, size)
+    image = torch.randn(ROWS, _of(config, "num_channels", "in_channels") or 3, height, width, generator=noise)
+    yield {"pixel_values": image}
+    frames = _of(config, "num_frames")
+    if frames:
+        yield {"pixel_values": image[:, None].repeat(1, frames, 1, 1, 1)}
+
+
+def _sounds(config: Any, noise: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    yield {"input_values": torch.randn(ROWS, _SAMPLES, generator=noise)}
+    bands = _of(config, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size") or 80
+    long = _of(config, "max_length") or _FRAMES
+    yield {"input_values": torch.randn(ROWS, long if isinstance(long, int) else _FRAMES, bands, generator=noise)}
+    positions = _of(config, "max_source_positions")
+    for frames in (_FRAMES, *([2 * positions] if positions else [])):
+        yield {"input_features": torch.randn(ROWS, bands, frames, generator=noise)}
+        yield {"input_features": torch.randn(ROWS, frames, bands, generator=noise)}
+    width = _of(config, "hidden_size") or 1
+    yield {"input_values": torch.randn(ROWS, _FRAMES // 8, width, generator=noise)}

@@ -1,0 +1,305 @@
+"""What the axes of an activation are: examples, positions of tokens, features; found out, and never assumed.
+
+Most modules return (batch, position, width). Others return (position, batch, width) (XLNet), channels first
+(convolutions), windows of several images in one axis (Swin), all tokens in one list (experts), fewer positions than
+there are tokens (Funnel), or more (a prompt in front). Three small forward passes tell them apart: over some rows,
+over the same rows twice, and over the rows with other lengths. An axis that doubles with the rows holds examples; one
+that is as long as a mask, and changes with it, holds the positions of its tokens. Which axis holds the features, the
+weights of the module tell: see `feature_axis`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# An axis of tokens is told by its length, which is made shorter by so many positions on the side of that name.
+SHORTER = {"": 1, "decoder_": 2}
+# Where positions may be cut out of texts.
+PLACES = ("second", "last")
+# Shorter texts than this are made longer instead.
+_SHORTEST = 4
+# Rows of one example that are computed beside other examples differ by rounding alone; an example that is taken for
+# another differs by about its own size.
+_ROUNDING, _APART = 1e-2, 0.5
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the axes of an activation are.
+
+    Attributes:
+        width: The axis of the features; the others are counted without it.
+        example: The axis of the examples.
+        per_example: How many entries of that axis belong to one example: more than 1 for windows, and for tokens that
+            lie in one list.
+        is_major: Whether these lie side by side; otherwise the first entries of all examples come first.
+        position: The axis of the positions of tokens; None where there is none, or where they lie in one list with the
+            examples (`is_flat`).
+        side: Whose mask tells which of the positions are padding: `""` or `"decoder_"`; None where the rows of an
+            example are not the positions of its tokens.
+        is_flat: Whether the entries of an example along its axis are its positions.
+    """
+
+    width: int
+    example: int
+    per_example: int = 1
+    is_major: bool = True
+    position: int | None = None
+    side: str | None = None
+    is_flat: bool = False
+
+    def arranged(self, activation: Tensor, rows: int) -> Tensor:
+        """The activation as `(rows, positions, …, width)`; without positions of tokens all else that there is."""
+        found = activation.movedim(self.width, -1)
+        per_example = found.shape[self.example] // rows
+        owners, entries, position = self.example, self.example + 1, self.position
+        if self.is_flat or per_example > 1:
+            found = found.unflatten(self.example, (rows, per_example) if self.is_major else (per_example, rows))
+            owners, entries = (owners, entries) if self.is_major else (entries, owners)
+            position = position + 1 if position is not None and position > self.example else position
+        if self.is_flat:
+            return found.movedim((owners, entries), (0, 1))
+        if position is None:
+            found = found.movedim(owners, 0)
+            return found.flatten(1, -2) if found.dim() > 2 else found.unsqueeze(1)
+        return found.movedim((owners, position), (0, 1))
+
+    def check(self, shape: Sequence[int], rows: int, where: str) -> None:
+        """Raise a `ValueError` where an activation does not hold as many rows of an example as when this was found."""
+        entries = [size for axis, size in enumerate(shape) if axis != self.width % len(shape)][self.example]
+        if entries % rows == 0 and (self.is_flat or entries == rows * self.per_example):
+            return
+        raise ValueError(
+            f"The activation at {where!r} has shape {tuple(shape)}: axis {self.example} holds {entries} rows of {rows} "
+            f"examples, and held {self.per_example} of each in another batch. How many rows an example has depends on "
+            "its content there, so they cannot be labelled: choose another target module."
+        )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many positions the tokens of a batch take, by side: `""`, and `"decoder_"`."""
+
+    of: Mapping[str, int]
+
+    @classmethod
+    def in_batch(cls, batch: Mapping[str, Any]) -> Lengths:
+        """As the masks and the token ids of a batch say."""
+        found = {}
+        for side in SHORTER:
+            names = [f"{side}attention_mask", f"{side}input_ids", *(["labels"] if side else [])]
+            known = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
+            if known is not None and known.dim() == 2:
+                found[side] = known.shape[1]
+        return cls(found)
+
+    def changed(self) -> Lengths:
+        """Others, by which the axes of positions are told."""
+        return Lengths({side: n + (-1 if n >= _SHORTEST else 1) * SHORTER[side] for side, n in self.of.items()})
+
+    def side_of(self, size: int, changed: Lengths, size_changed: int) -> str | None:
+        """The side whose positions an axis has, by its size at both lengths; None where it has those of neither."""
+        fits = [side for side, n in self.of.items() if (size, size_changed) == (n, changed.of[side])]
+        return fits[0] if fits else None
+
+
+def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The rows of a batch, and the same in the opposite order behind them."""
+    return {
+        name: torch.cat([value, _by_example(value, rows).flip(0).flatten(0, 1)])
+        if isinstance(value, Tensor) and value.dim() and len(value) % rows == 0
+        else torch.cat([value, value])
+        if isinstance(value, Tensor) and value.dim()
+        else value
+        for name, value in batch.items()
+    }
+
+
+def _by_example(value: Tensor, rows: int) -> Tensor:
+    return value.unflatten(0, (rows, len(value) // rows))
+
+
+def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
+    """The rows of a batch with fewer positions, or with the last one repeated.
+
+    Args:
+        batch: Inputs of the model.
+        now: Their lengths.
+        wanted: The other lengths.
+        place: Where positions are cut out, one of `PLACES`: some models need the first and the last token, others the
+            tokens in front that stand for an image.
+    """
+    found = dict(batch)
+    for name, value in batch.items():
+        side = "decoder_" if name.startswith("decoder_") or (name == "labels" and "decoder_" in now.of) else ""
+        is_of_tokens = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == now.of.get(side)
+        # Images and sounds are floats, and have as many channels or samples as they have.
+        if is_of_tokens and (not value.is_floating_point() or name.endswith(("mask", "embeds", "_values"))):
+            missing = wanted.of[side] - now.of[side]
+            kept = value[:, :1] if place == "second" else value[:, :0]
+            rest = value[:, 1 - missing :] if place == "second" else value[:, :missing]
+            found[name] = torch.cat([value, value[:, -missing:]] if missing > 0 else [kept, rest], 1)
+    return found
+
+
+# ---- examples and positions ------------------------------------------------------------------------------------------
+
+
+def axes_of(width: int, passes: Sequence[Tensor], rows: int, now: Lengths, other: Lengths, where: str) -> Axes:
+    """What the axes of an activation are.
+
+    Args:
+        width: The axis of its features.
+        passes: The activation of some rows, of these and of the same in the opposite order behind them, and of these
+            with other lengths.
+        rows: Their number.
+        now: The lengths of the rows.
+        other: The other lengths.
+        where: The module, for messages.
+
+    Raises:
+        ValueError: If no axis, or more than one, holds the examples, or its entries do not follow the examples.
+    """
+    shape = tuple(passes[0].shape)
+    base, twice, changed = (activation.movedim(width, -1) for activation in passes)
+    sizes = list(zip(base.shape[:-1], twice.shape[:-1], changed.shape[:-1], strict=True))
+    owners = [axis for axis, (a, b, _) in enumerate(sizes) if a and b == 2 * a and a % rows == 0]
+    if len(owners) != 1:
+        raise ValueError(
+            f"The activation at {where!r} has shape {shape} for {rows} examples and {tuple(passes[1].shape)} for "
+            f"{2 * rows}: {'more than one axis' if owners else 'no axis'} grows with the examples, so its rows cannot "
+            "be labelled. Choose another target module."
+        )
+    example = owners[0]
+    per_example, per_changed = sizes[example][0] // rows, sizes[example][2] / rows
+    is_major = _is_major(base.movedim(example, 0), twice.movedim(example, 0), rows, where)
+    side = now.side_of(per_example, other, int(per_changed)) if per_changed == int(per_changed) else None
+    if side is not None:
+        return Axes(width, example, per_example, is_major, None, side, is_flat=True)
+    for axis, (size, _, size_changed) in enumerate(sizes):
+        side = now.side_of(size, other, size_changed) if axis != example else None
+        if side is not None:
+            return Axes(width, example, per_example, is_major, axis, side)
+    return Axes(width, example, per_example, is_major)
+
+
+def _is_major(base: Tensor, twice: Tensor, rows: int, where: str) -> bool:
+    """Whether the entries of an example lie side by side along the first axis, by the values of mirrored rows."""
+    entries = len(base) // rows
+    order = torch.arange(rows, device=base.device)
+    order = torch.cat([order, order.flip(0)])
+    by_example = base.unflatten(0, (rows, entries))[order].flatten(0, 1)
+    by_entry = base.unflatten(0, (entries, rows))[:, order].flatten(0, 1)
+    scale = float(base.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
+    apart = [float((twice - expected).float().abs().mean()) / scale for expected in (by_example, by_entry)]
+    # What an example gives may depend a little on those beside it (experts with a capacity), which one entry for each
+    # example can bear.
+    if min(apart) > (_APART if entries == 1 else _ROUNDING):
+        raise ValueError(
+            f"The activation at {where!r} has {len(base)} rows for {rows} examples, and the rows of an example are "
+            "others when other examples stand beside it: its rows cannot be labelled. Choose another target module."
+        )
+    return apart[0] <= apart[1]
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def feature_axis(shapes: Sequence[Sequence[int]], calls: Iterable[Seen], where: str) -> int:
+    """The axis that holds the features of what a module gave.
+
+    It is the only one that is the same for any number of examples and any length, or else the one that the weights of
+    the module tell, or those of the modules inside that gave something of the same shape.
+
+    Args:
+        shapes: Of its activation, for other numbers of examples and other lengths; of the first, the calls are.
+        calls: Of the module and of those inside.
+        where: Its name, for messages.
+
+    Raises:
+        ValueError: If several axes may be that of the features; names them.
+    """
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(f"{where!r} gives {len(shapes[0])} axes, and then others: choose another target module.")
+    same = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) == 1]
+    if len(same) == 1:
+        return same[0]
+    told = {axis for call in calls if tuple(call.shape) == tuple(shapes[0]) for axis in told_by_weights(call, same)}
+    if len(told) == 1:
+        return told.pop()
+    may = " or ".join(f"axis {axis}, of size {shapes[0][axis]}," for axis in sorted(told) or same) or "none"
+    raise ValueError(
+        f"The activation at {where!r} has shape {tuple(shapes[0])}, and which axis holds its features cannot be told: "
+        f"{may} may. Name a module with weights of its own, such as a norm or a linear layer inside it."
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A call of a module with weights of its own.
+
+    Attributes:
+        module: The module.
+        args: What it took.
+        kwargs: What it took by name.
+        output: What it gave.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of what it gave."""
+        return self.output.shape
+
+
+def told_by_weights(call: Seen, axes: Sequence[int]) -> list[int]:
+    """Which of these axes hold what the weights of a module are as many as; by trying where two are of one size."""
+    own = {name: value for name, value in call.module.named_parameters(recurse=False) if value.dim()}
+    vectors = [name for name, value in own.items() if value.dim() == 1]
+    matrices = [name for name, value in own.items() if value.dim() > 1]
+    for name in [*vectors, *matrices]:
+        value = own[name]
+        # Tables of embeddings have their features last, other matrices and convolutions first.
+        dim = -1 if isinstance(call.module, nn.Embedding) else 0
+        fits = [axis for axis in axes if call.shape[axis] == value.shape[dim]]
+        if len(fits) == 1:
+            return fits
+        if fits:
+            return [axis for axis in fits if _changes_one(call, name, dim, axis)]
+    return []
+
+
+def _changes_one(call: Seen, name: str, dim: int, axis: int) -> bool:
+    """Whether another first entry of a weight changes the first entry along an axis, and no others."""
+    changed = dict(call.module.named_parameters(recurse=False))[name].detach().clone()
+    changed.movedim(dim, 0)[0] += 1
+    found = torch.func.functional_call(call.module, {name: changed}, call.args, call.kwargs)
+    differs = (found != call.output).movedim(axis, 0).flatten(1).any(1)
+    return bool(differs[0]) and not bool(differs[1:].any())
+
+
+def calls_of(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Seen]:
+    """The calls of modules that have weights of their own and give a tensor, in a pass."""
+    found: list[Seen] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, Tensor):
+            found.append(Seen(module, args, kwargs, output))
+
+    chosen = {id(m): m for m in modules if any(p.dim() for p in m.parameters(recurse=False))}
+    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in chosen.values()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,111 @@
+"""Which norms read or write the hidden state is seen in what flows, whatever they are called and wherever they lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_erasure.models.flow import Flow
+
+
+class Attention(nn.Module):
+    """Mixes the positions, with a norm of the queries that is as wide as the hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.anything_norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.anything_norm(self.query(x))
+        return self.out((query @ x.transpose(1, 2)).softmax(-1) @ self.value(x))
+
+
+class Gated(nn.Module):
+    """A mixer that normalises its own state before a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x)) * self.gate(x).sigmoid())
+
+
+class Block(nn.Module):
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.mixer, self.mlp = order, Attention(), Gated()
+        self.first, self.second, self.unused_norm = nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order == "before":
+            x = x + self.mixer(self.first(x))
+            return x + self.mlp(self.second(x))
+        if self.order == "after":
+            x = self.first(x + self.mixer(x))
+            return self.second(x + self.mlp(x))
+        x = x + 0.5 * self.first(self.mixer(x))
+        return x + self.second(self.mlp(x))
+
+
+class Model(nn.Module):
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.embedding_norm = nn.LayerNorm(8)  # the final one, by what flows
+        self.table, self.first_norm = nn.Embedding(20, 8), nn.LayerNorm(8)
+        self.parts = nn.ModuleList([Block(order), Block(order)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.first_norm(self.table(ids))
+        for part in self.parts:
+            x = part(x)
+        return self.embedding_norm(x)
+
+
+@pytest.mark.parametrize("order", ["before", "after", "on the way back"])
+def test_norms_of_the_hidden_state_are_found(order: str) -> None:
+    torch.manual_seed(0)
+    model = Model(order).eval()
+    with torch.no_grad():
+        sites = Flow(model).run(lambda: model(torch.randint(0, 20, (2, 5)))).sites
+    inside = [f"parts.{block}.{name}" for block in (0, 1) for name in ("first", "second")]
+    assert sites == [*inside, "embedding_norm"]
+
+
+def test_blocks_that_are_not_called_themselves_count() -> None:
+    class Direct(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.first_norm(self.table(ids))
+            for part in self.parts:
+                x = part.forward(x)
+            return x
+
+    model = Direct("after").eval()
+    with torch.no_grad():
+        sites = Flow(model).run(lambda: model(torch.randint(0, 20, (2, 5)))).sites
+    assert sites == ["parts.0.first", "parts.0.second", "parts.1.first", "parts.1.second"]
+
+
+def test_the_last_norm_of_a_branch_of_convolutions_counts_and_the_first_does_not() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.norm1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.two, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.norm2(self.two(self.norm1(self.one(x)).relu()))).relu()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Residual(), Residual()).eval()
+    with torch.no_grad():
+        sites = Flow(model).run(lambda: model(torch.randn(2, 3, 6, 6))).sites
+    assert sites == ["1.norm2", "2.norm2"]
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    model = Model("before").eval()
+    with torch.no_grad():
+        Flow(model).run(lambda: model(torch.randint(0, 20, (2, 5))))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

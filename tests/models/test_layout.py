@@ -1,0 +1,178 @@
+"""The axes of activations are found by what changes with the rows and the lengths, and never by their sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hf_erasure.models.layout import (
+    Axes,
+    Lengths,
+    axes_of,
+    calls_of,
+    feature_axis,
+    mirrored,
+    of_other_lengths,
+)
+
+ROWS, WIDTH = 2, 5
+Layout = Callable[[Tensor], Tensor]
+
+
+def states(ids: Tensor) -> Tensor:
+    """`(rows, positions, width)` that tell the row, the position and the feature."""
+    table = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(0))
+    return table[ids] + torch.arange(ids.shape[1])[:, None]
+
+
+def found(layout: Layout, width: int = -1, length: int = 8) -> tuple[Axes, Tensor]:
+    """The axes of what a layout makes of states, and the rows that they put in order."""
+    batch = {"input_ids": torch.arange(ROWS * length).reshape(ROWS, length)}
+    now = Lengths.in_batch(batch)
+    other = now.changed()
+    passes = [batch, mirrored(batch, ROWS), of_other_lengths(batch, now, other)]
+    activations = [layout(states(given["input_ids"])) for given in passes]
+    axes = axes_of(width, activations, ROWS, now, other, "here")
+    return axes, axes.arranged(activations[0], ROWS)
+
+
+EXPECTED = states(torch.arange(ROWS * 8).reshape(ROWS, 8))
+ALIGNED: dict[str, tuple[Layout, int]] = {
+    "batch, position, width": (lambda x: x, -1),
+    "position, batch, width": (lambda x: x.transpose(0, 1), -1),
+    "batch, width, position": (lambda x: x.transpose(1, 2), 1),
+    "one list, by row": (lambda x: x.flatten(0, 1), -1),
+    "one list, by position": (lambda x: x.transpose(0, 1).flatten(0, 1), -1),
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_positions_are_found(name: str) -> None:
+    layout, width = ALIGNED[name]
+    axes, rows = found(layout, width)
+    assert axes.side == ""
+    assert torch.equal(rows, EXPECTED)
+
+
+def test_as_many_rows_as_positions_are_told_apart() -> None:
+    for layout in (lambda x: x, lambda x: x.transpose(0, 1)):
+        axes, rows = found(layout, length=ROWS)
+        assert axes.side == ""
+        assert torch.equal(rows, states(torch.arange(ROWS * ROWS).reshape(ROWS, ROWS)))
+
+
+def test_heads_stand_between_the_positions_and_the_width() -> None:
+    axes, rows = found(lambda x: torch.stack([x, 2 * x, 3 * x], 1))
+    assert axes.side == ""
+    assert rows.shape == (ROWS, 8, 3, WIDTH)
+    assert torch.equal(rows[:, :, 1], 2 * EXPECTED)
+
+
+WITHOUT_POSITIONS: dict[str, Layout] = {
+    "a row each": lambda x: x.mean(1),
+    "shortened": lambda x: x[:, ::2],
+    "a prompt in front": lambda x: torch.cat([torch.ones(len(x), 3, WIDTH), x], 1),
+    "three streams": lambda x: x.repeat(1, 3, 1),
+    "as many as there are positions by chance": lambda x: x[:, :1].expand(-1, 8, -1) * torch.arange(8)[:, None],
+    "windows of all rows": lambda x: x[:, :4].reshape(2 * len(x), 2, WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_POSITIONS)
+def test_rows_that_are_not_positions_are_those_of_their_example(name: str) -> None:
+    layout = WITHOUT_POSITIONS[name]
+    axes, rows = found(layout)
+    assert axes.side is None
+    ids = torch.arange(ROWS * 8).reshape(ROWS, 8)
+    for row in range(ROWS):
+        alone = layout(states(ids[row : row + 1])).reshape(-1, WIDTH)
+        assert torch.equal(rows[row].reshape(-1, WIDTH), alone)
+
+
+def test_decoders_have_positions_of_their_own() -> None:
+    batch = {"input_ids": torch.ones(2, 8).long(), "decoder_input_ids": torch.ones(2, 8).long()}
+    now = Lengths.in_batch(batch)
+    other = now.changed()
+    given = of_other_lengths(batch, now, other)
+    assert given["input_ids"].shape != given["decoder_input_ids"].shape
+    assert now.side_of(8, other, given["decoder_input_ids"].shape[1]) == "decoder_"
+    assert now.side_of(8, other, given["input_ids"].shape[1]) == ""
+    assert now.side_of(8, other, 8) is None
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="no axis grows with the examples"):
+        found(lambda x: torch.ones(3, WIDTH))
+
+
+def test_rows_that_depend_on_their_content_are_refused() -> None:
+    # What an expert is given: 6 of the first example, 2 of the second.
+    def of_an_expert(x: Tensor) -> Tensor:
+        keep = torch.arange(x.shape[1]) < torch.where(x[:, :1, 0] == x[0, 0, 0], 6, 2)
+        return x[keep]
+
+    with pytest.raises(ValueError, match="rows of an example are others"):
+        found(of_an_expert)
+    axes = Axes(-1, 0, per_example=4)
+    with pytest.raises(ValueError, match=r"holds 6 rows of 2 examples, and held 4 of each"):
+        axes.check((6, WIDTH), 2, "here")
+
+
+@given(st.permutations(range(4)), st.integers(2, 4), st.integers(4, 6))
+def test_any_order_of_axes_is_put_right(order: list[int], heads: int, length: int) -> None:
+    batch = {"input_ids": torch.arange(ROWS * length).reshape(ROWS, length)}
+    now = Lengths.in_batch(batch)
+    other = now.changed()
+
+    def layout(ids: Tensor) -> Tensor:
+        return torch.stack([states(ids) * (head + 1) for head in range(heads)], 2).permute(order)
+
+    passes = [
+        layout(given["input_ids"]) for given in (batch, mirrored(batch, ROWS), of_other_lengths(batch, now, other))
+    ]
+    axes = axes_of(order.index(3), passes, ROWS, now, other, "here")
+    assert torch.equal(axes.arranged(passes[0], ROWS), layout(batch["input_ids"]).permute(*map(order.index, range(4))))
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+def axis_of(module: nn.Module, x: Tensor) -> int:
+    with torch.no_grad():
+        calls = calls_of(lambda: module(x), module.modules())
+        y = module(x)
+    return feature_axis([tuple(y.shape), (2 * len(y), *y.shape[1:])], calls, "here")
+
+
+def test_channels_are_the_features_of_convolutions_though_the_picture_is_as_wide() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    assert axis_of(nn.Conv2d(3, 4, 1), x) == 1
+    assert axis_of(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4).eval()), x) == 1
+    assert axis_of(nn.Conv2d(3, 7, 1), x) == 1
+
+
+def test_the_last_axis_holds_the_features_of_norms_though_there_are_as_many_positions() -> None:
+    assert axis_of(nn.LayerNorm(4), torch.randn(2, 4, 4)) == 2
+    assert axis_of(nn.Linear(3, 4, bias=False), torch.randn(2, 4, 3)) == 2
+
+
+def test_a_block_has_the_features_where_the_modules_inside_have_them() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.linear(self.norm(x))
+
+    assert axis_of(Block(), torch.randn(2, 4, 4)) == 2
+
+
+def test_axes_that_nothing_tells_apart_are_named() -> None:
+    with pytest.raises(ValueError, match="axis 1, of size 4, or axis 2, of size 6, may"):
+        axis_of(nn.Identity(), torch.randn(2, 4, 6))
