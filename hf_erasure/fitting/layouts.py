@@ -91,7 +91,8 @@ class Layouts:
                 try:
                     found[name] = _axes(name, passes, within, rows, (now, other))
                 except ValueError as error:
-                    found[name] = error
+                    # Its frames hold all that was seen.
+                    found[name] = error.with_traceback(None)
         return found
 
     def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Visits:
