@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_erasure.metrics.linear_leakage import held_out_answers
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models import pooled
-from hf_erasure.models.heads import known_task
+from hf_erasure.models.heads import check_next_word, known_task
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, text_encoder
 from hf_erasure.models.slots import longest_input, padded_inputs
 
@@ -178,6 +178,11 @@ class Subject:
     def head(self) -> str | None:
         """`"masked"`, `"causal"` or None."""
         task = known_task(self.model)
+        if task == "causal":
+            try:
+                check_next_word(self.model)
+            except ValueError:
+                return None
         return task if task in ("masked", "causal") else None
 
     def require_head(self) -> str:

@@ -7,12 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from .model import bare_model, is_encoder_decoder
+from .dummy import dummy_batch
+from .model import Runner, bare_model, evaluating, is_encoder_decoder
 
 Task = Literal["masked", "causal", "seq2seq", "classification"]
+# A model that reads forwards gives the same logits at the tokens before one that changes, but for rounding: experts and
+# scans may sum in another order. With attention both ways they differ by more, in small untrained models by 1e-3.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ HEADS = (
         "AutoModelForSeq2SeqLM", None, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
         "seq2seq", ("ForConditionalGeneration",),
     ),
+    # Language models with a tower for images or sounds: texts alone go through the language model.
+    Head(
+        "AutoModelForImageTextToText", "image-text-to-text", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "causal",
+    ),
+    Head("AutoModelForMultimodalLM", "any-to-any", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "causal"),
     Head("AutoModelForImageClassification", "image-classification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
     Head("AutoModel", "image-feature-extraction", "MODEL_FOR_IMAGE_MAPPING_NAMES"),
     Head("AutoModel", "feature-extraction", "MODEL_MAPPING_NAMES"),
@@ -66,20 +76,21 @@ HEADS = (
 HEAD_OF: dict[Any, Head] = {name: head for head in reversed(HEADS) for name in head.listed}
 
 
-def task_named(names: Iterable[str], *, encoder_decoder: bool) -> Task | None:
-    """The task of a class by its name and those of its bases; None where they have no head that GRADIEND can use."""
+def head_named(names: Iterable[str], *, encoder_decoder: bool) -> Head | None:
+    """The head of a class by its name and those of its bases; None where they have none that GRADIEND can use."""
     names = list(names)
     for head in HEADS:
         fits = head.task == "classification" or (head.task == "seq2seq") == encoder_decoder
         if head.task and fits and any(name in head.listed or name.endswith(head.endings) for name in names):
-            return head.task
+            return head
     return None
 
 
 def known_task(model: nn.Module) -> Task | None:
     """What a model's head predicts, bare or wrapped; None where that is neither words nor labels of whole texts."""
     base = bare_model(model)
-    return task_named((kind.__name__ for kind in type(base).__mro__), encoder_decoder=is_encoder_decoder(base))
+    head = head_named((kind.__name__ for kind in type(base).__mro__), encoder_decoder=is_encoder_decoder(base))
+    return None if head is None else head.task
 
 
 def task_of(model: nn.Module) -> Task:
@@ -105,3 +116,37 @@ def task_of(model: nn.Module) -> Task:
                 "that chooses one of two labels or more"
             )
     return task
+
+
+def check_next_word(model: nn.Module) -> None:
+    """Check that a model's logits at a token depend on no later one, so that they predict the next from those before.
+
+    A causal head may stand on attention that goes both ways (XLNet's, BERT's without `is_decoder`, PaliGemma's): then
+    what is predicted is known. Two forward passes over a short text tell; a sharded or meta model is not run.
+
+    Raises:
+        ValueError: If they depend on later tokens, or the model takes no text alone.
+    """
+    base, runner = bare_model(model), Runner(model)
+    if runner.is_sharded or any(parameter.device.type == "meta" for parameter in base.parameters()):
+        return
+    batch = dummy_batch(model)
+    ids = batch.get("input_ids")
+    if ids is None or {"pixel_values", "input_features", "input_values"} & batch.keys():
+        raise ValueError(f"{type(base).__name__} takes no text alone, whose words could be predicted.")
+    with evaluating(base):
+        before, after = (runner(batch | {"input_ids": tokens}, base) for tokens in (ids, _with_other_end(ids)))
+    left, right = (output["logits"] if hasattr(output, "keys") else output[0] for output in (before, after))
+    rounding = max(_ROUNDING, 8 * torch.finfo(left.dtype).eps)
+    if float((left - right)[:, :-1].abs().max()) > rounding * float(left.abs().max()):
+        raise ValueError(
+            f"The logits of {type(base).__name__} at a token depend on the tokens after it, so that they do not "
+            "predict the next one. Take a model that reads forwards (a BERT with is_decoder=True), or a masked one."
+        )
+
+
+def _with_other_end(ids: Tensor) -> Tensor:
+    """The same tokens with another last one, which is among them."""
+    other = ids.clone()
+    other[:, -1] = torch.where(ids[:, 0] == ids[:, -1], ids[:, 1], ids[:, 0])
+    return other

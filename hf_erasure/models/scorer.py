@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .heads import check_next_word
 from .model import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
 from .pooling import pooled
 from .slots import Layout, Row, SlotReader, in_float32, longest_input, padded_inputs, padding_of
@@ -112,6 +113,8 @@ class LanguageScorer:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} knows no character offsets: load the fast tokenizer.")
         self.task: Literal["masked", "causal"] = self.reader.task
+        if self.task == "causal":
+            check_next_word(model)
         self.tokenizer = tokenizer
         self.layout = replace(Layout.of(tokenizer, self.task, self.reader.model.config), left=False)
         self.batch_size = whole("batch_size", batch_size)

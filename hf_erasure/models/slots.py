@@ -203,7 +203,8 @@ def padding_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any, most: int | None = None) -> int | None:
     """The longest input in tokens, as far as the tokenizer, the config and `most` say."""
-    limits = [tokenizer.model_max_length, positions_of(config)]
+    of_text = getattr(config, "text_config", None)
+    limits = [tokenizer.model_max_length, positions_of(config) or positions_of(of_text)]
     usable = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
     return min([*usable, *([] if most is None else [most])], default=None)
 
@@ -451,14 +452,24 @@ class SlotReader:
             raise ValueError(f"{type(self.model).__name__} returns no logits: load the model with its head.")
         if self.task == "classification":
             return logits[filled.rows]
-        return logits[0] if done else logits[filled.rows, filled.positions]
+        source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
+        # A head may read another output of the backbone than its last hidden state, as ProphetNet's with its streams.
+        if done and logits.shape[:2] == (1, len(filled.rows)):
+            return logits[0]
+        if logits.shape[:2] != source.shape:
+            raise ValueError(
+                f"{type(self.model).__name__} returns logits of shape {tuple(logits.shape)} for tokens of shape "
+                f"{tuple(source.shape)}, so that which belong to which token is not known."
+            )
+        return logits[filled.rows, filled.positions]
 
     @contextmanager
     def _gathered(self, filled: Filled) -> Iterator[list[bool]]:
         """While open, the backbone returns its last hidden state at the predicted positions only, (1, labels, width).
 
         The list that it gives is empty unless that has happened: a backbone may not be called as a module, or its
-        hidden state may not have the shape of the input, and then the caller picks the rows from the logits.
+        hidden state may not have the shape of the input, and then the caller picks the rows from the logits. It does so
+        too where the logits show that the head read something else.
         """
         done: list[bool] = []
         source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
@@ -469,6 +480,8 @@ class SlotReader:
             if not isinstance(hidden, Tensor) or hidden.shape[:2] != source.shape or hidden.dim() != 3:
                 return None
             rows = hidden[filled.rows.to(hidden.device), filled.positions.to(hidden.device)][None]
+            if rows.shape == hidden.shape:  # so that the shape of the logits tells whether the head read these rows
+                return None
             done.append(True)
             if not keyed:
                 return (rows, *output[1:])

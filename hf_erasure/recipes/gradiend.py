@@ -22,7 +22,7 @@ from hf_erasure.fitting.gradiend.selection import Point, Selection, goal_by_name
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
 from hf_erasure.fitting.processes import Processes
-from hf_erasure.models.heads import task_named
+from hf_erasure.models.heads import head_named
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import collate
 from hf_erasure.models.word_tokens import SLOT
@@ -303,20 +303,23 @@ def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
         OSError: If it is not there.
     """
     path = os.path.expandvars(recipe.model)
-    task = recipe.task if recipe.task != "auto" else _task(path)
-    model, tokenizer = load_base(getattr(transformers, TASKS[task]), path)
+    task, loader = (recipe.task, TASKS[recipe.task]) if recipe.task != "auto" else _task(path)
+    model, tokenizer = load_base(getattr(transformers, loader), path)
     return model.eval(), tokenizer, task
 
 
-def _task(path: str) -> str:
+def _task(path: str) -> tuple[str, str]:
+    """What a checkpoint's head predicts, and the Auto class that loads it."""
     with naming_the_model(path):
         config = AutoConfig.from_pretrained(path)
     names = config.architectures or []
     # A checkpoint of pre-training has the masked head beside another.
     heads = [name.replace("ForPreTraining", "ForMaskedLM") for name in names]
-    task = task_named(heads, encoder_decoder=config.is_encoder_decoder)
-    if task is not None or config.is_encoder_decoder:
-        return task or "seq2seq"
+    head = head_named(heads, encoder_decoder=config.is_encoder_decoder)
+    if head is not None and head.task is not None:
+        return head.task, head.auto_class
+    if config.is_encoder_decoder:
+        return "seq2seq", TASKS["seq2seq"]
     raise ValueError(
         f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say what it "
         f"predicts: write task: {', '.join(TASKS)}."

@@ -24,7 +24,7 @@ from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
 from hf_erasure.fitting.report import in_words
-from hf_erasure.models.heads import task_of
+from hf_erasure.models.heads import check_next_word, task_of
 from hf_erasure.models.model import bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
 from hf_erasure.models.slots import SlotReader
@@ -102,6 +102,8 @@ class GradiendTrainer:
             _require_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
         self.callbacks = [c() for c in get_reporting_integration_callbacks(self.args.report_to)] + (callbacks or [])
         self.task = task_of(model)
+        if self.task == "causal":
+            check_next_word(model)
         self.fitted: list[Fitted] = []
         self.classes = self._classes()
         self._tokenised: dict[int, PairSet] = {}
