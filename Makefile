@@ -91,10 +91,10 @@ test-oldest: $(OLDEST)/.test  ## run the tests of adapters with the oldest relea
 		--deselect tests/adapters/test_oracle.py::test_verbs_do_what_they_do_for_lora \
 		--deselect tests/adapters/test_saving.py::test_a_process_that_is_not_the_main_one_writes_nothing
 
-test-newest: $(NEWEST)/.test  ## run the tests of adapters and README with the newest releases that pyproject.toml allows
+test-newest: $(NEWEST)/.test  ## run the tests of adapters, model types and README with the newest releases that pyproject.toml allows
 	$(NEWEST)/bin/python -m pip list --disable-pip-version-check | grep -iE '^(torch|transformers|peft|accelerate|datasets|huggingface_hub) '
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(PYTEST_WORKERS) $(BY_FILE) -p no:cacheprovider \
-		$(PYTEST_ARGS) tests/adapters tests/lifecycle tests/docs/test_pages.py
+		$(PYTEST_ARGS) tests/adapters tests/lifecycle tests/breadth tests/docs/test_pages.py
 
 # What a processor adds in which order shows in the last bits. PROCESSOR_TESTS narrows it.
 PROCESSOR_TESTS ?= tests/erasers tests/gradiend tests/adapters
@@ -105,10 +105,13 @@ test-processors: $(VENV)/.test  ## run the tests of the mathematics and of adapt
 			-n $(PYTEST_WORKERS) $(BY_FILE) -p no:cacheprovider $(PYTEST_ARGS) $(PROCESSOR_TESTS); \
 	done; done
 
-matrix: $(VENV)/.test  ## run the ecosystem tests and write the tables of docs/compatibility.md
-	rm -f out/matrix.jsonl
+# Of the tests of breadth only those of every type: the others take the same steps, and fewer.
+matrix: $(VENV)/.test  ## run the tests of other tools and of every model type, and write the tables of docs that they make
+	rm -f out/matrix.jsonl out/types.jsonl
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m '' --matrix out/matrix.jsonl tests/ecosystem tests/lifecycle tests/distributed
 	$(BIN)/python -m tests.matrix out/matrix.jsonl docs/compatibility.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m slow --matrix out/types.jsonl tests/breadth
+	$(BIN)/python -m tests.breadth.table out/types.jsonl
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 	$(PIP) -c constraints.txt -e '.[docs]'

@@ -1,0 +1,109 @@
+"""What became of the steps that a model type went through."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+PASS, REFUSED, TOLD, WRONG, FAILS = "pass", "refused", "says that it does not hold", "wrong", "fails"
+DOES_NOT_APPLY, NOT_REACHED = "does not apply", "–"
+_REASON = 300  # Characters of a reason that is kept.
+
+
+class WrongError(Exception):
+    """Nothing was raised, and the result is not what it should be."""
+
+
+class ToldError(Exception):
+    """The result is not what it should be, and a message of the package says so."""
+
+
+class DoesNotApplyError(Exception):
+    """The model has nothing that a step is about."""
+
+
+@dataclass
+class Outcomes:
+    """The outcomes by step, and the reasons of those that are not passed."""
+
+    of: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def step(self, name: str, function: Callable[[], None], *needs: str) -> None:
+        """Take a step, where those that it needs came to an end."""
+        if any(self.of[earlier] not in (PASS, TOLD, WRONG) for earlier in needs):
+            self.of[name] = NOT_REACHED
+            return
+        try:
+            function()
+            self.of[name] = PASS
+        except Exception as error:
+            known = {WrongError: WRONG, ToldError: TOLD, DoesNotApplyError: DOES_NOT_APPLY}
+            self.of[name] = known.get(type(error), REFUSED if _is_refusal(error) else FAILS)
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f" ({frame.filename.rpartition('/')[2]}:{frame.lineno})" if self.of[name] == FAILS else ""
+            if str(error):
+                self.reasons[name] = f"{' '.join(str(error).split())[:_REASON]}{where}"
+
+    def together(self, name: str, *steps: str) -> str:
+        """The outcome of several steps: that of the first that was not passed."""
+        bad = [step for step in steps if self.of.get(step, PASS) not in (PASS, DOES_NOT_APPLY)]
+        if bad and bad[0] in self.reasons:
+            self.reasons.setdefault(name, self.reasons[bad[0]])
+        if not bad and all(self.of.get(step) == DOES_NOT_APPLY for step in steps):
+            return DOES_NOT_APPLY
+        return self.of[bad[0]] if bad else PASS
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the package raised it, with a sentence."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_kind = isinstance(error, (ValueError, TypeError, RuntimeError, NotImplementedError))
+    return is_kind and "/hf_erasure/" in frames[-1].filename and len(str(error)) > 40
+
+
+# ---- comparing what models give --------------------------------------------------------------------------------------
+
+
+def tensors(output: object, path: str = "") -> dict[str, Tensor]:
+    """The floating tensors of an output by their path."""
+    if isinstance(output, Tensor):
+        return {path: output} if output.is_floating_point() else {}
+    if isinstance(output, (ModelOutput, dict)):
+        items = list(output.items())
+    elif isinstance(output, (list, tuple)):
+        items = list(enumerate(output))
+    else:
+        return {}
+    return {name: value for key, part in items for name, value in tensors(part, f"{path}.{key}").items()}
+
+
+def apart(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest difference, as a share of the largest value of its tensor."""
+    if {name: value.shape for name, value in left.items()} != {name: value.shape for name, value in right.items()}:
+        raise WrongError("the outputs have other parts or shapes")
+    most = [
+        (left[name] - right[name]).abs().max() / right[name].abs().max().clamp_min(torch.finfo(torch.float32).eps)
+        for name in left
+        if left[name].numel()
+    ]
+    return float(torch.stack(most).nan_to_num(float("inf")).max()) if most else 0.0
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor], what: str, tolerance: float = 0.0) -> None:
+    """Raise a `WrongError` where two outputs differ."""
+    difference = apart(left, right)
+    if difference > tolerance:
+        raise WrongError(f"{what}: the outputs differ by {difference:.2g}")
+
+
+def different(left: dict[str, Tensor], right: dict[str, Tensor], what: str) -> None:
+    """Raise a `WrongError` where two outputs differ by less than an adapter changes them."""
+    difference = apart(left, right)
+    if difference <= 1e-4:  # rounding is some 1e-6
+        raise WrongError(f"{what}: the outputs differ by only {difference:.2g}")

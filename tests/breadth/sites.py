@@ -1,0 +1,138 @@
+"""The default sites of every type: what is odd about them, and `sites.txt`, the list that a person can read.
+
+What is odd is told by names and by values at the end of the model, and so by other means than those of the package,
+which follows what flows (`hf_erasure/models/flow.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tests.breadth.examples import Batch, call
+from tests.breadth.outcomes import tensors
+from tests.breadth.truth import activations, is_norm
+
+LISTED = Path(__file__).parent / "sites.txt"
+_QUERIES_OR_KEYS = re.compile(r"(^|[._])(q|k|query|key|kv|qk)[a-z]?_?(layer)?_?(norm|ln)", re.IGNORECASE)
+_BEFORE_BLOCKS = re.compile(r"embed|patch", re.IGNORECASE)
+# Downsampling between the stages, and convolutions for positions, lie in lists like blocks, and are none.
+_OF_NO_BLOCK = re.compile(
+    r"\b[qk]_?(layer)?norm|pos_conv|patch|embed|sub_norm|ffn_sub|downsampl|feature_extractor|router"
+)
+_TOWERS = re.compile(r"(vision|visual|image|audio|speech)", re.IGNORECASE)
+# Fields of configurations with the width of the hidden state.
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "dim_model")
+_ODD = {
+    "never called": "no forward pass calls it",
+    "final": "the final norm is not among the sites",
+    "heads": "a norm of queries or keys",
+    "before": "a norm before the blocks",
+    "width": "not as wide as a hidden state",
+    "left out": "norms of blocks that are not among the sites",
+}
+
+
+def odd_of(model: nn.Module, batch: Batch, sites: Sequence[str]) -> dict[str, list[str]]:
+    """What is odd about the default sites → the modules."""
+    norms = [name for name, module in model.named_modules() if is_norm(module)]
+    given = {name: value for (name, _), value in activations(model, {*norms, *sites}, batch).items()}
+    final = _final(model, batch, given)
+    found = {
+        "never called": [name for name in sites if name not in given],
+        "final": [name for name in final if name not in sites],
+        "heads": [name for name in sites if _QUERIES_OR_KEYS.search(name)],
+        "before": [
+            name for name in sites if _BEFORE_BLOCKS.search(name) and name not in final and not _is_in_block(name)
+        ],
+        "width": _of_other_widths(model, given, sites),
+        "left out": _left_out(given, sites, len(batch["concept_labels"])),
+    }
+    return {_ODD[what]: names for what, names in found.items() if names}
+
+
+def _is_in_block(name: str) -> bool:
+    return re.search(r"\.\d+\.", name) is not None
+
+
+def _final(model: nn.Module, batch: Batch, given: dict[str, Tensor]) -> list[str]:
+    """The modules whose output is what the model returns as its last hidden state."""
+    last = [value for path, value in tensors(call(model, batch)).items() if "last_hidden_state" in path]
+    return [
+        name
+        for name, value in given.items()
+        if any(value.numel() == end.numel() and torch.equal(value.flatten(), end.flatten()) for end in last)
+    ]
+
+
+def _of_other_widths(model: nn.Module, given: dict[str, Tensor], sites: Sequence[str]) -> list[str]:
+    config = model.config
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
+    widths = {getattr(part, name, None) for part in parts for name in _WIDTHS}
+    if not widths - {None} or any(isinstance(width, (list, tuple)) for width in widths):
+        return []
+    return [
+        name for name in sites if name in given and not set(given[name].shape[1:]) & widths and ".stages." not in name
+    ]
+
+
+def _left_out(given: dict[str, Tensor], sites: Sequence[str], rows: int) -> list[str]:
+    """Norms in lists of blocks that give what the sites give, in form; of the side of a model that has sites."""
+    forms = {given[name].shape for name in sites if name in given}
+    has_towers = any(_TOWERS.search(name) for name in sites)
+    return [
+        name
+        for name, value in given.items()
+        if name not in sites and value.shape in forms and value.dim() == 3 and value.shape[0] == rows
+        if _is_in_block(name) and not _OF_NO_BLOCK.search(name)
+        if has_towers or not _TOWERS.search(name)
+    ]
+
+
+# ---- the list --------------------------------------------------------------------------------------------------------
+
+
+def collapsed(names: Iterable[str]) -> list[str]:
+    """Names that differ in numbers alone as one: `layer.{0,1}.norm`; in the order of the first of each."""
+    numbers: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+    for name in names:
+        parts = re.split(r"(?<=\.)(\d+)(?=\.|$)", name)
+        numbers[tuple(parts[::2])].append(tuple(parts[1::2]))
+    return [line for between, found in numbers.items() for line in _lines(between, found)]
+
+
+def _lines(between: tuple[str, ...], found: list[tuple[str, ...]]) -> list[str]:
+    slots = [list(dict.fromkeys(slot)) for slot in zip(*found, strict=True)]
+    if sorted(product(*slots)) != sorted(found):
+        # Lists whose lists are not all as long: one line for each of the outer ones.
+        return [line for first in slots[0] for line in _lines(between, [one for one in found if one[0] == first])]
+    told = [slot[0] if len(slot) == 1 else f"{{{','.join(slot)}}}" for slot in slots]
+    return ["".join(part for pair in zip(between, [*told, ""], strict=True) for part in pair)]
+
+
+def listed() -> dict[str, list[str]]:
+    """Type → its default sites, as the list has them."""
+    found: dict[str, list[str]] = {}
+    for line in LISTED.read_text(encoding="utf-8").splitlines():
+        if line.startswith("    "):
+            found[next(reversed(found))].append(line.strip())
+        elif line and not line.startswith("#"):
+            found[line] = []
+    return found
+
+
+def write(found: dict[str, Iterable[str]]) -> None:
+    """Write the list anew; types that were not looked at stay as they are."""
+    lines = [
+        "# The default sites of an erasure on small models of every type; {0,1} stands for both.",
+        "# `make matrix` writes it, with tests/breadth.",
+    ]
+    for name, sites in sorted((listed() | found).items()):
+        lines += ["", name, *(f"    {site}" for site in sites)]
+    LISTED.write_text("\n".join(lines) + "\n", encoding="utf-8")

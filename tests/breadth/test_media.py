@@ -1,0 +1,13 @@
+"""An erasure on types of models of images and sounds, every kind of which goes wrong in its own way."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.breadth import kinds
+from tests.breadth.table import Enter, check_erasure
+
+
+@pytest.mark.parametrize("model_type", kinds.chosen(kinds.MEDIA))
+def test_life_of_an_erasure(model_type: str, matrix: Enter, request: pytest.FixtureRequest):
+    check_erasure(model_type, matrix, request, everything=False)

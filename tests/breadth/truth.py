@@ -1,0 +1,177 @@
+"""What is left of a concept at a site, by hooks that know which rows are whose without asking the package.
+
+Every example is run alone, so that all rows there are its own, wherever they lie. The features lie last, or along the
+channels where a module is a convolution's. Padding is found by making the texts longer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves
+from transformers.utils import ModelOutput
+
+from tests.breadth.examples import Batch, alone, call
+
+Visit = tuple[str, int]  # A site, and which call of it in one forward pass.
+# By so many positions texts are made longer, by side.
+_LONGER = {"": 2, "decoder_": 3}
+# Blocks of these give (batch, height, width, features); those of other models of images channels first.
+_CHANNELS_LAST = ("dinat", "nat", "sam", "edgetam", "efficienttam")
+_CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Conv1d, nn.Conv2d)
+
+
+def residuals(model: nn.Module, sites: Sequence[str], batches: Iterable[Batch], axes: dict[str, int]) -> dict:
+    """Visit → `|Σ x z| / (|x| |z|)` of the features x and the labels z, both without their means.
+
+    Args:
+        model: With an adapter, or without.
+        sites: Names of modules.
+        batches: With a label for each sequence, or for each token.
+        axes: Of the features, by site; see `feature_axes`.
+    """
+    sums: dict[Visit, _Sums] = {}
+    for batch in batches:
+        places = _positions(model, sites, batch, axes)
+        for row in range(len(batch["concept_labels"])):
+            example = alone(batch, row)
+            for visit, given in activations(model, sites, example).items():
+                rows = given.movedim(axes[visit[0]], -1)
+                keep, labels = _of_rows(rows, places.get(visit), example)
+                sums.setdefault(visit, _Sums()).add(rows[keep].double(), labels[keep].double())
+    return {visit: found.share() for visit, found in sums.items()}
+
+
+def worst(found: dict[Visit, float]) -> tuple[str, float]:
+    """Where most is left, in words, and how much."""
+    (site, number), most = max(found.items(), key=lambda item: item[1])
+    return f"{site}, visit {number + 1}" if number else site, most
+
+
+def feature_axes(model: Any, sites: Iterable[str], batch: Batch) -> dict[str, int]:
+    """The axis of the features by site, by what its module is; of a model without adapters."""
+    found, takes_images = {}, model.main_input_name == "pixel_values" or "pixel_values" in batch
+    for (site, _), given in activations(model, sites, alone(batch, 0)).items():
+        module = model.get_submodule(site)
+        told = getattr(module, "data_format", None)
+        if told is not None or is_norm(module):
+            own = told == "channels_first" or isinstance(module, _CHANNELS_FIRST)
+            is_first = own or re.search("BatchNorm|SqueezeBertLayerNorm", repr(module)) is not None
+        else:
+            is_image = given.dim() == 4 and takes_images and not model.config.model_type.startswith(_CHANNELS_LAST)
+            is_first = is_image or isinstance(module, _CHANNELS_FIRST) or ".conv_layers." in f".{site}"
+        found[site] = 1 if is_first and given.dim() > 2 else -1
+    return found
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is called a norm, and has no parts that mix features."""
+    return "norm" in type(module).__name__.lower() and all(value.dim() < 2 for value in module.parameters())
+
+
+def activations(model: nn.Module, sites: Iterable[str], batch: Batch) -> dict[Visit, Tensor]:
+    """What every call of the sites gives."""
+    found: dict[Visit, Tensor] = {}
+    with _watched(model, sites, found):
+        call(model, batch)
+    return found
+
+
+@contextmanager
+def _watched(model: nn.Module, sites: Iterable[str], found: dict[Visit, Tensor]) -> Iterator[None]:
+    calls: dict[str, int] = {}
+
+    def keep(site: str, output: Any) -> None:
+        number = calls.get(site, 0)
+        calls[site] = number + 1
+        found[site, number] = _hidden(output).detach().clone()  # some are changed in place
+
+    handles = [
+        model.get_submodule(site).register_forward_hook(lambda *given, site=site: keep(site, given[-1]))
+        for site in sites
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden state among what a module gives."""
+    if isinstance(output, ModelOutput) and "last_hidden_state" in output:
+        return output["last_hidden_state"]
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _positions(
+    model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[str, int]
+) -> dict[Visit, tuple[int, str]]:
+    """Visit → the axis that is as long as the texts of a side, and grows with them; of one example, features last."""
+    example = alone(batch, 0)
+    lengths = {side: ids.shape[1] for side in _LONGER if (ids := example.get(f"{side}input_ids")) is not None}
+    if not lengths:
+        return {}
+    try:
+        longer = activations(model, sites, _longer(example, lengths))
+    except Exception:
+        return {}  # of a type whose texts have one length
+    found = {}
+    for visit, given in activations(model, sites, example).items():
+        moved = [value.movedim(axes[visit[0]], -1).shape[:-1] for value in (given, longer[visit])]
+        for axis, change in enumerate(zip(*moved, strict=True)):
+            for side, length in lengths.items():
+                if change == (length, length + _LONGER[side]):
+                    found[visit] = axis, side
+    return found
+
+
+def _longer(example: Batch, lengths: dict[str, int]) -> Batch:
+    """The example with more padding."""
+    found = dict(example)
+    for name, value in example.items():
+        side = "decoder_" if name.startswith("decoder_") else ""
+        if side in lengths and not value.is_floating_point() and value.shape[1:2] == (lengths[side],):
+            found[name] = pad(value, (*[0] * (2 * (value.dim() - 2)), 0, _LONGER[side]))
+    return found
+
+
+def _of_rows(rows: Tensor, place: tuple[int, str] | None, example: Batch) -> tuple[Tensor, Tensor]:
+    """Which rows of one example count, and their labels."""
+    shape, label = rows.shape[:-1], example["concept_labels"]
+    if place is None:
+        return torch.ones(shape, dtype=torch.bool), label.reshape(-1)[0].expand(shape)
+    axis, side = place
+    along = [1] * len(shape)
+    along[axis] = shape[axis]
+    mask = example.get(f"{side}attention_mask", torch.ones(1, shape[axis], dtype=torch.long))[0].bool()
+    values = label[0] if label.dim() > 1 and not side else label.reshape(-1)[:1].expand(shape[axis])
+    keep = mask & (values >= 0)
+    return keep.view(along).expand(shape), values.view(along).expand(shape)
+
+
+@dataclass
+class _Sums:
+    """Of the rows of one visit."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        self.rows.append(rows)
+        self.labels.append(labels)
+
+    def share(self) -> float:
+        x, z = torch.cat(self.rows), torch.cat(self.labels)
+        x, z = x - x.mean(0), z - z.mean()
+        return float((x.T @ z).norm() / (x.norm() * z.norm()).clamp_min(torch.finfo(x.dtype).tiny))
