@@ -28,6 +28,8 @@ from .sites import SiteFit
 
 MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
+# In the manifest: sites that the data did not reach, or did not label.
+_LEFT_OUT = "left_out"
 # Moments are written so seldom that writing takes no more than this share of the time.
 WRITING_SHARE = 0.1
 # What is kept of a site's line of the report: the name there → the name in the file.
@@ -73,12 +75,19 @@ class FitCheckpoint:
             write_text(manifest, json.dumps(self.identity))
             return
         kept = json.loads(read_text(manifest))
+        left_out = kept.get(_LEFT_OUT, ())
+        if self.sites == [site for site in kept.get("sites", ()) if site not in left_out]:
+            self.sites = self.identity["sites"] = kept["sites"]
         for name, value in self.identity.items():
             if kept.get(name, [] if name == RECORD else None) != value:
                 raise ValueError(
                     f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={kept.get(name)!r}, this one has "
                     f"{value!r}: give another folder, or delete that one."
                 )
+
+    def leave_out(self, sites: Iterable[str]) -> None:
+        """Note that the adapter was left without some of its sites; it goes on to be the one of this fit."""
+        write_text(self.folder / MANIFEST, json.dumps({**self.identity, _LEFT_OUT: list(sites)}))
 
     # ---- finished sites ---------------------------------------------------------------------------------------------
 

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_erasure._version import __version__
+from hf_erasure.adapters import ErasureLayer
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECORD
+from hf_erasure.adapters.common.model_state import take_off
+from hf_erasure.adapters.common.tuner import exactly
 from hf_erasure.adapters.loading.fingerprint import fingerprint
 from hf_erasure.models.model import class_name, evaluating
 
@@ -119,7 +122,10 @@ def fit_concept_erasure(
         resident_batches=resident_batches,
         checkpoint=checkpoint,
     )
+    left_out = [site for site in task.layers if site not in fits]
     report = conclude(task, [source], fits, eval_batches, rows)
+    if left_out and checkpoint is not None and task.processes.is_main:
+        checkpoint.leave_out(left_out)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
 
@@ -153,9 +159,11 @@ def solved(
         sources.append(Source(None, background, "background", "background"))
     if sequential:
         return Scrubber(task, sources, resident_batches, checkpoint).fit()
+    sites = list(task.layers)
     for source in sources:
         _gather(task, source, checkpoint)
-    return solve(task, list(task.layers), sources)
+        sites = source.check_reached(sites, may_lack=task.may_lack and source.concept is not None)
+    return solve(task, sites, sources)
 
 
 # ---- all sites in one pass -------------------------------------------------------------------------------------------
@@ -170,7 +178,7 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> 
     processes, kept = task.processes, None
 
     def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-        if labels is not None:
+        if labels is not None and (labels.covers(site) or not task.may_lack):
             source.update(visit_of(site, visit), *labels.select(hidden, site))
         return hidden
 
@@ -193,7 +201,6 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> 
     source.pool_counts(processes)
     if kept is not None:
         kept.save_sum()
-    source.check_reached(task.layers)
 
 
 # ---- one site after another ------------------------------------------------------------------------------------------
@@ -223,6 +230,8 @@ class Scrubber:
     # Sites that the checkpoint had, and what identifies the batches that they were fitted on.
     _kept: set[str] = field(default_factory=set, init=False)
     _data: str = field(default="", init=False)
+    # Sites that nobody has named, and that the labels do not speak of.
+    _left_out: set[str] = field(default_factory=set, init=False)
 
     def fit(self) -> dict[str, SiteFit]:
         """Fit all sites, with every module run once a batch where the model calls its sites so that this is right."""
@@ -232,6 +241,7 @@ class Scrubber:
         for source in self.sources:
             source.pool_counts(processes)
             source.check_reached(())
+        self._left_out = self.sources[0].uncovered - self.sources[0].covered if task.may_lack else set()
         one_by_one = task.runner.is_sharded
         if checkpoint is not None:
             self._data = together(processes.gathered([digest_of(self._batches)]))
@@ -253,7 +263,7 @@ class Scrubber:
                 shown.reset()
             if one_by_one:
                 self._one_site_a_pass(shown)
-        self.sources[0].check_reached(task.layers, self.fits)
+        self.sources[0].check_reached(task.layers, self.fits, may_lack=task.may_lack)
         return self.fits
 
     def _start_over(self, reason: OutOfStep) -> None:
@@ -273,6 +283,8 @@ class Scrubber:
     def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
         """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
         thread = self._running
+        if site in self._left_out:
+            return hidden
         if site in thread.visited:
             raise OutOfStep(f"{site!r} is called several times in one forward pass.")
         if site in self._kept:
@@ -281,7 +293,7 @@ class Scrubber:
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
             thread.stop(site, hidden)
-        return self.fits[site].erase(hidden)
+        return self.fits[site].erase(hidden) if site in self.fits else hidden
 
     def _side_by_side(self, shown: tqdm) -> None:
         """Bring the batches of all processes to the next site, fit it, let them go on, until none is left.
@@ -298,7 +310,7 @@ class Scrubber:
             while (site := self._next_stop(threads, waiting)) is not None:
                 waiting = [thread for thread in threads if thread.site == site]
                 self._pool(site)
-                self._solve([site])
+                self._solve([] if site in self._left_out else [site])
                 shown.update()
 
     def _next_stop(self, threads: list[BatchThread], waiting: list[BatchThread]) -> str | None:
@@ -340,9 +352,9 @@ class Scrubber:
             task.run_over(self._batches[:1], note)
         visited = max(processes.gathered([list(order)]), key=len)
         for site in [*visited, *(site for site in task.layers if site not in visited)]:
-            if site not in self.fits:
+            if site not in self.fits and site not in self._left_out:
                 self._gather([site])
-                self._solve([site])
+                self._solve([] if site in self._left_out else [site])
             shown.update()
         if any(fit.line.visits > 1 for fit in self.fits.values()):
             self._settle()
@@ -390,11 +402,14 @@ class Scrubber:
         return max(residual_of(self.fits[site].eraser, part) for part in parts)
 
     def _pool(self, site: str) -> None:
-        """Make the moments of a site those of all processes."""
+        """Make the moments of a site those of all processes; it is left out if it may be and has none."""
         processes = self.task.processes
         keys = max(processes.gathered([visits_of(site, self.sources)]), key=len)
         for source in self.sources:
             source.pool(processes, keys)
+            if source.concept and self.task.may_lack and site not in source.moments:
+                self._left_out.add(site)
+                return
             source.check_reached([site])
 
     def _solve(self, sites: Sequence[str]) -> None:
@@ -420,7 +435,12 @@ def conclude(
     eval_batches: Iterable[Any] | None = None,
     rows: RowsSeen | None = None,
 ) -> ErasureReport:
-    """Measure the erasers on held-out batches, put them in place, and write down what was done."""
+    """Measure the erasers on held-out batches, put them in place, and write down what was done.
+
+    Sites without an eraser are left out: the adapter is taken off them.
+    """
+    left_out = {site: layer for site, layer in task.layers.items() if site not in fits}
+    task.layers = {site: layer for site, layer in task.layers.items() if site in fits}
     config, lines, examples, fitted = task.config, [fits[site].line for site in task.layers], 0, 0
     if eval_batches is not None:
         lines, examples, fitted = measure(
@@ -441,6 +461,8 @@ def conclude(
         sites=lines,
     )
     _record(task, fits, report)
+    if left_out:
+        _leave_out(task, left_out, labelled[0].uncovered)
     left = {line.site: line.residual for line in lines if line.residual is not None and line.residual > SETTLED}
     if left:
         worst = max(left, key=lambda site: left[site])
@@ -459,6 +481,20 @@ def conclude(
             stacklevel=3,
         )
     return report
+
+
+def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[str]) -> None:
+    """Take an adapter off sites that nobody has named, and say which, and why."""
+    take_off(layers.values(), task.name)
+    task.config.target_modules = exactly(list(task.layers), task.owner)
+    unlabelled = [site for site in layers if site in uncovered]
+    unreached = [site for site in layers if site not in uncovered]
+    told = [f"the batches do not reach {unreached}"] if unreached else []
+    told += [f"concept_labels label tokens, which are not the rows of {unlabelled}"] if unlabelled else []
+    warnings.warn(
+        f"{task.name!r} leaves out {len(layers)} of its default sites, and does not act there: {'; '.join(told)}.",
+        stacklevel=4,
+    )
 
 
 def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:

@@ -118,6 +118,8 @@ class Source(SiteStatistics):
         title: What messages call them.
         examples: Sequences that were read.
         tokens: Real positions of these.
+        covered: The sites of whose rows the labels of some batch speak.
+        uncovered: Those of whose rows the labels of some batch, which are of tokens, do not.
     """
 
     def __init__(
@@ -130,6 +132,8 @@ class Source(SiteStatistics):
         super().__init__(0 if concept is None else concept.z_dim)
         self.concept, self.batches, self.key, self.title = concept, batches, key, title
         self.examples = self.tokens = 0
+        self.covered: set[str] = set()
+        self.uncovered: set[str] = set()
 
     def read(self, pool: str, layouts: Layouts) -> Iterator[BatchLabels]:
         """The batches one after another, each checked, counted and with its labels.
@@ -161,18 +165,27 @@ class Source(SiteStatistics):
                         f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
                         "torch.as_tensor(…)."
                     )
-            labels, mask = BatchLabels(batch, self, pool, layouts.of(batch)), batch.get("attention_mask")
+            axes, mask = layouts.of(batch), batch.get("attention_mask")
+            labels = BatchLabels(batch, self, pool, axes)
+            for site in axes:
+                (self.covered if labels.covers(site) else self.uncovered).add(site)
             self.examples += labels.rows
             self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows
             yield labels
 
     def pool_counts(self, processes: Processes) -> None:
         """Make what was read that of all processes together, in every one of them."""
-        examples, tokens = zip(*processes.gathered([(self.examples, self.tokens)]), strict=True)
-        self.examples, self.tokens = sum(examples), sum(tokens)
+        read = processes.gathered([(self.examples, self.tokens, self.covered, self.uncovered)])
+        self.examples, self.tokens = sum(one[0] for one in read), sum(one[1] for one in read)
+        self.covered, self.uncovered = set().union(*(one[2] for one in read)), set().union(*(one[3] for one in read))
 
-    def check_reached(self, sites: Collection[str], found: Container[str] | None = None) -> None:
+    def check_reached(
+        self, sites: Collection[str], found: Container[str] | None = None, *, may_lack: bool = False
+    ) -> list[str]:
         """Check that there was data, and that every site is in `found`, by default those that have moments.
+
+        Returns:
+            The sites that are; all, unless some of them `may_lack`.
 
         Raises:
             ValueError: Says which was missing, and the remedy.
@@ -188,12 +201,18 @@ class Source(SiteStatistics):
                 "-100, or the forward pass does not call this module, as where another one reads its weight itself. "
                 "Name modules that are called."
             )
-        if absent:
+        if mixed := [site for site in sites if site in self.covered & self.uncovered]:
+            raise ValueError(
+                f"The labels of some of the {self.title} are those of the tokens at {mixed[0]!r}, and of others not: "
+                "label the tokens of one side in all of them."
+            )
+        if absent and not may_lack:
             raise ValueError(
                 f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over "
                 f"{self.title}: name only modules that the forward pass calls (one whose weight another module reads "
                 "itself is not called), or give batches that use them (decoder inputs for a decoder)."
             )
+        return [site for site in sites if site not in absent]
 
 
 # ---- one batch -------------------------------------------------------------------------------------------------------
@@ -265,12 +284,15 @@ class BatchLabels:
         return activation, self._selections[key]
 
     def covers(self, where: str) -> bool:
-        """Whether the labels speak of this side of an encoder-decoder; labels of whole sequences speak of both."""
+        """Whether the labels speak of the rows there; those of whole sequences do everywhere.
+
+        Those of tokens speak of one side of an encoder-decoder, and not of images. What its axes are must be known.
+        """
         axes = self._axes.get(where)
-        if self._labels is None or not self._by_token or not isinstance(axes, Axes) or axes.side is None:
+        if self._labels is None or not self._by_token or not isinstance(axes, Axes):
             return True
-        mask = self._mask(axes.side)
-        return mask is None or self._labels.shape[:2] == mask.shape
+        mask = None if axes.side is None else self._mask(axes.side)
+        return mask is not None and self._labels.shape[:2] == mask.shape
 
     def _mask(self, side: str) -> Tensor | None:
         """`(batch, seq)` bool, or None where the batch has none to say (images)."""

@@ -63,6 +63,11 @@ class FitTask:
     processes: Processes
     progress: bool = False
 
+    @property
+    def may_lack(self) -> bool:
+        """Whether sites that the data do not reach, or do not label, are left out: those that nobody has named."""
+        return self.config.has_default_targets
+
     def along(self, fits: dict[str, SiteFit]) -> dict[str, SiteFit]:
         """Fits of sites, each along the axis of its features."""
         return {site: dataclasses.replace(fit, axis=self.layouts.width_of(site)) for site, fit in fits.items()}

@@ -25,6 +25,14 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedD
 _SHARDED = (FSDPModule, FullyShardedDataParallel)
 # Inputs that belong to a loss, not to the activations.
 _LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
+# What towers read, and the methods that run one of them with what is around it.
+_TEXTS = {"input_ids": "get_text_features", "inputs_embeds": "get_text_features"}
+_MEDIA = {
+    "pixel_values": "get_image_features",
+    "pixel_values_videos": "get_video_features",
+    "input_features": "get_audio_features",
+    "input_values": "get_audio_features",
+}
 # Model types that are made like RoBERTa: their first position is the one after that of the padding token.
 _SHIFTED = {
     "altclip_text_model", "bridgetower_text_model", "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt",
@@ -168,19 +176,26 @@ class Runner:
             backbone = backbone if main in inspect.signature(backbone.forward).parameters else self.model
         self.backbone: Any = backbone
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
+        sites = list(sites)
         needs_all = any(id(site.host) not in within for site in sites)
+        self._known: dict[str, dict[str, nn.Module]] = {}
+        self._hosts = {id(site.host) for site in sites}
         self.is_sharded = any(isinstance(m, _SHARDED) for m in model.modules())
         # A sharded model gathers its weights at its root, so it is called there.
         self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
 
-    def __call__(self, batch: dict[str, Any], callee: nn.Module | None = None) -> Any:
-        """One forward pass over a batch, labels taken off; of another part of the model where one is given."""
+    def __call__(self, batch: dict[str, Any], callee: Callable[..., Any] | None = None) -> Any:
+        """One forward pass over a batch, labels taken off; of another part of the model where one is given.
+
+        Of a batch that has inputs for one of the model's towers alone it is that of the tower.
+        """
         if callee is None:
             # A classifier makes the decoder's inputs from those of the encoder, which its base model need not do.
             given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
             makes = is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
             callee = self.model if makes and self.callee is self.backbone else self.callee
-        parameters = inspect.signature(callee.forward).parameters
+            callee = callee if self.is_sharded else self._tower_for(batch) or callee
+        parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
         inputs = {name: value for name, value in batch.items() if name not in _LOSS_INPUTS}
         if "labels" in batch and is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
@@ -194,11 +209,37 @@ class Runner:
             _explain_length(self.model, inputs, error)
             raise
 
+    def _tower_for(self, batch: dict[str, Any]) -> Callable[..., Any] | None:
+        """What runs the tower that a batch is for, where it has nothing for the others; None where all is run."""
+        takes = inspect.signature(self.model.forward).parameters
+        texts, media = ([name for name in names if name in batch] for names in (_TEXTS, _MEDIA))
+        # A language model does without images; a model of which both towers encode does not.
+        needs_media = hasattr(self.model, "get_text_features") and any(name in takes for name in _MEDIA)
+        if bool(texts) == bool(media) or "input_ids" not in takes or (texts and not needs_media):
+            return None
+        for name in texts or media:
+            if (method := getattr(self.model, {**_TEXTS, **_MEDIA}[name], None)) is not None:
+                return method
+        found = [tower for name in media for tower in self._towers(name).values()]
+        reached = [tower for tower in found if self._hosts & {id(module) for module in tower.modules()}]
+        return reached[0] if reached else None
+
+    def _towers(self, name: str) -> dict[str, nn.Module]:
+        """The modules in the model whose first input is of this name, by their paths, the outermost first."""
+        if name not in self._known:
+            inside = {path: module for path, module in self.model.named_modules() if path}
+            first = {path: next(iter(inspect.signature(m.forward).parameters), "") for path, m in inside.items()}
+            self._known[name] = {path: module for path, module in inside.items() if first[path] == name}
+        return self._known[name]
+
     def final_states(self) -> dict[str, nn.Module]:
         """The modules that return a last hidden state, by the name it has in transformers' outputs."""
         if is_encoder_decoder(self.model):
             encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
             return {"encoder_last_hidden_state": encoder, "last_hidden_state": decoder}
+        if hasattr(self.model, "get_text_features") and any(hasattr(self.model, name) for name in _MEDIA.values()):
+            towers = [next(iter(self._towers(name).items()), None) for name in ("input_ids", *_MEDIA)]
+            return {f"{tower[0]}.last_hidden_state": tower[1] for tower in towers if tower is not None}
         return {"last_hidden_state": self.backbone}
 
     def side_of(self, name: str) -> str:

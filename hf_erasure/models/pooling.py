@@ -118,7 +118,7 @@ def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: 
     while (inner := unwrapped(model)) is not model:
         model = inner
     is_bare = runner.backbone is runner.model
-    final = runner.final_states()["last_hidden_state"] if is_bare else runner.backbone
+    final = runner.final_states().get("last_hidden_state", runner.backbone) if is_bare else runner.backbone
     if is_bare and model is not runner.model and not runner.is_sharded:
         is_bare = False
     else:

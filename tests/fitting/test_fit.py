@@ -250,8 +250,13 @@ def test_encoder_decoder_with_token_labels_takes_the_side_that_is_labelled() -> 
     model = with_adapter("t5", exclude_modules=r"decoder.*")
     report = fit(model, batches, eval_batches=batches)
     assert report.sites[-1].site == "encoder_last_hidden_state"
+    named = with_adapter("t5", target_modules=r".*layer_norm")
     with pytest.raises(ValueError, match="target the side whose tokens are labelled"):
-        fit(with_adapter("t5"), batches)
+        fit(named, batches)
+    model = with_adapter("t5")
+    with pytest.warns(UserWarning, match=r"label tokens, which are not the rows of \['decoder"):
+        fit(model, batches)
+    assert all(site.startswith("encoder") for site in erasers(model))
 
 
 def test_images_have_no_mask_and_a_constant_cls_site_gets_rank_zero() -> None:

@@ -74,6 +74,8 @@ class ChildConfig(PeftConfig):
     example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"
     remedy: ClassVar[str]
     own_type: ClassVar[PeftType]
+    # Whether the modules are those that stood for `target_modules=None` when the adapter was added, in this process.
+    has_default_targets = False
 
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None

@@ -210,11 +210,7 @@ def put_in_place(model: nn.Module, wrapper: str, module: nn.Module) -> None:
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter off all its modules, and the children that are empty then."""
-    for child in adapter_children(model, adapter_name):
-        child.merged_adapters = [name for name in child.merged_adapters if name != adapter_name]
-        # So that PEFT does not choose another one to switch on, and say so: callers put back what was on.
-        child._active_adapter = [name for name in child.active_adapters if name != adapter_name]
-        child.delete_adapter(adapter_name)
+    take_off(adapter_children(model, adapter_name), adapter_name)
     for wrapper in auxiliary_wrappers(model).values():
         if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
             wrapper.delete_adapter(adapter_name, [])
@@ -225,6 +221,15 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if not wrapper._adapters:
             put_in_place(model, name, wrapper.original_module)
     note_adapters(model)
+
+
+def take_off(children: Iterable[AdapterChild], adapter_name: str) -> None:
+    """Take an adapter off some of its modules; a child that is empty then goes."""
+    for child in children:
+        child.merged_adapters = [name for name in child.merged_adapters if name != adapter_name]
+        # So that PEFT does not choose another one to switch on, and say so: callers put back what was on.
+        child._active_adapter = [name for name in child.active_adapters if name != adapter_name]
+        child.delete_adapter(adapter_name)
 
 
 def note_adapters(model: Any, *, deleting: bool = False) -> None:

@@ -121,6 +121,7 @@ class ChildTuner(BaseTuner):
         if not peft_config.fitted and peft_config.target_modules is None:
             names = keep_layers(self._default_targets(self.model), peft_config)
             peft_config.target_modules = exactly(names, self.model)
+            peft_config.has_default_targets = True
             if isinstance(peft_config.target_modules, str):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         return peft_config

@@ -1,0 +1,191 @@
+"""Models with a tower for images or sounds beside one for text: what is fitted, on which data, and what is left out."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from hf_erasure import ConceptErasureConfig, ErasureReport, fit_concept_erasure
+from hf_erasure.adapters import erasure_layers
+from hf_erasure.fitting.heldout import measured_leakage
+from tests.small_models import LABELS, outputs_of, roughen, same
+
+ROWS, PATCHES, IMAGE = 16, 16, 40
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_TEXT = {**_SIZES, "vocab_size": 64, "max_position_embeddings": 48, "pad_token_id": 0, "bos_token_id": 1}
+_IMAGES = {**_SIZES, "image_size": 16, "patch_size": 4}
+TEXT, VISION = r"text_model\..*layer_norm\d", r"vision_model\..*layer_norm\d"
+
+
+def built(model: Any) -> Any:
+    return roughen(model, torch.Generator().manual_seed(0)).eval()
+
+
+@functools.cache
+def clip() -> hf.PreTrainedModel:
+    text = {**_TEXT, "eos_token_id": 2}
+    config = hf.CLIPConfig(text_config=text, vision_config=_IMAGES, projection_dim=16)
+    return built(hf.CLIPModel(config))
+
+
+@functools.cache
+def llava() -> hf.PreTrainedModel:
+    text = {"model_type": "llama", **_TEXT, "num_key_value_heads": 2}
+    vision = {"model_type": "clip_vision_model", **_IMAGES}
+    config = hf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    return built(hf.LlavaModel(config))
+
+
+def batch(seed: int, length: int = 8, images: bool = False) -> dict[str, Tensor]:
+    """Texts of several lengths, and images, that give the concept away."""
+    noise, labels = torch.Generator().manual_seed(seed), torch.arange(ROWS) % 2
+    lengths = torch.randint(length // 2, length + 1, (ROWS,), generator=noise).clamp_min(4)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    mask[0] = 1
+    ids = (torch.randint(3, 20, (ROWS, length), generator=noise) + 20 * (labels[:, None] > 0)).clamp_max(39) * mask
+    pixels = torch.randn(ROWS, 3, 16, 16, generator=noise) + labels.view(-1, 1, 1, 1)
+    if images:
+        ids = torch.cat([torch.full((ROWS, PATCHES), IMAGE), ids], 1)
+        mask = torch.cat([torch.ones(ROWS, PATCHES, dtype=torch.long), mask], 1)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "concept_labels": labels}
+
+
+def without(given: list[dict[str, Tensor]], *names: str) -> list[dict[str, Tensor]]:
+    return [{name: value for name, value in one.items() if name not in names} for one in given]
+
+
+def by_token(given: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    return [
+        {**one, "concept_labels": (one["input_ids"] > 20).long().masked_fill(one["attention_mask"] == 0, -100)}
+        for one in given
+    ]
+
+
+def with_adapter(base: nn.Module, **config: Any) -> Any:
+    model = copy.deepcopy(base)
+    model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS, **config), adapter_name="e")
+    return model
+
+
+def fit(model: nn.Module, batches: list[dict[str, Tensor]], **options: Any) -> ErasureReport:
+    return fit_concept_erasure(model, batches, "e", progress=False, **options)
+
+
+def rows(report: ErasureReport) -> dict[str, int | None]:
+    return {line.site: line.rows for line in report.sites}
+
+
+def alike(left: nn.Module, right: nn.Module) -> bool:
+    return same(outputs_of(left, BATCHES[0]), outputs_of(right, BATCHES[0]))
+
+
+BATCHES = [batch(seed) for seed in (1, 2)]
+
+
+# ---- both towers encode ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [8, PATCHES + 1])
+def test_each_tower_has_its_own_mask(length: int) -> None:
+    batches = [batch(seed, length) for seed in (1, 2)]
+    found = rows(fit(with_adapter(clip()), batches))
+    assert found["vision_model.encoder.layers.0.layer_norm1"] == 2 * ROWS * (PATCHES + 1)
+    assert found["text_model.encoder.layers.0.layer_norm1"] == sum(int(one["attention_mask"].sum()) for one in batches)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_labels_of_tokens_leave_the_images_out(sequential: bool, tmp_path: Path) -> None:
+    model, batches = with_adapter(clip()), by_token(BATCHES)
+    with pytest.warns(UserWarning, match="leaves out 5 of its default sites.*label tokens.*'vision_model"):
+        report = fit(model, batches, sequential=sequential)
+    sites = set(erasure_layers(model, "e"))
+    assert all(site.startswith("text_model") for site in sites)
+    assert sites == set(rows(report)) == set(model.peft_config["e"].fitted_sites)
+    assert not [name for name in model.state_dict() if "vision_model" in name and "concept_erasure" in name]
+    model.save_pretrained(str(tmp_path))
+    loaded = copy.deepcopy(clip())
+    loaded.load_adapter(str(tmp_path), adapter_name="e")
+    assert set(erasure_layers(loaded, "e")) == sites
+    assert alike(model, loaded)
+    assert set(measured_leakage(model, batches, "e")) >= sites
+
+
+def test_named_sites_are_refused_where_the_labels_are_of_tokens() -> None:
+    with pytest.raises(ValueError, match="tokens cannot be matched"):
+        fit(with_adapter(clip(), target_modules=r".*layer_norm\d"), by_token(BATCHES))
+
+
+# ---- a language model with a tower -----------------------------------------------------------------------------------
+
+
+def test_the_default_is_the_language_side_with_images_and_without() -> None:
+    with_images = [batch(seed, images=True) for seed in (1, 2)]
+    for batches in (with_images, without(BATCHES, "pixel_values")):
+        found = rows(fit(with_adapter(llava()), batches))
+        assert all(site.startswith("language_model") or "hidden_state" in site for site in found)
+        assert set(found.values()) == {sum(int(one["attention_mask"].sum()) for one in batches)}
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_sites_that_no_batch_reaches(sequential: bool) -> None:
+    texts = without(BATCHES, "pixel_values")
+    named = with_adapter(llava(), target_modules=r".*norm\d?")
+    with pytest.raises(ValueError, match="never reached"):
+        fit(named, texts, sequential=sequential)
+    model = with_adapter(llava(), target_modules=r".*norm\d?")
+    model.peft_config["e"].has_default_targets = True  # as where the default holds sites of a tower
+    with pytest.warns(UserWarning, match="do not reach.*'vision_tower"):
+        fit(model, texts, sequential=sequential)
+    assert all(site.startswith("language_model") for site in erasure_layers(model, "e"))
+
+
+def test_a_fit_that_fails_leaves_no_site_out() -> None:
+    model = with_adapter(clip())
+    before, sites = outputs_of(model, BATCHES[0]), set(erasure_layers(model, "e"))
+    with pytest.raises(ValueError, match="eval_batches is empty"):
+        fit(model, by_token(BATCHES), eval_batches=[])
+    assert set(erasure_layers(model, "e")) == sites
+    assert not model.peft_config["e"].fitted
+    assert same(before, outputs_of(model, BATCHES[0]))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_checkpoint_goes_on_without_the_sites_that_were_left_out(sequential: bool, tmp_path: Path) -> None:
+    batches, models = by_token(BATCHES), [with_adapter(clip()) for _ in range(2)]
+    for model in models:
+        with pytest.warns(UserWarning, match="leaves out 5"):
+            fit(model, batches, sequential=sequential, checkpoint_dir=tmp_path)
+    assert alike(*models)
+    fit(models[0], batches, sequential=sequential, checkpoint_dir=tmp_path)
+    assert alike(*models)
+
+
+# ---- one tower alone -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("targets", "lacks"), [(VISION, ("input_ids", "attention_mask")), (TEXT, ("pixel_values",))])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_one_tower_is_fitted_on_what_it_reads(targets: str, lacks: tuple[str, ...], sequential: bool) -> None:
+    whole, alone = with_adapter(clip(), target_modules=targets), with_adapter(clip(), target_modules=targets)
+    fit(whole, BATCHES, sequential=sequential)
+    report = fit(alone, without(BATCHES, *lacks), sequential=sequential, eval_batches=without(BATCHES, *lacks))
+    assert alike(whole, alone)
+    assert sum("last_hidden_state" in line.site for line in report.sites) == 1
+
+
+def test_both_towers_are_measured_where_each_gives_its_states() -> None:
+    report = fit(with_adapter(clip()), BATCHES, eval_batches=[batch(seed) for seed in (3, 4)])
+    assert {"text_model.last_hidden_state", "vision_model.last_hidden_state"} <= set(rows(report))
+
+
+def test_the_tower_of_a_language_model_is_fitted_on_images_alone() -> None:
+    model = with_adapter(llava(), target_modules=r"vision_tower\..*layer_norm\d")
+    found = rows(fit(model, without(BATCHES, "input_ids", "attention_mask")))
+    assert found["vision_tower.encoder.layers.0.layer_norm1"] == 2 * ROWS * (PATCHES + 1)
