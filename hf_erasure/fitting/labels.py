@@ -11,7 +11,6 @@ from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from hf_erasure.models import pooling
 from hf_erasure.models.layout import Axes
 from hf_erasure.models.model import on_cpu
 
-from .layouts import Layouts
+from .layouts import Layouts, is_of_numbers
 from .processes import Processes
 
 
@@ -159,8 +158,7 @@ class Source(SiteStatistics):
                     "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
                 )
             for key, value in batch.items():
-                numbers = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
-                if key != "concept_labels" and (isinstance(value, np.ndarray) or numbers):
+                if key != "concept_labels" and is_of_numbers(value):
                     raise TypeError(
                         f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
                         "torch.as_tensor(…)."
@@ -236,7 +234,7 @@ class BatchLabels:
     ) -> None:
         self.batch, self.source, self._pool, self._axes = dict(batch), source, pool, axes
         inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
-        self.rows: int = next(inputs).shape[0]
+        self.rows: int = len(next(inputs, ()))
         self._labels: Tensor | None = None
         self._by_token = self._by_class = False
         self._selections: dict[tuple[str | None, int, torch.device], Selection] = {}

@@ -17,6 +17,7 @@ from hf_erasure.adapters import ErasureLayer
 from hf_erasure.models.layout import (
     PLACES,
     Axes,
+    Glimpse,
     Lengths,
     Seen,
     axes_of,
@@ -25,10 +26,10 @@ from hf_erasure.models.layout import (
     mirrored,
     of_other_lengths,
 )
-from hf_erasure.models.model import Runner, evaluating, last_hidden_state
+from hf_erasure.models.model import Runner, evaluating, last_hidden_state, without_drawing
 
 logger = logging.getLogger(__name__)
-Visits = dict[str, list[Tensor]]
+Visits = dict[str, list[Glimpse]]
 
 
 @dataclass
@@ -63,33 +64,30 @@ class Layouts:
         return found.pop() if found else -1
 
     def _found(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
-        few = {name: value for name, value in (few_rows(batch) or {}).items() if name != "concept_labels"}
+        few = _inputs_of(few_rows(batch) or {})
         hosts: dict[str, nn.Module] = {name: layer.host for name, layer in self.layers.items()}
         hosts |= {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
         if not few:
             return {}
         rows, now = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim())), Lengths.in_batch(few)
         other = now.changed()
-        with evaluating(self.runner.model):
+        with evaluating(self.runner.model), without_drawing(self.runner.model):
             try:
-                passes = [
-                    self._activations(few),
-                    self._activations(mirrored(few, rows)),
-                    self._shorter(few, now, other),
-                ]
+                first = self._glimpses(few)
+                passes = [first, self._glimpses(mirrored(few, rows), first, rows), self._shorter(few, now, other)]
             except Exception as error:
                 # What is wrong with the batch, fitting says when it comes to it.
                 reason = f"the rows that show what its axes are cannot be run: {type(error).__name__}: {error}"
                 return {name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}") for name in hosts}
             unclear = [hosts[name] for name in passes[0] if _is_unclear(name, passes)]
             inside = {id(module): module for host in unclear for module in host.modules()}
-            calls = calls_of(lambda: self._activations(few), inside.values()) if unclear else []
+            calls = calls_of(lambda: self._glimpses(few), inside.values()) if unclear else []
             found: dict[str, Axes | ValueError] = {}
             for name in passes[0]:
                 own = {id(module) for module in hosts[name].modules()}
                 within = [call for call in calls if id(call.module) in own]
                 try:
-                    found[name] = _axes(name, passes, within, rows, (now, other))
+                    found[name] = _axes(name, passes, within, rows, (now, other), hosts[name])
                 except ValueError as error:
                     # Its frames hold all that was seen.
                     found[name] = error.with_traceback(None)
@@ -98,21 +96,26 @@ class Layouts:
     def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Visits:
         """The activations of rows with other lengths: cut where the model can do without."""
         if not now.of:
-            return self._activations(few)
+            return self._glimpses(few)
         *places, last = PLACES
         for place in places:
             try:
-                return self._activations(of_other_lengths(few, now, other, place))
+                return self._glimpses(of_other_lengths(few, now, other, place))
             except Exception as error:
                 logger.debug("Rows that are cut at their %s cannot be run: %s", place, error)
-        return self._activations(of_other_lengths(few, now, other, last))
+        return self._glimpses(of_other_lengths(few, now, other, last))
 
-    def _activations(self, batch: Mapping[str, Any]) -> Visits:
-        """What every visit of a site gave in one pass, and the last hidden states."""
+    def _glimpses(self, batch: Mapping[str, Any], single: Visits | None = None, rows: int = 0) -> Visits:
+        """What is kept of every visit of a site in one pass, and of the last hidden states.
+
+        Of mirrored rows, where those of the rows alone are given.
+        """
         found: Visits = {}
 
         def keep(name: str, hidden: Tensor) -> Tensor:
-            found.setdefault(name, []).append(hidden.detach())
+            here = found.setdefault(name, [])
+            before = dict(enumerate((single or {}).get(name, ())))
+            here.append(Glimpse.of(hidden.detach(), before.get(len(here)), rows))
             return hidden
 
         finals = {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
@@ -122,14 +125,19 @@ class Layouts:
 
 
 def _axes(
-    name: str, passes: Sequence[Visits], calls: Sequence[Seen], rows: int, lengths: tuple[Lengths, Lengths]
+    name: str,
+    passes: Sequence[Visits],
+    calls: Sequence[Seen],
+    rows: int,
+    lengths: tuple[Lengths, Lengths],
+    host: nn.Module,
 ) -> Axes:
     """The axes of a site, which are the same at all its visits."""
     visits = list(zip(*(one.get(name, ()) for one in passes), strict=False))
     found = []
     for visit in visits:
-        width = feature_axis([tuple(activation.shape) for activation in visit], calls, name)
-        found.append(axes_of(-1 if width == visit[0].dim() - 1 else width, visit, rows, *lengths, name))
+        width = feature_axis([glimpse.shape for glimpse in visit], calls, name, host)
+        found.append(axes_of(-1 if width == len(visit[0].shape) - 1 else width, visit, rows, *lengths, name))
     if not found or any(axes != found[0] for axes in found):
         raise ValueError(f"{name!r} is called several times, and its activations have other axes each time.")
     return found[0]
@@ -146,9 +154,7 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
 
     None where it is not a batch.
     """
-    if not isinstance(batch, Mapping) or any(
-        isinstance(value, (np.ndarray, list)) for name, value in batch.items() if name != "concept_labels"
-    ):
+    if not isinstance(batch, Mapping) or any(map(is_of_numbers, _inputs_of(batch).values())):
         return None  # reading says what is wrong with it
     tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
     inputs = [value for name, value in tensors.items() if name != "concept_labels"]
@@ -161,10 +167,19 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
     lengths = mask.flatten(1).sum(1)
     order = sorted(range(rows), key=lambda row: -int(lengths[row]))
     chosen = sorted({order[0], order[-1]})
-    return {
-        name: tensors[name][chosen].clone() if name in tensors and len(tensors[name]) == rows else value
-        for name, value in batch.items()
-    }
+    few = {name: tensors[name][chosen].clone() if name in tensors else value for name, value in batch.items()}
+    lists = {name: value for name, value in _inputs_of(batch).items() if isinstance(value, list) and len(value) == rows}
+    return few | {name: [value[row] for row in chosen] for name, value in lists.items()}
+
+
+def is_of_numbers(value: Any) -> bool:
+    """Whether an input should have been a tensor."""
+    is_list = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
+    return isinstance(value, np.ndarray) or is_list
+
+
+def _inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "concept_labels"}
 
 
 def _form_of(batch: Mapping[str, Any]) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .model import Runner, bare_model, evaluating, input_device, is_encoder_decoder
+from .model import Runner, bare_model, evaluating, input_device, is_encoder_decoder, on_cpu, without_drawing
 
 ROWS = 2
 # Tokens of a text; an odd number, which is no width, no head and no window.
@@ -20,11 +21,17 @@ _FRAMES = 128
 _PARTS = ("vision_config", "image_config", "audio_config", "text_config", "encoder", "vision")
 
 
-def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
+@on_cpu
+def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] | None = None) -> dict[str, Tensor]:
     """A small input that the model accepts: it was run on it.
 
     Its own `dummy_inputs` come first, then what its main input and its configuration suggest, with as few others as it
     needs: of a language model with a tower for images, text alone.
+
+    Args:
+        model: A bare model, or whatever it is inside of.
+        watch: Is given the call of the model, and makes it; what comes out for an input that the model refuses does not
+            count.
 
     Raises:
         ValueError: If it accepts none of those.
@@ -33,9 +40,10 @@ def dummy_batch(model: nn.Module) -> dict[str, Tensor]:
     runner = Runner(model)
     for made in _suggested(base):
         batch = {name: value.to(input_device(base)) for name, value in made.items()}
+        call = partial(runner, batch, runner.callee if runner.is_sharded else base)
         try:
-            with evaluating(base), torch.random.fork_rng(devices=[]):
-                runner(batch, runner.callee if runner.is_sharded else base)
+            with evaluating(base), without_drawing(base):
+                call() if watch is None else watch(call)
         except Exception as error:
             reasons.append(f"{'+'.join(made)}: {type(error).__name__}: {error}")
             continue

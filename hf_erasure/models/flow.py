@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,6 +79,8 @@ class Flow(TorchDispatchMode):
         self._reads: set[str] = set()
         self._kept: set[str] = set()
         self.called: list[str] = []
+        # Of the blocks and their parts that run at present, from the outermost: whether it is a block.
+        self._running: list[bool] = []
         # Some models call what is in their blocks without calling these.
         self._blocks = blocks_of(model)
         inside = {id(block) for block in self._blocks}
@@ -108,6 +111,10 @@ class Flow(TorchDispatchMode):
             for block in self._blocks:
                 hooks.callback(block.register_forward_pre_hook(self._enter_block, with_kwargs=True).remove)
                 hooks.callback(block.register_forward_hook(self._leave_block).remove)
+                for part in block.children():
+                    if not any(part is other for other in self._blocks):
+                        hooks.callback(part.register_forward_pre_hook(lambda *_: self._running.append(False)).remove)
+                        hooks.callback(part.register_forward_hook(lambda *_: self._leave()).remove)
             with self:
                 output = call()
         self._leave_model(self._model, (), output)
@@ -124,6 +131,7 @@ class Flow(TorchDispatchMode):
                 self._traces[table_rows] = Trace(tuple(table_rows.shape))
 
     def _enter_block(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._running.append(True)
         hidden = _first(args, kwargs)
         for given in tree_leaves((args, kwargs)):
             # Reversible blocks take two.
@@ -133,7 +141,11 @@ class Flow(TorchDispatchMode):
                     self._kept.add(str(known.output_of))
                 self._traces[given] = Trace(known.sizes or tuple(given.shape), is_begun=True)
 
+    def _leave(self) -> None:
+        self._running.pop()
+
     def _leave_block(self, block: nn.Module, args: tuple, output: Any) -> None:
+        self._leave()
         hidden = _first((output,), {})
         ended = None if hidden is None else self._of(hidden).output_of
         if ended is not None:
@@ -192,8 +204,10 @@ class Flow(TorchDispatchMode):
         hidden = next((trace for _, trace in known if trace.sizes), None)
         if operation in _SUMS and len(given) > 1:
             ends = {trace.output_of for _, trace in known} - {None}
-            if hidden is not None or len(ends) > 1:
-                # Two norms that are added begin another hidden state: a branch, and what it goes around by.
+            of_block = bool(self._running) and self._running[-1] and len(known) > 1 and bool(norms & self._reads)
+            if hidden is not None or len(ends) > 1 or of_block:
+                # Two norms that are added begin another hidden state: a branch, and what it goes around by. So does
+                # what a block itself adds of what its parts gave (Hiera).
                 return self._summed(known, hidden or Trace(tuple(known[0][0].shape), is_begun=True))
             if ends and len(known) > 1:
                 # So does one whose sum with a branch is normalised, which shows later (MobileBERT).
@@ -245,7 +259,8 @@ def _holds_lists(modules: nn.Module) -> bool:
 
 
 def _passes_on(module: nn.Module, needs_norm: bool) -> bool:
-    weights = sum(p.dim() > 1 for p in module.parameters())
+    # Quantised weights may be buffers.
+    weights = sum(t.dim() > 1 and t.dtype != torch.bool for t in (*module.parameters(), *module.buffers()))
     has_norm = any(is_norm(m) for m in module.modules() if m is not module)
     return weights > 1 and (has_norm or not needs_norm)
 
@@ -253,7 +268,7 @@ def _passes_on(module: nn.Module, needs_norm: bool) -> bool:
 def _last_states(output: Any, needed: bool = True) -> Iterator[Tensor]:
     """The last hidden states among what a model returns: those called so, or else the first tensor."""
     named = dict(output) if isinstance(output, Mapping) else {}
-    found = [value for key, value in named.items() if key.endswith(_LAST)]
+    found = [tensor for key, value in named.items() if key.endswith(_LAST) for tensor in tensors_of(value)]
     for value in named.values():
         found += _last_states(value, False) if isinstance(value, Mapping) else ()
     yield from found or (tensors_of(output)[:1] if needed else ())

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 # An axis of tokens is told by its length, which is made shorter by so many positions on the side of that name.
 SHORTER = {"": 1, "decoder_": 2}
@@ -26,6 +29,11 @@ _SHORTEST = 4
 # Rows of one example that are computed beside other examples differ by rounding alone; an example that is taken for
 # another differs by about its own size.
 _ROUNDING, _APART = 1e-2, 0.5
+# Where modules of torch have their features, by definition. Models derive norms of theirs that turn the axes around, so
+# that a norm is told by its forward.
+_FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
+_NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+_NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Axes:
 
     def check(self, shape: Sequence[int], rows: int, where: str) -> None:
         """Raise a `ValueError` where an activation does not hold as many rows of an example as when this was found."""
-        entries = [size for axis, size in enumerate(shape) if axis != self.width % len(shape)][self.example]
+        entries = _without(shape, self.width)[self.example]
         if entries % rows == 0 and (self.is_flat or entries == rows * self.per_example):
             return
         raise ValueError(
@@ -115,6 +123,8 @@ def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.dim() and len(value) % rows == 0
         else torch.cat([value, value])
         if isinstance(value, Tensor) and value.dim()
+        else value + value[::-1]
+        if isinstance(value, list) and len(value) == rows
         else value
         for name, value in batch.items()
     }
@@ -150,13 +160,51 @@ def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, pl
 # ---- examples and positions ------------------------------------------------------------------------------------------
 
 
-def axes_of(width: int, passes: Sequence[Tensor], rows: int, now: Lengths, other: Lengths, where: str) -> Axes:
+@dataclass(frozen=True)
+class Glimpse:
+    """What is kept of an activation, so that it can be let go.
+
+    Attributes:
+        shape: Its sizes.
+        apart: How far the rows of mirrored examples are from lying side by side, and from coming by their entries, as
+            shares of their size; None where they were not looked at.
+    """
+
+    shape: tuple[int, ...]
+    apart: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, activation: Tensor, single: Glimpse | None = None, rows: int = 0) -> Glimpse:
+        """Of an activation; of mirrored rows, where the one of the rows alone is given."""
+        shape = tuple(activation.shape)
+        if single is None or len(single.shape) != len(shape):
+            return cls(shape)
+        owners = _owners(single.shape, shape, rows)
+        return cls(shape, _apart(activation.movedim(owners[0], 0), rows) if len(owners) == 1 else None)
+
+
+def _owners(single: Sequence[int], twice: Sequence[int], rows: int) -> list[int]:
+    """The axes that double with the examples."""
+    pairs = zip(single, twice, strict=True)
+    return [axis for axis, (a, b) in enumerate(pairs) if a and b == 2 * a and a % rows == 0]
+
+
+def _apart(mirrored: Tensor, rows: int) -> tuple[float, float]:
+    entries = len(mirrored) // (2 * rows)
+    by_example, by_entry = mirrored.unflatten(0, (2 * rows, entries)), mirrored.unflatten(0, (entries, 2 * rows))
+    pairs = (by_example[:rows], by_example[rows:].flip(0)), (by_entry[:, :rows], by_entry[:, rows:].flip(1))
+    scale = float(mirrored.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
+    first, second = (float((one - other).float().abs().mean()) / scale for one, other in pairs)
+    return first, second
+
+
+def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, other: Lengths, where: str) -> Axes:
     """What the axes of an activation are.
 
     Args:
         width: The axis of its features.
-        passes: The activation of some rows, of these and of the same in the opposite order behind them, and of these
-            with other lengths.
+        passes: What was kept of the activation of some rows, of these and of the same in the opposite order behind
+            them, and of these with other lengths.
         rows: Their number.
         now: The lengths of the rows.
         other: The other lengths.
@@ -165,43 +213,40 @@ def axes_of(width: int, passes: Sequence[Tensor], rows: int, now: Lengths, other
     Raises:
         ValueError: If no axis, or more than one, holds the examples, or its entries do not follow the examples.
     """
-    shape = tuple(passes[0].shape)
-    base, twice, changed = (activation.movedim(width, -1) for activation in passes)
-    sizes = list(zip(base.shape[:-1], twice.shape[:-1], changed.shape[:-1], strict=True))
-    owners = [axis for axis, (a, b, _) in enumerate(sizes) if a and b == 2 * a and a % rows == 0]
-    if len(owners) != 1:
+    shape = passes[0].shape
+    owners = _owners(shape, passes[1].shape, rows)
+    if len(owners) != 1 or owners[0] == width % len(shape):
         raise ValueError(
-            f"The activation at {where!r} has shape {shape} for {rows} examples and {tuple(passes[1].shape)} for "
-            f"{2 * rows}: {'more than one axis' if owners else 'no axis'} grows with the examples, so its rows cannot "
-            "be labelled. Choose another target module."
+            f"The activation at {where!r} has shape {shape} for {rows} examples and {passes[1].shape} for {2 * rows}: "
+            f"{'more than one axis' if len(owners) > 1 else 'no axis'} grows with the examples, so its rows cannot be "
+            "labelled. Choose another target module."
         )
-    example = owners[0]
-    per_example, per_changed = sizes[example][0] // rows, sizes[example][2] / rows
-    is_major = _is_major(base.movedim(example, 0), twice.movedim(example, 0), rows, where)
+    base, changed = (_without(glimpse.shape, width) for glimpse in (passes[0], passes[2]))
+    example = owners[0] - (owners[0] > width % len(shape))
+    per_example, per_changed = base[example] // rows, changed[example] / rows
+    is_major = _is_major(passes[1], base[example], rows, where)
     side = now.side_of(per_example, other, int(per_changed)) if per_changed == int(per_changed) else None
     if side is not None:
         return Axes(width, example, per_example, is_major, None, side, is_flat=True)
-    for axis, (size, _, size_changed) in enumerate(sizes):
+    for axis, (size, size_changed) in enumerate(zip(base, changed, strict=True)):
         side = now.side_of(size, other, size_changed) if axis != example else None
         if side is not None:
             return Axes(width, example, per_example, is_major, axis, side)
     return Axes(width, example, per_example, is_major)
 
 
-def _is_major(base: Tensor, twice: Tensor, rows: int, where: str) -> bool:
-    """Whether the entries of an example lie side by side along the first axis, by the values of mirrored rows."""
-    entries = len(base) // rows
-    order = torch.arange(rows, device=base.device)
-    order = torch.cat([order, order.flip(0)])
-    by_example = base.unflatten(0, (rows, entries))[order].flatten(0, 1)
-    by_entry = base.unflatten(0, (entries, rows))[:, order].flatten(0, 1)
-    scale = float(base.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
-    apart = [float((twice - expected).float().abs().mean()) / scale for expected in (by_example, by_entry)]
+def _without(shape: Sequence[int], width: int) -> list[int]:
+    return [size for axis, size in enumerate(shape) if axis != width % len(shape)]
+
+
+def _is_major(twice: Glimpse, entries: int, rows: int, where: str) -> bool:
+    """Whether the entries of an example lie side by side along the axis of the examples."""
+    apart = twice.apart or (0.0, 0.0)
     # What an example gives may depend a little on those beside it (experts with a capacity), which one entry for each
     # example can bear.
-    if min(apart) > (_APART if entries == 1 else _ROUNDING):
+    if min(apart) > (_APART if entries == rows else _ROUNDING):
         raise ValueError(
-            f"The activation at {where!r} has {len(base)} rows for {rows} examples, and the rows of an example are "
+            f"The activation at {where!r} has {entries} rows for {rows} examples, and the rows of an example are "
             "others when other examples stand beside it: its rows cannot be labelled. Choose another target module."
         )
     return apart[0] <= apart[1]
@@ -210,16 +255,19 @@ def _is_major(base: Tensor, twice: Tensor, rows: int, where: str) -> bool:
 # ---- features --------------------------------------------------------------------------------------------------------
 
 
-def feature_axis(shapes: Sequence[Sequence[int]], calls: Iterable[Seen], where: str) -> int:
-    """The axis that holds the features of what a module gave.
+def feature_axis(
+    shapes: Sequence[Sequence[int]], calls: Iterable[Seen], where: str, module: nn.Module | None = None
+) -> int:
+    """The axis that holds the features of what a module gave, or takes.
 
-    It is the only one that is the same for any number of examples and any length, or else the one that the weights of
-    the module tell, or those of the modules inside that gave something of the same shape.
+    It is the only one that is the same for any number of examples and any length, or else the one that it is by what
+    kind of module this is, or that the weights tell of the modules inside that gave something of the same shape.
 
     Args:
         shapes: Of its activation, for other numbers of examples and other lengths; of the first, the calls are.
         calls: Of the module and of those inside.
         where: Its name, for messages.
+        module: The module, where its kind may tell.
 
     Raises:
         ValueError: If several axes may be that of the features; names them.
@@ -229,7 +277,10 @@ def feature_axis(shapes: Sequence[Sequence[int]], calls: Iterable[Seen], where: 
     same = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) == 1]
     if len(same) == 1:
         return same[0]
-    told = {axis for call in calls if tuple(call.shape) == tuple(shapes[0]) for axis in told_by_weights(call, same)}
+    kind = _axis_of_kind(module, len(shapes[0]))
+    told = {kind} if kind is not None else set()
+    if kind not in same:
+        told = {axis for call in calls if tuple(call.shape) == tuple(shapes[0]) for axis in told_by_weights(call, same)}
     if len(told) == 1:
         return told.pop()
     may = " or ".join(f"axis {axis}, of size {shapes[0][axis]}," for axis in sorted(told) or same) or "none"
@@ -261,29 +312,49 @@ class Seen:
         return self.output.shape
 
 
-def told_by_weights(call: Seen, axes: Sequence[int]) -> list[int]:
-    """Which of these axes hold what the weights of a module are as many as; by trying where two are of one size."""
-    own = {name: value for name, value in call.module.named_parameters(recurse=False) if value.dim()}
-    vectors = [name for name, value in own.items() if value.dim() == 1]
-    matrices = [name for name, value in own.items() if value.dim() > 1]
-    for name in [*vectors, *matrices]:
-        value = own[name]
-        # Tables of embeddings have their features last, other matrices and convolutions first.
-        dim = -1 if isinstance(call.module, nn.Embedding) else 0
-        fits = [axis for axis in axes if call.shape[axis] == value.shape[dim]]
-        if len(fits) == 1:
-            return fits
-        if fits:
-            return [axis for axis in fits if _changes_one(call, name, dim, axis)]
-    return []
+def _axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
+    """The axis of the features of what torch's own modules take and give; None for other modules."""
+    while isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    forward = getattr(type(module), "forward", None)
+    if isinstance(module, _FEATURES_LAST) or forward in _NORMS_LAST:
+        return axes - 1
+    return 1 if axes > 1 and (isinstance(module, _ConvNd) or forward in _NORMS_SECOND) else None
 
 
-def _changes_one(call: Seen, name: str, dim: int, axis: int) -> bool:
+def told_by_weights(call: Seen, axes: Sequence[int]) -> set[int]:
+    """Which of these axes hold the features of what a module gave, by its kind or by trying its weights."""
+    kind = _axis_of_kind(call.module, len(call.shape))
+    if kind is not None:
+        return {kind} & set(axes)
+    found = set()
+    for name, value in call.module.named_parameters(recurse=False):
+        fits = [axis for axis in axes if value.dim() and call.shape[axis] == value.shape[0]]
+        found |= {axis for axis in fits if _changes_one(call, name, axis)}
+    return found
+
+
+class _WithoutHooks(nn.Module):
+    """Calls a module past its hooks: erasers and observers would mix the features."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def _changes_one(call: Seen, name: str, axis: int) -> bool:
     """Whether another first entry of a weight changes the first entry along an axis, and no others."""
-    changed = dict(call.module.named_parameters(recurse=False))[name].detach().clone()
-    changed.movedim(dim, 0)[0] += 1
-    found = torch.func.functional_call(call.module, {name: changed}, call.args, call.kwargs)
-    differs = (found != call.output).movedim(axis, 0).flatten(1).any(1)
+    weights, bare = dict(call.module.named_parameters(recurse=False)), _WithoutHooks(call.module)
+    changed = weights[name].detach().clone()
+    if changed.is_meta:
+        return False  # accelerate brings it in for a call, and no other in its place
+    changed[0] += 1
+    before = torch.func.functional_call(bare, {}, call.args, call.kwargs)
+    after = torch.func.functional_call(bare, {f"module.{name}": changed}, call.args, call.kwargs)
+    differs = (after != before).movedim(axis, 0).flatten(1).any(1)
     return bool(differs[0]) and not bool(differs[1:].any())
 
 

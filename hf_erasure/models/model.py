@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -63,6 +63,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+def without_drawing(model: nn.Module) -> AbstractContextManager[None]:
+    """Random numbers that a model draws meanwhile are drawn again afterwards, on all its devices."""
+    return torch.random.fork_rng({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
 # ---- the bare model --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_erasure.models.layout import (
     Axes,
+    Glimpse,
     Lengths,
     axes_of,
     calls_of,
@@ -36,9 +37,13 @@ def found(layout: Layout, width: int = -1, length: int = 8) -> tuple[Axes, Tenso
     now = Lengths.in_batch(batch)
     other = now.changed()
     passes = [batch, mirrored(batch, ROWS), of_other_lengths(batch, now, other)]
-    activations = [layout(states(given["input_ids"])) for given in passes]
-    axes = axes_of(width, activations, ROWS, now, other, "here")
-    return axes, axes.arranged(activations[0], ROWS)
+    axes = axes_of(width, glimpses([layout(states(given["input_ids"])) for given in passes]), ROWS, now, other, "here")
+    return axes, axes.arranged(layout(states(batch["input_ids"])), ROWS)
+
+
+def glimpses(activations: list[Tensor]) -> list[Glimpse]:
+    first = Glimpse.of(activations[0])
+    return [first, Glimpse.of(activations[1], first, ROWS), Glimpse.of(activations[2])]
 
 
 EXPECTED = states(torch.arange(ROWS * 8).reshape(ROWS, 8))
@@ -135,7 +140,7 @@ def test_any_order_of_axes_is_put_right(order: list[int], heads: int, length: in
     passes = [
         layout(given["input_ids"]) for given in (batch, mirrored(batch, ROWS), of_other_lengths(batch, now, other))
     ]
-    axes = axes_of(order.index(3), passes, ROWS, now, other, "here")
+    axes = axes_of(order.index(3), glimpses(passes), ROWS, now, other, "here")
     assert torch.equal(axes.arranged(passes[0], ROWS), layout(batch["input_ids"]).permute(*map(order.index, range(4))))
 
 

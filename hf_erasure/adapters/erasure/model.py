@@ -7,15 +7,14 @@ a pre-LN model the norms inside the blocks feed the sublayers only and leave the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.flow import Flow, blocks_of
-from hf_erasure.models.model import Runner, bare_model, evaluating
 
 from ..common.layer import Rows
 from ..common.tuner import ChildTuner
@@ -39,15 +38,18 @@ def default_targets(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If there are none.
     """
-    base = bare_model(model)
+    chosen: set[str] = set()
+
+    def watch(call: Callable[[], Any]) -> None:
+        chosen.update(Flow(model).run(call).sites)
+
     try:
-        batch = dummy_batch(model)
+        dummy_batch(model, watch)
     except ValueError:
-        chosen = set(_by_structure(model))
-    else:
-        runner = Runner(model)
-        with evaluating(base), torch.random.fork_rng(devices=[]):
-            chosen = set(Flow(model).run(lambda: runner(batch, runner.callee if runner.is_sharded else base)).sites)
+        chosen = _by_structure(model)
+    # Another adapter may stand in the place of a norm, which is inside of it then.
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name]
+    chosen = {next((w for w in wrappers if name.startswith(f"{w}.")), name) for name in chosen}
     if not chosen:
         raise ValueError(
             f"No normalization layer was found inside the blocks of {type(model).__name__} that reads or writes its "
