@@ -18,7 +18,7 @@ from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
-from hf_erasure.models.layout import Axes
+from hf_erasure.models.layout import FRAMES, Axes
 from hf_erasure.models.model import on_cpu
 
 from .layouts import Layouts, is_of_numbers
@@ -164,7 +164,7 @@ class Source(SiteStatistics):
                         "torch.as_tensor(…)."
                     )
             axes, mask = layouts.of(batch), batch.get("attention_mask")
-            labels = BatchLabels(batch, self, pool, axes)
+            labels = BatchLabels(batch, self, pool, axes, layouts.frames_of(batch))
             for site in axes:
                 (self.covered if labels.covers(site) else self.uncovered).add(site)
             self.examples += labels.rows
@@ -193,6 +193,11 @@ class Source(SiteStatistics):
                 f"{self.title} is empty: there is nothing to fit on. An iterator that was used up gives none either."
             )
         absent = [site for site in sites if site not in (self.moments if found is None else found)]
+        if absent and len(absent) == len(sites) and self.uncovered.issuperset(sites):
+            raise ValueError(
+                f"concept_labels label tokens, and at none of the sites, such as {absent[0]!r}, are the rows those of "
+                "the tokens: give labels of whole sequences, or name modules on the side whose tokens are labelled."
+            )
         if absent and len(absent) == len(sites) and self.concept:
             raise ValueError(
                 f"None of the {self.examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
@@ -230,9 +235,14 @@ class BatchLabels:
     """
 
     def __init__(
-        self, batch: Mapping[str, Any], source: Source, pool: str, axes: Mapping[str, Axes | ValueError]
+        self,
+        batch: Mapping[str, Any],
+        source: Source,
+        pool: str,
+        axes: Mapping[str, Axes | ValueError],
+        frames: Tensor | None = None,
     ) -> None:
-        self.batch, self.source, self._pool, self._axes = dict(batch), source, pool, axes
+        self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
         inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
         self.rows: int = len(next(inputs, ()))
         self._labels: Tensor | None = None
@@ -245,7 +255,7 @@ class BatchLabels:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """One batch is lent to another process without the others of its source, which may be a generator."""
-        return type(self), (self.batch, Source(self.source.concept), self._pool, self._axes)
+        return type(self), (self.batch, Source(self.source.concept), self._pool, self._axes, self._frames)
 
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
         """Align an activation with the labels.
@@ -294,6 +304,8 @@ class BatchLabels:
 
     def _mask(self, side: str) -> Tensor | None:
         """`(batch, seq)` bool, or None where the batch has none to say (images)."""
+        if side == FRAMES:
+            return self._frames
         mask = self.batch.get(f"{side}attention_mask")
         if mask is None and side and "labels" in self.batch and "decoder_input_ids" not in self.batch:
             mask = self.batch["labels"] != IGNORED

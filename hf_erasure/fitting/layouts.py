@@ -23,6 +23,7 @@ from hf_erasure.models.layout import (
     axes_of,
     calls_of,
     feature_axis,
+    frames_of,
     mirrored,
     of_other_lengths,
 )
@@ -54,6 +55,18 @@ class Layouts:
             self._known[form] = self._found(batch)
         return self._known[form]
 
+    def frames_of(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """`(batch, frames)` bool, those that are not padding; None where the mask of a batch is not one of samples."""
+        mask, speech = batch.get("attention_mask"), self._speech(batch)
+        return speech[1](mask) if speech is not None and isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _speech(self, batch: Mapping[str, Any]) -> Any:
+        return None if "input_ids" in batch else self._frames
+
+    @functools.cached_property
+    def _frames(self) -> Any:
+        return frames_of(self.runner.model)
+
     def width_of(self, site: str) -> int:
         """The axis of the features of a site, which is the same for batches of any form."""
         found = {axes.width for known in self._known.values() if isinstance(axes := known.get(site), Axes)}
@@ -69,7 +82,10 @@ class Layouts:
         hosts |= {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
         if not few:
             return {}
-        rows, now = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim())), Lengths.in_batch(few)
+        rows, now = (
+            len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim())),
+            Lengths.in_batch(few, (self._speech(few) or [None])[0]),
+        )
         other = now.changed()
         with evaluating(self.runner.model), without_drawing(self.runner.model):
             try:

@@ -180,7 +180,7 @@ def pool_for(
         return "tokens", "the labels are of single tokens"
 
     def real_of(hidden: Tensor) -> Tensor:
-        labels = BatchLabels(rows, Source(None), "tokens", layouts.of(rows))
+        labels = BatchLabels(rows, Source(None), "tokens", layouts.of(rows), layouts.frames_of(rows))
         return labels.select(hidden, layouts.runner.side_of("last_hidden_state"))[1].real
 
     reading = reading_of(model, layouts.runner, rows, real_of)

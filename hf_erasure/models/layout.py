@@ -10,6 +10,7 @@ weights of the module tell: see `feature_axis`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 # An axis of tokens is told by its length, which is made shorter by so many positions on the side of that name.
 SHORTER = {"": 1, "decoder_": 2}
+# The side of frames, of which a speech encoder makes one from many samples.
+FRAMES = "frames"
 # Where positions may be cut out of texts.
 PLACES = ("second", "last")
 # Shorter texts than this are made longer instead.
@@ -48,8 +51,8 @@ class Axes:
         is_major: Whether these lie side by side; otherwise the first entries of all examples come first.
         position: The axis of the positions of tokens; None where there is none, or where they lie in one list with the
             examples (`is_flat`).
-        side: Whose mask tells which of the positions are padding: `""` or `"decoder_"`; None where the rows of an
-            example are not the positions of its tokens.
+        side: Whose mask tells which of the positions are padding: `""`, `"decoder_"` or `FRAMES`; None where the rows
+            of an example are not the positions of its tokens.
         is_flat: Whether the entries of an example along its axis are its positions.
     """
 
@@ -91,12 +94,16 @@ class Axes:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many positions the tokens of a batch take, by side: `""`, and `"decoder_"`."""
+    """How many positions the tokens of a batch take, by side: `""`, and `"decoder_"`.
+
+    `frames` tells how many frames an encoder makes of so many samples, where `""` is that of samples.
+    """
 
     of: Mapping[str, int]
+    frames: Callable[[int], int] | None = None
 
     @classmethod
-    def in_batch(cls, batch: Mapping[str, Any]) -> Lengths:
+    def in_batch(cls, batch: Mapping[str, Any], frames: Callable[[int], int] | None = None) -> Lengths:
         """As the masks and the token ids of a batch say."""
         found = {}
         for side in SHORTER:
@@ -104,16 +111,43 @@ class Lengths:
             known = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
             if known is not None and known.dim() == 2:
                 found[side] = known.shape[1]
-        return cls(found)
+        return cls(found, frames if "" in found else None)
 
     def changed(self) -> Lengths:
         """Others, by which the axes of positions are told."""
-        return Lengths({side: n + (-1 if n >= _SHORTEST else 1) * SHORTER[side] for side, n in self.of.items()})
+        found = {side: n + (-1 if n >= _SHORTEST else 1) * SHORTER[side] for side, n in self.of.items()}
+        if self.frames is not None:
+            now = self.of[""]
+            found[""] = next((n for n in range(now - 1, 0, -1) if self.frames(n) < self.frames(now)), found[""])
+        return Lengths(found, self.frames)
 
     def side_of(self, size: int, changed: Lengths, size_changed: int) -> str | None:
         """The side whose positions an axis has, by its size at both lengths; None where it has those of neither."""
         fits = [side for side, n in self.of.items() if (size, size_changed) == (n, changed.of[side])]
+        if not fits and self.frames is not None:
+            both = self.frames(self.of[""]), self.frames(changed.of[""])
+            return FRAMES if (size, size_changed) == both and both[0] != both[1] else None
         return fits[0] if fits else None
+
+
+def frames_of(model: nn.Module) -> tuple[Callable[[int], int], Callable[[Tensor], Tensor]] | None:
+    """Of a speech encoder: how many frames it makes of so many samples, and a mask of frames from one of samples."""
+    encoder: Any = next((m for m in model.modules() if hasattr(m, "_get_feature_vector_attention_mask")), None)
+    if encoder is None:
+        return None
+    takes = inspect.signature(encoder._get_feature_vector_attention_mask).parameters
+    # Those that are made shorter once more behind the blocks are told apart from these by their number.
+    options = {"add_adapter": False} if "add_adapter" in takes else {}
+
+    def count(samples: int) -> int:
+        return int(encoder._get_feat_extract_output_lengths(torch.tensor(samples, device="cpu"), **options))
+
+    def mask_of(mask: Tensor) -> Tensor:
+        given, frames = mask.detach().cpu().long(), count(mask.shape[1])
+        found: Tensor = encoder._get_feature_vector_attention_mask(frames, given, **options)
+        return found.bool()
+
+    return count, mask_of
 
 
 def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -149,7 +183,8 @@ def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, pl
         side = "decoder_" if name.startswith("decoder_") or (name == "labels" and "decoder_" in now.of) else ""
         is_of_tokens = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == now.of.get(side)
         # Images and sounds are floats, and have as many channels or samples as they have.
-        if is_of_tokens and (not value.is_floating_point() or name.endswith(("mask", "embeds", "_values"))):
+        floats = ("mask", "embeds", "_values", *([] if "input_ids" in batch else ["_features"]))
+        if is_of_tokens and (not value.is_floating_point() or name.endswith(floats)):
             missing = wanted.of[side] - now.of[side]
             kept = value[:, :1] if place == "second" else value[:, :0]
             rest = value[:, 1 - missing :] if place == "second" else value[:, :missing]

@@ -130,7 +130,9 @@ def test_an_activation_of_other_positions_is_refused() -> None:
 def test_a_batch_without_labels_says_what_is_missing() -> None:
     def read(*batches: Any) -> None:
         list(
-            Source(ConceptErasureConfig(labels=LABELS), batches).read("tokens", SimpleNamespace(of=lambda batch: AXES))
+            Source(ConceptErasureConfig(labels=LABELS), batches).read(
+                "tokens", SimpleNamespace(of=lambda batch: AXES, frames_of=lambda batch: None)
+            )
         )  # type: ignore[arg-type]
 
     whole = {"input_ids": IDS, "concept_labels": [0, 1, 1]}

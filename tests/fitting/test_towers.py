@@ -189,3 +189,36 @@ def test_the_tower_of_a_language_model_is_fitted_on_images_alone() -> None:
     model = with_adapter(llava(), target_modules=r"vision_tower\..*layer_norm\d")
     found = rows(fit(model, without(BATCHES, "input_ids", "attention_mask")))
     assert found["vision_tower.encoder.layers.0.layer_norm1"] == 2 * ROWS * (PATCHES + 1)
+
+
+# ---- speech ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def wav2vec2() -> hf.PreTrainedModel:
+    convolutions = {"conv_dim": [16, 16, 16], "conv_kernel": [10, 3, 3], "conv_stride": [5, 2, 2]}
+    config = hf.Wav2Vec2Config(
+        **_SIZES, **convolutions, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, feat_extract_norm="layer"
+    )
+    return built(hf.Wav2Vec2Model(config))
+
+
+def sounds(seed: int, samples: int) -> dict[str, Tensor]:
+    noise, labels = torch.Generator().manual_seed(seed), torch.arange(ROWS) % 2
+    lengths = torch.randint(samples // 2, samples + 1, (ROWS,), generator=noise)
+    lengths[0] = samples
+    mask = (torch.arange(samples) < lengths[:, None]).long()
+    values = torch.randn(ROWS, samples, generator=noise) * (0.2 + labels[:, None]) + labels[:, None]
+    return {"input_values": values * mask, "attention_mask": mask, "concept_labels": labels}
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_frames_of_padding_do_not_count(sequential: bool) -> None:
+    batches, model = [sounds(1, 800), sounds(2, 610)], with_adapter(wav2vec2())
+    found = rows(fit(model, batches, sequential=sequential))
+    frames = [(one["attention_mask"].sum(1) - 10) // 5 + 1 for one in batches]
+    for _ in range(2):
+        frames = [(number - 3) // 2 + 1 for number in frames]
+    assert set(found.values()) == {int(sum(number.sum() for number in frames))}
+    with_garbage = [{**one, "input_values": one["input_values"] + 3 * (one["attention_mask"] == 0)} for one in batches]
+    assert set(rows(fit(with_adapter(wav2vec2()), with_garbage)).values()) == set(found.values())
