@@ -29,7 +29,8 @@ class ConceptErasureConfig(ChildConfig):
         labels: The names of the classes, in the order of their ids. At least two.
         concept_dim: The number of columns of a continuous or multi-label concept. Leave out when `labels` is given.
         target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`. `None`
-            takes the output of every normalization layer inside the blocks and of the final norm.
+            takes the output of every norm that reads or writes the hidden state of the blocks, and of the final norms,
+            which one small forward pass shows.
         exclude_modules: Suffixes or a regular expression of modules to leave alone.
         layers_to_transform: Indices of the blocks to act on; all when `None`.
         layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
