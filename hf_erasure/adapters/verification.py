@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import callee_of, distance, evaluating, tensors_of
+from hf_erasure.models.model import callee_of, distance, evaluating, tensors_of, without_drawing
 
 from .common.acting import other_than_when_fitted
 from .common.config import ChildConfig, Provenance
@@ -198,7 +198,7 @@ class _Outputs:
 
     def now(self) -> Tensor:
         """The first tensor of floating-point numbers that the model returns as it is."""
-        with evaluating(self.callee):
+        with evaluating(self.callee), without_drawing(self.callee):
             output = self.callee(**self.inputs)
         found = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
         if found is None:

@@ -25,7 +25,7 @@ from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import Runner, distance, evaluating, last_hidden_state
+from hf_erasure.models.model import Runner, distance, evaluating, tensors_of, without_drawing
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 
 BASE, TOGETHER = "base", "together"
@@ -74,18 +74,23 @@ class Adapter:
         switched: Any = model
         active = list(switched.active_adapters())
         batch, runner = dummy_batch(model), Runner(model, [])
+
+        def outputs() -> list[torch.Tensor]:
+            with without_drawing(model):
+                return [tensor for tensor in tensors_of(runner(batch)) if tensor.is_floating_point()]
+
         with evaluating(model):
-            now = last_hidden_state(runner(batch))
+            now = outputs()
             others = [name for name in active if name != self.name]
             switched.set_adapter(others) if others else switched.disable_adapters()
-            without = last_hidden_state(runner(batch))
+            without = outputs()
             switched.enable_adapters()
             for wrapper in auxiliary_wrappers(model).values():  # which `enable_adapters` forgets
                 wrapper.enable_adapters(True)
             switched.set_adapter(active)
-        change = distance([now], [without])
+        change = distance(now, without)
         deed = "changes" if change else "does not act: it does not change"
-        return change > 0, f"Adapter {self.name!r} ({self.kind}) {deed} the last hidden states ({change:.2%})."
+        return change > 0, f"Adapter {self.name!r} ({self.kind}) {deed} the outputs ({change:.2%})."
 
 
 @dataclass(frozen=True)

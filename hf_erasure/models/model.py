@@ -209,7 +209,7 @@ class Runner:
         device = input_device(self.model)
         placed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         try:
-            return callee(**placed, **({"use_cache": False} if "use_cache" in parameters else {}))
+            return callee(**placed | ({"use_cache": False} if "use_cache" in parameters else {}))
         except (IndexError, RuntimeError) as error:
             _explain_length(self.model, inputs, error)
             raise

@@ -78,11 +78,16 @@ def test_the_text_states_the_leakage_that_was_measured(lifecycle: Lifecycle):
 
 
 def test_a_model_without_a_dummy_input_asks_for_a_batch(lifecycle: Lifecycle):
-    model = lifecycle.fitted(CELL)
-    model.main_input_name = "input_values"
+    model, batch = lifecycle.fitted(CELL), small_batch("bert")
+
+    def only_its_own(_, args: tuple, kwargs: dict) -> None:
+        if kwargs["input_ids"].shape != batch["input_ids"].shape:
+            raise IndexError("other texts are not taken")
+
+    model.register_forward_pre_hook(only_its_own, with_kwargs=True)
     with pytest.raises(ValueError, match=r"BertModel has no dummy input.*pass batch="):
         verify_adapter(model, NAME)
-    assert verify_adapter(model, NAME, small_batch("bert"))
+    assert verify_adapter(model, NAME, batch)
 
 
 def test_every_reason_why_an_adapter_does_not_act(lifecycle: Lifecycle):

@@ -202,10 +202,10 @@ def test_a_stock_lora_is_checked_too(story: str, tmp_path: Path) -> None:
         folders[name] = str(tmp_path / name)
     entries = entries_of(read_adapters(list(folders.values())))
     loader = Loader(story, [])
-    with pytest.raises(AdapterDoesNotAct, match="does not change the last hidden states"):
+    with pytest.raises(AdapterDoesNotAct, match="does not change the outputs"):
         verified(loader.load(entries[1]), entries[1])
     model = loader.load(entries[2])
-    assert "'random' (LORA) changes the last hidden states" in verified(model, entries[2])["random"]
+    assert "'random' (LORA) changes the outputs" in verified(model, entries[2])["random"]
     assert list(model.active_adapters()) == ["random"]  # as it was before it was looked at
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import distance, evaluating, tensors_of
+from hf_erasure.models.model import distance, evaluating, tensors_of, without_drawing
 
 from ..common.placement import has_quantised
 from ..erasure.layer import ErasureLayer, erasure_layers
@@ -56,13 +56,12 @@ class Probe:
     def run(self) -> list[Tensor]:
         """The tensors the model returns, without dropout, gradients or autocast; draws of its own are not used up."""
         device = next(self.model.parameters()).device.type
-        cuda = {p.device.index for p in self.model.parameters() if p.device.type == "cuda"}
         autocast = torch.amp.is_autocast_available(device)
         with (
             torch.inference_mode(False),
             evaluating(self.model),
             torch.autocast(device if autocast else "cpu", enabled=False),
-            torch.random.fork_rng(devices=sorted(cuda)),
+            without_drawing(self.model),
         ):
             output: Any = self.model(**self.inputs)
         return tensors_of(output)

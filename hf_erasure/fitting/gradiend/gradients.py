@@ -219,6 +219,10 @@ class GradientReader(SlotReader):
         handles = [p.register_post_accumulate_grad_hook(partial(hook, name)) for name, p in self.parameters.items()]
         try:
             loss.backward(retain_graph=not last)
+        except AssertionError as error:  # as Reformer's, whose blocks are run backwards with their dropout
+            raise ValueError(
+                f"{type(self.model).__name__} gives no gradients in evaluation mode, and they are read in it: {error}"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

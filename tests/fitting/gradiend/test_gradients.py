@@ -503,3 +503,14 @@ def test_targets_that_cannot_be_used() -> None:
     with pytest.raises(ValueError, match="'both' is not a kind of gradient"):
         GradientReader(model, targets(model)).gradients(batches_of("bert", model)[0], ("both",))
     assert len(TEXTS) == len(batches_of("bert", model)[0])
+
+
+def test_a_model_without_gradients_in_evaluation_mode():
+    sizes = {"attn_layers": ["local"], "axial_pos_embds": False, "local_attn_chunk_length": 4, "is_decoder": True}
+    heads = {"hidden_size": 16, "attention_head_size": 8, "num_attention_heads": 2, "feed_forward_size": 16}
+    model = hf.ReformerModelWithLMHead(hf.ReformerConfig(vocab_size=60, max_position_embeddings=16, **sizes, **heads))
+    ids = torch.full((1, 8), 5)
+    batch = PairBatch({"input_ids": ids}, *map(torch.tensor, ([0], [7], [3], [4])))
+    reader = GradientReader(model, {"table": model.get_input_embeddings().weight})
+    with pytest.raises(ValueError, match="gives no gradients in evaluation mode"):
+        reader.gradient(batch, "factual")
