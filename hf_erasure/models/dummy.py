@@ -59,7 +59,9 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
 def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
     main, config = getattr(base, "main_input_name", "input_ids"), getattr(base, "config", None)
     own = getattr(base, "dummy_inputs", None) if config is not None else None
-    if isinstance(own, dict) and main in own:
+    # Where each tower encodes by itself, all are to be run, which a text alone does not do.
+    encodes_all = hasattr(base, "get_text_features")
+    if isinstance(own, dict) and main in own and not encodes_all:
         yield own
     if config is None:
         return
@@ -68,8 +70,8 @@ def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
     text = _text(base, takes, noise) if "input_ids" in takes or main == "input_ids" else {}
     media = [*_images(config, noise), *_sounds(config, noise)]
     if main == "input_ids":
-        yield text
-        yield from ({**text, **more} for more in media)
+        both = [{**text, **more} for more in media]
+        yield from [*both, text] if encodes_all else [text, *both]
         return
     for more in media:
         if main in more:

@@ -230,6 +230,11 @@ def _apart(mirrored: Tensor, rows: int) -> tuple[float, float]:
     pairs = (by_example[:rows], by_example[rows:].flip(0)), (by_entry[:, :rows], by_entry[:, rows:].flip(1))
     scale = float(mirrored.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
     first, second = (float((one - other).float().abs().mean()) / scale for one, other in pairs)
+    if entries == 1 and first > _APART:
+        # Patches that are drawn at random (ViLT) leave the values of an example those of that example.
+        values = mirrored.flatten(1).float().sort(1).values
+        own, others = (float((values[:rows] - found).norm()) for found in (values[rows:].flip(0), values[rows:]))
+        first = second = own / others if others else 1.0
     return first, second
 
 

@@ -222,3 +222,19 @@ def test_frames_of_padding_do_not_count(sequential: bool) -> None:
     assert set(found.values()) == {int(sum(number.sum() for number in frames))}
     with_garbage = [{**one, "input_values": one["input_values"] + 3 * (one["attention_mask"] == 0)} for one in batches]
     assert set(rows(fit(with_adapter(wav2vec2()), with_garbage)).values()) == set(found.values())
+
+
+# ---- towers that are joined ------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_all_towers_where_a_text_alone_would_run() -> None:
+    vision, text = {**_SIZES, "image_size": 16, "patch_size": 4}, {**_TEXT, "eos_token_id": 2}
+    config = hf.FlavaConfig(image_config=vision, text_config=text, multimodal_config=_SIZES, projection_dim=16)
+    sites = erasure_layers(with_adapter(built(hf.FlavaModel(config))), "e")
+    assert {"text_model.layernorm", "image_model.layernorm", "multimodal_model.layernorm"} <= set(sites)
+
+
+def test_patches_that_are_drawn_in_any_order_have_the_label_of_their_image() -> None:
+    config = hf.ViltConfig(**_TEXT, image_size=16, patch_size=4, modality_type_vocab_size=2)
+    report = fit(with_adapter(built(hf.ViltModel(config))), BATCHES)
+    assert rows(report)["encoder.layer.0.layernorm_before"] == 2 * ROWS * (8 + PATCHES + 1)
