@@ -159,7 +159,7 @@ class Erasure:
         fitted(self.base, self._attached(), batches)
 
     def _fit_blocks(self) -> None:
-        pattern = blocks_of(self.base)
+        pattern = blocks_of(self.base, self._test)
         if pattern is None:
             raise DoesNotApplyError
         model = self._attached(target_modules=pattern)
@@ -204,12 +204,17 @@ def is_told(report: ErasureReport, found: dict[truth.Visit, float], warned: str)
     return all((report[site].residual or 0.0) > RESIDUAL / 10 for site in bad)
 
 
-def blocks_of(model: nn.Module) -> str | None:
-    """The outermost lists of blocks, as a pattern; None where there are none."""
+def blocks_of(model: nn.Module, batch: Batch) -> str | None:
+    """The outermost lists of blocks that the batch reaches, as a pattern; None where there are none."""
+    reached: set[nn.Module] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: reached.add(module)) for module in model.modules()]
+    examples.call(model, batch)
+    for handle in handles:
+        handle.remove()
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module[0], nn.ModuleList)
+        if isinstance(module, nn.ModuleList) and len(module) and module[0] in reached
         if any(True for _ in module[0].children()) and any(value.dim() > 1 for value in module[0].parameters())
     ]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]

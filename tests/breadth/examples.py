@@ -118,8 +118,9 @@ def alone(batch: Mapping[str, Tensor], row: int) -> Batch:
 def _words(labels: Tensor, length: int, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     first, behind = _WORDS
     ids = torch.randint(first, behind, (len(labels), length), generator=noise) + behind * labels[:, None]
-    lengths = torch.randint(length // 2, length + 1, (len(labels),), generator=noise)
-    lengths[0] = length
+    # All are padded: some models take another way where nothing is, as they would for one example that is run alone.
+    lengths = torch.randint(length // 2, length, (len(labels),), generator=noise)
+    lengths[0] = length - 1
     mask = (torch.arange(length) < lengths[:, None]).long()
     return ids * mask, mask
 

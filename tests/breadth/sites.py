@@ -24,8 +24,10 @@ _QUERIES_OR_KEYS = re.compile(r"(^|[._])(q|k|query|key|kv|qk)[a-z]?_?(layer)?_?(
 _BEFORE_BLOCKS = re.compile(r"embed|patch", re.IGNORECASE)
 # Downsampling between the stages, and convolutions for positions, lie in lists like blocks, and are none.
 _OF_NO_BLOCK = re.compile(
-    r"\b[qk]_?(layer)?norm|pos_conv|patch|embed|sub_norm|ffn_sub|downsampl|feature_extractor|router"
+    r"\b[qk]_?(layer)?norm|pos_conv|patch|embed|sub_norm|ffn_sub|downsampl|feature_extractor|router|attention\.layer_norm|projector"
 )
+# Stages of images are each as wide as they are.
+_IN_STAGE = re.compile(r"stages|(layers|levels)\.\d+\.(blocks|downsample|layers|output_layer)")
 _TOWERS = re.compile(r"(vision|visual|image|audio|speech)", re.IGNORECASE)
 # Fields of configurations with the width of the hidden state.
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "dim_model")
@@ -74,11 +76,14 @@ def _final(model: nn.Module, batch: Batch, given: dict[str, Tensor]) -> list[str
 def _of_other_widths(model: nn.Module, given: dict[str, Tensor], sites: Sequence[str]) -> list[str]:
     config = model.config
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "model_type"))]
-    widths = {getattr(part, name, None) for part in parts for name in _WIDTHS}
-    if not widths - {None} or any(isinstance(width, (list, tuple)) for width in widths):
-        return []
+    values = [getattr(part, name, None) for part in parts for name in _WIDTHS]
+    widths = {width * many for width in values if isinstance(width, int) for many in (1, 2)}
+    if not widths or any(isinstance(width, (list, tuple)) for width in values):
+        return []  # of stages, each as wide as it is
     return [
-        name for name in sites if name in given and not set(given[name].shape[1:]) & widths and ".stages." not in name
+        name
+        for name in sites
+        if name in given and not set(given[name].shape[1:]) & widths and not _IN_STAGE.search(name)
     ]
 
 
