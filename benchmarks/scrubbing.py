@@ -30,7 +30,8 @@ import hf_erasure  # noqa: F401  registers the adapter type
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, Eraser
-from hf_erasure.fitting.fit import Scrubber
+from hf_erasure.fitting.batch_threads import OutOfStep
+from hf_erasure.fitting.scrubbing import Scrubber
 
 hf.logging.set_verbosity_error()
 
@@ -89,10 +90,9 @@ def one_site_a_pass() -> Iterator[None]:
     """The naive procedure: the fallback that the scrubber has for shared layers."""
     original = Scrubber._side_by_side
 
-    def refuse(self: Scrubber, shown: Any) -> bool:
+    def refuse(self: Scrubber, shown: Any) -> None:
         hf.logging.set_verbosity_error()
-        self.fits.clear()
-        return False
+        raise OutOfStep("This is not side by side.")
 
     Scrubber._side_by_side = refuse  # type: ignore[method-assign]
     try:

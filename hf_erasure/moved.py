@@ -33,7 +33,6 @@ MOVED: dict[str, tuple[str, ...]] = {
     "fitting.probing": ("recipes.erasure",),
     "fitting.recipe": ("recipes", "recipes.erasure"),
     "fitting.recipe_file": ("recipes.schema",),
-    "fitting.scrubbing": ("fitting.fit",),
     "hub.failures": ("hub",),
     "metrics.probe": ("metrics.minimum_description_length", "metrics.linear_leakage"),
     "metrics.scoring": ("models.scorer",),

@@ -24,7 +24,7 @@ from hf_erasure.erasers import ConceptMoments, Eraser
 from .labels import BatchLabels, SiteStatistics, Source
 from .processes import Processes
 from .report import SiteReport
-from .sites import SiteFit
+from .sites import SiteFit, site_of
 
 MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
@@ -137,10 +137,9 @@ class FitCheckpoint:
             return
         started = time.monotonic()
         tensors = {
-            f"{index}.{key}": value
-            for index, site in enumerate(self.sites)
-            if site in source.moments
-            for key, value in source.moments[site].state_dict().items()
+            f"{self._prefix(visit)}{key}": value
+            for visit, moments in source.moments.items()
+            for key, value in moments.state_dict().items()
         }
         facts = {
             "batches": batches,
@@ -164,12 +163,17 @@ class FitCheckpoint:
             return {}
         tensors, facts = read_tensors(path)
         for site, width in facts["widths"].items():
-            prefix = f"{self.sites.index(site)}."
+            prefix = self._prefix(site)
             moments = ConceptMoments(width, statistics.z_dim)
             moments.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             statistics.moments[site] = moments
             statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
         return facts
+
+    def _prefix(self, visit: str) -> str:
+        """What the names of the tensors of a site begin with, or those of a later visit of it."""
+        site = site_of(visit)
+        return f"{self.sites.index(site)}{visit.removeprefix(site)}."
 
     def check_data(self, kept: str, data: str) -> None:
         """Raise a `ValueError` if what was kept comes from other batches."""

@@ -33,6 +33,7 @@ from .report import SiteReport
 _POSITIONS = ("cls", "last")
 # Variance of an activation, as a share of its mean square, that the rounding of float32 statistics may make.
 _ROUNDING = 1e-12
+_VISIT = ", visit "
 
 
 @dataclass
@@ -243,7 +244,12 @@ def visits_of(site: str, seen: Sequence[SiteStatistics]) -> list[str]:
 
 def visit_of(site: str, number: int) -> str:
     """The key of the moments of one visit of a site, from 1."""
-    return site if number == 1 else f"{site}, visit {number}"
+    return site if number == 1 else f"{site}{_VISIT}{number}"
+
+
+def site_of(key: str) -> str:
+    """The site whose visit it is the key of."""
+    return key.partition(_VISIT)[0]
 
 
 def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -> dict[str, SiteFit]:
@@ -285,6 +291,8 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         background.merge(more)  # type: ignore[union-attr]
     # What was asked for, or what the guarantee needs at every visit.
     rank = config.max_rank if config.rank is not None else config.max_rank * len(visits)
+    # The two are the same map, and the means of classes are those of one visit.
+    method = "orth" if len(visits) > 1 and config.method == "mean_projection" else config.method
     try:
         moments = labelled[0] if len(labelled) == 1 else joint_moments(labelled)
         spread = moments.spread()
@@ -294,7 +302,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
             eraser = Eraser(left=empty, right=empty.T.clone(), bias=mean)
         else:
-            eraser = moments.eraser(config.method, affine=config.affine, rank=rank, background=background)
+            eraser = moments.eraser(method, affine=config.affine, rank=rank, background=background)
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
     acts = eraser.rank > 0

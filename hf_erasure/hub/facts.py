@@ -211,10 +211,12 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     # The theorem holds where the method is not iterative and the rank is that of the concept, or above.
     needed = config.concept_dim if config.labels is None else len(config.labels) - 1
     is_guarded = config.method != "inlp" and needed is not None and (config.rank is None or config.rank >= needed)
+    left = {plain(site): float(value) for site, value in made.residuals.items() if is_number(value)}
     facts.method = {
         "name": config.method, "side": config.site, "affine": bool(config.affine), "sites": len(sites),
         "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": on,
         "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": is_guarded,
+        "left": [max(left, key=lambda site: left[site]), max(left.values()), len(left)] if left else None,
     }  # fmt: skip
     shown = {site: site for site in leakage if FINAL in site}
     worst = max((site for site in leakage if site not in shown), key=lambda s: leakage[s]["after"], default=None)

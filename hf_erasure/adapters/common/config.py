@@ -53,7 +53,7 @@ TESTED_ON = "the recipe's test split"
 # Fields that decide what is done with an adapter: one of another type is refused when the configuration is read.
 _REFUSED = (
     "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
-    "measured_on",
+    "measured_on", "residuals",
 )  # fmt: skip
 # Marks the fields that fitting writes.
 BY_FITTING = {"by": "fitting"}
@@ -441,6 +441,8 @@ class Provenance(Part):
         leakage: Site → correlation with the concept before and after, magnitudes.
         leakage_intervals: Site → the two ends of the interval before, and the two after.
         measured_on: What the leakage was measured on, in words.
+        residuals: Site → what its eraser leaves at a visit, as a share of `|x| |z|`; of modules that are called several
+            times, where that is more than rounding, so that the guarantee does not hold.
         active_adapters: The other adapters that acted at fitting; None where an older release did not write it.
         combined_from: Name → what is known of the adapters that this one was combined from.
         data: Where the data come from.
@@ -463,6 +465,7 @@ class Provenance(Part):
     leakage: dict[str, tuple[float, float]] = field(default_factory=dict)
     leakage_intervals: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
     measured_on: str = ""
+    residuals: dict[str, float] = field(default_factory=dict)
     active_adapters: list[dict[str, Any]] | None = None
     combined_from: dict[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)

@@ -1,0 +1,301 @@
+"""Concept scrubbing (arXiv 2306.03819, section 5): every eraser is fitted on activations that are erased upstream.
+
+All batches stop at a site, its eraser is fitted on them, and they go on with erased activations; every module runs
+once a batch. Of a module that is called several times in one forward pass the eraser acts at every visit, and has to be
+known at the first. So it takes later visits to be as in the pass before, and passes follow until they are: `settling`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_erasure.models.model import evaluating
+
+from .batch_threads import BatchThread, OutOfStep, batch_threads
+from .checkpoint import FitCheckpoint, digest_of, together
+from .labels import BatchLabels, SiteStatistics, Source
+from .layouts import observed
+from .report import SETTLED
+from .settling import MOST_PASSES, PATIENCE, Columns
+from .sites import FitTask, SiteFit, residual_of, site_of, solve, visit_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Scrubber:
+    """Fits the sites of one adapter in the order in which the model reaches them.
+
+    All batches of the sources are held.
+
+    Attributes:
+        task: What is fitted.
+        sources: What it is fitted on.
+        resident_batches: How many batches keep their activations in memory; all when None.
+        checkpoint: Where finished sites are kept, if anywhere; those that are there are not fitted again.
+        fits: Site → its fit, so far.
+    """
+
+    task: FitTask
+    sources: list[Source]
+    resident_batches: int | None = None
+    checkpoint: FitCheckpoint | None = None
+    fits: dict[str, SiteFit] = field(default_factory=dict, init=False)
+    _batches: list[BatchLabels] = field(default_factory=list, init=False)
+    _running: BatchThread = field(init=False)
+    # Sites that the checkpoint had, and what identifies the batches that they were fitted on.
+    _kept: set[str] = field(default_factory=set, init=False)
+    _data: str = field(default="", init=False)
+    # Sites that nobody has named, and that the labels do not speak of.
+    _left_out: set[str] = field(default_factory=set, init=False)
+    _one_by_one: bool = field(default=False, init=False)
+    # By the key of the source: later visits as they are in this pass, and as they are taken to be.
+    _later: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
+    _taken: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
+
+    def fit(self) -> dict[str, SiteFit]:
+        """Fit all sites, with every module run once a batch where the model calls its sites so that this is right."""
+        task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
+        with processes.agreeing("reading its batches"):
+            self._batches += [labels for source in self.sources for labels in source.read(task.pool, task.layouts)]
+        for source in self.sources:
+            source.pool_counts(processes)
+            source.check_reached(())
+        self._left_out = self.sources[0].uncovered - self.sources[0].covered if task.may_lack else set()
+        self._one_by_one = task.runner.is_sharded
+        if checkpoint is not None:
+            self._data = together(processes.gathered([digest_of(self._batches)]))
+            with processes.agreeing("reading the checkpoint"):
+                finished = checkpoint.load_sites(self._data) if processes.is_main else {}
+                self._one_by_one = self._one_by_one or checkpoint.one_site_a_pass
+            kept, self._one_by_one = processes.from_one((finished, self._one_by_one))
+            self.fits = task.along(kept)
+            self._kept = set(self.fits)
+        shown = tqdm(desc=f"scrubbing {task.name}", unit=" sites", disable=not task.progress)
+        with evaluating(task.runner.model), shown:
+            self._settle(shown)
+        self.sources[0].check_reached(task.layers, self.fits, may_lack=task.may_lack)
+        return self.fits
+
+    # ---- passes over the data ----------------------------------------------------------------------------------------
+
+    def _settle(self, shown: tqdm) -> None:
+        """Fit all sites, again as long as erasers change what arrives at later visits of their modules.
+
+        The erasers that leave least are kept, and what they leave is said.
+        """
+        columns, best, left = Columns(), dict[str, SiteFit](), list[float]()
+        # INLP, and fewer directions than the guarantee needs, leave something in any case.
+        config = self.task.config
+        most = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
+        for number in itertools.count(1):
+            self._pass(shown)
+            worst = self._note_what_is_left()
+            if worst < min(left, default=float("inf")):
+                best = dict(self.fits)
+            left.append(worst)
+            stuck = number > PATIENCE and min(left) > min(left[:-PATIENCE]) / 2
+            if worst <= SETTLED or stuck or number == most:
+                break
+            if number == 1:
+                logger.warning(
+                    "Modules are called several times in one forward pass (%s), so that erasers change what arrives at "
+                    "later visits: at most %d more passes over the data follow.",
+                    ", ".join(sorted({site_of(key) for later in self._later.values() for key in later.moments})[:3]),
+                    most - 1,
+                )
+            logger.info("Pass %d over the data left at most %.1g of |x| |z| at a later visit.", number, worst)
+            self._taken = self.task.processes.from_one(columns.next(self._later))
+            self.fits.clear()
+            self._kept.clear()
+        self.fits = best
+
+    def _pass(self, shown: tqdm) -> None:
+        """Fit every site on its first visit, and on later visits as they are taken to be; see what these are."""
+        shown.reset(len(self.task.layers))
+        while True:
+            self._later = {source.key: SiteStatistics(source.z_dim) for source in self.sources}
+            try:
+                self._one_site_a_pass(shown) if self._one_by_one else self._side_by_side(shown)
+                break
+            except OutOfStep as reason:
+                self._start_over(reason)
+                shown.reset()
+        for later in self._later.values():
+            later.pool(self.task.processes)
+
+    def _start_over(self, reason: OutOfStep) -> None:
+        """Fit without what a checkpoint had, or, if that is not to blame, one site a pass."""
+        if not self._kept:
+            logger.warning(
+                "%s So the sites are fitted one a pass: %d passes over the data instead of one.",
+                reason,
+                len(self.task.layers),
+            )
+            self._one_by_one = True
+            if self.checkpoint is not None and self.task.processes.is_main:
+                self.checkpoint.begin_one_site_a_pass()
+        self.fits.clear()
+        self._kept.clear()
+        for source in self.sources:
+            source.moments.clear()
+
+    def _note_what_is_left(self) -> float:
+        """Write into the lines of the report what is left at later visits; returns the most."""
+        left: dict[str, list[float]] = {}
+        concepts = sum(source.concept is not None for source in self.sources)
+        for source in self.sources:
+            for key, moments in self._later[source.key].moments.items() if source.concept else ():
+                left.setdefault(site_of(key), []).append(residual_of(self.fits[site_of(key)].eraser, moments))
+        for site, each in left.items():
+            line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // concepts)
+            self.fits[site] = replace(self.fits[site], line=line)
+        return max((max(each) for each in left.values()), default=0.0)
+
+    # ---- side by side ------------------------------------------------------------------------------------------------
+
+    def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
+        """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
+        thread = self._running
+        if site in self._left_out:
+            return hidden
+        visit = 1 + sum(site_of(key) == site for key in thread.visited)
+        if visit > 1 and site in self._kept:
+            raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
+        if visit > 1:
+            thread.stop(visit_of(site, visit), hidden)
+        elif site in self._kept:
+            thread.visited.append(site)
+        elif site in self.fits:
+            raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
+        else:
+            thread.stop(site, hidden)
+        return self.fits[site].erase(hidden) if site in self.fits else hidden
+
+    def _side_by_side(self, shown: tqdm) -> None:
+        """Bring the batches of all processes to the next site, fit it, let them go on, until none is left.
+
+        Raises:
+            OutOfStep: If a batch of any process calls a site in a way that this does not allow for.
+        """
+        forwards = [functools.partial(self.task.runner, labels.batch) for labels in self._batches]
+        with (
+            observed(self.task.layers, self.task.name, self._stop_at),
+            batch_threads(forwards, self.resident_batches) as threads,
+        ):
+            waiting = threads
+            while (site := self._next_stop(threads, waiting)) is not None:
+                waiting = [thread for thread in threads if thread.site == site]
+                self._solve(site)
+                shown.update()
+
+    def _next_stop(self, threads: list[BatchThread], waiting: list[BatchThread]) -> str | None:
+        """Let the batches that wait run to their next sites; returns the one to fit next, in all processes the same."""
+        processes, order, refusal = self.task.processes, list(self.task.layers), None
+        with processes.agreeing("running over its batches"):
+            try:
+                # To and fro, so that those whose tensors are in memory go first. The direction depends on the site
+                # alone: sums are the same to the bit however many batches are resident, and wherever a killed fit
+                # continues.
+                for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
+                    self._advance(thread)
+            except OutOfStep as reason:
+                refusal = str(reason)
+        # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+        first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
+        reached = processes.gathered([(first, refusal)])
+        for _, refused in reached:
+            if refused is not None:
+                raise OutOfStep(refused)
+        stops = [index for index, _ in reached if index is not None]
+        return order[min(stops)] if stops else None
+
+    def _advance(self, thread: BatchThread) -> None:
+        """Let a batch run to the next site that it has not visited, and add what it shows there and on its way."""
+        self._running, labels = thread, self._batches[thread.index]
+        while True:
+            thread.advance()
+            if thread.site is None or thread.hidden is None:
+                return
+            self._add(labels, thread.site, thread.hidden)
+            thread.hidden = None
+            if thread.site in self.task.layers:
+                return
+
+    def _add(self, labels: BatchLabels, key: str, hidden: Tensor) -> None:
+        """Add the activation at one visit of a site."""
+        site = site_of(key)
+        statistics = labels.source if key == site else self._later[labels.source.key]
+        statistics.update(key, *labels.select(hidden, site))
+
+    # ---- one site a pass ---------------------------------------------------------------------------------------------
+
+    def _one_site_a_pass(self, shown: tqdm) -> None:
+        """Fit each site with all sites before it erased: the definition, whatever the order of sites is."""
+        task, processes = self.task, self.task.processes
+        order: dict[str, None] = {}
+
+        def note(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
+            order.setdefault(site)
+            return hidden
+
+        with processes.agreeing("running over its first batch"):
+            task.run_over(self._batches[:1], note)
+        visited = max(processes.gathered([list(order)]), key=len)
+        again = False
+        for site in [*visited, *(site for site in task.layers if site not in visited)]:
+            if site not in self.fits and site not in self._left_out:
+                again |= self._gather(site)
+                self._solve(site)
+            shown.update()
+        if again or self._kept:
+            self._gather(None)
+
+    def _gather(self, chosen: str | None) -> bool:
+        """Gather the moments of the first visit of a site, or of later ones of all, with all erasers that there are.
+
+        Returns:
+            Whether a site was visited again.
+        """
+        again = False
+
+        def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
+            nonlocal again
+            again |= visit > 1
+            is_due = visit > 1 and site in self.fits if chosen is None else visit == 1 and site == chosen
+            if labels is not None and is_due:
+                self._add(labels, visit_of(site, visit), hidden)
+            return self.fits[site].erase(hidden) if site in self.fits else hidden
+
+        with self.task.processes.agreeing(f"running over its batches to {chosen or 'the end'!r}"):
+            self.task.run_over(self._batches, look)
+        return any(self.task.processes.gathered([again]))
+
+    # ---- one site ----------------------------------------------------------------------------------------------------
+
+    def _solve(self, site: str) -> None:
+        """The eraser of a site from its moments in all processes, which are then let go.
+
+        The site is left out if it may be and has none.
+        """
+        seen = []
+        for source in self.sources:
+            source.pool(self.task.processes, [site])
+            if source.concept and self.task.may_lack and site not in source.moments:
+                self._left_out.add(site)
+                for other in self.sources:
+                    other.moments.pop(site, None)
+                return
+            source.check_reached([site])
+            taken = self._taken[source.key].moments if self._taken else {}
+            later = {key: moments for key, moments in taken.items() if site_of(key) == site}
+            seen.append(SiteStatistics(source.z_dim, {site: source.moments.pop(site), **later}, source.dtypes))
+        self.fits |= solve(self.task, [site], seen)
+        if self.checkpoint is not None and self.task.processes.is_main and not self._taken:
+            self.checkpoint.save_site(site, self.fits[site], self._data)
