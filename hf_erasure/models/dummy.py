@@ -56,6 +56,12 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
     )
 
 
+@on_cpu
+def text_alone(base: Any) -> dict[str, Tensor]:
+    """Texts of `LENGTH` tokens without padding, for a bare model that reads texts."""
+    return _text(base, inspect.signature(base.forward).parameters, torch.Generator().manual_seed(0))
+
+
 def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
     main, config = getattr(base, "main_input_name", "input_ids"), getattr(base, "config", None)
     own = getattr(base, "dummy_inputs", None) if config is not None else None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from .dummy import dummy_batch
-from .model import Runner, bare_model, evaluating, is_encoder_decoder
+from .dummy import text_alone
+from .model import Runner, bare_model, evaluating, is_encoder_decoder, without_drawing
 
 Task = Literal["masked", "causal", "seq2seq", "classification"]
 # A model that reads forwards gives the same logits at the tokens before one that changes, but for rounding: experts and
@@ -79,17 +79,20 @@ HEAD_OF: dict[Any, Head] = {name: head for head in reversed(HEADS) for name in h
 def head_named(names: Iterable[str], *, encoder_decoder: bool) -> Head | None:
     """The head of a class by its name and those of its bases; None where they have none that GRADIEND can use."""
     names = list(names)
-    for head in HEADS:
-        fits = head.task == "classification" or (head.task == "seq2seq") == encoder_decoder
-        if head.task and fits and any(name in head.listed or name.endswith(head.endings) for name in names):
-            return head
-    return None
+    usable = [h for h in HEADS if h.task == "classification" or (h.task and (h.task == "seq2seq") == encoder_decoder)]
+    listed = (head for head in usable if not head.listed.isdisjoint(names))
+    named_so = (head for head in usable if any(name.endswith(head.endings) for name in names))
+    return next(listed, None) or next(named_so, None)
 
 
 def known_task(model: nn.Module) -> Task | None:
     """What a model's head predicts, bare or wrapped; None where that is neither words nor labels of whole texts."""
     base = bare_model(model)
-    head = head_named((kind.__name__ for kind in type(base).__mro__), encoder_decoder=is_encoder_decoder(base))
+    names = [kind.__name__ for kind in type(base).__mro__]
+    head = head_named(names, encoder_decoder=is_encoder_decoder(base))
+    # XLM has one class for both, and its configuration says which it is.
+    if head is not None and head.task == "causal" and getattr(getattr(base, "config", None), "causal", 1) is False:
+        head = next((other for other in HEADS if other.task == "masked" and not other.listed.isdisjoint(names)), head)
     return None if head is None else head.task
 
 
@@ -130,12 +133,15 @@ def check_next_word(model: nn.Module) -> None:
     base, runner = bare_model(model), Runner(model)
     if runner.is_sharded or any(parameter.device.type == "meta" for parameter in base.parameters()):
         return
-    batch = dummy_batch(model)
-    ids = batch.get("input_ids")
-    if ids is None or {"pixel_values", "input_features", "input_values"} & batch.keys():
-        raise ValueError(f"{type(base).__name__} takes no text alone, whose words could be predicted.")
-    with evaluating(base):
-        before, after = (runner(batch | {"input_ids": tokens}, base) for tokens in (ids, _with_other_end(ids)))
+    batch = text_alone(base)
+    texts = (batch, batch | {"input_ids": _with_other_end(batch["input_ids"])})
+    try:
+        with evaluating(base), without_drawing(base):
+            before, after = (runner(text, base) for text in texts)
+    except Exception as error:
+        raise ValueError(
+            f"{type(base).__name__} takes no text alone, whose words could be predicted: {error}"
+        ) from error
     left, right = (output["logits"] if hasattr(output, "keys") else output[0] for output in (before, after))
     rounding = max(_ROUNDING, 8 * torch.finfo(left.dtype).eps)
     if float((left - right)[:, :-1].abs().max()) > rounding * float(left.abs().max()):

@@ -74,6 +74,23 @@ def test_towers_of_other_kinds_are_known_by_transformers_tables(name: str):
         assert known_task(kind(kind.config_class())) == "causal"
 
 
+def test_one_class_for_words_that_are_hidden_and_for_the_next():
+    for kind, config in (("Flaubert", hf.FlaubertConfig), ("XLM", hf.XLMConfig)):
+        model = getattr(hf, f"{kind}WithLMHeadModel")(
+            config(vocab_size=60, emb_dim=16, n_layers=1, n_heads=2, n_langs=1)
+        )
+        assert known_task(model) == "masked"
+    assert known_task(hf.XLMWithLMHeadModel(hf.XLMConfig(emb_dim=16, n_layers=1, n_heads=2, causal=True))) == "causal"
+
+
+def test_padding_in_a_models_own_inputs_does_not_matter():
+    config = hf.BigBirdPegasusConfig(
+        vocab_size=60, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+        max_position_embeddings=32, attention_type="original_full",
+    )  # fmt: skip
+    check_next_word(hf.BigBirdPegasusForCausalLM(config).eval())
+
+
 def bert(*, is_decoder: bool) -> hf.PreTrainedModel:
     return hf.BertLMHeadModel(hf.BertConfig(**BERT, is_decoder=is_decoder)).eval()
 
