@@ -99,11 +99,18 @@ class Layouts:
             inside = {id(module): module for host in unclear for module in host.modules()}
             calls = calls_of(lambda: self._glimpses(few), inside.values()) if unclear else []
             found: dict[str, Axes | ValueError] = {}
+            longer: Visits | None = None
             for name in passes[0]:
                 own = {id(module) for module in hosts[name].modules()}
                 within = [call for call in calls if id(call.module) in own]
                 try:
-                    found[name] = _axes(name, passes, within, rows, (now, other), hosts[name])
+                    axes = _axes(name, passes, within, rows, (now, other), hosts[name])
+                    if axes.side is None and now.are_in(passes[0][name][0].shape, passes[2][name][0].shape):
+                        longer = self._longer(few, now) if longer is None else longer
+                        if len(longer.get(name, ())) == len(passes[0][name]):
+                            lengths = (now, now.multiplied())
+                            axes = _axes(name, [*passes[:2], longer], within, rows, lengths, hosts[name])
+                    found[name] = axes
                 except ValueError as error:
                     # Its frames hold all that was seen.
                     found[name] = error.with_traceback(None)
@@ -120,6 +127,14 @@ class Layouts:
             except Exception as error:
                 logger.debug("Rows that are cut at their %s cannot be run: %s", place, error)
         return self._glimpses(of_other_lengths(few, now, other, last))
+
+    def _longer(self, few: Mapping[str, Any], now: Lengths) -> Visits:
+        """The activations of rows of a multiple of their length; of none where the model does not take them."""
+        try:
+            return self._glimpses(of_other_lengths(few, now, now.multiplied()))
+        except Exception as error:
+            logger.debug("Rows of a multiple of their length cannot be run: %s", error)
+            return {}
 
     def _glimpses(self, batch: Mapping[str, Any], single: Visits | None = None, rows: int = 0) -> Visits:
         """What is kept of every visit of a site in one pass, and of the last hidden states.

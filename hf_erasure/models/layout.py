@@ -121,6 +121,14 @@ class Lengths:
             found[""] = next((n for n in range(now - 1, 0, -1) if self.frames(n) < self.frames(now)), found[""])
         return Lengths(found, self.frames)
 
+    def multiplied(self) -> Lengths:
+        """Others that are kept where texts are padded to multiples of a length (Longformer, Reformer, PEGASUS-X)."""
+        return Lengths({side: n * (1 + SHORTER[side]) for side, n in self.of.items()})
+
+    def are_in(self, shape: Sequence[int], changed: Sequence[int]) -> bool:
+        """Whether an axis has as many entries as there are positions, and the same at other lengths."""
+        return any(a == b and a in self.of.values() for a, b in zip(shape, changed, strict=True))
+
     def side_of(self, size: int, changed: Lengths, size_changed: int) -> str | None:
         """The side whose positions an axis has, by its size at both lengths; None where it has those of neither."""
         fits = [side for side, n in self.of.items() if (size, size_changed) == (n, changed.of[side])]
@@ -169,7 +177,7 @@ def _by_example(value: Tensor, rows: int) -> Tensor:
 
 
 def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
-    """The rows of a batch with fewer positions, or with the last one repeated.
+    """The rows of a batch with fewer positions, or with some of them repeated.
 
     Args:
         batch: Inputs of the model.
@@ -188,7 +196,8 @@ def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, pl
             missing = wanted.of[side] - now.of[side]
             kept = value[:, :1] if place == "second" else value[:, :0]
             rest = value[:, 1 - missing :] if place == "second" else value[:, :missing]
-            found[name] = torch.cat([value, value[:, -missing:]] if missing > 0 else [kept, rest], 1)
+            longer = torch.cat([value] * (1 + -(-missing // value.shape[1])), 1)[:, : wanted.of[side]]
+            found[name] = longer if missing > 0 else torch.cat([kept, rest], 1)
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from hf_erasure import ConceptErasureConfig
@@ -177,3 +177,10 @@ def test_a_model_whose_own_load_adapter_is_for_languages(tmp_path: Path):
     assert set(base.peft_config) == {"default", "ours"}
     with pytest.raises(ValueError, match=r"Cannot load_adapter for deu"):
         base.load_adapter("deu")
+
+
+def test_a_norm_that_another_adapter_has_replaced_is_named_by_its_place() -> None:
+    model = small_model("bert")
+    expected = default_targets(model)
+    get_peft_model(model, LNTuningConfig(target_modules=["LayerNorm"], task_type=None))
+    assert default_targets(model) == expected

@@ -104,6 +104,26 @@ def test_the_last_norm_of_a_branch_of_convolutions_counts_and_the_first_does_not
     assert sites == ["1.norm2", "2.norm2"]
 
 
+def test_a_block_that_changes_the_width_begins_another_hidden_state() -> None:
+    class Widening(nn.Module):
+        """Adds two that its parts made of one norm, as Hiera and BiT do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(16)
+            self.around, self.mixer, self.mlp = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm1(x)
+            x = self.around(x) + self.mixer(x)
+            return x + self.mlp(self.norm2(x))
+
+    model = nn.Sequential(Block("before"), Widening()).eval()
+    with torch.no_grad():
+        sites = Flow(model).run(lambda: model(torch.randn(2, 5, 8))).sites
+    assert sites == ["0.first", "0.second", "1.norm1", "1.norm2"]
+
+
 def test_hooks_are_gone_afterwards() -> None:
     model = Model("before").eval()
     with torch.no_grad():

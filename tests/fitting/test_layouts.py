@@ -1,0 +1,148 @@
+"""What is labelled and erased in models whose activations are not (batch, position, width), measured by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import erasure_layers
+from hf_erasure.fitting.layouts import Layouts
+from hf_erasure.models.model import Runner
+
+LABELS = ["a", "b"]
+TEXT = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+# Of float32 sums over some hundreds of rows, as a share of |x| |z|.
+ROUNDING = 1e-5
+
+
+def texts(rows: int = 16, length: int = 8, seed: int = 0) -> dict[str, Any]:
+    noise = torch.Generator().manual_seed(seed)
+    labels = torch.arange(rows) % 2
+    ids = torch.randint(4, 30, (rows, length), generator=noise) + 30 * labels[:, None]
+    lengths = torch.randint(max(1, length // 2), length + 1, (rows, 1), generator=noise)
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": ids * mask, "attention_mask": mask, "concept_labels": labels}
+
+
+def images(rows: int = 64) -> dict[str, Tensor]:
+    """Of which a cast of colour gives the class away."""
+    labels, noise = torch.arange(rows) % 2, torch.Generator().manual_seed(0)
+    cast = labels.view(-1, 1, 1, 1) * torch.tensor([1.0, -1.0, 0.5]).view(3, 1, 1)
+    return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=noise) + cast, "concept_labels": labels}
+
+
+def left(rows: Tensor, labels: Tensor) -> float:
+    """The covariance with the label, as a share of `|x| |z|`."""
+    x, z = rows.double() - rows.double().mean(0), labels.double() - labels.double().mean()
+    return float((x.T @ z).norm() / (x.norm() * z.norm()))
+
+
+def seen_at(model: nn.Module, site: str, batch: dict[str, Any]) -> Tensor:
+    found: list[Tensor] = []
+    handle = model.get_submodule(site).register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        model(**{name: value for name, value in batch.items() if name != "concept_labels"})
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("length", [8, 16])
+def test_positions_before_the_batch_as_many_as_there_are_rows(length: int) -> None:
+    torch.manual_seed(0)
+    model = hf.XLNetModel(hf.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=32)).eval()
+    batch = texts(16, length)
+    model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name="e")
+    fit_concept_erasure(model, [batch], "e", progress=False)
+    hidden, real = seen_at(model, "layer.0.ff.layer_norm", batch), batch["attention_mask"].bool()
+    labels = batch["concept_labels"][:, None].expand(real.shape)
+    assert left(hidden.transpose(0, 1)[real], labels[real]) < ROUNDING
+
+
+def test_positions_that_the_model_pads_to_multiples_of_its_window() -> None:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "attention_window": 4, "max_position_embeddings": 66, "pad_token_id": 0}
+    model = hf.LongformerModel(hf.LongformerConfig(**TEXT, **sizes)).eval()
+    batch, site = texts(), "embeddings.word_embeddings"
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=[site]), adapter_name="e")
+    report = fit_concept_erasure(model, [batch], "e", progress=False)
+    real = batch["attention_mask"].bool()
+    assert report.sites[0].rows == int(real.sum())
+    labels = batch["concept_labels"][:, None].expand(real.shape)
+    assert left(seen_at(model, site, batch)[real], labels[real]) < ROUNDING
+
+
+class Pictures(nn.Module):
+    """Channels first, with as many of them as a picture is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 2)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(pixel_values)).relu().mean((-1, -2)))
+
+
+@pytest.mark.parametrize("site", ["conv", "norm"])
+def test_channels_are_erased_and_not_the_columns_of_a_picture(site: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Pictures(), ConceptErasureConfig(labels=LABELS, target_modules=[site])).eval()
+    batch = images()
+    for _ in range(2):  # the second fit finds an eraser that mixes channels
+        fit_concept_erasure(model, [batch], progress=False)
+        assert model.peft_config["default"].fitted_sites == {site: {"width": 8, "rank": 1, "axis": 1}}
+        hidden = seen_at(model.get_base_model(), site, batch).movedim(1, -1)
+        labels = batch["concept_labels"].view(-1, 1, 1).expand(hidden.shape[:-1])
+        assert left(hidden.flatten(0, 2), labels.flatten()) < ROUNDING
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(pixel_values=batch["pixel_values"]), model(pixel_values=batch["pixel_values"]))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload()
+
+
+INPUTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "the channels of a convolution": (lambda: Pictures().eval(), {"width": 3, "rank": 1, "axis": 1}),
+    "the width of a linear layer over patches": (
+        lambda: hf.ViTModel(hf.ViTConfig(**{**TEXT, "num_hidden_layers": 1, "image_size": 8, "patch_size": 2})).eval(),
+        {"width": 16, "rank": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_features_of_what_a_module_takes(name: str) -> None:
+    make, expected = INPUTS[name]
+    torch.manual_seed(0)
+    base = make()
+    wanted = (nn.Conv2d,) if "axis" in expected else (nn.Linear,)
+    site = next(name for name, module in base.named_modules() if isinstance(module, wanted))
+    model = get_peft_model(base, ConceptErasureConfig(labels=LABELS, target_modules=[site], site="input")).eval()
+    fit_concept_erasure(model, [images()], progress=False)
+    assert model.peft_config["default"].fitted_sites == {site: expected}
+
+
+def test_random_numbers_and_what_is_not_a_tensor_are_left_as_they_are() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(64, 8), nn.LayerNorm(8)
+            self.calls: list[int] = []
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, names: list[str]) -> Tensor:
+            self.calls.append(len(names) - len(input_ids))
+            return self.norm(self.table(input_ids)) + 1e-6 * torch.rand(1)
+
+    torch.manual_seed(0)
+    model = get_peft_model(Noisy(), ConceptErasureConfig(labels=LABELS, target_modules=["norm"])).eval()
+    before, batch = torch.get_rng_state(), {**texts(), "names": ["name"] * 16}
+    Layouts(Runner(model), erasure_layers(model), "default").of(batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    fit_concept_erasure(model, [batch], progress=False)
+    assert set(model.get_base_model().calls) == {0}
