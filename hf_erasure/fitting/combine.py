@@ -146,7 +146,8 @@ def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, s
     for path, layer in erasure_layers(model, into).items():
         kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
         dtype = torch.float64 if torch.float64 in kept else torch.float32
-        layer.set_eraser(into, sites[path], dtype, layer.concept_erasure_axis[into])
+        axes = layer.concept_erasure_axis[into], layer.concept_erasure_examples[into]
+        layer.set_eraser(into, sites[path], dtype, *axes)
     attached: ConceptErasureConfig = model.peft_config[into]
     return attached
 
@@ -346,6 +347,10 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
     known, others = Provenance.of(one), Provenance.of(other)
     if known.fingerprint != others.fingerprint:
         raise ValueError("The two erasures were fitted on different base models: their activations cannot be added.")
+    for site, size in (one.fitted_sites or {}).items():
+        there = (other.fitted_sites or {}).get(site, size)
+        if any(size.get(key) != there.get(key) for key in ("axis", "examples")):
+            raise ValueError(f"The two erasures act along different axes at {site!r}: fit both on batches of one form.")
     if (known.active_adapters or []) != (others.active_adapters or []):
         raise ValueError(
             "The two erasures were fitted beside different active adapters: their activations cannot be added. Fit "

@@ -216,7 +216,8 @@ def conclude(
             task, eval_batches, lambda site, hidden: fits[site].erase(hidden), lines, rows
         )
     for site, layer in task.layers.items():
-        layer.set_eraser(task.name, fits[site].eraser, fits[site].dtype, fits[site].axis)
+        fit = fits[site]
+        layer.set_eraser(task.name, fit.eraser, fit.dtype, fit.axis, fit.examples)
     report = ErasureReport(
         concept=config.concept,
         adapter_name=task.name,

@@ -67,14 +67,16 @@ class Layouts:
     def _frames(self) -> Any:
         return frames_of(self.runner.model)
 
-    def width_of(self, site: str) -> int:
-        """The axis of the features of a site, which is the same for batches of any form."""
-        found = {axes.width for known in self._known.values() if isinstance(axes := known.get(site), Axes)}
+    def along(self, site: str) -> tuple[int, int]:
+        """The axes of the features and of the examples of a site, which are the same for batches of any form."""
+        seen = [axes for known in self._known.values() if isinstance(axes := known.get(site), Axes)]
+        found = {(axes.width, axes.example + (0 <= axes.width <= axes.example)) for axes in seen}
         if len(found) > 1:
             raise ValueError(
-                f"The features of {site!r} lie along axes {sorted(found)}, by the batch: name another site."
+                f"The features and examples of {site!r} lie along axes {sorted(found)}, by the batch: name another "
+                "site."
             )
-        return found.pop() if found else -1
+        return found.pop() if found else (-1, 0)
 
     def _found(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
         few = _inputs_of(few_rows(batch) or {})

@@ -70,8 +70,11 @@ class FitTask:
         return self.config.has_default_targets
 
     def along(self, fits: dict[str, SiteFit]) -> dict[str, SiteFit]:
-        """Fits of sites, each along the axis of its features."""
-        return {site: dataclasses.replace(fit, axis=self.layouts.width_of(site)) for site, fit in fits.items()}
+        """Fits of sites, each along the axes of its features and its examples."""
+        found = {site: self.layouts.along(site) for site in fits}
+        return {
+            site: dataclasses.replace(fit, axis=found[site][0], examples=found[site][1]) for site, fit in fits.items()
+        }
 
     def in_step(self, batches: Iterable[BatchLabels]) -> Iterator[tuple[BatchLabels, bool]]:
         """The batches to run the model on, and which of them count.
@@ -221,6 +224,7 @@ class SiteFit:
         dtype: What the eraser is kept and applied in: float32, or float64 on float64 activations.
         shares: `(z_dim,)` mean of the concept; the shares of the classes.
         axis: That of the features.
+        examples: That of the examples.
         line: Its line of the report, without what held-out batches tell.
     """
 
@@ -229,6 +233,7 @@ class SiteFit:
     shares: Tensor
     line: SiteReport
     axis: int = -1
+    examples: int = 0
 
     def erase(self, hidden: Tensor) -> Tensor:
         """What an adapter with this eraser makes of an activation, to the bit."""

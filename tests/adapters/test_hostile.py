@@ -93,6 +93,9 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "negative rank": (lambda f: sites(f, rank=-1), "not a width with a rank"),
     "rank of text": (lambda f: sites(f, rank="1"), "fitted_sites=.* must be"),
     "rank that is true": (lambda f: sites(f, rank=True), "fitted_sites=.* must be"),
+    "axis 10^9": (lambda f: sites(f, axis=10**9), "not a width with a rank"),
+    "axis that is true": (lambda f: sites(f, axis=True), "fitted_sites=.* must be"),
+    "one axis for the features and the examples": (lambda f: sites(f, axis=1, examples=1), "not a width with a rank"),
     "no rank": (lambda f: rewrite(f, fitted_sites={SITE: {}}), "not a width with a rank"),
     "10^4 sites": (
         lambda f: rewrite(f, fitted_sites={f"layer.{n}": {"width": 32, "rank": 1} for n in range(10**4)}),

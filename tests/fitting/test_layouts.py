@@ -65,6 +65,25 @@ def test_positions_before_the_batch_as_many_as_there_are_rows(length: int) -> No
     assert left(hidden.transpose(0, 1)[real], labels[real]) < ROUNDING
 
 
+def test_rows_with_adapters_of_their_own_where_positions_come_first() -> None:
+    torch.manual_seed(0)
+    base = hf.XLNetModel(hf.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=32))
+    model = get_peft_model(base, ConceptErasureConfig(labels=LABELS)).eval()
+    batch = texts(16, 16)
+    fit_concept_erasure(model, [batch], progress=False)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        erased = model(**inputs).last_hidden_state
+        mixed = model(**inputs, adapter_names=["default", "__base__"] * 8).last_hidden_state
+        with model.disable_adapter():
+            plain = model(**inputs).last_hidden_state
+    assert torch.allclose(mixed[::2], erased[::2], atol=1e-5)  # sums of float32 in another order
+    assert torch.equal(mixed[1::2], plain[1::2])
+    with pytest.raises(ValueError, match="has activations of shape"):
+        erasure_layers(model)["layer.0.ff.layer_norm"].concept_erasure_axis["default"] = 9
+        model(**inputs)
+
+
 def test_positions_that_the_model_pads_to_multiples_of_its_window() -> None:
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "attention_window": 4, "max_position_embeddings": 66, "pad_token_id": 0}

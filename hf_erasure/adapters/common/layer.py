@@ -69,20 +69,21 @@ class Rows:
         """The adapters that any row has, in order."""
         return [name for name in dict.fromkeys(self.names) if name != NO_ADAPTER]
 
-    def of(self, name: str, hidden: Tensor, path: str) -> Tensor:
-        """The positions of an adapter's rows in an activation  # (rows of that adapter,)
+    def of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
+        """The positions of an adapter's rows along an axis of an activation  # (rows of that adapter,)
 
         Raises:
             ValueError: If the activation does not have one row for each name.
         """
         count = len(self.names)
-        if hidden.shape[0] not in (count, count * self.beams):
+        there = hidden.shape[axis] if axis < hidden.dim() else 0
+        if there not in (count, count * self.beams):
             raise ValueError(
-                f"adapter_names has {count} names, but the activation of {path!r} has {hidden.shape[0]} rows: give one "
+                f"adapter_names has {count} names, but the activation of {path!r} has {there} rows: give one "
                 "name for each row of the batch. Where a module sees rows of another kind, run the rows of each "
                 "adapter as a batch of their own, with set_adapter(name)."
             )
-        copies = hidden.shape[0] // count
+        copies = there // count
         chosen = [i * copies + copy for i, own in enumerate(self.names) if own == name for copy in range(copies)]
         return torch.tensor(chosen, device=hidden.device)
 

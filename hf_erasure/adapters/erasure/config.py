@@ -15,6 +15,8 @@ CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 
 METHODS = ("leace", "orth", "mean_projection", "inlp")
 SITES = ("output", "input")
+# No activation has as many axes; torch allows 64.
+_MOST_AXES = 64
 
 
 @dataclass
@@ -48,7 +50,7 @@ class ConceptErasureConfig(ChildConfig):
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether the erasers exist.
         fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`, and the `"axis"` of the features
-            where it is not the last, as for channels of images.
+            where it is not the last, as for channels of images, and that of the `"examples"` where it is not the first.
         provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
             base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
     """
@@ -88,7 +90,9 @@ class ConceptErasureConfig(ChildConfig):
             )
         for name, size in (self.fitted_sites or {}).items():
             width, rank = size.get("width", -1), size.get("rank", -1)
-            if size.keys() - {"axis"} != {"width", "rank"} or not 0 <= rank <= width or size.get("axis", -1) < -1:
+            axes = [size[key] for key in ("axis", "examples") if key in size]
+            is_sound = size.keys() - {"axis", "examples"} == {"width", "rank"} and 0 <= rank <= width
+            if not is_sound or not all(-1 <= axis < _MOST_AXES for axis in axes) or len(set(axes)) < len(axes):
                 raise ValueError(
                     f"fitted_sites has {short(size)} at {name!r}, which is not a width with a rank of at most that. "
                     "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."

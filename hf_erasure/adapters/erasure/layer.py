@@ -36,7 +36,13 @@ class ErasureLayer(AdapterChild):
     child_name = CHILD
     noun = "erasure"
     precisions = (torch.float32, torch.float64)
-    entries = ("sticky_adapters", "concept_erasure_site", "concept_erasure_axis", "observers")
+    entries = (
+        "sticky_adapters",
+        "concept_erasure_site",
+        "concept_erasure_axis",
+        "concept_erasure_examples",
+        "observers",
+    )
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__(host, path)
@@ -50,6 +56,8 @@ class ErasureLayer(AdapterChild):
         self.concept_erasure_site: dict[str, str] = {}
         # The axis of the features; the last but for modules that give channels first.
         self.concept_erasure_axis: dict[str, int] = {}
+        # The axis of the examples; the first but for XLNet and its like.
+        self.concept_erasure_examples: dict[str, int] = {}
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -64,6 +72,7 @@ class ErasureLayer(AdapterChild):
         device, dtype = self.state_placement()
         size = config.fitted_sites[self.path] if config.fitted and config.fitted_sites else {"width": 0, "rank": 0}
         self.concept_erasure_axis[name] = size.get("axis", -1)
+        self.concept_erasure_examples[name] = size.get("examples", 0)
         self.concept_erasure_left[name] = torch.zeros(size["width"], size["rank"], device=device, dtype=dtype)
         self.concept_erasure_right[name] = torch.zeros(size["rank"], size["width"], device=device, dtype=dtype)
         self.concept_erasure_bias[name] = torch.zeros(size["width"], device=device, dtype=dtype)
@@ -71,9 +80,9 @@ class ErasureLayer(AdapterChild):
             self.await_values(name)
         self._hook()
 
-    def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype, axis: int = -1) -> None:
+    def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype, axis: int = -1, examples: int = 0) -> None:
         """Put a fitted eraser in place, along the axis of the features; a purely linear one keeps a zero bias."""
-        self.concept_erasure_axis[name] = axis
+        self.concept_erasure_axis[name], self.concept_erasure_examples[name] = axis, examples
         device, _ = self.state_placement()
         stores = self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias
         for store, part in zip(stores, eraser.parts(device, dtype), strict=True):
@@ -88,7 +97,12 @@ class ErasureLayer(AdapterChild):
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry of `fitted_sites`."""
         (width, rank), axis = self.concept_erasure_left[name].shape, self.concept_erasure_axis[name]
-        return {"width": width, "rank": rank} | ({} if axis == -1 else {"axis": axis})
+        examples = self.concept_erasure_examples[name]
+        return (
+            {"width": width, "rank": rank}
+            | ({} if axis == -1 else {"axis": axis})
+            | ({} if examples == 0 else {"examples": examples})
+        )
 
     def erased(self, name: str, hidden: Tensor) -> Tensor:
         """An activation as an adapter erases it."""
@@ -153,8 +167,9 @@ class ErasureLayer(AdapterChild):
             if self.rows is None or self.sticky_adapters[name]:
                 hidden = self._erase_by(name, hidden)
             else:
-                rows = self.rows.of(name, hidden, self.path)
-                hidden = hidden.index_copy(0, rows, self._erase_by(name, hidden.index_select(0, rows)))
+                axis = self.concept_erasure_examples[name]
+                rows = self.rows.of(name, hidden, self.path, axis)
+                hidden = hidden.index_copy(axis, rows, self._erase_by(name, hidden.index_select(axis, rows)))
         return hidden
 
     def _erase_by(self, name: str, hidden: Tensor) -> Tensor:
@@ -166,10 +181,11 @@ class ErasureLayer(AdapterChild):
         if left.device != hidden.device:
             left, right, bias = self.parts_on(name, hidden.device)
         axis = self.concept_erasure_axis[name]
-        if hidden.shape[axis] != left.shape[0]:
+        if axis >= hidden.dim() or hidden.shape[axis] != left.shape[0]:
+            there = f"width {hidden.shape[axis]}" if axis < hidden.dim() else f"shape {tuple(hidden.shape)}"
             raise ValueError(
-                f"{self.path!r} has activations of width {hidden.shape[axis]}, but adapter {name!r} erases width "
-                f"{left.shape[0]}: it was fitted on another model. Fit it again on this one."
+                f"{self.path!r} has activations of {there}, but adapter {name!r} erases width {left.shape[0]} along "
+                f"axis {axis}: it was fitted on another model. Fit it again on this one."
             )
         # A check of values cannot be compiled; there a NaN shows in the output.
         if name in self._awaits_values and not torch.compiler.is_compiling():
