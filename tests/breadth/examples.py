@@ -81,6 +81,7 @@ def checked(model: Any, batch: Batch) -> dict[str, Tensor]:
     """
     try:
         _settle(model, batch)
+        model.requires_grad_(False)  # as adapters do; some operations take another way then
         first, second = (tensors(call(model, batch)) for _ in range(2))
     except Exception as error:
         raise NotBuiltError(f"it does not take {'+'.join(batch)}: {type(error).__name__}: {error}") from error
