@@ -60,15 +60,6 @@ def patches() -> tuple[Patch, ...]:
             wrapper=load.load_adapter,
             why="files are not looked at, missing and non-finite values are not noticed, what fails is not undone",
         ),
-        Patch(
-            "transformers",
-            "transformers.models.wav2vec2.modeling_wav2vec2",
-            "Wav2Vec2PreTrainedModel.load_adapter",
-            ("target_lang",),
-            wrapper=load.load_adapter_or_language,
-            why="it hides that of PeftAdapterMixin, and takes a folder for a language",
-            without="load_adapter of Wav2Vec2 models; PeftModel.from_pretrained loads their adapters",
-        ),
         of_transformers(
             "PeftAdapterMixin.set_adapter",
             ("adapter_name",),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .model import Runner, bare_model, evaluating, input_device, is_encoder_decoder, on_cpu, without_drawing
 
 ROWS = 2
-# Tokens of a text; an odd number, which is no width, no head and no window.
+# Tokens of a text; an odd number, unlike widths, counts of heads and windows.
 LENGTH = 7
 # So many samples of a sound give several frames after the convolutions of any speech encoder here.
 _SAMPLES = 4000

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-import torch
 import transformers as hf
-from peft import LNTuningConfig, LoraConfig, get_peft_model
+from peft import LNTuningConfig, get_peft_model
 from torch import nn
 
 from hf_erasure import ConceptErasureConfig
@@ -159,24 +156,6 @@ def test_an_adapter_with_ambiguous_names_survives_saving(tmp_path):
     other = OTHERS["convnext"][0]()
     other.load_adapter(tmp_path)
     assert list(erasure_layers(other)) == expected
-
-
-def test_a_model_whose_own_load_adapter_is_for_languages(tmp_path: Path):
-    model, values = wav2vec2(stable=False), torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
-    base = copy.deepcopy(model.eval())
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="theirs")
-    model.save_pretrained(tmp_path / "theirs")
-    base.load_adapter(tmp_path / "theirs")
-    with torch.no_grad():
-        assert torch.equal(base(values).last_hidden_state, model(values).last_hidden_state)
-    ours = wav2vec2(stable=False)
-    ours.add_adapter(ConceptErasureConfig(labels=["a", "b"]), adapter_name="ours")
-    with pytest.warns(UserWarning, match="never fitted"):
-        ours.save_pretrained(tmp_path / "ours")
-    base.load_adapter(str(tmp_path / "ours"), adapter_name="ours")
-    assert set(base.peft_config) == {"default", "ours"}
-    with pytest.raises(ValueError, match=r"Cannot load_adapter for deu"):
-        base.load_adapter("deu")
 
 
 def test_a_norm_that_another_adapter_has_replaced_is_named_by_its_place() -> None:

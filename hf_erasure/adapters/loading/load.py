@@ -31,7 +31,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..common.acting import all_configs, undone_or_told
@@ -151,14 +150,6 @@ def load_adapter(
     # Nothing is missing and nothing too many; releases have other fields.
     hints = get_type_hints(LoadStateDictInfo)
     return LoadStateDictInfo(**{field: (get_origin(hint) or hint)() for field, hint in hints.items()})
-
-
-def load_adapter_or_language(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`load_adapter` of a Wav2Vec2 model, which is for languages: what is an adapter of PEFT goes where those go."""
-    is_folder = bool(args) and isinstance(args[0], (str, os.PathLike)) and os.path.isfile(Path(args[0], CONFIG))
-    if is_folder or {"peft_model_id", "adapter_name", "peft_config", "adapter_state_dict"} & kwargs.keys():
-        return PeftAdapterMixin.load_adapter(model, *args, **kwargs)
-    return original(*args, **kwargs)
 
 
 def load_into_peft_model(
