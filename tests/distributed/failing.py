@@ -15,7 +15,8 @@ from hf_erasure.fitting.processes import Processes
 from tests.distributed.fits import NAME, erasers
 from tests.small_models import LABELS, small_batches, small_model
 
-CALLS_BEFORE_THE_END = 4
+# Three passes through two layers show what the axes of the activations are, before the first batch counts.
+CALLS_BEFORE_THE_END = 3 * 2 + 4
 
 
 def main(folder: Path, what: str, sequential: bool) -> None:
