@@ -197,7 +197,7 @@ def test_encode_writes_a_value_a_text(fitted: tuple[Path, str], tmp_path: Path) 
         ("config.colour=red", "config.colour is not a field of GradiendConfig"),
         ("arguments.colour=red", "arguments.colour is not a field of GradiendTrainingArguments"),
         ("model=nowhere", "model nowhere cannot be loaded"),
-        ("task=causal data.test.templates=['[FEATURE] {name}']", "nothing stands before"),
+        ("task=causal data.test.templates=['[FEATURE] {name}']", "do not predict the next one"),
         ("data.test.templates=['{name} said [FEATURE] was happy']", "data.choice and data.test share 4 texts"),
     ],
 )

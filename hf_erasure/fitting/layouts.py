@@ -26,6 +26,7 @@ from hf_erasure.models.layout import (
     frames_of,
     mirrored,
     of_other_lengths,
+    takers_of,
 )
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, without_drawing
 
@@ -100,18 +101,20 @@ class Layouts:
             unclear = [hosts[name] for name in passes[0] if _is_unclear(name, passes)]
             inside = {id(module): module for host in unclear for module in host.modules()}
             calls = calls_of(lambda: self._glimpses(few), inside.values()) if unclear else []
+            takers = takers_of(lambda: self._first_activations(few), self.runner.model.modules()) if unclear else {}
             found: dict[str, Axes | ValueError] = {}
             longer: Visits | None = None
             for name in passes[0]:
                 own = {id(module) for module in hosts[name].modules()}
                 within = [call for call in calls if id(call.module) in own]
+                modules = hosts[name], takers.get(name, [])
                 try:
-                    axes = _axes(name, passes, within, rows, (now, other), hosts[name])
+                    axes = _axes(name, passes, within, rows, (now, other), *modules)
                     if axes.side is None and now.are_in(passes[0][name][0].shape, passes[2][name][0].shape):
                         longer = self._longer(few, now) if longer is None else longer
                         if len(longer.get(name, ())) == len(passes[0][name]):
                             lengths = (now, now.multiplied())
-                            axes = _axes(name, [*passes[:2], longer], within, rows, lengths, hosts[name])
+                            axes = _axes(name, [*passes[:2], longer], within, rows, lengths, *modules)
                     found[name] = axes
                 except ValueError as error:
                     # Its frames hold all that was seen.
@@ -137,6 +140,18 @@ class Layouts:
         except Exception as error:
             logger.debug("Rows of a multiple of their length cannot be run: %s", error)
             return {}
+
+    def _first_activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The activations of the first visits of the sites in one pass."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, hidden: Tensor) -> Tensor:
+            found.setdefault(name, hidden)
+            return hidden
+
+        with observed(self.layers, self.name, keep):
+            self.runner(dict(batch))
+        return found
 
     def _glimpses(self, batch: Mapping[str, Any], single: Visits | None = None, rows: int = 0) -> Visits:
         """What is kept of every visit of a site in one pass, and of the last hidden states.
@@ -164,12 +179,13 @@ def _axes(
     rows: int,
     lengths: tuple[Lengths, Lengths],
     host: nn.Module,
+    takers: Sequence[nn.Module],
 ) -> Axes:
     """The axes of a site, which are the same at all its visits."""
     visits = list(zip(*(one.get(name, ()) for one in passes), strict=False))
     found = []
     for visit in visits:
-        width = feature_axis([glimpse.shape for glimpse in visit], calls, name, host)
+        width = feature_axis([glimpse.shape for glimpse in visit], calls, name, host, takers)
         found.append(axes_of(-1 if width == len(visit[0].shape) - 1 else width, visit, rows, *lengths, name))
     if not found or any(axes != found[0] for axes in found):
         raise ValueError(f"{name!r} is called several times, and its activations have other axes each time.")

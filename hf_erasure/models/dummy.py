@@ -64,7 +64,7 @@ def text_alone(base: Any) -> dict[str, Tensor]:
 
 def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
     main, config = getattr(base, "main_input_name", "input_ids"), getattr(base, "config", None)
-    own = getattr(base, "dummy_inputs", None) if config is not None else None
+    own = getattr(base, "dummy_inputs", None)
     # Where each tower encodes by itself, all are to be run, which a text alone does not do.
     encodes_all = hasattr(base, "get_text_features")
     if isinstance(own, dict) and main in own and not encodes_all:

@@ -305,18 +305,24 @@ def _is_major(twice: Glimpse, entries: int, rows: int, where: str) -> bool:
 
 
 def feature_axis(
-    shapes: Sequence[Sequence[int]], calls: Iterable[Seen], where: str, module: nn.Module | None = None
+    shapes: Sequence[Sequence[int]],
+    calls: Iterable[Seen],
+    where: str,
+    module: nn.Module | None = None,
+    takers: Iterable[nn.Module] = (),
 ) -> int:
     """The axis that holds the features of what a module gave, or takes.
 
     It is the only one that is the same for any number of examples and any length, or else the one that it is by what
-    kind of module this is, or that the weights tell of the modules inside that gave something of the same shape.
+    kind of module this is, or that the weights tell of the modules inside that gave something of the same shape, or
+    that it is for the modules that take it.
 
     Args:
         shapes: Of its activation, for other numbers of examples and other lengths; of the first, the calls are.
         calls: Of the module and of those inside.
         where: Its name, for messages.
         module: The module, where its kind may tell.
+        takers: Modules that were given this very activation.
 
     Raises:
         ValueError: If several axes may be that of the features; names them.
@@ -330,6 +336,9 @@ def feature_axis(
     told = {kind} if kind is not None else set()
     if kind not in same:
         told = {axis for call in calls if tuple(call.shape) == tuple(shapes[0]) for axis in told_by_weights(call, same)}
+    if not told:
+        kinds = (_axis_of_kind(taker, len(shapes[0])) for taker in takers)
+        told = {axis for axis in kinds if axis in same}
     if len(told) == 1:
         return told.pop()
     may = " or ".join(f"axis {axis}, of size {shapes[0][axis]}," for axis in sorted(told) or same) or "none"
@@ -405,6 +414,31 @@ def _changes_one(call: Seen, name: str, axis: int) -> bool:
     after = torch.func.functional_call(bare, {f"module.{name}": changed}, call.args, call.kwargs)
     differs = (after != before).movedim(axis, 0).flatten(1).any(1)
     return bool(differs[0]) and not bool(differs[1:].any())
+
+
+def takers_of(run: Callable[[], Mapping[str, Tensor]], modules: Iterable[nn.Module]) -> dict[str, list[nn.Module]]:
+    """Name of an activation → the modules of torch's own kinds that are given it as it is, in a pass.
+
+    Args:
+        run: Makes the pass; returns the activations.
+        modules: Those to watch.
+    """
+    taken: list[tuple[nn.Module, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            taken.append((module, args[0]))
+
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    try:
+        given = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: [m for m, x in taken if x.data_ptr() == hidden.data_ptr() and x.shape == hidden.shape]
+        for name, hidden in given.items()
+    }
 
 
 def calls_of(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Seen]:

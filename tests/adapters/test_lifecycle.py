@@ -63,6 +63,8 @@ def test_fitted_adapter_erases_at_every_site_and_says_so(cell: Cell, lifecycle: 
         # An erased activation has nothing left in the directions that the eraser reads: R (x - mean) = 0.
         layer = layers[path]
         right, mean = layer.concept_erasure_right[NAME], layer.concept_erasure_bias[NAME]
+        if hidden.shape[-1] != len(mean):  # pictures have their channels, which are their features, in front
+            hidden = hidden.movedim(1, -1)
         left_over = (hidden - mean) @ right.T
         scale = (hidden - mean).norm(dim=-1, keepdim=True) * right.norm()
         assert right.shape[0] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -159,7 +160,7 @@ def test_an_adapter_with_ambiguous_names_survives_saving(tmp_path):
 
 
 def test_a_norm_that_another_adapter_has_replaced_is_named_by_its_place() -> None:
-    model = small_model("bert")
+    model = copy.deepcopy(small_model("bert"))
     expected = default_targets(model)
     get_peft_model(model, LNTuningConfig(target_modules=["LayerNorm"], task_type=None))
     assert default_targets(model) == expected

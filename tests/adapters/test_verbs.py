@@ -38,13 +38,15 @@ def eraser_values(model: nn.Module, name: str = NAME) -> dict[str, tuple[Tensor,
 def erased(hidden: Tensor, state: tuple[Tensor, ...]) -> Tensor:
     """The formula of the paper, written out."""
     left, right, mean = (part.to(hidden.dtype) for part in state)
+    if hidden.shape[-1] != len(mean):  # pictures have their channels, which are their features, in front
+        return erased(hidden.movedim(1, -1), state).movedim(-1, 1)
     return hidden - (hidden - mean) @ right.T @ left.T
 
 
 def left_over(hidden: Tensor, state: tuple[Tensor, ...]) -> float:
     """How much of what the eraser reads is left, relative to the activation."""
     _, right, mean = (part.to(hidden.dtype) for part in state)
-    centred = hidden - mean
+    centred = (hidden if hidden.shape[-1] == len(mean) else hidden.movedim(1, -1)) - mean
     return float((centred @ right.T).abs().max() / (centred.norm(dim=-1).max() * right.norm()))
 
 
