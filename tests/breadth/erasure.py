@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import PeftAdapterMixin
 
 from hf_erasure import ConceptErasureConfig, ErasureReport, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from tests.breadth import examples, sites, truth
 from tests.breadth.examples import Batch, by_token
-from tests.breadth.outcomes import DoesNotApplyError, Outcomes, ToldError, WrongError, different, same, tensors
+from tests.breadth.life import Life
+from tests.breadth.outcomes import DoesNotApplyError, Outcomes, ToldError, WrongError, different, same
 
 # Of the cross-covariance with the concept at a site, as a share of what a perfect correlation would give. In float32
 # rounding leaves some 1e-6 of it; the concept is there with 0.05 and more before.
@@ -40,22 +40,19 @@ def config(**fields: Any) -> ConceptErasureConfig:
     return ConceptErasureConfig(concept="gender", labels=["female", "male"], **fields)
 
 
-class Erasure:
+class Erasure(Life):
     """One model, and what became of it.
 
     Attributes:
-        outcomes: By step.
         targets: The default sites.
     """
 
+    name = NAME
+
     def __init__(self, base: PreTrainedModel, folder: Path) -> None:
-        self.base, self.folder, self.outcomes = base, folder, Outcomes()
+        super().__init__(base, folder, 77)
         self.targets: list[str] = []
         self._batches = [examples.batch_of(base, seed) for seed in (1, 2, 3)]
-        self._test = examples.batch_of(base, 77)
-        self._before = examples.checked(base, self._test)
-        self._model = copy.deepcopy(base)
-        self._after: dict[str, Tensor] = {}
 
     def live(self, everything: bool) -> Outcomes:
         """Go through all steps, or through those that take little time."""
@@ -76,9 +73,6 @@ class Erasure:
             step("text alone", self._fit_on_text_alone, "attach")
             step("blocks", self._fit_blocks)
         return self.outcomes
-
-    def _outputs(self, model: nn.Module, batch: Batch | None = None) -> dict[str, Tensor]:
-        return tensors(examples.call(model, batch or self._test))
 
     # ---- default sites -----------------------------------------------------------------------------------------------
 
@@ -106,29 +100,10 @@ class Erasure:
     def _act(self) -> None:
         different(self._after, self._before, "fitted")
 
-    def _reload(self) -> None:
-        self._model.save_pretrained(self.folder)
-        other = copy.deepcopy(self.base)
-        # Wav2Vec2 has a verb of the same name of its own.
-        PeftAdapterMixin.load_adapter(other, self.folder, adapter_name=NAME)
-        same(self._outputs(other), self._after, "loaded")
-
-    def _disable(self) -> None:
-        self._model.disable_adapters()
-        same(self._outputs(self._model), self._before, "disabled")
-        self._model.enable_adapters()
-        same(self._outputs(self._model), self._after, "enabled again")
-
     def _wrap(self) -> None:
         get_peft_model(copy.deepcopy(self.base), config())
         wrapped = PeftModel.from_pretrained(copy.deepcopy(self.base), self.folder).eval()
         same(self._outputs(wrapped.get_base_model()), self._after, "as a PeftModel")
-
-    def _delete(self) -> None:
-        self._model.delete_adapter(NAME)
-        same(self._outputs(self._model), self._before, "deleted")
-        if self._model.state_dict().keys() != self.base.state_dict().keys():
-            raise WrongError("the state dict has other keys than before")
 
     # ---- other data, other targets -----------------------------------------------------------------------------------
 

@@ -10,15 +10,13 @@ import transformers as hf
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import PeftAdapterMixin
 
 from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
 from hf_erasure.adapters import set_features, targeted_parameters
 from hf_erasure.gradiend import Feature, FeatureDecoder, FeatureEncoder
-from tests.breadth import examples
-from tests.breadth.outcomes import Outcomes, WrongError, apart, different, same, tensors
+from tests.breadth.life import Life
+from tests.breadth.outcomes import Outcomes, WrongError, apart, different, same
 
 COLUMN = "GRADIEND"
 NAME, CLASSES = "feature", ["female", "male"]
@@ -37,21 +35,15 @@ _MOVED = 1e-3
 _CORRELATED = 0.8
 
 
-class Gradiend:
-    """One model, and what became of it.
+class Gradiend(Life):
+    """One model, and what became of it."""
 
-    Attributes:
-        outcomes: By step.
-    """
+    name = NAME
 
     def __init__(self, base: PreTrainedModel, folder: Path, has_head: bool, needs_sentinels: bool) -> None:
-        self.base, self.folder, self.outcomes = base, folder, Outcomes()
+        super().__init__(base, folder, 78)
         self._has_head, self._needs_sentinels = has_head, needs_sentinels
-        self._test = examples.batch_of(base, 78)
-        self._before = examples.checked(base, self._test)
-        self._model = copy.deepcopy(base)
         self._trainer: GradiendTrainer | None = None
-        self._after: dict[str, Tensor] = {}
 
     def live(self) -> Outcomes:
         """Go through all steps."""
@@ -66,9 +58,6 @@ class Gradiend:
         step("PEFT and merge", self._merge, "reload")
         step("delete", self._delete, "steer")
         return self.outcomes
-
-    def _outputs(self, model: nn.Module) -> dict[str, Tensor]:
-        return tensors(examples.call(model, self._test))
 
     def _attach(self) -> None:
         config = GradiendConfig(feature="gender", classes=CLASSES, density=0.2, keep_encoder=True)
@@ -122,31 +111,12 @@ class Gradiend:
                 break
         different(self._after, self._before, "steered")
 
-    def _reload(self) -> None:
-        self._model.save_pretrained(self.folder)
-        other = copy.deepcopy(self.base)
-        # Wav2Vec2 has a verb of the same name of its own.
-        PeftAdapterMixin.load_adapter(other, self.folder, adapter_name=NAME)
-        same(self._outputs(other), self._after, "loaded")
-
-    def _disable(self) -> None:
-        self._model.disable_adapters()
-        same(self._outputs(self._model), self._before, "disabled")
-        self._model.enable_adapters()
-        same(self._outputs(self._model), self._after, "enabled again")
-
     def _merge(self) -> None:
         get_peft_model(copy.deepcopy(self.base), GradiendConfig(classes=CLASSES))
         wrapped = PeftModel.from_pretrained(copy.deepcopy(self.base), self.folder).eval()
         same(self._outputs(wrapped.get_base_model()), self._after, "as a PeftModel")
         # Sums of weights are rounded once where they are merged.
         same(self._outputs(wrapped.merge_and_unload()), self._after, "merged", 1e-5)
-
-    def _delete(self) -> None:
-        self._model.delete_adapter(NAME)
-        same(self._outputs(self._model), self._before, "deleted")
-        if self._model.state_dict().keys() != self.base.state_dict().keys():
-            raise WrongError("the state dict has other keys than before")
 
 
 def _pairs() -> Dataset:
