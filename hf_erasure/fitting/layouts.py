@@ -100,8 +100,12 @@ class Layouts:
                 return {name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}") for name in hosts}
             unclear = [hosts[name] for name in passes[0] if _is_unclear(name, passes)]
             inside = {id(module): module for host in unclear for module in host.modules()}
-            calls = calls_of(lambda: self._glimpses(few), inside.values()) if unclear else []
-            takers = takers_of(lambda: self._first_activations(few), self.runner.model.modules()) if unclear else {}
+            takers: dict[str, list[nn.Module]] = {}
+
+            def watch() -> None:
+                takers.update(takers_of(lambda: self._first_activations(few), self.runner.model.modules()))
+
+            calls = calls_of(watch, inside.values()) if unclear else []
             found: dict[str, Axes | ValueError] = {}
             longer: Visits | None = None
             for name in passes[0]:

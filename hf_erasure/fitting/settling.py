@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_erasure.erasers import ConceptMoments
 from hf_erasure.models.model import on_cpu
 
 from .labels import SiteStatistics
+from .sites import scale_of
 
 # Passes over the data of one fit. With four visits an ALBERT of width 128 takes 22; a wider model takes fewer.
 MOST_PASSES = 60
@@ -53,7 +53,7 @@ class Columns:
         labelled = [part for part in parts if seen[part[0]].z_dim]
         keys = [f"{of}: {key}" for of, key, _ in labelled]
         sizes = [m.x_dim * m.z_dim for *_, m in labelled]
-        found = torch.cat([(m.cross_covariance.cpu() / _scale(m)).flatten() for *_, m in labelled])
+        found = torch.cat([(m.cross_covariance.cpu() / scale_of(m)).flatten() for *_, m in labelled])
         if keys != self.keys or not self.given:
             self.keys, self.given, self.found, mixed = keys, [], [], found
         else:
@@ -65,15 +65,10 @@ class Columns:
         taken = {of: SiteStatistics(statistics.z_dim) for of, statistics in seen.items()}
         for of, key, m in parts:
             if seen[of].z_dim:
-                cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * _scale(m)
+                cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * scale_of(m)
                 m = m.with_concept(m.mean_z, cross.to(m.mean_z), m.covariance_z)
             taken[of].moments[key] = m
         return taken
-
-
-def _scale(moments: ConceptMoments) -> float:
-    """`|x| |z|`, or 1 where nothing varies."""
-    return float((moments.variance_x.sum() * moments.covariance_z.trace()).sqrt()) or 1.0
 
 
 def _mixed(given: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:

@@ -328,5 +328,9 @@ def residual_of(eraser: Eraser, moments: ConceptMoments) -> float:
     """The cross-covariance with the concept that an eraser leaves of moments, as a share of `|x| |z|`."""
     cross = moments.cross_covariance
     left, right = eraser.left.to(cross), eraser.right.to(cross)
-    scale = float((moments.spread().variance.sum() * moments.covariance_z.trace()).sqrt())
-    return float((cross - left @ (right @ cross)).norm()) / scale if scale else 0.0
+    return float((cross - left @ (right @ cross)).norm()) / scale_of(moments)
+
+
+def scale_of(moments: ConceptMoments) -> float:
+    """`|x| |z|`, or 1 where nothing varies."""
+    return float((moments.variance_x.sum() * moments.covariance_z.trace()).sqrt()) or 1.0

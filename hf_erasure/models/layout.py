@@ -160,20 +160,18 @@ def frames_of(model: nn.Module) -> tuple[Callable[[int], int], Callable[[Tensor]
 
 def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """The rows of a batch, and the same in the opposite order behind them."""
-    return {
-        name: torch.cat([value, _by_example(value, rows).flip(0).flatten(0, 1)])
-        if isinstance(value, Tensor) and value.dim() and len(value) % rows == 0
-        else torch.cat([value, value])
-        if isinstance(value, Tensor) and value.dim()
-        else value + value[::-1]
-        if isinstance(value, list) and len(value) == rows
-        else value
-        for name, value in batch.items()
-    }
+    return {name: _mirrored(value, rows) for name, value in batch.items()}
 
 
-def _by_example(value: Tensor, rows: int) -> Tensor:
-    return value.unflatten(0, (rows, len(value) // rows))
+def _mirrored(value: Any, rows: int) -> Any:
+    if isinstance(value, list) and len(value) == rows:
+        return value + value[::-1]
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    if len(value) % rows:  # what belongs to a row cannot be told
+        return torch.cat([value, value])
+    by_example = value.unflatten(0, (rows, len(value) // rows))
+    return torch.cat([value, by_example.flip(0).flatten(0, 1)])
 
 
 def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
@@ -372,7 +370,8 @@ class Seen:
 
 def _axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
     """The axis of the features of what torch's own modules take and give; None for other modules."""
-    while isinstance(module, BaseTunerLayer):
+    # A layer of ours hangs below its module, and has no module inside: it is its own base layer.
+    while isinstance(module, BaseTunerLayer) and module.get_base_layer() is not module:
         module = module.get_base_layer()
     forward = getattr(type(module), "forward", None)
     if isinstance(module, _FEATURES_LAST) or forward in _NORMS_LAST:
@@ -429,7 +428,8 @@ def takers_of(run: Callable[[], Mapping[str, Tensor]], modules: Iterable[nn.Modu
         if args and isinstance(args[0], Tensor):
             taken.append((module, args[0]))
 
-    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    watched = [module for module in modules if _axis_of_kind(module, 2) is not None]
+    handles = [module.register_forward_pre_hook(keep) for module in watched]
     try:
         given = run()
     finally:
