@@ -1,15 +1,17 @@
 """The report: one HTML file with everything in it, for light and dark, wide and narrow.
 
-Its figures are made of marks in SVG, which the variables of the page colour. Text is 11 units and a figure 360 wide, so
-that it can be read on a telephone; wider columns enlarge it. Series differ by marker and by the dashes of their line,
-so colour is never needed to tell them apart.
+Its pictures are drawn by matplotlib as SVG within the page, which gives them their colours. Series differ by marker and
+by the dashes of their line, so colour is never needed to tell them apart. Without matplotlib there are the tables.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,114 +23,68 @@ from hf_erasure.metrics.readers import spread
 
 from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, reason_of, shown
 
-# Width of a picture, in units of SVG that the page scales to its column; sizes below are in the same units.
-WIDTH = 360
-MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus")
-_DASHES = ("", "6 3", "2 3", "8 3 2 3", "10 2", "1 2")
-# Half the width of a marker that stands alone, and of one among many.
-_SIZE, _SMALLER = 4.2, 3.6
-# Height of a row.
-_ROW = 20
+NO_PICTURES = "This report has no pictures, which need matplotlib: pip install 'hf-erasure[plot]'."
+# Variable of the page with a colour for light and one for dark → what stands for it while matplotlib draws.
+_INK = {name: f"#abcd{i:02x}" for i, name in enumerate(["fg", "muted", "rule", *(f"s{k}" for k in range(7))])}
+MARKERS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "cross": "x", "plus": "+"}
+_DASHES = ("-", (0, (4, 2)), (0, (1, 2)), (0, (5, 2, 1, 2)), (0, (7, 1)), (0, (1, 1)))
+# Width of a picture and height of a row, in points that the page scales to its column.
+WIDTH, _ROW = 360, 18
 # Occupations that fit into a picture, and bars of a histogram.
 _OCCUPATIONS, _BINS = 18, 20
-
-# ---- marks -----------------------------------------------------------------------------------------------------------
-
-
-class Scale:
-    """Numbers to places, with a margin and round ticks."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float, *, margin: float = 0.06) -> None:
-        finite = [value for value in values if math.isfinite(value)] or [0.0]
-        low, high = min(finite), max(finite)
-        room = (high - low) * margin or max(abs(high), 1.0) * 0.1
-        self.low, self.high, self.start, self.end = low - room, high + room, start, end
-
-    def __call__(self, value: float) -> float:
-        """The place of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self, count: int = 4) -> list[float]:
-        """Round numbers within."""
-        raw = (self.high - self.low) / count
-        power = 10.0 ** math.floor(math.log10(raw))
-        step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw)
-        first = math.ceil(self.low / step)
-        return [round(k * step, 10) for k in range(first, math.floor(self.high / step) + 1)]
+_STYLE: Any = {
+    # Text stays text, in which nothing is a formula.
+    "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 10.5,
+    "axes.labelsize": 10, "legend.fontsize": 10, "legend.frameon": False, "legend.handletextpad": 0.5,
+    "xtick.labelsize": 10, "ytick.labelsize": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.linewidth": 0.6,
+    "text.color": _INK["fg"], "axes.labelcolor": _INK["muted"], "axes.edgecolor": _INK["muted"],
+    "xtick.color": _INK["muted"], "ytick.color": _INK["muted"], "ytick.labelcolor": _INK["fg"],
+    "grid.color": _INK["rule"], "lines.linewidth": 1.8, "savefig.transparent": True,
+}  # fmt: skip
 
 
-def text(x: float, y: float, words: object, *, anchor: str = "start", style: str = "") -> str:
-    """Words at a place."""
-    extra = f' class="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(str(words))}</text>'
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def centred(x: float, y: float, words: object) -> str:
-    """Small words around a place, as under an axis."""
-    return text(x, y, words, anchor="middle", style="small")
+@dataclass(frozen=True)
+class Picture:
+    """A picture, and the words around it.
+
+    Attributes:
+        figure: Of matplotlib.
+        title: Of the picture.
+        said: What is to be seen, for a screen reader.
+        caption: Stands above it; the title if left out.
+        note: Stands below it.
+    """
+
+    figure: Any
+    title: str
+    said: str
+    caption: str = ""
+    note: str = ""
+
+    def svg(self, key: str) -> Markup:
+        """An element for the page, all of whose ids begin with the key."""
+        from matplotlib import rc_context
+
+        file = io.StringIO()
+        with rc_context({"svg.hashsalt": key}), warnings.catch_warnings():
+            # The browser has the fonts for what those of matplotlib lack.
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            self.figure.savefig(file, format="svg", metadata={"Date": None})
+        head, _, body = file.getvalue().partition("<svg")[2].partition(">")
+        body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+        body = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{key}-", body)
+        for name, colour in _INK.items():
+            body = body.replace(colour, f"var(--{name})")
+        box = re.search(r'viewBox="[^"]*"', head)
+        label = escape(f"{self.title}. {self.said}")
+        return Markup(f'<svg {box and box[0]} role="img" aria-label="{label}">{body}')  # matplotlib escapes all text
 
 
-def line(x1: float, y1: float, x2: float, y2: float, style: str = "axis") -> str:
-    """A line from one place to another."""
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
-
-
-def path(points: Sequence[tuple[float, float]], series: int) -> str:
-    """A line through places, with the dashes of a series."""
-    dashes = _DASHES[series % len(_DASHES)]
-    pattern = f' stroke-dasharray="{dashes}"' if dashes else ""
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{places}" class="line {colour(series)}"{pattern}/>'
-
-
-def colour(series: int) -> str:
-    """The style class of a series."""
-    return f"s{series % 7}"
-
-
-def marker(x: float, y: float, series: int, *, size: float = _SIZE, shape: str | None = None) -> str:
-    """The mark of a series; those of later series are other shapes."""
-    kind = shape or MARKERS[series % len(MARKERS)]
-    style = f"mark {colour(series)}"
-    if kind == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}" class="{style}"/>'
-    if kind in ("cross", "plus"):
-        d = size * (0.8 if kind == "cross" else 1.1)
-        ends = [(-d, -d, d, d), (-d, d, d, -d)] if kind == "cross" else [(-d, 0, d, 0), (0, -d, 0, d)]
-        strokes = " ".join(f"M{x + a:.1f} {y + b:.1f}L{x + c:.1f} {y + e:.1f}" for a, b, c, e in ends)
-        return f'<path d="{strokes}" class="stroke {colour(series)}"/>'
-    corners = {
-        "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
-        "triangle": [(0, -1.15), (1.1, 0.85), (-1.1, 0.85)],
-        "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
-    }[kind]
-    places = " ".join(f"{x + a * size:.1f},{y + b * size:.1f}" for a, b in corners)
-    return f'<polygon points="{places}" class="{style}"/>'
-
-
-def grid(scale: Scale, left: float, right: float) -> list[str]:
-    """A line across at every tick of a vertical scale with its number, and the dashed one of 0."""
-    ticks = scale.ticks()
-    body = [line(left, scale(t), right, scale(t), "rule") for t in ticks]
-    body += [text(left - 5, scale(t) + 4, f"{t:g}", anchor="end", style="small") for t in ticks]
-    return [*body, line(left, scale(0), right, scale(0), "ideal")]
-
-
-def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels near those wanted, none nearer to another than the gap, as far as there is room."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    found = list(places)
-    for before, after in zip([-1, *order], order, strict=False):
-        floor = low if before < 0 else found[before] + gap
-        found[after] = max(found[after], floor)
-    ceiling = high
-    for index in reversed(order):
-        found[index] = min(found[index], ceiling)
-        ceiling = found[index] - gap
-    return found
-
-
-def shortened(name: str, most: int = 18) -> str:
+def shortened(name: str, most: int) -> str:
     """A name of at most so many characters; the middle goes, since names differ at their ends."""
     if len(name) <= most:
         return name
@@ -136,119 +92,99 @@ def shortened(name: str, most: int = 18) -> str:
     return f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------
+def _figure(height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A drawing (an `svg` element) with a caption above it and perhaps a note below it."""
-
-    caption: str
-    drawing: Markup
-    note: str = ""
-
-    @classmethod
-    def of(
-        cls, height: float, body: Sequence[str], *, key: str, title: str, said: str, caption: str = "", note: str = ""
-    ) -> Figure:
-        """Marks in an `svg` element that a screen reader announces with the title and what is to be seen (`said`)."""
-        head = f'<title id="{key}-t">{escape(title)}</title><desc id="{key}-d">{escape(said)}</desc>'
-        drawing = Markup(  # all text went through `escape`
-            f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-labelledby="{key}-t {key}-d" '
-            f'preserveAspectRatio="xMidYMid meet">{head}{"".join(body)}</svg>'
-        )
-        return cls(caption or title, drawing, note)
+def _axes(height: float, ideal: float | None, axis: str) -> Any:
+    """Axes in a figure of their own, with a line across at the ticks of an axis and a dashed one at the ideal."""
+    axes = _figure(height).subplots()
+    axes.grid(axis=axis)
+    if ideal is not None:
+        draw = axes.axvline if axis == "x" else axes.axhline
+        draw(ideal, color=_INK["fg"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    return axes
 
 
-def interval_bars(results: Results) -> Iterator[Figure]:
+def _of_series(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a series."""
+    marker = list(MARKERS.values())[number % len(MARKERS)]
+    return {"color": _INK[f"s{number % 7}"], "marker": marker, "linestyle": _DASHES[number % len(_DASHES)]}
+
+
+def _with_legend(axes: Any) -> Any:
+    """The figure of the axes, with the names of all series below, for which it grows."""
+    handles, names = axes.get_legend_handles_labels()
+    figure = axes.get_figure()
+    figure.set_figheight(figure.get_figheight() + _ROW * ((len(names) + 1) // 2) / 72)
+    figure.legend(handles, [shortened(name, 20) for name in names], loc="outside lower center", ncols=2)
+    return figure
+
+
+def interval_bars(results: Results) -> Iterator[Picture]:
     """For every measure the value of each entry with its interval."""
-    for number, measure in enumerate(results.measures):
+    for measure in results.measures:
         cells = [(name, results.cell(name, measure["key"])) for name in results.names]
         values = [v for _, cell in cells if cell for v in (cell["value"], *(cell["interval"] or ()))]
-        ideal = measure["ideal"]
         # An ideal far away would press all values together.
-        near = ideal is not None and (
-            measure["better"] != "lower" or min(map(abs, values)) < 2 * (max(values) - min(values))
-        )
-        scale = Scale([*values, ideal] if near else values, 112, WIDTH - 70)
-        height = _ROW * len(cells) + 34
-        body = [line(scale(t), 6, scale(t), height - 26, "rule") for t in scale.ticks()]
-        body += [centred(scale(t), height - 12, f"{t:g}") for t in scale.ticks()]
-        if near:
-            body += [line(scale(ideal), 2, scale(ideal), height - 26, "ideal")]
-        for row, (name, cell) in enumerate(cells):
-            y = 16 + _ROW * row
-            body.append(text(106, y + 4, shortened(name, 14), anchor="end"))
-            if cell is None:
-                body.append(text(scale.start, y + 4, "not measured", style="small"))
-                continue
-            if cell["interval"]:
-                low, high = (scale(bound) for bound in cell["interval"])
-                body += [line(low, y, high, y, f"bar {colour(row)}")]
-                body += [line(x, y - 4, x, y + 4, f"bar {colour(row)}") for x in (low, high)]
-            body += [marker(scale(cell["value"]), y, row), text(WIDTH - 64, y + 4, shown(cell["value"]))]
+        is_far = measure["better"] == "lower" and min(map(abs, values)) >= 2 * (max(values) - min(values))
+        axes = _axes(_ROW * len(cells) + 34, None if is_far else measure["ideal"], "x")
+        for row, (_, cell) in enumerate(cells):
+            style = _of_series(row)
+            if cell is not None:
+                axes.plot(cell["value"], row, color=style["color"], marker=style["marker"])
+            if cell is not None and cell["interval"]:
+                axes.plot(cell["interval"], [row, row], color=style["color"], marker="|", markersize=8)
+            beside = "not measured" if cell is None else shown(cell["value"])
+            axes.annotate(beside, (1, row), (6, 0), ("axes fraction", "data"), "offset points", va="center")
+        axes.set_yticks(range(len(cells)), [shortened(name, 14) for name, _ in cells])
+        axes.set_ylim(len(cells) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=5)
         said = "; ".join(f"{n}: {shown(c['value'])}{interval_text(c['interval'])}" for n, c in cells if c)
         title = measure["title"]
-        caption = f"{title} {direction(measure)}"
-        yield Figure.of(
-            height, body, key=f"bars{number}", title=title, said=said, caption=caption, note=measure["says"]
-        )
+        yield Picture(axes.get_figure(), title, said, f"{title} {direction(measure)}", measure["says"])
 
 
-def depth(results: Results) -> Iterator[Figure]:
+def depth(results: Results) -> Iterator[Picture]:
     """Linear leakage at every layer, a line an entry."""
-    height, left, right = 240, 40, WIDTH - 104
     for concept, entries in results.depth.items():
+        axes = _axes(220, 0, "y")
+        for name, rows in entries.items():
+            style, places = _of_series(results.names.index(name)), range(len(rows))
+            lows, highs = zip(*(row["intervals"]["leakage"] for row in rows), strict=True)
+            axes.vlines(places, lows, highs, color=style["color"], linewidth=0.8, alpha=0.75)
+            axes.plot(places, [row["leakage"] for row in rows], label=name, markersize=5, **style)
         layers = [row["layer"] for row in next(iter(entries.values()))]
-        ends = [v for rows in entries.values() for row in rows for v in (row["leakage"], *row["intervals"]["leakage"])]
-        y_of = Scale([0.0, *ends], height - 52, 14)
-        x_of = Scale([0, max(1, len(layers) - 1)], left, right, margin=0.04)
-        body = grid(y_of, left, right)
-        labels = apart([y_of(rows[-1]["leakage"]) for rows in entries.values()], 13, 14, height - 52)
-        for (name, rows), label in zip(entries.items(), labels, strict=True):
-            series = results.names.index(name)
-            places = [(x_of(i), y_of(row["leakage"])) for i, row in enumerate(rows)]
-            for (x, _), row in zip(places, rows, strict=True):
-                low, high = (y_of(bound) for bound in row["intervals"]["leakage"])
-                body.append(line(x, low, x, high, f"whisker {colour(series)}"))
-            body += [path(places, series), *(marker(x, y, series, size=_SMALLER) for x, y in places)]
-            body += [line(places[-1][0] + 5, places[-1][1], right + 8, label, "lead")]
-            body += [marker(right + 13, label, series, size=_SMALLER)]
-            body += [text(right + 20, label + 4, shortened(name, 11))]
-        for index, layer in enumerate(layers):
-            short = "last" if layer == "last_hidden_state" else layer.removeprefix("layer ")
-            if len(layers) <= 14 or index % (len(layers) // 7) == 0 or index == len(layers) - 1:
-                body.append(centred(x_of(index), height - 34, short))
-        body.append(centred((left + right) / 2, height - 18, "layer (0: the embeddings)"))
+        short = ["last" if layer == "last_hidden_state" else layer.removeprefix("layer ") for layer in layers]
+        ticks = range(0, len(layers), 1 if len(layers) <= 14 else len(layers) // 7)
+        axes.set_xticks(ticks, [short[i] for i in ticks])
+        axes.set_xlabel("layer (0: the embeddings)")
         said = "; ".join(f"{n}: {', '.join(shown(row['leakage']) for row in rows)}" for n, rows in entries.items())
         title = f"Linear leakage of {'part of speech' if concept == 'pos' else concept} by depth"
         note = "Accuracy of a linear probe minus that of the most frequent label (0, dashed)."
-        yield Figure.of(height - 8, body, key=f"depth-{concept}", title=title, said=said, note=note)
+        yield Picture(_with_legend(axes), title, said, note=note)
 
 
-def embeddings(results: Results) -> Iterator[Figure]:
+def embeddings(results: Results) -> Iterator[Picture]:
     """Biographies in a plane, a panel an entry, all with the same axes."""
-    height, every = 268, [point for points in results.embedding.values() for point in points]
-    x_of = Scale([point["x"] for point in every], 26, WIDTH - 12)
-    y_of = Scale([point["y"] for point in every], height - 50, 12)
+    every = [point for points in results.embedding.values() for point in points]
     kinds = sorted({point["label"] for point in every})
-    # Series 0 has the colour of the base.
-    marks = {kind: (series, "cross" if series > 1 else "circle") for series, kind in enumerate(kinds, 1)}
-    for number, (name, points) in enumerate(results.embedding.items() if every else ()):
-        body = [line(26, height - 44, WIDTH - 12, height - 44), line(20, 12, 20, height - 50)]
-        for point in points:
-            series, shape = marks[point["label"]]
-            body.append(marker(x_of(point["x"]), y_of(point["y"]), series, size=3.2, shape=shape))
-        for kind, (series, shape) in marks.items():
-            x = 34 + 100 * (series - 1)
-            body += [marker(x, height - 10, series, shape=shape), text(x + 9, height - 6, kind)]
-        body.append(centred(WIDTH / 2, height - 30, "along the base's difference of means"))
-        means = {k: [p["x"] for p in points if p["label"] == k] for k in kinds}
-        said = "; ".join(f"{k}: mean {sum(v) / len(v):.3f} along the difference" for k, v in means.items() if v)
-        yield Figure.of(height, body, key=f"plane{number}", title=f"Biographies, {name}", said=said, caption=name)
+    for name, points in results.embedding.items() if every else ():
+        axes, means = _figure(250).subplots(), []
+        axes.update_datalim([(point["x"], point["y"]) for point in every])
+        # Series 0 has the colour of the base.
+        for series, kind in enumerate(kinds, 1):
+            x, y = ([point[of] for point in points if point["label"] == kind] for of in ("x", "y"))
+            style = {"color": _INK[f"s{series % 7}"], "marker": "x" if series > 1 else "o", "linestyle": ""}
+            axes.plot(x, y, label=kind, markersize=4.5, **style)
+            means += [f"{kind}: mean {sum(x) / len(x):.3f} along the difference"] if x else []
+        axes.set(xticks=[], yticks=[], xlabel="along the base's difference of means")
+        yield Picture(_with_legend(axes), f"Biographies, {name}", "; ".join(means), name)
 
 
-def shifts(results: Results) -> Iterator[Figure]:
+def shifts(results: Results) -> Iterator[Picture]:
     """The share of "she" by occupation, a row an occupation, a mark an entry."""
     names = [name for name in results.names if name in results.shifts]
     if not names:
@@ -256,83 +192,57 @@ def shifts(results: Results) -> Iterator[Figure]:
     first = results.shifts[names[0]]["occupations"]
     rows = spread(sorted(first, key=lambda row: -row["she"]), _OCCUPATIONS)
     shares = {n: {r["occupation"]: r["she"] for r in results.shifts[n]["occupations"]} for n in names}
-    top = 16 + 15 * ((len(names) + 1) // 2)
-    height = top + 15 * len(rows) + 40
-    scale = Scale([0, 1], 124, WIDTH - 14, margin=0.02)
-    body = [line(scale(t), top - 6, scale(t), height - 36, "rule") for t in (0, 0.25, 0.75, 1)]
-    body.append(line(scale(0.5), top - 6, scale(0.5), height - 36, "ideal"))
-    body += [centred(scale(t), height - 22, f"{t:.0%}") for t in (0, 0.5, 1)]
-    for number, name in enumerate(names):
-        x, y = 14 + 172 * (number % 2), 10 + 15 * (number // 2)
-        body += [marker(x, y, results.names.index(name)), text(x + 9, y + 4, shortened(name, 21))]
-    for row, entry in enumerate(rows):
-        y, job = top + 6 + 15 * row, entry["occupation"]
-        places = [scale(shares[name][job]) for name in names]
-        stereotype = "f" if entry["stereotype"] == "female" else "m"
-        body += [text(118, y + 4, f"{shortened(job, 13)} ({stereotype})", anchor="end")]
-        body += [line(min(places), y, max(places), y, "lead")]
-        body += [marker(x, y, results.names.index(n), size=_SMALLER) for x, n in zip(places, names, strict=True)]
-    body.append(centred(scale(0.5), height - 8, "P(she) / (P(she) + P(he))"))
+    axes, places = _axes(15 * len(rows) + 40, 0.5, "x"), range(len(rows))
+    for place, row in enumerate(rows):
+        found = [by[row["occupation"]] for by in shares.values()]
+        axes.plot([min(found), max(found)], [place, place], color=_INK["muted"], linewidth=0.7)
+    for name, by in shares.items():
+        style = _of_series(results.names.index(name)) | {"linestyle": ""}
+        axes.plot([by[row["occupation"]] for row in rows], places, label=name, markersize=5, **style)
+    axes.set_yticks(places, [f"{shortened(row['occupation'], 13)} ({row['stereotype'][0]})" for row in rows])
+    axes.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="P(she) / (P(she) + P(he))")
     spreads = {n: sum(abs(v - 0.5) for v in by.values()) / len(by) for n, by in shares.items()}
     said = "; ".join(f"{name}: mean distance from one half {value:.3f}" for name, value in spreads.items())
-    title = "Share of “she” after “The … said that”"
     note = f"{len(rows)} of {len(first)} occupations, ordered by the base; (f), (m): most who have it are women, men."
     if left_out := results.shifts[names[0]]["left_out"]:
         note += f" {left_out} unknown to the tokenizer."
-    yield Figure.of(height, body, key="shifts", title=title, said=said, note=note)
+    yield Picture(_with_legend(axes), "Share of “she” after “The … said that”", said, note=note)
 
 
-def neurons(results: Results) -> Iterator[Figure]:
-    """Histograms of the feature neuron, a row a class."""
-    for number, (name, found) in enumerate(results.neurons.items()):
+def neurons(results: Results) -> Iterator[Picture]:
+    """Histograms of the feature neuron, a row a class, each as high as its highest bar."""
+    for name, found in results.neurons.items():
         groups = [(label, values) for label, values in found["values"].items() if values]
         limit = max(1.0, *(abs(v) for _, values in groups for v in values))
-        scale = Scale([-limit, limit], 66, WIDTH - 12, margin=0.0)
-        width, height = (scale.end - scale.start) / _BINS, 56 * len(groups) + 40
-        body = []
-        for index, (label, values) in enumerate(groups):
-            base = 56 * (index + 1) + 2
-            counts = [0] * _BINS
-            for value in values:
-                counts[min(_BINS - 1, int((value + limit) / (2 * limit) * _BINS))] += 1
-            for place, count in enumerate(counts):
-                if count:
-                    tall = 40 * count / max(counts)
-                    body.append(
-                        f'<rect x="{scale.start + place * width:.1f}" y="{base - tall:.1f}" width="{width - 1:.1f}" '
-                        f'height="{tall:.1f}" class="mark {colour(index + 1)}"/>'
-                    )
-            body.append(line(scale.start, base, scale.end, base))
-            body.append(text(60, base - 14, shortened(label, 9), anchor="end"))
-            body.append(text(60, base - 1, f"{len(values)} texts", anchor="end", style="small"))
-        body += [centred(scale(t), height - 20, f"{t:g}") for t in (-1, -0.5, 0, 0.5, 1)]
-        body.append(centred(scale(0), height - 6, "value of the feature neuron"))
+        figure = _figure(56 * len(groups) + 40)
+        panels = figure.subplots(len(groups), sharex=True, squeeze=False)[:, 0]
+        for index, (panel, (label, values)) in enumerate(zip(panels, groups, strict=True), 1):
+            panel.hist(values, bins=_BINS, range=(-limit, limit), color=_INK[f"s{index % 7}"], rwidth=0.9)
+            panel.set_yticks([max(panel.get_ylim()) / 2], [f"{shortened(label, 12)}\n{len(values)} texts"])
+            panel.tick_params("y", length=0)
+        panels[-1].set(xticks=[-1, -0.5, 0, 0.5, 1], xlabel="value of the feature neuron")
         said = "; ".join(f"{label}: mean {sum(v) / len(v):.3f} of {len(v)} texts" for label, v in groups)
         figures = [f"{key} {shown(found[key])}{interval_text(found['intervals'].get(key))}"
                    for key in ("cor", "cor_enc") if isinstance(found.get(key), float)]  # fmt: skip
         note = f"{found['pair'][0]} is +1, {found['pair'][1]} −1. Correlation: {', '.join(figures)}."
-        yield Figure.of(height, body, key=f"neuron{number}", title=f"Feature neuron of {name}", said=said, note=note)
+        yield Picture(figure, f"Feature neuron of {name}", said, note=note)
 
 
-def frontiers(results: Results) -> Iterator[Figure]:
+def frontiers(results: Results) -> Iterator[Picture]:
     """Bias against capability, a point an entry: down is less bias."""
-    height, left, right = 230, 48, WIDTH - 92
-    for number, panel in enumerate(results.frontiers()):
+    for panel in results.frontiers():
         points, paid, bias = panel["points"], panel["capability"], panel["bias"]
-        x_of = Scale([p["capability"] for p in points], left, right, margin=0.12)
-        y_of = Scale([0.0, *(p["bias"] for p in points)], height - 48, 12)
-        body = grid(y_of, left, right)
-        body += [centred(x_of(t), height - 32, f"{t:g}") for t in x_of.ticks(3)]
-        labels = apart([y_of(p["bias"]) for p in points], 13, 14, height - 48)
-        for point, label in zip(points, labels, strict=True):
-            series, x, y = results.names.index(point["name"]), x_of(point["capability"]), y_of(point["bias"])
-            body += [line(x, y, right + 8, label, "lead"), marker(x, y, series)]
-            body += [text(right + 11, label + 4, shortened(point["name"], 11))]
-        body.append(centred((left + right) / 2, height - 16, f"{paid['title']} {direction(paid)}"))
+        axes = _axes(200, 0, "y")
+        for point in points:
+            style = _of_series(results.names.index(point["name"])) | {"linestyle": ""}
+            axes.plot(point["capability"], point["bias"], label=point["name"], **style)
+        axes.margins(x=0.12)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlabel(f"{paid['title']} {direction(paid)}")
         said = "; ".join(f"{p['name']}: {shown(p['bias'])} at {shown(p['capability'])}" for p in points)
         title = f"{bias['title']}: distance from the ideal, against {paid['title']}"
-        caption = f"{bias['title']}, distance from the ideal ↓"
-        yield Figure.of(height - 8, body, key=f"frontier{number}", title=title, said=said, caption=caption)
+        yield Picture(_with_legend(axes), title, said, f"{bias['title']}, distance from the ideal ↓")
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -353,16 +263,20 @@ def rendered(results: Results) -> str:
         loader=PackageLoader("hf_erasure.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    marks = [MARKERS[i % len(MARKERS)] for i in range(len(results.names))]
+    names = list(MARKERS)
+    has_pictures = find_spec("matplotlib") is not None
     return environment.get_template("report.html.j2").render(
-        results=results, sections=_sections(results), tables=results.tables(), limits=LIMITS, marks=marks,
-        numbers=_numbers(results), pools=results.pooling(),
+        results=results, sections=_sections(results) if has_pictures else [], tables=results.tables(), limits=LIMITS,
+        marks=[names[i % len(names)] for i in range(len(results.names))], numbers=_numbers(results),
+        pools=results.pooling(), no_pictures="" if has_pictures else NO_PICTURES,
     )  # fmt: skip
 
 
 def _sections(results: Results) -> list[dict[str, Any]]:
-    """The figures under their headings; those without a figure are left out, and say why under "Not measured"."""
-    sections: list[tuple[str, str, str, Callable[[Results], Iterator[Figure]]]] = [
+    """The pictures under their headings; those without a picture are left out, and say why under "Not measured"."""
+    from matplotlib import rc_context
+
+    sections: list[tuple[str, str, str, Callable[[Results], Iterator[Picture]]]] = [
         ("frontier", "Bias against capability", "What was gained and what was paid, a point for each entry. Best is "
          "low, and where the arrow under the axis points.", frontiers),
         ("depth", "Leakage by depth", "What a linear probe reads at each layer from states it was not fitted on.",
@@ -378,12 +292,15 @@ def _sections(results: Results) -> list[dict[str, Any]]:
     ]  # fmt: skip
     found = []
     for key, title, about, draw in sections:
-        drawn: list[Figure] = []
+        drawn: list[dict[str, Any]] = []
         failed = ""
         try:
-            drawn = list(draw(results))
+            with rc_context(_STYLE):
+                for number, picture in enumerate(draw(results)):
+                    words = {"caption": picture.caption or picture.title, "note": picture.note}
+                    drawn.append(words | {"drawing": picture.svg(f"{key}{number}")})
         except Exception as error:  # one picture's failure is not the report's
-            failed = f"This could not be drawn: {reason_of(error)}."
+            drawn, failed = [], f"This could not be drawn: {reason_of(error)}."
         if drawn or failed:
             found.append({"key": key, "title": title, "text": failed or about, "figures": drawn})
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,11 +56,14 @@ def page() -> str:
 def test_it_is_well_formed_and_loads_nothing(page: str) -> None:
     reader = Reader(page)
     assert page.startswith("<!doctype html>")
-    # Addresses may be read as text, never fetched.
+    # Addresses may be read as text, never fetched; what refers to something refers to what is in the page.
     assert not reader.of("script") + reader.of("link") + reader.of("img") + reader.of("iframe")
+    ids = {f"#{attributes['id']}" for _, attributes in reader.elements if "id" in attributes}
     for _, attributes in reader.elements:
-        assert not {"src", "srcset", "data", "href", "xlink:href", "onload"} & set(attributes)
-    assert not re.findall(r"url\(|@import", page)
+        assert not {"src", "srcset", "data", "onload"} & set(attributes)
+        assert {attributes[name] for name in ("href", "xlink:href") if name in attributes} <= ids
+    assert set(re.findall(r"url\(([^)]*)\)", page)) <= ids
+    assert "@import" not in page
 
 
 def test_text_from_outside_is_escaped(page: str) -> None:
@@ -81,17 +83,35 @@ def test_headings_tables_and_drawings_can_be_heard(page: str) -> None:
     # Frontiers of two biases, depth, a plane for each of three entries, shifts, neuron, bars of three measures.
     assert len(drawings) == 2 + 1 + 3 + 1 + 1 + 3
     for drawing in drawings:
-        assert drawing["role"] == "img"
-        assert set(str(drawing["aria-labelledby"]).split()) <= set(ids)
-    described = re.findall(r"<desc[^>]*>([^<]*)</desc>", page)
-    assert len(described) == len(drawings) and all(described)
+        assert drawing["role"] == "img" and len(str(drawing["aria-label"]).partition(". ")[2]) > 10
+
+
+def test_what_is_drawn_is_text_in_the_colours_of_the_page(page: str) -> None:
+    words = set(re.findall(r"<text[^>]*>([^<]*)</text>", page))
+    # Values and names, and a unit of an axis.
+    assert {"0.400", "0.100", "base", "together", "female", "P(she) / (P(she) + P(he))"} <= words
+    svg = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert not re.findall(r"#[0-9a-f]{6}\b", svg)
+    assert {"var(--fg)", "var(--muted)", "var(--rule)", "var(--s0)", "var(--s3)"} <= set(
+        re.findall(r"var\([^)]*\)", svg)
+    )
 
 
 def test_entries_differ_by_more_than_colour() -> None:
-    marks = [re.sub(r' class="[^"]*"', "", report.marker(0, 0, series)) for series in range(len(report.MARKERS))]
-    assert len(set(marks)) == len(marks)
-    lines = [re.sub(r' class="[^"]*"', "", report.path([(0, 0), (1, 1)], series)) for series in range(6)]
-    assert len(set(lines)) == len(lines)
+    styles = [report._of_series(series) for series in range(len(report.MARKERS))]
+    for name in ("marker", "linestyle"):
+        assert len({style[name] for style in styles}) == len(styles)
+
+
+def test_text_with_signs_of_formulas_and_in_any_script_is_drawn_as_it_is(recwarn: pytest.WarningsRecorder) -> None:
+    results = made_up()
+    odd = "職業 $x_{ <b> $"
+    results.entries[-1]["name"] = odd
+    for parts in (results.values, results.depth["gender"], results.embedding, results.shifts):
+        parts[odd] = parts.pop("together")
+    page = report.rendered(results)
+    assert "could not be drawn" not in page and "職業 $x_{ &lt;b&gt; $</text>" in page
+    assert not recwarn
 
 
 def _luminance(colour: str) -> float:
@@ -124,13 +144,6 @@ def test_contrast_in_light_and_dark(page: str, dark: bool) -> None:
 
 def test_every_colour_that_is_used_is_defined(page: str) -> None:
     assert set(re.findall(r"var\((--\w+)\)", page)) <= set(re.findall(r"(--\w+):", page))
-
-
-def test_labels_keep_apart() -> None:
-    places = report.apart([10.0, 10.0, 11.0, 50.0], 13, 0, 60)
-    ordered = sorted(places)
-    assert all(after - before >= 13 - 1e-9 for before, after in pairwise(ordered))
-    assert min(places) >= 0 and max(places) <= 60
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:

@@ -449,14 +449,14 @@ def test_without_the_harness_there_is_a_sentence(story: str, assets: Path, monke
 # ---- packaging ------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_needs_no_extras(tmp_path: Path) -> None:
-    """Neither matplotlib nor scikit-learn: figures are drawn and probes fitted by this package."""
+def test_without_matplotlib_the_report_has_its_tables_and_names_the_extra(tmp_path: Path) -> None:
     code = "import sys\nfor name in ('matplotlib', 'sklearn'): sys.modules[name] = None\n"
     code += "from hf_erasure.evaluation import report, measures\nfrom tests.evaluation.material import made_up\n"
-    code += "print(len(report.rendered(made_up())))"
+    code += "print(report.rendered(made_up()))"
     done = prepared.run(prepared.run_code, code, folder=tmp_path, kind=prepared.LIBRARIES)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 10_000
+    assert "pip install &#39;hf-erasure[plot]&#39;" in done.stdout and "<svg" not in done.stdout
+    assert "CrowS-Pairs, % stereotype" in done.stdout and "Leakage of gender by depth" in done.stdout
 
 
 @pytest.mark.filterwarnings("ignore:pool=")
