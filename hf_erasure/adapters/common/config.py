@@ -74,6 +74,8 @@ class ChildConfig(PeftConfig):
     example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"
     remedy: ClassVar[str]
     own_type: ClassVar[PeftType]
+    # What `target_modules` may be besides names, a pattern and "all-linear".
+    words: ClassVar[tuple[str, ...]] = ()
     # Whether the modules are those that stood for `target_modules=None` when the adapter was added, in this process.
     has_default_targets = False
 
@@ -112,7 +114,8 @@ class ChildConfig(PeftConfig):
                 setattr(self, name, set(value))
         self._check()
         target: Any = getattr(self, "target_modules", None)
-        if isinstance(target, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
+        has_layers = self.layers_to_transform is not None or self.layers_pattern is not None
+        if isinstance(target, str) and target.lower() not in self.words and has_layers:
             remedy = "write the layers into the expression"
             if target.lower() == "all-linear":
                 remedy = "name the linear layers, as in target_modules=['q_proj', 'v_proj']"
@@ -241,7 +244,7 @@ def as_names(config: Any, *names: str) -> Any:
     plain, began = copy.copy(config), time.process_time()
     for key in _PATTERNS:
         value = getattr(config, key, None)
-        if isinstance(value, str) and value.lower() != "all-linear":
+        if isinstance(value, str) and value.lower() not in ("all-linear", *config.words):
             setattr(plain, key, set())
             for name in names:
                 if matches(config, key, name):

@@ -8,15 +8,22 @@ from typing import Any, ClassVar
 
 from hf_erasure.erasers.least_squares import ROUNDS
 
-from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, short
+from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, fits, short
 from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 
 METHODS = ("leace", "orth", "mean_projection", "inlp")
 SITES = ("output", "input")
+# Words for `target_modules`, with the side of the modules at which they erase.
+WORDS = {"readers": "input", "writers": "output"}
 # No activation has as many axes; torch allows 64.
 _MOST_AXES = 64
+_NOT_A_WEIGHT = (
+    "which does not name the weights at a site, as [module, parameter, axis], the site's own first. Adding with "
+    "target_modules='readers' or 'writers' writes them; in a loaded adapter_config.json it means that the file is "
+    "damaged."
+)
 
 
 @dataclass
@@ -32,11 +39,13 @@ class ConceptErasureConfig(ChildConfig):
         concept_dim: The number of columns of a continuous or multi-label concept. Leave out when `labels` is given.
         target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`. `None`
             takes the output of every norm that reads or writes the hidden state of the blocks, and of the final norms,
-            which one small forward pass shows.
+            which one small forward pass shows. `"readers"` takes what the linear maps that read the hidden state take,
+            and `"writers"` what those that add to it give.
         exclude_modules: Suffixes or a regular expression of modules to leave alone.
         layers_to_transform: Indices of the blocks to act on; all when `None`.
         layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
-        site: Erase the `"output"` of each target or its `"input"`.
+        site: Erase the `"output"` of each target or its `"input"`. Left out it is the input for `"readers"`, and the
+            output otherwise.
         method: `"leace"` (least-squares optimal, arXiv 2306.03819); `"orth"` (the same guarantee by an orthogonal
             projection, which disturbs more; known as SAL, arXiv 2203.07893); `"mean_projection"` (the same map as
             `"orth"` where the rank is not capped; needs `labels`); or `"inlp"` (iterative null-space projection,
@@ -51,6 +60,9 @@ class ConceptErasureConfig(ChildConfig):
         fitted: Written by fitting. Whether the erasers exist.
         fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`, and the `"axis"` of the features
             where it is not the last, as for channels of images, and that of the `"examples"` where it is not the first.
+        weights: Written by adding with `"readers"` or `"writers"`. Site → the weights that take its activation or make
+            it, as `[module, parameter, axis]`: the axis of the parameter along which the features of the hidden state
+            lie. The modules of one site share one eraser, and the site is the first of them.
         provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
             base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
     """
@@ -58,16 +70,18 @@ class ConceptErasureConfig(ChildConfig):
     noun: ClassVar[str] = "concept erasure"
     remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
     own_type = CONCEPT_ERASURE
+    words = tuple(WORDS)
 
     concept: str = "concept"
     labels: list[str] | None = None
     concept_dim: int | None = None
     target_modules: list[str] | str | None = None
-    site: str = "output"
+    site: str = ""
     method: str = "leace"
     affine: bool = True
     rank: int | None = None
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata=BY_FITTING)
+    weights: dict[str, list[list]] | None = field(default=None, metadata=BY_FITTING)
 
     def _check(self) -> None:
         if self.method == "rlace":
@@ -78,8 +92,7 @@ class ConceptErasureConfig(ChildConfig):
             )
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
-        if self.site not in SITES:
-            raise ValueError(f"site={self.site!r} is not known; choose 'output' or 'input'.")
+        self._check_site()
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
         self._check_concept()
@@ -97,6 +110,51 @@ class ConceptErasureConfig(ChildConfig):
                     f"fitted_sites has {short(size)} at {name!r}, which is not a width with a rank of at most that. "
                     "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
                 )
+        if self.weights is not None:
+            self._check_weights(self.weights)
+        elif self.fitted and self.word:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} of a fitted adapter needs weights, which adding writes; in a "
+                "loaded adapter_config.json its absence means that the file is damaged."
+            )
+
+    @property
+    def word(self) -> str:
+        """The word that stands for the modules to be found; nothing where `target_modules` is something else."""
+        target = self.target_modules.lower() if isinstance(self.target_modules, str) else ""
+        return target if target in WORDS else ""
+
+    def _check_site(self) -> None:
+        self.site = self.site or WORDS.get(self.word, "output")
+        if self.site not in SITES:
+            raise ValueError(f"site={self.site!r} is not known; choose 'output' or 'input'.")
+        if self.word and self.site != WORDS[self.word]:
+            other = next(word for word, site in WORDS.items() if site == self.site)
+            raise ValueError(
+                f"target_modules={self.word!r} erases at the {WORDS[self.word]} of the modules, and site={self.site!r} "
+                f"was given: leave site out, or choose target_modules={other!r}."
+            )
+
+    def _check_weights(self, weights: dict[str, list[list]]) -> None:
+        """Refuse what adding never writes: a stranger's file may name anything."""
+        seen: dict[str, str] = {}
+        for site, group in weights.items():
+            for entry in group:
+                if not fits(entry, tuple[str, str, int]) or not all(entry[:2]) or not 0 <= entry[2] < _MOST_AXES:
+                    raise ValueError(f"weights has {short(entry)} at {short(site)}, {_NOT_A_WEIGHT}")
+                if seen.setdefault(entry[0], site) != site:
+                    raise ValueError(
+                        f"weights has {short(entry[0])} at two sites, {short(seen[entry[0]])} and {short(site)}: it is "
+                        "damaged. Add the adapter anew with target_modules='readers' or 'writers'."
+                    )
+            if not group or group[0][0] != site or len({tuple(entry) for entry in group}) != len(group):
+                raise ValueError(f"weights has {short(group)} at {short(site)}, {_NOT_A_WEIGHT}")
+        if not weights or (self.fitted_sites is not None and self.fitted_sites.keys() != weights.keys()):
+            raise ValueError(
+                f"weights has the sites {short(sorted(weights))}, and fitted_sites "
+                f"{short(sorted(self.fitted_sites or ()))}. Adding writes one and fitting the other, for the same "
+                "sites; in a loaded adapter_config.json it means that the file is damaged."
+            )
 
     def take_fitted(self, saved: Any) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted.
@@ -138,8 +196,13 @@ class ConceptErasureConfig(ChildConfig):
 
     @property
     def fitted_modules(self) -> Iterable[str]:
-        """Names of the sites."""
-        return self.fitted_sites or {}
+        """Names of the sites, and of the modules that share their erasers."""
+        return self.groups or self.fitted_sites or {}
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Module → the site whose eraser it has, of an adapter that was added with a word."""
+        return {entry[0]: site for site, group in (self.weights or {}).items() for entry in group}
 
     def tensors(self) -> Layout:
         """The tensors of a fitted adapter, by the names that a file has for them."""
