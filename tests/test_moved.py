@@ -87,7 +87,7 @@ DOCUMENTED = {
     "hf_erasure.metrics.minimum_description_length": ["score"],
     "hf_erasure.metrics.perplexity": ["score"],
     "hf_erasure.metrics.prediction_balance": ["score"],
-    "hf_erasure.metrics.probe": ["LogisticProbe"],
+    "hf_erasure.metrics.probe": ["held_out_answers"],
     "hf_erasure.metrics.pronoun_gap": ["score"],
     "hf_erasure.metrics.readers": ["read_seat"],
     "hf_erasure.metrics.scoring": ["LanguageScorer", "pooled_embeddings"],

@@ -12,20 +12,18 @@ codes the next one. Both sides know by then which that was, so it costs no bits.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Sequence, Value
-from torch import Tensor
-from torch.nn import functional as F
 
 from hf_erasure.metrics import base, resampling
 
 # A feature that varies by less than this share of its size is constant but for rounding.
 _CONSTANT = 1e-10
+# A probe is fitted until no entry of the gradient of the mean loss is larger, or for so many steps.
+_GRADIENT, _STEPS_TO_MINIMUM = 1e-9, 2000
 # Penalties of the probes that are tried: from hardly any to one that leaves little but the uniform code.
 PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
 # Where the paper cuts, in percent of the rows.
@@ -61,14 +59,16 @@ def score(
         the `portion_bits` that each took, `rows`, `classes`, `intervals`.
 
     Raises:
-        ValueError: If there is one class only, `portions` do not increase to 100, or the input is malformed.
+        ImportError: Without scikit-learn.
+        ValueError: If there is one class only, `l2` is not positive, `portions` do not increase to 100, or the input is
+            malformed.
     """
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", base.labels("references", labels, len(x)))
     ends = _ends(portions, len(x))
     order = np.random.default_rng(seed).permutation(len(x)) if shuffle else np.arange(len(x))
     penalties = sorted(np.atleast_1d(np.asarray(l2, dtype=float)).tolist())
-    bits = _code(_standardised(x)[order], torch.from_numpy(y[order]), len(names), ends, penalties)
+    bits = _code(_standardised(x)[order], y[order], len(names), ends, penalties)
     uniform = float(np.log2(len(names)))
 
     def figures(index: base.Ints) -> dict[str, float]:
@@ -87,83 +87,38 @@ def _ends(portions: Many[float], rows: int) -> list[int]:
     return sorted({int(np.ceil(share / 100 * rows)) for share in shares})
 
 
-def _code(x: Tensor, y: Tensor, classes: int, ends: list[int], penalties: list[float]) -> base.Floats:
+def _code(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties: list[float]) -> base.Floats:
     """`(rows,)` Bits that each label costs."""
-    bits = torch.full((len(y),), float(np.log2(classes)), dtype=torch.float64)
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError("Probes need scikit-learn: pip install 'hf-erasure[metrics]'.") from error
+    if not penalties[0] > 0:
+        raise ValueError(f"l2={penalties[0]}: write a number above 0, or the probe has no unique minimum.")
+    bits = np.full(len(y), np.log2(classes))
     best = len(penalties) - 1
+    # The bias is the weight of a feature that is 1 everywhere. A row of weight 0 for each class lets a probe know of
+    # those that have not come yet.
+    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    unseen = np.zeros((classes, x.shape[1]))
     for known, end in pairwise(ends):
+        rows, goals = np.concatenate([x[:known], unseen]), np.concatenate([y[:known], np.arange(classes)])
+        weights = np.repeat([1.0, 0.0], [known, classes])
         costs = []
         for l2 in penalties:
-            found = LogisticProbe.fit(x[:known], y[:known], classes, l2=l2, penalise_bias=True)
-            log_p = found.log_probabilities(x[known:end])
-            costs.append(-log_p.gather(1, y[known:end, None])[:, 0] / np.log(2))
+            probe = LogisticRegression(C=1 / l2, fit_intercept=False, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
+            log_p = probe.fit(rows, goals, weights).predict_log_proba(x[known:end])
+            costs.append(-log_p[np.arange(end - known), y[known:end]] / np.log(2))
         bits[known:end] = costs[best]
-        best = int(torch.stack(costs).sum(1).argmin())
-    return bits.numpy()
+        best = int(np.sum(costs, axis=1).argmin())
+    return bits
 
 
-@dataclass(frozen=True)
-class LogisticProbe:
-    """Class probabilities as a softmax of affine functions.
-
-    Attributes:
-        weight: `(classes, width)` float64.
-        bias: `(classes,)` float64.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def fit(cls, x: Tensor, y: Tensor, classes: int, *, l2: float = 1.0, penalise_bias: bool = False) -> LogisticProbe:
-        """Minimise `Σ −log p(y) + l2/2 · ‖weight‖²` (with two classes, of the one logit's weight).
-
-        Args:
-            x: `(rows, width)`, best standardised.
-            y: `(rows,)` class ids; some classes may be absent if the bias is penalised.
-            classes: How many classes there are.
-            l2: Strength of the penalty; above 0, so that there is one minimum.
-            penalise_bias: Penalise the bias as well; an absent class then keeps a probability above 0.
-
-        Raises:
-            ValueError: If `l2` is not positive.
-        """
-        if not l2 > 0:
-            raise ValueError(f"l2={l2}: write a number above 0, or the probe has no unique minimum.")
-        rows = x.double()
-        inputs = torch.cat([rows, rows.new_ones(len(x), 1)], 1)
-        # Two classes share one logit, as everywhere in the field; more have one each.
-        theta = inputs.new_zeros(1 if classes == 2 else classes, inputs.shape[1]).requires_grad_()
-        penalised = slice(None) if penalise_bias else slice(-1)
-        optimiser = torch.optim.LBFGS(
-            [theta], max_iter=2000, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-        )
-
-        def loss() -> Tensor:
-            optimiser.zero_grad()
-            scores = inputs @ theta.T
-            logits = scores if scores.shape[1] > 1 else torch.cat([torch.zeros_like(scores), scores], 1)
-            value = F.cross_entropy(logits, y) + l2 / (2 * len(x)) * theta[:, penalised].square().sum()
-            value.backward()
-            return value
-
-        with torch.enable_grad():
-            optimiser.step(loss)
-        found = theta.detach()
-        if classes == 2:
-            found = torch.cat([torch.zeros_like(found), found])
-        return cls(found[:, :-1], found[:, -1])
-
-    def log_probabilities(self, x: Tensor) -> Tensor:
-        """`(rows, classes)` float64."""
-        return (x.double() @ self.weight.T + self.bias).log_softmax(-1)
-
-
-def _standardised(x: base.Floats) -> Tensor:
+def _standardised(x: base.Floats) -> base.Floats:
     """Features with mean 0 and deviation 1; a constant feature is only centred."""
     mean, deviation = x.mean(0), x.std(0)
     constant = deviation <= _CONSTANT * np.sqrt((x**2).mean(0))
-    return torch.from_numpy((x - mean) / np.where(constant, 1.0, deviation))
+    return (x - mean) / np.where(constant, 1.0, deviation)
 
 
 class MinimumDescriptionLength(base.Measure):

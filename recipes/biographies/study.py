@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import typer
 from datasets import Dataset, load_dataset
+from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
@@ -28,7 +29,6 @@ from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_era
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.metrics import linear_leakage, tpr_gap
-from hf_erasure.metrics.minimum_description_length import LogisticProbe
 from hf_erasure.models.scorer import pooled_embeddings
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
 from recipes import studies
@@ -180,26 +180,23 @@ def _cells(rows: list[Biography]) -> dict[tuple[str, str], list[Biography]]:
 class Classifier:
     """A logistic regression on standardised embeddings, which keeps the scale of those it was trained on."""
 
-    probe: LogisticProbe
+    probe: LogisticRegression
     mean: np.ndarray
     deviation: np.ndarray
-    names: list[str]
 
     @classmethod
     def train(cls, x: np.ndarray, labels: Sequence[str]) -> Classifier:
         """Train on `(rows, width)` embeddings."""
-        names = sorted(set(labels))
         deviation = x.std(0)
         # What an erasure took away completely varies by rounding only, and must not be blown up to full size.
         mean, deviation = x.mean(0), np.where(deviation > 1e-6 * np.sqrt((x**2).mean()), deviation, 1.0)
-        goals = torch.tensor([names.index(label) for label in labels])
-        probe = LogisticProbe.fit(torch.from_numpy((x - mean) / deviation), goals, len(names))
-        return cls(probe, mean, deviation, names)
+        probe = LogisticRegression(tol=1e-9, max_iter=2000).fit((x - mean) / deviation, labels)
+        return cls(probe, mean, deviation)
 
     def __call__(self, x: np.ndarray) -> list[str]:
         """The answer for every row."""
-        answers = self.probe.log_probabilities(torch.from_numpy((x - self.mean) / self.deviation)).argmax(1)
-        return [self.names[i] for i in answers.tolist()]
+        answers: list[str] = self.probe.predict((x - self.mean) / self.deviation).tolist()
+        return answers
 
 
 # ---- the study ------------------------------------------------------------------------------------------------------
