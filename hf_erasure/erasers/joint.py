@@ -55,6 +55,8 @@ def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None =
       span `Σ⁻¹ A`, so that those of the joint concept are theirs together,
     * the orthogonal projection away from all concepts, where all are orthogonal.
 
+    Linear erasers that keep one and the same mean keep it together as well; of several means they keep none exactly.
+
     Concepts that overlap share directions, which count once. A direction that none of the rights can tell from what
     the other erasers remove (there is none where the covariance is the same) is read by itself instead, as the
     orthogonal method does: what remains exact, and needs no covariance.

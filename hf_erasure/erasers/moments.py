@@ -27,6 +27,7 @@ from .eraser import (
     whiten_concept,
 )
 from .least_squares import check_rounds, inlp_factors, ridge_factor
+from .mean import eraser_about
 from .statistics import PackedGram, Sums, centred_products, infer_dims, read_rows, sum_rows
 
 
@@ -316,6 +317,7 @@ class ConceptMoments:
         method: str = "leace",
         *,
         affine: bool = True,
+        keep_mean: bool = True,
         rank: int | None = None,
         rounds: int | None = None,
         shrinkage: str | float | None = "oas",
@@ -335,7 +337,10 @@ class ConceptMoments:
                 projection with a least-squares probe: as such a probe is a function of the moments, so are all its
                 rounds, each of which projects away the probe that reads best what the rounds before have left.
                 For INLP with logistic regression, and for R-LACE, which need rows, see `Eraser.fit`.
-            affine: Keep the mean in place. Without, the map is linear.
+            affine: Keep the mean in place by an affine part. Without, the map is linear: of those that erase the same
+                and keep the mean, the one that changes the activations least.
+            keep_mean: With `affine=False` alone: whether the linear map keeps the mean. The map that lets it go moves
+                what is far from the origin.
             rank: At most that many directions, those of the largest canonical correlations; None for all that are
                 more than rounding, at most k − 1 for k classes. A cap below that leaves a part of the concept. For
                 "inlp", those of the first rounds.
@@ -353,7 +358,8 @@ class ConceptMoments:
 
         Raises:
             TypeError: If `background` is not `ConceptMoments` or `rank` not an int.
-            ValueError: If an option is unknown, no rows were seen, x or z does not vary, or there is only one class.
+            ValueError: If an option is unknown, no rows were seen, x or z does not vary, there is only one class, or no
+                linear map keeps the mean.
         """
         check_options(method, rank, rounds, shrinkage, background_weight)
         sums, _ = self._known()
@@ -371,7 +377,7 @@ class ConceptMoments:
                 stacklevel=4,  # past the two decorators above
             )
         columns = concept_columns(own)
-        spread = own
+        spread, factor = own, None
         if background is not None:
             self._check_background(background)
             spread = own.beside(background.spread(), background_weight)
@@ -390,8 +396,9 @@ class ConceptMoments:
             limit, cutoff = check_rounds(rounds, rank), significance(own.resolution)
             left, right = inlp_factors(columns, ridge_factor(own, shrinkage), limit, rank, cutoff)
         else:
-            left, right = leace_factors(columns, factorise(spread, shrinkage), rank)
-        return Eraser(left, right, spread.mean if affine else None)
+            factor = factorise(spread, shrinkage)
+            left, right = leace_factors(columns, factor, rank)
+        return eraser_about(left, right, spread, affine=affine, keep_mean=keep_mean, factor=factor)
 
     @torch.inference_mode(False)
     @torch.no_grad()

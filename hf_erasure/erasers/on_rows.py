@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, logsigmoid, one_hot
 
-from .eraser import FITS, Eraser, check_count
+from .eraser import FITS, Eraser, Spread, check_count
 from .least_squares import beyond, check_rounds
+from .mean import eraser_about
 from .moments import batch_moments
 from .statistics import read_rows
 
@@ -27,6 +28,7 @@ def fit_inlp(
     rounds: int | None = None,
     rank: int | None = None,
     affine: bool = True,
+    keep_mean: bool = True,
     penalty: float | None = None,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
@@ -43,7 +45,8 @@ def fit_inlp(
         z: Integer class ids `(…)`, −100 to leave a row out.
         rounds: At most so many; None for 10, or, where a rank is given, as many as it takes.
         rank: At most so many directions, those of the first rounds.
-        affine: Keep the mean in place. The paper's map is without.
+        affine: Keep the mean in place by an affine part.
+        keep_mean: With `affine=False` alone: whether the linear map keeps the mean. The paper's map does not.
         penalty: Ridge on the weights; None for one over the rows, which is `C=1` in scikit-learn.
         weight: `(…)` non-negative weights of rows.
         mask: `(…)` bool, False leaves a row out.
@@ -65,7 +68,7 @@ def fit_inlp(
         if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
             break
     basis = rows.cleaned(basis[:, :rank])
-    return Eraser(basis, basis.T, rows.mean if affine else None)
+    return eraser_about(basis, basis.T, rows.spread, affine=affine, keep_mean=keep_mean)
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,14 @@ class ClassRows:
         x: `(n, d)` float64, centred and divided by one number, so that the features have variance 1 on average.
         target: `(n, c)` float64 indicators of the classes; one column for two classes.
         weight: `(n,)` float64, sums to 1.
-        mean: `(d,)` float64 mean of the rows as they were given.
+        spread: Mean and covariance of the rows as they were given.
         varies: `(d,)` bool, False for features that are switched off: rounding is all they could be given.
     """
 
     x: Tensor
     target: Tensor
     weight: Tensor
-    mean: Tensor
+    spread: Spread
     varies: Tensor
 
     def cleaned(self, basis: Tensor) -> Tensor:
@@ -149,15 +152,16 @@ def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None,
             "integer class id per row, or take 'leace' or 'orth', which erase values as well."
         )
     moments.check_concept()
-    variance = moments.spread().variance
+    spread = moments.spread()
+    variance = spread.variance
     if not bool((variance > 0).any()):
         raise ValueError(f"x is constant over all {rows.count} rows: no feature varies, so there is nothing to erase.")
     varies = variance > 1e-24 * variance.max()
-    centred = (rows.chunk(0, rows.count).double() - moments.mean_x) / variance.mean().sqrt() * varies
+    centred = (rows.chunk(0, rows.count).double() - spread.mean) / variance.mean().sqrt() * varies
     present, ids = rows.ids.unique(return_inverse=True)
     target = one_hot(ids, present.numel()).double()
     target = target[:, 1:] if present.numel() == 2 else target
-    return ClassRows(centred, target, rows.weight / rows.weight.sum(), moments.mean_x, varies)
+    return ClassRows(centred, target, rows.weight / rows.weight.sum(), spread, varies)
 
 
 def logistic_probe(
@@ -245,6 +249,7 @@ def fit_rlace(
     rank: int | None = None,
     steps: int = STEPS,
     affine: bool = True,
+    keep_mean: bool = True,
     penalty: float | None = None,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
@@ -263,13 +268,15 @@ def fit_rlace(
         z: Integer class ids `(…)`, −100 to leave a row out.
         rank: The number of directions that are removed; None for k − 1.
         steps: Of the eraser.
-        affine: Keep the mean in place. The paper's map is without.
+        affine: Keep the mean in place by an affine part.
+        keep_mean: With `affine=False` alone: whether the linear map keeps the mean. The paper's map does not.
         penalty: Ridge on the adversary's weights; None for one over the rows.
         weight: `(…)` non-negative weights of rows.
         mask: `(…)` bool, False leaves a row out.
 
     Returns:
-        An orthogonal projection of exactly that rank.
+        An orthogonal projection of exactly that rank; an oblique one, along the same directions, where it is linear and
+        keeps the mean.
 
     Raises:
         TypeError: If an argument is not a tensor of numbers, or a count is not an int.
@@ -281,7 +288,7 @@ def fit_rlace(
     check_count("rank", count, most=width)
     check_count("steps", steps)
     basis = rows.cleaned(_play(rows, count, steps, penalty))
-    return Eraser(basis, basis.T, rows.mean if affine else None)
+    return eraser_about(basis, basis.T, rows.spread, affine=affine, keep_mean=keep_mean)
 
 
 def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tensor:

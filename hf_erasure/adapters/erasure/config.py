@@ -51,8 +51,8 @@ class ConceptErasureConfig(ChildConfig):
             `"orth"` where the rank is not capped; needs `labels`); or `"inlp"` (iterative null-space projection,
             arXiv 2004.07667, with a least-squares probe; it removes more directions and guarantees less). R-LACE and
             INLP with logistic regression need rows, which fitting keeps none of: see `hf_erasure.erasers.Eraser.fit`.
-        affine: Keep the mean of the activations. `False` gives a purely linear map, for which a bias-free layer needs
-            no bias when the adapter is merged.
+        affine: Keep the mean of the activations by an affine part. `False` gives a linear map, for which a bias-free
+            layer needs no bias when the adapter is merged: of those that keep the mean the one of least change.
         rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
             which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
