@@ -1,8 +1,8 @@
 """The linear map that erases and keeps the mean: what must hold for any rows, and where there is none.
 
 Tolerances are relative to the spread of a feature. `1e-12` is float64 rounding, 2e-16, times the few thousand
-operations between rows and result. By one over the sine between the mean and the covariances with the concept, at most 30 here,
-the new readings are longer, and by its square optimality is less sharp.
+operations between rows and result. The new readings are longer by
+one over the sine between the mean and the covariances with the concept, at most 30 here.
 """
 
 from __future__ import annotations
