@@ -1,0 +1,503 @@
+"""One forward pass as a graph: which activation was computed from which, by which operation and with which weight.
+
+Operations are watched as they come to the dispatcher. What is rearranged, cut out or multiplied by a number stays the
+same node, and it is noted where its entries have gone. So two modules that take views of one tensor are seen to, and so
+is along which axis of an activation, and of a weight, a product sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.pytorch_utils import Conv1D
+
+from .flow import is_norm
+
+# Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
+_REARRANGING = {
+    "_to_copy", "_unsafe_view", "_reshape_alias", "alias", "as_strided", "cat", "chunk", "clone", "constant_pad_nd",
+    "copy_", "detach", "expand", "flatten", "flip", "gather", "im2col", "index", "index_put_", "index_put",
+    "index_select", "lift_fresh", "masked_fill", "masked_fill_", "masked_scatter", "masked_scatter_", "masked_select",
+    "mean", "native_dropout", "neg", "permute", "pixel_shuffle", "pixel_unshuffle", "reflection_pad1d", "repeat",
+    "repeat_interleave", "reshape", "roll", "scatter", "scatter_", "select", "slice", "slice_scatter", "split",
+    "split_with_sizes", "squeeze", "squeeze_", "stack", "sum", "t", "take_along_dim", "transpose", "unbind", "unfold",
+    "unsafe_split", "unsqueeze", "unsqueeze_", "view", "where", "zero_", "fill_",
+}  # fmt: skip
+_SUMS = {"add", "add_", "sub", "sub_", "rsub"}
+_ROUTED_SUMS = {"index_add", "index_add_", "scatter_add", "scatter_add_"}
+_SCALINGS = {"mul", "mul_", "div", "div_"}
+_NORMS = {"native_layer_norm", "_fused_rms_norm", "native_batch_norm", "native_group_norm", "rms_norm", "layer_norm"}
+_POINTWISE = {
+    "relu", "relu_", "gelu", "silu", "silu_", "tanh", "sigmoid", "hardtanh", "hardswish", "hardswish_", "clamp",
+    "clamp_min", "clamp_max", "leaky_relu", "elu", "avg_pool2d", "avg_pool1d", "_adaptive_avg_pool2d",
+    "max_pool2d_with_indices", "upsample_bilinear2d", "upsample_nearest2d", "nan_to_num",
+}  # fmt: skip
+_SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
+# Product → the places of its factors, and the axes of the second over which it sums and which it makes.
+_PRODUCTS = {
+    "mm": (0, 1, 0, 1), "addmm": (1, 2, 0, 1), "bmm": (0, 1, 1, 2), "baddbmm": (1, 2, 1, 2), "linear": (0, 1, 1, 0),
+    "_grouped_mm": (0, 1, 1, 2), "grouped_mm_fallback": (0, 1, 1, 2),
+}  # fmt: skip
+LINEAR = (nn.Linear.forward, Conv1D.forward)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter, or what was cut out of it.
+
+    Attributes:
+        parameter: The parameter.
+        axes: Axis of it by axis of the tensor, None where an axis is none of its own; None if not known at all.
+    """
+
+    parameter: nn.Parameter
+    axes: tuple[int | None, ...] | None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: its name, and the node of the first activation among what it was given and has given."""
+
+    index: int
+    name: str
+    module: nn.Module
+    taken: Node | None = None
+    given: Node | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """What was multiplied by which weight.
+
+    Attributes:
+        owner: The name of the module that has the weight and ran; empty if that was not called.
+        call: The number of that call; -1 if there was none.
+        parameter: The name of the weight in its module; dotted from the model where that was not called.
+        reads: The axis of the weight over which the product sums.
+        writes: The axis of the weight along which its results lie.
+        pattern: Where in the node the factors lie, from the first on; None if that is not the same in all rows.
+    """
+
+    owner: str
+    call: int
+    parameter: str
+    reads: int | None
+    writes: int | None
+    pattern: tuple[int, ...] | None = None
+
+
+@dataclass(eq=False)
+class Node:
+    """An activation, and all that shows its entries.
+
+    Attributes:
+        index: Its place in the order of making.
+        kind: `"sum"`, `"join"` (cat and its like), `"scaled"` (by one number a row), `"featurewise"` (linear in each
+            feature by itself), `"pointwise"`, `"norm"`, `"map"`, `"parameter"`, `"constant"`, or `"opaque"`.
+        operation: Of the dispatcher, or the name of the module that made it.
+        parents: What it was made of.
+        calls: The numbers of the calls that ran, from the outermost.
+        product: The weight, of a map or parameter.
+        shape: Of the tensor that was made.
+        before: Bits of the nodes that it was computed from.
+        behind: Bits of those from which it was computed by way of a weight.
+        is_zero: Whether it is a constant and zero.
+    """
+
+    index: int
+    kind: str
+    operation: str
+    parents: tuple[Node, ...]
+    calls: tuple[int, ...]
+    product: Product | None
+    shape: tuple[int, ...]
+    before: int = 0
+    behind: int = 0
+    is_zero: bool = False
+
+
+@dataclass(frozen=True)
+class _Value:
+    node: Node
+    # The place of each entry in the node's tensor, from 1; 0 for entries of nothing. None: as they were made.
+    entries: Tensor | None
+    time: int
+
+
+class Graph(TorchDispatchMode):
+    """Watches one forward pass of a model.
+
+    Args:
+        model: With its adapters, which are left out.
+
+    Attributes:
+        nodes: All activations, in the order in which they were made.
+        calls: All calls of modules.
+        returned: Nodes that the model gives.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.calls: list[Call] = []
+        self.returned: set[Node] = set()
+        self._model = model
+        self._values = WeakTensorKeyDictionary()
+        self._weights = WeakTensorKeyDictionary()
+        self._owners = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        # What was last written into a storage; the tensor is kept, so that no other takes its place in memory.
+        self._written: dict[int, tuple[int, Node, Tensor]] = {}
+        self._stack: list[Call] = []
+        self._silent = 0
+        self._time = 0
+
+    def run(self, call: Callable[[], Any]) -> Graph:
+        """Watch the pass that `call` makes."""
+        with ExitStack() as hooks, _erasers_off(self._model):
+            for name, module in self._model.named_modules():
+                if not hasattr(module, "host"):
+                    enter, leave = partial(self._enter, name), partial(self._leave, name)
+                    hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+            with self:
+                output = call()
+        for tensor in tree_leaves(dict(output) if isinstance(output, dict) else output):
+            if isinstance(tensor, Tensor) and (value := self._values.get(tensor)) is not None:
+                self.returned.add(value.node)
+        return self
+
+    # ---- modules -----------------------------------------------------------------------------------------------------
+
+    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        call = Call(len(self.calls), name, module)
+        self.calls.append(call)
+        self._stack.append(call)
+        first = next(_floats((args, kwargs)), None)
+        call.taken = None if first is None or self._silent else self._of(first).node
+        self._silent += is_norm(module) or _linear_inside(module) is not None
+
+    def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        call = self._stack[-1]
+        call = self._stack[-1]
+        linear, found = _linear_inside(module), next(_floats(output), None)
+        is_whole = is_norm(module) or linear is not None
+        self._silent -= is_whole
+        if not self._silent and found is not None:
+            if is_whole:
+                self._made(output, self._whole(call, linear, list(_floats((args, kwargs))), found))
+            call.given = self._of(found).node
+        self._stack.pop()
+
+    def _whole(self, call: Call, linear: nn.Module | None, given: list[Tensor], found: Tensor) -> Node:
+        """The node that a module made of which the operations mean nothing to a reader."""
+        values = {id(tensor): self._of(tensor) for tensor in given}
+        nodes = [value.node for value in values.values()]
+        if linear is None:
+            kind = "norm" if sum(node.kind != "constant" for node in nodes) == 1 else "opaque"
+            return self._node(kind, call.name, nodes, found.shape)
+        pattern = self._pattern(self._shown(given[0], values), given[0].dim() - 1, given[0].shape)
+        reads = 0 if isinstance(linear, Conv1D) else 1
+        product = Product(call.name, call.index, "weight", reads, 1 - reads, pattern)
+        return self._node("map", call.name, nodes[:1], found.shape, product)
+
+    # ---- values ------------------------------------------------------------------------------------------------------
+
+    def _node(
+        self, kind: str, operation: str, parents: Iterable[Node], shape: Sequence[int], product: Product | None = None
+    ) -> Node:
+        parents = tuple(dict.fromkeys(parents))
+        before = behind = 0
+        for parent in parents:
+            before |= parent.before | 1 << parent.index
+            behind |= parent.behind
+        behind = before if kind == "map" else behind
+        calls = tuple(call.index for call in self._stack)
+        node = Node(len(self.nodes), kind, operation, parents, calls, product, tuple(shape), before, behind)
+        self.nodes.append(node)
+        return node
+
+    def _of(self, tensor: Tensor) -> _Value:
+        """What is known of a tensor; a parameter or a constant where nothing is."""
+        value, written = self._values.get(tensor), self._written.get(_storage(tensor))
+        if written is not None and (value is None or value.time < written[0]):
+            value = _Value(written[1], None, written[0])
+            self._values[tensor] = value
+        if value is None:
+            held = self._held(tensor)
+            node = self._node("constant" if held is None else "parameter", "", (), tensor.shape)
+            node.is_zero = held is None and not bool(tensor.any())
+            if held is not None:
+                last = None if held.axes is None else held.axes[-1]
+                node.product = self._product(held, None, last)
+                node.operation = self._owners.get(id(held.parameter), node.product.parameter)
+            value = _Value(node, None, self._time)
+            if held is not None:
+                self._values[tensor] = value
+        return value
+
+    def _made(self, output: Any, node: Node, entries: Any = None) -> None:
+        shown = [t for t in tree_leaves(entries) if isinstance(t, Tensor)] if entries is not None else []
+        for number, tensor in enumerate(_floats(output)):
+            self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
+
+    def _held(self, tensor: Tensor) -> Held | None:
+        if isinstance(tensor, nn.Parameter):
+            return Held(tensor, tuple(range(tensor.dim())))
+        return self._weights.get(tensor)
+
+    def _product(self, held: Held, reads: int | None, writes: int | None, pattern: Any = None) -> Product:
+        for call in reversed(self._stack):
+            for name, own in call.module._parameters.items():
+                if own is held.parameter:
+                    return Product(call.name, call.index, name, reads, writes, pattern)
+        return Product("", -1, self._owners.get(id(held.parameter), "a weight"), reads, writes, pattern)
+
+    # ---- operations --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        given = [] if self._silent else list(_floats((args, kwargs)))
+        values = [None if self._held(t) is not None else self._of_known(t) for t in given]
+        output = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if given and name not in _SHAPE_ONLY and any(True for _ in _floats(output)):
+            self._time += 1
+            if any(value is not None for value in values):
+                self._note(func, name, args, kwargs, output)
+            elif any(self._held(t) is not None for t in given):
+                self._note_weight(name, args, kwargs, given, output)
+        return output
+
+    def _of_known(self, tensor: Tensor) -> _Value | None:
+        known = tensor in self._values or _storage(tensor) in self._written
+        return self._of(tensor) if known else None
+
+    def _note_weight(self, name: str, args: tuple, kwargs: dict, given: list[Tensor], output: Any) -> None:
+        """An operation on weights alone."""
+        held = next(h for t in given if (h := self._held(t)) is not None)
+        if name == "embedding":
+            axes = held.axes
+            product = self._product(held, None, None if axes is None else axes[-1])
+            self._made(output, self._node("map", name, (), output.shape, product))
+            return
+        for made in _floats(output):
+            axes = None if held.axes is None or len(given) > 1 else _axes_after(name, args, kwargs, held.axes, made)
+            self._weights[made] = Held(held.parameter, axes)
+
+    def _note(self, func: Any, name: str, args: tuple, kwargs: dict, output: Any) -> None:
+        given = list(_floats((args, kwargs)))
+        # In place: what was there before is taken before it is written over.
+        nodes = {id(t): self._of(t) for t in given}
+        made = next(_floats(output))
+        node, entries = self._after(func, name, args, kwargs, given, nodes, made)
+        self._made(output, node, entries)
+        if any(out is t for out in _floats(output) for t in given) or "out" in kwargs:
+            self._written[_storage(made)] = (self._time, node, made)
+
+    def _after(
+        self, func: Any, name: str, args: tuple, kwargs: dict, given: list[Tensor], values: dict, made: Tensor
+    ) -> tuple[Node, Any]:
+        nodes = [values[id(t)].node for t in given]
+        told = [node for node in dict.fromkeys(nodes) if not node.is_zero]
+        if name in _PRODUCTS or name == "convolution":
+            product = self._convolved(args, values) if name == "convolution" else self._multiplied(name, args, values)
+            if isinstance(product, Product):
+                taken = values[id(args[0 if name == "convolution" else self._factor(name, args)])].node
+                return self._node("map", name, [taken], made.shape, product), None
+            if product == "featurewise":
+                return self._node(product, name, nodes, made.shape), None
+        if name in _NORMS and nodes[0].kind != "constant":
+            return self._node("norm", name, nodes[:1], made.shape), None
+        if name in _SUMS and len(given) > 1:
+            if len(told) == 1 and nodes.count(told[0]) == 1 and made.shape == given[nodes.index(told[0])].shape:
+                return told[0], values[id(given[nodes.index(told[0])])].entries
+            return self._node("sum", name, nodes, made.shape), None
+        if name in _ROUTED_SUMS:
+            return self._node("sum", name, told, made.shape), None
+        if name in _SCALINGS:
+            return self._scaled(name, given, values, made)
+        if name in _REARRANGING:
+            return self._rearranged(func, name, args, kwargs, told, values, made)
+        activations = [node for node in told if node.kind not in ("constant", "parameter")]
+        is_pointwise = name in _POINTWISE and len(activations) == 1
+        return self._node("pointwise" if is_pointwise else "opaque", name, told, made.shape), None
+
+    def _factor(self, name: str, args: tuple) -> int:
+        first, second, _, _ = _PRODUCTS[name]
+        return second if self._held(args[first]) is not None else first
+
+    def _multiplied(self, name: str, args: tuple, values: dict) -> Product | None:
+        first, second, reads, writes = _PRODUCTS[name]
+        factor, held = args[first], self._held(args[second])
+        axis = factor.dim() - 1
+        if held is None:  # the weight comes first
+            factor, held = args[second], self._held(args[first])
+            axis, reads, writes = factor.dim() - 2, args[first].dim() - 1, args[first].dim() - 2
+        if held is None or held.axes is None or id(factor) not in values:
+            return None
+        pattern = self._pattern(self._shown(factor, values), axis, factor.shape)
+        return self._product(held, held.axes[reads], held.axes[writes], pattern)
+
+    def _convolved(self, args: tuple, values: dict) -> Product | str | None:
+        held, groups = self._held(args[1]), args[8]
+        if groups > 1:
+            return "featurewise" if groups == args[0].shape[1] == args[1].shape[0] else None
+        if held is None or held.axes is None:
+            return None
+        reads, writes = (0, 1) if args[6] else (1, 0)
+        pattern = self._pattern(self._shown(args[0], values), 1, args[0].shape)
+        return self._product(held, held.axes[reads], held.axes[writes], pattern)
+
+    def _scaled(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
+        largest = next((t for t in given if t.shape == made.shape), given[0])
+        value = values[id(largest)]
+        others = [t for t in given if t is not largest]
+        if all(t.numel() == 1 for t in others) and len(given) > 1 - (not others) and largest.shape == made.shape:
+            if not others and sum(t is largest for t in given) > 1:
+                return self._node("opaque", name, [value.node], made.shape), None
+            return value.node, value.entries
+        nodes = [value.node, *(values[id(t)].node for t in others)]
+        if largest.shape != made.shape:
+            return self._node("opaque", name, nodes, made.shape), None
+        other = others[0]
+        sizes = (*[1] * (made.dim() - other.dim()), *other.shape)
+        is_uniform = sizes[-1] == 1 or (made.dim() == 4 and sizes[1] == 1)
+        fixed = nodes[1].kind in ("constant", "parameter")
+        kind = "scaled" if is_uniform else "featurewise" if fixed else "opaque"
+        return self._node(kind, name, nodes, made.shape), None
+
+    def _rearranged(
+        self, func: Any, name: str, args: tuple, kwargs: dict, told: list[Node], values: dict, made: Tensor
+    ) -> tuple[Node, Any]:
+        if name == "copy_":  # what was there before does not count
+            value = values[id(args[1])] if isinstance(args[1], Tensor) and id(args[1]) in values else None
+            if value is not None and args[1].shape == made.shape:
+                return value.node, value.entries
+        if name in ("zero_", "fill_"):
+            node = self._node("constant", name, (), made.shape)
+            node.is_zero = name == "zero_" or not args[1]
+            return node, None
+        if len(told) != 1:
+            return self._node("join", name, told, made.shape), None
+        if name.startswith(("masked_fill", "neg")):
+            return told[0], next(v.entries for v in values.values() if v.node is told[0])
+
+        def shown(part: Any) -> Any:
+            if not isinstance(part, Tensor) or id(part) not in values:
+                return part
+            is_told = values[id(part)].node is told[0]
+            return self._shown(part, values)[0].clone() if is_told else torch.zeros_like(part, dtype=torch.float64)
+
+        try:
+            if name in ("sum", "mean"):
+                return told[0], self._shown(args[0], values)[0].amax(*args[1:2] or ((),), *args[2:3])
+            other = {key: value for key, value in kwargs.items() if key != "dtype"} if name == "_to_copy" else kwargs
+            return told[0], func(*tree_map(shown, args), **tree_map(shown, other))
+        except (RuntimeError, TypeError, NotImplementedError):
+            return self._node("join", name, told, made.shape), None
+
+    # ---- where entries are -------------------------------------------------------------------------------------------
+
+    def _shown(self, tensor: Tensor, values: dict) -> tuple[Tensor, tuple[int, ...]]:
+        value = values[id(tensor)]
+        if value.entries is not None and value.entries.shape == tensor.shape:
+            return value.entries, tuple(tensor.shape)
+        made = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device=tensor.device)
+        return made.view(tensor.shape), tuple(tensor.shape)
+
+    @staticmethod
+    def _pattern(shown: tuple[Tensor, Any], axis: int, shape: Sequence[int]) -> tuple[int, ...] | None:
+        rows = shown[0].movedim(axis, -1).reshape(-1, shape[axis])
+        rows = rows[(rows > 0).all(dim=1)]
+        if not len(rows):
+            return None
+        steps = rows - rows[:, :1]
+        return tuple(steps[0].long().tolist()) if bool((steps == steps[0]).all()) else None
+
+
+def _axes_after(
+    name: str, args: tuple, kwargs: dict[str, Any], axes: tuple[int | None, ...], made: Tensor
+) -> tuple[int | None, ...] | None:
+    """Which axes of a parameter those of a tensor are after an operation; None where that cannot be told."""
+    given, rest = args[0], args[1:]
+    count = len(axes)
+    if name in ("alias", "clone", "detach", "_to_copy", "lift_fresh", "slice", "split", "split_with_sizes", "chunk"):
+        return axes
+    if name == "expand":
+        return (*[None] * (made.dim() - count), *axes)
+    if name == "t":
+        return axes[::-1]
+    if name == "transpose":
+        order = list(axes)
+        order[rest[0]], order[rest[1]] = axes[rest[1]], axes[rest[0]]
+        return tuple(order)
+    if name == "permute":
+        return tuple(axes[axis] for axis in rest[0])
+    if name in ("select", "unbind"):
+        axis = (rest[0] if rest else 0) % count
+        return (*axes[:axis], *axes[axis + 1 :])
+    if name == "unsqueeze":
+        axis = rest[0] % (count + 1)
+        return (*axes[:axis], None, *axes[axis:])
+    if name == "index_select":
+        return axes
+    if name == "index" and made.dim() >= count - 1 and all(i is None for i in rest[0][1:]):
+        return (*[None] * (made.dim() - count + 1), *axes[1:])
+    if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze"):
+        return _axes_of_view(given.shape, made.shape, axes)
+    return None
+
+
+def _axes_of_view(old: Sequence[int], new: Sequence[int], axes: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """An axis is kept where as many entries lie behind it as before, and it is as long."""
+
+    def behind(sizes: Sequence[int]) -> list[tuple[int, int]]:
+        return [(size, int(torch.Size(sizes[axis + 1 :]).numel())) for axis, size in enumerate(sizes)]
+
+    known = {place: axis for place, axis in zip(behind(old), axes, strict=True) if place[0] > 1}
+    return tuple(known.get(place) for place in behind(new))
+
+
+def _linear_inside(module: nn.Module) -> nn.Module | None:
+    """The linear layer that a module is, or that it wraps for another adapter; also one with quantised weights."""
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    weight = inner._parameters.get("weight")
+    is_float = weight is not None and weight.is_floating_point()
+    is_quantised = not is_float and hasattr(inner, "in_features") and hasattr(inner, "out_features")
+    return inner if type(inner).forward in LINEAR or is_quantised else None
+
+
+@contextmanager
+def _erasers_off(model: nn.Module) -> Iterator[None]:
+    """Let adapters of this package, which hang below what they act on, not act."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and "host" in m.__dict__]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
+
+
+def _floats(tree: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(dict(tree) if isinstance(tree, dict) else tree):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            yield leaf
+
+
+def _storage(tensor: Tensor) -> int:
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return -1
+    return tensor.untyped_storage().data_ptr() or -1

@@ -1,0 +1,235 @@
+"""The linear maps at the ends of a model's sublayers: which read the hidden state, and which write it.
+
+What flows is told by sums alone. Where something is added to what it was itself computed from, by way of weights, that
+is the residual stream. Maps read it where their input is it, or a norm of it, and no other map lies between; maps write
+it where their output is added to it, rearranged or scaled at most. Erasing before all that reads, or behind all that
+writes, takes a concept out of what the sublayers and the head get, and a linear map has a place for it in its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .dummy import dummy_batch
+from .graph import Graph, Node
+from .model import Runner, evaluating, without_drawing
+
+# What leaves each feature, or a whole row, by itself.
+_BETWEEN = {"norm", "scaled", "featurewise", "pointwise"}
+_ADDED = {"sum", "join"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that multiplies what its module takes, or that makes what it returns.
+
+    Attributes:
+        module: The name of the module that is called with the activation, or returns it.
+        parameter: The name of the parameter in the module.
+        axis: The axis of the parameter along which the features of the hidden state lie.
+    """
+
+    module: str
+    parameter: str
+    axis: int
+
+
+class Group(list[Weight]):
+    """The maps that read one tensor, in the order of their calls.
+
+    Attributes:
+        also: What else takes the tensor and is not such a map, so that it is not guarded: names of operations.
+    """
+
+    also: tuple[str, ...] = ()
+
+
+def readers_of(model: nn.Module) -> list[Group]:
+    """The linear maps that read the hidden state, grouped by the tensor that they read.
+
+    The maps of a group take one eraser. A module that is called several times reads several tensors; those are one
+    group then, since a module has one eraser at its input.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    streams = _Streams(model)
+    groups = streams.readers()
+    if not groups:
+        raise ValueError(
+            f"No linear map of {type(model).__name__} reads a hidden state that others add to, so there is nothing for "
+            "target_modules='readers'. Name the modules instead, or leave target_modules out to erase at the norms."
+        )
+    return groups
+
+
+def writers_of(model: nn.Module) -> list[Weight]:
+    """The linear maps whose outputs are added to the residual stream, embeddings included.
+
+    Weights of one module have one eraser, at its output; a bias of experts, a parameter with a name of its own, is
+    among them.
+
+    Raises:
+        ValueError: If there are none, or if something else is added to the stream, or is it: then erasing at the maps
+            does not guard it.
+    """
+    return _Streams(model).writers()
+
+
+class _Streams:
+    """What a graph of one pass tells of the hidden state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._graph = _graph_of(model)
+        nodes = self._graph.nodes
+        self._stream = {
+            node
+            for total in nodes
+            if total.kind == "sum"
+            for end in total.parents
+            for branch in total.parents
+            if end is not branch and branch.behind >> _behind_scales(end).index & 1
+            for node in (total, end, _behind_scales(end))
+        }
+        for node in nodes:
+            first = node.parents[:1] if node.kind == "scaled" else node.parents
+            if node.kind in {*_ADDED, "scaled"} and any(parent in self._stream for parent in first):
+                self._stream.add(node)
+        # What is made of it feature by feature.
+        self._seen: set[Node] = set(self._stream)
+        for node in nodes:
+            is_made = node.kind in _BETWEEN and node.parents[0] in self._seen
+            given = [parent for parent in node.parents if parent.kind not in ("constant", "parameter")]
+            if is_made or (node.kind in _ADDED and given and all(parent in self._seen for parent in given)):
+                self._seen.add(node)
+
+    # ---- readers -----------------------------------------------------------------------------------------------------
+
+    def readers(self) -> list[Group]:
+        """The groups of maps that read a tensor, joined where they share a module."""
+        found: dict[Any, list[tuple[int, Weight]]] = {}
+        also: dict[Node, list[str]] = {}
+        for node in self._graph.nodes:
+            for taken in node.parents:
+                if taken not in self._seen or node.kind in _BETWEEN | _ADDED:
+                    continue
+                product = node.product
+                if node.kind == "map" and product is not None and self._is_read_by(taken, node):
+                    weight = Weight(product.owner, product.parameter, int(product.reads or 0))
+                    found.setdefault((taken, product.pattern), []).append((product.call, weight))
+                else:
+                    also.setdefault(taken, []).append(node.operation)
+        groups: list[tuple[list[tuple[int, Weight]], set[str]]] = []
+        for (taken, _), weights in found.items():
+            names = {weight.module for _, weight in weights}
+            joined = [group for group in groups if any(weight.module in names for _, weight in group[0])]
+            groups = [group for group in groups if group not in joined]
+            merged = [pair for group in joined for pair in group[0]] + weights
+            groups.append((merged, {*also.get(taken, []), *(name for group in joined for name in group[1])}))
+        return [_as_group(weights, told) for weights, told in sorted(groups, key=lambda group: min(group[0])[0])]
+
+    def _is_read_by(self, taken: Node, node: Node) -> bool:
+        """Whether a map reads a tensor as the first input of a module that does nothing else with it."""
+        product = node.product
+        if product is None or product.call < 0 or product.reads is None or product.pattern is None:
+            return False
+        if self._graph.calls[product.call].taken is not taken:
+            return False
+        inside = [other for other in self._graph.nodes if taken in other.parents and product.call in other.calls]
+        return all(other.product is not None and other.product.owner == product.owner for other in inside)
+
+    # ---- writers -----------------------------------------------------------------------------------------------------
+
+    def writers(self) -> list[Weight]:
+        """The maps that make what is added; refused where anything else is added."""
+        found: dict[Weight, None] = {}
+        refusals: list[str] = []
+        ends = self._ends(node for node in self._graph.nodes if node in self._stream)
+        for node in ends:
+            reason = self._why_not_written(node, ends)
+            if reason is not None:
+                refusals.append(reason)
+            elif node.product is not None:
+                found[Weight(node.product.owner, node.product.parameter, int(node.product.writes or 0))] = None
+        name = type(self._model).__name__
+        if refusals:
+            raise ValueError(
+                f"target_modules='writers' does not guard the residual stream of {name}: {refusals[0]}. Use "
+                "target_modules='readers', which guards what its sublayers read."
+            )
+        if not found:
+            raise ValueError(
+                f"No linear map of {name} adds to a residual stream, so there is nothing for target_modules='writers'. "
+                "Name the modules instead, or leave target_modules out to erase at the norms."
+            )
+        return list(found)
+
+    def _ends(self, nodes: Iterable[Node]) -> list[Node]:
+        """What nodes are sums of, in the order of making."""
+        found, open_ = set(), list(nodes)
+        seen = set(open_)
+        while open_:
+            node = open_.pop()
+            parts = node.parents if node.kind in _ADDED else node.parents[:1] if node.kind == "scaled" else None
+            if parts is None:
+                found.add(node)
+                continue
+            open_ += [part for part in parts if part not in seen]
+            seen.update(parts)
+        return sorted(found, key=lambda node: node.index)
+
+    def _why_not_written(self, node: Node, ends: list[Node]) -> str | None:
+        product, what = node.product, node.operation
+        if node.kind == "constant":
+            return None if node.is_zero else "something that no weight makes is added to it, such as fixed positions"
+        if node.kind == "norm":
+            return f"the output of the norm {what!r} is the stream or is added to it"
+        if node.kind == "parameter" and not self._is_bias(node, ends):
+            return f"the parameter {what!r} is added to it"
+        if product is None:
+            return f"what `{what}` gives is added to it, which is not a linear map"
+        if product.call < 0 or product.writes is None:
+            return f"the weight {product.parameter!r} makes what is added to it, and its module is not called"
+        given = self._graph.calls[product.call].given
+        if given is None or any(
+            end.product is None or end.product.owner != product.owner for end in self._ends([given]) if not end.is_zero
+        ):
+            return f"the module {product.owner!r}, whose weight makes what is added to it, returns something else"
+        return None
+
+    @staticmethod
+    def _is_bias(node: Node, ends: list[Node]) -> bool:
+        owner = node.product.owner if node.product is not None else ""
+        return bool(owner) and any(n.kind == "map" and n.product and n.product.owner == owner for n in ends)
+
+
+def _as_group(weights: list[tuple[int, Weight]], also: set[str]) -> Group:
+    group = Group(dict.fromkeys(weight for _, weight in sorted(weights, key=lambda pair: pair[0])))
+    group.also = tuple(sorted(also))
+    return group
+
+
+def _behind_scales(node: Node) -> Node:
+    while node.kind == "scaled":
+        node = node.parents[0]
+    return node
+
+
+def _graph_of(model: nn.Module) -> Graph:
+    """The graph of one small pass of the whole model, or of the bare one where only that takes the input."""
+    found: list[Graph] = []
+
+    def watch(call: Callable[[], Any]) -> None:
+        found[:] = [Graph(model).run(call)]
+
+    batch = dummy_batch(model, watch)
+    runner = Runner(model)
+    if runner.backbone is not runner.model:
+        with evaluating(model), without_drawing(model):
+            found[:] = [Graph(model).run(lambda: runner(batch, runner.model))]
+    return found[0]
