@@ -163,7 +163,7 @@ def fitted(base: PreTrainedModel, model: PreTrainedModel, batches: list[Batch]) 
         warnings.simplefilter("always")
         report = fit_concept_erasure(model, batches, NAME, progress=False)
     targets = [name for name, size in model.peft_config[NAME].fitted_sites.items() if size["rank"]]
-    found = truth.residuals(model, targets, batches, truth.feature_axes(base, targets, batches[0]))
+    found = truth.residuals(model, targets, batches, truth.feature_axes(base, targets, batches[0]), report.pool)
     if not found:
         raise WrongError("no site was reached")
     where, most = truth.worst(found)

@@ -43,6 +43,50 @@ def test_the_concept_is_found_at_the_visit_that_has_it_and_not_in_padding():
     assert leaking["site", 0] > 0.1
 
 
+def test_where_a_head_reads_the_first_token_no_other_counts():
+    batch = _batch()
+    batch["input_ids"][:, 0] = 5  # tells nothing of the concept
+    found = truth.residuals(_Read(), ["site"], [batch], {"site": -1}, "cls")
+    assert found["site", 0] < RESIDUAL
+    assert truth.residuals(_Read(), ["site"], [batch], {"site": -1})["site", 0] > 0.1
+
+
+class _Read(nn.Module):
+    """Gives what it takes, as one feature."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = nn.Identity()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.site(input_ids[..., None].float())
+
+
+def test_blocks_of_convolutions_have_their_features_first():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(3, 3, 1), nn.LayerNorm(3)
+
+        def forward(self, input_values: Tensor) -> Tensor:
+            return self.norm(self.conv(input_values).transpose(1, 2)).transpose(1, 2)
+
+    class Model(nn.Module):
+        main_input_name = "input_values"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.proj = nn.ModuleList([Layer()]), nn.Linear(7, 7)
+
+        def forward(self, input_values: Tensor) -> Tensor:
+            return self.proj(self.layers[0](input_values))
+
+    batch = {"input_values": torch.randn(2, 3, 7), "concept_labels": torch.arange(2)}
+    assert truth.feature_axes(Model(), ["layers.0", "proj"], batch) == {"layers.0": 1, "proj": -1}
+
+
 def test_names_that_differ_in_numbers_are_one_line():
     names = [f"layer.{i}.{norm}" for i in range(2) for norm in ("before", "after")]
     assert collapsed([*names, "norm"]) == ["layer.{0,1}.before", "layer.{0,1}.after", "norm"]

@@ -28,7 +28,9 @@ _CHANNELS_LAST = ("dinat", "nat", "sam", "edgetam", "efficienttam")
 _CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Conv1d, nn.Conv2d)
 
 
-def residuals(model: nn.Module, sites: Sequence[str], batches: Iterable[Batch], axes: dict[str, int]) -> dict:
+def residuals(
+    model: nn.Module, sites: Sequence[str], batches: Iterable[Batch], axes: dict[str, int], pool: str = "tokens"
+) -> dict[Visit, float]:
     """Visit → `|Σ x z| / (|x| |z|)` of the features x and the labels z, both without their means.
 
     Args:
@@ -36,6 +38,7 @@ def residuals(model: nn.Module, sites: Sequence[str], batches: Iterable[Batch], 
         sites: Names of modules.
         batches: With a label for each sequence, or for each token.
         axes: Of the features, by site; see `feature_axes`.
+        pool: Which tokens count: all, or the first alone (`"cls"`), as the model's head reads them.
     """
     sums: dict[Visit, _Sums] = {}
     for batch in batches:
@@ -44,7 +47,7 @@ def residuals(model: nn.Module, sites: Sequence[str], batches: Iterable[Batch], 
             example = alone(batch, row)
             for visit, given in activations(model, sites, example).items():
                 rows = given.movedim(axes[visit[0]], -1)
-                keep, labels = _of_rows(rows, places.get(visit), example)
+                keep, labels = _of_rows(rows, places.get(visit), example, pool)
                 sums.setdefault(visit, _Sums()).add(rows[keep].double(), labels[keep].double())
     return {visit: found.share() for visit, found in sums.items()}
 
@@ -66,7 +69,7 @@ def feature_axes(model: Any, sites: Iterable[str], batch: Batch) -> dict[str, in
             is_first = own or re.search("BatchNorm|SqueezeBertLayerNorm", repr(module)) is not None
         else:
             is_image = given.dim() == 4 and takes_images and not model.config.model_type.startswith(_CHANNELS_LAST)
-            is_first = is_image or isinstance(module, _CHANNELS_FIRST) or ".conv_layers." in f".{site}"
+            is_first = is_image or isinstance(module, _CHANNELS_FIRST) or _is_convolution(module)
         found[site] = 1 if is_first and given.dim() > 2 else -1
     return found
 
@@ -74,6 +77,12 @@ def feature_axes(model: Any, sites: Iterable[str], batch: Batch) -> dict[str, in
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is called a norm, and has no parts that mix features."""
     return "norm" in type(module).__name__.lower() and all(value.dim() < 2 for value in module.parameters())
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """Whether all that mixes features in a module are convolutions, as in the layers in front of a speech encoder."""
+    mixing = [part for part in module.modules() if any(value.dim() > 1 for value in part.parameters(recurse=False))]
+    return bool(mixing) and all(isinstance(part, (nn.Conv1d, nn.Conv2d)) for part in mixing)
 
 
 def activations(model: nn.Module, sites: Iterable[str], batch: Batch) -> dict[Visit, Tensor]:
@@ -146,7 +155,7 @@ def _longer(example: Batch, lengths: dict[str, int]) -> Batch:
     return found
 
 
-def _of_rows(rows: Tensor, place: tuple[int, str] | None, example: Batch) -> tuple[Tensor, Tensor]:
+def _of_rows(rows: Tensor, place: tuple[int, str] | None, example: Batch, pool: str) -> tuple[Tensor, Tensor]:
     """Which rows of one example count, and their labels."""
     shape, label = rows.shape[:-1], example["concept_labels"]
     if place is None:
@@ -157,6 +166,8 @@ def _of_rows(rows: Tensor, place: tuple[int, str] | None, example: Batch) -> tup
     mask = example.get(f"{side}attention_mask", torch.ones(1, shape[axis], dtype=torch.long))[0].bool()
     values = label[0] if label.dim() > 1 and not side else label.reshape(-1)[:1].expand(shape[axis])
     keep = mask & (values >= 0)
+    if pool == "cls":
+        keep &= torch.arange(len(keep)) == 0
     return keep.view(along).expand(shape), values.view(along).expand(shape)
 
 
