@@ -78,6 +78,7 @@ class Flow(TorchDispatchMode):
         self._traces = WeakTensorKeyDictionary()
         self._reads: set[str] = set()
         self._kept: set[str] = set()
+        self._hidden: set[tuple[int, ...]] = set()  # shapes of what blocks take
         self.called: list[str] = []
         # Of the blocks and their parts that run at present, from the outermost: whether it is a block.
         self._running: list[bool] = []
@@ -115,6 +116,8 @@ class Flow(TorchDispatchMode):
                     if not any(part is other for other in self._blocks):
                         hooks.callback(part.register_forward_pre_hook(lambda *_: self._running.append(False)).remove)
                         hooks.callback(part.register_forward_hook(lambda *_: self._leave()).remove)
+            for part in self._parts():
+                hooks.callback(part.register_forward_pre_hook(self._enter_part, with_kwargs=True).remove)
             with self:
                 output = call()
         self._leave_model(self._model, (), output)
@@ -137,9 +140,33 @@ class Flow(TorchDispatchMode):
             # Reversible blocks take two.
             if hidden is not None and isinstance(given, Tensor) and given.shape == hidden.shape:
                 known = self._of(given)
+                self._hidden.add(tuple(given.shape))
                 if known.output_of in self._reads:
                     self._kept.add(str(known.output_of))
                 self._traces[given] = Trace(known.sizes or tuple(given.shape), is_begun=True)
+
+    def _parts(self) -> Iterator[nn.Module]:
+        """What has several parts with weights inside the blocks, and is itself neither a block nor a norm.
+
+        A norm whose output such a part takes as it is, with the shape of a hidden state, normalises that of a branch
+        without a sum in between (Zamba's shared block). Norms over batches in branches of convolutions do not count.
+        """
+        skipped = {id(module) for module in self._blocks}
+        for name, module in self._model.named_modules():
+            # What adapters hang on or around a layer are not parts of it.
+            is_layer = isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+            inside = [m for m in module.children() if next(m.parameters(), None) is not None]
+            is_part = len(inside) > 1 and not is_layer and not is_norm(module) and id(module) not in skipped
+            if is_part and name.startswith(self._within):
+                yield module
+
+    def _enter_part(self, part: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        hidden = _first(args, kwargs)
+        known = _NOTHING if hidden is None else self._of(hidden)
+        if hidden is None or known.output_of is None or known.is_rearranged or tuple(hidden.shape) not in self._hidden:
+            return
+        if "batchnorm" not in type(self._model.get_submodule(known.output_of)).__name__.lower():
+            self._kept.add(known.output_of)
 
     def _leave(self) -> None:
         self._running.pop()
@@ -163,6 +190,8 @@ class Flow(TorchDispatchMode):
         features = {p.numel() for p in norm.parameters(recurse=False)} or {hidden.shape[-1]}
         if sizes and features & set(sizes):
             self._reads.add(name)
+            if known.output_of is not None:
+                self._kept.add(known.output_of)  # one of a hidden state, normalised twice
             if known.begun_by is not None:
                 self._kept.add(known.begun_by)
 
@@ -214,6 +243,10 @@ class Flow(TorchDispatchMode):
                 return Trace(tuple(known[0][0].shape), norms, is_begun=True, begun_by=ends.pop())
         if operation in _MIXINGS and hidden is not None and hidden.output_of is None and len(known) > 1:
             return hidden  # streams that are mixed by weights that were computed
+        if operation.startswith("_scaled_dot_product") and len(given) > 2:
+            streams = self._of(given[2])
+            if streams.sizes and given[2].dim() > len(streams.sizes):
+                return Trace(streams.sizes, is_begun=True)  # so are streams that lie side by side, once normalised
         largest = max(given, key=Tensor.numel)
         scaled = operation in _SCALINGS and all(t is largest or t.numel() < largest.numel() for t in given)
         if operation in _REARRANGING or scaled:

@@ -22,9 +22,14 @@ from tests.breadth.truth import activations, is_norm
 LISTED = Path(__file__).parent / "sites.txt"
 _QUERIES_OR_KEYS = re.compile(r"(^|[._])(q|k|query|key|kv|qk)[a-z]?_?(layer)?_?(norm|ln)", re.IGNORECASE)
 _BEFORE_BLOCKS = re.compile(r"embed|patch", re.IGNORECASE)
-# Downsampling between the stages, and convolutions for positions, lie in lists like blocks, and are none.
+# Downsampling between the stages, and convolutions for positions, lie in lists like blocks, and are none. Inside the
+# blocks: norms of queries and keys and of what is made into them (Mistral's indexer; PVT and SegFormer normalise the
+# shortened sequence), of the state of a convolution between its projections (Conformer), and of a mixer's state that is
+# gated next (MiniMax, xLSTM).
 _OF_NO_BLOCK = re.compile(
-    r"\b[qk]_?(layer)?norm|pos_conv|patch|embed|sub_norm|ffn_sub|downsampl|feature_extractor|router|attention\.layer_norm|projector"
+    r"\b[qk]_?(layer)?norm|pos_conv|patch|embed|sub_norm|ffn_sub|downsampl|feature_extractor|router|projector"
+    r"|attention\.(self\.)?(sequence_reduction\.)?layer_norm|indexer|conv(_module)?\.(depthwise_layer_)?norm"
+    r"|self_attn\.norm|multihead_norm"
 )
 # Stages of images are each as wide as they are.
 _IN_STAGE = re.compile(r"stages|(layers|levels)\.\d+\.(blocks|downsample|layers|output_layer)")
@@ -48,12 +53,13 @@ def odd_of(model: nn.Module, batch: Batch, sites: Sequence[str]) -> dict[str, li
     final = _final(model, batch, given)
     found = {
         "never called": [name for name in sites if name not in given],
-        "final": [name for name in final if name not in sites],
+        "final": [name for name in _of_sides_with(sites, final) if name not in sites],
         "heads": [name for name in sites if _QUERIES_OR_KEYS.search(name)],
         "before": [
             name for name in sites if _BEFORE_BLOCKS.search(name) and name not in final and not _is_in_block(name)
         ],
-        "width": _of_other_widths(model, given, sites),
+        # A last projection, such as SAM's neck, may change the width.
+        "width": [name for name in _of_other_widths(model, given, sites) if name not in final],
         "left out": _left_out(given, sites, len(batch["concept_labels"])),
     }
     return {_ODD[what]: names for what, names in found.items() if names}
@@ -61,6 +67,12 @@ def odd_of(model: nn.Module, batch: Batch, sites: Sequence[str]) -> dict[str, li
 
 def _is_in_block(name: str) -> bool:
     return re.search(r"\.\d+\.", name) is not None
+
+
+def _of_sides_with(sites: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those names that are not of a tower, unless there are sites in towers: the default is the side of the text."""
+    has_towers = any(_TOWERS.search(name) for name in sites)
+    return [name for name in names if has_towers or not _TOWERS.search(name)]
 
 
 def _final(model: nn.Module, batch: Batch, given: dict[str, Tensor]) -> list[str]:
@@ -90,13 +102,11 @@ def _of_other_widths(model: nn.Module, given: dict[str, Tensor], sites: Sequence
 def _left_out(given: dict[str, Tensor], sites: Sequence[str], rows: int) -> list[str]:
     """Norms in lists of blocks that give what the sites give, in form; of the side of a model that has sites."""
     forms = {given[name].shape for name in sites if name in given}
-    has_towers = any(_TOWERS.search(name) for name in sites)
     return [
         name
-        for name, value in given.items()
-        if name not in sites and value.shape in forms and value.dim() == 3 and value.shape[0] == rows
+        for name in _of_sides_with(sites, given)
+        if name not in sites and given[name].shape in forms and given[name].dim() == 3 and given[name].shape[0] == rows
         if _is_in_block(name) and not _OF_NO_BLOCK.search(name)
-        if has_towers or not _TOWERS.search(name)
     ]
 
 

@@ -124,6 +124,74 @@ def test_a_block_that_changes_the_width_begins_another_hidden_state() -> None:
     assert sites == ["0.first", "0.second", "1.norm1", "1.norm2"]
 
 
+def test_a_norm_of_a_part_without_a_sum_of_its_own_counts_and_one_of_queries_does_not() -> None:
+    class Shared(nn.Module):
+        """Attends and computes without a sum in between, as Zamba's blocks that are shared."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.mixer, self.second, self.mlp = nn.LayerNorm(8), Attention(), nn.LayerNorm(8), Gated()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(self.second(self.mixer(self.first(x))))
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.out = Shared(), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.out(self.shared(x))
+
+    model = nn.Sequential(Around(), Around()).eval()
+    with torch.no_grad():
+        sites = Flow(model).run(lambda: model(torch.randn(2, 5, 8))).sites
+    assert sites == [f"{block}.shared.{name}" for block in (0, 1) for name in ("first", "second")]
+
+
+def test_a_norm_whose_output_is_normalised_again_counts() -> None:
+    class Twice(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x + self.mixer(x)))
+
+    model = nn.Sequential(Twice("after"), Twice("after")).eval()
+    with torch.no_grad():
+        sites = Flow(model).run(lambda: model(torch.randn(2, 5, 8))).sites
+    assert sites == ["0.first", "0.second", "1.first", "1.second"]
+
+
+def test_what_streams_are_mixed_to_is_the_hidden_state_and_their_norm_does_not_count() -> None:
+    class Mixed(nn.Module):
+        """Attends to the states of the blocks before, as Inkling 2 does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.norm = nn.Parameter(torch.randn(8)), nn.LayerNorm(8, elementwise_affine=False)
+            self.first, self.mlp = nn.LayerNorm(8), Gated()
+
+        def forward(self, x: Tensor, before: Tensor) -> Tensor:
+            states = self.norm(torch.stack([x, before], -2))
+            query = self.query.expand(*states.shape[:-2], 1, 8)
+            mixed = nn.functional.scaled_dot_product_attention(query, states, states).squeeze(-2)
+            return x + self.mlp(self.first(mixed))
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.parts = nn.Embedding(20, 8), nn.ModuleList([Mixed(), Mixed()])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = before = self.table(ids)
+            for part in self.parts:
+                x, before = part(x, before), x
+            return x
+
+    model = Stack().eval()
+    with torch.no_grad():
+        sites = Flow(model).run(lambda: model(torch.randint(0, 20, (2, 5)))).sites
+    assert sites == ["parts.0.first", "parts.1.first"]
+
+
 def test_hooks_are_gone_afterwards() -> None:
     model = Model("before").eval()
     with torch.no_grad():
