@@ -270,6 +270,9 @@ class BatchLabels:
         Raises:
             ValueError: If its axes could not be told, or its positions are not those of the labels.
         """
+        if not activation.numel():
+            none = torch.zeros(self.rows, 0, dtype=torch.bool, device=activation.device)
+            return activation.new_zeros(self.rows, 0, 1), Selection(none, none, None, None)
         axes = self._axes.get(where)
         if not isinstance(axes, Axes):
             raise axes or ValueError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,24 +14,61 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import ErasureLayer
+from hf_erasure.models.features import axis_of_kind, feature_axis, lasting, takers_of, told_inside
 from hf_erasure.models.layout import (
     PLACES,
     Axes,
+    Frames,
     Glimpse,
     Lengths,
-    Seen,
     axes_of,
-    calls_of,
-    feature_axis,
     frames_of,
     mirrored,
     of_other_lengths,
-    takers_of,
 )
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, without_drawing
 
 logger = logging.getLogger(__name__)
 Visits = dict[str, list[Glimpse]]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """What three passes showed of the activations at every visit of a site.
+
+    Attributes:
+        rows: The number of examples in the first.
+        now: The lengths of these.
+        other: The lengths of those in the third.
+        first: Of some rows.
+        twice: Of these, and of the same in the opposite order behind them.
+        changed: Of these, with other lengths.
+    """
+
+    rows: int
+    now: Lengths
+    other: Lengths
+    first: Visits
+    twice: Visits
+    changed: Visits
+
+    def visits(self, name: str) -> list[tuple[Glimpse, Glimpse, Glimpse]]:
+        """What each visit of a site showed in the three."""
+        return list(zip(self.first.get(name, ()), self.twice.get(name, ()), self.changed.get(name, ()), strict=False))
+
+    def is_unclear(self, name: str, host: nn.Module) -> bool:
+        """Whether several axes of an activation may be that of its features, by their sizes and the module's kind."""
+        for visit in self.visits(name)[:1]:
+            shapes = [glimpse.shape for glimpse in visit]
+            if len({len(shape) for shape in shapes}) == 1:
+                same = lasting(shapes, name)
+                return len(same) > 1 and axis_of_kind(host, len(shapes[0])) not in same
+        return False
+
+    def may_align(self, name: str, axes: Axes) -> bool:
+        """Whether rows that do not follow the lengths may do so at multiples of them."""
+        visits = self.visits(name)
+        return axes.side is None and bool(visits) and self.now.are_in(visits[0][0].shape, visits[0][2].shape)
 
 
 @dataclass
@@ -58,14 +95,14 @@ class Layouts:
 
     def frames_of(self, batch: Mapping[str, Any]) -> Tensor | None:
         """`(batch, frames)` bool, those that are not padding; None where the mask of a batch is not one of samples."""
-        mask, speech = batch.get("attention_mask"), self._speech(batch)
-        return speech[1](mask) if speech is not None and isinstance(mask, Tensor) and mask.dim() == 2 else None
+        mask, frames = batch.get("attention_mask"), self._frames_for(batch)
+        return frames.mask_of(mask) if frames is not None and isinstance(mask, Tensor) and mask.dim() == 2 else None
 
-    def _speech(self, batch: Mapping[str, Any]) -> Any:
+    def _frames_for(self, batch: Mapping[str, Any]) -> Frames | None:
         return None if "input_ids" in batch else self._frames
 
     @functools.cached_property
-    def _frames(self) -> Any:
+    def _frames(self) -> Frames | None:
         return frames_of(self.runner.model)
 
     def along(self, site: str) -> tuple[int, int]:
@@ -81,49 +118,74 @@ class Layouts:
 
     def _found(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
         few = _inputs_of(few_rows(batch) or {})
-        hosts: dict[str, nn.Module] = {name: layer.host for name, layer in self.layers.items()}
-        hosts |= {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
         if not few:
             return {}
-        rows, now = (
-            len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim())),
-            Lengths.in_batch(few, (self._speech(few) or [None])[0]),
-        )
-        other = now.changed()
         with evaluating(self.runner.model), without_drawing(self.runner.model):
             try:
-                first = self._glimpses(few)
-                passes = [first, self._glimpses(mirrored(few, rows), first, rows), self._shorter(few, now, other)]
+                passes = self._passes(few)
             except Exception as error:
                 # What is wrong with the batch, fitting says when it comes to it.
                 reason = f"the rows that show what its axes are cannot be run: {type(error).__name__}: {error}"
-                return {name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}") for name in hosts}
-            unclear = [hosts[name] for name in passes[0] if _is_unclear(name, passes)]
-            inside = {id(module): module for host in unclear for module in host.modules()}
-            takers: dict[str, list[nn.Module]] = {}
-
-            def watch() -> None:
-                takers.update(takers_of(lambda: self._first_activations(few), self.runner.model.modules()))
-
-            calls = calls_of(watch, inside.values()) if unclear else []
-            found: dict[str, Axes | ValueError] = {}
-            longer: Visits | None = None
-            for name in passes[0]:
-                own = {id(module) for module in hosts[name].modules()}
-                within = [call for call in calls if id(call.module) in own]
-                modules = hosts[name], takers.get(name, [])
-                try:
-                    axes = _axes(name, passes, within, rows, (now, other), *modules)
-                    if axes.side is None and now.are_in(passes[0][name][0].shape, passes[2][name][0].shape):
-                        longer = self._longer(few, now) if longer is None else longer
-                        if len(longer.get(name, ())) == len(passes[0][name]):
-                            lengths = (now, now.multiplied())
-                            axes = _axes(name, [*passes[:2], longer], within, rows, lengths, *modules)
-                    found[name] = axes
-                except ValueError as error:
-                    # Its frames hold all that was seen.
-                    found[name] = error.with_traceback(None)
+                return {
+                    name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}")
+                    for name in (*self.layers, *self._finals)
+                }
+            told = self._told(few, passes)
+            found = {
+                name: _axes_or_reason(name, self._hosts[name], told.get(name, set()), passes) for name in passes.first
+            }
+            unaligned = [
+                name for name, axes in found.items() if isinstance(axes, Axes) and passes.may_align(name, axes)
+            ]
+            if unaligned and (longer := self._longer(few, passes)) is not None:
+                for name in unaligned:
+                    again = _axes_or_reason(name, self._hosts[name], told.get(name, set()), longer)
+                    found[name] = again if isinstance(again, Axes) else found[name]
         return found
+
+    @functools.cached_property
+    def _finals(self) -> dict[str, nn.Module]:
+        """The modules that return a last hidden state, by the name that tells its side."""
+        return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
+
+    @functools.cached_property
+    def _hosts(self) -> dict[str, nn.Module]:
+        return {name: layer.host for name, layer in self.layers.items()} | self._finals
+
+    def _passes(self, few: dict[str, Any]) -> _Passes:
+        """The three passes that show which axes change with the rows and the lengths."""
+        rows = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim()))
+        frames = self._frames_for(few)
+        now = Lengths.in_batch(few, None if frames is None else frames.count)
+        first, other = self._glimpses(few), now.changed()
+        twice = self._glimpses(mirrored(few, rows), first, rows)
+        return _Passes(rows, now, other, first, twice, self._shorter(few, now, other))
+
+    def _told(self, few: dict[str, Any], passes: _Passes) -> dict[str, set[int]]:
+        """What other modules tell of the features of sites that their own shapes and kinds leave unclear."""
+        unclear = {name for name in passes.first if passes.is_unclear(name, self._hosts[name])}
+        if not unclear:
+            return {}
+
+        def run() -> dict[str, Tensor]:
+            given = self._first_activations(few)
+            return {name: given[name] for name in unclear if name in given}
+
+        told = takers_of(run, self.runner.model.modules())
+        # What a module takes, those inside have not given; and FSDP's modules are not called backwards here.
+        left = {
+            name: self._hosts[name]
+            for name in unclear
+            if not told.get(name) and not self._is_taken(name) and not self.runner.is_sharded
+        }
+        try:
+            return told | (told_inside(run, left) if left else {})
+        except Exception as error:
+            logger.debug("What the features depend on cannot be told: %s", error)
+            return told
+
+    def _is_taken(self, name: str) -> bool:
+        return name in self.layers and self.layers[name].concept_erasure_site[self.name] == "input"
 
     def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Visits:
         """The activations of rows with other lengths: cut where the model can do without."""
@@ -137,23 +199,24 @@ class Layouts:
                 logger.debug("Rows that are cut at their %s cannot be run: %s", place, error)
         return self._glimpses(of_other_lengths(few, now, other, last))
 
-    def _longer(self, few: Mapping[str, Any], now: Lengths) -> Visits:
-        """The activations of rows of a multiple of their length; of none where the model does not take them."""
+    def _longer(self, few: Mapping[str, Any], passes: _Passes) -> _Passes | None:
+        """The passes with rows of a multiple of their length; None where the model does not take them."""
+        lengths = passes.now.multiplied()
         try:
-            return self._glimpses(of_other_lengths(few, now, now.multiplied()))
+            return replace(passes, other=lengths, changed=self._glimpses(of_other_lengths(few, passes.now, lengths)))
         except Exception as error:
             logger.debug("Rows of a multiple of their length cannot be run: %s", error)
-            return {}
+            return None
 
     def _first_activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The activations of the first visits of the sites in one pass."""
+        """The activations of the first visits of the sites in one pass, and the last hidden states."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, hidden: Tensor) -> Tensor:
             found.setdefault(name, hidden)
             return hidden
 
-        with observed(self.layers, self.name, keep):
+        with observed(self.layers, self.name, keep, self._finals, needs_finals=False):
             self.runner(dict(batch))
         return found
 
@@ -165,41 +228,31 @@ class Layouts:
         found: Visits = {}
 
         def keep(name: str, hidden: Tensor) -> Tensor:
+            if not hidden.numel():
+                return hidden  # without rows nothing can be told, and nothing is labelled
             here = found.setdefault(name, [])
             before = dict(enumerate((single or {}).get(name, ())))
             here.append(Glimpse.of(hidden.detach(), before.get(len(here)), rows))
             return hidden
 
-        finals = {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
-        with observed(self.layers, self.name, keep, finals, needs_finals=False):
+        with observed(self.layers, self.name, keep, self._finals, needs_finals=False):
             self.runner(dict(batch))
         return found
 
 
-def _axes(
-    name: str,
-    passes: Sequence[Visits],
-    calls: Sequence[Seen],
-    rows: int,
-    lengths: tuple[Lengths, Lengths],
-    host: nn.Module,
-    takers: Sequence[nn.Module],
-) -> Axes:
-    """The axes of a site, which are the same at all its visits."""
-    visits = list(zip(*(one.get(name, ()) for one in passes), strict=False))
-    found = []
-    for visit in visits:
-        width = feature_axis([glimpse.shape for glimpse in visit], calls, name, host, takers)
-        found.append(axes_of(-1 if width == len(visit[0].shape) - 1 else width, visit, rows, *lengths, name))
-    if not found or any(axes != found[0] for axes in found):
-        raise ValueError(f"{name!r} is called several times, and its activations have other axes each time.")
-    return found[0]
-
-
-def _is_unclear(name: str, passes: Sequence[Visits]) -> bool:
-    """Whether more than one axis of an activation stays the same, so that the weights must tell."""
-    first = [one[name][0].shape for one in passes if one.get(name)]
-    return sum(len(set(sizes)) == 1 for sizes in zip(*first, strict=False)) > 1
+def _axes_or_reason(name: str, host: nn.Module, told: set[int], passes: _Passes) -> Axes | ValueError:
+    """The axes of a site, which are the same at all its visits, or why they cannot be told."""
+    try:
+        found = []
+        for visit in passes.visits(name):
+            width = feature_axis([glimpse.shape for glimpse in visit], name, host, told)
+            width = -1 if width == len(visit[0].shape) - 1 else width
+            found.append(axes_of(width, visit, passes.rows, passes.now, passes.other, name))
+        if not found or any(axes != found[0] for axes in found):
+            raise ValueError(f"{name!r} is called several times, and its activations have other axes each time.")
+        return found[0]
+    except ValueError as error:
+        return error.with_traceback(None)  # its frames hold all that was seen
 
 
 def few_rows(batch: Any) -> dict[str, Any] | None:

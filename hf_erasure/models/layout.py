@@ -11,15 +11,12 @@ weights of the module tell: see `feature_axis`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 # An axis of tokens is told by its length, which is made shorter by so many positions on the side of that name.
 SHORTER = {"": 1, "decoder_": 2}
@@ -32,11 +29,6 @@ _SHORTEST = 4
 # Rows of one example that are computed beside other examples differ by rounding alone; an example that is taken for
 # another differs by about its own size.
 _ROUNDING, _APART = 1e-2, 0.5
-# Where modules of torch have their features, by definition. Models derive norms of theirs that turn the axes around, so
-# that a norm is told by its forward.
-_FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
-_NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
-_NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
 
 
 @dataclass(frozen=True)
@@ -138,8 +130,21 @@ class Lengths:
         return fits[0] if fits else None
 
 
-def frames_of(model: nn.Module) -> tuple[Callable[[int], int], Callable[[Tensor], Tensor]] | None:
-    """Of a speech encoder: how many frames it makes of so many samples, and a mask of frames from one of samples."""
+@dataclass(frozen=True)
+class Frames:
+    """What a speech encoder makes of samples.
+
+    Attributes:
+        count: How many frames of so many samples.
+        mask_of: `(batch, frames)` bool, from a mask of samples.
+    """
+
+    count: Callable[[int], int]
+    mask_of: Callable[[Tensor], Tensor]
+
+
+def frames_of(model: nn.Module) -> Frames | None:
+    """The frames of a speech encoder; None of other models."""
     encoder: Any = next((m for m in model.modules() if hasattr(m, "_get_feature_vector_attention_mask")), None)
     if encoder is None:
         return None
@@ -155,7 +160,7 @@ def frames_of(model: nn.Module) -> tuple[Callable[[int], int], Callable[[Tensor]
         found: Tensor = encoder._get_feature_vector_attention_mask(frames, given, **options)
         return found.bool()
 
-    return count, mask_of
+    return Frames(count, mask_of)
 
 
 def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -297,163 +302,3 @@ def _is_major(twice: Glimpse, entries: int, rows: int, where: str) -> bool:
             "others when other examples stand beside it: its rows cannot be labelled. Choose another target module."
         )
     return apart[0] <= apart[1]
-
-
-# ---- features --------------------------------------------------------------------------------------------------------
-
-
-def feature_axis(
-    shapes: Sequence[Sequence[int]],
-    calls: Iterable[Seen],
-    where: str,
-    module: nn.Module | None = None,
-    takers: Iterable[nn.Module] = (),
-) -> int:
-    """The axis that holds the features of what a module gave, or takes.
-
-    It is the only one that is the same for any number of examples and any length, or else the one that it is by what
-    kind of module this is, or that the weights tell of the modules inside that gave something of the same shape, or
-    that it is for the modules that take it.
-
-    Args:
-        shapes: Of its activation, for other numbers of examples and other lengths; of the first, the calls are.
-        calls: Of the module and of those inside.
-        where: Its name, for messages.
-        module: The module, where its kind may tell.
-        takers: Modules that were given this very activation.
-
-    Raises:
-        ValueError: If several axes may be that of the features; names them.
-    """
-    if len({len(shape) for shape in shapes}) > 1:
-        raise ValueError(f"{where!r} gives {len(shapes[0])} axes, and then others: choose another target module.")
-    same = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) == 1]
-    if len(same) == 1:
-        return same[0]
-    kind = _axis_of_kind(module, len(shapes[0]))
-    told = {kind} if kind is not None else set()
-    if kind not in same:
-        told = {axis for call in calls if tuple(call.shape) == tuple(shapes[0]) for axis in told_by_weights(call, same)}
-    if not told:
-        kinds = (_axis_of_kind(taker, len(shapes[0])) for taker in takers)
-        told = {axis for axis in kinds if axis in same}
-    if len(told) == 1:
-        return told.pop()
-    may = " or ".join(f"axis {axis}, of size {shapes[0][axis]}," for axis in sorted(told) or same) or "none"
-    raise ValueError(
-        f"The activation at {where!r} has shape {tuple(shapes[0])}, and which axis holds its features cannot be told: "
-        f"{may} may. Name a module with weights of its own, such as a norm or a linear layer inside it."
-    )
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A call of a module with weights of its own.
-
-    Attributes:
-        module: The module.
-        args: What it took.
-        kwargs: What it took by name.
-        output: What it gave.
-    """
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of what it gave."""
-        return self.output.shape
-
-
-def _axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
-    """The axis of the features of what torch's own modules take and give; None for other modules."""
-    # A layer of ours hangs below its module, and has no module inside: it is its own base layer.
-    while isinstance(module, BaseTunerLayer) and module.get_base_layer() is not module:
-        module = module.get_base_layer()
-    forward = getattr(type(module), "forward", None)
-    if isinstance(module, _FEATURES_LAST) or forward in _NORMS_LAST:
-        return axes - 1
-    return 1 if axes > 1 and (isinstance(module, _ConvNd) or forward in _NORMS_SECOND) else None
-
-
-def told_by_weights(call: Seen, axes: Sequence[int]) -> set[int]:
-    """Which of these axes hold the features of what a module gave, by its kind or by trying its weights."""
-    kind = _axis_of_kind(call.module, len(call.shape))
-    if kind is not None:
-        return {kind} & set(axes)
-    found = set()
-    for name, value in call.module.named_parameters(recurse=False):
-        fits = [axis for axis in axes if value.dim() and call.shape[axis] == value.shape[0]]
-        found |= {axis for axis in fits if _changes_one(call, name, axis)}
-    return found
-
-
-class _WithoutHooks(nn.Module):
-    """Calls a module past its hooks: erasers and observers would mix the features."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
-
-
-def _changes_one(call: Seen, name: str, axis: int) -> bool:
-    """Whether another first entry of a weight changes the first entry along an axis, and no others."""
-    weights, bare = dict(call.module.named_parameters(recurse=False)), _WithoutHooks(call.module)
-    changed = weights[name].detach().clone()
-    if changed.is_meta:
-        return False  # accelerate brings it in for a call, and no other in its place
-    changed[0] += 1
-    before = torch.func.functional_call(bare, {}, call.args, call.kwargs)
-    after = torch.func.functional_call(bare, {f"module.{name}": changed}, call.args, call.kwargs)
-    differs = (after != before).movedim(axis, 0).flatten(1).any(1)
-    return bool(differs[0]) and not bool(differs[1:].any())
-
-
-def takers_of(run: Callable[[], Mapping[str, Tensor]], modules: Iterable[nn.Module]) -> dict[str, list[nn.Module]]:
-    """Name of an activation → the modules of torch's own kinds that are given it as it is, in a pass.
-
-    Args:
-        run: Makes the pass; returns the activations.
-        modules: Those to watch.
-    """
-    taken: list[tuple[nn.Module, Tensor]] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            taken.append((module, args[0]))
-
-    watched = [module for module in modules if _axis_of_kind(module, 2) is not None]
-    handles = [module.register_forward_pre_hook(keep) for module in watched]
-    try:
-        given = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        name: [m for m, x in taken if x.data_ptr() == hidden.data_ptr() and x.shape == hidden.shape]
-        for name, hidden in given.items()
-    }
-
-
-def calls_of(run: Callable[[], object], modules: Iterable[nn.Module]) -> list[Seen]:
-    """The calls of modules that have weights of their own and give a tensor, in a pass."""
-    found: list[Seen] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if isinstance(output, Tensor):
-            found.append(Seen(module, args, kwargs, output))
-
-    chosen = {id(m): m for m in modules if any(p.dim() for p in m.parameters(recurse=False))}
-    handles = [module.register_forward_hook(keep, with_kwargs=True) for module in chosen.values()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -180,7 +180,7 @@ def is_told(report: ErasureReport, found: dict[truth.Visit, float], warned: str)
 
 
 def blocks_of(model: nn.Module, batch: Batch) -> str | None:
-    """The outermost lists of blocks that the batch reaches, as a pattern; None where there are none."""
+    """The blocks of the outermost lists that the batch reaches, as a pattern; None where there are none."""
     reached: set[nn.Module] = set()
     handles = [module.register_forward_pre_hook(lambda module, _: reached.add(module)) for module in model.modules()]
     examples.call(model, batch)
@@ -193,4 +193,5 @@ def blocks_of(model: nn.Module, batch: Batch) -> str | None:
         if any(True for _ in module[0].children()) and any(value.dim() > 1 for value in module[0].parameters())
     ]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return "(" + "|".join(map(re.escape, outer)) + r")\.\d+" if outer else None
+    blocks = [f"{name}.{i}" for name in outer for i, m in enumerate(model.get_submodule(name)) if m in reached]
+    return "|".join(map(re.escape, blocks)) or None

@@ -215,12 +215,19 @@ def _masked_patches(batch: Batch, config: Any, labels: Tensor, noise: torch.Gene
     return {**batch, "noise": torch.rand(len(labels), 16, generator=noise)}
 
 
+def _with_noise(batch: Batch, config: Any, labels: Tensor, noise: torch.Generator) -> Batch:
+    """What UnivNet would draw itself, otherwise each time."""
+    size = *batch["input_features"].shape[:2], config.model_in_channels
+    return {**batch, "noise_sequence": torch.randn(*size, generator=noise)}
+
+
 def _without_mask(batch: Batch, *_: Any) -> Batch:
     return {name: value for name, value in batch.items() if name != "attention_mask"}
 
 
 _OF_TYPE: dict[str, Callable[[Batch, Any, Tensor, torch.Generator], Batch]] = {
     "vit_mae": _masked_patches,
+    "univnet": _with_noise,
     **dict.fromkeys(("llava", "vipllava", "paligemma"), _image_in_text(16, 3, 16, 16)),
     **dict.fromkeys(("idefics3", "smolvlm"), _image_in_text(4, 1, 3, 16, 16)),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _patches_in_text),

@@ -21,8 +21,8 @@ from transformers.utils import ModelOutput
 from tests.breadth.examples import Batch, alone, call
 
 Visit = tuple[str, int]  # A site, and which call of it in one forward pass.
-# By so many positions texts are made longer, by side.
-_LONGER = {"": 2, "decoder_": 3}
+# By so many positions texts are made longer, by side; multiples of the windows to which some models pad them.
+_LONGER = {"": 8, "decoder_": 16}
 # Blocks of these give (batch, height, width, features); those of other models of images channels first.
 _CHANNELS_LAST = ("dinat", "nat", "sam", "edgetam", "efficienttam")
 _CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Conv1d, nn.Conv2d)
@@ -158,7 +158,8 @@ def _longer(example: Batch, lengths: dict[str, int]) -> Batch:
 def _of_rows(rows: Tensor, place: tuple[int, str] | None, example: Batch, pool: str) -> tuple[Tensor, Tensor]:
     """Which rows of one example count, and their labels."""
     shape, label = rows.shape[:-1], example["concept_labels"]
-    if place is None:
+    texts = None if place is None else example[f"{place[1]}input_ids"]
+    if place is None or shape[place[0]] != texts.shape[1]:  # as many rows as its content has it
         return torch.ones(shape, dtype=torch.bool), label.reshape(-1)[0].expand(shape)
     axis, side = place
     along = [1] * len(shape)

@@ -8,15 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_erasure.models.layout import (
     Axes,
     Glimpse,
     Lengths,
     axes_of,
-    calls_of,
-    feature_axis,
     mirrored,
     of_other_lengths,
 )
@@ -142,42 +140,3 @@ def test_any_order_of_axes_is_put_right(order: list[int], heads: int, length: in
     ]
     axes = axes_of(order.index(3), glimpses(passes), ROWS, now, other, "here")
     assert torch.equal(axes.arranged(passes[0], ROWS), layout(batch["input_ids"]).permute(*map(order.index, range(4))))
-
-
-# ---- features --------------------------------------------------------------------------------------------------------
-
-
-def axis_of(module: nn.Module, x: Tensor) -> int:
-    with torch.no_grad():
-        calls = calls_of(lambda: module(x), module.modules())
-        y = module(x)
-    return feature_axis([tuple(y.shape), (2 * len(y), *y.shape[1:])], calls, "here")
-
-
-def test_channels_are_the_features_of_convolutions_though_the_picture_is_as_wide() -> None:
-    x = torch.randn(2, 3, 4, 4)
-    assert axis_of(nn.Conv2d(3, 4, 1), x) == 1
-    assert axis_of(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4).eval()), x) == 1
-    assert axis_of(nn.Conv2d(3, 7, 1), x) == 1
-
-
-def test_the_last_axis_holds_the_features_of_norms_though_there_are_as_many_positions() -> None:
-    assert axis_of(nn.LayerNorm(4), torch.randn(2, 4, 4)) == 2
-    assert axis_of(nn.Linear(3, 4, bias=False), torch.randn(2, 4, 3)) == 2
-
-
-def test_a_block_has_the_features_where_the_modules_inside_have_them() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.linear(self.norm(x))
-
-    assert axis_of(Block(), torch.randn(2, 4, 4)) == 2
-
-
-def test_axes_that_nothing_tells_apart_are_named() -> None:
-    with pytest.raises(ValueError, match="axis 1, of size 4, or axis 2, of size 6, may"):
-        axis_of(nn.Identity(), torch.randn(2, 4, 6))

@@ -229,14 +229,16 @@ erasure_layers = ErasureLayer.by_path
 def hidden_of_output(output: Any, where: str) -> Tensor:
     """The hidden state a module returned: the tensor itself, the first of a tuple, or `last_hidden_state`.
 
+    A tuple of one in its place is read like it (PVT v2).
+
     Raises:
         TypeError: If there is not a floating-point tensor at that place; `where` names the module.
     """
     found = output
     if isinstance(output, dict):
         found = output.get("last_hidden_state", next(iter(output.values()), None))
-    elif isinstance(output, (tuple, list)):
-        found = output[0] if output else None
+    while isinstance(found, (tuple, list)) and found and (found is output or len(found) == 1):
+        found = found[0]
     return _floating(found, where, "returns")
 
 
@@ -244,11 +246,11 @@ def replace_hidden_of_output(output: Any, hidden: Tensor) -> Any:
     """A copy of `output` with `hidden` in the place `hidden_of_output` reads."""
     if isinstance(output, dict):
         key = "last_hidden_state" if "last_hidden_state" in output else next(iter(output))
-        return type(output)(**{**output, key: hidden})
+        return type(output)(**{**output, key: replace_hidden_of_output(output[key], hidden)})
     if isinstance(output, tuple) and hasattr(output, "_replace"):
-        return output._replace(**{output._fields[0]: hidden})  # type: ignore[attr-defined]
+        return output._replace(**{output._fields[0]: replace_hidden_of_output(output[0], hidden)})  # type: ignore[attr-defined]
     if isinstance(output, (tuple, list)):
-        return type(output)((hidden, *output[1:]))
+        return type(output)((replace_hidden_of_output(output[0], hidden), *output[1:]))
     return hidden
 
 

@@ -1,0 +1,242 @@
+"""Which axis of an activation holds its features, where its shapes at several lengths leave more than one.
+
+A module of torch's own kinds has its features where it is defined to have them: so does what it gives, and what takes
+the activation as it is. Of other modules the gradient tells: an axis holds the features where each of its first entries
+depends on the feature of that number alone of what a norm or a linear layer inside gave. A residual sum, other axes
+that are added and another order of the axes leave that as it is; all that mixes features does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from .flow import is_norm
+
+# Where modules of torch have their features, by definition. Models derive norms of theirs that turn the axes around, so
+# that a norm is told by its forward.
+_FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
+_NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+_NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
+# The entries that are looked at: of one alone, what mixes all others with it would look like a feature.
+_ENTRIES = (0, 1)
+
+
+def lasting(shapes: Sequence[Sequence[int]], where: str) -> list[int]:
+    """The axes that are as long for any number of examples and any length.
+
+    Raises:
+        ValueError: If there are not always as many axes.
+    """
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(f"{where!r} gives {len(shapes[0])} axes, and then others: choose another target module.")
+    return [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) == 1]
+
+
+def feature_axis(
+    shapes: Sequence[Sequence[int]], where: str, module: nn.Module | None = None, told: Iterable[int] = ()
+) -> int:
+    """The axis that holds the features of what a module gave, or takes.
+
+    It is the only one that lasts, or else the one that it is by the kind of the module, or that was told.
+
+    Args:
+        shapes: Of its activation, for other numbers of examples and other lengths.
+        where: Its name, for messages.
+        module: The module, where its kind may tell.
+        told: What `takers_of` or `told_inside` have told of its axes.
+
+    Raises:
+        ValueError: If several axes may be that of the features; names them.
+    """
+    same = lasting(shapes, where)
+    kind = axis_of_kind(module, len(shapes[0]))
+    found = set(same)
+    if len(same) > 1:
+        found &= {kind} if kind in same and kind is not None else set(told)
+    if len(found) == 1:
+        return found.pop()
+    may = " or ".join(f"axis {axis}, of size {shapes[0][axis]}," for axis in sorted(found) or same) or "none"
+    raise ValueError(
+        f"The activation at {where!r} has shape {tuple(shapes[0])}, and which axis holds its features cannot be told: "
+        f"{may} may. Name a module with weights of its own, such as a norm or a linear layer inside it."
+    )
+
+
+def axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
+    """The axis of the features of what torch's own modules take and give; None for other modules."""
+    # A layer of ours hangs below its module, and has no module inside: it is its own base layer.
+    while isinstance(module, BaseTunerLayer) and module.get_base_layer() is not module:
+        module = module.get_base_layer()
+    forward = getattr(type(module), "forward", None)
+    if isinstance(module, _FEATURES_LAST) or forward in _NORMS_LAST:
+        return axes - 1
+    return 1 if axes > 1 and (isinstance(module, _ConvNd) or forward in _NORMS_SECOND) else None
+
+
+def takers_of(run: Callable[[], Mapping[str, Tensor]], modules: Iterable[nn.Module]) -> dict[str, set[int]]:
+    """Name of an activation → where modules of torch's own kinds that are given it as it is have their features.
+
+    Args:
+        run: Makes a pass; returns the activations.
+        modules: Those to watch.
+    """
+    taken: list[tuple[int | None, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            taken.append((axis_of_kind(module, args[0].dim()), args[0]))
+
+    watched = [module for module in modules if axis_of_kind(module, 2) is not None]
+    handles = [module.register_forward_pre_hook(keep) for module in watched]
+    try:
+        given = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: {axis for axis, x in taken if axis is not None and _is_same(x, hidden)} for name, hidden in given.items()
+    }
+
+
+def _is_same(left: Tensor, right: Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.stride() == right.stride()
+
+
+# ---- modules inside --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a module that gave a tensor.
+
+    Attributes:
+        module: The module.
+        args: What it took.
+        kwargs: What it took by name.
+        shift: Zeros that were added to what it gave, and that tell what depends on it.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shift: Tensor
+
+
+def told_inside(run: Callable[[], Mapping[str, Tensor]], hosts: Mapping[str, nn.Module]) -> dict[str, set[int]]:
+    """Name of a module → the axes that hold the features of what it gives, as modules inside and it itself tell.
+
+    Args:
+        run: Makes a pass; returns what the modules gave.
+        hosts: The modules.
+    """
+    calls: list[_Call] = []
+
+    def shifted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        calls.append(_Call(module, args, kwargs, torch.zeros_like(output, requires_grad=True)))
+        return output + calls[-1].shift
+
+    inside = {id(m): m for host in hosts.values() for m in host.modules()}
+    watched = [m for m in inside.values() if is_norm(m) or any(p.dim() for p in m.parameters(recurse=False))]
+    handles = [module.register_forward_hook(shifted, with_kwargs=True) for module in watched]
+    try:
+        with torch.enable_grad():
+            given = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {}
+    for name, host in hosts.items():
+        own = {id(module) for module in host.modules()}
+        found[name] = _told(given[name], [call for call in calls if id(call.module) in own]) if name in given else set()
+    return found
+
+
+@torch.enable_grad()
+def _told(hidden: Tensor, calls: Sequence[_Call]) -> set[int]:
+    if not hidden.requires_grad or not calls:
+        return set()
+    found = set()
+    noise = torch.Generator().manual_seed(0)
+    for axis in (axis for axis, size in enumerate(hidden.shape) if size >= len(_ENTRIES)):
+        # Weights that are drawn, so that no sum is zero by chance.
+        parts = [hidden.select(axis, entry).float() for entry in _ENTRIES]
+        sums = [(part * torch.rand(part.shape, generator=noise).to(part.device)).sum() for part in parts]
+        shifts = [call.shift for call in calls]
+        slopes = [torch.autograd.grad(total, shifts, retain_graph=True, allow_unused=True) for total in sums]
+        for call, *each in zip(calls, *slopes, strict=True):
+            if axis not in found and any(_has_features(call, own) for own in _followed(each, hidden.shape[axis])):
+                found.add(axis)
+    return found
+
+
+def _followed(slopes: Sequence[Tensor | None], size: int) -> list[int]:
+    """The axes of what a module gave of which each entry alone reaches the entry of the same number."""
+    if any(slope is None for slope in slopes):
+        return []
+    return [
+        axis
+        for axis, own in enumerate(slopes[0].shape)  # type: ignore[union-attr]
+        if own == size and all(_is_alone(slope, axis, entry) for slope, entry in zip(slopes, _ENTRIES, strict=True))
+    ]
+
+
+def _is_alone(slope: Tensor | None, axis: int, entry: int) -> bool:
+    reaches = (slope != 0).movedim(axis, 0).flatten(1).any(1)  # type: ignore[union-attr]
+    return bool(reaches[entry]) and int(reaches.sum()) == 1
+
+
+def _has_features(call: _Call, axis: int) -> bool:
+    """Whether an axis holds the features of what a module gave, by its kind, its weights, or what it normalises."""
+    kind = axis_of_kind(call.module, call.shift.dim())
+    if kind is not None:
+        return axis == kind
+    weights = dict(call.module.named_parameters(recurse=False))
+    with torch.no_grad():
+        if not weights:
+            return _normalises(call, axis)
+        fits = [name for name, value in weights.items() if value.dim() and value.shape[0] == call.shift.shape[axis]]
+        return any(_changes_one(call, name, axis) for name in fits)
+
+
+class _WithoutHooks(nn.Module):
+    """Calls a module past its hooks: erasers and observers would mix the features."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def _changes_one(call: _Call, name: str, axis: int) -> bool:
+    """Whether another first entry of a weight changes the first entry along an axis, and no others."""
+    weights, bare = dict(call.module.named_parameters(recurse=False)), _WithoutHooks(call.module)
+    changed = weights[name].detach().clone()
+    if changed.is_meta:
+        return False  # accelerate brings it in for a call, and no other in its place
+    changed[0] += 1
+    before = torch.func.functional_call(bare, {}, call.args, call.kwargs)
+    after = torch.func.functional_call(bare, {f"module.{name}": changed}, call.args, call.kwargs)
+    return _is_alone(after - before, axis, 0)
+
+
+def _normalises(call: _Call, axis: int) -> bool:
+    """Whether another first entry of what a norm without weights takes changes a line along an axis, and no more."""
+    if not call.args or not isinstance(call.args[0], Tensor) or call.args[0].shape != call.shift.shape:
+        return False
+    changed = call.args[0].detach().clone(memory_format=torch.contiguous_format)
+    changed.view(-1)[0] += 1
+    bare = _WithoutHooks(call.module)
+    differs = bare(changed, *call.args[1:], **call.kwargs) != bare(*call.args, **call.kwargs)
+    return bool(differs.movedim(axis, 0).flatten(1)[:, 0].all()) and int(differs.sum()) == differs.shape[axis]

@@ -1,0 +1,97 @@
+"""The axis of the features is told by what takes an activation, or by what it depends on, and never by sizes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_erasure.models.features import feature_axis, takers_of, told_inside
+
+
+def axis_of(module: nn.Module, x: Tensor) -> int:
+    with torch.no_grad():
+        told = told_inside(lambda: {"here": module(x)}, {"here": module})["here"]
+        shape = tuple(module(x).shape)
+    return feature_axis([shape, (2 * len(x), *shape[1:])], "here", module, told)
+
+
+def test_channels_are_the_features_of_convolutions_though_the_picture_is_as_wide() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    assert axis_of(nn.Conv2d(3, 4, 1), x) == 1
+    assert axis_of(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4).eval()), x) == 1
+    assert axis_of(nn.Conv2d(3, 7, 1), x) == 1
+
+
+def test_the_last_axis_holds_the_features_of_norms_though_there_are_as_many_positions() -> None:
+    assert axis_of(nn.LayerNorm(4), torch.randn(2, 4, 4)) == 2
+    assert axis_of(nn.Linear(3, 4, bias=False), torch.randn(2, 4, 3)) == 2
+
+
+class Block(nn.Module):
+    """What comes of a branch is added to what came in, and the axes are put in another order."""
+
+    def __init__(self, turned: bool = False) -> None:
+        super().__init__()
+        self.norm, self.linear, self.turned = nn.LayerNorm(4), nn.Linear(4, 4), turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.linear(self.norm(x))
+        return x.transpose(1, 2) if self.turned else x
+
+
+def test_a_block_has_the_features_where_what_it_adds_has_them() -> None:
+    assert axis_of(Block(), torch.randn(2, 4, 4)) == 2
+    assert axis_of(Block(turned=True), torch.randn(2, 4, 4)) == 1
+
+
+def test_streams_beside_the_features_are_told_apart_though_a_layer_gives_a_weight_for_each() -> None:
+    class Streams(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights, self.linear = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights = self.weights(x.flatten(1, 2).mean(1)).softmax(-1)
+            return x + weights[:, None, :, None] * self.linear(x.mean(2)).unsqueeze(2)
+
+    assert axis_of(Streams(), torch.randn(2, 3, 4, 4)) == 3
+
+
+def test_a_norm_without_weights_tells_by_what_it_normalises() -> None:
+    class RMSNorm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.square().mean(-1, keepdim=True).sqrt()
+
+    assert axis_of(RMSNorm(), torch.randn(2, 4, 6)) == 2
+    assert axis_of(RMSNorm(), torch.randn(2, 4, 4)) == 2
+
+
+def test_layers_that_mix_either_of_two_axes_are_refused() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.features = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.features(x)
+            return x + self.patches(x.transpose(1, 2)).transpose(1, 2)
+
+    with pytest.raises(ValueError, match="axis 1, of size 4, or axis 2, of size 4, may"):
+        axis_of(Mixer(), torch.randn(2, 4, 4))
+
+
+def test_what_takes_an_activation_tells_unless_it_takes_it_turned() -> None:
+    norm, linear, x = nn.LayerNorm(4), nn.Linear(4, 4), torch.randn(2, 4, 4)
+
+    def run(turned: bool) -> dict[str, Tensor]:
+        linear(x.transpose(1, 2) if turned else norm(x))
+        return {"here": x}
+
+    assert takers_of(lambda: run(False), [norm, linear]) == {"here": {2}}
+    assert takers_of(lambda: run(True), [norm, linear]) == {"here": set()}
+
+
+def test_axes_that_nothing_tells_apart_are_named() -> None:
+    with pytest.raises(ValueError, match="axis 1, of size 4, or axis 2, of size 6, may"):
+        axis_of(nn.Identity(), torch.randn(2, 4, 6))
