@@ -255,7 +255,7 @@ def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[st
     told = [f"the batches do not reach {unreached}"] if unreached else []
     told += [f"concept_labels label tokens, which are not the rows of {unlabelled}"] if unlabelled else []
     warnings.warn(
-        f"{task.name!r} leaves out {len(layers)} of its default sites, and does not act there: {'; '.join(told)}.",
+        f"{task.name!r} leaves out {len(layers)} sites that were not named, and does not act there: {'; '.join(told)}.",
         stacklevel=4,
     )
 

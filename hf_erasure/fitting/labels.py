@@ -212,8 +212,9 @@ class Source(SiteStatistics):
         if absent and not may_lack:
             raise ValueError(
                 f"{absent[0]!r} and {len(absent) - 1} other sites were never reached while the model ran over "
-                f"{self.title}: name only modules that the forward pass calls (one whose weight another module reads "
-                "itself is not called), or give batches that use them (decoder inputs for a decoder)."
+                f"{self.title}: give batches that use them (decoder inputs for a decoder), or leave out what the "
+                "forward pass does not call, such as a module whose weight another module reads itself: "
+                f"exclude_modules={absent}."
             )
         return [site for site in sites if site not in absent]
 

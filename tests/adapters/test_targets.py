@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import transformers as hf
-from peft import LNTuningConfig, get_peft_model
+from peft import LNTuningConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from hf_erasure import ConceptErasureConfig
+from hf_erasure import ConceptErasureConfig, GradiendConfig
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.adapters.erasure.model import default_targets
 from tests.small_models import ARCHITECTURES, LABELS, small_model
@@ -146,6 +146,14 @@ def test_layers_to_transform_and_exclude_modules():
 def test_a_model_without_blocks_says_what_to_write():
     with pytest.raises(ValueError, match=r"no default for target_modules.*target_modules=\["):
         default_targets(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+
+
+@pytest.mark.parametrize("config", [ConceptErasureConfig(labels=LABELS), GradiendConfig(classes=LABELS)])
+def test_the_word_for_linear_layers_where_there_are_none(config: PeftConfig):
+    model = hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
+    config.target_modules = "all-linear"
+    with pytest.raises(ValueError, match="'all-linear' stands for linear layers, and ResNetModel has none"):
+        model.add_adapter(config)
 
 
 def test_an_adapter_with_ambiguous_names_survives_saving(tmp_path):

@@ -76,7 +76,7 @@ class ChildConfig(PeftConfig):
     own_type: ClassVar[PeftType]
     # What `target_modules` may be besides names, a pattern and "all-linear".
     words: ClassVar[tuple[str, ...]] = ()
-    # Whether the modules are those that stood for `target_modules=None` when the adapter was added, in this process.
+    # Whether nobody named the modules: they stood for `None` or "all-linear" when it was added, in this process.
     has_default_targets = False
 
     exclude_modules: list[str] | str | None = None

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
@@ -117,7 +117,16 @@ class ChildTuner(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Name the modules that `target_modules=None` stands for."""
+        """Name the modules that `target_modules=None` and the word for all linear layers stand for."""
+        given = peft_config.target_modules
+        if not peft_config.fitted and isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+            if not peft_config.target_modules:
+                raise ValueError(
+                    f"target_modules={given!r} stands for linear layers, and {type(self.model).__name__} has none: "
+                    "leave target_modules out, which takes the default, or name modules."
+                )
+            peft_config.has_default_targets = True
         if not peft_config.fitted and peft_config.target_modules is None:
             names = keep_layers(self._default_targets(self.model), peft_config)
             peft_config.target_modules = exactly(names, self.model)
