@@ -40,7 +40,7 @@ _STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.linewidth": 0.6,
     "text.color": _INK["fg"], "axes.labelcolor": _INK["muted"], "axes.edgecolor": _INK["muted"],
     "xtick.color": _INK["muted"], "ytick.color": _INK["muted"], "ytick.labelcolor": _INK["fg"],
-    "grid.color": _INK["rule"], "lines.linewidth": 1.8, "savefig.transparent": True,
+    "grid.color": _INK["rule"], "lines.linewidth": 1.8, "lines.markeredgewidth": 1.4, "savefig.transparent": True,
 }  # fmt: skip
 
 

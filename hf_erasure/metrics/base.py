@@ -13,7 +13,6 @@ from datasets import Features, Value
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_erasure.fitting.report import badness
 from hf_erasure.models.scorer import whole as whole  # counts are checked alike here
 
 Floats = NDArray[np.float64]
@@ -47,10 +46,6 @@ class Facts:
     ideal: float
     interval: str
     harness: str | None = None
-
-    def badness(self, value: float) -> float:
-        """How far a value falls short of the ideal; 0 at it, and beyond it unless the ideal is to be met exactly."""
-        return badness(value, self.better, self.ideal)
 
     def __str__(self) -> str:
         low, high = self.bounds

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hf_erasure.metrics as metrics
+from hf_erasure.fitting.report import badness
 from tests.metrics.samples import QUICK, inputs
 from tests.prepared import LIBRARIES, run, run_code
 
@@ -71,11 +72,12 @@ def test_facts_are_complete(name: str):
     facts = metric.facts
     assert facts.url.startswith("https://") and facts.paper and facts.formula and facts.interval
     assert facts.better in ("lower", "higher", "closer")
-    assert facts.badness(facts.ideal) == 0.0
+    assert badness(facts.ideal, facts.better, facts.ideal) == 0.0
     assert facts.figure in str(facts) and facts.url in metric.description
     if facts.better != "closer" and math.isfinite(facts.bounds[0]):
         worse, better = sorted(facts.bounds, key=lambda bound: bound if facts.better == "higher" else -bound)
-        assert facts.badness(worse) > facts.badness(better) or math.isinf(worse)
+        least, most = (badness(value, facts.better, facts.ideal) for value in (better, worse))
+        assert most > least or math.isinf(worse)
 
 
 @pytest.mark.parametrize("name", metrics.METRICS)

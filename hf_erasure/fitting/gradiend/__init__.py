@@ -7,7 +7,7 @@ from hf_erasure.models.word_tokens import SLOT, PairError, word_tokens
 
 from .adapter import GradiendAdapter
 from .gradients import EncodedValues, GradientReader
-from .pairs import PairSet, check_pairs, pair_batches
+from .pairs import PairSet, pair_batches
 from .selection import Selection
 from .sentences import pairs_from_sentences, pairs_from_templates
 from .trainer import GradiendTrainer
@@ -28,7 +28,6 @@ __all__ = [
     "Selection",
     "SlotReader",
     "Task",
-    "check_pairs",
     "neutral_batches",
     "pair_batches",
     "pairs_from_sentences",

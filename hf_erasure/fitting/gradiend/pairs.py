@@ -145,17 +145,6 @@ class PairSet:
         return [groups[one, two], groups[two, one]]
 
 
-def check_pairs(
-    dataset: Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
-) -> None:
-    """Raise what `PairSet` would raise: all errors of a data set of pairs, named with row and text.
-
-    Raises:
-        PairError: As `PairSet`.
-    """
-    PairSet(dataset, tokenizer, task, classes, config)
-
-
 def usable_rows(
     dataset: Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
 ) -> list[int]:

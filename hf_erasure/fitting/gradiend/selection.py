@@ -282,11 +282,10 @@ def scan(
     budget: float,
     feature_factors: Sequence[float] = FEATURE_FACTORS,
     learning_rates: Sequence[float] = LEARNING_RATES,
-    far: float = FAR,
 ) -> Iterator[Point]:
     """Score the unedited model, then every point of the grid.
 
-    Along one feature factor the steps grow; where language modelling has lost `far` times the budget, larger steps in
+    Along one feature factor the steps grow; where language modelling has lost `FAR` times the budget, larger steps in
     that direction are left out.
     """
     pairs = list(pairs)
@@ -300,7 +299,7 @@ def scan(
                     with edited(model, adapter_name, feature_factor=factor, learning_rate=rate, pair=pair):
                         point = scorer.score(pair, factor, rate, base)
                     yield point
-                    if point.cost > far * budget:
+                    if point.cost > FAR * budget:
                         break
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset
 
-from hf_erasure.fitting.gradiend import PairError, PairSet, check_pairs, neutral_batches, pair_batches, word_tokens
+from hf_erasure.fitting.gradiend import PairError, PairSet, neutral_batches, pair_batches, word_tokens
 from hf_erasure.fitting.gradiend.pairs import usable_rows
 from tests.fitting.gradiend.language_models import (
     CLASSES,
@@ -28,7 +28,7 @@ OTHER = {"text": "the queen said [FEATURE] was late", "factual": "she", "counter
 
 
 def check(name: str, *rows: dict[str, Any], classes: list[str] = CLASSES) -> None:
-    check_pairs(Dataset.from_list(list(rows)), classes, tokenizer_of(name), task_name(name), model_of(name).config)
+    PairSet(Dataset.from_list(list(rows)), tokenizer_of(name), task_name(name), classes, model_of(name).config)
 
 
 # ---- what a batch is -------------------------------------------------------------------------------------------------
@@ -253,24 +253,24 @@ def test_words_that_the_tokenizer_does_not_tell_apart() -> None:
 def test_faults_of_the_whole_data_set() -> None:
     tokenizer = tokenizer_of("bert")
     with pytest.raises(PairError, match="the pairs are empty"):
-        check_pairs(pairs("bert").select([]), CLASSES, tokenizer, "masked")
+        PairSet(pairs("bert").select([]), tokenizer, "masked", CLASSES)
     with pytest.raises(PairError, match="all 2 rows have the label 'male'; add rows of 'female'"):
         check("bert", ROW, ROW)
     with pytest.raises(PairError, match="no column 'factual'; they have"):
-        check_pairs(pairs("bert").remove_columns("factual"), CLASSES, tokenizer, "masked")
+        PairSet(pairs("bert").remove_columns("factual"), tokenizer, "masked", CLASSES)
     for classes in (["female"], ["male", "male"]):
         with pytest.raises(PairError, match="classes must name two classes or more, each once"):
             check("bert", ROW, OTHER, classes=classes)
     with pytest.raises(PairError, match="label and counterfactual_label are both 'male'"):
         check("bert", {**OTHER, "counterfactual_label": MALE}, {**ROW, "counterfactual_label": MALE})
     with pytest.raises(PairError, match="the task is 'mlm'; write one of masked, causal, seq2seq, classification"):
-        check_pairs(pairs("bert"), CLASSES, tokenizer, "mlm")
+        PairSet(pairs("bert"), tokenizer, "mlm", CLASSES)
     with pytest.raises(PairError, match="no mask token"):
-        check_pairs(pairs("gpt2"), CLASSES, tokenizer_of("gpt2"), "masked")
+        PairSet(pairs("gpt2"), tokenizer_of("gpt2"), "masked", CLASSES)
     with pytest.raises(PairError, match=r"config with its decoder_start_token_id; pass config=model\.config"):
-        check_pairs(pairs("t5"), CLASSES, tokenizer_of("t5"), "seq2seq")
+        PairSet(pairs("t5"), tokenizer_of("t5"), "seq2seq", CLASSES)
     with pytest.raises(PairError, match="neither <extra_id_0> nor a mask token"):
-        check_pairs(pairs("gpt2"), CLASSES, tokenizer_of("gpt2"), "seq2seq", model_of("t5").config)
+        PairSet(pairs("gpt2"), tokenizer_of("gpt2"), "seq2seq", CLASSES, model_of("t5").config)
 
 
 def test_faults_of_a_classifiers_rows() -> None:
@@ -281,7 +281,7 @@ def test_faults_of_a_classifiers_rows() -> None:
     with pytest.raises(PairError, match=r"row 6 .*'boy' is not a label of the model; write one of \['woman', 'man'\]"):
         check("bert_classifier", *good, {**good[0], "factual": "boy"})
     with pytest.raises(PairError, match=r"label2id; pass config=model\.config"):
-        check_pairs(pairs("bert_classifier"), CLASSES, tokenizer_of("bert"), "classification")
+        PairSet(pairs("bert_classifier"), tokenizer_of("bert"), "classification", CLASSES)
 
 
 # ---- neutral texts ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_erasure.fitting.gradiend import PairError, check_pairs, pairs_from_sentences, word_tokens
+from hf_erasure.fitting.gradiend import PairError, PairSet, pairs_from_sentences, word_tokens
 from hf_erasure.models.word_tokens import occurrences, whole_words, word_forms
 from tests.fitting.gradiend.language_models import LETTERS, tokenizer_of
 
@@ -26,8 +26,8 @@ def test_every_occurrence_at_a_word_boundary_makes_a_row() -> None:
 
 def test_the_result_is_a_data_set_of_pairs() -> None:
     made = pairs_from_sentences(["Tom said that he ate", "Lily said that she ate"], {"he": "she"}, CLASSES)
-    check_pairs(made, CLASSES, tokenizer_of("bert"), "masked")
-    check_pairs(made, CLASSES, tokenizer_of("gpt2"), "causal")
+    PairSet(made, tokenizer_of("bert"), "masked", CLASSES)
+    PairSet(made, tokenizer_of("gpt2"), "causal", CLASSES)
 
 
 def test_sentences_with_several_words_can_be_left_out() -> None:
