@@ -2,7 +2,7 @@
 
 from .internals import register  # isort: skip  it checks what the others import, so it comes first
 from .erasure.config import ConceptErasureConfig
-from .erasure.layer import ErasureLayer, erasure_layers
+from .erasure.layer import ErasureLayer, erasure_layers, site_layers
 from .erasure.model import ConceptErasureModel
 from .gradiend.config import GradiendConfig
 from .gradiend.layer import gradiend_layers
@@ -39,6 +39,7 @@ __all__ = [
     "gradiend_layers",
     "kept_share",
     "set_features",
+    "site_layers",
     "stated_bytes",
     "steer",
     "targeted_parameters",

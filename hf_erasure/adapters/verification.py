@@ -17,7 +17,7 @@ from .common.config import ChildConfig, Provenance
 from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, Found, adapter_of
 from .erasure.config import ConceptErasureConfig
-from .erasure.layer import erasure_layers
+from .erasure.layer import site_layers
 from .gradiend.config import GradiendConfig
 from .gradiend.edit import why_not_editable
 from .gradiend.forward import UsedAsTheyAre
@@ -118,7 +118,7 @@ def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple
 
 def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
     """What an erasure that acts does, in words, and what was measured when it was fitted."""
-    layers = erasure_layers(found.owner, found.name).values()
+    layers = site_layers(found.owner, found.name).values()
     ranks = [layer.eraser_state(found.name)[0].shape[-1] for layer in layers]
     deed = f"erases {found.config.concept!r} at {len(ranks)} sites (rank {min(ranks)} to {max(ranks)})"
     return deed, leakage_sentence(found.config)

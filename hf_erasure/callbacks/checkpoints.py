@@ -24,7 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
+from hf_erasure.adapters import ConceptErasureConfig, site_layers
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
 from hf_erasure.adapters.common.tuner import is_child
@@ -114,10 +114,10 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         place, saved = _saved_in(folder, name, config)
         tensors = load_file(place / WEIGHTS)
         if isinstance(config, ConceptErasureConfig):
-            for path, layer in erasure_layers(model, name).items():
+            for path, layer in site_layers(model, name).items():
                 stem, device = f"{PREFIX}{path}.{layer.child_name}", layer.state_of(name)[0].device
                 layer.restore_state(name, tuple(tensors[f"{stem}.{part}"].to(device) for part in layer.stores(name)))
-            for field in ("fitted", "fitted_sites", "provenance"):
+            for field in ("fitted", "fitted_sites", "weights", "provenance"):
                 setattr(config, field, getattr(saved, field))
         elif isinstance(config, ChildConfig):
             # Training never changes a GRADIEND adapter, so the model must have the one that the checkpoint has.

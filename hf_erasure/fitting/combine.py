@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers, site_layers
 from hf_erasure.adapters.common.acting import naming_what_goes_off, warn_of_what_is_off, without
 from hf_erasure.adapters.common.config import RECIPE, RECORD, Provenance
 from hf_erasure.adapters.common.files import WEIGHTS
@@ -140,10 +140,10 @@ def combine_adapters(
 
 def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, sticky: bool) -> ConceptErasureConfig:
     """Add an adapter to what holds some, with erasers combined from theirs; returns its configuration."""
-    parts = {name: erasure_layers(model, name) for name in configs}
+    parts = {name: site_layers(model, name) for name in configs}
     sites = _combined_sites(model, configs, parts)
     _attach(model, _combined_config(configs, sites, sticky), into, list(configs))
-    for path, layer in erasure_layers(model, into).items():
+    for path, layer in site_layers(model, into).items():
         kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
         dtype = torch.float64 if torch.float64 in kept else torch.float32
         axes = layer.concept_erasure_axis[into], layer.concept_erasure_examples[into]
@@ -176,6 +176,7 @@ def _to_combine(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, 
         values = {name: getattr(config, field) for name, config in configs.items()}
         if len(set(values.values())) > 1:
             raise ValueError(f"The adapters differ in {field}, {values}: {remedy}.")
+    _combined_weights(configs)
     return configs, holder
 
 
@@ -207,6 +208,31 @@ def _combined_sites(
     return sites
 
 
+def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, list[list]] | None:
+    """The weights at the sites of all; what modules share in one adapter they must share in the others.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    found: dict[str, list[list]] = {}
+    groups: dict[str, str] = {}
+    for config in configs.values():
+        for site, weights in (config.weights or {}).items():
+            same = all(groups.setdefault(module, site) == site for module, *_ in weights)
+            if not same or found.setdefault(site, weights) != weights:
+                raise ValueError(
+                    f"The adapters have other modules with one eraser, at {site!r}: fit all of them with the same "
+                    "target_modules and exclude_modules."
+                )
+    if found and any(config.weights is None for config in configs.values()):
+        told = {name: "names" if config.weights is None else "a word" for name, config in configs.items()}
+        raise ValueError(
+            f"The adapters were added with {told} for target_modules: fit all of them with the same word, 'readers' or "
+            "'writers', or with names."
+        )
+    return found or None
+
+
 def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sticky: bool) -> ConceptErasureConfig:
     first = next(iter(configs.values()))
     methods = {config.method for config in configs.values()}
@@ -222,6 +248,7 @@ def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sti
         affine=first.affine,
         rank=max(ranks) or None,
         sticky=sticky,
+        weights=_combined_weights(configs),
         fitted=True,
         fitted_sites={
             path: next(c.fitted_sites[path] for c in configs.values() if path in (c.fitted_sites or {}))  # type: ignore[index]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import ErasureLayer
+from hf_erasure.adapters import ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.model_state import take_off
@@ -248,8 +248,11 @@ def conclude(
 
 def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[str]) -> None:
     """Take an adapter off sites that nobody has named, and say which, and why."""
-    take_off(layers.values(), task.name)
-    task.config.target_modules = exactly(list(task.layers), task.owner)
+    sharers = erasure_layers(task.owner, task.name).values()
+    take_off([layer for layer in sharers if layer.site_of(task.name) in layers.values()], task.name)
+    if task.config.weights is not None:
+        task.config.weights = {site: task.config.weights[site] for site in task.layers}
+    task.config.target_modules = exactly(list(task.config.fitted_modules), task.owner)
     unlabelled = [site for site in layers if site in uncovered]
     unreached = [site for site in layers if site not in uncovered]
     told = [f"the batches do not reach {unreached}"] if unreached else []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, site_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
@@ -160,7 +160,7 @@ def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureCon
         ValueError: If there is no such adapter, or its eraser is part of the weights at present.
     """
     found = adapter_of(model, name, ConceptErasureConfig)
-    layers = erasure_layers(found.owner, name)
+    layers = site_layers(found.owner, name)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("Adapters are merged into the weights: call unmerge_adapter() before fitting.")
     return found, layers

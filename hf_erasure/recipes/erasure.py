@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel
 
-from hf_erasure.adapters import ConceptErasureConfig, erasure_layers
+from hf_erasure.adapters import ConceptErasureConfig, site_layers
 from hf_erasure.adapters.common.config import RECIPE, TESTED_ON, Provenance
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.fitting.combine import FIT_FOLDER
@@ -353,7 +353,7 @@ def pooled_states(
     Raises:
         ValueError: If there are no batches.
     """
-    layers = erasure_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
+    layers = site_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
     runner = Runner(model, layers.values())
     found: dict[str, list[Tensor]] = {}
     current: list[BatchLabels] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -9,6 +10,8 @@ import peft
 import pytest
 
 from hf_erasure import ConceptErasureConfig
+from hf_erasure.adapters import erasure_layers, site_layers
+from tests import small_models
 
 LABELS = ["female", "male"]
 WEIGHTS: dict[str, list[list]] = {
@@ -84,3 +87,55 @@ def test_what_is_not_weights_is_refused() -> None:
     for weights in ([], {"a": "a"}, {"a": {"a": 1}}, {1: [["a", "weight", 1]]}):
         with pytest.raises(TypeError, match="weights="):
             config(site="input", weights=weights)
+
+
+def llama(**fields: Any) -> Any:
+    model = copy.deepcopy(small_models.small_model("llama"))
+    model.add_adapter(config(**fields), adapter_name="erasure")
+    return model
+
+
+def test_the_modules_that_read_one_tensor_share_an_eraser() -> None:
+    model = llama(target_modules="readers")
+    added = model.peft_config["erasure"]
+    block = "model.layers.1"
+    assert added.site == "input"
+    assert [module for module, site in added.groups.items() if site == f"{block}.self_attn.q_proj"] == [
+        f"{block}.self_attn.{name}_proj" for name in "qkv"
+    ]
+    layers = erasure_layers(model, "erasure")
+    assert layers.keys() == set(added.groups)
+    assert list(site_layers(model, "erasure")) == list(added.weights)
+    for module, site in added.groups.items():
+        assert layers[module].site_of("erasure") is layers[site]
+    assert all(
+        "concept_erasure_left" not in key or key.split(".concept_erasure")[0] in added.weights
+        for key in model.state_dict()
+    )
+
+
+def test_writers_are_sites_of_their_own() -> None:
+    added = llama(target_modules="writers").peft_config["erasure"]
+    assert (added.site, list(added.groups)) == ("output", list(added.weights))
+    assert "model.embed_tokens" in added.weights
+
+
+@pytest.mark.parametrize(
+    ("fields", "gone"),
+    [
+        ({"exclude_modules": ["q_proj"]}, "q_proj"),
+        ({"exclude_modules": r".*\.(gate|up)_proj"}, "up_proj"),
+        ({"layers_to_transform": [1]}, "layers.0"),
+        ({"layers_to_transform": 1, "layers_pattern": "layers"}, "lm_head"),
+    ],
+)
+def test_other_fields_narrow_a_word(fields: Any, gone: str) -> None:
+    added = llama(target_modules="readers", **fields).peft_config["erasure"]
+    assert added.weights
+    assert not any(gone in name for name in added.groups)
+    assert all(group[0][0] == site for site, group in added.weights.items())
+
+
+def test_nothing_left_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave none of the readers of LlamaForCausalLM"):
+        llama(target_modules="readers", exclude_modules=r".*")

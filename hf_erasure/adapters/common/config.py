@@ -16,7 +16,7 @@ import time
 import types
 import typing
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -135,9 +135,18 @@ class ChildConfig(PeftConfig):
         raise NotImplementedError
 
     @property
-    def fitted_modules(self) -> Iterable[str]:
+    def fitted_modules(self) -> Collection[str]:
         """Names of the modules that a fitted adapter acts on."""
         raise NotImplementedError
+
+    def sharers_of(self, keys: Iterable[str]) -> list[str]:
+        """Names of the modules that have no tensors in a state dict with these keys, and act with those that it has."""
+        return []
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the adapter acts on `fitted_modules` and no others, whatever else its patterns match."""
+        return self.fitted
 
     @property
     def has_effect(self) -> bool:

@@ -101,16 +101,17 @@ class ChildTuner(BaseTuner):
                     # PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the
                     # child.
                     child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
-                    kwargs["state_dict"] = {
-                        key.replace(child, f".{self.prefix}"): value for key, value in given.items()
-                    }
+                    given = {key.replace(child, f".{self.prefix}"): value for key, value in given.items()}
+                    sharers = {f"{name}.{self.prefix}": None for name in config.sharers_of(given)}
+                    kwargs["state_dict"] = given | sharers
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if config.modules_to_save:
                     kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
                     copies.hand_on(adapter_name, but=kin)
                 refuse_copies(model, adapter_name)
                 # Tensors that are given along are a wish for some of the modules.
-                wanted = list(config.fitted_modules) if config.fitted and kwargs.get("state_dict") is None else []
+                is_known = config.is_settled and kwargs.get("state_dict") is None
+                wanted = list(config.fitted_modules) if is_known else []
                 self._check_complete(config, adapter_children(model, adapter_name), wanted)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
@@ -142,12 +143,12 @@ class ChildTuner(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         if is_child(key):
             return False
-        is_fitted = peft_config.fitted
-        if is_fitted and key in set(peft_config.fitted_modules):
+        is_settled = peft_config.is_settled
+        if is_settled and key in peft_config.fitted_modules:
             return True
         # Of what else a pattern matches PEFT is only told what `exclude_modules` left out, or it would warn of that.
         found = BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
-        return False if is_fitted and found else found
+        return False if is_settled and found else found
 
     def _create_and_replace(
         self,

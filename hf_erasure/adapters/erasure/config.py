@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from hf_erasure.erasers.least_squares import ROUNDS
 
@@ -19,6 +19,8 @@ SITES = ("output", "input")
 WORDS = {"readers": "input", "writers": "output"}
 # No activation has as many axes; torch allows 64.
 _MOST_AXES = 64
+# Fields that releases before do not know, and warn of.
+_LATER = ("weights",)
 _NOT_A_WEIGHT = (
     "which does not name the weights at a site, as [module, parameter, axis], the site's own first. Adding with "
     "target_modules='readers' or 'writers' writes them; in a loaded adapter_config.json it means that the file is "
@@ -71,6 +73,8 @@ class ConceptErasureConfig(ChildConfig):
     remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
     own_type = CONCEPT_ERASURE
     words = tuple(WORDS)
+    # The weights that `groups` were read from, and these.
+    _groups = cast("tuple[Any, dict[str, str]]", (None, {}))
 
     concept: str = "concept"
     labels: list[str] | None = None
@@ -156,6 +160,10 @@ class ConceptErasureConfig(ChildConfig):
                 "sites; in a loaded adapter_config.json it means that the file is damaged."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON knows them, without those that were added later where they say nothing."""
+        return {name: value for name, value in super().to_dict().items() if name not in _LATER or value is not None}
+
     def take_fitted(self, saved: Any) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted.
 
@@ -195,14 +203,28 @@ class ConceptErasureConfig(ChildConfig):
         return f"erasure of {self.concept!r}"
 
     @property
-    def fitted_modules(self) -> Iterable[str]:
+    def fitted_modules(self) -> Collection[str]:
         """Names of the sites, and of the modules that share their erasers."""
         return self.groups or self.fitted_sites or {}
+
+    def sharers_of(self, keys: Iterable[str]) -> list[str]:
+        """Names of the modules that share the erasers of the sites in a state dict with these keys."""
+        sites = {key.partition(f".{CONCEPT_ERASURE.lower()}_")[0] for key in keys}
+        return [module for module, site in self.groups.items() if site in sites and module not in sites]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the adapter acts on `fitted_modules` and no others, whatever else its patterns match."""
+        return self.fitted or self.weights is not None
 
     @property
     def groups(self) -> dict[str, str]:
         """Module → the site whose eraser it has, of an adapter that was added with a word."""
-        return {entry[0]: site for site, group in (self.weights or {}).items() for entry in group}
+        known, found = self._groups
+        if known is not self.weights:  # a model may have ten thousand modules, and asks for each of them
+            found = {entry[0]: site for site, group in (self.weights or {}).items() for entry in group}
+            self._groups = self.weights, found
+        return found
 
     def tensors(self) -> Layout:
         """The tensors of a fitted adapter, by the names that a file has for them."""

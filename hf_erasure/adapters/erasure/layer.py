@@ -1,11 +1,13 @@
 """The eraser as a child of the module it acts on.
 
 The child holds the erasers of all adapters as buffers. Hooks on the host find the hidden state among what the host
-takes or returns, and put the erased one in its place.
+takes or returns, and put the erased one in its place. Of modules that share an eraser the child of one, the *site*,
+holds it, and the children of the others look there.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, StateDict
+from ..common.layer import AdapterChild, Rows, StateDict
 from ..merging.record import forget, withdraw
 from .config import ConceptErasureConfig
+from .sharing import MadeOnce
 
 CHILD = "concept_erasure"
 Observer = Callable[[Tensor], Tensor]
@@ -31,6 +34,9 @@ class ErasureLayer(AdapterChild):
     Attributes:
         observers: Adapter name → function that sees the activation in place of that adapter's eraser and returns what
             goes on; how fitting looks at a site.
+        site_paths: Adapter name → the name of the site, where the eraser is that of another module.
+        site_layers: The same → its layer.
+        sharers: Adapter name → how many modules have the eraser, where this is the site of several.
     """
 
     child_name = CHILD
@@ -42,6 +48,10 @@ class ErasureLayer(AdapterChild):
         "concept_erasure_axis",
         "concept_erasure_examples",
         "observers",
+        "site_paths",
+        "site_layers",
+        "sharers",
+        "_made",
     )
 
     def __init__(self, host: nn.Module, path: str) -> None:
@@ -50,6 +60,11 @@ class ErasureLayer(AdapterChild):
         # The modules whose weights hold erasers of this site; in a list, so that they do not become submodules.
         self.written: list[nn.Module] = []
         self.observers: dict[str, Observer] = {}
+        self.site_paths: dict[str, str] = {}
+        # In a dictionary, so that they do not become submodules.
+        self.site_layers: dict[str, ErasureLayer] = {}
+        self.sharers: dict[str, int] = {}
+        self._made: dict[str, MadeOnce] = {}
         self.concept_erasure_left = StateDict(persistent=True)
         self.concept_erasure_right = StateDict(persistent=True)
         self.concept_erasure_bias = StateDict(persistent=True)
@@ -69,6 +84,11 @@ class ErasureLayer(AdapterChild):
             config.z_dim  # noqa: B018  raises with the remedy
         self.concept_erasure_site[name] = config.site
         self.sticky_adapters[name] = config.sticky
+        self._hook()
+        site = config.groups.get(self.path, self.path)
+        if site != self.path:
+            self.site_paths[name] = site
+            return
         device, dtype = self.state_placement()
         size = config.fitted_sites[self.path] if config.fitted and config.fitted_sites else {"width": 0, "rank": 0}
         self.concept_erasure_axis[name] = size.get("axis", -1)
@@ -78,7 +98,25 @@ class ErasureLayer(AdapterChild):
         self.concept_erasure_bias[name] = torch.zeros(size["width"], device=device, dtype=dtype)
         if config.fitted:
             self.await_values(name)
-        self._hook()
+
+    @staticmethod
+    def link(model: nn.Module) -> None:
+        """Tell the layers of modules that share erasers where these are."""
+        by_adapter: dict[str, dict[str, ErasureLayer]] = {}
+        for path, layer in ErasureLayer.by_path(model).items():
+            layer.sharers.clear()
+            for name in layer.adapters:
+                by_adapter.setdefault(name, {})[path] = layer
+        for name, layers in by_adapter.items():
+            for layer in layers.values():
+                site = layers.get(layer.site_paths.get(name, ""))
+                if site is not None:
+                    layer.site_layers[name] = site
+                    site.sharers[name] = site.sharers.get(name, 1) + 1
+
+    def site_of(self, name: str) -> ErasureLayer:
+        """The layer that holds an adapter's eraser."""
+        return self.site_layers.get(name, self)
 
     def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype, axis: int = -1, examples: int = 0) -> None:
         """Put a fitted eraser in place, along the axis of the features; a purely linear one keeps a zero bias."""
@@ -92,7 +130,8 @@ class ErasureLayer(AdapterChild):
 
     def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """The eraser's `left`, `right` and `bias` as they are."""
-        return self.concept_erasure_left[name], self.concept_erasure_right[name], self.concept_erasure_bias[name]
+        site = self.site_of(name)
+        return site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
 
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry of `fitted_sites`."""
@@ -106,10 +145,14 @@ class ErasureLayer(AdapterChild):
 
     def erased(self, name: str, hidden: Tensor) -> Tensor:
         """An activation as an adapter erases it."""
-        return apply_erasure(hidden, *self.parts_on(name, hidden.device), self.concept_erasure_axis[name])
+        return apply_erasure(hidden, *self.parts_on(name, hidden.device), self.site_of(name).concept_erasure_axis[name])
 
     def parts_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """An eraser's `left`, `right` and `bias` on a device, where they stay: accelerate may have moved the model."""
+        """An eraser's `left`, `right` and `bias` on a device.
+
+        Those of this site stay there: accelerate may have moved the model. It may also have put modules that share an
+        eraser on different devices.
+        """
         self.move_state(name, device)
         left, right, bias = (part.to(device) for part in self.eraser_state(name))
         return left, right, bias
@@ -144,7 +187,8 @@ class ErasureLayer(AdapterChild):
     def applied_adapters(self, site: str) -> list[str]:
         """The adapters whose erasers act at `site`, in order: sticky ones that are not active, then the active."""
         acting = self.switched_on()
-        acting += [name for name in self.observers if name not in acting]
+        observed = [name for name in self.adapters if name in self.site_of(name).observers]
+        acting += [name for name in observed if name not in acting]
         silent = {*self.merged_adapters, *self._held}
         return [name for name in acting if self.concept_erasure_site[name] == site and name not in silent]
 
@@ -164,23 +208,33 @@ class ErasureLayer(AdapterChild):
 
     def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
         for name in names:
-            if self.rows is None or self.sticky_adapters[name]:
-                hidden = self._erase_by(name, hidden)
-            else:
-                axis = self.concept_erasure_examples[name]
-                rows = self.rows.of(name, hidden, self.path, axis)
-                hidden = hidden.index_copy(axis, rows, self._erase_by(name, hidden.index_select(axis, rows)))
+            site, rows = self.site_of(name), None if self.sticky_adapters[name] else self.rows
+            modules = site.sharers.get(name, 1)
+            step = functools.partial(self._erase_by, name, rows)
+            if modules == 1 or torch.compiler.is_compiling():
+                hidden = step(hidden)
+                continue
+            observer = site.observers.get(name)
+            by = site.eraser_state(name) if observer is None else (observer,)
+            made = site._made.setdefault(name, MadeOnce())
+            hidden = made.of(hidden, step, modules, by, rows, is_fitted=observer is not None)
         return hidden
 
-    def _erase_by(self, name: str, hidden: Tensor) -> Tensor:
-        if name in self.observers:
-            return self.observers[name](hidden)
-        left, right, bias = self.eraser_state(name)
+    def _erase_by(self, name: str, rows: Rows | None, hidden: Tensor) -> Tensor:
+        site = self.site_of(name)
+        if rows is not None:
+            examples = site.concept_erasure_examples[name]
+            chosen = rows.of(name, hidden, self.path, examples)
+            erased = self._erase_by(name, None, hidden.index_select(examples, chosen))
+            return hidden.index_copy(examples, chosen, erased)
+        if name in site.observers:
+            return site.observers[name](hidden)
+        left, right, bias = site.eraser_state(name)
         if left.shape[-1] == 0:
             return hidden
         if left.device != hidden.device:
             left, right, bias = self.parts_on(name, hidden.device)
-        axis = self.concept_erasure_axis[name]
+        axis = site.concept_erasure_axis[name]
         if axis >= hidden.dim() or hidden.shape[axis] != left.shape[0]:
             there = f"width {hidden.shape[axis]}" if axis < hidden.dim() else f"shape {tuple(hidden.shape)}"
             raise ValueError(
@@ -188,8 +242,8 @@ class ErasureLayer(AdapterChild):
                 f"axis {axis}: it was fitted on another model. Fit it again on this one."
             )
         # A check of values cannot be compiled; there a NaN shows in the output.
-        if name in self._awaits_values and not torch.compiler.is_compiling():
-            self.check_values(name)
+        if name in site._awaits_values and not torch.compiler.is_compiling():
+            site.check_values(name)
         return apply_erasure(hidden, left, right, bias, axis)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
@@ -215,12 +269,21 @@ class ErasureLayer(AdapterChild):
 
     def extra_repr(self) -> str:
         """The adapters with their sites and ranks."""
-        return ", ".join(
-            f"{n}: {s}, rank {self.concept_erasure_left[n].shape[-1]}" for n, s in self.concept_erasure_site.items()
-        )
+        told = []
+        for name, side in self.concept_erasure_site.items():
+            site = f" of {self.site_paths[name]}" if name in self.site_paths else ""
+            told.append(f"{name}: {side}, rank {self.eraser_state(name)[0].shape[-1]}{site}")
+        return ", ".join(told)
 
 
 erasure_layers = ErasureLayer.by_path
+
+
+def site_layers(model: nn.Module, adapter_name: str) -> dict[str, ErasureLayer]:
+    """The layers that hold the erasers of an adapter, by the name of their site, in the model's order."""
+    return {
+        p: layer for p, layer in erasure_layers(model, adapter_name).items() if adapter_name not in layer.site_paths
+    }
 
 
 # ---- the hidden state in what a module takes or returns --------------------------------------------------------------

@@ -1,24 +1,31 @@
 """The tuner PEFT calls to attach, merge and remove erasures, and the modules they act on when the user names none.
 
 Concept scrubbing (arXiv 2306.03819, section 5) erases at every normalization layer. The final norm belongs to them: on
-a pre-LN model the norms inside the blocks feed the sublayers only and leave the residual stream as it was.
+a pre-LN model the norms inside the blocks feed the sublayers only and leave the residual stream as it was. Two words
+stand for the linear maps that read the hidden state, of which those that take one tensor share an eraser, and for those
+that write it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.flow import Flow, blocks_of
+from hf_erasure.models.streams import readers_of, writers_of
 
+from ..common.config import as_names, short
 from ..common.layer import Rows
-from ..common.tuner import ChildTuner
+from ..common.tuner import ChildTuner, exactly, keep_layers
 from ..merging.plan import merge
+from .config import ConceptErasureConfig
 from .layer import ErasureLayer
 
 # Norms registered before the blocks are those of the embeddings, unless their name says that they come last.
@@ -47,9 +54,7 @@ def default_targets(model: nn.Module) -> list[str]:
         dummy_batch(model, watch)
     except ValueError:
         chosen = _by_structure(model)
-    # Another adapter may stand in the place of a norm, which is inside of it then.
-    wrappers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and name]
-    chosen = {next((w for w in wrappers if name.startswith(f"{w}.")), name) for name in chosen}
+    chosen = set(map(_wrapper_of(model), chosen))
     if not chosen:
         raise ValueError(
             f"No normalization layer was found inside the blocks of {type(model).__name__} that reads or writes its "
@@ -57,6 +62,53 @@ def default_targets(model: nn.Module) -> list[str]:
             f"e.g. target_modules={_examples(model)}."
         )
     return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str, list[list]]:
+    """Site → the weights that take its activation or make it, for `target_modules="readers"` or `"writers"`.
+
+    Modules that the other fields leave out are not among them, and a site of which none is left is not there.
+
+    Raises:
+        ValueError: If there are none, or the word does not do what it promises for this model.
+    """
+    with ExitStack() as stack:
+        for layer in ErasureLayer.by_path(model).values():  # other erasures are not the model's
+            for name in layer.adapters:
+                stack.enter_context(layer.without(name))
+        found = readers_of(model) if config.word == "readers" else [[weight] for weight in writers_of(model)]
+    place = _wrapper_of(model)
+    groups = [
+        [(place(w.module), w.parameter, w.axis) for w in group if _is_own(w.module, place(w.module))] for group in found
+    ]
+    every = list(dict.fromkeys(name for group in groups for name, *_ in group))
+    names = keep_layers(every, config)
+    plain = as_names(config, *names)
+    plain.target_modules = set(names)
+    kept = {name for name in names if BaseTuner._check_target_module_exists(plain, name)}
+    if not kept:
+        raise ValueError(
+            f"exclude_modules and layers_to_transform leave none of the {config.word} of {type(model).__name__}: "
+            f"without them there are {short(every)}."
+        )
+    weights: dict[str, list[list]] = {}
+    for group in groups:
+        for entry in (left := [entry for entry in group if entry[0] in kept]):
+            weights.setdefault(left[0][0], []).append(list(entry))
+    return weights
+
+
+def _wrapper_of(model: nn.Module) -> Callable[[str], str]:
+    """What turns the name of a module into that of the other adapter which has wrapped it, if one has."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, kinds) and name]
+    return lambda name: next((w for w in wrappers if name.startswith(f"{w}.")), name)
+
+
+def _is_own(name: str, wrapper: str) -> bool:
+    """Whether a module is the model's and not the adapter's that has wrapped it."""
+    inside = name.removeprefix(wrapper).strip(".").split(".")
+    return set(inside) <= {"", "base_layer"} or inside[0] in ("original_module", "modules_to_save")
 
 
 def _examples(model: nn.Module) -> list[str]:
@@ -109,6 +161,16 @@ class ConceptErasureModel(ChildTuner):
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
     _default_targets = staticmethod(default_targets)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        """Find the weights that a word stands for; a fitted adapter has them."""
+        if peft_config.word:
+            peft_config.weights = peft_config.weights or weights_of_word(self.model, peft_config)
+            peft_config.target_modules = exactly(list(peft_config.groups), self.model)
+            peft_config.has_default_targets = True
+            if isinstance(peft_config.target_modules, str):
+                peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write erasers into the weights, at every site or, if one refuses, at none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -174,7 +174,7 @@ class GradiendConfig(ChildConfig):
         return f"GRADIEND of {self.feature!r}"
 
     @property
-    def fitted_modules(self) -> Iterable[str]:
+    def fitted_modules(self) -> Collection[str]:
         """Names of the modules that own the changed parameters."""
         return dict.fromkeys(name.rpartition(".")[0] for name in self.fitted_parameters or {})
 

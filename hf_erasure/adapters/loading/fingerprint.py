@@ -365,6 +365,9 @@ def rename_fitted(config: ChildConfig, rename: Rename) -> None:
     for key in ("fitted_sites", "fitted_parameters"):
         if getattr(config, key, None):
             setattr(config, key, {rename(name): value for name, value in getattr(config, key).items()})
+    weights = getattr(config, "weights", None) or {}
+    if weights:
+        config.weights = {rename(s): [[rename(name), *more] for name, *more in group] for s, group in weights.items()}
     measured = {key: config.provenance[key] for key in ("leakage", "leakage_intervals") if config.provenance.get(key)}
     for key, figures in measured.items():
         config.provenance[key] = {rename(name) if name in at else name: value for name, value in figures.items()}
