@@ -115,14 +115,12 @@ class Row:
         sites: A regular expression for the norms.
         refusal: Words of the refusal, whatever the erasure; None where a linear one folds.
         affine: Words of the refusal of an affine one; None where that folds too.
-        switches: The entries of the configuration that an affine one sets.
     """
 
     architecture: str
     sites: str
     refusal: str | None = None
     affine: str | None = None
-    switches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.architecture}-{self.sites}"
@@ -144,14 +142,14 @@ TABLE = [
     Row("gpt2", r"transformer.ln_f", TIED),
     Row("gpt_neox", r"gpt_neox.layers.\d.(input|post_attention)_layernorm"),
     Row("gpt_neox", r"gpt_neox.final_layer_norm", affine=NO_BIAS),
-    Row("llama", r"model.layers.\d.input_layernorm", switches=("attention_bias",)),
-    Row("llama", r"model.layers.\d.post_attention_layernorm", switches=("mlp_bias",)),
-    Row("llama", r"model.layers.\d.\w+_layernorm", switches=("attention_bias", "mlp_bias")),
+    Row("llama", r"model.layers.\d.input_layernorm", affine=NO_BIAS),
+    Row("llama", r"model.layers.\d.post_attention_layernorm", affine=NO_BIAS),
+    Row("llama", r"model.layers.\d.\w+_layernorm", affine=NO_BIAS),
     Row("llama", r"model.norm", affine=NO_BIAS),
-    Row("qwen3", r"model.layers.\d.input_layernorm", switches=("attention_bias",)),
+    Row("qwen3", r"model.layers.\d.input_layernorm", affine=NO_BIAS),
     Row("qwen3", r"model.layers.\d.post_attention_layernorm", affine=NO_BIAS),
     Row("qwen3", r"model.layers.\d.self_attn.q_norm", "goes into `mul`"),
-    Row("gemma", r"model.layers.\d.input_layernorm", switches=("attention_bias",)),
+    Row("gemma", r"model.layers.\d.input_layernorm", affine=NO_BIAS),
     Row("gemma", r"model.layers.\d.post_attention_layernorm", affine=NO_BIAS),
     Row("gemma", r"model.norm", TIED),
     Row("t5", r"(en|de)coder.block.\d.layer.\d.layer_norm", affine=NO_BIAS),
@@ -164,7 +162,7 @@ TABLE = [
     Row("mixtral", r"model.norm", affine=NO_BIAS),
     Row("opt", r"model.decoder.layers.\d.(self_attn|final)_layer_norm"),
     Row("opt", r"model.decoder.final_layer_norm", affine=NO_BIAS),
-    Row("gemma2", r"model.layers.\d.input_layernorm", switches=("attention_bias",)),
+    Row("gemma2", r"model.layers.\d.input_layernorm", affine=NO_BIAS),
     Row("gemma2", r"model.layers.\d.post_attention_layernorm", "goes into `add`"),
     Row("gemma2", r"model.layers.\d.pre_feedforward_layernorm", affine=NO_BIAS),
     Row("gemma2", r"model.layers.\d.post_feedforward_layernorm", "goes into `add`"),
@@ -201,8 +199,7 @@ def test_a_norm_folds_exactly_or_says_what_stands_in_the_way(row: Row, affine: b
     before.assert_same(State(peft_model, batch))
 
     plain = peft_model.merge_and_unload()
-    old, new = base_of(row.architecture).config.to_dict(), plain.config.to_dict()
-    assert {name for name in new if new[name] != old.get(name)} == set(row.switches if affine else ())
+    assert plain.config.to_dict() == base_of(row.architecture).config.to_dict()
     plain.save_pretrained(tmp_path / "plain")
     reloaded = type(plain).from_pretrained(tmp_path / "plain")
     assert same(outputs_of(reloaded, batch), merged)
@@ -223,19 +220,15 @@ def test_following_the_advice_of_the_refusal_gives_an_adapter_that_folds(archite
 
 
 def test_the_advice_on_a_missing_bias_names_the_sites_that_need_one(tmp_path: Path) -> None:
-    """Llama has switches for all but the head, which takes the final norm."""
-    refused = wrapped(fitted("llama"), "llama", tmp_path / "refused")
-    with pytest.raises(
-        ValueError, match=re.escape("affine=False), leave out the sites that need one, exclude_modules=['model.norm']")
-    ):
+    """GPT-NeoX has biases everywhere but at its head, which takes the final norm."""
+    refused = wrapped(fitted("gpt_neox"), "gpt_neox", tmp_path / "refused")
+    advice = "affine=False, leave out the sites that need one, exclude_modules=['gpt_neox.final_layer_norm']"
+    with pytest.raises(ValueError, match=re.escape("ConceptErasureConfig(affine=None)") + ".*" + re.escape(advice)):
         refused.merge_adapter()
-    mergeable = wrapped(fitted("llama", excluded=("model.norm",)), "llama", tmp_path / "mergeable")
-    plain = mergeable.merge_and_unload()
-    assert (plain.config.attention_bias, plain.config.mlp_bias) == (True, True)
-    # The switches give biases to layers that need none; those are zero.
-    assert not plain.model.layers[0].self_attn.o_proj.bias.any()
-    assert not plain.model.layers[0].mlp.down_proj.bias.any()
-    assert plain.model.layers[0].self_attn.q_proj.bias.any()
+    mergeable = wrapped(fitted("gpt_neox", excluded=("gpt_neox.final_layer_norm",)), "gpt_neox", tmp_path / "mergeable")
+    erased = outputs_of(mergeable, batch_of("gpt_neox"))
+    merged = outputs_of(mergeable.merge_and_unload(), batch_of("gpt_neox"))
+    assert distance(merged, erased) < MERGE_TOLERANCE[torch.float32]
 
 
 # ---- conditions of folding, each in the smallest model that breaks it ------------------------------------------------
@@ -374,7 +367,7 @@ def test_an_erasure_that_stays_between_a_norm_and_its_layer_is_named() -> None:
 def test_a_merge_that_changes_outputs_is_taken_back(
     others: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = fitted("llama", r"model.layers.\d.\w+_layernorm")
+    model = fitted("llama", r"model.layers.\d.\w+_layernorm", affine=False)
     wrapper = wrapped(model, "llama", tmp_path)
     wrapper.load_adapter(tmp_path, "second")
     wrapper.base_model.set_adapter(["default", "second"])
@@ -627,10 +620,9 @@ def fit_stories(assets: Path, folder: Path, **fields: Any) -> tuple[Path, PreTra
 
 
 def test_merge_writes_a_checkpoint_that_plain_transformers_runs(assets: Path, tmp_path: Path) -> None:
-    source, model = fit_stories(assets, tmp_path / "adapter")
+    source, model = fit_stories(assets, tmp_path / "adapter", affine=False)
     result = CliRunner().invoke(app, ["merge", str(source), str(tmp_path / "adapter"), str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
-    assert "attention_bias=True, mlp_bias=True" in result.stdout
     assert f"at {len(erasure_layers(model))} sites" in result.stdout
     script = (
         "import sys, torch, transformers as hf\n"

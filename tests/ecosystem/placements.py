@@ -132,7 +132,7 @@ class Erasure(Kind):
 
     def cell(self, name: str) -> Cell:
         # Where T5's layers are to be merged: they have no biases, and its configuration no switch for any.
-        return Cell(name, self.target, "output", affine=name != "t5" or self.target == "norms")
+        return Cell(name, self.target, "output", affine=name not in ("t5", "llama") or self.target == "norms")
 
     def base_folder(self, name: str) -> Path:
         return self.lifecycle.base_folder(name)

@@ -289,11 +289,12 @@ class ChildTuner(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
+        **merging: Any,
     ) -> Any:
         children = self._children()
         own = {name for child in children for name in child.adapters}
         if merge:
-            self.merge_adapter(adapter_names, safe_merge=safe_merge)
+            self.merge_adapter(adapter_names, safe_merge=safe_merge, **merging)
         for child in children:
             if not merge and child.merged:
                 child.unmerge()

@@ -172,18 +172,39 @@ class ConceptErasureModel(ChildTuner):
                 peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, untie: bool = False
+    ) -> None:
         """Write erasers into the weights, at every site or, if one refuses, at none.
 
         An erasure at a norm goes into the linear layers that take the norm's output. What the model returns stays the
         same; `output_hidden_states` then shows the states of the model without the erasures at norms, and so does
         whatever else looks at a norm's output.
 
+        Args:
+            adapter_names: The adapters, in the order in which they act; those that are active by default.
+            safe_merge: Refuse weights that are not finite.
+            untie: Where an eraser goes into a table that others share, as the embedding and the head do, give each a
+                table of its own: the model gets larger by it, and its configuration says `tie_word_embeddings=False`.
+                `unmerge_adapter` ties them again.
+
         Raises:
             ValueError: Names the site that cannot be merged exactly and what to do instead.
         """
         self._check_merge_allowed()
-        merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge)
+        merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge, untie=untie)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        untie: bool = False,
+    ) -> nn.Module:
+        """Do as `merge_adapter` does, and return the plain model."""
+        plain: nn.Module = self._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names, untie=untie)
+        return plain
 
     def _check_mixed_batch(self, rows: Rows) -> None:
         if self.training:

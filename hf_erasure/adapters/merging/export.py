@@ -35,7 +35,7 @@ from ..gradiend.state import changes_of, targeted_parameters
 from ..loading.fingerprint import renaming
 from .plan import plan_merge, refuse_sharded
 from .probe import Probe
-from .record import Snapshot, is_weight_layer, weight_change
+from .record import Snapshot, bias_of, is_weight_layer, scale_of, weight_change
 
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16
@@ -104,11 +104,13 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
         before.restore()
     added: dict[str, _Added] = {}
     for path, module in plan.modules.items():
-        parameters = {key: p.detach() for key, p in module.named_parameters(recurse=False)}
-        change = weight_change(module, parameters, plan.erasers[path])
-        if change.a.shape[0]:
-            shift = change.offset - parameters["bias"].double() if "bias" in parameters else change.offset
-            added[path] = _Added(module, change.a, change.b, shift)
+        if not plan.erasers[path]:
+            continue
+        own = bias_of(module, "weight")
+        bias = None if own is None else module.get_parameter(own).detach()
+        weight = module.get_parameter("weight").detach()
+        change = weight_change(weight, bias, plan.erasers[path], scale_of(module))
+        added[path] = _Added(module, change.a, change.b, change.offset - (0 if bias is None else bias.double()))
     if not added:
         raise ValueError(f"The erasure {name!r} has rank 0 at every site: there is nothing to export.")
     embeddings = [path for path, here in added.items() if isinstance(here.module, nn.Embedding)]

@@ -1,12 +1,14 @@
 """Merging erasers into a model's weights: all sites of an adapter, or none.
 
-At a linear layer or an embedding the eraser goes into that layer's own weight. At any other site (a norm, above all) it
-goes into the layers that take the site's activation, if nothing but linear layers does.
+At a linear layer, a convolution or an embedding, and where an adapter names the weights that make or take its
+activations, the eraser goes into the weights of that very module. At any other site (a norm, above all) it goes into
+the layers that take the site's activation, if nothing but linear layers does.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,6 +16,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hf_erasure.models.model import distance
+
+from ..common.acting import all_configs
 from ..common.placement import (
     FLOAT_FIRST,
     has_quantised,
@@ -28,22 +33,30 @@ from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
 from .probe import Probe, Uses, check_drift, trace_uses
 from .record import (
-    BiasEntry,
+    CONVOLUTIONS,
     EraserInWeight,
     Snapshot,
-    bias_entries,
+    axis_of,
+    bias_of,
     changed_since,
     is_weight_layer,
+    note_untied,
     originals,
     record_of,
+    takes_mean,
     why_not_mergeable,
     write,
     written_anew,
 )
+from .untying import Untied, why_not_untied
 
 T = TypeVar("T")
 
 _UNMERGED_OR_LINEAR = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
+_WRAPPED = (
+    "another adapter wraps its module, and what that one adds would not be erased. Call merge_and_unload() of that one "
+    "first, or use the adapter unmerged."
+)
 
 
 @dataclass
@@ -54,41 +67,48 @@ class MergePlan:
         orders: By the path of a site the adapters that are merged there, or are to be, in the order in which they act.
         erasers: The erasers that go into each layer, by the layer's name, the one next to the weight first.
         modules: Those layers.
+        tied: Of those whose weight is another's too, all its names.
         rewritten: Whether erasers go in front of some that are merged already.
     """
 
     orders: dict[str, list[str]] = field(default_factory=dict)
     erasers: dict[str, list[EraserInWeight]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    tied: dict[str, list[str]] = field(default_factory=dict)
     rewritten: bool = False
 
 
-def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> None:
+def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie: bool = False) -> None:
     """Write erasers into weights, and check on a small forward pass that the model still computes the same.
+
+    Args:
+        model: The bare model.
+        names: The adapters.
+        safe_merge: Refuse values that are not finite.
+        untie: Give a table that the embedding and the head share a copy for each, where an eraser goes into it.
 
     Raises:
         ValueError: Names the site that cannot be merged exactly and what to do instead; nothing has changed then.
     """
     refuse_sharded(model)
     probe = Probe(model)
-    plan = plan_merge(model, names, probe)
+    plan = plan_merge(model, names, probe, allow_tied=untie)
     if not plan.erasers:
         return
     _refuse_beside_other_changes(model, plan)
     layers = erasure_layers(model)
     values = _values(layers, plan, names, safe_merge=safe_merge)
-    entries = _entries_for(model, plan, values)
+    untied = _untied(model, plan)
     modules = list(plan.modules.values())
     # Rounding is measured on weights that are there.
     unchecked = "its weights are offloaded" if any(map(owns_offloaded, modules)) else None
     if unchecked is None and probe.failure:
         unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
     before = None if unchecked else _run_before(model, layers, plan, probe)
-    given = [module for entry in entries for module in entry.modules.values()]
-    snapshot = Snapshot([layers[path] for path in plan.orders], [*modules, *given], entries)
+    snapshot = Snapshot([layers[path] for path in plan.orders], [*modules, *(untied.modules if untied else [])], untied)
     try:
-        for entry in entries:
-            entry.open()
+        if untied is not None:
+            _untie(model, untied, None if unchecked else probe)
         for target, module in plan.modules.items():
             write(module, values[target], plan.erasers[target])
             for path in {eraser.path for eraser in plan.erasers[target]}:
@@ -101,6 +121,12 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
     except BaseException:
         snapshot.restore()
         raise
+    if untied is not None:
+        warnings.warn(
+            f"{sorted(plan.tied)} have weights of their own now, where they were tied: the model is {untied.bytes:,} "
+            "bytes larger, and its configuration says tie_word_embeddings=False.",
+            stacklevel=4,
+        )
     if before is None:
         warnings.warn(
             f"{names} were merged without the usual comparison of outputs, since {unchecked}. Compare them yourself.",
@@ -111,7 +137,8 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False) -> No
 def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> MergePlan:
     """Find the layers that take the erasers of adapters.
 
-    With `allow_tied` also those whose weight is another's too, for changes that do not touch the weight itself.
+    With `allow_tied` also those whose weight is another's too: for changes that do not touch the weight itself, or
+    where it is to be untied.
 
     Raises:
         ValueError: Names the site that has no such layers, what stands in the way, and the remedy.
@@ -125,18 +152,38 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         for name in here:
             layers[path].check_values(name)
     for path, here in sites.items():
-        host = layers[path].host
-        if is_weight_layer(host) or has_quantised(host):
-            _refuse_direct(model, layers[path], here, allow_tied=allow_tied)
-            _add(plan, layers[path], here, {path: host})
-        else:
+        weights = {name: own_weights(model, layers[path], name) for name in here}
+        direct, others = ([n for n in here if (weights[n] is None) == is_other] for is_other in (False, True))
+        if direct:
+            _refuse_direct(model, layers[path], direct, plan, allow_tied=allow_tied)
+            _add(plan, layers[path], direct, {path: layers[path].host}, weights)
+        if others:
             folded[path] = layers[path]
     if folded:
         uses = _folded_uses(model, folded, names, probe, allow_tied=allow_tied)
         for path, layer in folded.items():
             targets = {target: model.get_submodule(target) for target in uses[path].layers}
-            _add(plan, layer, sites[path], targets, side="input")
+            plan.tied |= {target: tied for target in targets if (tied := _tied_to(model, target)) is not None}
+            others = [name for name in sites[path] if own_weights(model, layer, name) is None]
+            _add(plan, layer, others, targets)
     return plan
+
+
+def own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[tuple[str, int]] | None:
+    """The weights of a site's own module that take an adapter's eraser, and the axis of the features in each.
+
+    None where the layers that take the activation do, which are to be found.
+    """
+    host, site = layer.host, layer.concept_erasure_site[name]
+    weights = getattr(all_configs(model).get(name), "weights", None)
+    if weights is not None:
+        here = [(own, axis) for group in weights.values() for path, own, axis in group if path == layer.path]
+        biases = {bias_of(host, own) for own, _ in here}  # they change with their weights
+        return [place for place in here if place[0] not in biases]
+    axis = axis_of(host, site)
+    if axis is None and not has_quantised(host):
+        return None
+    return [("weight", axis or 0)]
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -176,20 +223,54 @@ def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
             )
 
 
-def _refuse_direct(model: nn.Module, layer: ErasureLayer, names: list[str], *, allow_tied: bool) -> None:
-    """Refuse a layer that cannot take the erasers at its own sides into its weight."""
-    path, tied = layer.path, _tied_to(model, layer.path)
-    if tied and not allow_tied:
-        raise ValueError(
-            f"The erasure at {path!r} cannot be merged: its weight is shared by {tied}, which would change too. Untie "
-            "the weights (tie_word_embeddings=False) or use the adapter unmerged."
-        )
-    for site in dict.fromkeys(layer.concept_erasure_site[name] for name in names):
-        refusal = why_not_mergeable(layer.host, site)
-        if refusal is not None:
-            raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
-    if allow_tied and owns_offloaded(layer.host):
-        raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
+def _refuse_direct(
+    model: nn.Module, layer: ErasureLayer, names: list[str], plan: MergePlan, *, allow_tied: bool
+) -> None:
+    """Refuse a module that cannot take the erasers at its own sides into its weights."""
+    path, host, tied = layer.path, layer.host, _tied_to(model, layer.path)
+    if isinstance(host, BaseTunerLayer):
+        raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
+    if tied:
+        if not allow_tied:
+            left = "what the head reads is un-erased" if _is_head(model, path) else "a token says what it said alone"
+            raise ValueError(
+                f"The erasure at {path!r} cannot be merged: its weight {_tied_words(model, path, tied)}. Or fit it "
+                f"again with exclude_modules=[{path!r}]; then {left}."
+            )
+        plan.tied[path] = tied
+    for name in names:
+        site = layer.concept_erasure_site[name]
+        for edit in _edits(layer, name, own_weights(model, layer, name) or []):
+            refusal = why_not_mergeable(host, site, edit.parameter) or _why_not_along(layer, name, edit)
+            if refusal is not None:
+                raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
+
+
+def _why_not_along(layer: ErasureLayer, name: str, edit: EraserInWeight) -> str | None:
+    """The reason why the features that an eraser erases are not those of an axis of the weight; None if they are."""
+    shape, width = layer.host.get_parameter(edit.parameter).shape, len(edit.left)
+    if not width:  # not fitted
+        return None
+    if isinstance(layer.host, CONVOLUTIONS) and layer.concept_erasure_axis[name] != 1:
+        return "it does not erase along the channels of this convolution. Use the adapter unmerged."
+    if edit.axis >= len(shape) or shape[edit.axis] != width:
+        at = f"{edit.parameter} of shape {tuple(shape)}"
+        return f"its {at} does not have the {width} features along axis {edit.axis}. Use the adapter unmerged."
+    return None
+
+
+def _tied_words(model: nn.Module, path: str, names: list[str]) -> str:
+    """What shares a weight, and whether a merge may untie it, in words that follow "its weight"."""
+    reason = why_not_untied(model, path)
+    way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
+    return (
+        f"is shared by {names}, which would change too. {way if reason is None else f'It cannot be untied: {reason}'}"
+    )
+
+
+def _is_head(model: nn.Module, path: str) -> bool:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and model.get_submodule(path) is head
 
 
 def _folded_uses(
@@ -221,8 +302,7 @@ def _folded_uses(
         on_float = not any(uses[site].obstacles or uses[site].returned for site in reasons)
         remedy = f"Use the adapter unmerged{', or ' + FLOAT_FIRST if on_float else ''}."
     if isinstance(model.get_submodule(path), BaseTunerLayer):
-        reason = "another adapter wraps its module, and what that one adds would not be erased"
-        remedy = "Call merge_and_unload() of that one first, or use the adapter unmerged."
+        raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
     raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
 
 
@@ -247,10 +327,7 @@ def _why_not_foldable(
     for target in dict.fromkeys(uses.layers):
         names = _tied_to(model, target)
         if names and not allow_tied:
-            return (
-                f"it goes into {target!r}, whose weight is shared by {names}, which would change too; a model with "
-                "untied weights (tie_word_embeddings=False) has no such tie"
-            )
+            return f"it goes into {target!r}, whose weight {_tied_words(model, target, names)}"
         others = sorted(fed[target] - {path, *(["<embedding>"] if allow_tied else [])})
         if others:
             return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
@@ -266,17 +343,31 @@ def _tied_to(model: nn.Module, owner: str) -> list[str] | None:
 
 
 def _add(
-    plan: MergePlan, layer: ErasureLayer, names: list[str], targets: dict[str, nn.Module], side: str | None = None
+    plan: MergePlan,
+    layer: ErasureLayer,
+    names: list[str],
+    targets: dict[str, nn.Module],
+    weights: dict[str, list[tuple[str, int]] | None] | None = None,
 ) -> None:
-    """Let the erasers of adapters at a site go into the weights of targets: at one side, or each at its own."""
+    """Let the erasers of adapters at a site go into weights of its own, or into what takes its activation."""
     plan.modules |= targets
     for site in SITES:
         for name in _outwards(plan, layer, names, site):
-            left, right, bias = layer.eraser_state(name)
-            for target in targets:
-                erasers = plan.erasers.setdefault(target, [])
-                if left.shape[-1]:
-                    erasers.append(EraserInWeight(layer.path, name, side or site, left, right, bias))
+            for target, module in targets.items():
+                places = [("weight", axis_of(module, "input") or 0)] if weights is None else weights[name]
+                edits = list(_edits(layer, name, places or [], None if weights is not None else "input"))
+                plan.erasers.setdefault(target, []).extend(edit for edit in edits if edit.left.shape[-1])
+
+
+def _edits(
+    layer: ErasureLayer, name: str, places: list[tuple[str, int]], side: str | None = None
+) -> Iterator[EraserInWeight]:
+    """An adapter's eraser at a site, on its way into some weights: at its own side of each, or at the one given."""
+    left, right, bias = layer.eraser_state(name)
+    for parameter, axis in places:
+        yield EraserInWeight(
+            layer.path, name, side or layer.concept_erasure_site[name], left, right, bias, parameter, axis
+        )
 
 
 def _outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
@@ -346,43 +437,81 @@ def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePl
         snapshot.restore()
 
 
-# ---- values, and the biases they need --------------------------------------------------------------------------------
+# ---- values, and what they need --------------------------------------------------------------------------------------
 
 
 def _values(
     layers: dict[str, ErasureLayer], plan: MergePlan, names: list[str], *, safe_merge: bool
 ) -> dict[str, dict[str, Tensor]]:
     """The merged parameters of each layer; the plan then has all erasers that are in them."""
+    for target in plan.modules:
+        plan.erasers[target] = _arranged(layers, plan, target)
+    _refuse_means(plan)
     values = {}
     for target, module in plan.modules.items():
-        erasers, record = _arranged(layers, plan, target), record_of(module)
+        erasers, record = plan.erasers[target], record_of(module)
         plan.rewritten |= record is not None and erasers[: len(record.erasers)] != record.erasers
-        plan.erasers[target], values[target] = erasers, written_anew(module, erasers)
+        values[target] = written_anew(module, erasers)
         for key, value in values[target].items():
             if safe_merge and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
     return values
 
 
-def _entries_for(model: nn.Module, plan: MergePlan, values: dict[str, dict[str, Tensor]]) -> list[BiasEntry]:
-    """The entries of the configuration that give layers without a bias the one that they need.
+def _refuse_means(plan: MergePlan) -> None:
+    """Refuse erasers that keep a mean for which a layer has no place.
 
     Raises:
-        ValueError: If some of them get none from any.
+        ValueError: Names the sites.
     """
-    modules = plan.modules.items()
-    lacking = [t for t, module in modules if "bias" in values[t] and module._parameters.get("bias") is None]
-    known = bias_entries(model) if lacking else []
-    found = {target: next((entry for entry in known if target in entry.modules), None) for target in lacking}
-    left = [target for target, entry in found.items() if entry is None]
-    if left:
-        sites = list(dict.fromkeys(eraser.path for target in left for eraser in plan.erasers[target]))
-        some = len(sites) < len(plan.orders)
-        without = f"leave out the sites that need one, exclude_modules={sites}, " if some else ""
+    lacking = {
+        target: list(dict.fromkeys(edit.path for edit in plan.erasers[target] if lacks_place(module, edit)))
+        for target, module in plan.modules.items()
+    }
+    target = next((target for target, sites in lacking.items() if sites), None)
+    if target is None:
+        return
+    sites = list(dict.fromkeys(site for found in lacking.values() for site in found))
+    some = len(sites) < len(plan.orders)
+    without = f"leave out the sites that need one, exclude_modules={sites}, " if some else ""
+    raise ValueError(
+        f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, for which {target!r} "
+        "would need a bias, and has none. Fit it again with ConceptErasureConfig(affine=None), which takes the linear "
+        f"map that keeps the mean where there is no place for a bias, or with affine=False, {without}or use this "
+        "adapter unmerged."
+    )
+
+
+def lacks_place(module: nn.Module, edit: EraserInWeight) -> bool:
+    """Whether an eraser keeps a mean, and the module has no place for it."""
+    return bool((edit.right @ edit.bias).any()) and not takes_mean(module, edit.parameter, edit.side)
+
+
+# ---- weights that are shared -----------------------------------------------------------------------------------------
+
+
+def _untied(model: nn.Module, plan: MergePlan) -> Untied | None:
+    """What will untie the weights that erasers go into; None where none of them is tied."""
+    if not plan.tied:
+        return None
+    for target, names in plan.tied.items():
+        reason = why_not_untied(model, target)
+        if reason is not None:
+            raise ValueError(
+                f"The erasure cannot be merged into {target!r}, whose weight is shared by {names}: {reason}. Fit it "
+                f"again with exclude_modules=[{target!r}], or use the adapter unmerged."
+            )
+    return Untied(model)
+
+
+def _untie(model: nn.Module, untied: Untied, probe: Probe | None) -> None:
+    """Untie the weights, unless the model then computes something else with the same weights."""
+    plain = None if probe is None else probe.run()
+    untied.untie()
+    note_untied(untied)
+    if probe is not None and plain is not None and distance(probe.run(), plain) > 0:
         raise ValueError(
-            f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, for which {left[0]!r}"
-            f" would need a bias; it has none, and no entry of {type(model).__name__}'s configuration gives one. "
-            f"Fit a purely linear erasure with ConceptErasureConfig(affine=False), {without}or use this adapter "
-            "unmerged."
+            f"{type(model).__name__} computes something else with the same weights where its configuration says "
+            "tie_word_embeddings=False, so they cannot be untied. Fit the erasure again without "
+            "the modules that share a weight, exclude_modules=[…], or use the adapter unmerged."
         )
-    return list(dict.fromkeys(entry for entry in found.values() if entry is not None))

@@ -26,7 +26,7 @@ from hf_erasure.models.model import distance, evaluating, tensors_of, without_dr
 
 from ..common.placement import has_quantised
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .record import why_not_mergeable
+from .record import CONVOLUTIONS, axis_of, why_not_mergeable
 
 # A merge may take the outputs so many times as far as another rounding of the weights does: that is one sample of what
 # rounding does, and others are larger.
@@ -192,7 +192,8 @@ class _Trace(TorchDispatchMode):
         self._owners = {
             module.get_parameter("weight").data_ptr(): (name, module)
             for name, module in modules.items()
-            if not isinstance(module, nn.Embedding)
+            if axis_of(module, "input") is not None
+            and not isinstance(module, CONVOLUTIONS)
             and not name.startswith(inside)
             and why_not_mergeable(module, "input") is None
         }

@@ -1,22 +1,22 @@
-"""Erasers in the weights of linear layers and embeddings: the formulas, and a record by which all is taken back.
+"""Erasers in weights: the formulas, and a record by which all is taken back.
 
 A weight may take erasers of several sites: its own, and those of a norm in front of it. The way back for one of them is
 to start from the original and write the others anew, since a projection does not have an inverse. The record is kept on
-the module that owns the weight. A linear layer without a bias may get one from an entry of the model's configuration,
-which gives biases to several layers at once.
+the module that owns the weight.
+
+A weight is a tensor of any shape with an axis along which the features of the hidden state lie: a matrix, a stack of
+matrices of experts, the kernel of a convolution. A linear map commutes with whatever is done along the other axes.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..common.placement import (
@@ -28,9 +28,16 @@ from ..common.placement import (
     values_of,
     why_not_reachable,
 )
+from .untying import Untied
 
-# These store the transpose of what they multiply by.
-_TRANSPOSED = (Conv1D, nn.Embedding)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# By the forward of a module: the axes of its weight along which the features that it takes and gives lie.
+_AXES: dict[Any, dict[str, int]] = {
+    nn.Linear.forward: {"input": 1, "output": 0},
+    Conv1D.forward: {"input": 0, "output": 1},
+    nn.Embedding.forward: {"output": 1},
+    **{kind.forward: {"input": 1, "output": 0} for kind in CONVOLUTIONS},
+}
 # A plain attribute of the module: it is copied with the module, and is not part of the state dict.
 _RECORD = "_concept_erasure_merge_record"
 # An integer of as many bytes as a number has.
@@ -42,12 +49,14 @@ class EraserInWeight:
     """One eraser on its way into one weight.
 
     Attributes:
-        path: The site it was fitted at: the weight's own module, or one whose output that module takes.
+        path: The site: the weight's own module, or one whose output that module takes.
         adapter: The adapter it belongs to.
         side: The side of the weight it acts on, `"output"` or `"input"`.
         left: `(width, rank)`.
         right: `(rank, width)`.
         bias: `(width,)`, the mean that is kept; zero for a purely linear eraser.
+        parameter: The name of the weight in its module.
+        axis: The axis of the weight along which the features of the hidden state lie.
     """
 
     path: str
@@ -56,91 +65,173 @@ class EraserInWeight:
     left: Tensor
     right: Tensor
     bias: Tensor
+    parameter: str = "weight"
+    axis: int = 1
 
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What erasers make of a layer `W x + c`, in float64 and as a map of column vectors: `W + B A` and `offset`.
+    """What erasers make of a weight and its bias, in float64.
+
+    The weight has changed by `b @ a`, where it is a matrix `(out, in)`, or is one when its other axes are one.
 
     Attributes:
-        linear: `(out, in)`, the changed weight.
+        weight: The changed weight, in its own shape.
         offset: `(out,)`, the changed bias; zero where there is none and none is needed.
         b: `(out, rank)`.
         a: `(rank, in)`.
     """
 
-    linear: Tensor
+    weight: Tensor
     offset: Tensor
     b: Tensor
     a: Tensor
 
 
-def weight_change(host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[EraserInWeight]) -> WeightChange:
-    """The layer that computes alone what `host` computes with erasers.
+def weight_change(
+    weight: Tensor, bias: Tensor | None, edits: Iterable[EraserInWeight], scale: float | None = None
+) -> WeightChange:
+    """The weight and the bias that compute alone what they compute with erasers.
 
     With `P = L R`, an erased output of `W x + c` is `(I − P) W x + c − P (c − μ)`, and an erased input gives
     `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one.
 
-    The host is a `Linear`, a `Conv1D`, or (output only) an `Embedding`; the eraser next to the weight comes first.
+    Args:
+        weight: Has the features of the hidden state along the `axis` of each eraser.
+        bias: `(out,)`.
+        edits: The eraser next to the weight comes first.
+        scale: Of a table of rows: what they are multiplied with; None for a weight that is multiplied by.
     """
-    weight = parameters["weight"]
-    linear = weight.double().T if isinstance(host, _TRANSPOSED) else weight.double()
-    bias = parameters.get("bias")
-    offset = linear.new_zeros(linear.shape[0]) if bias is None else bias.double()
-    b_parts, a_parts = [linear.new_zeros(linear.shape[0], 0)], [linear.new_zeros(0, linear.shape[1])]
+    changed = weight.double()
+    offset = None if bias is None else bias.double()
+    b_parts, a_parts = [], []
     for edit in edits:
         left, right, mean = (part.to(weight.device, torch.float64) for part in (edit.left, edit.right, edit.bias))
+        place = -1 if edit.side == "input" else 0
+        moved = changed.movedim(edit.axis, place)
         if edit.side == "input":
-            b, a = -linear @ left, right
-            offset = offset - b @ (right @ mean)
-        elif isinstance(host, nn.Embedding):
-            b, a = -left, right @ (linear - mean[:, None])
+            matrix = moved.reshape(-1, len(left))
+            b, a = -matrix @ left, right
+            shift = -(b @ (right @ mean)).reshape(len(moved), -1).sum(1)
+            offset = shift if offset is None else offset + shift
         else:
-            b, a = -left, right @ linear
-            offset = offset + b @ (right @ (offset - mean))
-        linear = linear + b @ a
+            matrix = moved.reshape(len(left), -1)
+            b, a = -left, right @ (matrix if scale is None else matrix - mean[:, None] / scale)
+            if scale is None:
+                offset = matrix.new_zeros(len(left)) if offset is None else offset
+                offset = offset + b @ (right @ (offset - mean))
+        changed = (matrix + b @ a).reshape(moved.shape).movedim(place, edit.axis)
         b_parts.append(b)
         a_parts.append(a)
-    return WeightChange(linear, offset, torch.cat(b_parts, dim=1), torch.cat(a_parts, dim=0))
+    offset = changed.new_zeros(()) if offset is None else offset
+    return WeightChange(changed, offset, torch.cat(b_parts, dim=1), torch.cat(a_parts, dim=0))
 
 
 def merged_parameters(
     host: nn.Module, parameters: dict[str, Tensor], edits: Iterable[EraserInWeight]
 ) -> dict[str, Tensor]:
-    """The changed parameters of `host` by name, in its dtype; with a `"bias"` if one is there or needed."""
-    change = weight_change(host, parameters, edits)
-    weight, bias = parameters["weight"], parameters.get("bias")
-    linear = change.linear.T if isinstance(host, _TRANSPOSED) else change.linear
-    changed = {"weight": linear.to(weight.dtype).contiguous()}
-    if bias is not None or bool(change.offset.any()):
-        changed["bias"] = change.offset.to(weight.dtype if bias is None else bias.dtype)
+    """The changed parameters of `host` by name, each in its dtype."""
+    by_parameter: dict[str, list[EraserInWeight]] = {}
+    for edit in edits:
+        by_parameter.setdefault(edit.parameter, []).append(edit)
+    changed: dict[str, Tensor] = {}
+    for name, here in by_parameter.items():
+        weight, bias_name, scale = parameters[name], bias_of(host, name), scale_of(host)
+        bias = None if bias_name is None else parameters[bias_name]
+        if is_stack(host, name, here):
+            ones = [weight_change(*of_one, scale) for of_one in one_by_one(weight, bias, here)]
+            changed[name] = torch.stack([one.weight.to(weight.dtype) for one in ones])
+            offset = torch.stack([one.offset for one in ones])
+        else:
+            one = weight_change(weight, bias, here, scale)
+            changed[name], offset = one.weight.to(weight.dtype).contiguous(), one.offset
+        if bias_name is not None and bias is not None:
+            changed[bias_name] = offset.to(bias.dtype)
     return changed
 
 
+def is_stack(host: nn.Module, parameter: str, edits: Iterable[EraserInWeight]) -> bool:
+    """Whether a weight is a stack of matrices of experts, which are changed one after the other: float64 takes room."""
+    is_cube = host._parameters[parameter].dim() == 3  # type: ignore[union-attr]
+    return is_cube and not isinstance(host, CONVOLUTIONS) and all(edit.axis > 0 for edit in edits)
+
+
+def one_by_one(
+    weight: Tensor, bias: Tensor | None, edits: Iterable[EraserInWeight]
+) -> Iterator[tuple[Tensor, Tensor | None, list[EraserInWeight]]]:
+    """The weight, the bias and the erasers of each expert of a stack."""
+    inner = [replace(edit, axis=edit.axis - 1) for edit in edits]
+    for index, matrix in enumerate(weight):
+        yield matrix, None if bias is None else bias[index], inner
+
+
+# ---- what a module does with a weight --------------------------------------------------------------------------------
+
+
+def axis_of(host: nn.Module, site: str) -> int | None:
+    """The axis of a module's weight along which the features at one of its sides lie; None where it is not known."""
+    if isinstance(host, CONVOLUTIONS) and host.groups != 1:
+        return None
+    if scale_of(host) is not None:
+        return 1 if site == "output" else None
+    return _AXES.get(type(host).forward, {}).get(site)
+
+
 def is_weight_layer(host: nn.Module) -> bool:
-    """Whether `host` computes what `weight_change` supposes; subclasses with a forward of their own do not."""
-    return type(host).forward in (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
+    """Whether `host` is known to compute what `weight_change` supposes; those with a forward of their own are not."""
+    return axis_of(host, "output") is not None
 
 
-def why_not_mergeable(host: nn.Module, site: str) -> str | None:
-    """The reason why an eraser at `host` has no place in its weights, or None if it has."""
+def bias_of(host: nn.Module, parameter: str) -> str | None:
+    """The name of the parameter that a module adds to what it makes with a weight; None where it is not known."""
+    name = "bias" if type(host).forward in _AXES else f"{parameter}_bias"  # of experts
+    return name if host._parameters.get(name) is not None else None
+
+
+def takes_mean(host: nn.Module, parameter: str, side: str) -> bool:
+    """Whether the part of an affine eraser that keeps the mean has a place in a module: its bias, or a table's rows."""
+    if scale_of(host) is not None:
+        return True
+    if bias_of(host, parameter) is None:
+        return False
+    if isinstance(host, CONVOLUTIONS) and side == "input":  # what is put around an input was not erased
+        return not any(host.padding) if isinstance(host.padding, tuple) else host.padding == "valid"
+    # What experts give is weighted and summed, and the weights need not sum to one.
+    return side == "input" or type(host).forward in _AXES
+
+
+def scale_of(host: nn.Module) -> float | None:
+    """What a table's rows are multiplied with when they are looked up; None where a module does something else."""
+    if type(host).forward is nn.Embedding.forward:
+        return 1.0
+    scale = getattr(host, "embed_scale", None)
+    if not isinstance(host, nn.Embedding) or scale is None or getattr(scale, "is_meta", False):
+        return None
+    factor, tried = float(scale), copy.copy(host)
+    rows = torch.arange(1.0, 7.0).view(3, 2).to(scale.device if isinstance(scale, Tensor) else "cpu")
+    tried.__dict__ = {**host.__dict__, "_parameters": {"weight": rows}, "padding_idx": None}
+    try:
+        found = type(host).forward(tried, torch.arange(3, device=rows.device))
+    except Exception:  # whatever a stranger's module may raise that is not called with ids alone
+        return None
+    return factor if torch.equal(found, rows * factor) else None
+
+
+def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> str | None:
+    """The reason why an eraser at one side of `host` has no place in its weight, or None if it has."""
     kind = type(host).__name__
     if getattr(host, "parametrizations", None):
         return f"the weight of this {kind} is parametrized; remove the parametrization first."
     if has_quantised(host):
         return f"its weight is quantised, and would not be exact after it. Use the adapter unmerged, or {FLOAT_FIRST}."
-    # Subclasses with a forward of their own (scaled, wrapped layers) compute something else.
-    if type(host).forward is nn.Embedding.forward:
+    if isinstance(host, nn.Embedding):
         if site == "input":
             return "an embedding takes token ids. Use site='output'."
         if getattr(host, "max_norm", None) is not None:
             return "this embedding renormalises its rows (max_norm) after the erasure. Use the adapter unmerged."
-    elif type(host).forward not in (nn.Linear.forward, Conv1D.forward):
-        return (
-            f"a {kind} has no weight matrix that could take the projection; only Linear, Conv1D and Embedding do. Use "
-            "the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
-        )
-    weight = host.get_parameter("weight")
+    weight = host._parameters.get(parameter)
+    if weight is None:
+        return f"this {kind} has no parameter {parameter!r}: the adapter was fitted on another model."
     unreachable = why_not_reachable(host)
     if unreachable is not None:
         return f"its weight {unreachable} to merge."
@@ -157,48 +248,16 @@ class MergeRecord:
     """What was written over a module's parameters.
 
     Attributes:
-        originals: Parameter name → its values before any eraser.
+        originals: Parameter name → its values before any eraser; of those that were written.
         erasers: The erasers, the one next to the weight first.
-        bias_entry: What has given the module its bias; None where it has its own, or none.
+        untied: What has given the module a weight of its own, where it shared that of another.
         digests: Parameter name → `_digest` of the values that were written last.
     """
 
-    originals: dict[str, Tensor]
+    originals: dict[str, Tensor] = field(default_factory=dict)
     erasers: list[EraserInWeight] = field(default_factory=list)
-    bias_entry: BiasEntry | None = None
+    untied: Untied | None = None
     digests: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class BiasEntry:
-    """An entry of the model's configuration that gives biases to layers that have none.
-
-    Attributes:
-        config: The configuration, or the part of it, that has the entry.
-        name: The entry, such as `"attention_bias"`.
-        off: Its value as it was.
-        modules: All the layers to which it gives a bias.
-    """
-
-    config: Any
-    name: str
-    off: Any
-    modules: dict[str, nn.Module]
-
-    def open(self) -> None:
-        """Set the entry, and give the layers biases of zero."""
-        setattr(self.config, self.name, True)
-        for module in self.modules.values():
-            _opened(module).bias_entry = self
-            weight = values_of(module)["weight"]
-            set_parameter(module, "bias", weight.new_zeros(weight.shape[0]))
-
-    def close(self) -> None:
-        """Take the biases away again, and put the entry back."""
-        setattr(self.config, self.name, self.off)
-        for module in self.modules.values():
-            set_parameter(module, "bias", None)
-            put_record(module, None)
 
 
 def record_of(module: nn.Module) -> MergeRecord | None:
@@ -215,33 +274,32 @@ def put_record(module: nn.Module, record: MergeRecord | None) -> None:
         setattr(module, _RECORD, record)
 
 
-def _opened(module: nn.Module) -> MergeRecord:
-    """The module's record; a new one takes copies of its parameters."""
-    record = record_of(module)
-    if record is None:
-        record = MergeRecord({name: value.clone() for name, value in originals(module).items()})
+def note_untied(untied: Untied) -> None:
+    """Note with all modules whose weights were tied what has untied them."""
+    for module in untied.modules:
+        record = record_of(module) or MergeRecord()
+        record.untied = untied
         put_record(module, record)
-    return record
 
 
 def originals(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters as they were before any eraser, with a bias of zero where an entry has given it one."""
+    """A module's parameters as they were before any eraser."""
     record = record_of(module)
-    if record is None or record.bias_entry is None:
-        return values_of(module) if record is None else record.originals
-    weight = record.originals["weight"]
-    return record.originals | {"bias": weight.new_zeros(weight.shape[0])}
+    return values_of(module) | (record.originals if record is not None else {})
 
 
 def written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
-    """What the parameters of a module are, from the originals, with these erasers and no others in them."""
-    plain = originals(module)
-    return plain | merged_parameters(module, plain, erasers) if erasers else plain
+    """What erasers, or those before them, change in a module, from the originals, with these and no others in it."""
+    plain, record = originals(module), record_of(module)
+    known = {} if record is None else record.originals
+    return known | (merged_parameters(module, plain, erasers) if erasers else {})
 
 
 def write(module: nn.Module, values: dict[str, Tensor], erasers: list[EraserInWeight]) -> None:
     """Put merged values in place, and note all the erasers that are in them, the one next to the weight first."""
-    record = _opened(module)
+    record, before = record_of(module) or MergeRecord(), originals(module)
+    put_record(module, record)
+    record.originals = {name: before[name].clone() for name in values} | record.originals
     record.erasers = erasers
     record.digests = record.digests | {name: _digest(value) for name, value in values.items()}
     for name, value in values.items():
@@ -266,10 +324,11 @@ def withdraw(module: nn.Module, path: str) -> None:
         values[name] = torch.where(now == before, value, changed)  # what nothing was added to is there to the bit
     for name, value in values.items():
         set_parameter(module, name, value)
-    if record.bias_entry is not None:
-        records = map(record_of, record.bias_entry.modules.values())
+    if record.untied is not None:
+        records = map(record_of, record.untied.modules)
         if not any(other is not None and other.erasers for other in records):
-            record.bias_entry.close()
+            record.untied.tie_again()
+            forget(module)
     elif not left:
         put_record(module, None)
 
@@ -277,8 +336,7 @@ def withdraw(module: nn.Module, path: str) -> None:
 def forget(module: nn.Module) -> None:
     """Drop the record and its copies: what is merged stays merged."""
     record = record_of(module)
-    put_record(module, None)
-    for other in record.bias_entry.modules.values() if record is not None and record.bias_entry is not None else ():
+    for other in [module, *(record.untied.modules if record is not None and record.untied is not None else [])]:
         put_record(other, None)
 
 
@@ -298,12 +356,12 @@ def _digest(value: Tensor) -> int:
 class Snapshot:
     """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place."""
 
-    def __init__(self, layers: Iterable[Any], modules: Sequence[nn.Module], entries: Sequence[BiasEntry] = ()) -> None:
+    def __init__(self, layers: Iterable[Any], modules: Sequence[nn.Module], untied: Untied | None = None) -> None:
         notes = ("merged_adapters", "written", "_active_adapter", "_disable_adapters", "sticky_adapters")
         self.notes = [(layer, {name: copy.copy(getattr(layer, name)) for name in notes}) for layer in layers]
         self.values = [(m, {name: value_of(m, name) for name in m._parameters}) for m in modules]
         self.records = [(module, copy.copy(record_of(module))) for module in modules]
-        self.entries = entries
+        self.untied = untied
 
     def restore(self) -> None:
         """Put everything back."""
@@ -315,47 +373,5 @@ class Snapshot:
                 set_parameter(module, name, value)
         for module, record in self.records:
             put_record(module, record)
-        for entry in self.entries:
-            setattr(entry.config, entry.name, entry.off)
-
-
-# ---- entries of the configuration that give biases -------------------------------------------------------------------
-
-
-def bias_entries(model: nn.Module) -> list[BiasEntry]:
-    """The entries that are off and would give biases, and nothing else, to layers of `model` that have none."""
-    candidates = list(_entries_that_are_off(model.config)) if isinstance(model, PreTrainedModel) else []
-    plain = _shapes(model, model.config) if candidates else {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    linear = {path: module for path, module in modules.items() if type(module).forward is nn.Linear.forward}
-    free = {f"{path}.bias": path for path, module in linear.items() if module._parameters.get("bias") is None}
-    found = []
-    for keys, name in candidates:
-        config = copy.deepcopy(model.config)
-        setattr(functools.reduce(getattr, keys, config), name, True)
-        try:
-            shapes = _shapes(model, config)
-        except (TypeError, ValueError, RuntimeError, NotImplementedError):
-            continue  # the architecture does not support what its configuration can say
-        new = [key for key in shapes if key not in plain]
-        if new and all(key in free for key in new) and all(plain[key] == shapes.get(key) for key in plain):
-            part: Any = functools.reduce(getattr, keys, model.config)
-            found.append(BiasEntry(part, name, getattr(part, name), {free[key]: linear[free[key]] for key in new}))
-    return found
-
-
-def _entries_that_are_off(
-    config: PretrainedConfig, keys: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Entries that speak of a bias and are off, in the configuration and the configurations inside it."""
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            yield from _entries_that_are_off(value, (*keys, name))
-        elif "bias" in name and (value is False or value is None):
-            yield keys, name
-
-
-def _shapes(model: nn.Module, config: PretrainedConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        built = type(model)(copy.deepcopy(config))
-    return {name: value.shape for name, value in built.state_dict().items()}
+        if self.untied is not None:
+            self.untied.tie_again()
