@@ -77,9 +77,9 @@ def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None =
     widths = sorted({eraser.x_dim for eraser in erasers})
     if len(widths) > 1:
         raise ValueError(f"The erasers act on activations of different widths {widths}, so they have no joint eraser.")
-    if len({eraser.bias is None for eraser in erasers}) > 1:
+    if len({eraser.bias is None for eraser in erasers if eraser.rank}) > 1:
         raise ValueError(
-            "Some of the erasers keep the mean and some are purely linear: fit all of them with the same affine."
+            "Some of the erasers have an affine part and some are linear: fit all of them with the same affine."
         )
     if weights is not None and (len(weights) != len(erasers) or min(weights) < 0 or not sum(weights) > 0):
         raise ValueError(f"weights={list(weights)}: give one for each of the {len(erasers)} erasers, none negative.")

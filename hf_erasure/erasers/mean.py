@@ -8,6 +8,10 @@ from torch import Tensor
 from .eraser import Eraser, Factor, Spread, significance, variance_floor
 
 
+class MeanIsErased(ValueError):
+    """The mean lies in the span of what is erased, so that no linear map keeps it."""
+
+
 def eraser_about(
     left: Tensor, right: Tensor, spread: Spread, *, affine: bool, keep_mean: bool, factor: Factor | None = None
 ) -> Eraser:
@@ -28,8 +32,8 @@ def eraser_about(
         factor: The factored Σ; None for the identity, the metric of orthogonal projections.
 
     Raises:
-        ValueError: If an affine map is not to keep the mean, or no linear one can, as the mean lies in the span of
-            `left`.
+        ValueError: If an affine map is not to keep the mean.
+        MeanIsErased: If no linear map can keep it.
     """
     if affine:
         if not keep_mean:
@@ -54,7 +58,7 @@ def eraser_about(
     # 2e-4 for float32 rows, whose squares lie below that floor.
     share = float(beside.square().sum())
     if share <= variance_floor(spread.resolution):
-        raise ValueError(
+        raise MeanIsErased(
             "affine is False, but the mean of x lies in the span of the directions that are erased (but for "
             f"{share:.0e} of its square), so that no linear map erases these and keeps it: give affine=True."
         )

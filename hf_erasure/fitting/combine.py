@@ -174,7 +174,7 @@ def _to_combine(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, 
         ("affine", "fit all of them with the same"),
     ):
         values = {name: getattr(config, field) for name, config in configs.items()}
-        if len(set(values.values())) > 1:
+        if len({*values.values()} - {None}) > 1:
             raise ValueError(f"The adapters differ in {field}, {values}: {remedy}.")
     _combined_weights(configs)
     return configs, holder
@@ -197,7 +197,14 @@ def _combined_sites(
         erasers = []
         for name in here:
             left, right, bias = (part.cpu() for part in parts[name][path].eraser_state(name))
-            erasers.append(Eraser(left, right, bias if configs[name].affine else None))
+            # Left to fitting, which map a site has is told by its bias.
+            is_affine = bool(bias.any()) if configs[name].affine is None else configs[name].affine
+            erasers.append(Eraser(left, right, bias if is_affine else None))
+        # Beside an affine one, a linear one that nobody has asked for keeps the same mean.
+        mean = next((eraser.bias for eraser in erasers if eraser.bias is not None), None)
+        for place, (name, eraser) in enumerate(zip(here, erasers, strict=True)):
+            if configs[name].affine is None and eraser.bias is None:
+                erasers[place] = Eraser(eraser.left, eraser.right, mean)
         if len({parts[name][path].concept_erasure_axis[name] for name in here}) > 1:
             raise ValueError(f"At {path!r} {here} cannot be combined: they erase along different axes.")
         rows = [float(Provenance.of(configs[name]).examples or 0) for name in here]
@@ -245,7 +252,7 @@ def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sti
         site=first.site,
         # Orthogonal projections together make one; with an oblique one among them, they do not.
         method="leace" if "leace" in methods else "inlp" if methods == {"inlp"} else "orth",
-        affine=first.affine,
+        affine=first.affine if len({config.affine for config in configs.values()}) == 1 else None,
         rank=max(ranks) or None,
         sticky=sticky,
         weights=_combined_weights(configs),
@@ -341,7 +348,8 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
         # A name ends like this, whatever the model that the adapter was saved from is called in front of it.
         keys = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
         keys = {part: next(key for key in weights if f".{key}".endswith(end)) for part, end in keys.items()}
-        fit, kept = solve_site(site, seen, config), weights[keys["left"]]
+        kept, had_mean = weights[keys["left"]], bool(weights[keys["bias"]].any())
+        fit = solve_site(site, seen, config, is_linear=not (had_mean if config.affine is None else config.affine))
         for key, value in zip(keys.values(), fit.eraser.parts(kept.device, fit.dtype), strict=True):
             weights[key] = value.contiguous()
         config.fitted_sites[site] = before[site] | {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}

@@ -9,7 +9,7 @@ runs once a batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.model_state import take_off
 from hf_erasure.adapters.common.tuner import exactly
 from hf_erasure.adapters.loading.fingerprint import fingerprint
+from hf_erasure.adapters.merging.room import sites_without_room
 from hf_erasure.models.model import class_name, evaluating
 
 from .checkpoint import FitCheckpoint, MomentsOfAPass
@@ -145,6 +146,7 @@ def solved(
         ValueError: If there is no data, a site is never reached, or its rows cannot be used.
         RuntimeError: If the model fails on a batch, or another process failed.
     """
+    task.linear = _linear_sites(task)
     sources = list(labelled)
     if background is not None:
         sources.append(Source(None, background, "background", "background"))
@@ -155,6 +157,14 @@ def solved(
         _gather(task, source, checkpoint)
         sites = source.check_reached(sites, may_lack=task.may_lack and source.concept is not None)
     return solve(task, sites, sources)
+
+
+def _linear_sites(task: FitTask) -> Collection[str]:
+    """The sites that are to have an eraser without an affine part, in all processes the same."""
+    if task.config.affine is not None:
+        return () if task.config.affine else task.layers.keys()
+    own = sites_without_room(task.owner, task.name, task.config, task.layers, may_run=not task.runner.is_sharded)
+    return task.processes.from_one(own)
 
 
 # ---- all sites in one pass -------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import dataclasses
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, site_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
+from hf_erasure.erasers.mean import MeanIsErased
 from hf_erasure.models import POOLS, check_pool, reading_of
 from hf_erasure.models.model import Runner, on_cpu
 from hf_erasure.models.pooling import IN_WORDS
@@ -51,6 +53,7 @@ class FitTask:
         reader: What the model's head reads, in words.
         processes: Those that share the data.
         progress: Whether this process shows progress bars.
+        linear: The sites whose erasers have no affine part; `solved` says which.
     """
 
     owner: nn.Module
@@ -63,6 +66,7 @@ class FitTask:
     reader: str
     processes: Processes
     progress: bool = False
+    linear: Collection[str] = ()
 
     @property
     def may_lack(self) -> bool:
@@ -269,9 +273,9 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
     """
     processes = task.processes
     if processes.count == 1:
-        return task.along({site: solve_site(site, seen, task.config) for site in sites})
+        return task.along({site: solve_site(site, seen, task.config, site in task.linear) for site in sites})
     with processes.agreeing("solving for its sites"):
-        mine = {site: solve_site(site, seen, task.config) for site in processes.mine(sites)}
+        mine = {site: solve_site(site, seen, task.config, site in task.linear) for site in processes.mine(sites)}
         # Processes hand over what lies in main memory.
         mine = {
             site: dataclasses.replace(fit, eraser=fit.eraser.to("cpu"), shares=fit.shares.cpu())
@@ -282,11 +286,11 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
 
 
 @on_cpu
-def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasureConfig) -> SiteFit:
+def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasureConfig, is_linear: bool) -> SiteFit:
     """Solve for one site, as `solve` does for several.
 
     Of a module that is called several times the columns of all visits are erased, each taken about the means of its
-    visit.
+    visit. A linear map that nobody has asked for gives way to the affine one where there is none that keeps the mean.
     """
     visits = visits_of(site, seen)
     labelled = [s.moments[key] for s in seen if s.z_dim for key in visits if key in s.moments]
@@ -305,9 +309,15 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         if bool(variance.max() <= _ROUNDING * (mean.square().mean() + variance.mean())):
             # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
-            eraser = Eraser(left=empty, right=empty.T.clone(), bias=mean)
+            eraser = Eraser(left=empty, right=empty.T.clone(), bias=None if is_linear else mean)
         else:
-            eraser = moments.eraser(method, affine=config.affine, rank=rank, background=background)
+            solving = partial(moments.eraser, method, rank=rank, background=background)
+            try:
+                eraser = solving(affine=not is_linear)
+            except MeanIsErased:
+                if config.affine is not None:
+                    raise
+                eraser = solving()
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
     acts = eraser.rank > 0

@@ -213,7 +213,7 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     is_guarded = config.method != "inlp" and needed is not None and (config.rank is None or config.rank >= needed)
     left = {plain(site): float(value) for site, value in made.residuals.items() if is_number(value)}
     facts.method = {
-        "name": config.method, "side": config.site, "affine": bool(config.affine), "sites": len(sites),
+        "name": config.method, "side": config.site, "affine": config.affine, "sites": len(sites),
         "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": on,
         "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": is_guarded,
         "left": [max(left, key=lambda site: left[site]), max(left.values()), len(left)] if left else None,

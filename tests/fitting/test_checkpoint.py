@@ -36,8 +36,9 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(parts(one), parts(other), strict=True))
 
 
-# Forward passes that show what the axes of the activations are, before any batch counts.
-PROBES = 3
+# Forward passes before any batch counts: they show what the axes of the activations are, and where a merge has a place
+# for the mean.
+PROBES = 4
 
 
 class Stopped(Exception):

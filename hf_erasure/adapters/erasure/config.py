@@ -53,8 +53,9 @@ class ConceptErasureConfig(ChildConfig):
             `"orth"` where the rank is not capped; needs `labels`); or `"inlp"` (iterative null-space projection,
             arXiv 2004.07667, with a least-squares probe; it removes more directions and guarantees less). R-LACE and
             INLP with logistic regression need rows, which fitting keeps none of: see `hf_erasure.erasers.Eraser.fit`.
-        affine: Keep the mean of the activations by an affine part. `False` gives a linear map, for which a bias-free
-            layer needs no bias when the adapter is merged: of those that keep the mean the one of least change.
+        affine: Keep the mean of the activations by an affine part, which is merged into a bias. `False` keeps it by the
+            choice of the linear map: of those that do, the one of least change. By default fitting takes the affine map
+            where a merge has a place for it, or the adapter cannot be merged anyway, and the linear one elsewhere.
         rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
             which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
@@ -82,7 +83,7 @@ class ConceptErasureConfig(ChildConfig):
     target_modules: list[str] | str | None = None
     site: str = ""
     method: str = "leace"
-    affine: bool = True
+    affine: bool | None = None
     rank: int | None = None
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata=BY_FITTING)
     weights: dict[str, list[list]] | None = field(default=None, metadata=BY_FITTING)

@@ -288,8 +288,8 @@ def _folded_uses(
             f"{refused} running the model on a dummy input, and this {type(model).__name__} cannot be "
             f"({probe.failure}). {_UNMERGED_OR_LINEAR}"
         )
-    uses, fed = trace_uses(model, probe, sites, names)
-    found = {path: _why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
+    uses, fed = trace_uses(model, probe.run, sites, names)
+    found = {path: why_not_foldable(model, path, uses[path], fed, allow_tied=allow_tied) for path in uses}
     reasons = {path: reason for path, reason in found.items() if reason is not None}
     if not reasons:
         return uses
@@ -306,7 +306,7 @@ def _folded_uses(
     raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
 
 
-def _why_not_foldable(
+def why_not_foldable(
     model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool
 ) -> str | None:
     """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""

@@ -123,9 +123,9 @@ class Uses:
 
 
 def trace_uses(
-    model: nn.Module, probe: Probe, sites: dict[str, ErasureLayer], names: list[str]
+    model: nn.Module, run: Callable[[], list[Tensor]], sites: dict[str, ErasureLayer], names: list[str]
 ) -> tuple[dict[str, Uses], dict[str, set[str]]]:
-    """Run the probe and note where the activations of `sites` go, whose erasers are to be folded.
+    """Run the model on a small input and note where the activations of `sites` go, whose erasers are to be folded.
 
     An erasure of another adapter than `names` stays in force and stands in the way.
 
@@ -135,7 +135,7 @@ def trace_uses(
     """
     trace = _Trace(model, {path: Uses() for path in sites})
     with _observing(model, trace, sites, names), _inside_quantised(model, trace), trace:
-        outputs = probe.run()
+        outputs = run()
     for source in filter(None, map(trace.source_of, outputs)):
         trace.uses[source].returned = True
     return trace.uses, trace.fed
