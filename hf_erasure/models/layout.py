@@ -46,6 +46,7 @@ class Axes:
         side: Whose mask tells which of the positions are padding: `""`, `"decoder_"` or `FRAMES`; None where the rows
             of an example are not the positions of its tokens.
         is_flat: Whether the entries of an example along its axis are its positions.
+        is_shared: Whether there is one entry for all examples, which have the same, as of learned positions.
     """
 
     width: int
@@ -55,10 +56,12 @@ class Axes:
     position: int | None = None
     side: str | None = None
     is_flat: bool = False
+    is_shared: bool = False
 
     def arranged(self, activation: Tensor, rows: int) -> Tensor:
         """The activation as `(rows, positions, …, width)`; without positions of tokens all else that there is."""
         found = activation.movedim(self.width, -1)
+        found = found.expand(rows, *found.shape[1:]) if self.is_shared else found
         per_example = found.shape[self.example] // rows
         owners, entries, position = self.example, self.example + 1, self.position
         if self.is_flat or per_example > 1:
@@ -74,7 +77,7 @@ class Axes:
 
     def check(self, shape: Sequence[int], rows: int, where: str) -> None:
         """Raise a `ValueError` where an activation does not hold as many rows of an example as when this was found."""
-        entries = _without(shape, self.width)[self.example]
+        entries = _without(shape, self.width)[self.example] * (rows if self.is_shared else 1)
         if entries % rows == 0 and (self.is_flat or entries == rows * self.per_example):
             return
         raise ValueError(
@@ -267,6 +270,8 @@ def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, othe
     """
     shape = passes[0].shape
     owners = _owners(shape, passes[1].shape, rows)
+    is_shared = not owners and len(shape) == 3 and shape[0] == passes[1].shape[0] == 1 and width % len(shape) > 0
+    owners = [0] if is_shared else owners
     if len(owners) != 1 or owners[0] == width % len(shape):
         raise ValueError(
             f"The activation at {where!r} has shape {shape} for {rows} examples and {passes[1].shape} for {2 * rows}: "
@@ -275,6 +280,9 @@ def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, othe
         )
     base, changed = (_without(glimpse.shape, width) for glimpse in (passes[0], passes[2]))
     example = owners[0] - (owners[0] > width % len(shape))
+    if is_shared:
+        side = now.side_of(base[1], other, changed[1])
+        return Axes(width, 0, position=None if side is None else 1, side=side, is_shared=True)
     per_example, per_changed = base[example] // rows, changed[example] / rows
     is_major = _is_major(passes[1], base[example], rows, where)
     side = now.side_of(per_example, other, int(per_changed)) if per_changed == int(per_changed) else None

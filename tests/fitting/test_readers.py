@@ -1,0 +1,181 @@
+"""After fitting, nothing that reads the hidden state is given the concept: seen by hooks of the tests' own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure.adapters import site_layers
+from tests.breadth.examples import Batch, batch_of, call
+from tests.breadth.zoo import build
+
+# Of |x| |z|. Activations are float32, of which rounding leaves some 1e-7 for each of the operations of a sum over rows.
+NOTHING = 1e-5
+# What the concept shows in what is not erased.
+THERE = 0.01
+
+
+def model_of(kind: str, auto: Any, target: str, **fields: Any) -> Any:
+    model = build(kind, auto)
+    model.add_adapter(ConceptErasureConfig(labels=["a", "b"], target_modules=target, **fields))
+    return model
+
+
+def batches_of(model: Any) -> list[Batch]:
+    return [batch_of(model, seed) for seed in range(3)]
+
+
+def taken_by(model: Any, names: Iterable[str], batches: list[Batch], *, output: bool = False) -> dict[str, float]:
+    """Module → the covariance of what it takes (or gives) with the concept, as a share of `|x| |z|`."""
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    now: dict[str, Tensor] = {}
+
+    def keep(name: str, hidden: Tensor) -> None:
+        count = len(now["concept_labels"])
+        hidden = hidden.movedim(1, -1) if hidden.dim() == 4 else hidden
+        hidden = hidden.detach().double().reshape(count, -1, hidden.shape[-1])
+        masks = [m for key, m in now.items() if key.endswith("mask") and m.shape == hidden.shape[:2]]
+        counts = masks[0].bool() if masks else torch.ones(hidden.shape[:2], dtype=torch.bool)
+        z = now["concept_labels"].double()[:, None].expand(hidden.shape[:2])
+        rows.setdefault(name, []).append((hidden[counts], z[counts]))
+
+    handles = []
+    for name in names:
+        module: nn.Module = model.get_submodule(name)
+        if output:
+            handles.append(
+                module.register_forward_hook(lambda m, a, o, n=name: keep(n, o[0] if isinstance(o, tuple) else o))
+            )
+        else:
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, a, k, n=name: keep(n, a[0] if a else k["hidden_states"]), with_kwargs=True
+                )
+            )
+    for batch in batches:
+        now = batch
+        call(model, batch)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, parts in rows.items():
+        x, z = torch.cat([x for x, _ in parts]), torch.cat([z for _, z in parts])
+        x, z = x - x.mean(0), z - z.mean()
+        found[name] = float((x.T @ z).norm() / (x.norm() * z.norm() + 1e-300))
+    return found
+
+
+READERS = [
+    ("bert", AutoModelForSequenceClassification),
+    ("gpt2", AutoModelForCausalLM),
+    ("llama", AutoModelForCausalLM),
+    ("t5", AutoModelForSeq2SeqLM),
+    ("bart", AutoModelForSeq2SeqLM),
+    ("qwen3_moe", AutoModelForCausalLM),
+    ("mixtral", AutoModelForCausalLM),
+    ("gpt_neox", AutoModelForCausalLM),
+    ("mamba", AutoModelForCausalLM),
+    ("vit", AutoModel),
+]
+
+
+@pytest.mark.parametrize(("kind", "auto"), READERS, ids=[kind for kind, _ in READERS])
+def test_no_reader_is_given_the_concept(kind: str, auto: Any) -> None:
+    model = model_of(kind, auto, "readers")
+    batches, groups = batches_of(model), model.peft_config["default"].groups
+    before = taken_by(model, groups, batches)
+    assert before.keys() == set(groups) and max(before.values()) > THERE
+    report = fit_concept_erasure(model, batches, pool="tokens", progress=False)
+    after = taken_by(model, groups, batches)
+    assert {name: value for name, value in after.items() if value > NOTHING} == {}
+    config = model.peft_config["default"]
+    assert [line.site for line in report.sites if "last_hidden" not in line.site] == list(site_layers(model, "default"))
+    assert config.weights.keys() == config.fitted_sites.keys()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox", "qwen3_moe", "opt"])
+def test_writers_guard_the_residual_stream_at_every_depth(kind: str) -> None:
+    model = model_of(kind, AutoModelForCausalLM, "writers")
+    batches = batches_of(model)
+    fit_concept_erasure(model, batches, pool="tokens", progress=False)
+    blocks = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and "expert" not in name]
+    names = [f"{blocks[0]}.{index}" for index in range(len(model.get_submodule(blocks[0])))]
+    found = taken_by(model, names, batches) | {"last": taken_by(model, names[-1:], batches, output=True)[names[-1]]}
+    model.disable_adapters()
+    assert max(taken_by(model, names, batches).values()) > THERE
+    assert {name: value for name, value in found.items() if value > NOTHING} == {}
+
+
+@pytest.mark.parametrize(("kind", "auto"), [("bert", AutoModel), ("vit", AutoModel)])
+def test_writers_are_refused_where_they_do_not_guard(kind: str, auto: Any) -> None:
+    with pytest.raises(ValueError, match="target_modules='readers'"):
+        model_of(kind, auto, "writers")
+
+
+@pytest.mark.parametrize(("kind", "auto"), [("llama", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)])
+def test_ways_of_fitting_readers_agree(kind: str, auto: Any, tmp_path: Any) -> None:
+    """However many batches are resident, and where a killed fit continues, the erasers are the same to the bit."""
+    states = []
+    for options in ({}, {"resident_batches": 1}, {"checkpoint_dir": tmp_path}, {"checkpoint_dir": tmp_path}):
+        model = model_of(kind, auto, "readers")
+        fit_concept_erasure(model, batches_of(model), pool="tokens", progress=False, **options)
+        states.append({key: value for key, value in model.state_dict().items() if "concept_erasure" in key})
+    for other in states[1:]:
+        assert other.keys() == states[0].keys()
+        assert all(torch.equal(other[key], value) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize(("kind", "auto"), [("llama", AutoModelForCausalLM), ("bart", AutoModelForSeq2SeqLM)])
+def test_a_site_is_looked_at_once_a_pass(kind: str, auto: Any) -> None:
+    """The modules that share an eraser are one visit, also where the batches are tensors of inference mode."""
+    for mode in (torch.no_grad, torch.inference_mode):
+        for sequential in (True, False):
+            model = model_of(kind, auto, "readers")
+            with mode():
+                report = fit_concept_erasure(
+                    model, batches_of(model), sequential=sequential, pool="tokens", progress=False
+                )
+            assert {line.visits for line in report.sites if "last_hidden" not in line.site} == {1}, (mode, sequential)
+
+
+def test_background_and_labels_of_tokens() -> None:
+    model = model_of("llama", AutoModelForCausalLM, "readers")
+    batches = batches_of(model)
+    labelled = [
+        {**b, "concept_labels": (b["input_ids"] % 2).masked_fill(b["attention_mask"] == 0, -100)} for b in batches
+    ]
+    fit_concept_erasure(model, labelled, background=batches, progress=False)
+    x = {}
+    for name in model.peft_config["default"].groups:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda m, a, n=name: x.setdefault(n, []).append(a[0].double()))
+    for batch in batches:
+        call(model, batch)
+    z = torch.cat([b["concept_labels"].flatten() for b in labelled])
+    for name, parts in x.items():
+        rows = torch.cat([part.flatten(0, -2) for part in parts])[z >= 0]
+        value, of = rows - rows.mean(0), z[z >= 0].double() - z[z >= 0].double().mean()
+        assert float((value.T @ of).norm() / value.norm() / of.norm()) < NOTHING, name
+
+
+def test_sites_that_the_labels_do_not_speak_of_go_with_all_their_modules() -> None:
+    """Labels of tokens say nothing of what is pooled; nobody has named the sites, so they are left out."""
+    model = model_of("bert", AutoModelForSequenceClassification, "readers")
+    batches = [
+        {**b, "concept_labels": (b["input_ids"] % 2).masked_fill(b["attention_mask"] == 0, -100)}
+        for b in batches_of(model)
+    ]
+    with pytest.warns(UserWarning, match="leaves out"):
+        fit_concept_erasure(model, batches, progress=False)
+    config = model.peft_config["default"]
+    assert "classifier" not in config.groups and config.weights.keys() == config.fitted_sites.keys()
+    assert {name for name, m in model.named_modules() if hasattr(m, "concept_erasure")} == set(config.groups)
+    type(config)(
+        **{k: v for k, v in config.to_dict().items() if k not in ("peft_type", "auto_mapping", "peft_version")}
+    )
