@@ -58,6 +58,7 @@ def linear_sites(model: nn.Module, name: str = "gender") -> set[str]:
 
 
 EVERY = object()
+_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,10 @@ EVERY = object()
         ("qwen2", {"target_modules": ["q_proj", "o_proj"]}, {f"model.layers.{i}.self_attn.o_proj" for i in range(2)}),
         ("llama", {"target_modules": ["embed_tokens"]}, ()),  # row by row
         ("llama", {"target_modules": ["embed_tokens", "self_attn"]}, ()),  # a block's output is added to the residual
+        ("llama", {"target_modules": "readers"}, EVERY),
+        ("llama", {"target_modules": "writers"}, {f"model.layers.{i}.{name}" for i in range(2) for name in _WRITERS}),
+        ("gpt_neox", {"target_modules": "readers", "exclude_modules": ["embed_out", "lm_head"]}, ()),
+        ("gpt_neox", {"target_modules": "writers"}, ()),
         ("llama", {"affine": True}, ()),
         ("bert", {"affine": False}, EVERY),
     ],
@@ -83,9 +88,13 @@ def test_a_site_without_a_place_for_the_mean_gets_a_linear_map(name: str, fields
     assert model.peft_config["gender"].affine is fields.get("affine")  # what the user wrote
 
 
-@pytest.mark.parametrize("name", ["bare llama", "qwen2", "gpt_neox"])
-def test_what_fitting_chose_merges_without_another_bias(name: str, tmp_path: Path) -> None:
-    fit(name, sequential=True, exclude_modules=["norm"] if name == "bare llama" else None).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("bare llama", None), ("qwen2", None), ("gpt_neox", None), ("qwen2", "readers"), ("gpt_neox", "writers")],
+)
+def test_what_fitting_chose_merges_without_another_bias(name: str, targets: str | None, tmp_path: Path) -> None:
+    excluded = ["norm"] if name == "bare llama" else None
+    fit(name, sequential=True, target_modules=targets, exclude_modules=excluded).save_pretrained(tmp_path)
     model = peft.PeftModel.from_pretrained(copy.deepcopy(_base(name)), tmp_path)
     batch = small_batch(name if name in ARCHITECTURES else "llama", seed=5)
     shapes = {key: value.shape for key, value in _base(name).state_dict().items()}

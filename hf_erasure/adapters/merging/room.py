@@ -11,12 +11,13 @@ from torch import nn
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import tensors_of
 
+from ..common.layer import innermost
 from ..common.placement import has_quantised, is_offloaded
 from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .plan import why_not_foldable
+from .plan import own_weights, why_not_foldable
 from .probe import trace_uses
-from .record import is_weight_layer
+from .record import takes_mean
 
 
 def sites_without_room(
@@ -35,27 +36,29 @@ def sites_without_room(
         sites: Its sites.
         may_run: Whether a small forward pass in this process alone is possible.
     """
-    places: dict[str, list[tuple[nn.Module, str]]] = {}
+    places: dict[str, list[tuple[nn.Module, str, str]]] = {}
     folded = {}
     for path, layer in sites.items():
         if config.weights is not None:
-            places[path] = [(model.get_submodule(module), weight) for module, weight, _ in config.weights[path]]
-        elif is_weight_layer(layer.host) or has_quantised(layer.host):
-            places[path] = [(layer.host, "weight")]
+            own = [(innermost(model.get_submodule(module)), weight) for module, weight, _ in config.weights[path]]
+            places[path] = [(*place, config.site) for place in own]
+        elif own_weights(model, layer, name) is not None:
+            places[path] = [(layer.host, "weight", config.site)]
         else:
             folded[path] = layer
     if folded:
         targets = _targets_of(model, name, folded) if may_run and not is_offloaded(model) else None
         if targets is None:
             return set()
-        places |= {path: [(model.get_submodule(target), "weight") for target in targets[path]] for path in targets}
-    return {path for path, here in places.items() if not all(_takes_mean(*place) for place in here)}
+        at = {target: model.get_submodule(target) for found in targets.values() for target in found}
+        places |= {path: [(at[target], "weight", "input") for target in found] for path, found in targets.items()}
+    return {path for path, here in places.items() if not all(_has_room(*place) for place in here)}
 
 
-def _takes_mean(module: nn.Module, weight: str) -> bool:
-    """Whether what keeps the mean has a place beside a weight, or in it: the rows of a table are erased one by one."""
-    bias = "bias" if weight == "weight" else f"{weight}_bias"
-    return isinstance(module, nn.Embedding) or module._parameters.get(bias) is not None
+def _has_room(module: nn.Module, weight: str, side: str) -> bool:
+    """Whether what keeps the mean has a place beside a weight; of quantised layers, once they are loaded in float."""
+    has_bias = has_quantised(module) and module._parameters.get("bias") is not None
+    return has_bias or takes_mean(module, weight, side)
 
 
 def _targets_of(model: nn.Module, name: str, sites: dict[str, ErasureLayer]) -> dict[str, list[str]] | None:
