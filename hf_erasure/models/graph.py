@@ -66,12 +66,19 @@ class Held:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: its name, and the node of the first activation among what it was given and has given."""
+    """One call of a module.
+
+    Attributes:
+        index: Its number.
+        name: The name of the module.
+        taken: The nodes of the activations that it was called with.
+        given: The node of the first activation that it gave.
+    """
 
     index: int
     name: str
     module: nn.Module
-    taken: Node | None = None
+    taken: tuple[Node, ...] = ()
     given: Node | None = None
 
 
@@ -103,7 +110,8 @@ class Node:
     Attributes:
         index: Its place in the order of making.
         kind: `"sum"`, `"join"` (cat and its like), `"scaled"` (by one number a row), `"featurewise"` (linear in each
-            feature by itself), `"pointwise"`, `"norm"`, `"map"`, `"parameter"`, `"constant"`, or `"opaque"`.
+            feature by itself), `"mixed"` (rows of the first parent, by
+            computed weights), `"pointwise"`, `"norm"`, `"map"`, `"parameter"`, `"constant"`, or `"opaque"`.
         operation: Of the dispatcher, or the name of the module that made it.
         parents: What it was made of.
         calls: The numbers of the calls that ran, from the outermost.
@@ -182,8 +190,7 @@ class Graph(TorchDispatchMode):
         call = Call(len(self.calls), name, module)
         self.calls.append(call)
         self._stack.append(call)
-        first = next(_floats((args, kwargs)), None)
-        call.taken = None if first is None or self._silent else self._of(first).node
+        call.taken = () if self._silent else tuple(self._of(t).node for t in _floats((args, kwargs)))
         self._silent += is_norm(module) or _linear_inside(module) is not None
 
     def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -237,7 +244,7 @@ class Graph(TorchDispatchMode):
             node = self._node("constant" if held is None else "parameter", "", (), tensor.shape)
             node.is_zero = held is None and not bool(tensor.any())
             if held is not None:
-                last = None if held.axes is None else held.axes[-1]
+                last = held.axes[-1] if held.axes else None
                 node.product = self._product(held, None, last)
                 node.operation = self._owners.get(id(held.parameter), node.product.parameter)
             value = _Value(node, None, self._time)
@@ -267,20 +274,25 @@ class Graph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         given = [] if self._silent else list(_floats((args, kwargs)))
-        values = [None if self._held(t) is not None else self._of_known(t) for t in given]
-        output = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        held = [self._held(t) is not None for t in given]
+        is_weight = bool(given) and all(held)
+        is_followed = any(held) or any(self._is_known(t) for t in given)
+        # Before the operation, which may write over what it is given.
+        values = (
+            {id(t): self._of(t) for t in given} if is_followed and not is_weight and name not in _SHAPE_ONLY else {}
+        )
+        output = func(*args, **kwargs)
         if given and name not in _SHAPE_ONLY and any(True for _ in _floats(output)):
             self._time += 1
-            if any(value is not None for value in values):
-                self._note(func, name, args, kwargs, output)
-            elif any(self._held(t) is not None for t in given):
+            if is_weight:
                 self._note_weight(name, args, kwargs, given, output)
+            elif values:
+                self._note(func, name, args, kwargs, given, values, output)
         return output
 
-    def _of_known(self, tensor: Tensor) -> _Value | None:
-        known = tensor in self._values or _storage(tensor) in self._written
-        return self._of(tensor) if known else None
+    def _is_known(self, tensor: Tensor) -> bool:
+        return tensor in self._values or _storage(tensor) in self._written
 
     def _note_weight(self, name: str, args: tuple, kwargs: dict, given: list[Tensor], output: Any) -> None:
         """An operation on weights alone."""
@@ -294,12 +306,11 @@ class Graph(TorchDispatchMode):
             axes = None if held.axes is None or len(given) > 1 else _axes_after(name, args, kwargs, held.axes, made)
             self._weights[made] = Held(held.parameter, axes)
 
-    def _note(self, func: Any, name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        given = list(_floats((args, kwargs)))
-        # In place: what was there before is taken before it is written over.
-        nodes = {id(t): self._of(t) for t in given}
+    def _note(
+        self, func: Any, name: str, args: tuple, kwargs: dict, given: list[Tensor], values: dict, output: Any
+    ) -> None:
         made = next(_floats(output))
-        node, entries = self._after(func, name, args, kwargs, given, nodes, made)
+        node, entries = self._after(func, name, args, kwargs, given, values, made)
         self._made(output, node, entries)
         if any(out is t for out in _floats(output) for t in given) or "out" in kwargs:
             self._written[_storage(made)] = (self._time, node, made)
@@ -316,8 +327,18 @@ class Graph(TorchDispatchMode):
                 return self._node("map", name, [taken], made.shape, product), None
             if product == "featurewise":
                 return self._node(product, name, nodes, made.shape), None
+            if name == "bmm" and self._held(args[0]) is None and self._held(args[1]) is None:
+                return self._node("mixed", name, nodes[::-1], made.shape), None
         if name in _NORMS and nodes[0].kind != "constant":
             return self._node("norm", name, nodes[:1], made.shape), None
+        if (
+            name in _SUMS
+            and len(given) == 1
+            and isinstance(args[1], (int, float))
+            and args[1] == 0
+            and made.shape == given[0].shape
+        ):
+            return told[0], values[id(given[0])].entries
         if name in _SUMS and len(given) > 1:
             if len(told) == 1 and nodes.count(told[0]) == 1 and made.shape == given[nodes.index(told[0])].shape:
                 return told[0], values[id(given[nodes.index(told[0])])].entries
@@ -359,22 +380,23 @@ class Graph(TorchDispatchMode):
         return self._product(held, held.axes[reads], held.axes[writes], pattern)
 
     def _scaled(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
-        largest = next((t for t in given if t.shape == made.shape), given[0])
-        value = values[id(largest)]
-        others = [t for t in given if t is not largest]
-        if all(t.numel() == 1 for t in others) and len(given) > 1 - (not others) and largest.shape == made.shape:
-            if not others and sum(t is largest for t in given) > 1:
-                return self._node("opaque", name, [value.node], made.shape), None
-            return value.node, value.entries
-        nodes = [value.node, *(values[id(t)].node for t in others)]
-        if largest.shape != made.shape:
-            return self._node("opaque", name, nodes, made.shape), None
-        other = others[0]
-        sizes = (*[1] * (made.dim() - other.dim()), *other.shape)
-        is_uniform = sizes[-1] == 1 or (made.dim() == 4 and sizes[1] == 1)
-        fixed = nodes[1].kind in ("constant", "parameter")
-        kind = "scaled" if is_uniform else "featurewise" if fixed else "opaque"
-        return self._node(kind, name, nodes, made.shape), None
+        if len(given) == 1:
+            return values[id(given[0])].node, values[id(given[0])].entries
+        if given[0] is given[1]:
+            return self._node("opaque", name, [values[id(given[0])].node], made.shape), None
+        for tensor, other in (given, given[::-1]):
+            value, by = values[id(tensor)], values[id(other)].node
+            if tensor.shape == made.shape and other.numel() == 1:
+                return value.node, value.entries
+            sizes = (*[1] * (made.dim() - other.dim()), *other.shape)
+            is_fixed = by.kind in ("constant", "parameter")
+            # A parameter has a number for each feature, wherever these lie.
+            is_row = tensor.shape[-1:] == made.shape[-1:] and sizes[-1] == 1 and by.kind != "parameter"
+            is_pixel = made.dim() == 4 and tensor.shape == made.shape and sizes[1] == 1 and not is_fixed
+            kind = "scaled" if is_row or is_pixel else "featurewise" if is_fixed else ""
+            if kind and value.node.kind not in ("constant", "parameter"):
+                return self._node(kind, name, [value.node, by], made.shape), None
+        return self._node("opaque", name, [values[id(t)].node for t in given], made.shape), None
 
     def _rearranged(
         self, func: Any, name: str, args: tuple, kwargs: dict, told: list[Node], values: dict, made: Tensor
@@ -412,8 +434,9 @@ class Graph(TorchDispatchMode):
         value = values[id(tensor)]
         if value.entries is not None and value.entries.shape == tensor.shape:
             return value.entries, tuple(tensor.shape)
-        made = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device=tensor.device)
-        return made.view(tensor.shape), tuple(tensor.shape)
+        places = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device=tensor.device)
+        # In the strides of the tensor, or else views of it cannot be viewed likewise.
+        return torch.empty_like(tensor, dtype=torch.float64).copy_(places.view(tensor.shape)), tuple(tensor.shape)
 
     @staticmethod
     def _pattern(shown: tuple[Tensor, Any], axis: int, shape: Sequence[int]) -> tuple[int, ...] | None:

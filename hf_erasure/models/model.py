@@ -27,7 +27,7 @@ _SHARDED = (FSDPModule, FullyShardedDataParallel)
 _LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
 # What towers read, and the methods that run one of them with what is around it.
 _TEXTS = {"input_ids": "get_text_features", "inputs_embeds": "get_text_features"}
-_MEDIA = {
+MEDIA = {
     "pixel_values": "get_image_features",
     "pixel_values_videos": "get_video_features",
     "input_features": "get_audio_features",
@@ -217,13 +217,13 @@ class Runner:
     def _tower_for(self, batch: dict[str, Any]) -> Callable[..., Any] | None:
         """What runs the tower that a batch is for, where it has nothing for the others; None where all is run."""
         takes = inspect.signature(self.model.forward).parameters
-        texts, media = ([name for name in names if name in batch] for names in (_TEXTS, _MEDIA))
+        texts, media = ([name for name in names if name in batch] for names in (_TEXTS, MEDIA))
         # A language model does without images; a model of which both towers encode does not.
-        needs_media = hasattr(self.model, "get_text_features") and any(name in takes for name in _MEDIA)
+        needs_media = hasattr(self.model, "get_text_features") and any(name in takes for name in MEDIA)
         if bool(texts) == bool(media) or "input_ids" not in takes or (texts and not needs_media):
             return None
         for name in texts or media:
-            if (method := getattr(self.model, {**_TEXTS, **_MEDIA}[name], None)) is not None:
+            if (method := getattr(self.model, {**_TEXTS, **MEDIA}[name], None)) is not None:
                 return method
         found = [tower for name in media for tower in self._towers(name).values()]
         reached = [tower for tower in found if self._hosts & {id(module) for module in tower.modules()}]
@@ -242,8 +242,8 @@ class Runner:
         if is_encoder_decoder(self.model):
             encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
             return {"encoder_last_hidden_state": encoder, "last_hidden_state": decoder}
-        if hasattr(self.model, "get_text_features") and any(hasattr(self.model, name) for name in _MEDIA.values()):
-            towers = [next(iter(self._towers(name).items()), None) for name in ("input_ids", *_MEDIA)]
+        if hasattr(self.model, "get_text_features") and any(hasattr(self.model, name) for name in MEDIA.values()):
+            towers = [next(iter(self._towers(name).items()), None) for name in ("input_ids", *MEDIA)]
             return {f"{tower[0]}.last_hidden_state": tower[1] for tower in towers if tower is not None}
         return {"last_hidden_state": self.backbone}
 

@@ -8,19 +8,21 @@ writes, takes a concept out of what the sublayers and the head get, and a linear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .dummy import dummy_batch
-from .graph import Graph, Node
-from .model import Runner, evaluating, without_drawing
+from .graph import Graph, Node, Product
+from .model import MEDIA, Runner, bare_model, evaluating, without_drawing
 
 # What leaves each feature, or a whole row, by itself.
 _BETWEEN = {"norm", "scaled", "featurewise", "pointwise"}
 _ADDED = {"sum", "join"}
+_MIXES = "it does not take the features of a row as they are"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def readers_of(model: nn.Module) -> list[Group]:
     """The linear maps that read the hidden state, grouped by the tensor that they read.
 
     The maps of a group take one eraser. A module that is called several times reads several tensors; those are one
-    group then, since a module has one eraser at its input.
+    group then, since a module has one eraser at its input. A map whose module takes the tensor in other ways too
+    (attention of torch, which is called with it thrice), or is not called, is left out with a warning.
 
     Raises:
         ValueError: If there are none.
@@ -85,15 +88,23 @@ class _Streams:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._graph = _graph_of(model)
+        self._graph, batch = _graph_of(model)
+        base = bare_model(model)
+        media = [name for name, method in MEDIA.items() if hasattr(base, method)]
+        # What is put into a text, such as images, and the pass has not.
+        self._leaves_out = next((name for name in media if "input_ids" in batch and not batch.keys() & {*media}), None)
         nodes = self._graph.nodes
+        self._made_of: dict[Node, list[Node]] = {node: [] for node in nodes}
+        for node in nodes:
+            for parent in node.parents:
+                self._made_of[parent].append(node)
         self._stream = {
             node
             for total in nodes
             if total.kind == "sum"
             for end in total.parents
             for branch in total.parents
-            if end is not branch and branch.behind >> _behind_scales(end).index & 1
+            if end is not branch and branch.behind >> _behind_scales(end).index & 1 and _ends_in_map(branch)
             for node in (total, end, _behind_scales(end))
         }
         for node in nodes:
@@ -111,37 +122,73 @@ class _Streams:
     # ---- readers -----------------------------------------------------------------------------------------------------
 
     def readers(self) -> list[Group]:
-        """The groups of maps that read a tensor, joined where they share a module."""
-        found: dict[Any, list[tuple[int, Weight]]] = {}
-        also: dict[Node, list[str]] = {}
+        """The groups of maps that read a tensor, joined where they share a module; warns of what cannot be guarded."""
+        found: dict[Any, dict[Weight, int]] = {}
+        also: dict[Node, set[str]] = {}
+        unguarded: list[str] = []
         for node in self._graph.nodes:
-            for taken in node.parents:
-                if taken not in self._seen or node.kind in _BETWEEN | _ADDED:
+            for taken in node.parents if node.kind not in _BETWEEN | _ADDED else ():
+                if taken not in self._seen:
                     continue
                 product = node.product
-                if node.kind == "map" and product is not None and self._is_read_by(taken, node):
-                    weight = Weight(product.owner, product.parameter, int(product.reads or 0))
-                    found.setdefault((taken, product.pattern), []).append((product.call, weight))
+                if product is None or (reason := self._why_not_read(taken, node, product)) == _MIXES:
+                    also.setdefault(taken, set()).add(node.operation)
+                elif reason:
+                    unguarded.append(reason)
                 else:
-                    also.setdefault(taken, []).append(node.operation)
-        groups: list[tuple[list[tuple[int, Weight]], set[str]]] = []
-        for (taken, _), weights in found.items():
-            names = {weight.module for _, weight in weights}
-            joined = [group for group in groups if any(weight.module in names for _, weight in group[0])]
+                    weight = Weight(product.owner, product.parameter, int(product.reads or 0))
+                    # An eraser acts along one axis, so channels first and last do not share one.
+                    tensor = taken, product.pattern, node.operation == "convolution"
+                    found.setdefault(tensor, {}).setdefault(weight, product.call)
+        if unguarded:
+            more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
+            warnings.warn(
+                f"target_modules='readers' does not guard all that {type(self._model).__name__} reads: {unguarded[0]}"
+                f"{more}, so it keeps what it reads.",
+                stacklevel=3,
+            )
+        groups: list[tuple[dict[Weight, int], set[str]]] = []
+        for (taken, *_), weights in found.items():
+            names = {weight.module for weight in weights}
+            joined = [group for group in groups if any(weight.module in names for weight in group[0])]
             groups = [group for group in groups if group not in joined]
-            merged = [pair for group in joined for pair in group[0]] + weights
-            groups.append((merged, {*also.get(taken, []), *(name for group in joined for name in group[1])}))
-        return [_as_group(weights, told) for weights, told in sorted(groups, key=lambda group: min(group[0])[0])]
+            merged = {weight: at for group in joined for weight, at in group[0].items()}
+            groups.append((weights | merged, set().union(also.get(taken, ()), *(group[1] for group in joined))))
+        groups.sort(key=lambda group: min(group[0].values()))
+        return [self._as_group(weights, told) for weights, told in groups]
 
-    def _is_read_by(self, taken: Node, node: Node) -> bool:
-        """Whether a map reads a tensor as the first input of a module that does nothing else with it."""
-        product = node.product
-        if product is None or product.call < 0 or product.reads is None or product.pattern is None:
-            return False
-        if self._graph.calls[product.call].taken is not taken:
-            return False
-        inside = [other for other in self._graph.nodes if taken in other.parents and product.call in other.calls]
-        return all(other.product is not None and other.product.owner == product.owner for other in inside)
+    def _why_not_read(self, taken: Node, node: Node, product: Product) -> str | None:
+        """Why a map does not read a tensor as the first input of its module, which does nothing else with it."""
+        if product.pattern is None or product.reads is None:
+            return _MIXES
+        if product.call < 0:
+            return f"the weight {product.parameter!r} takes it, and its module is not called"
+        first = self._graph.calls[product.call].taken
+        inside = [other for other in self._made_of[taken] if product.call in other.calls]
+        own = all(other.product is not None and other.product.owner == product.owner for other in inside)
+        if first[:1] == (taken,) and taken not in first[1:] and own:
+            return None
+        return f"the module {product.owner!r}, whose {product.parameter!r} takes it, takes it in other ways too"
+
+    def _as_group(self, weights: dict[Weight, int], also: set[str]) -> Group:
+        group = Group(sorted(weights, key=lambda weight: weights[weight]))
+        group += dict.fromkeys(other for other in self._beside(group) if other not in group)
+        group.also = tuple(sorted(also))
+        return group
+
+    def _beside(self, weights: Iterable[Weight]) -> Iterator[Weight]:
+        """The weights of other experts, which no token of the pass has chosen."""
+        called = {
+            ".".join(path[:n]) for call in self._graph.calls for path in [call.name.split(".")] for n in range(99)
+        }
+        for weight in weights:
+            path = weight.module.split(".")
+            for depth in range(1, len(path)):
+                container = self._model.get_submodule(".".join(path[:depth]))
+                for name in container._modules if isinstance(container, (nn.ModuleList, nn.ModuleDict)) else ():
+                    other = ".".join([*path[:depth], name, *path[depth + 1 :]])
+                    if ".".join([*path[:depth], name]) not in called and _has(self._model, other, weight.parameter):
+                        yield replace(weight, module=other)
 
     # ---- writers -----------------------------------------------------------------------------------------------------
 
@@ -149,6 +196,8 @@ class _Streams:
         """The maps that make what is added; refused where anything else is added."""
         found: dict[Weight, None] = {}
         refusals: list[str] = []
+        if self._leaves_out is not None:
+            refusals.append(f"the small pass that finds what is added to it has none of its {self._leaves_out}")
         ends = self._ends(node for node in self._graph.nodes if node in self._stream)
         for node in ends:
             reason = self._why_not_written(node, ends)
@@ -156,6 +205,7 @@ class _Streams:
                 refusals.append(reason)
             elif node.product is not None:
                 found[Weight(node.product.owner, node.product.parameter, int(node.product.writes or 0))] = None
+        found |= dict.fromkeys(self._beside([*found]))
         name = type(self._model).__name__
         if refusals:
             raise ValueError(
@@ -208,28 +258,44 @@ class _Streams:
         return bool(owner) and any(n.kind == "map" and n.product and n.product.owner == owner for n in ends)
 
 
-def _as_group(weights: list[tuple[int, Weight]], also: set[str]) -> Group:
-    group = Group(dict.fromkeys(weight for _, weight in sorted(weights, key=lambda pair: pair[0])))
-    group.also = tuple(sorted(also))
-    return group
+def _has(model: nn.Module, module: str, parameter: str) -> bool:
+    try:
+        return parameter in model.get_submodule(module)._parameters
+    except AttributeError:
+        return False
 
 
 def _behind_scales(node: Node) -> Node:
-    while node.kind == "scaled":
+    while node.kind in ("scaled", "featurewise", "mixed"):
         node = node.parents[0]
     return node
 
 
-def _graph_of(model: nn.Module) -> Graph:
-    """The graph of one small pass of the whole model, or of the bare one where only that takes the input."""
-    found: list[Graph] = []
+def _ends_in_map(branch: Node) -> bool:
+    """Whether a branch ends in a map, as those that write do; what a mixer adds inside of itself does not."""
+    open_, seen = [branch], {branch}
+    while open_:
+        node = open_.pop()
+        if node.kind == "map":
+            return True
+        parts = node.parents if node.kind in _ADDED else node.parents[:1] if node.kind in _BETWEEN else ()
+        open_ += [part for part in parts if part not in seen]
+        seen.update(parts)
+    return False
+
+
+def _graph_of(model: nn.Module) -> tuple[Graph, dict[str, Any]]:
+    """The graph of one small pass of the whole model, and what it was given."""
+    runner = Runner(model)
+    graphs: list[Graph] = []
 
     def watch(call: Callable[[], Any]) -> None:
-        found[:] = [Graph(model).run(call)]
+        graphs[:] = [Graph(model).run(call)]
 
-    batch = dummy_batch(model, watch)
-    runner = Runner(model)
-    if runner.backbone is not runner.model:
+    if runner.backbone is runner.model:
+        batch = dummy_batch(model, watch)
+    else:  # with its head
+        batch = dummy_batch(model)
         with evaluating(model), without_drawing(model):
-            found[:] = [Graph(model).run(lambda: runner(batch, runner.model))]
-    return found[0]
+            watch(lambda: runner(batch, runner.model))
+    return graphs[0], batch

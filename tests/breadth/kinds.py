@@ -30,6 +30,27 @@ MEDIA = {
     "final norm beside convolutions for positions": ["wav2vec2-conformer"],
     "norms in front of the branches of images": ["vit"],
 }
+STREAMS = {
+    "norms in front of the branches": ["llama", "t5", "bart"],
+    "norms behind the sums": ["bert"],
+    "norms on both sides": ["gemma2"],
+    "branches beside each other": ["gptj", "falcon"],
+    "weights stored the other way": ["gpt2"],
+    "scaled embeddings": ["gemma"],
+    "experts as one parameter, some with biases": ["mixtral", "gpt_oss", "dbrx", "llama4_text"],
+    "experts as modules, of which some are not called": ["switch_transformers"],
+    "mixers with linear ends": ["mamba", "jamba", "rwkv"],
+    "modules called several times": ["albert", "zamba"],
+    "streams that are mixed": ["deepseek_v4"],
+    "streams scaled by feature": ["doge"],
+    "convolutions": ["convnext", "segformer"],
+    "positions as parameters": ["vit"],
+    "windows": ["swin"],
+    "two towers": ["clip"],
+    "images in texts": ["llava"],
+    "attention of torch": ["siglip"],
+    "sounds": ["whisper"],
+}
 GRADIEND = {
     "masked": ["bert"],
     "causal": ["gpt2", "mamba"],
