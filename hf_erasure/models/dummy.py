@@ -18,7 +18,10 @@ LENGTH = 7
 # So many samples of a sound give several frames after the convolutions of any speech encoder here.
 _SAMPLES = 4000
 _FRAMES = 128
-_PARTS = ("vision_config", "image_config", "audio_config", "text_config", "encoder", "vision")
+_PARTS = (
+    "vision_config", "image_config", "audio_config", "encoder_config", "text_config", "thinker_config", "encoder",
+    "vision",
+)  # fmt: skip
 
 
 @on_cpu

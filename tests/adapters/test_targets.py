@@ -143,6 +143,13 @@ def test_layers_to_transform_and_exclude_modules():
     assert chosen(**named, layers_to_transform=[1]) == ["layers.1.input_layernorm"]
 
 
+def test_names_in_the_error_can_be_targets_where_no_norm_is_of_the_hidden_state():
+    model = hf.MobileNetV1Model(hf.MobileNetV1Config(depth_multiplier=0.25, image_size=32))
+    with pytest.raises(ValueError, match=r"No normalization layer .*e\.g\. target_modules=\['layer.24', 'layer.25'\]"):
+        default_targets(model)
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["layer.24", "layer.25"]))
+
+
 def test_a_model_without_blocks_says_what_to_write():
     with pytest.raises(ValueError, match=r"no default for target_modules.*target_modules=\["):
         default_targets(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))

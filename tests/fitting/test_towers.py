@@ -12,8 +12,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from hf_erasure import ConceptErasureConfig, ErasureReport, fit_concept_erasure
-from hf_erasure.adapters import erasure_layers
+from hf_erasure import ConceptErasureConfig, ErasureReport, GradiendConfig, fit_concept_erasure
+from hf_erasure.adapters import erasure_layers, targeted_parameters
 from hf_erasure.fitting.heldout import measured_leakage
 from tests.small_models import LABELS, outputs_of, roughen, same
 
@@ -131,6 +131,16 @@ def test_the_default_is_the_language_side_with_images_and_without() -> None:
         found = rows(fit(with_adapter(llava()), batches))
         assert all(site.startswith("language_model") or "hidden_state" in site for site in found)
         assert set(found.values()) == {sum(int(one["attention_mask"].sum()) for one in batches)}
+
+
+def test_a_gradiend_changes_the_language_side_by_default_and_both_towers_where_both_encode() -> None:
+    model = copy.deepcopy(llava())
+    with pytest.warns(UserWarning, match="leaves out .*vision_tower'.*the language side is the default"):
+        model.add_adapter(GradiendConfig(classes=LABELS), adapter_name="e")
+    assert all(".language_model." in f".{name}" for name in targeted_parameters(model, "e"))
+    model = copy.deepcopy(clip())
+    model.add_adapter(GradiendConfig(classes=LABELS), adapter_name="e")
+    assert {name.split(".")[0] for name in targeted_parameters(model, "e")} >= {"text_model", "vision_model"}
 
 
 @pytest.mark.parametrize("sequential", [True, False])

@@ -8,8 +8,7 @@ that write it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,22 +27,14 @@ from ..merging.plan import merge
 from .config import ConceptErasureConfig
 from .layer import ErasureLayer
 
-# Norms registered before the blocks are those of the embeddings, unless their name says that they come last.
-_LAST = re.compile(r"final|last|post|(^|_)f$")
-# Batch, group and instance norms act on channels of images, not on a hidden state.
-_CHANNEL_NORMS = re.compile(r"(batch|group|instance)_?norm", re.IGNORECASE)
-# Norms of single attention heads (q_norm, k_layernorm, kv_a_layernorm …) do not see the hidden state either.
-_HEAD_NORM = re.compile(r"^(q|k|v|kv|query|key|value)(_[a-z])?_?(layer)?_?norm$")
-
 
 def default_targets(model: nn.Module) -> list[str]:
     """Names of the norms of the hidden state inside the blocks, and of the final norms, in the model's order.
 
-    They are found by watching what flows in one small forward pass; of a model for which no input is known, by the
-    names and classes of its modules.
+    They are found by watching what flows in one small forward pass.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or no input is known that the model accepts.
     """
     chosen: set[str] = set()
 
@@ -52,8 +43,13 @@ def default_targets(model: nn.Module) -> list[str]:
 
     try:
         dummy_batch(model, watch)
-    except ValueError:
-        chosen = _by_structure(model)
+    except ValueError as error:
+        raise ValueError(
+            f"No input is known that {type(model).__name__} accepts, to see what flows in a small forward pass, so "
+            "there is no default for target_modules. Name the modules whose output is to be erased, e.g. "
+            f"target_modules={_examples(model)}; a class of your own may have dummy_inputs, a dict, which come first."
+        ) from error
+    # Another adapter may stand in the place of a norm, which is inside of it then.
     chosen = set(map(_wrapper_of(model), chosen))
     if not chosen:
         raise ValueError(
@@ -112,47 +108,10 @@ def _is_own(name: str, wrapper: str) -> bool:
 
 
 def _examples(model: nn.Module) -> list[str]:
-    """Names of modules that pass a hidden state on, for a message."""
-    blocks = {id(block) for block in blocks_of(model)}
-    return [name for name, module in model.named_modules() if id(module) in blocks][-2:] or ["layer.0", "layer.1"]
-
-
-def _by_structure(model: nn.Module) -> set[str]:
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
-    # Blocks have several parts, with matrices among them; a list of convolutions alone is not one of blocks.
-    blocks = [
-        name
-        for name, modules in lists.items()
-        if next(modules[0].children(), None) is not None and any(p.dim() == 2 for p in modules[0].parameters())
-    ]
-    # A list of experts or of convolutions inside a block is part of that block.
-    outermost = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
-    within = tuple(f"{name}." for name in outermost)
-    inside = [name for name, m in model.named_modules() if name.startswith(within) and _is_norm(name, m)]
-    return {*inside, *_final_norms(model, outermost)} if inside else set()
-
-
-def _is_norm(name: str, module: nn.Module) -> bool:
-    kind = type(module).__name__
-    if "norm" not in kind.lower() or _CHANNEL_NORMS.search(kind) or _HEAD_NORM.match(name.rpartition(".")[2]):
-        return False
-    # Adapters may hang below a norm, parts of a model may not.
-    return not any(isinstance(child, nn.Linear) for child in module.modules())
-
-
-def _final_norms(model: nn.Module, block_lists: list[str]) -> Iterator[str]:
-    """The norm that follows a list of blocks: a sibling of the list, or of a module that contains it."""
-    for block_list in block_lists:
-        path = block_list.split(".")
-        for depth in range(len(path) - 1, -1, -1):
-            parent_name = ".".join(path[:depth])
-            siblings = list(model.get_submodule(parent_name).named_children())
-            position = [name for name, _ in siblings].index(path[depth])
-            for index, (name, module) in enumerate(siblings):
-                # OPT registers its final norm before its layers; BART that of its embeddings after them.
-                follows = index > position or _LAST.search(name)
-                if follows and _is_norm(name, module) and "embed" not in name:
-                    yield f"{parent_name}.{name}" if parent_name else name
+    """Names of modules that pass a hidden state on, for a message: blocks, or what else stands in a row."""
+    blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
+    found = {id(block) for block in blocks}
+    return [name for name, module in model.named_modules() if id(module) in found][-2:] or ["layer.0", "layer.1"]
 
 
 class ConceptErasureModel(ChildTuner):

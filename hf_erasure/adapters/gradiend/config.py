@@ -33,7 +33,8 @@ class GradiendConfig(ChildConfig):
         classes: The names of its classes; the first one of a pair encodes to +1, the second to −1.
         target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`; all
             parameters that these modules own themselves. `None` takes every weight of the base model, embeddings,
-            norms and biases included, without prediction heads and poolers.
+            norms and biases included, without prediction heads and poolers; of a language model with towers for
+            images or sounds, of the language side.
         exclude_modules: Suffixes or a regular expression of modules to leave alone.
         layers_to_transform: Indices of the blocks to act on; all when `None`.
         layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
+from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.heads import HEAD_MODULES
 
 from ..common.layer import AdapterChild, Rows, innermost
@@ -21,24 +24,63 @@ from .layer import GradiendLayer
 
 # The share of its edit that a merge must keep; with less, the merged model is not the one that was selected.
 LEAST_KEPT = 0.9
+# How the inputs of a model for images and sounds are called.
+_MEDIA = ("pixel_", "image", "input_features", "input_values", "audio", "input_image", "input_audio")
 
 
 def default_owners(model: nn.Module) -> list[str]:
-    """Names of the modules that own weights of the base model, without prediction heads and poolers."""
+    """Names of the modules that own weights of the base model, without prediction heads and poolers.
+
+    Of a language model with towers for images or sounds the language side is taken, and a warning says so.
+    """
     body = getattr(model, "base_model", model)
     inside = next((name for name, module in model.named_modules() if module is body), "")
+    prefix = f"{inside}." if inside else ""
+    if towers := [f"{prefix}{name}" for name in _towers(model, body)]:
+        warnings.warn(
+            f"target_modules=None leaves out {towers}, which texts alone do not reach: the language side is the "
+            "default. Name the modules whose weights the feature may change to have others.",
+            stacklevel=2,
+        )
+    beside = tuple(f"{name}." for name in towers)
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
     names = []
     for name, module in base_modules(model):
         parts = name.split(".")
-        if not name.startswith(f"{inside}." if inside else "") or not name:
+        if not name or not name.startswith(prefix) or f"{name}.".startswith(beside):
             continue
         is_pooler = any("pooler" in part.lower() for part in parts)
         is_head = innermost(module) is head or (not inside and parts[0] in HEAD_MODULES)
         if not is_pooler and not is_head and any(True for _ in innermost(module).parameters(recurse=False)):
             names.append(name)
     return names
+
+
+def _towers(model: nn.Module, body: Any) -> list[str]:
+    """Names of the parts of a language model that a text alone does not reach; none where all towers encode."""
+    takes = inspect.signature(body.forward).parameters
+    has_media = "input_ids" in takes and any(name.startswith(_MEDIA) for name in takes)
+    if not has_media or hasattr(body, "get_text_features"):
+        return []
+    reached: set[nn.Module] = set()
+
+    def watch(call: Callable[[], Any]) -> None:
+        reached.clear()
+        with ExitStack() as hooks:
+            for module in body.modules():
+                hooks.callback(module.register_forward_pre_hook(lambda module, _: reached.add(module)).remove)
+            call()
+
+    try:
+        dummy_batch(model, watch)
+    except ValueError:
+        return []
+    used = {id(parameter) for module in reached for parameter in module.parameters(recurse=False)}
+    parts = {name: part for name, part in body.named_children() if next(part.parameters(), None) is not None}
+    left = [name for name, part in parts.items() if not used & {id(parameter) for parameter in part.parameters()}]
+    is_tower = any(isinstance(module, PreTrainedModel) for name in left for module in parts[name].modules())
+    return left if is_tower else []
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
