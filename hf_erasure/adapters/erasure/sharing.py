@@ -2,9 +2,9 @@
 
 The linear maps that read a hidden state (q, k, v; gate, up) are given the same tensor, or views of it, and have one
 eraser. What it made is kept as long as the tensor is there and a module of the group has not come for it yet. It is not
-kept where a change of the tensor would not show (in inference mode), where parts of the pass are computed again for
-their gradients, and must then save what they saved before (checkpointing), and in code that is being compiled: the
-compiler sees by itself that the same is computed twice.
+kept where a change of the tensor would not show (in inference mode), nor where gradients are recorded: what was made
+would hold the tensor, and neither would ever go; and parts of a pass that run again for their gradients must do what
+they did before. Code that is being compiled does without: the compiler sees that the same is computed twice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# Torch's hooks in force on what is saved for gradients. Without this function it is not known whether there are any.
-_SAVING_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class MadeOnce:
@@ -62,8 +59,7 @@ class MadeOnce:
         anchor = hidden._base if hidden._is_view() else hidden
         key = (
             *(id(anchor), hidden.storage_offset(), hidden.shape, hidden.stride(), hidden.dtype, _version(hidden)),
-            *(hidden.requires_grad, torch.is_grad_enabled(), rows),
-            *(entry for part in by for entry in (id(part), _version(part))),
+            *(rows, *(entry for part in by for entry in (id(part), _version(part)))),
         )
         found = self._kept.pop(key, None)
         if found is not None and found[1] == _version(found[0]):
@@ -88,4 +84,4 @@ def _can_be_kept(hidden: Tensor, is_fitted: bool) -> bool:
         return False
     if hidden.is_inference():
         return is_fitted
-    return not torch.is_grad_enabled() or (_SAVING_HOOKS is not None and _SAVING_HOOKS(True) is None)
+    return not (hidden.requires_grad and torch.is_grad_enabled())
