@@ -22,9 +22,10 @@ from hf_erasure.adapters.common.files import read_tensors, read_text, write_tens
 from hf_erasure.erasers import ConceptMoments, Eraser
 
 from .labels import BatchLabels, SiteStatistics, Source
+from .layouts import site_of
 from .processes import Processes
 from .report import SiteReport
-from .sites import SiteFit, site_of
+from .sites import SiteFit
 
 MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"

@@ -30,9 +30,10 @@ from .checkpoint import FitCheckpoint, MomentsOfAPass
 from .dataloader import ConceptCollator
 from .heldout import RowsSeen, measure
 from .labels import BatchLabels, Source
+from .layouts import visit_of
 from .report import ErasureReport
 from .scrubbing import Scrubber
-from .sites import FitTask, SiteFit, solve, task_for, visit_of
+from .sites import FitTask, SiteFit, solve, task_for
 
 
 def fit_concept_erasure(
@@ -180,7 +181,8 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> 
 
     def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
         if labels is not None and (labels.covers(site) or not task.may_lack):
-            source.update(visit_of(site, visit), *labels.select(hidden, site))
+            key = visit_of(site, visit)
+            source.update(key, *labels.select(hidden, key))
         return hidden
 
     def keep(labels: BatchLabels) -> None:

@@ -24,7 +24,7 @@ from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interv
 from hf_erasure.models.model import evaluating, on_cpu
 
 from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled
-from .layouts import observed
+from .layouts import observed, visit_of
 from .processes import Processes
 from .report import SiteReport
 from .sites import FitTask, task_for
@@ -185,7 +185,8 @@ class _Measurement:
 
         def see(erased: bool, site: str, hidden: Tensor) -> Tensor:
             called[erased, site] += 1
-            where, before = runner.side_of(site), None
+            where = runner.side_of(site) if site in finals else visit_of(site, called[erased, site])
+            before = None
             now, selection = labels.select(hidden, where)
             if site in finals and erased:
                 before = plain[site]

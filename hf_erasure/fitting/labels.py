@@ -21,7 +21,7 @@ from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes
 from hf_erasure.models.model import on_cpu
 
-from .layouts import Layouts, is_of_numbers
+from .layouts import Layouts, is_of_numbers, site_of
 from .processes import Processes
 
 
@@ -165,7 +165,7 @@ class Source(SiteStatistics):
                     )
             axes, mask = layouts.of(batch), batch.get("attention_mask")
             labels = BatchLabels(batch, self, pool, axes, layouts.frames_of(batch))
-            for site in axes:
+            for site in {site_of(key) for key in axes}:
                 (self.covered if labels.covers(site) else self.uncovered).add(site)
             self.examples += labels.rows
             self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows
@@ -248,7 +248,7 @@ class BatchLabels:
         self.rows: int = len(next(inputs, ()))
         self._labels: Tensor | None = None
         self._by_token = self._by_class = False
-        self._selections: dict[tuple[str | None, int, torch.device], Selection] = {}
+        self._selections: dict[tuple[Any, ...], Selection] = {}
         if source.concept is not None:
             self._labels, self._by_class = label_tensor(batch), source.concept.labels is not None
             self._by_token = self._labels.dim() == (2 if self._by_class else 3)
@@ -263,7 +263,7 @@ class BatchLabels:
 
         Args:
             activation: Of any layout that was found.
-            where: The name of its module, or of the last hidden state.
+            where: The visit of its module, or the last hidden state.
 
         Returns:
             The activation as `(batch, seq, …, width)`, and its `Selection`.
@@ -274,7 +274,7 @@ class BatchLabels:
         if not activation.numel():
             none = torch.zeros(self.rows, 0, dtype=torch.bool, device=activation.device)
             return activation.new_zeros(self.rows, 0, 1), Selection(none, none, None, None)
-        axes = self._axes.get(where)
+        axes = self._axes.get(where, self._axes.get(site_of(where)))
         if not isinstance(axes, Axes):
             raise axes or ValueError(
                 f"{where!r} was not reached by the rows that showed what the axes of activations are: choose another "
@@ -283,28 +283,32 @@ class BatchLabels:
         axes.check(shape := tuple(activation.shape), self.rows, where)
         activation = axes.arranged(activation, self.rows)
         seq = activation.shape[1]
-        key = (axes.side, seq, activation.device)
+        key = (axes.side, axes.start, axes.beside, seq, activation.device)
         if key not in self._selections:
             mask = None if axes.side is None else self._mask(axes.side)
-            if mask is not None and mask.shape[1] != seq:
+            if mask is not None and (mask.shape[1] != seq if axes.beside is None else mask.shape[1] + axes.start > seq):
                 raise ValueError(
                     f"The activation at {where!r} has shape {shape}, which does not line up with the batch of "
                     f"{mask.shape[1]} positions: its rows cannot be labelled. Choose another target module."
                 )
-            all_real = torch.ones(self.rows, seq, dtype=torch.bool, device="cpu")
-            self._selections[key] = self._selection(all_real if mask is None else mask.cpu(), activation.device, where)
+            real = torch.full((self.rows, seq), axes.beside is not False, device="cpu")
+            of_tokens = slice(axes.start, seq if mask is None else axes.start + mask.shape[1])
+            if mask is not None:
+                real[:, of_tokens] = mask.cpu()
+            self._selections[key] = self._selection(real, of_tokens, activation.device, where)
         return activation, self._selections[key]
 
     def covers(self, where: str) -> bool:
         """Whether the labels speak of the rows there; those of whole sequences do everywhere.
 
-        Those of tokens speak of one side of an encoder-decoder, and not of images. What its axes are must be known.
+        Those of tokens speak of one side of an encoder-decoder, and not of images. What its axes are must be known, at
+        each visit.
         """
-        axes = self._axes.get(where)
-        if self._labels is None or not self._by_token or not isinstance(axes, Axes):
+        visits = [axes for key, axes in self._axes.items() if site_of(key) == where]
+        if self._labels is None or not self._by_token or not all(isinstance(axes, Axes) for axes in visits):
             return True
-        mask = None if axes.side is None else self._mask(axes.side)
-        return mask is not None and self._labels.shape[:2] == mask.shape
+        masks = [None if axes.side is None else self._mask(axes.side) for axes in visits if isinstance(axes, Axes)]
+        return all(mask is not None and self._labels.shape[:2] == mask.shape for mask in masks)
 
     def _mask(self, side: str) -> Tensor | None:
         """`(batch, seq)` bool, or None where the batch has none to say (images)."""
@@ -323,14 +327,18 @@ class BatchLabels:
             )
         return None if mask is None else mask.bool()
 
-    def _selection(self, real: Tensor, device: torch.device, where: str) -> Selection:
+    def _selection(self, real: Tensor, of_tokens: slice, device: torch.device, where: str) -> Selection:
         counted, z, weight = real, self._labels, None
         if z is not None and self._by_token:
-            if z.shape[:2] != real.shape:
+            tokens = real[:, of_tokens]
+            if z.shape[:2] != tokens.shape:
                 raise ValueError(
-                    f"concept_labels label {z.shape[1]} positions, but {where!r} has {real.shape[1]}: tokens "
+                    f"concept_labels label {z.shape[1]} positions, but {where!r} has {tokens.shape[1]}: tokens "
                     "cannot be matched. In an encoder-decoder, target the side whose tokens are labelled."
                 )
+            counted, labels = torch.zeros_like(real), z
+            z = torch.zeros(*real.shape, *labels.shape[2:], dtype=labels.dtype, device="cpu")
+            counted[:, of_tokens], z[:, of_tokens] = tokens, labels
         elif z is not None:
             counted = pooling.counted(real, self._pool)
             z = z.unsqueeze(1).expand(-1, real.shape[1], *z.shape[1:])

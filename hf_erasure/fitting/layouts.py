@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,16 +26,31 @@ from hf_erasure.models.layout import (
     frames_of,
     mirrored,
     of_other_lengths,
+    places_of,
+    rows_of,
+    with_other_tokens,
 )
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, without_drawing
 
 logger = logging.getLogger(__name__)
-Visits = dict[str, list[Glimpse]]
+# By visit of a site, and by last hidden state.
+Glimpses = dict[str, Glimpse]
+_VISIT = ", visit "
+
+
+def visit_of(site: str, number: int) -> str:
+    """The key of the moments of one visit of a site, from 1."""
+    return site if number == 1 else f"{site}{_VISIT}{number}"
+
+
+def site_of(key: str) -> str:
+    """The site whose visit it is the key of."""
+    return key.partition(_VISIT)[0]
 
 
 @dataclass(frozen=True)
 class _Passes:
-    """What three passes showed of the activations at every visit of a site.
+    """What small passes showed of the activations.
 
     Attributes:
         rows: The number of examples in the first.
@@ -43,32 +59,82 @@ class _Passes:
         first: Of some rows.
         twice: Of these, and of the same in the opposite order behind them.
         changed: Of these, with other lengths.
+        longer: Of these, by the length of the texts, which are longer.
     """
 
     rows: int
     now: Lengths
     other: Lengths
-    first: Visits
-    twice: Visits
-    changed: Visits
+    first: Glimpses
+    twice: Glimpses
+    changed: Glimpses
+    longer: dict[int, Glimpses] = field(default_factory=dict)
 
-    def visits(self, name: str) -> list[tuple[Glimpse, Glimpse, Glimpse]]:
-        """What each visit of a site showed in the three."""
-        return list(zip(self.first.get(name, ()), self.twice.get(name, ()), self.changed.get(name, ()), strict=False))
+    def shapes(self, key: str) -> list[tuple[int, ...]]:
+        """Those of an activation in all passes that reached it."""
+        passes = (self.first, self.twice, self.changed, *self.longer.values())
+        return [one[key].shape for one in passes if key in one]
 
-    def is_unclear(self, name: str, host: nn.Module) -> bool:
+    def is_unclear(self, key: str, host: nn.Module) -> bool:
         """Whether several axes of an activation may be that of its features, by their sizes and the module's kind."""
-        for visit in self.visits(name)[:1]:
-            shapes = [glimpse.shape for glimpse in visit]
-            if len({len(shape) for shape in shapes}) == 1:
-                same = lasting(shapes, name)
-                return len(same) > 1 and axis_of_kind(host, len(shapes[0])) not in same
-        return False
+        shapes = self.shapes(key)
+        if len({len(shape) for shape in shapes}) > 1:
+            return False
+        same = lasting(shapes, key)
+        return len(same) > 1 and axis_of_kind(host, len(shapes[0])) not in same
 
-    def may_align(self, name: str, axes: Axes) -> bool:
-        """Whether rows that do not follow the lengths may do so at multiples of them."""
-        visits = self.visits(name)
-        return axes.side is None and bool(visits) and self.now.are_in(visits[0][0].shape, visits[0][2].shape)
+    def axes_of(self, key: str, host: nn.Module, told: set[int]) -> Axes | ValueError:
+        """The axes of an activation, or why they cannot be told."""
+        try:
+            if key not in self.twice or key not in self.changed:
+                raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
+            width = feature_axis(shapes := self.shapes(key), key, host, told)
+            width = -1 if width == len(shapes[0]) - 1 else width
+            visit = self.first[key], self.twice[key], self.changed[key]
+            return axes_of(width, visit, self.rows, self.now, self.other, key)
+        except ValueError as error:
+            return error.with_traceback(None)  # its frames hold all that was seen
+
+    def sizes(self, key: str, axes: Axes | None, one: Glimpses) -> list[int]:
+        """Those of an activation in a pass, without that of its features where this is known."""
+        shape = list(one[key].shape) if key in one else []
+        return [size for axis, size in enumerate(shape) if axes is None or axis != axes.width % len(shape)]
+
+    def padded(self, key: str, axes: Axes | ValueError) -> set[int]:
+        """The sizes of the axes that may be those of texts that are padded to a multiple of a length."""
+        known = axes if isinstance(axes, Axes) else None
+        if "" not in self.now.of or (known is not None and known.side is not None):
+            return set()
+        n, other = self.now.of[""], self.other.of[""]
+        both = zip(self.sizes(key, known, self.first), self.sizes(key, known, self.changed), strict=False)
+        return {
+            size
+            for axis, (size, changed) in enumerate(both)
+            if size >= n and changed >= other and size - n != changed - other
+            if known is None or axis != known.example
+        }
+
+    def placed(self, key: str, axes: Axes, places: dict[int, list[int]], tokens: Sequence[int]) -> Axes | ValueError:
+        """The axes of an activation where more positions than there are tokens hold the tokens, if that is so."""
+        n, other = self.now.of[""], self.other.of[""]
+        now, changed = self.sizes(key, axes, self.first), self.sizes(key, axes, self.changed)
+        for axis, (size, size_changed) in enumerate(zip(now, changed, strict=True)):
+            is_beside = size - n == size_changed - other > 0
+            longer = self.sizes(key, axes, self.longer.get(2 * size, {}))
+            is_padded = size >= n and bool(longer) and longer[axis] == 2 * size
+            if axis == axes.example or not (is_beside or is_padded):
+                continue
+            starts = {place - token for place, token in zip(places.get(axis, ()), tokens, strict=False)}
+            if len(starts) == 1 and 0 <= (start := starts.pop()) <= size - n:
+                return replace(axes, position=axis, side="", start=start, beside=is_beside)
+            if is_padded and size == n:
+                return replace(axes, position=axis, side="")
+            if is_padded:
+                return ValueError(
+                    f"The model pads the {n} tokens of a text to {size} positions at {key!r}, and which of these are "
+                    "those of the tokens cannot be told: pad the batches to a multiple of it (pad_to_multiple_of)."
+                )
+        return axes
 
 
 @dataclass
@@ -87,7 +153,7 @@ class Layouts:
     _known: dict[Any, dict[str, Axes | ValueError]] = field(default_factory=dict, init=False)
 
     def of(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
-        """Site, or last hidden state, → its axes, or why these cannot be told."""
+        """Visit of a site, or last hidden state, → its axes, or why these cannot be told."""
         form = _form_of(batch)
         if form not in self._known:
             self._known[form] = self._found(batch)
@@ -107,12 +173,13 @@ class Layouts:
 
     def along(self, site: str) -> tuple[int, int]:
         """The axes of the features and of the examples of a site, which are the same for batches of any form."""
-        seen = [axes for known in self._known.values() if isinstance(axes := known.get(site), Axes)]
+        every = (item for known in self._known.values() for item in known.items())
+        seen = [axes for key, axes in every if isinstance(axes, Axes) and site_of(key) == site]
         found = {(axes.width, axes.example + (0 <= axes.width <= axes.example)) for axes in seen}
         if len(found) > 1:
             raise ValueError(
-                f"The features and examples of {site!r} lie along axes {sorted(found)}, by the batch: name another "
-                "site."
+                f"The features and examples of {site!r} lie along axes {sorted(found)}, by the batch or the visit: "
+                "name another site."
             )
         return found.pop() if found else (-1, 0)
 
@@ -132,16 +199,14 @@ class Layouts:
                 }
             told = self._told(few, passes)
             found = {
-                name: _axes_or_reason(name, self._hosts[name], told.get(name, set()), passes) for name in passes.first
+                key: passes.axes_of(key, self._hosts[site_of(key)], told.get(site_of(key), set()))
+                for key in passes.first
             }
-            unaligned = [
-                name for name, axes in found.items() if isinstance(axes, Axes) and passes.may_align(name, axes)
-            ]
-            if unaligned and (longer := self._longer(few, passes)) is not None:
-                for name in unaligned:
-                    again = _axes_or_reason(name, self._hosts[name], told.get(name, set()), longer)
-                    found[name] = again if isinstance(again, Axes) else found[name]
-        return found
+            self._lengthen(few, passes, found)
+            for key in [key for key, axes in found.items() if isinstance(axes, ValueError)] if passes.longer else ():
+                found[key] = passes.axes_of(key, self._hosts[site_of(key)], told.get(site_of(key), set()))
+            found |= self._placed(few, passes, _loose(found))
+            return found | self._uneven(few, passes, _loose(found))
 
     @functools.cached_property
     def _finals(self) -> dict[str, nn.Module]:
@@ -161,15 +226,23 @@ class Layouts:
         twice = self._glimpses(mirrored(few, rows), first, rows)
         return _Passes(rows, now, other, first, twice, self._shorter(few, now, other))
 
+    def _lengthen(self, few: dict[str, Any], passes: _Passes, found: Mapping[str, Axes | ValueError]) -> None:
+        """Add passes with longer texts where a model may pad texts to multiples of a length."""
+        for size in sorted({size for key, axes in found.items() for size in passes.padded(key, axes)}):
+            try:
+                longer = of_other_lengths(few, passes.now, passes.now.made(2 * size))
+                passes.longer[2 * size] = self._glimpses(longer)
+            except Exception as error:
+                logger.debug("Texts of %d tokens cannot be run: %s", 2 * size, error)
+
     def _told(self, few: dict[str, Any], passes: _Passes) -> dict[str, set[int]]:
         """What other modules tell of the features of sites that their own shapes and kinds leave unclear."""
-        unclear = {name for name in passes.first if passes.is_unclear(name, self._hosts[name])}
+        unclear = {site_of(key) for key in passes.first if passes.is_unclear(key, self._hosts[site_of(key)])}
         if not unclear:
             return {}
 
         def run() -> dict[str, Tensor]:
-            given = self._first_activations(few)
-            return {name: given[name] for name in unclear if name in given}
+            return self._activations(few, unclear)
 
         told = takers_of(run, self.runner.model.modules())
         # What a module takes, those inside have not given; and FSDP's modules are not called backwards here.
@@ -187,7 +260,7 @@ class Layouts:
     def _is_taken(self, name: str) -> bool:
         return name in self.layers and self.layers[name].concept_erasure_site[self.name] == "input"
 
-    def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Visits:
+    def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Glimpses:
         """The activations of rows with other lengths: cut where the model can do without."""
         if not now.of:
             return self._glimpses(few)
@@ -199,60 +272,84 @@ class Layouts:
                 logger.debug("Rows that are cut at their %s cannot be run: %s", place, error)
         return self._glimpses(of_other_lengths(few, now, other, last))
 
-    def _longer(self, few: Mapping[str, Any], passes: _Passes) -> _Passes | None:
-        """The passes with rows of a multiple of their length; None where the model does not take them."""
-        lengths = passes.now.multiplied()
+    def _placed(self, few: dict[str, Any], passes: _Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
+        """The axes of activations of which some of the rows are those of tokens."""
+        given = with_other_tokens(few, passes.rows) if loose and "" in passes.now.of else None
+        if given is None:
+            return {key: passes.placed(key, axes, {}, ()) for key, axes in loose.items() if "" in passes.now.of}
+        *batches, tokens = given
+        places: dict[str, dict[int, list[int]]] = {}
         try:
-            return replace(passes, other=lengths, changed=self._glimpses(of_other_lengths(few, passes.now, lengths)))
+            seen = []
+            for one in batches:
+                torch.manual_seed(0)  # for those that draw the order of their patches
+                seen.append(self._activations(one, loose))
+            places = {key: places_of(loose[key], one, seen[1][key]) for key, one in seen[0].items() if key in seen[1]}
         except Exception as error:
-            logger.debug("Rows of a multiple of their length cannot be run: %s", error)
-            return None
+            logger.debug("Texts with other tokens cannot be run: %s", error)
+        return {key: passes.placed(key, axes, places.get(key, {}), tokens) for key, axes in loose.items()}
 
-    def _first_activations(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The activations of the first visits of the sites in one pass, and the last hidden states."""
+    def _uneven(self, few: dict[str, Any], passes: _Passes, loose: dict[str, Axes]) -> dict[str, ValueError]:
+        """Why activations cannot be labelled of which an example has as many rows as its content has it."""
+        sizes = {key: passes.sizes(key, axes, passes.first) for key, axes in loose.items()}
+        changing = [key for key, axes in loose.items() if passes.sizes(key, axes, passes.changed) != sizes[key]]
+        found = {}
+        for row in range(passes.rows) if changing else ():
+            try:
+                alone = self._glimpses(rows_of(few, passes.rows, [row]))
+            except Exception as error:
+                logger.debug("Single rows cannot be run: %s", error)
+                break
+            for key in changing:
+                now = passes.sizes(key, loose[key], alone)
+                both = enumerate(zip(now, sizes[key], strict=False))
+                if any(a != b for axis, (a, b) in both if axis != loose[key].example):
+                    found[key] = ValueError(
+                        f"How many rows an example has at {key!r} depends on its content, and which of them are "
+                        "padding is not known: they cannot be labelled. Choose another target module."
+                    )
+        return found
+
+    def _activations(self, batch: Mapping[str, Any], keys: Container[str]) -> dict[str, Tensor]:
+        """The activations in one pass, by visit."""
         found: dict[str, Tensor] = {}
 
-        def keep(name: str, hidden: Tensor) -> Tensor:
-            found.setdefault(name, hidden)
+        def keep(key: str, hidden: Tensor) -> Tensor:
+            if key in keys:
+                found[key] = hidden
             return hidden
 
-        with observed(self.layers, self.name, keep, self._finals, needs_finals=False):
-            self.runner(dict(batch))
+        self._run(batch, keep)
         return found
 
-    def _glimpses(self, batch: Mapping[str, Any], single: Visits | None = None, rows: int = 0) -> Visits:
-        """What is kept of every visit of a site in one pass, and of the last hidden states.
+    def _glimpses(self, batch: Mapping[str, Any], single: Glimpses | None = None, rows: int = 0) -> Glimpses:
+        """What is kept of every activation in one pass; of mirrored rows, where those of the rows alone are given."""
+        found: Glimpses = {}
 
-        Of mirrored rows, where those of the rows alone are given.
-        """
-        found: Visits = {}
-
-        def keep(name: str, hidden: Tensor) -> Tensor:
-            if not hidden.numel():
-                return hidden  # without rows nothing can be told, and nothing is labelled
-            here = found.setdefault(name, [])
-            before = dict(enumerate((single or {}).get(name, ())))
-            here.append(Glimpse.of(hidden.detach(), before.get(len(here)), rows))
+        def keep(key: str, hidden: Tensor) -> Tensor:
+            if hidden.numel():  # without rows nothing can be told, and nothing is labelled
+                found[key] = Glimpse.of(hidden.detach(), (single or {}).get(key), rows)
             return hidden
 
-        with observed(self.layers, self.name, keep, self._finals, needs_finals=False):
-            self.runner(dict(batch))
+        self._run(batch, keep)
         return found
 
+    def _run(self, batch: Mapping[str, Any], see: Callable[[str, Tensor], Tensor]) -> None:
+        """Run over a batch; every visit of a site, and every last hidden state, is seen."""
+        visits: Counter[str] = Counter()
 
-def _axes_or_reason(name: str, host: nn.Module, told: set[int], passes: _Passes) -> Axes | ValueError:
-    """The axes of a site, which are the same at all its visits, or why they cannot be told."""
-    try:
-        found = []
-        for visit in passes.visits(name):
-            width = feature_axis([glimpse.shape for glimpse in visit], name, host, told)
-            width = -1 if width == len(visit[0].shape) - 1 else width
-            found.append(axes_of(width, visit, passes.rows, passes.now, passes.other, name))
-        if not found or any(axes != found[0] for axes in found):
-            raise ValueError(f"{name!r} is called several times, and its activations have other axes each time.")
-        return found[0]
-    except ValueError as error:
-        return error.with_traceback(None)  # its frames hold all that was seen
+        def count(name: str, hidden: Tensor) -> Tensor:
+            visits[name] += 1
+            return see(visit_of(name, visits[name]), hidden)
+
+        with observed(self.layers, self.name, count, self._finals, needs_finals=False):
+            self.runner(dict(batch))
+
+
+def _loose(found: Mapping[str, Axes | ValueError]) -> dict[str, Axes]:
+    """Those whose rows are not known to be those of tokens."""
+    known = {key: axes for key, axes in found.items() if isinstance(axes, Axes)}
+    return {key: axes for key, axes in known.items() if axes.side is None and not axes.is_shared}
 
 
 def few_rows(batch: Any) -> dict[str, Any] | None:

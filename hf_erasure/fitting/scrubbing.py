@@ -20,10 +20,10 @@ from hf_erasure.models.model import evaluating
 from .batch_threads import BatchThread, OutOfStep, batch_threads
 from .checkpoint import FitCheckpoint, digest_of, together
 from .labels import BatchLabels, SiteStatistics, Source
-from .layouts import observed
+from .layouts import observed, site_of, visit_of
 from .report import SETTLED
 from .settling import MOST_PASSES, PATIENCE, Columns
-from .sites import FitTask, SiteFit, residual_of, site_of, solve, visit_of
+from .sites import FitTask, SiteFit, residual_of, solve
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class Scrubber:
         """Add the activation at one visit of a site."""
         site = site_of(key)
         statistics = labels.source if key == site else self._later[labels.source.key]
-        statistics.update(key, *labels.select(hidden, site))
+        statistics.update(key, *labels.select(hidden, key))
 
     # ---- one site a pass ---------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from hf_erasure.models.model import Runner, on_cpu
 from hf_erasure.models.pooling import IN_WORDS
 
 from .labels import BatchLabels, SiteStatistics, Source, label_tensor
-from .layouts import Layouts, few_rows, observed
+from .layouts import Layouts, few_rows, observed, visit_of
 from .processes import Processes
 from .report import SiteReport
 
@@ -35,7 +35,6 @@ from .report import SiteReport
 _POSITIONS = ("cls", "last")
 # Variance of an activation, as a share of its mean square, that the rounding of float32 statistics may make.
 _ROUNDING = 1e-12
-_VISIT = ", visit "
 
 
 @dataclass
@@ -249,16 +248,6 @@ def visits_of(site: str, seen: Sequence[SiteStatistics]) -> list[str]:
     every = {key for statistics in seen for key in statistics.moments}
     keys = itertools.takewhile(every.__contains__, (visit_of(site, number) for number in itertools.count(1)))
     return list(keys)
-
-
-def visit_of(site: str, number: int) -> str:
-    """The key of the moments of one visit of a site, from 1."""
-    return site if number == 1 else f"{site}{_VISIT}{number}"
-
-
-def site_of(key: str) -> str:
-    """The site whose visit it is the key of."""
-    return key.partition(_VISIT)[0]
 
 
 def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -> dict[str, SiteFit]:

@@ -24,6 +24,8 @@ SHORTER = {"": 1, "decoder_": 2}
 FRAMES = "frames"
 # Where positions may be cut out of texts.
 PLACES = ("second", "last")
+# So many tokens of a text show where its tokens are: the first, the last, and one between them.
+_TOKENS = 3
 # Shorter texts than this are made longer instead.
 _SHORTEST = 4
 # Rows of one example that are computed beside other examples differ by rounding alone; an example that is taken for
@@ -47,6 +49,9 @@ class Axes:
             of an example are not the positions of its tokens.
         is_flat: Whether the entries of an example along its axis are its positions.
         is_shared: Whether there is one entry for all examples, which have the same, as of learned positions.
+        start: The position of the first token.
+        beside: Whether positions that are those of no token hold content, such as a prompt or an image, or are padding;
+            None where there are none.
     """
 
     width: int
@@ -57,6 +62,8 @@ class Axes:
     side: str | None = None
     is_flat: bool = False
     is_shared: bool = False
+    start: int = 0
+    beside: bool | None = None
 
     def arranged(self, activation: Tensor, rows: int) -> Tensor:
         """The activation as `(rows, positions, …, width)`; without positions of tokens all else that there is."""
@@ -116,13 +123,9 @@ class Lengths:
             found[""] = next((n for n in range(now - 1, 0, -1) if self.frames(n) < self.frames(now)), found[""])
         return Lengths(found, self.frames)
 
-    def multiplied(self) -> Lengths:
-        """Others that are kept where texts are padded to multiples of a length (Longformer, Reformer, PEGASUS-X)."""
-        return Lengths({side: n * (1 + SHORTER[side]) for side, n in self.of.items()})
-
-    def are_in(self, shape: Sequence[int], changed: Sequence[int]) -> bool:
-        """Whether an axis has as many entries as there are positions, and the same at other lengths."""
-        return any(a == b and a in self.of.values() for a, b in zip(shape, changed, strict=True))
+    def made(self, size: int) -> Lengths:
+        """Others, of which that of texts is `size`."""
+        return Lengths(dict(self.of) | {"": size}, self.frames)
 
     def side_of(self, size: int, changed: Lengths, size_changed: int) -> str | None:
         """The side whose positions an axis has, by its size at both lengths; None where it has those of neither."""
@@ -166,20 +169,24 @@ def frames_of(model: nn.Module) -> Frames | None:
     return Frames(count, mask_of)
 
 
-def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The rows of a batch, and the same in the opposite order behind them."""
-    return {name: _mirrored(value, rows) for name, value in batch.items()}
+def rows_of(batch: Mapping[str, Any], rows: int, chosen: Sequence[int]) -> dict[str, Any]:
+    """Some of the rows of a batch, in any order."""
+    return {name: _rows_of(value, rows, list(chosen)) for name, value in batch.items()}
 
 
-def _mirrored(value: Any, rows: int) -> Any:
+def _rows_of(value: Any, rows: int, chosen: list[int]) -> Any:
     if isinstance(value, list) and len(value) == rows:
-        return value + value[::-1]
+        return [value[row] for row in chosen]
     if not isinstance(value, Tensor) or not value.dim():
         return value
     if len(value) % rows:  # what belongs to a row cannot be told
-        return torch.cat([value, value])
-    by_example = value.unflatten(0, (rows, len(value) // rows))
-    return torch.cat([value, by_example.flip(0).flatten(0, 1)])
+        return torch.cat([value] * max(1, len(chosen) // rows))
+    return value.unflatten(0, (rows, len(value) // rows))[chosen].flatten(0, 1)
+
+
+def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The rows of a batch, and the same in the opposite order behind them."""
+    return rows_of(batch, rows, [*range(rows), *reversed(range(rows))])
 
 
 def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
@@ -310,3 +317,46 @@ def _is_major(twice: Glimpse, entries: int, rows: int, where: str) -> bool:
             "others when other examples stand beside it: its rows cannot be labelled. Choose another target module."
         )
     return apart[0] <= apart[1]
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def with_other_tokens(batch: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], dict[str, Any], list[int]] | None:
+    """One text several times, each with another of its tokens hidden from all others; and the same with this altered.
+
+    What differs between the two is at the place of that token alone, wherever a model puts its tokens.
+
+    Returns:
+        Both, and the positions of the tokens; None where the batch has no text with a mask.
+    """
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or not ids.dim() == 2 == mask.dim():
+        return None
+    longest = int(mask.sum(1).argmax())
+    real = mask[longest].nonzero().flatten().tolist()
+    positions = sorted({real[0], real[len(real) // 2], real[-1]}) if real else []
+    others = [
+        next((int(ids[longest, r]) for r in real if ids[longest, r] != ids[longest, at]), None) for at in positions
+    ]
+    if len(positions) < _TOKENS or None in others:
+        return None
+    hidden = rows_of(batch, rows, [longest] * len(positions))
+    altered = {**hidden, "input_ids": hidden["input_ids"].clone()}
+    for row, (at, other) in enumerate(zip(positions, others, strict=True)):
+        hidden["attention_mask"][row, at] = 0
+        altered["input_ids"][row, at] = other
+    return hidden, altered, positions
+
+
+def places_of(axes: Axes, one: Tensor, other: Tensor) -> dict[int, list[int]]:
+    """Axis of positions, as `Axes` counts → the single place there, by row, where two activations differ."""
+    if one.shape != other.shape or axes.per_example != 1:
+        return {}
+    differs = (one != other).any(axes.width).movedim(axes.example, 0)
+    found = {}
+    for axis in range(1, differs.dim()):
+        along = differs.movedim(axis, 1).flatten(2).any(-1) if differs.dim() > 2 else differs
+        if bool((along.sum(1) == 1).all()):
+            found[axis if axis > axes.example else axis - 1] = along.int().argmax(1).tolist()
+    return found

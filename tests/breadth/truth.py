@@ -123,10 +123,23 @@ def _hidden(output: Any) -> Tensor:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _positions(
-    model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[str, int]
-) -> dict[Visit, tuple[int, str]]:
-    """Visit → the axis that is as long as the texts of a side, and grows with them; of one example, features last."""
+@dataclass(frozen=True)
+class _Place:
+    """Where the tokens of one example are, of activations with the features last.
+
+    Attributes:
+        axis: That of the positions.
+        side: Whose tokens they are.
+        start: The position of the first where others hold an image or a prompt; None where all are those of tokens.
+    """
+
+    axis: int
+    side: str
+    start: int | None = None
+
+
+def _positions(model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[str, int]) -> dict[Visit, _Place]:
+    """Visit → the axis that grows with the texts of a side."""
     example = alone(batch, 0)
     lengths = {side: ids.shape[1] for side in _LONGER if (ids := example.get(f"{side}input_ids")) is not None}
     if not lengths:
@@ -135,13 +148,25 @@ def _positions(
         longer = activations(model, sites, _longer(example, lengths))
     except Exception:
         return {}  # of a type whose texts have one length
-    found = {}
-    for visit, given in activations(model, sites, example).items():
-        moved = [value.movedim(axes[visit[0]], -1).shape[:-1] for value in (given, longer[visit])]
-        for axis, change in enumerate(zip(*moved, strict=True)):
+    now, found = activations(model, sites, example), {}
+    # All texts are padded, and no token reads what is there.
+    other = activations(model, sites, {**example, "input_ids": _with_another_end(example["input_ids"])})
+    for visit, given in now.items():
+        states = [value.movedim(axes[visit[0]], -1) for value in (given, longer[visit], other[visit])]
+        for axis, change in enumerate(zip(*(value.shape[:-1] for value in states[:2]), strict=True)):
             for side, length in lengths.items():
                 if change == (length, length + _LONGER[side]):
-                    found[visit] = axis, side
+                    found[visit] = _Place(axis, side)
+                elif not side and change[0] > length and change[1] == change[0] + _LONGER[side]:
+                    moved = (states[0] != states[2]).movedim(axis, 0).flatten(1).any(1).nonzero().flatten().tolist()
+                    if len(moved) == 1 and "attention_mask" in example:
+                        found[visit] = _Place(axis, side, moved[0] - length + 1)
+    return found
+
+
+def _with_another_end(ids: Tensor) -> Tensor:
+    found = ids.clone()
+    found[:, -1] = ids[:, 0]
     return found
 
 
@@ -155,20 +180,22 @@ def _longer(example: Batch, lengths: dict[str, int]) -> Batch:
     return found
 
 
-def _of_rows(rows: Tensor, place: tuple[int, str] | None, example: Batch, pool: str) -> tuple[Tensor, Tensor]:
+def _of_rows(rows: Tensor, place: _Place | None, example: Batch, pool: str) -> tuple[Tensor, Tensor]:
     """Which rows of one example count, and their labels."""
     shape, label = rows.shape[:-1], example["concept_labels"]
-    texts = None if place is None else example[f"{place[1]}input_ids"]
-    if place is None or shape[place[0]] != texts.shape[1]:  # as many rows as its content has it
-        return torch.ones(shape, dtype=torch.bool), label.reshape(-1)[0].expand(shape)
-    axis, side = place
-    along = [1] * len(shape)
-    along[axis] = shape[axis]
-    mask = example.get(f"{side}attention_mask", torch.ones(1, shape[axis], dtype=torch.long))[0].bool()
-    values = label[0] if label.dim() > 1 and not side else label.reshape(-1)[:1].expand(shape[axis])
-    keep = mask & (values >= 0)
+    first = label.reshape(-1)[0]
+    texts = None if place is None else example[f"{place.side}input_ids"]
+    if place is None or (place.start is None and shape[place.axis] != texts.shape[1]):  # as its content has it
+        return torch.ones(shape, dtype=torch.bool), first.expand(shape)
+    size, tokens = shape[place.axis], slice(place.start or 0, (place.start or 0) + texts.shape[1])
+    along = [size if axis == place.axis else 1 for axis in range(len(shape))]
+    keep, values = torch.full((size,), label.dim() == 1 or bool(place.side)), first.repeat(size)
+    keep[tokens] = example.get(f"{place.side}attention_mask", torch.ones_like(texts))[0].bool()
+    if label.dim() > 1 and not place.side:
+        values[tokens] = label[0]
+    keep &= values >= 0
     if pool == "cls":
-        keep &= torch.arange(len(keep)) == 0
+        keep &= torch.arange(size) == 0
     return keep.view(along).expand(shape), values.view(along).expand(shape)
 
 

@@ -84,17 +84,76 @@ def test_rows_with_adapters_of_their_own_where_positions_come_first() -> None:
         model(**inputs)
 
 
-def test_positions_that_the_model_pads_to_multiples_of_its_window() -> None:
+def by_token(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch | {"concept_labels": (batch["input_ids"] % 2).masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def fitted_on_tokens(model: nn.Module, site: str, batches: list[dict[str, Any]], start: int = 0) -> int:
+    """Fit, and check that nothing is left at the tokens; returns how many rows were fitted on."""
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=[site]), adapter_name="e")
+    report = fit_concept_erasure(model, batches, "e", progress=False)
+    rows, labels = [], []
+    for batch in batches:
+        real, label = batch["attention_mask"].bool(), batch["concept_labels"]
+        rows.append(seen_at(model, site, batch)[:, start : start + real.shape[1]][real])
+        labels.append((label if label.dim() > 1 else label[:, None].expand(real.shape))[real])
+    assert left(torch.cat(rows), torch.cat(labels)) < ROUNDING
+    return report.sites[0].rows
+
+
+@pytest.mark.parametrize("of_tokens", [False, True], ids=["sequences", "tokens"])
+@pytest.mark.parametrize("lengths", [(8,), (7,), (9, 8)], ids=["a multiple", "no multiple", "both"])
+def test_padding_to_multiples_of_the_models_window_does_not_count(lengths: tuple[int, ...], of_tokens: bool) -> None:
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 1, "attention_window": 4, "max_position_embeddings": 66, "pad_token_id": 0}
     model = hf.LongformerModel(hf.LongformerConfig(**TEXT, **sizes)).eval()
-    batch, site = texts(), "embeddings.word_embeddings"
-    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=[site]), adapter_name="e")
-    report = fit_concept_erasure(model, [batch], "e", progress=False)
-    real = batch["attention_mask"].bool()
-    assert report.sites[0].rows == int(real.sum())
-    labels = batch["concept_labels"][:, None].expand(real.shape)
-    assert left(seen_at(model, site, batch)[real], labels[real]) < ROUNDING
+    batches = [texts(length=length, seed=length) for length in lengths]
+    batches = [by_token(batch) for batch in batches] if of_tokens else batches
+    counted = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert fitted_on_tokens(model, "encoder.layer.0.output.LayerNorm", batches) == counted
+
+
+class Prompted(hf.PreTrainedModel):
+    """Three states in front of those of the tokens, and a mean over these; or as many rows as the ids say."""
+
+    config_class = hf.BertConfig
+
+    def __init__(self, hops: bool = False) -> None:
+        super().__init__(hf.BertConfig(**TEXT))
+        self.prompt, self.hops = nn.Parameter(torch.randn(3, 16)), hops
+        self.table, self.norm = nn.Embedding(64, 16), nn.LayerNorm(16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.table(input_ids)
+        if self.hops:  # each token stands for as many frames as its id has it, and those of other texts are padded
+            counts = (input_ids % 3 + 1) * attention_mask
+            frames = [state.repeat_interleave(count, 0) for state, count in zip(states, counts, strict=True)]
+            return self.norm(nn.utils.rnn.pad_sequence(frames, batch_first=True))
+        mean = (states * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        states = torch.cat([self.prompt.expand(len(states), -1, -1), states], 1)
+        return self.norm(states + mean[:, None])
+
+
+@pytest.mark.parametrize("of_tokens", [False, True], ids=["sequences", "tokens"])
+def test_a_prompt_in_front_counts_for_sequences_and_not_for_tokens(of_tokens: bool) -> None:
+    torch.manual_seed(0)
+    batch = by_token(texts()) if of_tokens else texts()
+    model, tokens = Prompted().eval(), int(batch["attention_mask"].sum())
+    if of_tokens:
+        assert fitted_on_tokens(model, "norm", [batch], start=3) == tokens
+        return
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["norm"]), adapter_name="e")
+    assert fit_concept_erasure(model, [batch], "e", progress=False).sites[0].rows == tokens + 3 * len(
+        batch["input_ids"]
+    )
+
+
+def test_as_many_rows_as_the_content_has_it_are_refused() -> None:
+    torch.manual_seed(0)
+    model = Prompted(hops=True).eval()
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["norm"]), adapter_name="e")
+    with pytest.raises(ValueError, match="depends on its content, and which of them are padding"):
+        fit_concept_erasure(model, [texts()], "e", progress=False)
 
 
 class Pictures(nn.Module):
