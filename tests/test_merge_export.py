@@ -49,6 +49,7 @@ MORE: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**{**_GROUPED, "tie_word_embeddings": False})),
     "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_GROUPED)),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2)),
 }
 # Sums over at most 64 columns in float32, after two blocks; the bound the specification asks for.
 LORA_TOLERANCE = 1e-5
@@ -75,7 +76,9 @@ def batch_of(architecture: str, seed: int = 5) -> dict[str, Tensor]:
 
 
 @functools.cache
-def _fitted(architecture: str, targets: Any, affine: bool, site: str, excluded: tuple[str, ...]) -> PreTrainedModel:
+def _fitted(
+    architecture: str, targets: Any, affine: bool | None, site: str, excluded: tuple[str, ...]
+) -> PreTrainedModel:
     model = base_of(architecture)
     config = ConceptErasureConfig(
         labels=LABELS,
@@ -92,7 +95,12 @@ def _fitted(architecture: str, targets: Any, affine: bool, site: str, excluded: 
 
 
 def fitted(
-    architecture: str, targets: Any = None, *, affine: bool = True, site: str = "output", excluded: tuple[str, ...] = ()
+    architecture: str,
+    targets: Any = None,
+    *,
+    affine: bool | None = True,
+    site: str = "output",
+    excluded: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     """The architecture's small model with a fitted erasure `gender`; a copy."""
     return copy.deepcopy(_fitted(architecture, targets, affine, site, excluded))
@@ -450,6 +458,9 @@ EXPORTS = [
     ("llama", None, "output", True),
     ("bert", ("word_embeddings",), "output", True),
     ("gpt2", ("wte",), "output", True),
+    *[(a, "readers", "input", None) for a in ("gpt2", "llama", "bert", "t5", "vit", "gemma", "mixtral")],
+    ("gpt_oss", "readers", "input", False),
+    *[(a, "writers", "output", None) for a in ("llama", "gemma", "t5", "mixtral")],
 ]
 SCRIPT = """
 import copy, functools, sys, torch, transformers, peft
@@ -554,7 +565,7 @@ def test_an_adapter_is_exported_as_it_acts_alone_and_nothing_changes(tmp_path: P
 def test_what_cannot_be_exported_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="LayerNorm' cannot be merged: its activation goes into `add`"):
         export_to_lora(fitted("bert"), "gender", tmp_path / "new")
-    with pytest.raises(ValueError, match=r"PEFT does not support for the embedding 'transformer.wte'"):
+    with pytest.raises(ValueError, match=r"lora_bias=True, and PEFT does not support that for 'transformer.wte'"):
         export_to_lora(fitted("gpt2", ("wte", "c_fc")), "gender", tmp_path / "new")
     with pytest.raises(ValueError, match=r"'nowhere' is not an hf_erasure adapter .*; those here are \['gender'\]"):
         export_to_lora(fitted("gpt2", ("c_fc",)), "nowhere", tmp_path / "new")
@@ -639,7 +650,7 @@ def test_merge_writes_a_checkpoint_that_plain_transformers_runs(assets: Path, tm
 
 
 def test_export_lora_writes_a_stock_adapter_and_says_what_peft_cannot_do(assets: Path, tmp_path: Path) -> None:
-    source, model = fit_stories(assets, tmp_path / "adapter")
+    source, model = fit_stories(assets, tmp_path / "adapter", affine=True)
     result = CliRunner().invoke(app, ["export-lora", str(source), str(tmp_path / "adapter"), str(tmp_path / "lora")])
     assert result.exit_code == 0, result.output
     assert "PEFT applies it but cannot merge it at 'model.layers.0.self_attn.q_proj'" in result.stdout

@@ -26,7 +26,7 @@ from ..common.config import ChildConfig, Provenance
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import innermost
 from ..common.lookup import adapter_of
-from ..common.placement import shared_weights
+from ..common.placement import owns_offloaded, shared_weights
 from ..common.tuner import exactly
 from ..erasure.layer import erasure_layers
 from ..gradiend.config import GradiendConfig
@@ -35,7 +35,17 @@ from ..gradiend.state import changes_of, targeted_parameters
 from ..loading.fingerprint import renaming
 from .plan import plan_merge, refuse_sharded
 from .probe import Probe
-from .record import Snapshot, bias_of, is_weight_layer, scale_of, weight_change
+from .record import (
+    CONVOLUTIONS,
+    EraserInWeight,
+    Snapshot,
+    bias_of,
+    is_stack,
+    is_weight_layer,
+    one_by_one,
+    scale_of,
+    weight_change,
+)
 
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16
@@ -68,12 +78,17 @@ class LoraExport:
 
 @dataclass(frozen=True)
 class _Added:
-    """What a LoRA adds to one module: `(rank, in)`, `(out, rank)`, and `(out,)` to its bias."""
+    """What a LoRA adds to one module: `(rank, in)`, `(out, rank)`, and `(out,)` to its bias.
+
+    Where PEFT puts it on a parameter by name, of several experts as a rule, those of all experts are in one matrix.
+    """
 
     module: nn.Module
+    rank: int
     a: Tensor
     b: Tensor
     shift: Tensor | None = None
+    parameter: str | None = None
 
 
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
@@ -104,23 +119,82 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
         before.restore()
     added: dict[str, _Added] = {}
     for path, module in plan.modules.items():
-        if not plan.erasers[path]:
-            continue
-        own = bias_of(module, "weight")
-        bias = None if own is None else module.get_parameter(own).detach()
-        weight = module.get_parameter("weight").detach()
-        change = weight_change(weight, bias, plan.erasers[path], scale_of(module))
-        added[path] = _Added(module, change.a, change.b, change.offset - (0 if bias is None else bias.double()))
+        if plan.erasers[path]:
+            if owns_offloaded(module):
+                raise ValueError(f"The weight of {path!r} is offloaded: load the model on one device to export it.")
+            added[path] = _added(path, module, plan.erasers[path])
     if not added:
         raise ValueError(f"The erasure {name!r} has rank 0 at every site: there is nothing to export.")
-    embeddings = [path for path, here in added.items() if isinstance(here.module, nn.Embedding)]
-    if _has_shifts(added) and embeddings:
+    without_bias = [path for path, here in added.items() if here.parameter or isinstance(here.module, nn.Embedding)]
+    if _has_shifts(added) and without_bias:
         raise ValueError(
-            f"The erasure {name!r} cannot be exported: its affine part needs lora_bias=True, which PEFT does "
-            f"not support for the embedding {embeddings[0]!r}. Fit a purely linear erasure with "
-            "ConceptErasureConfig(affine=False), or two adapters."
+            f"The erasure {name!r} cannot be exported: biases change by it, which needs lora_bias=True, and PEFT does "
+            f"not support that for {without_bias[0]!r}. Fit it again with exclude_modules={without_bias}, or with "
+            "site='input' or target_modules='readers' and affine=False, where no bias changes, or merge it instead."
         )
     return _write(base, config, folder, added)
+
+
+def _added(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
+    """What erasers add to a module, as a LoRA.
+
+    Raises:
+        ValueError: If PEFT has no LoRA that adds it.
+    """
+    if len({edit.parameter for edit in edits}) > 1:
+        raise _not_exported(path, f"several of its parameters change, {[edit.parameter for edit in edits]}")
+    parameter, side = edits[0].parameter, edits[0].side
+    weight, own_bias = module.get_parameter(parameter).detach(), bias_of(module, parameter)
+    if not is_weight_layer(module):
+        if own_bias is not None and (side == "output" or any(bool((e.right @ e.bias).any()) for e in edits)):
+            raise _not_exported(path, f"its {own_bias} changes, too")
+        return _added_to_parameter(path, module, edits)
+    bias = None if own_bias is None else module.get_parameter(own_bias).detach()
+    if isinstance(module, CONVOLUTIONS) and side == "input" and weight[0, 0].numel() > 1:
+        raise _not_exported(path, "at each place of its kernel something else is added to this convolution")
+    change = weight_change(weight, bias, edits, scale_of(module))
+    a, b = change.a, change.b
+    if isinstance(module, CONVOLUTIONS):
+        a, b = (
+            part.reshape(*part.shape[:1], -1, *shape) for part, shape in ((a, weight.shape[2:]), (b, _ones(weight)))
+        )
+    shift = None if scale_of(module) is not None else change.offset - (0 if bias is None else bias.double())
+    return _Added(module, len(change.a), a, b, shift)
+
+
+def _ones(weight: Tensor) -> list[int]:
+    return [1] * (weight.dim() - 2)
+
+
+def _added_to_parameter(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
+    """What erasers add to a matrix, or to one for each expert, as PEFT's `target_parameters` have it.
+
+    PEFT takes a stack for `(experts, out, in)`, unless its module says `is_transposed`.
+    """
+    parameter, side = edits[0].parameter, edits[0].side
+    weight = module.get_parameter(parameter).detach()
+    if weight.dim() != 2 and not (is_stack(module, parameter, edits) and len(weight) > 1):
+        raise _not_exported(path, f"PEFT has no LoRA for its {parameter} of shape {tuple(weight.shape)}")
+    ones = [(weight, None, edits)] if weight.dim() == 2 else list(one_by_one(weight, None, edits))
+    a_parts, b_parts = [], []
+    for matrix, _, here in ones:
+        change = weight_change(matrix, None, here)
+        # The change of the matrix as it is stored is `rows @ columns`.
+        is_turned = here[0].axis == (0 if side == "input" else 1)
+        rows, columns = (change.a.T, change.b.T) if is_turned else (change.b, change.a)
+        takes_rows = weight.dim() == 3 and getattr(module, "is_transposed", False)
+        a_parts.append(rows.T if takes_rows else columns)
+        b_parts.append(columns.T if takes_rows else rows)
+    return _Added(
+        module, len(a_parts[0]), torch.cat(a_parts), torch.stack(b_parts, dim=-1).flatten(1), parameter=parameter
+    )
+
+
+def _not_exported(path: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The erasure at {path!r} cannot be exported as a LoRA: {reason}. Merge it instead, with merge_and_unload() or "
+        f"hf-erasure merge, or fit it again with exclude_modules=[{path!r}]."
+    )
 
 
 def _has_shifts(added: dict[str, _Added]) -> bool:
@@ -153,7 +227,7 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
         for module, _ in carriers:
             transposed = isinstance(module, nn.Linear) != stored_by_output
             a, b = (thin.b.T, thin.a.T) if transposed else (thin.a, thin.b)
-            added[names[id(module)]] = _Added(module, a, b)
+            added[names[id(module)]] = _Added(module, len(a), a, b)
     if not added:
         raise ValueError(
             f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and nothing else fits into a "
@@ -204,7 +278,8 @@ def low_rank(delta: Tensor, rank: int) -> LowRank:
 def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, _Added]) -> LoraExport:
     """Write a LoRA, and say where PEFT cannot merge it."""
     has_shifts, tied = _has_shifts(added), {name.rpartition(".")[0] for name in shared_weights(base)}
-    ranks = {name: here.a.shape[0] for name, here in added.items()}
+    parameters = {name: f"{name}.{here.parameter}" for name, here in added.items() if here.parameter is not None}
+    ranks = {parameters.get(name, name): here.rank for name, here in added.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     # PEFT reads these as expressions for the end of a name; the anchor keeps them to the whole of it.
     other = {f"^{name.replace('.', chr(92) + '.')}": rank for name, rank in ranks.items() if rank != usual}
@@ -213,8 +288,10 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
         lora_alpha=usual,  # equal to the rank everywhere: the scaling is 1
         rank_pattern=other,
         alpha_pattern=dict(other),
-        target_modules=exactly(list(added), base),
+        target_modules=exactly([name for name in added if name not in parameters], base),
+        target_parameters=list(parameters.values()) or None,
         lora_bias=has_shifts,
+        # PEFT corrects it for each module.
         fan_in_fan_out=all(isinstance(here.module, Conv1D) for here in added.values()),
         task_type=config.task_type,
         # Without a task, AutoPeftModel finds the class of the base here.
@@ -225,7 +302,7 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
     tensors: dict[str, Tensor] = {}
     unmergeable: dict[str, str] = {}
     for name, here in added.items():
-        weight = here.module.get_parameter("weight")
+        weight = here.module.get_parameter(here.parameter or "weight")
         is_embedding = isinstance(here.module, nn.Embedding)
         a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         parts = {a: here.a, b: here.b}
@@ -233,7 +310,7 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
             parts["lora_B.bias"] = here.shift
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         tensors |= {f"{PREFIX}{name}.{part}": t.to("cpu", dtype).contiguous() for part, t in parts.items()}
-        if has_shifts and here.module._parameters.get("bias") is None:
+        if "lora_B.bias" in parts and here.module._parameters.get("bias") is None:
             unmergeable[name] = "the affine part is a lora_bias, and the layer has no bias to merge it into"
         elif name in tied:
             unmergeable[name] = "its weight is shared with another module, which would change too"
