@@ -13,6 +13,7 @@ from .adapters import (
     GradiendConfig,
     LoraExport,
     Verification,
+    set_strength,
     verify_adapter,
 )
 from .callbacks import ConceptErasureCallback, GradiendCallback
@@ -38,6 +39,7 @@ __all__ = [
     "concept_dataloader",
     "export_to_lora",
     "fit_concept_erasure",
+    "set_strength",
     "verify_adapter",
 ]
 

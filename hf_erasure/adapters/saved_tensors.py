@@ -177,7 +177,10 @@ def digest_of(folder: str | Path, config: Any) -> str | None:
     if file is None:
         return None
     hashed = hashlib.sha256()
-    settings = {name: getattr(config, name, None) for name in _SETTINGS}
+    settings: dict[str, Any] = {name: getattr(config, name, None) for name in _SETTINGS}
+    dial = getattr(config, "dial", None)
+    if dial is not None:
+        settings["dial"] = [dial.strength, *dial.weights]
     hashed.update(json.dumps(settings, sort_keys=True, default=str).encode())
     if file.endswith(PICKLE):  # it is not opened
         hashed.update(Path(file).read_bytes())

@@ -120,8 +120,13 @@ def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
     """What an erasure that acts does, in words, and what was measured when it was fitted."""
     layers = site_layers(found.owner, found.name).values()
     ranks = [layer.eraser_state(found.name)[0].shape[-1] for layer in layers]
-    deed = f"erases {found.config.concept!r} at {len(ranks)} sites (rank {min(ranks)} to {max(ranks)})"
-    return deed, leakage_sentence(found.config)
+    config = found.config
+    where = f"at {len(ranks)} sites (rank {min(ranks)} to {max(ranks)})"
+    far = "" if config.is_full else f" with strength={config.strength:g}"
+    deed = f"erases {config.concept!r}{far} {where}"
+    if config.target is not None:
+        deed = f"moves {config.concept!r} to target={config.target!r}{far} {where}"
+    return deed, leakage_sentence(config)
 
 
 def leakage_sentence(config: ConceptErasureConfig) -> str:

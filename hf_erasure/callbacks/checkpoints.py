@@ -116,8 +116,10 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         if isinstance(config, ConceptErasureConfig):
             for path, layer in site_layers(model, name).items():
                 stem, device = f"{PREFIX}{path}.{layer.child_name}", layer.state_of(name)[0].device
-                layer.restore_state(name, tuple(tensors[f"{stem}.{part}"].to(device) for part in layer.stores(name)))
-            for field in ("fitted", "fitted_sites", "weights", "provenance"):
+                kept, none = (f"{stem}.{part}" for part, _ in layer.named_children()), torch.zeros(0, 0)
+                layer.restore_state(name, tuple(tensors.get(key, none).to(device) for key in kept))
+                layer.set_dial(name, saved.dial)
+            for field in ("fitted", "fitted_sites", "weights", "readings", "strength", "target", "provenance"):
                 setattr(config, field, getattr(saved, field))
         elif isinstance(config, ChildConfig):
             # Training never changes a GRADIEND adapter, so the model must have the one that the checkpoint has.

@@ -107,8 +107,8 @@ class FitCheckpoint:
         """Keep a finished site; `data` identifies what it was fitted on."""
         eraser = fit.eraser
         tensors = {"left": eraser.left, "right": eraser.right, "shares": fit.shares}
-        if eraser.bias is not None:
-            tensors["bias"] = eraser.bias
+        optional = {"bias": eraser.bias, "readings": fit.readings}
+        tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         figures = {kept: getattr(fit.line, name) for name, kept in _FIGURES.items()}
         facts = {"site": site, "data": data, "dtype": str(fit.dtype).removeprefix("torch."), **figures}
         write_tensors(self.folder / f"site-{self.sites.index(site):04d}.safetensors", tensors, facts)
@@ -126,7 +126,8 @@ class FitCheckpoint:
             eraser = Eraser(left=tensors["left"], right=tensors["right"], bias=tensors.get("bias"))
             figures = {name: facts[kept] for name, kept in _FIGURES.items()}
             line = SiteReport(facts["site"], width=eraser.x_dim, rank=eraser.rank, **figures)
-            found[line.site] = SiteFit(eraser, getattr(torch, facts["dtype"]), tensors["shares"], line)
+            dtype, readings = getattr(torch, facts["dtype"]), tensors.get("readings")
+            found[line.site] = SiteFit(eraser, dtype, tensors["shares"], line, readings=readings)
         return found
 
     # ---- moments so far ---------------------------------------------------------------------------------------------

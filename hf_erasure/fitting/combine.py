@@ -33,7 +33,7 @@ from .checkpoint import FitCheckpoint
 from .fit import check_resident, conclude, solved
 from .labels import SiteStatistics, Source
 from .report import in_words
-from .sites import solve_site, task_for
+from .sites import SiteFit, known_readings, solve_site, task_for
 
 Sites = dict[str, Eraser]
 
@@ -168,6 +168,11 @@ def _to_combine(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, 
     for place in found:
         if not place.config.fitted:
             raise ValueError(f"Adapter {place.name!r} was never fitted. {place.config.remedy}")
+        if place.config.dial is not None:
+            raise ValueError(
+                f"Adapter {place.name!r} has strength={place.config.strength:g} and target={place.config.target!r}: "
+                "what is combined has strength=1 and no target. Call set_strength of the combined one afterwards."
+            )
     configs = {place.name: place.config for place in found}
     for field, remedy in (
         ("site", "only erasers at the same side of a module act on the same activations"),
@@ -344,15 +349,22 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     seen = [labelled, background] if background.moments else [labelled]
     weights = load_file(Path(one) / WEIGHTS)
     before, config.fitted_sites = config.fitted_sites or {}, {}
+    fits: dict[str, SiteFit] = {}
     for site in sites:
         # A name ends like this, whatever the model that the adapter was saved from is called in front of it.
         keys = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
         keys = {part: next(key for key in weights if f".{key}".endswith(end)) for part, end in keys.items()}
         kept, had_mean = weights[keys["left"]], bool(weights[keys["bias"]].any())
-        fit = solve_site(site, seen, config, is_linear=not (had_mean if config.affine is None else config.affine))
+        is_affine = had_mean if config.affine is None else config.affine
+        fits[keys["left"]] = fit = solve_site(site, seen, config, is_linear=not is_affine)
         for key, value in zip(keys.values(), fit.eraser.parts(kept.device, fit.dtype), strict=True):
             weights[key] = value.contiguous()
         config.fitted_sites[site] = before[site] | {"width": fit.eraser.x_dim, "rank": fit.eraser.rank}
+    config.readings, rows = known_readings(config, fits.values())
+    for left, fit in fits.items():
+        if fit.readings is not None:
+            known = fit.readings[rows].to(weights[left])
+            weights[f"{left.removesuffix('left')}readings"] = known.contiguous()
     for count in ("examples", "tokens"):
         config.provenance[count] += added.provenance[count]
     # What was measured of the first alone says nothing of the sum.
@@ -380,6 +392,11 @@ def _fitted_in_one_pass(folder: str | Path) -> ConceptErasureConfig:
 def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
     """The moments' own folder checks the rest: sites, labels, method, pool."""
     known, others = Provenance.of(one), Provenance.of(other)
+    if (one.strength, one.target) != (other.strength, other.target):
+        raise ValueError(
+            f"The two erasures have strength={one.strength:g} and {other.strength:g}, target={one.target!r} and "
+            f"{other.target!r}: write the same into both adapter_config.json first."
+        )
     if known.fingerprint != others.fingerprint:
         raise ValueError("The two erasures were fitted on different base models: their activations cannot be added.")
     for site, size in (one.fitted_sites or {}).items():

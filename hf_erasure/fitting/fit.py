@@ -33,7 +33,7 @@ from .labels import BatchLabels, Source
 from .layouts import visit_of
 from .report import ErasureReport
 from .scrubbing import Scrubber
-from .sites import FitTask, SiteFit, solve, task_for
+from .sites import FitTask, SiteFit, known_readings, solve, task_for
 
 
 def fit_concept_erasure(
@@ -222,6 +222,7 @@ def conclude(
     """
     left_out = {site: layer for site, layer in task.layers.items() if site not in fits}
     task.layers = {site: layer for site, layer in task.layers.items() if site in fits}
+    known, rows_known = known_readings(task.config, fits.values())
     config, lines, examples, fitted = task.config, [fits[site].line for site in task.layers], 0, 0
     if eval_batches is not None:
         lines, examples, fitted = measure(
@@ -229,7 +230,9 @@ def conclude(
         )
     for site, layer in task.layers.items():
         fit = fits[site]
-        layer.set_eraser(task.name, fit.eraser, fit.dtype, fit.axis, fit.examples)
+        readings = None if known is None or fit.readings is None else fit.readings[rows_known]
+        layer.set_eraser(task.name, fit.eraser, fit.dtype, fit.axis, fit.examples, readings)
+    config.readings = known
     report = ErasureReport(
         concept=config.concept,
         adapter_name=task.name,
@@ -280,6 +283,8 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
     config = task.config
     config.fitted_sites = {site: task.layers[site].size_of(task.name) for site in fits}
     config.fitted = True
+    for site in fits:
+        task.layers[site].set_dial(task.name, config.dial)
     config.provenance = {
         "hf_erasure_version": __version__,
         "base_class": class_name(task.owner),

@@ -21,6 +21,7 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, site_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
+from hf_erasure.erasers.eraser import whiten_concept
 from hf_erasure.erasers.mean import MeanIsErased
 from hf_erasure.models import POOLS, check_pool, reading_of
 from hf_erasure.models.model import Runner, on_cpu
@@ -226,6 +227,7 @@ class SiteFit:
         eraser: float64.
         dtype: What the eraser is kept and applied in: float32, or float64 on float64 activations.
         shares: `(z_dim,)` mean of the concept; the shares of the classes.
+        readings: `(rows, rank)`, what it reads in the mean of each class; None of several concepts.
         axis: That of the features.
         examples: That of the examples.
         line: Its line of the report, without what held-out batches tell.
@@ -237,6 +239,7 @@ class SiteFit:
     line: SiteReport
     axis: int = -1
     examples: int = 0
+    readings: Tensor | None = None
 
     def erase(self, hidden: Tensor) -> Tensor:
         """What an adapter with this eraser makes of an activation, to the bit."""
@@ -267,7 +270,12 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
         mine = {site: solve_site(site, seen, task.config, site in task.linear) for site in processes.mine(sites)}
         # Processes hand over what lies in main memory.
         mine = {
-            site: dataclasses.replace(fit, eraser=fit.eraser.to("cpu"), shares=fit.shares.cpu())
+            site: dataclasses.replace(
+                fit,
+                eraser=fit.eraser.to("cpu"),
+                shares=fit.shares.cpu(),
+                readings=None if fit.readings is None else fit.readings.cpu(),
+            )
             for site, fit in mine.items()
         }
     solved = {site: fit for own in processes.gathered([mine]) for site, fit in own.items()}
@@ -320,7 +328,51 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         change_labelled=spread.change(eraser) if acts else 0.0,
     )
     dtype = torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32
-    return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line)
+    has_one = sum(bool(statistics.z_dim) for statistics in seen) == 1
+    readings = _readings(eraser, labelled, config) if has_one else None
+    return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line, readings=readings)
+
+
+def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptErasureConfig) -> Tensor:
+    """What an eraser reads, about its bias, in the mean of each class; of a concept of values, where those are.
+
+    That is the origin and each column, as regression tells. Of several visits it is the mean of all.
+
+    Returns:
+        `(rows, rank)` float64, a row for each class.
+    """
+    total = sum(part.weight for part in visits)
+    places = []
+    for part in visits:
+        shares, cross = part.mean_z, part.cross_covariance
+        if config.labels is not None:
+            offsets = torch.where(shares > 0, cross / shares, 0.0).T
+        else:
+            regression = cross @ (whitener := whiten_concept(part.covariance_z)) @ whitener.T
+            origin = torch.zeros(1, part.z_dim, dtype=shares.dtype, device=shares.device)
+            values = torch.cat([origin, torch.eye(part.z_dim, dtype=shares.dtype, device=shares.device)])
+            offsets = (values - shares) @ regression.T
+        places.append((part.mean_x + offsets) * (part.weight / total))
+    bias = 0.0 if eraser.bias is None else eraser.bias
+    return (torch.stack(places).sum(0) - bias) @ eraser.right.T
+
+
+def known_readings(config: ConceptErasureConfig, fits: Iterable[SiteFit]) -> tuple[list[str] | None, list[int]]:
+    """Of what fits know what it reads, as the configuration names it, and the rows that it has in their readings.
+
+    Raises:
+        ValueError: If the configuration's target is not among it.
+    """
+    rows: list[int] = []
+    names = None
+    known = list(fits)
+    if all(fit.readings is not None for fit in known):
+        labels = config.labels or config.readings_of(())
+        shares = torch.stack([fit.shares for fit in known]).amin(0).tolist()
+        rows = [row for row in range(len(labels)) if config.labels is None or shares[row] > 0]
+        names = [labels[row] for row in rows]
+    config.check_target(names)
+    return names, rows
 
 
 def residual_of(eraser: Eraser, moments: ConceptMoments) -> float:

@@ -211,10 +211,12 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     # The theorem holds where the method is not iterative and the rank is that of the concept, or above.
     needed = config.concept_dim if config.labels is None else len(config.labels) - 1
     is_guarded = config.method != "inlp" and needed is not None and (config.rank is None or config.rank >= needed)
+    is_guarded = is_guarded and config.is_full
     left = {plain(site): float(value) for site, value in made.residuals.items() if is_number(value)}
     facts.method = {
         "name": config.method, "side": config.site, "affine": config.affine, "sites": len(sites),
         "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": on,
+        "strength": config.strength, "target": None if config.target is None else plain(str(config.target)),
         "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": is_guarded,
         "left": [max(left, key=lambda site: left[site]), max(left.values()), len(left)] if left else None,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -10,6 +11,7 @@ from hf_erasure.erasers.least_squares import ROUNDS
 
 from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, fits, short
 from ..internals import extend_peft_type
+from .dial import Dial
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 
@@ -20,7 +22,13 @@ WORDS = {"readers": "input", "writers": "output"}
 # No activation has as many axes; torch allows 64.
 _MOST_AXES = 64
 # Fields that releases before do not know, and warn of.
-_LATER = ("weights",)
+_LATER = {"weights": None, "strength": 1.0, "target": None, "readings": None}
+_SAYS = object()
+_STRONGEST = 2.0
+# Shares of classes are written with some digits.
+_SUM = 1e-6
+# The first row of `readings` of a concept of values; one for each of its columns follows.
+_ORIGIN = "0"
 _NOT_A_WEIGHT = (
     "which does not name the weights at a site, as [module, parameter, axis], the site's own first. Adding with "
     "target_modules='readers' or 'writers' writes them; in a loaded adapter_config.json it means that the file is "
@@ -58,6 +66,10 @@ class ConceptErasureConfig(ChildConfig):
             where a merge has a place for it, or the adapter cannot be merged anyway, and the linear one elsewhere.
         rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
             which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
+        strength: How far activations are moved: 0 leaves them as they are, 1 erases, 2 mirrors them at the mean. It may
+            be changed without fitting again, by `set_strength` or where an adapter is loaded.
+        target: Move all activations to the mean of a class, by its label, instead of to the common one; or of a mixture
+            of the classes, by their shares; or, with `concept_dim`, to where these values of the concept are.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether the erasers exist.
@@ -66,6 +78,8 @@ class ConceptErasureConfig(ChildConfig):
         weights: Written by adding with `"readers"` or `"writers"`. Site → the weights that take its activation or make
             it, as `[module, parameter, axis]`: the axis of the parameter along which the features of the hidden state
             lie. The modules of one site share one eraser, and the site is the first of them.
+        readings: Written by fitting. What a `target` may be made of, and the file has the readings of: the labels that
+            occurred; or the origin and the columns of a concept of values.
         provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
             base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
     """
@@ -85,8 +99,11 @@ class ConceptErasureConfig(ChildConfig):
     method: str = "leace"
     affine: bool | None = None
     rank: int | None = None
+    strength: float = 1.0
+    target: str | list[float] | None = None
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata=BY_FITTING)
     weights: dict[str, list[list]] | None = field(default=None, metadata=BY_FITTING)
+    readings: list[str] | None = field(default=None, metadata=BY_FITTING)
 
     def _check(self) -> None:
         if self.method == "rlace":
@@ -101,6 +118,7 @@ class ConceptErasureConfig(ChildConfig):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
         self._check_concept()
+        self._check_dial()
         if self.fitted and not self.fitted_sites:
             raise ValueError(
                 "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config; in a "
@@ -163,7 +181,7 @@ class ConceptErasureConfig(ChildConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them, without those that were added later where they say nothing."""
-        return {name: value for name, value in super().to_dict().items() if name not in _LATER or value is not None}
+        return {name: value for name, value in super().to_dict().items() if _LATER.get(name, _SAYS) != value}
 
     def take_fitted(self, saved: Any) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted.
@@ -171,6 +189,9 @@ class ConceptErasureConfig(ChildConfig):
         Raises:
             ValueError: If that one erases at the other side of its modules.
         """
+        if saved.fitted and not self.fitted:
+            self.strength = saved.strength if self.strength == 1 else self.strength
+            self.target = saved.target if self.target is None else self.target
         super().take_fitted(saved)
         if saved.fitted and saved.site != self.site:
             raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, and not for {self.site!r}.")
@@ -197,6 +218,87 @@ class ConceptErasureConfig(ChildConfig):
                 f"method='mean_projection' projects away the differences of class means, and concept_dim="
                 f"{self.concept_dim} has no classes: give labels, or take method='orth', which erases values as well."
             )
+
+    def _check_dial(self) -> None:
+        if not 0 <= self.strength <= _STRONGEST:
+            raise ValueError(
+                f"strength={self.strength!r} must lie between 0, which erases nothing, and {_STRONGEST:g}, which "
+                "mirrors activations at the mean."
+            )
+        if self.readings is not None and self.readings != (named := self.readings_of(self.readings)):
+            raise ValueError(
+                f"readings={short(self.readings)} are not among {short(named)}. Fitting writes them; in a loaded "
+                "adapter_config.json it means that the file is damaged."
+            )
+        if self.target is None:
+            return
+        if isinstance(self.target, str):
+            if self.target not in (self.labels or ()):
+                raise ValueError(f"target={self.target!r} is not one of labels={self.labels}; values are a list.")
+        elif len(self.target) != self.z_dim or not all(math.isfinite(value) for value in self.target):
+            raise ValueError(f"target={short(self.target)} must have {self.z_dim} numbers, as the concept has.")
+        elif self.labels is not None and abs(sum(self.target) - 1) > _SUM:
+            raise ValueError(
+                f"target={short(self.target)} must be shares of the classes {self.labels}, whose sum is 1."
+            )
+        if self.fitted:
+            self.check_target(self.readings)
+
+    def check_target(self, readings: list[str] | None) -> None:
+        """Refuse a target of which a fit does not know what it reads.
+
+        Args:
+            readings: Of what it knows that.
+        """
+        if self.target is None:
+            return
+        if readings is None:
+            raise ValueError(
+                f"target={short(self.target)}: what the classes read is not known of this {self.described}, which was "
+                "fitted by an older release, or combined of several. Fit it again on one concept, or leave target out."
+            )
+        missing = [label for label, share in self._shares().items() if share and label not in (readings or ())]
+        if missing:
+            raise ValueError(f"target={short(self.target)}: no row was labelled {missing} when it was fitted.")
+
+    def readings_of(self, present: Iterable[str]) -> list[str]:
+        """The rows of `readings`: those of the classes that are present, or of all that makes up values."""
+        if self.labels is None:
+            return [_ORIGIN, *map(str, range(1, self.z_dim + 1))]
+        known = set(present)
+        return [label for label in self.labels if label in known]
+
+    def _shares(self) -> dict[str, float]:
+        """How much of each row of `readings` makes up the target."""
+        if isinstance(self.target, str):
+            return {self.target: 1.0}
+        values = [float(value) for value in self.target or ()]
+        if self.labels is None:
+            values = [1 - sum(values), *values]
+        return dict(zip(self.labels or self.readings_of(()), values, strict=True))
+
+    @property
+    def dial(self) -> Dial | None:
+        """What becomes of the erasers; None where they are used as they were fitted."""
+        shares = self._shares() if self.target is not None else {}
+        weights = tuple(shares.get(row, 0.0) for row in self.readings or ()) if shares else ()
+        dial = Dial(float(self.strength), weights)
+        return None if dial == Dial() else dial
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is left of what the erasers read."""
+        return self.strength == 1
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether the adapter changes anything where it acts."""
+        return self.fitted and self.strength != 0
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """What `strength` says, and of what the target is made."""
+        return () if self.dial is None else (self.dial.strength, *self.dial.weights)
 
     @property
     def described(self) -> str:
@@ -233,6 +335,7 @@ class ConceptErasureConfig(ChildConfig):
         for site, size in (self.fitted_sites or {}).items():
             width, rank = size["width"], size["rank"]
             shapes: dict[str, tuple[int, ...]] = {"left": (width, rank), "right": (rank, width), "bias": (width,)}
+            shapes |= {} if self.readings is None else {"readings": (len(self.readings), rank)}
             for part, shape in shapes.items():
                 found[f"{site}.concept_erasure.concept_erasure_{part}"] = shape, FLOATS
         return found

@@ -19,6 +19,7 @@ from hf_erasure.erasers import Eraser, apply_erasure
 from ..common.layer import AdapterChild, Rows, StateDict
 from ..merging.record import forget, withdraw
 from .config import ConceptErasureConfig
+from .dial import Dial, Parts
 from .sharing import MadeOnce
 
 CHILD = "concept_erasure"
@@ -37,6 +38,7 @@ class ErasureLayer(AdapterChild):
         site_paths: Adapter name → the name of the site, where the eraser is that of another module.
         site_layers: The same → its layer.
         sharers: Adapter name → how many modules have the eraser, where this is the site of several.
+        dials: Adapter name → what becomes of its eraser, where it is not used as it was fitted.
     """
 
     child_name = CHILD
@@ -51,6 +53,8 @@ class ErasureLayer(AdapterChild):
         "site_paths",
         "site_layers",
         "sharers",
+        "dials",
+        "_dialled",
         "_made",
     )
 
@@ -68,6 +72,11 @@ class ErasureLayer(AdapterChild):
         self.concept_erasure_left = StateDict(persistent=True)
         self.concept_erasure_right = StateDict(persistent=True)
         self.concept_erasure_bias = StateDict(persistent=True)
+        # What the eraser reads in the mean of each class; without rows where that is not known.
+        self.concept_erasure_readings = StateDict(persistent=True)
+        self.dials: dict[str, Dial] = {}
+        # The parts that a dial makes, and the tensors that it has made them of, with their versions.
+        self._dialled: dict[str, tuple[tuple[Tensor, ...], tuple[int, ...], Parts]] = {}
         self.concept_erasure_site: dict[str, str] = {}
         # The axis of the features; the last but for modules that give channels first.
         self.concept_erasure_axis: dict[str, int] = {}
@@ -96,6 +105,9 @@ class ErasureLayer(AdapterChild):
         self.concept_erasure_left[name] = torch.zeros(size["width"], size["rank"], device=device, dtype=dtype)
         self.concept_erasure_right[name] = torch.zeros(size["rank"], size["width"], device=device, dtype=dtype)
         self.concept_erasure_bias[name] = torch.zeros(size["width"], device=device, dtype=dtype)
+        rows = len(config.readings or ())
+        self.concept_erasure_readings[name] = torch.zeros(rows, size["rank"], device=device, dtype=dtype)
+        self.set_dial(name, config.dial)
         if config.fitted:
             self.await_values(name)
 
@@ -118,20 +130,71 @@ class ErasureLayer(AdapterChild):
         """The layer that holds an adapter's eraser."""
         return self.site_layers.get(name, self)
 
-    def set_eraser(self, name: str, eraser: Eraser, dtype: torch.dtype, axis: int = -1, examples: int = 0) -> None:
-        """Put a fitted eraser in place, along the axis of the features; a purely linear one keeps a zero bias."""
+    def set_eraser(
+        self,
+        name: str,
+        eraser: Eraser,
+        dtype: torch.dtype,
+        axis: int = -1,
+        examples: int = 0,
+        readings: Tensor | None = None,
+    ) -> None:
+        """Put a fitted eraser in place, along the axis of the features; a purely linear one keeps a zero bias.
+
+        With it what the mean of each class reads `(classes, rank)`, where that is known.
+        """
         self.concept_erasure_axis[name], self.concept_erasure_examples[name] = axis, examples
         device, _ = self.state_placement()
         stores = self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias
         for store, part in zip(stores, eraser.parts(device, dtype), strict=True):
             # In the strides that loading will give it: others let matrix products sum in another order.
             store[name] = part.clone(memory_format=torch.contiguous_format)
+        known = eraser.right.new_zeros(0, eraser.rank) if readings is None else readings
+        self.concept_erasure_readings[name] = known.to(device, dtype).clone(memory_format=torch.contiguous_format)
         self._awaits_values.discard(name)
 
-    def eraser_state(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The eraser's `left`, `right` and `bias` as they are."""
+    def set_dial(self, name: str, dial: Dial | None) -> None:
+        """Say what becomes of an eraser; None where it acts as it was fitted."""
+        self._dialled.pop(name, None)
+        self.dials.pop(name, None)
+        if dial is not None:
+            self.dials[name] = dial
+
+    def eraser_state(self, name: str) -> Parts:
+        """The `left`, `right` and `bias` that act: as they were fitted, or what the dial makes of them."""
         site = self.site_of(name)
-        return site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
+        parts = site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
+        return parts if name not in site.dials else site._at_dial(name, parts)
+
+    def _at_dial(self, name: str, parts: Parts) -> Parts:
+        """What a dial makes of an eraser, the same tensors as long as it and the eraser are the same."""
+        readings = self.concept_erasure_readings[name]
+        if torch.compiler.is_compiling():
+            return self.dials[name].of(parts, readings)
+        made_of = (*parts, readings)
+        versions = tuple(part._version for part in made_of)
+        known = self._dialled.get(name)
+        if known is None or known[1] != versions or any(a is not b for a, b in zip(known[0], made_of, strict=True)):
+            known = self._dialled[name] = made_of, versions, self.dials[name].of(parts, readings)
+        return known[2]
+
+    def stores(self, name: str) -> dict[str, StateDict]:
+        """The parts of an adapter that a file has, by the attribute that holds them."""
+        found = super().stores(name)
+        has_readings = name in self.concept_erasure_readings and len(self.concept_erasure_readings[name]) > 0
+        return {
+            key: store for key, store in found.items() if has_readings or store is not self.concept_erasure_readings
+        }
+
+    def state_of(self, name: str) -> tuple[Tensor, ...]:
+        """An adapter's tensors as they are, for `restore_state`; also those that a file does not have."""
+        return tuple(store[name] for store in super().stores(name).values())
+
+    def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
+        """Put back what `state_of` gave; it is checked when it is first used."""
+        for store, value in zip(super().stores(name).values(), state, strict=True):
+            store[name] = value
+        self._awaits_values.add(name)
 
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry of `fitted_sites`."""
@@ -147,7 +210,7 @@ class ErasureLayer(AdapterChild):
         """An activation as an adapter erases it."""
         return apply_erasure(hidden, *self.parts_on(name, hidden.device), self.site_of(name).concept_erasure_axis[name])
 
-    def parts_on(self, name: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def parts_on(self, name: str, device: torch.device) -> Parts:
         """An eraser's `left`, `right` and `bias` on a device.
 
         Those of this site stay there: accelerate may have moved the model. It may also have put modules that share an

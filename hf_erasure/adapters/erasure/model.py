@@ -8,6 +8,7 @@ that write it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -22,10 +23,11 @@ from hf_erasure.models.streams import readers_of, writers_of
 
 from ..common.config import as_names, short
 from ..common.layer import Rows
+from ..common.lookup import adapter_of
 from ..common.tuner import ChildTuner, exactly, keep_layers
 from ..merging.plan import merge
 from .config import ConceptErasureConfig
-from .layer import ErasureLayer
+from .layer import ErasureLayer, erasure_layers, site_layers
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -177,3 +179,28 @@ class ConceptErasureModel(ChildTuner):
             f"{adapters} cannot be added with weights: a weighted sum of erasers erases none of the concepts. "
             "hf_erasure.combine_adapters(model, names, into) makes one erasure that erases all of them."
         )
+
+
+def set_strength(model: nn.Module, adapter_name: str, strength: float) -> None:
+    """Change in place how far an erasure moves activations, without fitting it again.
+
+    Args:
+        model: A model with a fitted erasure, or whatever it is inside of.
+        adapter_name: The adapter. A save, a merge and an export are of the strength that it has then.
+        strength: 0 leaves activations as they are, 1 erases, 2 mirrors them at the mean, or at the `target`.
+
+    Raises:
+        ValueError: If there is no such adapter, it is not fitted, it is merged, or the strength is out of range.
+    """
+    found = adapter_of(model, adapter_name, ConceptErasureConfig)
+    if not found.config.fitted:
+        raise ValueError(f"Adapter {adapter_name!r} was never fitted. {found.config.remedy}")
+    layers = erasure_layers(found.owner, adapter_name).values()
+    for layer in layers:
+        layer.refuse_if_merged(adapter_name)
+    dialled = copy.copy(found.config)
+    dialled.strength = strength
+    dialled.__post_init__()
+    found.config.strength = strength
+    for layer in site_layers(found.owner, adapter_name).values():
+        layer.set_dial(adapter_name, dialled.dial)

@@ -475,10 +475,10 @@ def _refuse_means(plan: MergePlan) -> None:
     some = len(sites) < len(plan.orders)
     without = f"leave out the sites that need one, exclude_modules={sites}, " if some else ""
     raise ValueError(
-        f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, for which {target!r} "
-        "would need a bias, and has none. Fit it again with ConceptErasureConfig(affine=None), which takes the linear "
-        f"map that keeps the mean where there is no place for a bias, or with affine=False, {without}or use this "
-        "adapter unmerged."
+        f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, or moves it to a target, "
+        f"for which {target!r} would need a bias, and has none. Leave a target out, and fit it again with "
+        "ConceptErasureConfig(affine=None), which takes the linear map that keeps the mean where there is no place for "
+        f"a bias, or with affine=False, {without}or use this adapter unmerged."
     )
 
 
