@@ -28,9 +28,9 @@ from .model import tensors_of
 _REARRANGING = {
     "_to_copy", "_unsafe_view", "alias", "as_strided", "bernoulli", "cat", "chunk", "clone", "constant_pad_nd", "copy_",
     "detach", "expand", "flatten", "flip", "gather", "im2col", "index", "index_select", "lift_fresh", "masked_fill",
-    "masked_fill_", "mean", "native_dropout", "permute", "repeat", "reshape", "roll", "select", "slice", "split",
-    "split_with_sizes", "squeeze", "squeeze_", "stack", "sum", "t", "transpose", "unbind", "unfold", "unsqueeze",
-    "view", "where", "avg_pool2d", "adaptive_avg_pool2d",
+    "masked_fill_", "masked_scatter", "mean", "native_dropout", "permute", "repeat", "reshape", "roll", "select",
+    "slice", "split", "split_with_sizes", "squeeze", "squeeze_", "stack", "sum", "t", "transpose", "unbind", "unfold",
+    "unsqueeze", "view", "where", "avg_pool2d", "adaptive_avg_pool2d",
 }  # fmt: skip
 _SUMS = {"add", "add_", "sub"}
 _SCALINGS = {"mul", "mul_", "div", "div_"}
@@ -180,7 +180,7 @@ class Flow(TorchDispatchMode):
 
     def _enter_norm(self, name: str, norm: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         hidden = _first(args, kwargs)
-        if hidden is None:
+        if hidden is None or not hidden.numel():  # of sounds, where there are none (Higgs Audio)
             return
         known = self._of(hidden)
         is_direct = known.output_of is None or not known.is_rearranged

@@ -257,7 +257,12 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         },
         "image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 153, "vision_end_token_id": 154,
     },
-    "qwen2_vl_text qwen2_5_vl_text": {
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5,
+        },
+    },
+    "qwen2_vl_text qwen2_5_vl_text glm4v_text glm_image_text glm_ocr_text paddleocr_vl_text qwen2_5_omni_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
     },
     "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},

@@ -89,10 +89,20 @@ def small(kind: Any, model_type: str, depth: int = 0) -> dict[str, Any]:
     if "num_channels" in defaults and "num_key_value_heads" in found:
         found["num_key_value_heads"] = SIZES["num_attention_heads"]
     for name, inner in (getattr(kind, "sub_configs", None) or {}).items():
-        is_known = inspect.isclass(inner) and inner not in (hf.AutoConfig, kind) and hasattr(inner, "model_type")
+        # A part that may be of any type is of that of the default.
+        inner = type(getattr(_default(kind), name, None)) if inner is hf.AutoConfig else inner
+        is_known = inspect.isclass(inner) and inner is not kind and hasattr(inner, "model_type")
         if is_known and depth < _DEEPEST:
             found[name] = {"model_type": inner.model_type, **small(inner, inner.model_type, depth + 1)}
     return found | OF_TYPE.get(model_type, {})
+
+
+@functools.cache
+def _default(kind: Any) -> Any:
+    """The configuration with the sizes that it has by itself; None where it needs to be told some."""
+    with suppress(Exception):
+        return kind()
+    return None
 
 
 def roughened(model: PreTrainedModel) -> PreTrainedModel:
