@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 from transformers.utils import ModelOutput
 
@@ -82,7 +83,7 @@ def is_norm(module: nn.Module) -> bool:
 def _is_convolution(module: nn.Module) -> bool:
     """Whether all that mixes features in a module are convolutions, as in the layers in front of a speech encoder."""
     mixing = [part for part in module.modules() if any(value.dim() > 1 for value in part.parameters(recurse=False))]
-    return bool(mixing) and all(isinstance(part, (nn.Conv1d, nn.Conv2d)) for part in mixing)
+    return bool(mixing) and all(isinstance(part, _ConvNd) for part in mixing)
 
 
 def activations(model: nn.Module, sites: Iterable[str], batch: Batch) -> dict[Visit, Tensor]:
