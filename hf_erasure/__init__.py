@@ -13,6 +13,7 @@ from .adapters import (
     GradiendConfig,
     LoraExport,
     Verification,
+    export_to_sentence_transformers,
     set_strength,
     verify_adapter,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "combine_adapters",
     "concept_dataloader",
     "export_to_lora",
+    "export_to_sentence_transformers",
     "fit_concept_erasure",
     "set_strength",
     "verify_adapter",

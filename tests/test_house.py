@@ -59,6 +59,7 @@ PUBLIC = {
     "combine_adapters",
     "concept_dataloader",
     "export_to_lora",
+    "export_to_sentence_transformers",
     "fit_concept_erasure",
     "set_strength",
     "verify_adapter",

@@ -18,6 +18,7 @@ from .gradiend.state import (
     targeted_parameters,
 )
 from .merging.export import LoraExport, export_to_lora
+from .merging.sentences import export_to_sentence_transformers
 from .verification import Verification, verify_adapter
 
 register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)
@@ -35,6 +36,7 @@ __all__ = [
     "edited",
     "erasure_layers",
     "export_to_lora",
+    "export_to_sentence_transformers",
     "features_of",
     "gradiend_layers",
     "kept_share",

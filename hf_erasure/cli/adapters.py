@@ -30,6 +30,9 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(help="Where the merged model is written.")],
     max_shard_size: Annotated[str | None, typer.Option(help="The largest file of weights, e.g. 5GB")] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give a table that the embedding and the head share a copy for each.")
+    ] = False,
     push: Push = None,
     private: Private = False,
 ) -> None:
@@ -39,7 +42,7 @@ def merge(
 
     Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
     """
-    text = save_merged(model, adapter, out, max_shard_size=max_shard_size)
+    text = save_merged(model, adapter, out, max_shard_size=max_shard_size, untie=untie)
     write_merged_card(out, model, adapter, text)
     typer.echo(f"{text}\nmodel: {out}")
     if push is not None:

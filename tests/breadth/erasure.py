@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ from tests.breadth.outcomes import DoesNotApplyError, Outcomes, ToldError, Wrong
 # Of the cross-covariance with the concept at a site, as a share of what a perfect correlation would give. In float32
 # rounding leaves some 1e-6 of it; the concept is there with 0.05 and more before.
 RESIDUAL = 1e-4
+# Merging rounds weights where erasing rounds activations: some 1e-7 of float32 numbers each, which layers multiply.
+MERGED = 1e-4
 # By column of the table.
 COLUMNS = {
     "default sites": ("attach", "sites"),
@@ -30,6 +33,8 @@ COLUMNS = {
     "labels of tokens": ("tokens",),
     "text alone": ("text alone",),
     "whole blocks": ("blocks",),
+    "merges with readers": ("readers",),
+    "merges with writers": ("writers",),
 }
 # The columns that every run looks at; the others take longer.
 FEW = list(COLUMNS)[:3]
@@ -72,6 +77,8 @@ class Erasure(Life):
             step("tokens", self._fit_on_tokens, "attach")
             step("text alone", self._fit_on_text_alone, "attach")
             step("blocks", self._fit_blocks)
+            step("readers", lambda: self._merge("readers"))
+            step("writers", lambda: self._merge("writers"))
         return self.outcomes
 
     # ---- default sites -----------------------------------------------------------------------------------------------
@@ -140,6 +147,24 @@ class Erasure(Life):
         model = self._attached(target_modules=pattern)
         fitted(self.base, model, self._batches)
         different(self._outputs(model), self._before, "fitted on blocks")
+
+    def _merge(self, word: str) -> None:
+        """Merge as a `PeftModel` does, take it back, and merge for good; tied tables are untied."""
+        model = self._attached(target_modules=word)
+        fit_concept_erasure(model, self._batches, NAME, sequential=False, progress=False)
+        erased = self._outputs(model)
+        different(erased, self._before, f"fitted on {word}")
+        model.save_pretrained(self.folder / word)
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(self.base), self.folder / word).eval()
+        inner = wrapped.get_base_model()
+        plain = {key: value.clone() for key, value in inner.state_dict().items()}
+        wrapped.merge_adapter(untie=True)
+        same(self._outputs(inner), erased, "merged", MERGED)
+        wrapped.unmerge_adapter()
+        same(self._outputs(inner), erased, "merged and taken back")
+        if any(not torch.equal(value, plain[key]) for key, value in inner.state_dict().items()):
+            raise WrongError("merged and taken back: the weights are others")
+        same(self._outputs(wrapped.merge_and_unload(untie=True)), erased, "merged for good", MERGED)
 
 
 _OF_OTHER_KINDS = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "input_features", "input_values")

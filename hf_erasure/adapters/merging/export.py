@@ -28,7 +28,7 @@ from ..common.layer import innermost
 from ..common.lookup import adapter_of
 from ..common.placement import owns_offloaded, shared_weights
 from ..common.tuner import exactly
-from ..erasure.layer import erasure_layers
+from ..erasure.layer import erasure_layers, site_layers
 from ..gradiend.config import GradiendConfig
 from ..gradiend.model import base_modules
 from ..gradiend.state import changes_of, targeted_parameters
@@ -346,29 +346,31 @@ def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
     return wrapped
 
 
-def save_merged(model: str, adapter: str | Path, folder: str | Path, *, max_shard_size: str | None = None) -> str:
+def save_merged(
+    model: str, adapter: str | Path, folder: str | Path, *, max_shard_size: str | None = None, untie: bool = False
+) -> str:
     """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence.
 
-    `max_shard_size` is that of `save_pretrained`; transformers' own when None.
+    `max_shard_size` is that of `save_pretrained`, transformers' own when None, and `untie` is that of `merge_adapter`.
     """
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_NAME]
     base: Any = wrapped.get_base_model()
-    kept = base.config.to_dict()
-    wrapped.merge_adapter()
+    size = sum(value.numel() * value.element_size() for value in base.parameters())
+    wrapped.merge_adapter(**({"untie": True} if untie and not isinstance(config, GradiendConfig) else {}))
     if isinstance(config, GradiendConfig):
         where, checked = f"into {len(targeted_parameters(wrapped, _NAME))} weights", ""
     else:
         layers = erasure_layers(wrapped, _NAME)
         written = len({id(module) for layer in layers.values() for module in layer.written})
-        where = f"at {len(layers)} sites into the weights of {written} layers"
+        where = f"at {len(site_layers(wrapped, _NAME))} sites into the weights of {written} layers"
         checked = " Outputs on a small input are the same up to rounding."
     plain = wrapped.merge_and_unload()
-    changed = [name for name, value in plain.config.to_dict().items() if kept.get(name) != value]
+    more = sum(value.numel() * value.element_size() for value in plain.parameters()) - size
     plain.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
     _copy_processor(model, folder)
-    switched = f", with {', '.join(f'{name}=True' for name in changed)} in its configuration" if changed else ""
-    return f"Merged the {config.described} {where} of {type(plain).__name__}{switched}.{checked}"
+    untied = f" Its tied weights are apart now, tie_word_embeddings=False, which takes {more:,} bytes." if more else ""
+    return f"Merged the {config.described} {where} of {type(plain).__name__}.{untied}{checked}"
 
 
 def model_class(name: str) -> type[transformers.PreTrainedModel] | None:

@@ -26,7 +26,6 @@ from ..common.placement import (
     is_sharded,
     owns_offloaded,
     set_parameter,
-    shared_weights,
 )
 from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
@@ -48,6 +47,7 @@ from .record import (
     write,
     written_anew,
 )
+from .remedies import is_head, preset, tied_to, tied_words
 from .untying import Untied, why_not_untied
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
         return
     _refuse_beside_other_changes(model, plan)
     layers = erasure_layers(model)
-    values = _values(layers, plan, names, safe_merge=safe_merge)
+    values = _values(model, layers, plan, names, safe_merge=safe_merge)
     untied = _untied(model, plan)
     modules = list(plan.modules.values())
     # Rounding is measured on weights that are there.
@@ -163,7 +163,7 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         uses = _folded_uses(model, folded, names, probe, allow_tied=allow_tied)
         for path, layer in folded.items():
             targets = {target: model.get_submodule(target) for target in uses[path].layers}
-            plan.tied |= {target: tied for target in targets if (tied := _tied_to(model, target)) is not None}
+            plan.tied |= {target: tied for target in targets if (tied := tied_to(model, target)) is not None}
             others = [name for name in sites[path] if own_weights(model, layer, name) is None]
             _add(plan, layer, others, targets)
     return plan
@@ -227,14 +227,14 @@ def _refuse_direct(
     model: nn.Module, layer: ErasureLayer, names: list[str], plan: MergePlan, *, allow_tied: bool
 ) -> None:
     """Refuse a module that cannot take the erasers at its own sides into its weights."""
-    path, host, tied = layer.path, layer.host, _tied_to(model, layer.path)
+    path, host, tied = layer.path, layer.host, tied_to(model, layer.path)
     if isinstance(host, BaseTunerLayer):
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
     if tied:
         if not allow_tied:
-            left = "what the head reads is un-erased" if _is_head(model, path) else "a token says what it said alone"
+            left = "what the head reads is un-erased" if is_head(model, path) else "a token says what it said alone"
             raise ValueError(
-                f"The erasure at {path!r} cannot be merged: its weight {_tied_words(model, path, tied)}. Or fit it "
+                f"The erasure at {path!r} cannot be merged: its weight {tied_words(model, path, tied)}. Or fit it "
                 f"again with exclude_modules=[{path!r}]; then {left}."
             )
         plan.tied[path] = tied
@@ -257,20 +257,6 @@ def _why_not_along(layer: ErasureLayer, name: str, edit: EraserInWeight) -> str 
         at = f"{edit.parameter} of shape {tuple(shape)}"
         return f"its {at} does not have the {width} features along axis {edit.axis}. Use the adapter unmerged."
     return None
-
-
-def _tied_words(model: nn.Module, path: str, names: list[str]) -> str:
-    """What shares a weight, and whether a merge may untie it, in words that follow "its weight"."""
-    reason = why_not_untied(model, path)
-    way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
-    return (
-        f"is shared by {names}, which would change too. {way if reason is None else f'It cannot be untied: {reason}'}"
-    )
-
-
-def _is_head(model: nn.Module, path: str) -> bool:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and model.get_submodule(path) is head
 
 
 def _folded_uses(
@@ -303,6 +289,7 @@ def _folded_uses(
         remedy = f"Use the adapter unmerged{', or ' + FLOAT_FIRST if on_float else ''}."
     if isinstance(model.get_submodule(path), BaseTunerLayer):
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
+    remedy = f"{preset(model, sites.values())}{remedy}"
     raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
 
 
@@ -325,18 +312,13 @@ def why_not_foldable(
     if not uses.layers:
         return "no layer of the model takes its activation"
     for target in dict.fromkeys(uses.layers):
-        names = _tied_to(model, target)
+        names = tied_to(model, target)
         if names and not allow_tied:
-            return f"it goes into {target!r}, whose weight {_tied_words(model, target, names)}"
+            return f"it goes into {target!r}, whose weight {tied_words(model, target, names)}"
         others = sorted(fed[target] - {path, *(["<embedding>"] if allow_tied else [])})
         if others:
             return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
     return None
-
-
-def _tied_to(model: nn.Module, owner: str) -> list[str] | None:
-    """All the names of a module's parameters that are another module's too."""
-    return next((names for name, names in shared_weights(model).items() if name.rpartition(".")[0] == owner), None)
 
 
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
@@ -441,12 +423,12 @@ def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePl
 
 
 def _values(
-    layers: dict[str, ErasureLayer], plan: MergePlan, names: list[str], *, safe_merge: bool
+    model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePlan, names: list[str], *, safe_merge: bool
 ) -> dict[str, dict[str, Tensor]]:
     """The merged parameters of each layer; the plan then has all erasers that are in them."""
     for target in plan.modules:
         plan.erasers[target] = _arranged(layers, plan, target)
-    _refuse_means(plan)
+    _refuse_means(model, plan)
     values = {}
     for target, module in plan.modules.items():
         erasers, record = plan.erasers[target], record_of(module)
@@ -458,7 +440,7 @@ def _values(
     return values
 
 
-def _refuse_means(plan: MergePlan) -> None:
+def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
     """Refuse erasers that keep a mean for which a layer has no place.
 
     Raises:
@@ -478,7 +460,8 @@ def _refuse_means(plan: MergePlan) -> None:
         f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, or moves it to a target, "
         f"for which {target!r} would need a bias, and has none. Leave a target out, and fit it again with "
         "ConceptErasureConfig(affine=None), which takes the linear map that keeps the mean where there is no place for "
-        f"a bias, or with affine=False, {without}or use this adapter unmerged."
+        f"a bias, or with affine=False, {without}or use this adapter unmerged. "
+        f"{preset(model, [erasure_layers(model)[site] for site in sites])}".rstrip()
     )
 
 

@@ -1,0 +1,63 @@
+"""What to do about an erasure that does not merge, in the words of a message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+from torch import nn
+
+from hf_erasure.models.flow import is_norm
+from hf_erasure.models.streams import Weight, readers_of, writers_of
+
+from ..common.layer import innermost
+from ..common.placement import shared_weights
+from ..erasure.layer import ErasureLayer, erasure_layers
+from .record import why_not_mergeable
+from .untying import why_not_untied
+
+
+def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
+    """The remedy of an erasure at norms that does not merge: the word for sites that do; empty where none does."""
+    if not all(is_norm(innermost(layer.host)) for layer in layers):
+        return ""
+    for word, find in (("readers", _readers), ("writers", writers_of)):
+        try:
+            with ExitStack() as stack:
+                for layer in erasure_layers(model).values():  # erasures are not the model's
+                    for name in layer.adapters:
+                        stack.enter_context(layer.without(name))
+                weights = find(model)
+        except ValueError:
+            continue
+        side = "input" if word == "readers" else "output"
+        modules = {weight.module: innermost(model.get_submodule(weight.module)) for weight in weights}
+        if all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights):
+            tied = [name for name in modules if tied_to(model, name)]
+            untie = f", with untie=True for {tied}" if tied else ""
+            return f"Fit it again with target_modules={word!r}, which merges in this model{untie}. "
+    return ""
+
+
+def _readers(model: nn.Module) -> list[Weight]:
+    return [weight for group in readers_of(model) for weight in group]
+
+
+def tied_words(model: nn.Module, path: str, names: list[str]) -> str:
+    """What shares a weight, and whether a merge may untie it, in words that follow "its weight"."""
+    reason = why_not_untied(model, path)
+    way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
+    return (
+        f"is shared by {names}, which would change too. {way if reason is None else f'It cannot be untied: {reason}'}"
+    )
+
+
+def is_head(model: nn.Module, path: str) -> bool:
+    """Whether a module is the head of a model that predicts words."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and model.get_submodule(path) is head
+
+
+def tied_to(model: nn.Module, owner: str) -> list[str] | None:
+    """All the names of a module's parameters that are another module's too."""
+    return next((names for name, names in shared_weights(model).items() if name.rpartition(".")[0] == owner), None)
