@@ -121,7 +121,8 @@ def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
     layers = site_layers(found.owner, found.name).values()
     ranks = [layer.eraser_state(found.name)[0].shape[-1] for layer in layers]
     config = found.config
-    where = f"at {len(ranks)} sites (rank {min(ranks)} to {max(ranks)})"
+    shared = f" of {len(config.fitted_modules)} modules" if len(config.fitted_modules) > len(ranks) else ""
+    where = f"at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
     far = "" if config.is_full else f" with strength={config.strength:g}"
     deed = f"erases {config.concept!r}{far} {where}"
     if config.target is not None:
@@ -151,8 +152,7 @@ def leakage_sentence(config: ConceptErasureConfig) -> str:
         parts.append(shown("last_hidden_state"))
     return (
         f"{guarded}Correlation with the concept on {told.measured_on or 'held-out data'} when fitted: "
-        f"{', '.join(parts)}. On pre-LN models the intermediate hidden_states stay un-erased unless whole blocks are "
-        "targeted."
+        f"{', '.join(parts)}. {config.reach}"
     )
 
 

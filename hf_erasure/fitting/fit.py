@@ -244,6 +244,7 @@ def conclude(
         eval_examples=examples,
         eval_fitted=fitted,
         sites=lines,
+        reach=config.reach,
     )
     _record(task, fits, report)
     if left_out:

@@ -98,6 +98,7 @@ class ErasureReport:
         eval_fitted: How many of these were fitted on, too.
         sites: One `SiteReport` a site in the model's order, the last hidden states at the end. Behind a module that is
             called several times in one forward pass, one more for each visit; needs `eval_batches`.
+        reach: What of the hidden states stays un-erased, in a sentence.
     """
 
     concept: str
@@ -110,6 +111,7 @@ class ErasureReport:
     eval_examples: int
     eval_fitted: int
     sites: list[SiteReport] = field(default_factory=list)
+    reach: str = ""
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a line, indexed by the site; columns are the attributes of `SiteReport`, and `attrs` says of what.
@@ -205,7 +207,7 @@ class ErasureReport:
             f"before, after: correlation of {IN_WORDS[self.pool]} with the concept on {self.measured_on},\n"
             "direction of one half judged on the other, [95 % by Fisher's z over sequences].\n"
             "moved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of unlabelled ones.\n"
-            "On pre-LN models intermediate hidden_states stay un-erased; target whole blocks to erase them."
+            f"{self.reach}"
         )
 
     def plot(self, path: str | None = None) -> Figure:

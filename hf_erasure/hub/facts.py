@@ -215,6 +215,7 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     left = {plain(site): float(value) for site, value in made.residuals.items() if is_number(value)}
     facts.method = {
         "name": config.method, "side": config.site, "affine": config.affine, "sites": len(sites),
+        "modules": len(config.fitted_modules), "reach": config.reach,
         "pool": plain(made.pool) or None, "reader": plain(made.reader) or None, "figures_on": on,
         "strength": config.strength, "target": None if config.target is None else plain(str(config.target)),
         "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": is_guarded,

@@ -316,6 +316,17 @@ class ConceptErasureConfig(ChildConfig):
         return [module for module, site in self.groups.items() if site in sites and module not in sites]
 
     @property
+    def reach(self) -> str:
+        """What of the hidden states stays un-erased, in a sentence."""
+        if self.weights is None:
+            return "On pre-LN models the intermediate hidden_states stay un-erased unless whole blocks are targeted."
+        if self.site == "input":
+            return "What reads hidden_states is guarded; they themselves stay un-erased, the last too."
+        return (
+            "The hidden_states between the blocks are guarded at every depth; what a norm makes of them is nearly so."
+        )
+
+    @property
     def is_settled(self) -> bool:
         """Whether the adapter acts on `fitted_modules` and no others, whatever else its patterns match."""
         return self.fitted or self.weights is not None
