@@ -90,18 +90,18 @@ class Scrubber:
 
         The erasers that leave least are kept, and what they leave is said.
         """
-        columns, best, left = Columns(), dict[str, SiteFit](), list[float]()
+        columns, best, lowest, left = Columns(), dict[str, SiteFit](), float("inf"), list[float]()
         # INLP, and fewer directions than the guarantee needs, leave something in any case.
         config = self.task.config
         most = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
         for number in itertools.count(1):
             self._pass(shown)
             worst = self._note_what_is_left()
-            if worst < min(left, default=float("inf")):
-                best = dict(self.fits)
+            if worst < lowest:
+                best, lowest = dict(self.fits), worst
             left.append(worst)
-            stuck = number > PATIENCE and min(left) > min(left[:-PATIENCE]) / 2
-            if worst <= SETTLED or stuck or number == most:
+            stuck = len(left) > PATIENCE and min(left) > min(left[:-PATIENCE]) / 2
+            if worst <= SETTLED or (stuck and columns.adds) or number == most:
                 break
             if number == 1:
                 logger.warning(
@@ -111,7 +111,8 @@ class Scrubber:
                     most - 1,
                 )
             logger.info("Pass %d over the data left at most %.1g of |x| |z| at a later visit.", number, worst)
-            self._taken = self.task.processes.from_one(columns.next(self._later))
+            self._taken = self.task.processes.from_one(columns.next(self._later, self.fits, stuck=stuck))
+            left = left[:1] if stuck else left
             self.fits.clear()
             self._kept.clear()
         self.fits = best

@@ -375,11 +375,15 @@ def known_readings(config: ConceptErasureConfig, fits: Iterable[SiteFit]) -> tup
     return names, rows
 
 
-def residual_of(eraser: Eraser, moments: ConceptMoments) -> float:
-    """The cross-covariance with the concept that an eraser leaves of moments, as a share of `|x| |z|`."""
+def left_of(eraser: Eraser, moments: ConceptMoments) -> Tensor:
+    """`(x_dim, z_dim)` cross-covariance with the concept that an eraser leaves of moments."""
     cross = moments.cross_covariance
-    left, right = eraser.left.to(cross), eraser.right.to(cross)
-    return float((cross - left @ (right @ cross)).norm()) / scale_of(moments)
+    return cross - eraser.left.to(cross) @ (eraser.right.to(cross) @ cross)
+
+
+def residual_of(eraser: Eraser, moments: ConceptMoments) -> float:
+    """The same in one number, as a share of `|x| |z|`."""
+    return float(left_of(eraser, moments).norm()) / scale_of(moments)
 
 
 def scale_of(moments: ConceptMoments) -> float:

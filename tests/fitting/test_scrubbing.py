@@ -209,6 +209,22 @@ def test_nothing_is_left_at_any_visit_of_a_shared_module(
     assert not report.residuals and "guarantee" not in repr(report)
 
 
+def test_columns_settle_where_nothing_is_left_to_arrive_once_they_are_removed() -> None:
+    """BLIP's last norm takes the first row of what it gave itself."""
+    config = hf.BlipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    plain = roughen(hf.BlipVisionModel(config), torch.Generator().manual_seed(0)).eval()
+    model, batches = with_adapter(plain, target_modules=["post_layernorm"]), small_batches("vit", 4)
+    report = fit(model, batches)
+    assert report["post_layernorm"].visits == 2 and not report.residuals
+    z = torch.cat([batch["concept_labels"] for batch in batches]).double()
+    seen = visits_by_hand(model, "post_layernorm", batches)
+    x = torch.cat([visits[1] for visits in seen]).double()
+    x, z = x - x.mean(0), z - z.mean()
+    assert float((x.T @ z).norm() / (x.norm() * z.norm())) <= 1.2e-5
+
+
 def test_what_is_left_at_a_visit_is_said_with_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_erasure.fitting.scrubbing.MOST_PASSES", 3)
     model, batches = with_adapter(shared_layers_model()), small_batches("bert", 4)
