@@ -151,7 +151,7 @@ def _positions(model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[
         return {}  # of a type whose texts have one length
     now, found = activations(model, sites, example), {}
     # All texts are padded, and no token reads what is there.
-    other = activations(model, sites, {**example, "input_ids": _with_another_end(example["input_ids"])})
+    other = activations(model, sites, _with_another_end(example)) if "input_ids" in example else now
     for visit, given in now.items():
         states = [value.movedim(axes[visit[0]], -1) for value in (given, longer[visit], other[visit])]
         for axis, change in enumerate(zip(*(value.shape[:-1] for value in states[:2]), strict=True)):
@@ -165,10 +165,10 @@ def _positions(model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[
     return found
 
 
-def _with_another_end(ids: Tensor) -> Tensor:
-    found = ids.clone()
-    found[:, -1] = ids[:, 0]
-    return found
+def _with_another_end(example: Batch) -> Batch:
+    ids = example["input_ids"].clone()
+    ids[:, -1] = ids[:, 0]
+    return {**example, "input_ids": ids}
 
 
 def _longer(example: Batch, lengths: dict[str, int]) -> Batch:
