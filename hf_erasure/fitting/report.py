@@ -44,7 +44,8 @@ class SiteReport:
         width: Features.
         rank: Directions erased; None where no eraser sits.
         visits: How often the module was called in one forward pass of the fit. Its eraser removes what the concept
-            adds to any of them: up to so many times as many directions.
+            adds to any of them: up to so many times as many directions. A fit in one pass (`sequential=False`) promises
+            nothing at later visits, which erasers change.
         residual: Where it was called several times, the largest cross-covariance with the concept that is left at a
             visit, as a share of `|x| |z|`: an eraser changes what arrives at later visits, and is fitted again until
             this is nothing but rounding. The guarantee does not hold where it is more.

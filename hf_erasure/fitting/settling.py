@@ -59,22 +59,19 @@ class Columns:
     def next(
         self, seen: Mapping[str, SiteStatistics], fits: Mapping[str, SiteFit], *, stuck: bool = False
     ) -> dict[str, SiteStatistics]:
-        """What the erasers of the next pass take later visits to be.
+        """What the erasers of the next pass take later visits to be, by what was seen in the last, and its erasers.
 
-        Args:
-            seen: What was seen of these in the last pass, by the key of the source.
-            fits: The erasers of that pass, by site.
-            stuck: Begin again with the columns of the first pass, and add what is left from there.
+        `stuck` begins again with the columns of the first pass, and adds what is left from there.
         """
         parts = [(of, key, m) for of, statistics in seen.items() for key, m in sorted(statistics.moments.items())]
         labelled = [part for part in parts if seen[part[0]].z_dim]
         keys = [f"{of}: {key}" for of, key, _ in labelled]
         found = torch.cat([(m.cross_covariance.cpu() / scale_of(m)).flatten() for *_, m in labelled])
-        left = [left_of(fits[site_of(key)].eraser, m).cpu() / scale_of(m) for _, key, m in labelled]
+        left = [(left_of(fits[site_of(key)].eraser, m).cpu() / scale_of(m)).flatten() for _, key, m in labelled]
         if keys != self.keys:
             self.keys, self.given, self.wanted, self._first, mixed = keys, [], [], [], found
         else:
-            added = self.given[-1] + torch.cat([part.flatten() for part in left])
+            added = self.given[-1] + torch.cat(left)
             self._first = self._first or [self.given[-1], added]
             self.wanted.append(added if self.adds else found)
             if stuck:
