@@ -296,7 +296,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "num_sparse_decoder_layers": 1,
     },
     "t5 mt5 umt5": {"decoder_start_token_id": 0},
-    "t5gemma plbart": {"decoder_start_token_id": 1},
+    "t5gemma t5gemma2 plbart": {"decoder_start_token_id": 1},
     "timesformer": {"num_frames": 4, "image_size": 16},
     "videomae": {
         "num_frames": 4, "image_size": 16, "tubelet_size": 2, "decoder_num_hidden_layers": 1,
