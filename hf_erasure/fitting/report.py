@@ -169,6 +169,12 @@ class ErasureReport:
     def shortfall(self) -> str:
         """Where the guarantee does not hold, in words; empty where it holds."""
         left = self.residuals
+        later = [line.site for line in self.sites if line.visits > 1 and line.residual is None]
+        if later:
+            return (
+                f"{later[0]!r} is called several times in one forward pass, and erasers change what arrives at later "
+                "calls: a fit in one pass promises nothing there. Fit with sequential=True."
+            )
         if not left:
             return ""
         worst = max(left, key=lambda site: left[site])

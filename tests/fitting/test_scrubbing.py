@@ -20,6 +20,7 @@ from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
 from hf_erasure.fitting.batch_threads import OutOfStep
 from hf_erasure.fitting.scrubbing import Scrubber
+from hf_erasure.fitting.settling import Columns
 from tests.small_models import (
     ARCHITECTURES,
     LABELS,
@@ -276,6 +277,35 @@ def test_visits_have_their_own_movement_and_stand_in_table_frame_and_plot(tmp_pa
     assert report[whole.site] is whole
     report.plot(str(tmp_path / "leakage.png"))
     assert (tmp_path / "leakage.png").stat().st_size > 0
+
+
+def test_a_fit_that_is_killed_while_it_settles_ends_the_same_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, whole = small_batches("bert", 2), with_adapter(shared_norms(2))
+    fit(whole, batches)
+    with monkeypatch.context() as dying:
+        calls, columns = Counter[str](), Columns.next
+
+        def die(self: Columns, *args: Any, **options: Any) -> Any:
+            calls["next"] += 1
+            if calls["next"] == 3:
+                raise KeyboardInterrupt
+            return columns(self, *args, **options)
+
+        dying.setattr(Columns, "next", die)
+        with pytest.raises(KeyboardInterrupt):
+            fit(with_adapter(shared_norms(2)), batches, checkpoint_dir=tmp_path)
+    assert list(tmp_path.glob("site-*"))
+    again = with_adapter(shared_norms(2))
+    fit(again, batches, checkpoint_dir=tmp_path)
+    for site, found in parts(again).items():
+        assert all(map(torch.equal, found, parts(whole)[site])), site
+
+
+def test_a_fit_in_one_pass_says_that_it_promises_nothing_at_later_visits() -> None:
+    report = fit(with_adapter(shared_norms(2)), small_batches("bert", 2), sequential=False)
+    assert "a fit in one pass promises nothing there" in repr(report)
 
 
 def test_modules_called_once_are_reported_without_visits() -> None:
