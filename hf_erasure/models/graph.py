@@ -63,6 +63,11 @@ class Held:
     parameter: nn.Parameter
     axes: tuple[int | None, ...] | None
 
+    def whole(self, axis: int, size: int) -> int | None:
+        """The axis of the parameter that an axis of the tensor is, if all of it is there."""
+        found = self.axes[axis] if self.axes is not None else None
+        return found if found is not None and self.parameter.shape[found] == size else None
+
 
 @dataclass(eq=False)
 class Call:
@@ -72,6 +77,7 @@ class Call:
         index: Its number.
         name: The name of the module.
         taken: The nodes of the activations that it was called with.
+        sizes: The shape of the first of them.
         given: The node of the first activation that it gave.
     """
 
@@ -79,6 +85,7 @@ class Call:
     name: str
     module: nn.Module
     taken: tuple[Node, ...] = ()
+    sizes: tuple[int, ...] = ()
     given: Node | None = None
 
 
@@ -92,7 +99,8 @@ class Product:
         parameter: The name of the weight in its module; dotted from the model where that was not called.
         reads: The axis of the weight over which the product sums.
         writes: The axis of the weight along which its results lie.
-        pattern: Where in the node the factors lie, from the first on; None if that is not the same in all rows.
+        pattern: Where the factors lie in the node: along which axis (-1: several), the place of the first there, and
+            how many entries behind it each is; None if that is not the same in all rows.
     """
 
     owner: str
@@ -120,6 +128,7 @@ class Node:
         before: Bits of the nodes that it was computed from.
         behind: Bits of those from which it was computed by way of a weight.
         is_zero: Whether it is a constant and zero.
+        width: How many features a norm has; 0 if not known.
     """
 
     index: int
@@ -132,6 +141,7 @@ class Node:
     before: int = 0
     behind: int = 0
     is_zero: bool = False
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,8 @@ class Graph(TorchDispatchMode):
         call = Call(len(self.calls), name, module)
         self.calls.append(call)
         self._stack.append(call)
-        call.taken = () if self._silent else tuple(self._of(t).node for t in _floats((args, kwargs)))
+        given = [] if self._silent else list(_floats((args, kwargs)))
+        call.taken, call.sizes = tuple(self._of(t).node for t in given), tuple(given[0].shape) if given else ()
         self._silent += is_norm(module) or _linear_inside(module) is not None
 
     def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -211,8 +222,11 @@ class Graph(TorchDispatchMode):
         nodes = [value.node for value in values.values()]
         if linear is None:
             kind = "norm" if sum(node.kind != "constant" for node in nodes) == 1 else "opaque"
-            return self._node(kind, call.name, nodes, found.shape)
-        pattern = self._pattern(self._shown(given[0], values), given[0].dim() - 1, given[0].shape)
+            node = self._node(kind, call.name, nodes, found.shape)
+            sizes = {p.numel() for p in call.module.parameters() if p.numel() > 1}
+            node.width = sizes.pop() if len(sizes) == 1 else 0
+            return node
+        pattern = self._pattern(given[0], values, given[0].dim() - 1)
         reads = 0 if isinstance(linear, Conv1D) else 1
         product = Product(call.name, call.index, "weight", reads, 1 - reads, pattern)
         return self._node("map", call.name, nodes[:1], found.shape, product)
@@ -321,9 +335,12 @@ class Graph(TorchDispatchMode):
         nodes = [values[id(t)].node for t in given]
         told = [node for node in dict.fromkeys(nodes) if not node.is_zero]
         if name in _PRODUCTS or name == "convolution":
-            product = self._convolved(args, values) if name == "convolution" else self._multiplied(name, args, values)
+            is_convolution = name == "convolution"
+            product = (
+                self._convolved(args, values, made) if is_convolution else self._multiplied(name, args, values, made)
+            )
             if isinstance(product, Product):
-                taken = values[id(args[0 if name == "convolution" else self._factor(name, args)])].node
+                taken = values[id(args[0 if is_convolution else self._factor(name, args)])].node
                 return self._node("map", name, [taken], made.shape, product), None
             if product == "featurewise":
                 return self._node(product, name, nodes, made.shape), None
@@ -357,27 +374,27 @@ class Graph(TorchDispatchMode):
         first, second, _, _ = _PRODUCTS[name]
         return second if self._held(args[first]) is not None else first
 
-    def _multiplied(self, name: str, args: tuple, values: dict) -> Product | None:
+    def _multiplied(self, name: str, args: tuple, values: dict, made: Tensor) -> Product | None:
         first, second, reads, writes = _PRODUCTS[name]
         factor, held = args[first], self._held(args[second])
-        axis = factor.dim() - 1
+        axis, out = factor.dim() - 1, made.dim() - 1
         if held is None:  # the weight comes first
             factor, held = args[second], self._held(args[first])
-            axis, reads, writes = factor.dim() - 2, args[first].dim() - 1, args[first].dim() - 2
+            axis, out, reads, writes = factor.dim() - 2, out - 1, args[first].dim() - 1, args[first].dim() - 2
         if held is None or held.axes is None or id(factor) not in values:
             return None
-        pattern = self._pattern(self._shown(factor, values), axis, factor.shape)
-        return self._product(held, held.axes[reads], held.axes[writes], pattern)
+        ends = held.whole(reads, factor.shape[axis]), held.whole(writes, made.shape[out])
+        return self._product(held, *ends, self._pattern(factor, values, axis))
 
-    def _convolved(self, args: tuple, values: dict) -> Product | str | None:
+    def _convolved(self, args: tuple, values: dict, made: Tensor) -> Product | str | None:
         held, groups = self._held(args[1]), args[8]
         if groups > 1:
             return "featurewise" if groups == args[0].shape[1] == args[1].shape[0] else None
         if held is None or held.axes is None:
             return None
         reads, writes = (0, 1) if args[6] else (1, 0)
-        pattern = self._pattern(self._shown(args[0], values), 1, args[0].shape)
-        return self._product(held, held.axes[reads], held.axes[writes], pattern)
+        ends = held.whole(reads, args[0].shape[1]), held.whole(writes, made.shape[1])
+        return self._product(held, *ends, self._pattern(args[0], values, 1))
 
     def _scaled(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
         if len(given) == 1:
@@ -418,11 +435,11 @@ class Graph(TorchDispatchMode):
             if not isinstance(part, Tensor) or id(part) not in values:
                 return part
             is_told = values[id(part)].node is told[0]
-            return self._shown(part, values)[0].clone() if is_told else torch.zeros_like(part, dtype=torch.float64)
+            return self._shown(part, values).clone() if is_told else torch.zeros_like(part, dtype=torch.float64)
 
         try:
             if name in ("sum", "mean"):
-                return told[0], self._shown(args[0], values)[0].amax(*args[1:2] or ((),), *args[2:3])
+                return told[0], self._shown(args[0], values).amax(*args[1:2] or ((),), *args[2:3])
             other = {key: value for key, value in kwargs.items() if key != "dtype"} if name == "_to_copy" else kwargs
             return told[0], func(*tree_map(shown, args), **tree_map(shown, other))
         except (RuntimeError, TypeError, NotImplementedError):
@@ -430,22 +447,29 @@ class Graph(TorchDispatchMode):
 
     # ---- where entries are -------------------------------------------------------------------------------------------
 
-    def _shown(self, tensor: Tensor, values: dict) -> tuple[Tensor, tuple[int, ...]]:
-        value = values[id(tensor)]
-        if value.entries is not None and value.entries.shape == tensor.shape:
-            return value.entries, tuple(tensor.shape)
+    def _shown(self, tensor: Tensor, values: dict) -> Tensor:
+        entries = values[id(tensor)].entries
+        if entries is not None and entries.shape == tensor.shape:
+            return entries
         places = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device=tensor.device)
         # In the strides of the tensor, or else views of it cannot be viewed likewise.
-        return torch.empty_like(tensor, dtype=torch.float64).copy_(places.view(tensor.shape)), tuple(tensor.shape)
+        return torch.empty_like(tensor, dtype=torch.float64).copy_(places.view(tensor.shape))
 
-    @staticmethod
-    def _pattern(shown: tuple[Tensor, Any], axis: int, shape: Sequence[int]) -> tuple[int, ...] | None:
-        rows = shown[0].movedim(axis, -1).reshape(-1, shape[axis])
+    def _pattern(self, tensor: Tensor, values: dict, axis: int) -> tuple[int, ...] | None:
+        """The places of what lies along an axis: the axis of the node, the first there, how far behind that others."""
+        node = values[id(tensor)].node
+        rows = self._shown(tensor, values).movedim(axis, -1).reshape(-1, tensor.shape[axis])
         rows = rows[(rows > 0).all(dim=1)]
-        if not len(rows):
-            return None
         steps = rows - rows[:, :1]
-        return tuple(steps[0].long().tolist()) if bool((steps == steps[0]).all()) else None
+        if not len(rows) or not bool((steps == steps[0]).all()):
+            return None
+        found = steps[0].long().tolist()
+        behind = [int(torch.Size(node.shape[n + 1 :]).numel()) for n in range(len(node.shape))]
+        along = [n for n, size in enumerate(node.shape) if size > 1 and behind[n] == found[-1] / max(len(found) - 1, 1)]
+        if not along:
+            return (-1, 0, *found)  # several axes in one
+        first = (rows[:, 0].long() - 1) // behind[along[0]] % node.shape[along[0]]
+        return (along[0], int(first[0]), *found) if bool((first == first[0]).all()) else None
 
 
 def _axes_after(

@@ -8,15 +8,17 @@ writes, takes a concept out of what the sublayers and the head get, and a linear
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
 from .dummy import dummy_batch
-from .graph import Graph, Node, Product
+from .graph import Call, Graph, Node, Product
 from .model import MEDIA, Runner, bare_model, evaluating, without_drawing
 
 # What leaves each feature, or a whole row, by itself.
@@ -53,9 +55,12 @@ class Group(list[Weight]):
 def readers_of(model: nn.Module) -> list[Group]:
     """The linear maps that read the hidden state, grouped by the tensor that they read.
 
-    The maps of a group take one eraser. A module that is called several times reads several tensors; those are one
-    group then, since a module has one eraser at its input. A map whose module takes the tensor in other ways too
-    (attention of torch, which is called with it thrice), or is not called, is left out with a warning.
+    The maps of a group take one eraser. Views in other shapes, such as of flat rows and of sequences, are other groups:
+    where the rows of an example lie is told of a shape. Experts that take some rows each are in one, those that the
+    pass did not call among them. A module that is called several times reads several tensors; those are one group then,
+    since a module has one eraser at its input. A map whose module takes the tensor in other ways too (attention of
+    torch, which is called with it thrice), or is not called, is left out with a warning. What the pass does not run,
+    such as towers for images beside a text, is not seen.
 
     Raises:
         ValueError: If there are none.
@@ -111,6 +116,11 @@ class _Streams:
             first = node.parents[:1] if node.kind == "scaled" else node.parents
             if node.kind in {*_ADDED, "scaled"} and any(parent in self._stream for parent in first):
                 self._stream.add(node)
+        # A list is not called, and what is in it may be.
+        self._called: dict[str, list[Call]] = {}
+        for call in self._graph.calls:
+            for end in accumulate(call.name.split("."), "{}.{}".format):
+                self._called.setdefault(end, []).append(call)
         # What is made of it feature by feature.
         self._seen: set[Node] = set(self._stream)
         for node in nodes:
@@ -137,9 +147,10 @@ class _Streams:
                     unguarded.append(reason)
                 else:
                     weight = Weight(product.owner, product.parameter, int(product.reads or 0))
-                    # An eraser acts along one axis, so channels first and last do not share one.
-                    tensor = taken, product.pattern, node.operation == "convolution"
-                    found.setdefault(tensor, {}).setdefault(weight, product.call)
+                    sizes = self._graph.calls[product.call].sizes
+                    if math.prod(sizes) != math.prod(taken.shape) and self._is_expert(product.owner, taken):
+                        sizes = next((key[2] for key in found if key[:2] == (taken, product.pattern)), ())
+                    found.setdefault((taken, product.pattern, sizes), {}).setdefault(weight, product.call)
         if unguarded:
             more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
             warnings.warn(
@@ -161,6 +172,9 @@ class _Streams:
         """Why a map does not read a tensor as the first input of its module, which does nothing else with it."""
         if product.pattern is None or product.reads is None:
             return _MIXES
+        along = product.pattern[0]
+        if taken.width and along >= 0 and taken.shape[along] != taken.width:  # such as from positions to positions
+            return _MIXES
         if product.call < 0:
             return f"the weight {product.parameter!r} takes it, and its module is not called"
         first = self._graph.calls[product.call].taken
@@ -178,17 +192,27 @@ class _Streams:
 
     def _beside(self, weights: Iterable[Weight]) -> Iterator[Weight]:
         """The weights of other experts, which no token of the pass has chosen."""
-        called = {
-            ".".join(path[:n]) for call in self._graph.calls for path in [call.name.split(".")] for n in range(99)
-        }
         for weight in weights:
-            path = weight.module.split(".")
-            for depth in range(1, len(path)):
-                container = self._model.get_submodule(".".join(path[:depth]))
-                for name in container._modules if isinstance(container, (nn.ModuleList, nn.ModuleDict)) else ():
-                    other = ".".join([*path[:depth], name, *path[depth + 1 :]])
-                    if ".".join([*path[:depth], name]) not in called and _has(self._model, other, weight.parameter):
-                        yield replace(weight, module=other)
+            for child, rest in self._siblings(weight.module):
+                other = ".".join([child, *rest])
+                if child not in self._called and _has(self._model, other, weight.parameter):
+                    yield replace(weight, module=other)
+
+    def _is_expert(self, module: str, taken: Node) -> bool:
+        """Whether a module is in a list of which others take rows of the same tensor, or are not called at all."""
+        return any(
+            child not in self._called or any(call.taken[:1] == (taken,) for call in self._called[child])
+            for child, _ in self._siblings(module)
+        )
+
+    def _siblings(self, module: str) -> Iterator[tuple[str, list[str]]]:
+        """The other modules in the lists that a module is in, each with the rest of the path."""
+        path = module.split(".")
+        for depth in range(1, len(path)):
+            container = self._model.get_submodule(".".join(path[:depth]))
+            for name in container._modules if isinstance(container, (nn.ModuleList, nn.ModuleDict)) else ():
+                if name != path[depth]:
+                    yield ".".join([*path[:depth], name]), path[depth + 1 :]
 
     # ---- writers -----------------------------------------------------------------------------------------------------
 
@@ -243,7 +267,9 @@ class _Streams:
             return f"the parameter {what!r} is added to it"
         if product is None:
             return f"what `{what}` gives is added to it, which is not a linear map"
-        if product.call < 0 or product.writes is None:
+        if product.writes is None:
+            return f"a part of the weight {product.parameter!r} makes what is added to it"
+        if product.call < 0:
             return f"the weight {product.parameter!r} makes what is added to it, and its module is not called"
         given = self._graph.calls[product.call].given
         if given is None or any(

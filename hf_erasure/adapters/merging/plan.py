@@ -251,7 +251,7 @@ def _why_not_along(layer: ErasureLayer, name: str, edit: EraserInWeight) -> str 
     shape, width = layer.host.get_parameter(edit.parameter).shape, len(edit.left)
     if not width:  # not fitted
         return None
-    if isinstance(layer.host, CONVOLUTIONS) and layer.concept_erasure_axis[name] != 1:
+    if isinstance(layer.host, CONVOLUTIONS) and layer.site_of(name).concept_erasure_axis[name] != 1:
         return "it does not erase along the channels of this convolution. Use the adapter unmerged."
     if edit.axis >= len(shape) or shape[edit.axis] != width:
         at = f"{edit.parameter} of shape {tuple(shape)}"
