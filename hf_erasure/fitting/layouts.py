@@ -245,6 +245,8 @@ class Layouts:
             return self._activations(few, unclear)
 
         told = takers_of(run, self.runner.model.modules())
+        for name in unclear & self.layers.keys():
+            told[name] = told.get(name) or self._told_beside(name, len(passes.first[name].shape))
         # What a module takes, those inside have not given; and FSDP's modules are not called backwards here.
         left = {
             name: self._hosts[name]
@@ -256,6 +258,13 @@ class Layouts:
         except Exception as error:
             logger.debug("What the features depend on cannot be told: %s", error)
             return told
+
+    def _told_beside(self, name: str, dims: int) -> set[int]:
+        """The axes along which adapters that were fitted before erase what this one does, and mix the features."""
+        layer = self.layers[name]
+        fitted = (other for other in layer.concept_erasure_left if layer.eraser_state(other)[0].numel())
+        sides = layer.concept_erasure_site
+        return {layer.concept_erasure_axis[other] % dims for other in fitted if sides[other] == sides[self.name]}
 
     def _is_taken(self, name: str) -> bool:
         return name in self.layers and self.layers[name].concept_erasure_site[self.name] == "input"

@@ -25,8 +25,8 @@ from .flow import is_norm
 _FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
 _NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 _NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
-# The entries that are looked at: of one alone, what mixes all others with it would look like a feature.
-_ENTRIES = (0, 1)
+# So many entries of an axis are looked at: of one alone, what mixes all others with it would look like a feature.
+_ENTRIES = 2
 
 
 def lasting(shapes: Sequence[Sequence[int]], where: str) -> list[int]:
@@ -121,12 +121,14 @@ class _Call:
         module: The module.
         args: What it took.
         kwargs: What it took by name.
+        output: What it gave.
         shift: Zeros that were added to what it gave, and that tell what depends on it.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    output: Tensor
     shift: Tensor
 
 
@@ -142,12 +144,14 @@ def told_inside(run: Callable[[], Mapping[str, Tensor]], hosts: Mapping[str, nn.
     def shifted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        calls.append(_Call(module, args, kwargs, torch.zeros_like(output, requires_grad=True)))
+        calls.append(_Call(module, args, kwargs, output.detach(), torch.zeros_like(output, requires_grad=True)))
         return output + calls[-1].shift
 
     inside = {id(m): m for host in hosts.values() for m in host.modules()}
     watched = [m for m in inside.values() if is_norm(m) or any(p.dim() for p in m.parameters(recurse=False))]
-    handles = [module.register_forward_hook(shifted, with_kwargs=True) for module in watched]
+    # What a host gives is looked at behind its own shift; those inside may have erasers, which mix features, in front.
+    own = {id(host) for host in hosts.values()}
+    handles = [m.register_forward_hook(shifted, with_kwargs=True, prepend=id(m) in own) for m in watched]
     try:
         with torch.enable_grad():
             given = run()
@@ -167,26 +171,36 @@ def _told(hidden: Tensor, calls: Sequence[_Call]) -> set[int]:
         return set()
     found = set()
     noise = torch.Generator().manual_seed(0)
-    for axis in (axis for axis, size in enumerate(hidden.shape) if size >= len(_ENTRIES)):
+    for axis in (axis for axis, size in enumerate(hidden.shape) if size >= _ENTRIES):
+        entries = _largest(hidden, axis)
         # Weights that are drawn, so that no sum is zero by chance.
-        parts = [hidden.select(axis, entry).float() for entry in _ENTRIES]
+        parts = [hidden.select(axis, entry).float() for entry in entries]
         sums = [(part * torch.rand(part.shape, generator=noise).to(part.device)).sum() for part in parts]
         shifts = [call.shift for call in calls]
         slopes = [torch.autograd.grad(total, shifts, retain_graph=True, allow_unused=True) for total in sums]
         for call, *each in zip(calls, *slopes, strict=True):
-            if axis not in found and any(_has_features(call, own) for own in _followed(each, hidden.shape[axis])):
+            if axis not in found and any(
+                _has_features(call, own) for own in _followed(each, hidden.shape[axis], entries)
+            ):
                 found.add(axis)
     return found
 
 
-def _followed(slopes: Sequence[Tensor | None], size: int) -> list[int]:
+def _largest(hidden: Tensor, axis: int) -> list[int]:
+    """The entries of an axis that hold most: a rectifier may leave others without a gradient."""
+    sizes = hidden.detach().abs().movedim(axis, 0).flatten(1).float().sum(1)
+    found: list[int] = sizes.topk(_ENTRIES).indices.tolist()
+    return found
+
+
+def _followed(slopes: Sequence[Tensor | None], size: int, entries: Sequence[int]) -> list[int]:
     """The axes of what a module gave of which each entry alone reaches the entry of the same number."""
     if any(slope is None for slope in slopes):
         return []
     return [
         axis
         for axis, own in enumerate(slopes[0].shape)  # type: ignore[union-attr]
-        if own == size and all(_is_alone(slope, axis, entry) for slope, entry in zip(slopes, _ENTRIES, strict=True))
+        if own == size and all(_is_alone(slope, axis, entry) for slope, entry in zip(slopes, entries, strict=True))
     ]
 
 
@@ -220,15 +234,16 @@ class _WithoutHooks(nn.Module):
 
 
 def _changes_one(call: _Call, name: str, axis: int) -> bool:
-    """Whether another first entry of a weight changes the first entry along an axis, and no others."""
+    """Whether another entry of a weight changes the entry of that number along an axis, and no others."""
     weights, bare = dict(call.module.named_parameters(recurse=False)), _WithoutHooks(call.module)
     changed = weights[name].detach().clone()
     if changed.is_meta:
         return False  # accelerate brings it in for a call, and no other in its place
-    changed[0] += 1
+    entry = _largest(call.output, axis)[0]
+    changed[entry] += 1
     before = torch.func.functional_call(bare, {}, call.args, call.kwargs)
     after = torch.func.functional_call(bare, {f"module.{name}": changed}, call.args, call.kwargs)
-    return _is_alone(after - before, axis, 0)
+    return _is_alone(after - before, axis, entry)
 
 
 def _normalises(call: _Call, axis: int) -> bool:

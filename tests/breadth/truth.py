@@ -24,6 +24,8 @@ from tests.breadth.examples import Batch, alone, call
 Visit = tuple[str, int]  # A site, and which call of it in one forward pass.
 # By so many positions texts are made longer, by side; multiples of the windows to which some models pad them.
 _LONGER = {"": 8, "decoder_": 16}
+# The id of a word that no text here has.
+_ANOTHER = 9
 # Blocks of these give (batch, height, width, features); those of other models of images channels first.
 _CHANNELS_LAST = ("dinat", "nat", "sam", "edgetam", "efficienttam")
 _CHANNELS_FIRST = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.Conv1d, nn.Conv2d)
@@ -151,7 +153,8 @@ def _positions(model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[
         return {}  # of a type whose texts have one length
     now, found = activations(model, sites, example), {}
     # All texts are padded, and no token reads what is there.
-    other = activations(model, sites, _with_another_end(example)) if "input_ids" in example else now
+    ends = {"input_ids": _with_another_end(example["input_ids"])} if "input_ids" in example else {}
+    other = activations(model, sites, example | ends)
     for visit, given in now.items():
         states = [value.movedim(axes[visit[0]], -1) for value in (given, longer[visit], other[visit])]
         for axis, change in enumerate(zip(*(value.shape[:-1] for value in states[:2]), strict=True)):
@@ -165,10 +168,10 @@ def _positions(model: nn.Module, sites: Sequence[str], batch: Batch, axes: dict[
     return found
 
 
-def _with_another_end(example: Batch) -> Batch:
-    ids = example["input_ids"].clone()
-    ids[:, -1] = ids[:, 0]
-    return {**example, "input_ids": ids}
+def _with_another_end(ids: Tensor) -> Tensor:
+    found = ids.clone()
+    found[:, -1] = _ANOTHER
+    return found
 
 
 def _longer(example: Batch, lengths: dict[str, int]) -> Batch:
