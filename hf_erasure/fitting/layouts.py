@@ -248,11 +248,9 @@ class Layouts:
         for name in unclear & self.layers.keys():
             told[name] = told.get(name) or self._told_beside(name, len(passes.first[name].shape))
         # What a module takes, those inside have not given; and FSDP's modules are not called backwards here.
-        left = {
-            name: self._hosts[name]
-            for name in unclear
-            if not told.get(name) and not self._is_taken(name) and not self.runner.is_sharded
-        }
+        taken = {name for name, layer in self.layers.items() if layer.concept_erasure_site[self.name] == "input"}
+        left = {} if self.runner.is_sharded else {name: self._hosts[name] for name in unclear - taken}
+        left = {name: host for name, host in left.items() if not told.get(name)}
         try:
             return told | (told_inside(run, left) if left else {})
         except Exception as error:
@@ -265,9 +263,6 @@ class Layouts:
         fitted = (other for other in layer.concept_erasure_left if layer.eraser_state(other)[0].numel())
         sides = layer.concept_erasure_site
         return {layer.concept_erasure_axis[other] % dims for other in fitted if sides[other] == sides[self.name]}
-
-    def _is_taken(self, name: str) -> bool:
-        return name in self.layers and self.layers[name].concept_erasure_site[self.name] == "input"
 
     def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Glimpses:
         """The activations of rows with other lengths: cut where the model can do without."""

@@ -189,8 +189,7 @@ def _told(hidden: Tensor, calls: Sequence[_Call]) -> set[int]:
 def _largest(hidden: Tensor, axis: int) -> list[int]:
     """The entries of an axis that hold most: a rectifier may leave others without a gradient."""
     sizes = hidden.detach().abs().movedim(axis, 0).flatten(1).float().sum(1)
-    found: list[int] = sizes.topk(_ENTRIES).indices.tolist()
-    return found
+    return [int(entry) for entry in sizes.topk(_ENTRIES).indices]
 
 
 def _followed(slopes: Sequence[Tensor | None], size: int, entries: Sequence[int]) -> list[int]:

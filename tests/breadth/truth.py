@@ -72,7 +72,8 @@ def feature_axes(model: Any, sites: Iterable[str], batch: Batch) -> dict[str, in
             is_first = own or re.search("BatchNorm|SqueezeBertLayerNorm", repr(module)) is not None
         else:
             is_image = given.dim() == 4 and takes_images and not model.config.model_type.startswith(_CHANNELS_LAST)
-            is_first = is_image or isinstance(module, _CHANNELS_FIRST) or _is_convolution(module)
+            is_list = given.dim() == 3 and takes_images  # of patches
+            is_first = is_image or isinstance(module, _CHANNELS_FIRST) or (_is_convolution(module) and not is_list)
         found[site] = 1 if is_first and given.dim() > 2 else -1
     return found
 
