@@ -283,6 +283,17 @@ def test_readers_that_share_an_eraser_share_its_strength() -> None:
     assert same(outputs_of(copy.deepcopy(model), batch), halved)
 
 
+def test_compiled_code_follows_the_strength() -> None:
+    """As one graph; `eager` runs what was captured as it is, so that outputs are those of the model to the bit."""
+    model, batch = fitted(target_modules=None), small_batch("gpt_neox", seed=5)
+    with torch.compiler.set_stance("default"):
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for strength in (0.5, 1.0, 2.0):
+            set_strength(model, NAME, strength)
+            assert same(outputs_of(compiled, batch), outputs_of(model, batch))
+
+
 def test_values_that_are_loaded_or_moved_later_are_those_that_act() -> None:
     model, batch = fitted(), small_batch("gpt_neox", seed=5)
     set_strength(model, NAME, 0.5)

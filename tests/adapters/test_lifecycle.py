@@ -94,7 +94,7 @@ def test_saved_folder_has_one_tensor_a_part_and_no_pickle(cell: Cell, lifecycle:
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", *extra}
     tensors = load_file(folder / "adapter_model.safetensors")
     layers = erasure_layers(lifecycle.fitted(cell), NAME)
-    parts = ("left", "right", "bias")
+    parts = ("left", "right", "bias", "readings")
     assert set(tensors) == {f"base_model.model.{p}.concept_erasure.concept_erasure_{x}" for p in layers for x in parts}
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 

@@ -491,8 +491,8 @@ def test_merged_adapters_are_refused(lifecycle: Lifecycle, tmp_path: Path):
 def test_different_widths_at_one_site_are_refused(lifecycle: Lifecycle):
     model = with_two(lifecycle, "bert", target_modules=[FIRST["bert"]])
     layer = erasure_layers(model)[FIRST["bert"]]
-    left, right, bias = layer.eraser_state("kind")
-    layer.restore_state("kind", (left[:16], right[:, :16], bias[:16]))
+    left, right, bias, readings = layer.state_of("kind")
+    layer.restore_state("kind", (left[:16], right[:, :16], bias[:16], readings))
     with pytest.raises(
         ValueError, match=r"At 'encoder.*' \['gender', 'kind'\] cannot be combined: .* widths \[16, 32\]"
     ):
