@@ -292,6 +292,10 @@ def test_compiled_code_follows_the_strength() -> None:
         for strength in (0.5, 1.0, 2.0):
             set_strength(model, NAME, strength)
             assert same(outputs_of(compiled, batch), outputs_of(model, batch))
+        model.peft_config[NAME].target = "male"
+        for layer in site_layers(model, NAME).values():
+            layer.set_dial(NAME, model.peft_config[NAME].dial)
+        assert same(outputs_of(compiled, batch), outputs_of(model, batch))
 
 
 def test_values_that_are_loaded_or_moved_later_are_those_that_act() -> None:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..common.layer import outside_inference_mode
-
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
@@ -34,8 +32,7 @@ class Dial:
             readings: `(rows, rank)`, none before fitting.
         """
         left, right, bias = parts
-        with outside_inference_mode(), torch.no_grad():
-            if len(readings) and self.weights:
-                target = readings.double().T @ readings.new_tensor(self.weights, dtype=torch.float64)
-                bias = (bias.double() + left.double() @ target).to(bias.dtype)
-            return (left if self.strength == 1 else left * self.strength), right, bias
+        if len(readings) and self.weights:
+            target = readings.double().T @ torch.tensor(self.weights, dtype=torch.float64, device=readings.device)
+            bias = (bias.double() + left.double() @ target).to(bias.dtype)
+        return (left if self.strength == 1 else left * self.strength), right, bias

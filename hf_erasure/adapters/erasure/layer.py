@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, Rows, StateDict
+from ..common.layer import AdapterChild, Rows, StateDict, outside_inference_mode
 from ..merging.record import forget, withdraw
 from .config import ConceptErasureConfig
 from .dial import Dial, Parts
@@ -175,7 +175,8 @@ class ErasureLayer(AdapterChild):
         versions = tuple(part._version for part in made_of)
         known = self._dialled.get(name)
         if known is None or known[1] != versions or any(a is not b for a, b in zip(known[0], made_of, strict=True)):
-            known = self._dialled[name] = made_of, versions, self.dials[name].of(parts, readings)
+            with outside_inference_mode(), torch.no_grad():
+                known = self._dialled[name] = made_of, versions, self.dials[name].of(parts, readings)
         return known[2]
 
     def stores(self, name: str) -> dict[str, StateDict]:
