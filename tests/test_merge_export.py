@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
@@ -237,6 +239,21 @@ def test_the_advice_on_a_missing_bias_names_the_sites_that_need_one(tmp_path: Pa
     erased = outputs_of(mergeable, batch_of("gpt_neox"))
     merged = outputs_of(mergeable.merge_and_unload(), batch_of("gpt_neox"))
     assert distance(merged, erased) < MERGE_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("architecture", "untied"), [("bert", ""), ("gpt2", r", with untie=True for \['lm_head'\]")])
+def test_the_refusal_at_norms_names_the_word_that_merges_and_that_merges(
+    architecture: str, untied: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=rf"target_modules='readers', which merges in this model{untied}"):
+        wrapped(fitted(architecture, affine=False), architecture, tmp_path / "refused").merge_adapter()
+    model, batch = fitted(architecture, "readers", affine=None, site="input"), batch_of(architecture)
+    mergeable = wrapped(model, architecture, tmp_path / "mergeable")
+    before, erased = State(mergeable, batch), outputs_of(mergeable, batch)
+    mergeable.merge_adapter(untie=bool(untied))
+    assert distance(outputs_of(mergeable, batch), erased) < MERGE_TOLERANCE[torch.float32]
+    mergeable.unmerge_adapter()
+    before.assert_same(State(mergeable, batch))
 
 
 # ---- conditions of folding, each in the smallest model that breaks it ------------------------------------------------
@@ -537,6 +554,25 @@ def test_the_export_says_where_peft_cannot_merge_it(case: tuple, reason: str | N
             lora.merge_and_unload()
 
 
+def test_a_lora_of_readers_meets_the_rules_of_a_serving_engine(tmp_path: Path) -> None:
+    """Those of vLLM's loader: lora/peft_helper.py and lora/lora_model.py there."""
+    export_to_lora(fitted("llama", "readers", affine=False, site="input"), "gender", tmp_path)
+    config, tensors = (
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+        load_file(tmp_path / "adapter_model.safetensors"),
+    )
+    declared = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"}
+    assert config["r"] == config["lora_alpha"] == 1  # max_lora_rank is one of 1, 8, 16 …
+    assert not any(
+        config[name] for name in ("modules_to_save", "use_dora", "use_rslora", "lora_bias", "target_parameters")
+    )
+    assert config["bias"] == "none" and not config["rank_pattern"] and not config["alpha_pattern"]
+    for name, tensor in tensors.items():
+        module, part = re.fullmatch(r"base_model\.model\.(.+)\.(lora_A|lora_B)\.weight", name).groups()
+        assert module.rpartition(".")[2] in declared
+        assert tensor.shape[0 if part == "lora_A" else 1] == config["r"]
+
+
 def test_ranks_that_differ_are_written_per_module(tmp_path: Path) -> None:
     """A norm's erasure and that of the layer behind it meet in one weight."""
     model = fitted("llama", r"model.layers.\d.(input_layernorm|self_attn.q_proj|mlp.gate_proj)", affine=False)
@@ -647,6 +683,20 @@ def test_merge_writes_a_checkpoint_that_plain_transformers_runs(assets: Path, tm
     batch, logits = torch.load(tmp_path / "outputs.pt")
     expected = outputs_of(model, batch)["logits"]
     assert distance({"logits": logits}, {"logits": expected}) < MERGE_TOLERANCE[torch.float32]
+
+
+def test_merge_unties_on_request_and_says_what_it_costs(assets: Path, tmp_path: Path) -> None:
+    source, model = fit_stories(assets, tmp_path / "adapter", exclude_modules=None, target_modules="readers")
+    command = ["merge", str(source), str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 2 and "--untie" in refused.stderr and "exclude_modules=['lm_head']" in refused.stderr
+    result = CliRunner().invoke(app, [*command, "--untie"])
+    assert result.exit_code == 0, result.output
+    # A table of 512 tokens with 64 float32 numbers each.
+    assert f"tie_word_embeddings=False, which takes {512 * 64 * 4:,} bytes" in result.stdout
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    batch = {"input_ids": torch.arange(3, 20)[None]}
+    assert distance(outputs_of(merged, batch), outputs_of(model, batch)) < MERGE_TOLERANCE[torch.float32]
 
 
 def test_export_lora_writes_a_stock_adapter_and_says_what_peft_cannot_do(assets: Path, tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
         if all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights):
             tied = [name for name in modules if tied_to(model, name)]
             untie = f", with untie=True for {tied}" if tied else ""
-            return f"Fit it again with target_modules={word!r}, which merges in this model{untie}. "
+            told = "the documentation has how much the figures differ, under 'Where to erase'"
+            return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({told}). "
     return ""
 
 
