@@ -151,13 +151,6 @@ class _Streams:
                     if math.prod(sizes) != math.prod(taken.shape) and self._is_expert(product.owner, taken):
                         sizes = next((key[2] for key in found if key[:2] == (taken, product.pattern)), ())
                     found.setdefault((taken, product.pattern, sizes), {}).setdefault(weight, product.call)
-        if unguarded:
-            more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
-            warnings.warn(
-                f"target_modules='readers' does not guard all that {type(self._model).__name__} reads: {unguarded[0]}"
-                f"{more}, so it keeps what it reads.",
-                stacklevel=3,
-            )
         groups: list[tuple[dict[Weight, int], set[str]]] = []
         for (taken, *_), weights in found.items():
             names = {weight.module for weight in weights}
@@ -166,7 +159,16 @@ class _Streams:
             merged = {weight: at for group in joined for weight, at in group[0].items()}
             groups.append((weights | merged, set().union(also.get(taken, ()), *(group[1] for group in joined))))
         groups.sort(key=lambda group: min(group[0].values()))
-        return [self._as_group(weights, told) for weights, told in groups]
+        made = [self._as_group(weights, told) for weights, told in groups]
+        unguarded += self._not_run(weight for group in made for weight in group)
+        if unguarded:
+            more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
+            warnings.warn(
+                f"target_modules='readers' does not guard all that {type(self._model).__name__} reads: {unguarded[0]}"
+                f"{more}, so it keeps what it reads.",
+                stacklevel=3,
+            )
+        return made
 
     def _why_not_read(self, taken: Node, node: Node, product: Product) -> str | None:
         """Why a map does not read a tensor as the first input of its module, which does nothing else with it."""
@@ -197,6 +199,18 @@ class _Streams:
                 other = ".".join([child, *rest])
                 if child not in self._called and _has(self._model, other, weight.parameter):
                     yield replace(weight, module=other)
+
+    def _not_run(self, found: Iterable[Weight]) -> Iterator[str]:
+        """Why blocks are not seen that stand in a list beside others, and that the pass has not called."""
+        chosen = [f"{weight.module}." for weight in found]
+        for path, module in self._model.named_modules():
+            children = [f"{path}.{name}".strip(".") for name in module._modules]
+            if not isinstance(module, nn.ModuleList) or not any(child in self._called for child in children):
+                continue
+            for child in children:
+                is_seen = child in self._called or any(name.startswith(f"{child}.") for name in chosen)
+                if not is_seen and any(p.dim() > 1 for p in self._model.get_submodule(child).parameters()):
+                    yield f"the small pass that finds it does not run {child!r}"
 
     def _is_expert(self, module: str, taken: Node) -> bool:
         """Whether a module is in a list of which others take rows of the same tensor, or are not called at all."""
@@ -230,6 +244,7 @@ class _Streams:
             elif node.product is not None:
                 found[Weight(node.product.owner, node.product.parameter, int(node.product.writes or 0))] = None
         found |= dict.fromkeys(self._beside([*found]))
+        refusals += self._not_run(found)
         name = type(self._model).__name__
         if refusals:
             raise ValueError(

@@ -86,6 +86,29 @@ def test_a_map_that_is_not_called_is_told_of():
     assert [_names(group) for group in groups] == [["head"]]
 
 
+def test_blocks_that_the_pass_does_not_run_are_told_of():
+    class Skips(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+        def branch(self, normed: Tensor) -> Tensor:
+            return self.blocks[0](super().branch(normed))
+
+    class Experts(Own):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+        def branch(self, normed: Tensor) -> Tensor:
+            return self.experts[1](normed)
+
+    with pytest.warns(UserWarning, match=r"does not run 'blocks.1'"):
+        readers_of(Skips())
+    assert [_names(group) for group in readers_of(Experts())] == [["experts.1", "experts.0"], ["head"]]
+    assert _names(writers_of(Experts())) == ["embed", "experts.1", "experts.0"]
+
+
 def test_other_uses_of_a_tensor_are_told_of():
     class Gated(Own):
         def branch(self, normed: Tensor) -> Tensor:
