@@ -67,20 +67,19 @@ class Cell:
         """Words of the message that refuses to merge; None where merging is exact."""
         needs_bias = self.parts.bias_free and self.affine
         if self.target == "all-linear":
-            # Llama has switches for all its layers but the head, which is not among "all-linear".
-            return "would need a bias" if needs_bias and self.architecture != "llama" else None
+            return "would need a bias" if needs_bias else None
         if (self.target, self.site) == ("norms", "output"):
-            # The head has no bias in any of the decoders, and no switch for one.
+            # The head has no bias in any of the decoders.
             return _NORM_REFUSALS[self.architecture] or ("would need a bias" if self.affine else None)
         if (self.target, self.site) == ("attention", "input"):
             if self.architecture in ("bert", "roberta"):  # their attention has its residual connection inside
                 return "goes into `add`"
-            return "would need a bias" if needs_bias and self.architecture == "t5" else None
+            return "would need a bias" if needs_bias else None
         if self.target == "norms":
             return "goes into `(pow|_to_copy|native_layer_norm)`"
         if self.target == "attention":
             return "goes into `add`"
-        if self.target == "embeddings" and self.architecture not in ("gemma", "vit"):
+        if self.target == "embeddings" and self.architecture != "vit":
             return "is shared by" if self.parts.tied else None
         return "goes into `"
 
