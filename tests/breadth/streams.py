@@ -140,6 +140,11 @@ def _hooked(model: nn.Module, erasers: dict[str, Tensor], site: str) -> Iterator
             handle.remove()
 
 
+def _shows(given: Tensor, tensor: Tensor) -> bool:
+    is_whole = given.numel() == tensor.numel() and given.shape[-1] in tensor.shape
+    return is_whole and given.data_ptr() == tensor.data_ptr()
+
+
 def _norms(model: nn.Module) -> list[str]:
     return [name for name in default_targets(model) if not _WITHOUT_SUM.search(name)]
 
@@ -174,12 +179,8 @@ def _check_complete(model: nn.Module, batch: Batch, readers: Iterable[str]) -> N
 
     def taken(name: str, module: nn.Module, args: tuple) -> None:
         given = args[0] if args and isinstance(args[0], Tensor) and name not in readers else None
-        # Where features lie side by side; a map from positions to positions takes a transposed view.
-        if (
-            given is not None
-            and given.stride(-1) == 1
-            and any(given.data_ptr() == t.data_ptr() and given.numel() == t.numel() for t in kept)
-        ):
+        # Whole rows, where features lie side by side: not the parts of heads, nor positions.
+        if given is not None and given.stride(-1) == 1 and any(_shows(given, tensor) for tensor in kept):
             missed.append(name)
 
     handles = [model.get_submodule(name).register_forward_hook(keep) for name in _norms(model)]
