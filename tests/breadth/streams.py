@@ -141,7 +141,7 @@ def _hooked(model: nn.Module, erasers: dict[str, Tensor], site: str) -> Iterator
 
 
 def _shows(given: Tensor, tensor: Tensor) -> bool:
-    is_whole = given.numel() == tensor.numel() and given.shape[-1] in tensor.shape
+    is_whole = given.numel() == tensor.numel() and given.shape[-1] == tensor.shape[-1]
     return is_whole and given.data_ptr() == tensor.data_ptr()
 
 
