@@ -34,6 +34,7 @@ class Fit:
         background: Whether mean and covariance come from unlabelled batches.
         sharded: Whether FSDP2 keeps a part of every weight in each process.
         options: Further arguments.
+        target: The word for the sites.
     """
 
     model: str
@@ -41,9 +42,11 @@ class Fit:
     background: bool = False
     sharded: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    target: str | None = None
 
     def __str__(self) -> str:
         words = [self.model, "sequential" if self.sequential else "one pass"]
+        words += [self.target] if self.target else []
         words += ["background"] * self.background + ["FSDP2"] * self.sharded + [f"{k}={v}" for k, v in self.options]
         return " ".join(words)
 
@@ -55,6 +58,8 @@ FITS = [
     Fit("vit", True),
     Fit("albert", True),
     Fit("llama", True, options=(("pool", "mean"), ("resident_batches", 1))),
+    *(Fit(model, sequential, target="readers") for model, sequential in (("t5", True), ("llama", False))),
+    Fit("llama", True, sharded=True, target="readers"),
     *(Fit(model, sequential, sharded=True) for model in ("bert", "llama") for sequential in (True, False)),
 ]
 
@@ -64,7 +69,7 @@ def fitted(fit: Fit, share: slice = slice(None), **options: Any) -> tuple[nn.Mod
     name = "bert" if fit.model == "albert" else fit.model
     model: Any = shared_layers_model() if fit.model == "albert" else copy.deepcopy(small_model(name))
     model = model.double()
-    model.add_adapter(ConceptErasureConfig(labels=LABELS), adapter_name=NAME)
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=fit.target), adapter_name=NAME)
     if fit.sharded and torch.distributed.is_initialized():
         shard(model, fit.model)
     extra: dict[str, Any] = dict(fit.options) | options

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from hf_erasure import ConceptErasureConfig, fit_concept_erasure
+from hf_erasure import ConceptErasureConfig, combine_adapters, fit_concept_erasure
 from hf_erasure.adapters import site_layers
 from tests.breadth.examples import Batch, batch_of, call
 from tests.breadth.zoo import build
@@ -179,3 +179,27 @@ def test_sites_that_the_labels_do_not_speak_of_go_with_all_their_modules() -> No
     type(config)(
         **{k: v for k, v in config.to_dict().items() if k not in ("peft_type", "auto_mapping", "peft_version")}
     )
+
+
+def test_combined_readers_share_erasers_and_erase_both() -> None:
+    model = model_of("llama", AutoModelForCausalLM, "readers", sticky=True)
+    batches = batches_of(model)
+    fit_concept_erasure(model, batches, pool="tokens", progress=False)
+    other = [{**b, "concept_labels": (b["input_ids"].sum(1) // 2) % 2} for b in batches]
+    model.add_adapter(ConceptErasureConfig(labels=["c", "d"], target_modules="readers"), adapter_name="other")
+    fit_concept_erasure(model, other, "other", pool="tokens", progress=False)
+    weights = model.peft_config["default"].weights
+    given = {"default": batches, "other": other}
+    config = combine_adapters(model, ["default", "other"], "both", batches=given, pool="tokens", progress=False)
+    assert config.weights == weights and list(site_layers(model, "both")) == list(weights)
+    model.delete_adapter("default")
+    model.set_adapter("both")
+    for labelled in given.values():
+        found = taken_by(model, config.groups, labelled)
+        assert {name: value for name, value in found.items() if value > NOTHING} == {}
+    model.add_adapter(
+        ConceptErasureConfig(labels=["c", "d"], target_modules=r"lm_head", site="input"), adapter_name="named"
+    )
+    fit_concept_erasure(model, other, "named", pool="tokens", progress=False)
+    with pytest.raises(ValueError, match="were added with"):
+        combine_adapters(model, ["both", "named"], "all")
