@@ -99,7 +99,7 @@ def test_no_reader_is_given_the_concept(kind: str, auto: Any) -> None:
     assert config.weights.keys() == config.fitted_sites.keys()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox", "qwen3_moe", "opt"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox", "qwen3_moe", "opt", "mamba"])
 def test_writers_guard_the_residual_stream_at_every_depth(kind: str) -> None:
     model = model_of(kind, AutoModelForCausalLM, "writers")
     batches = batches_of(model)
