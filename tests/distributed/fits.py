@@ -69,7 +69,9 @@ def fitted(fit: Fit, share: slice = slice(None), **options: Any) -> tuple[nn.Mod
     name = "bert" if fit.model == "albert" else fit.model
     model: Any = shared_layers_model() if fit.model == "albert" else copy.deepcopy(small_model(name))
     model = model.double()
-    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=fit.target), adapter_name=NAME)
+    # Of a sharded model no process alone can tell where a merge has a place for the mean, so it is said.
+    config = ConceptErasureConfig(labels=LABELS, target_modules=fit.target, affine=True)
+    model.add_adapter(config, adapter_name=NAME)
     if fit.sharded and torch.distributed.is_initialized():
         shard(model, fit.model)
     extra: dict[str, Any] = dict(fit.options) | options
