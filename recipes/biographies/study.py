@@ -226,12 +226,16 @@ def erase(model: Any, tokenizer: Any, rows: list[Biography], erasure: str, setti
     model.add_adapter(
         ConceptErasureConfig(concept="gender", labels=labels, target_modules=target), adapter_name=ADAPTER
     )
+    fit_concept_erasure(model, labelled_batches(rows, tokenizer, settings), ADAPTER, pool=settings.pool, progress=False)
+
+
+def labelled_batches(rows: list[Biography], tokenizer: Any, settings: Settings) -> Any:
+    """Biographies with the ids of their genders, as the fit reads them."""
     table = Dataset.from_dict({"text": [row.text for row in rows], "gender": [row.gender for row in rows]})
-    batches = concept_dataloader(
+    return concept_dataloader(
         table, tokenizer, label_column="gender", batch_size=settings.batch_size, max_length=settings.max_length,
-        labels=labels,
+        labels=sorted({row.gender for row in rows}),
     )  # fmt: skip
-    fit_concept_erasure(model, batches, ADAPTER, pool=settings.pool, progress=False)
 
 
 def at_the_end(model: Any, x: np.ndarray) -> np.ndarray:
