@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .flow import is_norm
 
-# Where modules of torch have their features, by definition. Models derive norms of theirs that turn the axes around, so
-# that a norm is told by its forward.
+# Where modules of torch have their features, by definition. Models derive norms and convolutions of theirs that turn the
+# axes around (Parakeet's head), so that these are told by their forward.
 _FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
 _NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 _NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
+_CONVOLUTIONS = (
+    nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward,
+    nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward,
+)  # fmt: skip
 # So many entries of an axis are looked at: of one alone, what mixes all others with it would look like a feature.
 _ENTRIES = 2
 
@@ -58,6 +61,10 @@ def feature_axis(
     """
     same = lasting(shapes, where)
     kind = axis_of_kind(module, len(shapes[0]))
+    channels = {getattr(module, "in_channels", None), getattr(module, "out_channels", None)} - {None}
+    if kind is None and channels:
+        # A convolution that turns the axes around: what is neither as wide as it takes nor as it gives has no features.
+        same = [axis for axis in same if shapes[0][axis] in channels]
     found = set(same)
     if len(same) > 1:
         found &= {kind} if kind in same and kind is not None else set(told)
@@ -78,7 +85,7 @@ def axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
     forward = getattr(type(module), "forward", None)
     if isinstance(module, _FEATURES_LAST) or forward in _NORMS_LAST:
         return axes - 1
-    return 1 if axes > 1 and (isinstance(module, _ConvNd) or forward in _NORMS_SECOND) else None
+    return 1 if axes > 1 and forward in (*_CONVOLUTIONS, *_NORMS_SECOND) else None
 
 
 def takers_of(run: Callable[[], Mapping[str, Tensor]], modules: Iterable[nn.Module]) -> dict[str, set[int]]:

@@ -95,3 +95,15 @@ def test_what_takes_an_activation_tells_unless_it_takes_it_turned() -> None:
 def test_axes_that_nothing_tells_apart_are_named() -> None:
     with pytest.raises(ValueError, match="axis 1, of size 4, or axis 2, of size 6, may"):
         axis_of(nn.Identity(), torch.randn(2, 4, 6))
+
+
+def test_a_convolution_that_turns_the_axes_around_has_as_many_features_as_its_weight_takes() -> None:
+    class Head(nn.Conv1d):  # as Parakeet's
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    shapes = [(2, 5, 8), (4, 5, 8)]
+    assert feature_axis(shapes, "head", Head(8, 3, 1)) == 2
+    assert feature_axis(shapes, "head", nn.Conv1d(5, 3, 1)) == 1
+    with pytest.raises(ValueError, match="axis 1, of size 5, or axis 2, of size 8"):
+        feature_axis(shapes, "head", Head(5, 8, 1))
