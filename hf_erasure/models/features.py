@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .flow import is_norm
 
-# Where modules of torch have their features, by definition. Models derive norms and convolutions of theirs that turn the
-# axes around (Parakeet's head), so that these are told by their forward.
+# Where modules of torch have their features, by definition. Models derive norms and convolutions of theirs that turn
+# the axes around (Parakeet's head), so that these are told by their forward.
 _FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
 _NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 _NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
