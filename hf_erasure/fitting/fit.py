@@ -297,6 +297,7 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
         "leakage_intervals": report.leakage_intervals,
         "measured_on": report.measured_on,
         **({"residuals": report.residuals} if report.residuals else {}),
+        **({"unsettled": report.unsettled} if report.unsettled else {}),
         "fingerprint": fingerprint(task.owner, list(fits)),
         RECORD: active_beside(task.runner.model, task.name),
     }

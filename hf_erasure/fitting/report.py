@@ -166,13 +166,17 @@ class ErasureReport:
         return {site: left for site, left in known.items() if left > SETTLED}
 
     @property
+    def unsettled(self) -> list[str]:
+        """The sites that are called several times and were fitted in one pass: nothing is promised at later calls."""
+        return [line.site for line in self.sites if line.visits > 1 and line.residual is None]
+
+    @property
     def shortfall(self) -> str:
         """Where the guarantee does not hold, in words; empty where it holds."""
         left = self.residuals
-        later = [line.site for line in self.sites if line.visits > 1 and line.residual is None]
-        if later:
+        if self.unsettled:
             return (
-                f"{later[0]!r} is called several times in one forward pass, and erasers change what arrives at later "
+                f"{self.unsettled[0]!r} is called several times in one forward pass, and erasers change what arrives at later "
                 "calls: a fit in one pass promises nothing there. Fit with sequential=True."
             )
         if not left:

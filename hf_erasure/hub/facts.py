@@ -220,6 +220,7 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
         "strength": config.strength, "target": None if config.target is None else plain(str(config.target)),
         "concept_dim": config.concept_dim, "ranks": [min(ranks), max(ranks)] if ranks else [], "guarded": is_guarded,
         "left": [max(left, key=lambda site: left[site]), max(left.values()), len(left)] if left else None,
+        "unsettled": [plain(site) for site in made.unsettled],
     }  # fmt: skip
     shown = {site: site for site in leakage if FINAL in site}
     worst = max((site for site in leakage if site not in shown), key=lambda s: leakage[s]["after"], default=None)

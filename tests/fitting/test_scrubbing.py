@@ -303,9 +303,12 @@ def test_a_fit_that_is_killed_while_it_settles_ends_the_same_to_the_bit(
         assert all(map(torch.equal, found, parts(whole)[site])), site
 
 
-def test_a_fit_in_one_pass_says_that_it_promises_nothing_at_later_visits() -> None:
-    report = fit(with_adapter(shared_norms(2)), small_batches("bert", 2), sequential=False)
+def test_a_fit_in_one_pass_says_that_it_promises_nothing_at_later_visits(tmp_path: Path) -> None:
+    model = with_adapter(shared_norms(2))
+    report = fit(model, small_batches("bert", 2), sequential=False)
     assert "a fit in one pass promises nothing there" in repr(report)
+    model.save_pretrained(tmp_path)
+    assert "Later calls of a module are not guarded." in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_modules_called_once_are_reported_without_visits() -> None:

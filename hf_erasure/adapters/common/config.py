@@ -53,7 +53,7 @@ TESTED_ON = "the recipe's test split"
 # Fields that decide what is done with an adapter: one of another type is refused when the configuration is read.
 _REFUSED = (
     "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
-    "measured_on", "residuals",
+    "measured_on", "residuals", "unsettled",
 )  # fmt: skip
 # Marks the fields that fitting writes.
 BY_FITTING = {"by": "fitting"}
@@ -455,6 +455,8 @@ class Provenance(Part):
         measured_on: What the leakage was measured on, in words.
         residuals: Site → what its eraser leaves at a visit, as a share of `|x| |z|`; of modules that are called several
             times, where that is more than rounding, so that the guarantee does not hold.
+        unsettled: The sites that are called several times and were fitted in one pass, which promises nothing at later
+            calls.
         active_adapters: The other adapters that acted at fitting; None where an older release did not write it.
         combined_from: Name → what is known of the adapters that this one was combined from.
         data: Where the data come from.
@@ -478,6 +480,7 @@ class Provenance(Part):
     leakage_intervals: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
     measured_on: str = ""
     residuals: dict[str, float] = field(default_factory=dict)
+    unsettled: list[str] = field(default_factory=list)
     active_adapters: list[dict[str, Any]] | None = None
     combined_from: dict[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
