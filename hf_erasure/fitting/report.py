@@ -176,8 +176,8 @@ class ErasureReport:
         left = self.residuals
         if self.unsettled:
             return (
-                f"{self.unsettled[0]!r} is called several times in one forward pass, and erasers change what arrives at later "
-                "calls: a fit in one pass promises nothing there. Fit with sequential=True."
+                f"{self.unsettled[0]!r} is called several times in one forward pass, and erasers change what arrives "
+                "at later calls: a fit in one pass promises nothing there. Fit with sequential=True."
             )
         if not left:
             return ""
