@@ -102,26 +102,27 @@ def erased(model: Any, place: str, concept: str, labels: list[str], fit: Fit) ->
 
 def merges(plain: Any, model: Any, batch: dict[str, Tensor]) -> str:
     """Whether the erasures of a model merge into its weights: `"yes"`, `"untied"` when the head must be, or `"no"`."""
-    for untie in (False, True):
-        wrapped = None
-        with tempfile.TemporaryDirectory() as folder:
-            for name in model.peft_config:
-                model.set_adapter(name)
-                model.save_pretrained(f"{folder}/{name}")
-                base = copy.deepcopy(plain) if wrapped is None else wrapped
-                wrapped = PeftModel.from_pretrained(base, f"{folder}/{name}").eval()
-                try:
-                    wrapped = wrapped.merge_and_unload(untie=True) if untie else wrapped.merge_and_unload()
-                except ValueError:
-                    wrapped = None
-                    break
-        model.set_adapter(list(model.peft_config))
-        if wrapped is not None:
+    names = list(model.peft_config)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            model.set_adapter(name)
+            model.save_pretrained(f"{folder}/{name}")
+        model.set_adapter(names)
+        for answer, options in (("yes", {}), ("untied", {"untie": True})):
+            first, *others = names
+            wrapped = PeftModel.from_pretrained(copy.deepcopy(plain), f"{folder}/{first}", adapter_name=first).eval()
+            for name in others:
+                wrapped.load_adapter(f"{folder}/{name}", adapter_name=name)
+            wrapped.base_model.set_adapter(names)
+            try:
+                merged = wrapped.merge_and_unload(**options)
+            except ValueError:
+                continue
             with torch.no_grad():
-                before, after = (m(**batch)[0] for m in (model, wrapped))
+                before, after = (m(**batch)[0] for m in (model, merged))
             if float((before - after).abs().max() / before.abs().max()) > ROUNDING:
                 raise RuntimeError("The merged model computes something else.")
-            return "untied" if untie else "yes"
+            return answer
     return "no"
 
 
