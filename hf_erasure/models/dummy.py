@@ -81,6 +81,8 @@ def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
     if main == "input_ids":
         both = [{**text, **more} for more in media]
         yield from [*both, text] if encodes_all else [text, *both]
+        if "decoder_input_ids" in text:  # some heads make these themselves (BART, T5)
+            yield {name: value for name, value in text.items() if name != "decoder_input_ids"}
         return
     for more in media:
         if main in more:
@@ -103,6 +105,11 @@ def _text(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
     # Tokens that stand for images or sounds have a meaning of their own; they are the last, as a rule.
     most = max(2, min(words if isinstance(words, int) else min(words), 60))
     ids = torch.randint(most // 6, most, (ROWS, LENGTH), generator=noise)
+    end = _of(text, "eos_token_id")
+    if is_encoder_decoder(base) and isinstance(end, int) and end < most:
+        # Heads that classify read the states at these tokens, and want as many of them in each text (BART, T5).
+        ids = ids.masked_fill(ids == end, most - 1 if end < most - 1 else most - 2)
+        ids[:, -1] = end
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "bbox" in takes:
         found["bbox"] = torch.tensor([1, 1, 5, 5]).expand(ROWS, LENGTH, 4).clone()

@@ -319,7 +319,8 @@ def relative(figures: dict[str, float], before: dict[str, float]) -> dict[str, f
 def fresh_model(settings: Settings) -> Any:
     """The model with an adapter that is not fitted yet."""
     model = AutoModelForCausalLM.from_pretrained(settings.model).eval()
-    model.add_adapter(ConceptErasureConfig(concept="gender", labels=GENDERS), adapter_name=ADAPTER)
+    config = ConceptErasureConfig(concept="gender", labels=GENDERS, affine=True)  # as the reference has it
+    model.add_adapter(config, adapter_name=ADAPTER)
     return model
 
 

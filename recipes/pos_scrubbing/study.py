@@ -136,7 +136,7 @@ class Erasures:
             "sequential orth": ("orth", True),
         }
         for name, (method, sequential) in plans.items():
-            config = ConceptErasureConfig(concept="part of speech", labels=TAGS, method=method)
+            config = ConceptErasureConfig(concept="part of speech", labels=TAGS, method=method, affine=True)
             self.model.add_adapter(config, adapter_name=adapter(name))
             fit_concept_erasure(self.model, batches, adapter(name), sequential=sequential, progress=False)
         config = ConceptErasureConfig(concept="nothing", labels=TAGS)

@@ -84,7 +84,8 @@ def test_a_loaded_adapter_is_the_same_and_trains(kind: str, mode: str, tmp_path:
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_that_were_merged_there_train(kind: str, mode: str, tmp_path: Path):
-    OF[kind].added(ARCHITECTURE, "a").save_pretrained(tmp_path)
+    # The linear layers of this architecture have no biases for a mean.
+    OF[kind].added(ARCHITECTURE, "a", **({"affine": False} if kind == "erasure" else {})).save_pretrained(tmp_path)
     kept, merged = (peft.PeftModel.from_pretrained(base(ARCHITECTURE), str(tmp_path)) for _ in range(2))
     wanted = {name: parameter.detach().clone() for name, parameter in kept.named_parameters()}
     with MODES[mode]():

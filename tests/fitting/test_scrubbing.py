@@ -38,8 +38,9 @@ def double(batches: list[Batch]) -> list[Batch]:
     return [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in batches]
 
 
-def with_adapter(model: nn.Module, **config: Any) -> Any:
-    model.add_adapter(ConceptErasureConfig(labels=LABELS, **config), adapter_name="no_gender")
+def with_adapter(model: nn.Module, affine: bool | None = True, **config: Any) -> Any:
+    """The model with an erasure whose map is named: to choose one, fitting runs a small pass of its own."""
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, affine=affine, **config), adapter_name="no_gender")
     return model
 
 
