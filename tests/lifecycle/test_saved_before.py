@@ -80,9 +80,13 @@ def test_it_merges_or_refuses_as_it_did(case: Case):
 def test_a_fresh_save_has_the_same_fields_and_tensors(case: Case, tmp_path: Path):
     save(case, tmp_path)
     fresh, file = load_file(tmp_path / FILES[1]), load_file(folder_of(case) / FILES[1])
+    # What a target is made of came later: releases of before do not read files that have it.
+    fresh = {name: value for name, value in fresh.items() if not name.endswith(".concept_erasure_readings")}
     assert {k: (v.shape, v.dtype) for k, v in fresh.items()} == {k: (v.shape, v.dtype) for k, v in file.items()}
     new, old = read_config(tmp_path), read_config(folder_of(case))
+    assert new.pop("readings", None) == (["female", "male"] if "erasure" in case.kind else None)
     for config in (new, old):
+        config.pop("affine", None)  # nobody names the map; before, the affine one was what that stood for
         del config["provenance"]["hf_erasure_version"]
     assert_alike(new, old)
 
