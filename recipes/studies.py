@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -72,4 +73,4 @@ def run(
 
 def command_line(study: str, settings_file: Path, overrides: Iterable[str]) -> str:
     """The command that makes these results, as `results.md` states it."""
-    return " ".join([f"python recipes/{study}/study.py", str(settings_file), *overrides])
+    return shlex.join(["python", f"recipes/{study}/study.py", str(settings_file), *overrides])
