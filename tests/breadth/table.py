@@ -90,11 +90,12 @@ def _conclude(
 def known() -> dict[str, dict[str, str]]:
     """Type → column → outcome, as the documentation has them."""
     between = re.search(rf"<!-- matrix: {TYPES} -->\n(.*?)<!-- end -->", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in between[1].splitlines() if line]
+    rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in between[1].splitlines() if line]
     if not rows:
         return {}
-    columns = rows[0]
-    return {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows[2:]}
+    columns = rows[0][1:]
+    # What a run did not come to is left empty.
+    return {name: {c: told for c, told in zip(columns, cells, strict=True) if told} for name, *cells in rows[2:]}
 
 
 def write(cells: Iterable[Found]) -> None:
