@@ -206,7 +206,6 @@ class Graph(TorchDispatchMode):
 
     def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         call = self._stack[-1]
-        call = self._stack[-1]
         linear, found = _linear_inside(module), next(_floats(output), None)
         is_whole = is_norm(module) or linear is not None
         self._silent -= is_whole

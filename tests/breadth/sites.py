@@ -131,10 +131,10 @@ def _lines(between: tuple[str, ...], found: list[tuple[str, ...]]) -> list[str]:
     return ["".join(part for pair in zip(between, [*told, ""], strict=True) for part in pair)]
 
 
-def listed() -> dict[str, list[str]]:
-    """Type → its default sites, as the list has them."""
+def listed(path: Path = LISTED) -> dict[str, list[str]]:
+    """Type → its lines in a list; its default sites, where no other list is named."""
     found: dict[str, list[str]] = {}
-    for line in LISTED.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("    "):
             found[next(reversed(found))].append(line.strip())
         elif line and not line.startswith("#"):

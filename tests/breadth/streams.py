@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from hf_erasure.adapters.erasure.model import default_targets
 from hf_erasure.models.streams import Weight, readers_of, writers_of
 from tests.breadth import kinds, zoo
+from tests.breadth import sites as default_sites
 from tests.breadth.examples import Batch, call
 from tests.breadth.outcomes import WrongError, different, same, tensors
 from tests.breadth.sites import collapsed
@@ -230,13 +231,7 @@ def _in_words(group: Sequence[Weight]) -> str:
 
 def listed() -> dict[str, list[str]]:
     """Type → what the list has of it."""
-    found: dict[str, list[str]] = {}
-    for line in LISTED.read_text(encoding="utf-8").splitlines():
-        if line.startswith("    "):
-            found[next(reversed(found))].append(line.strip())
-        elif line and not line.startswith("#"):
-            found[line] = []
-    return found
+    return default_sites.listed(LISTED)
 
 
 def write(names: Iterable[str]) -> None:

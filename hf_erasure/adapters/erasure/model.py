@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -70,11 +69,7 @@ def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str,
     Raises:
         ValueError: If there are none, or the word does not do what it promises for this model.
     """
-    with ExitStack() as stack:
-        for layer in ErasureLayer.by_path(model).values():  # other erasures are not the model's
-            for name in layer.adapters:
-                stack.enter_context(layer.without(name))
-        found = readers_of(model) if config.word == "readers" else [[weight] for weight in writers_of(model)]
+    found = readers_of(model) if config.word == "readers" else [[weight] for weight in writers_of(model)]
     place = _wrapper_of(model)
     groups = [
         [(place(w.module), w.parameter, w.axis) for w in group if _is_own(w.module, place(w.module))] for group in found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from hf_erasure.models.streams import Weight, readers_of, writers_of
 
 from ..common.layer import innermost
 from ..common.placement import shared_weights
-from ..erasure.layer import ErasureLayer, erasure_layers
+from ..erasure.layer import ErasureLayer
 from .record import why_not_mergeable
 from .untying import why_not_untied
 
@@ -23,11 +22,7 @@ def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
         return ""
     for word, find in (("readers", _readers), ("writers", writers_of)):
         try:
-            with ExitStack() as stack:
-                for layer in erasure_layers(model).values():  # erasures are not the model's
-                    for name in layer.adapters:
-                        stack.enter_context(layer.without(name))
-                weights = find(model)
+            weights = find(model)
         except ValueError:
             continue
         side = "input" if word == "readers" else "output"
