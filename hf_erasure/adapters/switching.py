@@ -7,10 +7,9 @@ that; without an adapter of this package in the model it does nothing else.
 
 from __future__ import annotations
 
-import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import FrameType
 from typing import Any
 
 from peft import (
@@ -84,7 +83,10 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     if copies.wrappers:
         check_one_copy(model, names)
         note_adapters(model)  # a class of a task may have added its head since
-    is_adding, ours = _is_adding(model), any(isinstance(configs.get(name), ChildConfig) for name in names)
+    ours = any(isinstance(configs.get(name), ChildConfig) for name in names)
+    # `add_adapter` switches its newcomer on last, as a user would: only the calls that are running tell.
+    running = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "add_adapter")
+    is_adding = any(frame.f_locals.get("self") is model for frame in running)
 
     def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
         is_concerned = ours or isinstance(configs.get(on), ChildConfig)
@@ -98,19 +100,6 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
             copies.restore(trained=False, where=stays)
     if not is_adding:
         say_which_copies_went_off(model, copies.on)
-
-
-def _is_adding(model: nn.Module) -> bool:
-    """Whether `add_adapter` of a model runs: it switches its newcomer on last, as a user would.
-
-    Only the calls that are running tell: `inject_adapter_in_model` adds one too, and does not switch it on.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "add_adapter" and frame.f_locals.get("self") is model:
-            return True
-        frame = frame.f_back
-    return False
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from .common.acting import other_than_when_fitted
 from .common.config import ChildConfig, Provenance
 from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, Found, adapter_of
-from .erasure.config import ConceptErasureConfig
 from .erasure.layer import site_layers
 from .gradiend.config import GradiendConfig
 from .gradiend.edit import why_not_editable
@@ -69,15 +69,15 @@ def verify_adapter(
     owner, config, children = found.owner, found.config, adapter_children(found.owner, name)
     how = "merged into the weights"
     if not all(name in child.merged_adapters for child in children):
-        outputs = _Outputs(model, found, batch)
-        active = outputs.now()
+        output = _output_of(model, found, batch)
+        active = output()
         with ExitStack() as stack:  # when the adapter does not act, and all others do as they do
             for child in children:
                 stack.enter_context(child.without(name))
-            plain = outputs.now()
-        if isinstance(config, GradiendConfig) and _is_partial(owner, name, outputs, active, plain):
+            plain = output()
+        if isinstance(config, GradiendConfig) and _is_partial(owner, name, output, active, plain):
             with UsedAsTheyAre(targeted_parameters(owner, name)) as used:
-                outputs.now()
+                output()
             return Verification(
                 False,
                 f"Adapter {name!r} acts in part only: the output differs from that of the merged weights. "
@@ -88,16 +88,12 @@ def verify_adapter(
             )
         change = distance([active], [plain])
         if change == 0:
-            where = f"{len(children)} {_places(config)}"
+            where = f"{len(children)} {config.places}"
             return Verification(False, f"Adapter {name!r} is active at {where} but the output is the same without it.")
         how = f"changes the output by {change:.2%} of its norm"
     deed, remark = _gradiend_deed(owner, name, config) if isinstance(config, GradiendConfig) else _erasure_deed(found)
     sentences = [f"Adapter {name!r} {deed} and {how}.", remark, other_than_when_fitted(found.model, name)]
     return Verification(True, " ".join(filter(None, sentences)))
-
-
-def _places(config: ChildConfig) -> str:
-    return "modules" if isinstance(config, GradiendConfig) else "sites"
 
 
 def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple[str, str]:
@@ -118,26 +114,19 @@ def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple
 
 def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
     """What an erasure that acts does, in words, and what was measured when it was fitted."""
-    layers = site_layers(found.owner, found.name).values()
-    ranks = [layer.eraser_state(found.name)[0].shape[-1] for layer in layers]
-    config = found.config
+    ranks = [x.eraser_state(found.name)[0].shape[-1] for x in site_layers(found.owner, found.name).values()]
+    config, told = found.config, Provenance.of(found.config)
     shared = f" of {len(config.fitted_modules)} modules" if len(config.fitted_modules) > len(ranks) else ""
-    where = f"at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
-    far = "" if config.is_full else f" with strength={config.strength:g}"
-    deed = f"erases {config.concept!r}{far} {where}"
+    does = f"erases {config.concept!r}"
     if config.target is not None:
-        deed = f"moves {config.concept!r} to target={config.target!r}{far} {where}"
-    return deed, leakage_sentence(config)
-
-
-def leakage_sentence(config: ConceptErasureConfig) -> str:
-    """What is guarded, and what was measured at fitting, in words; says so when nothing was."""
-    told = Provenance.of(config)
+        does = f"moves {config.concept!r} to target={config.target!r}"
+    far = "" if config.is_full else f" with strength={config.strength:g}"
+    deed = f"{does}{far} at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
     reader = f" ({told.reader})" if told.reader else ""
     guarded = f"It was fitted for pool={told.pool!r}{reader}. " if told.pool else ""
-    leakage = told.leakage
+    leakage: dict[str, tuple[float, float]] = told.leakage
     if not leakage:
-        return f"{guarded}No leakage was measured when it was fitted: pass eval_batches to fit_concept_erasure."
+        return deed, f"{guarded}No leakage was measured when it was fitted: pass eval_batches to fit_concept_erasure."
 
     def shown(site: str) -> str:
         ends = [f"{end:.2f}" for end in told.leakage_intervals.get(site, ())]
@@ -146,14 +135,10 @@ def leakage_sentence(config: ConceptErasureConfig) -> str:
         return f"{site} {before:.3f} → {after:.3f}{interval}"
 
     sites = [name for name in leakage if "last_hidden_state" not in name]
-    worst = max(sites, key=lambda name: leakage[name][1], default=None)
-    parts = [] if worst is None else [f"worst site {shown(worst)}"]
-    if "last_hidden_state" in leakage:
-        parts.append(shown("last_hidden_state"))
-    return (
-        f"{guarded}Correlation with the concept on {told.measured_on or 'held-out data'} when fitted: "
-        f"{', '.join(parts)}. {config.reach}"
-    )
+    parts = [f"worst site {shown(max(sites, key=lambda name: leakage[name][1]))}"] if sites else []
+    parts += [shown(name) for name in leakage if name == "last_hidden_state"]
+    measured = f"Correlation with the concept on {told.measured_on or 'held-out data'} when fitted"
+    return deed, f"{guarded}{measured}: {', '.join(parts)}. {config.reach}"
 
 
 def _why_inactive(found: Found[ChildConfig]) -> str | None:
@@ -163,8 +148,7 @@ def _why_inactive(found: Found[ChildConfig]) -> str | None:
     absent = sorted(set(config.fitted_modules) - {child.path for child in children})
     if absent:
         return (
-            f"{len(absent)} of its {_places(config)} are gone from the model, the first is {absent[0]!r}. Load it "
-            "again."
+            f"{len(absent)} of its {config.places} are gone from the model, the first is {absent[0]!r}. Load it again."
         )
     if isinstance(config, GradiendConfig) and config.learning_rate == 0:
         return (
@@ -185,42 +169,35 @@ def _why_inactive(found: Found[ChildConfig]) -> str | None:
     return None
 
 
-class _Outputs:
-    """What the model around an adapter returns for one batch, in evaluation mode and without gradients.
+def _output_of(model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> Callable[[], Tensor]:
+    """What gives the first tensor of floating-point numbers that the model around an adapter returns as it is now.
 
     A batch that has inputs which only a wrapper of the user's own takes goes through that wrapper.
     """
+    callee: nn.Module = callee_of(model, found.model)
+    inputs = {name: value for name, value in (batch or {}).items() if name != "concept_labels"}
+    if batch is None:
+        inputs = dummy_batch(found.model)
+    else:  # a `**kwargs` takes anything and tells nothing
+        inner, outer = (inputs.keys() <= inspect.signature(m.forward).parameters.keys() for m in (found.model, model))
+        callee = model if outer and not inner else callee
 
-    def __init__(self, model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> None:
-        self.found = found
-        self.callee: nn.Module = callee_of(model, found.model)
-        if batch is None:
-            self.inputs: dict[str, Any] = dummy_batch(found.model)
-        else:
-            self.inputs = {name: value for name, value in batch.items() if name != "concept_labels"}
-            if not _takes(found.model, self.inputs) and _takes(model, self.inputs):
-                self.callee = model
+    def output() -> Tensor:
+        with evaluating(callee), without_drawing(callee):
+            returned = callee(**inputs)
+        tensor = next((tensor for tensor in tensors_of(returned) if tensor.is_floating_point()), None)
+        if tensor is None:
+            raise ValueError(f"The model returns a {type(returned).__name__}, in which no tensor to compare was found.")
+        return tensor.detach().float()
 
-    def now(self) -> Tensor:
-        """The first tensor of floating-point numbers that the model returns as it is."""
-        with evaluating(self.callee), without_drawing(self.callee):
-            output = self.callee(**self.inputs)
-        found = next((tensor for tensor in tensors_of(output) if tensor.is_floating_point()), None)
-        if found is None:
-            raise ValueError(f"The model returns a {type(output).__name__}, in which no tensor to compare was found.")
-        return found.detach().float()
+    return output
 
 
-def _takes(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether a model names all inputs among its parameters; a `**kwargs` takes anything and tells nothing."""
-    return inputs.keys() <= inspect.signature(model.forward).parameters.keys()
-
-
-def _is_partial(model: nn.Module, name: str, outputs: _Outputs, active: Tensor, plain: Tensor) -> bool:
+def _is_partial(model: nn.Module, name: str, output: Callable[[], Tensor], active: Tensor, plain: Tensor) -> bool:
     """Whether changes of weights do less than the same changes in the weights themselves."""
     if any(why_not_editable(parameter) for parameter in targeted_parameters(model, name).values()):
         return False
     with edited(model, name):
-        merged = outputs.now()
+        merged = output()
     # Both are the same weights to the bit; kernels may sum in another order, far below the change itself.
     return distance([active], [merged]) > 1e-2 * distance([plain], [merged])

@@ -65,12 +65,14 @@ class ChildConfig(PeftConfig):
 
     Attributes:
         noun: What messages call an adapter of this kind.
+        places: What they call the modules where one acts.
         example: A configuration to write in a message.
         remedy: What to call so that the adapter is fitted, in a sentence.
         own_type: What PEFT calls the kind.
     """
 
     noun: ClassVar[str] = "hf_erasure adapter"
+    places: ClassVar[str] = "modules"
     example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"
     remedy: ClassVar[str]
     own_type: ClassVar[PeftType]

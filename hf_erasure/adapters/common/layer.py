@@ -26,8 +26,6 @@ from .config import ChildConfig
 if TYPE_CHECKING:
     from .model_state import Within
 
-# What PEFT calls a row without an adapter.
-NO_ADAPTER = "__base__"
 Child = TypeVar("Child", bound="AdapterChild")
 
 
@@ -63,11 +61,6 @@ class Rows:
 
     names: tuple[str, ...]
     beams: int = 1
-
-    @property
-    def adapters(self) -> list[str]:
-        """The adapters that any row has, in order."""
-        return [name for name in dict.fromkeys(self.names) if name != NO_ADAPTER]
 
     def of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
         """The positions of an adapter's rows along an axis of an activation  # (rows of that adapter,)
@@ -155,28 +148,11 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         """The names of all attributes that have an entry for each adapter; PEFT deletes an adapter from them."""
         return (*self.entries, *self._modules)
 
-    # BaseTunerLayer reads these from the module that it wraps, and this one does not wrap any.
-    @property
-    def weight(self) -> Tensor:
-        """PEFT goes on without a weight after this error."""
-        raise AttributeError(f"the {self.noun} has no weight of its own")
-
-    @property
-    def bias(self) -> Tensor:
-        """PEFT goes on without a bias after this error."""
-        raise AttributeError(f"the {self.noun} has no bias of its own")
-
-    @property
-    def in_features(self) -> int:
-        """What the host takes, as a LoRA in its place would say."""
-        return self._features()[0]
-
-    @property
-    def out_features(self) -> int:
-        """What the host gives, as a LoRA in its place would say."""
-        return self._features()[1]
+    def _no_weight(self) -> Tensor:
+        raise AttributeError(f"the {self.noun} has no weight or bias of its own")
 
     def _features(self) -> tuple[int, int]:
+        """What the host takes and gives, as a LoRA in its place would say."""
         host: Any = innermost(self.host)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a host that no LoRA goes on
@@ -184,6 +160,10 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         if features is None or given is None:
             raise AttributeError(f"{type(host).__name__} at {self.path!r} has no in_features and out_features")
         return features, given
+
+    # BaseTunerLayer reads these from the module that it wraps, and this one does not wrap any.
+    weight, bias = property(_no_weight), property(_no_weight)
+    in_features, out_features = property(lambda self: self._features()[0]), property(lambda self: self._features()[1])
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -231,12 +211,12 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def state_of(self, name: str) -> tuple[Tensor, ...]:
-        """An adapter's tensors as they are, for `restore_state`."""
-        return tuple(store[name] for store in self.stores(name).values())
+        """An adapter's tensors as they are, for `restore_state`; also those that a file does not have."""
+        return tuple(store[name] for store in AdapterChild.stores(self, name).values())
 
     def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
         """Put back what `state_of` gave; it is checked when it is first used."""
-        for store, value in zip(self.stores(name).values(), state, strict=True):
+        for store, value in zip(AdapterChild.stores(self, name).values(), state, strict=True):
             store[name] = value
         self._awaits_values.add(name)
 
@@ -274,26 +254,22 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterChild:
         """Follow `.to(device)`, and a dtype only where it is among `precisions`."""
-        for store in self.children():
-            for name, value in list(store._buffers.items()):
-                if value is not None:
-                    converted = self._stay_real(fn(value))
-                    follows = converted.dtype in (value.dtype, *self.precisions)
-                    kept = converted if follows else value.to(converted.device, self.precisions[0])
-                    store._buffers[name] = ordinary(kept)
-        return self
-
-    def _stay_real(self, converted: Tensor) -> Tensor:
-        """Refuse to let state go where accelerate does not bring it back from."""
         sharding = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
-        if converted.device.type == "meta" and sharding:
-            raise ValueError(
-                f"The {self.noun} at {self.path!r} would be lost: with cpu_ram_efficient_loading accelerate moves the "
-                "model to the meta device to shard it, and brings parameters back, but no buffers. Set "
-                "cpu_ram_efficient_loading=False (fsdp_cpu_ram_efficient_loading: false in its file), or attach the "
-                "adapter after accelerator.prepare(…)."
-            )
-        return converted
+        for store in self.children():
+            for name, value in [(name, value) for name, value in store._buffers.items() if value is not None]:
+                converted = fn(value)
+                if converted.device.type == "meta" and sharding:
+                    raise ValueError(
+                        f"The {self.noun} at {self.path!r} would be lost: with cpu_ram_efficient_loading accelerate "
+                        "moves the model to the meta device to shard it, and brings parameters back, but no buffers. "
+                        "Set cpu_ram_efficient_loading=False (fsdp_cpu_ram_efficient_loading: false in its file), or "
+                        "attach the adapter after accelerator.prepare(…)."
+                    )
+                follows = converted.dtype in (value.dtype, *self.precisions)
+                store._buffers[name] = ordinary(
+                    converted if follows else value.to(converted.device, self.precisions[0])
+                )
+        return self
 
     # ---- adapters come and go ----------------------------------------------------------------------------------------
 
@@ -342,7 +318,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         """The adapters here that are meant to act, in order: sticky ones that are not active, then the active."""
         if self._disable_adapters:
             return []
-        active = self.active_adapters if self.rows is None else self.rows.adapters
+        active = self.active_adapters if self.rows is None else dict.fromkeys(self.rows.names)
         on = [name for name, sticky in self.sticky_adapters.items() if sticky and name not in active]
         return on + [name for name in active if name in self.sticky_adapters]
 

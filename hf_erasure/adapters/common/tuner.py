@@ -19,7 +19,7 @@ from ..loading.fingerprint import recognise
 from .acting import all_configs, kind_of, naming_what_goes_off
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
-from .layer import NO_ADAPTER, AdapterChild, Rows, adapter_children, outside_inference_mode
+from .layer import AdapterChild, Rows, adapter_children, outside_inference_mode
 from .model_state import (
     ActiveCopies,
     Within,
@@ -30,6 +30,8 @@ from .model_state import (
     undone_on_failure,
 )
 
+# What PEFT calls a row without an adapter.
+_NO_ADAPTER = "__base__"
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
 
@@ -237,11 +239,11 @@ class ChildTuner(BaseTuner):
         if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"adapter_names={names!r} is not a list of names: give one for each row of the batch.")
         known = {name for child in children for name in child.adapters}
-        unknown = sorted({*names} - known - {NO_ADAPTER})
+        unknown = sorted({*names} - known - {_NO_ADAPTER})
         if unknown:
             raise ValueError(
                 f"adapter_names has {unknown}, but the adapters here are {sorted(known)}; a row without an adapter is "
-                f"{NO_ADAPTER!r}."
+                f"{_NO_ADAPTER!r}."
             )
         merged = sorted({name for child in children for name in child.merged_adapters})
         if merged:

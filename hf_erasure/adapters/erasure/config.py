@@ -85,6 +85,7 @@ class ConceptErasureConfig(ChildConfig):
     """
 
     noun: ClassVar[str] = "concept erasure"
+    places: ClassVar[str] = "sites"
     remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
     own_type = CONCEPT_ERASURE
     words = tuple(WORDS)

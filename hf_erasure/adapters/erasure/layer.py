@@ -187,16 +187,6 @@ class ErasureLayer(AdapterChild):
             key: store for key, store in found.items() if has_readings or store is not self.concept_erasure_readings
         }
 
-    def state_of(self, name: str) -> tuple[Tensor, ...]:
-        """An adapter's tensors as they are, for `restore_state`; also those that a file does not have."""
-        return tuple(store[name] for store in super().stores(name).values())
-
-    def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
-        """Put back what `state_of` gave; it is checked when it is first used."""
-        for store, value in zip(super().stores(name).values(), state, strict=True):
-            store[name] = value
-        self._awaits_values.add(name)
-
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry of `fitted_sites`."""
         (width, rank), axis = self.concept_erasure_left[name].shape, self.concept_erasure_axis[name]
