@@ -89,7 +89,7 @@ def patches() -> tuple[Patch, ...]:
         of_models(
             "PeftModel.save_pretrained",
             ("save_directory",),
-            wrapper=saving.save_peft_model,
+            wrapper=saving.save_pretrained,
             why="a save that is killed leaves half of an adapter, and one may overwrite another's",
         ),
         Patch(
@@ -97,7 +97,7 @@ def patches() -> tuple[Patch, ...]:
             "transformers.modeling_utils",
             "PreTrainedModel.save_pretrained",
             ("save_directory",),
-            wrapper=saving.save_model,
+            wrapper=saving.save_pretrained,
             why="as save_pretrained of a PeftModel; and it pushes before the card is written",
         ),
         Patch(

@@ -24,7 +24,7 @@ from .common.acting import users_level
 from .common.config import ChildConfig
 from .common.files import PICKLE, PREFIX, WEIGHTS
 from .common.layer import AdapterChild
-from .common.lookup import Found, adapters_in
+from .common.lookup import adapters_in
 from .common.tuner import is_child
 
 # The types of tensors that adapters have, by the names that safetensors has for them.
@@ -209,7 +209,7 @@ def _relative(name: str, names: list[str]) -> str:
     return ".".join(name.split(".")[shared:])
 
 
-def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> None:
+def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None:
     """Called before `model.save_pretrained`, of all its tensors or a `state_dict`, or before a training that calls it.
 
     A model that holds adapters itself saves the active one and no weights; it is told in a warning what is left out.
@@ -234,26 +234,19 @@ def refuse_loss(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -
         )
     part = as_attribute(first.path)
     keep = f"{part}.save_pretrained(folder) saves it in a folder of its own"
-    if getattr(model, "peft_config", None):
-        _refuse_foreign(model, lost, keep)
-        warnings.warn(f"Saving this {name} leaves out {told}: {keep}.", stacklevel=users_level())
-        return
-    raise ValueError(
-        f"Saving this {name} would lose {told}: {keep}. After {part}.delete_adapter({first.name!r}) the model is saved "
-        f"without it. An adapter that is loaded into the whole model, model.load_adapter(folder), is saved by "
-        "model.save_pretrained; it may come from the part's folder."
-    )
-
-
-def _refuse_foreign(model: Any, lost: list[Found[ChildConfig]], keep: str) -> None:
-    """Raise where the adapter of a part is on in the place of the model's own: transformers would look for it here."""
-    if not getattr(model, "_hf_peft_config_loaded", False):
-        return
-    foreign = [name for name in model.active_adapters() if name not in model.peft_config]
-    if foreign:
-        own = list(model.peft_config)
+    own = list(getattr(model, "peft_config", None) or ())
+    if not own:
         raise ValueError(
-            f"This {type(model).__name__} cannot be saved: {foreign} is on, which is not an adapter of it but of "
-            f"{as_attribute(lost[0].path)}, and {own} is off. {keep}. Call model.set_adapter({own}) before saving this "
-            "model with its own."
+            f"Saving this {name} would lose {told}: {keep}. After {part}.delete_adapter({first.name!r}) the model is "
+            "saved without it. An adapter that is loaded into the whole model, model.load_adapter(folder), is saved by "
+            "model.save_pretrained; it may come from the part's folder."
         )
+    # Of an adapter that is on here transformers would look for the configuration here.
+    acting = saved.active_adapters() if saved is model else []
+    foreign = [adapter for adapter in acting if adapter not in own]
+    if foreign:
+        raise ValueError(
+            f"This {name} cannot be saved: {foreign} is on, which is not an adapter of it but of {part}, and {own} is "
+            f"off. {keep}. Call model.set_adapter({own}) before saving this model with its own."
+        )
+    warnings.warn(f"Saving this {name} leaves out {told}: {keep}.", stacklevel=users_level())

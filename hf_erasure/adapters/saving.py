@@ -1,14 +1,10 @@
 """Saving an adapter so that a folder holds all of one save or all of another, whenever the process is killed.
 
-`save_pretrained` of a model whose adapter is of this package writes into a hidden folder inside the target (*staging*),
-brings all of it to disk, and renames it to `.hf-erasure-commit`: from that moment on the save has happened. Then its
-files are moved to their places, `adapter_config.json` first, and the empty folder goes away. Whoever comes across a
-folder of that name finishes the moving first: loading does, and so does the next save. Renaming a folder onto one that
-is not empty fails, so that of several processes that save at once one commits after the other and their files are never
-mixed. After a save nothing but the adapter remains; what a killed one has left is removed by the next save.
-
-Each adapter is committed by itself: of a `PeftModel` with several, each in the folder of its name, then the folder
-itself.
+A save is written into a hidden folder inside the target (*staging*), brought to disk, and renamed to
+`.hf-erasure-commit`: from that moment on it has happened. Then its files are moved to their places,
+`adapter_config.json` first, and the empty folder goes away. Whoever comes across a folder of that name finishes the
+moving: loading does, and so does the next save. Renaming onto a folder that is not empty fails, so that saves at the
+same time commit one after the other and their files are never mixed. What a killed one has left is removed by the next.
 
 What is to lie beside an adapter, as its card, is written by the functions in `ON_STAGED`. Each is called with the
 staged folder of an adapter, the model that is saved, a `PeftModel` or a transformers model, and the adapter's name:
@@ -37,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 
 from .common.acting import users_level
 from .common.config import ChildConfig, read_config
@@ -201,55 +197,41 @@ def _remove(staging: Path, lock: BaseFileLock) -> None:
 # ---- save_pretrained -------------------------------------------------------------------------------------------------
 
 
-def save_peft_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
-    """`PeftModel.save_pretrained`, staged where an adapter that it writes is of this package.
-
-    Raises:
-        ValueError: If a folder holds another adapter, an adapter is no longer whole, or the call asks for what cannot
-            be loaded again.
-    """
-    call = inspect.signature(original).bind(*args, **kwargs)
-    given = call.arguments
-    folder = Path(given["save_directory"])
-    refuse_loss(model)
-    names = given.get("selected_adapters")
-    names = list(model.peft_config) if names is None else names
-    ours = [name for name in names if isinstance(model.peft_config.get(name), ChildConfig)]
-    if given.get("is_main_process", True):
-        for name in set(names) - set(ours):
-            _warn_of_replaced(folder if name == "default" else folder / name)
-    if not ours or not given.get("is_main_process", True) or folder.is_file():
-        return original(*args, **kwargs)
-    with _save_to(model, {name: "" if name == "default" else name for name in ours}, given):
-        original(*call.args, **call.kwargs)
+# What transformers takes for a push besides `push_to_hub=True`.
+_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
-def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
-    """`save_pretrained` of a transformers model, staged where its active adapter is of this package.
+def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
+    """`save_pretrained` of a `PeftModel` or a transformers model, staged where an adapter to write is of this package.
 
     With `push_to_hub=True` the folder is complete before anything is uploaded.
 
     Raises:
-        ValueError: If the folder holds another adapter, the adapter is no longer whole, one on a part of the model
-            would be lost, or the call asks for what cannot be loaded again.
+        ValueError: If a folder holds another adapter, an adapter is no longer whole, one on a part of the model would
+            be lost, or the call asks for what cannot be loaded again.
     """
     call = inspect.signature(original).bind(*args, **kwargs)
-    given = call.arguments
-    folder = Path(given["save_directory"])
-    refuse_loss(model, given.get("state_dict"))
-    is_adapter = getattr(model, "_hf_peft_config_loaded", False)
-    configs = child_configs(model) if is_adapter else {}
-    ours = [name for name in model.active_adapters() if name in configs] if configs else []  # several are refused
-    decide = getattr(model, "should_save_on_this_rank", bool)
+    given, more, is_peft = call.arguments, call.arguments.get("kwargs", {}), isinstance(model, PeftModel)
+    folder, configs = Path(given["save_directory"]), child_configs(model)
+    refuse_loss(model, None if is_peft else given.get("state_dict"))
+    if is_peft:
+        names = given.get("selected_adapters")
+        names = list(model.peft_config) if names is None else names
+    else:
+        names = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    places = {name: name if is_peft and name != "default" else "" for name in names}
+    ours = {name: place for name, place in places.items() if name in configs}
+    decide = bool if is_peft else getattr(model, "should_save_on_this_rank", bool)
     writes = decide(given.get("is_main_process", True))
-    if is_adapter and not ours and writes:
-        _warn_of_replaced(folder)
-    if not ours or folder.is_file() or not writes:
+    for place in {*places.values()} - {*ours.values()} if writes else ():
+        _warn_of_replaced(folder / place)
+    if not ours or not writes or folder.is_file():
         return original(*args, **kwargs)
-    push = given.pop("push_to_hub", False)
-    options = {name: given.get("kwargs", {}).pop(name) for name in _PUSH if name in given.get("kwargs", {})}
-    given["max_shard_size"] = sys.maxsize  # PEFT reads one file
-    with _save_to(model, dict.fromkeys(ours, ""), given):
+    push, options = False, {}
+    if not is_peft:
+        push, options = given.pop("push_to_hub", False), {name: more.pop(name) for name in _PUSH if name in more}
+        given["max_shard_size"] = sys.maxsize  # PEFT reads one file
+    with _save_to(model, ours, given):
         original(*call.args, **call.kwargs)
     if push:
         if given.get("token") is not None:
@@ -259,10 +241,6 @@ def save_model(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Non
             model.push_to_hub(options.pop("repo_id", folder.resolve().name), **options)
         finally:
             PUSHED_FROM.reset(token)
-
-
-# What transformers takes for a push besides `push_to_hub=True`.
-_PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 @contextmanager
@@ -298,17 +276,13 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
 def _refuse_others(place: Path, config: ChildConfig) -> None:
     """Raise if the folder of an adapter holds one of another method."""
     finish(place)
-    file = place / CONFIG
-    if not os.path.lexists(file):
-        return
-    try:
-        kind = str(read_config(file).get("peft_type"))
-    except ValueError as error:
+    kind, why = _kind_in(place)
+    if why:
         raise ValueError(
-            f"{str(place)!r} holds an adapter already, and of which kind cannot be told ({error}). Save the "
+            f"{str(place)!r} holds an adapter already, and of which kind cannot be told ({why}). Save the "
             f"{config.described} into another folder, or delete that one first."
-        ) from error
-    if kind != config.peft_type:
+        )
+    if kind not in (None, config.peft_type):
         raise ValueError(
             f"{str(place)!r} holds a {kind} adapter, which the {config.described} would overwrite. Save it into "
             "another folder, or delete that one first."
@@ -317,15 +291,18 @@ def _refuse_others(place: Path, config: ChildConfig) -> None:
 
 def _warn_of_replaced(place: Path) -> None:
     """Say that an adapter of another method takes the place of one of this package."""
-    if not (place / CONFIG).is_file():
-        return
-    try:
-        kind: Any = read_config(place / CONFIG).get("peft_type")
-    except ValueError:
-        return  # whatever it is, it could not be loaded
+    kind, _ = _kind_in(place)
     if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), ChildConfig):
         warnings.warn(
             f"{str(place)!r} held a {kind} adapter, and what is saved there now replaces it. Save each adapter into a "
             "folder of its own.",
             stacklevel=users_level(),
         )
+
+
+def _kind_in(place: Path) -> tuple[Any, str]:
+    """Of which kind the adapter in a folder is, None without one; or why that cannot be told."""
+    try:
+        return (str(read_config(place / CONFIG).get("peft_type")) if os.path.lexists(place / CONFIG) else None), ""
+    except (OSError, ValueError) as error:
+        return None, str(error)

@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .common.acting import all_configs, naming_what_goes_off, say_which_copies_went_off
+from .common.acting import all_configs, naming_what_goes_off, warn_of_copies
 from .common.config import ChildConfig
 from .common.layer import AdapterChild, adapter_children, child_configs
 from .common.model_state import (
@@ -99,7 +99,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
         if is_adding:
             copies.restore(trained=False, where=stays)
     if not is_adding:
-        say_which_copies_went_off(model, copies.on)
+        warn_of_copies(model, copies.on)
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

@@ -29,8 +29,6 @@ from .model_state import ActiveCopies, auxiliary_wrappers, undone_on_failure
 
 # Set while an adapter is being added or loaded: what went off is said once, when all is done.
 _ADDING: ContextVar[bool] = ContextVar("adding", default=False)
-# The same for what acts beside others than at fitting.
-_COMPARING: ContextVar[bool] = ContextVar("comparing", default=False)
 _LIBRARIES = ("hf_erasure", "peft", "transformers", "trl", "torch", "contextlib")
 # So many tensors of an adapter are looked at, two values of each.
 _TENSORS = 16
@@ -124,14 +122,7 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
         if off:
             _warn_of_adapters(model, off, newcomer)
         if copies.wrappers or auxiliary_wrappers(model):
-            _warn_of_copies(model, copies.on, newcomer if newcomer in after else "")
-
-
-def say_which_copies_went_off(model: nn.Module, before: dict[str, str]) -> None:
-    """Warn of modules of the base model that act in the place of trained copies, after a user switched adapters."""
-    now = ActiveCopies(model).on
-    if not _ADDING.get():
-        _warn_of_copies(model, {place: name for place, name in before.items() if place not in now})
+            warn_of_copies(model, copies.on, newcomer if newcomer in after else "")
 
 
 def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
@@ -154,12 +145,17 @@ def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
     )
 
 
-def _warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str = "") -> None:
-    """Name the copies that acted before and do not any more, and those of a newcomer that acts without them."""
+def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
+    """Name the copies that acted before and do not any more, and those of a newcomer that acts without them.
+
+    Where there is not a newcomer, a user has switched adapters, and knows of copies in whose place another acts.
+    """
+    if _ADDING.get():
+        return
     copies_now = ActiveCopies(model)
     for place, name in before.items():
         acting = copies_now.on.get(place)
-        if acting != name:
+        if acting != name and (newcomer is not None or acting is None):
             instead = "the untrained one of the base model does" if acting is None else f"that of {acting!r} does"
             warnings.warn(
                 f"The {place!r} that was trained with the adapter {name!r} does not act any more: {instead}. It acts "
@@ -257,18 +253,12 @@ def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
 @contextmanager
 def undone_or_told(model: nn.Module, newcomer: str) -> Iterator[None]:
     """Undo a load that fails, and say after another what went off, and what acts among others than at fitting."""
+    is_part = _ADDING.get()  # of a load that says it
     with undone_on_failure(model, newcomer), naming_what_goes_off(model, newcomer):
-        if _COMPARING.get():  # what is loaded belongs to a load that says it
-            yield
-            return
-        before = {name: other_than_when_fitted(model, name) for name in all_configs(model)}
-        token = _COMPARING.set(True)
-        try:
-            yield
-        finally:
-            _COMPARING.reset(token)
+        before = {} if is_part else {name: other_than_when_fitted(model, name) for name in all_configs(model)}
+        yield
         acting = adapters_now(model).acting
-        for name in all_configs(model):
+        for name in () if is_part else all_configs(model):
             said = other_than_when_fitted(model, name) if name in acting or name == newcomer else ""
             if said and said != before.get(name):
                 warnings.warn(said, stacklevel=users_level())

@@ -231,45 +231,33 @@ def check_targets(config: Any, model: nn.Module) -> None:
     as_names(config, *names)
 
 
-def matches(config: Any, field: str, name: str) -> bool:
-    """Whether the pattern in a field of a configuration matches all of a name.
-
-    Raises:
-        ValueError: If it is not a regular expression, or takes longer than it may.
-    """
-    pattern: str = getattr(config, field)
-    try:
-        return regex.fullmatch(pattern, name, timeout=_SECONDS_A_MATCH) is not None
-    except TimeoutError as error:
-        raise ValueError(_too_slow(config, field, _SECONDS_A_MATCH)) from error
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{field}={short(pattern)} is not a regular expression: {error}.") from error
-
-
 def as_names(config: Any, *names: str) -> Any:
     """A copy of a configuration in which those of `names` that its patterns match stand in their place.
 
     Raises:
-        ValueError: As `matches`; also if all the names together take longer than they may.
+        ValueError: If a pattern is not a regular expression, or takes longer than it may.
     """
     plain, began = copy.copy(config), time.process_time()
     for key in _PATTERNS:
         value = getattr(config, key, None)
-        if isinstance(value, str) and value.lower() not in ("all-linear", *config.words):
-            setattr(plain, key, set())
+        if not isinstance(value, str) or value.lower() in ("all-linear", *config.words):
+            continue
+        setattr(plain, key, set())
+        try:
             for name in names:
-                if matches(config, key, name):
+                if regex.fullmatch(value, name, timeout=_SECONDS_A_MATCH) is not None:
                     getattr(plain, key).add(name)
                 if time.process_time() - began > _SECONDS_A_MODEL:
-                    raise ValueError(_too_slow(config, key, _SECONDS_A_MODEL))
+                    raise TimeoutError
+        except TimeoutError as error:
+            raise ValueError(
+                f"The regular expression {key}={short(value)} takes longer than {_SECONDS_A_MATCH:g} s on a name, or "
+                f"{_SECONDS_A_MODEL:g} s on all names of this model: write one without nested repetitions, or a list "
+                "of names."
+            ) from error
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{key}={short(value)} is not a regular expression: {error}.") from error
     return plain
-
-
-def _too_slow(config: Any, field: str, seconds: float) -> str:
-    return (
-        f"The regular expression {field}={short(getattr(config, field))} takes longer than {seconds:g} s on the names "
-        "of this model: write one without nested repetitions, or a list of names."
-    )
 
 
 # ---- values that any file may hold -----------------------------------------------------------------------------------

@@ -208,8 +208,8 @@ def put_in_place(model: nn.Module, wrapper: str, module: nn.Module) -> None:
 # ---- taking adapters off ---------------------------------------------------------------------------------------------
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter off all its modules, and the children that are empty then."""
+def _remove_adapter(model: Any, adapter_name: str) -> None:
+    """Take an adapter off all its modules, with the children that are empty then and its configuration."""
     take_off(adapter_children(model, adapter_name), adapter_name)
     for wrapper in auxiliary_wrappers(model).values():
         if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
@@ -221,6 +221,10 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if not wrapper._adapters:
             put_in_place(model, name, wrapper.original_module)
     note_adapters(model)
+    configs = getattr(model, "peft_config", None) or {}
+    configs.pop(adapter_name, None)
+    if not configs and "peft_config" in vars(model):
+        del model.peft_config
 
 
 def take_off(children: Iterable[AdapterChild], adapter_name: str) -> None:
@@ -244,10 +248,8 @@ def note_adapters(model: Any, *, deleting: bool = False) -> None:
         deleting: Whether PEFT is deleting an adapter, and will turn to those modules next.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    within, ours = (
-        Within(weakref.ref(base)),
-        {name for child in adapter_children(base) for name in child.sticky_adapters},
-    )
+    within = Within(weakref.ref(base))
+    ours = {name for child in adapter_children(base) for name in child.sticky_adapters}
     for wrapper in [] if deleting else auxiliary_wrappers(base).values():
         if ours:
             wrapper.__class__ = TrainedModule if isinstance(wrapper, ModulesToSaveWrapper) else TrainedTokens
@@ -321,59 +323,40 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     if id(base) in _UNDONE.get():  # the outer block undoes all
         yield
         return
-    before = ModelState(model, adapter_name, is_new=is_new)
+    is_new = is_new or adapter_name not in (getattr(model, "peft_config", None) or {})
+    loaded, trained_copies = getattr(model, "_hf_peft_config_loaded", None), ActiveCopies(model)
+    modules = [(module, module.training) for module in model.modules()]
+    active = [(module, module._active_adapter) for module, _ in modules if isinstance(module, BaseTunerLayer)]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    children = adapter_children(model, adapter_name)
+    values = [(child, tuple(part.clone() for part in child.state_of(adapter_name))) for child in children]
+    wrappers = [w.modules_to_save for w in model.modules() if isinstance(w, ModulesToSaveWrapper)]
+    copies = [wrapper[adapter_name].state_dict(keep_vars=True) for wrapper in wrappers if adapter_name in wrapper]
+    tensors = [(tensor, tensor.detach().clone()) for copy in copies for tensor in copy.values()]
     token = _UNDONE.set(_UNDONE.get() | {id(base)})
     try:
         yield
     except BaseException:
         config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
         if is_ours or isinstance(config, ChildConfig) or adapter_children(model, adapter_name):
-            before.restore()
+            if is_new:
+                _remove_adapter(model, adapter_name)
+            for child, state in values:
+                child.restore_state(adapter_name, state)
+            with torch.no_grad():
+                for tensor, value in tensors:
+                    tensor.copy_(value)
+            for module, training in modules:
+                module.training = training
+            for tuner_layer, names in active:
+                tuner_layer._active_adapter = names
+            for parameter, required in trainable:
+                parameter.requires_grad_(required)
+            trained_copies.restore()
+            if loaded is not None:  # `add_adapter` of transformers says so before anything is added
+                model._hf_peft_config_loaded = loaded and bool(getattr(model, "peft_config", None))
         elif adapter_children(model):
-            before.trained_copies.restore()
+            trained_copies.restore()
         raise
     finally:
         _UNDONE.reset(token)
-
-
-class ModelState:
-    """What a failed call that adds or loads an adapter must leave as it was; arguments as of `undone_on_failure`."""
-
-    def __init__(self, model: nn.Module, adapter_name: str, *, is_new: bool = False) -> None:
-        self.model, self.adapter_name = model, adapter_name
-        self.loaded = getattr(model, "_hf_peft_config_loaded", None)
-        self.is_new = is_new or adapter_name not in (getattr(model, "peft_config", None) or {})
-        self.training = [(module, module.training) for module in model.modules()]
-        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self.active = [(m, m._active_adapter) for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        self.trained_copies = ActiveCopies(model)
-        children = adapter_children(model, adapter_name)
-        self.values = [(child, tuple(part.clone() for part in child.state_of(adapter_name))) for child in children]
-        wrappers = [w.modules_to_save for w in model.modules() if isinstance(w, ModulesToSaveWrapper)]
-        copies = [wrapper[adapter_name].state_dict(keep_vars=True) for wrapper in wrappers if adapter_name in wrapper]
-        self.copies = [(tensor, tensor.detach().clone()) for copy in copies for tensor in copy.values()]
-
-    def restore(self) -> None:
-        """Undo whatever the call did to the model."""
-        if self.is_new:
-            remove_adapter(self.model, self.adapter_name)
-            configs = getattr(self.model, "peft_config", None) or {}
-            configs.pop(self.adapter_name, None)
-            if not configs and "peft_config" in self.model.__dict__:
-                del self.model.peft_config
-        for child, state in self.values:
-            child.restore_state(self.adapter_name, state)
-        with torch.no_grad():
-            for tensor, value in self.copies:
-                tensor.copy_(value)
-        for tuner_layer, active in self.active:
-            tuner_layer._active_adapter = active
-        self.trained_copies.restore()
-        for parameter, required in self.trainable:
-            parameter.requires_grad_(required)
-        for module, training in self.training:
-            module.training = training
-        if self.loaded is not None:
-            # `add_adapter` of transformers says so before anything is added.
-            model: Any = self.model
-            model._hf_peft_config_loaded = self.loaded and bool(getattr(model, "peft_config", None))

@@ -120,23 +120,26 @@ class ChildTuner(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Name the modules that `target_modules=None` and the word for all linear layers stand for."""
-        given = peft_config.target_modules
-        if not peft_config.fitted and isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        """Name the modules that `target_modules=None` and words stand for."""
+        given, names = peft_config.target_modules, self._names_meant(peft_config)
+        if names is not None:
+            peft_config.target_modules = exactly(names, self.model)
+            if isinstance(peft_config.target_modules, str):
+                peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
+        elif not peft_config.fitted and isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
             if not peft_config.target_modules:
                 raise ValueError(
                     f"target_modules={given!r} stands for linear layers, and {type(self.model).__name__} has none: "
                     "leave target_modules out, which takes the default, or name modules."
                 )
-            peft_config.has_default_targets = True
-        if not peft_config.fitted and peft_config.target_modules is None:
-            names = keep_layers(self._default_targets(self.model), peft_config)
-            peft_config.target_modules = exactly(names, self.model)
-            peft_config.has_default_targets = True
-            if isinstance(peft_config.target_modules, str):
-                peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
+        peft_config.has_default_targets |= peft_config.target_modules is not given
         return peft_config
+
+    def _names_meant(self, config: Any) -> list[str] | None:
+        """The modules that the default, or a word, stands for; None where `target_modules` name them."""
+        is_default = config.target_modules is None and not config.fitted
+        return keep_layers(self._default_targets(self.model), config) if is_default else None
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))

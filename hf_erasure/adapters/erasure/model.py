@@ -23,7 +23,7 @@ from hf_erasure.models.streams import readers_of, writers_of
 from ..common.config import as_names, short
 from ..common.layer import Rows
 from ..common.lookup import adapter_of
-from ..common.tuner import ChildTuner, exactly, keep_layers
+from ..common.tuner import ChildTuner, keep_layers
 from ..merging.plan import merge
 from .config import ConceptErasureConfig
 from .layer import ErasureLayer, erasure_layers, site_layers
@@ -118,15 +118,11 @@ class ConceptErasureModel(ChildTuner):
     tuner_layer_cls = ErasureLayer
     _default_targets = staticmethod(default_targets)
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Find the weights that a word stands for; a fitted adapter has them."""
-        if peft_config.word:
-            peft_config.weights = peft_config.weights or weights_of_word(self.model, peft_config)
-            peft_config.target_modules = exactly(list(peft_config.groups), self.model)
-            peft_config.has_default_targets = True
-            if isinstance(peft_config.target_modules, str):
-                peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the expression
-        return super()._prepare_adapter_config(peft_config, model_config)
+    def _names_meant(self, config: Any) -> list[str] | None:
+        if not config.word:
+            return super()._names_meant(config)
+        config.weights = config.weights or weights_of_word(self.model, config)  # a fitted adapter has them
+        return list(config.groups)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, untie: bool = False

@@ -105,21 +105,20 @@ class GradiendModel(ChildTuner):
 
     # ---- attaching ---------------------------------------------------------------------------------------------------
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+    def _names_meant(self, config: Any) -> list[str] | None:
         # The parameters that the adapter being attached has already; a tied weight comes with its first owner.
         self._claimed: set[int] = set()
         # Modules without parameters of their own, which an expression matched.
         self._passed_over: dict[str, nn.Module] = {}
-        by_default = peft_config.target_modules is None and not peft_config.fitted
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if by_default:
-            if not peft_config.target_modules:
+        names = super()._names_meant(config)
+        if names is not None:
+            if not names:
                 raise ValueError(
                     f"No parameter of {type(self.model).__name__} is left for target_modules=None: name the modules "
                     "whose weights the feature may change."
                 )
-            peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the names
-        return peft_config
+            config.layers_to_transform = config.layers_pattern = None  # they are in the names
+        return names
 
     def _check_tied_modules(self, model: nn.Module, peft_config: GradiendConfig) -> None:
         """A tied weight is changed for all its owners, so that nothing is to be warned of."""
