@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from .adapters import saved_tensors, saving, switching
-from .adapters.common import tuner
+from .adapters import saved_tensors, saving
+from .adapters.common import acting, tuner
 from .adapters.internals import Internal, check_internals, installed
 from .adapters.loading import load
 from .callbacks import trainer
@@ -63,14 +63,14 @@ def patches() -> tuple[Patch, ...]:
         of_transformers(
             "PeftAdapterMixin.set_adapter",
             ("adapter_name",),
-            wrapper=switching.set_adapter,
+            wrapper=acting.set_adapter,
             why="it stops halfway at a trained module that not every adapter has a copy of; add_adapter calls it last, "
             "and does not say which adapter went off",
         ),
         of_models(
             "PeftModel.__init__",
             ("model", "peft_config", "adapter_name"),
-            wrapper=switching.make_peft_model,
+            wrapper=tuner.make_peft_model,
             why="the class of a task changes the caller's configuration, and what fails afterwards leaves the adapter",
         ),
         of_models(
@@ -118,18 +118,18 @@ def patches() -> tuple[Patch, ...]:
         of_tuners(
             "onload_layer",
             ("layer",),
-            wrapper=switching.onload_layer,
+            wrapper=tuner.onload_layer,
             why="another method merges every layer that it finds, and takes every merge back, children's too",
         ),
         of_tuners(
             "BaseTuner.unload",
-            wrapper=switching.unload,
+            wrapper=tuner.unload,
             why="another method takes its wrappers away, and the children that hang on them",
         ),
         of_tuners(
             "BaseTuner.merge_and_unload",
             ("safe_merge", "adapter_names"),
-            wrapper=switching.unload,
+            wrapper=tuner.unload,
             why="as unload",
         ),
         Patch(

@@ -23,9 +23,8 @@ from hf_erasure.models.model import as_attribute
 from .common.acting import users_level
 from .common.config import ChildConfig
 from .common.files import PICKLE, PREFIX, WEIGHTS
-from .common.layer import AdapterChild
+from .common.layer import AdapterChild, is_child
 from .common.lookup import adapters_in
-from .common.tuner import is_child
 
 # The types of tensors that adapters have, by the names that safetensors has for them.
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"}

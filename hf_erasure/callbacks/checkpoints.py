@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, site_layers
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
-from hf_erasure.adapters.common.tuner import is_child
+from hf_erasure.adapters.common.layer import is_child
 from hf_erasure.adapters.saving import ON_STAGED, staged
 from hf_erasure.models.model import unwrapped
 

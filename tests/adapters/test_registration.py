@@ -18,7 +18,8 @@ from peft.utils.peft_types import PeftType
 
 import hf_erasure
 from hf_erasure import ConceptErasureConfig, patches
-from hf_erasure.adapters import ConceptErasureModel, internals, switching
+from hf_erasure.adapters import ConceptErasureModel, internals
+from hf_erasure.adapters.common import acting
 from hf_erasure.adapters.internals import INTERNALS, check_internals, check_pair
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.prepared import TRANSFORMERS, Ended, run, run_code
@@ -108,7 +109,7 @@ def test_a_name_of_pefts_own_is_refused():
 
 
 @pytest.mark.parametrize(
-    "module", [hf_erasure, hf_erasure.adapters, internals, switching, patches], ids=lambda m: m.__name__
+    "module", [hf_erasure, hf_erasure.adapters, internals, acting, patches], ids=lambda m: m.__name__
 )
 def test_a_module_can_be_reloaded(module, lifecycle: Lifecycle):
     importlib.reload(module)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import sys
+import traceback
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .config import ChildConfig, Provenance, fits, short
 from .layer import AdapterChild, adapter_children
-from .model_state import ActiveCopies, auxiliary_wrappers, undone_on_failure
+from .model_state import ActiveCopies, auxiliary_wrappers, check_one_copy, note_adapters, undone_on_failure
 
 # Set while an adapter is being added or loaded: what went off is said once, when all is done.
 _ADDING: ContextVar[bool] = ContextVar("adding", default=False)
@@ -177,6 +178,38 @@ def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | Non
 
 def _listed(adapters: Mapping[str, str]) -> str:
     return ", ".join(f"the {noun} {name!r}" for name, noun in sorted(adapters.items()))
+
+
+def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -> None:
+    """`set_adapter` of a transformers model, which stops halfway at a trained module that lacks one of the names.
+
+    After an adapter was added, by `add_adapter`, what goes off is named, and trained modules of other methods act on:
+    without them untrained ones would answer.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    if not adapter_children(model):
+        return original(adapter_name)
+    copies, configs = ActiveCopies(model), all_configs(model)
+    if copies.wrappers:
+        check_one_copy(model, names)
+        note_adapters(model)  # a class of a task may have added its head since
+    ours = any(isinstance(configs.get(name), ChildConfig) for name in names)
+    # `add_adapter` switches its newcomer on last, as a user would: only the calls that are running tell.
+    running = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "add_adapter")
+    is_adding = any(frame.f_locals.get("self") is model for frame in running)
+
+    def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
+        is_concerned = ours or isinstance(configs.get(on), ChildConfig)
+        return on != "" and is_concerned and not wrapper._adapters & set(names)
+
+    with naming_what_goes_off(model, names[0]) if is_adding else nullcontext():
+        original(adapter_name)
+        for wrapper in copies.wrappers.values():
+            wrapper.set_adapter(names)
+        if is_adding:
+            copies.restore(trained=False, where=stays)
+    if not is_adding:
+        warn_of_copies(model, copies.on)
 
 
 # ---- what acts beside an adapter that is fitted, and afterwards ------------------------------------------------------

@@ -365,6 +365,11 @@ def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[
     return [child for child in children if adapter_name is None or adapter_name in child.sticky_adapters]
 
 
+def is_child(key: str) -> bool:
+    """Whether a module's name is that of a child, or of something inside one."""
+    return any(kind.child_name in key.split(".") for kind in AdapterChild.__subclasses__())
+
+
 def innermost(module: nn.Module) -> nn.Module:
     """The module that other adapters have wrapped; the module itself where none has."""
     while isinstance(module, BaseTunerLayer):

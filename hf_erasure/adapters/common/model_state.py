@@ -28,7 +28,7 @@ from torch import nn
 
 from .config import ChildConfig
 from .files import PREFIX
-from .layer import AdapterChild, adapter_children, refuse_names
+from .layer import AdapterChild, adapter_children, is_child, refuse_names
 
 # The base models that a call is being undone for if it fails, by their ids.
 _UNDONE: ContextVar[frozenset[int]] = ContextVar("undone", default=frozenset())
@@ -301,6 +301,54 @@ class AdapterBuffers(Collection[str]):
 
     def __contains__(self, name: object) -> bool:
         return any(name == known for known in self)
+
+
+# ---- children beside wrappers of other methods -----------------------------------------------------------------------
+
+
+def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
+    """PEFT's `modules_to_save` copies a module with all that hangs on it, and saves no adapter from inside the copy.
+
+    Those of the adapter that is being added are given before they are copied.
+
+    Raises:
+        ValueError: Names the module that has an adapter of ours and is copied.
+    """
+    copied = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    copied += [n for n, _ in model.named_modules() if n and any(n.endswith(end) for end in modules_to_save)]
+    for child in adapter_children(model):
+        inside = next((n for n in copied if f"{child.path}.".startswith(f"{n}.")), None)
+        if inside is not None and not is_child(inside):
+            raise ValueError(
+                f"{adapter_name!r} cannot be added: {inside!r} is one of modules_to_save, and a copy of it would have "
+                f"the {child.noun} at {child.path!r} too, which is not saved from there. Leave {inside!r} out of the "
+                f"targets of the {child.noun}: PEFT does so where modules_to_save=[{inside!r}] is in the same "
+                "configuration."
+            )
+
+
+def rehome_layers(model: nn.Module) -> None:
+    """Move the children of modules that another adapter has wrapped out to the wrapper.
+
+    An erasure then sees what the wrapped module and the other adapter give together, whichever came first, and the
+    keys in the state dict stay as they are.
+    """
+    modules, within = dict(model.named_modules()), Within(weakref.ref(model))
+    for child in adapter_children(model):
+        child.within = within
+        outermost = modules.get(child.path)
+        if outermost is not None and outermost is not child.host:
+            child.rehome(outermost)
+    for link in {type(child).link for child in adapter_children(model)}:
+        if link is not None:
+            link(model)
+
+
+def move_inside_wrappers(model: nn.Module) -> None:
+    """The way back from `rehome_layers`, for when the wrappers are about to be taken away."""
+    for child in adapter_children(model):
+        if isinstance(child.host, BaseTunerLayer):
+            child.rehome(child.host.get_base_layer())
 
 
 # ---- undoing a call that failed --------------------------------------------------------------------------------------

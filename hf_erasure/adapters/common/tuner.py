@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftModelForQuestionAnswering,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
@@ -19,14 +24,16 @@ from ..loading.fingerprint import recognise
 from .acting import all_configs, kind_of, naming_what_goes_off
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
-from .layer import AdapterChild, Rows, adapter_children, outside_inference_mode
+from .layer import AdapterChild, Rows, adapter_children, child_configs, is_child, outside_inference_mode
 from .model_state import (
     ActiveCopies,
-    Within,
     auxiliary_wrappers,
     check_one_copy,
+    move_inside_wrappers,
     note_adapters,
     put_in_place,
+    refuse_copies,
+    rehome_layers,
     undone_on_failure,
 )
 
@@ -34,6 +41,15 @@ from .model_state import (
 _NO_ADAPTER = "__base__"
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
+
+
+# The heads that the classes of tasks add to modules_to_save: the first before it calls `PeftModel.__init__`, the others
+# afterwards, which is too late to keep an adapter off them.
+_HEADS: dict[type[PeftModel], tuple[str, ...]] = {
+    PeftModelForSequenceClassification: ("classifier", "score"),
+    PeftModelForTokenClassification: ("classifier", "score"),
+    PeftModelForQuestionAnswering: ("qa_outputs",),
+}
 
 
 class ChildTuner(BaseTuner):
@@ -352,49 +368,59 @@ def inject_adapter(
         note_adapters(model)
 
 
-def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
-    """PEFT's `modules_to_save` copies a module with all that hangs on it, and saves no adapter from inside the copy.
-
-    Those of the adapter that is being added are given before they are copied.
-
-    Raises:
-        ValueError: Names the module that has an adapter of ours and is copied.
-    """
-    copied = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    copied += [n for n, _ in model.named_modules() if n and any(n.endswith(end) for end in modules_to_save)]
-    for child in adapter_children(model):
-        inside = next((n for n in copied if f"{child.path}.".startswith(f"{n}.")), None)
-        if inside is not None and not is_child(inside):
-            raise ValueError(
-                f"{adapter_name!r} cannot be added: {inside!r} is one of modules_to_save, and a copy of it would have "
-                f"the {child.noun} at {child.path!r} too, which is not saved from there. Leave {inside!r} out of the "
-                f"targets of the {child.noun}: PEFT does so where modules_to_save=[{inside!r}] is in the same "
-                "configuration."
-            )
-
-
-def rehome_layers(model: nn.Module) -> None:
-    """Move the children of modules that another adapter has wrapped out to the wrapper.
-
-    An erasure then sees what the wrapped module and the other adapter give together, whichever came first, and the
-    keys in the state dict stay as they are.
-    """
-    modules, within = dict(model.named_modules()), Within(weakref.ref(model))
-    for child in adapter_children(model):
-        child.within = within
-        outermost = modules.get(child.path)
-        if outermost is not None and outermost is not child.host:
-            child.rehome(outermost)
-    for link in {type(child).link for child in adapter_children(model)}:
-        if link is not None:
-            link(model)
+def make_peft_model(
+    original: Callable,
+    wrapped: PeftModel,
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    **kwargs: Any,
+) -> None:
+    """`PeftModel.__init__`: what the class of a task adds to the configuration goes into a copy."""
+    if isinstance(peft_config, ChildConfig):
+        heads = next((names for kind, names in _HEADS.items() if isinstance(wrapped, kind)), ())
+        if isinstance(wrapped, PeftModelForSequenceClassification):
+            peft_config.forget_modules_to_save(len(peft_config.modules_to_save or ()) - len(heads))
+        with undone_on_failure(model, adapter_name, is_ours=True):
+            original(model, peft_config.copied(heads), adapter_name, **kwargs)
+        tuner: Any = wrapped.base_model
+        tuner.callers = peft_config, len(peft_config.modules_to_save or ())
+    else:
+        original(model, peft_config, adapter_name, **kwargs)
 
 
-def move_inside_wrappers(model: nn.Module) -> None:
-    """The way back from `rehome_layers`, for when the wrappers are about to be taken away."""
-    for child in adapter_children(model):
-        if isinstance(child.host, BaseTunerLayer):
-            child.rehome(child.host.get_base_layer())
+@contextmanager
+def onload_layer(original: Callable, layer: nn.Module) -> Iterator[None]:
+    """Around `merge` and `unmerge` of each layer that another method finds (ours do not call it): not of ours."""
+    if not isinstance(layer, AdapterChild):
+        with original(layer):
+            yield
+        return
+    methods = dict.fromkeys(("merge", "unmerge"), lambda *args, **kwargs: None)
+    vars(layer).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(layer)[name]
+
+
+def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
+    """Another method takes its wrappers away: the children that hang on them stay, and so do their configurations."""
+    model, configs = tuner.model, child_configs(tuner)
+    if isinstance(tuner, ChildTuner) or not adapter_children(model):
+        return original(*args, **kwargs)
+    move_inside_wrappers(model)
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        rehome_layers(model)
+    if configs:
+        model.peft_config = configs
+    return result
+
+
+# ---- names of modules ------------------------------------------------------------------------------------------------
 
 
 def exactly(names: list[str], model: nn.Module) -> Any:
@@ -406,11 +432,6 @@ def exactly(names: list[str], model: nn.Module) -> Any:
     if any(name.endswith(suffixes) and name not in names for name, _ in model.named_modules()):
         return "|".join(re.escape(name) for name in names)
     return set(names)
-
-
-def is_child(key: str) -> bool:
-    """Whether a module's name is that of a child, or of something inside one."""
-    return any(kind.child_name in key.split(".") for kind in AdapterChild.__subclasses__())
 
 
 def keep_layers(names: list[str], config: Any) -> list[str]:

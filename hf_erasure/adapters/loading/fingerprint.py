@@ -131,9 +131,7 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         size = max(1, math.prod(shape[1:]))  # of a row
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
-        kept_values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
-        dtypes = (dtype, sample["dtype"])
-        pair = _Pair(name, _at(weight, positions), kept_values, dtypes, weight.dim() > 1, QUANTISED in dtypes)
+        pair = _Pair.of(name, _at(weight, positions), dtype, sample)
         if not pair.is_rough and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.seen):
@@ -169,9 +167,8 @@ def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
     for name in kept.keys() & seen.keys():
         _check_sample(name, kept[name])
         _check_sample(name, seen[name])
-        values = [torch.tensor(sample[name]["values"], dtype=torch.double, device="cpu") for sample in (seen, kept)]
-        dtypes = (seen[name]["dtype"], kept[name]["dtype"])
-        pairs.append(_Pair(name, values[0], values[1], dtypes, len(kept[name]["shape"]) > 1, QUANTISED in dtypes))
+        values = torch.tensor(seen[name]["values"], device="cpu", dtype=torch.double)
+        pairs.append(_Pair.of(name, values, seen[name]["dtype"], kept[name]))
     changed = [pair for pair in pairs if bool(pair.differ().any())]
     changed = [pair for pair in changed if not (pair.is_rough and _correlation(changed)[0] >= ROUNDED)]
     return min(changed, key=_one).name if changed else ""
@@ -190,6 +187,12 @@ class _Pair:
     dtypes: tuple[str, str]
     is_matrix: bool
     is_rough: bool  # a quantiser has packed one of the two
+
+    @classmethod
+    def of(cls, name: str, seen: Tensor, dtype: str, sample: dict[str, Any]) -> _Pair:
+        kept = torch.tensor(sample["values"][: len(seen)], device="cpu", dtype=torch.double)
+        dtypes = (dtype, sample["dtype"])
+        return cls(name, seen, kept, dtypes, len(sample["shape"]) > 1, QUANTISED in dtypes)
 
     def differ(self) -> Tensor:
         """Which values differ by more than the coarser dtype's rounding: each was rounded by half a step."""

@@ -371,17 +371,9 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
         if filled is not None:
             raise ValueError(f"The {config.described} was never fitted, and yet {filled!r} {where} has values.")
         return
-    expected = config.tensors()
-    missing, extra = sorted(expected.keys() - own.keys()), sorted(own.keys() - expected.keys())
-    if missing:
-        raise ValueError(
-            f"{missing[0]!r} and {len(missing) - 1} other tensors of the {config.described} are missing {where}. Load "
-            "the complete folder, or fit the adapter again."
-        )
-    if extra:
-        raise ValueError(
-            f"{extra[0]!r} and {len(extra) - 1} other tensors {where} do not belong to the {config.described}."
-        )
+    expected, remedy = config.tensors(), "Load the complete folder, or fit the adapter again."
+    _refuse(expected.keys() - own.keys(), f"of the {config.described} are missing {where}. {remedy}")
+    _refuse(own.keys() - expected.keys(), f"{where} do not belong to the {config.described}.")
     for name, (shape, types) in expected.items():
         dtype, present = own[name]
         if present != shape or dtype not in types:
@@ -389,6 +381,11 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
                 f"{name!r} {where} has shape {list(present)} and type {dtype}, where {CONFIG} says shape "
                 f"{list(shape)} and type {' or '.join(types)}: the two files are not of the same adapter."
             )
+
+
+def _refuse(names: Iterable[str], told: str) -> None:
+    if found := sorted(names):
+        raise ValueError(f"{found[0]!r} and {len(found) - 1} other tensors {told}")
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -434,26 +431,18 @@ def _check_saved(
             tensors = module.state_dict(keep_vars=True)
             kept = {*module._parameters, *module._buffers} & tensors.keys()
             wanted |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in kept}
-    required = {name for name in wanted if is_saved(name, saved)}
-    extra, missing = sorted(names - wanted.keys()), sorted(required - names)
+    told, extra = f"modules_to_save={short(config.modules_to_save)}", sorted(names - wanted.keys())
     of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
     if of_modules:
         raise ValueError(
             f"{of_modules[0]!r} {where} is of a module that was trained with the {config.described}, one of its "
-            f"modules_to_save={short(config.modules_to_save)}. This {type(model).__name__} has no module of that name: "
-            f"load the adapter into a {Provenance.of(config).base_class or 'model like that'}, which it was fitted "
-            "on."
+            f"{told}. This {type(model).__name__} has no module of that name: load the adapter into a "
+            f"{Provenance.of(config).base_class or 'model like that'}, which it was fitted on."
         )
-    if extra:
-        raise ValueError(
-            f"{extra[0]!r} and {len(extra) - 1} other tensors {where} belong neither to the {config.described} nor to "
-            f"its modules_to_save={short(config.modules_to_save)}: it would change the model itself."
-        )
-    if missing:
-        raise ValueError(
-            f"{missing[0]!r} and {len(missing) - 1} other tensors of modules_to_save={short(config.modules_to_save)} "
-            f"are missing {where}. Load the complete folder."
-        )
+    belong = f"belong neither to the {config.described} nor to its {told}"
+    _refuse(extra, f"{where} {belong}: it would change the model itself.")
+    required = {name for name in wanted if is_saved(name, saved)}
+    _refuse(required - names, f"of {told} are missing {where}. Load the complete folder.")
     for name, shape in wanted.items():
         if name in found and found[name][1] != shape:
             raise ValueError(
