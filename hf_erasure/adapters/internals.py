@@ -108,11 +108,7 @@ INTERNALS = (
 
 
 def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
-    """Check everything that is relied on.
-
-    Raises:
-        ImportError: Names what is missing, the release that lacks it, and the releases that have it.
-    """
+    """Check everything that is relied on."""
     for internal in internals:
         missing = internal.why_missing()
         if missing is not None:

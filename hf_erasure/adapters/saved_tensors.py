@@ -35,11 +35,7 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def adapter_state_dict(
     original: Callable, model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """`get_peft_model_state_dict`, which gives `own_tensors` for an adapter of either kind.
-
-    Raises:
-        ValueError: If the model does not have all tensors, or those of the model itself are asked for too.
-    """
+    """`get_peft_model_state_dict`, which gives `own_tensors` for an adapter of either kind."""
     given = inspect.signature(original).bind(model, state_dict, adapter_name, *args, **kwargs).arguments
     whole = getattr(model, "_orig_mod", model)
     if not isinstance(whole.peft_config.get(adapter_name), ChildConfig):
@@ -54,9 +50,6 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     """The tensors of an adapter of either kind, with those of its `modules_to_save`, by the keys of its file.
 
     Values in a `state_dict`, as gathered from shards, go before the model's own. Keys are without PEFT's prefix.
-
-    Raises:
-        ValueError: If the model does not have all of them, or has values that are missing or not finite.
     """
     config: ChildConfig = model.peft_config[adapter_name]
     is_wrapped = hasattr(model, "get_base_model")
@@ -209,13 +202,7 @@ def _relative(name: str, names: list[str]) -> str:
 
 
 def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None:
-    """Called before `model.save_pretrained`, of all its tensors or a `state_dict`, or before a training that calls it.
-
-    A model that holds adapters itself saves the active one and no weights; it is told in a warning what is left out.
-
-    Raises:
-        ValueError: If the weights of the model would be written, among them tensors of an adapter that nothing reads.
-    """
+    """Refuse, or warn of, what a save of all of a model's tensors or a `state_dict` would lose of adapters in it."""
     saved: Any = model if getattr(model, "_hf_peft_config_loaded", False) else None
     if isinstance(model, PeftModel):
         saved = model.get_base_model()

@@ -79,12 +79,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
 
 
 def finish(folder: str | Path) -> None:
-    """Finish a save that was killed after it had been committed; does nothing where there is none.
-
-    Raises:
-        ValueError: If what is there was not put there by a save.
-        OSError: If the files cannot be moved, as in a folder that may only be read.
-    """
+    """Finish a save that was killed after it had been committed; does nothing where there is none."""
     folder = Path(folder)
     commit = folder / COMMIT
     while os.path.lexists(commit):
@@ -214,11 +209,11 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     given, more, is_peft = call.arguments, call.arguments.get("kwargs", {}), isinstance(model, PeftModel)
     folder, configs = Path(given["save_directory"]), child_configs(model)
     refuse_loss(model, None if is_peft else given.get("state_dict"))
-    if is_peft:
-        names = given.get("selected_adapters")
-        names = list(model.peft_config) if names is None else names
-    else:
-        names = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else []
+    names: list[str] | None = given.get("selected_adapters") if is_peft else []
+    if names is None:
+        names = list(model.peft_config)
+    elif not is_peft and getattr(model, "_hf_peft_config_loaded", False):
+        names = model.active_adapters() if configs else ["default"]  # of other methods no matter which
     places = {name: name if is_peft and name != "default" else "" for name in names}
     ours = {name: place for name, place in places.items() if name in configs}
     decide = bool if is_peft else getattr(model, "should_save_on_this_rank", bool)

@@ -1,8 +1,7 @@
 """Which adapters act in a model: now, after another has come, and when one of them was fitted.
 
-What is fitted is fitted on the activations, or the gradients, of a model with all that acts in it. Beside other
-adapters it is an eraser, or a feature, of another model. So fitting writes down which others acted, each with a few of
-its values, since names change from one session to the next.
+Beside other adapters an eraser, or a feature, is one of another model. So fitting writes down which others acted, each
+with a few of its values, since names change from one session to the next.
 """
 
 from __future__ import annotations
@@ -104,10 +103,7 @@ def users_level() -> int:
 
 @contextmanager
 def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
-    """Warn of what acted before an adapter came and does not afterwards, if one of this package is concerned.
-
-    Of the adapters that are `expected` to go off, nothing is said.
-    """
+    """Warn of what acted before an adapter came and does not afterwards, unless that is `expected`."""
     if _ADDING.get():  # the call that this one is a part of says it
         yield
         return
@@ -147,15 +143,13 @@ def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
 
 
 def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
-    """Name the copies that acted before and do not any more, and those of a newcomer that acts without them.
-
-    Where there is not a newcomer, a user has switched adapters, and knows of copies in whose place another acts.
-    """
+    """Name the copies that acted before and do not any more, and those of a newcomer that acts without them."""
     if _ADDING.get():
         return
     copies_now = ActiveCopies(model)
     for place, name in before.items():
         acting = copies_now.on.get(place)
+        # A user who switches adapters knows of a copy in whose place another acts.
         if acting != name and (newcomer is not None or acting is None):
             instead = "the untrained one of the base model does" if acting is None else f"that of {acting!r} does"
             warnings.warn(

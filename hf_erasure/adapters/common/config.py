@@ -112,8 +112,7 @@ class ChildConfig(PeftConfig):
                     raise ValueError(f"{key}={short(value)}: {short(name)} is not a name of a module.")
         for name in _PATTERNS:
             value = getattr(self, name)
-            if isinstance(value, (list, tuple, set)):
-                setattr(self, name, set(value))
+            setattr(self, name, set(value) if isinstance(value, (list, tuple, set)) else value)
         self._check()
         target: Any = getattr(self, "target_modules", None)
         has_layers = self.layers_to_transform is not None or self.layers_pattern is not None
@@ -170,8 +169,8 @@ class ChildConfig(PeftConfig):
 
     def copied(self, more_to_save: Iterable[str] = ()) -> ChildConfig:
         """A copy with a list `modules_to_save` of its own, which names `more_to_save` too."""
-        config = copy.copy(self)
         names = [*(self.modules_to_save or ()), *more_to_save]
+        config = copy.copy(self)
         config.modules_to_save = list(dict.fromkeys(names)) or self.modules_to_save
         return config
 
@@ -213,13 +212,7 @@ class ChildConfig(PeftConfig):
 
 
 def check_targets(config: Any, model: nn.Module) -> None:
-    """Look at how long the lists of a configuration are, and try its patterns on all modules of a model.
-
-    PEFT compares every name with every module, which takes forever for lists that no model is as long as.
-
-    Raises:
-        ValueError: If a list is too long, or a pattern is not a regular expression, or takes longer than it may.
-    """
+    """Refuse lists so long that PEFT's comparing takes forever, and patterns that cannot be tried on all modules."""
     names = [name for name, _ in model.named_modules()]
     for key in (*_PATTERNS, "modules_to_save"):
         listed = getattr(config, key, None) or ()
@@ -232,11 +225,7 @@ def check_targets(config: Any, model: nn.Module) -> None:
 
 
 def as_names(config: Any, *names: str) -> Any:
-    """A copy of a configuration in which those of `names` that its patterns match stand in their place.
-
-    Raises:
-        ValueError: If a pattern is not a regular expression, or takes longer than it may.
-    """
+    """A copy of a configuration in which those of `names` that its patterns match stand in their place."""
     plain, began = copy.copy(config), time.process_time()
     for key in _PATTERNS:
         value = getattr(config, key, None)
@@ -264,11 +253,7 @@ def as_names(config: Any, *names: str) -> Any:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The content of an `adapter_config.json`.
-
-    Raises:
-        ValueError: If it is not JSON, not an object, or far larger than any configuration.
-    """
+    """The content of an `adapter_config.json`."""
     state = file.stat()
     if not stat.S_ISREG(state.st_mode):  # a pipe might never end
         raise ValueError(f"{str(file)!r} is not an ordinary file.")
@@ -286,9 +271,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that could come from JSON is of a declared type; a list, tuple or set of a list's,
-    and a list or tuple of its length of a tuple's.
-    """
+    """Whether a value that could come from JSON is of a declared type; tuples and sets pass for lists."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in parts)

@@ -68,11 +68,7 @@ def write_whole(path: Path, write: Callable[[str], Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark.
-
-    Raises:
-        ValueError: If it is not UTF-8.
-    """
+    """The text of a file, without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -63,11 +63,7 @@ class Rows:
     beams: int = 1
 
     def of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
-        """The positions of an adapter's rows along an axis of an activation  # (rows of that adapter,)
-
-        Raises:
-            ValueError: If the activation does not have one row for each name.
-        """
+        """The positions of an adapter's rows along an axis of an activation, `(rows of that adapter,)`."""
         count = len(self.names)
         there = hidden.shape[axis] if axis < hidden.dim() else 0
         if there not in (count, count * self.beams):
@@ -188,11 +184,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._awaits_values.add(name)
 
     def check_values(self, name: str) -> None:
-        """Raise if a value of an adapter is missing or not finite.
-
-        Raises:
-            ValueError: Names the part, the adapter and the module.
-        """
+        """Raise if a value of an adapter is missing or not finite."""
         for key, store in self.stores(name).items():
             value = store[name]
             if value.device.type == "meta":

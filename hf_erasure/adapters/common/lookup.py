@@ -82,11 +82,7 @@ def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Ite
 
 
 def only_adapter(model: nn.Module, kind: type[C]) -> str:
-    """The name of the one adapter of a kind.
-
-    Raises:
-        ValueError: If there are none or several.
-    """
+    """The name of the one adapter of a kind."""
     names = [place.name for place in adapters_in(model, kind)]
     if len(names) == 1:
         return names[0]

@@ -1,15 +1,11 @@
 """What adapters leave on a model beside their layers, taking it off, and undoing a call that failed.
 
 Modules that are trained with an adapter (`modules_to_save`, and embeddings with `trainable_token_indices`) are wrapped
-by PEFT. The wrapper holds a copy for each adapter, of which one acts, or else the module of the base model. PEFT
-switches the layers of one method at a time, but the wrappers of all methods: whichever adapter comes last, every
-wrapper without a copy for it goes back to the module of the base model, and an untrained head answers. transformers
-fails there instead. With an adapter of this package, a wrapper keeps the copy that acts in it when an adapter of
-another method comes.
+by PEFT, with a copy for each adapter. PEFT switches the layers of one method at a time, but the wrappers of all: every
+one without a copy for the newcomer goes back to the module of the base model, and an untrained head answers.
+transformers fails there. With an adapter of this package, a wrapper keeps the copy that acts in it.
 
-A call that failed leaves the model as it was, or does all of it; neither PEFT nor transformers does so. Calls are
-inside of one another, as `from_pretrained` calls `load_adapter`, which injects an adapter: the outermost one undoes
-everything.
+Calls are inside of one another, as `from_pretrained` calls `load_adapter`: the outermost undoes what failed.
 """
 
 from __future__ import annotations
@@ -182,11 +178,7 @@ class ActiveCopies:
 
 
 def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to switch on adapters that have copies of one module.
-
-    Raises:
-        ValueError: Names the module and the adapters.
-    """
+    """Refuse to switch on adapters that have copies of one module."""
     names = list(dict.fromkeys(names))
     for place, wrapper in auxiliary_wrappers(model).items():
         rivals = [name for name in names if name in wrapper._adapters]
@@ -307,13 +299,7 @@ class AdapterBuffers(Collection[str]):
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
-    """PEFT's `modules_to_save` copies a module with all that hangs on it, and saves no adapter from inside the copy.
-
-    Those of the adapter that is being added are given before they are copied.
-
-    Raises:
-        ValueError: Names the module that has an adapter of ours and is copied.
-    """
+    """Refuse copies for `modules_to_save` of a module with children: PEFT saves no adapter from inside the copy."""
     copied = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     copied += [n for n, _ in model.named_modules() if n and any(n.endswith(end) for end in modules_to_save)]
     for child in adapter_children(model):

@@ -68,11 +68,7 @@ def why_not_reachable(module: nn.Module) -> str | None:
 
 
 def value_of(module: nn.Module, name: str) -> Tensor | None:
-    """The values of a module's own parameter, wherever they are; None where it has no such parameter.
-
-    Raises:
-        ValueError: If they are out of reach.
-    """
+    """The values of a module's own parameter, wherever they are; None where it has no such parameter."""
     parameter, hook = module._parameters.get(name), _hook_of(module)
     if parameter is None:
         return None
@@ -162,10 +158,7 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 @contextmanager
 def held(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
-    """One parameter for changes in place: itself, or a copy of one that is offloaded, which goes back afterwards.
-
-    It has the modules that own it and its names there; more than one where it is tied.
-    """
+    """One parameter for changes in place: itself, or a copy of one that is offloaded, which goes back afterwards."""
     module, name = places[0]
     parameter, value = module._parameters[name], value_of(module, name)
     if parameter is None or value is None:

@@ -91,11 +91,7 @@ class ChildTuner(BaseTuner):
     # ---- attaching ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach an adapter; a failure leaves the model as it was.
-
-        Raises:
-            ValueError: If the name, the targets or the base model do not fit the adapter.
-        """
+        """Attach an adapter; a failure leaves the model as it was."""
         # A configuration of its own: fitting writes into it, and the caller may use one for several models.
         config: Any = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = config.copied()

@@ -246,11 +246,7 @@ class ConceptErasureConfig(ChildConfig):
             self.check_target(self.readings)
 
     def check_target(self, readings: list[str] | None) -> None:
-        """Refuse a target of which a fit does not know what it reads.
-
-        Args:
-            readings: Of what it knows that.
-        """
+        """Refuse a target of which a fit does not know what it reads."""
         if self.target is None:
             return
         if readings is None:

@@ -1,8 +1,7 @@
 """The eraser as a child of the module it acts on.
 
-The child holds the erasers of all adapters as buffers. Hooks on the host find the hidden state among what the host
-takes or returns, and put the erased one in its place. Of modules that share an eraser the child of one, the *site*,
-holds it, and the children of the others look there.
+Hooks on the host put the erased hidden state in the place of the one that it takes or returns. Of modules that share an
+eraser the child of one, the *site*, holds it, and the children of the others look there.
 """
 
 from __future__ import annotations
@@ -302,12 +301,6 @@ class ErasureLayer(AdapterChild):
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Erasers are merged at all sites of an adapter or at none, so not from here."""
-        raise ValueError(
-            f"{self.path!r} cannot be merged alone: call merge_adapter() or merge_and_unload() of the model."
-        )
-
     def unmerge(self) -> None:
         """Put the original weights back, to the bit unless erasers of other sites are in them."""
         for module in self.written:
@@ -320,14 +313,6 @@ class ErasureLayer(AdapterChild):
         for module in self.written:
             forget(module)
         self.written.clear()
-
-    def extra_repr(self) -> str:
-        """The adapters with their sites and ranks."""
-        told = []
-        for name, side in self.concept_erasure_site.items():
-            site = f" of {self.site_paths[name]}" if name in self.site_paths else ""
-            told.append(f"{name}: {side}, rank {self.eraser_state(name)[0].shape[-1]}{site}")
-        return ", ".join(told)
 
 
 erasure_layers = ErasureLayer.by_path

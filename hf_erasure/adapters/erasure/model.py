@@ -30,13 +30,7 @@ from .layer import ErasureLayer, erasure_layers, site_layers
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Names of the norms of the hidden state inside the blocks, and of the final norms, in the model's order.
-
-    They are found by watching what flows in one small forward pass.
-
-    Raises:
-        ValueError: If there are none, or no input is known that the model accepts.
-    """
+    """Names of the norms of the hidden state inside the blocks, and of final norms, as a small forward pass shows."""
     chosen: set[str] = set()
 
     def watch(call: Callable[[], Any]) -> None:
@@ -62,13 +56,7 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str, list[list]]:
-    """Site → the weights that take its activation or make it, for `target_modules="readers"` or `"writers"`.
-
-    Modules that the other fields leave out are not among them, and a site of which none is left is not there.
-
-    Raises:
-        ValueError: If there are none, or the word does not do what it promises for this model.
-    """
+    """Site → the weights that take its activation or make it, for `target_modules="readers"` or `"writers"`."""
     found = readers_of(model) if config.word == "readers" else [[weight] for weight in writers_of(model)]
     place = _wrapper_of(model)
     groups = [

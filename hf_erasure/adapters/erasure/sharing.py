@@ -44,15 +44,10 @@ class MadeOnce:
         *,
         is_fitted: bool = False,
     ) -> Tensor:
-        """What an eraser makes of a tensor, or has made of it when another module of the group took it.
+        """What an eraser makes of a tensor, or has made of it when another of so many modules took it.
 
-        Args:
-            hidden: The tensor.
-            make: The eraser.
-            modules: How many there are in the group.
-            by: What the eraser is made of. Of another, the result is another.
-            rows: Which of the rows it erases.
-            is_fitted: Whether an observer stands in its place, which must see a tensor once, also in inference mode.
+        Another result is due where it is made `by` other tensors or for other rows. Where a site is being fitted, an
+        observer must see a tensor once, also in inference mode.
         """
         if modules < 2 or not _can_be_kept(hidden, is_fitted):
             return make(hidden)

@@ -89,13 +89,7 @@ class GradiendConfig(ChildConfig):
         self._check_fitted()
 
     def take_fitted(self, saved: Any) -> None:
-        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
-
-        A strength that was not chosen here (`learning_rate=0`) is taken over with it.
-
-        Raises:
-            ValueError: If the classes are other ones.
-        """
+        """Take over what fitting wrote, and a strength that was not chosen here, where this one was never fitted."""
         if saved.fitted and not self.fitted and self.learning_rate == 0:
             self.learning_rate, self.pair = saved.learning_rate, self.pair or saved.pair
             self.feature_factor = saved.feature_factor if self.feature_factor == 1 else self.feature_factor
@@ -151,11 +145,7 @@ class GradiendConfig(ChildConfig):
             )
 
     def pair_index(self, pair: Iterable[str] | None) -> int:
-        """The position of a pair of classes among those fitted; None stands for the first.
-
-        Raises:
-            ValueError: If no feature was fitted for it.
-        """
+        """The position of a pair of classes among those fitted; None stands for the first."""
         if pair is None:
             return 0
         known = [tuple(p) for p in self.pairs or []]

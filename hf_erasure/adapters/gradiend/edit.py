@@ -40,11 +40,7 @@ def working_dtype(weight: Tensor) -> torch.dtype:
 
 
 def edited_tensor(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
-    """A new tensor like `weight` with the changes added; `weight` is not touched.
-
-    Raises:
-        ValueError: If the weight has another size than where the changes come from.
-    """
+    """A new tensor like `weight` with the changes added; `weight` is not touched."""
     dtype = working_dtype(weight)
     flat = weight.detach().reshape(-1)
     if len(edits) == 1 and edits[0].index is not None and flat.dtype != dtype:
@@ -181,10 +177,7 @@ def why_not_editable(parameter: Tensor) -> str | None:
 
 
 def share_kept(changes: Iterable[tuple[Tensor, WeightEdit]]) -> float:
-    """The share of changes of weights that is left after rounding to the weights' dtype, 1 for all.
-
-    It is the length of the rounded changes along the wanted ones.
-    """
+    """The share of changes of weights that is left after rounding to the weights' dtype, 1 for all."""
     squares = product = 0.0
     for parameter, edit in changes:
         flat = _flat(parameter)

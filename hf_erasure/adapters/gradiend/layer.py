@@ -202,11 +202,7 @@ class GradiendLayer(AdapterChild):
         return sum(part.shape[-1] for part in parts if part is not None and part.dim() == 2)
 
     def acting_edits(self, parameter: str, device: torch.device) -> list[WeightEdit]:
-        """The changes of a parameter that a forward pass is to see, on a device.
-
-        Raises:
-            ValueError: If values are missing, or the weights were quantised under the adapter.
-        """
+        """The changes of a parameter that a forward pass is to see, on a device."""
         found = []
         for name in self.acting_adapters():
             # A check of values cannot be compiled; there a NaN shows in the output.
@@ -244,11 +240,7 @@ class GradiendLayer(AdapterChild):
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the weights of this module, the active ones when no names are given.
-
-        Raises:
-            ValueError: If a weight cannot take them, or with `safe_merge` would not be finite.
-        """
+        """Write adapters into the weights of this module, the active ones when no names are given."""
         wanted = self.switched_on() if adapter_names is None else adapter_names
         names = [name for name in self.adapters if name in wanted and name not in self.merged_adapters]
         reason = self.why_not_mergeable(names)
@@ -287,13 +279,6 @@ class GradiendLayer(AdapterChild):
     def forget_originals(self) -> None:
         """Drop the copies that `unmerge` needs: what is merged stays merged."""
         self._merges.clear()
-
-    def extra_repr(self) -> str:
-        """The adapters with how many entries they change, of which parameters."""
-        return ", ".join(
-            f"{name}: {self.changed_entries(name)} of {', '.join(parameters)}"
-            for name, parameters in self.gradiend_parameters.items()
-        )
 
 
 gradiend_layers = GradiendLayer.by_path

@@ -136,12 +136,9 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
         values: dict[str, Tensor] = {}
         index: dict[str, Tensor | None] = {}
         for name, layer, own in places:
-            part = layer.part(adapter_name, own, kind)
-            if part is None:
-                values[name] = torch.zeros(0, device=layer.state_placement()[0], dtype=torch.float32)
-                index[name] = values[name].int()
-            else:
-                values[name], index[name] = part[number], layer.part(adapter_name, own, index_kind)
+            part, nothing = layer.part(adapter_name, own, kind), torch.zeros(0, device=layer.state_placement()[0])
+            values[name] = nothing.float() if part is None else part[number]
+            index[name] = nothing.int() if part is None else layer.part(adapter_name, own, index_kind)
         return values, index
 
     features = []
@@ -180,25 +177,18 @@ def steer(
 
 
 @contextmanager
-def edited(
-    model: nn.Module,
-    adapter_name: str,
-    *,
-    feature_factor: float | None = None,
-    learning_rate: float | None = None,
-    pair: Sequence[str] | None = None,
-) -> Iterator[None]:
+def edited(model: nn.Module, adapter_name: str, **strengths: Any) -> Iterator[None]:
     """Hold an adapter's edit in the model's own weights for a while, as a merge would leave them.
 
-    What is not given is taken from the configuration, which stays as it is. The adapter itself does not act meanwhile,
-    others do as they did. Afterwards the weights are as they were, to the bit; of a sparse edit only the entries that
-    change are read and written.
+    `strengths` are those of `steer`; what is not given is taken from the configuration, which stays as it is. The
+    adapter itself does not act meanwhile, others do as they did. Afterwards the weights are as they were, to the bit;
+    of a sparse edit only the entries that change are read and written.
 
     Raises:
         ValueError: If the adapter is not fitted or is merged, or a weight is quantised or offloaded.
     """
     layers, config = _adapter(model, adapter_name)
-    steering = strength(_steered(config, feature_factor, learning_rate, pair))
+    steering = strength(_steered(config, **strengths))
     changes: list[tuple[nn.Parameter, list[WeightEdit]]] = []
     for layer in layers.values():
         for name, edit in layer.edits_of(adapter_name, steering):
@@ -213,37 +203,22 @@ def edited(
         yield
 
 
-def kept_share(
-    model: nn.Module,
-    adapter_name: str,
-    *,
-    feature_factor: float | None = None,
-    learning_rate: float | None = None,
-    pair: Sequence[str] | None = None,
-) -> float:
+def kept_share(model: nn.Module, adapter_name: str, **strengths: Any) -> float:
     """The share of an adapter's edit that is left when the weights are rounded to their own dtype, 1 for all.
 
     It is the length of the rounded edit along the wanted one. In bfloat16 edits far below the spacing of a weight's
-    values vanish, so that a small learning rate may do nothing.
+    values vanish, so that a small learning rate may do nothing. `strengths` are as of `edited`.
 
     Raises:
         ValueError: If the adapter is not fitted, or is merged already.
     """
     layers, config = _adapter(model, adapter_name)
-    steering = strength(_steered(config, feature_factor, learning_rate, pair))
-    return share_kept(
-        (layer.parameter(own), edit)
-        for layer in layers.values()
-        for own, edit in layer.edits_of(adapter_name, steering)
-    )
+    steering = strength(_steered(config, **strengths))
+    return share_kept((x.parameter(own), e) for x in layers.values() for own, e in x.edits_of(adapter_name, steering))
 
 
 def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLayer, str, Tensor]]:
-    """Each parameter that a fitted adapter changes, as its layer and own name, with the change in the weight's shape.
-
-    Raises:
-        ValueError: If the adapter is not fitted, or is merged.
-    """
+    """Each parameter that a fitted adapter changes, as its layer and own name, with the change in its shape."""
     layers, config = _adapter(model, adapter_name)
     for layer in layers.values():
         for name, edit in layer.edits_of(adapter_name, strength(config)):
@@ -353,13 +328,15 @@ def _count(index: Tensor | None, values: Tensor | None) -> int | None:
 
 
 def _steered(
-    config: GradiendConfig, feature_factor: float | None, learning_rate: float | None, pair: Sequence[str] | None
+    config: GradiendConfig,
+    feature_factor: float | None = None,
+    learning_rate: float | None = None,
+    pair: Sequence[str] | None = None,
 ) -> GradiendConfig:
     """A copy of a configuration with another strength, where one is given."""
     steered = copy.copy(config)
-    for field, value in (("feature_factor", feature_factor), ("learning_rate", learning_rate)):
-        if value is not None:
-            setattr(steered, field, float(value))
+    steered.feature_factor = config.feature_factor if feature_factor is None else float(feature_factor)
+    steered.learning_rate = config.learning_rate if learning_rate is None else float(learning_rate)
     steered.check_strength()
     if pair is not None:
         config.pair_index(pair)

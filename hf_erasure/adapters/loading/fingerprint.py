@@ -5,10 +5,8 @@ and a bf16 copy of one checkpoint different; sampled values, compared within the
 quantised weight the numbers that it stands for are compared, only by their correlation.
 
 Sampled is every weight that an adapter acts on: those of its modules, and of a module without a matrix (a norm, whose
-weights often are all ones) the next matrix besides. Up to 64 values of each, and fewer where the weights are many:
-2,048 in all, but never less than 4 of one, so that the configuration stays a few hundred kilobytes for models with a
-thousand weights. Only these values are read, also of weights that accelerate keeps on disk; what cannot be read
-(sharded, or packed so that nothing unpacks it) is left out, and loading says so.
+weights often are all ones) the next matrix besides. Only the sampled values are read, also of weights that accelerate
+keeps on disk; what cannot be read (sharded, or packed so that nothing unpacks it) is left out, and loading says so.
 
 Values are correlated within each weight, about its own mean and in units of its own spread: otherwise norms near one
 among matrices near zero would make any two models alike. Weights that are constant take no part in that.
@@ -154,15 +152,7 @@ def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
-    """What tells two fingerprints of the same places apart.
-
-    Args:
-        kept: Of the base that an adapter was fitted on.
-        seen: `sampled_again` of another model.
-
-    Returns:
-        The weight that differs most; nothing where all are the same up to rounding and quantising.
-    """
+    """The weight that differs most of two fingerprints of the same places; nothing where rounding explains it all."""
     pairs = []
     for name in kept.keys() & seen.keys():
         _check_sample(name, kept[name])
@@ -343,11 +333,7 @@ def _fitted_on(config: ChildConfig) -> str:
 
 
 def renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
-    """What turns names of modules into those that the same modules have in a model.
-
-    Returns:
-        None where a module is in this model neither as it is called, nor with or without the `base_model_prefix`.
-    """
+    """What turns names of modules into those that they have in a model, with or without its prefix; None if not all."""
     names, modules, prefix = list(names), {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
     ways: tuple[Rename, ...] = (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix))
     return next((rename for rename in ways if all(rename(name) in modules for name in names)), None)

@@ -1,13 +1,11 @@
 """Loading an adapter into a transformers model, into a `PeftModel`, or by `PeftModel.from_pretrained`.
 
-The three functions at the top are called in the place of those of transformers and PEFT. An adapter of another method
-is left to them. One of this package is read and checked before it touches a model; then PEFT attaches it, and its
-values are put where they belong. What fails is undone, and a value that is missing or not finite is noticed.
+The three functions at the top are called in the place of those of transformers and PEFT, and leave adapters of other
+methods to them. One of this package is read and checked before PEFT attaches it, and what fails is undone.
 
-Anybody may have written an adapter's folder or repository. What is looked at is the configuration, and of the tensors
-their names, types and shapes, which stand in the first bytes of a safetensors file. Both must describe the same
-adapter, so that what loading allocates is what the file has. Values are checked when they have arrived. Never read is a
-pickle, nor what a link outside of the folder leads to.
+Anybody may have written an adapter. Its configuration, and the names, types and shapes in the first bytes of its
+safetensors file, must describe the same adapter, so that what loading allocates is what the file has. Values are
+checked when they have arrived. Never read is a pickle, nor what a link outside of the folder leads to.
 """
 
 from __future__ import annotations
@@ -241,17 +239,8 @@ def read_adapter(
 ) -> Read:
     """Read an adapter and check all that can be before it is in a model; a save that was killed is finished first.
 
-    Args:
-        model: What it is to be loaded into, bare or a `PeftModel`.
-        source: Where from.
-        config: Its configuration, where the caller has one already.
-        is_given: Whether the caller gave it for this load; otherwise it is that of an adapter which is overwritten.
-            What fitting wrote into the saved one it takes over, so that the one that an adapter was made with will do.
-        pickled: Whether the caller asked for a pickle.
-
-    Raises:
-        ValueError: Says what is wrong with which file.
-        TypeError: If a value in the configuration is of another type than it should be.
+    A `config` that the caller gave for this load takes over what fitting wrote into the saved one, so that the one that
+    the adapter was made with will do; otherwise it is that of an adapter which is overwritten.
     """
     if os.path.lexists(source.folder / COMMIT):
         finish(source.folder)
@@ -389,11 +378,7 @@ def _refuse(names: Iterable[str], told: str) -> None:
 
 
 def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The type and the shape of each tensor in a safetensors file, by its name without PEFT's prefix.
-
-    Raises:
-        ValueError: If it is not such a file, is not complete, or says that it is far larger than what is on disk.
-    """
+    """The type and the shape of each tensor in a safetensors file, by its name without PEFT's prefix."""
     state = file.stat()
     if not stat.S_ISREG(state.st_mode):  # a pipe might never end
         raise ValueError(f"{str(file)!r} is not an ordinary file.")
