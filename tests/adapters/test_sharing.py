@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers, site_layers
 from hf_erasure.adapters.erasure import layer as erasure_layer
-from hf_erasure.adapters.erasure.sharing import MadeOnce
+from hf_erasure.adapters.erasure.layer import MadeOnce
 from hf_erasure.erasers import Eraser
 from tests.small_models import LABELS, distance, inputs_of, outputs_of, same, small_batch, small_batches, small_model
 

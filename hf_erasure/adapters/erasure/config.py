@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
+import torch
+from torch import Tensor
+
 from hf_erasure.erasers.least_squares import ROUNDS
 
 from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, fits, short
 from ..internals import extend_peft_type
-from .dial import Dial
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 
@@ -34,6 +36,32 @@ _NOT_A_WEIGHT = (
     "target_modules='readers' or 'writers' writes them; in a loaded adapter_config.json it means that the file is "
     "damaged."
 )
+
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The map `x ↦ x − strength · left · (right · (x − bias) − t)`, where `t` is what the target reads.
+
+    With the mean of a class as the target it is affine concept editing (arXiv 2411.09003).
+
+    Attributes:
+        strength: 0 leaves activations as they are, 1 takes them all the way, 2 as far beyond.
+        weights: How much each row of `readings` counts in the target; none for the mean.
+    """
+
+    strength: float = 1.0
+    weights: tuple[float, ...] = ()
+
+    def of(self, parts: Parts, readings: Tensor) -> Parts:
+        """`left`, `right` and `bias` of the map made of those of an eraser and its readings, `(rows, rank)`."""
+        left, right, bias = parts
+        if len(readings) and self.weights:
+            target = readings.double().T @ torch.tensor(self.weights, dtype=torch.float64, device=readings.device)
+            bias = (bias.double() + left.double() @ target).to(bias.dtype)
+        return (left if self.strength == 1 else left * self.strength), right, bias
 
 
 @dataclass

@@ -39,19 +39,16 @@ def default_targets(model: nn.Module) -> list[str]:
     try:
         dummy_batch(model, watch)
     except ValueError as error:
-        raise ValueError(
-            f"No input is known that {type(model).__name__} accepts, to see what flows in a small forward pass, so "
-            "there is no default for target_modules. Name the modules whose output is to be erased, e.g. "
-            f"target_modules={_examples(model)}; a class of your own may have dummy_inputs, a dict, which come first."
+        raise _without_default(
+            model,
+            f"No input is known that {type(model).__name__} accepts, to see what flows in a small forward pass",
+            "; a class of your own may have dummy_inputs, a dict, which come first",
         ) from error
     # Another adapter may stand in the place of a norm, which is inside of it then.
     chosen = set(map(_wrapper_of(model), chosen))
     if not chosen:
-        raise ValueError(
-            f"No normalization layer was found inside the blocks of {type(model).__name__} that reads or writes its "
-            "hidden state, so there is no default for target_modules. Name the modules whose output is to be erased, "
-            f"e.g. target_modules={_examples(model)}."
-        )
+        found = f"was found inside the blocks of {type(model).__name__} that reads or writes its hidden state"
+        raise _without_default(model, f"No normalization layer {found}")
     return [name for name, _ in model.named_modules() if name in chosen]
 
 
@@ -92,11 +89,15 @@ def _is_own(name: str, wrapper: str) -> bool:
     return set(inside) <= {"", "base_layer"} or inside[0] in ("original_module", "modules_to_save")
 
 
-def _examples(model: nn.Module) -> list[str]:
-    """Names of modules that pass a hidden state on, for a message: blocks, or what else stands in a row."""
+def _without_default(model: nn.Module, why: str, besides: str = "") -> ValueError:
+    """The error of a model without a default, with names of modules to choose: blocks, or what else stands in a row."""
     blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
     found = {id(block) for block in blocks}
-    return [name for name, module in model.named_modules() if id(module) in found][-2:] or ["layer.0", "layer.1"]
+    names = [name for name, module in model.named_modules() if id(module) in found][-2:] or ["layer.0", "layer.1"]
+    return ValueError(
+        f"{why}, so there is no default for target_modules. Name the modules whose output is to be erased, e.g. "
+        f"target_modules={names}{besides}."
+    )
 
 
 class ConceptErasureModel(ChildTuner):

@@ -75,7 +75,13 @@ class GradiendConfig(ChildConfig):
     encoders: list[dict[str, Any]] | None = field(default=None, metadata=BY_FITTING)
 
     def _check(self) -> None:
-        self._check_classes()
+        classes = self.classes
+        if classes is not None and (isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes)):
+            raise ValueError(
+                f"classes={classes!r}: a feature needs at least two different classes, as in "
+                "classes=['female', 'male']."
+            )
+        self.check_pairs()
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density} is not a share of the weights: write a number in (0, 1].")
         self.check_strength()
@@ -95,15 +101,6 @@ class GradiendConfig(ChildConfig):
             self.feature_factor = saved.feature_factor if self.feature_factor == 1 else self.feature_factor
         super().take_fitted(saved)
 
-    def _check_classes(self) -> None:
-        classes = self.classes
-        if classes is not None and (isinstance(classes, str) or len(classes) < 2 or len(set(classes)) < len(classes)):
-            raise ValueError(
-                f"classes={classes!r}: a feature needs at least two different classes, as in "
-                "classes=['female', 'male']."
-            )
-        self.check_pairs()
-
     def check_pairs(self) -> None:
         """Raise a `ValueError` unless the pair that acts, and those that are fitted, are pairs of the classes."""
         for pair in [*([self.pair] if self.pair is not None else []), *(self.pairs or [])]:
@@ -120,13 +117,23 @@ class GradiendConfig(ChildConfig):
     def _check_fitted(self) -> None:
         """What fitting writes; in a file it may be anything."""
         for name, size in (self.fitted_parameters or {}).items():
-            if not _is_size(size):
+            shape, counts = size.get("shape"), [size.get("count", 0), size.get("encoder_count", 0)]
+            is_shape = not isinstance(shape, str) and fits(shape, list[int]) and min(shape or [0]) >= 0
+            is_size = is_shape and size.keys() <= {"shape", "count", "encoder_count"} and fits(counts, list[int | None])
+            if not is_size or not all(count is None or 0 <= count <= math.prod(shape or ()) for count in counts):
                 raise ValueError(
                     f"fitted_parameters has {short(size)} at {name!r}, which is not a shape with the number of entries "
                     "kept. Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
                 )
         for encoder in self.encoders or []:
-            if not _is_encoder(encoder):
+            values: Any = (
+                encoder.get("scale"),
+                encoder.get("bias"),
+                encoder.get("activation"),
+                encoder.get("unit_norm"),
+            )
+            is_encoder = len(encoder) == len(values) and fits(values, tuple[float, float, str, bool])
+            if not is_encoder or values[2] not in ACTIVATIONS or not all(map(math.isfinite, values[:2])):
                 raise ValueError(f"encoders has {short(encoder)}, which is not an encoder: the file is damaged.")
         if self.fitted and len(self.encoders or []) != len(self.pairs or []):
             raise ValueError(
@@ -206,20 +213,3 @@ class GradiendConfig(ChildConfig):
             if count is not None:
                 parts[kinds[-1]] = (count,), INDICES
         return parts
-
-
-def _is_size(size: dict[str, Any]) -> bool:
-    """Whether it is the shape of a weight, with how many of its entries are kept."""
-    if not size.keys() <= {"shape", "count", "encoder_count"} or not fits(size.get("shape"), list[int]):
-        return False
-    counts = (size.get("count", 0), size.get("encoder_count", 0))
-    if isinstance(size["shape"], str) or min(size["shape"], default=0) < 0 or not fits(counts, list[int | None]):
-        return False
-    return all(count is None or 0 <= count <= math.prod(size["shape"]) for count in counts)
-
-
-def _is_encoder(encoder: dict[str, Any]) -> bool:
-    types = {"scale": float, "bias": float, "activation": str, "unit_norm": bool}
-    if encoder.keys() != types.keys() or not all(fits(encoder[name], kind) for name, kind in types.items()):
-        return False
-    return encoder["activation"] in ACTIVATIONS and math.isfinite(encoder["scale"]) and math.isfinite(encoder["bias"])

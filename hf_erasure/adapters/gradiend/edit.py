@@ -6,8 +6,7 @@ with the adapter, a merge and a trial edit all come through `edited_tensor`, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +18,19 @@ from ..common.placement import is_quantised
 
 @dataclass(frozen=True)
 class WeightEdit:
-    """One adapter's change of one weight.
+    """One adapter's change of one weight."""
 
-    Attributes:
-        index: `(count,)` int32 flat positions; None where every entry changes.
-        values: `(count,)` what is added there.
-    """
-
-    index: Tensor | None
-    values: Tensor
+    index: Tensor | None  # (count,) int32 flat positions; None where every entry changes
+    values: Tensor  # (count,) what is added there
 
     def to(self, device: torch.device) -> WeightEdit:
         """The edit on a device."""
         return WeightEdit(None if self.index is None else self.index.to(device), self.values.to(device))
 
 
-def working_dtype(weight: Tensor) -> torch.dtype:
-    """The precision in which a weight and its change are added."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
 def edited_tensor(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
     """A new tensor like `weight` with the changes added; `weight` is not touched."""
-    dtype = working_dtype(weight)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     flat = weight.detach().reshape(-1)
     if len(edits) == 1 and edits[0].index is not None and flat.dtype != dtype:
         # Half precision: all but a few entries would only be converted to and fro.
@@ -65,7 +54,7 @@ def edited_tensor(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
 
 
 class _PassGradient(torch.autograd.Function):
-    """Adds the change, and hands the gradient on to the weight as it is: a constant was added."""
+    """Adds the change, and hands the gradient on to the weight as it is."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *parts: Tensor | None) -> Tensor:
@@ -91,19 +80,12 @@ def with_gradient(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
 
 @dataclass
 class UndoRecord:
-    """What was overwritten in one weight, so that it can be put back.
-
-    Attributes:
-        parameter: The weight.
-        index: `(count,)` int64 flat positions that were written; None for all.
-        before: The values that were there.
-        edits: The changes of these values.
-    """
+    """What was overwritten in one weight, so that it can be put back."""
 
     parameter: nn.Parameter
-    index: Tensor | None
-    before: Tensor
-    edits: list[WeightEdit]
+    index: Tensor | None  # (count,) int64 flat positions that were written; None for all
+    before: Tensor  # the values that were there
+    edits: list[WeightEdit]  # the changes of these values
 
     def undo(self) -> None:
         """Put the values back: to the bit, unless something else has changed the weight in between."""
@@ -114,7 +96,7 @@ class UndoRecord:
         if torch.allclose(now, after.to(flat.dtype), rtol=0, atol=0, equal_nan=True):
             values = before.to(flat.dtype)
         else:  # as when a LoRA was merged into the same weight since
-            dtype = working_dtype(flat)
+            dtype = torch.promote_types(flat.dtype, torch.float32)
             values = (now.to(dtype) - (after.to(dtype) - before.to(dtype))).to(flat.dtype)
         _put(self.parameter, flat, index, values)
 
@@ -150,19 +132,6 @@ def _put(parameter: nn.Parameter, flat: Tensor, index: Tensor | None, values: Te
         flat.index_copy_(0, index, values)
     else:
         target.copy_(flat.index_copy(0, index, values).view(parameter.shape))
-
-
-@contextmanager
-def written(changes: Sequence[tuple[nn.Parameter, list[WeightEdit]]]) -> Iterator[None]:
-    """Hold changes in the weights for a while; afterwards these are as they were, to the bit."""
-    done: list[UndoRecord] = []
-    try:
-        for parameter, edits in changes:
-            done.append(write(parameter, edits))
-        yield
-    finally:
-        for change in reversed(done):
-            change.undo()
 
 
 def why_not_editable(parameter: Tensor) -> str | None:

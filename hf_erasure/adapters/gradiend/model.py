@@ -217,30 +217,26 @@ class GradiendModel(ChildTuner):
             reason = layer.why_not_mergeable(names)
             if reason is not None:
                 raise ValueError(f"The GRADIEND adapter cannot be merged: {reason}.")
-        self._warn_before_merge(names)
+        for name in names:
+            own = [layer for layer in layers if name in layer.adapters]
+            kept = share_kept((x.parameter(at), edit) for x in own for at, edit in x.edits_of(name))
+            told = ""
+            if own and not any(layer.gradiend_on[name] for layer in own):
+                told = (
+                    f"GRADIEND adapter {name!r} is not fitted, or its learning_rate is 0: merging it changes nothing."
+                )
+            elif kept < LEAST_KEPT:
+                told = (
+                    f"Merged into weights of this dtype, {name!r} keeps {kept:.0%} of its edit, since the rest is lost "
+                    "to rounding. Merge into a float32 copy of the model, or choose a larger learning_rate."
+                )
+            if told:
+                warnings.warn(told, stacklevel=3)
         with ExitStack() as way_back:
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
                 way_back.callback(layer.unmerge_last)
             way_back.pop_all()
-
-    def _warn_before_merge(self, names: list[str]) -> None:
-        for name in names:
-            layers = [x for x in self._children() if name in x.adapters and name not in x.merged_adapters]
-            if layers and not any(layer.gradiend_on[name] for layer in layers):
-                warnings.warn(
-                    f"The GRADIEND adapter {name!r} is not fitted, or its learning_rate is 0: merging it changes "
-                    "nothing.",
-                    stacklevel=4,
-                )
-                continue
-            kept = share_kept((x.parameter(own), edit) for x in layers for own, edit in x.edits_of(name))
-            if kept < LEAST_KEPT:
-                warnings.warn(
-                    f"Merged into weights of this dtype, {name!r} keeps {kept:.0%} of its edit, since the rest is lost "
-                    "to rounding. Merge into a float32 copy of the model, or choose a larger learning_rate.",
-                    stacklevel=4,
-                )
 
     # ---- several adapters --------------------------------------------------------------------------------------------
 

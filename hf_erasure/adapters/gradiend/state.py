@@ -18,7 +18,7 @@ from hf_erasure.models.model import class_name
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
-from .edit import WeightEdit, edited_tensor, share_kept, written
+from .edit import edited_tensor, share_kept, write
 from .layer import GradiendLayer, gradiend_layers, strength
 
 
@@ -189,17 +189,18 @@ def edited(model: nn.Module, adapter_name: str, **strengths: Any) -> Iterator[No
     """
     layers, config = _adapter(model, adapter_name)
     steering = strength(_steered(config, **strengths))
-    changes: list[tuple[nn.Parameter, list[WeightEdit]]] = []
-    for layer in layers.values():
-        for name, edit in layer.edits_of(adapter_name, steering):
-            reason = layer.why_not_editable(name)
-            if reason is not None:
-                raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
-            changes.append((layer.parameter(name), [edit]))
+    changes = [
+        (layer, name, edit) for layer in layers.values() for name, edit in layer.edits_of(adapter_name, steering)
+    ]
+    for layer, name, _ in changes:
+        reason = layer.why_not_editable(name)
+        if reason is not None:
+            raise ValueError(f"{layer.path}.{name} {reason} to edit it.")
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer.without(adapter_name))
-        stack.enter_context(written(changes))
+        for layer, name, edit in changes:
+            stack.callback(write(layer.parameter(name), [edit]).undo)
         yield
 
 
