@@ -27,20 +27,14 @@ _WRAPPERS = "_hf_erasure_wrappers"
 
 @dataclass(frozen=True, kw_only=True)
 class Patch(Internal):
-    """A function in whose place a wrapper is called.
+    """A function in whose place a wrapper is called."""
 
-    Attributes:
-        wrapper: Called as `wrapper(original, *args, **kwargs)`. Of a method `original` is bound already, and the
-            instance comes first among the arguments.
-        why: What the original does not do.
-        without: What does not work where a release lacks it; empty where nothing would.
-        also: Other modules in which the same function is.
-    """
-
+    # Called as `wrapper(original, *args, **kwargs)`. Of a method `original` is bound already, and the instance comes
+    # first among the arguments.
     wrapper: Callable[..., Any]
-    why: str
-    without: str = ""
-    also: tuple[str, ...] = ()
+    why: str  # what the original does not do
+    without: str = ""  # what does not work where a release lacks it; empty where nothing would
+    also: tuple[str, ...] = ()  # other modules in which the same function is
 
     def why_missing(self) -> str | None:
         """What is not as expected; None when all is, or the function is in another of its modules."""

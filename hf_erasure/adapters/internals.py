@@ -32,19 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Internal:
-    """Something that must be there.
+    """Something that must be there."""
 
-    Attributes:
-        package: Whose it is, under the name it is installed by.
-        module: Where it is imported from.
-        name: Its name there; with a dot for an attribute of a class.
-        parameters: Names of parameters that it must take.
-    """
-
-    package: str
-    module: str
-    name: str
-    parameters: tuple[str, ...] = ()
+    package: str  # whose it is, under the name it is installed by
+    module: str  # where it is imported from
+    name: str  # its name there; with a dot for an attribute of a class
+    parameters: tuple[str, ...] = ()  # names of parameters that it must take
 
     def why_missing(self) -> str | None:
         """What is not as expected; None when all is."""

@@ -38,17 +38,12 @@ _ROUNDING = 2.0**-7
 
 @dataclass(frozen=True)
 class Present:
-    """The adapters of a model, each with what messages call it.
+    """The adapters of a model, each with what messages call it."""
 
-    Attributes:
-        loaded: Those that are there, acting or not.
-        on: Those that act, and those that would but for having no effect yet, as before they are fitted.
-        acting: Those that act, merged or not.
-    """
-
-    loaded: dict[str, str] = field(default_factory=dict)
+    loaded: dict[str, str] = field(default_factory=dict)  # those that are there, acting or not
+    # Those that act, and those that would but for having no effect yet, as before they are fitted.
     on: dict[str, str] = field(default_factory=dict)
-    acting: dict[str, str] = field(default_factory=dict)
+    acting: dict[str, str] = field(default_factory=dict)  # those that act, merged or not
 
 
 def adapters_now(model: nn.Module) -> Present:

@@ -334,133 +334,83 @@ class Part:
 
 @dataclass(frozen=True)
 class Data(Part):
-    """Where the data come from.
+    """Where the data come from."""
 
-    Attributes:
-        datasets: Names on the Hub.
-        labels_from: Who or what labelled them, in words.
-    """
-
-    datasets: list[str] = field(default_factory=list)
-    labels_from: str = ""
+    datasets: list[str] = field(default_factory=list)  # names on the Hub
+    labels_from: str = ""  # who or what labelled them, in words
 
 
 @dataclass(frozen=True)
 class Told(Data):
-    """What only its maker knows of an adapter, and what was measured of it afterwards.
+    """What only its maker knows of an adapter, and what was measured of it afterwards."""
 
-    Attributes:
-        license: As the Hub writes it.
-        language: Codes.
-        results: Rows of `hf-erasure evaluate`, as the card shows them.
-        results_of: The state of the adapter that they are of.
-    """
-
-    license: str = ""
-    language: list[str] = field(default_factory=list)
-    results: list[Any] = field(default_factory=list)
-    results_of: str = ""
+    license: str = ""  # as the Hub writes it
+    language: list[str] = field(default_factory=list)  # codes
+    results: list[Any] = field(default_factory=list)  # rows of `hf-erasure evaluate`, as the card shows them
+    results_of: str = ""  # the state of the adapter that they are of
 
 
 @dataclass(frozen=True)
 class Training(Part):
-    """What a callback measured last while the model under the adapter was trained.
+    """What a callback measured last while the model under the adapter was trained."""
 
-    Attributes:
-        step: Of the Trainer.
-        figures: By the names that are logged.
-        measured_on: What the figures are on, in words.
-    """
-
-    step: int | None = None
-    figures: dict[str, Any] = field(default_factory=dict)
-    measured_on: str = ""
+    step: int | None = None  # of the Trainer
+    figures: dict[str, Any] = field(default_factory=dict)  # by the names that are logged
+    measured_on: str = ""  # what the figures are on, in words
 
 
 @dataclass(frozen=True)
 class ChosenEdit(Part):
-    """How the strength of a GRADIEND was chosen.
+    """How the strength of a GRADIEND was chosen."""
 
-    Attributes:
-        goal: What it was chosen for.
-        budget: How much worse language modelling may get, as a share of itself.
-        base: What was measured of the model without the edit.
-        best: The same with the chosen one.
-        kept_share: How much of the edit is left after rounding to the dtype of the weights, from 0 to 1.
-        measured_on: What it was measured on, in words.
-    """
-
-    goal: str = ""
-    budget: float | None = None
-    base: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
+    goal: str = ""  # what it was chosen for
+    budget: float | None = None  # how much worse language modelling may get, as a share of itself
+    base: dict[str, Any] = field(default_factory=dict)  # what was measured of the model without the edit
+    best: dict[str, Any] = field(default_factory=dict)  # the same with the chosen one
+    # How much of the edit is left after rounding to the dtype of the weights, from 0 to 1.
     kept_share: float | None = None
-    measured_on: str = ""
+    measured_on: str = ""  # what it was measured on, in words
 
 
 @dataclass(frozen=True)
 class RecipeRun(Data):
-    """What the recipe that made an adapter says of its data, and what its run measured on the test split.
+    """What the recipe that made an adapter says of its data, and what its run measured on the test split."""
 
-    Attributes:
-        results: Of an erasure: rows, as the card shows them.
-        edit: Of a GRADIEND: the edit that it was saved with.
-    """
-
-    results: list[Any] = field(default_factory=list)
-    edit: ChosenEdit = field(default_factory=ChosenEdit)
+    results: list[Any] = field(default_factory=list)  # of an erasure: rows, as the card shows them
+    edit: ChosenEdit = field(default_factory=ChosenEdit)  # of a GRADIEND: the edit that it was saved with
 
 
 @dataclass(frozen=True)
 class Provenance(Part):
-    """What is known of how an adapter was made.
+    """What is known of how an adapter was made."""
 
-    Attributes:
-        hf_erasure_version: The version of this package that fitted it.
-        base_class: The class of the base model.
-        fingerprint: Weight → a sample of its values.
-        examples: How many sequences or pairs it was fitted on.
-        tokens: How many positions.
-        pool: What of a sequence is guarded.
-        reader: What reads that, in words.
-        leakage: Site → correlation with the concept before and after, magnitudes.
-        leakage_intervals: Site → the two ends of the interval before, and the two after.
-        measured_on: What the leakage was measured on, in words.
-        residuals: Site → what its eraser leaves at a visit, as a share of `|x| |z|`; of modules that are called several
-            times, where that is more than rounding, so that the guarantee does not hold.
-        unsettled: The sites that are called several times and were fitted in one pass, which promises nothing at later
-            calls.
-        active_adapters: The other adapters that acted at fitting; None where an older release did not write it.
-        combined_from: Name → what is known of the adapters that this one was combined from.
-        data: Where the data come from.
-        estimator: Of a GRADIEND: how its neuron was estimated.
-        task: Of a GRADIEND: the kind of language modelling.
-        correlation: Of a GRADIEND: pair → correlation of the neuron with the class.
-        selection: Of a GRADIEND: how its strength was chosen.
-        training: What was measured while the model was trained.
-        recipe: What a run of a recipe says of its data, and has measured.
-        card: What its maker told.
-    """
-
-    hf_erasure_version: str = ""
-    base_class: str = ""
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    examples: int | None = None
-    tokens: int | None = None
-    pool: str = ""
-    reader: str = ""
+    hf_erasure_version: str = ""  # the version of this package that fitted it
+    base_class: str = ""  # the class of the base model
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # weight → a sample of its values
+    examples: int | None = None  # how many sequences or pairs it was fitted on
+    tokens: int | None = None  # how many positions
+    pool: str = ""  # what of a sequence is guarded
+    reader: str = ""  # what reads that, in words
+    # Site → correlation with the concept before and after, magnitudes.
     leakage: dict[str, tuple[float, float]] = field(default_factory=dict)
+    # Site → the two ends of the interval before, and the two after.
     leakage_intervals: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
-    measured_on: str = ""
+    measured_on: str = ""  # what the leakage was measured on, in words
+    # Site → what its eraser leaves at a visit, as a share of `|x| |z|`; of modules that are called several times, where
+    # that is more than rounding, so that the guarantee does not hold.
     residuals: dict[str, float] = field(default_factory=dict)
+    # The sites that are called several times and were fitted in one pass, which promises nothing at later calls.
     unsettled: list[str] = field(default_factory=list)
+    # The other adapters that acted at fitting; None where an older release did not write it.
     active_adapters: list[dict[str, Any]] | None = None
+    # Name → what is known of the adapters that this one was combined from.
     combined_from: dict[str, Any] = field(default_factory=dict)
-    data: Data = field(default_factory=Data)
-    estimator: str = ""
-    task: str = ""
+    data: Data = field(default_factory=Data)  # where the data come from
+    estimator: str = ""  # of a GRADIEND: how its neuron was estimated
+    task: str = ""  # of a GRADIEND: the kind of language modelling
+    # Of a GRADIEND: pair → correlation of the neuron with the class.
     correlation: dict[str, float] = field(default_factory=dict)
-    selection: ChosenEdit = field(default_factory=ChosenEdit)
-    training: Training = field(default_factory=Training)
-    recipe: RecipeRun = field(default_factory=RecipeRun)
-    card: Told = field(default_factory=Told)
+    selection: ChosenEdit = field(default_factory=ChosenEdit)  # of a GRADIEND: how its strength was chosen
+    training: Training = field(default_factory=Training)  # what was measured while the model was trained
+    recipe: RecipeRun = field(default_factory=RecipeRun)  # what a run of a recipe says of its data, and has measured
+    card: Told = field(default_factory=Told)  # what its maker told

@@ -52,15 +52,10 @@ StateDict.__name__ = BufferDict.__name__
 
 @dataclass(frozen=True)
 class Rows:
-    """Which adapter each row of a batch has: `model(…, adapter_names=[…])` on a `PeftModel`.
+    """Which adapter each row of a batch has: `model(…, adapter_names=[…])` on a `PeftModel`."""
 
-    Attributes:
-        names: One for each row that the user gave.
-        beams: In how many copies, one after the other, `generate` may pass a row on.
-    """
-
-    names: tuple[str, ...]
-    beams: int = 1
+    names: tuple[str, ...]  # one for each row that the user gave
+    beams: int = 1  # in how many copies, one after the other, `generate` may pass a row on
 
     def of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
         """The positions of an adapter's rows along an axis of an activation, `(rows of that adapter,)`."""

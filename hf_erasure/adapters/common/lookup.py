@@ -30,24 +30,16 @@ class AdapterNotFound(ValueError):
 
 @dataclass(frozen=True)
 class Found(Generic[C]):
-    """One adapter in a model.
+    """One adapter in a model."""
 
-    Attributes:
-        name: Its name.
-        config: Its configuration.
-        owner: The bare model that has it; the names of the adapter's modules are those within this model.
-        path: The owner's name within the model that was passed.
-        model: The outermost transformers model around the owner, such as the one with the head; the owner itself where
-            there is none. It is what a batch goes through.
-        holder: What adapters are added to, switched on and saved by: the `PeftModel` of the owner, or the owner.
-    """
-
-    name: str
-    config: C
-    owner: Any
-    path: str
+    name: str  # its name
+    config: C  # its configuration
+    owner: Any  # the bare model that has it; the names of the adapter's modules are those within this model
+    path: str  # the owner's name within the model that was passed
+    # The outermost transformers model around the owner, such as the one with the head; the owner itself where there is
+    # none. It is what a batch goes through.
     model: Any
-    holder: Any
+    holder: Any  # what adapters are added to, switched on and saved by: the `PeftModel` of the owner, or the owner
 
 
 def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:

@@ -46,13 +46,9 @@ class _Stays(str):
 
 @dataclass(eq=False)
 class Within:
-    """The model that children are in. Whoever copies a part of it, with children, does not copy all of it.
+    """The model that children are in. Whoever copies a part of it, with children, does not copy all of it."""
 
-    Attributes:
-        model: A weak reference to it.
-    """
-
-    model: Callable[[], nn.Module | None]
+    model: Callable[[], nn.Module | None]  # A weak reference to it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Within:
         copied = memo.get(id(self.model()))
@@ -270,14 +266,10 @@ class AdapterBuffers(Collection[str]):
     """The names of the buffers of all adapters of a model at present, and what was there before.
 
     Names are looked up anew each time: fitting, loading and deleting change them.
-
-    Attributes:
-        model: The base model.
-        others: Names that someone else wants ignored.
     """
 
-    model: nn.Module
-    others: Collection[str]
+    model: nn.Module  # the base model
+    others: Collection[str]  # names that someone else wants ignored
 
     def __iter__(self) -> Iterator[str]:
         yield from self.others

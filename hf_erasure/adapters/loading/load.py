@@ -47,21 +47,13 @@ _SMALL = 2**28
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter is read from.
+    """Where an adapter is read from."""
 
-    Attributes:
-        name: A folder, or the id of a repository on the Hub.
-        subfolder: Where in it.
-        options: What `hf_hub_download` takes besides.
-        folder: The folder with the adapter's files.
-        is_folder: Whether it is a folder on this machine.
-    """
-
-    name: str
-    subfolder: str
-    options: dict[str, Any]
-    folder: Path
-    is_folder: bool
+    name: str  # A folder, or the id of a repository on the Hub
+    subfolder: str  # where in it
+    options: dict[str, Any]  # what `hf_hub_download` takes besides
+    folder: Path  # the folder with the adapter's files
+    is_folder: bool  # whether it is a folder on this machine
 
     @classmethod
     def of(cls, name: Any, *options: Any) -> Source:
@@ -87,18 +79,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Read:
-    """What was read of an adapter.
+    """What was read of an adapter."""
 
-    Attributes:
-        config: Its configuration; None where it is not an adapter of this package.
-        tensors: Its tensors by their names without PEFT's prefix, in memory of their own.
-        unseen: Why its files could not be looked at.
-        given: The configuration that the caller gave for this load; it becomes the adapter's own.
-    """
-
-    config: ChildConfig | None = None
+    config: ChildConfig | None = None  # its configuration; None where it is not an adapter of this package
+    # Its tensors by their names without PEFT's prefix, in memory of their own.
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    unseen: str | None = None
+    unseen: str | None = None  # why its files could not be looked at
+    # The configuration that the caller gave for this load; it becomes the adapter's own.
     given: PeftConfig | None = None
 
 
