@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -83,6 +84,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         counts = Counter(item.path for item in items)
         items.sort(key=lambda item: (not is_long(item.path), -counts[item.path]))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of later garbage collections: torch and transformers are millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def is_long(path: Path) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import os
 import pickle
@@ -91,6 +92,9 @@ def serve(address: str, modules: Sequence[str]) -> None:
             importlib.import_module(name)
         except ImportError:  # what is not installed, no task imports either
             continue
+    # What is imported is left out of the collections of every process that is forked.
+    gc.collect()
+    gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
