@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import types
 import warnings
@@ -12,10 +11,10 @@ from typing import Any
 
 import pytest
 
-import hf_erasure
 from hf_erasure import patches
 from hf_erasure.patches import Patch
 from tests.house import wrapped
+from tests.prepared import TRANSFORMERS, run, run_code
 
 
 def noted(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -98,17 +97,9 @@ def test_every_line_says_why():
     assert len(wrapped()) == len(table), "what is wrapped is in the table"
 
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, which finds the package that is under test."""
-    root = Path(hf_erasure.__file__).parents[1]
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=root)
-
-
-def test_renamed_methods_of_trainer_leave_the_rest_at_work():
-    """Its private ones, of which another release may have others, and of which an import must not fail."""
-    done = run(
-        """
-import sys, warnings
+# Run where transformers is imported, and PEFT and this package are not.
+RENAMED = """
+import warnings
 from transformers import Trainer
 for name in ("_load_best_model", "_push_from_checkpoint", "_save"):
     setattr(Trainer, f"{name}_anew", getattr(Trainer, name))
@@ -127,7 +118,11 @@ try:
 except ImportError as error:
     print(error)
 """
-    )
+
+
+def test_renamed_methods_of_trainer_leave_the_rest_at_work(tmp_path: Path):
+    """Its private ones, of which another release may have others, and of which an import must not fail."""
+    done = run(run_code, RENAMED, folder=tmp_path, kind=TRANSFORMERS)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     named = [line.partition("Trainer.")[2].partition(",")[0] for line in lines]
