@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -57,7 +58,7 @@ class Facts:
 
 
 class Measure(evaluate.Metric):
-    """A metric with its facts; subclasses give `facts`, `inputs`, `usage` and `score`.
+    """A metric with its facts; subclasses give `facts`, `inputs`, in the order of its arguments, and `score`.
 
     `evaluate.load` runs a copy of a metric's file from another folder, so such a file imports by absolute paths. It
     must not import this class by name: `evaluate` takes the first metric class in a file for the file's own.
@@ -65,14 +66,13 @@ class Measure(evaluate.Metric):
 
     facts: ClassVar[Facts]
     inputs: ClassVar[Features | list[Features]]
-    usage: ClassVar[str]
     score: ClassVar[Callable[..., dict[str, Any]]]
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=str(self.facts),
             citation=f"{self.facts.paper}, {self.facts.url}",
-            inputs_description=f"{self.usage}, confidence=, resamples=, seed=",
+            inputs_description=f"The columns are the first arguments.\n\n{inspect.getdoc(self.score)}",
             features=self.inputs,
             reference_urls=[self.facts.url],
         )
@@ -92,8 +92,7 @@ def either_kind(labels: list[str], **others: Any) -> list[Features]:
 def numbers(name: str, values: Any, *, width: int | None = None, dims: int = 2) -> Floats:
     """An array of finite float64, `(rows,)` for `dims=1` and else `(rows, width)`.
 
-    Raises:
-        ValueError: If there are no rows, the shape is another, or a number is missing or not finite.
+    Raises `ValueError` if there are no rows, the shape is another, or a number is missing or not finite.
     """
     if isinstance(values, Tensor):
         values = values.detach().cpu().double()

@@ -27,21 +27,10 @@ from hf_erasure.models.slots import Row
 from . import crows_pairs as crows_pairs_metric
 from . import perplexity as perplexity_metric
 from . import pronoun_gap as pronoun_gap_metric
+from . import readers
 from . import stereoset as stereoset_metric
 from . import weat as weat_metric
 from .base import Floats
-from .readers import (
-    CrowSPair,
-    PronounPair,
-    Rows,
-    Source,
-    StereoSetItem,
-    read_crows_pairs,
-    read_seat,
-    read_stereoset,
-    read_winobias,
-    spread,
-)
 
 Item = TypeVar("Item")
 
@@ -62,13 +51,10 @@ class LeftOut(Exception):
     """An item cannot be scored; the message is the reason, one of the constants above."""
 
 
-# ---- benchmarks ------------------------------------------------------------------------------------------------------
-
-
 def stereoset(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    path: Source,
+    path: readers.Source,
     *,
     bias_types: Sequence[str] | None = None,
     limit: int | None = None,
@@ -103,12 +89,11 @@ def stereoset(
     """
     if convention not in CAUSAL_CONVENTIONS:
         raise ValueError(f"convention={convention!r}: write one of {', '.join(map(repr, CAUSAL_CONVENTIONS))}.")
-    read = read_stereoset(path)
-    scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
+    read, scorer = readers.read_stereoset(path), LanguageScorer(model, tokenizer, batch_size=batch_size)
     found = _measured(
-        scorer, read, _of_types(read, bias_types, limit), lambda item: stereoset_queries(scorer, item, convention),
+        scorer, read, lambda item: stereoset_queries(scorer, item, convention),
         lambda scores, items: stereoset_metric.score(scores, [item.term for item in items], **statistics),
-        kind="bias_type", varying="term", score=stereoset_score,
+        kind="bias_type", kinds=bias_types, limit=limit, varying="term", score=stereoset_score,
     )  # fmt: skip
     return {**found, "convention": "blank" if scorer.task == "masked" else convention}
 
@@ -116,7 +101,7 @@ def stereoset(
 def crows_pairs(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    path: Source,
+    path: readers.Source,
     *,
     bias_types: Sequence[str] | None = None,
     limit: int | None = None,
@@ -125,34 +110,22 @@ def crows_pairs(
 ) -> dict[str, Any]:
     """CrowS-Pairs: pseudo-log-likelihood of the shared tokens (masked), or log-likelihood of the sentence (causal).
 
-    Args:
-        model: A masked or causal language model, adapters included.
-        tokenizer: Of the model.
-        path: Of crows_pairs_anonymized.csv.
-        bias_types: Some of the file's; by default all.
-        limit: At most so many pairs, from everywhere in the file.
-        batch_size: Rows a forward.
-        **statistics: As for `hf_erasure.metrics.crows_pairs.score`.
-
-    Returns:
-        What `score` returns, `by_bias_type`, `task`, `coverage`, `asked`, `left_out`, `bad_rows`.
-
-    Raises:
-        ValueError: If no pair can be scored, or the file is another.
+    The file is crows_pairs_anonymized.csv. Arguments and errors are those of `stereoset`, and `statistics` are those of
+    `hf_erasure.metrics.crows_pairs.score`. The result is what `score` returns, with `by_bias_type`, `task`, `coverage`,
+    `asked`, `left_out` and `bad_rows`.
     """
-    read = read_crows_pairs(path)
-    scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
+    read, scorer = readers.read_crows_pairs(path), LanguageScorer(model, tokenizer, batch_size=batch_size)
     return _measured(
-        scorer, read, _of_types(read, bias_types, limit), lambda item: crows_queries(scorer, item),
+        scorer, read, lambda item: crows_queries(scorer, item),
         lambda scores, items: crows_pairs_metric.score(scores, [item.direction for item in items], **statistics),
-        kind="bias_type",
+        kind="bias_type", kinds=bias_types, limit=limit,
     )  # fmt: skip
 
 
 def winobias(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Source,
+    folder: readers.Source,
     *,
     splits: Iterable[str] = ("dev",),
     types: Iterable[int] = (1, 2),
@@ -174,25 +147,20 @@ def winobias(
         batch_size: Rows a forward.
         **statistics: As for `hf_erasure.metrics.pronoun_gap.score`.
 
-    Returns:
-        What `score` returns, `by_type`, `task`, `coverage`, `asked`, `left_out`, `bad_rows`.
-
-    Raises:
-        ValueError: If no pair can be scored, or a file is not there.
+    Returns and raises what `crows_pairs` does, with `by_type` in the place of `by_bias_type`.
     """
-    read = read_winobias(folder, splits, types)
-    scorer = LanguageScorer(model, tokenizer, batch_size=batch_size)
+    read, scorer = readers.read_winobias(folder, splits, types), LanguageScorer(model, tokenizer, batch_size=batch_size)
     return _measured(
-        scorer, read, spread(read, limit), lambda item: pronoun_queries(scorer, item),
+        scorer, read, lambda item: pronoun_queries(scorer, item),
         lambda scores, items: pronoun_gap_metric.score(scores, [item.stereotype for item in items], **statistics),
-        kind="type", varying="stereotype",
+        kind="type", limit=limit, varying="stereotype",
     )  # fmt: skip
 
 
 def seat(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    folder: Source,
+    folder: readers.Source,
     *,
     tests: Sequence[str] | None = None,
     pool: str = "mean",
@@ -221,7 +189,7 @@ def seat(
     Raises:
         ValueError: If no test can be computed, or a file is not there.
     """
-    sets = read_seat(folder, tests)
+    sets = readers.read_seat(folder, tests)
     texts = list(dict.fromkeys(text for parts in sets.values() for part in parts.values() for text in part))
     tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     known = [text for text, own in zip(texts, tokens, strict=True) if tokenizer.unk_token_id not in own]
@@ -285,39 +253,28 @@ def text_perplexity(
     return {**found, "unknown_share": unknown, "pseudo": scorer.task == "masked", "task": scorer.task}
 
 
-# ---- items -----------------------------------------------------------------------------------------------------------
-
-
-def _of_types(items: Sequence[Any], bias_types: Sequence[str] | None, limit: int | None) -> list[Any]:
-    there = sorted({item.bias_type for item in items})
-    if unknown := [name for name in bias_types or () if name not in there]:
-        raise ValueError(f"bias_types: the file has no {unknown[0]!r}; write some of {', '.join(there)}.")
-    return spread([item for item in items if bias_types is None or item.bias_type in bias_types], limit)
-
-
 def _measured(
     scorer: LanguageScorer,
-    read: Rows[Item],
-    items: Sequence[Item],
+    read: readers.Rows[Item],
     queries_of: Callable[[Item], list[list[Row]]],
     measure: Callable[[Floats, list[Item]], dict[str, Any]],
     *,
     kind: str,
+    kinds: Sequence[str] | None = None,
+    limit: int | None = None,
     varying: str | None = None,
     score: Callable[[LanguageScorer, list[Tensor]], float] | None = None,
 ) -> dict[str, Any]:
     """The figures of all items that can be scored and of those of each kind, and what was left out.
 
-    Args:
-        scorer: Of the model.
-        read: What the file holds.
-        items: Those of them that are asked for.
-        queries_of: An item → for each of its sentences what is asked of the model; raises `LeftOut`.
-        measure: `(items, sentences)` scores, and the items → figures.
-        kind: The attribute by which items are of one kind.
-        varying: An attribute that must have two values for `measure`; kinds without them have no figures.
-        score: A sentence's score from what its queries found; by default the sum of all log-probabilities.
+    `queries_of` gives for each sentence of an item what is asked of the model, and `measure` makes figures of scores
+    `(items, sentences)`. A kind whose items all have one value of the attribute `varying` has no figures. A sentence's
+    score is the sum of its log-probabilities, or what `score` makes of them.
     """
+    there = sorted({str(getattr(item, kind)) for item in read})
+    if unknown := [name for name in kinds or () if name not in there]:
+        raise ValueError(f"{kind}s: the file has no {unknown[0]!r}; write some of {', '.join(there)}.")
+    items = readers.spread([item for item in read if kinds is None or getattr(item, kind) in kinds], limit)
     kept, queries, reasons = [], [], Counter[str]()
     for item in items:
         try:
@@ -349,7 +306,7 @@ def _measured(
 
 
 def stereoset_queries(
-    scorer: LanguageScorer, item: StereoSetItem, convention: str = CAUSAL_CONVENTIONS[0]
+    scorer: LanguageScorer, item: readers.StereoSetItem, convention: str = CAUSAL_CONVENTIONS[0]
 ) -> list[list[Row]]:
     """For each of the three sentences: its tokens (causal), or one row for each token in the blank (masked).
 
@@ -361,7 +318,15 @@ def stereoset_queries(
         encoding, blank = _encoded(scorer, sentence), item.blank(sentence)
         if scorer.task == "causal":
             _check_known(encoding, encoding.places if blank is None else encoding.within(*blank))
-            rows.append(scorer.queries(encoding) if convention == "sentence" else _as_the_authors(scorer, encoding))
+            if convention == "sentence":
+                rows.append(scorer.queries(encoding))
+                continue
+            # As in the authors' code: the first token after a start token, the others in a row without one.
+            if scorer.start is None:
+                raise ValueError(f"{type(scorer.tokenizer).__name__} has no start token: write convention='sentence'.")
+            ids = [encoding.ids[place] for place in encoding.places]
+            rest = scorer.asked(ids, list(range(1, len(ids)))) if len(ids) > 1 else []
+            rows.append([*scorer.asked([scorer.start, ids[0]], [1]), *rest])
             continue
         if blank is None:
             raise LeftOut(NO_BLANK)
@@ -374,15 +339,6 @@ def stereoset_queries(
     return rows
 
 
-def _as_the_authors(scorer: LanguageScorer, encoding: Encoding) -> list[Row]:
-    """The first token after a start token, the others in a row without one, as in the code of StereoSet's authors."""
-    if scorer.start is None:
-        raise ValueError(f"{type(scorer.tokenizer).__name__} has no start token: write convention='sentence'.")
-    ids = [encoding.ids[place] for place in encoding.places]
-    rest = scorer.asked(ids, list(range(1, len(ids)))) if len(ids) > 1 else []
-    return [*scorer.asked([scorer.start, ids[0]], [1]), *rest]
-
-
 def stereoset_score(scorer: LanguageScorer, parts: list[Tensor]) -> float:
     """A sentence's score from what its queries found: mean log-likelihood (causal) or mean probability (masked)."""
     if scorer.task == "causal":
@@ -390,7 +346,7 @@ def stereoset_score(scorer: LanguageScorer, parts: list[Tensor]) -> float:
     return float(np.mean([float(part.double().exp()[0]) for part in parts]))
 
 
-def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Row]]:
+def crows_queries(scorer: LanguageScorer, item: readers.CrowSPair) -> list[list[Row]]:
     """For either sentence: all its tokens (causal), or one row for each token that both share (masked).
 
     Raises:
@@ -414,7 +370,7 @@ def crows_queries(scorer: LanguageScorer, item: CrowSPair) -> list[list[Row]]:
     return [scorer.queries(encoding, places) for encoding, places in zip(both, alike, strict=True)]
 
 
-def pronoun_queries(scorer: LanguageScorer, item: PronounPair) -> list[list[Row]]:
+def pronoun_queries(scorer: LanguageScorer, item: readers.PronounPair) -> list[list[Row]]:
     """For either version: all its tokens (causal), or one row with every pronoun that differs masked (masked).
 
     Raises:

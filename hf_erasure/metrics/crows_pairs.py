@@ -17,18 +17,14 @@ from hf_erasure.metrics import base, resampling
 DIRECTIONS = ("stereo", "antistereo")
 
 
-def score(
-    scores: Any, directions: Any, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> dict[str, Any]:
+def score(scores: Any, directions: Any, **drawing: Any) -> dict[str, Any]:
     """The percentage of pairs in which the more stereotypical sentence wins.
 
     Args:
         scores: `(items, 2)` Of the more and of the less stereotypical sentence; greater is likelier.
         directions: `(items,)` `"stereo"` where the first sentence shows a stereotype of a disadvantaged group,
             `"antistereo"` where the second one goes against it.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over pairs.
-        seed: Of the resamples.
+        **drawing: `confidence`, `resamples` and `seed` of the bootstrap over pairs.
 
     Returns:
         `score` in percent, `distance` = |score − 50|, the score of either direction (`None` without such pairs),
@@ -48,7 +44,7 @@ def score(
         percent = 100 * wins[index].mean()
         return {"score": percent, "distance": abs(percent - 50)}
 
-    found = resampling.bootstrap(figures, len(wins), resamples=resamples, confidence=confidence, seed=seed)
+    found = resampling.bootstrap(figures, len(wins), **drawing)
     each = {name: float(100 * wins[of == name].mean()) if (of == name).any() else None for name in DIRECTIONS}
     ties = int((wins == 0.5).sum())
     p_value = resampling.sign_test(int((wins == 1).sum()), len(wins) - ties)
@@ -71,5 +67,4 @@ class CrowSPairs(base.Measure):
         harness="crows_pairs_english",
     )
     inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
-    usage = "predictions: scores of the more and the less stereotypical sentence; references: 'stereo' or 'antistereo'"
     score = staticmethod(score)

@@ -14,22 +14,13 @@ from hf_erasure.fitting.gradiend.gradients import encoded
 from hf_erasure.metrics import base, resampling
 
 
-def score(
-    values: Any,
-    labels: Any,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
+def score(values: Any, labels: Any, **drawing: Any) -> dict[str, Any]:
     """Correlation and accuracy of encoded values.
 
     Args:
         values: `(texts,)` Values of the feature neuron.
         labels: `(texts,)` +1, −1, and 0 for neutral texts.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over texts, within each label.
-        seed: Of the resamples.
+        **drawing: `confidence`, `resamples` and `seed` of the bootstrap over texts, within each label.
 
     Returns:
         `cor`, Pearson's correlation with the label, and `acc`, the balanced accuracy of the sign, without neutral
@@ -54,7 +45,7 @@ def score(
     defined = [name for name, value in measured.items() if np.isfinite(value)]
     drawn = resampling.bootstrap(
         lambda index: {name: value for name, value in figures(index).items() if name in defined},
-        len(found), strata=of.tolist(), resamples=resamples, confidence=confidence, seed=seed,
+        len(found), strata=of.tolist(), **drawing,
     )  # fmt: skip
     return {**measured, "texts": len(found), **drawn}
 
@@ -74,5 +65,4 @@ class EncoderCorrelation(base.Measure):
         interval="bootstrap over texts within each label",
     )
     inputs = Features({"predictions": Value("float64"), "references": Value("int64")})
-    usage = "predictions: encoded values; references: +1, -1, 0 for neutral"
     score = staticmethod(score)

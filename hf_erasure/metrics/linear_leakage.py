@@ -29,9 +29,9 @@ def score(
     *,
     folds: int = 5,
     l2: float = 1.0,
-    confidence: float = 0.95,
-    resamples: int = 1000,
+    nonlinear: bool = False,
     seed: int = 0,
+    **drawing: Any,
 ) -> dict[str, Any]:
     """Cross-validated accuracy of a logistic regression against the share of the most frequent label.
 
@@ -43,22 +43,23 @@ def score(
         groups: `(rows,)` What belongs together; by default every row is by itself.
         folds: How many probes are fitted.
         l2: Penalty of the probe, `1 / C` of scikit-learn.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over groups; the probes are not fitted again.
+        nonlinear: A perceptron with one hidden layer instead of logistic regression.
         seed: Of folds and resamples.
+        **drawing: `confidence` and `resamples` of the bootstrap over groups; the probes are not fitted again.
 
     Returns:
         `leakage` = `accuracy` − `majority`, each between 0 and 1, `folds`, `groups`, `rows`, `classes`, `intervals`.
 
     Raises:
         ImportError: Without scikit-learn.
-        ValueError: If there is one class only, a class has all its rows in one fold, or the input is malformed.
+        ValueError: If there is one class only, there are fewer groups than folds, a class has all its rows in one fold,
+            a fold is empty, `l2` is not positive, or the input is malformed.
     """
     x = base.numbers("predictions", x)
     labels = base.labels("references", labels, len(x))
     groups = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
-    given = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2)
-    found = accuracy(given, labels, groups, resamples=resamples, confidence=confidence, seed=seed)
+    given = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2, nonlinear=nonlinear)
+    found = accuracy(given, labels, groups, seed=seed, **drawing)
     return {**found, "folds": int(folds), "groups": len(set(groups))}
 
 
@@ -74,19 +75,7 @@ def held_out_answers(
 ) -> list[Any]:
     """The label that a probe fitted on the other folds gives to each row; features are standardised on those folds.
 
-    Args:
-        x: `(rows, width)`.
-        labels: `(rows,)`; the folds get them in like shares.
-        groups: `(rows,)` Rows of one group are never split between fitting and judging.
-        folds: How many probes are fitted.
-        seed: Of folds and initial weights.
-        l2: Penalty of the probe, `1 / C` of scikit-learn.
-        nonlinear: A perceptron with one hidden layer instead of logistic regression.
-
-    Raises:
-        ImportError: Without scikit-learn.
-        ValueError: If there are fewer groups than folds, a label has all its rows in one fold, a fold is empty, or `l2`
-            is not positive.
+    Arguments and errors are those of `score`; `labels` and `groups` are lists, and the folds get labels in like shares.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -156,5 +145,4 @@ class LinearLeakage(base.Measure):
         interval="bootstrap over groups of the held-out answers, the probes as they are",
     )
     inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
-    usage = "predictions: representations; references: labels; groups=, folds=, l2="
     score = staticmethod(score)

@@ -20,8 +20,6 @@ from datasets import Sequence, Value
 
 from hf_erasure.metrics import base, resampling
 
-# A feature that varies by less than this share of its size is constant but for rounding.
-_CONSTANT = 1e-10
 # A probe is fitted until no entry of the gradient of the mean loss is larger, or for so many steps.
 _GRADIENT, _STEPS_TO_MINIMUM = 1e-9, 2000
 # Penalties of the probes that are tried: from hardly any to one that leaves little but the uniform code.
@@ -37,9 +35,8 @@ def score(
     portions: Many[float] = PORTIONS,
     l2: float | Many[float] = PENALTIES,
     shuffle: bool = True,
-    confidence: float = 0.95,
-    resamples: int = 1000,
     seed: int = 0,
+    **drawing: Any,
 ) -> dict[str, Any]:
     """The online code length of labels given representations.
 
@@ -50,9 +47,8 @@ def score(
         l2: Penalty of the probe, bias included, so that a label not seen yet keeps a probability; of several, the one
             that was best on the portion before, and the greatest for the first probe.
         shuffle: Send the rows in an order drawn by seed; else as they are.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over the rows' code lengths, the probes as they are.
         seed: Of the order and the resamples.
+        **drawing: `confidence` and `resamples` of the bootstrap over the rows' code lengths, the probes as they are.
 
     Returns:
         `compression` = `uniform_bits` / `codelength_bits`, both lengths, the ends of the `portions` as numbers of rows,
@@ -65,32 +61,29 @@ def score(
     """
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", base.labels("references", labels, len(x)))
-    ends = _ends(portions, len(x))
+    shares = list(portions)
+    if not shares or shares[0] <= 0 or shares[-1] != 100 or any(a >= b for a, b in pairwise(shares)):
+        raise ValueError(f"portions={shares}: write percentages that increase to 100.")
+    ends = sorted({int(np.ceil(share / 100 * len(x))) for share in shares})
     order = np.random.default_rng(seed).permutation(len(x)) if shuffle else np.arange(len(x))
     penalties = sorted(np.atleast_1d(np.asarray(l2, dtype=float)).tolist())
-    bits = _code(_standardised(x)[order], y[order], len(names), ends, penalties)
+    bits = _code(x[order], y[order], len(names), ends, penalties)
     uniform = float(np.log2(len(names)))
 
     def figures(index: base.Ints) -> dict[str, float]:
         return {"compression": uniform / bits[index].mean(), "codelength_bits": bits[index].mean() * len(bits)}
 
-    found = resampling.bootstrap(figures, len(x), resamples=resamples, confidence=confidence, seed=seed)
+    found = resampling.bootstrap(figures, len(x), seed=seed, **drawing)
     each = [float(part.sum()) for part in np.split(bits, ends[:-1])]
     sizes = {"portions": ends, "portion_bits": each, "rows": len(x), "classes": len(names)}
     return {**found, "uniform_bits": uniform * len(x), **sizes}
-
-
-def _ends(portions: Many[float], rows: int) -> list[int]:
-    shares = list(portions)
-    if not shares or shares[0] <= 0 or shares[-1] != 100 or any(a >= b for a, b in pairwise(shares)):
-        raise ValueError(f"portions={shares}: write percentages that increase to 100.")
-    return sorted({int(np.ceil(share / 100 * rows)) for share in shares})
 
 
 def _code(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties: list[float]) -> base.Floats:
     """`(rows,)` Bits that each label costs."""
     try:
         from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError("Probes need scikit-learn: pip install 'hf-erasure[metrics]'.") from error
     if not penalties[0] > 0:
@@ -99,7 +92,7 @@ def _code(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties
     best = len(penalties) - 1
     # The bias is the weight of a feature that is 1 everywhere. A row of weight 0 for each class lets a probe know of
     # those that have not come yet.
-    x = np.concatenate([x, np.ones((len(x), 1))], 1)
+    x = np.concatenate([StandardScaler().fit_transform(x), np.ones((len(x), 1))], 1)
     unseen = np.zeros((classes, x.shape[1]))
     for known, end in pairwise(ends):
         rows, goals = np.concatenate([x[:known], unseen]), np.concatenate([y[:known], np.arange(classes)])
@@ -112,13 +105,6 @@ def _code(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties
         bits[known:end] = costs[best]
         best = int(np.sum(costs, axis=1).argmin())
     return bits
-
-
-def _standardised(x: base.Floats) -> base.Floats:
-    """Features with mean 0 and deviation 1; a constant feature is only centred."""
-    mean, deviation = x.mean(0), x.std(0)
-    constant = deviation <= _CONSTANT * np.sqrt((x**2).mean(0))
-    return (x - mean) / np.where(constant, 1.0, deviation)
 
 
 class MinimumDescriptionLength(base.Measure):
@@ -136,5 +122,4 @@ class MinimumDescriptionLength(base.Measure):
         interval="bootstrap over the rows' code lengths, order and probes as they are",
     )
     inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
-    usage = "predictions: representations; references: labels; portions=, l2=, shuffle="
     score = staticmethod(score)

@@ -16,24 +16,14 @@ from datasets import Features, Value
 from hf_erasure.metrics import base, resampling
 
 
-def score(
-    losses: Any,
-    tokens: Any,
-    bytes: Any,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
+def score(losses: Any, tokens: Any, bytes: Any, **drawing: Any) -> dict[str, Any]:
     """Perplexity and bits per byte of segments of text.
 
     Args:
         losses: `(segments,)` Summed negative log-likelihood of each segment's tokens in nats.
         tokens: `(segments,)` How many tokens that are.
         bytes: `(segments,)` How many bytes their text has in UTF-8.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over segments.
-        seed: Of the resamples.
+        **drawing: `confidence`, `resamples` and `seed` of the bootstrap over segments.
 
     Returns:
         `perplexity` of at least 1, `bits_per_byte`, `loss` in nats a token, `tokens`, `bytes`, `segments`, and
@@ -59,11 +49,9 @@ def score(
         bits = float(total / (math.log(2) * written)) if written else math.nan
         return {"perplexity": float(np.exp(loss)), "bits_per_byte": bits, "loss": loss}
 
-    if len(nll) > 1:
-        found = resampling.bootstrap(figures, len(nll), resamples=resamples, confidence=confidence, seed=seed)
-    else:
-        found = {**figures(np.arange(1)), "intervals": {}}
-    return {**found, **{name: int(part.sum()) for name, part in counts.items()}, "segments": len(nll)}
+    has_several = len(nll) > 1
+    found = resampling.bootstrap(figures, len(nll), **drawing) if has_several else figures(np.arange(1))
+    return {"intervals": {}, **found, **{name: int(part.sum()) for name, part in counts.items()}, "segments": len(nll)}
 
 
 class Perplexity(base.Measure):
@@ -82,5 +70,4 @@ class Perplexity(base.Measure):
         harness="wikitext",
     )
     inputs = Features({"predictions": Value("float64"), "tokens": Value("int64"), "bytes": Value("int64")})
-    usage = "predictions: summed negative log-likelihood of each segment in nats; tokens, bytes: its sizes"
     score = staticmethod(score)

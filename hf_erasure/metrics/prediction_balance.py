@@ -22,9 +22,7 @@ def score(
     *,
     lms: float = 1.0,
     goals: Many[str] | None = None,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    **drawing: Any,
 ) -> dict[str, Any]:
     """The goals of GRADIEND for given class probabilities.
 
@@ -34,9 +32,7 @@ def score(
         lms: Language-modelling score between 0 and 1, taken as known.
         goals: Which to compute; by default all that these classes have: `balance`, every class, `bpi` for two classes,
             `fpi` and `mpi` for the two classes female and male.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over texts.
-        seed: Of the resamples.
+        **drawing: `confidence`, `resamples` and `seed` of the bootstrap over texts.
 
     Returns:
         Goal → value between 0 and 1; `means`, the mean probability of each class; `lms`, `texts`, `intervals`.
@@ -56,9 +52,8 @@ def score(
     named = list(goals_of(classes)) if goals is None else list(goals)
     values = {name: lms * goal_by_name(name, classes)(tensor).numpy() for name in named}
     found = resampling.bootstrap(
-        lambda index: {name: each[index].mean() for name, each in values.items()},
-        len(p), resamples=resamples, confidence=confidence, seed=seed,
-    )  # fmt: skip
+        lambda index: {name: each[index].mean() for name, each in values.items()}, len(p), **drawing
+    )
     means = dict(zip(classes, p.mean(0).tolist(), strict=True))
     return {**found, "means": means, "lms": float(lms), "texts": len(p)}
 
@@ -79,5 +74,4 @@ class PredictionBalance(base.Measure):
         interval="bootstrap over texts, LMS taken as known",
     )
     inputs = Features({"predictions": Sequence(Value("float64"))})
-    usage = "predictions: class probabilities; classes=, lms=, goals="
     score = staticmethod(score)

@@ -22,24 +22,15 @@ from hf_erasure.metrics import base, resampling
 GENDERS = ("male", "female")
 
 
-def score(
-    scores: Any,
-    stereotypes: Any,
-    *,
-    permutations: int = 1000,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
+def score(scores: Any, stereotypes: Any, *, permutations: int = 1000, seed: int = 0, **drawing: Any) -> dict[str, Any]:
     """How far pronouns follow the stereotypes of occupations.
 
     Args:
         scores: `(pairs, 2)` Log-likelihood of the pro- and of the anti-stereotypical version.
         stereotypes: `(pairs,)` `"male"` or `"female"`: the gender of the pro-stereotypical pronoun.
         permutations: Shuffles of the stereotypes over the pairs, for the two-sided p value of `gap`.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over pairs, within each stereotype.
         seed: Of shuffles and resamples.
+        **drawing: `confidence` and `resamples` of the bootstrap over pairs, within each stereotype.
 
     Returns:
         `gap` between −1 and 1; `log_odds_gap`, the same difference for `log P(he) − log P(she)` in nats, halved so that
@@ -70,9 +61,7 @@ def score(
     test = resampling.shuffled(
         lambda index: abs(gap(everything, male[index])), len(values), permutations=permutations, seed=seed
     )
-    found = resampling.bootstrap(
-        figures, len(values), strata=male.tolist(), resamples=resamples, confidence=confidence, seed=seed
-    )
+    found = resampling.bootstrap(figures, len(values), strata=male.tolist(), seed=seed, **drawing)
     counts = {"items": len(values), "ties": int((odds == 0).sum())}
     return {**found, **counts, **test.as_dict()}
 
@@ -92,8 +81,4 @@ class PronounGap(base.Measure):
         interval="bootstrap over pairs within each stereotype; p value by shuffling stereotypes",
     )
     inputs = base.either_kind([], predictions=Sequence(Value("float64")), references=Value("string"))
-    usage = (
-        "predictions: log-likelihoods of the pro- and the anti-stereotypical version; references: 'male' or 'female', "
-        "the stereotype; permutations="
-    )
     score = staticmethod(score)

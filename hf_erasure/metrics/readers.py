@@ -77,14 +77,9 @@ def good_rows(
 ) -> Rows[Item]:
     """Read every row; warn of those that cannot be read.
 
-    Args:
-        path: Of the file.
-        rows: For each row where it is, such as `"line 3"`, and its content, or what is wrong with it.
-        read: Makes an item of the content; raises `BadRow` for a reason that can be shown as it is.
-        expected: What the file should hold, for the message when no row is good.
-
-    Raises:
-        UnusableFile: If no row is good.
+    `rows` has for each where it is, such as `"line 3"`, and its content, or what is wrong with it. `read` makes an item
+    of the content, or raises `BadRow` for a reason that can be shown as it is. Raises `UnusableFile` if no row is good,
+    and says what is `expected`.
     """
     found: Rows[Item] = Rows()
     bad: list[dict[str, str]] = []
@@ -113,8 +108,7 @@ def good_rows(
 def text_of(path: Source) -> str:
     """The text of a file, without a byte order mark; a byte that is not UTF-8 makes the row it is in a bad row.
 
-    Raises:
-        UnusableFile: If there is no such file, or it is UTF-16.
+    Raises `UnusableFile` if there is no such file, or it is UTF-16.
     """
     file = Path(path)
     if not file.is_file():
@@ -151,10 +145,8 @@ def json_of(path: Source) -> Any:
 def csv_rows(path: Source, wanted: Sequence[str]) -> list[tuple[str, dict[str, str] | BadRow]]:
     """For each row of a CSV file its line, and its cells by column, or what is wrong with it.
 
-    Blank lines and comments are not rows.
-
-    Raises:
-        UnusableFile: If it lacks a column that is wanted, or its first line is not CSV.
+    Blank lines and comments are not rows. Raises `UnusableFile` if it lacks a column that is wanted, or its first line
+    is not CSV.
     """
     lines = list(io.StringIO(text_of(path), newline=""))
     reader, start = csv.reader(lines, strict=True), 0
@@ -238,28 +230,20 @@ class CrowSPair:
 
 @dataclass(frozen=True)
 class PronounPair:
-    """A sentence of WinoBias with either pronoun.
+    """A sentence of WinoBias with either pronoun."""
 
-    Attributes:
-        pro: The version whose pronoun fits the stereotype.
-        anti: The other one.
-        stereotype: `"male"` or `"female"`; None where the two differ in more than pronouns of two genders.
-        type: 1 or 2, of the sentence.
-        slots: `(start, end)` of each pronoun that differs, in `pro` and in `anti`.
-    """
-
-    pro: str
-    anti: str
-    stereotype: str | None
-    type: int
+    pro: str  # the version whose pronoun fits the stereotype
+    anti: str  # the other one
+    stereotype: str | None  # `"male"` or `"female"`; None where the two differ in more than pronouns of two genders
+    type: int  # 1 or 2, of the sentence
+    # `(start, end)` of each pronoun that differs, in `pro` and in `anti`.
     slots: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]] = ((), ())
 
 
 def read_stereoset(path: Source) -> Rows[StereoSetItem]:
     """Items of StereoSet, from its own JSON or a plain list of items.
 
-    Raises:
-        ValueError: If the file holds something else, or no item has its three sentences.
+    Raises `ValueError` if the file holds something else, or no item has its three sentences.
     """
     found = json_of(path)
     if isinstance(found, dict):
@@ -281,11 +265,7 @@ def _stereoset_item(entry: Any) -> StereoSetItem:
 
 
 def read_crows_pairs(path: Source) -> Rows[CrowSPair]:
-    """Pairs of crows_pairs_anonymized.csv.
-
-    Raises:
-        ValueError: If the file lacks a column or has no pair.
-    """
+    """Pairs of crows_pairs_anonymized.csv. Raises `ValueError` if the file lacks a column or has no pair."""
     return good_rows(path, csv_rows(path, _CROWS), _crows_pair, "pairs, as crows_pairs_anonymized.csv does")
 
 
@@ -311,14 +291,9 @@ class SeatTests(dict[str, dict[str, list[str]]]):
 
 
 def read_seat(folder: Source, tests: Sequence[str] | None = None) -> SeatTests:
-    """Sets of WEAT and SEAT: test → `X`, `Y`, `A`, `B` → texts.
+    """Sets of WEAT and SEAT: test → `X`, `Y`, `A`, `B` → texts, of all files of a folder, or those named.
 
-    Args:
-        folder: With `sent-weat6.jsonl` and the like.
-        tests: Names of files without their ending; by default every file.
-
-    Raises:
-        ValueError: If a test that is asked for has no file, or no file can be used.
+    Raises `ValueError` if a test that is asked for has no file, or no file can be used.
     """
     paths = {path.name.split(".")[0]: path for path in sorted(Path(folder).glob("*.json*"))}
     if not paths:
@@ -361,8 +336,7 @@ def _text(value: Any) -> str:
 def read_winobias(folder: Source, splits: Iterable[str] = ("dev",), types: Iterable[int] = (1, 2)) -> Rows[PronounPair]:
     """Sentence pairs of WinoBias, from `pro_stereotyped_type1.txt.dev` and its like; blank lines do not count.
 
-    Raises:
-        ValueError: If a file is not there, or the two files of a pair differ in length.
+    Raises `ValueError` if a file is not there, or the two files of a pair differ in length.
     """
     pairs: Rows[PronounPair] = Rows()
     for kind in types:

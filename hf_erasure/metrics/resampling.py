@@ -65,7 +65,13 @@ def bootstrap(
     if strata is not None and clusters is not None:
         raise ValueError("Both strata and clusters are given: draw by one of them.")
     generator, everything = np.random.default_rng(seed), np.arange(whole("count", count))
-    groups = _positions(clusters, count, "clusters") if clusters is not None else _positions(strata, count, "strata")
+    keys, name = (strata, "strata") if clusters is None else (clusters, "clusters")
+    if keys is not None and len(keys) != count:
+        raise ValueError(f"{len(keys)} {name}, but {count} items: give one for each.")
+    places: dict[Any, list[int]] = {}
+    for place, key in enumerate([None] * count if keys is None else keys):
+        places.setdefault(key, []).append(place)
+    groups = [np.array(own, dtype=np.int64) for own in places.values()]
     drawn: dict[str, list[float]] = {}
     for _ in range(resamples):
         if clusters is not None:
@@ -103,33 +109,14 @@ def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> di
     return {"intervals": bounds, **({"undefined_resamples": undefined} if undefined else {})}
 
 
-def _positions(keys: Sequence[Any] | None, count: int, name: str) -> list[Ints]:
-    """The positions of each key, in the order in which keys first appear; without keys those of all items."""
-    if keys is None:
-        return [np.arange(count)]
-    if len(keys) != count:
-        raise ValueError(f"{len(keys)} {name}, but {count} items: give one for each.")
-    found: dict[Any, list[int]] = {}
-    for position, key in enumerate(keys):
-        found.setdefault(key, []).append(position)
-    return [np.array(places, dtype=np.int64) for places in found.values()]
-
-
 @dataclass(frozen=True)
 class Permutation:
-    """What a permutation test found.
+    """What a permutation test found."""
 
-    Attributes:
-        p_value: Share of the permutations whose statistic is at least the observed one; never 0.
-        exact: Whether every permutation was looked at.
-        permutations: How many were; the observed one is among them if exact, and counted besides if not.
-        null: `(permutations,)` Their statistics.
-    """
-
-    p_value: float
-    exact: bool
-    permutations: int
-    null: Floats = field(repr=False)
+    p_value: float  # share of the permutations whose statistic is at least the observed one; never 0
+    exact: bool  # whether every permutation was looked at
+    permutations: int  # how many were; the observed one is among them if exact, and counted besides if not
+    null: Floats = field(repr=False)  # `(permutations,)` their statistics
 
     def as_dict(self) -> dict[str, Any]:
         """`p_value`, `exact`, `permutations`."""

@@ -16,16 +16,14 @@ from datasets import Sequence, Value
 from hf_erasure.metrics import base, resampling
 
 
-def score(scores: Any, terms: Any, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def score(scores: Any, terms: Any, **drawing: Any) -> dict[str, Any]:
     """LMS, SS and ICAT of scored items.
 
     Args:
         scores: `(items, 3)` How likely the stereotype, the anti-stereotype and the unrelated ending are; greater is
             likelier, on any scale.
         terms: `(items,)` The target term of each.
-        confidence: Of the intervals.
-        resamples: Of the bootstrap over terms.
-        seed: Of the resamples.
+        **drawing: `confidence`, `resamples` and `seed` of the bootstrap over terms.
 
     Returns:
         `lms`, `ss`, `icat` in percent, `ss_distance` = |SS − 50|, `items`, `terms`, `ties` (comparisons without a
@@ -47,7 +45,7 @@ def score(scores: Any, terms: Any, *, confidence: float = 0.95, resamples: int =
         return {"lms": mean_lms, "ss": mean_ss, "icat": icat, "ss_distance": abs(mean_ss - 50)}
 
     # A term's mean is one number, so drawing terms draws their items together.
-    found = resampling.bootstrap(figures, len(names), resamples=resamples, confidence=confidence, seed=seed)
+    found = resampling.bootstrap(figures, len(names), **drawing)
     ties = sum(int((values[:, i] == values[:, j]).sum()) for i, j in ((0, 1), (0, 2), (1, 2)))
     return {**found, "items": len(values), "terms": len(names), "ties": ties}
 
@@ -71,5 +69,4 @@ class StereoSet(base.Measure):
         interval="bootstrap over target terms",
     )
     inputs = base.either_kind(["references"], predictions=Sequence(Value("float64")))
-    usage = "predictions: scores of stereotype, anti-stereotype, unrelated; references: target terms"
     score = staticmethod(score)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hf_erasure.metrics import base, resampling
 
@@ -81,7 +80,13 @@ def _counted(predictions: Any, references: Any, groups: Any, positive: Any) -> t
     """`(2, classes)` each: rows of the positive group and of the other by class, and how many of them are right."""
     truth = base.labels("references", references, len(references))
     predicted = base.labels("predictions", predictions, len(truth), of="references")
-    first = _sides(base.labels("groups", groups, len(truth), of="references"), positive)
+    sides, two = base.class_ids("groups", base.labels("groups", groups, len(truth), of="references"))
+    names = list(map(str, two))
+    if len(names) != 2:
+        raise ValueError(f"groups hold {len(names)} groups ({', '.join(names[:5])} …): a gap is between two.")
+    if positive is not None and str(positive) not in names:
+        raise ValueError(f"positive={positive!r} is not one of the groups: write one of {names}.")
+    first = sides == (0 if positive is None else names.index(str(positive)))
     y, classes = base.class_ids("references", truth, least=1)
     if {isinstance(label, str) for label in predicted} != {isinstance(label, str) for label in truth}:
         raise ValueError("predictions and references mix strings and numbers, so none could agree: write both alike.")
@@ -91,17 +96,6 @@ def _counted(predictions: Any, references: Any, groups: Any, positive: Any) -> t
         for of in (np.ones_like(right), right)
     )
     return sizes, hits, list(map(str, classes))
-
-
-def _sides(groups: list[Any], positive: Any) -> NDArray[np.bool_]:
-    """Which rows are of the positive group."""
-    ids, two = base.class_ids("groups", groups)
-    names = list(map(str, two))
-    if len(names) != 2:
-        raise ValueError(f"groups hold {len(names)} groups ({', '.join(names[:5])} …): a gap is between two.")
-    if positive is not None and str(positive) not in names:
-        raise ValueError(f"positive={positive!r} is not one of the groups: write one of {names}.")
-    return np.asarray(ids == (0 if positive is None else names.index(str(positive))))
 
 
 def _gaps(hits: base.Ints, sizes: base.Ints) -> base.Floats:
@@ -138,5 +132,4 @@ class TPRGap(base.Measure):
         interval="bootstrap over rows within class and group; p value by shuffling groups within classes",
     )
     inputs = base.either_kind(["predictions", "references", "groups"])
-    usage = "predictions, references: classes; groups: two groups; positive=, permutations="
     score = staticmethod(score)

@@ -51,8 +51,12 @@ def score(
     Raises:
         ValueError: If a target set has fewer than two rows, a vector is 0, nothing varies, or the input is malformed.
     """
-    sets = _checked(x, y, a, b)
+    sets = [base.numbers(name, part) for name, part in zip(SETS, (x, y, a, b), strict=True)]
+    if len(widths := {part.shape[1] for part in sets}) > 1:
+        raise ValueError(f"The sets have vectors of widths {sorted(widths)}: use one encoder for all.")
     first, second = len(sets[0]), len(sets[1])
+    if min(first, second) < 2:
+        raise ValueError(f"X has {first} and Y {second} targets: a deviation needs at least two of each.")
     cosines = _unit(np.concatenate(sets[:2])) @ _unit(np.concatenate(sets[2:])).T
     s = _associations(cosines, len(sets[2]))
     if np.ptp(s) < 1e-12:
@@ -74,18 +78,6 @@ def score(
         **found, "effect_size": _effect(s, first), "statistic": float(s[:first].mean() - s[first:].mean()),
         **test.as_dict(), "null_interval": null.tolist(), "sizes": dict(zip(SETS, map(len, sets), strict=True)),
     }  # fmt: skip
-
-
-def _checked(*sets: Any) -> list[base.Floats]:
-    found = [base.numbers(name, part) for name, part in zip(SETS, sets, strict=True)]
-    widths = [part.shape[1] for part in found]
-    if len(set(widths)) > 1:
-        raise ValueError(f"The sets have vectors of widths {widths}: use one encoder for all.")
-    if min(len(found[0]), len(found[1])) < 2:
-        raise ValueError(
-            f"X has {len(found[0])} and Y {len(found[1])} targets: a deviation needs at least two of each."
-        )
-    return found
 
 
 def _unit(vectors: base.Floats) -> base.Floats:
@@ -119,15 +111,7 @@ def mean_absolute_effect(
     one random weight a resample (exponential: Rubin's Bayesian bootstrap, 1981), in whichever tests it is. An absolute
     value is pushed up by noise, so the interval of an encoder without any association lies above 0.
 
-    Args:
-        tests: Of each, the set's name (`"X"`, `"Y"`, `"A"`, `"B"`) → rows of `vectors`.
-        vectors: `(items, width)`.
-        confidence: Of the interval.
-        resamples: How many.
-        seed: Of the weights.
-
-    Returns:
-        `mean_absolute_effect_size` and its `intervals`.
+    Each test has, by the name of a set, the rows of `vectors` `(items, width)` that are in it.
     """
     unit = _unit(base.numbers("vectors", vectors))
     weights = np.random.default_rng(seed).exponential(size=(base.whole("resamples", resamples), len(unit)))
@@ -155,7 +139,7 @@ def _weighted_effect(unit: base.Floats, test: Mapping[str, Sequence[int]], weigh
 
 
 def _score_of_rows(predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
-    """`score` of vectors each of which is given with the name of its set."""
+    """`score` of vectors, with the set of each: `"X"`, `"Y"` (targets), `"A"` or `"B"` (attributes)."""
     vectors = base.numbers("predictions", predictions)
     of = np.array(base.labels("references", references, len(vectors)))
     if set(of.tolist()) != set(SETS):
@@ -178,7 +162,4 @@ class WEAT(base.Measure):
         interval="bootstrap over targets and attributes; one-sided permutation p value, exact where splits are few",
     )
     inputs = base.either_kind([], predictions=ListOf(Value("float64")), references=Value("string"))
-    usage = (
-        "predictions: vectors; references: the set of each, 'X', 'Y' (targets), 'A' or 'B' (attributes); permutations="
-    )
     score = staticmethod(_score_of_rows)
