@@ -83,15 +83,8 @@ class Sentence:
 class DataFolder:
     """A folder laid out as `LAYOUT` says; parts are looked for when they are asked for.
 
-    Args:
-        path: The folder.
-        limit: At most so many items of each part, spread evenly; all when None.
-
-    Attributes:
-        left_out: File → its rows that could not be read, of the parts that were asked for.
-
-    Raises:
-        MissingData: If there is no such folder.
+    Of each part there are at most `limit` items, spread evenly; all when None. `left_out` has, of the parts that were
+    asked for, file → its rows that could not be read. Raises `MissingData` if there is no such folder.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
@@ -102,11 +95,7 @@ class DataFolder:
             raise MissingData(f"--data {self.path}: there is no such folder. It should hold {layout}.")
 
     def part(self, name: str) -> Path:
-        """The folder of a part.
-
-        Raises:
-            MissingData: If the part or its files are not there.
-        """
+        """The folder of a part. Raises `MissingData` if the part or its files are not there."""
         folder, (files, holds) = self.path / name, _PARTS[name]
         if not folder.is_dir() or not any(folder.glob(files)):
             raise MissingData(f"{self.path} has no {name}/{files}: put there {holds}")
@@ -119,8 +108,7 @@ class DataFolder:
     def biographies(self) -> Biographies:
         """Biographies, sorted by profession and gender before they are thinned, so that all kinds stay.
 
-        Raises:
-            MissingData: If there are none, or a column is missing.
+        Raises `MissingData` if there are none, or a column is missing.
         """
         rows: list[tuple[str, str, str]] = []
         for path in sorted(self.part("bias-in-bios").glob("*.csv")):
@@ -138,8 +126,7 @@ class DataFolder:
     def texts(self) -> dict[str, list[str]]:
         """Running text by its kind, a paragraph (the beginning of a long one) an entry.
 
-        Raises:
-            MissingData: If there is none of any kind.
+        Raises `MissingData` if there is none of any kind.
         """
         places = {name: f"{name}/{_PARTS[name][0]}" for name in TEXTS}
         found = {name: self.paragraphs(name) for name, place in places.items() if (self.path / place).is_file()}
@@ -190,8 +177,7 @@ def _cut(text: str) -> str:
 def read_treebank(path: str | Path) -> Rows[Sentence]:
     """The sentences of a CoNLL-U file; those that cannot be read are left out and named by their first line.
 
-    Raises:
-        ValueError: If no sentence can be read.
+    Raises `ValueError` if no sentence can be read.
     """
     return good_rows(path, _blocks(path), read_sentence, "sentences in CoNLL-U, each with a line '# text = …'")
 
@@ -208,10 +194,8 @@ def read_sentence(lines: list[str]) -> Sentence:
     """One sentence of a CoNLL-U file.
 
     A line `1-2` holds a surface token that is several words ("don't": "do" + "n't"). Where these spell it, each has its
-    own characters; where they do not ("im": "I" + "am"), the characters have no tag.
-
-    Raises:
-        BadRow: If the lines do not say how the sentence was written, or a word is not in it.
+    own characters; where they do not ("im": "I" + "am"), the characters have no tag. Raises `BadRow` if the lines do
+    not say how the sentence was written, or a word is not in it.
     """
     text = next((match.group(1) for line in lines if (match := _TREEBANK_TEXT.match(line))), "")
     if not text:

@@ -27,6 +27,7 @@ from hf_erasure.models import POOLS
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import Runner, distance, evaluating, tensors_of, without_drawing
 from hf_erasure.recipes.erasure import EMBEDDED, embedded_model
+from hf_erasure.recipes.run import naming_the_model
 
 BASE, TOGETHER = "base", "together"
 
@@ -50,7 +51,7 @@ class Adapter:
 
     @property
     def pools(self) -> list[str]:
-        """What an erasure was fitted for; nothing for other kinds, and where it does not say."""
+        """The pools that an erasure was fitted for; nothing for other kinds, and where it does not say."""
         kept = Provenance.of(self.config).pool if isinstance(self.config, ConceptErasureConfig) else ""
         return [name for name in kept.split("+") if name in POOLS]
 
@@ -103,11 +104,7 @@ class Entry:
 
 
 def read_adapters(folders: Sequence[str]) -> list[Adapter]:
-    """The adapters in some folders, each with a name of its own.
-
-    Raises:
-        ValueError: If a folder holds no adapter.
-    """
+    """The adapters in some folders, each with a name of its own. Raises `ValueError` if a folder holds no adapter."""
     found: list[Adapter] = []
     for folder in folders:
         try:
@@ -125,20 +122,10 @@ def read_adapters(folders: Sequence[str]) -> list[Adapter]:
     return found
 
 
-def pools_of(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """The pools that erasures were fitted for, which their texts are probed by; the mean where there is none.
-
-    An erasure that was fitted on all tokens alike is probed by their mean, since a text needs one vector.
-    """
-    found = ("mean" if name == "tokens" else name for adapter in adapters for name in adapter.pools)
-    return tuple(dict.fromkeys(found)) or ("mean",)
-
-
 def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> list[Entry]:
     """The base, each adapter, GRADIEND adapters at other strengths, and all adapters together where there are several.
 
-    Raises:
-        ValueError: If strengths are given, and there is no GRADIEND adapter, or one is 0.
+    Raises `ValueError` if strengths are given, and there is no GRADIEND adapter, or one is 0.
     """
     steered = [adapter for adapter in adapters if isinstance(adapter.config, GradiendConfig)]
     if strengths and not steered:
@@ -156,27 +143,19 @@ def entries_of(adapters: Sequence[Adapter], strengths: Sequence[float] = ()) -> 
 class Loader:
     """Loads a model in one class for all entries: the first that has the modules of all adapters.
 
-    Attributes:
-        path: Where the model is.
-        kind: The class it is loaded in.
-        note: What a reader of the results should know: why this is not the class of the checkpoint, if it is not, and
-            which side of an encoder-decoder is read.
-        tokenizer: Of the model.
-
-    Raises:
-        OSError: If there is no such model.
+    `note` is what a reader of the results should know: why this is not the class of the checkpoint, if it is not, and
+    which side of an encoder-decoder is read. Raises `OSError` if there is no such model.
     """
 
     def __init__(self, model: str, adapters: Sequence[Adapter]) -> None:
         self.path = embedded_model() if model == EMBEDDED else os.path.expandvars(model)
-        try:
+        with naming_the_model(self.path):
             self._config = AutoConfig.from_pretrained(self.path)
             self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError) as error:
-            raise OSError(f"model {self.path} cannot be loaded: {str(error).splitlines()[0]}") from error
         own = next(filter(None, map(model_class, self._config.architectures or [])), AutoModel)
         ours = [adapter for adapter in adapters if isinstance(adapter.config, ChildConfig)]
         others = filter(None, (model_class(Provenance.of(adapter.config).base_class) for adapter in ours))
+        # The class that the model is loaded in.
         self.kind: Any = next((kind for kind in (own, *others, AutoModel) if not self._lacking(kind, ours)), own)
         notes = []
         if getattr(self._config, "is_encoder_decoder", False):
@@ -197,8 +176,7 @@ class Loader:
     def load(self, entry: Entry) -> nn.Module:
         """The model with the adapters of an entry, all of them active, in evaluation mode.
 
-        Raises:
-            ValueError: If an adapter does not fit the model.
+        Raises `ValueError` if an adapter does not fit the model.
         """
         model: Any = self.kind.from_pretrained(self.path).to(Processes().device).eval()
         with warnings.catch_warnings():
@@ -224,9 +202,8 @@ class Loader:
 def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any]:
     """By which a base and the adapters that are evaluated are known again.
 
-    Returns:
-        `base`, a digest of a sample of all weights; `adapters` by name: `adapter`, a digest of its values, and of ours
-        `base`, the weights of this model where the adapter keeps a sample of its own base.
+    `base` is a digest of a sample of all weights; of `adapters` by name `adapter` is a digest of its values, and `base`
+    the weights of this model, where the adapter keeps a sample of its own base.
     """
     found: dict[str, Any] = {}
     for adapter in adapters:
@@ -243,8 +220,7 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
 def verified(model: nn.Module, entry: Entry, *, allow_inactive: bool = False) -> dict[str, str]:
     """What `Adapter.acts` says of each adapter of an entry.
 
-    Raises:
-        AdapterDoesNotAct: If one is false, unless `allow_inactive`.
+    Raises `AdapterDoesNotAct` if one is false, unless `allow_inactive`.
     """
     said = {}
     for adapter in entry.adapters:

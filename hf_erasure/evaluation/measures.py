@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES
-from hf_erasure.metrics import METRICS, benchmarks, minimum_description_length, resampling, tpr_gap
-from hf_erasure.metrics.linear_leakage import accuracy, held_out_answers
+from hf_erasure.metrics import METRICS, benchmarks, linear_leakage, minimum_description_length, resampling, tpr_gap
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models.pooling import IN_WORDS
+from hf_erasure.models.scorer import FINAL
 
 from .data import DataFolder
-from .subject import FINAL, Subject, TokenStates
+from .subject import Subject, TokenStates
 
 # Folds of the probes of single tokens; a tag with fewer than two tokens a fold is too rare to be probed.
 _TOKEN_FOLDS = 3
@@ -35,37 +35,22 @@ GENDER_SEAT = ("sent-weat6", "sent-weat6b", "sent-weat7", "sent-weat7b", "sent-w
 
 @dataclass(frozen=True)
 class Measure:
-    """One row of the tables.
+    """One row of the tables."""
 
-    Attributes:
-        key: Its name in the results.
-        title: In the tables.
-        purpose: `"bias"`, or `"capability"`, what was paid.
-        figure: Which number of the result is the main one.
-        better: `"lower"`, `"higher"` or `"closer"` to the ideal.
-        ideal: Of a model without the bias, or without loss.
-        says: What the number is, in a sentence.
-        take: Of a subject that pools as the measure does, the metric's whole result with `intervals`.
-        needs_head: Whether the model must predict words.
-        source: Paper and address, where it is one of the field's.
-        harness: The task of lm-evaluation-harness that measures the same on causal models, if there is one.
-        concept: What it is a measure of; None where it is of no concept.
-        pool: Of a measure of pooled states, which pool it reads; None of others.
-    """
-
-    key: str
-    title: str
-    purpose: str
-    figure: str
-    better: str
-    ideal: float
-    says: str
+    key: str  # its name in the results
+    title: str  # in the tables
+    purpose: str  # `"bias"`, or `"capability"`, what was paid
+    figure: str  # which number of the result is the main one
+    better: str  # `"lower"`, `"higher"` or `"closer"` to the ideal
+    ideal: float  # of a model without the bias, or without loss
+    says: str  # what the number is, in a sentence
+    # Of a subject that pools as the measure does, the metric's whole result with `intervals`.
     take: Callable[[Subject], dict[str, Any]]
-    needs_head: bool = False
-    source: str = ""
-    harness: str | None = None
-    concept: str | None = None
-    pool: str | None = None
+    needs_head: bool = False  # whether the model must predict words
+    source: str = ""  # paper and address, where it is one of the field's
+    harness: str | None = None  # the task of lm-evaluation-harness that measures the same on causal models
+    concept: str | None = None  # what it is a measure of; None where it is of no concept
+    pool: str | None = None  # of a measure of pooled states, which pool it reads; None of others
 
     def described(self) -> dict[str, Any]:
         """Its facts for the results."""
@@ -86,19 +71,8 @@ def _of_metric(
     return Measure(key, title, says=says, take=take, source=f"{facts.paper}, {facts.url}", **given)
 
 
-# ---- what probes read ------------------------------------------------------------------------------------------------
-
-
-def _leakage(
-    x: Tensor, labels: list[str], groups: list[Any] | None = None, *, nonlinear: bool = False, folds: int = 5,
-    seed: int, **statistics: Any,
-) -> dict[str, Any]:  # fmt: skip
-    given = held_out_answers(x, labels, groups, nonlinear=nonlinear, folds=folds, seed=seed)
-    return accuracy(given, labels, groups, seed=seed, **statistics)
-
-
 def _of_gender(subject: Subject, **options: Any) -> dict[str, Any]:
-    return _leakage(subject.states[FINAL], subject.biographies.genders, **options, **subject.statistics)
+    return linear_leakage.score(subject.states[FINAL], subject.biographies.genders, **options, **subject.statistics)
 
 
 def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, Any]:
@@ -111,7 +85,7 @@ def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, A
     if not kept:
         raise ValueError("No part of speech occurs in enough sentences: raise --limit.")
     tags, groups = [tokens.tags[i] for i in kept], [tokens.sentences[i] for i in kept]
-    return {**_leakage(states[kept], tags, groups, folds=_TOKEN_FOLDS, **options), "rare": rare}
+    return {**linear_leakage.score(states[kept], tags, groups, folds=_TOKEN_FOLDS, **options), "rare": rare}
 
 
 def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) -> list[dict[str, Any]]:
@@ -119,7 +93,7 @@ def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) ->
     if concept == "gender":
         genders = subject.biographies.genders
         return [
-            {"layer": layer, **_leakage(state, genders, **subject.statistics)}
+            {"layer": layer, **linear_leakage.score(state, genders, **subject.statistics)}
             for layer, state in subject.states.items()
         ]
     tokens = subject.tokens
@@ -141,9 +115,6 @@ def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, *
             nonlinear, **changed,
         ),
     ]  # fmt: skip
-
-
-# ---- what benchmarks ask ---------------------------------------------------------------------------------------------
 
 
 def _asked(subject: Subject, ask: Callable[..., dict[str, Any]], source: Path, **options: Any) -> dict[str, Any]:
@@ -203,61 +174,45 @@ def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
     )  # fmt: skip
 
 
-# ---- bias ------------------------------------------------------------------------------------------------------------
-
-
-def _gender_measures() -> list[Measure]:
-    """Gender in biographies, in associations, and in what the model would rather say."""
-    return [
-        *_probes(
-            "gender", "Gender", _of_gender,
-            "accuracy of a cross-validated logistic regression on the last hidden states of biographies, minus the "
-            "share of the larger gender", pool="mean",
+_GENDER = [
+    *_probes(
+        "gender", "Gender", _of_gender,
+        "accuracy of a cross-validated logistic regression on the last hidden states of biographies, minus the "
+        "share of the larger gender", pool="mean",
+    ),
+    _of_metric(
+        "minimum_description_length", "gender_mdl", "Gender, MDL compression",
+        lambda subject: minimum_description_length.score(
+            subject.states[FINAL], subject.biographies.genders, **subject.statistics
         ),
-        _of_metric(
-            "minimum_description_length", "gender_mdl", "Gender, MDL compression",
-            lambda subject: minimum_description_length.score(
-                subject.states[FINAL], subject.biographies.genders, **subject.statistics
-            ),
-            "how much shorter the online code of the gender is than a uniform one; 1 is not shorter", pool="mean",
+        "how much shorter the online code of the gender is than a uniform one; 1 is not shorter", pool="mean",
+    ),
+    _of_metric(
+        "tpr_gap", "tpr_gap", "TPR gap of profession (RMS)",
+        lambda subject: tpr_gap.score(
+            subject.professions, subject.biographies.professions, subject.biographies.genders, **subject.statistics
         ),
-        _of_metric(
-            "tpr_gap", "tpr_gap", "TPR gap of profession (RMS)",
-            lambda subject: tpr_gap.score(
-                subject.professions, subject.biographies.professions, subject.biographies.genders, **subject.statistics
-            ),
-            "root mean square over professions of the difference in true positive rate between the genders, of a "
-            "linear probe fitted on the same states", pool="mean",
-        ),
-        _seat_mean("seat_gender", "SEAT gender, mean |d|", GENDER_SEAT),
-        _of_metric(
-            "pronoun_gap", "winobias", "WinoBias pronoun gap",
-            lambda subject: _asked(subject, benchmarks.winobias, subject.data.part("winobias")),
-            "how much more often the pronoun of the occupation's stereotype is likelier", needs_head=True,
-        ),
-        *_language_bias("gender", ["gender"]),
-    ]  # fmt: skip
-
-
-def _pos_measures() -> list[Measure]:
-    """Part of speech at the tokens of a treebank."""
-
-    def take(subject: Subject, **options: Any) -> dict[str, Any]:
-        return _of_tags(subject.tokens.layers[FINAL], subject.tokens, **options, **subject.statistics)
-
-    return _probes(
-        "pos", "Part of speech", take,
-        "accuracy of a cross-validated logistic regression on the last hidden states of tokens, sentences never "
-        "split, minus the share of the most frequent tag",
-    )  # fmt: skip
-
-
-def _stereotype_measures() -> list[Measure]:
-    """Stereotypes of all kinds."""
-    return [_seat_mean("seat_all", "SEAT all, mean |d|", None), *_language_bias("", None)]
-
-
-# ---- capability ------------------------------------------------------------------------------------------------------
+        "root mean square over professions of the difference in true positive rate between the genders, of a "
+        "linear probe fitted on the same states", pool="mean",
+    ),
+    _seat_mean("seat_gender", "SEAT gender, mean |d|", GENDER_SEAT),
+    _of_metric(
+        "pronoun_gap", "winobias", "WinoBias pronoun gap",
+        lambda subject: _asked(subject, benchmarks.winobias, subject.data.part("winobias")),
+        "how much more often the pronoun of the occupation's stereotype is likelier", needs_head=True,
+    ),
+    *_language_bias("gender", ["gender"]),
+]  # fmt: skip
+_POS = _probes(
+    "pos", "Part of speech",
+    lambda subject, **options: _of_tags(subject.tokens.layers[FINAL], subject.tokens, **options, **subject.statistics),
+    "accuracy of a cross-validated logistic regression on the last hidden states of tokens, sentences never "
+    "split, minus the share of the most frequent tag",
+)  # fmt: skip
+_STEREOTYPES = [_seat_mean("seat_all", "SEAT all, mean |d|", None), *_language_bias("", None)]
+# Suite → the concept that it is about, and its measures; capability is measured in all.
+_CONCEPTS = {"gender": (GENDER, _GENDER), "pos": (POS, _POS), "stereotypes": (STEREOTYPES, _STEREOTYPES)}
+SUITES = (*_CONCEPTS, "all")
 
 
 def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
@@ -304,7 +259,9 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
         Measure(
             "profession", "Profession, linear probe", "capability", "accuracy", "higher", 1.0,
             "accuracy of a cross-validated logistic regression on the same states of biographies",
-            lambda subject: accuracy(subject.professions, subject.biographies.professions, **subject.statistics),
+            lambda subject: linear_leakage.accuracy(
+                subject.professions, subject.biographies.professions, **subject.statistics
+            ),
             pool="mean",
         ),
         Measure(
@@ -312,16 +269,6 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
             "sqrt(E|x′ − x|² / E|x − E x|²) over the tokens of running text, x′ with the adapter", _distortion,
         ),
     ]  # fmt: skip
-
-
-# ---- suites ----------------------------------------------------------------------------------------------------------
-
-_CONCEPTS: dict[str, tuple[str, Callable[[], list[Measure]]]] = {
-    "gender": (GENDER, _gender_measures),
-    "pos": (POS, _pos_measures),
-    "stereotypes": (STEREOTYPES, _stereotype_measures),
-}
-SUITES = (*_CONCEPTS, "all")
 
 
 def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) -> list[Measure]:
@@ -332,7 +279,7 @@ def measures_of(suite: str, data: DataFolder, pools: Sequence[str] = ("mean",)) 
     if suite not in SUITES:
         raise ValueError(f"--suite {suite}: write one of {', '.join(SUITES)}.")
     of_suite = [own for name, own in _CONCEPTS.items() if suite in (name, "all")]
-    chosen = [replace(measure, concept=concept) for concept, make in of_suite for measure in make()]
+    chosen = [replace(measure, concept=concept) for concept, measures in of_suite for measure in measures]
     found = []
     for measure in [*chosen, *_capability_measures(data)]:
         if measure.pool is None:

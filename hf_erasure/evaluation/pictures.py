@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hf_erasure.recipes.run import RECIPE_FILE
 
 from .data import DataFolder
 from .loading import Adapter
-from .subject import FINAL, Subject
+from .subject import Subject
 
 # Texts of each class that a neuron reads; each takes a gradient, so they are fewer than elsewhere.
 _NEURON_TEXTS = 40
@@ -34,56 +35,47 @@ _SENTENCE_END = re.compile(r"(?<=[.?])\s+|(?<=[。！？])")
 _PREFIX = "The {} said that "
 
 
-class Plane:
+def plane_of(states: Tensor, labels: list[str]) -> Callable[[Tensor], list[dict[str, Any]]]:
     """A fixed plane to look at states in: along the difference of the genders' means, and across it.
 
     Directions come from one half of the base's states `(rows, width)`, whose labels are of two kinds; only the other
-    half is drawn, of the base and of every adapter.
+    half is drawn, of the base and of every adapter. Raises `ValueError` if there are too few rows of either kind.
 
-    Raises:
-        ValueError: If there are too few rows of either kind.
+    Returns:
+        States → `x`, `y` and `label` of those that are drawn.
     """
+    kinds = sorted(set(labels))
+    fitted = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % 2 == 0
+    shown = spread((~fitted).nonzero().flatten().tolist(), _POINTS)
+    x = states.double()[fitted]
+    of = [label for label, chosen in zip(labels, fitted.tolist(), strict=True) if chosen]
+    if len(kinds) < 2 or not {*kinds[:2]} <= {*of} or not shown:
+        raise ValueError(
+            f"{len(labels)} biographies of the genders {kinds} are too few for a plane, whose directions come from "
+            "one half and whose points are the other: raise --limit."
+        )
+    mean = x.mean(0)
+    means = [x[[i for i, label in enumerate(of) if label == kind]].mean(0) for kind in kinds[:2]]
+    along = means[1] - means[0]
+    along = along / along.norm()
+    rest = x - mean
+    rest = rest - (rest @ along)[:, None] * along
+    # The sign of a singular vector is arbitrary: the largest entry is made positive.
+    across = torch.linalg.svd(rest, full_matrices=False).Vh[0]
+    across = across * across[across.abs().argmax()].sign()
 
-    def __init__(self, states: Tensor, labels: list[str]) -> None:
-        self.labels = labels
-        kinds = sorted(set(labels))
-        fitted = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)) % 2 == 0
-        self.shown = spread((~fitted).nonzero().flatten().tolist(), _POINTS)
-        x = states.double()[fitted]
-        of = [label for label, chosen in zip(labels, fitted.tolist(), strict=True) if chosen]
-        self.mean = x.mean(0)
-        if len(kinds) < 2 or not {*kinds[:2]} <= {*of} or not self.shown:
-            raise ValueError(
-                f"{len(labels)} biographies of the genders {kinds} are too few for a plane, whose directions come from "
-                "one half and whose points are the other: raise --limit."
-            )
-        means = [x[[i for i, label in enumerate(of) if label == kind]].mean(0) for kind in kinds[:2]]
-        along = means[1] - means[0]
-        self.along = along / along.norm()
-        rest = x - self.mean
-        rest = rest - (rest @ self.along)[:, None] * self.along
-        # The sign of a singular vector is arbitrary: the largest entry is made positive.
-        across = torch.linalg.svd(rest, full_matrices=False).Vh[0]
-        self.across = across * across[across.abs().argmax()].sign()
+    def points(states: Tensor) -> list[dict[str, Any]]:
+        rows = states.double()[shown] - mean
+        places = zip((rows @ along).tolist(), (rows @ across).tolist(), shown, strict=True)
+        return [{"x": x, "y": y, "label": labels[i]} for x, y, i in places]
 
-    def points(self, states: Tensor) -> list[dict[str, Any]]:
-        """`x`, `y` and `label` of the states that are drawn."""
-        rows = states.double()[self.shown] - self.mean
-        x, y = (rows @ self.along).tolist(), (rows @ self.across).tolist()
-        return [{"x": a, "y": b, "label": self.labels[i]} for a, b, i in zip(x, y, self.shown, strict=True)]
-
-
-def embedding(subject: Subject, plane: Plane | None) -> tuple[Plane, list[dict[str, Any]]]:
-    """The plane of the base, and an entry's states in it."""
-    plane = plane or Plane(subject.states[FINAL], subject.biographies.genders)
-    return plane, plane.points(subject.states[FINAL])
+    return points
 
 
 def pronoun_shares(subject: Subject) -> dict[str, Any]:
     """For each occupation the share of "she" in the probability of "she" and "he", after "The … said that".
 
-    Raises:
-        ValueError: If the model has no head that predicts words, or its tokenizer does not know the pronouns.
+    Raises `ValueError` if the model has no head that predicts words, or its tokenizer does not know the pronouns.
     """
     head, tokenizer, occupations = subject.require_head(), subject.tokenizer, subject.data.occupations()
     tokens = encode(tokenizer, [_PREFIX.format(name) for name, _ in occupations])
@@ -111,10 +103,8 @@ def neuron_values(subject: Subject, adapter: Adapter) -> dict[str, Any]:
     """What the feature neuron of a GRADIEND adapter reads off texts of each class, and off neutral ones.
 
     Texts are sentences of the data folder with a word of one class; the words are those of the recipe that lies beside
-    the adapter, or "she" and "he" for classes with such names.
-
-    Raises:
-        ValueError: If the adapter has no encoder, there are no words for its classes, or no sentences with them.
+    the adapter, or "she" and "he" for classes with such names. Raises `ValueError` if the adapter has no encoder, there
+    are no words for its classes, or no sentences with them.
     """
     head, tokenizer = subject.require_head(), subject.tokenizer
     handle = GradiendAdapter.of(adapter.host(subject.model), adapter.name)

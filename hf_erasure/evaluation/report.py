@@ -20,6 +20,7 @@ from markupsafe import Markup, escape
 
 from hf_erasure.adapters.common.files import write_text
 from hf_erasure.metrics.readers import spread
+from hf_erasure.models.scorer import FINAL
 
 from .results import LIMITS, REPORT_FILE, Results, direction, interval_text, reason_of, shown
 
@@ -44,26 +45,15 @@ _STYLE: Any = {
 }  # fmt: skip
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Picture:
-    """A picture, and the words around it.
+    """A picture, and the words around it."""
 
-    Attributes:
-        figure: Of matplotlib.
-        title: Of the picture.
-        said: What is to be seen, for a screen reader.
-        caption: Stands above it; the title if left out.
-        note: Stands below it.
-    """
-
-    figure: Any
-    title: str
-    said: str
-    caption: str = ""
-    note: str = ""
+    figure: Any  # of matplotlib
+    title: str  # of the picture
+    said: str  # what is to be seen, for a screen reader
+    caption: str = ""  # stands above it; the title if left out
+    note: str = ""  # stands below it
 
     def svg(self, key: str) -> Markup:
         """An element for the page, all of whose ids begin with the key."""
@@ -157,7 +147,7 @@ def depth(results: Results) -> Iterator[Picture]:
             axes.vlines(places, lows, highs, color=style["color"], linewidth=0.8, alpha=0.75)
             axes.plot(places, [row["leakage"] for row in rows], label=name, markersize=5, **style)
         layers = [row["layer"] for row in next(iter(entries.values()))]
-        short = ["last" if layer == "last_hidden_state" else layer.removeprefix("layer ") for layer in layers]
+        short = ["last" if layer == FINAL else layer.removeprefix("layer ") for layer in layers]
         ticks = range(0, len(layers), 1 if len(layers) <= 14 else len(layers) // 7)
         axes.set_xticks(ticks, [short[i] for i in ticks])
         axes.set_xlabel("layer (0: the embeddings)")
@@ -243,9 +233,6 @@ def frontiers(results: Results) -> Iterator[Picture]:
         said = "; ".join(f"{p['name']}: {shown(p['bias'])} at {shown(p['capability'])}" for p in points)
         title = f"{bias['title']}: distance from the ideal, against {paid['title']}"
         yield Picture(_with_legend(axes), title, said, f"{bias['title']}, distance from the ideal ↓")
-
-
-# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def write(results: Results, folder: str | Path) -> tuple[Path, Path]:

@@ -38,34 +38,25 @@ LIMITS = (
 
 @dataclass
 class Results:
-    """The results of one run; everything in it is plain data.
+    """The results of one run; everything in it is plain data."""
 
-    Attributes:
-        about: Model, data, suite, seed, limit and versions.
-        fingerprints: Of the `base`, and of the `adapters` by name: `adapter`, and the `base` where it was fitted.
-        entries: The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, which of them were fitted for
-            all tokens (`of_tokens`), and what `verify_adapter` said.
-        measures: The rows: the facts of every measure that was taken of at least one entry.
-        values: Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
-        not_measured: `measure`, `entry` (None for all) and `reason`.
-        left_out: Rows of the data that could not be read: `file`, `count`, and the first `rows`, each with `row` and
-            `reason`.
-        depth: Concept → entry → linear leakage by layer.
-        embedding: Entry → points in a plane.
-        shifts: Entry → share of "she" by occupation.
-        neurons: Adapter → values of the feature neuron.
-    """
-
-    about: dict[str, Any]
+    about: dict[str, Any]  # model, data, suite, seed, limit and versions
+    # The columns: `name`, `adapters`, their `concepts`, `kind`, `strength`, which of them were fitted for all tokens
+    # (`of_tokens`), and what `verify_adapter` said.
     entries: list[dict[str, Any]] = field(default_factory=list)
-    measures: list[dict[str, Any]] = field(default_factory=list)
+    measures: list[dict[str, Any]] = field(default_factory=list)  # the rows: facts of what was taken of some entry
+    # Entry → measure → `value`, `interval` or None, and `details`, the metric's whole result.
     values: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    not_measured: list[dict[str, Any]] = field(default_factory=list)
+    not_measured: list[dict[str, Any]] = field(default_factory=list)  # `measure`, `entry` (None for all) and `reason`
+    # Rows of the data that could not be read: `file`, `count`, and the first `rows`, each with `row` and `reason`.
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    depth: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
-    embedding: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    shifts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    neurons: dict[str, dict[str, Any]] = field(default_factory=dict)
+    depth: dict[str, dict[str, list[dict[str, Any]]]] = field(
+        default_factory=dict
+    )  # concept → entry → leakage by layer
+    embedding: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # entry → points in a plane
+    shifts: dict[str, dict[str, Any]] = field(default_factory=dict)  # entry → share of "she" by occupation
+    neurons: dict[str, dict[str, Any]] = field(default_factory=dict)  # adapter → values of the feature neuron
+    # Of the `base`, and of the `adapters` by name: `adapter`, and the `base` where it was fitted.
     fingerprints: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -128,8 +119,8 @@ class Results:
 
     def to_json(self) -> str:
         """The same text for the same results; what is not finite is null."""
-        content = {"format": FORMAT, **vars(self), "limits": list(LIMITS)}
-        return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        content = _plain({"format": FORMAT, **vars(self), "limits": LIMITS})
+        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
     def save(self, folder: Path) -> Path:
         """Write them as JSON into a folder that is there, whole or not at all; returns the file."""
@@ -139,11 +130,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: If the folder holds no evaluation.
-        """
+        """Read what `save` wrote. Raises `ValueError` if the folder holds no evaluation."""
         path = Path(folder) / RESULTS_FILE
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if content.get("format") != FORMAT:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig
 from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.metrics.benchmarks import CAUSAL_CONVENTIONS
+from hf_erasure.models.scorer import FINAL
 
 from .data import DataFolder, MissingData
-from .loading import BASE, Entry, Loader, entries_of, fingerprints, pools_of, read_adapters, verified
+from .loading import BASE, Entry, Loader, entries_of, fingerprints, read_adapters, verified
 from .measures import Measure, leakage_by_depth, measures_of
-from .pictures import Plane, embedding, neuron_values, pronoun_shares
+from .pictures import neuron_values, plane_of, pronoun_shares
 from .results import Results, reason_of
 from .subject import Evaluation, Shared, Subject
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
+# Rows of a batch of lm-evaluation-harness.
+_HARNESS_ROWS = 8
 
 
 def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str | Path | None = None) -> Results:
@@ -50,7 +55,12 @@ def evaluate(plan: Evaluation, progress: Progress = lambda _: None, output: str 
         raise ValueError(f"--stereoset {plan.stereoset}: write {' or '.join(CAUSAL_CONVENTIONS)}.")
     data = DataFolder(plan.data, plan.limit)
     if plan.harness:
-        require_harness()
+        try:
+            import_module("lm_eval.models.huggingface")
+        except ImportError as error:
+            raise ImportError(
+                f"--harness needs lm-evaluation-harness ({error}): pip install 'hf-erasure[harness]'"
+            ) from error
     return _Run(plan, data, progress, None if output is None else Path(output)).run()
 
 
@@ -59,12 +69,19 @@ class _Run:
         self.plan, self.progress, self.output = plan, progress, output
         self.adapters = read_adapters([str(folder) for folder in plan.adapters])
         self.entries = entries_of(self.adapters, plan.strengths)
-        self.pools = pools_of(self.adapters)
+        # Texts are probed by the pools that erasures were fitted for; where that is all tokens alike, and where there
+        # is none, by the mean, since a text needs one vector.
+        fitted = ("mean" if pool == "tokens" else pool for adapter in self.adapters for pool in adapter.pools)
+        self.pools = tuple(dict.fromkeys(fitted)) or ("mean",)
         self.measures = measures_of(plan.suite, data, self.pools)
         self.loader = Loader(plan.model, self.adapters)
         self.shared = Shared(plan, data)
-        self.plane: Plane | None = None
-        self.results = Results(self._about())
+        self.points: Callable[[Tensor], list[dict[str, Any]]] | None = None  # of states, in the plane of the base
+        self.results = Results({
+            "hf_erasure": __version__, "model": plan.model, "data": str(plan.data), "suite": plan.suite,
+            "limit": plan.limit, "seed": plan.seed, "resamples": plan.resamples, "confidence": plan.confidence,
+            "note": self.loader.note, "pools": list(self.pools), "class": "", "predicts": None, "finished": False,
+        })  # fmt: skip
         self.harness_measures: dict[str, dict[str, Any]] = {}
         self.reasons: dict[str, dict[str, str]] = {}
         self.too_few = False
@@ -76,14 +93,9 @@ class _Run:
         for entry in self.entries:
             self.results.values[entry.name] = {}
             subject = self._load(entry)
-            if subject is not None:
-                for measure in self.measures:
-                    self.progress(f"{entry.name}: {measure.title}")
-                    self._try(measure.title, entry, functools.partial(self._take, measure, entry, subject))
-                self._draw(entry, subject)
-                if self.plan.harness:
-                    self.progress(f"{entry.name}: lm-evaluation-harness")
-                    self._try("lm-evaluation-harness", entry, functools.partial(self._take_harness, entry, subject))
+            for what, take in () if subject is None else self._cells(entry, subject):
+                self.progress(f"{entry.name}: {what}")
+                self._try(what, entry, take)
         own = {measure.key for measure in self.measures if measure.purpose == "bias"}
         tried = self.plan.limit is not None and self.too_few  # a first look at a few items, and some measures need more
         if not tried and not any(own & set(values) for values in self.results.values.values()):
@@ -92,14 +104,6 @@ class _Run:
         self.results.about["finished"] = True
         self._keep()
         return self.results
-
-    def _about(self) -> dict[str, Any]:
-        plan = self.plan
-        return {
-            "hf_erasure": __version__, "model": plan.model, "data": str(plan.data), "suite": plan.suite,
-            "limit": plan.limit, "seed": plan.seed, "resamples": plan.resamples, "confidence": plan.confidence,
-            "note": self.loader.note, "pools": list(self.pools), "class": "", "predicts": None, "finished": False,
-        }  # fmt: skip
 
     def _verify(self) -> None:
         """First of all, since what does not act needs no measuring."""
@@ -129,7 +133,24 @@ class _Run:
             self.results.fingerprints = found or {}
         return subject
 
-    def _take(self, measure: Measure, entry: Entry, subject: Subject) -> None:
+    def _cells(self, entry: Entry, subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
+        """What is to be found of an entry, and how: its measures, what the report draws, and the harness."""
+        name, suite = entry.name, self.plan.suite
+        for measure in self.measures:
+            yield measure.title, functools.partial(self._take, measure, name, subject)
+        for concept in ("gender", "pos"):
+            if suite in (concept, "all"):
+                yield f"Leakage of {concept} by depth", functools.partial(self._take_depth, concept, name, subject)
+        if suite in ("gender", "all"):
+            yield "Embeddings in two dimensions", functools.partial(self._take_embedding, name, subject)
+            yield "Probability shifts", lambda: self.results.shifts.update({name: pronoun_shares(subject)})
+        if len(entry.adapters) == 1 and entry.strength == 1 and isinstance(entry.adapters[0].config, GradiendConfig):
+            read = functools.partial(neuron_values, subject, entry.adapters[0])
+            yield "Feature neuron", lambda: self.results.neurons.update({name: read()})
+        if self.plan.harness:
+            yield "lm-evaluation-harness", functools.partial(self._take_harness, name, subject)
+
+    def _take(self, measure: Measure, name: str, subject: Subject) -> None:
         if measure.needs_head:
             subject.require_head()
         found = measure.take(subject.at(measure.pool))
@@ -137,42 +158,26 @@ class _Run:
         if value is None or not math.isfinite(value):
             raise ValueError(f"{measure.figure} has no value on these items")
         interval = found.get("intervals", {}).get(measure.figure)
-        self.results.values[entry.name][measure.key] = {"value": float(value), "interval": interval, "details": found}
+        self.results.values[name][measure.key] = {"value": float(value), "interval": interval, "details": found}
 
-    def _draw(self, entry: Entry, subject: Subject) -> None:
-        name, results = entry.name, self.results
+    def _take_depth(self, concept: str, name: str, subject: Subject) -> None:
+        self.results.depth.setdefault(concept, {})[name] = leakage_by_depth(subject, concept)
 
-        def embed() -> None:
-            if self.plane is None and not subject.is_base:
-                raise ValueError("the plane is that of the base, whose biographies could not be drawn")
-            self.plane, results.embedding[name] = embedding(subject, self.plane)
+    def _take_embedding(self, name: str, subject: Subject) -> None:
+        if self.points is None and not subject.is_base:
+            raise ValueError("the plane is that of the base, whose biographies could not be drawn")
+        self.points = self.points or plane_of(subject.states[FINAL], subject.biographies.genders)
+        self.results.embedding[name] = self.points(subject.states[FINAL])
 
-        def depth(concept: str) -> None:
-            results.depth.setdefault(concept, {})[name] = leakage_by_depth(subject, concept)
-
-        for concept in ("gender", "pos"):
-            if self.plan.suite in (concept, "all"):
-                self.progress(f"{name}: leakage of {concept} by depth")
-                self._try(f"Leakage of {concept} by depth", entry, functools.partial(depth, concept))
-        if self.plan.suite in ("gender", "all"):
-            self._try("Embeddings in two dimensions", entry, embed)
-            self._try("Probability shifts", entry, lambda: results.shifts.update({name: pronoun_shares(subject)}))
-        if len(entry.adapters) == 1 and entry.strength == 1 and isinstance(entry.adapters[0].config, GradiendConfig):
-            self.progress(f"{name}: feature neuron")
-            read = functools.partial(neuron_values, subject, entry.adapters[0])
-            self._try("Feature neuron", entry, lambda: results.neurons.update({name: read()}))
-
-    def _take_harness(self, entry: Entry, subject: Subject) -> None:
-        found = run_harness(subject, list(self.plan.harness), task_folder=self.plan.harness_tasks)
-        for name, cell in found.items():
-            key, better = f"harness.{name}", cell["better"]
+    def _take_harness(self, name: str, subject: Subject) -> None:
+        for figure, cell in run_harness(subject, list(self.plan.harness), self.plan.harness_tasks).items():
+            key, better = f"harness.{figure}", cell.pop("better")
             self.harness_measures.setdefault(key, {
-                "key": key, "title": f"harness: {name}", "purpose": "capability", "figure": name, "better": better,
+                "key": key, "title": f"harness: {figure}", "purpose": "capability", "figure": figure, "better": better,
                 "says": "as lm-evaluation-harness reports it", "source": "",
                 "ideal": 0.0 if better == "lower" else None,
             })  # fmt: skip
-            figures = {"value": cell["value"], "interval": cell["interval"], "details": {}}
-            self.results.values[entry.name][key] = figures
+            self.results.values[name][key] = cell | {"details": {}}
 
     def _try(self, what: str, entry: Entry, take: Callable[[], T]) -> T | None:
         """Take one cell; whatever it raises is its reason for not being there, and no other cell's concern."""
@@ -208,28 +213,11 @@ class _Run:
             results.save(self.output)
 
 
-# ---- lm-evaluation-harness -------------------------------------------------------------------------------------------
-
-
-def require_harness() -> None:
-    """Raise an `ImportError` that says what to install, where the harness is not."""
-    try:
-        import_module("lm_eval.models.huggingface")
-    except ImportError as error:
-        raise ImportError(
-            f"--harness needs lm-evaluation-harness ({error}): pip install 'hf-erasure[harness]'"
-        ) from error
-
-
-def run_harness(
-    subject: Subject, tasks: list[str], *, task_folder: str | None = None, batch_size: int = 8
-) -> dict[str, dict[str, Any]]:
+def run_harness(subject: Subject, tasks: list[str], task_folder: str | None = None) -> dict[str, dict[str, Any]]:
     """The harness's figures of some tasks, `"task.metric"` → value, interval and direction.
 
     The model itself is handed over, adapters and all; nothing is copied. Further tasks are defined in `task_folder`.
-
-    Raises:
-        ValueError: If the model is not causal, a task is not known, or its data cannot be had.
+    Raises `ValueError` if the model is not causal, a task is not known, or its data cannot be had.
     """
     if subject.head != "causal":
         raise ValueError(f"{type(subject.model).__name__} is not a causal language model, which the harness needs")
@@ -238,7 +226,7 @@ def run_harness(
         raise ValueError(f"--harness {unknown[0]}: lm-evaluation-harness has no such task.")
     seed = subject.shared.plan.seed
     model = import_module("lm_eval.models.huggingface").HFLM(
-        pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size
+        pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=_HARNESS_ROWS
     )
     found = import_module("lm_eval").simple_evaluate(
         model=model, tasks=tasks, task_manager=manager, limit=subject.data.limit, bootstrap_iters=0,

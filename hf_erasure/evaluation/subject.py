@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_erasure.metrics.linear_leakage import held_out_answers
 from hf_erasure.metrics.readers import spread
-from hf_erasure.models import pooled
 from hf_erasure.models.heads import check_next_word, known_task
-from hf_erasure.models.model import Runner, evaluating, last_hidden_state, text_encoder
-from hf_erasure.models.slots import longest_input, padded_inputs
+from hf_erasure.models.model import text_encoder
+from hf_erasure.models.scorer import FINAL, pooled_one, text_states
+from hf_erasure.models.slots import longest_input
 
 from .data import Biographies, DataFolder, Sentence
 
-FINAL = "last_hidden_state"
+T = TypeVar("T")
+_ROWS = 32  # texts of a forward
 _LONGEST = 256  # tokens of a text; the rest of a longer one is cut off
 _TAGGED = 2000  # labelled tokens that are probed
 
 
 class NotForThisModel(ValueError):
     """A measure cannot be asked of a model; the message says why."""
-
-
-# ---- states ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,102 +45,62 @@ class StateReader:
     Of an encoder-decoder the encoder is read, which sees the text as it is.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int = 32) -> None:
-        self.runner, self.tokenizer, self.batch_size = Runner(text_encoder(model), []), tokenizer, batch_size
-        self.longest = min(longest_input(tokenizer, self.runner.model.config) or _LONGEST, _LONGEST)
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.longest = min(longest_input(tokenizer, text_encoder(model).config) or _LONGEST, _LONGEST)
 
     def pooled(self, texts: Sequence[str], pool: str = "mean") -> dict[str, Tensor]:
         """Layer → `(texts, width)`: the mean over the tokens of each text, its first or its last (`pool`)."""
-        parts: dict[str, list[Tensor]] = {}
-        for _, states, mask in self._batches(texts):
-            for name, state in states.items():
-                parts.setdefault(name, []).append(pooled(state, mask, pool))
-        return {name: torch.cat(found) for name, found in parts.items()}
+        rows = self._read(texts, lambda _, states: {n: pooled_one(state, pool) for n, state in states.items()})
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def final(self, texts: Sequence[str]) -> list[Tensor]:
         """The last hidden states of each text, `(tokens, width)`."""
-        batches = self._batches(texts, every=False)
-        return [row[real] for _, states, mask in batches for row, real in zip(states[FINAL], mask, strict=True)]
+        return self._read(texts, lambda _, states: states[FINAL], every=False)
 
     def tagged(self, sentences: Sequence[Sentence], most: int) -> TokenStates:
         """States at tokens that have a tag, at most so many, evenly spread."""
         if not self.tokenizer.is_fast:
             raise ValueError("The tokenizer does not say where in a text its tokens stand, so words cannot be matched.")
-        parts: dict[str, list[Tensor]] = {}
-        tags: list[str] = []
-        owners: list[int] = []
         texts = [sentence.text for sentence in sentences]
-        offsets = self._encoded(texts, offsets=True)["offset_mapping"]
-        for start, states, mask in self._batches(texts):
-            for row, sentence in enumerate(sentences[start : start + len(mask)]):
-                found = sentence.tags([(int(a), int(b)) for a, b in offsets[start + row]])
-                places = [place for place, tag in enumerate(found) if tag is not None]
-                tags += [tag for tag in found if tag is not None]
-                owners += [start + row] * len(places)
-                for name, state in states.items():
-                    parts.setdefault(name, []).append(state[row][mask[row]][places])
+        cut = {"truncation": True, "max_length": self.longest, "verbose": False}
+        offsets = self.tokenizer(texts, return_offsets_mapping=True, **cut)["offset_mapping"]
+
+        def at_tags(number: int, states: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
+            found = dict(enumerate(sentences[number].tags([(int(a), int(b)) for a, b in offsets[number]])))
+            known = {place: tag for place, tag in found.items() if tag is not None}
+            return list(known.values()), {name: state[list(known)] for name, state in states.items()}
+
+        rows = self._read(texts, at_tags)
+        tags = [tag for own, _ in rows for tag in own]
+        owners = [number for number, (own, _) in enumerate(rows) for _ in own]
         keep = spread(range(len(tags)), most)
-        layers = {name: torch.cat(rows)[keep] for name, rows in parts.items()}
+        layers = {name: torch.cat([states[name] for _, states in rows])[keep] for name in rows[0][1]}
         return TokenStates(layers, [tags[i] for i in keep], [owners[i] for i in keep])
 
-    def _encoded(self, texts: Sequence[str], *, offsets: bool = False) -> Any:
-        return self.tokenizer(
-            list(texts), truncation=True, max_length=self.longest, return_offsets_mapping=offsets, verbose=False
-        )
-
-    def _batches(self, texts: Sequence[str], every: bool = True) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
-        """The first text's number, states by layer `(batch, seq, width)` in float32, and which positions are real."""
-        rows = self._encoded(texts)["input_ids"]
-        if empty := [number for number, row in enumerate(rows) if not row]:
-            raise ValueError(f"Text {empty[0]} has no tokens: leave it out.")
-        padding = self.tokenizer.pad_token_id or 0
-        for start in range(0, len(rows), self.batch_size):
-            chosen = rows[start : start + self.batch_size]
-            inputs = padded_inputs(chosen, padding)
-            with evaluating(self.runner.model):
-                output = self.runner({**inputs, "output_hidden_states": every})
-            # The last of the hidden states is last_hidden_state, in most architectures and with these names.
-            states = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if every else {}
-            states[FINAL] = last_hidden_state(output)
-            yield start, {name: state.float().cpu() for name, state in states.items()}, inputs["attention_mask"].bool()
-
-
-# ---- the model under examination -------------------------------------------------------------------------------------
+    def _read(self, texts: Sequence[str], keep: Callable[[int, dict[str, Tensor]], T], every: bool = True) -> list[T]:
+        options: dict[str, Any] = {"batch_size": _ROWS, "max_length": self.longest, "truncate": True}
+        return text_states(self.model, self.tokenizer, texts, keep, every=every, **options)
 
 
 @dataclass
 class Evaluation:
-    """What to evaluate.
+    """What to evaluate."""
 
-    Attributes:
-        model: A folder, a name on the Hub, or `"embedded"`.
-        data: The folder of data; see `hf_erasure.evaluation.LAYOUT`.
-        adapters: Folders of adapters.
-        suite: `"gender"`, `"pos"`, `"stereotypes"` or `"all"`.
-        limit: At most so many items of each data set; all when None.
-        seed: Of folds, resamples and permutations.
-        resamples: Of every bootstrap.
-        confidence: Of every interval.
-        strengths: Factors of the learning rate at which GRADIEND adapters are measured besides.
-        harness: Tasks of lm-evaluation-harness.
-        harness_tasks: A folder of further task definitions.
-        allow_inactive: Go on where an adapter does not act.
-        stereoset: How a causal model scores a sentence of StereoSet: `"sentence"`, after its start token, or
-            `"authors"`, as the authors' code does; see `hf_erasure.metrics.benchmarks.stereoset`.
-    """
-
-    model: str
-    data: str | Path
-    adapters: Sequence[str] = ()
-    suite: str = "gender"
-    limit: int | None = None
-    seed: int = 0
-    resamples: int = 1000
-    confidence: float = 0.95
-    strengths: Sequence[float] = ()
-    harness: Sequence[str] = ()
-    harness_tasks: str | None = None
-    allow_inactive: bool = False
+    model: str  # a folder, a name on the Hub, or `"embedded"`
+    data: str | Path  # the folder of data; see `hf_erasure.evaluation.LAYOUT`
+    adapters: Sequence[str] = ()  # folders of adapters
+    suite: str = "gender"  # or `"pos"`, `"stereotypes"`, `"all"`
+    limit: int | None = None  # at most so many items of each data set; all when None
+    seed: int = 0  # of folds, resamples and permutations
+    resamples: int = 1000  # of every bootstrap
+    confidence: float = 0.95  # of every interval
+    strengths: Sequence[float] = ()  # factors of the learning rate at which GRADIEND adapters are measured besides
+    harness: Sequence[str] = ()  # tasks of lm-evaluation-harness
+    harness_tasks: str | None = None  # a folder of further task definitions
+    allow_inactive: bool = False  # go on where an adapter does not act
+    # How a causal model scores a sentence of StereoSet: `"sentence"`, after its start token, or `"authors"`, as the
+    # authors' code does; see `hf_erasure.metrics.benchmarks.stereoset`.
     stereoset: str = "sentence"
 
 

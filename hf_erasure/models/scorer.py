@@ -9,9 +9,9 @@ Rows are padded at the right. Log-probabilities are taken in float32, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from .model import Runner, evaluating, last_hidden_state, on_cpu, text_encoder
 from .pooling import pooled
 from .slots import Layout, Row, SlotReader, in_float32, longest_input, padded_inputs, padding_of
 
+T = TypeVar("T")
+FINAL = "last_hidden_state"
 _LONGEST = 512  # tokens of a window where neither tokenizer nor model has a limit
 
 
@@ -239,54 +241,26 @@ def _bytes_of(encoding: Encoding, scored: Sequence[int]) -> int:
 
 
 @on_cpu
-def pooled_embeddings(
+def text_states(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
+    keep: Callable[[int, dict[str, Tensor]], T],
     *,
-    pool: str = "mean",
+    every: bool = False,
     batch_size: int = 64,
     max_length: int | None = None,
     truncate: bool = False,
-) -> Tensor:
-    """One vector a text from the last hidden states.
+) -> list[T]:
+    """What is kept of the states of each text.
 
-    Args:
-        model: With or without a head, of an encoder-decoder its encoder is read; adapters that are active take part.
-        tokenizer: Of the model.
-        texts: What to embed.
-        pool: `"mean"` over all real positions, `"cls"` for the first or `"last"` for the last of them.
-        batch_size: Texts a forward.
-        max_length: Longest text in tokens; by default what the model takes.
-        truncate: Cut longer texts; else they are refused.
-
-    Returns:
-        `(texts, width)` float32 on the CPU.
-
-    Raises:
-        ValueError: If there are no texts, one is too long or has no token, or `pool` is another word.
+    `keep` is given a text's number and its states, layer → `(tokens, width)` float32 on the CPU: the last alone, or
+    with `every` all of them, the embeddings first. Of an encoder-decoder the encoder is read; adapters that are active
+    take part. A text that is longer than the model takes, or than `max_length` tokens, is refused, or cut where
+    `truncate` says so. Raises `ValueError` if there are no texts, or one is too long or has no token.
     """
-    if pool not in ("mean", "cls", "last"):
-        raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
     runner = Runner(text_encoder(model), [])
-    rows = _rows(tokenizer, runner.model.config, texts, max_length, truncate)
-    pad, type_ids = padding_of(tokenizer, runner.model.config), "token_type_ids" in tokenizer.model_input_names
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    found: list[Any] = [None] * len(rows)
-    with evaluating(runner.model):
-        for start in range(0, len(order), whole("batch_size", batch_size)):
-            chosen = order[start : start + batch_size]
-            inputs = padded_inputs([rows[i] for i in chosen], pad, type_ids=type_ids)
-            states = last_hidden_state(runner(inputs)).float().cpu()
-            for i, vector in zip(chosen, pooled(states, inputs["attention_mask"].bool().cpu(), pool), strict=True):
-                found[i] = vector
-    return torch.stack(found)
-
-
-def _rows(
-    tokenizer: PreTrainedTokenizerBase, config: Any, texts: Sequence[str], max_length: int | None, truncate: bool
-) -> list[list[int]]:
-    longest = longest_input(tokenizer, config, max_length)
+    longest = longest_input(tokenizer, runner.model.config, max_length)
     if isinstance(texts, str) or not len(texts):
         raise ValueError("There are no texts: give a list of at least one.")
     check_texts(texts)
@@ -296,4 +270,38 @@ def _rows(
         raise ValueError(f"{long} of {len(rows)} texts have more than {longest} tokens: write truncate=True to cut.")
     if not all(rows):
         raise ValueError(f"Text {[len(row) for row in rows].index(0)} has no tokens: leave it out.")
-    return rows
+    pad, type_ids = padding_of(tokenizer, runner.model.config), "token_type_ids" in tokenizer.model_input_names
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    found: dict[int, T] = {}
+    with evaluating(runner.model):
+        for start in range(0, len(order), whole("batch_size", batch_size)):
+            chosen = order[start : start + batch_size]
+            inputs = padded_inputs([rows[i] for i in chosen], pad, type_ids=type_ids)
+            output = runner({**inputs, "output_hidden_states": True} if every else inputs)
+            # The last of the hidden states is last_hidden_state, in most architectures and with these names.
+            layers = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if every else {}
+            layers[FINAL] = last_hidden_state(output)
+            layers = {name: state.float().cpu() for name, state in layers.items()}
+            for row, i in enumerate(chosen):
+                found[i] = keep(i, {name: state[row, : len(rows[i])] for name, state in layers.items()})
+    return [found[i] for i in range(len(rows))]
+
+
+def pooled_embeddings(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, pool: str = "mean", **options: Any
+) -> Tensor:
+    """One vector a text, `(texts, width)` float32 on the CPU, from the last hidden states.
+
+    `pool` is `"mean"` over all real positions, `"cls"` for the first or `"last"` for the last of them; another word is
+    a `ValueError`. Options and other errors are those of `text_states`.
+    """
+    if pool not in ("mean", "cls", "last"):
+        raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
+    return torch.stack(
+        text_states(model, tokenizer, texts, lambda _, states: pooled_one(states[FINAL], pool), **options)
+    )
+
+
+def pooled_one(states: Tensor, pool: str) -> Tensor:
+    """`(width,)` of the states of one text, `(tokens, width)`; see `pooled`."""
+    return pooled(states[None], torch.ones(1, len(states), dtype=torch.bool), pool)[0]

@@ -90,7 +90,7 @@ def test_whatever_a_measure_or_a_picture_raises_the_others_go_on(
     story: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(measures.benchmarks, "seat", _raising(error))
-    monkeypatch.setattr(running, "embedding", _raising(error))
+    monkeypatch.setattr(running, "plane_of", _raising(error))
     monkeypatch.setattr(report, "interval_bars", _raising(error))
     result = run(story, "--data", few, "--output", tmp_path / "out", "--limit", 18, "--resamples", 10)
     assert result.exit_code == 0, result.output
