@@ -5,11 +5,10 @@ A card is put into a README.md that may be there already. What somebody has writ
 
 from __future__ import annotations
 
-import functools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +96,11 @@ def write_card(
     repo_id: str | None = None,
     subfolder: str | None = None,
     base_model: str | None = None,
-    training: str = "",
     present: str | None = None,
     beside: str | Path | None = None,
     redraw: bool = False,
     overwrite: bool = False,
-    tags: Iterable[str] = (),
-    base_class: str | None = None,
+    **told: Any,
 ) -> WrittenCard:
     """Make or update the card of an adapter's folder.
 
@@ -116,13 +113,12 @@ def write_card(
         repo_id: Where the adapter will lie on the Hub.
         subfolder: The folder there, if it has one.
         base_model: The base's name on the Hub, in the place of what the configuration says.
-        training: Markdown on the training run that ended with the adapter.
         present: The text to update, in the place of that of the folder's README.md.
         beside: A folder in which more adapters lie, in folders of their names.
         redraw: Draw the picture anew, though there is one.
         overwrite: Take the place of text that somebody has written or changed.
-        tags: For the metadata, besides those that there are.
-        base_class: The class of the base model, where the configuration does not say it.
+        **told: `tags`, for the metadata besides those that there are; `base_class`, that of the base model, where the
+            configuration does not say it; `training`, Markdown on the training run that ended with the adapter.
 
     Returns:
         What was done.
@@ -135,8 +131,8 @@ def write_card(
     if facts.subfolder and beside is not None:
         more = {name: plain(other.described) for name, other in own_adapters(Path(beside)) if name != facts.subfolder}
         facts.others = more | facts.others
-    facts.tags, facts.base_class = list(tags), facts.base_class or base_class
-    facts.repo_id, facts.subfolder, facts.training = repo_id, subfolder or facts.subfolder, training
+    told["base_class"] = facts.base_class or told.get("base_class")
+    facts = replace(facts, repo_id=repo_id, subfolder=subfolder or facts.subfolder, **told)
     return write_into(folder / CARD, rendered(facts), present, overwrite=overwrite)
 
 
@@ -145,8 +141,7 @@ def gather(
 ) -> CardFacts:
     """The facts of the adapter in a folder, and its picture, which is drawn where there is none.
 
-    Raises:
-        ValueError: If the folder holds no adapter of ours.
+    Raises `ValueError` if the folder holds no adapter of ours.
     """
     found = {"": config} if config is not None else dict(own_adapters(folder))
     if not found:
@@ -234,16 +229,10 @@ def kept_quiet(where: Path, write: Callable[..., WrittenCard], *args: Any, **kwa
 
 
 def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what: str) -> WrittenCard:
-    """Make the card of a checkpoint that an adapter was merged into.
+    """Make the card of a checkpoint that an adapter (a folder, or its name on the Hub) was merged into.
 
-    Args:
-        folder: Where the checkpoint lies.
-        model: The base: a folder, or its name on the Hub.
-        adapter: The adapter: a folder, or its name on the Hub.
-        what: What was merged, in a sentence.
-
-    Raises:
-        ValueError: If there is no adapter of ours.
+    `model` is the base, a folder or its name on the Hub; `what` says what was merged, in a sentence. Raises
+    `ValueError` if there is no adapter of ours.
     """
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(adapter))
@@ -280,18 +269,13 @@ def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, r
             activation does not go into linear layers only; names the site and what stands in the way.
     """
     exported = export(model, adapter_name, folder, rank=rank)
-    write_lora_card(exported, adapter_of(model, adapter_name, ChildConfig).config)
-    return exported
-
-
-def write_lora_card(exported: LoraExport, config: ChildConfig) -> WrittenCard:
-    """Make the card of a LoRA that an adapter was exported to."""
-    facts = facts_of(config)
+    facts = facts_of(adapter_of(model, adapter_name, ChildConfig).config)
     head, noun = HEAD_OF.get(facts.base_class), _noun(facts)
     title = f"{noun[:1].upper()}{noun[1:]} as a LoRA" + (f" for {facts.base_id}" if facts.base_id else "")
     reasons = list(dict.fromkeys(exported.unmergeable.values()))
     card = card_of(facts, "lora", title, head, ["lora", "debiasing"], exported=exported, reasons=reasons)
-    return write_into(exported.folder / CARD, card)
+    write_into(exported.folder / CARD, card)
+    return exported
 
 
 def _noun(facts: CardFacts) -> str:
@@ -307,16 +291,12 @@ def is_generic(text: str) -> bool:
     by_trainer = AUTOGENERATED_TRAINER_COMMENT.strip() in text
     without_comments = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     lines = [line.strip() for line in without_comments.splitlines() if line.strip()]
+    template = TEMPLATE_MODELCARD_PATH.read_text(encoding="utf-8").splitlines()
+    headings = {line.strip() for line in template if line.startswith("##")}
     return all(
-        line in _headings() or _FILLED_IN_BY_NOBODY.fullmatch(line) or (by_trainer and _BY_TRAINER.fullmatch(line))
+        line in headings or _FILLED_IN_BY_NOBODY.fullmatch(line) or (by_trainer and _BY_TRAINER.fullmatch(line))
         for line in lines
     )
-
-
-@functools.cache
-def _headings() -> frozenset[str]:
-    lines = TEMPLATE_MODELCARD_PATH.read_text(encoding="utf-8").splitlines()
-    return frozenset(line.strip() for line in lines if line.startswith("##"))
 
 
 def has_own_text(present: str | None) -> bool:

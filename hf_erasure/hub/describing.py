@@ -55,11 +55,7 @@ def describe(
 
 
 def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> None:
-    """Write into a configuration what `describe` is told.
-
-    Raises:
-        ValueError: If a name is not that of a repository.
-    """
+    """Write into a configuration what `describe` is told. Raises `ValueError` if a name is not that of a repository."""
     datasets = told.get("datasets")
     told["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets or [])
     for name in [*told["datasets"], *([base_model] if base_model else [])]:
@@ -114,48 +110,39 @@ def describe_folder(
     return rows
 
 
-# ---- what `hf-erasure evaluate` measured -----------------------------------------------------------------------------
-
-
 def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
     """The rows of the adapter in a folder among what `hf-erasure evaluate` wrote, as in `describe_folder`.
 
-    Raises:
-        ValueError: If the file holds no such results, or they are of another adapter or of another base.
+    Raises `ValueError` if the file holds no such results, or they are of another adapter or of another base.
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     content = read_object(path)
     if content.get("format") != EVALUATION_FORMAT or not isinstance(content.get("values"), dict):
         raise ValueError(f"{path} holds no results that this version reads: run `hf-erasure evaluate` again.")
+    rows, concept = [], concept_of_config(config)
     try:
-        return _rows_of(content, _column(content, list(names), config, folder, path), concept_of_config(config))
+        name, about = _column(content, list(names), config, folder, path), content.get("about", {})
+        data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
+        limit = about.get("limit")
+        data += f", at most {limit} items a data set" if is_number(limit) else ""
+        for measure in content.get("measures", []):
+            before, after = (content["values"].get(entry, {}).get(measure.get("key")) for entry in (BASE, name))
+            if not before or not after or not is_number(before.get("value")) or not is_number(after.get("value")):
+                continue
+            better, ideal, pool = measure.get("better"), measure.get("ideal"), IN_WORDS.get(str(measure.get("pool")))
+            title = plain(measure.get("title"))
+            title += f", {pool}" if pool and not title.endswith(pool) else ""
+            better = f"closer to {ideal:g}" if better == "closer" else plain(better)
+            ends = interval_of(before.get("interval")), interval_of(after.get("interval"))
+            is_other = measure.get("purpose") == "bias" and measure.get("concept") not in (None, concept)
+            rows.append(Measured(
+                plain(measure["key"]), title, before["value"], after["value"], better, data, *ends,
+                ideal if is_number(ideal) else None, is_other,
+            ))  # fmt: skip
     except (AttributeError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} holds no results that this version reads ({reason}).") from error
-
-
-def _rows_of(content: dict[str, Any], name: str, concept: str | None) -> list[Measured]:
-    """The measures of a column beside those of the base."""
-    values, about = content["values"], content.get("about", {})
-    data = f"hf-erasure evaluate, suite {plain(about.get('suite'))}"
-    limit = about.get("limit")
-    data += f", at most {limit} items a data set" if is_number(limit) else ""
-    rows = []
-    for measure in content.get("measures", []):
-        before, after = (values.get(entry, {}).get(measure.get("key")) for entry in (BASE, name))
-        if not before or not after or not is_number(before.get("value")) or not is_number(after.get("value")):
-            continue
-        better, ideal, pool = measure.get("better"), measure.get("ideal"), IN_WORDS.get(str(measure.get("pool")))
-        title = plain(measure.get("title"))
-        title += f", {pool}" if pool and not title.endswith(pool) else ""
-        better = f"closer to {ideal:g}" if better == "closer" else plain(better)
-        ends = interval_of(before.get("interval")), interval_of(after.get("interval"))
-        is_other = measure.get("purpose") == "bias" and measure.get("concept") not in (None, concept)
-        rows.append(Measured(
-            plain(measure["key"]), title, before["value"], after["value"], better, data, *ends,
-            ideal if is_number(ideal) else None, is_other,
-        ))  # fmt: skip
     return rows
 
 

@@ -21,6 +21,7 @@ from hf_erasure.adapters.common.config import TESTED_ON, TOLD, ChildConfig, Chos
 from hf_erasure.adapters.saved_tensors import digest_of_data
 from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
+from hf_erasure.models.scorer import FINAL
 
 # So many characters of a name are shown, which a table of a card must leave readable.
 LONGEST = 200
@@ -34,7 +35,6 @@ PICTURES = {
     "encoded.png": "Values of the feature neuron on texts that it was not learned from.",
     "surface.png": "All edits that were tried.",
 }
-FINAL = "last_hidden_state"
 # Of GRADIEND's tables: what a column is, and which way is better.
 _GRADIEND = {"loss": ("language modelling, loss", "lower"), "lms": ("language modelling, score", "higher")}
 _GOALS = ("balance", "bpi", "fpi", "mpi")
@@ -92,65 +92,35 @@ def read_object(path: Path) -> dict[str, Any]:
 
 @dataclass
 class CardFacts:
-    """The facts of one adapter; everything in it is plain data, and may come from a stranger.
+    """The facts of one adapter; everything in it is plain data, and may come from a stranger."""
 
-    Attributes:
-        kind: `"concept_erasure"` or `"gradiend"`: which template is filled.
-        concept: What is erased or learned.
-        classes: Of the concept; empty for a continuous one.
-        fitted: Whether there is anything in it.
-        base_id: The base model's name on the Hub, if it has one.
-        base_revision: The commit of the base it was fitted on, where that is known.
-        base_class: The class of the base model.
-        repo_id: Where the adapter lies on the Hub, where that is known.
-        subfolder: The folder of the adapter there.
-        others: Adapters beside it, subfolder → what they are.
-        method: Its settings by name, as the template of its kind wants them.
-        sites: `name`, `width`, `rank`, `before`, `after`.
-        finals: The same for the last hidden states, where nothing is erased but everything is read.
-        more_sites: How many sites there are besides those.
-        examples: How many sequences it was fitted on.
-        tokens: How many positions.
-        datasets: Names on the Hub.
-        labels_from: Who or what labelled the data, in words.
-        measured: Rows of before and after, as `Measured`.
-        fingerprint: Of the weights it was fitted on, shortened.
-        parts: Of an adapter that was combined: what it was made from.
-        versions: Package → version.
-        pictures: File → caption.
-        license: As the Hub writes it.
-        language: Codes.
-        training: Markdown on a training run that ended with this adapter, as Trainer words it.
-        tags: Of the base model, as they were given to `add_model_tags`, and what else the model tells.
-    """
-
-    kind: str
-    concept: str
-    classes: list[str]
-    fitted: bool
-    base_id: str | None = None
-    base_revision: str | None = None
-    base_class: str | None = None
-    repo_id: str | None = None
-    subfolder: str | None = None
-    others: dict[str, str] = field(default_factory=dict)
-    method: dict[str, Any] = field(default_factory=dict)
-    sites: list[dict[str, Any]] = field(default_factory=list)
-    finals: list[dict[str, Any]] = field(default_factory=list)
-    more_sites: int = 0
-    examples: int | None = None
-    tokens: int | None = None
-    datasets: list[str] = field(default_factory=list)
-    labels_from: str | None = None
-    measured: list[dict[str, Any]] = field(default_factory=list)
-    fingerprint: str | None = None
-    parts: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-    pictures: dict[str, str] = field(default_factory=dict)
-    license: str | None = None
-    language: list[str] = field(default_factory=list)
-    training: str = ""
-    tags: list[str] = field(default_factory=list)
+    kind: str  # `"concept_erasure"` or `"gradiend"`: which template is filled
+    concept: str  # what is erased or learned
+    classes: list[str]  # of the concept; empty for a continuous one
+    fitted: bool  # whether there is anything in it
+    base_id: str | None = None  # the base model's name on the Hub, if it has one
+    base_revision: str | None = None  # the commit of the base it was fitted on, where that is known
+    base_class: str | None = None  # the class of the base model
+    repo_id: str | None = None  # where the adapter lies on the Hub, where that is known
+    subfolder: str | None = None  # the folder of the adapter there
+    others: dict[str, str] = field(default_factory=dict)  # adapters beside it, subfolder → what they are
+    method: dict[str, Any] = field(default_factory=dict)  # its settings by name, as the template of its kind wants them
+    sites: list[dict[str, Any]] = field(default_factory=list)  # `name`, `width`, `rank`, `before`, `after`
+    finals: list[dict[str, Any]] = field(default_factory=list)  # the same of the last hidden states, which have no site
+    more_sites: int = 0  # how many sites there are besides those
+    examples: int | None = None  # how many sequences it was fitted on
+    tokens: int | None = None  # how many positions
+    datasets: list[str] = field(default_factory=list)  # names on the Hub
+    labels_from: str | None = None  # who or what labelled the data, in words
+    measured: list[dict[str, Any]] = field(default_factory=list)  # rows of before and after, as `Measured`
+    fingerprint: str | None = None  # of the weights it was fitted on, shortened
+    parts: list[str] = field(default_factory=list)  # of an adapter that was combined: what it was made from
+    versions: dict[str, str] = field(default_factory=dict)  # package → version
+    pictures: dict[str, str] = field(default_factory=dict)  # file → caption
+    license: str | None = None  # as the Hub writes it
+    language: list[str] = field(default_factory=list)  # codes
+    training: str = ""  # Markdown on a training run that ended with this adapter, as Trainer words it
+    tags: list[str] = field(default_factory=list)  # of the base model, and what else the model tells
 
 
 def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str | None = None) -> CardFacts:
@@ -159,6 +129,14 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
     told, run, is_gradiend = made.card, made.recipe, isinstance(config, GradiendConfig)
     # What its maker told comes first; of the rest, what cannot be a name on the Hub is left out.
     datasets = [*map(plain, told.datasets), *map(hub_id, map(plain, [*run.datasets, *made.data.datasets]))]
+    here = {name: version(name) for name in ("peft", "transformers", "torch")}
+    configured = getattr(config, "peft_version", None)
+    versions = {
+        "hf-erasure (fitted with)": made.hf_erasure_version,
+        "hf-erasure": __version__,
+        **here,
+        "peft (configured with)": configured if configured != here["peft"] else None,
+    }
     facts = CardFacts(
         kind="gradiend" if is_gradiend else "concept_erasure",
         concept=plain(config.feature if isinstance(config, GradiendConfig) else getattr(config, "concept", "concept")),
@@ -173,7 +151,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         labels_from=plain(told.labels_from or run.labels_from or made.data.labels_from) or None,
         fingerprint=digest_of_data(made.fingerprint),
         parts=list(map(plain, made.combined_from)),
-        versions=_versions(config, made),
+        versions={name: plain(value, 60) for name, value in versions.items() if value},
         pictures={name: text for name, text in PICTURES.items() if folder is not None and (folder / name).is_file()},
         license=plain(told.license) or None,
         language=list(map(plain, told.language)),
@@ -200,7 +178,16 @@ def state_of(config: ChildConfig) -> str:
 
 def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenance) -> list[Measured]:
     """Add the sites and the method of an erasure; returns what was measured when it was fitted."""
-    leakage, fitted = _leakage_of(made), config.fitted_sites or {}
+    measured: dict[str, dict[str, Any]] = {}  # site → the correlation with the concept, and the intervals about it
+    for site, pair in made.leakage.items():
+        if all(map(is_number, pair)):
+            before, after = (max(0.0, float(value)) for value in pair)  # older versions kept a sign
+            ends = made.leakage_intervals.get(site, ())
+            intervals = {"before_interval": interval_of(ends[:2]), "after_interval": interval_of(ends[2:])}
+            measured[plain(site)] = {"before": before, "after": after} | intervals
+    # The last hidden states come after the sites.
+    leakage = dict(sorted(measured.items(), key=lambda entry: FINAL in entry[0]))
+    fitted = config.fitted_sites or {}
     unmeasured = dict.fromkeys(("before", "after", "before_interval", "after_interval"))
     sites = [{"name": plain(name), **size, **leakage.get(plain(name), unmeasured)} for name, size in fitted.items()]
     facts.sites, facts.more_sites = sites[:MOST_SITES], max(0, len(sites) - MOST_SITES)
@@ -233,21 +220,6 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     ]
 
 
-def _leakage_of(made: Provenance) -> dict[str, dict[str, Any]]:
-    """Site → the correlation with the concept `before` and `after`, and the intervals about both, where there are any.
-
-    The last hidden states come after the sites.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for site, pair in made.leakage.items():
-        if all(map(is_number, pair)):
-            before, after = (max(0.0, float(value)) for value in pair)  # older versions kept a sign
-            ends = made.leakage_intervals.get(site, ())
-            intervals = {"before_interval": interval_of(ends[:2]), "after_interval": interval_of(ends[2:])}
-            found[plain(site)] = {"before": before, "after": after} | intervals
-    return dict(sorted(found.items(), key=lambda entry: FINAL in entry[0]))
-
-
 def _figures_on(made: Provenance, measured_on: str) -> str:
     """What figures are of, and what they were measured on."""
     return f"{measured_on}, of {IN_WORDS[made.pool]}" if made.pool in IN_WORDS else measured_on
@@ -269,49 +241,23 @@ def _gradiend_method(config: GradiendConfig, made: Provenance, chosen: ChosenEdi
     }  # fmt: skip
 
 
-def _versions(config: ChildConfig, made: Provenance) -> dict[str, str]:
-    """What it was made with, where that is known, and what the card is written with."""
-    here = {name: version(name) for name in ("peft", "transformers", "torch")}
-    configured = getattr(config, "peft_version", None)
-    known = {
-        "hf-erasure (fitted with)": made.hf_erasure_version,
-        "hf-erasure": __version__,
-        **here,
-        "peft (configured with)": configured if configured != here["peft"] else None,
-    }
-    return {name: plain(value, 60) for name, value in known.items() if value}
-
-
 # ---- what was measured -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number of the model without the adapter and with it.
+    """A number of the model without the adapter and with it."""
 
-    Attributes:
-        key: What it is, in one word, as in the metadata of cards.
-        title: What it is.
-        before: Without the adapter; None where only the adapter was measured.
-        after: With it.
-        better: `"lower"`, `"higher"`, `"closer to …"`, or nothing where neither is.
-        data: What it was measured on.
-        before_interval: 95 % of a bootstrap, where there is one.
-        after_interval: The same with the adapter.
-        ideal: The best value, where there is one.
-        is_other: Whether it is a measure of another concept than the adapter's.
-    """
-
-    key: str
-    title: str
-    before: float | None
-    after: float
-    better: str
-    data: str
-    before_interval: list[float] | None = None
-    after_interval: list[float] | None = None
-    ideal: float | None = None
-    is_other: bool = False
+    key: str  # what it is, in one word, as in the metadata of cards
+    title: str  # what it is
+    before: float | None  # without the adapter; None where only the adapter was measured
+    after: float  # with it
+    better: str  # `"lower"`, `"higher"`, `"closer to …"`, or nothing where neither is
+    data: str  # what it was measured on
+    before_interval: list[float] | None = None  # 95 % of a bootstrap, where there is one
+    after_interval: list[float] | None = None  # the same with the adapter
+    ideal: float | None = None  # the best value, where there is one
+    is_other: bool = False  # whether it is a measure of another concept than the adapter's
 
     @property
     def change(self) -> str:

@@ -31,20 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_erasure.adapters.common.files import CARD, CONFIG, WEIGHTS
 from hf_erasure.adapters.saving import PUSHED_FROM
 
-from .cards import (
-    WrittenCard,
-    config_in,
-    filled,
-    gather,
-    has_own_text,
-    holds_adapters_only,
-    kept_quiet,
-    own_adapters,
-    text_of,
-    told_by,
-    updated,
-    write_card,
-)
+from . import cards
 from .facts import PICTURES, hub_id, plain, read_object
 from .rendering import SOMEWHERE, Card, rendered
 
@@ -88,17 +75,14 @@ def explained(repo_id: str) -> Iterator[None]:
         if not isinstance(reason, HTTPError):
             raise
         what = f" ({plain(error).rstrip('.')})" if isinstance(error, RuntimeError) else ""
-        raise PushError(f"Pushing to {repo_id!r} failed{what}: {reason_of(reason)}", _status_of(reason)) from error
-
-
-def reason_of(error: HTTPError) -> str:
-    """Why a request failed, and what to do."""
-    status = _status_of(error)
-    if status is None:
-        return f"the connection to the Hub broke ({type(error).__name__}: {plain(error, _LONGEST)}). {_AGAIN}"
-    said = plain(getattr(error, "server_message", None) or "no reason given", _LONGEST)
-    remedy = _REMEDIES.get(status, f"The trouble is the Hub's. {_AGAIN}" if status >= 500 else "")
-    return f"the Hub answered {status} ({said}). {remedy}".rstrip()
+        status = _status_of(reason)
+        if status is None:
+            why = f"the connection to the Hub broke ({type(reason).__name__}: {plain(reason, _LONGEST)}). {_AGAIN}"
+        else:
+            said = plain(getattr(reason, "server_message", None) or "no reason given", _LONGEST)
+            remedy = _REMEDIES.get(status, f"The trouble is the Hub's. {_AGAIN}" if status >= 500 else "")
+            why = f"the Hub answered {status} ({said}). {remedy}".rstrip()
+        raise PushError(f"Pushing to {repo_id!r} failed{what}: {why}", status) from error
 
 
 def _status_of(error: HTTPError) -> int | None:
@@ -150,7 +134,10 @@ def push_adapter(
         ValueError: If the folder holds no fitted adapter of ours, or a name is not that of a repository.
         PushError: If the Hub refuses, or does not answer.
     """
-    folder, place, adapters = Path(folder), _place(subfolder), _fitted_adapters(Path(folder))
+    parts = PurePosixPath(subfolder or "").parts
+    if subfolder is not None and (not parts or parts[0] == "/" or ".." in parts or "\\" in subfolder):
+        raise ValueError(f"subfolder={subfolder!r} is not a folder within a repository: write a name such as 'gender'.")
+    folder, place, adapters = Path(folder), "/".join(parts), _fitted_adapters(Path(folder))
     if base_model is not None and hub_id(base_model) is None:
         raise ValueError(f"base_model={base_model!r} is not a name on the Hub: write it as in 'user/name'.")
 
@@ -158,15 +145,15 @@ def push_adapter(
         return str(PurePosixPath(place, *parts))
 
     def files(present: Present, to: str) -> Iterator[CommitOperationAdd]:
-        facts = gather(folder, base_model=base_model)
+        facts = cards.gather(folder, base_model=base_model)
         facts.repo_id = to
         if place:
             facts.subfolder = within(facts.subfolder or "")
             facts.others = {within(name): what for name, what in facts.others.items()}
-        cards = {"": facts}
+        written = {"": facts}
         for name in filter(None, adapters):
-            own = gather(folder / name, base_model=base_model)
-            cards[name] = replace(own, repo_id=to, subfolder=within(name))
+            own = cards.gather(folder / name, base_model=base_model)
+            written[name] = replace(own, repo_id=to, subfolder=within(name))
         # No recipe and no training state.
         for name, file in itertools.product(adapters, (CONFIG, WEIGHTS, *PICTURES)):
             content: Path | bytes = folder / name / file
@@ -176,8 +163,8 @@ def push_adapter(
                 content = json.dumps(known, indent=2, sort_keys=True).encode("utf-8")
             if (folder / name / file).is_file():
                 yield CommitOperationAdd(within(name, file), content)
-        for name, own in cards.items():
-            yield _readme(rendered(own), text_of(folder / name / CARD), present, within(name, CARD))
+        for name, own in written.items():
+            yield _readme(rendered(own), cards.text_of(folder / name / CARD), present, within(name, CARD))
         if place and present(CARD) is None:
             # The Hub shows the card at the top, where a new repository would have none.
             facts.pictures = {within(name): text for name, text in facts.pictures.items()}
@@ -209,7 +196,7 @@ def push_model(
     def files(present: Present, to: str) -> Iterator[CommitOperationAdd]:
         for name in names:
             yield CommitOperationAdd(name, folder / name)
-        here = text_of(folder / CARD)
+        here = cards.text_of(folder / CARD)
         card = None if here is None else Card.read(here)
         if card is not None:
             yield _readme(replace(card, text=card.text.replace(SOMEWHERE, to)), here, present, CARD)
@@ -258,14 +245,14 @@ def _push(
 def _card_at(repo_id: str, revision: str | None, token: str | bool | None, name: str) -> str | None:
     """A card of a repository as it is now; None where there is none."""
     try:
-        return text_of(Path(hf_hub_download(repo_id, name, revision=revision, token=token)))
+        return cards.text_of(Path(hf_hub_download(repo_id, name, revision=revision, token=token)))
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None  # and not where the Hub could not be asked: somebody's card would be overwritten
 
 
 def _readme(card: Card, here: str | None, present: Present, path: str) -> CommitOperationAdd:
     """The card in the text that somebody has written, in the folder or on the Hub."""
-    text, outcome, reason = updated(here if has_own_text(here) else present(path), card)
+    text, outcome, reason = cards.updated(here if cards.has_own_text(here) else present(path), card)
     if outcome == "left":
         raise ValueError(f"The {CARD} of the repository or of the folder cannot be kept: {reason}")
     return CommitOperationAdd(path, text.encode("utf-8"))
@@ -273,7 +260,7 @@ def _readme(card: Card, here: str | None, present: Present, path: str) -> Commit
 
 def _fitted_adapters(folder: Path) -> list[str]:
     """The folders of adapters within a folder; an empty name where it is one itself."""
-    adapters = dict(own_adapters(folder))
+    adapters = dict(cards.own_adapters(folder))
     if not adapters:
         raise ValueError(
             f"{folder} holds no adapter of hf_erasure: give the folder that save_pretrained or `hf-erasure fit` wrote. "
@@ -285,30 +272,6 @@ def _fitted_adapters(folder: Path) -> list[str]:
         if not (folder / name / WEIGHTS).is_file():
             raise ValueError(f"{folder / name} has no {WEIGHTS}: the adapter is not complete.")
     return list(adapters)
-
-
-def card_on_hub(repo_id: str, token: str | bool | None = None) -> str | None:
-    """The README.md of a repository; None where there is none.
-
-    Raises:
-        PushError: If the Hub could not be asked.
-    """
-    with explained(repo_id):
-        return _card_at(repo_id, None, token, CARD)
-
-
-def _place(subfolder: str | None) -> str:
-    """A folder within a repository.
-
-    Raises:
-        ValueError: If it leads out of it.
-    """
-    if subfolder is None:
-        return ""
-    parts = PurePosixPath(subfolder).parts
-    if not parts or parts[0] == "/" or ".." in parts or "\\" in subfolder:
-        raise ValueError(f"subfolder={subfolder!r} is not a folder within a repository: write a name such as 'gender'.")
-    return "/".join(parts)
 
 
 # ---- the card of what transformers pushes ----------------------------------------------------------------------------
@@ -323,25 +286,23 @@ class _PushedCard(ModelCard):
     def save(self, filepath: Path | str) -> None:
         """Write README.md into the folder that is about to be pushed."""
         path = Path(filepath)
-        if path.name != CARD or not holds_adapters_only(path.parent):
+        if path.name != CARD or not cards.holds_adapters_only(path.parent):
             super().save(filepath)
             return
         # What lies in the folder and what lies on the Hub: the one that somebody has written counts.
         pushed_from = PUSHED_FROM.get()
-        here = text_of(path if pushed_from is None else pushed_from / CARD)
-        present = here if has_own_text(here) else filled(self._there(), text_of(path))
+        here = cards.text_of(path if pushed_from is None else pushed_from / CARD)
+        there = str(self)
+        if not cards.has_own_text(there):
+            # transformers takes it for nothing where the Hub could not be asked.
+            with explained(self.hf_erasure_repo_id):
+                known = _card_at(self.hf_erasure_repo_id, None, self.hf_erasure_token, CARD)
+            there = known if known is not None and cards.has_own_text(known) else there
+        present = here if cards.has_own_text(here) else cards.filled(there, cards.text_of(path))
         where, tags = self.hf_erasure_repo_id, self.data.get("tags") or []
-        kept_quiet(path.parent, write_card, repo_id=where, present=present, tags=tags)
-        for name in [name for name, _ in own_adapters(path.parent) if name]:
-            kept_quiet(path.parent / name, write_card, repo_id=where, subfolder=name)
-
-    def _there(self) -> str:
-        """What the repository has, which transformers takes for nothing where the Hub could not be asked."""
-        if not has_own_text(str(self)):
-            there = card_on_hub(self.hf_erasure_repo_id, self.hf_erasure_token)
-            if there is not None and has_own_text(there):
-                return there
-        return str(self)
+        cards.kept_quiet(path.parent, cards.write_card, repo_id=where, present=present, tags=tags)
+        for name in [name for name, _ in cards.own_adapters(path.parent) if name]:
+            cards.kept_quiet(path.parent / name, cards.write_card, repo_id=where, subfolder=name)
 
 
 def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -358,17 +319,17 @@ def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kw
 
 def write_pushed_card(trainer: Any, checkpoint: Path) -> None:
     """Write the card of what Trainer copies from a checkpoint before it pushes it: the files, and not the card."""
-    target, config = Path(trainer.args.output_dir), config_in(checkpoint)
+    target, config = Path(trainer.args.output_dir), cards.config_in(checkpoint)
     if config is not None:
         repo_id = getattr(trainer, "hub_model_id", None)
-        kept_quiet(target, write_card, config, repo_id=repo_id, **told_by(trainer.model))
+        cards.kept_quiet(target, cards.write_card, config, repo_id=repo_id, **cards.told_by(trainer.model))
 
 
 def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
     """A Trainer's card says how training went: that becomes a part of ours, which says all the rest."""
     output_dir = trainer.args.output_dir
     folder = Path(output_dir)
-    if not trainer.is_world_process_zero() or not holds_adapters_only(folder):
+    if not trainer.is_world_process_zero() or not cards.holds_adapters_only(folder):
         original(*args, **kwargs)
         return
     with TemporaryDirectory() as elsewhere:
@@ -378,13 +339,13 @@ def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: An
             original(*args, **kwargs)
         finally:
             object.__setattr__(trainer.args, "output_dir", output_dir)
-        theirs = ModelCard(text_of(Path(elsewhere, CARD)) or "")
-    kept_quiet(folder, _with_training, theirs, getattr(trainer, "hub_model_id", None))
+        theirs = ModelCard(cards.text_of(Path(elsewhere, CARD)) or "")
+    cards.kept_quiet(folder, _with_training, theirs, getattr(trainer, "hub_model_id", None))
 
 
-def _with_training(folder: Path, theirs: ModelCard, repo_id: str | None) -> WrittenCard:
+def _with_training(folder: Path, theirs: ModelCard, repo_id: str | None) -> cards.WrittenCard:
     """Our card, with what Trainer's says of the training run, and with its metadata."""
     training = theirs.text.partition(_TRAINING)[2].partition("<!-- hf-erasure end")[0].strip()
-    present = filled(text_of(folder / CARD) or "---\n{}\n---\n", str(theirs))
+    present = cards.filled(cards.text_of(folder / CARD) or "---\n{}\n---\n", str(theirs))
     text = f"{_TRAINING}\n\n{training}" if training else ""
-    return write_card(folder, repo_id=repo_id, training=text, present=present)
+    return cards.write_card(folder, repo_id=repo_id, training=text, present=present)

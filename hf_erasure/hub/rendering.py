@@ -46,17 +46,9 @@ _NOTE = "made by hf-erasure; what you write before or after this part stays"
 _BEFORE, _AFTER = "#b3541e", "#1f5f8b"
 
 
-# ---- cards -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Card:
-    """A card that could stand alone, in its two parts.
-
-    Attributes:
-        data: Its metadata.
-        text: Its Markdown.
-    """
+    """A card that could stand alone, in its two parts: its metadata, and its Markdown."""
 
     data: ModelCardData
     text: str
@@ -132,11 +124,8 @@ def card_of(
     those by which the Hub lists the adapters of a base.
     """
     auto_class = "AutoModel" if head is None else head.auto_class
-    text = (
-        environment()
-        .get_template(f"{template}{_SUFFIX}")
-        .render(facts=facts, title=title, auto_class=auto_class, **more)
-    )
+    filled = environment().get_template(f"{template}{_SUFFIX}")
+    text = filled.render(facts=facts, title=title, auto_class=auto_class, **more)
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.strip().splitlines()))
     is_adapter = library == "peft"
     of_base = [*adapter_tags(facts.base_id), *(["transformers"] if head else [])] if is_adapter else []
@@ -159,15 +148,8 @@ def adapter_tags(base: str | list[str] | None) -> list[str]:
     return [f"base_model:adapter:{name}" for name in ([base] if isinstance(base, str) else base or [])]
 
 
-# ---- templates -------------------------------------------------------------------------------------------------------
-
-
 def template_folder() -> Path:
-    """Where the templates are.
-
-    Raises:
-        FileNotFoundError: If they were not installed.
-    """
+    """Where the templates are. Raises `FileNotFoundError` if they were not installed."""
     package = Path(__file__).parents[1]
     for folder in (package / _FOLDER, package.parent / _FOLDER):
         if (folder / f"concept_erasure{_SUFFIX}").is_file():
@@ -238,9 +220,6 @@ def path(value: Any) -> Markdown:
     return Markdown(quote(plain(value), safe="/"))
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
 def draw(facts: CardFacts, folder: Path) -> str | None:
     """Draw what was measured into the folder; returns the file's name.
 
@@ -252,17 +231,19 @@ def draw(facts: CardFacts, folder: Path) -> str | None:
     bars = [row for row in shares if 0 <= row["before"] <= 1 and 0 <= row["after"] <= 1]
     if find_spec("matplotlib") is None or not (lines if is_erasure else bars):
         return None
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4 if is_erasure else 0.5 * len(bars) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    if is_erasure:
-        _draw_leakage(axes, lines, facts.method["figures_on"])
-    else:
-        _draw_effect(axes, bars)
-    axes.legend()
     name = LEAKAGE if is_erasure else EFFECT
-    write_whole(folder / name, lambda path: figure.savefig(path, format="png", dpi=110))
+    with rc_context({"text.parse_math": False}):  # a name is not a formula
+        figure = Figure(figsize=(8, 4 if is_erasure else 0.5 * len(bars) + 1.2), layout="constrained")
+        axes = figure.subplots()
+        if is_erasure:
+            _draw_leakage(axes, lines, facts.method["figures_on"])
+        else:
+            _draw_effect(axes, bars)
+        axes.legend()
+        write_whole(folder / name, lambda path: figure.savefig(path, format="png", dpi=110))
     return name
 
 
@@ -275,17 +256,12 @@ def _draw_leakage(axes: Any, lines: list[dict[str, Any]], figures_on: str) -> No
             axes.fill_between(where, *zip(*ends, strict=True), color=color, alpha=0.15)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_ylabel("correlation with the concept")
-    axes.set_title(_literal(f"on {figures_on}"), fontsize=9)
-    axes.set_xticks(where, [_literal(line["name"]) for line in lines], rotation=90, fontsize=6)
+    axes.set_title(f"on {figures_on}", fontsize=9)
+    axes.set_xticks(where, [line["name"] for line in lines], rotation=90, fontsize=6)
 
 
 def _draw_effect(axes: Any, bars: list[dict[str, Any]]) -> None:
     for offset, when, color in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
         axes.barh([i + offset for i in range(len(bars))], [row[when] for row in bars], 0.38, color=color, label=when)
-    axes.set_yticks(range(len(bars)), [_literal(row["title"]) for row in bars], fontsize=7)
+    axes.set_yticks(range(len(bars)), [row["title"] for row in bars], fontsize=7)
     axes.invert_yaxis()
-
-
-def _literal(text: str) -> str:
-    """Text in which matplotlib looks for no formula."""
-    return text.replace("$", r"\$")

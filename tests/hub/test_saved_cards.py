@@ -76,7 +76,7 @@ def pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pat
         for module in (transformers.utils.hub, transformers.modeling_utils):
             monkeypatch.setattr(module, "hf_api", lambda: api)
         monkeypatch.setattr(ModelCard, "load", load)
-        monkeypatch.setattr(pushing, "card_on_hub", lambda *_: present)
+        monkeypatch.setattr(pushing, "_card_at", lambda *_: present)
         monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*card of the adapter.*|.*README.md was left.*")
