@@ -15,7 +15,7 @@ LIMITS = {
     "fit_concept_erasure, sequential": (29, 242),
     "fit_concept_erasure, one pass": (27, 229),
     "forward with erasure": (3, 13),
-    "save_pretrained": (11, 65),
+    "save_pretrained": (11, 63),
     "load_adapter": (12, 90),
     "GradiendTrainer.train": (20, 141),
     "select, 1 × 1": (17, 111),

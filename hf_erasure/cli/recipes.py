@@ -6,8 +6,9 @@ import enum
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import pandas as pd
 import typer
 
 from hf_erasure.fitting.processes import Processes
@@ -24,9 +25,6 @@ from hf_erasure.recipes.gradiend_recipe import GradiendRecipe, read_gradiend_rec
 from hf_erasure.recipes.schema import json_schema
 
 from .app import app
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Same weights, same data, same probes: what differs is only the order in which threads add floats.
 SAME_ACCURACY, SAME_FEATURE = 1e-6, 1e-5
@@ -63,15 +61,12 @@ def schema(
 
     Example: hf-erasure schema erasure --output recipe.schema.json
     """
-    recipe = {Kind.erasure: Recipe, Kind.gradiend: GradiendRecipe}[kind]
+    recipe = Recipe if kind is Kind.erasure else GradiendRecipe
     text = json.dumps(json_schema(recipe, f"A recipe of hf-erasure: {kind.value}"), indent=1, ensure_ascii=False)
     if output is None:
         typer.echo(text)
     else:
         output.write_text(text + "\n", encoding="utf-8")
-
-
-# ---- erasures --------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -92,12 +87,10 @@ def fit(
 
     Example: torchrun --nproc_per_node 2 -m hf_erasure.cli fit recipe.yaml
     """
-    _check_count(processes)
-    plan = read_recipe(recipe, overrides or [])
-    outcome = _run(plan, run_recipe, progress)
-    typer.echo(f"\n{outcome.report}\n")
+    plan, (report, table) = _run(read_recipe, run_recipe, recipe, overrides, progress, processes)
+    typer.echo(f"\n{report}\n")
     typer.echo(f"Probe accuracy on the split {plan.data.test!r}, probes fitted on {plan.data.train!r}:\n")
-    typer.echo(_rendered(outcome.table))
+    typer.echo(_rendered(table))
     typer.echo(f"\nadapter: {plan.output}\nfigure:  {Path(plan.output) / FIGURE_FILE}")
 
 
@@ -110,9 +103,6 @@ def check(
     now, drift = check_output(folder, progress)
     typer.echo(_rendered(now))
     _say_whether_same(drift, SAME_ACCURACY)
-
-
-# ---- features --------------------------------------------------------------------------------------------------------
 
 
 @gradiend.command("fit")
@@ -131,9 +121,7 @@ def fit_feature(
 
     Example: hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml output=out/demo
     """
-    _check_count(processes)
-    plan = read_gradiend_recipe(recipe, overrides or [])
-    outcome = _run(plan, run_gradiend_recipe, progress)
+    plan, outcome = _run(read_gradiend_recipe, run_gradiend_recipe, recipe, overrides, progress, processes)
     correlations = ", ".join(f"{name} {value:.3f}" for name, value in outcome.correlation.items())
     typer.echo("\nCorrelation of the dense neuron on the choice data: " + correlations)
     left_out = {name: count for name, count in outcome.counts.items() if name.endswith("left out") and count}
@@ -193,25 +181,23 @@ def encode(
     typer.echo(f"{len(values)} texts: {output}" if output is not None else text, nl=output is not None)
 
 
-# ---- both ------------------------------------------------------------------------------------------------------------
-
-
-def _check_count(asked: int | None) -> None:
+def _run(
+    read: Callable[..., Any], run: Callable[..., Any], path: Path, overrides: list[str] | None, progress: bool,
+    processes: int | None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A recipe and what its run finds; processes that are not the first end here."""
     count = Processes().count
-    if asked is not None and count < asked:
+    if processes is not None and count < processes:
         raise ValueError(
-            f"{asked} processes were asked for, and {count} runs. Start them with torchrun, also where "
-            f"there is no GPU: torchrun --nproc_per_node {asked} -m hf_erasure.cli …"
+            f"{processes} processes were asked for, and {count} runs. Start them with torchrun, also where "
+            f"there is no GPU: torchrun --nproc_per_node {processes} -m hf_erasure.cli …"
         )
-
-
-def _run(recipe: Any, run: Callable[[Any, bool], Any], progress: bool) -> Any:
-    """What a run finds; processes that are not the first end here."""
+    recipe = read(path, overrides or [])
     outcome = run(recipe, progress)
     if outcome is None:
         raise typer.Exit
     write_card(recipe.output)  # once more, since the results of the recipe lie there now
-    return outcome
+    return recipe, outcome
 
 
 def _show(messages: list[str], *tables: pd.DataFrame) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
+import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
@@ -29,12 +31,8 @@ from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS
 
 from .occupations import SOURCE, occupation_sentences
-from .run import difference, finished_run, load_base, load_source, names_on_hub, put_adapter, table_of, write_run
+from .run import difference, finished_run, load_base, load_source, names_on_hub, require, table_of, write_run
 from .schema import check_counts, fields_of, one_of, read
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
@@ -146,32 +144,16 @@ class Recipe:
         return ConceptErasureConfig(concept=self.concept, labels=self.labels, **self.adapter)
 
 
-def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
-
-    Raises:
-        ValueError: If the file is not a recipe, a key is unknown, or a value is not what the run could use.
-    """
-    return read(path, overrides, Recipe)
+read_recipe = functools.partial(read, kind=Recipe)
 
 
-@dataclass
-class Outcome:
-    """What a run gives: the report of the fit and the probe table."""
-
-    report: ErasureReport
-    table: pd.DataFrame
-
-
-def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
+def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd.DataFrame] | None:
     """Fit, measure, and write the adapter, the figure, the recipe and the results to `recipe.output`.
 
-    Returns:
-        What was found. In the main process only, which also writes: where several run, the others give None.
-
-    Raises:
-        ValueError: If model, data and concept do not go together.
+    Only the main process writes and returns what was found, the report of the fit and the probe table: where several
+    run, the others give None. Raises `ValueError` if model, data and concept do not go together.
     """
+    require("matplotlib", "sklearn")
     model, tokenizer = _model_of(recipe)
     data, background = load_data(recipe.data), None
     if recipe.data.background is not None:
@@ -197,17 +179,14 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> Outcome | None:
     config.provenance[RECIPE] = recipe.data.origin() | {"results": _rows_of_card(recipe.data, table, config)}
     write_run(recipe.output, model, asdict(recipe), table.to_dict("index"))
     report.plot(str(Path(recipe.output) / FIGURE_FILE))
-    return Outcome(report, table)
+    return report, table
 
 
 def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFrame, float]:
     """Load a finished run's adapter folder afresh and measure again.
 
-    Returns:
-        The probe table measured now, and the largest difference from the one that was written.
-
-    Raises:
-        ValueError: If the folder holds no finished run.
+    Returns the probe table measured now, and the largest difference from the one that was written; raises `ValueError`
+    if the folder holds no finished run.
     """
     recipe, written = finished_run(folder, read_recipe, "hf-erasure fit")
     model, tokenizer = _model_of(recipe, folder)
@@ -215,14 +194,14 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
     return table, difference(table, written)
 
 
-# ---- model and data --------------------------------------------------------------------------------------------------
-
-
 def _model_of(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, Any]:
     """The model on this process's device, with a new adapter or that of a finished run, and its tokenizer."""
     model, tokenizer = load_base(AutoModel, embedded_model() if recipe.model == EMBEDDED else recipe.model)
     model.to(Processes().device)
-    put_adapter(model, ADAPTER_NAME, recipe.config(), folder)
+    if folder is None:
+        model.add_adapter(recipe.config(), adapter_name=ADAPTER_NAME)
+    else:
+        model.load_adapter(str(folder), adapter_name=ADAPTER_NAME)
     return model, tokenizer
 
 
@@ -239,11 +218,7 @@ def embedded_model() -> str:
 
 
 def load_data(recipe: DataRecipe) -> Splits:
-    """The labelled data, by split.
-
-    Raises:
-        ValueError: If a split of the recipe is not there.
-    """
+    """The labelled data, by split. Raises `ValueError` if a split of the recipe is not there."""
     if recipe.source == SOURCE:
         data = occupation_sentences()
     else:
@@ -266,9 +241,6 @@ def _batches(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, sh
     return concept_dataloader(rows, tokenizer, **options | other)
 
 
-# ---- probing ---------------------------------------------------------------------------------------------------------
-
-
 def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
     """Probe accuracy by layer, before and after, on the test split of the recipe's data.
 
@@ -276,8 +248,7 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
     says that it learns nothing. The column "refitted" asks more: how well a probe does that is fitted on one half of
     the erased test rows, whose cues the erasure has not seen, and judged on the other.
 
-    Returns:
-        One row a site; accuracies, majorities, and the mean cosine between test states without and with the adapter.
+    Returns one row a site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
     train, test, most = data[recipe.data.train], data[recipe.data.test], recipe.data.probe_rows
     if isinstance(train, IterableDataset):
@@ -347,11 +318,7 @@ def pooled_states(
 ) -> dict[str, Tensor]:
     """One vector a sequence from every site of an adapter and from the last hidden states, with the adapter or without.
 
-    Returns:
-        Site → `(sequences, width)`, float32.
-
-    Raises:
-        ValueError: If there are no batches.
+    Returns site → `(sequences, width)`, float32. Raises `ValueError` if there are no batches.
     """
     layers = site_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
     runner = Runner(model, layers.values())

@@ -6,10 +6,10 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import transformers
 from transformers import AutoConfig
 
@@ -27,13 +27,8 @@ from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import collate
 from hf_erasure.models.word_tokens import SLOT
 
-from .gradiend_recipe import TASKS, GradiendRecipe, Materials, load_materials, read_gradiend_recipe
-from .run import difference, finished_run, load_base, load_rows, naming_the_model, put_adapter, table_of, write_run
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
+from .gradiend_recipe import TASKS, GradiendRecipe, load_materials, read_gradiend_recipe
+from .run import difference, finished_run, load_base, load_rows, naming_the_model, require, table_of, write_run
 
 ADAPTER_NAME = "feature"
 TABLES_FILE, EDITS_FILE, GRID_FILE = "results.md", "results.csv", "grid.csv"
@@ -51,19 +46,9 @@ class GradiendRun:
         recipe: What to do.
         progress: Show progress bars.
         adapter: The folder of a fitted adapter to load; a new one is added when None.
-
-    Attributes:
-        correlation: Pair of classes → correlation on the choice data, of the neuron before it was made sparse.
-        chosen: Goal → the edit for it.
-        selection: Everything that was tried.
-        messages: Warnings of the choice of edits.
-        encoding: One row: correlation and accuracy of the encoder the adapter keeps, and means over pairs of classes.
-            Empty for an adapter without an encoder.
-        tested: What each edit does to the test data, the first without one.
-        counts: How large the sets are.
     """
 
-    selection: Selection
+    selection: Selection  # everything that was tried
 
     def __init__(self, recipe: GradiendRecipe, progress: bool = True, adapter: str | Path | None = None) -> None:
         self.recipe = recipe
@@ -72,23 +57,29 @@ class GradiendRun:
         } | recipe.arguments  # fmt: skip
         self.args = GradiendTrainingArguments(**arguments)  # before what takes long
         self.model, self.tokenizer, self.task = load_model(recipe)
-        put_adapter(self.model, ADAPTER_NAME, recipe.adapter(), adapter)
-        self.data: Materials = load_materials(
+        if adapter is None:
+            self.model.add_adapter(recipe.adapter(), adapter_name=ADAPTER_NAME)
+        else:
+            self.model.load_adapter(str(adapter), adapter_name=ADAPTER_NAME)
+        self.data = load_materials(
             recipe.data,
             recipe.classes,
             lambda rows: usable_rows(rows, recipe.classes, self.tokenizer, self.task, self.model.config),
         )
         self.model.to(self.args.device)
-        self.trainer = self._trainer()
+        self.trainer = self.new_trainer()
+        # Pair of classes → correlation on the choice data, of the neuron before it was made sparse.
         self.correlation: dict[str, float] = {}
-        self.chosen: dict[str, Point] = {}
-        self.tested: dict[str, Point] = {}
-        self.messages: list[str] = []
+        self.chosen: dict[str, Point] = {}  # goal → the edit for it
+        self.tested: dict[str, Point] = {}  # what each edit does to the test data, the first without one
+        self.messages: list[str] = []  # warnings of the choice of edits
+        # Correlation and accuracy of the encoder the adapter keeps by pair of classes, means above; empty without one.
         self.encoding = table_of({}, "encoder")
         left_out = {f"{name} left out": count for name, count in self.data.skipped.items()}
-        self.counts = self.data.counts() | left_out
+        self.counts = self.data.counts() | left_out  # how large the sets are
 
-    def _trainer(self) -> GradiendTrainer:
+    def new_trainer(self) -> GradiendTrainer:
+        """A trainer of the adapter as it is."""
         return GradiendTrainer(
             self.model,
             self.args,
@@ -98,15 +89,6 @@ class GradiendRun:
             processing_class=self.tokenizer,
             adapter_name=ADAPTER_NAME,
         )
-
-    # ---- learning and choosing ----
-
-    def fit(self) -> None:
-        """Learn the feature."""
-        self.trainer.train()
-        self.correlation = {"/".join(fitted.pair): fitted.correlation for fitted in self.trainer.fitted}
-        # From here on the encoder that counts is the one in the adapter, which a user will load.
-        self.trainer = self._trainer()
 
     def select(self, goals: Sequence[str], budget: float) -> None:
         """Choose an edit for every goal on the choice data, with one scan, and steer to that of the first."""
@@ -123,8 +105,6 @@ class GradiendRun:
         chosen = {goals[0]: self.selection.best} | chosen
         self.chosen = chosen | self.chosen | chosen  # the new ones first
         self.messages = [str(entry.message) for entry in caught]
-
-    # ---- measuring, on the test data ----
 
     def encode(self) -> list[EncodedValues]:
         """Measure how the adapter's encoder reads the test data; nothing where the adapter keeps none."""
@@ -154,15 +134,6 @@ class GradiendRun:
         """One row an edit, the first without one: class probabilities, goals, language modelling."""
         return table_of({name: _row(point) for name, point in self.tested.items()}, "edit for")
 
-    def as_loaded(self) -> dict[str, Any]:
-        """What the adapter does as it is, active and not merged."""
-        config = self.trainer.config
-        pair = (config.pair[0], config.pair[1]) if config.pair else self.trainer.pairs[0]
-        scorer = self.trainer.scorer(self.data.test, self.data.neutral["test"])
-        return _row(scorer.score(pair, config.feature_factor, config.learning_rate, None))
-
-    # ---- writing ----
-
     def save(self, folder: str | Path, saved: str) -> None:
         """Write the adapter, the recipe, the results, the edits and the grid; the adapter is steered for `saved`."""
         output = Path(folder)
@@ -190,19 +161,15 @@ class GradiendRun:
 def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendRun | None:
     """Learn the feature, choose edits on the choice data, measure on the test data, and write all to `recipe.output`.
 
-    Several processes share the gradients.
-
-    Returns:
-        What was measured. In the main process only, which also writes: where several run, the others give None.
-
-    Raises:
-        ValueError: If model, feature and data do not go together.
-        ImportError: Without matplotlib.
+    Several processes share the gradients; only the main one writes and returns what was measured, the others give None.
+    Raises `ValueError` if model, feature and data do not go together, and `ImportError` without matplotlib.
     """
-    if find_spec("matplotlib") is None:  # said before what takes long
-        raise ImportError("The figures need matplotlib: pip install 'hf-erasure[plot]'")
+    require("matplotlib")
     run, output = GradiendRun(recipe, progress), Path(recipe.output)
-    run.fit()
+    run.trainer.train()
+    run.correlation = {"/".join(fitted.pair): fitted.correlation for fitted in run.trainer.fitted}
+    # From here on the encoder that counts is the one in the adapter, which a user will load.
+    run.trainer = run.new_trainer()
     run.select(recipe.select.goals, recipe.select.budget)
     values = run.encode()
     run.test()
@@ -218,18 +185,17 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
 def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[GradiendRun, float]:
     """Load a finished run's adapter folder afresh and measure again.
 
-    Returns:
-        What is measured now, and the largest difference from what was written, of the encoder, of every edit, and of
-        the adapter as it is loaded.
-
-    Raises:
-        ValueError: If the folder holds no finished run.
+    Returns what is measured now, and the largest difference from what was written, of the encoder, of every edit, and
+    of the adapter as it is loaded. Raises `ValueError` if the folder holds no finished run.
     """
     run, results = _finished(folder, progress)
     run.encode()
     run.test()
-    # Merged and unmerged, float32 weights are the same, and half precision rounds the same sum.
-    loaded, written = run.as_loaded(), results["edits"][results["saved"]]
+    # Active and not merged. Float32 weights are the same either way, and half precision rounds the same sum.
+    config, scorer = run.trainer.config, run.trainer.scorer(run.data.test, run.data.neutral["test"])
+    pair = (config.pair[0], config.pair[1]) if config.pair else run.trainer.pairs[0]
+    loaded = _row(scorer.score(pair, config.feature_factor, config.learning_rate, None))
+    written = results["edits"][results["saved"]]
     names = [name for name, value in loaded.items() if isinstance(value, float) and name != "cost"]
     drift = max(abs(loaded[name] - written[name]) for name in names)
     return run, max(difference(run.encoding, results["encoding"]), difference(run.edits, results["edits"]), drift)
@@ -240,8 +206,7 @@ def select_gradiend_output(
 ) -> GradiendRun:
     """Steer a finished run's adapter to another goal, and save it so.
 
-    Raises:
-        ValueError: If the folder holds no finished run, or the goal is not defined for its classes.
+    Raises `ValueError` if the folder holds no finished run, or the goal is not defined for its classes.
     """
     run, results = _finished(folder, progress, goal)
     run.encoding = table_of(results["encoding"], "encoder")
@@ -259,14 +224,9 @@ def encode_texts(
     A row with a `[FEATURE]` slot needs `factual`, the word that stands there; its counterpart and label are taken from
     the columns of pairs, or else from the recipe's words. A row without a slot is read at one of its tokens.
 
-    Returns:
-        One row a text with a column for each pair of classes, and how many texts were read without a slot.
-
-    Raises:
-        ValueError: If the folder holds no finished run or no encoder, or a text cannot be read.
+    Returns one row a text with a column for each pair of classes, and how many texts were read without a slot. Raises
+    `ValueError` if the folder holds no finished run or no encoder, or a text cannot be read.
     """
-    import pandas as pd
-
     run, _ = _finished(folder, progress)
     classes = run.recipe.classes
     adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
@@ -292,38 +252,31 @@ def encode_texts(
     return pd.DataFrame(columns), len(plain)
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
-
-
 def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
     """The model with its head, its tokenizer, and the task.
 
-    Raises:
-        ValueError: If the checkpoint does not say which head it has.
-        OSError: If it is not there.
+    Raises `ValueError` if the checkpoint does not say which head it has, and `OSError` if it is not there.
     """
-    path = os.path.expandvars(recipe.model)
-    task, loader = (recipe.task, TASKS[recipe.task]) if recipe.task != "auto" else _task(path)
+    path, task = os.path.expandvars(recipe.model), recipe.task
+    loader = TASKS.get(task, "")
+    if task == "auto":
+        with naming_the_model(path):
+            config = AutoConfig.from_pretrained(path)
+        names = config.architectures or []
+        # A checkpoint of pre-training has the masked head beside another.
+        heads = [name.replace("ForPreTraining", "ForMaskedLM") for name in names]
+        head = head_named(heads, encoder_decoder=config.is_encoder_decoder)
+        if head is not None and head.task is not None:
+            task, loader = head.task, head.auto_class
+        elif config.is_encoder_decoder:
+            task, loader = "seq2seq", TASKS["seq2seq"]
+        else:
+            raise ValueError(
+                f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say "
+                f"what it predicts: write task: {', '.join(TASKS)}."
+            )
     model, tokenizer = load_base(getattr(transformers, loader), path)
     return model.eval(), tokenizer, task
-
-
-def _task(path: str) -> tuple[str, str]:
-    """What a checkpoint's head predicts, and the Auto class that loads it."""
-    with naming_the_model(path):
-        config = AutoConfig.from_pretrained(path)
-    names = config.architectures or []
-    # A checkpoint of pre-training has the masked head beside another.
-    heads = [name.replace("ForPreTraining", "ForMaskedLM") for name in names]
-    head = head_named(heads, encoder_decoder=config.is_encoder_decoder)
-    if head is not None and head.task is not None:
-        return head.task, head.auto_class
-    if config.is_encoder_decoder:
-        return "seq2seq", TASKS["seq2seq"]
-    raise ValueError(
-        f"The checkpoint of {path} is a {' / '.join(names) or 'model of no named class'}, which does not say what it "
-        f"predicts: write task: {', '.join(TASKS)}."
-    )
 
 
 def _row(point: Point) -> dict[str, Any]:
@@ -362,9 +315,6 @@ def _markdown(table: pd.DataFrame) -> str:
         lines.append(cells)
     lines.insert(1, ["---", *("---:" for _ in table.columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-# ---- figures ---------------------------------------------------------------------------------------------------------
 
 
 def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
@@ -411,7 +361,7 @@ def _draw_grid(grid: pd.DataFrame, goals: Sequence[str], path: Path) -> None:
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(layout="constrained", figsize=(width, height))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -212,33 +213,18 @@ class GradiendRecipe:
         return GradiendConfig(feature=self.feature, classes=self.classes, **{"keep_encoder": True} | self.config)
 
 
-def read_gradiend_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GradiendRecipe:
-    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `select.budget=0.05`.
-
-    Raises:
-        ValueError: If the file is not a recipe, a key is unknown, or a value is not what the run could use.
-    """
-    return read(path, overrides, GradiendRecipe)
-
-
-# ---- the data -------------------------------------------------------------------------------------------------------
+read_gradiend_recipe = functools.partial(read, kind=GradiendRecipe)
 
 
 @dataclass(frozen=True)
 class Materials:
-    """The data of a run.
+    """The data of a run."""
 
-    Attributes:
-        train: Pairs; so are choice and test.
-        neutral: `choice` and `test`, texts.
-        skipped: Part → how many of its rows were left out as unusable.
-    """
-
-    train: Dataset
+    train: Dataset  # pairs; so are choice and test
     choice: Dataset
     test: Dataset
-    neutral: dict[str, Dataset]
-    skipped: dict[str, int]
+    neutral: dict[str, Dataset]  # `choice` and `test`, texts
+    skipped: dict[str, int]  # part → how many of its rows were left out as unusable
 
     def counts(self) -> dict[str, int]:
         """How many rows each set has, and how many different texts."""
@@ -254,8 +240,7 @@ class Materials:
     def completed(self, rows: Dataset, classes: Sequence[str]) -> Dataset:
         """Rows with all columns of pairs: where only `factual` is given, its class and counterpart are looked up.
 
-        Raises:
-            PairError: If the word of a row is not given, or no pair has it.
+        Raises `PairError` if the word of a row is not given, or no pair has it.
         """
         several = "counterfactual_label" in rows.column_names
         if set(PAIR_COLUMNS[:4]) <= set(rows.column_names) and (len(classes) == 2 or several):
@@ -286,10 +271,8 @@ def load_materials(
 ) -> Materials:
     """Load all sets, and see to it that they share no text.
 
-    `usable` gives the rows of a set that the model can use; it is asked with `skip_unusable` only.
-
-    Raises:
-        ValueError: If two sets share a text; names one.
+    `usable` gives the rows of a set that the model can use; it is asked with `skip_unusable` only. Raises `ValueError`
+    if two sets share a text; names one.
     """
     if recipe.whole is not None:
         parts = _dealt(recipe.whole, classes, recipe.shares, recipe.seed)
@@ -306,18 +289,22 @@ def load_materials(
             if not kept:
                 raise PairError(f"data.{name}: none of its {len(rows)} rows can be used with this model's tokenizer")
             parts[name] = rows.select(kept)
-    neutral = _neutral(recipe.neutral)
+    if recipe.neutral.whole is not None:
+        texts = _texts(recipe.neutral.whole)
+        plain = {"choice": texts[: len(texts) // 2], "test": texts[len(texts) // 2 :]}
+    else:
+        plain = {name: _texts(getattr(recipe.neutral, name)) for name in NEUTRAL_PARTS}
+    for name, texts in plain.items():
+        if not texts:
+            raise ValueError(f"data.neutral: there is no text for {name}.")
+    neutral = {name: Dataset.from_dict({"text": texts}) for name, texts in plain.items()}
     _check_apart({f"data.{name}": rows for name, rows in parts.items()})
     _check_apart({f"data.neutral.{name}": rows for name, rows in neutral.items()})
     return Materials(**parts, neutral=neutral, skipped=skipped)
 
 
 def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[str, list[str]]:
-    """Class → words.
-
-    Raises:
-        ValueError: If there is none, or it does not fit the classes.
-    """
+    """Class → words. Raises `ValueError` if there is none, or it does not fit the classes."""
     words: Any = recipe.words
     if isinstance(words, str):
         path = Path(os.path.expandvars(words))
@@ -337,24 +324,23 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
     return {str(label): list(entries) for label, entries in words.items()}
 
 
-# ---- pairs ----------------------------------------------------------------------------------------------------------
-
-
-def _pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
-    kind = _kind(recipe, where)
-    if kind == "file":
-        return load_rows(str(recipe.file), recipe.split)
-    words = word_table(recipe, classes, where)
-    if kind == "templates":
-        return pairs_from_templates(recipe.templates or [], recipe.fillers or {}, words, classes)
-    return pairs_from_sentences(_sentences(recipe), words, classes, single=recipe.single)
-
-
-def _kind(recipe: PairsRecipe, where: str) -> str:
+def _opened(recipe: PairsRecipe, classes: Sequence[str], where: str) -> tuple[Dataset | None, dict[str, list[str]]]:
+    """The rows of a set of pairs that is a file; else the words of its templates or sentences."""
     kinds = [name for name in ("file", "templates", "sentences") if getattr(recipe, name) is not None]
     if len(kinds) != 1:
         raise ValueError(f"{where} has {' and '.join(kinds) or 'no source'}: write one of file, templates, sentences.")
-    return kinds[0]
+    if recipe.file is not None:
+        return load_rows(recipe.file, recipe.split), {}
+    return None, word_table(recipe, classes, where)
+
+
+def _pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
+    rows, words = _opened(recipe, classes, where)
+    if rows is not None:
+        return rows
+    if recipe.templates is not None:
+        return pairs_from_templates(recipe.templates, recipe.fillers or {}, words, classes)
+    return pairs_from_sentences(_sentences(recipe), words, classes, single=recipe.single)
 
 
 def _sentences(recipe: PairsRecipe) -> list[str]:
@@ -365,11 +351,9 @@ def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float],
     """One source in three parts that share no sentence."""
     if len(shares) != 3 or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
         raise ValueError(f"data.shares is {list(shares)}: write three numbers above 0, of train, choice and test.")
-    kind = _kind(recipe, "data.whole")
-    if kind == "templates":
+    if recipe.templates is not None:
         raise ValueError("data.whole has templates: write those of train, choice and test apart, each with its own.")
-    rows = load_rows(str(recipe.file), recipe.split) if kind == "file" else None
-    words = word_table(recipe, classes, "data.whole") if rows is None else {}
+    rows, words = _opened(recipe, classes, "data.whole")
     texts = list(dict.fromkeys(_sentences(recipe) if rows is None else rows["text"]))
     # Sentences that differ in words of the table only have the same text once these give way to a slot.
     every = {word for entries in words.values() for word in entries}
@@ -403,21 +387,6 @@ def _check_apart(parts: Mapping[str, Dataset]) -> None:
                 f"{one} and {other} share {len(shared)} texts, such as {shortened(shared[0])}: what was learned or "
                 "chosen on cannot be measured on. Leave them out of one."
             )
-
-
-# ---- texts ----------------------------------------------------------------------------------------------------------
-
-
-def _neutral(recipe: NeutralRecipe) -> dict[str, Dataset]:
-    if recipe.whole is not None:
-        texts = _texts(recipe.whole)
-        found = {"choice": texts[: len(texts) // 2], "test": texts[len(texts) // 2 :]}
-    else:
-        found = {name: _texts(getattr(recipe, name)) for name in NEUTRAL_PARTS}
-    for name, texts in found.items():
-        if not texts:
-            raise ValueError(f"data.neutral: there is no text for {name}.")
-    return {name: Dataset.from_dict({"text": texts}) for name, texts in found.items()}
 
 
 def _texts(recipe: TextsRecipe) -> list[str]:

@@ -51,34 +51,24 @@ def _rows(split: str, rng: random.Random) -> list[dict[str, str | int]]:
     rows: list[dict[str, str | int]] = []
     for field, occupations in OCCUPATIONS[split].items():
         for occupation in occupations:
+            article = "an" if occupation[0] in "aeio" else "a"  # u: "university lecturer" takes "a"
             for template_id, template in enumerate(TEMPLATES[split], start=first_id):
-                shared = _shared_slots(split, occupation, rng)
+                # What the female and the male version of a sentence have in common.
+                shared = {
+                    "occupation": occupation,
+                    "an_occupation": f"{article} {occupation}",
+                    "An_occupation": f"{article.capitalize()} {occupation}",
+                    "surname": rng.choice(SURNAMES[split]),
+                    "city": rng.choice(CITIES[split]),
+                    "years": rng.choice(_MATERIAL["years"]),
+                    "age": rng.choice(_MATERIAL["ages"]),
+                    "year": rng.choice(_MATERIAL["dates"]),
+                }
                 for gender, words in GENDERED.items():
                     capitals = {"She": words["she"].capitalize(), "Her": words["her"].capitalize()}
                     slots = shared | words | capitals | {"name": rng.choice(FIRST_NAMES[split][gender])}
-                    rows.append(
-                        {
-                            "text": template.format_map(slots),
-                            "gender": gender,
-                            "occupation": occupation,
-                            "field": field,
-                            "template": template_id,
-                        }
-                    )
+                    text = template.format_map(slots)
+                    row = {"text": text, "gender": gender, "occupation": occupation, "field": field}
+                    rows.append(row | {"template": template_id})
     rng.shuffle(rows)
     return rows
-
-
-def _shared_slots(split: str, occupation: str, rng: random.Random) -> dict[str, str]:
-    """What the female and the male version of a sentence have in common."""
-    article = "an" if occupation[0] in "aeio" else "a"  # u: "university lecturer" takes "a"
-    return {
-        "occupation": occupation,
-        "an_occupation": f"{article} {occupation}",
-        "An_occupation": f"{article.capitalize()} {occupation}",
-        "surname": rng.choice(SURNAMES[split]),
-        "city": rng.choice(CITIES[split]),
-        "years": rng.choice(_MATERIAL["years"]),
-        "age": rng.choice(_MATERIAL["ages"]),
-        "year": rng.choice(_MATERIAL["dates"]),
-    }

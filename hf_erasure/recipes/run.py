@@ -6,52 +6,42 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import pandas as pd
 import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from transformers import AutoTokenizer
 
-from hf_erasure.adapters.common.config import ChildConfig
-
 from .occupations import SOURCE
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Recipe = TypeVar("Recipe")
 RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+_EXTRAS = {"matplotlib": "plot", "sklearn": "metrics"}  # optional module → the extra that brings it
+
+
+def require(*modules: str) -> None:
+    """Say which optional package a recipe lacks, before what takes long."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        extras = ",".join(_EXTRAS[name] for name in missing)
+        raise ImportError(f"The recipe needs {' and '.join(missing)}: pip install 'hf-erasure[{extras}]'")
 
 
 @contextmanager
 def naming_the_model(path: str) -> Iterator[None]:
-    """An `OSError` in it says which model could not be loaded."""
+    """What goes wrong in it becomes an `OSError` that says which model could not be loaded."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(f"model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_base(auto_class: Any, path: str) -> tuple[Any, Any]:
-    """A model and its tokenizer.
-
-    Raises:
-        OSError: If they are not there.
-    """
+    """A model and its tokenizer. Raises `OSError` if they are not there."""
     with naming_the_model(path):
         return auto_class.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-
-
-def put_adapter(model: Any, adapter_name: str, config: ChildConfig, folder: str | Path | None) -> None:
-    """Add a new adapter, or load the one that a finished run has left in a folder."""
-    if folder is None:
-        model.add_adapter(config, adapter_name=adapter_name)
-    else:
-        model.load_adapter(str(folder), adapter_name=adapter_name)
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def load_source(source: str, name: str | None = None, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
@@ -74,9 +64,8 @@ def names_on_hub(sources: Iterable[Any]) -> list[str]:
 def load_rows(source: str, split: str | None = None, *, with_texts: bool = False) -> Dataset:
     """The rows of a file or Hub id that has one split, or of its split of that name.
 
-    Raises:
-        ValueError: If it has several splits and none is named, or not that one; if it lacks the column `text` that is
-            asked for.
+    Raises `ValueError` if it has several splits and none is named, or not that one; if it lacks the column `text` that
+    is asked for.
     """
     data = load_source(source)
     if (split is None and len(data) > 1) or (split is not None and split not in data):
@@ -86,9 +75,6 @@ def load_rows(source: str, split: str | None = None, *, with_texts: bool = False
     if with_texts and "text" not in rows.column_names:
         raise ValueError(f"{source} has no column 'text'; it has {', '.join(rows.column_names)}.")
     return rows
-
-
-# ---- a finished run --------------------------------------------------------------------------------------------------
 
 
 def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], results: Any) -> None:
@@ -103,8 +89,7 @@ def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], results: A
 def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: str) -> tuple[Recipe, Any]:
     """The recipe and the results that a run by a command has left.
 
-    Raises:
-        ValueError: If the folder holds no finished run of this kind.
+    Raises `ValueError` if the folder holds no finished run of this kind.
     """
     recipe, results = Path(folder) / RECIPE_FILE, Path(folder) / RESULTS_FILE
     if not recipe.is_file() or not results.is_file():
@@ -119,8 +104,6 @@ def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: st
 
 def table_of(rows: dict[str, Any], index: str) -> pd.DataFrame:
     """Rows by name as a table."""
-    import pandas as pd
-
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index)
 
 

@@ -18,8 +18,8 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,11 +44,8 @@ def one_of(words: Sequence[str]) -> dict[str, Any]:
     return {_WORDS: tuple(words)}
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read(path: str | Path, overrides: Iterable[str], kind: type[Section]) -> Section:
-    """Read a recipe and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
+def read(path: str | Path, overrides: Iterable[str] = (), *, kind: type[Section]) -> Section:
+    """Read a recipe of a kind and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
 
     Raises:
         ValueError: If the file is not a recipe, a key is unknown or missing, or a value is not what the run could use.
@@ -60,10 +57,8 @@ def read(path: str | Path, overrides: Iterable[str], kind: type[Section]) -> Sec
 def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> dict[str, Any]:
     """The keys and values of a YAML file with `key=value` overrides, whose values are YAML too.
 
-    `expected` are some keys of such a recipe, for the message where the file is not one.
-
-    Raises:
-        ValueError: If the file is not a recipe, or an override cannot be applied.
+    `expected` are some keys of such a recipe, for the message where the file is not one. Raises `ValueError` if the
+    file is not a recipe, or an override cannot be applied.
     """
     content = _from_yaml(read_text(Path(path)), f"{path} is")
     if not isinstance(content, dict):
@@ -92,10 +87,18 @@ def _from_yaml(text: str, what: str) -> Any:
 def section_of(content: Any, kind: type[Section], section: str = "", *, missing_in: str = "") -> Section:
     """A section of a recipe as its dataclass; without a name it is the whole recipe, which is `missing_in` a file.
 
-    Raises:
-        ValueError: If a key is not known, one is missing, or a value is of another type.
+    Raises `ValueError` if a key is not known, one is missing, or a value is of another type.
     """
-    content = check_section(_spelled_out(content, kind, section), kind, section)
+    only = getattr(kind, "short_for", None)
+    if only is not None and not isinstance(content, dict):
+        if not isinstance(content, (str, list)):
+            keys = ", ".join(entry.name for entry in fields(kind))  # type: ignore[arg-type]
+            raise ValueError(f"{section}={short(content)} in a recipe must be texts, or a section with {keys}.")
+        content = {only: content}
+    spelled_out = getattr(kind, "spelled_out", None)
+    if spelled_out is not None and isinstance(content, dict):
+        content = spelled_out(content)
+    content = check_section(content, kind, section)
     for name in _required(kind):
         if content.get(name) is None:
             raise ValueError(f"{missing_in or section} lacks {name}: {documented(kind)[name]}")
@@ -104,7 +107,8 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{section}.{key}" if section else key
-        part, of = _section_in(declared[key]), entries[key].metadata.get(_KIND)
+        hint, of = declared[key], entries[key].metadata.get(_KIND)
+        part: Any = next((inner for inner in typing.get_args(hint) or (hint,) if is_dataclass(inner)), None)
         if (part or of) and value is None:
             continue
         if part is not None:
@@ -113,15 +117,14 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
             given = check_section(value, of, name, entries[key].metadata[_ABOVE])
             found[key] = {inner: _checked(given[inner], hints(of)[inner], f"{name}.{inner}") for inner in given}
         else:
-            found[key] = _checked(value, declared[key], name, entries[key].metadata.get(_WORDS))
+            found[key] = _checked(value, hint, name, entries[key].metadata.get(_WORDS))
     return kind(**found)
 
 
 def check_section(content: Any, kind: type, section: str = "", above: Sequence[str] = ()) -> dict[str, Any]:
     """A section of a recipe whose keys are fields of a dataclass; those `above` stand at the top of the recipe instead.
 
-    Raises:
-        ValueError: If it is not a section, or a key is not known or belongs at the top; names those there are.
+    Raises `ValueError` if it is not a section, or a key is not known or belongs at the top; names those there are.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{section} of a recipe is a section with keys of its own, not {short(content)}.")
@@ -148,17 +151,6 @@ def check_counts(section: Any, name: str, *counts: str) -> None:
             raise ValueError(f"{name}.{count}={value} in a recipe must be 1 or more.")
 
 
-def _spelled_out(content: Any, kind: Any, section: str) -> Any:
-    """A section as if it were written in full."""
-    only = getattr(kind, "short_for", None)
-    if only is not None and not isinstance(content, dict):
-        if not isinstance(content, (str, list)):
-            keys = ", ".join(entry.name for entry in fields(kind))
-            raise ValueError(f"{section}={short(content)} in a recipe must be texts, or a section with {keys}.")
-        content = {only: content}
-    return kind.spelled_out(content) if hasattr(kind, "spelled_out") and isinstance(content, dict) else content
-
-
 def _checked(value: Any, hint: Any, name: str, words: Sequence[str] | None = None) -> Any:
     """A value that is of the declared type, with numbers that YAML reads as text, such as 1e-4, as numbers."""
     converted = _numbers(value)
@@ -179,9 +171,6 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value
 
 
-# ---- what the dataclasses say ----------------------------------------------------------------------------------------
-
-
 def documented(kind: type) -> dict[str, str]:
     """Field → what the `Args` or `Attributes` of a dataclass's docstring say of it."""
     section = re.search(
@@ -193,14 +182,6 @@ def documented(kind: type) -> dict[str, str]:
 
 def _required(kind: Any) -> list[str]:
     return [e.name for e in fields(kind) if e.init and e.default is MISSING and e.default_factory is MISSING]
-
-
-def _section_in(hint: Any) -> Any:
-    """The dataclass that a type is, or is beside None; None where there is none."""
-    return next((part for part in typing.get_args(hint) or (hint,) if is_dataclass(part)), None)
-
-
-# ---- for editors -----------------------------------------------------------------------------------------------------
 
 
 def json_schema(kind: type, title: str) -> dict[str, Any]:
@@ -217,28 +198,26 @@ def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> 
     entries = [entry for entry in fields(kind) if entry.init and entry.name in ours and entry.name not in leave_out]
     found: dict[str, Any] = {
         "type": "object",
-        "properties": {entry.name: dict(_property(entry, hints(kind)[entry.name], words)) for entry in entries},
+        "properties": {},
         "additionalProperties": any(entry.name not in ours for entry in fields(kind)),
     }
+    for entry in entries:
+        of, choices = entry.metadata.get(_KIND), entry.metadata.get(_WORDS)
+        if of is not None:
+            value = _object(of, entry.metadata[_ABOVE], required=False)
+        elif choices is not None:
+            value = {"enum": [*choices, *([None] if entry.default is None else [])]}
+        else:
+            value = _type(hints(kind)[entry.name])
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if isinstance(default, (str, bool, int, float, list)) and not isinstance(default, enum.Enum):
+            value = value | {"default": default}
+        said = {"description": words[entry.name]} if entry.name in words else {}
+        found["properties"][entry.name] = said | value
     if required and (needed := _required(kind)):
         found["required"] = needed
     only = getattr(kind, "short_for", None)
     return {"anyOf": [*_alternatives(_type(hints(kind)[only])), found]} if only is not None else found
-
-
-def _property(entry: Field[Any], hint: Any, words: dict[str, str]) -> Iterator[tuple[str, Any]]:
-    if entry.name in words:
-        yield "description", words[entry.name]
-    of, choices = entry.metadata.get(_KIND), entry.metadata.get(_WORDS)
-    if of is not None:
-        yield from _object(of, entry.metadata[_ABOVE], required=False).items()
-    elif choices is not None:
-        yield "enum", [*choices, *([None] if entry.default is None else [])]
-    else:
-        yield from _type(hint).items()
-    default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-    if isinstance(default, (str, bool, int, float, list)) and not isinstance(default, enum.Enum):
-        yield "default", default
 
 
 def _type(hint: Any) -> dict[str, Any]:

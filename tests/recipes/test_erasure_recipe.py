@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_erasure.recipes.erasure import DataRecipe, read_recipe
+from hf_erasure.recipes import run
+from hf_erasure.recipes.erasure import DataRecipe, read_recipe, run_recipe
 from hf_erasure.recipes.run import load_source
 
 CONTENT = {"model": "m", "concept": "gender", "labels": ["female", "male"], "output": "o"}
@@ -54,6 +55,13 @@ def test_values_are_those_of_the_file_and_the_overrides(path: Path) -> None:
 def test_what_a_run_could_not_use_is_refused_before_anything_is_loaded(path: Path, override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         read_recipe(path, [override])
+
+
+def test_what_is_not_installed_is_said_before_the_model_is_loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run was over, and its adapter written, when matplotlib was found to be missing."""
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs matplotlib and sklearn: pip install 'hf-erasure\[plot,metrics\]'"):
+        run_recipe(read_recipe(path))
 
 
 def test_a_card_is_told_where_the_data_come_from(tmp_path: Path) -> None:
