@@ -29,7 +29,7 @@ from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
 from hf_erasure.adapters.common.layer import is_child
 from hf_erasure.adapters.saving import ON_STAGED, staged
-from hf_erasure.models.model import unwrapped
+from hf_erasure.models.model import on_cpu, unwrapped
 
 
 def own_trained(model: nn.Module) -> list[str]:
@@ -101,6 +101,7 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+@on_cpu  # older releases of safetensors read to the default device
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Put back in place what `saving_all`, or PEFT for a `PeftModel`, has written.
 

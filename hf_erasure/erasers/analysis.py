@@ -174,9 +174,15 @@ class QuadraticEraser:
         weights = torch.tensor([part.weight for part in classes], dtype=torch.float64)
         means = torch.stack([part.mean_x for part in classes])
         shares = (weights / weights.sum()).to(means.device)
-        covariances = torch.stack([_shrunk(part, shrinkage) for part in classes])
+        covariances = torch.stack([part.covariance_x for part in classes])
+        for covariance, part in zip(covariances, classes, strict=True):
+            variance = part.variance_x
+            share = part.spread().share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())
+            covariance.mul_(1 - share).diagonal().add_(share * variance)
         target = barycentre(covariances, shares)
-        maps = torch.stack([_transport(covariance, target) for covariance in covariances])
+        # The symmetric maps T of least change with T · covariance · T = target.
+        roots, inverses = _roots(covariances)
+        maps = inverses @ _roots(roots @ target @ roots)[0] @ inverses
         reached = maps @ covariances @ maps
         missed = (reached - target).flatten(1).norm(dim=1) / target.norm().clamp_min(torch.finfo(target.dtype).tiny)
         if bool((missed > 1e-6).any()):
@@ -235,12 +241,6 @@ def barycentre(covariances: Tensor, shares: Tensor) -> Tensor:
     return centre
 
 
-def _transport(source: Tensor, target: Tensor) -> Tensor:
-    """The symmetric T of least change with `T · source · T = target`."""
-    root, inverse = _roots(source)
-    return inverse @ _roots(root @ target @ root)[0] @ inverse
-
-
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The square root of symmetric `(…, d, d)` and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
@@ -248,9 +248,3 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     root = torch.where(keep, values, 0.0).sqrt()
     inverse = torch.where(keep, 1 / torch.where(keep, root, 1.0), 0.0)
     return (vectors * root[..., None, :]) @ vectors.mT, (vectors * inverse[..., None, :]) @ vectors.mT
-
-
-def _shrunk(moments: ConceptMoments, shrinkage: str | float | None) -> Tensor:
-    variance = moments.variance_x
-    share = moments.spread().share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())
-    return (1 - share) * moments.covariance_x + share * variance.diag()

@@ -18,8 +18,6 @@ EXACT = torch.finfo(torch.float64).eps
 METHODS = ("leace", "orth", "mean_projection", "inlp")
 """Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
 
-PROBES = ("logistic", "least_squares")
-
 # How an eraser is fitted on one batch: from its "moments", or on the rows themselves by method. The files that know
 # how, and need the class below for it, enter theirs.
 FITS: dict[str, Callable[..., Eraser]] = {}
@@ -95,7 +93,10 @@ class Eraser:
             ValueError: As `ConceptMoments.update` and `ConceptMoments.eraser` do.
         """
         # Only INLP has a probe that the moments answer.
-        if method == "rlace" or (method == "inlp" and check_probe(options.pop("probe", "logistic")) == "logistic"):
+        probe = options.pop("probe", "logistic") if method == "inlp" else "logistic"
+        if probe not in ("logistic", "least_squares"):
+            raise ValueError(f"probe is {probe!r}: it must be one of 'logistic', 'least_squares'.")
+        if method == "rlace" or (method == "inlp" and probe == "logistic"):
             return FITS[method](x, z, weight=weight, mask=mask, **options)
         return FITS["moments"](x, z, weight=weight, mask=mask, method=method, **options)
 
@@ -199,18 +200,6 @@ def variance_floor(resolution: float) -> float:
     return 1e-13 if resolution <= EXACT else 1e-6
 
 
-def oas_shrinkage(mean_square: float, width: int, rows: float) -> float:
-    """The oracle approximating shrinkage intensity of a correlation matrix.
-
-    Chen, Wiesel, Eldar and Hero, "Shrinkage Algorithms for MMSE Covariance Estimation" (2010), equation 23, with the
-    identity as target. Standardised coordinates make it free of the scale of every feature, and the result is kept
-    in [0, 1], so the shrunk matrix never loses positive definiteness. The mean square is that of all entries, ones on
-    the diagonal included; rows of weights `w` count as `(Σ w)² / Σ w²`.
-    """
-    excess = (rows + 1) * (mean_square - 1 / width)
-    return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
-
-
 def check_shrinkage(shrinkage: str | float | None) -> None:
     """Refuse what is neither "oas", nor None, nor a share."""
     if shrinkage is None or shrinkage == "oas":
@@ -221,36 +210,33 @@ def check_shrinkage(shrinkage: str | float | None) -> None:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and second moments as the methods need them, all float64.
+    """Mean and second moments as the methods need them, all float64."""
 
-    Attributes:
-        mean: `(d,)` of x; it stays in place.
-        shares: `(k,)` mean of the concept; the shares of the classes for class ids.
-        sigma: Covariance `(d, d)`, with 0 on the diagonal for constant features; it decides what "as little as
-            possible" means.
-        variance: `(d,)` variances of the rows the concept was read from; 0 for constant features.
-        cross: `(d, k)` covariance of x with the concept.
-        concept: `(k, k)` covariance of the concept.
-        rows: How many rows the concept was read from.
-        effective_rows: Rows behind `sigma`: how many of equal weight would say as much.
-        resolution: Machine epsilon of the coarsest rows.
-    """
-
-    mean: Tensor
-    shares: Tensor
+    mean: Tensor  # `(d,)` of x; it stays in place.
+    shares: Tensor  # `(k,)` mean of the concept; the shares of the classes for class ids.
+    # Covariance `(d, d)`, with 0 on the diagonal for constant features; it decides what "as little as possible"
+    # means.
     sigma: PackedGram
-    variance: Tensor
-    cross: Tensor
-    concept: Tensor
-    rows: int
-    effective_rows: float
-    resolution: float
+    variance: Tensor  # `(d,)` variances of the rows the concept was read from; 0 for constant features.
+    cross: Tensor  # `(d, k)` covariance of x with the concept.
+    concept: Tensor  # `(k, k)` covariance of the concept.
+    rows: int  # How many rows the concept was read from.
+    effective_rows: float  # Rows behind `sigma`: how many of equal weight would say as much.
+    resolution: float  # Machine epsilon of the coarsest rows.
 
     def share(self, shrinkage: str | float | None, scale: Tensor) -> float:
-        """The share of the identity that is meant for `sigma`, standardised by `scale` `(d,)`."""
-        if shrinkage == "oas":
-            return oas_shrinkage(self.sigma.mean_square(scale), self.sigma.dim, self.effective_rows)
-        return float(shrinkage or 0.0)
+        """The share of the identity that is meant for `sigma`, standardised by `scale` `(d,)`.
+
+        "oas" is the oracle approximating shrinkage of a correlation matrix: Chen, Wiesel, Eldar and Hero, "Shrinkage
+        Algorithms for MMSE Covariance Estimation" (2010), equation 23, with the identity as target. Standardised
+        coordinates make it free of the scale of every feature, and the result is kept in [0, 1], so the shrunk matrix
+        never loses positive definiteness. Rows of weights `w` count as `(Σ w)² / Σ w²`.
+        """
+        if shrinkage != "oas":
+            return float(shrinkage or 0.0)
+        mean_square = self.sigma.mean_square(scale)
+        excess = (self.effective_rows + 1) * (mean_square - 1 / self.sigma.dim)
+        return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
 
     def beside(self, background: Spread, share: float) -> Spread:
         """With Σ and mean of what should stay as it is: a share of the background's, and the rest its own."""
@@ -266,11 +252,7 @@ class Spread:
         )
 
     def change(self, eraser: Eraser) -> float:
-        """`sqrt(E|r(x) − x|² / E|x − E x|²)` for the eraser r.
-
-        Raises:
-            ValueError: If x does not vary.
-        """
+        """`sqrt(E|r(x) − x|² / E|x − E x|²)` for the eraser r."""
         total = float(self.variance.sum())
         if total <= 0.0:
             raise ValueError(f"x does not vary over the {self.rows} rows of moments: a relative change is undefined.")
@@ -282,15 +264,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Factor:
-    """`upperᵀ · upper ≈ scale · Σ · scale`, shrunk.
+    """`upperᵀ · upper ≈ scale · Σ · scale`, shrunk."""
 
-    Attributes:
-        upper: `(d, d)` float64 Cholesky factor of the shrunk correlation matrix.
-        scale: `(d,)` float64, one over the standard deviations; 0 for features that never vary.
-    """
-
-    upper: Tensor
-    scale: Tensor
+    upper: Tensor  # `(d, d)` float64 Cholesky factor of the shrunk correlation matrix.
+    scale: Tensor  # `(d,)` float64, one over the standard deviations; 0 for features that never vary.
 
     def whiten(self, columns: Tensor) -> Tensor:
         """`(d, r)` covariances with x, whitened: `upper⁻ᵀ · scale · columns`."""
@@ -306,9 +283,6 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
 
     The jitter climbs by tens until the factorisation succeeds. Any positive definite stand-in keeps the guarantee of
     the methods, so a jitter costs optimality only.
-
-    Raises:
-        ValueError: If `shrinkage` is unknown or the covariance is not finite.
     """
     check_shrinkage(shrinkage)
     # What is added to the diagonal of the correlation matrix, in units of a variance of one.
@@ -407,17 +381,10 @@ def mean_projection_factors(columns: Tensor, cross: Tensor, shares: Tensor, rank
     """The orthogonal projection away from the span of `μ_c − μ`, the differences of the class means.
 
     Haghighatkhah, Fokkens, Sommerauer, Speckmann and Verbeek, "Better Hit the Nail on the Head than Beat around the
-    Bush: Removing Protected Attributes with a Single Projection" (2022). For class ids the covariance of x with the
-    indicator of class c is `p_c (μ_c − μ)`, so that all directions together are those of `orth` (SAL): the two methods
-    are the same map. They differ where the rank is capped, as here every class counts alike, whatever its share.
-
+    Bush: Removing Protected Attributes with a Single Projection" (2022). For class ids the covariance `cross` of x with
+    the indicator of class c is `p_c (μ_c − μ)`, so that all directions together are those of `orth` (SAL): the two
+    methods are the same map. They differ where the rank is capped, as here every class with a share counts alike.
     Directions in which the class means lie farthest apart are kept first.
-
-    Args:
-        columns: What of the covariances with the concept is more than rounding; it has the span of the differences.
-        cross: `(d, k)` float64, covariances of x with the indicators of the classes.
-        shares: `(k,)` float64, shares of the classes; one of 0 has no mean and does not count.
-        rank: The most directions.
     """
     present = shares > 0
     differences = cross[:, present] / shares[present]
@@ -427,16 +394,67 @@ def mean_projection_factors(columns: Tensor, cross: Tensor, shares: Tensor, rank
     return basis, basis.T
 
 
+# ---- the mean --------------------------------------------------------------------------------------------------------
+
+
+class MeanIsErased(ValueError):
+    """The mean lies in the span of what is erased, so that no linear map keeps it."""
+
+
+def eraser_about(
+    left: Tensor, right: Tensor, spread: Spread, *, affine: bool, keep_mean: bool, factor: Factor | None = None
+) -> Eraser:
+    """The eraser that subtracts along `left`, and does with the mean what was asked for.
+
+    A linear map `P = I − left · right` keeps the mean where `right · μ = 0`. Of all P with `P · left = 0` and `P μ = μ`
+    it takes the one that changes x least in the metric of Σ, or of the identity without a factor: its readings are,
+    whitened, those of `left` among the directions orthogonal to the whitened mean. With the methods' Σ it is LEACE with
+    the limit of `(Σ + λ μ μᵀ)⁻¹` for large λ, `Σ⁻¹ − Σ⁻¹ μ μᵀ Σ⁻¹ / (μᵀ Σ⁻¹ μ)`, in the place of `Σ⁻¹`. Since `left` is
+    what it is without, so is what a linear probe can find. Features that Σ says never vary stay.
+
+    Raises:
+        ValueError: If an affine map is not to keep the mean.
+        MeanIsErased: If no linear map can keep it.
+    """
+    if affine:
+        if not keep_mean:
+            raise ValueError(
+                "keep_mean is False and affine True, but the affine part is what keeps the mean: give affine=False, or "
+                "leave keep_mean out."
+            )
+        return Eraser(left, right, spread.mean)
+    read, deviation = right @ spread.mean, spread.sigma.quadratic(right).diagonal().clamp_min(0).sqrt()
+    # Of a mean that is rounding beside what varies nothing is read anyway.
+    if not keep_mean or bool((read.abs() <= significance(spread.resolution) * deviation).all()):
+        return Eraser(left, right, None)
+    mean = spread.mean[:, None]
+    basis, whitened = (left, mean) if factor is None else (factor.whiten(left), factor.whiten(mean))
+    length = whitened.norm()
+    beside = whitened / length
+    for _ in range(2):  # once more, for what rounding left of the basis
+        beside = beside - basis @ (basis.T @ beside)
+    # The square of the sine between mean and span, by which the new readings are longer: the least singular value of
+    # right · left in the whitened space beside the mean. It is a share of variance, so its rounding is that of one.
+    # Whitening multiplies errors of the rows by one over the root of the jitter of `factorise`: 7e-10 for float64 and
+    # 2e-4 for float32 rows, whose squares lie below that floor.
+    share = float(beside.square().sum())
+    if share <= variance_floor(spread.resolution):
+        raise MeanIsErased(
+            "affine is False, but the mean of x lies in the span of the directions that are erased (but for "
+            f"{share:.0e} of its square), so that no linear map erases these and keeps it: give affine=True."
+        )
+    beside = beside / share**0.5
+    own = beside.T if factor is None else factor.readings(beside)
+    reads, directions = torch.cat([right, own]), torch.cat([left, mean / length], dim=1)
+    # The readings that find each direction and not the others, of which the mean is one.
+    return Eraser(left, torch.linalg.solve(reads @ directions, reads)[: left.shape[1]], None)
+
+
 # ---- options -------------------------------------------------------------------------------------------------------
 
 
 def check_count(name: str, value: int | None, *, least: int = 1, most: int | None = None, none: str = "") -> None:
-    """Refuse what is not a whole number within the bounds; where None may be given, `none` is how a message says so.
-
-    Raises:
-        TypeError: If it is not an int.
-        ValueError: If it is out of the bounds.
-    """
+    """Refuse what is not a whole number within the bounds; where None may be given, `none` is how a message says so."""
     if value is None and none:
         return
     if isinstance(value, bool) or not isinstance(value, int):
@@ -444,31 +462,3 @@ def check_count(name: str, value: int | None, *, least: int = 1, most: int | Non
     if value < least or (most is not None and value > most):
         limit = "" if most is None else f", at most {most}"
         raise ValueError(f"{name} is {value}: it must be {least} or more{limit}{none}.")
-
-
-def check_probe(probe: str) -> str:
-    """Refuse a probe that is not known."""
-    if probe not in PROBES:
-        raise ValueError(f"probe is {probe!r}: it must be one of {', '.join(map(repr, PROBES))}.")
-    return probe
-
-
-def check_options(
-    method: str, rank: int | None, rounds: int | None, shrinkage: str | float | None, background_weight: float
-) -> None:
-    """Refuse options that `ConceptMoments.eraser` cannot solve with."""
-    if method == "rlace":
-        raise ValueError(
-            "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, 'rlace'). "
-            "Its optimum for k classes and k − 1 directions is what 'orth' computes."
-        )
-    if rounds is not None and method != "inlp":
-        raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
-    check_count("rank", rank, none=", or None for all directions")
-    if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
-        raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
-    if not 0 <= background_weight <= 1:
-        raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
-    check_shrinkage(shrinkage)

@@ -91,17 +91,13 @@ def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None =
     parts = [(e.left.to(device).double(), e.right.to(device).double()) for e, _ in acting]
     resolution = max(torch.finfo(e.left.dtype).eps for e, _ in acting)
     left, right = _joint_projection(parts, resolution)
-    return Eraser(left, right, _mean([(e.bias, share) for e, share in acting], device))
-
-
-def _mean(means: list[tuple[Tensor | None, float]], device: torch.device) -> Tensor | None:
-    present = [(mean.to(device).double(), share) for mean, share in means if mean is not None]
-    if not present:
-        return None
-    total = sum(share for _, share in present)
-    if total == 0:  # only erasers of rank 0 have a weight
-        return torch.stack([mean for mean, _ in present]).mean(0)
-    return torch.stack([mean * (share / total) for mean, share in present]).sum(0)
+    means = [eraser.bias.to(device).double() for eraser, _ in acting if eraser.bias is not None]
+    if not means:
+        return Eraser(left, right, None)
+    total = sum(share for _, share in acting)
+    # All alike where only erasers of rank 0 have a weight.
+    parts_of = [share / total if total else 1 / len(means) for _, share in acting]
+    return Eraser(left, right, torch.stack([m * part for m, part in zip(means, parts_of, strict=True)]).sum(0))
 
 
 def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> tuple[Tensor, Tensor]:
@@ -112,7 +108,13 @@ def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> 
     is the norm of the projection.
     """
     # A feature of large scale would make all directions look alike, so lengths are taken in balanced coordinates.
-    scale = _balance(parts)
+    # Lefts are covariances with x and grow with the scale of a feature; rights read x and shrink with it. So the root
+    # of their ratio is the scale, and one for the orthogonal method, which has the same on both sides.
+    changed = torch.stack([left.square().sum(1) for left, _ in parts]).sum(0).sqrt()
+    taken = torch.stack([right.square().sum(0) for _, right in parts]).sum(0).sqrt()
+    # Of a feature that is only read, or only changed, one side has to do; one that is neither has no say.
+    alone = torch.where(taken > 0, 1 / taken, torch.where(changed > 0, changed, 1.0))
+    scale = torch.where((changed > 0) & (taken > 0), (changed / taken).sqrt(), alone)
     spans = [(_columns(left / scale[:, None]), _columns((right * scale).T)) for left, right in parts]
     cutoff = significance(resolution)
     basis = _joint_basis([own for own, _ in spans], cutoff)
@@ -130,20 +132,6 @@ def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> 
     left, right = left * scale[:, None], right / scale
     # One correction makes right · left the identity again, as in `leace_factors`.
     return left, torch.linalg.solve(right @ left, right)
-
-
-def _balance(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """`(d,)` scales of the features, up to one common factor, as the erasers know them.
-
-    Lefts are covariances with x and grow with the scale of a feature; rights read x and shrink with it. So the root of
-    their ratio is the scale, and one for the orthogonal method, which has the same on both sides.
-    """
-    changed = torch.stack([left.square().sum(1) for left, _ in parts]).sum(0).sqrt()
-    read = torch.stack([right.square().sum(0) for _, right in parts]).sum(0).sqrt()
-    both = (changed > 0) & (read > 0)
-    # Of a feature that is only read, or only changed, one side has to do; one that is neither has no say.
-    alone = torch.where(read > 0, 1 / read, torch.where(changed > 0, changed, 1.0))
-    return torch.where(both, (changed / read).sqrt(), alone)
 
 
 def _columns(matrix: Tensor) -> Tensor:

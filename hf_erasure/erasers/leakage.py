@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .eraser import Eraser, Spread, factorise, significance, variance_floor, whiten_concept
+from .eraser import Eraser, factorise, significance, variance_floor, whiten_concept
 from .moments import ConceptMoments
 
 
@@ -53,16 +53,15 @@ def cross_validated_correlation(
     return (there + _transferred(half_b, half_a, shrinkage)) / 2
 
 
-def correlation_interval(correlation: float, groups: int, *, deviations: float = 1.96) -> tuple[float, float]:
-    """An interval for the magnitude of a cross-validated correlation, by Fisher's z transformation.
+def correlation_interval(correlation: float, groups: int) -> tuple[float, float]:
+    """A 95 % interval for the magnitude of a cross-validated correlation, by Fisher's z transformation.
 
-    `tanh(atanh r ± deviations / sqrt(groups − 6))`: each of the two halves costs three. It is for the directions that
+    `tanh(atanh r ± 1.96 / sqrt(groups − 6))`: each of the two halves costs three. It is for the directions that
     were found, and takes groups, not rows, for independent. A value below 0 is not leakage: the interval is cut there.
 
     Args:
         correlation: As `cross_validated_correlation` gives it, signed.
         groups: Independent groups of rows in both halves together, such as sequences.
-        deviations: 1.96 for 95 %.
 
     Returns:
         Lower and upper end, between 0 and 1; `(0.0, 1.0)` for too few groups.
@@ -70,7 +69,7 @@ def correlation_interval(correlation: float, groups: int, *, deviations: float =
     if groups <= 6:
         return 0.0, 1.0
     middle = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, correlation)))
-    spread = deviations / math.sqrt(groups - 6)
+    spread = 1.96 / math.sqrt(groups - 6)
     return max(0.0, math.tanh(middle - spread)), max(0.0, math.tanh(middle + spread))
 
 
@@ -80,9 +79,11 @@ def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: s
     whitener = whiten_concept(found.concept)
     if whitener.shape[1] == 0:
         return 0.0
-    factor = factorise(found, shrinkage)
-    if _is_rounding(spread):
+    # Where the rows are one and the same but for the digits their dtype rounds, nothing is said.
+    cutoff, total = max(significance(spread.resolution), spread.resolution), float(spread.variance.sum())
+    if total <= cutoff**2 * (total + float(spread.mean.square().sum())):
         return 0.0
+    factor = factorise(found, shrinkage)
     basis, _, mixing = torch.linalg.svd(factor.whiten(found.cross @ whitener), full_matrices=False)
     u, v = (part.to(spread.mean.device) for part in (factor.readings(basis[:, :1])[0], whitener @ mixing[0]))
     unrelated = u.square() @ spread.variance
@@ -93,13 +94,6 @@ def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: s
     if scale == 0.0:
         return 0.0
     return max(-1.0, min(1.0, float(u @ spread.cross @ v) / scale))
-
-
-def _is_rounding(spread: Spread) -> bool:
-    """Whether the rows are one and the same but for the digits their dtype rounds."""
-    cutoff = max(significance(spread.resolution), spread.resolution)
-    total = float(spread.variance.sum())
-    return total <= cutoff**2 * (total + float(spread.mean.square().sum()))
 
 
 @torch.no_grad()

@@ -2,12 +2,10 @@
 
 INLP (Ravfogel et al. 2020, arXiv 2004.07667) goes by rounds, each of which trains a linear probe of the concept and
 projects x orthogonally onto the null space of its weights; the next round trains on what is left. Two probes are known:
-
-* least squares, whose rounds are functions of the moments alone (`inlp_factors`; `ConceptMoments.eraser("inlp")`),
-* logistic regression, the paper's, which needs the rows (`fit_inlp`; `Eraser.fit(x, z, "inlp")`).
-
-Neither gives the guarantee of LEACE after a few rounds. A round takes away the direction that its probe reads, and
-leaves a covariance with the concept that another direction reads; only what the rounds removed stays removed.
+least squares, whose rounds are functions of the moments alone (`inlp_factors`), and logistic regression, the paper's,
+which needs the rows (`fit_inlp`). Neither gives the guarantee of LEACE after a few rounds. A round takes away the
+direction that its probe reads, and leaves a covariance with the concept that another direction reads; only what the
+rounds removed stays removed.
 """
 
 from __future__ import annotations
@@ -38,15 +36,8 @@ def inlp_factors(
     correlations that the probe finds. In exact arithmetic the rounds together remove the block Krylov space
     `Σ⁻¹A, Σ⁻²A, …, Σ⁻ʳA`. Each adds as many directions as the concept varies in, k − 1 for k classes.
 
-    Args:
-        columns: `(d, r)` float64, covariances of x with r concept directions that are whitened, linearly independent.
-        factor: The factored Σ of the rows that the probe is trained on, as `ridge_factor` makes it.
-        rounds: At most so many.
-        rank: At most so many directions, those of the first rounds.
-        cutoff: The correlation with the concept below which what is left is rounding.
-
-    Returns:
-        `left` `(d, rank)` with orthonormal columns, and `right`, its transpose.
+    `factor` is that of the rows that the probe is trained on, as `ridge_factor` makes it; a correlation with the
+    concept below `cutoff` is rounding.
     """
     basis, wanted = columns[:, :0], factor.whiten(columns)
     spent = basis

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .eraser import (
-    EXACT,
     FITS,
+    METHODS,
     Eraser,
     Spread,
     check_count,
-    check_options,
+    check_shrinkage,
     concept_columns,
+    eraser_about,
     factorise,
     leace_factors,
     mean_projection_factors,
@@ -27,7 +28,6 @@ from .eraser import (
     whiten_concept,
 )
 from .least_squares import check_rounds, inlp_factors, ridge_factor
-from .mean import eraser_about
 from .statistics import PackedGram, Sums, centred_products, infer_dims, read_rows, sum_rows
 
 
@@ -46,13 +46,12 @@ class ConceptMoments:
         z_dim: Number of classes or concept values; 0 for a background, which has no concept.
     """
 
-    def __init__(self, x_dim: int, z_dim: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, x_dim: int, z_dim: int) -> None:
         """Start empty.
 
         Args:
             x_dim: Width of the activations.
             z_dim: Number of classes or concept values; 0 for a background.
-            device: Where the statistics live; None for the device of the first rows.
 
         Raises:
             TypeError: If a dimension is not an int.
@@ -61,7 +60,7 @@ class ConceptMoments:
         check_count("x_dim", x_dim)
         check_count("z_dim", z_dim, least=0)
         self.x_dim, self.z_dim = x_dim, z_dim
-        self._device = None if device is None else torch.device(device)
+        self._device: torch.device | None = None  # Where the statistics live: that of the first rows.
         self._sums: Sums | None = None
         self._gram: PackedGram | None = None
         self._torn = False
@@ -229,23 +228,6 @@ class ConceptMoments:
         sums, _ = self._known()
         return sums.concept / sums.weight
 
-    @property
-    def class_counts(self) -> Tensor | None:
-        """`(z_dim,)` int64 rows of every class; None unless all labels were class ids."""
-        counts = self._known()[0].counts
-        return None if counts is None else counts.clone()
-
-    @property
-    def effective_rows(self) -> float:
-        """`(Σ w)² / Σ w²`: how many rows of equal weight would say as much."""
-        sums, _ = self._known()
-        return sums.weight**2 / sums.weight_squares
-
-    @property
-    def resolution(self) -> float:
-        """Machine epsilon of the coarsest rows that were added."""
-        return EXACT if self._sums is None else self._sums.resolution
-
     def check_concept(self) -> None:
         """Check that there is something to erase.
 
@@ -278,7 +260,8 @@ class ConceptMoments:
         """
         sums, gram = self._known()
         cross, concept = cross * sums.weight, covariance * sums.weight
-        other = ConceptMoments(self.x_dim, mean.numel(), device=self._device)
+        other = ConceptMoments(self.x_dim, mean.numel())
+        other._device = self._device
         other._sums, other._gram = replace(sums, mean_z=mean, cross=cross, concept=concept, counts=None), gram
         return other
 
@@ -361,10 +344,23 @@ class ConceptMoments:
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, there is only one class, or no
                 linear map keeps the mean.
         """
-        check_options(method, rank, rounds, shrinkage, background_weight)
-        sums, _ = self._known()
+        if method == "rlace":
+            raise ValueError(
+                "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, "
+                "'rlace'). Its optimum for k classes and k − 1 directions is what 'orth' computes."
+            )
+        if rounds is not None and method != "inlp":
+            raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
+        check_count("rank", rank, none=", or None for all directions")
+        check_shrinkage(shrinkage)
+        if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
+            raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
+        if not 0 <= background_weight <= 1:
+            raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
         self.check_concept()
-        own = self.spread()
+        sums, own = self._known()[0], self.spread()
         if not bool((own.variance > 0).any()):
             raise ValueError(
                 f"x is constant over all {sums.rows} rows: no feature varies, so there is nothing to erase. Check that "
@@ -379,7 +375,13 @@ class ConceptMoments:
         columns = concept_columns(own)
         spread, factor = own, None
         if background is not None:
-            self._check_background(background)
+            if not isinstance(background, ConceptMoments):
+                raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
+            if background.x_dim != self.x_dim or not background.rows:
+                raise ValueError(
+                    f"background has x_dim={background.x_dim} and rows={background.rows}, and these moments have "
+                    f"x_dim={self.x_dim}: gather both at the same module, of one row or more."
+                )
             spread = own.beside(background.spread(), background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
@@ -393,8 +395,8 @@ class ConceptMoments:
             shares = sums.mean_z * (sums.counts > 0)
             left, right = mean_projection_factors(columns, own.cross, shares, rank)
         elif method == "inlp":
-            limit, cutoff = check_rounds(rounds, rank), significance(own.resolution)
-            left, right = inlp_factors(columns, ridge_factor(own, shrinkage), limit, rank, cutoff)
+            limit, ridged = check_rounds(rounds, rank), ridge_factor(own, shrinkage)
+            left, right = inlp_factors(columns, ridged, limit, rank, significance(own.resolution))
         else:
             factor = factorise(spread, shrinkage)
             left, right = leace_factors(columns, factor, rank)
@@ -418,17 +420,6 @@ class ConceptMoments:
         spread = self.spread()
         columns = spread.cross @ whiten_concept(spread.concept)
         return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
-
-    def _check_background(self, background: ConceptMoments) -> None:
-        if not isinstance(background, ConceptMoments):
-            raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
-        if background.x_dim != self.x_dim:
-            raise ValueError(
-                f"background has x_dim={background.x_dim}, but these moments have x_dim={self.x_dim}: gather both at "
-                "the same module."
-            )
-        if background._sums is None:
-            raise ValueError("background has seen no rows (rows=0): call its update with unlabelled activations first.")
 
     # ------------------------------------------------------------------ keeping
 
@@ -458,30 +449,19 @@ class ConceptMoments:
             return
         device = self._device or (d["gram"].device if "gram" in d else torch.device("cpu"))
         gram = PackedGram(self.x_dim, device)
-        shapes = {"mean_x": (self.x_dim,), "mean_z": (self.z_dim,), "cross": (self.x_dim, self.z_dim)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("rows", "weight", "weight_squares", "resolution"), ())
+        shapes |= {"mean_x": (self.x_dim,), "mean_z": (self.z_dim,), "cross": (self.x_dim, self.z_dim)}
         shapes |= {"concept": (self.z_dim, self.z_dim), "gram": tuple(gram.values.shape)}
         shapes |= {"counts": (self.z_dim,)} if "counts" in d else {}
-        for name in ("rows", "weight", "weight_squares", "resolution", *shapes):
+        for name, shape in shapes.items():
             if name not in d:
                 raise ValueError(f"The state lacks {name!r}: give what state_dict returned, whole.")
-            shape = shapes.get(name, ())
             if tuple(d[name].shape) != shape:
                 raise ValueError(f"{name!r} in the state has shape {tuple(d[name].shape)}: it must be {shape}.")
             if not bool(torch.isfinite(d[name]).all()):
                 raise ValueError(f"{name!r} in the state is not finite: the file is damaged; gather the moments anew.")
         gram.values.copy_(d["gram"])
         self._sums, self._gram, self._device, self._torn = Sums.of(d).to(device), gram, device, False
-
-    @torch.inference_mode(False)
-    def to(self, device: torch.device | str) -> ConceptMoments:
-        """Move the statistics; later rows are brought there."""
-        self._check_whole()
-        device = torch.device(device)
-        if self._sums is not None and self._gram is not None:
-            gram = PackedGram(self.x_dim, device, self._gram.values.to(device))
-            self._sums, self._gram = self._sums.to(device), gram
-        self._device = device
-        return self
 
     def __repr__(self) -> str:
         return f"ConceptMoments(x_dim={self.x_dim}, z_dim={self.z_dim}, rows={self.rows})"
@@ -492,8 +472,4 @@ def batch_moments(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | No
     return ConceptMoments(*infer_dims(x, z, mask)).update(x, z, weight, mask=mask)
 
 
-def _fit(x: Tensor, z: Tensor, *, weight: Tensor | None, mask: Tensor | None, **options: Any) -> Eraser:
-    return batch_moments(x, z, weight, mask).eraser(**options)
-
-
-FITS["moments"] = _fit
+FITS["moments"] = lambda x, z, weight, mask, **options: batch_moments(x, z, weight, mask).eraser(**options)

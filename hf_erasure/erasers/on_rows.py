@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid, one_hot
+from torch.nn.functional import cross_entropy, logsigmoid, one_hot
 
-from .eraser import FITS, Eraser, Spread, check_count
+from .eraser import FITS, Eraser, Spread, check_count, eraser_about
 from .least_squares import beyond, check_rounds
-from .mean import eraser_about
 from .moments import batch_moments
 from .statistics import read_rows
 
@@ -63,7 +62,12 @@ def fit_inlp(
         probe = logistic_probe(replace(rows, x=remaining), penalty)
         if rows.entropy - probe.loss < _GAIN * rows.entropy:
             break
-        new = beyond(probe.directions(), basis)
+        # What is common to all of several classes changes no probability.
+        several = probe.weights.shape[1] > 1
+        weights = probe.weights - probe.weights.mean(1, keepdim=True) if several else probe.weights
+        vectors, strength, _ = torch.linalg.svd(weights, full_matrices=False)
+        # The minimum is found to about 1e-8; the direction that centring took away is far below.
+        new = beyond(vectors[:, strength > 1e-6 * strength[0]], basis)
         basis = torch.cat([basis, new], dim=1)
         if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
             break
@@ -73,21 +77,13 @@ def fit_inlp(
 
 @dataclass(frozen=True)
 class ClassRows:
-    """Rows to train a probe on.
+    """Rows to train a probe on."""
 
-    Attributes:
-        x: `(n, d)` float64, centred and divided by one number, so that the features have variance 1 on average.
-        target: `(n, c)` float64 indicators of the classes; one column for two classes.
-        weight: `(n,)` float64, sums to 1.
-        spread: Mean and covariance of the rows as they were given.
-        varies: `(d,)` bool, False for features that are switched off: rounding is all they could be given.
-    """
-
-    x: Tensor
-    target: Tensor
-    weight: Tensor
-    spread: Spread
-    varies: Tensor
+    x: Tensor  # `(n, d)` float64, centred and divided by one number, so that the features have variance 1 on average.
+    target: Tensor  # `(n, c)` float64 indicators of the classes; one column for two classes.
+    weight: Tensor  # `(n,)` float64, sums to 1.
+    spread: Spread  # Mean and covariance of the rows as they were given.
+    varies: Tensor  # `(d,)` bool, False for features that are switched off: rounding is all they could be given.
 
     def cleaned(self, basis: Tensor) -> Tensor:
         """Orthonormal directions `(d, r)` without the rounding on features that are switched off.
@@ -119,26 +115,11 @@ class ClassRows:
 
 @dataclass(frozen=True)
 class LogisticProbe:
-    """A trained probe `x ↦ x · weights + intercept`.
+    """A trained probe `x ↦ x · weights + intercept`."""
 
-    Attributes:
-        weights: `(d, c)`.
-        intercept: `(c,)`.
-        loss: Mean log loss on the rows it was trained on, in nats, without the penalty.
-    """
-
-    weights: Tensor
-    intercept: Tensor
-    loss: float
-
-    def directions(self) -> Tensor:
-        """`(d, r)` orthonormal directions the probe reads: 1 for two classes, at most k − 1 for k."""
-        weights = self.weights
-        if weights.shape[1] > 1:  # what is common to all classes changes no probability
-            weights = weights - weights.mean(1, keepdim=True)
-        vectors, strength, _ = torch.linalg.svd(weights, full_matrices=False)
-        # The minimum is found to about 1e-8; the direction that centring took away is far below.
-        return vectors[:, strength > 1e-6 * strength[0]]
+    weights: Tensor  # `(d, c)`.
+    intercept: Tensor  # `(c,)`.
+    loss: float  # Mean log loss on the rows it was trained on, in nats, without the penalty.
 
 
 def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None, method: str) -> ClassRows:
@@ -171,14 +152,9 @@ def logistic_probe(
     frame: Tensor | None = None,
     tolerance: float = 1e-9,
 ) -> LogisticProbe:
-    """Minimise the mean log loss plus `penalty / 2 · ‖weights‖²`; the intercept is free.
+    """Minimise the mean log loss plus `penalty / 2 · ‖weights‖²`, until the largest slope, in nats, is the tolerance.
 
-    Args:
-        rows: What is learned from.
-        penalty: None for one over the rows.
-        start: Where to start from.
-        frame: The `frame` of similar rows for the penalty; None for that of these.
-        tolerance: The largest slope, in nats, at which the minimum counts as found.
+    The intercept is free. The `frame` may be that of similar rows for the penalty.
     """
     ridge = ridge_of(rows, penalty)
     frame = rows.frame(ridge) if frame is None else frame
@@ -190,10 +166,19 @@ def logistic_probe(
         optimiser = torch.optim.LBFGS(
             [point], 1.0, 300, None, tolerance, tolerance_change=1e-14, history_size=20, line_search_fn="strong_wolfe"
         )
-        optimiser.step(lambda: _objective(point, rows, frame, ridge))
+
+        def objective() -> Tensor:
+            weights = frame @ point.detach()[:-1]
+            logits = rows.x @ weights + point.detach()[-1]
+            error = errors(rows, logits)
+            slope = frame.T @ (rows.x.T @ error + ridge * weights)
+            point.grad = torch.cat([slope, error.sum(0, keepdim=True)])
+            return _loss(rows, logits) + ridge / 2 * weights.square().sum()
+
+        optimiser.step(objective)
         found = point.detach()
     weights, intercept = frame @ found[:-1], found[-1]
-    return LogisticProbe(weights, intercept, float(_losses(rows, rows.x @ weights + intercept)))
+    return LogisticProbe(weights, intercept, float(_loss(rows, rows.x @ weights + intercept)))
 
 
 def ridge_of(rows: ClassRows, penalty: float | None) -> float:
@@ -204,26 +189,16 @@ def ridge_of(rows: ClassRows, penalty: float | None) -> float:
     return ridge
 
 
-def _objective(point: Tensor, rows: ClassRows, frame: Tensor, ridge: float) -> Tensor:
-    weights = frame @ point.detach()[:-1]
-    logits = rows.x @ weights + point.detach()[-1]
-    error = errors(rows, logits)
-    slope = frame.T @ (rows.x.T @ error + ridge * weights)
-    point.grad = torch.cat([slope, error.sum(0, keepdim=True)])
-    return _losses(rows, logits) + ridge / 2 * weights.square().sum()
-
-
 def errors(rows: ClassRows, logits: Tensor) -> Tensor:
     """`(n, c)` derivative of the mean log loss with respect to the logits."""
     predicted = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
     return (predicted - rows.target) * rows.weight[:, None]
 
 
-def _losses(rows: ClassRows, logits: Tensor) -> Tensor:
+def _loss(rows: ClassRows, logits: Tensor) -> Tensor:
     if logits.shape[1] == 1:
-        signs = 2 * rows.target - 1
-        return -(rows.weight @ logsigmoid(signs * logits)[:, 0])
-    return -(rows.weight @ (rows.target * log_softmax(logits, 1)).sum(1))
+        return -(rows.weight @ logsigmoid((2 * rows.target - 1) * logits)[:, 0])
+    return cross_entropy(logits, rows.target, reduction="none") @ rows.weight
 
 
 # Steps where the caller names none; what they reach is said at `_FIRST_RIDGE`.

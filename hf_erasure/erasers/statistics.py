@@ -15,23 +15,15 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Rows:
-    """The counted rows of one batch.
+    """The counted rows of one batch."""
 
-    Attributes:
-        x: `(all rows, x_dim)`, counted or not, in the dtype they came in.
-        index: `(count,)` positions of the counted rows in `x`; None when all count.
-        count: How many rows count.
-        ids: `(count,)` int64 class ids; None where there are values.
-        values: `(count, z_dim)` float64 concept values, of width 0 for a background; None where there are ids.
-        weight: `(count,)` float64, all positive. It lies where the sums are wanted, as ids and values do.
-    """
-
-    x: Tensor
-    index: Tensor | None
-    count: int
-    ids: Tensor | None
+    x: Tensor  # `(all rows, x_dim)`, counted or not, in the dtype they came in.
+    index: Tensor | None  # `(count,)` positions of the counted rows in `x`; None when all count.
+    count: int  # How many rows count.
+    ids: Tensor | None  # `(count,)` int64 class ids; None where there are values.
+    # `(count, z_dim)` float64 concept values, of width 0 for a background; None where there are ids.
     values: Tensor | None
-    weight: Tensor
+    weight: Tensor  # `(count,)` float64, all positive. It lies where the sums are wanted, as ids and values do.
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """The counted rows `start:stop` of `x`."""
@@ -81,7 +73,22 @@ def read_rows(
         keep = keep & (z.to(device) != IGNORED)
     weights = torch.ones(lead, dtype=torch.float64, device=device)
     if weight is not None:
-        weights = _read_weight(weight, lead, device, keep)
+        if not isinstance(weight, Tensor) or weight.dtype.is_complex:
+            raise TypeError(f"weight is {type(weight).__name__}: give a tensor of real numbers, one per row.")
+        if weight.shape != lead:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}, but x without its last dimension has {tuple(lead)}: give one "
+                "weight per row."
+            )
+        # Rows that do not count get 0, whatever they held.
+        weights = torch.where(keep, weight.detach().to(device=device, dtype=torch.float64), 0.0)
+        given = weights.reshape(-1)
+        bad = (~(torch.isfinite(given) & (given >= 0))).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"weight has {len(bad)} entries that are negative or not finite, the first {float(given[bad[0]])} at "
+                f"row {bad[0]}: weights must be 0 or more."
+            )
         keep = keep & (weights > 0)
     ids, values = _read_concept(z, keep, z_dim)
     index = None if bool(keep.all()) else keep.reshape(-1).nonzero().squeeze(1)
@@ -142,27 +149,6 @@ def _read_concept(z: Tensor | None, keep: Tensor, z_dim: int) -> tuple[Tensor | 
             f"{int((~finite).nonzero()[0])}: leave such rows out with mask=."
         )
     return None, values
-
-
-def _read_weight(weight: Tensor, lead: torch.Size, device: torch.device, keep: Tensor) -> Tensor:
-    """Weights in float64; rows that do not count get 0, whatever they held."""
-    if not isinstance(weight, Tensor) or weight.dtype.is_complex:
-        raise TypeError(f"weight is {type(weight).__name__}: give a tensor of real numbers, one per row.")
-    if weight.shape != lead:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, but x without its last dimension has {tuple(lead)}: give one "
-            "weight per row."
-        )
-    weight = torch.where(keep, weight.detach().to(device=device, dtype=torch.float64), 0.0)
-    flat = weight.reshape(-1)
-    bad = ~(torch.isfinite(flat) & (flat >= 0))
-    if bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        raise ValueError(
-            f"weight has {int(bad.sum())} entries that are negative or not finite, the first {float(flat[first])} at "
-            f"row {first}: weights must be 0 or more."
-        )
-    return weight
 
 
 # ---- sums and products of its rows -----------------------------------------------------------------------------------
@@ -271,28 +257,17 @@ class PackedGram:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over rows, centred on their own mean, all float64. Two of them merge exactly, in any order.
+    """Sums over rows, centred on their own mean, all float64. Two of them merge exactly, in any order."""
 
-    Attributes:
-        rows: How many rows.
-        weight: Sum of their weights.
-        weight_squares: Sum of the squared weights.
-        resolution: Machine epsilon of the coarsest rows.
-        mean_x: `(d,)` weighted mean.
-        mean_z: `(k,)` weighted mean; shares of the classes for class ids.
-        cross: `(d, k)` sum of `w (x − mean_x)(z − mean_z)ᵀ`.
-        concept: `(k, k)` sum of `w (z − mean_z)(z − mean_z)ᵀ`.
-        counts: `(k,)` int64 rows of each class; None once any row came with concept values instead of an id.
-    """
-
-    rows: int
-    weight: float
-    weight_squares: float
-    resolution: float
-    mean_x: Tensor
-    mean_z: Tensor
-    cross: Tensor
-    concept: Tensor
+    rows: int  # How many rows.
+    weight: float  # Sum of their weights.
+    weight_squares: float  # Sum of the squared weights.
+    resolution: float  # Machine epsilon of the coarsest rows.
+    mean_x: Tensor  # `(d,)` weighted mean.
+    mean_z: Tensor  # `(k,)` weighted mean; shares of the classes for class ids.
+    cross: Tensor  # `(d, k)` sum of `w (x − mean_x)(z − mean_z)ᵀ`.
+    concept: Tensor  # `(k, k)` sum of `w (z − mean_z)(z − mean_z)ᵀ`.
+    # `(k,)` int64 rows of each class; None once any row came with concept values instead of an id.
     counts: Tensor | None
 
     def merged(self, other: Sums) -> Sums:
@@ -334,12 +309,8 @@ class Sums:
 
 
 def sum_rows(rows: Rows, z_dim: int) -> Sums:
-    """Read the counted rows once, in float64, a chunk at a time.
-
-    Raises:
-        ValueError: If a counted row of x is not finite.
-    """
-    ids, weight = rows.ids, rows.weight
+    """Read the counted rows once, in float64, a chunk at a time."""
+    ids, weight, width, device = rows.ids, rows.weight, rows.x.shape[1], rows.weight.device
     total = float(weight.sum())
     centred = counts = None
     if rows.values is not None:
@@ -351,32 +322,18 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
         counts = torch.bincount(ids, minlength=z_dim)
         by_class = weight.new_zeros(z_dim).index_add_(0, ids, weight)
         mean_z, concept = by_class / total, torch.diag(by_class) - torch.outer(by_class, by_class) / total
-    pivot, sums, cross = _sum_x(rows, centred, z_dim)
-    shift = sums.sum(0) / total
-    if not bool(torch.isfinite(shift).all()):
-        _reject(rows)
-    if centred is None:
-        # Class sums are not centred yet: every class holds its share of the mean.
-        cross = (sums - total * mean_z[:, None] * shift).T
-    exact = float(weight.square().sum()), torch.finfo(rows.x.dtype).eps
-    return Sums(rows.count, total, *exact, pivot + shift, mean_z, cross.contiguous(), concept, counts)
-
-
-def _sum_x(rows: Rows, centred: Tensor | None, z_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pivot, the weighted sums of `x − pivot` (by class for class ids) and, for values, `(d, k)` with z."""
-    ids, weight, width, device = rows.ids, rows.weight, rows.x.shape[1], rows.weight.device
     chunk = 256 if device.type == "cpu" else 2048  # stays in the cache on CPU; is worth a launch elsewhere
     buffer = torch.empty(min(chunk, rows.count), width, dtype=torch.float64, device=device)
+    # The weighted sums of x − pivot, by class for class ids, and, for values, with z. Sums of what is near zero keep
+    # their digits, and the first rows are near enough. Numbers of 24 bits need none of that: float64 adds millions of
+    # them without rounding.
     sums = torch.zeros(1 if ids is None else z_dim, width, dtype=torch.float64, device=device)
     cross = torch.zeros(width, z_dim, dtype=torch.float64, device=device)
-    # Sums of what is near zero keep their digits, and the first rows are near enough. Numbers of 24 bits need none of
-    # that: float64 adds millions of them without rounding.
-    far = rows.x.dtype == torch.float64
     pivot = torch.zeros(width, dtype=torch.float64, device=device)
     for start in range(0, rows.count, chunk):
         part = slice(start, min(start + chunk, rows.count))
         x = buffer[: part.stop - start].copy_(rows.chunk(start, part.stop))
-        if far:
+        if rows.x.dtype == torch.float64:
             pivot = x.mean(0) if start == 0 else pivot
             x -= pivot
         if centred is not None:
@@ -386,7 +343,14 @@ def _sum_x(rows: Rows, centred: Tensor | None, z_dim: int) -> tuple[Tensor, Tens
             sums[0] += x.sum(0)
         else:
             sums.index_add_(0, ids[part], x)
-    return pivot, sums, cross
+    shift = sums.sum(0) / total
+    if not bool(torch.isfinite(shift).all()):
+        _reject(rows)
+    if centred is None:
+        # Class sums are not centred yet: every class holds its share of the mean.
+        cross = (sums - total * mean_z[:, None] * shift).T
+    exact = float(weight.square().sum()), torch.finfo(rows.x.dtype).eps
+    return Sums(rows.count, total, *exact, pivot + shift, mean_z, cross.contiguous(), concept, counts)
 
 
 def _reject(rows: Rows) -> None:
@@ -408,33 +372,27 @@ def _reject(rows: Rows) -> None:
     )
 
 
-def product_dtype(x_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the d × d products for rows of `x_dtype`: its own, but at least float32.
-
-    Where a process has allowed matrix products below float32 (TF32, bfloat16), float64 is used instead: switching the
-    process-wide setting back and forth would reach other threads.
-    """
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn
-    setting = getattr(getattr(backend, "matmul", backend), "fp32_precision", None)
-    if setting is not None:
-        is_reduced = setting in ("tf32", "bf16")
-    elif device.type == "cuda":
-        is_reduced = torch.backends.cuda.matmul.allow_tf32
-    else:
-        is_reduced = torch.get_float32_matmul_precision() == "medium"
-    return torch.float64 if is_reduced or x_dtype == torch.float64 else torch.float32
-
-
 def centred_products(rows: Rows, mean: Tensor, dtype: torch.dtype | None = None) -> tuple[PackedGram, Tensor]:
     """Multiply the counted rows with themselves, a chunk at a time.
 
-    It is done in `dtype`, by default the rows' own, and in float64 where squares leave the range of float32.
+    It is done in `dtype`, by default the rows' own, but at least float32, and in float64 where squares leave its range.
+    Where a process has allowed matrix products below float32 (TF32, bfloat16), float64 is used instead: switching the
+    process-wide setting back and forth would reach other threads.
 
     Returns:
         `Σ w (x − c)(x − c)ᵀ`, and `c − mean` `(d,)` float64; c is the mean rounded to the dtype.
     """
     device, width = rows.weight.device, mean.numel()
-    dtype = product_dtype(rows.x.dtype, device) if dtype is None else dtype
+    if dtype is None:
+        backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn
+        setting = getattr(getattr(backend, "matmul", backend), "fp32_precision", None)
+        if setting is not None:
+            is_reduced = setting in ("tf32", "bf16")
+        elif device.type == "cuda":
+            is_reduced = torch.backends.cuda.matmul.allow_tf32
+        else:
+            is_reduced = torch.get_float32_matmul_precision() == "medium"
+        dtype = torch.float64 if is_reduced or rows.x.dtype == torch.float64 else torch.float32
     # A centred chunk takes at most 2/3 d² numbers of 4 bytes, beside as much for the products and twice as much for the
     # sums they go to. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
     copied = rows.index is not None or rows.x.dtype != dtype or rows.x.device != device

@@ -45,22 +45,14 @@ class _Abandoned(BaseException):
 
 
 class BatchThread:
-    """One batch on its way through the model.
-
-    Attributes:
-        index: The position of the batch.
-        site: Where it waits; None before the start and after the end.
-        hidden: The activation there.
-        finished: Whether the forward pass has ended.
-        visited: The sites where it has stopped so far.
-    """
+    """One batch on its way through the model."""
 
     def __init__(self, index: int, forward: Callable[[], Any], modes: Modes, offload: ActivationOffload | None) -> None:
-        self.index = index
-        self.site: str | None = None
-        self.hidden: Tensor | None = None
-        self.finished = False
-        self.visited: list[str] = []
+        self.index = index  # The position of the batch.
+        self.site: str | None = None  # Where it waits; None before the start and after the end.
+        self.hidden: Tensor | None = None  # The activation there.
+        self.visited: list[str] = []  # The sites where it has stopped so far.
+        self._finished = False
         self._live = None if offload is None else LiveTensors(offload, index)
         self._error: BaseException | None = None
         self._abandoned = False
@@ -84,17 +76,11 @@ class BatchThread:
         except BaseException as error:  # carried to the thread that waits
             self._error = error
         finally:
-            self.finished, self.site, self.hidden = True, None, None
+            self._finished, self.site, self.hidden = True, None, None
             self._stopped.release()
 
     def advance(self) -> None:
-        """Let the batch run to its next stop, or to the end.
-
-        Raises:
-            OutOfStep: What the forward pass raised, if it is one.
-            TextTooLong: The same.
-            RuntimeError: If the model failed otherwise; says after which site.
-        """
+        """Let the batch run to its next stop, or to the end; what fails says in which batch, and after which site."""
         try:
             if self._live is not None:
                 self._live.offload.fetch(self._live)
@@ -112,7 +98,7 @@ class BatchThread:
         except Exception as error:
             place = f"after {self.visited[-1]!r}" if self.visited else "before the first site"
             raise RuntimeError(f"Batch {self.index} failed {place}: {type(error).__name__}: {error}") from error
-        if self._live is not None and self.finished:
+        if self._live is not None and self._finished:
             self._live.offload.present.remove(self._live)
 
     def stop(self, site: str, hidden: Tensor) -> None:
@@ -140,7 +126,19 @@ def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = 
 
     So many batches as are `resident` keep their tensors in memory, the running one included; all when None.
     """
-    modes = callers_modes()
+    # What a new thread does not inherit: inference and grad mode, default device, autocast.
+    device, cached = torch.get_default_device(), torch.is_autocast_cache_enabled()
+    modes: Modes = [
+        functools.partial(torch.inference_mode, torch.is_inference_mode_enabled()),
+        functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+    ]
+    # Setting a default device costs a check at every call, so it is left alone where it is the usual one.
+    if device.type != "cpu":
+        modes.append(functools.partial(torch.device, device))
+    for kind in {"cpu", device.type, *(["cuda"] if torch.cuda.is_available() else [])}:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            modes.append(functools.partial(torch.autocast, kind, dtype=dtype, cache_enabled=cached))
     offload = None if resident is None else ActivationOffload(resident)
     threads = [BatchThread(index, forward, modes, offload) for index, forward in enumerate(forwards)]
     try:
@@ -152,42 +150,16 @@ def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = 
             shutil.rmtree(offload.folder, ignore_errors=True)
 
 
-def callers_modes() -> Modes:
-    """What a new thread does not inherit, to be entered there: inference and grad mode, default device, autocast."""
-    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    device = torch.get_default_device()
-    autocasts = [
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in {"cpu", device.type, *(["cuda"] if torch.cuda.is_available() else [])}
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    ]
-    cached = torch.is_autocast_cache_enabled()
-    modes: Modes = [
-        functools.partial(torch.inference_mode, inference),
-        functools.partial(torch.set_grad_enabled, gradients),
-    ]
-    # Setting a default device costs a check at every call, so it is left alone where it is the usual one.
-    if device.type != "cpu":
-        modes.append(functools.partial(torch.device, device))
-    return modes + [
-        functools.partial(torch.autocast, kind, dtype=dtype, cache_enabled=cached) for kind, dtype in autocasts
-    ]
-
-
 # ---- tensors of waiting batches --------------------------------------------------------------------------------------
 
 
 class LiveTensors(TorchDispatchMode):
-    """Knows the tensors made under it that are still alive, and moves their bytes out and in.
-
-    Attributes:
-        offload: What decides whose bytes are where.
-        moved: What was moved out: where a storage is → the storage and its size in bytes.
-    """
+    """Knows the tensors made under it that are still alive, and moves their bytes out and in."""
 
     def __init__(self, offload: ActivationOffload, index: int) -> None:
         super().__init__()
         self.offload, self._path = offload, offload.folder / f"batch-{index}.pt"
+        # What was moved out: where a storage is → the storage and its size in bytes.
         self.moved: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self._alive = WeakTensorKeyDictionary()
         self._copies: dict[str, Tensor] = {}
@@ -210,8 +182,8 @@ class LiveTensors(TorchDispatchMode):
 
     def move_out(self) -> None:
         """Move the bytes of all live tensors out."""
-        storages = {_key(t): t.untyped_storage() for t in list(self._alive.keys()) if t.untyped_storage().nbytes()}
-        self.moved = {key: (storage, storage.nbytes()) for key, storage in storages.items()}
+        storages = [t.untyped_storage() for t in list(self._alive.keys())]
+        self.moved = {s._cdata: (s, s.nbytes()) for s in storages if s.nbytes()}
         on_disk = {}
         for key, (storage, _) in self.moved.items():
             content = _bytes_of(storage)
@@ -244,22 +216,13 @@ class LiveTensors(TorchDispatchMode):
 
 
 class ActivationOffload:
-    """Lets so many batches keep their tensors in memory, and moves those of the others out.
-
-    Args:
-        resident: How many, the running one included. At least 1.
-
-    Attributes:
-        folder: Where tensors of the CPU go.
-        batches: The live tensors of each batch.
-        present: Those that are in memory, the one that ran longest ago first.
-    """
+    """Lets so many batches keep their tensors in memory, at least the running one, and moves those of others out."""
 
     def __init__(self, resident: int) -> None:
         self._resident = resident
-        self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))
-        self.batches: list[LiveTensors] = []
-        self.present: list[LiveTensors] = []
+        self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))  # Where tensors of the CPU go.
+        self.batches: list[LiveTensors] = []  # The live tensors of each batch.
+        self.present: list[LiveTensors] = []  # Those in memory, the one that ran longest ago first.
 
     def fetch(self, live: LiveTensors) -> None:
         """Make room for a batch and bring its tensors in."""

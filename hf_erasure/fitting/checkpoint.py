@@ -38,14 +38,7 @@ _FIGURES = {"rows": "rows", "correlation_fit": "correlation", "change_labelled":
 
 
 class FitCheckpoint:
-    """The folder of one fit, made if it is not there.
-
-    Several processes continue each with its own share of the data. `active` are the other adapters that act, as
-    `hf_erasure.adapters.common.acting` records them.
-
-    Raises:
-        ValueError: If the folder belongs to another fit.
-    """
+    """The folder of one fit, made if it is not there; `active` are the other adapters that act, as in `RECORD`."""
 
     def __init__(
         self,
@@ -69,7 +62,6 @@ class FitCheckpoint:
         }
         if processes > 1:
             self.identity["processes"] = processes
-        self._last_written, self._writing_took = time.monotonic(), 0.0
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / MANIFEST
         if not manifest.exists():
@@ -114,11 +106,7 @@ class FitCheckpoint:
         write_tensors(self.folder / f"site-{self.sites.index(site):04d}.safetensors", tensors, facts)
 
     def load_sites(self, data: str) -> dict[str, SiteFit]:
-        """The finished sites.
-
-        Raises:
-            ValueError: If they were fitted on other data.
-        """
+        """The finished sites."""
         found = {}
         for path in sorted(self.folder.glob("site-*.safetensors")):
             tensors, facts = read_tensors(path)
@@ -132,12 +120,8 @@ class FitCheckpoint:
 
     # ---- moments so far ---------------------------------------------------------------------------------------------
 
-    def save_moments(self, name: str, source: Source, batches: int, data: str, *, final: bool) -> None:
-        """Keep what was seen after so many batches, unless that was done a moment ago."""
-        waited = time.monotonic() - self._last_written
-        if not final and waited < self._writing_took / WRITING_SHARE:
-            return
-        started = time.monotonic()
+    def save_moments(self, name: str, source: Source, batches: int, data: str) -> None:
+        """Keep what was seen after so many batches, which `data` identifies."""
         tensors = {
             f"{self._prefix(visit)}{key}": value
             for visit, moments in source.moments.items()
@@ -152,14 +136,9 @@ class FitCheckpoint:
             "dtypes": {site: str(dtype).removeprefix("torch.") for site, dtype in source.dtypes.items()},
         }
         write_tensors(self.folder / f"moments-{name}.safetensors", tensors, facts)
-        self._last_written = time.monotonic()
-        self._writing_took = self._last_written - started
 
     def load_moments(self, name: str, statistics: SiteStatistics) -> dict[str, Any]:
-        """Put the moments so far into empty statistics; returns after how many `batches`, `examples` and `tokens`.
-
-        `data` there identifies those batches. Empty where there are no moments.
-        """
+        """Put the moments so far into empty statistics; returns what else was kept, nothing where there are none."""
         path = self.folder / f"moments-{name}.safetensors"
         if not path.exists():
             return {}
@@ -196,15 +175,16 @@ class MomentsOfAPass:
     def __init__(self, checkpoint: FitCheckpoint, source: Source, processes: Processes) -> None:
         self._checkpoint, self._source, self._processes = checkpoint, source, processes
         self._own = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
-        self._hash, self._seen, self._data = hashlib.sha256(), 0, ""
+        self._seen, self._data, self._last_written, self._writing_took = 0, "", time.monotonic(), 0.0
         kept = checkpoint.load_moments(self._own, source)
         self._done, self._kept = kept.get("batches", 0), kept.get("data", "")
 
     def remaining(self, batches: Iterable[BatchLabels]) -> Iterator[BatchLabels]:
         """The batches that the moments do not hold yet."""
+        found = hashlib.sha256()
         for labels in batches:
-            add_to(self._hash, labels.batch)
-            self._seen, self._data = self._seen + 1, self._hash.hexdigest()
+            add_to(found, labels.batch)
+            self._seen, self._data = self._seen + 1, found.hexdigest()
             if self._seen == self._done:
                 self._checkpoint.check_data(self._kept, self._data)
             if self._seen > self._done:
@@ -214,16 +194,18 @@ class MomentsOfAPass:
 
     def save(self, *, final: bool = False) -> None:
         """Keep the moments of this process's share, unless that was done a moment ago."""
-        self._checkpoint.save_moments(self._own, self._source, self._seen, self._data, final=final)
+        started = time.monotonic()
+        if final or started - self._last_written >= self._writing_took / WRITING_SHARE:
+            self._checkpoint.save_moments(self._own, self._source, self._seen, self._data)
+            self._last_written = time.monotonic()
+            self._writing_took = self._last_written - started
 
     def save_sum(self) -> None:
         """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
-        if self._processes.count == 1:
-            return
-        batches = sum(self._processes.gathered([self._seen]))
-        data = together(self._processes.gathered([self._data]))
-        if self._processes.is_main:
-            self._checkpoint.save_moments(self._source.key, self._source, batches, data, final=True)
+        states = self._processes.gathered([(self._seen, self._data)])
+        if self._processes.count > 1 and self._processes.is_main:
+            batches, data = sum(seen for seen, _ in states), together([data for _, data in states])
+            self._checkpoint.save_moments(self._source.key, self._source, batches, data)
 
 
 def digest_of(batches: Sequence[BatchLabels]) -> str:

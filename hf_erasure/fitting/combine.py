@@ -26,16 +26,13 @@ from hf_erasure.adapters.erasure.config import CONCEPT_ERASURE
 from hf_erasure.adapters.erasure.layer import CHILD
 from hf_erasure.adapters.saving import staged
 from hf_erasure.erasers import Eraser, combine_erasers
-from hf_erasure.models import check_pool
-from hf_erasure.models.model import as_attribute
+from hf_erasure.models.model import as_attribute, on_cpu
 
 from .checkpoint import FitCheckpoint
-from .fit import check_resident, conclude, solved
+from .fit import conclude, solved
 from .labels import SiteStatistics, Source
 from .report import in_words
 from .sites import SiteFit, known_readings, solve_site, task_for
-
-Sites = dict[str, Eraser]
 
 # In an adapter's folder: the checkpoint of its fit.
 FIT_FOLDER = "fit"
@@ -99,8 +96,6 @@ def combine_adapters(
             raise ValueError(
                 f"batches are given for {sorted(batches)}, but names={list(names)}: give them for each name."
             )
-        check_pool(pool)
-        check_resident(resident_batches, sequential)
     elif background is not None or resident_batches is not None:
         raise ValueError("background and resident_batches are for fitting anew: give batches={name: …} with them.")
     concepts, holder = _to_combine(model, names, into)
@@ -120,7 +115,7 @@ def combine_adapters(
         task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]], progress=progress)
         task.config.rank = sum(concept.max_rank for concept in concepts.values())
         given = {**batches, names[0]: first}
-        sources = [Source(concept, given[name], name, f"batches[{name!r}]") for name, concept in concepts.items()]
+        sources = [Source(concept, given[name], f"batches[{name!r}]") for name, concept in concepts.items()]
         warn_of_what_is_off(model, into, expected=names)
         made_of = task.config.provenance["combined_from"]
         # The concepts must be there to be fitted: their own adapters do not act meanwhile, sticky or not.
@@ -128,7 +123,7 @@ def combine_adapters(
             for name in names:
                 for child in adapter_children(model, name):
                     stack.enter_context(child.without(name))
-            fits = solved(task, sources, background, sequential=sequential, resident_batches=resident_batches)
+            fits = solved(task, sources, background, sequential, resident_batches)
             conclude(task, sources, fits)
         task.config.provenance["combined_from"] = made_of
         task.config.provenance[RECORD] = without(task.config.provenance[RECORD], names)
@@ -139,10 +134,28 @@ def combine_adapters(
 
 
 def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, sticky: bool) -> ConceptErasureConfig:
-    """Add an adapter to what holds some, with erasers combined from theirs; returns its configuration."""
+    """Add an adapter to what holds some, with erasers combined from theirs; returns its configuration.
+
+    It is added as this model adds adapters; that the former ones went dark needs no warning.
+    """
     parts = {name: site_layers(model, name) for name in configs}
     sites = _combined_sites(model, configs, parts)
-    _attach(model, _combined_config(configs, sites, sticky), into, list(configs))
+    config = _combined_config(configs, sites, sticky)
+    if isinstance(model, PeftModel) and model.peft_type != CONCEPT_ERASURE:
+        raise ValueError(
+            f"This PeftModel takes {getattr(model.peft_type, 'value', model.peft_type)} adapters only: call "
+            "combine_adapters(model.get_base_model(), …)."
+        )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config.target_modules = exactly(list(config.fitted_modules), base)
+    with warnings.catch_warnings(), naming_what_goes_off(model, into, expected=list(configs)):
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        if isinstance(model, PeftModel):
+            model.add_adapter(into, config)
+        elif hasattr(model, "add_adapter"):
+            model.add_adapter(config, adapter_name=into)
+        else:
+            inject_adapter_in_model(config, model, adapter_name=into)
     for path, layer in site_layers(model, into).items():
         kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
         dtype = torch.float64 if torch.float64 in kept else torch.float32
@@ -181,13 +194,12 @@ def _to_combine(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, 
         values = {name: getattr(config, field) for name, config in configs.items()}
         if len({*values.values()} - {None}) > 1:
             raise ValueError(f"The adapters differ in {field}, {values}: {remedy}.")
-    _combined_weights(configs)
     return configs, holder
 
 
 def _combined_sites(
     model: nn.Module, configs: dict[str, ConceptErasureConfig], parts: dict[str, dict[str, ErasureLayer]]
-) -> Sites:
+) -> dict[str, Eraser]:
     """The eraser of every site that one of the adapters acts on, in the model's order."""
     for name, layers in parts.items():
         for layer in layers.values():
@@ -221,11 +233,7 @@ def _combined_sites(
 
 
 def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, list[list]] | None:
-    """The weights at the sites of all; what modules share in one adapter they must share in the others.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """The weights at the sites of all; what modules share in one adapter they must share in the others."""
     found: dict[str, list[list]] = {}
     groups: dict[str, str] = {}
     for config in configs.values():
@@ -245,10 +253,18 @@ def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, lis
     return found or None
 
 
-def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sticky: bool) -> ConceptErasureConfig:
-    first = next(iter(configs.values()))
+def _combined_config(
+    configs: dict[str, ConceptErasureConfig], sites: dict[str, Eraser], sticky: bool
+) -> ConceptErasureConfig:
+    """What the new adapter says about itself: nothing was measured of it, and its parts were."""
+    first, sources = next(iter(configs.values())), [Provenance.of(config) for config in configs.values()]
     methods = {config.method for config in configs.values()}
-    ranks = [eraser.rank for eraser in sites.values()]
+    combined, sizes = {}, dict[str, Any]()
+    for name, config in configs.items():
+        told = {field: getattr(config, field) for field in ("concept", "labels", "concept_dim", "method", "rank")}
+        kept = {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
+        combined[name] = told | kept
+        sizes = (config.fitted_sites or {}) | sizes
     return ConceptErasureConfig(
         task_type=first.task_type,
         concept="+".join(dict.fromkeys(config.concept for config in configs.values())),
@@ -258,62 +274,31 @@ def _combined_config(configs: dict[str, ConceptErasureConfig], sites: Sites, sti
         # Orthogonal projections together make one; with an oblique one among them, they do not.
         method="leace" if "leace" in methods else "inlp" if methods == {"inlp"} else "orth",
         affine=first.affine if len({config.affine for config in configs.values()}) == 1 else None,
-        rank=max(ranks) or None,
+        rank=max(eraser.rank for eraser in sites.values()) or None,
         sticky=sticky,
         weights=_combined_weights(configs),
         fitted=True,
         fitted_sites={
-            path: next(c.fitted_sites[path] for c in configs.values() if path in (c.fitted_sites or {}))  # type: ignore[index]
-            | {"width": eraser.x_dim, "rank": eraser.rank}
-            for path, eraser in sites.items()
+            path: sizes[path] | {"width": eraser.x_dim, "rank": eraser.rank} for path, eraser in sites.items()
         },
-        provenance=_combined_provenance(configs),
+        provenance={
+            "hf_erasure_version": __version__,
+            "base_class": sources[0].base_class or None,
+            "examples": sum(source.examples or 0 for source in sources),
+            "tokens": sum(source.tokens or 0 for source in sources),
+            "pool": "+".join(dict.fromkeys(source.pool for source in sources if source.pool)),
+            "leakage": {},
+            "combined_from": combined,
+            RECORD: without((entry for source in sources for entry in source.active_adapters or ()), configs),
+            "fingerprint": {key: value for source in sources for key, value in source.fingerprint.items()},
+        },
     )
-
-
-def _combined_provenance(configs: dict[str, ConceptErasureConfig]) -> dict[str, Any]:
-    """What the new adapter says about itself: nothing was measured of it, and its parts were."""
-    sources = [Provenance.of(config) for config in configs.values()]
-    combined = {}
-    for name, config in configs.items():
-        told = {field: getattr(config, field) for field in ("concept", "labels", "concept_dim", "method", "rank")}
-        kept = {key: value for key, value in config.provenance.items() if key not in ("fingerprint", RECORD)}
-        combined[name] = told | kept
-    return {
-        "hf_erasure_version": __version__,
-        "base_class": sources[0].base_class or None,
-        "examples": sum(source.examples or 0 for source in sources),
-        "tokens": sum(source.tokens or 0 for source in sources),
-        "pool": "+".join(dict.fromkeys(source.pool for source in sources if source.pool)),
-        "leakage": {},
-        "combined_from": combined,
-        RECORD: without((entry for source in sources for entry in source.active_adapters or ()), configs),
-        "fingerprint": {key: value for source in sources for key, value in source.fingerprint.items()},
-    }
-
-
-def _attach(model: Any, config: ConceptErasureConfig, into: str, names: list[str]) -> None:
-    """Add the adapter as this model adds adapters; that the former ones went dark needs no warning."""
-    if isinstance(model, PeftModel) and model.peft_type != CONCEPT_ERASURE:
-        raise ValueError(
-            f"This PeftModel takes {getattr(model.peft_type, 'value', model.peft_type)} adapters only: call "
-            "combine_adapters(model.get_base_model(), …)."
-        )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config.target_modules = exactly(list(config.fitted_modules), base)
-    with warnings.catch_warnings(), naming_what_goes_off(model, into, expected=names):
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        if isinstance(model, PeftModel):
-            model.add_adapter(into, config)
-        elif hasattr(model, "add_adapter"):
-            model.add_adapter(config, adapter_name=into)
-        else:
-            inject_adapter_in_model(config, model, adapter_name=into)
 
 
 # ---- fits of several shards ------------------------------------------------------------------------------------------
 
 
+@on_cpu  # older releases of safetensors read to the default device
 def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> ConceptErasureConfig:
     """Solve for the erasers of two one-pass fits together, from their moments; no model and no data are needed.
 
@@ -331,15 +316,16 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     """
     config, added = _fitted_in_one_pass(one), _fitted_in_one_pass(other)
     _check_same(config, added)
+    known = Provenance.of(config)
     sites = list(config.fitted_sites or {})
     stores = [
         FitCheckpoint(
             Path(folder) / FIT_FOLDER,
             config,
             sites,
-            pool=Provenance.of(config).pool,
+            pool=known.pool,
             sequential=False,
-            active=Provenance.of(config).active_adapters or (),
+            active=known.active_adapters or (),
         )
         for folder in (one, other, output)
     ]
@@ -423,5 +409,5 @@ def _sum(stores: list[FitCheckpoint], whole: Source) -> Source:
     for site, moments in parts[1].moments.items():
         whole.moments[site].merge(moments)
     if whole.moments:
-        stores[-1].save_moments(whole.key, whole, batches, "merged", final=True)
+        stores[-1].save_moments(whole.key, whole, batches, "merged")
     return whole

@@ -88,7 +88,21 @@ def concept_dataloader(
         ValueError: the data set is empty or lacks a column, the tokenizer cannot pad or cannot align words, or (while
             iterating) a row's label is unknown, missing, or does not match its input.
     """
-    _check_arguments(dataset, batch_size, max_length, labels, label_subwords)
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise TypeError(f"dataset holds the splits {list(dataset)}: pass one of them, such as dataset['train'].")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
+            f"dicts becomes one with datasets.Dataset.from_list(rows)."
+        )
+    check_count("batch_size", batch_size)
+    check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
+    if label_subwords not in ("all", "first"):
+        raise ValueError(f"label_subwords must be 'all' or 'first', got {label_subwords!r}.")
+    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels or ()):
+        raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
+    if labels is not None and (not labels or len(set(labels)) != len(labels)):
+        raise ValueError(f"labels must name every class once, got {list(labels)}.")
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError("dataset is empty: check the filter or the split that made it.")
@@ -101,7 +115,13 @@ def concept_dataloader(
         collate.read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
         collate.origin = origin_of(dataset, f"the column {label_column!r}")
         columns.append(label_column)
-    dataset = _keep_columns(dataset, columns)
+    # Unused columns stay unread, except where a transform writes columns on the fly and may need any of them.
+    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    if not transformed and dataset.column_names is not None and set(columns) <= set(dataset.column_names):
+        dataset = dataset.select_columns(list(dict.fromkeys(columns)))
+        if isinstance(dataset, Dataset) and dataset.format["type"] is None and "pixel_values" in columns:
+            # Otherwise Arrow hands images over as nested lists, which takes four times as long.
+            dataset = dataset.with_format("numpy", columns=["pixel_values"], output_all_columns=True)
     if split_between_processes:
         processes = Processes()
         dataset = split_dataset_by_node(dataset, processes.rank, processes.count)
@@ -115,17 +135,11 @@ def concept_dataloader(
 
 @dataclass
 class ConceptCollator:
-    """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them.
+    """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them."""
 
-    Attributes:
-        encode: Makes the inputs.
-        read_labels: Makes the labels; None for batches without.
-        origin: Where the rows come from, as `origin_of` says it.
-    """
-
-    encode: _Encoder
-    read_labels: _LabelReader | None = None
-    origin: dict[str, Any] = field(default_factory=dict)
+    encode: _Encoder  # Makes the inputs.
+    read_labels: _LabelReader | None = None  # Makes the labels; None for batches without.
+    origin: dict[str, Any] = field(default_factory=dict)  # Where the rows come from, as `origin_of` says it.
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -171,7 +185,14 @@ class _TextEncoder:
 
     def __post_init__(self) -> None:
         self.unit = "words" if self.split_into_words else None
-        self.glues_words = self.split_into_words and _glues_words(self.tokenizer)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None) if self.tokenizer.is_fast else None
+        steps = []
+        if self.split_into_words and backend is not None and backend.pre_tokenizer is not None:
+            state = json.loads(backend.pre_tokenizer.__getstate__())
+            steps = state.get("pretokenizers", [state])
+        # Whether ["the", "boat"] is read as "theboat", as by byte-level tokenizers (GPT-2).
+        prefixes = [step.get("add_prefix_space", False) for step in steps if step.get("type") == "ByteLevel"]
+        self.glues_words = bool(prefixes) and not any(prefixes)
 
     def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Owners]:
         texts = [self._text(row) for row in rows]
@@ -300,17 +321,6 @@ def _check_tokenizer(tokenizer: Any, max_length: int | None) -> None:
         )
 
 
-def _glues_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer reads the words `["the", "boat"]` as `"theboat"`, as byte-level ones (GPT-2) do."""
-    backend = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-    if backend is None or backend.pre_tokenizer is None:
-        return False
-    state = json.loads(backend.pre_tokenizer.__getstate__())
-    steps = state.get("pretokenizers", [state])
-    prefixes = [step.get("add_prefix_space", False) for step in steps if step.get("type") == "ByteLevel"]
-    return bool(prefixes) and not any(prefixes)
-
-
 def _refuse_rows_without_tokens(attention_mask: Tensor, sources: Sequence[Any]) -> None:
     empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
     if empty:
@@ -410,67 +420,36 @@ def _choose_label_reader(
         raise ValueError(
             f"label_column={column!r} holds {value!r}: labels are ints, strings or floats, or one list of these a row."
         )
-    if per_token:
-        _check_token_labels(column, value, encode)
+    if per_token and encode.unit is None:
+        raise ValueError(
+            f"label_column={column!r} holds one list of classes a row ({str(value)[:60]}), but the inputs are not "
+            f"split into words: let text_column hold lists of words, or give multi-label concepts as floats."
+        )
+    if per_token and isinstance(encode, _TextEncoder) and not encode.tokenizer.is_fast:
+        raise ValueError(
+            f"tokenizer {type(encode.tokenizer).__name__} cannot say which word a subword comes from (it has no "
+            f"word_ids), which the labels in column {column!r} need: load a fast tokenizer, or tokenise yourself and "
+            f"give one label a token beside a column 'input_ids'."
+        )
     class_label = feature if isinstance(feature, ClassLabel) else getattr(feature, "feature", None)
     stored = tuple(class_label.names) if isinstance(class_label, ClassLabel) and class_label.names else None
     names = tuple(labels) if labels is not None else stored
     strings = isinstance(element, str) or getattr(class_label or feature, "dtype", None) == "string"
     if names is None and strings:
-        names = _distinct_labels(dataset, column)
+        if isinstance(dataset, IterableDataset) or column not in dataset.column_names:
+            raise ValueError(
+                f"the strings in label_column={column!r} cannot be listed ahead of a stream: pass labels=[...] with "
+                f"the class names in the order of their ids."
+            )
+        found: set[str] = set()
+        for batch in dataset.select_columns([column]).iter(batch_size=1000):
+            for label in _plain(batch[column]):
+                found.update(label if isinstance(label, list) else [label])
+        names = tuple(sorted(name for name in found if name is not None))
     return _LabelReader(column, encode, "tokens" if per_token else "rows", names, stored)
 
 
-def _check_token_labels(column: str, value: list[Any], encode: _Encoder) -> None:
-    if encode.unit is None:
-        raise ValueError(
-            f"label_column={column!r} holds one list of classes a row ({str(value)[:60]}), but the inputs are not "
-            f"split into words: let text_column hold lists of words, or give multi-label concepts as floats."
-        )
-    if encode.unit == "words" and not encode.tokenizer.is_fast:  # type: ignore[union-attr]
-        raise ValueError(
-            f"tokenizer {type(encode.tokenizer).__name__} cannot say which word a subword comes from "  # type: ignore[union-attr]
-            f"(it has no word_ids), which the labels in column {column!r} need: load a fast tokenizer, or tokenise "
-            f"yourself and give one label a token beside a column 'input_ids'."
-        )
-
-
-def _distinct_labels(dataset: Dataset | IterableDataset, column: str) -> tuple[str, ...]:
-    if isinstance(dataset, IterableDataset) or column not in dataset.column_names:
-        raise ValueError(
-            f"the strings in label_column={column!r} cannot be listed ahead of a stream: pass labels=[...] with the "
-            f"class names in the order of their ids."
-        )
-    found: set[str] = set()
-    for batch in dataset.select_columns([column]).iter(batch_size=1000):
-        for value in _plain(batch[column]):
-            found.update(value if isinstance(value, list) else [value])
-    return tuple(sorted(name for name in found if name is not None))
-
-
 # ---- the data set itself ---------------------------------------------------------------------------------------------
-
-
-def _check_arguments(
-    dataset: Any, batch_size: Any, max_length: Any, labels: Sequence[str] | None, label_subwords: str
-) -> None:
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        raise TypeError(f"dataset holds the splits {list(dataset)}: pass one of them, such as dataset['train'].")
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(
-            f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
-            f"dicts becomes one with datasets.Dataset.from_list(rows)."
-        )
-    check_count("batch_size", batch_size)
-    check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
-    if label_subwords not in ("all", "first"):
-        raise ValueError(f"label_subwords must be 'all' or 'first', got {label_subwords!r}.")
-    if labels is None:
-        return
-    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels):
-        raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
-    if not labels or len(set(labels)) != len(labels):
-        raise ValueError(f"labels must name every class once, got {list(labels)}.")
 
 
 def _require_column(first: Row, name: str, argument: str) -> None:
@@ -478,18 +457,6 @@ def _require_column(first: Row, name: str, argument: str) -> None:
         raise ValueError(
             f"{argument}={name!r} is not a column of dataset, which has {sorted(first)}: name one of these."
         )
-
-
-def _keep_columns(dataset: Dataset | IterableDataset, wanted: list[str]) -> Dataset | IterableDataset:
-    """Leave unused columns unread, except where a transform writes columns on the fly and may need any of them."""
-    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-    if transformed or dataset.column_names is None or not set(wanted) <= set(dataset.column_names):
-        return dataset
-    dataset = dataset.select_columns(list(dict.fromkeys(wanted)))
-    if isinstance(dataset, Dataset) and dataset.format["type"] is None and "pixel_values" in wanted:
-        # Otherwise Arrow hands images over as nested lists, which takes four times as long.
-        return dataset.with_format("numpy", columns=["pixel_values"], output_all_columns=True)
-    return dataset
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ runs once a batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,6 @@ def fit_concept_erasure(
     Raises:
         ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
     """
-    check_resident(resident_batches, sequential)
     task, labelled = task_for(model, adapter_name, batches, pool, progress=progress)
     collator = getattr(batches, "collate_fn", None)
     if isinstance(collator, ConceptCollator):
@@ -107,14 +106,7 @@ def fit_concept_erasure(
             )
     rows = None if eval_batches is None else RowsSeen()
     source = Source(task.config, labelled if rows is None else rows.watching(labelled))
-    fits = solved(
-        task,
-        [source],
-        background,
-        sequential=sequential,
-        resident_batches=resident_batches,
-        checkpoint=checkpoint,
-    )
+    fits = solved(task, [source], background, sequential, resident_batches, checkpoint)
     left_out = [site for site in task.layers if site not in fits]
     report = conclude(task, [source], fits, eval_batches, rows)
     if left_out and checkpoint is not None and task.processes.is_main:
@@ -123,49 +115,35 @@ def fit_concept_erasure(
     return report
 
 
-def check_resident(resident_batches: int | None, sequential: bool) -> None:
-    """Raise a `ValueError` for a number of resident batches that makes no sense."""
+def solved(
+    task: FitTask,
+    labelled: list[Source],
+    background: Iterable[Any] | None,
+    sequential: bool,
+    resident_batches: int | None = None,
+    checkpoint: FitCheckpoint | None = None,
+) -> dict[str, SiteFit]:
+    """The erasers of all sites; options are those of `fit_concept_erasure`."""
     if resident_batches is not None and (not sequential or resident_batches < 1):
         raise ValueError(
             f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
             "holds one batch at a time anyway."
         )
-
-
-def solved(
-    task: FitTask,
-    labelled: list[Source],
-    background: Iterable[Any] | None,
-    *,
-    sequential: bool,
-    resident_batches: int | None = None,
-    checkpoint: FitCheckpoint | None = None,
-) -> dict[str, SiteFit]:
-    """The erasers of all sites; options are those of `fit_concept_erasure`.
-
-    Raises:
-        ValueError: If there is no data, a site is never reached, or its rows cannot be used.
-        RuntimeError: If the model fails on a batch, or another process failed.
-    """
-    task.linear = _linear_sites(task)
+    if task.config.affine is None:
+        own = sites_without_room(task.owner, task.name, task.config, task.layers, may_run=not task.runner.is_sharded)
+        task.linear = task.processes.from_one(own)
+    elif not task.config.affine:
+        task.linear = task.layers.keys()
     sources = list(labelled)
     if background is not None:
-        sources.append(Source(None, background, "background", "background"))
+        sources.append(Source(None, background, "background"))
     if sequential:
         return Scrubber(task, sources, resident_batches, checkpoint).fit()
     sites = list(task.layers)
     for source in sources:
         _gather(task, source, checkpoint)
-        sites = source.check_reached(sites, may_lack=task.may_lack and source.concept is not None)
+        sites = source.check_reached(sites, may_lack=task.config.has_default_targets and source.concept is not None)
     return solve(task, sites, sources)
-
-
-def _linear_sites(task: FitTask) -> Collection[str]:
-    """The sites that are to have an eraser without an affine part, in all processes the same."""
-    if task.config.affine is not None:
-        return () if task.config.affine else task.layers.keys()
-    own = sites_without_room(task.owner, task.name, task.config, task.layers, may_run=not task.runner.is_sharded)
-    return task.processes.from_one(own)
 
 
 # ---- all sites in one pass -------------------------------------------------------------------------------------------
@@ -177,10 +155,10 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> 
     Every process runs over batches of its own; all end with the moments of all. Batches that the moments of a
     checkpoint hold already are passed over.
     """
-    processes, kept = task.processes, None
+    kept = None
 
     def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-        if labels is not None and (labels.covers(site) or not task.may_lack):
+        if labels is not None and (labels.covers(site) or not task.config.has_default_targets):
             key = visit_of(site, visit)
             source.update(key, *labels.select(hidden, key))
         return hidden
@@ -190,18 +168,18 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> 
         if kept is not None:
             kept.save()
 
-    with processes.agreeing("running over its batches"):
+    with task.processes.agreeing("running over its batches"):
         batches = source.read(task.pool, task.layouts)
         if checkpoint is not None:
-            kept = MomentsOfAPass(checkpoint, source, processes)
+            kept = MomentsOfAPass(checkpoint, source, task.processes)
             batches = kept.remaining(batches)
         what = f"fitting {task.name}" if source.concept else "background"
         with evaluating(task.runner.model), tqdm(desc=what, unit=" rows", disable=not task.progress) as shown:
             task.run_over(batches, look, keep)
         if kept is not None:
             kept.save(final=True)
-    source.pool(processes)
-    source.pool_counts(processes)
+    source.pool(task.processes)
+    source.pool_counts(task.processes)
     if kept is not None:
         kept.save_sum()
 
@@ -286,18 +264,12 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
     config.fitted = True
     for site in fits:
         task.layers[site].set_dial(task.name, config.dial)
+    told = ("examples", "tokens", "pool", "reader", "leakage", "leakage_intervals", "measured_on")
     config.provenance = {
         "hf_erasure_version": __version__,
         "base_class": class_name(task.owner),
-        "examples": report.examples,
-        "tokens": report.tokens,
-        "pool": report.pool,
-        "reader": report.reader,
-        "leakage": report.leakage,
-        "leakage_intervals": report.leakage_intervals,
-        "measured_on": report.measured_on,
-        **({"residuals": report.residuals} if report.residuals else {}),
-        **({"unsettled": report.unsettled} if report.unsettled else {}),
+        **{name: getattr(report, name) for name in told},
+        **{name: left for name in ("residuals", "unsettled") if (left := getattr(report, name))},
         "fingerprint": fingerprint(task.owner, list(fits)),
         RECORD: active_beside(task.runner.model, task.name),
     }

@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +31,6 @@ from .sites import FitTask, task_for
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
 # Of a batch without any of these: what is not the content of a row, such as labels, or follows from its padding.
 _BESIDES = ("labels", "concept_labels", "token_type_ids", "position_ids", "cache_position")
-# So many hashes are collected before they are sorted into those that are known.
-_WAITING = 1 << 16
 
 
 def measure(
@@ -47,9 +43,9 @@ def measure(
     """Leakage and movement on held-out batches, at every site and at the last hidden states.
 
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
-    cross-validated: the direction of one half of the sequences, judged on the other. A correlation
-    taken in-sample would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one
-    forward pass is measured over all its visits together, as it is fitted, and at each.
+    cross-validated: the direction of one half of the sequences, judged on the other. A correlation taken in-sample
+    would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one forward pass is
+    measured over all its visits together, as it is fitted, and at each.
 
     `erase(site, activation)` is what the erasure makes of an activation; the adapter itself need not have its values.
     Every process measures batches of its own; all end with the figures of all, put into the lines that are known from
@@ -58,10 +54,6 @@ def measure(
     Returns:
         One line a site, and one for each visit of a site with several; how many sequences they are on; and how many of
         these were fitted on.
-
-    Raises:
-        ValueError: If the batches are empty or one half of them lacks a class.
-        RuntimeError: If another process failed.
     """
     measurement, processes, own = _Measurement(task, erase), task.processes, RowsSeen()
     source, fitted = Source(task.config, batches), 0
@@ -99,19 +91,10 @@ def measure(
 def measured_leakage(
     model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str | None = None
 ) -> dict[str, float]:
-    """The leakage of erased activations, a magnitude, at every site and at the last hidden states.
+    """Module name → the leakage of erased activations there, a magnitude, and at the last hidden states.
 
-    Args:
-        model: With a concept-erasure adapter, or whatever it is inside of; it runs twice over the batches.
-        batches: Held-out batches with `concept_labels`.
-        adapter_name: The adapter.
-        pool: As in `fit_concept_erasure`; by default what the adapter was fitted for, or else what the head reads.
-
-    Returns:
-        Module name → cross-validated correlation with the concept, 0 where nothing is left and never below.
-
-    Raises:
-        ValueError: If there is no such adapter, it is merged, or the batches hold too little.
+    The model runs twice over the batches, which are held out. By default the pool is what the adapter was fitted for,
+    or else what the head reads.
     """
     task, read = task_for(model, adapter_name, batches, pool, as_fitted=True)
 
@@ -126,39 +109,6 @@ def measured_leakage(
 # ---- both runs of the model ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Movement:
-    """Relative change `sqrt(E|x' − x|² / E|x − E x|²)` over a set of rows."""
-
-    rows: int = 0
-    moved: float = 0.0
-    squares: float = 0.0
-    total: Tensor | None = None
-
-    def update(self, before: Tensor, after: Tensor) -> None:
-        """Add rows `(rows, width)`."""
-        if before.numel():
-            old, new = before.double(), after.double()
-            moved, squares = float((new - old).square().sum()), float(old.square().sum())
-            self.merge(Movement(old.shape[0], moved, squares, old.sum(0).cpu()))
-
-    def merge(self, other: Movement) -> None:
-        """Add the rows of another."""
-        self.rows += other.rows
-        self.moved += other.moved
-        self.squares += other.squares
-        if other.total is not None:
-            self.total = other.total if self.total is None else self.total + other.total
-
-    @property
-    def relative(self) -> float | None:
-        """The change, or None without rows."""
-        if self.total is None or not self.rows:
-            return None
-        variance = self.squares / self.rows - float((self.total / self.rows).square().sum())
-        return (self.moved / self.rows / variance) ** 0.5 if variance > 0 else None
-
-
 class _Measurement:
     """Both runs of the model over the held-out batches, one with the adapter and one without.
 
@@ -169,8 +119,9 @@ class _Measurement:
         self._task, self._erase, z_dim = task, erase, task.config.z_dim
         # By (erased, half, visit), and by site within.
         self._halves: dict[tuple[bool, int, int], SiteStatistics] = defaultdict(lambda: SiteStatistics(z_dim))
-        # By (site, visit) and whether it is that of labelled positions or of the others.
-        self._movements: dict[tuple[str, int, bool], Movement] = defaultdict(Movement)
+        # By (site, visit) and whether it is that of labelled positions or of the others: a sum over their rows x, moved
+        # to x', of 1, |x' − x|², |x|² and the entries of x, `(3 + width,)` float64.
+        self._movements: dict[tuple[str, int, bool], Tensor] = {}
         self._random = torch.Generator("cpu").manual_seed(0)
 
     def look_at(self, labels: BatchLabels) -> None:
@@ -215,8 +166,11 @@ class _Measurement:
             statistics.update(site, guarded, dataclasses.replace(rows, counted=of_half))
         if before is not None:
             for labelled, chosen in ((True, selection.counted), (False, selection.real & ~selection.counted)):
-                old, new = (t[chosen].reshape(-1, t.shape[-1]) for t in (before, now))
-                self._movements[site, visit, labelled].update(old, new)
+                old, new = (t[chosen].reshape(-1, t.shape[-1]).double() for t in (before, now))
+                figures = [float(len(old)), float((new - old).square().sum()), float(old.square().sum())]
+                moved = torch.cat([torch.tensor(figures, dtype=torch.float64), old.sum(0).cpu()])
+                key = site, visit, labelled
+                self._movements[key] = self._movements[key] + moved if key in self._movements else moved
 
     def pool(self, processes: Processes) -> None:
         """Add what all processes have measured, in every one of them."""
@@ -224,19 +178,14 @@ class _Measurement:
             return
         for key in sorted({key for keys in processes.gathered([list(self._halves)]) for key in keys}):
             self._halves[key].pool(processes)
-        shares = processes.gathered([dict(self._movements)])
-        self._movements.clear()
+        shares, self._movements = processes.gathered([self._movements]), {}
         for share in shares:
-            for key, movement in share.items():
-                self._movements[key].merge(movement)
+            for key, moved in share.items():
+                self._movements[key] = self._movements[key] + moved if key in self._movements else moved
 
     @on_cpu
     def lines(self, known: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
-        """What was measured at each site on `groups` distinct sequences, the last hidden states at the end.
-
-        Raises:
-            ValueError: If one half of the sequences lacks a class at some site.
-        """
+        """What was measured at each site on `groups` distinct sequences, the last hidden states at the end."""
         visits: dict[str, set[int]] = {site: set() for site in self._task.layers}
         for (_, _, visit), statistics in self._halves.items():
             for site in statistics.moments:
@@ -260,41 +209,40 @@ class _Measurement:
         return lines
 
     def _measured(self, line: SiteReport, visits: list[int], groups: int) -> SiteReport:
-        """The line with the figures of its site, over some of its visits together."""
-        (before, interval_before), (after, interval_after) = (
-            self._leakage(erased, line.site, visits, groups) for erased in (False, True)
-        )
-        moved = {True: Movement(), False: Movement()}
-        for visit, labelled in itertools.product(visits, moved):
-            moved[labelled].merge(self._movements[line.site, visit, labelled])
-        return dataclasses.replace(
-            line,
-            correlation_before=before,
-            correlation_after=after,
-            interval_before=interval_before,
-            interval_after=interval_after,
-            change_labelled=moved[True].relative,
-            change_ignored=moved[False].relative,
-        )
+        """The line with the figures of its site, over some of its visits together.
 
-    def _leakage(
-        self, erased: bool, site: str, visits: list[int], groups: int
-    ) -> tuple[float, tuple[float, float]] | tuple[None, None]:
-        """The magnitude of the leakage and its interval; None where a half lacks a class."""
-        halves = []
-        for half in (0, 1):
-            found = [self._halves[erased, half, visit].moments.get(site) for visit in visits]
-            there = [moments for moments in found if moments is not None]
-            if not there:
-                return None, None
-            together = ConceptMoments(there[0].x_dim, there[0].z_dim)
-            for moments in there:
-                together.merge(moments)
-            if not bool(together.covariance_z.diagonal().max() > 0):
-                return None, None
-            halves.append(together)
-        correlation = cross_validated_correlation(*halves)
-        return max(0.0, correlation), correlation_interval(correlation, groups)
+        It has no leakage where one half of the sequences lacks a class.
+        """
+        figures: dict[str, Any] = {}
+        for erased, name in ((False, "before"), (True, "after")):
+            halves = [self._half(erased, half, line.site, visits) for half in (0, 1)]
+            if all(half.rows and bool(half.covariance_z.diagonal().max() > 0) for half in halves):
+                correlation = cross_validated_correlation(*halves)
+                figures[f"correlation_{name}"] = max(0.0, correlation)
+                figures[f"interval_{name}"] = correlation_interval(correlation, groups)
+        for labelled, name in ((True, "change_labelled"), (False, "change_ignored")):
+            keys = ((line.site, visit, labelled) for visit in visits)
+            figures[name] = _relative([self._movements[key] for key in keys if key in self._movements])
+        return dataclasses.replace(line, **figures)
+
+    def _half(self, erased: bool, half: int, site: str, visits: list[int]) -> ConceptMoments:
+        """The moments of one half of the sequences over some visits of a site."""
+        found = [self._halves[erased, half, visit].moments.get(site) for visit in visits]
+        there = [moments for moments in found if moments is not None]
+        together = ConceptMoments(there[0].x_dim if there else 1, self._task.config.z_dim)
+        for moments in there:
+            together.merge(moments)
+        return together
+
+
+def _relative(moved: Sequence[Tensor]) -> float | None:
+    """The change `sqrt(E|x' − x|² / E|x − E x|²)` over all rows of such sums; None without rows."""
+    if not moved:
+        return None
+    total = torch.stack(list(moved)).sum(0)
+    rows, squared, squares = total[:3].tolist()
+    variance = squares / rows - float((total[3:] / rows).square().sum()) if rows else 0.0
+    return (squared / rows / variance) ** 0.5 if variance > 0 else None
 
 
 # ---- which rows they are ---------------------------------------------------------------------------------------------
@@ -316,8 +264,6 @@ class RowsSeen:
     def add(self, hashes: np.ndarray) -> None:
         """Add rows by their hashes."""
         self._parts.append(hashes)
-        if sum(map(len, self._parts)) > max(_WAITING, len(self._known)):
-            self._known = self.hashes
 
     @property
     def hashes(self) -> np.ndarray:
@@ -328,8 +274,7 @@ class RowsSeen:
 
     def pool(self, processes: Processes) -> None:
         """Make these the rows of all processes, in every one of them."""
-        for hashes in processes.gathered([self.hashes]):
-            self.add(hashes)
+        self._parts = processes.gathered([self.hashes])
 
     def count(self, hashes: np.ndarray) -> int:
         """How many of these rows were seen."""

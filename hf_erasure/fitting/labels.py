@@ -27,19 +27,12 @@ from .processes import Processes
 
 @dataclass(frozen=True)
 class Selection:
-    """The labelled rows of one activation of shape (batch, seq, …, width).
+    """The labelled rows of one activation of shape (batch, seq, …, width)."""
 
-    Attributes:
-        counted: `(batch, seq)` bool, rows that enter the statistics.
-        real: `(batch, seq)` bool, positions that are not padding.
-        z: Class ids `(batch, seq)`, values `(batch, seq, concept_dim)`, or None for a background.
-        weight: `(batch, seq)` float64, or None where every row counts alike.
-    """
-
-    counted: Tensor
-    real: Tensor
-    z: Tensor | None
-    weight: Tensor | None
+    counted: Tensor  # `(batch, seq)` bool, rows that enter the statistics.
+    real: Tensor  # `(batch, seq)` bool, positions that are not padding.
+    z: Tensor | None  # Class ids `(batch, seq)`, values `(batch, seq, concept_dim)`, or None for a background.
+    weight: Tensor | None  # `(batch, seq)` float64, or None where every row counts alike.
 
 
 def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selection]:
@@ -59,25 +52,16 @@ def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selec
 
 @dataclass
 class SiteStatistics:
-    """Moments by site.
+    """Moments by site."""
 
-    Attributes:
-        z_dim: Columns of the concept; 0 for a background.
-        moments: By site, created when the width of the activation is known.
-        dtypes: Of the activations, by site.
-    """
-
-    z_dim: int
+    z_dim: int  # Columns of the concept; 0 for a background.
+    # By site, created when the width of the activation is known.
     moments: dict[str, ConceptMoments] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # Of the activations, by site.
 
     @on_cpu
     def update(self, site: str, activation: Tensor, selection: Selection) -> None:
-        """Add an activation `(batch, seq, …, width)`.
-
-        Raises:
-            ValueError: Names the site, and what was wrong with its rows.
-        """
+        """Add an activation `(batch, seq, …, width)`."""
         counted = selection.counted
         if not bool(counted.any()):
             return
@@ -110,41 +94,24 @@ class SiteStatistics:
 class Source(SiteStatistics):
     """Batches of one kind, and what was seen of them.
 
-    Attributes:
+    Args:
         concept: By whose labels they are read; None for a background, which decides on mean and covariance alone.
         batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
-        key: Tells them from the others of a fit, in its checkpoint.
-        title: What messages call them.
-        examples: Sequences that were read.
-        tokens: Real positions of these.
-        covered: The sites of whose rows the labels of some batch speak.
-        uncovered: Those of whose rows the labels of some batch, which are of tokens, do not.
+        key: Tells them from the others of a fit, in messages and in its checkpoint.
     """
 
     def __init__(
-        self,
-        concept: ConceptErasureConfig | None,
-        batches: Iterable[Any] = (),
-        key: str = "labelled",
-        title: str = "batches",
+        self, concept: ConceptErasureConfig | None, batches: Iterable[Any] = (), key: str = "labelled"
     ) -> None:
         super().__init__(0 if concept is None else concept.z_dim)
-        self.concept, self.batches, self.key, self.title = concept, batches, key, title
-        self.examples = self.tokens = 0
-        self.covered: set[str] = set()
-        self.uncovered: set[str] = set()
+        self.concept, self.batches, self.key = concept, batches, key
+        self.title = "batches" if key == "labelled" else key
+        self.examples = self.tokens = 0  # Sequences that were read, and their real positions.
+        self.covered: set[str] = set()  # The sites of whose rows the labels of some batch speak.
+        self.uncovered: set[str] = set()  # Those of whose rows the labels of some batch, which are of tokens, do not.
 
     def read(self, pool: str, layouts: Layouts) -> Iterator[BatchLabels]:
-        """The batches one after another, each checked, counted and with its labels.
-
-        Args:
-            pool: Which rows a sequence label counts for.
-            layouts: Tells the axes of activations.
-
-        Raises:
-            TypeError: If something is not a batch, or its inputs are not tensors.
-            ValueError: If labels are missing or do not fit.
-        """
+        """The batches one after another, each checked, counted and with its labels."""
         for position, batch in enumerate(self.batches):
             where = f"{self.title}[{position}]"
             if not hasattr(batch, "keys"):
@@ -184,9 +151,6 @@ class Source(SiteStatistics):
 
         Returns:
             The sites that are; all, unless some of them `may_lack`.
-
-        Raises:
-            ValueError: Says which was missing, and the remedy.
         """
         if not self.examples:
             raise ValueError(
@@ -223,17 +187,7 @@ class Source(SiteStatistics):
 
 
 class BatchLabels:
-    """One batch with its labels and masks.
-
-    Attributes:
-        batch: Model inputs and `concept_labels`.
-        source: Where it comes from; says what its labels are.
-        rows: The number of sequences.
-
-    Raises:
-        TypeError: If labels are not numbers.
-        ValueError: If labels are not those of this batch and of such a concept.
-    """
+    """One batch with its labels and masks; its source says what the labels are."""
 
     def __init__(
         self,
@@ -245,7 +199,7 @@ class BatchLabels:
     ) -> None:
         self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
         inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
-        self.rows: int = len(next(inputs, ()))
+        self.rows: int = len(next(inputs, ()))  # The number of sequences.
         self._labels: Tensor | None = None
         self._by_token = self._by_class = False
         self._selections: dict[tuple[Any, ...], Selection] = {}
@@ -259,18 +213,7 @@ class BatchLabels:
         return type(self), (self.batch, Source(self.source.concept), self._pool, self._axes, self._frames)
 
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
-        """Align an activation with the labels.
-
-        Args:
-            activation: Of any layout that was found.
-            where: The visit of its module, or the last hidden state.
-
-        Returns:
-            The activation as `(batch, seq, …, width)`, and its `Selection`.
-
-        Raises:
-            ValueError: If its axes could not be told, or its positions are not those of the labels.
-        """
+        """An activation at a visit, or last hidden state, as `(batch, seq, …, width)`, and its labelled rows."""
         if not activation.numel():
             none = torch.zeros(self.rows, 0, dtype=torch.bool, device=activation.device)
             return activation.new_zeros(self.rows, 0, 1), Selection(none, none, None, None)
@@ -386,11 +329,7 @@ class BatchLabels:
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:
-    """The `concept_labels` of a batch, on the CPU.
-
-    Raises:
-        TypeError: If they are not numbers.
-    """
+    """The `concept_labels` of a batch, on the CPU."""
     given = batch["concept_labels"]
     try:
         return torch.as_tensor(given, device="cpu")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from hf_erasure.models.layout import (
 )
 from hf_erasure.models.model import Runner, evaluating, last_hidden_state, without_drawing
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 # By visit of a site, and by last hidden state.
 Glimpses = dict[str, Glimpse]
@@ -50,38 +51,20 @@ def site_of(key: str) -> str:
 
 @dataclass(frozen=True)
 class _Passes:
-    """What small passes showed of the activations.
+    """What small passes showed of the activations."""
 
-    Attributes:
-        rows: The number of examples in the first.
-        now: The lengths of these.
-        other: The lengths of those in the third.
-        first: Of some rows.
-        twice: Of these, and of the same in the opposite order behind them.
-        changed: Of these, with other lengths.
-        longer: Of these, by the length of the texts, which are longer.
-    """
-
-    rows: int
-    now: Lengths
-    other: Lengths
-    first: Glimpses
-    twice: Glimpses
-    changed: Glimpses
-    longer: dict[int, Glimpses] = field(default_factory=dict)
+    rows: int  # The number of examples in the first.
+    now: Lengths  # The lengths of these.
+    other: Lengths  # The lengths of those in the third.
+    first: Glimpses  # Of some rows.
+    twice: Glimpses  # Of these, and of the same in the opposite order behind them.
+    changed: Glimpses  # Of these, with other lengths.
+    longer: dict[int, Glimpses] = field(default_factory=dict)  # Of these, by the length of the texts, which are longer.
 
     def shapes(self, key: str) -> list[tuple[int, ...]]:
         """Those of an activation in all passes that reached it."""
         passes = (self.first, self.twice, self.changed, *self.longer.values())
         return [one[key].shape for one in passes if key in one]
-
-    def is_unclear(self, key: str, host: nn.Module) -> bool:
-        """Whether several axes of an activation may be that of its features, by their sizes and the module's kind."""
-        shapes = self.shapes(key)
-        if len({len(shape) for shape in shapes}) > 1:
-            return False
-        same = lasting(shapes, key)
-        return len(same) > 1 and axis_of_kind(host, len(shapes[0])) not in same
 
     def axes_of(self, key: str, host: nn.Module, told: set[int]) -> Axes | ValueError:
         """The axes of an activation, or why they cannot be told."""
@@ -139,37 +122,43 @@ class _Passes:
 
 @dataclass
 class Layouts:
-    """The axes of the activations of a model, by the form of its batches.
+    """The axes of the activations of a model, by the form of its batches."""
 
-    Attributes:
-        runner: Calls the model.
-        layers: The sites.
-        name: The adapter.
-    """
-
-    runner: Runner
-    layers: dict[str, ErasureLayer]
-    name: str
+    runner: Runner  # Calls the model.
+    layers: dict[str, ErasureLayer]  # The sites.
+    name: str  # The adapter.
     _known: dict[Any, dict[str, Axes | ValueError]] = field(default_factory=dict, init=False)
 
     def of(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
-        """Visit of a site, or last hidden state, → its axes, or why these cannot be told."""
-        form = _form_of(batch)
+        """Visit of a site, or last hidden state, → its axes, or why these cannot be told.
+
+        They are the same for batches that have all in common but rows and lengths.
+        """
+        lengths, inputs = Lengths.in_batch(batch).of.values(), sorted(_inputs_of(batch).items())
+        form = tuple(
+            (name, value.dtype, tuple(size for size in value.shape[1:] if size not in lengths))
+            for name, value in inputs
+            if isinstance(value, Tensor)
+        )
         if form not in self._known:
-            self._known[form] = self._found(batch)
+            few = _inputs_of(few_rows(batch) or {})
+            with evaluating(self.runner.model), without_drawing(self.runner.model):
+                self._known[form] = self._found(few) if few else {}
         return self._known[form]
 
     def frames_of(self, batch: Mapping[str, Any]) -> Tensor | None:
         """`(batch, frames)` bool, those that are not padding; None where the mask of a batch is not one of samples."""
-        mask, frames = batch.get("attention_mask"), self._frames_for(batch)
+        mask, frames = batch.get("attention_mask"), None if "input_ids" in batch else self._frames
         return frames.mask_of(mask) if frames is not None and isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    def _frames_for(self, batch: Mapping[str, Any]) -> Frames | None:
-        return None if "input_ids" in batch else self._frames
 
     @functools.cached_property
     def _frames(self) -> Frames | None:
         return frames_of(self.runner.model)
+
+    @functools.cached_property
+    def _finals(self) -> dict[str, nn.Module]:
+        """The modules that return a last hidden state, by the name that tells its side."""
+        return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
 
     def along(self, site: str) -> tuple[int, int]:
         """The axes of the features and of the examples of a site, which are the same for batches of any form."""
@@ -183,98 +172,78 @@ class Layouts:
             )
         return found.pop() if found else (-1, 0)
 
-    def _found(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
-        few = _inputs_of(few_rows(batch) or {})
-        if not few:
-            return {}
-        with evaluating(self.runner.model), without_drawing(self.runner.model):
-            try:
-                passes = self._passes(few)
-            except Exception as error:
-                # What is wrong with the batch, fitting says when it comes to it.
-                reason = f"the rows that show what its axes are cannot be run: {type(error).__name__}: {error}"
-                return {
-                    name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}")
-                    for name in (*self.layers, *self._finals)
-                }
-            told = self._told(few, passes)
-            found = {
-                key: passes.axes_of(key, self._hosts[site_of(key)], told.get(site_of(key), set()))
-                for key in passes.first
-            }
-            self._lengthen(few, passes, found)
-            for key in [key for key, axes in found.items() if isinstance(axes, ValueError)] if passes.longer else ():
-                found[key] = passes.axes_of(key, self._hosts[site_of(key)], told.get(site_of(key), set()))
-            found |= self._placed(few, passes, _loose(found))
-            return found | self._uneven(few, passes, _loose(found))
-
-    @functools.cached_property
-    def _finals(self) -> dict[str, nn.Module]:
-        """The modules that return a last hidden state, by the name that tells its side."""
-        return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
-
-    @functools.cached_property
-    def _hosts(self) -> dict[str, nn.Module]:
-        return {name: layer.host for name, layer in self.layers.items()} | self._finals
-
-    def _passes(self, few: dict[str, Any]) -> _Passes:
-        """The three passes that show which axes change with the rows and the lengths."""
+    def _found(self, few: dict[str, Any]) -> dict[str, Axes | ValueError]:
+        """The same, by running the model over some rows, over these twice, and over these with other lengths."""
         rows = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim()))
-        frames = self._frames_for(few)
-        now = Lengths.in_batch(few, None if frames is None else frames.count)
-        first, other = self._glimpses(few), now.changed()
-        twice = self._glimpses(mirrored(few, rows), first, rows)
-        return _Passes(rows, now, other, first, twice, self._shorter(few, now, other))
-
-    def _lengthen(self, few: dict[str, Any], passes: _Passes, found: Mapping[str, Axes | ValueError]) -> None:
-        """Add passes with longer texts where a model may pad texts to multiples of a length."""
+        try:
+            frames = None if "input_ids" in few else self._frames
+            now = Lengths.in_batch(few, None if frames is None else frames.count)
+            first, other = self._glimpses(few), now.changed()
+            twice = self._glimpses(mirrored(few, rows), first, rows)
+            passes = _Passes(rows, now, other, first, twice, self._shorter(few, now, other))
+        except Exception as error:
+            # What is wrong with the batch, fitting says when it comes to it.
+            reason = f"the rows that show what its axes are cannot be run: {type(error).__name__}: {error}"
+            return {
+                name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}")
+                for name in (*self.layers, *self._finals)
+            }
+        modules = {name: layer.host for name, layer in self.layers.items()} | self._finals
+        hosts = {key: modules[site_of(key)] for key in first}
+        # Sites whose own shapes and kinds leave unclear which axis is that of the features.
+        unclear = {}
+        for key, host in hosts.items():
+            shapes = passes.shapes(key)
+            same = lasting(shapes, key) if len({len(shape) for shape in shapes}) == 1 else []
+            if len(same) > 1 and axis_of_kind(host, len(shapes[0])) not in same:
+                unclear[site_of(key)] = host
+        told = self._told(few, passes, unclear) if unclear else {}
+        found = {key: passes.axes_of(key, host, told.get(site_of(key), set())) for key, host in hosts.items()}
+        if all(isinstance(axes, Axes) and axes.side is not None for axes in found.values()):
+            return found
+        # A model may pad texts to multiples of a length, which longer texts show.
         for size in sorted({size for key, axes in found.items() for size in passes.padded(key, axes)}):
             try:
-                longer = of_other_lengths(few, passes.now, passes.now.made(2 * size))
-                passes.longer[2 * size] = self._glimpses(longer)
+                passes.longer[2 * size] = self._glimpses(of_other_lengths(few, now, now.made(2 * size)))
             except Exception as error:
                 logger.debug("Texts of %d tokens cannot be run: %s", 2 * size, error)
-
-    def _told(self, few: dict[str, Any], passes: _Passes) -> dict[str, set[int]]:
-        """What other modules tell of the features of sites that their own shapes and kinds leave unclear."""
-        unclear = {site_of(key) for key in passes.first if passes.is_unclear(key, self._hosts[site_of(key)])}
-        if not unclear:
-            return {}
-
-        def run() -> dict[str, Tensor]:
-            return self._activations(few, unclear)
-
-        told = takers_of(run, self.runner.model.modules())
-        for name in unclear & self.layers.keys():
-            told[name] = told.get(name) or self._told_beside(name, len(passes.first[name].shape))
-        # What a module takes, those inside have not given; and FSDP's modules are not called backwards here.
-        taken = {name for name, layer in self.layers.items() if layer.concept_erasure_site[self.name] == "input"}
-        left = {} if self.runner.is_sharded else {name: self._hosts[name] for name in unclear - taken}
-        left = {name: host for name, host in left.items() if not told.get(name)}
-        try:
-            return told | (told_inside(run, left) if left else {})
-        except Exception as error:
-            logger.debug("What the features depend on cannot be told: %s", error)
-            return told
-
-    def _told_beside(self, name: str, dims: int) -> set[int]:
-        """The axes along which adapters that were fitted before erase what this one does, and mix the features."""
-        layer = self.layers[name]
-        fitted = (other for other in layer.concept_erasure_left if layer.eraser_state(other)[0].numel())
-        sides = layer.concept_erasure_site
-        return {layer.concept_erasure_axis[other] % dims for other in fitted if sides[other] == sides[self.name]}
+        for key in [key for key, axes in found.items() if isinstance(axes, ValueError)] if passes.longer else ():
+            found[key] = passes.axes_of(key, hosts[key], told.get(site_of(key), set()))
+        found |= self._placed(few, passes, _loose(found))
+        return found | self._uneven(few, passes, _loose(found))
 
     def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Glimpses:
         """The activations of rows with other lengths: cut where the model can do without."""
-        if not now.of:
-            return self._glimpses(few)
         *places, last = PLACES
-        for place in places:
+        for place in places if now.of else ():
             try:
                 return self._glimpses(of_other_lengths(few, now, other, place))
             except Exception as error:
                 logger.debug("Rows that are cut at their %s cannot be run: %s", place, error)
         return self._glimpses(of_other_lengths(few, now, other, last))
+
+    def _told(self, few: dict[str, Any], passes: _Passes, unclear: Mapping[str, nn.Module]) -> dict[str, set[int]]:
+        """What other modules tell of the features of sites."""
+
+        def run() -> dict[str, Tensor]:
+            return self._activations(few, unclear)
+
+        told = takers_of(run, self.runner.model.modules())
+        for name in unclear.keys() & self.layers.keys():
+            # The axes along which adapters that were fitted before erase what this one does, and mix the features.
+            layer, dims = self.layers[name], len(passes.first[name].shape)
+            sides, axes = layer.concept_erasure_site, layer.concept_erasure_axis
+            fitted = (other for other in layer.concept_erasure_left if layer.eraser_state(other)[0].numel())
+            beside = {axes[other] % dims for other in fitted if sides[other] == sides[self.name]}
+            told[name] = told.get(name) or beside
+        # What a module takes, those inside have not given; and FSDP's modules are not called backwards here.
+        taken = {name for name, layer in self.layers.items() if layer.concept_erasure_site[self.name] == "input"}
+        left = {name: host for name, host in unclear.items() if name not in taken and not told.get(name)}
+        try:
+            return told | (told_inside(run, left) if left and not self.runner.is_sharded else {})
+        except Exception as error:
+            logger.debug("What the features depend on cannot be told: %s", error)
+            return told
 
     def _placed(self, few: dict[str, Any], passes: _Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
         """The axes of activations of which some of the rows are those of tokens."""
@@ -316,38 +285,27 @@ class Layouts:
 
     def _activations(self, batch: Mapping[str, Any], keys: Container[str]) -> dict[str, Tensor]:
         """The activations in one pass, by visit."""
-        found: dict[str, Tensor] = {}
-
-        def keep(key: str, hidden: Tensor) -> Tensor:
-            if key in keys:
-                found[key] = hidden
-            return hidden
-
-        self._run(batch, keep)
-        return found
+        return self._seen(batch, lambda key, hidden: hidden if key in keys else None)
 
     def _glimpses(self, batch: Mapping[str, Any], single: Glimpses | None = None, rows: int = 0) -> Glimpses:
         """What is kept of every activation in one pass; of mirrored rows, where those of the rows alone are given."""
-        found: Glimpses = {}
+        return self._seen(batch, lambda key, hidden: Glimpse.of(hidden.detach(), (single or {}).get(key), rows))
 
-        def keep(key: str, hidden: Tensor) -> Tensor:
-            if hidden.numel():  # without rows nothing can be told, and nothing is labelled
-                found[key] = Glimpse.of(hidden.detach(), (single or {}).get(key), rows)
+    def _seen(self, batch: Mapping[str, Any], kept_of: Callable[[str, Tensor], T | None]) -> dict[str, T]:
+        """What is kept of every visit of a site and of every last hidden state, in one pass."""
+        found, visits = dict[str, T](), Counter[str]()
+
+        def see(name: str, hidden: Tensor) -> Tensor:
+            visits[name] += 1
+            key = visit_of(name, visits[name])
+            # Without rows nothing can be told, and nothing is labelled.
+            if hidden.numel() and (kept := kept_of(key, hidden)) is not None:
+                found[key] = kept
             return hidden
 
-        self._run(batch, keep)
-        return found
-
-    def _run(self, batch: Mapping[str, Any], see: Callable[[str, Tensor], Tensor]) -> None:
-        """Run over a batch; every visit of a site, and every last hidden state, is seen."""
-        visits: Counter[str] = Counter()
-
-        def count(name: str, hidden: Tensor) -> Tensor:
-            visits[name] += 1
-            return see(visit_of(name, visits[name]), hidden)
-
-        with observed(self.layers, self.name, count, self._finals, needs_finals=False):
+        with observed(self.layers, self.name, see, self._finals, needs_finals=False):
             self.runner(dict(batch))
+        return found
 
 
 def _loose(found: Mapping[str, Axes | ValueError]) -> dict[str, Axes]:
@@ -387,16 +345,6 @@ def is_of_numbers(value: Any) -> bool:
 
 def _inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name != "concept_labels"}
-
-
-def _form_of(batch: Mapping[str, Any]) -> Any:
-    """What two batches have in common whose activations have the same axes: all but rows and lengths."""
-    lengths = Lengths.in_batch(batch).of.values()
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "concept_labels"}
-    return tuple(
-        (name, value.dtype, tuple(size for size in value.shape[1:] if size not in lengths))
-        for name, value in sorted(tensors.items())
-    )
 
 
 @contextmanager

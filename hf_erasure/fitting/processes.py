@@ -20,15 +20,10 @@ class AnotherProcessFailed(RuntimeError):
 
 
 class Processes:
-    """The processes that a launcher started, or the only one there is.
-
-    Raises:
-        RuntimeError: If the launcher started several and accelerate runs each as if it were alone.
-    """
+    """The processes that a launcher started, or the only one there is."""
 
     def __init__(self) -> None:
-        # Without an accelerator, accelerate connects processes only when it is told that they run on the CPU; else
-        # every one of them takes itself for the only one.
+        # Without an accelerator, accelerate connects processes only when it is told that they run on the CPU.
         self._state = PartialState(cpu=True) if share_the_cpu() else PartialState()
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if self._state.num_processes != launched and launched > 1:

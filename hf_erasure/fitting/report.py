@@ -205,21 +205,20 @@ class ErasureReport:
             f"{self.method} erasure of {self.concept!r} as adapter {self.adapter_name!r}: {self.examples} examples, "
             f"{self.tokens} tokens, pool={self.pool!r}" + (f" ({self.reader})" if self.reader else "")
         )
-        return "\n".join([title, "", *lines, "", *filter(None, [self.shortfall, self._note()])])
-
-    def _note(self) -> str:
-        if not self.eval_examples:
-            return (
-                f"All figures are on {self.measured_on}. Leakage was not measured: pass eval_batches.\n"
-                "moved: sqrt(E|r(x) - x|^2 / Var x)."
-            )
-        visits = "visit: a call of the module in one forward pass; its eraser is fitted on all together.\n"
-        return (visits if self._has_visits else "") + (
-            f"before, after: correlation of {IN_WORDS[self.pool]} with the concept on {self.measured_on},\n"
-            "direction of one half judged on the other, [95 % by Fisher's z over sequences].\n"
-            "moved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of unlabelled ones.\n"
-            f"{self.reach}"
+        note = (
+            f"All figures are on {self.measured_on}. Leakage was not measured: pass eval_batches.\n"
+            "moved: sqrt(E|r(x) - x|^2 / Var x)."
         )
+        if self.eval_examples:
+            visits = "visit: a call of the module in one forward pass; its eraser is fitted on all together.\n"
+            note = visits if self._has_visits else ""
+            note += (
+                f"before, after: correlation of {IN_WORDS[self.pool]} with the concept on {self.measured_on},\n"
+                "direction of one half judged on the other, [95 % by Fisher's z over sequences].\n"
+                "moved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of unlabelled ones.\n"
+                f"{self.reach}"
+            )
+        return "\n".join([title, "", *lines, "", *filter(None, [self.shortfall, note])])
 
     def plot(self, path: str | None = None) -> Figure:
         """Leakage by depth, before and after, and how far activations moved.
@@ -255,17 +254,15 @@ class ErasureReport:
         leakage.legend()
         moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
         moved.set_ylabel("relative change")
-        moved.set_xticks(positions, _short([line.name for line in measured]), rotation=90, fontsize=7)
+        # Names without the parts that all modules begin with.
+        names = [line.name for line in measured]
+        around = [name.split(".")[:-1] for name in names if "last_hidden_state" not in name]
+        common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*around, strict=False)))
+        short = [name if "last_hidden_state" in name else ".".join(name.split(".")[common:]) for name in names]
+        moved.set_xticks(positions, short, rotation=90, fontsize=7)
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
-
-
-def _short(sites: list[str]) -> list[str]:
-    """Names without the parts that all modules begin with, for an axis."""
-    around = [site.split(".")[:-1] for site in sites if "last_hidden_state" not in site]
-    common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*around, strict=False)))
-    return [site if "last_hidden_state" in site else ".".join(site.split(".")[common:]) for site in sites]
 
 
 def _cells(line: SiteReport) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 All batches stop at a site, its eraser is fitted on them, and they go on with erased activations; every module runs
 once a batch. Of a module that is called several times in one forward pass the eraser acts at every visit, and has to be
-known at the first. So it takes later visits to be as in the pass before, and passes follow until they are: `settling`.
+known at the first. So it takes later visits to be as in the pass before, and passes follow until they are.
 """
 
 from __future__ import annotations
@@ -10,22 +10,33 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_erasure.models.model import evaluating
+from hf_erasure.erasers import ConceptMoments, Eraser
+from hf_erasure.models.model import evaluating, on_cpu
 
 from .batch_threads import BatchThread, OutOfStep, batch_threads
 from .checkpoint import FitCheckpoint, digest_of, together
 from .labels import BatchLabels, SiteStatistics, Source
 from .layouts import observed, site_of, visit_of
 from .report import SETTLED
-from .settling import MOST_PASSES, PATIENCE, Columns
-from .sites import FitTask, SiteFit, residual_of, solve
+from .sites import FitTask, SiteFit, solve
 
 logger = logging.getLogger(__name__)
+
+# Passes over the data of one fit. With four visits an ALBERT of width 128 takes 22; a wider model takes fewer.
+MOST_PASSES = 60
+# Not even half of what was left this many passes ago. Of models that settle, ALBERT of width 32 takes 6 to halve it.
+PATIENCE = 8
+# So many passes are combined. Those before were of erasers that are too different to tell of this one.
+_MEMORY = 20
+# Singular values of the changes, as a share of the largest, that are not divided by.
+_CUTOFF = 1e-8
 
 
 @dataclass
@@ -33,20 +44,14 @@ class Scrubber:
     """Fits the sites of one adapter in the order in which the model reaches them.
 
     All batches of the sources are held.
-
-    Attributes:
-        task: What is fitted.
-        sources: What it is fitted on.
-        resident_batches: How many batches keep their activations in memory; all when None.
-        checkpoint: Where finished sites are kept, if anywhere; those that are there are not fitted again.
-        fits: Site → its fit, so far.
     """
 
-    task: FitTask
-    sources: list[Source]
-    resident_batches: int | None = None
+    task: FitTask  # What is fitted.
+    sources: list[Source]  # What it is fitted on.
+    resident_batches: int | None = None  # How many batches keep their activations in memory; all when None.
+    # Where finished sites are kept, if anywhere; those that are there are not fitted again.
     checkpoint: FitCheckpoint | None = None
-    fits: dict[str, SiteFit] = field(default_factory=dict, init=False)
+    fits: dict[str, SiteFit] = field(default_factory=dict, init=False)  # Site → its fit, so far.
     _batches: list[BatchLabels] = field(default_factory=list, init=False)
     _running: BatchThread = field(init=False)
     # Sites that the checkpoint had, and what identifies the batches that they were fitted on.
@@ -67,7 +72,8 @@ class Scrubber:
         for source in self.sources:
             source.pool_counts(processes)
             source.check_reached(())
-        self._left_out = self.sources[0].uncovered - self.sources[0].covered if task.may_lack else set()
+        if task.config.has_default_targets:
+            self._left_out = self.sources[0].uncovered - self.sources[0].covered
         self._one_by_one = task.runner.is_sharded
         if checkpoint is not None:
             self._data = together(processes.gathered([digest_of(self._batches)]))
@@ -75,12 +81,12 @@ class Scrubber:
                 finished = checkpoint.load_sites(self._data) if processes.is_main else {}
                 self._one_by_one = self._one_by_one or checkpoint.one_site_a_pass
             kept, self._one_by_one = processes.from_one((finished, self._one_by_one))
-            self.fits = task.along(kept)
+            self.fits = {site: fit.along(task.layouts) for site, fit in kept.items()}
             self._kept = set(self.fits)
         shown = tqdm(desc=f"scrubbing {task.name}", unit=" sites", disable=not task.progress)
         with evaluating(task.runner.model), shown:
             self._settle(shown)
-        self.sources[0].check_reached(task.layers, self.fits, may_lack=task.may_lack)
+        self.sources[0].check_reached(task.layers, self.fits, may_lack=task.config.has_default_targets)
         return self.fits
 
     # ---- passes over the data ----------------------------------------------------------------------------------------
@@ -118,104 +124,78 @@ class Scrubber:
         self.fits = best
 
     def _pass(self, shown: tqdm) -> None:
-        """Fit every site on its first visit, and on later visits as they are taken to be; see what these are."""
-        shown.reset(len(self.task.layers))
+        """Fit every site on its first visit, and on later visits as they are taken to be; see what these are.
+
+        Where that fails for what a checkpoint had, it is done without; or else with one site a pass.
+        """
         while True:
+            shown.reset(len(self.task.layers))
             self._later = {source.key: SiteStatistics(source.z_dim) for source in self.sources}
             try:
                 self._one_site_a_pass(shown) if self._one_by_one else self._side_by_side(shown)
                 break
             except OutOfStep as reason:
-                self._start_over(reason)
-                shown.reset()
+                if not self._kept:
+                    more = "%s So the sites are fitted one a pass: %d passes over the data instead of one."
+                    logger.warning(more, reason, len(self.task.layers))
+                    self._one_by_one = True
+                    if self.checkpoint is not None and self.task.processes.is_main:
+                        self.checkpoint.begin_one_site_a_pass()
+            self.fits.clear()
+            self._kept.clear()
+            for source in self.sources:
+                source.moments.clear()
         for later in self._later.values():
             later.pool(self.task.processes)
-
-    def _start_over(self, reason: OutOfStep) -> None:
-        """Fit without what a checkpoint had, or, if that is not to blame, one site a pass."""
-        if not self._kept:
-            logger.warning(
-                "%s So the sites are fitted one a pass: %d passes over the data instead of one.",
-                reason,
-                len(self.task.layers),
-            )
-            self._one_by_one = True
-            if self.checkpoint is not None and self.task.processes.is_main:
-                self.checkpoint.begin_one_site_a_pass()
-        self.fits.clear()
-        self._kept.clear()
-        for source in self.sources:
-            source.moments.clear()
 
     def _note_what_is_left(self) -> float:
         """Write into the lines of the report what is left at later visits; returns the most."""
         left: dict[str, list[float]] = {}
-        concepts = sum(source.concept is not None for source in self.sources)
-        for source in self.sources:
-            for key, moments in self._later[source.key].moments.items() if source.concept else ():
-                left.setdefault(site_of(key), []).append(residual_of(self.fits[site_of(key)].eraser, moments))
+        labelled = [source for source in self.sources if source.concept]
+        for source in labelled:
+            for key, moments in self._later[source.key].moments.items():
+                share = left_of(self.fits[site_of(key)].eraser, moments).norm() / scale_of(moments)
+                left.setdefault(site_of(key), []).append(float(share))
         for site, each in left.items():
-            line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // concepts)
+            line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // len(labelled))
             self.fits[site] = replace(self.fits[site], line=line)
         return max((max(each) for each in left.values()), default=0.0)
 
     # ---- side by side ------------------------------------------------------------------------------------------------
 
-    def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
-        """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
-        thread = self._running
-        if site in self._left_out:
-            return hidden
-        visit = 1 + sum(site_of(key) == site for key in thread.visited)
-        if visit > 1 and site in self._kept:
-            raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
-        if visit > 1:
-            thread.stop(visit_of(site, visit), hidden)
-        elif site in self._kept:
-            thread.visited.append(site)
-        elif site in self.fits:
-            raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
-        else:
-            thread.stop(site, hidden)
-        return self.fits[site].erase(hidden) if site in self.fits else hidden
-
     def _side_by_side(self, shown: tqdm) -> None:
-        """Bring the batches of all processes to the next site, fit it, let them go on, until none is left.
-
-        Raises:
-            OutOfStep: If a batch of any process calls a site in a way that this does not allow for.
-        """
-        forwards = [functools.partial(self.task.runner, labels.batch) for labels in self._batches]
+        """Bring the batches of all processes to the next site, fit it, let them go on, until none is left."""
+        task, order = self.task, list(self.task.layers)
+        forwards = [functools.partial(task.runner, labels.batch) for labels in self._batches]
         with (
-            observed(self.task.layers, self.task.name, self._stop_at),
+            observed(task.layers, task.name, self._stop_at),
             batch_threads(forwards, self.resident_batches) as threads,
         ):
             waiting = threads
-            while (site := self._next_stop(threads, waiting)) is not None:
+            while True:
+                refusal = None
+                with task.processes.agreeing("running over its batches"):
+                    try:
+                        # To and fro, so that those whose tensors are in memory go first. The direction depends on the
+                        # site alone: sums are the same to the bit however many batches are resident, and wherever a
+                        # killed fit continues.
+                        for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
+                            self._advance(thread)
+                    except OutOfStep as reason:
+                        refusal = str(reason)
+                # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+                first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
+                reached = task.processes.gathered([(first, refusal)])
+                for _, refused in reached:
+                    if refused is not None:
+                        raise OutOfStep(refused)
+                stops = [index for index, _ in reached if index is not None]
+                if not stops:
+                    return
+                site = order[min(stops)]
                 waiting = [thread for thread in threads if thread.site == site]
                 self._solve(site)
                 shown.update()
-
-    def _next_stop(self, threads: list[BatchThread], waiting: list[BatchThread]) -> str | None:
-        """Let the batches that wait run to their next sites; returns the one to fit next, in all processes the same."""
-        processes, order, refusal = self.task.processes, list(self.task.layers), None
-        with processes.agreeing("running over its batches"):
-            try:
-                # To and fro, so that those whose tensors are in memory go first. The direction depends on the site
-                # alone: sums are the same to the bit however many batches are resident, and wherever a killed fit
-                # continues.
-                for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
-                    self._advance(thread)
-            except OutOfStep as reason:
-                refusal = str(reason)
-        # Where a batch skips a module, others wait further up: the first in the model's order comes first.
-        first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
-        reached = processes.gathered([(first, refusal)])
-        for _, refused in reached:
-            if refused is not None:
-                raise OutOfStep(refused)
-        stops = [index for index, _ in reached if index is not None]
-        return order[min(stops)] if stops else None
 
     def _advance(self, thread: BatchThread) -> None:
         """Let a batch run to the next site that it has not visited, and add what it shows there and on its way."""
@@ -229,10 +209,25 @@ class Scrubber:
             if thread.site in self.task.layers:
                 return
 
+    def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
+        """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
+        thread = self._running
+        if site in self._left_out:
+            return hidden
+        visit = 1 + sum(site_of(key) == site for key in thread.visited)
+        if visit > 1 and site in self._kept:
+            raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
+        if visit == 1 and site in self._kept:
+            thread.visited.append(site)
+        elif visit == 1 and site in self.fits:
+            raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
+        else:
+            thread.stop(visit_of(site, visit), hidden)
+        return self.fits[site].erase(hidden) if site in self.fits else hidden
+
     def _add(self, labels: BatchLabels, key: str, hidden: Tensor) -> None:
         """Add the activation at one visit of a site."""
-        site = site_of(key)
-        statistics = labels.source if key == site else self._later[labels.source.key]
+        statistics = labels.source if key == site_of(key) else self._later[labels.source.key]
         statistics.update(key, *labels.select(hidden, key))
 
     # ---- one site a pass ---------------------------------------------------------------------------------------------
@@ -288,7 +283,7 @@ class Scrubber:
         seen = []
         for source in self.sources:
             source.pool(self.task.processes, [site])
-            if source.concept and self.task.may_lack and site not in source.moments:
+            if source.concept and self.task.config.has_default_targets and site not in source.moments:
                 self._left_out.add(site)
                 for other in self.sources:
                     other.moments.pop(site, None)
@@ -300,3 +295,85 @@ class Scrubber:
         self.fits |= solve(self.task, [site], seen)
         if self.checkpoint is not None and self.task.processes.is_main and not self._taken:
             self.checkpoint.save_site(site, self.fits[site], self._data)
+
+
+# ---- later visits ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Columns:
+    """The columns, covariances with the concept, at later visits of modules, pass by pass.
+
+    An eraser acts at every visit of its module, and so it changes the columns at later visits; it should remove just
+    those that arrive with it in place. Columns of one pass may be put in place in the next, but that rarely settles: in
+    small models it leaves as much after forty passes as after four. Anderson acceleration (Walker and Ni, "Anderson
+    Acceleration for Fixed-Point Iterations", 2011, doi 10.1137/10078356X) takes the combination of the passes so far
+    whose changes cancel best. Where hardly anything arrives once the columns are removed, what arrives says nothing of
+    them; then what the erasers leave is added to the columns instead.
+    """
+
+    # What the erasers of a pass removed of later visits, flat, each in units of `|x| |z|`; the last is that of
+    # the pass to come.
+    given: list[Tensor] = field(default_factory=list)
+    # What they would better have removed: what arrived there in that pass, or, where that is added, what they
+    # removed and what they left.
+    wanted: list[Tensor] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # Which visits they are of.
+    adds: bool = False  # Whether what is left is added.
+    # The first columns, and what is wanted where what they left is added.
+    _first: list[Tensor] = field(default_factory=list)
+
+    @on_cpu
+    def next(
+        self, seen: Mapping[str, SiteStatistics], fits: Mapping[str, SiteFit], *, stuck: bool = False
+    ) -> dict[str, SiteStatistics]:
+        """What the erasers of the next pass take later visits to be, by what was seen in the last, and its erasers.
+
+        `stuck` begins again with the columns of the first pass, and adds what is left from there.
+        """
+        parts = [(of, key, m) for of, statistics in seen.items() for key, m in sorted(statistics.moments.items())]
+        labelled = [part for part in parts if seen[part[0]].z_dim]
+        keys = [f"{of}: {key}" for of, key, _ in labelled]
+        found = torch.cat([(m.cross_covariance.cpu() / scale_of(m)).flatten() for *_, m in labelled])
+        left = [(left_of(fits[site_of(key)].eraser, m).cpu() / scale_of(m)).flatten() for _, key, m in labelled]
+        if keys != self.keys:
+            self.keys, self.given, self.wanted, self._first, mixed = keys, [], [], [], found
+        else:
+            added = self.given[-1] + torch.cat(left)
+            self._first = self._first or [self.given[-1], added]
+            self.wanted.append(added if self.adds else found)
+            if stuck:
+                self.given, self.wanted, self.adds = self._first[:1], self._first[1:], True
+            self.given, self.wanted = self.given[-_MEMORY:], self.wanted[-_MEMORY:]
+            mixed = _mixed(self.given, self.wanted)
+        self.given.append(mixed)
+        columns = dict(zip(keys, mixed.split([part.numel() for part in left]), strict=True))
+        taken = {of: SiteStatistics(statistics.z_dim) for of, statistics in seen.items()}
+        for of, key, m in parts:
+            if seen[of].z_dim:
+                cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * scale_of(m)
+                m = m.with_concept(m.mean_z, cross.to(m.mean_z), m.covariance_z)
+            taken[of].moments[key] = m
+        return taken
+
+
+def left_of(eraser: Eraser, moments: ConceptMoments) -> Tensor:
+    """`(x_dim, z_dim)` cross-covariance with the concept that an eraser leaves of moments."""
+    cross = moments.cross_covariance
+    return cross - eraser.left.to(cross) @ (eraser.right.to(cross) @ cross)
+
+
+def scale_of(moments: ConceptMoments) -> float:
+    """`|x| |z|`, or 1 where nothing varies."""
+    return float((moments.variance_x.sum() * moments.covariance_z.trace()).sqrt()) or 1.0
+
+
+def _mixed(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """The next columns, by Anderson acceleration in its second form, without damping."""
+    change = [after - before for before, after in zip(given, wanted, strict=True)]
+    if len(change) == 1:
+        return wanted[-1]
+    differences = torch.stack([after - before for before, after in itertools.pairwise(change)], 1)
+    steps = torch.stack([after - before for before, after in itertools.pairwise(wanted)], 1)
+    weights = torch.linalg.lstsq(differences, change[-1][:, None], rcond=_CUTOFF, driver="gelsd").solution
+    return wanted[-1] - (steps @ weights)[:, 0]

@@ -21,8 +21,7 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, site_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
-from hf_erasure.erasers.eraser import whiten_concept
-from hf_erasure.erasers.mean import MeanIsErased
+from hf_erasure.erasers.eraser import MeanIsErased, whiten_concept
 from hf_erasure.models import POOLS, check_pool, reading_of
 from hf_erasure.models.model import Runner, on_cpu
 from hf_erasure.models.pooling import IN_WORDS
@@ -40,45 +39,19 @@ _ROUNDING = 1e-12
 
 @dataclass
 class FitTask:
-    """One adapter that is fitted or measured.
+    """One adapter that is fitted or measured."""
 
-    Attributes:
-        owner: The model that has the adapter.
-        runner: Calls the model.
-        layers: The sites, by the name of their module, in the model's order.
-        name: The adapter.
-        config: Its configuration.
-        layouts: Tells what the axes of activations are.
-        pool: Which rows a sequence label counts for, one of `POOLS`.
-        reader: What the model's head reads, in words.
-        processes: Those that share the data.
-        progress: Whether this process shows progress bars.
-        linear: The sites whose erasers have no affine part; `solved` says which.
-    """
-
-    owner: nn.Module
-    runner: Runner
-    layers: dict[str, ErasureLayer]
-    name: str
-    config: ConceptErasureConfig
-    layouts: Layouts
-    pool: str
-    reader: str
-    processes: Processes
-    progress: bool = False
-    linear: Collection[str] = ()
-
-    @property
-    def may_lack(self) -> bool:
-        """Whether sites that the data do not reach, or do not label, are left out: those that nobody has named."""
-        return self.config.has_default_targets
-
-    def along(self, fits: dict[str, SiteFit]) -> dict[str, SiteFit]:
-        """Fits of sites, each along the axes of its features and its examples."""
-        found = {site: self.layouts.along(site) for site in fits}
-        return {
-            site: dataclasses.replace(fit, axis=found[site][0], examples=found[site][1]) for site, fit in fits.items()
-        }
+    owner: nn.Module  # The model that has the adapter.
+    runner: Runner  # Calls the model.
+    layers: dict[str, ErasureLayer]  # The sites, by the name of their module, in the model's order.
+    name: str  # The adapter.
+    config: ConceptErasureConfig  # Its configuration.
+    layouts: Layouts  # Tells what the axes of activations are.
+    pool: str  # Which rows a sequence label counts for, one of `POOLS`.
+    reader: str  # What the model's head reads, in words.
+    processes: Processes  # Those that share the data.
+    progress: bool = False  # Whether this process shows progress bars.
+    linear: Collection[str] = ()  # The sites whose erasers have no affine part; `solved` says which.
 
     def in_step(self, batches: Iterable[BatchLabels]) -> Iterator[tuple[BatchLabels, bool]]:
         """The batches to run the model on, and which of them count.
@@ -95,11 +68,10 @@ class FitTask:
         observer: Callable[[BatchLabels | None, str, int, Tensor], Tensor],
         then: Callable[[BatchLabels], None] = lambda labels: None,
     ) -> None:
-        """Run the model over this process's batches.
+        """Run the model over this process's batches; `then` is called with each that counts after its pass.
 
         The observer sees the batch, the site, how often this was visited, and its activation in the place of the
-        adapter's eraser, and returns what goes on; the batch is None where it does not count. `then` is called with
-        each that counts after its pass.
+        adapter's eraser, and returns what goes on; the batch is None where it does not count.
         """
         running: list[BatchLabels | None] = [None]
         visits: Counter[str] = Counter()
@@ -131,9 +103,6 @@ def task_for(
 
     The labels are those of `concept`, by default of the adapter. `as_fitted` takes the pool that the adapter was fitted
     for, if there is one and none is asked for.
-
-    Raises:
-        ValueError: If the pool is not known, there is no such adapter, or it is merged.
     """
     check_pool(pool)
     found, layers = adapter_to_fit(model, name)
@@ -158,11 +127,7 @@ def task_for(
 
 
 def adapter_to_fit(model: nn.Module, name: str) -> tuple[Found[ConceptErasureConfig], dict[str, ErasureLayer]]:
-    """An adapter that can be fitted, and its sites.
-
-    Raises:
-        ValueError: If there is no such adapter, or its eraser is part of the weights at present.
-    """
+    """An adapter that can be fitted, and its sites."""
     found = adapter_of(model, name, ConceptErasureConfig)
     layers = site_layers(found.owner, name)
     if any(layer.merged for layer in layers.values()):
@@ -221,36 +186,29 @@ def pool_for(
 
 @dataclass(frozen=True)
 class SiteFit:
-    """The eraser of one site, and what its moments told.
+    """The eraser of one site, and what its moments told."""
 
-    Attributes:
-        eraser: float64.
-        dtype: What the eraser is kept and applied in: float32, or float64 on float64 activations.
-        shares: `(z_dim,)` mean of the concept; the shares of the classes.
-        readings: `(rows, rank)`, what it reads in the mean of each class; None of several concepts.
-        axis: That of the features.
-        examples: That of the examples.
-        line: Its line of the report, without what held-out batches tell.
-    """
+    eraser: Eraser  # float64.
+    dtype: torch.dtype  # What the eraser is kept and applied in: float32, or float64 on float64 activations.
+    shares: Tensor  # `(z_dim,)` mean of the concept; the shares of the classes.
+    line: SiteReport  # Its line of the report, without what held-out batches tell.
+    axis: int = -1  # That of the features.
+    examples: int = 0  # That of the examples.
+    readings: Tensor | None = None  # `(rows, rank)`, what it reads in the mean of each class; None of several concepts.
 
-    eraser: Eraser
-    dtype: torch.dtype
-    shares: Tensor
-    line: SiteReport
-    axis: int = -1
-    examples: int = 0
-    readings: Tensor | None = None
+    def on_cpu(self) -> SiteFit:
+        """The same in main memory."""
+        readings = None if self.readings is None else self.readings.cpu()
+        return dataclasses.replace(self, eraser=self.eraser.to("cpu"), shares=self.shares.cpu(), readings=readings)
+
+    def along(self, layouts: Layouts) -> SiteFit:
+        """The same along the axes that the features and the examples have at its site."""
+        axis, examples = layouts.along(self.line.site)
+        return dataclasses.replace(self, axis=axis, examples=examples)
 
     def erase(self, hidden: Tensor) -> Tensor:
         """What an adapter with this eraser makes of an activation, to the bit."""
         return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype), self.axis)
-
-
-def visits_of(site: str, seen: Sequence[SiteStatistics]) -> list[str]:
-    """The keys of the moments of a site, one for each visit of its module in a forward pass."""
-    every = {key for statistics in seen for key in statistics.moments}
-    keys = itertools.takewhile(every.__contains__, (visit_of(site, number) for number in itertools.count(1)))
-    return list(keys)
 
 
 def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -> dict[str, SiteFit]:
@@ -258,28 +216,14 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
 
     The statistics are those of each concept that is erased, and perhaps of a background (`z_dim` is 0), of rows that
     say what should not be disturbed.
-
-    Raises:
-        ValueError: Names the site, and what the moments lack, if that was in this process.
-        RuntimeError: If one failed in another.
     """
     processes = task.processes
-    if processes.count == 1:
-        return task.along({site: solve_site(site, seen, task.config, site in task.linear) for site in sites})
     with processes.agreeing("solving for its sites"):
         mine = {site: solve_site(site, seen, task.config, site in task.linear) for site in processes.mine(sites)}
-        # Processes hand over what lies in main memory.
-        mine = {
-            site: dataclasses.replace(
-                fit,
-                eraser=fit.eraser.to("cpu"),
-                shares=fit.shares.cpu(),
-                readings=None if fit.readings is None else fit.readings.cpu(),
-            )
-            for site, fit in mine.items()
-        }
-    solved = {site: fit for own in processes.gathered([mine]) for site, fit in own.items()}
-    return task.along({site: solved[site] for site in sites})
+    # Processes hand over what lies in main memory.
+    own = mine if processes.count == 1 else {site: fit.on_cpu() for site, fit in mine.items()}
+    solved = {site: fit for fits in processes.gathered([own]) for site, fit in fits.items()}
+    return {site: solved[site].along(task.layouts) for site in sites}
 
 
 @on_cpu
@@ -289,7 +233,9 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     Of a module that is called several times the columns of all visits are erased, each taken about the means of its
     visit. A linear map that nobody has asked for gives way to the affine one where there is none that keeps the mean.
     """
-    visits = visits_of(site, seen)
+    every = {key for statistics in seen for key in statistics.moments}
+    keys = (visit_of(site, number) for number in itertools.count(1))
+    visits = list(itertools.takewhile(every.__contains__, keys))
     labelled = [s.moments[key] for s in seen if s.z_dim for key in visits if key in s.moments]
     of_background = [s.moments[key] for s in seen if not s.z_dim for key in visits if key in s.moments]
     background = of_background[0] if of_background else None
@@ -334,35 +280,29 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
 
 
 def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptErasureConfig) -> Tensor:
-    """What an eraser reads, about its bias, in the mean of each class; of a concept of values, where those are.
+    """`(rows, rank)` float64: what an eraser reads, about its bias, in the mean of each class.
 
-    That is the origin and each column, as regression tells. Of several visits it is the mean of all.
-
-    Returns:
-        `(rows, rank)` float64, a row for each class.
+    Of a concept of values it is read where those are, at the origin and at each column, as regression tells; of several
+    visits it is the mean of all.
     """
     total = sum(part.weight for part in visits)
     places = []
     for part in visits:
-        shares, cross = part.mean_z, part.cross_covariance
+        spread = part.spread()
+        shares, cross = spread.shares, spread.cross
         if config.labels is not None:
             offsets = torch.where(shares > 0, cross / shares, 0.0).T
         else:
-            regression = cross @ (whitener := whiten_concept(part.covariance_z)) @ whitener.T
-            origin = torch.zeros(1, part.z_dim, dtype=shares.dtype, device=shares.device)
-            values = torch.cat([origin, torch.eye(part.z_dim, dtype=shares.dtype, device=shares.device)])
+            regression = cross @ (whitener := whiten_concept(spread.concept)) @ whitener.T
+            values = torch.cat([shares.new_zeros(1, part.z_dim), torch.eye(part.z_dim).to(shares)])
             offsets = (values - shares) @ regression.T
-        places.append((part.mean_x + offsets) * (part.weight / total))
+        places.append((spread.mean + offsets) * (part.weight / total))
     bias = 0.0 if eraser.bias is None else eraser.bias
     return (torch.stack(places).sum(0) - bias) @ eraser.right.T
 
 
 def known_readings(config: ConceptErasureConfig, fits: Iterable[SiteFit]) -> tuple[list[str] | None, list[int]]:
-    """Of what fits know what it reads, as the configuration names it, and the rows that it has in their readings.
-
-    Raises:
-        ValueError: If the configuration's target is not among it.
-    """
+    """Of what fits know what it reads, as the configuration names it, and the rows that it has in their readings."""
     rows: list[int] = []
     names = None
     known = list(fits)
@@ -373,19 +313,3 @@ def known_readings(config: ConceptErasureConfig, fits: Iterable[SiteFit]) -> tup
         names = [labels[row] for row in rows]
     config.check_target(names)
     return names, rows
-
-
-def left_of(eraser: Eraser, moments: ConceptMoments) -> Tensor:
-    """`(x_dim, z_dim)` cross-covariance with the concept that an eraser leaves of moments."""
-    cross = moments.cross_covariance
-    return cross - eraser.left.to(cross) @ (eraser.right.to(cross) @ cross)
-
-
-def residual_of(eraser: Eraser, moments: ConceptMoments) -> float:
-    """The same in one number, as a share of `|x| |z|`."""
-    return float(left_of(eraser, moments).norm()) / scale_of(moments)
-
-
-def scale_of(moments: ConceptMoments) -> float:
-    """`|x| |z|`, or 1 where nothing varies."""
-    return float((moments.variance_x.sum() * moments.covariance_z.trace()).sqrt()) or 1.0

@@ -13,7 +13,6 @@ from sklearn.covariance import OAS
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments, Eraser, relative_change
-from hf_erasure.erasers.eraser import oas_shrinkage
 from hf_erasure.erasers.statistics import PackedGram
 from tests.erasers.data import as_values, leak, moments_of, rows
 
@@ -47,8 +46,8 @@ def test_moments_equal_the_definition(width: int) -> None:
     cross = (x - x.mean(0)).T @ (values - values.mean(0)) / 600
     assert float((moments.cross_covariance - cross).abs().max()) < 1e-13 * scale
     assert torch.allclose(moments.covariance_z, torch.cov(values.T, correction=0), atol=1e-15)
-    assert torch.equal(moments.class_counts, torch.bincount(z))
-    assert (moments.rows, moments.weight, moments.effective_rows) == (600, 600.0, 600.0)
+    assert torch.equal(moments.state_dict()["counts"], torch.bincount(z))
+    assert (moments.rows, moments.weight, moments.spread().effective_rows) == (600, 600.0, 600.0)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_ids_one_hot_bool_and_integer_values_agree() -> None:
     one_hot = as_values(z)
     for values in (one_hot, one_hot.float(), one_hot.long(), one_hot.bool()):
         by_value = ConceptMoments(8, 3).update(x, values)
-        assert by_value.class_counts is None
+        assert "counts" not in by_value.state_dict()
         for name in TENSORS:
             assert torch.allclose(getattr(by_value, name), getattr(by_id, name), atol=1e-13)
     two = moments_of(*rows(300, 8, 2))
@@ -120,10 +119,10 @@ def test_effective_rows_of_weights() -> None:
     x, z = rows(4, 3, 2)
     weight = torch.tensor([1.0, 1.0, 2.0, 0.0])
     moments = ConceptMoments(3, 2).update(x, z, weight)
-    assert moments.effective_rows == pytest.approx(16 / 6)
+    assert moments.spread().effective_rows == pytest.approx(16 / 6)
     assert moments.weight == 4.0
     twice = ConceptMoments(3, 2).update(x, z, weight).merge(moments)
-    assert twice.effective_rows == pytest.approx(64 / 12)
+    assert twice.spread().effective_rows == pytest.approx(64 / 12)
 
 
 @pytest.mark.parametrize("labels", ["ids", "values"])
@@ -135,7 +134,7 @@ def test_state_survives_a_file(tmp_path: Path, labels: str) -> None:
     loaded = ConceptMoments(150, 3)
     loaded.load_state_dict(load_file(tmp_path / "moments.safetensors"))
     assert same(loaded, moments)
-    assert loaded.resolution == moments.resolution
+    assert loaded.spread().resolution == moments.spread().resolution
     assert same(loaded.update(x[200:], y[200:]), moments.update(x[200:], y[200:]))
     assert torch.equal(loaded.eraser().left, moments.eraser().left)
 
@@ -237,7 +236,7 @@ def test_bad_updates_are_refused_and_change_nothing(arguments, keywords, error, 
     with pytest.raises(error, match=message):
         moments.update(*arguments, **keywords)
     assert same(moments, before)
-    assert moments.resolution == before.resolution
+    assert moments.spread().resolution == before.spread().resolution
     with pytest.raises(error, match=message):
         ConceptMoments(4, 3).update(*arguments, **keywords)
 
@@ -271,7 +270,7 @@ def test_bad_dimensions_are_refused(arguments, error, message: str) -> None:
         ({"background_weight": "all"}, TypeError, "background_weight is 'all'"),
         ({"background": {}}, TypeError, "background is dict"),
         ({"background": ConceptMoments(5, 0)}, ValueError, "background has x_dim=5.*x_dim=4"),
-        ({"background": ConceptMoments(4, 0)}, ValueError, r"background has seen no rows"),
+        ({"background": ConceptMoments(4, 0)}, ValueError, r"background has x_dim=4 and rows=0"),
     ],
 )
 def test_bad_options_of_an_eraser_are_refused(keywords, error, message: str) -> None:
@@ -326,12 +325,13 @@ def test_a_feature_that_the_background_never_moves() -> None:
 def test_shrinkage_is_that_of_oas_on_standardised_rows() -> None:
     x, _ = rows(80, 30, 2)
     standard = (x - x.mean(0)) / x.std(0, correction=0)
-    correlation = standard.T @ standard / 80
     expected = OAS(assume_centered=True).fit(standard.numpy()).shrinkage_
-    ours = oas_shrinkage(float(correlation.square().mean()), 30, 80)
+    spread = ConceptMoments(30, 0).update(x).spread()
+    ours = spread.share("oas", spread.variance.rsqrt())
     assert ours == pytest.approx(expected, rel=1e-9)
     assert 0 < ours < 1
-    assert oas_shrinkage(1 / 30, 30, 80) == 1.0  # white: keep nothing of the estimate
+    white = ConceptMoments(2, 0).update(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])).spread()
+    assert white.share("oas", torch.ones(2, dtype=torch.float64)) == 1.0  # keep nothing of the estimate
 
 
 def test_full_shrinkage_keeps_only_variances() -> None:

@@ -19,8 +19,7 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
 from hf_erasure.fitting.batch_threads import OutOfStep
-from hf_erasure.fitting.scrubbing import Scrubber
-from hf_erasure.fitting.settling import Columns
+from hf_erasure.fitting.scrubbing import Columns, Scrubber
 from tests.small_models import (
     ARCHITECTURES,
     LABELS,
