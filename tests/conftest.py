@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +20,8 @@ import torch
 from tests.matrix import PROPERTY, record
 
 torch.set_num_threads(1)
+# transformers asks for PEFT's release at each load of an adapter, and reads and parses a file each time: 5 ms.
+importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 CELL = "lifecycle_cell"
 # Of few tests that take long. Workers begin with them, so that none is left alone with one of them at the end.

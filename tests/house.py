@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
 import sys
 import warnings
@@ -182,8 +183,9 @@ def _note(found: dict[str, list[str]], owner: str, name: str, value: Any) -> Non
     function = value.__func__ if isinstance(value, classmethod | staticmethod) else value
     if isinstance(function, type | ModuleType):
         return
+    # As text: there are 150,000 functions, and a `Path` takes ten times as long.
     path = function.__code__.co_filename if isinstance(function, FunctionType) else ""
-    ours = Path(path).is_relative_to(PACKAGE) or type(function).__module__.partition(".")[0] == NAME
+    ours = path.startswith(f"{PACKAGE}{os.sep}") or type(function).__module__.partition(".")[0] == NAME
     if ours and callable(function):
         original = f"{function.__module__}.{function.__qualname__}" if path else f"{owner}.{name}"
         found.setdefault(original, []).append(f"{owner}.{name}")

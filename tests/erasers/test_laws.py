@@ -7,7 +7,7 @@ thousand operations and the condition numbers (up to about 1e3 here) that stand 
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -92,8 +92,10 @@ def test_no_feasible_map_changes_less(problem: tuple[Tensor, Tensor], seed: int)
         assert float((feasible - x).square().sum()) >= change * (1 - EXACT)
 
 
+# Batches of one row are some 300 updates: one example of them is enough.
 @laws
-@given(problems, st.integers(1, 90), st.integers(2, 4), st.integers(0, 2**31 - 1))
+@given(problems, st.integers(5, 90), st.integers(2, 4), st.integers(0, 2**31 - 1))
+@example(rows(150, 8, 3), 1, 3, 0)
 def test_batches_shards_and_order_do_not_matter(
     problem: tuple[Tensor, Tensor], size: int, shards: int, seed: int
 ) -> None:

@@ -131,17 +131,17 @@ def test_a_batch_that_failed_half_way_leaves_means_of_what_arrived():
     assert not torch.equal(state["target+/embed"], before)
 
 
-def test_a_hundred_thousand_batches_stay_accurate():
+def test_thirty_thousand_batches_stay_accurate():
     estimator = ClosedFormEstimator({"a": (3,)})
-    constant = torch.full((100_000,), 0.1)
+    constant = torch.full((30_000,), 0.1)
     alternating = constant.clone()
     alternating[::2] *= 3
-    noisy = 0.1 + 0.1 * torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    noisy = 0.1 + 0.1 * torch.rand(30_000, generator=torch.Generator().manual_seed(0))
     values = torch.stack([constant, alternating, noisy], 1)
     for row in values:
         estimator.add_target("a", row, 1)
         estimator.drop_batch()
-    # A running float32 sum of 0.1 is wrong by 1e-4 here.
+    # A running float32 sum of 0.1 is wrong by 2e-4 here, one of the second row by 5e-5.
     found = estimator._means["target", 1]["a"].double()
     torch.testing.assert_close(found, values.double().mean(0), rtol=1e-5, atol=0)
 
