@@ -171,9 +171,6 @@ def _cut(text: str) -> str:
     return text if text == beginning else beginning[:space] if space > _MOST_CHARACTERS // 2 else beginning
 
 
-# ---- treebanks (CoNLL-U) ---------------------------------------------------------------------------------------------
-
-
 def read_treebank(path: str | Path) -> Rows[Sentence]:
     """The sentences of a CoNLL-U file; those that cannot be read are left out and named by their first line.
 

@@ -45,9 +45,6 @@ _WATCHED = {
 }
 
 
-# ---- values of strangers ---------------------------------------------------------------------------------------------
-
-
 def plain(value: Any, longest: int = LONGEST) -> str:
     """One line of visible characters: no line breaks, control characters, changes of direction or lone surrogates."""
     spaced = " ".join(str(value).split())
@@ -85,9 +82,6 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-# ---- facts -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -239,9 +233,6 @@ def _gradiend_method(config: GradiendConfig, made: Provenance, chosen: ChosenEdi
         "kept_share": chosen.kept_share if is_number(chosen.kept_share) else None,
         "correlation": {plain(pair): value for pair, value in made.correlation.items() if is_number(value)},
     }  # fmt: skip
-
-
-# ---- what was measured -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

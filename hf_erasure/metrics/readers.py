@@ -38,9 +38,6 @@ _SETS = {"X": "targ1", "Y": "targ2", "A": "attr1", "B": "attr2"}
 _ENDINGS = ("stereotype", "anti-stereotype", "unrelated")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 class UnusableFile(ValueError):
     """Nothing of a file can be used; the message says why."""
 
@@ -191,9 +188,6 @@ def _at(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-# ---- benchmarks ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
