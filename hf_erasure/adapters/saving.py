@@ -62,7 +62,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
         folder: Made if it is not there.
 
     Raises:
-        ValueError: If `folder`, or a folder in it that is to be written to, is a link or no folder.
+        ValueError: If `folder`, or a folder in it that is to be written to, is a link or not a folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

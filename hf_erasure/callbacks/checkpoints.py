@@ -5,7 +5,7 @@ was refitted beside a LoRA would be lost without a word; two active adapters sto
 `PeftModel` it can load no checkpoint at all. Where one of our callbacks takes part, and where several adapters of a
 model that is not a `PeftModel` are active, a checkpoint holds instead
 
-- in the folder itself the trained adapter, as ever; or, where the model's own weights are trained, the model without
+- in the folder itself the trained adapter, as always; or, where the model's own weights are trained, the model without
   adapters, for `from_pretrained`;
 - in a folder of its own name every other adapter, for `load_adapter`.
 """

@@ -76,8 +76,7 @@ class ConceptErasureCallback(LoggingCallback):
     @property
     def refits(self) -> int:
         """How often the erasure was fitted so far, before a checkpoint that was resumed from too."""
-        refits: int = self.memory["refits"]
-        return refits
+        return int(self.memory["refits"])
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Check how the model is trained, and fit an erasure that was not."""

@@ -120,32 +120,15 @@ class GradiendCallback(LoggingCallback):
 
 
 @dataclass
-class LoraPair:
-    """The two matrices of a LoRA on one weight, A `(rank, in)` and B `(out, rank)`: it adds `scaling · B A`."""
-
-    a: nn.Parameter
-    b: nn.Parameter
-    scaling: float
-
-    def product(self) -> Tensor:
-        """`(out, in)` float32: what the LoRA adds to the weight."""
-        return self.scaling * (self.b.detach().float() @ self.a.detach().float())
-
-    def gradient(self) -> Tensor:
-        """`(out, in)` float32: the change of the weight, to first order, when A and B move along their gradients."""
-        a, b = self.a.detach().float(), self.b.detach().float()
-        by_a = torch.zeros_like(a) if self.a.grad is None else self.a.grad.float()
-        by_b = torch.zeros_like(b) if self.b.grad is None else self.b.grad.float()
-        return self.scaling * (by_b @ a + b @ by_a)
-
-
-@dataclass
 class Trained:
-    """One weight of the base model, by its full name, whose value training changes: itself, or by `lora` alone."""
+    """One weight of the base model, by its full name, whose value training changes: itself, or by `lora` alone.
+
+    A LoRA is its matrices A `(rank, in)` and B `(out, rank)`, and the factor of `B A`, which it adds to the weight.
+    """
 
     name: str
     weight: nn.Parameter
-    lora: list[LoraPair]
+    lora: list[tuple[nn.Parameter, nn.Parameter, float]]
     transposed: bool = False  # kept as (in, out)
 
     def oriented(self, change: Tensor) -> Tensor:
@@ -165,13 +148,22 @@ class Trained:
         """`(shape of the weight)`: what training changes, the weight or what its LoRA adds."""
         if not self.lora:
             return self.weight.detach()
-        return self.oriented(sum((pair.product() for pair in self.lora), torch.zeros(())))
+        products = (scaling * (b.detach().float() @ a.detach().float()) for a, b, scaling in self.lora)
+        return self.oriented(sum(products, torch.zeros(())))
 
     def gradient(self) -> Tensor:
-        """`(shape of the weight)`: its gradient, or what the gradients of its LoRA make of it, float32."""
+        """`(shape of the weight)`: its gradient; or its change, to first order, when its LoRA moves along theirs."""
         if not self.lora:
-            return torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad
-        return self.oriented(sum((pair.gradient() for pair in self.lora), torch.zeros(())))
+            return _gradient_of(self.weight)
+        found = torch.zeros(())
+        for a, b, scaling in self.lora:
+            by_a, by_b = _gradient_of(a).float(), _gradient_of(b).float()
+            found = found + scaling * (by_b @ a.detach().float() + b.detach().float() @ by_a)
+        return self.oriented(found)
+
+
+def _gradient_of(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
@@ -189,7 +181,7 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
         if own == "weight" and is_lora and not weight.requires_grad:
             a, b, scaling = module.lora_A, module.lora_B, module.scaling
             trained = [n for n in module.active_adapters if n in a and a[n].weight.requires_grad]
-            lora = [LoraPair(a[n].weight, b[n].weight, scaling[n]) for n in trained]
+            lora = [(a[n].weight, b[n].weight, scaling[n]) for n in trained]
         if weight.requires_grad or lora:
             found.append(Trained(name, weight, lora, module is not None and isinstance(innermost(module), Conv1D)))
     if not found:
@@ -260,10 +252,10 @@ class _Guard:
         dense = torch.zeros(weight.weight.numel(), device=direction.device)
         dense = dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)
         steps: list[tuple[nn.Parameter, Tensor]] = []
-        for pair in weight.lora:
-            toward = weight.oriented(dense.view_as(weight.weight))
-            steps.append((pair.b, pair.scaling * toward @ pair.a.detach().float().T))
-            steps.append((pair.a, pair.scaling * pair.b.detach().float().T @ toward))
+        toward = weight.oriented(dense.view_as(weight.weight))
+        for a, b, scaling in weight.lora:
+            steps.append((b, scaling * toward @ a.detach().float().T))
+            steps.append((a, scaling * b.detach().float().T @ toward))
         total = sum(float(step.double().square().sum()) for _, step in steps)
         for parameter, step in steps if total > 0 else ():
             _add(parameter, -along / total * step, None)

@@ -231,24 +231,16 @@ def _log(original: Callable, trainer: Any, logs: dict[str, float], *args: Any, *
     original(logs, *args, **kwargs)
 
 
-def _load_from_checkpoint(original: Callable, trainer: Any, folder: str, model: Any = None) -> None:
-    """What training goes on from."""
+def _load(original: Callable, trainer: Any, folder: str | None = None, model: Any = None) -> None:
+    """What training goes on from, of which Trainer names the folder; at its end the best model, where it does not."""
     if _saves_all(trainer):
-        load_trained(trainer.model if model is None else model, Path(folder))
+        load_trained(trainer.model if model is None else model, Path(folder or trainer.state.best_model_checkpoint))
     else:
-        original(folder, model)
-
-
-def _load_best_model(original: Callable, trainer: Any) -> None:
-    """What `load_best_model_at_end` asks for."""
-    if _saves_all(trainer):
-        load_trained(trainer.model, Path(trainer.state.best_model_checkpoint))
-    else:
-        original()
+        original(*(given for given in (folder, model) if given is not None))
 
 
 def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None:
-    """Trainer copies the files that it knows from a checkpoint before it pushes them, and no folders and no card."""
+    """Trainer copies the files that it knows from a checkpoint before it pushes, and neither folders nor the card."""
     if trainer.is_world_process_zero():
         if _saves_all(trainer):
             places = [name for name in child_configs(trainer.model) if (Path(folder) / name).is_dir()]
@@ -260,8 +252,8 @@ def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None
 # Name of a method → what is called in its place, with the method, on a trainer whose model has adapters of ours.
 OWN_METHODS: dict[str, Callable[..., Any]] = {
     "log": _log,
-    "_load_from_checkpoint": _load_from_checkpoint,
-    "_load_best_model": _load_best_model,
+    "_load_from_checkpoint": _load,
+    "_load_best_model": _load,
     "_push_from_checkpoint": _push_from_checkpoint,
     "create_model_card": create_model_card,
 }

@@ -125,8 +125,8 @@ def largest(score: Callable[[str], Tensor], names: list[str], wanted: int) -> di
 
     Scores, `(count,)` each, are asked for one block at a time, so that they need not be kept; they must be finite.
     """
-    high, above = _cut(_histogram(score, names), wanted)
-    low, above_low = _cut(_histogram(score, names, high), wanted - above)
+    high, above = _cut(score, names, wanted)
+    low, above_low = _cut(score, names, wanted - above, high)
     threshold, ties = (high << 16) | low, wanted - above - above_low
     keep = {}
     for name in names:
@@ -144,8 +144,11 @@ def _bits(scores: Tensor) -> Tensor:
     return scores.float().abs().view(torch.int32)
 
 
-def _histogram(score: Callable[[str], Tensor], names: list[str], high: int | None = None) -> Tensor:
-    """Counts of the upper 16 bits of all scores; with `high`, of the lower 16 bits of those with these upper bits."""
+def _cut(score: Callable[[str], Tensor], names: list[str], wanted: int, high: int | None = None) -> tuple[int, int]:
+    """The upper 16 bits of the `wanted`-th largest score, and how many scores lie above all that have these.
+
+    With `high`, the same of the lower 16 bits of the scores that have these upper bits.
+    """
     counts = torch.zeros(BINS, dtype=torch.int64)
     for name in names:
         for (piece,) in pieces(score(name), size=HISTOGRAM_PIECE):
@@ -156,12 +159,6 @@ def _histogram(score: Callable[[str], Tensor], names: list[str], high: int | Non
             if high is None and found.numel() > FIRST_NON_FINITE:
                 raise ValueError(f"The weights of {name!r} are not finite and cannot be ranked: fit anew.")
             counts[: found.numel()] += found
-    return counts
-
-
-def _cut(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """The bin that holds the `wanted`-th largest entry, and how many entries lie in bins above it."""
     from_above = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(from_above, wanted))
-    above = int(from_above[place - 1]) if place else 0
-    return BINS - 1 - place, above
+    return BINS - 1 - place, int(from_above[place - 1]) if place else 0

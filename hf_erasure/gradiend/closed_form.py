@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import as_shapes, check_state, flat, flat_blocks, pieces, require_finite, sum_of_squares
+from .blocks import as_shapes, check_state, flat, pieces, require_finite
 from .features import Feature, FeatureDecoder, FeatureEncoder
 
 SIGNS = (1, -1)
@@ -27,8 +27,8 @@ class ClosedFormEstimator:
     """Class means of unit source gradients and of targets, in float32 as running means.
 
     A running mean (`mean += (x − mean) / k`) stays within float32's rounding of the mean over hundreds of thousands of
-    batches, where a running sum would drift. The unit norm is over all blocks, so a source comes whole; targets may
-    come block by block, as a backward pass produces them, and are not kept.
+    batches, where a running sum would drift. Sources and targets come block by block, as a backward pass produces them,
+    and are not kept; the unit norm of a source is over all its blocks, so it must be known before.
 
     Attributes:
         shapes: Name to shape of every block.
@@ -58,40 +58,8 @@ class ClosedFormEstimator:
         # The blocks of the current batch that came already, with their signs.
         self._open: dict[str, dict[str, int]] = {"source": {}, "target": {}}
 
-    @property
-    def batches(self) -> dict[int, int]:
-        """Sign to how many source gradients were added."""
-        first = next(iter(self.shapes))
-        return {sign: self._counts["source", sign][first] for sign in SIGNS}
-
-    def add_source(self, gradients: Mapping[str, Tensor], sign: int) -> None:
-        """Count the source gradient of one single-class batch, brought to unit norm.
-
-        Args:
-            gradients: Name to gradient in the block's shape, all blocks, any floating-point dtype.
-            sign: +1 or −1, the class of the batch.
-
-        Raises:
-            TypeError: If a gradient is not a tensor of floating-point numbers.
-            ValueError: If a block is missing, has another shape or is not finite, the whole gradient is zero, the sign
-                is neither, or the batch has a source already. Nothing is changed then.
-        """
-        _check_sign(sign)
-        if self._open["source"]:
-            raise ValueError("This batch has a source already: call end_batch, or drop_batch, before the next one.")
-        blocks = flat_blocks(gradients, self.shapes, self.device, "The source gradient")
-        squares = {name: sum_of_squares(block) for name, block in blocks.items()}
-        require_finite(squares, "source gradient")
-        norm = math.sqrt(sum(squares.values()))
-        if norm == 0.0:
-            raise ValueError("The source gradient is zero in all blocks: it has no direction; leave this batch out.")
-        for name, block in blocks.items():
-            self._average("source", sign, name, block, 1.0 / norm)
-
-    def add_source_block(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
-        """Count one block of the source gradient of the current batch, in the place of `add_source`.
-
-        For gradients that are never held whole: a first backward finds the norm, a second one gives the blocks.
+    def add_source(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
+        """Count one block of the source gradient of the current batch, which is brought to unit norm.
 
         Args:
             name: The block.
@@ -123,6 +91,7 @@ class ClosedFormEstimator:
         """
         self._add("target", name, gradient, sign, 1.0)
 
+    @torch.no_grad()
     def _add(self, kind: str, name: str, gradient: Tensor, sign: int, factor: float) -> None:
         """Count one block, once all is known of it that could be refused."""
         _check_sign(sign)
@@ -138,7 +107,12 @@ class ClosedFormEstimator:
         quick = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
         if not (bool(torch.isfinite(quick)) or bool(torch.isfinite(block).all())):
             require_finite({name: math.nan}, "source gradient" if kind == "source" else kind)
-        self._average(kind, sign, name, block, factor)
+        self._open[kind][name] = sign
+        self._counts[kind, sign][name] += 1
+        share = 1.0 / self._counts[kind, sign][name]
+        for mean, piece in pieces(self._means[kind, sign][name], block):
+            piece = piece.float()
+            mean.lerp_(piece if factor == 1.0 else piece * factor, share)
 
     def end_batch(self, sign: int) -> None:
         """Close the batch.
@@ -165,15 +139,6 @@ class ClosedFormEstimator:
         reached that block, so the means remain means.
         """
         self._open = {"source": {}, "target": {}}
-
-    @torch.no_grad()
-    def _average(self, kind: str, sign: int, name: str, block: Tensor, factor: float) -> None:
-        self._open[kind][name] = sign
-        self._counts[kind, sign][name] += 1
-        share = 1.0 / self._counts[kind, sign][name]
-        for mean, piece in pieces(self._means[kind, sign][name], block):
-            piece = piece.float()
-            mean.lerp_(piece if factor == 1.0 else piece * factor, share)
 
     def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> None:
         """Become, in every process at once, the sum of the estimators that all processes hold; nothing is copied.

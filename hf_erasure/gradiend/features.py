@@ -24,11 +24,7 @@ Index = Mapping[str, Tensor | None]
 
 
 def check_activation(activation: str) -> str:
-    """`activation` itself.
-
-    Raises:
-        ValueError: If it is not known.
-    """
+    """`activation` itself; refused where it is not known."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: write one of {', '.join(map(repr, ACTIVATIONS))}.")
     return activation
@@ -100,8 +96,11 @@ class FeatureEncoder:
         Raises:
             ValueError: If `density` is not in (0, 1].
         """
-        support = _support(self.weight.__getitem__, self.index, self.shapes, density)
-        return self if support is None else replace(self, weight=support.of(self.weight), index=support.index)
+        found = _largest_of(self.weight.__getitem__, self.index, self.shapes, density)
+        if found is None:
+            return self
+        index, reduced = found
+        return replace(self, weight=reduced(self.weight), index=index)
 
     @property
     def count(self) -> int:
@@ -190,43 +189,21 @@ def prune_together(decoders: list[FeatureDecoder], density: float) -> list[Featu
         vectors = [decoder.weight[name].abs() for decoder in decoders]
         return torch.stack(vectors).amax(0) if len(vectors) > 1 else vectors[0]
 
-    support = _support(score, first.index, first.shapes, density)
-    if support is None:
+    found = _largest_of(score, first.index, first.shapes, density)
+    if found is None:
         return list(decoders)
-    return [replace(d, weight=support.of(d.weight), bias=support.of(d.bias), index=support.index) for d in decoders]
+    index, reduced = found
+    return [replace(d, weight=reduced(d.weight), bias=reduced(d.bias), index=index) for d in decoders]
 
 
-@dataclass(frozen=True)
-class _Support:
-    """Which of the stored entries of blocks stay: `keep` is over those at the positions `old`, to become `index`."""
-
-    keep: dict[str, Tensor]
-    old: Index
-    index: dict[str, Tensor | None]
-    shapes: Mapping[str, torch.Size]
-
-    def of(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values that stay, in the layout of `index`: name to `(count,)`."""
-        found = {}
-        for name, keep in self.keep.items():
-            if self.index[name] is not None:
-                found[name] = values[name][keep]
-            else:
-                stays = torch.where(keep, values[name], 0.0)
-                found[name] = _spread(stays, self.old[name], self.shapes[name].numel())
-        return found
-
-
-def _support(
+def _largest_of(
     score: Callable[[str], Tensor], old: Index, shapes: Mapping[str, torch.Size], density: float
-) -> _Support | None:
-    """The `ceil(density · n)` entries of largest `|score|`, where n counts all of `shapes`; None where all stay.
+) -> tuple[dict[str, Tensor | None], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] | None:
+    """The positions of the `ceil(density · n)` entries of largest `|score|`, and what reduces stored values to these.
 
-    Of equal entries the first stay, in the order of blocks and positions. A block of which less than half stays gets
-    int32 positions; otherwise it is dense, and the values of entries that go are zero.
-
-    Raises:
-        ValueError: If `density` is not in (0, 1], or a score is not finite.
+    Here n counts all of `shapes`; None where all stay. Of equal entries the first stay, in the order of blocks and
+    positions. A block of which less than half stays gets int32 positions; otherwise it is dense, and the values of
+    entries that go are zero.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is {density}: write a share of the entries above 0 and up to 1.")
@@ -242,7 +219,17 @@ def _support(
             index[name] = None
         else:
             index[name] = mask.nonzero().view(-1).to(torch.int32) if before is None else before[mask]
-    return _Support(keep, old, index, shapes)
+
+    def reduced(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, mask in keep.items():
+            if index[name] is not None:
+                found[name] = values[name][mask]
+            else:
+                found[name] = _spread(torch.where(mask, values[name], 0.0), old[name], shapes[name].numel())
+        return found
+
+    return index, reduced
 
 
 def _spread(values: Tensor, positions: Tensor | None, size: int) -> Tensor:

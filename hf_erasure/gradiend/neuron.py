@@ -9,9 +9,8 @@ pieces that stay in cache: gradients exist for a piece at a time only.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,29 +37,21 @@ class Step(NamedTuple):
     encoded: float
 
 
-class _Segment(NamedTuple):
-    """Entries `start:stop` of a block, which are entries `first:last` of a vector of all blocks."""
-
-    name: str
-    start: int
-    stop: int
-    first: int
-    last: int
+Piece = list[tuple[str, int, int]]  # entries of blocks: name, start, stop
 
 
-def _cut_into_pieces(shapes: Mapping[str, torch.Size], size: int) -> list[list[_Segment]]:
-    """All entries in pieces of `size`, updated together: small blocks share one, large blocks take several."""
-    result: list[list[_Segment]] = []
-    position = room = 0
+def _cut_into_pieces(shapes: Mapping[str, torch.Size], size: int) -> list[Piece]:
+    """All entries, in order, in pieces of at most `size`: small blocks share one, large blocks take several."""
+    result: list[Piece] = []
+    room = 0
     for name, shape in shapes.items():
-        start = 0
-        while start < shape.numel():
-            if room == 0:
+        for start in range(0, shape.numel(), size):
+            stop = min(shape.numel(), start + size)
+            if room < stop - start:
                 result.append([])
                 room = size
-            count = min(shape.numel() - start, room)
-            result[-1].append(_Segment(name, start, start + count, position, position + count))
-            start, position, room = start + count, position + count, room - count
+            result[-1].append((name, start, stop))
+            room -= stop - start
     return result
 
 
@@ -188,21 +179,32 @@ class FeatureNeuron:
             slope = slope * (1.0 - h * h)
         self.steps += 1
         count = torch.tensor(self.steps, dtype=torch.float32, device=self.device)
-        size = self._pieces[0][-1].last
-        buffers = [torch.empty(size, dtype=torch.float32, device=self.device) for _ in PARTS]
-        sums = [self._update(piece, sources, targets, h, slope, count, buffers) for piece in self._pieces]
+        sums = []
+        for vectors, g, t in self._walk(sources, targets):
+            _, decoder, decoder_bias = vectors[0]
+            residual = torch.sub(decoder_bias, t).add_(decoder, alpha=h)
+            squared_error = torch.dot(residual, residual)
+            residual.mul_(2.0 / self._n)
+            self._adamw(vectors, [g * slope, residual * h, residual], count)
+            sums.append([*_sums(decoder, decoder_bias), squared_error])
         slopes = torch.tensor([slope], dtype=torch.float64).to(self.device, torch.float32)
         self._adamw(self._encoder_bias[:, None], [slopes], count)
         self._square, self._cross, squares = _added(sums)
         return Step(self._finite(squares) / self._n, h)
 
+    def _walk(self, *given: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Piece by piece `(kinds, parts, count)` of the state, and the same entries of what is given in float32."""
+        sizes = [sum(stop - start for _, start, stop in piece) for piece in self._pieces]
+        for piece, vectors in zip(self._pieces, self._vectors.split(sizes, -1), strict=True):
+            parts = ([blocks[name][start:stop].float() for name, start, stop in piece] for blocks in given)
+            yield vectors, *(own[0] if len(own) == 1 else torch.cat(own) for own in parts)
+
     def _read(self, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[float, float]:
         """`⟨We, g⟩` and `⟨Wd, t⟩`, once everything is known to be finite."""
         products: list[list[Tensor]] = []
-        encoder, decoder, _ = self._vectors[0]
-        for name, start, stop, first, last in itertools.chain(*self._pieces):
-            g, t = (blocks[name][start:stop].float() for blocks in (sources, targets))
-            products.append([torch.dot(encoder[first:last], g), torch.dot(decoder[first:last], t), torch.dot(t, t)])
+        for vectors, g, t in self._walk(sources, targets):
+            encoder, decoder, _ = vectors[0]
+            products.append([torch.dot(encoder, g), torch.dot(decoder, t), torch.dot(t, t)])
         sums = _added(products)
         if not all(map(math.isfinite, sums)):
             # Nothing times a number that is not finite is finite, so the inner products find it wherever it is.
@@ -211,34 +213,6 @@ class FeatureNeuron:
         for value in (*sums, self._square):
             self._finite(value)
         return sums[0], sums[1]
-
-    def _update(
-        self,
-        piece: list[_Segment],
-        sources: Mapping[str, Tensor],
-        targets: Mapping[str, Tensor],
-        h: float,
-        slope: float,
-        count: Tensor,
-        buffers: list[Tensor],
-    ) -> list[Tensor]:
-        """A step's second pass over one piece: gradients, AdamW, and inner products of what came out."""
-        begin, end = piece[0].first, piece[-1].last
-        vectors = self._vectors[..., begin:end]
-        _, decoder, decoder_bias = vectors[0]
-        gradients = [buffer[: end - begin] for buffer in buffers]
-        for_encoder, for_decoder, residual = gradients
-        for name, start, stop, first, last in piece:
-            g, t = (blocks[name][start:stop].float() for blocks in (sources, targets))
-            own = slice(first - begin, last - begin)
-            torch.sub(decoder_bias[own], t, out=residual[own])
-            torch.mul(g, slope, out=for_encoder[own])
-        residual.add_(decoder, alpha=h)
-        squared_error = torch.dot(residual, residual)
-        residual.mul_(2.0 / self._n)
-        torch.mul(residual, h, out=for_decoder)
-        self._adamw(vectors, gradients, count)
-        return [*_sums(decoder, decoder_bias), squared_error]
 
     def _adamw(self, vectors: Tensor, gradients: list[Tensor], count: Tensor) -> None:
         """One step on `(kinds, parts, entries)`."""

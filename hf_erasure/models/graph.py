@@ -57,7 +57,7 @@ class Held:
 
     Attributes:
         parameter: The parameter.
-        axes: Axis of it by axis of the tensor, None where an axis is none of its own; None if not known at all.
+        axes: Axis of it by axis of the tensor, None where an axis is not one of its own; None if not known at all.
     """
 
     parameter: nn.Parameter

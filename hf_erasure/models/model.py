@@ -146,7 +146,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def text_encoder(model: nn.Module) -> nn.Module:
-    """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as ever."""
+    """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as always."""
     bare = bare_model(model)
     return bare.get_encoder() if is_encoder_decoder(bare) else model
 

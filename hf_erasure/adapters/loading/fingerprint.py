@@ -83,7 +83,7 @@ def recognise(model: nn.Module, config: ChildConfig) -> None:
     Raises:
         ValueError: If a site is missing, the adapter's tensors do not fit a weight, or the weights are those of another
             model. The last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
-        TypeError: If the fingerprint is none.
+        TypeError: If what is kept is not a fingerprint.
     """
     try:
         rename = renaming(model, config.fitted_modules)

@@ -394,7 +394,7 @@ def _check_saved(
     saved: list[str] | None,
     where: str,
 ) -> None:
-    """Of tensors that are none of the adapter, only those of `modules_to_save` may come, and those of `saved` must."""
+    """Of tensors that are not the adapter's, only those of `modules_to_save` may come, and those of `saved` must."""
     wanted: dict[str, tuple[int, ...]] = {}  # name → shape, of what `modules_to_save` mean here, as PEFT reads it
     modules: dict[str, Any] = dict(model.named_modules()) if config.modules_to_save else {}
     for path, module in modules.items():

@@ -1,8 +1,8 @@
 """GRADIEND on a model: counterfactual pairs and neutral texts, gradients, training, and the choice of an edit."""
 
-from hf_erasure.models.heads import Task, task_of
+from hf_erasure.models.heads import task_of
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
-from hf_erasure.models.slots import Filled, PairBatch, SlotReader
+from hf_erasure.models.slots import PairBatch, SlotReader
 from hf_erasure.models.word_tokens import SLOT, PairError, word_tokens
 
 from .adapter import GradiendAdapter
@@ -16,7 +16,6 @@ from .training import GradiendTrainingArguments
 __all__ = [
     "SLOT",
     "EncodedValues",
-    "Filled",
     "GradiendAdapter",
     "GradiendTrainer",
     "GradiendTrainingArguments",
@@ -27,7 +26,6 @@ __all__ = [
     "PairSet",
     "Selection",
     "SlotReader",
-    "Task",
     "neutral_batches",
     "pair_batches",
     "pairs_from_sentences",

@@ -132,8 +132,10 @@ class Progress:
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             limit = self.args.save_total_limit
-            for old in checkpoints(self.root)[:-limit] if limit is not None and limit > 0 else ():
-                shutil.rmtree(old)
+            named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+            found = {int(match[1]): path for path in self.root.iterdir() if (match := named.fullmatch(path.name))}
+            for step in sorted(found)[:-limit] if limit is not None and limit > 0 else ():
+                shutil.rmtree(found[step])
             self.control = self.handler.on_save(self.args, self.state, self.control)
         self.processes.wait()
 
@@ -151,53 +153,39 @@ class Progress:
             ValueError: If there is no checkpoint, it is damaged, or it is of another training.
         """
         self._identity = identity
-        state: dict[str, Tensor] = {}
-        facts: dict[str, Any] = {"start": 0, "step": 0}
-        if checkpoint is not None and checkpoint is not False:
-            folder = self._folder_of(checkpoint)
-            kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-            self.state.log_history, self.state.global_step = kept["log_history"], kept["global_step"]
-            try:
-                state, content = read_tensors(folder / STATE)
-            except SafetensorError as error:
-                raise ValueError(
-                    f"The {STATE} of the checkpoint {str(folder)!r} is damaged ({error}): resume from an earlier one."
-                ) from error
-            facts = content["facts"]
-            for name, value in facts["identity"].items():
-                if identity.get(name) != value:
-                    raise ValueError(
-                        f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
-                        f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
-                    )
-            for path in sorted((folder / FEATURES).glob(FEATURE_FILE.format("*"))):
-                start = int(path.stem.removeprefix("start-"))
-                self.keep(start, _read_feature(path, pairs[start]))
-        return state, facts
-
-    def _folder_of(self, checkpoint: str | bool) -> Path:
         if checkpoint is True:
-            last = get_last_checkpoint(str(self.root)) if self.root.is_dir() else None
-            if last is None:
+            checkpoint = get_last_checkpoint(str(self.root)) if self.root.is_dir() else None
+            if checkpoint is None:
                 raise ValueError(f"There is no checkpoint in output_dir={str(self.root)!r} to resume from.")
-            checkpoint = last
+        if checkpoint is None or checkpoint is False:
+            return {}, {"start": 0, "step": 0}
         folder = Path(str(checkpoint))
         for name in (STATE, TRAINER_STATE):
             if not (folder / name).exists():
                 raise ValueError(f"{str(folder)!r} is not a whole checkpoint of a GradiendTrainer: it has no {name}.")
-        return folder
+        kept = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
+        self.state.log_history, self.state.global_step = kept["log_history"], kept["global_step"]
+        try:
+            state, content = read_tensors(folder / STATE)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The {STATE} of the checkpoint {str(folder)!r} is damaged ({error}): resume from an earlier one."
+            ) from error
+        for name, value in content["facts"]["identity"].items():
+            if identity.get(name) != value:
+                raise ValueError(
+                    f"The checkpoint {str(folder)!r} is of another training: its {name} is {value!r}, here it is "
+                    f"{identity.get(name)!r}. Resume with the same, or train anew in another output_dir."
+                )
+        for path in sorted((folder / FEATURES).glob(FEATURE_FILE.format("*"))):
+            start = int(path.stem.removeprefix("start-"))
+            self.keep(start, _read_feature(path, pairs[start]))
+        return state, content["facts"]
 
     def keep(self, start: int, fitted: Fitted) -> None:
         """Keep a start's feature if it is the best of its pair so far."""
         if fitted.pair not in self.kept or fitted.rank > self.kept[fitted.pair][1].rank:
             self.kept[fitted.pair] = start, fitted
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints in a folder, in the order of their steps."""
-    named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = {int(match[1]): path for path in root.iterdir() if (match := named.fullmatch(path.name))}
-    return [found[step] for step in sorted(found)]
 
 
 def _write_feature(path: Path, fitted: Fitted) -> None:

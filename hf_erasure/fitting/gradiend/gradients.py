@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hf_erasure.adapters import GradiendConfig, gradiend_layers, steer, targeted_parameters
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.gradiend import ClosedFormEstimator
-from hf_erasure.gradiend.blocks import sum_of_squares
+from hf_erasure.gradiend.blocks import require_finite, sum_of_squares
 from hf_erasure.models.heads import Task
 from hf_erasure.models.model import evaluating
 from hf_erasure.models.slots import Filled, PairBatch, SlotReader
@@ -100,7 +100,8 @@ class GradientReader(SlotReader):
             losses = self._losses(batch, wanted)
             found: dict[str, Blocks] = {}
             for kind in dict.fromkeys(wanted):
-                blocks = self._whole(losses.pop(kind), last=not losses)
+                blocks: Blocks = {}
+                self._stream(losses.pop(kind), blocks.__setitem__, last=not losses)
                 found[kind] = {name: blocks.pop(name).float() for name in self.parameters}
             return found
 
@@ -113,10 +114,10 @@ class GradientReader(SlotReader):
     ) -> None:
         """Add one batch to a closed-form estimator without ever holding two gradients.
 
-        The source is needed whole, for its norm is global; it is added and let go. The target (the difference) then
-        comes from a second backward through the same graph, and each block is added and freed as soon as backward has
-        made it. With the source ``difference`` one backward serves both. Blocks that the loss does not reach come as
-        zeros, after the others. After a failure the estimator is told to drop the batch.
+        The norm of the source is over all its blocks, so they are kept until it is known, and then added. The target
+        (the difference) comes from a second backward through the same graph, and each block is added and freed as soon
+        as backward has made it. With the source ``difference`` one backward serves both. Blocks that the loss does not
+        reach come as zeros, after the others. After a failure the estimator is told to drop the batch.
 
         Args:
             batch: Rows of one class.
@@ -130,36 +131,37 @@ class GradientReader(SlotReader):
             ValueError: As `gradients`.
         """
         alone = source == "difference"
+        kept: Blocks = {}
+        squares: dict[str, float] = {}
+
+        def look(name: str, block: Tensor) -> None:
+            squares[name] = sum_of_squares(block.reshape(-1))
+            if not low_memory:
+                kept[name] = block
+
+        def take(name: str, block: Tensor) -> None:
+            estimator.add_source(name, block, norm, sign)
+            if alone:
+                estimator.add_target(name, block, sign)
+
         try:
             with self._reading():
                 losses = self._losses(batch, (source,) if alone else (source, "difference"))
+                loss = losses.pop(source)
+                self._stream(loss, look, last=alone and not low_memory)
+                require_finite(squares, "source gradient")
+                norm = math.sqrt(sum(squares.values()))
                 if low_memory:
-                    self._add_by_block(losses.pop(source), estimator, sign, alone=alone)
-                else:
-                    gradient = self._whole(losses.pop(source), last=alone)
-                    estimator.add_source(gradient, sign)
-                    for name, block in gradient.items() if alone else ():
-                        estimator.add_target(name, block, sign)
-                    del gradient
+                    self._stream(loss, take, last=alone)
+                for name in list(kept):
+                    take(name, kept.pop(name))
                 if not alone:
+                    del loss
                     self._stream(losses.pop("difference"), lambda name, block: estimator.add_target(name, block, sign))
                 estimator.end_batch(sign)
         except BaseException:
             estimator.drop_batch()
             raise
-
-    def _add_by_block(self, loss: Tensor, estimator: ClosedFormEstimator, sign: int, *, alone: bool) -> None:
-        """Add a source by two backwards, one for its norm and one for its blocks; alone, they are the target's too."""
-        squares: list[float] = []
-        self._stream(loss, lambda _, block: squares.append(sum_of_squares(block.reshape(-1))), last=False)
-        norm = math.sqrt(sum(squares))
-
-        def take(name: str, block: Tensor) -> None:
-            estimator.add_source_block(name, block, norm, sign)
-            if alone:
-                estimator.add_target(name, block, sign)
-
-        self._stream(loss, take, last=alone)
 
     def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""
@@ -199,12 +201,6 @@ class GradientReader(SlotReader):
                     "target parameters that the model's prediction goes through"
                 )
         return losses
-
-    def _whole(self, loss: Tensor, *, last: bool) -> Blocks:
-        """One backward; every block in its parameter's dtype, in the order of the parameters."""
-        found: Blocks = {}
-        self._stream(loss, found.__setitem__, last=last)
-        return {name: found[name] for name in self.parameters}
 
     def _stream(self, loss: Tensor, take: Callable[[str, Tensor], Any], *, last: bool = True) -> None:
         """One backward that gives each block to `take` when it is complete, and frees it."""
@@ -309,16 +305,12 @@ class EncodedValues:
             found["acc_enc"] = balanced_accuracy(decided, self.labels)
         return found
 
-    def names(self) -> list[str]:
-        """The class of every text, or `"neutral"`."""
-        by_label = {1: self.pair[0], -1: self.pair[1], 0: "neutral"}
-        return [by_label[int(label)] for label in self.labels]
-
     def to_pandas(self) -> pd.DataFrame:
-        """One row a text: `value`, `class`."""
+        """One row a text: `value`, and `class` or `"neutral"`."""
         import pandas as pd
 
-        return pd.DataFrame({"value": self.values.tolist(), "class": self.names()})
+        names = {1: self.pair[0], -1: self.pair[1], 0: "neutral"}
+        return pd.DataFrame({"value": self.values.tolist(), "class": [names[int(label)] for label in self.labels]})
 
 
 def together(parts: Sequence[EncodedValues]) -> dict[str, float]:

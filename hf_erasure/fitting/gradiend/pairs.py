@@ -56,10 +56,9 @@ class PairSet:
         _check_classes(pairs, self.classes)
         # By class the words that stand or could stand for it, each once.
         self.words: list[dict[str, None]] = [{} for _ in self.classes]
-        for pair in pairs:
-            self.words[pair.label][pair.factual] = None
-        for pair in pairs:
-            self.words[pair.other][pair.counterfactual] = None
+        standing = [(pair.label, pair.factual) for pair in pairs]
+        for label, word in standing + [(pair.other, pair.counterfactual) for pair in pairs]:
+            self.words[label][word] = None
         self.rows: list[EncodedRow] = []
         for row in _encoded(pairs, tokenizer, self.layout, config):
             if isinstance(row, PairError):

@@ -44,11 +44,7 @@ def goals_of(classes: Sequence[str]) -> dict[str, Goal]:
 
 
 def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
-    """The goal of that name.
-
-    Raises:
-        ValueError: If the name means nothing for these classes.
-    """
+    """The goal of that name; a ValueError says what there is where it means nothing for these classes."""
     goals = goals_of(classes)
     if name not in goals:
         raise ValueError(
@@ -59,12 +55,7 @@ def goal_by_name(name: str, classes: Sequence[str]) -> Goal:
 
 
 def _prefers(index: int) -> Goal:
-    def goal(p: Tensor) -> Tensor:
-        others = p.clone()
-        others[:, index] = 0
-        return (1 - others.amax(1)) * p[:, index]
-
-    return goal
+    return lambda p: (1 - p.index_fill(1, torch.tensor(index, device=p.device), 0.0).amax(1)) * p[:, index]
 
 
 def class_words(sets: Iterable[PairSet], classes: Sequence[str]) -> dict[str, list[str]]:
@@ -233,40 +224,34 @@ class Selection:
         )
 
 
+@dataclass(frozen=True)
 class Scorer:
     """Scores the model as it is at the moment.
 
-    Args:
+    Attributes:
         classes: The feature's classes.
         class_probabilities: Gives `(texts, classes)`, the probability of each class at the slot of each text.
         language_modelling: Gives `{"loss": …, "lms": …}`.
         masked: Whether cost is counted in accuracy (masked models; in loss where they get nothing right) or in loss.
     """
 
-    def __init__(
-        self,
-        classes: Sequence[str],
-        class_probabilities: Callable[[], Tensor],
-        language_modelling: Callable[[], dict[str, float]],
-        *,
-        masked: bool,
-    ) -> None:
-        self.classes, self.goals = list(classes), goals_of(classes)
-        self._class_probabilities, self._language_modelling = class_probabilities, language_modelling
-        self._masked = masked
+    classes: Sequence[str]
+    class_probabilities: Callable[[], Tensor]
+    language_modelling: Callable[[], dict[str, float]]
+    masked: bool
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
         """Score the model as it is now, under these names; `base` is what cost is counted from."""
-        p, lm = self._class_probabilities().double(), self._language_modelling()
+        p, lm = self.class_probabilities().double(), self.language_modelling()
         loss, lms = lm["loss"], lm["lms"]
         cost = 0.0
         if base is not None:
-            cost = 1 - lms / base.lms if self._masked and base.lms > 0 else loss / base.loss - 1
+            cost = 1 - lms / base.lms if self.masked and base.lms > 0 else loss / base.loss - 1
         return Point(
             pair,
             feature_factor,
             learning_rate,
-            {name: float(lms * goal(p).mean()) for name, goal in self.goals.items()},
+            {name: float(lms * goal(p).mean()) for name, goal in goals_of(self.classes).items()},
             {name: float(p[:, i].mean()) for i, name in enumerate(self.classes)},
             loss,
             lms,

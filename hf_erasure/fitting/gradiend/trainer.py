@@ -17,7 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import TrainOutput
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import GradiendConfig, kept_share, set_features, stated_bytes, steer
+from hf_erasure.adapters import GradiendConfig, set_features, stated_bytes, steer
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECIPE, RECORD, TOLD
 from hf_erasure.adapters.common.layer import outside_inference_mode
@@ -37,7 +37,6 @@ from .pairs import Pair, PairSet
 from .selection import (
     FEATURE_FACTORS,
     LEARNING_RATES,
-    Point,
     Scorer,
     Selection,
     all_words,
@@ -294,7 +293,15 @@ class GradiendTrainer:
         adapter = GradiendAdapter.of(self.model, self.adapter_name)
         adapter.steer(best.feature_factor, best.learning_rate, best.pair)
         selection = Selection(goal, budget, best, base, tuple(points))
-        kept, measured_on = self._kept_share(best), self._figures_on(next(iter(self._eval_sets(eval_dataset).values())))
+        kept = adapter.kept_share() if best.learning_rate else 1.0
+        if kept < LEAST_KEPT:
+            warnings.warn(
+                f"Merged into these weights, {kept:.0%} of the chosen edit is left: the rest is below the spacing of "
+                "their values. What was scored is the merged edit; unmerged the adapter acts in full. A larger "
+                "learning_rate, or the base in float32, keeps more.",
+                stacklevel=2,
+            )
+        measured_on = self._figures_on(next(iter(self._eval_sets(eval_dataset).values())))
         self.config.provenance["selection"] = selection.to_dict() | {"kept_share": kept, "measured_on": measured_on}
         return selection
 
@@ -313,18 +320,6 @@ class GradiendTrainer:
                 stacklevel=3,
             )
         return in_words(len(dataset), fitted)
-
-    def _kept_share(self, best: Point) -> float:
-        """What rounding leaves of the chosen edit once it is merged; said where that is little."""
-        share = kept_share(self.model, self.adapter_name) if best.learning_rate else 1.0
-        if share < LEAST_KEPT:
-            warnings.warn(
-                f"Merged into these weights, {share:.0%} of the chosen edit is left: the rest is below the spacing of "
-                "their values. What was scored is the merged edit; unmerged the adapter acts in full. A larger "
-                "learning_rate, or the base in float32, keeps more.",
-                stacklevel=3,
-            )
-        return share
 
     def scorer(self, eval_dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> Scorer:
         """What `select` scores an edit with: class probabilities at the slots, and language modelling."""

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,15 +102,6 @@ class Start:
     seed: int
     per_epoch: int
     steps: int
-
-
-@dataclass
-class _Best:
-    """The best evaluation of a start so far, and how many came since."""
-
-    size: float = -1.0
-    step: int = 0
-    since: int = 0
 
 
 @dataclass
@@ -230,7 +221,8 @@ class Training:
         )  # fmt: skip
         if state:
             neuron.load_state_dict(state)
-        best = _Best(**facts.get("best") or {})
+        # The best correlation of this start so far, without its sign, and how many evaluations came since.
+        best = facts.get("best") or {"size": -1.0, "since": 0}
         self.losses.clear()
         self.recent.clear()
         for step in range(facts["step"], start.steps):
@@ -242,9 +234,8 @@ class Training:
             if done == start.steps or control.should_evaluate:
                 self._consider(start, neuron, best, done)
             if control.should_save and done < start.steps:
-                facts = {"start": start.number, "step": done, "best": asdict(best)}
-                self.progress.save(neuron.state_dict(), facts)
-            if args.patience is not None and best.since >= args.patience:
+                self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
+            if args.patience is not None and best["since"] >= args.patience:
                 break
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
@@ -278,16 +269,16 @@ class Training:
         self.losses.append(result.loss)
         self.recent.append((result.encoded, sign))
 
-    def _consider(self, start: Start, neuron: FeatureNeuron, best: _Best, step: int) -> None:
+    def _consider(self, start: Start, neuron: FeatureNeuron, best: dict[str, Any], step: int) -> None:
         """Measure the correlation and keep the neuron if it is the best so far."""
         correlation = self._correlation(start.pair, neuron.encode)
         self.progress.log({"cor": correlation, "eval_cor": correlation}, evaluated=True)
         # A correlation that is not defined is not better than none, but something must be kept.
         size = 0.0 if math.isnan(correlation) else abs(correlation)
-        if size <= best.size:
-            best.since += 1
+        if size <= best["size"]:
+            best["since"] += 1
             return
-        best.size, best.step, best.since = size, step, 0
+        best.update(size=size, since=0)
         if correlation < 0:  # class 0 is +1
             neuron.flip()
         self.progress.keep(start.number, Fitted(start.pair, neuron.feature(), abs(correlation), step, start.seed))
@@ -318,11 +309,7 @@ class Training:
         return best
 
     def calibrated(self, fitted: Fitted, density: float) -> Feature:
-        """A start's feature with an encoder of that density, whose class means are those of the dense one.
-
-        Raises:
-            ValueError: If the kept entries do not tell the classes apart.
-        """
+        """A start's feature with an encoder of that density, whose class means are those of the dense one."""
         encoder = fitted.feature.encoder
         sparse = encoder.prune(density)
         if sparse is encoder:
