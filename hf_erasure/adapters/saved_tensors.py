@@ -59,7 +59,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     copies: dict[str, Tensor] = {}
     for path, module in base.named_modules():
         kept: dict[str, tuple[str, Tensor]] = {}  # by the key below the module: the same in a file, and a value
-        if isinstance(module, AdapterChild) and adapter_name in module.adapters:
+        if isinstance(module, AdapterChild) and adapter_name in module.sticky_adapters:
             module.check_values(adapter_name)
             stores = module.stores(adapter_name)
             kept = {f"{part}.{adapter_name}": (part, store[adapter_name]) for part, store in stores.items()}
@@ -179,10 +179,13 @@ def digest_of(folder: str | Path, config: Any) -> str | None:
         return hashed.hexdigest()[:16]
     with torch.device("cpu"), safe_open(file, framework="pt") as content:
         names = sorted(content.keys())
+        # Names are hashed below what all begin with: a head on top of the encoder prefixes them all.
+        first, last = (names[0].split("."), names[-1].split(".")) if names else ([], [])
+        shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
         for name in names:
             value = content.get_tensor(name)
             value = value.float() if value.is_floating_point() else value
-            hashed.update(f"{_relative(name, names)} {list(value.shape)} {value.dtype}".encode())
+            hashed.update(f"{'.'.join(name.split('.')[shared:])} {list(value.shape)} {value.dtype}".encode())
             hashed.update(value.contiguous().flatten().view(torch.uint8).numpy())
     return hashed.hexdigest()[:16]
 
@@ -192,13 +195,6 @@ def digest_of_data(value: Any) -> str | None:
     if not value:
         return None
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _relative(name: str, names: list[str]) -> str:
-    """A tensor's name below what all names begin with: a head on top of the encoder prefixes them all."""
-    first, last = names[0].split("."), names[-1].split(".")
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first) - 1)
-    return ".".join(name.split(".")[shared:])
 
 
 def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None:

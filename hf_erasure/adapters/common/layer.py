@@ -156,8 +156,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     weight, bias = property(_no_weight), property(_no_weight)
     in_features, out_features = property(lambda self: self._features()[0]), property(lambda self: self._features()[1])
 
-    # ---- state -------------------------------------------------------------------------------------------------------
-
     def stores(self, name: str) -> dict[str, StateDict]:
         """The parts of an adapter that a file has, by the attribute that holds them."""
         stores: dict[str, Any] = dict(self.named_children())
@@ -258,8 +256,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
                 )
         return self
 
-    # ---- adapters come and go ----------------------------------------------------------------------------------------
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter that is not merged; without another one, this child goes too."""
         self.refuse_if_merged(adapter_name)
@@ -298,8 +294,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         """What PEFT reports as available; it looks for parameters, and there are none here."""
         return set(self.adapters)
-
-    # ---- which adapters act ------------------------------------------------------------------------------------------
 
     def switched_on(self) -> list[str]:
         """The adapters here that are meant to act, in order: sticky ones that are not active, then the active."""

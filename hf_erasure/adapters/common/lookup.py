@@ -51,7 +51,14 @@ def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
     """
     found = list(adapters_in(model, kind, name))
     if not found:
-        raise AdapterNotFound(_absent(model, name, kind))
+        others = [configs[name] for configs in map(configs_on, model.modules()) if configs and name in configs]
+        article = "an" if kind.noun.startswith("hf") else "a"
+        told = f"adapter_name={name!r} is not {article} {kind.noun} of this model ({type(model).__name__})"
+        if any(isinstance(config, kind) for config in others):
+            raise AdapterNotFound(f"{told} any more: its modules are gone. {_remedy(kind, name)}")
+        told += f", but a {getattr(others[0].peft_type, 'value', others[0].peft_type)} adapter" if others else ""
+        known = [place.name for place in adapters_in(model, kind)]
+        raise AdapterNotFound(f"{told}; those here are {known or 'none'}. {_remedy(kind, name)}")
     if len(found) > 1:
         paths = [as_attribute(place.path) for place in found]
         raise ValueError(
@@ -81,17 +88,6 @@ def only_adapter(model: nn.Module, kind: type[C]) -> str:
     if not names:
         raise AdapterNotFound(f"This {type(model).__name__} has no {kind.noun}. {_remedy(kind, 'default')}")
     raise ValueError(f"This {type(model).__name__} has several {kind.noun}s, {names}: say which with adapter_name=….")
-
-
-def _absent(model: nn.Module, name: str, kind: type[ChildConfig]) -> str:
-    others = [configs[name] for configs in map(configs_on, model.modules()) if configs and name in configs]
-    known = [place.name for place in adapters_in(model, kind)]
-    article = "an" if kind.noun.startswith("hf") else "a"
-    told = f"adapter_name={name!r} is not {article} {kind.noun} of this model ({type(model).__name__})"
-    if any(isinstance(config, kind) for config in others):
-        return f"{told} any more: its modules are gone. {_remedy(kind, name)}"
-    told += f", but a {getattr(others[0].peft_type, 'value', others[0].peft_type)} adapter" if others else ""
-    return f"{told}; those here are {known or 'none'}. {_remedy(kind, name)}"
 
 
 def _remedy(kind: type[ChildConfig], name: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, Rows, StateDict, outside_inference_mode
+from ..common.layer import AdapterChild, Rows, StateDict, adapter_children, outside_inference_mode
 from ..merging.record import forget, withdraw
 from .config import ConceptErasureConfig, Dial, Parts
 
@@ -81,8 +81,6 @@ class ErasureLayer(AdapterChild):
         # The axis of the examples; the first but for XLNet and its like.
         self.concept_erasure_examples: dict[str, int] = {}
 
-    # ---- state -------------------------------------------------------------------------------------------------------
-
     def add_adapter(self, name: str, config: ConceptErasureConfig) -> None:
         """Make room for an adapter: values that are missing until loaded if it was fitted, the identity otherwise."""
         if isinstance(self.host, nn.Embedding) and config.site == "input":
@@ -105,7 +103,8 @@ class ErasureLayer(AdapterChild):
         self.concept_erasure_bias[name] = torch.zeros(size["width"], device=device, dtype=dtype)
         rows = len(config.readings or ())
         self.concept_erasure_readings[name] = torch.zeros(rows, size["rank"], device=device, dtype=dtype)
-        self.set_dial(name, config.dial)
+        if config.dial is not None:
+            self.dials[name] = config.dial
         if config.fitted:
             self.await_values(name)
 
@@ -113,10 +112,10 @@ class ErasureLayer(AdapterChild):
     def link(model: nn.Module) -> None:
         """Tell the layers of modules that share erasers where these are."""
         by_adapter: dict[str, dict[str, ErasureLayer]] = {}
-        for path, layer in ErasureLayer.by_path(model).items():
+        for layer in (child for child in adapter_children(model) if isinstance(child, ErasureLayer)):
             layer.sharers.clear()
-            for name in layer.adapters:
-                by_adapter.setdefault(name, {})[path] = layer
+            for name in layer.sticky_adapters:
+                by_adapter.setdefault(name, {})[layer.path] = layer
         for name, layers in by_adapter.items():
             for layer in layers.values():
                 site = layers.get(layer.site_paths.get(name, ""))
@@ -234,8 +233,6 @@ class ErasureLayer(AdapterChild):
             handle.remove()
         self._handles.clear()
 
-    # ---- the forward pass --------------------------------------------------------------------------------------------
-
     def applied_adapters(self, site: str) -> list[str]:
         """The adapters whose erasers act at `site`, in order: sticky ones that are not active, then the active."""
         acting = self.switched_on()
@@ -297,8 +294,6 @@ class ErasureLayer(AdapterChild):
         if name in site._awaits_values and not torch.compiler.is_compiling():
             site.check_values(name)
         return apply_erasure(hidden, left, right, bias, axis)
-
-    # ---- merging -----------------------------------------------------------------------------------------------------
 
     def unmerge(self) -> None:
         """Put the original weights back, to the bit unless erasers of other sites are in them."""
@@ -365,7 +360,8 @@ class MadeOnce:
         Another result is due where it is made `by` other tensors or for other rows. Where a site is being fitted, an
         observer must see a tensor once, also in inference mode.
         """
-        if modules < 2 or not _can_be_kept(hidden, is_fitted):
+        is_kept = is_fitted if hidden.is_inference() else not (hidden.requires_grad and torch.is_grad_enabled())
+        if modules < 2 or type(hidden) is not Tensor or not is_kept:
             return make(hidden)
         anchor = hidden._base if hidden._is_view() else hidden
         key = (
@@ -388,14 +384,6 @@ class MadeOnce:
 def _version(part: Any) -> int:
     """How often a tensor was changed in place, as far as is known."""
     return part._version if isinstance(part, Tensor) and not part.is_inference() else 0
-
-
-def _can_be_kept(hidden: Tensor, is_fitted: bool) -> bool:
-    if type(hidden) is not Tensor:
-        return False
-    if hidden.is_inference():
-        return is_fitted
-    return not (hidden.requires_grad and torch.is_grad_enabled())
 
 
 # ---- the hidden state in what a module takes or returns --------------------------------------------------------------

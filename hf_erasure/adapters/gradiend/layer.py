@@ -58,8 +58,6 @@ class GradiendLayer(AdapterChild):
             raise ValueError(f"{self.path}.{name} is gone from the model: load the adapter into the model it is for.")
         return parameter
 
-    # ---- state -------------------------------------------------------------------------------------------------------
-
     def add_adapter(self, name: str, config: GradiendConfig, parameters: tuple[str, ...] = ()) -> None:
         """Make room for an adapter: values that are missing until loaded if it was fitted, nothing otherwise."""
         self.gradiend_parameters[name] = parameters
@@ -125,8 +123,6 @@ class GradiendLayer(AdapterChild):
         left = {id(module) for places in owners.values() for module, _ in places}
         self._follow(owners, [(reader, owner) for reader, owner in self.readers if id(owner) in left])
 
-    # ---- hooks -------------------------------------------------------------------------------------------------------
-
     def _follow(self, owners: dict[str, list[Owner]], readers: list[tuple[nn.Module, nn.Module]]) -> None:
         self._unhook()
         self.owners, self.readers = owners, readers
@@ -157,8 +153,6 @@ class GradiendLayer(AdapterChild):
                 places[name] = list(dict.fromkeys((model.get_submodule(path), own) for path, _, own in at))
             read = [(m, owner) for place in places.values() for owner, name in place for m in readers.of(owner, name)]
             layer._follow(places, list(dict.fromkeys(read)))
-
-    # ---- which adapters act, and how strongly ------------------------------------------------------------------------
 
     def acting_adapters(self) -> list[str]:
         """The adapters that change weights on a forward pass, in the order in which they were added."""
@@ -220,8 +214,6 @@ class GradiendLayer(AdapterChild):
                 f"{FLOAT_FIRST}."
             )
         return found
-
-    # ---- merging -----------------------------------------------------------------------------------------------------
 
     def why_not_editable(self, parameter: str) -> str | None:
         """The reason why a parameter cannot be written to; None when it can."""

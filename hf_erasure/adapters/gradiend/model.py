@@ -103,8 +103,6 @@ class GradiendModel(ChildTuner):
     tuner_layer_cls = GradiendLayer
     _default_targets = staticmethod(default_owners)
 
-    # ---- attaching ---------------------------------------------------------------------------------------------------
-
     def _names_meant(self, config: Any) -> list[str] | None:
         # The parameters that the adapter being attached has already; a tied weight comes with its first owner.
         self._claimed: set[int] = set()
@@ -199,8 +197,6 @@ class GradiendModel(ChildTuner):
             config.target_modules = exactly(at, self.model)
         super()._check_complete(config, children, wanted)
 
-    # ---- merging: the whole adapter, or nothing of it ----------------------------------------------------------------
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters into the weights, in the dtype these have; `unmerge_adapter` puts them back to the bit.
 
@@ -237,8 +233,6 @@ class GradiendModel(ChildTuner):
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
                 way_back.callback(layer.unmerge_last)
             way_back.pop_all()
-
-    # ---- several adapters --------------------------------------------------------------------------------------------
 
     def _check_mixed_batch(self, rows: Rows) -> None:
         raise ValueError(

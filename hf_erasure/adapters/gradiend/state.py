@@ -91,7 +91,12 @@ def set_features(
     tried.pairs = [list(pair) for pair in pairs]
     tried.check_pairs()
     n = sum(parameter.numel() for parameter in parameters.values())
-    decoders = _pruned([feature.decoder for feature in features], config.density, n)
+    decoders = [feature.decoder for feature in features]
+    if any(decoder.count > math.ceil(config.density * n) for decoder in decoders):
+        if all(index is None for decoder in decoders for index in decoder.index.values()):
+            decoders = prune_together(decoders, config.density)
+        else:
+            decoders = [decoder.prune(config.density) for decoder in decoders]
     encoders = [f.encoder.prune(config.density) if config.keep_encoder else f.encoder for f in features]
     kept = encoders if config.keep_encoder else []
     sizes: dict[str, dict[str, Any]] = {}
@@ -273,29 +278,12 @@ def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None
             raise ValueError(f"The feature is not finite at {name!r}: fit it again, with a lower learning rate.")
 
 
-def _pruned(decoders: list[FeatureDecoder], density: float, n: int) -> list[FeatureDecoder]:
-    """All with the share of entries that was asked for; those that have no more already stay as they are."""
-    if all(decoder.count <= math.ceil(density * n) for decoder in decoders):
-        return decoders
-    if all(index is None for decoder in decoders for index in decoder.index.values()):
-        return prune_together(decoders, density)
-    return [decoder.prune(density) for decoder in decoders]
-
-
 def _aligned(
     name: str, shape: torch.Size, index_of: Sequence[dict[str, Tensor | None]], *values_of: Sequence[dict[str, Tensor]]
 ) -> list[Tensor | None]:
-    """A block of several features on common positions.
+    """Common positions of a block of several features, None for all in order, and each kind of values on them.
 
-    Args:
-        name: The block.
-        shape: Its shape.
-        index_of: For each feature its positions by block.
-        values_of: For each kind of values, and each feature, the values by block.
-
-    Returns:
-        Positions `(count,)` int32, None for all of them in order; then each kind of values as `(features, count)`, None
-        where no feature has an entry.
+    Positions `(count,)` int32 and values `(features, count)`, None where there are none, come by block of each feature.
     """
     nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
     found = [[values.get(name, nothing) for values in kind] for kind in values_of]

@@ -135,7 +135,14 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         if len(pair.seen):
             pairs.append(pair)
     if unread:
-        _say_unread(unread, len(kept), config)
+        is_all = len(unread) == len(kept)
+        checked = "could not be checked: none" if is_all else f"was checked in part: {len(unread)}"
+        warnings.warn(
+            f"Whether this is the base that the {config.described} was fitted on ({_fitted_on(config)}) {checked} of "
+            f"the {len(kept)} weights to compare, {unread[0]!r} among them, {'can' if is_all else 'cannot'} be read "
+            "here, since they are offloaded, sharded, or packed by a quantiser.",
+            stacklevel=users_level(),
+        )
     return pairs
 
 
@@ -307,17 +314,6 @@ def _check_sample(name: str, sample: Any) -> None:
         raise ValueError(
             f"The fingerprint has {short(sample)} of {name!r}, which is not a sample: the file is damaged."
         )
-
-
-def _say_unread(unread: list[str], total: int, config: ChildConfig) -> None:
-    is_all = len(unread) == total
-    checked = "could not be checked: none" if is_all else f"was checked in part: {len(unread)}"
-    warnings.warn(
-        f"Whether this is the base that the {config.described} was fitted on ({_fitted_on(config)}) {checked} of the "
-        f"{total} weights to compare, {unread[0]!r} among them, {'can' if is_all else 'cannot'} be read here, since "
-        "they are offloaded, sharded, or packed by a quantiser.",
-        stacklevel=users_level(),
-    )
 
 
 def _fitted_on(config: ChildConfig) -> str:
