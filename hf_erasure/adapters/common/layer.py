@@ -83,50 +83,36 @@ def refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 class AdapterChild(nn.Module, BaseTunerLayer):
-    """The state of every adapter of one kind at one module: one `StateDict` for each part that a file has.
+    """The state of every adapter of one kind at one module: one `StateDict` for each part that a file has."""
 
-    Attributes:
-        child_name: What the child is called on its host.
-        noun: What messages call an adapter of this kind.
-        precisions: The dtypes that floating-point state may have, the usual one first.
-        host: The module that this is a child of.
-        path: The host's name in the model.
-        sticky_adapters: Adapter name → whether it stays active beside others; in the order in which they were added.
-        within: The model that this is in, since the last adapter was added.
-        rows: Which adapter each row of the batch has while `adapter_names` are given.
-    """
-
-    child_name: ClassVar[str]
-    noun: ClassVar[str]
+    child_name: ClassVar[str]  # on its host
+    noun: ClassVar[str]  # what messages call an adapter of this kind
+    # The dtypes that floating-point state may have, the usual one first.
     precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     # The attributes that have an entry for each adapter, besides the state.
     entries: ClassVar[tuple[str, ...]] = ("sticky_adapters",)
     # Tells the children of a kind in a model what else in it they concern, after its modules have changed.
     link: ClassVar[Any] = None
-    host: nn.Module
+    host: nn.Module  # the module that this is a child of
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__()
-        self.path = path
+        self.path = path  # the host's name in the model
         # Past `nn.Module`, so that the host does not become a submodule of its own child.
         self.__dict__["host"] = host
+        # Adapter name → whether it stays active beside others; in the order in which they were added.
         self.sticky_adapters: dict[str, bool] = {}
         self._awaits_values: set[str] = set()
         self._held: set[str] = set()
-        self.rows: Rows | None = None
-        self.within: Within | None = None
+        self.rows: Rows | None = None  # while `adapter_names` are given
+        self.within: Within | None = None  # since the last adapter was added
         self.merged_adapters = []
         # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
         self._disable_adapters = False
 
     @classmethod
     def by_path(cls: type[Child], model: nn.Module, adapter_name: str | None = None) -> dict[str, Child]:
-        """The layers of this kind in a model by the name of their host, in the model's order.
-
-        Args:
-            model: Any model, bare or wrapped in a `PeftModel`.
-            adapter_name: Only those that hold this adapter.
-        """
+        """The layers of this kind in a model, or those that hold an adapter, by the name of their host."""
         return {child.path: child for child in adapter_children(model, adapter_name) if isinstance(child, cls)}
 
     @property
@@ -206,15 +192,9 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._awaits_values.add(name)
 
     def take(self, name: str, values: Mapping[str, Tensor | None], device: Any = None) -> None:
-        """Take the values of a file for an adapter; what the file lacks must not pass for values.
+        """Take a file's values, by the attribute that holds a part, for an adapter, to where accelerate runs the host.
 
-        Args:
-            name: The adapter.
-            values: By the attribute that holds a part.
-            device: Where accelerate runs the host, if it has a say.
-
-        Raises:
-            ValueError: If a value is missing, not finite, or of another shape than the adapter's.
+        A `ValueError` says which one is missing, not finite, or of another shape.
         """
         self.await_values(name)
         place, dtype = self.state_placement()

@@ -69,14 +69,9 @@ class Within:
 
 
 class _Trained(AuxiliaryTrainingWrapper):
-    """PEFT's wrapper in a model with adapters of this package: the copy that acts goes on acting.
+    """PEFT's wrapper in a model with adapters of this package: the copy that acts goes on acting."""
 
-    Attributes:
-        ours: The adapters of this package that have a copy here.
-        within: The model that this is in.
-    """
-
-    ours: set[str]
+    ours: set[str]  # the adapters of this package that have a copy here
     within: Within
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
@@ -90,12 +85,14 @@ class _Trained(AuxiliaryTrainingWrapper):
         model = self.within.model()
         if model is not None and not left:
             for place in [name for name, module in model.named_modules() if module is self]:
-                put_in_place(model, place, self.original_module)
+                model.set_submodule(place, self.original_module)
         if model is None or not adapter_children(model):
             self.be_plain()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Let the copy that one of these adapters has act, or none; transformers names adapters without one, too."""
+        if isinstance(adapter_names, _Stays):
+            return
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         known = [name for name in names if name in self._adapters]
         super().set_adapter(adapter_names if known == [adapter_names] else known, inference_mode=inference_mode)
@@ -119,20 +116,12 @@ class TrainedModule(_Trained, ModulesToSaveWrapper):
         acting = self.ours.intersection(self.active_adapters)
         return _Stays(*acting) if acting and found not in self._adapters else found
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Let a copy act; nothing changes where one stays."""
-        if not isinstance(adapter_names, _Stays):
-            super().set_adapter(adapter_names, inference_mode=inference_mode)
-
 
 class ActiveCopies:
-    """Which copies act in the wrappers of a model, to be put back.
-
-    Attributes:
-        on: Name of a wrapper → the adapter whose copy acts there; without those where the base model's module does.
-    """
+    """Which copies act in the wrappers of a model, to be put back."""
 
     def __init__(self, model: nn.Module) -> None:
+        # Name of a wrapper → the adapter whose copy acts there; without those where the base model's module does.
         self.on: dict[str, str] = {}
         self.wrappers = auxiliary_wrappers(model)
         # By the wrapper's name: what was active in it and in what it has inside, and which parameters were trained.
@@ -149,11 +138,9 @@ class ActiveCopies:
     def restore(
         self, *, trained: bool = True, where: Callable[[str, AuxiliaryTrainingWrapper], bool] | None = None
     ) -> None:
-        """Let the copies act again that did.
+        """Let the copies act again that did, and put back which of their parameters are `trained`.
 
-        Args:
-            trained: Also put back which of their parameters are trained.
-            where: Of the adapter whose copy acted ("" for none) and the wrapper: whether to; everywhere when None.
+        `where` says of the adapter whose copy acted, "" for none, and the wrapper, whether to.
         """
         for name, wrapper in self.wrappers.items():
             if where is None or where(self.on.get(name, ""), wrapper):
@@ -163,10 +150,7 @@ class ActiveCopies:
                     parameter.requires_grad_(required)
 
     def hand_on(self, newcomer: str, but: Collection[str]) -> None:
-        """Let the copies of a newcomer start from those that acted; PEFT takes them from the base model, untrained.
-
-        But not from the copies of `but`, of the same method: they go off with all that is theirs.
-        """
+        """Let the copies of a newcomer start from those that acted, but for those of its own method, which go off."""
         for name, acted in self.on.items():
             copies: Any = self.wrappers[name]._modules.get("modules_to_save")
             if copies is not None and newcomer in copies and acted not in but:
@@ -187,12 +171,6 @@ def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def put_in_place(model: nn.Module, wrapper: str, module: nn.Module) -> None:
-    """Put a module where a wrapper is."""
-    parent, _, name = wrapper.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
 # ---- taking adapters off ---------------------------------------------------------------------------------------------
 
 
@@ -207,7 +185,7 @@ def _remove_adapter(model: Any, adapter_name: str) -> None:
             child.detach()
     for name, wrapper in reversed(auxiliary_wrappers(model).items()):  # the innermost first
         if not wrapper._adapters:
-            put_in_place(model, name, wrapper.original_module)
+            model.set_submodule(name, wrapper.original_module)
     note_adapters(model)
     configs = getattr(model, "peft_config", None) or {}
     configs.pop(adapter_name, None)
@@ -227,13 +205,9 @@ def take_off(children: Iterable[AdapterChild], adapter_name: str) -> None:
 def note_adapters(model: Any, *, deleting: bool = False) -> None:
     """What the model itself is told when adapters were added or removed; without any, it is as it was.
 
-    Its modules that are trained with an adapter keep what acts in them. DDP does not broadcast the buffers of adapters.
-    And the model refuses `adapter_names`, which most models of transformers take and do not read; a `PeftModel` reads
-    it and does not hand it on.
-
-    Args:
-        model: A bare model or a `PeftModel`.
-        deleting: Whether PEFT is deleting an adapter, and will turn to those modules next.
+    Its modules that are trained with an adapter keep what acts in them; but while PEFT is `deleting` one, it will turn
+    to those modules next. DDP does not broadcast the buffers of adapters. And the model refuses `adapter_names`, which
+    most models of transformers take and do not read; a `PeftModel` reads it and does not hand it on.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     within = Within(weakref.ref(base))
@@ -262,14 +236,14 @@ def note_adapters(model: Any, *, deleting: bool = False) -> None:
 
 
 @dataclass(eq=False)
-class AdapterBuffers(Collection[str]):
+class AdapterBuffers(Iterable[str]):
     """The names of the buffers of all adapters of a model at present, and what was there before.
 
     Names are looked up anew each time: fitting, loading and deleting change them.
     """
 
     model: nn.Module  # the base model
-    others: Collection[str]  # names that someone else wants ignored
+    others: Iterable[str]  # names that someone else wants ignored
 
     def __iter__(self) -> Iterator[str]:
         yield from self.others
@@ -279,12 +253,6 @@ class AdapterBuffers(Collection[str]):
                     yield name
                     # DDP may wrap a `PeftModel`, which hands on the attribute of the model inside.
                     yield PREFIX + name
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __contains__(self, name: object) -> bool:
-        return any(name == known for known in self)
 
 
 # ---- children beside wrappers of other methods -----------------------------------------------------------------------
@@ -337,13 +305,8 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     """Put a model back as it was if the block raises, and what came is an adapter of this package.
 
     Where the adapter is there already, its values are put back too. A failed adapter of another method is left to PEFT,
-    but for the trained copies that an adapter of ours acts with.
-
-    Args:
-        model: A bare model or a `PeftModel`.
-        adapter_name: The adapter that comes.
-        is_ours: Whether it is known to be one of this package; otherwise that is seen from what the block has left.
-        is_new: Whether it is known to be new, though the model has a configuration of that name.
+    but for the trained copies that an adapter of ours acts with. Whether it `is_ours` is otherwise seen from what the
+    block has left, and whether it `is_new` from the configurations of the model.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if id(base) in _UNDONE.get():  # the outer block undoes all

@@ -31,7 +31,6 @@ from .model_state import (
     check_one_copy,
     move_inside_wrappers,
     note_adapters,
-    put_in_place,
     refuse_copies,
     rehome_layers,
     undone_on_failure,
@@ -320,7 +319,7 @@ class ChildTuner(BaseTuner):
         for name, wrapper in reversed(auxiliary_wrappers(self.model).items()):
             if wrapper._adapters <= own and not adapter_children(wrapper):
                 module = wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                put_in_place(self.model, name, module)
+                self.model.set_submodule(name, module)
             for adapter in wrapper._adapters & own if wrapper._adapters - own else ():
                 wrapper.delete_adapter(adapter, [])
         note_adapters(self.model)

@@ -46,14 +46,10 @@ class Dial:
     """The map `x ↦ x − strength · left · (right · (x − bias) − t)`, where `t` is what the target reads.
 
     With the mean of a class as the target it is affine concept editing (arXiv 2411.09003).
-
-    Attributes:
-        strength: 0 leaves activations as they are, 1 takes them all the way, 2 as far beyond.
-        weights: How much each row of `readings` counts in the target; none for the mean.
     """
 
-    strength: float = 1.0
-    weights: tuple[float, ...] = ()
+    strength: float = 1.0  # 0 leaves activations as they are, 1 takes them all the way, 2 as far beyond
+    weights: tuple[float, ...] = ()  # how much each row of `readings` counts in the target; none for the mean
 
     def of(self, parts: Parts, readings: Tensor) -> Parts:
         """`left`, `right` and `bias` of the map made of those of an eraser and its readings, `(rows, rank)`."""

@@ -28,16 +28,7 @@ _INPUT_NAMES = ("hidden_states", "hidden_state", "x", "input", "inputs_embeds", 
 
 
 class ErasureLayer(AdapterChild):
-    """The erasers of every adapter at one module.
-
-    Attributes:
-        observers: Adapter name → function that sees the activation in place of that adapter's eraser and returns what
-            goes on; how fitting looks at a site.
-        site_paths: Adapter name → the name of the site, where the eraser is that of another module.
-        site_layers: The same → its layer.
-        sharers: Adapter name → how many modules have the eraser, where this is the site of several.
-        dials: Adapter name → what becomes of its eraser, where it is not used as it was fitted.
-    """
+    """The erasers of every adapter at one module."""
 
     child_name = CHILD
     noun = "erasure"
@@ -61,10 +52,12 @@ class ErasureLayer(AdapterChild):
         self._handles: dict[str, Any] = {}
         # The modules whose weights hold erasers of this site; in a list, so that they do not become submodules.
         self.written: list[nn.Module] = []
+        # By adapters' names: what sees the activation in the place of an eraser, and returns what goes on; for fitting.
         self.observers: dict[str, Observer] = {}
+        # The name of the site, where the eraser is that of another module, and its layer, not as a submodule.
         self.site_paths: dict[str, str] = {}
-        # In a dictionary, so that they do not become submodules.
         self.site_layers: dict[str, ErasureLayer] = {}
+        # How many modules have the eraser, where this is the site of several.
         self.sharers: dict[str, int] = {}
         self._made: dict[str, MadeOnce] = {}
         self.concept_erasure_left = StateDict(persistent=True)
@@ -72,6 +65,7 @@ class ErasureLayer(AdapterChild):
         self.concept_erasure_bias = StateDict(persistent=True)
         # What the eraser reads in the mean of each class; without rows where that is not known.
         self.concept_erasure_readings = StateDict(persistent=True)
+        # What becomes of an eraser, where it is not used as it was fitted.
         self.dials: dict[str, Dial] = {}
         # The parts that a dial makes, and the tensors that it has made them of, with their versions.
         self._dialled: dict[str, tuple[tuple[Tensor, ...], tuple[int, ...], Parts]] = {}

@@ -1,12 +1,9 @@
-"""A module's forward pass in which changed values hide its parameters.
+"""A module's forward pass in which changed values hide its parameters, which stay where they are.
 
-While `forward` runs, an attribute of the changed value hides the parameter; the parameter itself stays where it is, for
-the optimizer, `state_dict` and other threads. Where another module reads a parameter without calling its owner, as
-Mamba's mixer does with its convolution, the value is in place while that other module's `forward` runs.
-
-Such modules are found in the code of their classes. So no input is needed, and no way through the model is missed: some
-weights are read past their module only while tokens are generated one by one. It may find too many modules, which does
-no harm: a changed value that is in place earlier is the same value.
+Where another module reads a parameter without calling its owner, as Mamba's mixer does with its convolution, the value
+is in place while that other module's `forward` runs. Such modules are found in the code of their classes, so that no
+way through the model is missed: some weights are read so only while tokens are generated one by one. To find too many
+does no harm: a changed value that is in place earlier is the same value.
 """
 
 from __future__ import annotations
@@ -57,16 +54,13 @@ class ForwardWithEdits:
 
     It is put inside of accelerate's own wrapper, which brings the weights of an offloaded module. Several threads may
     be inside at once: the values stay until the last one leaves.
-
-    Attributes:
-        module: The module.
-        edits: What hides its own parameters: a layer, the parameter's name there, and its name here.
-        read: Those of other modules whose parameters this one reads without calling them, with the layer they are for.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # What hides its own parameters: a layer, the parameter's name there, and its name here.
         self.edits: list[tuple[GradiendLayer, str, str]] = []
+        # Those of other modules whose parameters this one reads without calling them, with the layer they are for.
         self.read: list[tuple[GradiendLayer, ForwardWithEdits]] = []
         self._all: list[ForwardWithEdits] = []
         self._inside: dict[_Pass, int] = {}
@@ -343,16 +337,12 @@ def _holder(instruction: dis.Instruction | None) -> str:
 
 
 class UsedAsTheyAre(TorchFunctionMode):
-    """Finds out which parameters functions of PyTorch get as they are, while attributes of changed values hide them.
-
-    Attributes:
-        names: Those that were used, in the order of their use.
-    """
+    """Finds out which parameters functions of PyTorch get as they are, while attributes of changed values hide them."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self._known = {id(parameter): name for name, parameter in parameters.items()}
-        self.names: list[str] = []
+        self.names: list[str] = []  # in the order of their use
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

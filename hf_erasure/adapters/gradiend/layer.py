@@ -22,14 +22,7 @@ Owner = tuple[nn.Module, str]
 
 
 class GradiendLayer(AdapterChild):
-    """The changes of every adapter to the parameters of one module.
-
-    Attributes:
-        gradiend_parameters: Adapter name → names of the module's parameters that it changes.
-        gradiend_on: Adapter name → whether it is fitted, with a learning rate that is not 0.
-        owners: Parameter name → all modules that own that very tensor, with its name there.
-        readers: Modules that may read a parameter of an owner without calling it, each with that owner.
-    """
+    """The changes of every adapter to the parameters of one module."""
 
     child_name = CHILD
     noun = "GRADIEND adapter"
@@ -37,10 +30,12 @@ class GradiendLayer(AdapterChild):
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__(host, path)
+        # By adapters' names: the module's parameters that it changes, and whether it is fitted and α is not 0.
         self.gradiend_parameters: dict[str, tuple[str, ...]] = {}
         self.gradiend_on: dict[str, bool] = {}
         # (2, pairs): what Wd and bd of each pair are multiplied by. Filled in place, so that compiled code stays valid.
         self.gradiend_steering = StateDict(persistent=False)
+        # Parameter name → all modules that own that very tensor; and modules that may read one past such an owner.
         self.owners: dict[str, list[Owner]] = {}
         self.readers: list[tuple[nn.Module, nn.Module]] = []
         # One entry a merge: whose it was, and what it wrote.
