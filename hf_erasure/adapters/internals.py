@@ -1,9 +1,8 @@
 """What this package relies on in PEFT, transformers and accelerate, checked at import, and how it adds types to PEFT.
 
-What of it is wrapped stands in `hf_erasure.patches`, and is checked there. A release that lacks one of these would fail
-later, in the middle of a user's call, or not at all and give wrong results; so the import fails, and says what is
-missing where. A release of transformers that demands a newer PEFT than the installed one still imports, and fails in
-every `add_adapter`: the import warns of it.
+What of it is wrapped stands in `hf_erasure.patches`. A release that lacks one of these would fail in the middle of a
+user's call, or give wrong results; so the import fails, and says what is missing where. Of a release of transformers
+that demands a newer PEFT than the installed one, and fails in every `add_adapter`, the import warns.
 
 `PeftType` is a closed enum, and PEFT looks every type up in it by name, so a mere string in its tables would break
 `load_adapter`. A new member is therefore added to the enum itself, in the way the `enum` module builds its own.
@@ -114,11 +113,7 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
 
 
 def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
-    """Warn where the installed transformers demands a newer PEFT than the installed one.
-
-    Args:
-        demanded: The oldest PEFT that transformers accepts; None when it does not say.
-    """
+    """Warn where the oldest PEFT that transformers accepts, if it says so, is newer than the installed one."""
     if demanded is None or Version(installed("peft")) >= Version(demanded):
         return
     transformers = installed("transformers")
@@ -152,14 +147,7 @@ def _supported(package: str) -> str:
 
 
 def extend_peft_type(name: str) -> PeftType:
-    """Add `name` to `PeftType` and return the member; a second call returns the same member.
-
-    Args:
-        name: The new type, in upper case, e.g. `"CONCEPT_ERASURE"`.
-
-    Raises:
-        ImportError: If this PEFT release ships a type of that name itself, or its enum can no longer be extended.
-    """
+    """Add a type, as `"CONCEPT_ERASURE"`, to `PeftType` and return the member; a second call returns the same one."""
     known = peft_types.PeftType
     if hasattr(known.__members__.get(name), _MARK):
         return known(name)

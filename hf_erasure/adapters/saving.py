@@ -56,13 +56,7 @@ PUSHED_FROM: ContextVar[Path | None] = ContextVar("pushed_from", default=None)
 def staged(folder: str | Path) -> Iterator[Path]:
     """A hidden folder to write a save into; what is in it when the block ends takes its place in `folder`, at once.
 
-    An exception leaves `folder` as it was.
-
-    Args:
-        folder: Made if it is not there.
-
-    Raises:
-        ValueError: If `folder`, or a folder in it that is to be written to, is a link or not a folder.
+    It is made if need be. An exception leaves it as it was; a link in it to where a save is to be written is refused.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -181,11 +181,7 @@ class ChildConfig(PeftConfig):
             self.modules_to_save = self.modules_to_save or None
 
     def take_fitted(self, saved: ChildConfig) -> None:
-        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
-
-        Raises:
-            ValueError: If the two do not go together.
-        """
+        """Take over what fitting wrote into a saved configuration, where this one was never fitted."""
         if saved.fitted and not self.fitted:
             for known in fields(self):
                 if known.metadata == BY_FITTING:

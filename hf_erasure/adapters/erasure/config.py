@@ -209,11 +209,7 @@ class ConceptErasureConfig(ChildConfig):
         return {name: value for name, value in super().to_dict().items() if _LATER.get(name, _SAYS) != value}
 
     def take_fitted(self, saved: Any) -> None:
-        """Take over what fitting wrote into a saved configuration, where this one was never fitted.
-
-        Raises:
-            ValueError: If that one erases at the other side of its modules.
-        """
+        """Take over what fitting wrote into a saved configuration, where this one was never fitted."""
         if saved.fitted and not self.fitted:
             self.strength = saved.strength if self.strength == 1 else self.strength
             self.target = saved.target if self.target is None else self.target

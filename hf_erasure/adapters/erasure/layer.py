@@ -386,10 +386,7 @@ def _version(part: Any) -> int:
 def hidden_of_output(output: Any, where: str) -> Tensor:
     """The hidden state a module returned: the tensor itself, the first of a tuple, or `last_hidden_state`.
 
-    A tuple of one in its place is read like it (PVT v2).
-
-    Raises:
-        TypeError: If there is not a floating-point tensor at that place; `where` names the module.
+    A tuple of one in its place is read like it (PVT v2). The module at `where` that returns another is refused.
     """
     found = output
     if isinstance(output, dict):

@@ -77,13 +77,9 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
 def recognise(model: nn.Module, config: ChildConfig) -> None:
     """Give a fitted adapter the names that its modules have in the model it is about to be attached to.
 
-    Warns when the weights are a further-trained version of the adapter's base, and of weights that cannot be read.
-    Where tokens were added or removed, the rows that both models have are compared.
-
-    Raises:
-        ValueError: If a site is missing, the adapter's tensors do not fit a weight, or the weights are those of another
-            model. The last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1.
-        TypeError: If what is kept is not a fingerprint.
+    Refused is a model without one of the sites, with a weight that its tensors do not fit, or of other weights; the
+    last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1. Warned of are weights that were trained
+    further or cannot be read. Where tokens were added or removed, the rows that both have are compared.
     """
     try:
         rename = renaming(model, config.fitted_modules)
@@ -243,8 +239,8 @@ def _refuse_another_base(told: str, remedy: str) -> None:
 def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
     """The values of rows that were not made anew, since tokens were added, where the adapter was fitted or here.
 
-    They were where all values before some row are the same, and after it all differ, or by next to nothing. `rows` has
-    the row of each sampled value, and `last_changed` is the last one that the adapter changes.
+    They were where all values before some row are the same, and after it all differ, or by next to nothing. `rows` are
+    those of the sampled values, and `last_changed` is the last one that the adapter changes.
     """
     differ = pair.differ()
     first = int(rows[differ].min())

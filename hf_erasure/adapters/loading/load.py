@@ -332,9 +332,6 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
 
     Of `modules_to_save` those that are `saved` must be there. To those of `config` a class of PEFT has added its head,
     and where an adapter was saved without one, the model's own stays.
-
-    Raises:
-        ValueError: Names the first tensor that is missing, too many, or of another type or shape.
     """
     found = rename_tensors(read_header(file), config, prefix_of(model))
     where = f"in {str(file)!r}"
