@@ -17,10 +17,10 @@ LIMITS = {
     "forward with erasure": (3, 13),
     "save_pretrained": (11, 63),
     "load_adapter": (12, 90),
-    "GradiendTrainer.train": (20, 141),
-    "select, 1 × 1": (17, 111),
+    "GradiendTrainer.train": (20, 140),
+    "select, 1 × 1": (17, 109),
     "steer": (7, 16),
-    "forward with GRADIEND": (5, 19),
+    "forward with GRADIEND": (5, 18),
 }
 MOST_WRAPPED = 15
 
