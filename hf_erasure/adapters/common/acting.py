@@ -184,7 +184,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
         note_adapters(model)  # a class of a task may have added its head since
     ours = any(isinstance(configs.get(name), ChildConfig) for name in names)
     # `add_adapter` switches its newcomer on last, as a user would: only the calls that are running tell.
-    running = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "add_adapter")
+    running = (frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code.co_name == "add_adapter")
     is_adding = any(frame.f_locals.get("self") is model for frame in running)
 
     def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
