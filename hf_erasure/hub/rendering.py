@@ -56,7 +56,8 @@ class Card:
     @property
     def block(self) -> str:
         """The Markdown between the marks by which it is found again."""
-        return f"<!-- hf-erasure {_digest(self.text)}: {_NOTE} -->\n{self.text}\n<!-- hf-erasure end -->"
+        digest = hashlib.sha256(self.text.encode("utf-8")).hexdigest()[:12]
+        return f"<!-- hf-erasure {digest}: {_NOTE} -->\n{self.text}\n<!-- hf-erasure end -->"
 
     @classmethod
     def read(cls, readme: str) -> Card | None:
@@ -71,11 +72,8 @@ class Card:
 def intact(text: str) -> re.Match[str] | None:
     """The part of a README.md that is ours, where nobody has changed it."""
     found = _BLOCK.search(text)
-    return found if found is not None and _digest(found[2]) == found[1] else None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
+    is_ours = found is not None and hashlib.sha256(found[2].encode("utf-8")).hexdigest().startswith(found[1])
+    return found if is_ours else None
 
 
 def rendered(facts: CardFacts) -> Card:
