@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 from peft import LNTuningConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from hf_erasure import ConceptErasureConfig, GradiendConfig
+from hf_erasure import ConceptErasureConfig, GradiendConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.adapters.erasure.model import default_targets
 from tests.small_models import ARCHITECTURES, LABELS, small_model
@@ -143,11 +146,26 @@ def test_layers_to_transform_and_exclude_modules():
     assert chosen(**named, layers_to_transform=[1]) == ["layers.1.input_layernorm"]
 
 
-def test_names_in_the_error_can_be_targets_where_no_norm_is_of_the_hidden_state():
-    model = hf.MobileNetV1Model(hf.MobileNetV1Config(depth_multiplier=0.25, image_size=32))
-    with pytest.raises(ValueError, match=r"No normalization layer .*e\.g\. target_modules=\['layer.24', 'layer.25'\]"):
+UNIVNET = {
+    "model_in_channels": 8, "model_hidden_channels": 8, "num_mel_bins": 6, "kernel_predictor_hidden_channels": 8,
+    "resblock_kernel_sizes": [3], "resblock_stride_sizes": [2], "resblock_dilation_sizes": [[1, 3]],
+}  # fmt: skip
+WITHOUT_NORMS = [
+    (hf.MobileNetV1Model, hf.MobileNetV1Config(depth_multiplier=0.25, image_size=32), {"pixel_values": (8, 3, 32, 32)}),
+    (hf.UnivNetModel, hf.UnivNetConfig(**UNIVNET), {"input_features": (8, 32, 6), "noise_sequence": (8, 32, 8)}),
+]
+
+
+@pytest.mark.parametrize("kind, config, sizes", WITHOUT_NORMS)
+def test_names_in_the_error_can_be_fitted_where_no_norm_is_of_the_hidden_state(kind: Any, config: Any, sizes: Any):
+    model = kind(config).eval()
+    with pytest.raises(ValueError, match="No normalization layer") as refused:
         default_targets(model)
-    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=["layer.24", "layer.25"]))
+    names = re.findall(r"'([^']+)'", str(refused.value))
+    model.add_adapter(ConceptErasureConfig(labels=LABELS, target_modules=names))
+    given = {name: torch.randn(size) for name, size in sizes.items()}
+    fit_concept_erasure(model, [{**given, "concept_labels": torch.arange(8) % 2}], progress=False)
+    assert set(model.peft_config["default"].fitted_sites) == set(names)
 
 
 def test_a_model_without_blocks_says_what_to_write():

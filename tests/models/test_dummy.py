@@ -16,6 +16,7 @@ from hf_erasure.adapters import set_features, steer, targeted_parameters
 from hf_erasure.adapters.merging.probe import Probe
 from hf_erasure.evaluation.loading import Adapter
 from hf_erasure.gradiend import Feature, FeatureDecoder, FeatureEncoder
+from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import distance
 
 SMALL: dict[str, Any] = {
@@ -99,6 +100,13 @@ def test_an_input_that_the_model_takes_twice_alike(build: Callable[[], nn.Module
     assert probe.failure is None
     assert distance(probe.run(), probe.run()) == 0
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("build", [clip, wav2vec2, whisper])
+def test_images_and_sounds_are_numbers_as_the_weights_are(build: Callable[[], nn.Module], dtype: torch.dtype):
+    given = dummy_batch(built(build).to(dtype))
+    assert {value.dtype for value in given.values() if isinstance(value, torch.Tensor)} <= {dtype, torch.int64}
 
 
 @pytest.mark.parametrize("build", MODELS)

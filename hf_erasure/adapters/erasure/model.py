@@ -25,6 +25,7 @@ from ..common.layer import Rows
 from ..common.lookup import adapter_of
 from ..common.tuner import ChildTuner, keep_layers
 from ..merging.plan import merge
+from ..merging.record import axis_of
 from .config import ConceptErasureConfig
 from .layer import ErasureLayer, erasure_layers, site_layers
 
@@ -90,13 +91,16 @@ def _is_own(name: str, wrapper: str) -> bool:
 
 
 def _without_default(model: nn.Module, why: str, besides: str = "") -> ValueError:
-    """The error of a model without a default, with names of modules to choose: blocks, or what else stands in a row."""
+    """The error of a model without a default, with names to choose: the last layers, whose axes are known, of blocks."""
     blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
     found = {id(block) for block in blocks}
-    names = [name for name, module in model.named_modules() if id(module) in found][-2:] or ["layer.0", "layer.1"]
+    layers = [name for name, module in model.named_modules() if axis_of(module, "input") is not None]
+    names = []
+    for block in [name for name, module in model.named_modules() if id(module) in found][-2:]:
+        names += [name for name in layers if f"{name}.".startswith(f"{block}.")][-1:] or [block]
     return ValueError(
         f"{why}, so there is no default for target_modules. Name the modules whose output is to be erased, e.g. "
-        f"target_modules={names}{besides}."
+        f"target_modules={names or ['layer.0', 'layer.1']}{besides}."
     )
 
 

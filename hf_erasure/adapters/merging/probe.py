@@ -10,6 +10,7 @@ only architectures are folded in which every use is plain, and the outputs are c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,10 +79,18 @@ def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], na
     if drift == 0:
         return
     rounding = _TIMES_ROUNDING * distance(_run_with_other_rounding(probe, modules), after)
+    # The outputs are rounded too: of few numbers that differ in their last bit a sample of weights may have none.
+    rounding += max(torch.finfo(value.dtype).eps / 2 for value in after if value.is_floating_point())
     if not drift <= rounding:
         raise ValueError(
             f"Merging {names} changed the model's output by {drift:.1e} of its norm, where rounding explains "
             f"{rounding:.1e}: the merge was taken back. Use the adapter unmerged, and please report the architecture."
+        )
+    if rounding >= 1:
+        warnings.warn(
+            f"The outputs after merging {names} could not be compared with those before: other rounding of weights "
+            "changes them by as much as they are. Compare them yourself, in float64.",
+            stacklevel=5,
         )
 
 
