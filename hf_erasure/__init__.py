@@ -15,6 +15,7 @@ from .adapters import (
     Verification,
     export_to_sentence_transformers,
     set_strength,
+    set_target,
     verify_adapter,
 )
 from .callbacks import ConceptErasureCallback, GradiendCallback
@@ -42,6 +43,7 @@ __all__ = [
     "export_to_sentence_transformers",
     "fit_concept_erasure",
     "set_strength",
+    "set_target",
     "verify_adapter",
 ]
 

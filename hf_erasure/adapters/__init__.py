@@ -3,7 +3,7 @@
 from .internals import register  # isort: skip  it checks what the others import, so it comes first
 from .erasure.config import ConceptErasureConfig
 from .erasure.layer import ErasureLayer, erasure_layers, site_layers
-from .erasure.model import ConceptErasureModel, set_strength
+from .erasure.model import ConceptErasureModel, set_strength, set_target
 from .gradiend.config import GradiendConfig
 from .gradiend.layer import gradiend_layers
 from .gradiend.model import GradiendModel
@@ -42,6 +42,7 @@ __all__ = [
     "kept_share",
     "set_features",
     "set_strength",
+    "set_target",
     "site_layers",
     "stated_bytes",
     "steer",

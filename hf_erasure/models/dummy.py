@@ -45,7 +45,7 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
     for made in _suggested(base):
         # What a model's own inputs leave open is None there; images and sounds are numbers as the weights are.
         batch = {name: value.to(input_device(base)) for name, value in made.items() if isinstance(value, Tensor)}
-        batch = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        batch |= {name: value.to(dtype) for name, value in batch.items() if value.is_floating_point()}
         call = partial(runner, batch, runner.callee if runner.is_sharded else base)
         try:
             with evaluating(base), without_drawing(base):

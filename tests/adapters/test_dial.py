@@ -25,6 +25,7 @@ from hf_erasure import (
     export_to_lora,
     fit_concept_erasure,
     set_strength,
+    set_target,
     verify_adapter,
 )
 from hf_erasure.adapters import erasure_layers, site_layers
@@ -210,9 +211,14 @@ def test_a_dial_merges_at_norms_and_a_target_asks_for_a_bias_where_there_is_none
     assert distance(outputs_of(half.merge_and_unload(), batch), acting) < TOLERANCE
     moved = loaded("llama", saved(model, tmp_path / "moved", target="male"))
     with pytest.raises(
-        ValueError, match=r"moves it to a target, for which .* would need a bias, and has none\. Leave a target out"
+        ValueError,
+        match=r"moves activations to a target, for which .* would need a bias, and has none\. Take",
     ):
         moved.merge_adapter()
+    set_target(moved, NAME, None)
+    moved.merge_adapter()
+    with pytest.raises(ValueError, match="is merged"):
+        set_target(moved, NAME, "male")
 
 
 def test_what_is_saved_is_the_eraser_and_the_dial_beside_it(tmp_path: Path) -> None:
@@ -234,6 +240,23 @@ def test_what_is_saved_is_the_eraser_and_the_dial_beside_it(tmp_path: Path) -> N
     given = loaded("gpt_neox", tmp_path / "half", config=config)
     assert (given.peft_config[NAME].strength, given.peft_config[NAME].target) == (0.5, "male")
     assert "moves 'concept' to target='male' with strength=0.5 at" in verify_adapter(given, NAME, batch).text
+    config = ConceptErasureConfig(labels=LABELS, target_modules="all-linear", strength=1, task_type="CAUSAL_LM")
+    assert loaded("gpt_neox", tmp_path / "half", config=config).peft_config[NAME].strength == 1
+
+
+@pytest.mark.parametrize("target", ["male", [0.25, 0.75]])
+def test_a_target_that_is_set_is_one_that_is_loaded(target: str | list[float], tmp_path: Path) -> None:
+    model, batch = fitted(), small_batch("gpt_neox", seed=5)
+    plain = outputs_of(model, batch)
+    expected = outputs_of(loaded("gpt_neox", saved(model, tmp_path / "given", target=target)), batch)
+    set_target(model, NAME, target)
+    assert same(outputs_of(model, batch), expected)
+    for wrong in ("neither", [1.0], [1.0, 1.0]):
+        with pytest.raises(ValueError, match="target="):
+            set_target(model, NAME, wrong)
+    assert same(outputs_of(model, batch), expected)
+    set_target(model, NAME, None)
+    assert same(outputs_of(model, batch), plain)
 
 
 def test_an_adapter_of_before_has_a_strength_and_no_target(tmp_path: Path) -> None:

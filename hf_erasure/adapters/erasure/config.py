@@ -23,6 +23,8 @@ SITES = ("output", "input")
 WORDS = {"readers": "input", "writers": "output"}
 # No activation has as many axes; torch allows 64.
 _MOST_AXES = 64
+# The strength that nobody wrote: another object than the 1.0 that a caller writes, which goes before a saved one.
+_FULL = float("1")
 # Fields that releases before do not know, and warn of.
 _LATER = {"weights": None, "strength": 1.0, "target": None, "readings": None}
 _SAYS = object()
@@ -93,7 +95,8 @@ class ConceptErasureConfig(ChildConfig):
         strength: How far activations are moved: 0 leaves them as they are, 1 erases, 2 mirrors them at the mean. It may
             be changed without fitting again, by `set_strength` or where an adapter is loaded.
         target: Move all activations to the mean of a class, by its label, instead of to the common one; or of a mixture
-            of the classes, by their shares; or, with `concept_dim`, to where these values of the concept are.
+            of the classes, by their shares; or, with `concept_dim`, to where these values of the concept are. It may be
+            changed like `strength`, by `set_target`. It needs a bias to be merged into.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether the erasers exist.
@@ -124,7 +127,7 @@ class ConceptErasureConfig(ChildConfig):
     method: str = "leace"
     affine: bool | None = None
     rank: int | None = None
-    strength: float = 1.0
+    strength: float = _FULL
     target: str | list[float] | None = None
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata=BY_FITTING)
     weights: dict[str, list[list]] | None = field(default=None, metadata=BY_FITTING)
@@ -211,7 +214,7 @@ class ConceptErasureConfig(ChildConfig):
     def take_fitted(self, saved: Any) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted."""
         if saved.fitted and not self.fitted:
-            self.strength = saved.strength if self.strength == 1 else self.strength
+            self.strength = saved.strength if self.strength is _FULL else self.strength
             self.target = saved.target if self.target is None else self.target
         super().take_fitted(saved)
         if saved.fitted and saved.site != self.site:

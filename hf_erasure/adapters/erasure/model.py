@@ -176,15 +176,34 @@ def set_strength(model: nn.Module, adapter_name: str, strength: float) -> None:
     Raises:
         ValueError: If there is no such adapter, it is not fitted, it is merged, or the strength is out of range.
     """
+    _set(model, adapter_name, "strength", strength)
+
+
+def set_target(model: nn.Module, adapter_name: str, target: str | list[float] | None) -> None:
+    """Change in place where an erasure moves activations to, without fitting it again.
+
+    Args:
+        model: A model with a fitted erasure, or whatever it is inside of.
+        adapter_name: The adapter. A save, a merge and an export are of the target that it has then.
+        target: The label of a class, shares of the classes, or values of a concept without classes, as in the
+            configuration; None for the common mean.
+
+    Raises:
+        ValueError: If there is no such adapter, it is not fitted, it is merged, or the fit does not know the target.
+    """
+    _set(model, adapter_name, "target", target)
+
+
+def _set(model: nn.Module, adapter_name: str, name: str, value: Any) -> None:
+    """Change a field of the configuration of a fitted erasure that a dial is made of, and the dials with it."""
     found = adapter_of(model, adapter_name, ConceptErasureConfig)
     if not found.config.fitted:
         raise ValueError(f"Adapter {adapter_name!r} was never fitted. {found.config.remedy}")
-    layers = erasure_layers(found.owner, adapter_name).values()
-    for layer in layers:
+    for layer in erasure_layers(found.owner, adapter_name).values():
         layer.refuse_if_merged(adapter_name)
     dialled = copy.copy(found.config)
-    dialled.strength = strength
+    setattr(dialled, name, value)
     dialled.__post_init__()
-    found.config.strength = strength
+    setattr(found.config, name, value)
     for layer in site_layers(found.owner, adapter_name).values():
         layer.set_dial(adapter_name, dialled.dial)

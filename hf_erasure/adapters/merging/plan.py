@@ -454,14 +454,20 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
     if target is None:
         return
     sites = list(dict.fromkeys(site for found in lacking.values() for site in found))
-    some = len(sites) < len(plan.orders)
-    without = f"leave out the sites that need one, exclude_modules={sites}, " if some else ""
+    layers = erasure_layers(model)
+    why = f"for which {target!r} would need a bias, and has none."
+    edits = [edit for here in plan.erasers.values() for edit in here if edit.path in sites]
+    if not any(layers[edit.path].concept_erasure_bias[edit.adapter].any() for edit in edits):  # of the linear map
+        raise ValueError(
+            f"The erasure at {sites[0]!r} cannot be merged: it moves activations to a target, {why} Take the target "
+            "away first, hf_erasure.set_target(model, name, None), or use this adapter unmerged."
+        )
+    without = f"leave out the sites that need one, exclude_modules={sites}, " if len(sites) < len(plan.orders) else ""
     raise ValueError(
         f"The erasure at {sites[0]!r} cannot be merged: it keeps the mean of the activations, or moves it to a target, "
-        f"for which {target!r} would need a bias, and has none. Leave a target out, and fit it again with "
-        "ConceptErasureConfig(affine=None), which takes the linear map that keeps the mean where there is no place for "
-        f"a bias, or with affine=False, {without}or use this adapter unmerged. "
-        f"{preset(model, [erasure_layers(model)[site] for site in sites])}".rstrip()
+        f"{why} Leave a target out, and fit it again with ConceptErasureConfig(affine=None), which takes the linear "
+        "map that keeps the mean where there is no place for a bias, or with affine=False, "
+        f"{without}or use this adapter unmerged. {preset(model, [layers[site] for site in sites])}".rstrip()
     )
 
 
