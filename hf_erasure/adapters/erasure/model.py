@@ -91,7 +91,7 @@ def _is_own(name: str, wrapper: str) -> bool:
 
 
 def _without_default(model: nn.Module, why: str, besides: str = "") -> ValueError:
-    """The error of a model without a default, with names to choose: the last layers, whose axes are known, of blocks."""
+    """The error of a model without a default, with names to choose: the last layers of blocks, whose axes are known."""
     blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
     found = {id(block) for block in blocks}
     layers = [name for name, module in model.named_modules() if axis_of(module, "input") is not None]
