@@ -283,7 +283,7 @@ def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, othe
         raise ValueError(
             f"The activation at {where!r} has shape {shape} for {rows} examples and {passes[1].shape} for {2 * rows}: "
             f"{'more than one axis' if len(owners) > 1 else 'no axis'} grows with the examples, so its rows cannot be "
-            "labelled. Choose another target module."
+            f"labelled. Choose another target module, or leave it out with exclude_modules=[{where!r}]."
         )
     base, changed = (_without(glimpse.shape, width) for glimpse in (passes[0], passes[2]))
     example = owners[0] - (owners[0] > width % len(shape))
@@ -314,7 +314,8 @@ def _is_major(twice: Glimpse, entries: int, rows: int, where: str) -> bool:
     if min(apart) > (_APART if entries == rows else _ROUNDING):
         raise ValueError(
             f"The activation at {where!r} has {entries} rows for {rows} examples, and the rows of an example are "
-            "others when other examples stand beside it: its rows cannot be labelled. Choose another target module."
+            "others when other examples stand beside it, as where experts take some tokens each: its rows cannot be "
+            f"labelled. Choose another target module, or leave it out with exclude_modules=[{where!r}]."
         )
     return apart[0] <= apart[1]
 
