@@ -62,6 +62,7 @@ PUBLIC = {
     "export_to_sentence_transformers",
     "fit_concept_erasure",
     "set_strength",
+    "set_target",
     "verify_adapter",
 }
 
