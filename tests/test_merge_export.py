@@ -344,7 +344,7 @@ def tiny(cls: type[Tiny]) -> peft.PeftModel:
     [
         (Residual, "goes into `add`"),
         (InPlace, "goes into `mul_`"),
-        (OtherCall, "'up', whose weight is used elsewhere too (<addmm>)"),
+        (OtherCall, "'up', whose weight is used elsewhere too (another use)"),
         (Parameter, "goes into `mm`"),
         (HalfTheWeight, "goes into `mm`"),
         (Returned, "is part of what Returned returns"),
@@ -621,7 +621,7 @@ def test_a_lora_around_a_layer_that_would_take_the_erasure_is_named(tmp_path: Pa
     model = fitted("llama", ("input_layernorm",), affine=False)
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
     model.set_adapter(["gender", "lora"])
-    with pytest.raises(ValueError, match=r"`mm of the adapter around 'model.layers.0.self_attn.q_proj'`"):
+    with pytest.raises(ValueError, match=r"`the adapter around 'model.layers.0.self_attn.q_proj'`"):
         export_to_lora(model, "gender", tmp_path / "new")
 
 

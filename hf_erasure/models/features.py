@@ -9,6 +9,7 @@ that are added and another order of the axes leave that as it is; all that mixes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .flow import is_norm
+from .model import is_norm
 
 # Where modules of torch have their features, by definition. Models derive norms and convolutions of theirs that turn
 # the axes around (Parakeet's head), so that these are told by their forward.
@@ -101,20 +102,19 @@ def takers_of(run: Callable[[], Mapping[str, Tensor]], modules: Iterable[nn.Modu
         if args and isinstance(args[0], Tensor):
             taken.append((axis_of_kind(module, args[0].dim()), args[0]))
 
-    watched = [module for module in modules if axis_of_kind(module, 2) is not None]
-    handles = [module.register_forward_pre_hook(keep) for module in watched]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            if axis_of_kind(module, 2) is not None:
+                hooks.callback(module.register_forward_pre_hook(keep).remove)
         given = run()
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def place(x: Tensor) -> tuple:
+        return x.data_ptr(), x.shape, x.stride()
+
     return {
-        name: {axis for axis, x in taken if axis is not None and _is_same(x, hidden)} for name, hidden in given.items()
+        name: {axis for axis, x in taken if axis is not None and place(x) == place(hidden)}
+        for name, hidden in given.items()
     }
-
-
-def _is_same(left: Tensor, right: Tensor) -> bool:
-    return left.data_ptr() == right.data_ptr() and left.shape == right.shape and left.stride() == right.stride()
 
 
 # ---- modules inside --------------------------------------------------------------------------------------------------
@@ -122,15 +122,7 @@ def _is_same(left: Tensor, right: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a module that gave a tensor.
-
-    Attributes:
-        module: The module.
-        args: What it took.
-        kwargs: What it took by name.
-        output: What it gave.
-        shift: Zeros that were added to what it gave, and that tell what depends on it.
-    """
+    """A call of a module that gave a tensor, to which `shift` was added: zeros that tell what depends on it."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -158,13 +150,10 @@ def told_inside(run: Callable[[], Mapping[str, Tensor]], hosts: Mapping[str, nn.
     watched = [m for m in inside.values() if is_norm(m) or any(p.dim() for p in m.parameters(recurse=False))]
     # What a host gives is looked at behind its own shift; those inside may have erasers, which mix features, in front.
     own = {id(host) for host in hosts.values()}
-    handles = [m.register_forward_hook(shifted, with_kwargs=True, prepend=id(m) in own) for m in watched]
-    try:
-        with torch.enable_grad():
-            given = run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for m in watched:
+            hooks.callback(m.register_forward_hook(shifted, with_kwargs=True, prepend=id(m) in own).remove)
+        given = run()
     found = {}
     for name, host in hosts.items():
         own = {id(module) for module in host.modules()}
@@ -186,9 +175,15 @@ def _told(hidden: Tensor, calls: Sequence[_Call]) -> set[int]:
         shifts = [call.shift for call in calls]
         slopes = [torch.autograd.grad(total, shifts, retain_graph=True, allow_unused=True) for total in sums]
         for call, *each in zip(calls, *slopes, strict=True):
-            if axis not in found and any(
-                _has_features(call, own) for own in _followed(each, hidden.shape[axis], entries)
-            ):
+            if axis in found or any(slope is None for slope in each):
+                continue
+            # The axes of what the module gave of which each entry alone reaches the entry of the same number.
+            followed = [
+                own
+                for own, size in enumerate(call.shift.shape)
+                if size == hidden.shape[axis] and all(map(_is_alone, each, [own] * len(each), entries))
+            ]
+            if any(_has_features(call, own) for own in followed):
                 found.add(axis)
     return found
 
@@ -199,19 +194,8 @@ def _largest(hidden: Tensor, axis: int) -> list[int]:
     return [int(entry) for entry in sizes.topk(_ENTRIES).indices]
 
 
-def _followed(slopes: Sequence[Tensor | None], size: int, entries: Sequence[int]) -> list[int]:
-    """The axes of what a module gave of which each entry alone reaches the entry of the same number."""
-    if any(slope is None for slope in slopes):
-        return []
-    return [
-        axis
-        for axis, own in enumerate(slopes[0].shape)  # type: ignore[union-attr]
-        if own == size and all(_is_alone(slope, axis, entry) for slope, entry in zip(slopes, entries, strict=True))
-    ]
-
-
-def _is_alone(slope: Tensor | None, axis: int, entry: int) -> bool:
-    reaches = (slope != 0).movedim(axis, 0).flatten(1).any(1)  # type: ignore[union-attr]
+def _is_alone(slope: Tensor, axis: int, entry: int) -> bool:
+    reaches = (slope != 0).movedim(axis, 0).flatten(1).any(1)
     return bool(reaches[entry]) and int(reaches.sum()) == 1
 
 
@@ -228,27 +212,22 @@ def _has_features(call: _Call, axis: int) -> bool:
         return any(_changes_one(call, name, axis) for name in fits)
 
 
-class _WithoutHooks(nn.Module):
-    """Calls a module past its hooks: erasers and observers would mix the features."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
-
-
 def _changes_one(call: _Call, name: str, axis: int) -> bool:
     """Whether another entry of a weight changes the entry of that number along an axis, and no others."""
-    weights, bare = dict(call.module.named_parameters(recurse=False)), _WithoutHooks(call.module)
-    changed = weights[name].detach().clone()
+    own = call.module._parameters
+    kept = own[name]
+    changed = kept.detach().clone()  # type: ignore[union-attr]
     if changed.is_meta:
         return False  # accelerate brings it in for a call, and no other in its place
     entry = _largest(call.output, axis)[0]
     changed[entry] += 1
-    before = torch.func.functional_call(bare, {}, call.args, call.kwargs)
-    after = torch.func.functional_call(bare, {f"module.{name}": changed}, call.args, call.kwargs)
+    # Past the hooks of the module: erasers and observers would mix the features.
+    before = call.module.forward(*call.args, **call.kwargs)
+    try:
+        own[name] = nn.Parameter(changed, requires_grad=False)
+        after = call.module.forward(*call.args, **call.kwargs)
+    finally:
+        own[name] = kept
     return _is_alone(after - before, axis, entry)
 
 
@@ -258,6 +237,6 @@ def _normalises(call: _Call, axis: int) -> bool:
         return False
     changed = call.args[0].detach().clone(memory_format=torch.contiguous_format)
     changed.view(-1)[0] += 1
-    bare = _WithoutHooks(call.module)
-    differs = bare(changed, *call.args[1:], **call.kwargs) != bare(*call.args, **call.kwargs)
+    forward = call.module.forward  # past its hooks
+    differs = forward(changed, *call.args[1:], **call.kwargs) != forward(*call.args, **call.kwargs)
     return bool(differs.movedim(axis, 0).flatten(1)[:, 0].all()) and int(differs.sum()) == differs.shape[axis]

@@ -9,7 +9,7 @@ mixer and of patches do neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
-from .model import tensors_of
+from .model import is_norm, tensors_of
 
 # Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
 _REARRANGING = {
@@ -63,151 +63,116 @@ _NOTHING = Trace()
 
 
 class Flow(TorchDispatchMode):
-    """Watches a forward pass; afterwards `sites` are the norms of the hidden state, in the order of their calls.
+    """Watches a forward pass, and finds the norms of the hidden state.
 
     Args:
         model: A bare model.
+        call: Makes the pass, and returns what the model gives.
 
     Attributes:
-        called: Every norm that was called.
+        sites: The norms of the hidden state, in the order of their first calls.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: Callable[[], Any]) -> None:
         super().__init__()
         self._model = model
         self._traces = WeakTensorKeyDictionary()
         self._reads: set[str] = set()
         self._kept: set[str] = set()
         self._hidden: set[tuple[int, ...]] = set()  # shapes of what blocks take
-        self.called: list[str] = []
+        self._called: list[str] = []
         # Of the blocks and their parts that run at present, from the outermost: whether it is a block.
         self._running: list[bool] = []
         # Some models call what is in their blocks without calling these.
-        self._blocks = blocks_of(model)
-        inside = {id(block) for block in self._blocks}
-        self._within = tuple(f"{name}." for name, m in model.named_modules() if id(m) in inside)
-
-    @property
-    def sites(self) -> list[str]:
-        """The norms of the hidden state, in the order of their first calls."""
-        return [name for name in dict.fromkeys(self.called) if name in self._kept]
-
-    def run(self, call: Any) -> Flow:
-        """Watch one forward pass.
-
-        Args:
-            call: Makes it, and returns what the model gives.
-        """
+        blocks = blocks_of(model)
+        self._blocks = {id(block) for block in blocks}
+        self._children = {id(part) for block in blocks for part in block.children()} - self._blocks
+        self._norms = {id(module) for module in model.modules() if is_norm(module)}
+        self._within = tuple(f"{name}." for name, m in model.named_modules() if id(m) in self._blocks)
+        self._parts = {id(m) for name, m in model.named_modules() if name.startswith(self._within) and self._is_part(m)}
         with ExitStack() as hooks:
-            for name, module in self._model.named_modules():
-                if isinstance(module, PreTrainedModel):
-                    hooks.callback(module.register_forward_hook(self._leave_model).remove)
-                if isinstance(module, nn.Embedding):
-                    hooks.callback(module.register_forward_hook(self._leave_embedding).remove)
-                if is_norm(module):
-                    before = module.register_forward_pre_hook(partial(self._enter_norm, name), with_kwargs=True)
-                    after = module.register_forward_hook(partial(self._leave_norm, name))
-                    hooks.callback(before.remove)
-                    hooks.callback(after.remove)
-            for block in self._blocks:
-                hooks.callback(block.register_forward_pre_hook(self._enter_block, with_kwargs=True).remove)
-                hooks.callback(block.register_forward_hook(self._leave_block).remove)
-                for part in block.children():
-                    if not any(part is other for other in self._blocks):
-                        hooks.callback(part.register_forward_pre_hook(lambda *_: self._running.append(False)).remove)
-                        hooks.callback(part.register_forward_hook(lambda *_: self._leave()).remove)
-            for part in self._parts():
-                hooks.callback(part.register_forward_pre_hook(self._enter_part, with_kwargs=True).remove)
+            for name, module in model.named_modules():
+                enter, leave = partial(self._enter, name), partial(self._leave, name)
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(leave).remove)
             with self:
                 output = call()
-        self._leave_model(self._model, (), output)
-        return self
+        self._leave_model(output)
+        self.sites = [name for name in dict.fromkeys(self._called) if name in self._kept]
+
+    def _is_part(self, module: nn.Module) -> bool:
+        """Whether a module inside a block has several parts with weights, and is itself neither a block nor a norm.
+
+        A norm whose output such a part takes as it is, with the shape of a hidden state, normalises that of a branch
+        without a sum in between (Zamba's shared block). Norms over batches in branches of convolutions do not count.
+        """
+        # What adapters hang on or around a layer are not parts of it.
+        is_layer = isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+        inside = [m for m in module.children() if next(m.parameters(), None) is not None]
+        return len(inside) > 1 and not is_layer and id(module) not in self._blocks | self._norms
 
     def _of(self, tensor: Tensor) -> Trace:
         return self._traces.get(tensor, _NOTHING)
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 
-    def _leave_embedding(self, table: nn.Module, args: tuple, output: Any) -> None:
-        for table_rows in tree_leaves(output):
-            if isinstance(table_rows, Tensor):
-                self._traces[table_rows] = Trace(tuple(table_rows.shape))
-
-    def _enter_block(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        self._running.append(True)
-        hidden = _first(args, kwargs)
-        for given in tree_leaves((args, kwargs)):
-            # Reversible blocks take two.
-            if hidden is not None and isinstance(given, Tensor) and given.shape == hidden.shape:
-                known = self._of(given)
-                self._hidden.add(tuple(given.shape))
-                if known.output_of in self._reads:
-                    self._kept.add(str(known.output_of))
-                self._traces[given] = Trace(known.sizes or tuple(given.shape), is_begun=True)
-
-    def _parts(self) -> Iterator[nn.Module]:
-        """What has several parts with weights inside the blocks, and is itself neither a block nor a norm.
-
-        A norm whose output such a part takes as it is, with the shape of a hidden state, normalises that of a branch
-        without a sum in between (Zamba's shared block). Norms over batches in branches of convolutions do not count.
-        """
-        skipped = {id(module) for module in self._blocks}
-        for name, module in self._model.named_modules():
-            # What adapters hang on or around a layer are not parts of it.
-            is_layer = isinstance(module, nn.Linear) or hasattr(module, "base_layer")
-            inside = [m for m in module.children() if next(m.parameters(), None) is not None]
-            is_part = len(inside) > 1 and not is_layer and not is_norm(module) and id(module) not in skipped
-            if is_part and name.startswith(self._within):
-                yield module
-
-    def _enter_part(self, part: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        hidden = _first(args, kwargs)
-        known = _NOTHING if hidden is None else self._of(hidden)
-        if hidden is None or known.output_of is None or known.is_rearranged or tuple(hidden.shape) not in self._hidden:
+    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        if id(module) in self._blocks | self._children:
+            self._running.append(id(module) in self._blocks)
+        hidden = next(_floats((args, kwargs)), None)
+        if hidden is None:
             return
-        if "batchnorm" not in type(self._model.get_submodule(known.output_of)).__name__.lower():
-            self._kept.add(known.output_of)
+        if id(module) in self._norms:
+            self._enter_norm(name, module, hidden)
+        if id(module) in self._blocks:
+            for given in _floats((args, kwargs)):  # reversible blocks take two
+                if given.shape == hidden.shape:
+                    known = self._of(given)
+                    self._hidden.add(tuple(given.shape))
+                    if known.output_of in self._reads:
+                        self._kept.add(str(known.output_of))
+                    self._traces[given] = Trace(known.sizes or tuple(given.shape), is_begun=True)
+        known = self._of(hidden)
+        is_whole = known.output_of is not None and not known.is_rearranged and tuple(hidden.shape) in self._hidden
+        kind = type(self._model.get_submodule(known.output_of or "")).__name__.lower()
+        if id(module) in self._parts and is_whole and "batchnorm" not in kind:
+            self._kept.add(str(known.output_of))
 
-    def _leave(self) -> None:
-        self._running.pop()
-
-    def _leave_block(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self._leave()
-        hidden = _first((output,), {})
-        ended = None if hidden is None else self._of(hidden).output_of
-        if ended is not None:
-            self._kept.add(ended)  # it gives the hidden state that goes on
-
-    def _enter_norm(self, name: str, norm: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        hidden = _first(args, kwargs)
-        if hidden is None or not hidden.numel():  # of sounds, where there are none (Higgs Audio)
-            return
+    def _enter_norm(self, name: str, norm: nn.Module, hidden: Tensor) -> None:
         known = self._of(hidden)
         is_direct = known.output_of is None or not known.is_rearranged
-        if not is_direct or not (known.is_begun or name.startswith(self._within)):
+        # Of sounds, where there are none, it is empty (Higgs Audio).
+        if not hidden.numel() or not is_direct or not (known.is_begun or name.startswith(self._within)):
             return
-        sizes = known.sizes
         features = {p.numel() for p in norm.parameters(recurse=False)} or {hidden.shape[-1]}
-        if sizes and features & set(sizes):
+        if features & set(known.sizes):
             self._reads.add(name)
             if known.output_of is not None:
                 self._kept.add(known.output_of)  # one of a hidden state, normalised twice
             if known.begun_by is not None:
                 self._kept.add(known.begun_by)
 
-    def _leave_norm(self, name: str, norm: nn.Module, args: tuple, output: Any) -> None:
-        found = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
-        if found is None:
-            return
-        taken = self._of(args[0]) if args else _NOTHING
-        if taken.sizes and name not in self._reads and not taken.is_begun:
-            self._traces[found] = Trace(taken.sizes)  # of embeddings
-            return
-        self.called.append(name)
-        sizes = taken.sizes if name in self._reads else ()
-        self._traces[found] = Trace(sizes, taken.norms | {name}, name, is_begun=True)
+    def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(module, PreTrainedModel):
+            self._leave_model(output)
+        if isinstance(module, nn.Embedding):
+            for rows in _floats(output):
+                self._traces[rows] = Trace(tuple(rows.shape))
+        found = next(_floats(output), None)
+        if id(module) in self._norms and found is not None:
+            taken = self._of(args[0]) if args else _NOTHING
+            if taken.sizes and name not in self._reads and not taken.is_begun:
+                self._traces[found] = Trace(taken.sizes)  # of embeddings
+            else:
+                self._called.append(name)
+                sizes = taken.sizes if name in self._reads else ()
+                self._traces[found] = Trace(sizes, taken.norms | {name}, name, is_begun=True)
+        if id(module) in self._blocks | self._children:
+            self._running.pop()
+        if id(module) in self._blocks and found is not None and (ended := self._of(found).output_of) is not None:
+            self._kept.add(ended)  # it gives the hidden state that goes on
 
-    def _leave_model(self, model: nn.Module, args: tuple, output: Any) -> None:
+    def _leave_model(self, output: Any) -> None:
         for tensor in _last_states(output):
             if (last := self._of(tensor).output_of) is not None:
                 self._kept.add(last)
@@ -216,16 +181,15 @@ class Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+        given = list(_floats((args, kwargs)))
         known = [(tensor, trace) for tensor in given if (trace := self._traces.get(tensor)) is not None]
         if known:
             name = func.overloadpacket.__name__
             if name == "convolution" and args[8] > 1 and args[8] == args[0].shape[1]:
                 name = "view"  # a convolution of each channel by itself moves positions and no features
             trace = self._after(name, given, known)
-            for made in tree_leaves(output):
-                if isinstance(made, Tensor) and made.is_floating_point():
-                    self._traces[made] = trace
+            for made in _floats(output):
+                self._traces[made] = trace
         return output
 
     def _after(self, operation: str, given: list[Tensor], known: list[tuple[Tensor, Trace]]) -> Trace:
@@ -266,15 +230,6 @@ class Flow(TorchDispatchMode):
         return Trace(hidden.sizes, is_begun=is_begun)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: it is called so, and has no parameters but vectors."""
-    if "norm" not in type(module).__name__.lower():
-        return False
-    # Adapters may hang below a norm, parts of a model may not.
-    own = [p for m in module.modules() if not hasattr(m, "adapters") for p in m.parameters(recurse=False)]
-    return all(p.dim() <= 1 for p in own) and not any(isinstance(m, nn.Linear) for m in module.modules())
-
-
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The modules that pass a hidden state on: those in the outermost lists, and those with a norm in lists inside."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
@@ -282,13 +237,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     for name, modules in lists.items():
         outer = [other for other in lists if name.startswith(f"{other}.")]
         # Lists of lists are never called themselves.
-        is_outermost = all(isinstance(lists[other], nn.ModuleList) and _holds_lists(lists[other]) for other in outer)
+        around = [part for other in outer for part in (lists[other], *lists[other].children())]
+        is_outermost = all(isinstance(part, nn.ModuleList) for part in around)
         found += [m for m in modules if not isinstance(m, nn.ModuleList) and _passes_on(m, needs_norm=not is_outermost)]
     return found
-
-
-def _holds_lists(modules: nn.Module) -> bool:
-    return all(isinstance(m, nn.ModuleList) for m in modules.children())
 
 
 def _passes_on(module: nn.Module, needs_norm: bool) -> bool:
@@ -307,6 +259,5 @@ def _last_states(output: Any, needed: bool = True) -> Iterator[Tensor]:
     yield from found or (tensors_of(output)[:1] if needed else ())
 
 
-def _first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The hidden state among what a module is given."""
-    return next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()), None)
+def _floats(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point())

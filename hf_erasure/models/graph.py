@@ -7,11 +7,12 @@ is along which axis of an activation, and of a weight, a product sums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from .flow import is_norm
+from .model import is_norm, tensors_of
 
 # Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
 _REARRANGING = {
@@ -43,6 +44,7 @@ _POINTWISE = {
     "max_pool2d_with_indices", "upsample_bilinear2d", "upsample_nearest2d", "nan_to_num",
 }  # fmt: skip
 _SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
+_VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}  # not declared as such
 # Product → the places of its factors, and the axes of the second over which it sums and which it makes.
 _PRODUCTS = {
     "mm": (0, 1, 0, 1), "addmm": (1, 2, 0, 1), "bmm": (0, 1, 1, 2), "baddbmm": (1, 2, 1, 2), "linear": (0, 1, 1, 0),
@@ -63,11 +65,6 @@ class Held:
     parameter: nn.Parameter
     axes: tuple[int | None, ...] | None
 
-    def whole(self, axis: int, size: int) -> int | None:
-        """The axis of the parameter that an axis of the tensor is, if all of it is there."""
-        found = self.axes[axis] if self.axes is not None else None
-        return found if found is not None and self.parameter.shape[found] == size else None
-
 
 @dataclass(eq=False)
 class Call:
@@ -76,17 +73,23 @@ class Call:
     Attributes:
         index: Its number.
         name: The name of the module.
+        around: The numbers of the calls that it was made in, from the outermost.
         taken: The nodes of the activations that it was called with.
         sizes: The shape of the first of them.
         given: The node of the first activation that it gave.
+        linear: The linear layer that the module is, or that it wraps for another adapter; also a quantised one.
+        is_whole: Whether it is such a layer or a norm, whose operations mean nothing to a reader.
     """
 
     index: int
     name: str
     module: nn.Module
+    around: tuple[int, ...] = ()
     taken: tuple[Node, ...] = ()
     sizes: tuple[int, ...] = ()
     given: Node | None = None
+    linear: nn.Module | None = None
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,22 @@ class Node:
     width: int = 0
 
 
+class Use(NamedTuple):
+    """An operation that did more with an activation than to show it: moved entries, or made another of them.
+
+    Attributes:
+        taken: The node that it was given.
+        made: The node of what it made; None where that is not of numbers with a point.
+        operation: Of the dispatcher, or the name of the module.
+        calls: The numbers of the calls that ran, from the outermost.
+    """
+
+    taken: Node
+    made: Node | None
+    operation: str
+    calls: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class _Value:
     node: Node
@@ -157,19 +176,21 @@ class Graph(TorchDispatchMode):
 
     Args:
         model: With its adapters, which are left out.
+        call: Makes the pass.
 
     Attributes:
         nodes: All activations, in the order in which they were made.
         calls: All calls of modules.
+        uses: What was done with activations and parameters, in order.
         returned: Nodes that the model gives.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: Callable[[], Any]) -> None:
         super().__init__()
         self.nodes: list[Node] = []
         self.calls: list[Call] = []
+        self.uses: list[Use] = []
         self.returned: set[Node] = set()
-        self._model = model
         self._values = WeakTensorKeyDictionary()
         self._weights = WeakTensorKeyDictionary()
         self._owners = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -178,57 +199,58 @@ class Graph(TorchDispatchMode):
         self._stack: list[Call] = []
         self._silent = 0
         self._time = 0
-
-    def run(self, call: Callable[[], Any]) -> Graph:
-        """Watch the pass that `call` makes."""
-        with ExitStack() as hooks, _erasers_off(self._model):
-            for name, module in self._model.named_modules():
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if isinstance(module, BaseTunerLayer) and "host" in module.__dict__:
+                    # Adapters of this package, which hang below what they act on, do not act.
+                    hooks.callback(setattr, module, "_disable_adapters", module._disable_adapters)
+                    module._disable_adapters = True
                 if not hasattr(module, "host"):
                     enter, leave = partial(self._enter, name), partial(self._leave, name)
                     hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
             with self:
                 output = call()
-        for tensor in tree_leaves(dict(output) if isinstance(output, dict) else output):
-            if isinstance(tensor, Tensor) and (value := self._values.get(tensor)) is not None:
-                self.returned.add(value.node)
-        return self
+        self.returned = {value.node for tensor in tensors_of(output) if (value := self._values.get(tensor)) is not None}
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        call = Call(len(self.calls), name, module)
+        call = Call(len(self.calls), name, module, tuple(outer.index for outer in self._stack))
         self.calls.append(call)
         self._stack.append(call)
         given = [] if self._silent else list(_floats((args, kwargs)))
         call.taken, call.sizes = tuple(self._of(t).node for t in given), tuple(given[0].shape) if given else ()
-        self._silent += is_norm(module) or _linear_inside(module) is not None
+        inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        weight = inner._parameters.get("weight")
+        is_float = weight is not None and weight.is_floating_point()
+        is_quantised = not is_float and hasattr(inner, "in_features") and hasattr(inner, "out_features")
+        call.linear = inner if type(inner).forward in LINEAR or is_quantised else None
+        call.is_whole = is_norm(module) or call.linear is not None
+        self._silent += call.is_whole
 
     def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        call = self._stack[-1]
-        linear, found = _linear_inside(module), next(_floats(output), None)
-        is_whole = is_norm(module) or linear is not None
-        self._silent -= is_whole
+        call, found = self._stack[-1], next(_floats(output), None)
+        self._silent -= call.is_whole
         if not self._silent and found is not None:
-            if is_whole:
-                self._made(output, self._whole(call, linear, list(_floats((args, kwargs))), found))
+            if call.is_whole:
+                given = list(_floats((args, kwargs)))
+                nodes = dict(zip(map(id, given), call.taken, strict=False)).values()
+                if call.linear is None:
+                    kind = "norm" if sum(node.kind != "constant" for node in nodes) == 1 else "opaque"
+                    node = self._node(kind, name, nodes, found.shape)
+                    sizes = {p.numel() for p in module.parameters() if p.numel() > 1}
+                    node.width = sizes.pop() if len(sizes) == 1 else 0
+                else:
+                    pattern = self._pattern(given[0], {id(given[0]): self._of(given[0])}, given[0].dim() - 1)
+                    reads = 0 if isinstance(call.linear, Conv1D) else 1
+                    product = Product(name, call.index, "weight", reads, 1 - reads, pattern)
+                    node = self._node("map", name, call.taken[:1], found.shape, product)
+                for tensor in _floats(output):
+                    self._values[tensor] = _Value(node, None, self._time)
+                self.uses += [Use(taken, node, node.operation, node.calls) for taken in call.taken]
             call.given = self._of(found).node
         self._stack.pop()
-
-    def _whole(self, call: Call, linear: nn.Module | None, given: list[Tensor], found: Tensor) -> Node:
-        """The node that a module made of which the operations mean nothing to a reader."""
-        values = {id(tensor): self._of(tensor) for tensor in given}
-        nodes = [value.node for value in values.values()]
-        if linear is None:
-            kind = "norm" if sum(node.kind != "constant" for node in nodes) == 1 else "opaque"
-            node = self._node(kind, call.name, nodes, found.shape)
-            sizes = {p.numel() for p in call.module.parameters() if p.numel() > 1}
-            node.width = sizes.pop() if len(sizes) == 1 else 0
-            return node
-        pattern = self._pattern(given[0], values, given[0].dim() - 1)
-        reads = 0 if isinstance(linear, Conv1D) else 1
-        product = Product(call.name, call.index, "weight", reads, 1 - reads, pattern)
-        return self._node("map", call.name, nodes[:1], found.shape, product)
 
     # ---- values ------------------------------------------------------------------------------------------------------
 
@@ -265,11 +287,6 @@ class Graph(TorchDispatchMode):
                 self._values[tensor] = value
         return value
 
-    def _made(self, output: Any, node: Node, entries: Any = None) -> None:
-        shown = [t for t in tree_leaves(entries) if isinstance(t, Tensor)] if entries is not None else []
-        for number, tensor in enumerate(_floats(output)):
-            self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
-
     def _held(self, tensor: Tensor) -> Held | None:
         if isinstance(tensor, nn.Parameter):
             return Held(tensor, tuple(range(tensor.dim())))
@@ -288,9 +305,9 @@ class Graph(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [] if self._silent else list(_floats((args, kwargs)))
         name = func.overloadpacket.__name__
-        held = [self._held(t) is not None for t in given]
-        is_weight = bool(given) and all(held)
-        is_followed = any(held) or any(self._is_known(t) for t in given)
+        held = [self._held(t) for t in given]
+        is_weight = bool(given) and None not in held
+        is_followed = any(held) or any(t in self._values or _storage(t) in self._written for t in given)
         # Before the operation, which may write over what it is given.
         values = (
             {id(t): self._of(t) for t in given} if is_followed and not is_weight and name not in _SHAPE_ONLY else {}
@@ -298,35 +315,28 @@ class Graph(TorchDispatchMode):
         output = func(*args, **kwargs)
         if given and name not in _SHAPE_ONLY and any(True for _ in _floats(output)):
             self._time += 1
-            if is_weight:
-                self._note_weight(name, args, kwargs, given, output)
+            weight: Any = next((h for h in held if h is not None), None)
+            if is_weight and name != "embedding":
+                for made in _floats(output):
+                    is_told = weight.axes is not None and len(given) == 1
+                    axes = _axes_after(name, args, kwargs, weight.axes, made) if is_told else None
+                    self._weights[made] = Held(weight.parameter, axes)
+            elif is_weight:
+                product = self._product(weight, None, weight.axes[-1] if weight.axes else None)
+                self._values[output] = _Value(self._node("map", name, (), output.shape, product), None, self._time)
             elif values:
-                self._note(func, name, args, kwargs, given, values, output)
+                made = next(_floats(output))
+                node, entries = self._after(func, name, args, kwargs, given, values, made)
+                shown = [t for t in tree_leaves(entries) if isinstance(t, Tensor)]
+                for number, tensor in enumerate(_floats(output)):
+                    self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
+                if any(out is t for out in _floats(output) for t in given) or "out" in kwargs:
+                    self._written[_storage(made)] = (self._time, node, made)
+        if not (func.is_view or name in _VIEWS):
+            result = next((self._of(t).node for t in _floats(output)), None) if values else None
+            calls = tuple(call.index for call in self._stack)
+            self.uses += [Use(value.node, result, name, calls) for value in values.values()]
         return output
-
-    def _is_known(self, tensor: Tensor) -> bool:
-        return tensor in self._values or _storage(tensor) in self._written
-
-    def _note_weight(self, name: str, args: tuple, kwargs: dict, given: list[Tensor], output: Any) -> None:
-        """An operation on weights alone."""
-        held = next(h for t in given if (h := self._held(t)) is not None)
-        if name == "embedding":
-            axes = held.axes
-            product = self._product(held, None, None if axes is None else axes[-1])
-            self._made(output, self._node("map", name, (), output.shape, product))
-            return
-        for made in _floats(output):
-            axes = None if held.axes is None or len(given) > 1 else _axes_after(name, args, kwargs, held.axes, made)
-            self._weights[made] = Held(held.parameter, axes)
-
-    def _note(
-        self, func: Any, name: str, args: tuple, kwargs: dict, given: list[Tensor], values: dict, output: Any
-    ) -> None:
-        made = next(_floats(output))
-        node, entries = self._after(func, name, args, kwargs, given, values, made)
-        self._made(output, node, entries)
-        if any(out is t for out in _floats(output) for t in given) or "out" in kwargs:
-            self._written[_storage(made)] = (self._time, node, made)
 
     def _after(
         self, func: Any, name: str, args: tuple, kwargs: dict, given: list[Tensor], values: dict, made: Tensor
@@ -334,15 +344,8 @@ class Graph(TorchDispatchMode):
         nodes = [values[id(t)].node for t in given]
         told = [node for node in dict.fromkeys(nodes) if not node.is_zero]
         if name in _PRODUCTS or name == "convolution":
-            is_convolution = name == "convolution"
-            product = (
-                self._convolved(args, values, made) if is_convolution else self._multiplied(name, args, values, made)
-            )
-            if isinstance(product, Product):
-                taken = values[id(args[0 if is_convolution else self._factor(name, args)])].node
-                return self._node("map", name, [taken], made.shape, product), None
-            if product == "featurewise":
-                return self._node(product, name, nodes, made.shape), None
+            if (product := self._multiplied(name, args, values, made)) is not None:
+                return product, None
             if name == "bmm" and self._held(args[0]) is None and self._held(args[1]) is None:
                 return self._node("mixed", name, nodes[::-1], made.shape), None
         if name in _NORMS and nodes[0].kind != "constant":
@@ -369,31 +372,30 @@ class Graph(TorchDispatchMode):
         is_pointwise = name in _POINTWISE and len(activations) == 1
         return self._node("pointwise" if is_pointwise else "opaque", name, told, made.shape), None
 
-    def _factor(self, name: str, args: tuple) -> int:
-        first, second, _, _ = _PRODUCTS[name]
-        return second if self._held(args[first]) is not None else first
-
-    def _multiplied(self, name: str, args: tuple, values: dict, made: Tensor) -> Product | None:
-        first, second, reads, writes = _PRODUCTS[name]
-        factor, held = args[first], self._held(args[second])
-        axis, out = factor.dim() - 1, made.dim() - 1
-        if held is None:  # the weight comes first
-            factor, held = args[second], self._held(args[first])
-            axis, out, reads, writes = factor.dim() - 2, out - 1, args[first].dim() - 1, args[first].dim() - 2
+    def _multiplied(self, name: str, args: tuple, values: dict, made: Tensor) -> Node | None:
+        """The node of a product with a weight, or of a convolution of each channel by itself; None of others."""
+        if name == "convolution":
+            factor, held, axis, out = args[0], self._held(args[1]), 1, 1
+            if args[8] > 1:
+                is_featurewise = args[8] == args[0].shape[1] == args[1].shape[0]
+                nodes = [value.node for value in values.values()]
+                return self._node("featurewise", name, nodes, made.shape) if is_featurewise else None
+            reads, writes = (0, 1) if args[6] else (1, 0)
+        else:
+            first, second, reads, writes = _PRODUCTS[name]
+            factor, held = args[first], self._held(args[second])
+            axis, out = factor.dim() - 1, made.dim() - 1
+            if held is None:  # the weight comes first
+                factor, held = args[second], self._held(args[first])
+                axis, out, reads, writes = factor.dim() - 2, out - 1, args[first].dim() - 1, args[first].dim() - 2
         if held is None or held.axes is None or id(factor) not in values:
             return None
-        ends = held.whole(reads, factor.shape[axis]), held.whole(writes, made.shape[out])
-        return self._product(held, *ends, self._pattern(factor, values, axis))
-
-    def _convolved(self, args: tuple, values: dict, made: Tensor) -> Product | str | None:
-        held, groups = self._held(args[1]), args[8]
-        if groups > 1:
-            return "featurewise" if groups == args[0].shape[1] == args[1].shape[0] else None
-        if held is None or held.axes is None:
-            return None
-        reads, writes = (0, 1) if args[6] else (1, 0)
-        ends = held.whole(reads, args[0].shape[1]), held.whole(writes, made.shape[1])
-        return self._product(held, *ends, self._pattern(args[0], values, 1))
+        ends: list[int | None] = []
+        for end, size in ((reads, factor.shape[axis]), (writes, made.shape[out])):
+            at = held.axes[end]  # counts where all of the axis is there
+            ends.append(at if at is not None and held.parameter.shape[at] == size else None)
+        product = self._product(held, ends[0], ends[1], self._pattern(factor, values, axis))
+        return self._node("map", name, [values[id(factor)].node], made.shape, product)
 
     def _scaled(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
         if len(given) == 1:
@@ -430,17 +432,18 @@ class Graph(TorchDispatchMode):
         if name.startswith(("masked_fill", "neg")):
             return told[0], next(v.entries for v in values.values() if v.node is told[0])
 
-        def shown(part: Any) -> Any:
-            if not isinstance(part, Tensor) or id(part) not in values:
-                return part
-            is_told = values[id(part)].node is told[0]
-            return self._shown(part, values).clone() if is_told else torch.zeros_like(part, dtype=torch.float64)
-
+        places = {}
+        for part in tree_leaves((args, kwargs)):
+            if isinstance(part, Tensor) and id(part) in values:
+                is_told = values[id(part)].node is told[0]
+                shown = self._shown(part, values).clone() if is_told else torch.zeros_like(part, dtype=torch.float64)
+                places[id(part)] = shown
         try:
             if name in ("sum", "mean"):
                 return told[0], self._shown(args[0], values).amax(*args[1:2] or ((),), *args[2:3])
             other = {key: value for key, value in kwargs.items() if key != "dtype"} if name == "_to_copy" else kwargs
-            return told[0], func(*tree_map(shown, args), **tree_map(shown, other))
+            moved = tree_map(lambda part: places.get(id(part), part), (args, other))
+            return told[0], func(*moved[0], **moved[1])
         except (RuntimeError, TypeError, NotImplementedError):
             return self._node("join", name, told, made.shape), None
 
@@ -500,41 +503,11 @@ def _axes_after(
     if name == "index" and made.dim() >= count - 1 and all(i is None for i in rest[0][1:]):
         return (*[None] * (made.dim() - count + 1), *axes[1:])
     if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze"):
-        return _axes_of_view(given.shape, made.shape, axes)
+        # An axis is kept where as many entries lie behind it as before, and it is as long.
+        old, new = ([(n, math.prod(x.shape[at + 1 :])) for at, n in enumerate(x.shape)] for x in (given, made))
+        known = {place: axis for place, axis in zip(old, axes, strict=True) if place[0] > 1}
+        return tuple(known.get(place) for place in new)
     return None
-
-
-def _axes_of_view(old: Sequence[int], new: Sequence[int], axes: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """An axis is kept where as many entries lie behind it as before, and it is as long."""
-
-    def behind(sizes: Sequence[int]) -> list[tuple[int, int]]:
-        return [(size, int(torch.Size(sizes[axis + 1 :]).numel())) for axis, size in enumerate(sizes)]
-
-    known = {place: axis for place, axis in zip(behind(old), axes, strict=True) if place[0] > 1}
-    return tuple(known.get(place) for place in behind(new))
-
-
-def _linear_inside(module: nn.Module) -> nn.Module | None:
-    """The linear layer that a module is, or that it wraps for another adapter; also one with quantised weights."""
-    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = inner._parameters.get("weight")
-    is_float = weight is not None and weight.is_floating_point()
-    is_quantised = not is_float and hasattr(inner, "in_features") and hasattr(inner, "out_features")
-    return inner if type(inner).forward in LINEAR or is_quantised else None
-
-
-@contextmanager
-def _erasers_off(model: nn.Module) -> Iterator[None]:
-    """Let adapters of this package, which hang below what they act on, not act."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and "host" in m.__dict__]
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
 
 
 def _floats(tree: Any) -> Iterator[Tensor]:

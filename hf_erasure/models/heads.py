@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.auto import modeling_auto
 
 from .dummy import text_alone
@@ -136,7 +136,9 @@ def check_next_word(model: nn.Module) -> None:
     if runner.is_sharded or any(parameter.device.type == "meta" for parameter in base.parameters()):
         return
     batch = text_alone(base)
-    texts = (batch, batch | {"input_ids": _with_other_end(batch["input_ids"])})
+    other = batch["input_ids"].clone()  # with another last token, which is among the others
+    other[:, -1] = torch.where(other[:, 0] == other[:, -1], other[:, 1], other[:, 0])
+    texts = (batch, batch | {"input_ids": other})
     try:
         with evaluating(base), without_drawing(base):
             before, after = (runner(text, base) for text in texts)
@@ -153,10 +155,3 @@ def check_next_word(model: nn.Module) -> None:
             f"The logits of {type(base).__name__} at a token depend on the tokens after it, so that they do not "
             "predict the next one. Take a model that reads forwards (a BERT with is_decoder=True), or a masked one."
         )
-
-
-def _with_other_end(ids: Tensor) -> Tensor:
-    """The same tokens with another last one, which is among them."""
-    other = ids.clone()
-    other[:, -1] = torch.where(ids[:, 0] == ids[:, -1], ids[:, 1], ids[:, 0])
-    return other

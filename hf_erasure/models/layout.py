@@ -84,7 +84,8 @@ class Axes:
 
     def check(self, shape: Sequence[int], rows: int, where: str) -> None:
         """Raise a `ValueError` where an activation does not hold as many rows of an example as when this was found."""
-        entries = _without(shape, self.width)[self.example] * (rows if self.is_shared else 1)
+        sizes = [size for axis, size in enumerate(shape) if axis != self.width % len(shape)]
+        entries = sizes[self.example] * (rows if self.is_shared else 1)
         if entries % rows == 0 and (self.is_flat or entries == rows * self.per_example):
             return
         raise ValueError(
@@ -171,17 +172,16 @@ def frames_of(model: nn.Module) -> Frames | None:
 
 def rows_of(batch: Mapping[str, Any], rows: int, chosen: Sequence[int]) -> dict[str, Any]:
     """Some of the rows of a batch, in any order."""
-    return {name: _rows_of(value, rows, list(chosen)) for name, value in batch.items()}
-
-
-def _rows_of(value: Any, rows: int, chosen: list[int]) -> Any:
-    if isinstance(value, list) and len(value) == rows:
-        return [value[row] for row in chosen]
-    if not isinstance(value, Tensor) or not value.dim():
-        return value
-    if len(value) % rows:  # what belongs to a row cannot be told
-        return torch.cat([value] * max(1, len(chosen) // rows))
-    return value.unflatten(0, (rows, len(value) // rows))[chosen].flatten(0, 1)
+    found = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, list) and len(value) == rows:
+            found[name] = [value[row] for row in chosen]
+        elif isinstance(value, Tensor) and value.dim():
+            if len(value) % rows:  # what belongs to a row cannot be told
+                found[name] = torch.cat([value] * max(1, len(chosen) // rows))
+            else:
+                found[name] = value.unflatten(0, (rows, len(value) // rows))[list(chosen)].flatten(0, 1)
+    return found
 
 
 def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -237,27 +237,26 @@ class Glimpse:
         if single is None or len(single.shape) != len(shape):
             return cls(shape)
         owners = _owners(single.shape, shape, rows)
-        return cls(shape, _apart(activation.movedim(owners[0], 0), rows) if len(owners) == 1 else None)
+        if len(owners) != 1:
+            return cls(shape)
+        twice = activation.movedim(owners[0], 0)
+        entries = len(twice) // (2 * rows)
+        by_example, by_entry = twice.unflatten(0, (2 * rows, entries)), twice.unflatten(0, (entries, 2 * rows))
+        pairs = (by_example[:rows], by_example[rows:].flip(0)), (by_entry[:, :rows], by_entry[:, rows:].flip(1))
+        scale = float(twice.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
+        first, second = (float((one - other).float().abs().mean()) / scale for one, other in pairs)
+        if entries == 1 and first > _APART:
+            # Patches that are drawn at random (ViLT) leave the values of an example those of that example.
+            values = twice.flatten(1).float().sort(1).values
+            own, others = (float((values[:rows] - found).norm()) for found in (values[rows:].flip(0), values[rows:]))
+            first = second = own / others if others else 1.0
+        return cls(shape, (first, second))
 
 
 def _owners(single: Sequence[int], twice: Sequence[int], rows: int) -> list[int]:
     """The axes that double with the examples."""
     pairs = zip(single, twice, strict=True)
     return [axis for axis, (a, b) in enumerate(pairs) if a and b == 2 * a and a % rows == 0]
-
-
-def _apart(mirrored: Tensor, rows: int) -> tuple[float, float]:
-    entries = len(mirrored) // (2 * rows)
-    by_example, by_entry = mirrored.unflatten(0, (2 * rows, entries)), mirrored.unflatten(0, (entries, 2 * rows))
-    pairs = (by_example[:rows], by_example[rows:].flip(0)), (by_entry[:, :rows], by_entry[:, rows:].flip(1))
-    scale = float(mirrored.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
-    first, second = (float((one - other).float().abs().mean()) / scale for one, other in pairs)
-    if entries == 1 and first > _APART:
-        # Patches that are drawn at random (ViLT) leave the values of an example those of that example.
-        values = mirrored.flatten(1).float().sort(1).values
-        own, others = (float((values[:rows] - found).norm()) for found in (values[rows:].flip(0), values[rows:]))
-        first = second = own / others if others else 1.0
-    return first, second
 
 
 def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, other: Lengths, where: str) -> Axes:
@@ -285,13 +284,23 @@ def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, othe
             f"{'more than one axis' if len(owners) > 1 else 'no axis'} grows with the examples, so its rows cannot be "
             f"labelled. Choose another target module, or leave it out with exclude_modules=[{where!r}]."
         )
-    base, changed = (_without(glimpse.shape, width) for glimpse in (passes[0], passes[2]))
+    others = [axis for axis in range(len(shape)) if axis != width % len(shape)]
+    base, changed = ([glimpse.shape[axis] for axis in others] for glimpse in (passes[0], passes[2]))
     example = owners[0] - (owners[0] > width % len(shape))
     if is_shared:
         side = now.side_of(base[1], other, changed[1])
         return Axes(width, 0, position=None if side is None else 1, side=side, is_shared=True)
     per_example, per_changed = base[example] // rows, changed[example] / rows
-    is_major = _is_major(passes[1], base[example], rows, where)
+    apart = passes[1].apart or (0.0, 0.0)
+    # What an example gives may depend a little on those beside it (experts with a capacity), which one entry for each
+    # example can bear.
+    if min(apart) > (_APART if base[example] == rows else _ROUNDING):
+        raise ValueError(
+            f"The activation at {where!r} has {base[example]} rows for {rows} examples, and the rows of an example are "
+            "others when other examples stand beside it, as where experts take some tokens each: its rows cannot be "
+            f"labelled. Choose another target module, or leave it out with exclude_modules=[{where!r}]."
+        )
+    is_major = apart[0] <= apart[1]
     side = now.side_of(per_example, other, int(per_changed)) if per_changed == int(per_changed) else None
     if side is not None:
         return Axes(width, example, per_example, is_major, None, side, is_flat=True)
@@ -300,24 +309,6 @@ def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, othe
         if side is not None:
             return Axes(width, example, per_example, is_major, axis, side)
     return Axes(width, example, per_example, is_major)
-
-
-def _without(shape: Sequence[int], width: int) -> list[int]:
-    return [size for axis, size in enumerate(shape) if axis != width % len(shape)]
-
-
-def _is_major(twice: Glimpse, entries: int, rows: int, where: str) -> bool:
-    """Whether the entries of an example lie side by side along the axis of the examples."""
-    apart = twice.apart or (0.0, 0.0)
-    # What an example gives may depend a little on those beside it (experts with a capacity), which one entry for each
-    # example can bear.
-    if min(apart) > (_APART if entries == rows else _ROUNDING):
-        raise ValueError(
-            f"The activation at {where!r} has {entries} rows for {rows} examples, and the rows of an example are "
-            "others when other examples stand beside it, as where experts take some tokens each: its rows cannot be "
-            f"labelled. Choose another target module, or leave it out with exclude_modules=[{where!r}]."
-        )
-    return apart[0] <= apart[1]
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

@@ -132,6 +132,15 @@ def modules_along(model: nn.Module, path: str) -> list[nn.Module]:
     return found
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises: it is called so, and has no parameters but vectors."""
+    if "norm" not in type(module).__name__.lower():
+        return False
+    # Adapters may hang below a norm, parts of a model may not.
+    own = [p for m in module.modules() if not hasattr(m, "adapters") for p in m.parameters(recurse=False)]
+    return all(p.dim() <= 1 for p in own) and not any(isinstance(m, nn.Linear) for m in module.modules())
+
+
 # ---- how it is run ---------------------------------------------------------------------------------------------------
 
 

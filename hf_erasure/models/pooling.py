@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,11 +150,7 @@ def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: 
 def _gradient(
     model: nn.Module, backbone: nn.Module, forward: Callable[[], Any], is_bare: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """The gradient of the output with regard to the last hidden state, and that state; None for a bare model.
-
-    Raises:
-        ValueError: If there is no such state, or the output does not depend on it.
-    """
+    """The gradient of the output with regard to the last hidden state, and that state; None for a bare model."""
     output, returned, made = _traced(model, backbone, forward)
     if is_bare and not _logits(output):
         return None
@@ -179,7 +175,8 @@ def _gradient(
         # Not the leaf itself, which what follows could not change in place.
         return _replaced(output, maker[2], leaf.clone())
 
-    with _hooked([maker[0]], begin):
+    with ExitStack() as hooks:
+        hooks.callback(maker[0].register_forward_hook(begin).remove)
         output = forward()
     read = _logits(output) or [t for t in _tensors(output).values() if t.is_floating_point()][:1]
     read = [tensor for tensor in read if tensor.requires_grad]
@@ -207,19 +204,11 @@ def _traced(
         if module is backbone:
             returned = output
 
-    with _hooked(model.modules(), record):
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.callback(module.register_forward_hook(record).remove)
         output = forward()
     return output, returned, made
-
-
-@contextmanager
-def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors(output: Any) -> dict[Any, Tensor]:
@@ -277,8 +266,5 @@ def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
 def _alike(gradient: Tensor, read: Tensor) -> bool:
     """Whether all positions that are read have the same gradient, within each row."""
     tolerance = _ROUNDING * torch.finfo(gradient.dtype).eps
-    for row, chosen in zip(gradient.float(), read, strict=True):
-        found = row[chosen]
-        if float((found - found[0]).abs().max()) > tolerance * float(found.abs().max()):
-            return False
-    return True
+    rows = [row[chosen] for row, chosen in zip(gradient.float(), read, strict=True)]
+    return not any(bool((row - row[0]).abs().max() > tolerance * row.abs().max()) for row in rows)

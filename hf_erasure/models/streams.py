@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 
 from .dummy import dummy_batch
 from .graph import Call, Graph, Node, Product
-from .model import MEDIA, Runner, bare_model, evaluating, without_drawing
+from .model import MEDIA, bare_model
 
 # What leaves each feature, or a whole row, by itself.
 _BETWEEN = {"norm", "scaled", "featurewise", "pointwise"}
@@ -92,8 +92,10 @@ class _Streams:
     """What a graph of one pass tells of the hidden state."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._graph, batch = _graph_of(model)
+        self._model, self._modules = model, dict(model.named_modules(remove_duplicate=False))
+        graphs: list[Graph] = []
+        batch = dummy_batch(model, lambda call: graphs.append(Graph(model, call)))
+        self._graph = graphs[0]
         base = bare_model(model)
         media = [name for name, method in MEDIA.items() if hasattr(base, method)]
         # What is put into a text, such as images, and the pass has not.
@@ -197,7 +199,8 @@ class _Streams:
         for weight in weights:
             for child, rest in self._siblings(weight.module):
                 other = ".".join([child, *rest])
-                if child not in self._called and _has(self._model, other, weight.parameter):
+                found = self._modules.get(other)
+                if child not in self._called and found is not None and weight.parameter in found._parameters:
                     yield replace(weight, module=other)
 
     def _not_run(self, found: Iterable[Weight]) -> Iterator[str]:
@@ -278,7 +281,8 @@ class _Streams:
             return None if node.is_zero else "something that no weight makes is added to it, such as fixed positions"
         if node.kind == "norm":
             return f"the output of the norm {what!r} is the stream or is added to it"
-        if node.kind == "parameter" and not self._is_bias(node, ends):
+        owners = {end.product.owner for end in ends if end.kind == "map" and end.product is not None} - {""}
+        if node.kind == "parameter" and (product is None or product.owner not in owners):  # not the bias of a map
             return f"the parameter {what!r} is added to it"
         if product is None:
             return f"what `{what}` gives is added to it, which is not a linear map"
@@ -292,18 +296,6 @@ class _Streams:
         ):
             return f"the module {product.owner!r}, whose weight makes what is added to it, returns something else"
         return None
-
-    @staticmethod
-    def _is_bias(node: Node, ends: list[Node]) -> bool:
-        owner = node.product.owner if node.product is not None else ""
-        return bool(owner) and any(n.kind == "map" and n.product and n.product.owner == owner for n in ends)
-
-
-def _has(model: nn.Module, module: str, parameter: str) -> bool:
-    try:
-        return parameter in model.get_submodule(module)._parameters
-    except AttributeError:
-        return False
 
 
 def _behind_scales(node: Node) -> Node:
@@ -323,20 +315,3 @@ def _ends_in_map(branch: Node) -> bool:
         open_ += [part for part in parts if part not in seen]
         seen.update(parts)
     return False
-
-
-def _graph_of(model: nn.Module) -> tuple[Graph, dict[str, Any]]:
-    """The graph of one small pass of the whole model, and what it was given."""
-    runner = Runner(model)
-    graphs: list[Graph] = []
-
-    def watch(call: Callable[[], Any]) -> None:
-        graphs[:] = [Graph(model).run(call)]
-
-    if runner.backbone is runner.model:
-        batch = dummy_batch(model, watch)
-    else:  # with its head
-        batch = dummy_batch(model)
-        with evaluating(model), without_drawing(model):
-            watch(lambda: runner(batch, runner.model))
-    return graphs[0], batch

@@ -76,7 +76,7 @@ class Cell:
                 return "goes into `add`"
             return "would need a bias" if needs_bias else None
         if self.target == "norms":
-            return "goes into `(pow|_to_copy|native_layer_norm)`"
+            return r"goes into `\w*Norm\w*`"
         if self.target == "attention":
             return "goes into `add`"
         if self.target == "embeddings" and self.architecture != "vit":

@@ -212,6 +212,11 @@ def shared_weights(model: nn.Module) -> dict[str, list[str]]:
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
+def tied_to(model: nn.Module, owner: str) -> list[str] | None:
+    """All the names of a module's parameters that are another module's too."""
+    return next((names for name, names in shared_weights(model).items() if name.rpartition(".")[0] == owner), None)
+
+
 # ---- weights that a quantiser has packed -----------------------------------------------------------------------------
 
 

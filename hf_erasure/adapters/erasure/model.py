@@ -35,7 +35,7 @@ def default_targets(model: nn.Module) -> list[str]:
     chosen: set[str] = set()
 
     def watch(call: Callable[[], Any]) -> None:
-        chosen.update(Flow(model).run(call).sites)
+        chosen.update(Flow(model, call).sites)
 
     try:
         dummy_batch(model, watch)

@@ -155,15 +155,9 @@ def _added(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
     change = weight_change(weight, bias, edits, scale_of(module))
     a, b = change.a, change.b
     if isinstance(module, CONVOLUTIONS):
-        a, b = (
-            part.reshape(*part.shape[:1], -1, *shape) for part, shape in ((a, weight.shape[2:]), (b, _ones(weight)))
-        )
+        a, b = a.reshape(len(a), -1, *weight.shape[2:]), b.reshape(*b.shape, *[1] * (weight.dim() - 2))
     shift = None if scale_of(module) is not None else change.offset - (0 if bias is None else bias.double())
     return _Added(module, len(change.a), a, b, shift)
-
-
-def _ones(weight: Tensor) -> list[int]:
-    return [1] * (weight.dim() - 2)
 
 
 def _added_to_parameter(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
@@ -368,7 +362,13 @@ def save_merged(
     plain = wrapped.merge_and_unload()
     more = sum(value.numel() * value.element_size() for value in plain.parameters()) - size
     plain.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
-    _copy_processor(model, folder)
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(f"{folder} holds the model alone, without tokenizer or processor: {reason}", stacklevel=2)
+    else:
+        processor.save_pretrained(folder)
     untied = f" Its tied weights are apart now, tie_word_embeddings=False, which takes {more:,} bytes." if more else ""
     return f"Merged the {config.described} {where} of {type(plain).__name__}.{untied}{checked}"
 
@@ -390,14 +390,3 @@ def _model_class(model: str, config: ChildConfig) -> Any:
         if has_sites:
             return candidate
     return AutoModel
-
-
-def _copy_processor(model: str, folder: str | Path) -> None:
-    """Save the tokenizer or processor beside the model; warns where none can be loaded, as of a model alone."""
-    try:
-        processor = AutoProcessor.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        warnings.warn(f"{folder} holds the model alone, without tokenizer or processor: {reason}", stacklevel=3)
-        return
-    processor.save_pretrained(folder)

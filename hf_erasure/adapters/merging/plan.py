@@ -26,31 +26,34 @@ from ..common.placement import (
     is_sharded,
     owns_offloaded,
     set_parameter,
+    tied_to,
 )
 from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
-from .probe import Probe, Uses, check_drift, trace_uses
+from .probe import Probe, Uses, check_drift, trace_uses, why_not_foldable
 from .record import (
     CONVOLUTIONS,
     EraserInWeight,
+    MergeRecord,
     Snapshot,
     axis_of,
     bias_of,
     changed_since,
     is_weight_layer,
-    note_untied,
     originals,
+    put_record,
     record_of,
     takes_mean,
     why_not_mergeable,
     write,
     written_anew,
 )
-from .remedies import is_head, preset, tied_to, tied_words
+from .remedies import is_head, preset, tied_words
 from .untying import Untied, why_not_untied
 
 T = TypeVar("T")
+Place = tuple[str, int]  # the name of a weight, and the axis of the features in it
 
 _UNMERGED_OR_LINEAR = "Use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
 _WRAPPED = (
@@ -143,7 +146,8 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
     Raises:
         ValueError: Names the site that has no such layers, what stands in the way, and the remedy.
     """
-    plan, layers, folded = MergePlan(), erasure_layers(model), {}
+    plan, layers = MergePlan(), erasure_layers(model)
+    folded: dict[str, list[str]] = {}  # site → the adapters whose erasers go into the layers that take its activation
     merging = {p: [n for n in names if n in at.adapters and n not in at.merged_adapters] for p, at in layers.items()}
     sites = {path: here for path, here in merging.items() if here}
     for path, here in sites.items():
@@ -152,24 +156,24 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         for name in here:
             layers[path].check_values(name)
     for path, here in sites.items():
-        weights = {name: own_weights(model, layers[path], name) for name in here}
-        direct, others = ([n for n in here if (weights[n] is None) == is_other] for is_other in (False, True))
-        if direct:
-            _refuse_direct(model, layers[path], direct, plan, allow_tied=allow_tied)
-            _add(plan, layers[path], direct, {path: layers[path].host}, weights)
-        if others:
-            folded[path] = layers[path]
+        weights = {name: _own_weights(model, layers[path], name) for name in here}
+        own = {name: places for name, places in weights.items() if places is not None}
+        if own:
+            _refuse_direct(model, layers[path], own, plan, allow_tied=allow_tied)
+            _add(plan, layers[path], [*own], {path: layers[path].host}, own)
+        if len(own) < len(here):
+            folded[path] = [name for name in here if name not in own]
     if folded:
-        uses = _folded_uses(model, folded, names, probe, allow_tied=allow_tied)
-        for path, layer in folded.items():
+        at = {path: layers[path] for path in folded}
+        uses = _folded_uses(model, at, names, probe, allow_tied=allow_tied)
+        for path, others in folded.items():
             targets = {target: model.get_submodule(target) for target in uses[path].layers}
             plan.tied |= {target: tied for target in targets if (tied := tied_to(model, target)) is not None}
-            others = [name for name in sites[path] if own_weights(model, layer, name) is None]
-            _add(plan, layer, others, targets)
+            _add(plan, layers[path], others, targets)
     return plan
 
 
-def own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[tuple[str, int]] | None:
+def _own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[Place] | None:
     """The weights of a site's own module that take an adapter's eraser, and the axis of the features in each.
 
     None where the layers that take the activation do, which are to be found.
@@ -224,7 +228,7 @@ def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
 
 
 def _refuse_direct(
-    model: nn.Module, layer: ErasureLayer, names: list[str], plan: MergePlan, *, allow_tied: bool
+    model: nn.Module, layer: ErasureLayer, weights: dict[str, list[Place]], plan: MergePlan, *, allow_tied: bool
 ) -> None:
     """Refuse a module that cannot take the erasers at its own sides into its weights."""
     path, host, tied = layer.path, layer.host, tied_to(model, layer.path)
@@ -238,9 +242,9 @@ def _refuse_direct(
                 f"again with exclude_modules=[{path!r}]; then {left}."
             )
         plan.tied[path] = tied
-    for name in names:
+    for name, places in weights.items():
         site = layer.concept_erasure_site[name]
-        for edit in _edits(layer, name, own_weights(model, layer, name) or []):
+        for edit in _edits(layer, name, places):
             refusal = why_not_mergeable(host, site, edit.parameter) or _why_not_along(layer, name, edit)
             if refusal is not None:
                 raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
@@ -293,34 +297,6 @@ def _folded_uses(
     raise ValueError(f"The erasure at {path!r} cannot be merged: {reason}.{more} {remedy}")
 
 
-def why_not_foldable(
-    model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool
-) -> str | None:
-    """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""
-    if not uses.runs:
-        return "it was not reached when the model ran on a dummy input"
-    if uses.returned:
-        return f"its activation is part of what {type(model).__name__} returns, and would be returned un-erased"
-    if uses.obstacles:
-        obstacles = ", ".join(f"`{name}`" for name in dict.fromkeys(uses.obstacles))
-        return (
-            f"its activation goes into {obstacles}, and only linear layers (Linear, Conv1D) can take the projection "
-            "into their weights"
-        )
-    if uses.quantised:
-        return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after it"
-    if not uses.layers:
-        return "no layer of the model takes its activation"
-    for target in dict.fromkeys(uses.layers):
-        names = tied_to(model, target)
-        if names and not allow_tied:
-            return f"it goes into {target!r}, whose weight {tied_words(model, target, names)}"
-        others = sorted(fed[target] - {path, *(["<embedding>"] if allow_tied else [])})
-        if others:
-            return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
-    return None
-
-
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
 
 
@@ -329,7 +305,7 @@ def _add(
     layer: ErasureLayer,
     names: list[str],
     targets: dict[str, nn.Module],
-    weights: dict[str, list[tuple[str, int]] | None] | None = None,
+    weights: dict[str, list[Place]] | None = None,
 ) -> None:
     """Let the erasers of adapters at a site go into weights of its own, or into what takes its activation."""
     plan.modules |= targets
@@ -337,13 +313,11 @@ def _add(
         for name in _outwards(plan, layer, names, site):
             for target, module in targets.items():
                 places = [("weight", axis_of(module, "input") or 0)] if weights is None else weights[name]
-                edits = list(_edits(layer, name, places or [], None if weights is not None else "input"))
+                edits = _edits(layer, name, places, "input" if weights is None else None)
                 plan.erasers.setdefault(target, []).extend(edit for edit in edits if edit.left.shape[-1])
 
 
-def _edits(
-    layer: ErasureLayer, name: str, places: list[tuple[str, int]], side: str | None = None
-) -> Iterator[EraserInWeight]:
+def _edits(layer: ErasureLayer, name: str, places: list[Place], side: str | None = None) -> Iterator[EraserInWeight]:
     """An adapter's eraser at a site, on its way into some weights: at its own side of each, or at the one given."""
     left, right, bias = layer.eraser_state(name)
     for parameter, axis in places:
@@ -356,10 +330,8 @@ def _outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str)
     """The order in which erasers at one side of a module enter the weight: from the weight outwards.
 
     They act in the order in which they are named, and after those that are merged already. Where all of these are
-    active, and each call named them in the order in which they act, that order stays.
-
-    Raises:
-        ValueError: If one that is not to be merged acts between them and the weight.
+    active, and each call named them in the order in which they act, that order stays. One that is not to be merged and
+    acts between them and the weight is refused.
     """
     here = [name for name in names if layer.concept_erasure_site[name] == site]
     present = _from_the_weight(layer, site, layer.applied_adapters(site))
@@ -441,21 +413,17 @@ def _values(
 
 
 def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
-    """Refuse erasers that keep a mean for which a layer has no place.
-
-    Raises:
-        ValueError: Names the sites.
-    """
-    lacking = {
-        target: list(dict.fromkeys(edit.path for edit in plan.erasers[target] if lacks_place(module, edit)))
-        for target, module in plan.modules.items()
-    }
-    target = next((target for target, sites in lacking.items() if sites), None)
-    if target is None:
+    """Refuse erasers that keep a mean for which a layer has no place; names the sites."""
+    lacking: dict[str, str] = {}  # site → the first layer without a place
+    for target, module in plan.modules.items():
+        for edit in plan.erasers[target]:
+            if bool((edit.right @ edit.bias).any()) and not takes_mean(module, edit.parameter, edit.side):
+                lacking.setdefault(edit.path, target)
+    if not lacking:
         return
-    sites = list(dict.fromkeys(site for found in lacking.values() for site in found))
+    sites = list(lacking)
     layers = erasure_layers(model)
-    why = f"for which {target!r} would need a bias, and has none."
+    why = f"for which {lacking[sites[0]]!r} would need a bias, and has none."
     edits = [edit for here in plan.erasers.values() for edit in here if edit.path in sites]
     if not any(layers[edit.path].concept_erasure_bias[edit.adapter].any() for edit in edits):  # of the linear map
         raise ValueError(
@@ -469,11 +437,6 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
         "map that keeps the mean where there is no place for a bias, or with affine=False, "
         f"{without}or use this adapter unmerged. {preset(model, [layers[site] for site in sites])}".rstrip()
     )
-
-
-def lacks_place(module: nn.Module, edit: EraserInWeight) -> bool:
-    """Whether an eraser keeps a mean, and the module has no place for it."""
-    return bool((edit.right @ edit.bias).any()) and not takes_mean(module, edit.parameter, edit.side)
 
 
 # ---- weights that are shared -----------------------------------------------------------------------------------------
@@ -497,7 +460,10 @@ def _untie(model: nn.Module, untied: Untied, probe: Probe | None) -> None:
     """Untie the weights, unless the model then computes something else with the same weights."""
     plain = None if probe is None else probe.run()
     untied.untie()
-    note_untied(untied)
+    for module in untied.modules:
+        record = record_of(module) or MergeRecord()
+        record.untied = untied
+        put_record(module, record)
     if probe is not None and plain is not None and distance(probe.run(), plain) > 0:
         raise ValueError(
             f"{type(model).__name__} computes something else with the same weights where its configuration says "

@@ -1,8 +1,7 @@
 """What a small forward pass tells: where the output of a site goes, and whether a merge has kept the model's outputs.
 
-The output is followed through the operations of the pass, by storage. The inputs of modules do not tell: a residual
-connection adds a tensor that no module was called with, and a router of experts multiplies by a parameter of its own.
-Views share the storage of what they show, so storage does.
+The output is followed through the operations of the pass. The inputs of modules do not tell: a residual connection adds
+a tensor that no module was called with, and a router of experts multiplies by a parameter of its own.
 
 What a probe batch does not run (an expert that no token chose, a branch that depends on values) is not seen; therefore
 only architectures are folded in which every use is plain, and the outputs are compared afterwards.
@@ -11,61 +10,62 @@ only architectures are folded in which every use is plain, and the outputs are c
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_erasure.models.dummy import dummy_batch
+from hf_erasure.models.graph import LINEAR, Graph, Node, Use
 from hf_erasure.models.model import distance, evaluating, tensors_of, without_drawing
 
-from ..common.placement import has_quantised
+from ..common.placement import has_quantised, tied_to
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .record import CONVOLUTIONS, axis_of, why_not_mergeable
+from .record import why_not_mergeable
+from .remedies import tied_words
 
 # A merge may take the outputs so many times as far as another rounding of the weights does: that is one sample of what
 # rounding does, and others are larger.
 _TIMES_ROUNDING = 4
-# Operations that give a view without being declared as one, or that read a tensor's shape and not its values.
-_VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}
-_SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
 
 
 class Probe:
-    """A model's own dummy input, run the same way each time.
+    """A model's own dummy input, run the same way each time: without dropout, gradients or autocast.
+
+    Args:
+        model: The bare model.
+        watch: Is given the call of a first pass, and makes it; left out, what the model gives is the same each time.
 
     Attributes:
         failure: Why the model cannot be run on it; None when it can.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, watch: Callable[[Callable[[], Any]], object] | None = None) -> None:
         self.model = model
         self.failure: str | None = None
         self.inputs: dict[str, Tensor] = {}
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        self._device = device if torch.amp.is_autocast_available(device) else "cpu"
         try:
-            self.inputs = dummy_batch(model)
-            self.run()
+            with torch.inference_mode(False), torch.autocast(self._device, enabled=False):
+                self.inputs = dummy_batch(model, watch)
+            if watch is None:
+                self.run()
         except Exception as error:  # whatever a model may raise at an input it was not made for
             self.failure = f"{type(error).__name__}: {error}"
 
     def run(self) -> list[Tensor]:
-        """The tensors the model returns, without dropout, gradients or autocast; draws of its own are not used up."""
-        device = next(self.model.parameters()).device.type
-        autocast = torch.amp.is_autocast_available(device)
+        """The tensors the model returns; draws of its own are not used up."""
         with (
             torch.inference_mode(False),
             evaluating(self.model),
-            torch.autocast(device if autocast else "cpu", enabled=False),
+            torch.autocast(self._device, enabled=False),
             without_drawing(self.model),
         ):
-            output: Any = self.model(**self.inputs)
-        return tensors_of(output)
+            return tensors_of(self.model(**self.inputs))
 
 
 def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], names: list[str]) -> None:
@@ -132,158 +132,101 @@ class Uses:
 
 
 def trace_uses(
-    model: nn.Module, run: Callable[[], list[Tensor]], sites: dict[str, ErasureLayer], names: list[str]
+    model: nn.Module, run: Callable[[], Any], sites: dict[str, ErasureLayer], names: list[str]
 ) -> tuple[dict[str, Uses], dict[str, set[str]]]:
-    """Run the model on a small input and note where the activations of `sites` go, whose erasers are to be folded.
+    """Run the model on a small input and see where the activations of `sites` go, whose erasers are to be folded.
 
     An erasure of another adapter than `names` stays in force and stands in the way.
 
     Returns:
         The uses of each site by path, and for each linear layer by name what its weight is used for: paths of sites,
-        or names of operations in angle brackets.
+        or what else takes it.
     """
-    trace = _Trace(model, {path: Uses() for path in sites})
-    with _observing(model, trace, sites, names), _inside_quantised(model, trace), trace:
-        outputs = run()
-    for source in filter(None, map(trace.source_of, outputs)):
-        trace.uses[source].returned = True
-    return trace.uses, trace.fed
+    graph, uses = Graph(model, run), {path: Uses() for path in sites}
+    erased = [
+        (f"erasure at {path!r}" if path in sites else f"erasure of {name!r} at {path!r}", path, call, node, site)
+        for path, layer in erasure_layers(model).items()
+        for name in layer.adapters
+        if name in layer.acting_adapters() or (name in names and name not in layer.merged_adapters)
+        if path in sites or name not in names
+        for site in [layer.concept_erasure_site[name]]
+        for call in graph.calls
+        if call.name == path
+        for node in ([call.given] if site == "output" else call.taken[:1])
+        if node is not None
+    ]
+    made: dict[Node | None, str] = {}
+    for _, path, call, node, site in erased:
+        if path not in sites:
+            continue
+        here = uses[path]
+        here.runs += 1
+        here.returned |= node in graph.returned and (site == "output" or node is call.given)
+        # An eraser at an input acts inside of the call, one at an output behind it.
+        is_inside = site == "input"
+        here.obstacles += [
+            told
+            for told, other, at, shown, _ in erased
+            if other != path and shown is node and (call.index in at.around) == is_inside
+        ]
+        if node.kind == "constant":
+            here.obstacles.append("operations on what the model is given, which are not followed")
+        for use in graph.uses:
+            if use.taken is node and (call.index in use.calls) == is_inside:
+                made[use.made] = path
+                _note(graph, use, here)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    fed: dict[int, set[str]] = {}
+    for node in graph.nodes:
+        if node.product is not None:
+            weight = parameters.get(f"{node.product.owner}.{node.product.parameter}".lstrip("."))
+            is_named = node.kind != "parameter" and node.operation != node.product.owner
+            told = f"<{node.operation}>" if is_named else "another use"
+            fed.setdefault(id(weight), set()).add(made.get(node, told))
+    owners = {name for here in uses.values() for name in here.layers}
+    return uses, {name: fed[id(parameters[f"{name}.weight"])] for name in owners}
 
 
-@contextmanager
-def _observing(model: nn.Module, trace: _Trace, sites: Container[str], names: list[str]) -> Iterator[None]:
-    """Observers take the places of all erasers: at the sites they mark, at the others they look for marks."""
-    watched = []
-    try:
-        for path, layer in erasure_layers(model).items():
-            to_merge = {*names} & {*layer.adapters} - {*layer.merged_adapters}
-            for name in sorted({*layer.acting_adapters()} | to_merge):
-                if name not in layer.observers:
-                    observer = trace.marker(path) if path in sites else trace.sentinel(path, name, expected=names)
-                    layer.observers[name] = observer
-                    watched.append((layer, name))
-        yield
-    finally:
-        for layer, name in watched:
-            layer.observers.pop(name, None)
+def _note(graph: Graph, use: Use, uses: Uses) -> None:
+    """Note what takes an activation: a linear layer as a whole, or what stands in the way."""
+    calls = [graph.calls[number] for number in use.calls]
+    quantised = next((call.name for call in reversed(calls) if has_quantised(call.module)), None)
+    whole = calls[-1].module if calls and use.operation == calls[-1].name else None
+    if quantised is not None:
+        uses.quantised.append(quantised)
+    elif isinstance(whole, BaseTunerLayer):
+        uses.obstacles.append(f"the adapter around {use.operation!r}")
+    elif whole is None:
+        uses.obstacles.append(use.operation)
+    elif type(whole).forward in LINEAR and why_not_mergeable(whole, "input") is None:
+        uses.layers.append(use.operation)
+    else:
+        uses.obstacles.append(type(whole).__name__)
 
 
-@contextmanager
-def _inside_quantised(model: nn.Module, trace: _Trace) -> Iterator[None]:
-    """Let the trace know while a module with quantised weights runs, whose operations mean nothing to a reader."""
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: setattr(trace, "quantised", name)
-
-    handles = []
-    for name, module in model.named_modules():
-        if has_quantised(module):
-            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(enter(""))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Trace(TorchDispatchMode):
-    """Follows marked storages through a forward pass."""
-
-    def __init__(self, model: nn.Module, uses: dict[str, Uses]) -> None:
-        super().__init__()
-        self.uses = uses
-        self.fed: dict[str, set[str]] = {}
-        # Modules of other methods, in the place of modules of the model.
-        modules = dict(model.named_modules())
-        wrapped = [n for n, m in modules.items() if isinstance(m, BaseTunerLayer) and not isinstance(m, ErasureLayer)]
-        inside = tuple(f"{name}." for name in wrapped)
-        # The layers that can take an eraser at their input, by the address of their weight.
-        self._owners = {
-            module.get_parameter("weight").data_ptr(): (name, module)
-            for name, module in modules.items()
-            if axis_of(module, "input") is not None
-            and not isinstance(module, CONVOLUTIONS)
-            and not name.startswith(inside)
-            and why_not_mergeable(module, "input") is None
-        }
-        self._wrapped = {p.data_ptr(): name for name in wrapped for p in modules[name].parameters()}
-        self._weight_storages = {_storage(m.get_parameter("weight")): n for n, m in self._owners.values()}
-        # The tensors are kept, so that no other takes the place in memory that stands for them.
-        self._sources: dict[int, tuple[str, Tensor]] = {}
-        self._paused = False
-        self.quantised = ""
-
-    def marker(self, path: str) -> Callable[[Tensor], Tensor]:
-        """An observer that gives the activation of a site a storage of its own, and remembers it."""
-
-        def mark(hidden: Tensor) -> Tensor:
-            source = self.source_of(hidden)
-            self.uses[path].runs += 1
-            if source is not None and source != path:
-                self.uses[source].obstacles.append(f"erasure at {path!r}")
-            self._paused = True
-            marked = hidden.clone()
-            self._paused = False
-            self._sources[_storage(marked)] = (path, marked)
-            return marked
-
-        return mark
-
-    def sentinel(self, path: str, name: str, expected: Container[str]) -> Callable[[Tensor], Tensor]:
-        """An observer that changes nothing, and notes when a marked activation comes by an eraser that stays."""
-
-        def look(hidden: Tensor) -> Tensor:
-            source = self.source_of(hidden)
-            if source is not None and name not in expected:
-                self.uses[source].obstacles.append(f"erasure of {name!r} at {path!r}")
-            return hidden
-
-        return look
-
-    def source_of(self, tensor: Tensor) -> str | None:
-        """The site whose activation a tensor shows, or None."""
-        found = self._sources.get(_storage(tensor))
-        return None if found is None else found[0]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not (self._paused or func.is_view or name in _VIEWS or name in _SHAPE_ONLY):
-            self._note(name, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        sources = [source for source in map(self.source_of, tensors) if source is not None]
-        factor, owner = self._product(name, args, kwargs)
-        source = None if factor is None else self.source_of(factor)
-        if owner is not None and source is not None and sources == [source]:
-            self.uses[source].layers.append(owner)
-            self.fed.setdefault(owner, set()).add(source)
-            return
-        wrapper = next((self._wrapped[t.data_ptr()] for t in tensors if t.data_ptr() in self._wrapped), None)
-        for path in sources:
-            if self.quantised:
-                self.uses[path].quantised.append(self.quantised)
-                continue
-            self.uses[path].obstacles.append(name if wrapper is None else f"{name} of the adapter around {wrapper!r}")
-        for tensor in tensors:
-            weight_of = self._weight_storages.get(_storage(tensor))
-            if weight_of is not None:
-                self.fed.setdefault(weight_of, set()).add(f"<{name}>")
-
-    def _product(self, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, str | None]:
-        """What is multiplied by the whole weight of which linear layer, where an operation is such a product."""
-        position = {"mm": 0, "linear": 0, "addmm": 1}.get(name)
-        if position is None or kwargs:
-            return None, None
-        factor, weight = args[position], args[position + 1]
-        owner, module = self._owners.get(weight.data_ptr(), (None, None))
-        if module is None or module.get_parameter("weight").numel() != weight.numel():
-            return None, None
-        return factor, owner
-
-
-def _storage(tensor: Tensor) -> int:
-    if tensor.device.type == "meta" or tensor.layout != torch.strided:
-        return -1
-    return tensor.untyped_storage().data_ptr() or -1
+def why_not_foldable(
+    model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool
+) -> str | None:
+    """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""
+    if not uses.runs:
+        return "it was not reached when the model ran on a dummy input"
+    if uses.returned:
+        return f"its activation is part of what {type(model).__name__} returns, and would be returned un-erased"
+    if uses.obstacles:
+        obstacles = ", ".join(f"`{name}`" for name in dict.fromkeys(uses.obstacles))
+        return (
+            f"its activation goes into {obstacles}, and only linear layers (Linear, Conv1D) can take the projection "
+            "into their weights"
+        )
+    if uses.quantised:
+        return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after it"
+    if not uses.layers:
+        return "no layer of the model takes its activation"
+    for target in dict.fromkeys(uses.layers):
+        names = tied_to(model, target)
+        if names and not allow_tied:
+            return f"it goes into {target!r}, whose weight {tied_words(model, target, names)}"
+        others = sorted(fed[target] - {path, *(["<embedding>"] if allow_tied else [])})
+        if others:
+            return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
+    return None

@@ -274,14 +274,6 @@ def put_record(module: nn.Module, record: MergeRecord | None) -> None:
         setattr(module, _RECORD, record)
 
 
-def note_untied(untied: Untied) -> None:
-    """Note with all modules whose weights were tied what has untied them."""
-    for module in untied.modules:
-        record = record_of(module) or MergeRecord()
-        record.untied = untied
-        put_record(module, record)
-
-
 def originals(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters as they were before any eraser."""
     record = record_of(module)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from hf_erasure.models.flow import is_norm
-from hf_erasure.models.streams import Weight, readers_of, writers_of
+from hf_erasure.models.model import is_norm
+from hf_erasure.models.streams import readers_of, writers_of
 
 from ..common.layer import innermost
-from ..common.placement import shared_weights
+from ..common.placement import tied_to
 from ..erasure.layer import ErasureLayer
 from .record import why_not_mergeable
 from .untying import why_not_untied
@@ -20,12 +20,12 @@ def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
     """The remedy of an erasure at norms that does not merge: the word for sites that do; empty where none does."""
     if not all(is_norm(innermost(layer.host)) for layer in layers):
         return ""
-    for word, find in (("readers", _readers), ("writers", writers_of)):
+    for word in ("readers", "writers"):
         try:
-            weights = find(model)
+            groups = readers_of(model) if word == "readers" else [writers_of(model)]
         except ValueError:
             continue
-        side = "input" if word == "readers" else "output"
+        side, weights = "input" if word == "readers" else "output", [weight for group in groups for weight in group]
         modules = {weight.module: innermost(model.get_submodule(weight.module)) for weight in weights}
         if all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights):
             tied = [name for name in modules if tied_to(model, name)]
@@ -33,10 +33,6 @@ def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
             told = "the documentation has how much the figures differ, under 'Where to erase'"
             return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({told}). "
     return ""
-
-
-def _readers(model: nn.Module) -> list[Weight]:
-    return [weight for group in readers_of(model) for weight in group]
 
 
 def tied_words(model: nn.Module, path: str, names: list[str]) -> str:
@@ -52,8 +48,3 @@ def is_head(model: nn.Module, path: str) -> bool:
     """Whether a module is the head of a model that predicts words."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return head is not None and model.get_submodule(path) is head
-
-
-def tied_to(model: nn.Module, owner: str) -> list[str] | None:
-    """All the names of a module's parameters that are another module's too."""
-    return next((names for name, names in shared_weights(model).items() if name.rpartition(".")[0] == owner), None)

@@ -5,19 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
-
-from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import tensors_of
 
 from ..common.layer import innermost
 from ..common.placement import has_quantised, is_offloaded
 from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .plan import own_weights, why_not_foldable
-from .probe import trace_uses
-from .record import takes_mean
+from .probe import Probe, trace_uses, why_not_foldable
+from .record import axis_of, takes_mean
 
 
 def sites_without_room(
@@ -42,46 +37,27 @@ def sites_without_room(
         if config.weights is not None:
             own = [(innermost(model.get_submodule(module)), weight) for module, weight, _ in config.weights[path]]
             places[path] = [(*place, config.site) for place in own]
-        elif own_weights(model, layer, name) is not None:
+        elif axis_of(layer.host, config.site) is not None or has_quantised(layer.host):
             places[path] = [(layer.host, "weight", config.site)]
         else:
             folded[path] = layer
+    traced: list[Any] = []
     if folded:
-        targets = _targets_of(model, name, folded) if may_run and not is_offloaded(model) else None
-        if targets is None:
+        acting = {name, *(other for layer in erasure_layers(model).values() for other in layer.acting_adapters())}
+        can_run = may_run and not is_offloaded(model)
+        if not can_run or Probe(model, lambda call: traced.extend(trace_uses(model, call, folded, [*acting]))).failure:
             return set()
-        at = {target: model.get_submodule(target) for found in targets.values() for target in found}
-        places |= {path: [(at[target], "weight", "input") for target in found] for path, found in targets.items()}
-    return {path for path, here in places.items() if not all(_has_room(*place) for place in here)}
-
-
-def _has_room(module: nn.Module, weight: str, side: str) -> bool:
-    """Whether what keeps the mean has a place beside a weight; of quantised layers, once they are loaded in float."""
-    has_bias = has_quantised(module) and module._parameters.get("bias") is not None
-    return has_bias or takes_mean(module, weight, side)
-
-
-def _targets_of(model: nn.Module, name: str, sites: dict[str, ErasureLayer]) -> dict[str, list[str]] | None:
-    """The layers that would take the erasers of sites that are not linear layers themselves; None if others must."""
-    acting = {other for layer in erasure_layers(model).values() for other in layer.acting_adapters()}
-    found: list[Any] = []
-
-    def watch(call: Any) -> None:
-        device = next(model.parameters()).device.type
-        off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else torch.no_grad()
-        with torch.inference_mode(False), torch.no_grad(), off:
-            found[:] = trace_uses(model, lambda: tensors_of(call()), sites, sorted({*acting, name}))
-
-    try:
-        dummy_batch(model, watch)
-    except Exception:  # whatever a model may raise at an input it was not made for
-        return None
-    uses, fed = found
-    targets = {}
-    for path, use in uses.items():
+    for path, use in traced[0].items() if traced else ():
         whole = replace(use, layers=[*use.layers, *use.quantised], quantised=[])
-        known = {target: fed.get(target, {path}) for target in whole.layers}
+        known = {target: traced[1].get(target, {path}) for target in whole.layers}
         if why_not_foldable(model, path, whole, known, allow_tied=True) is not None:
-            return None
-        targets[path] = whole.layers
-    return targets
+            return set()
+        places[path] = [(model.get_submodule(target), "weight", "input") for target in whole.layers]
+    without = set()
+    for path, here in places.items():
+        for module, weight, side in here:
+            # Of quantised layers there is room once they are loaded in float.
+            has_bias = has_quantised(module) and module._parameters.get("bias") is not None
+            if not has_bias and not takes_mean(module, weight, side):
+                without.add(path)
+    return without

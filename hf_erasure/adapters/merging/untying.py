@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -33,7 +32,7 @@ class Untied:
     def __init__(self, model: nn.Module) -> None:
         self.owners = _tied_by_configuration(model)
         self.modules = [module for places in self.owners.values() for module, _ in places]
-        self._shared = {(id(m), name): m._parameters[name] for places in self.owners.values() for m, name in places}
+        self._shared = {weight: places[0][0].get_parameter(places[0][1]) for weight, places in self.owners.items()}
         self._configs = [(c, getattr(c, _ENTRY)) for c in _configs_of(model) if getattr(c, _ENTRY, False)]
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         self._keys: list[tuple[Any, dict[str, str]]] = [
@@ -44,39 +43,29 @@ class Untied:
     @property
     def bytes(self) -> int:
         """How many bytes the model has more."""
-        sizes = {w: self._shared[id(places[0][0]), places[0][1]] for w, places in self.owners.items()}
-        return sum((len(self.owners[w]) - 1) * p.numel() * p.element_size() for w, p in sizes.items() if p is not None)
+        return sum((len(self.owners[weight]) - 1) * p.numel() * p.element_size() for weight, p in self._shared.items())
 
     def untie(self) -> None:
-        """Give all but the first owner of each weight a copy."""
+        """Give all but the first owner of each weight a copy; the configuration says that nothing is tied."""
         self.is_open = True
-        self.switch()
+        for config, _ in self._configs:
+            setattr(config, _ENTRY, False)
+        for model, _ in self._keys:
+            model.all_tied_weights_keys = {}
         for places in self.owners.values():
             for module, name in places[1:]:
                 shared = module.get_parameter(name)
                 module._parameters[name] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
 
-    def switch(self) -> None:
-        """Let the configuration say that nothing is tied."""
-        for config, _ in self._configs:
-            setattr(config, _ENTRY, False)
-        for model, _ in self._keys:
-            model.all_tied_weights_keys = {}
-
-    def switch_back(self) -> None:
-        """Let the configuration say what it said."""
+    def tie_again(self) -> None:
+        """Put the shared weights back, with the values that their first owners have now."""
         for config, value in self._configs:
             setattr(config, _ENTRY, value)
         for model, keys in self._keys:
             model.all_tied_weights_keys = keys
-
-    def tie_again(self) -> None:
-        """Put the shared weights back, with the values that their first owners have now."""
-        self.switch_back()
-        if self.is_open:
-            for places in self.owners.values():
-                for module, name in places:
-                    module._parameters[name] = self._shared[id(module), name]
+        for weight, places in self.owners.items() if self.is_open else ():
+            for module, name in places:
+                module._parameters[name] = self._shared[weight]
         self.is_open = False
 
 
@@ -112,13 +101,11 @@ def _tied_by_configuration(model: nn.Module) -> dict[str, list[tuple[nn.Module, 
 
 def _configs_of(model: nn.Module) -> list[PretrainedConfig]:
     """The configurations in a model, and those inside them, each once."""
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    found = {id(config): config for module in models for config in _with_inner(module.config)}
+    left = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found: dict[int, PretrainedConfig] = {}
+    while left:
+        config = left.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            left += [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
     return list(found.values())
-
-
-def _with_inner(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PretrainedConfig):
-            yield from _with_inner(value)
