@@ -256,7 +256,10 @@ def _why_not_along(layer: ErasureLayer, name: str, edit: EraserInWeight) -> str 
     if not width:  # not fitted
         return None
     if isinstance(layer.host, CONVOLUTIONS) and layer.site_of(name).concept_erasure_axis[name] != 1:
-        return "it does not erase along the channels of this convolution. Use the adapter unmerged."
+        return (
+            "it does not erase along the channels of this convolution. Fit it again with "
+            f"exclude_modules=[{layer.path!r}], or use the adapter unmerged."
+        )
     if edit.axis >= len(shape) or shape[edit.axis] != width:
         at = f"{edit.parameter} of shape {tuple(shape)}"
         return f"its {at} does not have the {width} features along axis {edit.axis}. Use the adapter unmerged."
