@@ -168,7 +168,7 @@ TABLE = [
     Row("vit", r"layers.\d.layernorm_(before|after)"),
     Row("vit", r"layernorm", RETURNED.format("ViTModel")),
     Row("mixtral", r"model.layers.\d.input_layernorm", affine=NO_BIAS),
-    Row("mixtral", r"model.layers.\d.post_attention_layernorm", "goes into `"),
+    Row("mixtral", r"model.layers.\d.post_attention_layernorm", affine=NO_BIAS),
     Row("mixtral", r"model.norm", affine=NO_BIAS),
     Row("opt", r"model.decoder.layers.\d.(self_attn|final)_layer_norm"),
     Row("opt", r"model.decoder.final_layer_norm", affine=NO_BIAS),
@@ -215,7 +215,7 @@ def test_a_norm_folds_exactly_or_says_what_stands_in_the_way(row: Row, affine: b
     assert same(outputs_of(reloaded, batch), merged)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "gemma", "t5", "vit", "mixtral", "gemma2"])
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma", "t5", "vit", "gemma2"])
 def test_following_the_advice_of_the_refusal_gives_an_adapter_that_folds(architecture: str, tmp_path: Path) -> None:
     refused = wrapped(fitted(architecture, affine=False), architecture, tmp_path / "refused")
     with pytest.raises(ValueError, match=r"exclude_modules=\[") as refusal:
@@ -468,9 +468,11 @@ def test_unmerging_one_site_leaves_the_others_in_a_weight_they_share() -> None:
 EXPORTABLE = [row for row in TABLE if row.refusal in (None, TIED)]
 # Of linear layers and norms an affine erasure and a linear one in turn: one piece of code exports either, and puts the
 # affine part into a bias. At both sites and in all rows of the table, whose architectures have several.
+IN_EXPERTS = [row for row in EXPORTABLE if row.architecture == "mixtral" and "post_attention" in row.sites]
 EXPORTS = [
     *[(a, "all-linear", s, (i + j) % 2 == 0) for i, a in enumerate(ARCHITECTURES) for j, s in enumerate(SITES)],
-    *[(row.architecture, row.sites, "output", n % 2 == 0) for n, row in enumerate(EXPORTABLE)],
+    *[(row.architecture, row.sites, "output", n % 2 == 0) for n, row in enumerate(EXPORTABLE) if row not in IN_EXPERTS],
+    *[(row.architecture, row.sites, "output", None) for row in IN_EXPERTS],
     ("gpt2", None, "output", True),  # the head is a Linear without a bias, tied, among Conv1D
     ("llama", None, "output", True),
     ("bert", ("word_embeddings",), "output", True),
@@ -520,6 +522,14 @@ def test_every_export_loads_where_this_package_is_not_imported_and_gives_the_sam
     assert {case: d for case, d in distances.items() if not d < LORA_TOLERANCE} == {}
     unchanged = [c for n, c in enumerate(EXPORTS) if same(expected[n], outputs_of(base_of(c[0]), batch_of(c[0])))]
     assert not unchanged
+
+
+@pytest.mark.parametrize(("targets", "site"), [(IN_EXPERTS[0].sites, "output"), ("readers", "input")])
+def test_a_mean_that_a_lora_of_a_parameter_has_no_bias_for_is_not_exported(targets: str, site: str, tmp_path: Path):
+    model = fitted("mixtral", targets, affine=True, site=site)
+    with pytest.raises(ValueError, match="has no bias"):
+        export_to_lora(model, "gender", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize(

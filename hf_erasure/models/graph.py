@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from .model import is_norm, tensors_of
 
 # Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
-_REARRANGING = {
+REARRANGING = {
     "_to_copy", "_unsafe_view", "_reshape_alias", "alias", "as_strided", "cat", "chunk", "clone", "constant_pad_nd",
     "copy_", "detach", "expand", "flatten", "flip", "gather", "im2col", "index", "index_put_", "index_put",
     "index_select", "lift_fresh", "masked_fill", "masked_fill_", "masked_scatter", "masked_scatter_", "masked_select",
@@ -366,7 +366,7 @@ class Graph(TorchDispatchMode):
             return self._node("sum", name, told, made.shape), None
         if name in _SCALINGS:
             return self._scaled(name, given, values, made)
-        if name in _REARRANGING:
+        if name in REARRANGING:
             return self._rearranged(func, name, args, kwargs, told, values, made)
         activations = [node for node in told if node.kind not in ("constant", "parameter")]
         is_pointwise = name in _POINTWISE and len(activations) == 1

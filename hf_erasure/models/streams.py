@@ -88,11 +88,41 @@ def writers_of(model: nn.Module) -> list[Weight]:
     return _Streams(model).writers()
 
 
+def experts_beside(model: nn.Module, graph: Graph, weights: Iterable[Weight]) -> Iterator[Weight]:
+    """The weights of other experts beside those of some, which no token of a pass has chosen."""
+    called, modules = _called(graph), dict(model.named_modules(remove_duplicate=False))
+    for weight in weights:
+        for child, rest in _siblings(model, weight.module):
+            other = ".".join([child, *rest])
+            found = modules.get(other)
+            if child not in called and found is not None and weight.parameter in found._parameters:
+                yield replace(weight, module=other)
+
+
+def _called(graph: Graph) -> dict[str, list[Call]]:
+    """Path → the calls of modules there and below; a list is not called, and what is in it may be."""
+    found: dict[str, list[Call]] = {}
+    for call in graph.calls:
+        for end in accumulate(call.name.split("."), "{}.{}".format):
+            found.setdefault(end, []).append(call)
+    return found
+
+
+def _siblings(model: nn.Module, module: str) -> Iterator[tuple[str, list[str]]]:
+    """The other modules in the lists that a module is in, each with the rest of the path."""
+    path = module.split(".")
+    for depth in range(1, len(path)):
+        container = model.get_submodule(".".join(path[:depth]))
+        for name in container._modules if isinstance(container, (nn.ModuleList, nn.ModuleDict)) else ():
+            if name != path[depth]:
+                yield ".".join([*path[:depth], name]), path[depth + 1 :]
+
+
 class _Streams:
     """What a graph of one pass tells of the hidden state."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._modules = model, dict(model.named_modules(remove_duplicate=False))
+        self._model = model
         graphs: list[Graph] = []
         batch = dummy_batch(model, lambda call: graphs.append(Graph(model, call)))
         self._graph = graphs[0]
@@ -118,11 +148,7 @@ class _Streams:
             first = node.parents[:1] if node.kind == "scaled" else node.parents
             if node.kind in {*_ADDED, "scaled"} and any(parent in self._stream for parent in first):
                 self._stream.add(node)
-        # A list is not called, and what is in it may be.
-        self._called: dict[str, list[Call]] = {}
-        for call in self._graph.calls:
-            for end in accumulate(call.name.split("."), "{}.{}".format):
-                self._called.setdefault(end, []).append(call)
+        self._called = _called(self._graph)
         # What is made of it feature by feature.
         self._seen: set[Node] = set(self._stream)
         for node in nodes:
@@ -190,18 +216,9 @@ class _Streams:
 
     def _as_group(self, weights: dict[Weight, int], also: set[str]) -> Group:
         group = Group(sorted(weights, key=lambda weight: weights[weight]))
-        group += dict.fromkeys(other for other in self._beside(group) if other not in group)
+        group += dict.fromkeys(o for o in experts_beside(self._model, self._graph, group) if o not in group)
         group.also = tuple(sorted(also))
         return group
-
-    def _beside(self, weights: Iterable[Weight]) -> Iterator[Weight]:
-        """The weights of other experts, which no token of the pass has chosen."""
-        for weight in weights:
-            for child, rest in self._siblings(weight.module):
-                other = ".".join([child, *rest])
-                found = self._modules.get(other)
-                if child not in self._called and found is not None and weight.parameter in found._parameters:
-                    yield replace(weight, module=other)
 
     def _not_run(self, found: Iterable[Weight]) -> Iterator[str]:
         """Why blocks are not seen that stand in a list beside others, and that the pass has not called."""
@@ -219,17 +236,8 @@ class _Streams:
         """Whether a module is in a list of which others take rows of the same tensor, or are not called at all."""
         return any(
             child not in self._called or any(call.taken[:1] == (taken,) for call in self._called[child])
-            for child, _ in self._siblings(module)
+            for child, _ in _siblings(self._model, module)
         )
-
-    def _siblings(self, module: str) -> Iterator[tuple[str, list[str]]]:
-        """The other modules in the lists that a module is in, each with the rest of the path."""
-        path = module.split(".")
-        for depth in range(1, len(path)):
-            container = self._model.get_submodule(".".join(path[:depth]))
-            for name in container._modules if isinstance(container, (nn.ModuleList, nn.ModuleDict)) else ():
-                if name != path[depth]:
-                    yield ".".join([*path[:depth], name]), path[depth + 1 :]
 
     # ---- writers -----------------------------------------------------------------------------------------------------
 
@@ -246,7 +254,7 @@ class _Streams:
                 refusals.append(reason)
             elif node.product is not None:
                 found[Weight(node.product.owner, node.product.parameter, int(node.product.writes or 0))] = None
-        found |= dict.fromkeys(self._beside([*found]))
+        found |= dict.fromkeys(experts_beside(self._model, self._graph, [*found]))
         refusals += self._not_run(found)
         name = type(self._model).__name__
         if refusals:

@@ -146,7 +146,11 @@ def _added(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
     parameter, side = edits[0].parameter, edits[0].side
     weight, own_bias = module.get_parameter(parameter).detach(), bias_of(module, parameter)
     if not is_weight_layer(module):
-        if own_bias is not None and (side == "output" or any(bool((e.right @ e.bias).any()) for e in edits)):
+        if any(bool((edit.right @ edit.bias).any()) for edit in edits):
+            raise _not_exported(
+                path, f"the mean is kept, for which a LoRA of its {parameter} has no bias (affine=False)"
+            )
+        if own_bias is not None and side == "output":
             raise _not_exported(path, f"its {own_bias} changes, too")
         return _added_to_parameter(path, module, edits)
     bias = None if own_bias is None else module.get_parameter(own_bias).detach()

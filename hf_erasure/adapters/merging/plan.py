@@ -160,16 +160,20 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         own = {name: places for name, places in weights.items() if places is not None}
         if own:
             _refuse_direct(model, layers[path], own, plan, allow_tied=allow_tied)
-            _add(plan, layers[path], [*own], {path: layers[path].host}, own)
+            plan.modules[path] = layers[path].host
+            _add(plan, layers[path], [*own], {path: own})
         if len(own) < len(here):
             folded[path] = [name for name in here if name not in own]
     if folded:
         at = {path: layers[path] for path in folded}
         uses = _folded_uses(model, at, names, probe, allow_tied=allow_tied)
         for path, others in folded.items():
-            targets = {target: model.get_submodule(target) for target in uses[path].layers}
-            plan.tied |= {target: tied for target in targets if (tied := tied_to(model, target)) is not None}
-            _add(plan, layers[path], others, targets)
+            places: dict[str, list[Place]] = {}
+            for weight in uses[path].weights:
+                places.setdefault(weight.module, []).append((weight.parameter, weight.axis))
+            plan.modules |= {target: model.get_submodule(target) for target in places}
+            plan.tied |= {target: tied for target in places if (tied := tied_to(model, target)) is not None}
+            _add(plan, layers[path], others, {t: dict.fromkeys(others, p) for t, p in places.items()}, "input")
     return plan
 
 
@@ -307,16 +311,14 @@ def _add(
     plan: MergePlan,
     layer: ErasureLayer,
     names: list[str],
-    targets: dict[str, nn.Module],
-    weights: dict[str, list[Place]] | None = None,
+    weights: dict[str, dict[str, list[Place]]],
+    side: str | None = None,
 ) -> None:
-    """Let the erasers of adapters at a site go into weights of its own, or into what takes its activation."""
-    plan.modules |= targets
+    """Let the erasers of adapters at a site go into weights, by module and adapter; at their own side, or at `side`."""
     for site in SITES:
         for name in _outwards(plan, layer, names, site):
-            for target, module in targets.items():
-                places = [("weight", axis_of(module, "input") or 0)] if weights is None else weights[name]
-                edits = _edits(layer, name, places, "input" if weights is None else None)
+            for target, places in weights.items():
+                edits = _edits(layer, name, places[name], side)
                 plan.erasers.setdefault(target, []).extend(edit for edit in edits if edit.left.shape[-1])
 
 

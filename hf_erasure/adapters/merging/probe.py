@@ -19,8 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.graph import LINEAR, Graph, Node, Use
+from hf_erasure.models.graph import REARRANGING, Graph, Node, Product, Use
 from hf_erasure.models.model import distance, evaluating, tensors_of, without_drawing
+from hf_erasure.models.streams import Weight, experts_beside
 
 from ..common.placement import has_quantised, tied_to
 from ..erasure.layer import ErasureLayer, erasure_layers
@@ -30,6 +31,8 @@ from .remedies import tied_words
 # A merge may take the outputs so many times as far as another rounding of the weights does: that is one sample of what
 # rounding does, and others are larger.
 _TIMES_ROUNDING = 4
+# What hands entries of an activation on as they are, and changes no tensor that is there.
+_MOVES = {name for name in REARRANGING if not name.endswith("_")} - {"neg", "masked_fill", "sum", "mean"}
 
 
 class Probe:
@@ -117,14 +120,14 @@ class Uses:
     """What a forward pass does with the activation of one site.
 
     Attributes:
-        layers: Names of the linear layers that multiply it, in the order of their calls.
+        weights: The weights that multiply it, in the order of the calls.
         obstacles: Names of the other operations it goes into.
         quantised: Names of the modules with quantised weights that it goes into.
         returned: Whether it is part of what the model returns.
         runs: How many times the site was reached.
     """
 
-    layers: list[str] = field(default_factory=list)
+    weights: list[Weight] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
     quantised: list[str] = field(default_factory=list)
     returned: bool = False
@@ -133,18 +136,18 @@ class Uses:
 
 def trace_uses(
     model: nn.Module, run: Callable[[], Any], sites: dict[str, ErasureLayer], names: list[str]
-) -> tuple[dict[str, Uses], dict[str, set[str]]]:
+) -> tuple[dict[str, Uses], dict[Weight, set[str]]]:
     """Run the model on a small input and see where the activations of `sites` go, whose erasers are to be folded.
 
     An erasure of another adapter than `names` stays in force and stands in the way.
 
     Returns:
-        The uses of each site by path, and for each linear layer by name what its weight is used for: paths of sites,
-        or what else takes it.
+        The uses of each site by path, and what each of these weights is used for: paths of sites, or what else takes
+        it.
     """
     graph, uses = Graph(model, run), {path: Uses() for path in sites}
     erased = [
-        (f"erasure at {path!r}" if path in sites else f"erasure of {name!r} at {path!r}", path, call, node, site)
+        (f"erasure at {path!r}" if path in sites else f"erasure of {name!r} at {path!r}", path, call, node, name)
         for path, layer in erasure_layers(model).items()
         for name in layer.adapters
         if name in layer.acting_adapters() or (name in names and name not in layer.merged_adapters)
@@ -156,10 +159,11 @@ def trace_uses(
         if node is not None
     ]
     made: dict[Node | None, str] = {}
-    for _, path, call, node, site in erased:
+    for _, path, call, node, name in erased:
         if path not in sites:
             continue
-        here = uses[path]
+        here, site = uses[path], sites[path].concept_erasure_site[name]
+        axis = sites[path].concept_erasure_axis.get(name, -1)
         here.runs += 1
         here.returned |= node in graph.returned and (site == "output" or node is call.given)
         # An eraser at an input acts inside of the call, one at an output behind it.
@@ -174,38 +178,64 @@ def trace_uses(
         for use in graph.uses:
             if use.taken is node and (call.index in use.calls) == is_inside:
                 made[use.made] = path
-                _note(graph, use, here)
+                _note(graph, use, axis, here)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     fed: dict[int, set[str]] = {}
+    # A weight is taken by the products of which it is a factor, too.
+    elsewhere = {use.taken for use in graph.uses if not _is_factor(use)}
     for node in graph.nodes:
-        if node.product is not None:
+        if node.product is not None and (node.kind != "parameter" or node in elsewhere):
             weight = parameters.get(f"{node.product.owner}.{node.product.parameter}".lstrip("."))
             is_named = node.kind != "parameter" and node.operation != node.product.owner
             told = f"<{node.operation}>" if is_named else "another use"
             fed.setdefault(id(weight), set()).add(made.get(node, told))
-    owners = {name for here in uses.values() for name in here.layers}
-    return uses, {name: fed[id(parameters[f"{name}.weight"])] for name in owners}
+    for here in uses.values():
+        here.weights += [other for other in experts_beside(model, graph, here.weights) if other not in here.weights]
+    known = {weight for here in uses.values() for weight in here.weights}
+    return uses, {w: fed.get(id(parameters[f"{w.module}.{w.parameter}"]), set()) for w in known}
 
 
-def _note(graph: Graph, use: Use, uses: Uses) -> None:
-    """Note what takes an activation: a linear layer as a whole, or what stands in the way."""
+def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
+    """Note what takes an activation: a weight that multiplies its features, or what stands in the way."""
+    if use.made is use.taken and use.operation in _MOVES:  # other uses take what was moved
+        return
     calls = [graph.calls[number] for number in use.calls]
     quantised = next((call.name for call in reversed(calls) if has_quantised(call.module)), None)
-    whole = calls[-1].module if calls and use.operation == calls[-1].name else None
+    wrapper = next((call.name for call in calls if isinstance(call.module, BaseTunerLayer)), None)
+    product = use.made.product if use.made is not None and use.made.kind == "map" else None
     if quantised is not None:
         uses.quantised.append(quantised)
-    elif isinstance(whole, BaseTunerLayer):
-        uses.obstacles.append(f"the adapter around {use.operation!r}")
-    elif whole is None:
+    elif wrapper is not None:
+        uses.obstacles.append(f"the adapter around {wrapper!r}")
+    elif product is None or not product.owner:
         uses.obstacles.append(use.operation)
-    elif type(whole).forward in LINEAR and why_not_mergeable(whole, "input") is None:
-        uses.layers.append(use.operation)
+    elif (
+        product.reads is None
+        or not _takes_features(product, use.taken, axis)
+        or why_not_mergeable(graph.calls[product.call].module, "input", product.parameter) is not None
+    ):
+        uses.obstacles.append(type(graph.calls[product.call].module).__name__)
     else:
-        uses.obstacles.append(type(whole).__name__)
+        weight = Weight(product.owner, product.parameter, product.reads)
+        uses.weights += [weight] * (weight not in uses.weights)
+
+
+def _is_factor(use: Use) -> bool:
+    """Whether a product takes a weight as that."""
+    own, made = use.taken.product, None if use.made is None or use.made.kind != "map" else use.made.product
+    return own is not None and made is not None and (own.owner, own.parameter) == (made.owner, made.parameter)
+
+
+def _takes_features(product: Product, taken: Node, axis: int) -> bool:
+    """Whether a product sums over the features of an activation, all of them in their order."""
+    count = len(taken.shape)
+    if product.pattern is None or not count or product.pattern[:2] != (axis % count, 0):
+        return False
+    return len(product.pattern) - 2 == taken.shape[axis % count]
 
 
 def why_not_foldable(
-    model: nn.Module, path: str, uses: Uses, fed: dict[str, set[str]], *, allow_tied: bool
+    model: nn.Module, path: str, uses: Uses, fed: dict[Weight, set[str]], *, allow_tied: bool
 ) -> str | None:
     """What stands in the way of folding a site into the layers that take its activation; None when nothing does."""
     if not uses.runs:
@@ -215,18 +245,19 @@ def why_not_foldable(
     if uses.obstacles:
         obstacles = ", ".join(f"`{name}`" for name in dict.fromkeys(uses.obstacles))
         return (
-            f"its activation goes into {obstacles}, and only linear layers (Linear, Conv1D) can take the projection "
-            "into their weights"
+            f"its activation goes into {obstacles}, and only linear maps of its features can take the projection into "
+            "their weights"
         )
     if uses.quantised:
         return f"it goes into {uses.quantised[0]!r}, whose weight is quantised and would not be exact after it"
-    if not uses.layers:
+    if not uses.weights:
         return "no layer of the model takes its activation"
-    for target in dict.fromkeys(uses.layers):
+    for weight in uses.weights:
+        target = weight.module
         names = tied_to(model, target)
         if names and not allow_tied:
             return f"it goes into {target!r}, whose weight {tied_words(model, target, names)}"
-        others = sorted(fed[target] - {path, *(["<embedding>"] if allow_tied else [])})
+        others = sorted(fed[weight] - {path, *(["<embedding>"] if allow_tied else [])})
         if others:
             return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
     return None

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_erasure.models.streams import Weight
+
 from ..common.layer import innermost
 from ..common.placement import has_quantised, is_offloaded
 from ..erasure.config import ConceptErasureConfig
@@ -48,11 +50,12 @@ def sites_without_room(
         if not can_run or Probe(model, lambda call: traced.extend(trace_uses(model, call, folded, [*acting]))).failure:
             return set()
     for path, use in traced[0].items() if traced else ():
-        whole = replace(use, layers=[*use.layers, *use.quantised], quantised=[])
-        known = {target: traced[1].get(target, {path}) for target in whole.layers}
+        quantised = [Weight(module, "weight", 1) for module in use.quantised]
+        whole = replace(use, weights=[*use.weights, *quantised], quantised=[])
+        known = {weight: traced[1].get(weight, {path}) for weight in whole.weights}
         if why_not_foldable(model, path, whole, known, allow_tied=True) is not None:
             return set()
-        places[path] = [(model.get_submodule(target), "weight", "input") for target in whole.layers]
+        places[path] = [(model.get_submodule(w.module), w.parameter, "input") for w in whole.weights]
     without = set()
     for path, here in places.items():
         for module, weight, side in here:
