@@ -440,7 +440,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
         axes.plot(whole[:, 2], whole[:, 1], "ks", markersize=5, fillstyle="none")
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.set(xlabel="loss on other stories, rise (square: strength 1)", ylabel="gap in P(she), share left")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.legend(fontsize="small")
     drawing.savefig(path, dpi=140)
 

@@ -77,8 +77,8 @@ class Erasure(Life):
             step("tokens", self._fit_on_tokens, "attach")
             step("text alone", self._fit_on_text_alone, "attach")
             step("blocks", self._fit_blocks)
-            step("readers", lambda: self._merge("readers"))
-            step("writers", lambda: self._merge("writers"))
+            step("readers", lambda: self.merge("readers"))
+            step("writers", lambda: self.merge("writers"))
         return self.outcomes
 
     # ---- default sites -----------------------------------------------------------------------------------------------
@@ -148,29 +148,29 @@ class Erasure(Life):
         fitted(self.base, model, self._batches)
         different(self._outputs(model), self._before, "fitted on blocks")
 
-    def _merge(self, word: str) -> None:
+    def merge(self, targets: str | None) -> None:
         """Merge in float32, or in float64 where a network enlarges what rounding does."""
         try:
-            self._merge_in(torch.float32, word)
+            self._merge_in(torch.float32, targets)
         except WrongError as error:
             if not str(error).startswith("merged:"):
                 raise
-            self._merge_in(torch.float64, word)
+            self._merge_in(torch.float64, targets)
 
-    def _merge_in(self, dtype: torch.dtype, word: str) -> None:
+    def _merge_in(self, dtype: torch.dtype, targets: str | None) -> None:
         """Merge as a `PeftModel` does, take it back, and merge for good; tied tables are untied."""
         base = copy.deepcopy(self.base).to(dtype)
         test, *batches = (
             {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
             for batch in (self._test, *self._batches)
         )
-        before, model = self._outputs(base, test), copy.deepcopy(base)
-        model.add_adapter(config(target_modules=word), adapter_name=NAME)
+        before, model, folder = self._outputs(base, test), copy.deepcopy(base), self.folder / (targets or "norms")
+        model.add_adapter(config(target_modules=targets), adapter_name=NAME)
         fit_concept_erasure(model, batches, NAME, sequential=False, progress=False)
         erased = self._outputs(model, test)
-        different(erased, before, f"fitted on {word}")
-        model.save_pretrained(self.folder / word)
-        wrapped = PeftModel.from_pretrained(copy.deepcopy(base), self.folder / word).eval()
+        different(erased, before, f"fitted on {folder.name}")
+        model.save_pretrained(folder)
+        wrapped = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
         inner = wrapped.get_base_model()
         plain = {key: value.clone() for key, value in inner.state_dict().items()}
         wrapped.merge_adapter(untie=True)
