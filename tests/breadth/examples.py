@@ -23,7 +23,7 @@ _PARTS = ("vision_config", "audio_config", "text_config", "thinker_config", "ima
 # Of these, a row holds a text and an image, although their main input is the text.
 _PAIRS = {
     "clip", "siglip", "blip", "chinese_clip", "altclip", "flava", "bridgetower", "vilt", "groupvit", "clipseg",
-    "metaclip_2", "owlvit", "owlv2", "vision-text-dual-encoder", "git", "kosmos-2", "tipsv2",
+    "metaclip_2", "owlvit", "owlv2", "vision-text-dual-encoder", "git", "kosmos-2", "tipsv2", "align",
 }  # fmt: skip
 _VIDEOS = {"timesformer", "videomae", "vivit"}
 # Of (bands, frames); of all others the bands are last.

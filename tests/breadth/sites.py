@@ -31,8 +31,8 @@ _OF_NO_BLOCK = re.compile(
     r"|attention\.(self\.)?(sequence_reduction\.)?layer_norm|indexer|conv(_module)?\.(depthwise_layer_)?norm"
     r"|self_attn\.norm|multihead_norm"
 )
-# Stages of images are each as wide as they are.
-_IN_STAGE = re.compile(r"stages|(layers|levels)\.\d+\.(blocks|downsample|layers|output_layer)")
+# Stages of images are each as wide as they are, and so are EfficientNet's blocks.
+_IN_STAGE = re.compile(r"stages|(layers|levels)\.\d+\.(blocks|downsample|layers|output_layer)|projection\.project_bn")
 _TOWERS = re.compile(r"(vision|visual|image|audio|speech)", re.IGNORECASE)
 # Fields of configurations with the width of the hidden state.
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "dim_model")

@@ -53,7 +53,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "vision_config": {
             "width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 80, "image_size": 32,
         },
-        "projection_dim": 32, "temperature_init_value": 1.0,
+        "projection_dim": 80, "temperature_init_value": 1.0,
     },
     "audio-spectrogram-transformer": {
         "max_length": 32, "num_mel_bins": 16, "patch_size": 4, "frequency_stride": 4, "time_stride": 4,
@@ -63,7 +63,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "bert-generation": {"is_decoder": False},
     "big_bird bigbird_pegasus": {"attention_type": "original_full"},
     "bitnet deepseek_v3 deepseek_v32 axk1 axk2 glm4_moe_lite glm_moe_dsa minicpm3 mistral4 mistral_large4_text "
-    "dots3_note_text longcat_flash": {"num_key_value_heads": 4},
+    "dots3_note_text longcat_flash youtu": {"num_key_value_heads": 4},
     "bloom splinter megatron-bert nezha ernie mra": {"hidden_size": 32},
     "bridgetower": {
         "text_config": {
@@ -107,7 +107,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8},
     "flaubert xlm": {"causal": False, "max_position_embeddings": 64, "n_langs": 1},
     "focalnet": {
-        "image_size": 32, "embed_dim": 16, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [2, 2],
+        "image_size": 32, "embed_dim": 16, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3],
         "patch_size": 4,
     },
     "fsmt": {"langs": ["en", "de"], "src_vocab_size": 160, "tgt_vocab_size": 160},
@@ -333,6 +333,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "num_heads": 4, "chunkwise_kernel": "chunkwise--native_autograd",
         "sequence_kernel": "native_sequence__native", "step_kernel": "native",
     },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "xmod": {"max_position_embeddings": 66, "languages": ["en_XX"], "default_language": "en_XX"},
     "yoso": {"hidden_size": 32, "use_expectation": True},
     "zamba": {
@@ -341,7 +342,7 @@ _OF_TYPES: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 64, "use_mamba_kernels": False, "num_key_value_heads": 4,
     },
     "zamba2": {
-        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "layer_types": None,
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "num_mem_blocks": 1, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_d_state": 8,
         "chunk_size": 8, "use_mem_eff_path": False, "num_key_value_heads": 4,
     },
