@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import Dataset
 
-from hf_erasure.models.word_tokens import SLOT, PairError, capitalised, is_unspaced, shortened, whole_words
+from hf_erasure.models.word_tokens import SLOT, PairError, is_unspaced, shortened
+
+from ..counterparts import Counterparts, CounterpartWords
 
 FILLER = "{name}"
 PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
-Counterparts = Mapping[str, str] | Mapping[str, Sequence[str]]
 
 
 def pairs_from_sentences(
@@ -47,30 +47,34 @@ def pairs_from_sentences(
     """
     if isinstance(sentences, str):
         raise TypeError("sentences is one string; pass a list of sentences")
-    table = _table(counterparts, classes)
-    unspaced = [word for word in table if is_unspaced(word)]
+    table = CounterpartWords(counterparts, classes)
+    unspaced = [word for word in table.table if is_unspaced(word)]
     if unspaced:
         warnings.warn(
             f"The script of {unspaced[0]!r} puts no space between words, so it is found wherever its characters stand, "
             "within longer words too: leave sentences with such words out, or put these words in the table.",
             stacklevel=2,
         )
-    pattern, spellings = whole_words(table), _spellings(table)
     rows: list[tuple[str, ...]] = []
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, str):
             raise PairError(f"sentence {number} is {sentence!r}, which is not a text; leave it out")
         if SLOT in sentence:
             raise PairError(f"sentence {number} ({shortened(sentence)}) has a slot already; pass it as a row of pairs")
-        found = [match for match in pattern.finditer(sentence) if match.group() in spellings]
-        for match in found if not single or len(found) == 1 else ():
-            (label, others), spell = spellings[match.group()]
-            text = sentence[: match.start()] + SLOT + sentence[match.end() :]
-            rows += [(text, match.group(), spell(word), label, other) for other, word in others.items()]
+        found = table.found_in(sentence)
+        for word in found if not single or len(found) == 1 else ():
+            text = sentence[: word.start] + SLOT + sentence[word.end :]
+            only = {other: spelled[0] for other, spelled in word.others.items() if len(spelled) == 1}
+            factual = sentence[word.start : word.end]
+            rows += [(text, factual, counterpart, word.label, other) for other, counterpart in only.items()]
     present = {label for *_, label, _ in rows}
     if len(present) < 2:
         missing = next(name for name in classes if name not in present)
-        usable = [word for word, (label, others) in table.items() if label == missing and others]
+        usable = [
+            word
+            for word, (label, others) in table.table.items()
+            if label == missing and any(len(words) == 1 for words in others.values())
+        ]
         such_as = ", ".join(map(repr, usable[:3])) or "none: each of its words has several counterparts in the table"
         raise PairError(
             f"the sentences make pairs of {sorted(present) or 'no class'} only; add sentences with words of "
@@ -81,61 +85,6 @@ def pairs_from_sentences(
 
 def _as_dataset(rows: Iterable[tuple[str, ...]]) -> Dataset:
     return Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
-
-
-# A word's class, and the word for it in every class where there is exactly one.
-_Entry = tuple[str, dict[str, str]]
-
-
-def _table(counterparts: Counterparts, classes: Sequence[str]) -> dict[str, _Entry]:
-    found: dict[str, tuple[str, dict[str, set[str]]]] = {}
-    for words in _tuples(counterparts, classes):
-        for label, word in zip(classes, words, strict=True):
-            owner, others = found.setdefault(word, (label, {}))
-            if owner != label:
-                raise PairError(f"the table has {word!r} in two classes, {owner!r} and {label!r}; leave it out of one")
-            for other, counterpart in zip(classes, words, strict=True):
-                if other != label:
-                    others.setdefault(other, set()).add(counterpart)
-    return {
-        word: (label, {other: next(iter(choices)) for other, choices in others.items() if len(choices) == 1})
-        for word, (label, others) in found.items()
-    }
-
-
-def _tuples(counterparts: Counterparts, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """The table as tuples of words in the order of the classes."""
-    if len(classes) < 2 or len(set(classes)) != len(classes):
-        raise PairError(f"classes must name two classes or more, each once; got {list(classes)}")
-    if not counterparts:
-        raise PairError('the table of counterparts is empty; write for example {"he": "she"}')
-    table: dict[str, Any] = dict(counterparts)
-    if all(isinstance(value, str) for value in table.values()):
-        if len(classes) != 2:
-            raise PairError(f"{{word: word}} serves two classes; for {len(classes)} write {{class: [words]}}")
-        rows: list[tuple[str, ...]] = [(word, str(other)) for word, other in table.items()]
-    else:
-        lengths = {name: len(words) for name, words in table.items() if not isinstance(words, str)}
-        if set(lengths) != set(classes) or len(set(lengths.values())) != 1:
-            raise PairError(
-                f"the table must have one list for each of {list(classes)}, all of one length; "
-                f"got {lengths or list(table)}"
-            )
-        rows = list(zip(*(table[name] for name in classes), strict=True))
-    for row in rows:
-        if not all(isinstance(word, str) and word.strip() == word and word for word in row):
-            raise PairError(f"the table has {row}; every word must be text without spaces around it")
-    return rows
-
-
-def _spellings(table: Mapping[str, _Entry]) -> dict[str, tuple[_Entry, Callable[[str], str]]]:
-    """What may stand in a sentence: the entry it belongs to, and how the counterpart is then spelled."""
-    found: dict[str, tuple[_Entry, Callable[[str], str]]] = {word: (entry, str) for word, entry in table.items()}
-    for word, entry in table.items():
-        found.setdefault(capitalised(word), (entry, capitalised))
-        if len(word) > 1:
-            found.setdefault(word.upper(), (entry, str.upper))
-    return found
 
 
 def pairs_from_templates(

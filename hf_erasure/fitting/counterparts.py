@@ -1,0 +1,210 @@
+"""Tables of counterpart words, and the texts in which they are exchanged.
+
+A counterfactual of a text is the same text with the words that carry a concept exchanged for their counterparts. What
+two such texts share cancels in the difference of their activations, so that a few pairs say as much of the concept as
+many labelled texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_erasure.adapters.common.files import read_text
+from hf_erasure.models.word_tokens import PairError, capitalised, whole_words
+
+Counterparts = Mapping[str, str] | Mapping[str, Sequence[str]]
+# Tables that come with the package: name → file.
+TABLES = {"english_gender": Path(__file__).parent / "words" / "english_gender.yaml"}
+# Pronouns that English writes alike before a noun ("her hat", "his hat") and elsewhere ("saw her", "it is his"), by
+# the counterparts among which one is to be chosen: the one before a noun, and the one elsewhere.
+_BEFORE_A_NOUN = {frozenset(("his", "him")): ("his", "him"), frozenset(("her", "hers")): ("her", "hers")}
+# Words that do not open what a possessive belongs to: "her" before them is not the owner of anything.
+_NO_NOUN = """
+    a about across after again against all along alone also although am an and any anymore are around as at away back
+    be because been before behind being beside between but by can could did do does down during each either every for
+    from had has have he here how i if in into is it just like may me might must near neither next nor not now of off
+    on once or out outside over per shall she should since so some soon than that the their them then there these they
+    this those though through till to today together tomorrow tonight too toward towards under unless until up upon us
+    was we well were what when where whether which while who whom why will with within without would yesterday you
+    your my our its his
+"""
+_NEXT_WORD = re.compile(r"\s+([^\W\d_][\w'-]*)")
+
+
+def read_counterparts(counterparts: Counterparts, classes: Sequence[str]) -> list[tuple[str, ...]]:
+    """A table as tuples of words in the order of the classes.
+
+    Args:
+        counterparts: Either `{word of classes[0]: word of classes[1]}`, or for any number of classes
+            `{class: [words]}` where the words at one index are counterparts.
+        classes: Names of the classes.
+
+    Raises:
+        PairError: The table is empty, or does not fit the classes.
+    """
+    if len(classes) < 2 or len(set(classes)) != len(classes):
+        raise PairError(f"classes must name two classes or more, each once; got {list(classes)}")
+    if not counterparts:
+        raise PairError('the table of counterparts is empty; write for example {"he": "she"}')
+    table: dict[str, Any] = dict(counterparts)
+    if all(isinstance(value, str) for value in table.values()):
+        if len(classes) != 2:
+            raise PairError(f"{{word: word}} serves two classes; for {len(classes)} write {{class: [words]}}")
+        rows: list[tuple[str, ...]] = [(word, str(other)) for word, other in table.items()]
+    else:
+        lengths = {name: len(words) for name, words in table.items() if not isinstance(words, str)}
+        if set(lengths) != set(classes) or len(set(lengths.values())) != 1:
+            raise PairError(
+                f"the table must have one list for each of {list(classes)}, all of one length; "
+                f"got {lengths or list(table)}"
+            )
+        rows = list(zip(*(table[name] for name in classes), strict=True))
+    for row in rows:
+        if not all(isinstance(word, str) and word.strip() == word and word for word in row):
+            raise PairError(f"the table has {row}; every word must be text without spaces around it")
+    return rows
+
+
+def spellings(word: str) -> dict[str, Callable[[str], str]]:
+    """How a word may stand in a text, and how its counterpart is spelled then."""
+    found: dict[str, Callable[[str], str]] = {word: str}
+    found.setdefault(capitalised(word), capitalised)
+    if len(word) > 1:
+        found.setdefault(word.upper(), str.upper)
+    return found
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """A word of a table in a text.
+
+    Attributes:
+        start: Where it begins.
+        end: Where it ends.
+        label: Its class.
+        others: Class → its counterparts there, spelled as the word is.
+    """
+
+    start: int
+    end: int
+    label: str
+    others: dict[str, list[str]]
+
+
+class CounterpartWords:
+    """Exchanges the words of classes for their counterparts.
+
+    Words are found whole ("he" is not in "there"), as the table spells them, capitalised, or in capitals, and the
+    counterpart is spelled the same way. Longer words of the table win over shorter ones. Where a word has several
+    counterparts in a class the first of the table is taken, except for the English pronouns: *her* becomes *his* before
+    a noun and *him* elsewhere, *his* becomes *her* or *hers*.
+
+    Args:
+        counterparts: `{word of classes[0]: word of classes[1]}`, or `{class: [words]}` where the words at one index are
+            counterparts.
+        classes: Names of the classes.
+
+    Attributes:
+        table: Word → its class, and class → its counterparts there, in the order they were given.
+
+    Raises:
+        PairError: The table does not fit the classes, or has a word in two of them.
+    """
+
+    def __init__(self, counterparts: Counterparts, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+        # Word → its class, and its counterparts in every other class, in the order of the table.
+        table: dict[str, tuple[str, dict[str, list[str]]]] = {}
+        for words in read_counterparts(counterparts, classes):
+            for label, word in zip(classes, words, strict=True):
+                owner, others = table.setdefault(word, (label, {}))
+                if owner != label:
+                    raise PairError(
+                        f"the table has {word!r} in two classes, {owner!r} and {label!r}; leave it out of one"
+                    )
+                for other, counterpart in zip(classes, words, strict=True):
+                    if other != label and counterpart not in others.setdefault(other, []):
+                        others[other].append(counterpart)
+        self._known: dict[str, tuple[str, dict[str, list[str]], Callable[[str], str]]] = {}
+        for only_as_written in (True, False):
+            for word, (label, others) in table.items():
+                for form, spell in spellings(word).items():
+                    if not only_as_written or form == word:
+                        self._known.setdefault(form, (label, others, spell))
+        self.table, self._pattern = table, whole_words(table)
+
+    @classmethod
+    def load(cls, source: str | Path | Counterparts, classes: Sequence[str]) -> CounterpartWords:
+        """From a table, the name of one that comes with the package, or a YAML or JSON file.
+
+        A file has `{class: [words]}`, or several such tables under names of their own, as `words:` and `names:`.
+
+        Args:
+            source: The table, `"english_gender"`, or the path of a file.
+            classes: Names of the classes, as the file has them.
+
+        Raises:
+            PairError: The table does not fit the classes.
+            ValueError: There is no such file or table, or it cannot be read.
+        """
+        if isinstance(source, Mapping):
+            return cls(source, classes)
+        path = TABLES.get(str(source), Path(source))
+        if not path.is_file():
+            raise ValueError(
+                f"counterfactual_words={str(source)!r} is neither a file nor a table of the package: write one of "
+                f"{sorted(TABLES)}, the path of a YAML or JSON file, or {{class: [words]}}."
+            )
+        try:
+            read = yaml.safe_load(read_text(path))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML or JSON: {error}") from error
+        tables = (
+            list(read.values())
+            if isinstance(read, dict) and all(isinstance(v, dict) for v in read.values())
+            else [read]
+        )
+        if not tables or not all(isinstance(table, dict) and set(classes) <= set(table) for table in tables):
+            raise PairError(f"{path} must have a list of words for each of {list(classes)}")
+        return cls({label: [word for table in tables for word in table[label]] for label in classes}, classes)
+
+    def found_in(self, text: str) -> list[Occurrence]:
+        """Where words of the table stand in a text, in their order."""
+        found = []
+        for match in self._pattern.finditer(text):
+            if match.group() in self._known:
+                label, others, spell = self._known[match.group()]
+                spelled = {other: [spell(word) for word in words] for other, words in others.items()}
+                found.append(Occurrence(match.start(), match.end(), label, spelled))
+        return found
+
+    def exchanged(self, text: str, one: str, other: str) -> str | None:
+        """A text with the words of two classes exchanged for each other, or None where it has none of them.
+
+        Args:
+            text: The text.
+            one: A class.
+            other: Another.
+        """
+        toward, parts, end = {one: other, other: one}, [], 0
+        for word in self.found_in(text):
+            if word.label in toward:
+                parts += [text[end : word.start], _fitting(word.others[toward[word.label]], text[word.end :])]
+                end = word.end
+        return "".join([*parts, text[end:]]) if parts else None
+
+
+def _fitting(choices: list[str], behind: str) -> str:
+    """The counterpart that fits the text behind it."""
+    chosen = _BEFORE_A_NOUN.get(frozenset(choice.lower() for choice in choices))
+    if chosen is None:
+        return choices[0]
+    following = _NEXT_WORD.match(behind)
+    wanted = chosen[0] if following and following.group(1).lower() not in _NO_NOUN.split() else chosen[1]
+    return next(choice for choice in choices if choice.lower() == wanted)
