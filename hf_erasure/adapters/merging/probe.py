@@ -208,7 +208,8 @@ def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
     elif wrapper is not None:
         uses.obstacles.append(f"the adapter around {wrapper!r}")
     elif product is None or not product.owner:
-        uses.obstacles.append(use.operation)
+        is_call = bool(calls) and use.operation == calls[-1].name
+        uses.obstacles.append(type(calls[-1].module).__name__ if is_call else use.operation)
     elif (
         product.reads is None
         or not _takes_features(product, use.taken, axis)
