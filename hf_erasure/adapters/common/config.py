@@ -191,6 +191,8 @@ class ChildConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them, with sets as sorted lists so that equal configs make equal files."""
         plain = super().to_dict()
+        # Granite Speech writes the folder there that it was given, which may be a `Path`.
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
