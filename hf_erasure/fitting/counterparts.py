@@ -25,7 +25,7 @@ TABLES = {"english_gender": Path(__file__).parent / "words" / "english_gender.ya
 # the counterparts among which one is to be chosen: the one before a noun, and the one elsewhere.
 _BEFORE_A_NOUN = {frozenset(("his", "him")): ("his", "him"), frozenset(("her", "hers")): ("her", "hers")}
 # Words that do not open what a possessive belongs to: "her" before them is not the owner of anything.
-_NO_NOUN = """
+_OPEN_NO_NOUN = """
     a about across after again against all along alone also although am an and any anymore are around as at away back
     be because been before behind being beside between but by can could did do does down during each either every for
     from had has have he here how i if in into is it just like may me might must near neither next nor not now of off
@@ -34,6 +34,7 @@ _NO_NOUN = """
     was we well were what when where whether which while who whom why will with within without would yesterday you
     your my our its his
 """
+_NO_NOUN = frozenset(_OPEN_NO_NOUN.split())
 _NEXT_WORD = re.compile(r"\s+([^\W\d_][\w'-]*)")
 
 
@@ -118,7 +119,6 @@ class CounterpartWords:
     """
 
     def __init__(self, counterparts: Counterparts, classes: Sequence[str]) -> None:
-        self.classes = tuple(classes)
         # Word → its class, and its counterparts in every other class, in the order of the table.
         table: dict[str, tuple[str, dict[str, list[str]]]] = {}
         for words in read_counterparts(counterparts, classes):
@@ -131,12 +131,12 @@ class CounterpartWords:
                 for other, counterpart in zip(classes, words, strict=True):
                     if other != label and counterpart not in others.setdefault(other, []):
                         others[other].append(counterpart)
-        self._known: dict[str, tuple[str, dict[str, list[str]], Callable[[str], str]]] = {}
-        for only_as_written in (True, False):
-            for word, (label, others) in table.items():
-                for form, spell in spellings(word).items():
-                    if not only_as_written or form == word:
-                        self._known.setdefault(form, (label, others, spell))
+        self._known: dict[str, tuple[str, dict[str, list[str]], Callable[[str], str]]] = {
+            word: (label, others, str) for word, (label, others) in table.items()
+        }
+        for word, (label, others) in table.items():
+            for form, spell in spellings(word).items():
+                self._known.setdefault(form, (label, others, spell))
         self.table, self._pattern = table, whole_words(table)
 
     @classmethod
@@ -206,5 +206,5 @@ def _fitting(choices: list[str], behind: str) -> str:
     if chosen is None:
         return choices[0]
     following = _NEXT_WORD.match(behind)
-    wanted = chosen[0] if following and following.group(1).lower() not in _NO_NOUN.split() else chosen[1]
+    wanted = chosen[0] if following and following.group(1).lower() not in _NO_NOUN else chosen[1]
     return next(choice for choice in choices if choice.lower() == wanted)

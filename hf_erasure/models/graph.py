@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -212,6 +213,15 @@ class Graph(TorchDispatchMode):
             with self:
                 output = call()
         self.returned = {value.node for tensor in tensors_of(output) if (value := self._values.get(tensor)) is not None}
+
+    @cached_property
+    def called(self) -> dict[str, list[Call]]:
+        """Path → the calls of modules there and below; a list is not called, and what is in it may be."""
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            for end in accumulate(call.name.split("."), "{}.{}".format):
+                found.setdefault(end, []).append(call)
+        return found
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 

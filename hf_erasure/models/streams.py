@@ -12,13 +12,12 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
 from .dummy import dummy_batch
-from .graph import Call, Graph, Node, Product
+from .graph import Graph, Node, Product
 from .model import MEDIA, bare_model
 
 # What leaves each feature, or a whole row, by itself.
@@ -90,22 +89,14 @@ def writers_of(model: nn.Module) -> list[Weight]:
 
 def experts_beside(model: nn.Module, graph: Graph, weights: Iterable[Weight]) -> Iterator[Weight]:
     """The weights of other experts beside those of some, which no token of a pass has chosen."""
-    called, modules = _called(graph), dict(model.named_modules(remove_duplicate=False))
     for weight in weights:
         for child, rest in _siblings(model, weight.module):
-            other = ".".join([child, *rest])
-            found = modules.get(other)
-            if child not in called and found is not None and weight.parameter in found._parameters:
-                yield replace(weight, module=other)
-
-
-def _called(graph: Graph) -> dict[str, list[Call]]:
-    """Path → the calls of modules there and below; a list is not called, and what is in it may be."""
-    found: dict[str, list[Call]] = {}
-    for call in graph.calls:
-        for end in accumulate(call.name.split("."), "{}.{}".format):
-            found.setdefault(end, []).append(call)
-    return found
+            if child in graph.called:
+                continue
+            inside = dict(model.get_submodule(child).named_modules(remove_duplicate=False))
+            found = inside.get(".".join(rest))
+            if found is not None and weight.parameter in found._parameters:
+                yield replace(weight, module=".".join([child, *rest]))
 
 
 def _siblings(model: nn.Module, module: str) -> Iterator[tuple[str, list[str]]]:
@@ -148,7 +139,6 @@ class _Streams:
             first = node.parents[:1] if node.kind == "scaled" else node.parents
             if node.kind in {*_ADDED, "scaled"} and any(parent in self._stream for parent in first):
                 self._stream.add(node)
-        self._called = _called(self._graph)
         # What is made of it feature by feature.
         self._seen: set[Node] = set(self._stream)
         for node in nodes:
@@ -225,17 +215,17 @@ class _Streams:
         chosen = [f"{weight.module}." for weight in found]
         for path, module in self._model.named_modules():
             children = [f"{path}.{name}".strip(".") for name in module._modules]
-            if not isinstance(module, nn.ModuleList) or not any(child in self._called for child in children):
+            if not isinstance(module, nn.ModuleList) or not any(child in self._graph.called for child in children):
                 continue
             for child in children:
-                is_seen = child in self._called or any(name.startswith(f"{child}.") for name in chosen)
+                is_seen = child in self._graph.called or any(name.startswith(f"{child}.") for name in chosen)
                 if not is_seen and any(p.dim() > 1 for p in self._model.get_submodule(child).parameters()):
                     yield f"the small pass that finds it does not run {child!r}"
 
     def _is_expert(self, module: str, taken: Node) -> bool:
         """Whether a module is in a list of which others take rows of the same tensor, or are not called at all."""
         return any(
-            child not in self._called or any(call.taken[:1] == (taken,) for call in self._called[child])
+            child not in self._graph.called or any(call.taken[:1] == (taken,) for call in self._graph.called[child])
             for child, _ in _siblings(self._model, module)
         )
 
