@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from huggingface_hub import CommitInfo
 
-from hf_erasure.adapters.merging.export import load_with_erasure, save_merged
-from hf_erasure.fitting import combine
-from hf_erasure.hub import describe_folder, export_to_lora, push_adapter, push_model, write_card, write_merged_card
+from .app import app, later
 
-from .app import app
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+    from hf_erasure import hub
+    from hf_erasure.adapters.merging import export
+    from hf_erasure.fitting import combine
+else:
+    hub, export, combine = later("hub", "adapters.merging.export", "fitting.combine")
 
 Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.")]
 Adapter = Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")]
@@ -42,11 +46,11 @@ def merge(
 
     Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
     """
-    text = save_merged(model, adapter, out, max_shard_size=max_shard_size, untie=untie)
-    write_merged_card(out, model, adapter, text)
+    text = export.save_merged(model, adapter, out, max_shard_size=max_shard_size, untie=untie)
+    hub.write_merged_card(out, model, adapter, text)
     typer.echo(f"{text}\nmodel: {out}")
     if push is not None:
-        _say(push_model(out, push, private=private or None))
+        _say(hub.push_model(out, push, private=private or None))
 
 
 @app.command()
@@ -61,9 +65,9 @@ def export_lora(
 
     Example: hf-erasure export-lora gpt2 out/demo out/demo-lora
     """
-    typer.echo(str(export_to_lora(load_with_erasure(model, adapter), "default", out)))
+    typer.echo(str(hub.export_to_lora(export.load_with_erasure(model, adapter), "default", out)))
     if push is not None:
-        _say(push_model(out, push, private=private or None))
+        _say(hub.push_model(out, push, private=private or None))
 
 
 @app.command()
@@ -76,7 +80,7 @@ def merge_fits(
 ) -> None:
     """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
     config = combine.merge_fits(one, other, output)
-    write_card(output)
+    hub.write_card(output)
     typer.echo(
         f"{config.concept}: {config.provenance['examples']} examples, {config.provenance['tokens']} tokens: {output}"
     )
@@ -101,7 +105,7 @@ def push(
 
     Example: hf-erasure push out/demo alice/no-gender --private
     """
-    commit = push_adapter(
+    commit = hub.push_adapter(
         folder, repo_id, private=private or None, revision=revision, subfolder=subfolder, create_pr=create_pr,
         token=token, message=message, base_model=base_model,
     )  # fmt: skip
@@ -135,11 +139,11 @@ def card(
 
     Example: hf-erasure card out/demo --results out/evaluation --license apache-2.0
     """
-    rows = describe_folder(
+    rows = hub.describe_folder(
         folder, results=results, names=[adapter] if adapter else [], base_model=base_model, datasets=dataset,
         labels_from=labels_from, license=license, language=language,
     )  # fmt: skip
-    written = write_card(folder, overwrite=overwrite)
+    written = hub.write_card(folder, overwrite=overwrite)
     typer.echo(str(written) + (f" It has {len(rows)} measures of {results}." if results else ""))
     if written.outcome == "left":
         raise typer.Exit(1)

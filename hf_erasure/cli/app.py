@@ -1,16 +1,41 @@
-"""The application that the commands add themselves to; an error that a user can mend is one line in all of them."""
+"""The application that the commands add themselves to; an error that a user can mend is one line in all of them.
+
+The commands say what they take and import nothing that is slow, so that their help is there at once: `later` names the
+modules of the package that do the work. `hf_erasure_command` starts the command without importing the package.
+"""
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import typer
-from huggingface_hub.errors import HTTPError
 from typer.core import TyperGroup
 
-from hf_erasure.fitting.processes import AnotherProcessFailed
+from hf_erasure._version import __version__
+
+# The commands that people begin with, at the top of the help.
+_FIRST = ("fit", "gradiend", "info", "verify", "list", "evaluate", "check")
+# A connection that broke, and a process that ended, are known by name: importing their classes takes seconds.
+_BROKEN, _ENDED = "HTTPError", "AnotherProcessFailed"
+
+
+class _Later(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        """What the module has; the package is imported before it, if it is not there yet."""
+        package: Any = sys.modules["hf_erasure"]
+        if "verify_adapter" not in vars(package):
+            package.__spec__.loader.exec_module(package)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def later(*names: str) -> list[Any]:
+    """Modules of the package, each of which is imported when something of it is first used."""
+    return [_Later(f"hf_erasure.{name}") for name in names]
 
 
 @contextmanager
@@ -20,26 +45,45 @@ def errors_as_sentences() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise  # whoever reads what is printed has seen enough, as in `| head`
-    except (ValueError, ImportError, OSError, NotImplementedError, AnotherProcessFailed) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except HTTPError as error:
-        # A connection that broke while something was loaded from the Hub.
-        typer.echo(f"Error: the connection to the Hub broke ({type(error).__name__}: {error}). Try again.", err=True)
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, (ValueError, ImportError, OSError, NotImplementedError)) or _ENDED in kinds:
+            said = f"{error}"
+        elif _BROKEN in kinds:
+            # A connection that broke while something was loaded from the Hub.
+            said = f"the connection to the Hub broke ({type(error).__name__}: {error}). Try again."
+        else:
+            raise
+        typer.echo(f"Error: {said}", err=True)
         raise typer.Exit(2) from error
 
 
 class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Those that people begin with first."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was typed."""
         with errors_as_sentences():
             return super().invoke(ctx)
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    cls=_Commands,
-    help="Erase a concept from a Hugging Face model, or change a feature of it, as a PEFT adapter.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+    cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, context_settings=HELP,
+)  # fmt: skip
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-erasure {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: bool = typer.Option(False, "--version", callback=_say_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Erase a concept from a Hugging Face model, or change a feature of it, as a PEFT adapter."""

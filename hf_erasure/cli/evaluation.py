@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hf_erasure import evaluation
-from hf_erasure.evaluation.report import write
+from .app import app, later
 
-from .app import app
+if TYPE_CHECKING:
+    from hf_erasure import evaluation
+    from hf_erasure.evaluation import report
+else:
+    evaluation, report = later("evaluation", "evaluation.report")
 
 
 @app.command()
@@ -57,7 +60,7 @@ def evaluate(
         allow_inactive=allow_inactive, stereoset=stereoset,
     )  # fmt: skip
     results = evaluation.evaluate(plan, say, output)
-    written, page = write(results, output)
+    written, page = report.write(results, output)
     typer.echo(f"\n{results.table()}\n")
     typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number.")
     typer.echo("+ better, - worse; no mark where the interval holds the base's value.")

@@ -6,33 +6,34 @@ import enum
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
 import typer
 
-from hf_erasure.fitting.processes import Processes
-from hf_erasure.hub import write_card
-from hf_erasure.recipes.erasure import FIGURE_FILE, Recipe, check_output, read_recipe, run_recipe
-from hf_erasure.recipes.gradiend import (
-    NO_EDIT,
-    check_gradiend_output,
-    encode_texts,
-    run_gradiend_recipe,
-    select_gradiend_output,
-)
-from hf_erasure.recipes.gradiend_recipe import GradiendRecipe, read_gradiend_recipe
-from hf_erasure.recipes.schema import json_schema
+from .app import HELP, app, later
 
-from .app import app
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hf_erasure import hub
+    from hf_erasure.fitting import processes as shared
+    from hf_erasure.recipes import erasure, from_data, gradiend_recipe
+    from hf_erasure.recipes import gradiend as feature
+    from hf_erasure.recipes import schema as schemas
+else:
+    hub, shared, erasure, from_data = later("hub", "fitting.processes", "recipes.erasure", "recipes.from_data")
+    gradiend_recipe, feature, schemas = later("recipes.gradiend_recipe", "recipes.gradiend", "recipes.schema")
 
 # Same weights, same data, same probes: what differs is only the order in which threads add floats.
 SAME_ACCURACY, SAME_FEATURE = 1e-6, 1e-5
 
 gradiend = typer.Typer(
-    help="Read a feature off a model's gradients, and change its weights with it.", no_args_is_help=True
-)
+    help="Read a feature off a model's gradients, and change its weights with it.", no_args_is_help=True,
+    context_settings=HELP,
+)  # fmt: skip
+recipe = typer.Typer(help="About recipes, the YAML files of `fit`.", no_args_is_help=True, context_settings=HELP)
 app.add_typer(gradiend, name="gradiend")
+app.add_typer(recipe, name="recipe")
 
 ProgressBars = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
 ProcessCount = Annotated[
@@ -48,21 +49,27 @@ class Kind(str, enum.Enum):
     gradiend = "gradiend"
 
 
-def _overrides(example: str) -> Any:
-    return typer.Argument(metavar="[KEY=VALUE]...", help=f"Replace entries, e.g. {example}")
+Source = Annotated[str, typer.Argument(metavar="RECIPE.yaml|MODEL", help="A recipe; or a model and, behind it, data.")]
+Out = Annotated[str | None, typer.Option(help="The folder that is written.")]
 
 
-@app.command()
+def _rest(data: str, example: str) -> Any:
+    return typer.Argument(metavar="[DATA] [KEY=VALUE]...", help=f"{data} Then entries of the recipe, e.g. {example}")
+
+
+@app.command(hidden=True)  # its name before there were several commands about recipes
+@recipe.command()
 def schema(
     kind: Annotated[Kind, typer.Argument(help="What the recipe makes.")],
     output: Annotated[Path | None, typer.Option("--output", help="Write a file instead of printing.")] = None,
 ) -> None:
     """Print the JSON schema of a recipe, by which editors complete keys, show what they mean and mark mistakes.
 
-    Example: hf-erasure schema erasure --output recipe.schema.json
+    Example: hf-erasure recipe schema erasure --output recipe.schema.json
     """
-    recipe = Recipe if kind is Kind.erasure else GradiendRecipe
-    text = json.dumps(json_schema(recipe, f"A recipe of hf-erasure: {kind.value}"), indent=1, ensure_ascii=False)
+    made = erasure.Recipe if kind is Kind.erasure else gradiend_recipe.GradiendRecipe
+    content = schemas.json_schema(made, f"A recipe of hf-erasure: {kind.value}")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     if output is None:
         typer.echo(text)
     else:
@@ -71,27 +78,55 @@ def schema(
 
 @app.command()
 def fit(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file: model, concept, labels, data, output.", exists=True)],
-    overrides: Annotated[list[str] | None, _overrides("model=bert-base-uncased fit.pool=cls")] = None,
+    source: Source,
+    rest: Annotated[
+        list[str] | None, _rest("CSV, TSV, JSON lines, Parquet, a folder or a Hub data set.", "fit.batch_size=16")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="The column of the concept that is erased.")] = None,
+    text: Annotated[str | None, typer.Option(help="The column of the text, where it is not clear.")] = None,
+    keep: Annotated[str | None, typer.Option(help="A column that should stay readable; it is measured, too.")] = None,
+    test: Annotated[str | None, typer.Option(help="A share to set aside, such as 0.2, or the name of a split.")] = None,
+    group: Annotated[str | None, typer.Option(help="No value of this column is both fitted on and measured.")] = None,
+    pool: Annotated[str | None, typer.Option(help="What is erased from: tokens, mean, cls or last.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Where: norms, readers, writers, or names of modules.")] = None,
+    concept: Annotated[str | None, typer.Option(help="What the concept is called, if not like its column.")] = None,
+    name: Annotated[str | None, typer.Option(help="The configuration of a Hub data set.")] = None,
+    out: Out = None,
     progress: ProgressBars = True,
     processes: ProcessCount = None,
 ) -> None:
-    """Fit an erasure as a recipe says, and print what a probe reads before and after.
+    """Fit an erasure, of a model and labelled texts or as a recipe says, and say what a probe reads before and after.
 
-    Writes the adapter folder (load it with model.load_adapter), a figure of the leakage by depth and the results to
-    the recipe's `output`.
+    Writes the adapter folder (load it with model.load_adapter), a figure of the leakage by depth, the results and the
+    recipe that was run. Under torchrun each process takes its share of the data, and the first writes.
 
-    Under torchrun each process takes its share of the data, all fit the same erasers, and the first writes them.
+    Example: hf-erasure fit sentence-transformers/all-MiniLM-L6-v2 people.csv --label gender
 
     Example: hf-erasure fit recipes/minilm-gender/recipe.yaml output=out/demo
 
     Example: torchrun --nproc_per_node 2 -m hf_erasure.cli fit recipe.yaml
     """
-    plan, (report, table) = _run(read_recipe, run_recipe, recipe, overrides, progress, processes)
+    options: dict[str, Any] = {
+        "label": label, "text": text, "keep": keep, "test": test, "group": group, "pool": pool, "targets": targets,
+        "concept": concept, "name": name, "out": out,
+    }  # fmt: skip
+
+    def of_data(data: str, overrides: list[str]) -> Any:
+        if label is None:
+            raise ValueError("Which column is the concept? Write --label COLUMN.")
+        return from_data.erasure_recipe(from_data.FromData(source, data, overrides=overrides, **options))
+
+    def of_file(path: str, overrides: list[str]) -> Any:
+        return erasure.read_recipe(path, overrides)
+
+    plan, said = _plan(source, rest or [], of_file, of_data, options)
+    report, table = _run(plan, erasure.run_recipe, said, progress, processes)
     typer.echo(f"\n{report}\n")
     typer.echo(f"Probe accuracy on the split {plan.data.test!r}, probes fitted on {plan.data.train!r}:\n")
     typer.echo(_rendered(table))
-    typer.echo(f"\nadapter: {plan.output}\nfigure:  {Path(plan.output) / FIGURE_FILE}")
+    _say_end(
+        plan, f"{plan.output}\nfigure:  {Path(plan.output) / erasure.FIGURE_FILE}", erasure.in_plain_words(plan, table)
+    )
 
 
 @app.command()
@@ -100,42 +135,61 @@ def check(
     progress: ProgressBars = True,
 ) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
-    now, drift = check_output(folder, progress)
+    now, drift = erasure.check_output(folder, progress)
     typer.echo(_rendered(now))
     _say_whether_same(drift, SAME_ACCURACY)
 
 
 @gradiend.command("fit")
 def fit_feature(
-    recipe: Annotated[
-        Path, typer.Argument(help="A YAML file: model, feature, classes, data, select, output.", exists=True)
-    ],
-    overrides: Annotated[list[str] | None, _overrides("model=gpt2 select.budget=0.05")] = None,
+    source: Source,
+    rest: Annotated[
+        list[str] | None, _rest("Sentences: a text file, one a line, or a column `text`.", "select.budget=0.05")
+    ] = None,
+    words: Annotated[
+        list[str] | None, typer.Option(help="A word of each class, e.g. he,she; again for more words of theirs.")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Names of the classes; the first words by default.")] = None,
+    neutral: Annotated[
+        str | None, typer.Option(help="Texts without the feature; sentences without the words by default.")
+    ] = None,
+    out: Out = None,
     progress: ProgressBars = True,
     processes: ProcessCount = None,
 ) -> None:
-    """Learn a feature as a recipe says, choose an edit, and print what it does to test data.
+    """Learn a feature, of a model and sentences or as a recipe says, choose an edit, and say what it does to test data.
 
     Writes the adapter folder (load it with model.load_adapter), the results as JSON, CSV and Markdown, a histogram of
-    encoded values and the surface of all edits that were tried to the recipe's `output`.
+    encoded values, the surface of all edits that were tried, and the recipe that was run.
+
+    Example: hf-erasure gradiend fit bert-base-uncased stories.txt --words he,she
 
     Example: hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml output=out/demo
     """
-    plan, outcome = _run(read_gradiend_recipe, run_gradiend_recipe, recipe, overrides, progress, processes)
+
+    def of_data(data: str, overrides: list[str]) -> Any:
+        if not words:
+            raise ValueError("Which words tell the classes apart? Write one of each, as in --words he,she.")
+        return from_data.feature_recipe(source, data, words, classes, neutral, out, overrides)
+
+    def of_file(path: str, overrides: list[str]) -> Any:
+        return gradiend_recipe.read_gradiend_recipe(path, overrides)
+
+    options = {"words": words, "classes": classes, "neutral": neutral, "out": out}
+    plan, said = _plan(source, rest or [], of_file, of_data, options)
+    outcome = _run(plan, feature.run_gradiend_recipe, said, progress, processes)
     correlations = ", ".join(f"{name} {value:.3f}" for name, value in outcome.correlation.items())
     typer.echo("\nCorrelation of the dense neuron on the choice data: " + correlations)
-    left_out = {name: count for name, count in outcome.counts.items() if name.endswith("left out") and count}
-    if left_out:
-        typer.echo("Rows the tokenizer cannot serve: " + ", ".join(f"{n} {count}" for n, count in left_out.items()))
+    typer.echo("Rows: " + ", ".join(f"{name} {count}" for name, count in outcome.counts.items() if count))
     typer.echo("\nOn the test data:\n")
     _show(outcome.messages, outcome.encoding, outcome.edits)
-    typer.echo(f"\nadapter: {plan.output}, steered for {plan.select.goals[0]!r}")
+    _say_end(plan, f"{plan.output}, steered for {plan.select.goals[0]!r}", outcome.in_plain_words())
 
 
 @gradiend.command()
 def evaluate(folder: Folder, progress: ProgressBars = True) -> None:
     """Load a fitted adapter from its folder and measure it again; fails if it does not reproduce its results."""
-    now, drift = check_gradiend_output(folder, progress)
+    now, drift = feature.check_gradiend_output(folder, progress)
     _show(now.messages, now.encoding, now.edits)
     _say_whether_same(drift, SAME_FEATURE)
 
@@ -154,9 +208,9 @@ def select(
 
     Example: hf-erasure gradiend select out/demo she --budget 0.01
     """
-    outcome = select_gradiend_output(folder, goal, budget, progress)
-    write_card(folder)
-    _show(outcome.messages, outcome.edits.loc[[NO_EDIT, goal]])
+    outcome = feature.select_gradiend_output(folder, goal, budget, progress)
+    hub.write_card(folder)
+    _show(outcome.messages, outcome.edits.loc[[feature.NO_EDIT, goal]])
     typer.echo(f"\nadapter: {folder}, steered for {goal!r}")
 
 
@@ -174,30 +228,57 @@ def encode(
 
     Example: hf-erasure gradiend encode out/demo texts.csv --output values.csv
     """
-    values, plain = encode_texts(folder, data, split, progress)
+    values, plain = feature.encode_texts(folder, data, split, progress)
     text = values.to_csv(output, index=False, float_format="%.6f")
     if plain:
         typer.echo(f"{plain} texts have no [FEATURE] slot; each was read at one of its tokens.", err=True)
     typer.echo(f"{len(values)} texts: {output}" if output is not None else text, nl=output is not None)
 
 
-def _run(
-    read: Callable[..., Any], run: Callable[..., Any], path: Path, overrides: list[str] | None, progress: bool,
-    processes: int | None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """A recipe and what its run finds; processes that are not the first end here."""
-    count = Processes().count
+def _plan(
+    source: str, rest: list[str], of_file: Callable[..., Any], of_data: Callable[..., Any], options: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    """The recipe to run, of a file or of a model and data, and what there is to say of the data."""
+    overrides = [word for word in rest if "=" in word and not Path(word).exists()]
+    data = [word for word in rest if word not in overrides]
+    if source.endswith((".yaml", ".yml")):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"There is no recipe {source}.")
+        if given := [f"--{name}" for name, value in options.items() if value]:
+            raise ValueError(f"{source} is a recipe, which has its own {given[0]}: write KEY=VALUE, as in output=out.")
+        if data:
+            raise ValueError(f"{data[0]!r} is not key=value, as in model=bert-base-uncased.")
+        return of_file(source, overrides), []
+    if len(data) != 1:
+        raise ValueError(
+            f"{source!r} is a model, not a recipe (YAML), and is followed by {len(data) or 'no'} data: write "
+            "`hf-erasure fit MODEL DATA …` or `hf-erasure fit RECIPE.yaml KEY=VALUE …`."
+        )
+    plan, said = of_data(data[0], overrides)
+    return plan, said
+
+
+def _run(plan: Any, run: Callable[..., Any], said: list[str], progress: bool, processes: int | None) -> Any:
+    """What the run of a recipe finds; processes that are not the first end here."""
+    count = shared.Processes().count
     if processes is not None and count < processes:
         raise ValueError(
             f"{processes} processes were asked for, and {count} runs. Start them with torchrun, also where "
             f"there is no GPU: torchrun --nproc_per_node {processes} -m hf_erasure.cli …"
         )
-    recipe = read(path, overrides or [])
-    outcome = run(recipe, progress)
+    if said and shared.Processes().is_main:
+        typer.echo("\n".join(said))
+    outcome = run(plan, progress)
     if outcome is None:
         raise typer.Exit
-    write_card(recipe.output)  # once more, since the results of the recipe lie there now
-    return recipe, outcome
+    hub.write_card(plan.output)  # once more, since the results of the recipe lie there now
+    return outcome
+
+
+def _say_end(plan: Any, adapter: str, words: str) -> None:
+    """Say where everything is, what happened, and what to type next."""
+    typer.echo(f"\nadapter: {adapter}\nrecipe:  {Path(plan.output) / 'recipe.yaml'}")
+    typer.echo(f"\n{words}\n\nnext:    hf-erasure info {plan.output}")
 
 
 def _show(messages: list[str], *tables: pd.DataFrame) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel
@@ -31,7 +32,7 @@ from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS
 
 from .occupations import SOURCE, occupation_sentences
-from .run import difference, finished_run, load_base, load_source, names_on_hub, require, table_of, write_run
+from .run import difference, finished_run, load_base, load_source, names_on_hub, require, set_aside, table_of, write_run
 from .schema import check_counts, fields_of, one_of, read
 
 Splits: TypeAlias = DatasetDict | IterableDatasetDict
@@ -52,6 +53,10 @@ class DataRecipe:
         name: The configuration of a Hub data set.
         train: The split to fit on.
         test: The split to measure on; it should share nothing with the first that a probe could memorise.
+        test_share: Set this share of `train` aside as the split `test`: no text is in both, and each label gives its
+            share.
+        group_column: With `test_share`: no value of this column is in both, such as a speaker's or a source's.
+        seed: Decides which rows `test_share` sets aside.
         text_column: Column of the text.
         label_column: Column of the concept.
         keep_column: Column of something that should stay readable, if there is one.
@@ -65,6 +70,9 @@ class DataRecipe:
     name: str | None = None
     train: str = "train"
     test: str = "test"
+    test_share: float | None = None
+    group_column: str | None = None
+    seed: int = 0
     text_column: str = "text"
     label_column: str = "gender"
     keep_column: str | None = None
@@ -74,6 +82,13 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         check_counts(self, "data", "probe_rows")
+        if self.test_share is not None and (not 0 < self.test_share < 1 or self.streaming):
+            raise ValueError(
+                f"data.test_share={self.test_share} in a recipe must be a number between 0 and 1, and the data must "
+                "not be a stream, of which nobody knows how long it is."
+            )
+        if self.group_column is not None and self.test_share is None:
+            raise ValueError("data.group_column in a recipe is for data.test_share: write which share to set aside.")
 
     def origin(self) -> dict[str, Any]:
         """Where the data come from, as a card says it; they were loaded."""
@@ -154,8 +169,8 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     run, the others give None. Raises `ValueError` if model, data and concept do not go together.
     """
     require("matplotlib", "sklearn")
+    data, background = load_data(recipe.data, recipe.labels), None
     model, tokenizer = _model_of(recipe)
-    data, background = load_data(recipe.data), None
     if recipe.data.background is not None:
         rows = load_source(recipe.data.background, streaming=recipe.data.streaming)[recipe.data.train]
         options: dict[str, Any] = {"text_column": "text", "label_column": None, "labels": None}
@@ -190,7 +205,7 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
     """
     recipe, written = finished_run(folder, read_recipe, "hf-erasure fit")
     model, tokenizer = _model_of(recipe, folder)
-    table = probe(recipe, model, tokenizer, load_data(recipe.data), progress)
+    table = probe(recipe, model, tokenizer, load_data(recipe.data, recipe.labels), progress)
     return table, difference(table, written)
 
 
@@ -217,16 +232,39 @@ def embedded_model() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def load_data(recipe: DataRecipe) -> Splits:
-    """The labelled data, by split. Raises `ValueError` if a split of the recipe is not there."""
+def load_data(recipe: DataRecipe, labels: Sequence[str] = ()) -> Splits:
+    """The labelled data, by split.
+
+    Whole numbers and truth values that are `labels` as they are written become these; other whole numbers are class
+    ids. Raises `ValueError` if a split or a column of the recipe is not there.
+    """
     if recipe.source == SOURCE:
         data = occupation_sentences()
     else:
         data = load_source(recipe.source, recipe.name, streaming=recipe.streaming)
-    for split in (recipe.train, recipe.test):
+    for split in (recipe.train, recipe.test) if recipe.test_share is None else (recipe.train,):
         if split not in data:
             raise ValueError(f"The data set {recipe.source!r} has no split {split!r}; it has {sorted(data)}.")
+    if recipe.test_share is not None:
+        parts = set_aside(
+            data[recipe.train], recipe.test_share, label_column=recipe.label_column, text_column=recipe.text_column,
+            group_column=recipe.group_column, seed=recipe.seed,
+        )  # fmt: skip
+        data = DatasetDict({recipe.train: parts["train"], recipe.test: parts["test"]})
+    for split, rows in data.items():
+        kind = getattr((rows.features or {}).get(recipe.label_column), "dtype", "")
+        if isinstance(rows, Dataset) and re.match("u?int|bool", str(kind)):
+            values = set(rows[recipe.label_column])
+            if {written(value) for value in values} <= set(labels) and (
+                kind == "bool" or not values <= set(range(len(labels)))
+            ):
+                data[split] = rows.cast_column(recipe.label_column, Value("string"))
     return data
+
+
+def written(label: Any) -> str:
+    """A label as a recipe writes it."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
 
 
 def _batches(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, share: bool = False, **other: Any) -> Any:
@@ -279,6 +317,23 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
         row["cosine"] = float(nn.functional.cosine_similarity(before, after, dim=-1).mean())
         found[site] = row
     return table_of(found, "layer")
+
+
+def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
+    """What the probes of the last layer say, in a few sentences."""
+    row, concept, kept = table.iloc[-1], recipe.data.label_column, recipe.data.keep_column
+    said = [
+        f"Before, a linear probe read {concept!r} in {row[f'{concept} before']:.1%} of the held-out texts off the last "
+        f"layer; now it reads {row[f'{concept} after']:.1%}, and always saying the most frequent label is right in "
+        f"{row[f'{concept} majority']:.1%}.",
+        f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: what is above "
+        f"the {row[f'{concept} majority']:.1%} comes from cues that the texts fitted on do not show, or from these "
+        "probes knowing the texts.",
+    ]
+    if kept is not None:
+        said.append(f"{kept!r} is read in {row[f'{kept} before']:.1%} before and {row[f'{kept} after']:.1%} after.")
+    said.append(f"What it cost: erased and original outputs have a cosine of {row['cosine']:.3f} on average.")
+    return "\n".join(said)
 
 
 def _pool_of_probes(config: ConceptErasureConfig) -> str:

@@ -134,6 +134,16 @@ class GradiendRun:
         """One row an edit, the first without one: class probabilities, goals, language modelling."""
         return table_of({name: _row(point) for name, point in self.tested.items()}, "edit for")
 
+    def in_plain_words(self) -> str:
+        """What the first of the chosen edits does, in a sentence."""
+        goal = next(iter(self.chosen))
+        before, after = self.tested[NO_EDIT], self.tested[goal]
+        moved = ", ".join(f"{n} {p:.3f} → {after.probabilities[n]:.3f}" for n, p in before.probabilities.items())
+        return (
+            f"With the edit for {goal!r}, the mean probability of the words in test sentences goes from {moved}; "
+            f"language modelling on neutral texts loses {after.cost:.1%}."
+        )
+
     def save(self, folder: str | Path, saved: str) -> None:
         """Write the adapter, the recipe, the results, the edits and the grid; the adapter is steered for `saved`."""
         output = Path(folder)

@@ -30,6 +30,8 @@ from .schema import check_section, fields_of, one_of, read
 TASKS = {task: next(head.auto_class for head in HEADS if head.task == task) for task in get_args(Task)}
 PARTS = ("train", "choice", "test")
 NEUTRAL_PARTS = ("choice", "test")
+# Neutral texts that are taken from the sentences: the grid of edits is scored on half of them.
+_NEUTRAL = 400
 
 
 @dataclass
@@ -109,7 +111,8 @@ class GradiendDataRecipe:
         defaults: Entries for each of the sets that does not have its own, such as `words`.
         skip_unusable: Leave out rows whose words the model's tokenizer does not know, or, for a masked model, that
             have unequally many tokens, instead of refusing them.
-        neutral: `choice` and `test` texts without the feature, or `whole`, of which each gets a half.
+        neutral: `choice` and `test` texts without the feature, or `whole`, of which each gets a half. Left out beside
+            `whole` with `sentences`: up to 400 of these that have none of the words.
     """
 
     train: PairsRecipe | None = None
@@ -124,12 +127,17 @@ class GradiendDataRecipe:
 
     def __post_init__(self) -> None:
         missing = [] if self.whole else [f"data.{name}" for name in PARTS if getattr(self, name) is None]
-        if self.neutral.whole is None:
+        if self.neutral.whole is None and not self.finds_neutral:
             missing += [f"data.neutral.{name}" for name in NEUTRAL_PARTS if getattr(self.neutral, name) is None]
         if missing:
             raise ValueError(
                 f"The recipe lacks {', '.join(missing)}: what is reported is not what an edit is chosen on."
             )
+
+    @property
+    def finds_neutral(self) -> bool:
+        """Whether the neutral texts are sentences of `whole` without its words."""
+        return self.neutral == NeutralRecipe() and self.whole is not None and self.whole.sentences is not None
 
     def origin(self) -> dict[str, Any]:
         """Where the pairs come from, as a card says it; they were loaded."""
@@ -289,8 +297,8 @@ def load_materials(
             if not kept:
                 raise PairError(f"data.{name}: none of its {len(rows)} rows can be used with this model's tokenizer")
             parts[name] = rows.select(kept)
-    if recipe.neutral.whole is not None:
-        texts = _texts(recipe.neutral.whole)
+    if recipe.neutral.whole is not None or recipe.finds_neutral:
+        texts = _texts(recipe.neutral.whole) if recipe.neutral.whole else _without_words(recipe, classes)
         plain = {"choice": texts[: len(texts) // 2], "test": texts[len(texts) // 2 :]}
     else:
         plain = {name: _texts(getattr(recipe.neutral, name)) for name in NEUTRAL_PARTS}
@@ -341,6 +349,20 @@ def _pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
     if recipe.templates is not None:
         return pairs_from_templates(recipe.templates, recipe.fillers or {}, words, classes)
     return pairs_from_sentences(_sentences(recipe), words, classes, single=recipe.single)
+
+
+def _without_words(recipe: GradiendDataRecipe, classes: Sequence[str]) -> list[str]:
+    """Sentences of `whole` that have none of its words, in a random order, not more than are needed."""
+    whole = recipe.whole or PairsRecipe()
+    words = {word for entries in word_table(whole, classes, "data.whole").values() for word in entries}
+    found = [text for text in _sentences(whole) if not whole_words(words).search(text)]
+    if len(found) < 2:
+        raise ValueError(
+            f"data.whole: {len(found)} of its sentences have none of {', '.join(sorted(words))}, and language "
+            "modelling is measured on such: write data.neutral, texts without the feature."
+        )
+    random.Random(recipe.seed).shuffle(found)
+    return found[:_NEUTRAL]
 
 
 def _sentences(recipe: PairsRecipe) -> list[str]:

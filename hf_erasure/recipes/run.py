@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,12 +15,19 @@ from typing import Any, TypeVar
 import pandas as pd
 import yaml
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
 
 from .occupations import SOURCE
 
 Recipe = TypeVar("Recipe")
 RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+# How a file ends → the reader of `datasets` for it, and what the reader takes besides.
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "csv": ("csv", {}), "tsv": ("csv", {"sep": "\t"}), "json": ("json", {}), "jsonl": ("json", {}),
+    # The readers of tables and of JSON take a byte order mark by themselves.
+    "parquet": ("parquet", {}), "arrow": ("arrow", {}), "txt": ("text", {"encoding": "utf-8-sig"}),
+}  # fmt: skip
 _EXTRAS = {"matplotlib": "plot", "sklearn": "metrics"}  # optional module → the extra that brings it
 
 
@@ -45,14 +54,64 @@ def load_base(auto_class: Any, path: str) -> tuple[Any, Any]:
 
 
 def load_source(source: str, name: str | None = None, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """A Hub id, a folder or a file (CSV, JSON, Parquet, plain text) as a data set with splits."""
+    """A Hub id, a folder or a file (CSV, TSV, JSON, Parquet, plain text) as a data set with splits.
+
+    Raises `ValueError` or `OSError` if there is none, or it cannot be read.
+    """
     source = os.path.expandvars(source)
-    if Path(source).is_file():
-        kind = {"jsonl": "json", "txt": "text"}.get(Path(source).suffix[1:], Path(source).suffix[1:])
-        # The readers of tables and of JSON take a byte order mark by themselves.
-        encoding = {"encoding": "utf-8-sig"} if kind == "text" else {}
-        return load_dataset(kind, data_files=source, streaming=streaming, **encoding)
-    return load_dataset(source, name, streaming=streaming)
+    path, suffix = Path(source), Path(source).suffix[1:].lower()
+    if not path.exists() and suffix in _READERS:
+        raise FileNotFoundError(f"There is no file {source}.")
+    if path.is_file() and suffix not in _READERS:
+        raise ValueError(f"{source} is not a file that is read: write {', '.join(_READERS)}.")
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{source} is empty.")
+    try:
+        if path.is_file():
+            kind, options = _READERS[suffix]
+            return load_dataset(kind, data_files=source, streaming=streaming, **options)
+        return load_dataset(source, name, streaming=streaming)
+    except (DatasetGenerationError, ValueError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        reason = "it has no rows" if "corresponds to no data" in reason else reason
+        raise ValueError(f"{source} cannot be read: {reason}.") from error
+
+
+def set_aside(
+    rows: Dataset, share: float, *, label_column: str, text_column: str, group_column: str | None, seed: int
+) -> DatasetDict:
+    """Set a share of the rows aside to measure on: whole groups, or rows of one text together, by label.
+
+    Each label gives the same share of its groups or texts, drawn at random; what has several labels goes by the first.
+
+    Raises:
+        ValueError: If a column is not there, or a label would be missing on one side.
+    """
+    key = group_column or text_column
+    for column in (label_column, key):
+        if column not in rows.column_names:
+            raise ValueError(f"The data have no column {column!r}; they have {', '.join(rows.column_names)}.")
+    units: dict[str, list[int]] = {}
+    for number, value in enumerate(rows[key]):
+        units.setdefault(str(value), []).append(number)
+    labels, held = [str(value) for value in rows[label_column]], []
+    by_label: dict[str, list[str]] = {}
+    for unit, numbers in units.items():
+        by_label.setdefault(labels[numbers[0]], []).append(unit)
+    for _, names in sorted(by_label.items()):
+        random.Random(seed).shuffle(names)
+        held += [row for unit in names[: round(share * len(names)) or int(len(names) > 1)] for row in units[unit]]
+    chosen = set(held)
+    parts = {"train": [row for row in range(len(rows)) if row not in chosen], "test": sorted(held)}
+    for label, count in sorted(Counter(labels).items()):
+        for name, part in parts.items():
+            if all(labels[row] != label for row in part):
+                what = f"values of {group_column!r}" if group_column else "different texts"
+                raise ValueError(
+                    f"The label {label!r} ({count} rows) has too few {what} to be both fitted on and measured: none "
+                    f"would be in {name}. Give more rows of it, leave it out, or give a test split of your own."
+                )
+    return DatasetDict({name: rows.select(part) for name, part in parts.items()})
 
 
 def names_on_hub(sources: Iterable[Any]) -> list[str]:

