@@ -166,7 +166,6 @@ class PackedGram:
 
     Attributes:
         dim: Side of the matrix.
-        block: Width of a block column.
         values: float64 where sums are kept, all block columns one after another, each row by row.
         diagonal: `(dim,)` int64, the positions of the diagonal among the values.
     """
@@ -175,18 +174,26 @@ class PackedGram:
         self, dim: int, device: torch.device, values: Tensor | None = None, *, dtype: torch.dtype = torch.float64
     ) -> None:
         """Zeros, or what `values` of this layout hold."""
-        # Measured on CPU: narrower blocks run slower, wider ones waste more below the diagonal.
         self.dim = dim
-        self.block = 128 if dim <= 1024 else 256
-        self._edges = [(start, min(start + self.block, dim)) for start in range(0, dim, self.block)]
-        size = sum(stop * (stop - start) for start, stop in self._edges)
-        self.values = torch.zeros(size, dtype=dtype, device=device) if values is None else values
+        self._edges = self._edges_of(dim)
+        self.values = torch.zeros(self.size_of(dim), dtype=dtype, device=device) if values is None else values
         offset, positions = 0, []
         for start, stop in self._edges:
             width = stop - start
             square, offset = offset + start * width, offset + stop * width
             positions.append(torch.arange(square, offset, width + 1, device=device))
         self.diagonal = torch.cat(positions)
+
+    @staticmethod
+    def _edges_of(dim: int) -> list[tuple[int, int]]:
+        # Measured on CPU: narrower blocks run slower, wider ones waste more below the diagonal.
+        block = 128 if dim <= 1024 else 256
+        return [(start, min(start + block, dim)) for start in range(0, dim, block)]
+
+    @classmethod
+    def size_of(cls, dim: int) -> int:
+        """How many values there are."""
+        return sum(stop * (stop - start) for start, stop in cls._edges_of(dim))
 
     def columns(self) -> Iterator[tuple[int, int, Tensor]]:
         """Every block column `[:stop, start:stop]`, as `(start, stop, view)`."""

@@ -5,10 +5,11 @@ batch where the caller wants to look; once all batches wait, the caller decides 
 next stop. So a decision at one depth can rest on all batches, no module runs twice, and nothing needs to be known about
 the architecture: what a block hands to the next stays in the frames of its forward pass.
 
-The tensors of waiting batches may be kept out of memory. They are locals of suspended frames, out of reach, but their
-storages are not: a dispatch mode sees every tensor the pass makes, so the bytes of those that are alive can be copied
-out, the storages emptied, and later filled again, and the frames never notice. Tensors on an accelerator go to main
-memory, those there to disk.
+Only so many batches keep their thread. That of another ends while it waits; what its operations gave is written to
+disk: of tensors that are alive the bytes, of others the shape. When its turn comes, the pass begins anew in a new
+thread, where each operation gives at once what is written, empty where nobody reads it any more, until the pass is
+where it was. So its Python code runs again, and nothing is computed twice. Where an operation is not the one that is
+written, or the model keeps tensors of a pass, passes are computed again instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from __future__ import annotations
 import contextvars
 import ctypes
 import functools
+import gc
+import logging
 import os
+import pickle
 import shutil
 import tempfile
 import threading
@@ -27,13 +31,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_erasure.models.model import TextTooLong
 
+logger = logging.getLogger(__name__)
+
 Modes = list[Callable[[], AbstractContextManager[Any]]]
+# Makes a batch ready, and gives its forward pass.
+Forward = Callable[[], Callable[[], Any]]
+
+# So many batches keep their threads where nobody says how many: a system has some ten thousand threads for all, and a
+# waiting one holds a stack beside its tensors.
+MOST_THREADS = 256
+# Whole numbers and truth values decide where Python goes on; of so many at most the values are written, read or not.
+_FEW = 1 << 13
+# Operations that give a tensor another storage, or a storage another size.
+_MOVING = {"aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_"}
 
 
 class OutOfStep(Exception):
@@ -41,56 +57,70 @@ class OutOfStep(Exception):
 
 
 class _Abandoned(BaseException):
-    """Unwinds a forward pass that will not be continued."""
+    """Unwinds a forward pass that will not be continued in this thread."""
+
+
+class _Astray(BaseException):
+    """Unwinds a forward pass that does not do what is written of it."""
 
 
 class BatchThread:
     """One batch on its way through the model."""
 
-    def __init__(self, index: int, forward: Callable[[], Any], modes: Modes, offload: ActivationOffload | None) -> None:
+    def __init__(self, index: int, forward: Forward, modes: Modes, waiting: WaitingBatches | None) -> None:
         self.index = index  # The position of the batch.
         self.site: str | None = None  # Where it waits; None before the start and after the end.
         self.hidden: Tensor | None = None  # The activation there.
         self.visited: list[str] = []  # The sites where it has stopped so far.
-        self._finished = False
-        self._live = None if offload is None else LiveTensors(offload, index)
+        self._forward, self._modes, self._waiting = forward, modes, waiting
+        self._passed: list[str] = []  # Where it stopped in threads that have ended: it does not wait there again.
+        self._record = None if waiting is None else Record(waiting.folder / f"batch-{index}")
+        self._finished = self._abandoned = False
         self._error: BaseException | None = None
-        self._abandoned = False
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(
-            target=contextvars.copy_context().run,
-            args=(self._run, forward, modes),
-            name=f"hf-erasure-batch-{index}",
-            daemon=True,
-        )
+        self._thread: threading.Thread | None = None
 
-    def _run(self, forward: Callable[[], Any], modes: Modes) -> None:
+    def _run(self) -> None:
         try:
             with ExitStack() as stack:
-                for mode in modes:
+                for mode in self._modes:
                     stack.enter_context(mode())
-                with self._live or nullcontext():
+                forward = self._forward()
+                try:
+                    with self._record or nullcontext():
+                        forward()
+                except _Astray:
+                    self._will_compute_again()
                     forward()
+            self._finished, self.site, self.hidden = True, None, None
         except _Abandoned:
             pass
         except BaseException as error:  # carried to the thread that waits
             self._error = error
         finally:
-            self._finished, self.site, self.hidden = True, None, None
             self._stopped.release()
+
+    def _will_compute_again(self) -> None:
+        self.visited.clear()
+        if self._waiting is not None and self._record is not None:
+            self._waiting.give_up("a forward pass does not take the same operations a second time")
+            self._record.forget()
 
     def advance(self) -> None:
         """Let the batch run to its next stop, or to the end; what fails says in which batch, and after which site."""
         try:
-            if self._live is not None:
-                self._live.offload.fetch(self._live)
-            if self._thread.ident is None:
-                self._thread.start()
+            if self._waiting is not None:
+                self._waiting.make_room_for(self)
+            if self._thread is None:
+                self._begin()
             else:
                 self._go.release()
             self._stopped.acquire()
             if self._error is not None:
                 raise self._error
+            if self._finished and self._waiting is not None:
+                self._waiting.present.remove(self)
+                self._end()
         except OutOfStep:
             raise
         except TextTooLong as error:
@@ -98,33 +128,72 @@ class BatchThread:
         except Exception as error:
             place = f"after {self.visited[-1]!r}" if self.visited else "before the first site"
             raise RuntimeError(f"Batch {self.index} failed {place}: {type(error).__name__}: {error}") from error
-        if self._live is not None and self._finished:
-            self._live.offload.present.remove(self._live)
+
+    def _begin(self) -> None:
+        self.visited.clear()
+        self.site = None
+        if self._waiting is not None and not self._waiting.replays:
+            self._record = None
+        if self._record is not None and self._passed:
+            self._record.read()
+        self._thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(self._run,), name=f"hf-erasure-batch-{self.index}", daemon=True
+        )
+        self._thread.start()
+
+    def has_passed(self, site: str) -> bool:
+        """Whether it has stopped at this site in a thread that has ended."""
+        return site in self._passed
 
     def stop(self, site: str, hidden: Tensor) -> None:
         """Called in the batch's own thread: show the activation, and wait until the caller lets it go on."""
+        self.visited.append(site)
+        if site in self._passed:
+            return
         self.site, self.hidden = site, hidden
         del hidden
-        self.visited.append(site)
         self._stopped.release()
         self._go.acquire()
         self.site, self.hidden = None, None
         if self._abandoned:
             raise _Abandoned
 
+    def park(self) -> None:
+        """End the thread; what goes on from here is a new one, from what is written now."""
+        site, self._passed = self.site, list(self.visited)
+        if self._record is not None:
+            self._record.write()
+        self.abandon()
+        self._stopped.acquire()
+        self._end()
+        self._thread, self._abandoned, self.site = None, False, site
+
+    def _end(self) -> None:
+        """Look whether the model keeps tensors of a pass whose thread ends."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._record is not None and self._waiting is not None and self._record.outlived():
+            self._waiting.give_up("the model keeps tensors of a forward pass")
+        # The allocator of glibc keeps an arena for every thread, and what was freed there serves no other: unless it
+        # is handed back to the system, batches that wait elsewhere save next to nothing.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+        if trim is not None:
+            trim(0)
+
     def abandon(self) -> None:
         """End the forward pass where it stands, and its thread."""
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._abandoned = True
             self._go.release()
             self._thread.join()
 
 
 @contextmanager
-def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = None) -> Iterator[list[BatchThread]]:
+def batch_threads(forwards: Sequence[Forward], resident: int | None = None) -> Iterator[list[BatchThread]]:
     """One thread a forward pass, in the modes of the caller; all have ended when the block is left, however it is.
 
-    So many batches as are `resident` keep their tensors in memory, the running one included; all when None.
+    So many batches as are `resident` keep their threads and tensors, the running one included; `MOST_THREADS` when
+    None.
     """
     # What a new thread does not inherit: inference and grad mode, default device, autocast.
     device, cached = torch.get_default_device(), torch.is_autocast_cache_enabled()
@@ -139,115 +208,223 @@ def batch_threads(forwards: Sequence[Callable[[], Any]], resident: int | None = 
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             modes.append(functools.partial(torch.autocast, kind, dtype=dtype, cache_enabled=cached))
-    offload = None if resident is None else ActivationOffload(resident)
-    threads = [BatchThread(index, forward, modes, offload) for index, forward in enumerate(forwards)]
+    is_bounded = resident is not None or len(forwards) > MOST_THREADS
+    waiting = WaitingBatches(resident or MOST_THREADS) if is_bounded else None
+    threads = [BatchThread(index, forward, modes, waiting) for index, forward in enumerate(forwards)]
     try:
         yield threads
     finally:
         for thread in threads:
             thread.abandon()
-        if offload is not None:
-            shutil.rmtree(offload.folder, ignore_errors=True)
+        if waiting is not None:
+            shutil.rmtree(waiting.folder, ignore_errors=True)
 
 
-# ---- tensors of waiting batches --------------------------------------------------------------------------------------
-
-
-class LiveTensors(TorchDispatchMode):
-    """Knows the tensors made under it that are still alive, and moves their bytes out and in."""
-
-    def __init__(self, offload: ActivationOffload, index: int) -> None:
-        super().__init__()
-        self.offload, self._path = offload, offload.folder / f"batch-{index}.pt"
-        # What was moved out: where a storage is → the storage and its size in bytes.
-        self.moved: dict[int, tuple[torch.UntypedStorage, int]] = {}
-        self._alive = WeakTensorKeyDictionary()
-        self._copies: dict[str, Tensor] = {}
-        offload.batches.append(self)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        for tensor in given:
-            if tensor.numel() and not tensor.untyped_storage().nbytes():
-                # Made by another batch and kept by the model, as a cache of positions may be.
-                self.offload.restore_owner(tensor)
-        result = func(*args, **kwargs)
-        foreign = {_key(tensor) for tensor in given if tensor not in self._alive}
-        for leaf in tree_leaves(result):
-            # A view of a weight or of an input is not this batch's to move.
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided and _key(leaf) not in foreign:
-                self._alive[leaf] = None
-        return result
-
-    def move_out(self) -> None:
-        """Move the bytes of all live tensors out."""
-        storages = [t.untyped_storage() for t in list(self._alive.keys())]
-        self.moved = {s._cdata: (s, s.nbytes()) for s in storages if s.nbytes()}
-        on_disk = {}
-        for key, (storage, _) in self.moved.items():
-            content = _bytes_of(storage)
-            if storage.device.type == "cpu":
-                on_disk[str(key)] = content
-            else:
-                self._copies[str(key)] = content.cpu()
-        if on_disk:
-            torch.save(on_disk, self._path)
-        del on_disk
-        for storage, _ in self.moved.values():
-            storage.resize_(0)
-        # The allocator of glibc keeps an arena for every thread, and what one batch's thread has freed there serves no
-        # other thread: unless it is handed back to the system, moving tensors out saves next to nothing.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-        if trim is not None:
-            trim(0)
-
-    def move_in(self) -> None:
-        """Put the bytes back where they were."""
-        copies = dict(self._copies)
-        if self._path.exists():
-            copies |= torch.load(self._path, weights_only=True)
-            self._path.unlink()
-        for key, (storage, size) in self.moved.items():
-            storage.resize_(size)
-            _bytes_of(storage).copy_(copies[str(key)])
-        self.moved.clear()
-        self._copies.clear()
-
-
-class ActivationOffload:
-    """Lets so many batches keep their tensors in memory, at least the running one, and moves those of others out."""
+class WaitingBatches:
+    """Lets so many batches keep their threads, at least the running one, and ends those of others."""
 
     def __init__(self, resident: int) -> None:
         self._resident = resident
-        self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))  # Where tensors of the CPU go.
-        self.batches: list[LiveTensors] = []  # The live tensors of each batch.
-        self.present: list[LiveTensors] = []  # Those in memory, the one that ran longest ago first.
+        self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))  # Where what is written goes.
+        self.present: list[BatchThread] = []  # Those with a thread, the one that ran longest ago first.
+        self.replays = True  # Whether passes are built again from what is written, or computed again.
 
-    def fetch(self, live: LiveTensors) -> None:
-        """Make room for a batch and bring its tensors in."""
-        if live in self.present:
-            self.present.remove(live)
+    def make_room_for(self, thread: BatchThread) -> None:
+        """End threads until there is room for one."""
+        if thread in self.present:
+            self.present.remove(thread)
         while len(self.present) >= self._resident:
             # The one that ran longest ago: batches run to and fro, so it is the last to be needed again.
-            self.present.pop(0).move_out()
-        if live.moved:
-            live.move_in()
-        self.present.append(live)
+            self.present.pop(0).park()
+        self.present.append(thread)
 
-    def restore_owner(self, tensor: Tensor) -> None:
-        """Bring in the batch whose tensor another one reads."""
-        for live in self.batches:
-            if _key(tensor) in live.moved:
-                live.move_in()
-                self.present.insert(0, live)
-                return
+    def give_up(self, reason: str) -> None:
+        """Compute passes again from now on."""
+        if self.replays:
+            logger.warning(
+                "Batches that wait are run again from the beginning, since %s: that is slow; give more "
+                "resident_batches, or fewer and larger batches.",
+                reason,
+            )
+        self.replays = False
 
 
-def _key(tensor: Tensor) -> int:
+# ---- what the operations of a pass gave ------------------------------------------------------------------------------
+
+
+class Record(TorchDispatchMode):
+    """What the operations of one pass gave: written when a thread ends, and given again in the next.
+
+    Storages that operations have made have numbers. Those of weights, of inputs and of what others made do not; views
+    of them are taken again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        # Of each operation: what tells it, what it gave (None: it is run again), and whether in a list or a tuple.
+        self._entries: list[tuple[int, list[tuple[Any, ...]] | None, Any]] = []
+        self._position = 0
+        self._own: dict[int, int] = {}  # Where a storage is → its number.
+        # They keep the place of a storage from being used again, and do not keep its bytes.
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._count = 0
+        self._empty: set[int] = set()  # The numbers of storages that were given again without their bytes.
+        self._held: dict[int, Tensor] = {}  # Bytes of what was on an accelerator.
+        self._plays = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._position == len(self._entries):
+            result = func(*args, **kwargs)
+            if self._plays and func._schema.name in _MOVING:
+                self.forget()
+            if self._plays:
+                self._note(func, _tensors((args, kwargs)), result)
+            return result
+        given = _tensors((args, kwargs))
+        operation, results, results_in = self._entries[self._position]
+        if operation != _operation(func, given):
+            raise _Astray
+        self._position += 1
+        if results is None:
+            result = func(*args, **kwargs)
+        else:
+            leaves = [self._again(given, *one) for one in results]
+            result = leaves if results_in is list else tuple(leaves) if results_in is tuple else leaves[0]
+        if self._position == len(self._entries):
+            self._fill()
+        return result
+
+    def _note(self, func: Any, given: list[Tensor], result: Any) -> None:
+        results_in = next((kind for kind in (list, tuple) if isinstance(result, kind)), None)
+        leaves = [result] if results_in is None else result
+        operation = _operation(func, given)
+        foreign = {_place(tensor) for tensor in given} - self._own.keys()
+        places = {id(tensor): place for place, tensor in enumerate(given)}
+        results: list[tuple[Any, ...]] = []
+        viewed = 0
+        for leaf in leaves:
+            if isinstance(leaf, (tuple, list)):
+                return self.forget()
+            if not isinstance(leaf, Tensor):
+                results.append(("value", leaf))
+            elif id(leaf) in places:
+                results.append(("given", places[id(leaf)], _content(leaf)))
+            elif leaf.layout != torch.strided or leaf.is_conj() or leaf.is_neg():
+                return self.forget()
+            elif _place(leaf) in foreign:
+                viewed += 1
+            else:
+                storage = leaf.untyped_storage()
+                shape = leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset(), leaf.device
+                number, content = self._own.get(_place(leaf)), None
+                if number is None:
+                    number, content = self._numbered(storage), _content(leaf)
+                results.append(("made", number, content, storage.nbytes(), *shape))
+        if viewed and results:
+            return self.forget()
+        self._entries.append((operation, None if viewed else results, results_in))
+        self._position += 1
+
+    def _numbered(self, storage: torch.UntypedStorage, number: int | None = None) -> int:
+        number = self._count if number is None else number
+        self._count = max(self._count, number + 1)
+        self._own[storage._cdata], self._storages[number] = number, StorageWeakRef(storage)
+        return number
+
+    def _storage(self, number: int) -> torch.UntypedStorage | None:
+        """The storage of that number, if anything keeps it."""
+        found = self._storages.get(number)
+        return None if found is None else torch.UntypedStorage._new_with_weak_ptr(found.cdata)
+
+    def _again(self, given: list[Tensor], kind: str, what: Any, content: Tensor | None = None, *made: Any) -> Any:
+        """One result, as it is written."""
+        if kind == "value":
+            return what
+        if kind == "given":
+            tensor = given[what]
+        else:
+            size, dtype, shape, strides, offset, device = made
+            storage = self._storage(what)
+            if storage is None:
+                storage = torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+                self._empty.add(self._numbered(storage, what))
+            tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)
+        if content is not None:
+            tensor.copy_(content)
+        return tensor
+
+    def _fill(self) -> None:
+        """Give the storages their bytes back, now that the pass is where it was."""
+        held = self._held | torch.load(self._path, mmap=True, weights_only=True)
+        for number, content in held.items():
+            storage = self._storage(number)
+            if storage is not None:
+                _bytes_of(storage).copy_(content)
+            self._empty.discard(number)
+        self._held = {}
+
+    def write(self) -> None:
+        """Put the operations, and the bytes of what is alive, out of memory."""
+        if not self._plays:
+            return
+        alive = {number: storage for number in self._storages if (storage := self._storage(number)) is not None}
+        on_disk = {number: _bytes_of(s) for number, s in alive.items() if s.device.type == "cpu"}
+        self._held = {number: _bytes_of(s).cpu() for number, s in alive.items() if number not in on_disk}
+        torch.save(on_disk, self._path)
+        with self._path.with_suffix(".operations").open("wb") as file:
+            pickle.dump((self._entries, self._count), file, pickle.HIGHEST_PROTOCOL)
+        self._entries, self._position = [], 0
+
+    def read(self) -> None:
+        """Begin again with what is written."""
+        self._own, self._storages, self._empty = {}, {}, set()
+        with self._path.with_suffix(".operations").open("rb") as file:
+            self._entries, self._count = pickle.load(file)  # of this process, in a folder of its own
+        self._position = 0
+
+    def forget(self) -> None:
+        """Give nothing again: the pass cannot be written."""
+        self._entries, self._position, self._plays = [], 0, False
+
+    def outlived(self) -> bool:
+        """Whether tensors of a pass are alive that has ended."""
+        if not self._plays:
+            return True
+        if all(storage.expired() for storage in self._storages.values()):
+            return False
+        gc.collect()  # frames may be in cycles
+        alive = {number for number, storage in self._storages.items() if not storage.expired()}
+        if alive & self._empty:
+            raise RuntimeError(
+                "the model keeps tensors of a forward pass, and others in their place for other batches, so batches "
+                "that wait cannot be built again, and the model holds tensors without values now. Load it anew, and "
+                f"give batches of one length, or at most {MOST_THREADS} batches and no resident_batches."
+            )
+        return bool(alive)
+
+
+def _operation(func: Any, given: list[Tensor]) -> int:
+    """What tells an operation and the shapes it is given, within this process."""
+    return hash((func, *(tensor.shape for tensor in given)))
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+
+
+def _content(tensor: Tensor) -> Tensor | None:
+    """The values that Python may ask for."""
+    is_asked = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() <= _FEW
+    is_asked = is_asked and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()  # not expanded
+    return tensor.detach().cpu().clone() if is_asked else None
+
+
+def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    """A view of a storage's bytes. Never by way of numpy, which would forbid to resize it."""
+    """A view of a storage's bytes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

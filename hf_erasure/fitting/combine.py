@@ -115,7 +115,7 @@ def combine_adapters(
         task, first = task_for(model, into, batches[names[0]], pool, concept=concepts[names[0]], progress=progress)
         task.config.rank = sum(concept.max_rank for concept in concepts.values())
         given = {**batches, names[0]: first}
-        sources = [Source(concept, given[name], f"batches[{name!r}]") for name, concept in concepts.items()]
+        sources = [Source(c, given[name], f"batches[{name!r}]", batches[name]) for name, c in concepts.items()]
         warn_of_what_is_off(model, into, expected=names)
         made_of = task.config.provenance["combined_from"]
         # The concepts must be there to be fitted: their own adapters do not act meanwhile, sticky or not.

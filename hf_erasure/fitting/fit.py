@@ -8,8 +8,9 @@ runs once a batch.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ from hf_erasure.adapters.common.model_state import take_off
 from hf_erasure.adapters.common.tuner import exactly
 from hf_erasure.adapters.loading.fingerprint import fingerprint
 from hf_erasure.adapters.merging.room import sites_without_room
+from hf_erasure.erasers.statistics import PackedGram
 from hf_erasure.models.model import class_name, evaluating
 
 from .checkpoint import FitCheckpoint, MomentsOfAPass
 from .dataloader import ConceptCollator
 from .heldout import RowsSeen, measure
 from .labels import BatchLabels, Source
-from .layouts import visit_of
+from .layouts import site_of, visit_of
 from .report import ErasureReport
 from .scrubbing import Scrubber
 from .sites import FitTask, SiteFit, known_readings, solve, task_for
+
+logger = logging.getLogger(__name__)
 
 
 def fit_concept_erasure(
@@ -65,7 +69,8 @@ def fit_concept_erasure(
         sequential: Fit each site on activations that are already erased upstream (concept scrubbing, arXiv 2306.03819
             section 5). Where a module is called several times in one forward pass, passes over the data follow until
             its eraser leaves nothing at any visit; where that is not reached, a warning and the report say so. `False`
-            fits all sites in one pass, on activations of which nothing is erased.
+            fits all sites in one pass, on activations of which nothing is erased; where the sums of all take more than
+            2 GiB, in several passes over batches that can be read again, with the same erasers.
         pool: Which rows a sequence label counts for: `"tokens"` (all alike), `"mean"` (each weighted 1/length, so that
             the mean-pooled embedding is guarded), `"cls"` (the first) or `"last"` (the last real one). By default what
             the model's head reads, or the pooling module of a SentenceTransformer; it is found by one backward from
@@ -74,8 +79,9 @@ def fit_concept_erasure(
         eval_batches: Held-out batches to measure leakage and distortion on.
         background: Unlabelled batches to take the covariance and the mean from. They decide how little other text is
             disturbed, and never touch the guarantee.
-        resident_batches: In sequential fitting, how many batches keep their activations in memory; those of the others
-            wait on disk (of an accelerator: in main memory). All when None. The erasers are the same for any number.
+        resident_batches: In sequential fitting, how many batches keep their inputs and activations in memory; those of
+            the others wait on disk (activations of an accelerator: in main memory). When None all inputs and the
+            activations of 256 batches. The erasers are the same for any number.
         checkpoint_dir: A folder where finished sites, or the moments of one pass, are kept. A fit that was killed and
             is started again with the same batches in the same order continues there, and ends with the same erasers.
         progress: Show progress bars, on the main process.
@@ -105,7 +111,7 @@ def fit_concept_erasure(
                 active=active_beside(model, adapter_name),
             )
     rows = None if eval_batches is None else RowsSeen()
-    source = Source(task.config, labelled if rows is None else rows.watching(labelled))
+    source = Source(task.config, labelled if rows is None else rows.watching(labelled), given=batches)
     fits = solved(task, [source], background, sequential, resident_batches, checkpoint)
     left_out = [site for site in task.layers if site not in fits]
     report = conclude(task, [source], fits, eval_batches, rows)
@@ -139,26 +145,73 @@ def solved(
         sources.append(Source(None, background, "background"))
     if sequential:
         return Scrubber(task, sources, resident_batches, checkpoint).fit()
-    sites = list(task.layers)
+    fits: dict[str, SiteFit] = {}
+    reached: dict[str, set[str]] = {source.key: set() for source in sources}
+    for sites in _groups(task, sources, checkpoint):
+        for source in sources:
+            _gather(task, source, checkpoint, sites)
+            reached[source.key] |= source.moments.keys()
+            sites = [site for site in sites if site in source.moments]
+        fits |= solve(task, sites, sources)
+        for source in sources:
+            source.moments.clear()
+    left = list(task.layers)
     for source in sources:
-        _gather(task, source, checkpoint)
-        sites = source.check_reached(sites, may_lack=task.config.has_default_targets and source.concept is not None)
-    return solve(task, sites, sources)
+        may_lack = task.config.has_default_targets and source.concept is not None
+        left = source.check_reached(left, reached[source.key], may_lack=may_lack)
+    return fits
 
 
 # ---- all sites in one pass -------------------------------------------------------------------------------------------
 
+# Bytes of float64 sums that a pass over the data holds: less than the weights of a model with so many wide sites take.
+MOST_BYTES = 1 << 31
 
-def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> None:
-    """Run the model over the batches of a source, with the adapter left out, and collect the moments at its sites.
+
+def _groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | None) -> list[list[str]]:
+    """The sites, in groups whose sums are held at once: all, where batches or a checkpoint allow one pass only."""
+    processes = task.processes
+    with processes.agreeing("looking at its batches"):
+        own = task.layouts.widths, all(source.again is not None for source in sources)
+    every = processes.gathered([own])
+    widths = {key: width for found, _ in every for key, width in found.items()}
+    # Little more than half of a float64 matrix, one for each kind of batches.
+    sizes = dict.fromkeys(task.layers, 0)
+    for key, width in widths.items():
+        sizes[site_of(key)] += 8 * PackedGram.size_of(width) * len(sources)
+    if sum(sizes.values()) <= MOST_BYTES:
+        return [list(task.layers)]
+    if checkpoint is not None or not all(again for _, again in every):
+        logger.warning(
+            "The sums of %d sites take %.1f GB, and are all held: to hold %.1f GB and take several passes, give a list "
+            "or a DataLoader in the place of an iterator, and no checkpoint_dir.",
+            *(len(sizes), sum(sizes.values()) / 1e9, MOST_BYTES / 1e9),
+        )
+        return [list(task.layers)]
+    groups: list[list[str]] = [[]]
+    room = MOST_BYTES
+    for site, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = MOST_BYTES
+        groups[-1].append(site)
+        room -= size
+    return groups
+
+
+def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sites: Collection[str]) -> None:
+    """Run the model over the batches of a source, with the adapter left out, and collect the moments at some sites.
 
     Every process runs over batches of its own; all end with the moments of all. Batches that the moments of a
     checkpoint hold already are passed over.
     """
-    kept = None
+    kept, seen = None, source.examples
+    if seen and source.again is not None:  # not the first pass
+        source.batches, source.examples, source.tokens = source.again, 0, 0
 
     def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-        if labels is not None and (labels.covers(site) or not task.config.has_default_targets):
+        is_wanted = labels is not None and site in sites
+        if is_wanted and (labels.covers(site) or not task.config.has_default_targets):
             key = visit_of(site, visit)
             source.update(key, *labels.select(hidden, key))
         return hidden
@@ -180,6 +233,11 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None) -> 
             kept.save(final=True)
     source.pool(task.processes)
     source.pool_counts(task.processes)
+    if seen and source.examples != seen:
+        raise ValueError(
+            f"{source.title} gave {seen} examples in one pass over them and {source.examples} in the next: with so "
+            "many wide sites they are read several times. Give a list, or a data set that gives the same rows again."
+        )
     if kept is not None:
         kept.save_sum()
 

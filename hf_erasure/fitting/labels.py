@@ -7,8 +7,10 @@ Batches come in by `Source.read`, which checks each of them; what follows relies
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,13 +100,21 @@ class Source(SiteStatistics):
         concept: By whose labels they are read; None for a background, which decides on mean and covariance alone.
         batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
         key: Tells them from the others of a fit, in messages and in its checkpoint.
+        given: What the batches came from, by default themselves.
     """
 
     def __init__(
-        self, concept: ConceptErasureConfig | None, batches: Iterable[Any] = (), key: str = "labelled"
+        self,
+        concept: ConceptErasureConfig | None,
+        batches: Iterable[Any] = (),
+        key: str = "labelled",
+        given: Iterable[Any] | None = None,
     ) -> None:
         super().__init__(0 if concept is None else concept.z_dim)
         self.concept, self.batches, self.key = concept, batches, key
+        given = batches if given is None else given
+        # What gives the batches once more; None where they are used up.
+        self.again = None if isinstance(given, Iterator) else given
         self.title = "batches" if key == "labelled" else key
         self.examples = self.tokens = 0  # Sequences that were read, and their real positions.
         self.covered: set[str] = set()  # The sites of whose rows the labels of some batch speak.
@@ -326,6 +336,31 @@ class BatchLabels:
             raise ValueError(
                 f"pool={self._pool!r} is for labels of whole sequences; these label tokens: use pool='tokens'."
             )
+
+
+class BatchesOnDisk(Sequence[BatchLabels]):
+    """Batches that are read again whenever one is asked for, in a folder that ends with them."""
+
+    def __init__(self, batches: Iterable[BatchLabels]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
+        self._kept: list[tuple[Any, ...]] = []  # What batches share.
+        for labels in batches:
+            torch.save((labels.batch, labels._frames), self._path(len(self._kept)))
+            self._kept.append((labels.source, labels._pool, labels._axes))
+
+    def _path(self, index: int) -> Path:
+        return Path(self._folder.name) / str(index)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, which: Any) -> Any:
+        if isinstance(which, slice):
+            return [self[index] for index in range(len(self))[which]]
+        if not 0 <= which < len(self):
+            raise IndexError(which)
+        batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
+        return BatchLabels(batch, *self._kept[which], frames)
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:

@@ -127,6 +127,8 @@ class Layouts:
     runner: Runner  # Calls the model.
     layers: dict[str, ErasureLayer]  # The sites.
     name: str  # The adapter.
+    # How many features each visit of a site has, as far as the small passes reached it.
+    widths: dict[str, int] = field(default_factory=dict, init=False)
     _known: dict[Any, dict[str, Axes | ValueError]] = field(default_factory=dict, init=False)
 
     def of(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
@@ -199,6 +201,8 @@ class Layouts:
                 unclear[site_of(key)] = host
         told = self._told(few, passes, unclear) if unclear else {}
         found = {key: passes.axes_of(key, host, told.get(site_of(key), set())) for key, host in hosts.items()}
+        axes_of_sites = ((key, axes) for key, axes in found.items() if site_of(key) in self.layers)
+        self.widths |= {key: first[key].shape[axes.width] for key, axes in axes_of_sites if isinstance(axes, Axes)}
         if all(isinstance(axes, Axes) and axes.side is not None for axes in found.values()):
             return found
         # A model may pad texts to multiples of a length, which longer texts show.

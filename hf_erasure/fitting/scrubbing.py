@@ -10,8 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from hf_erasure.models.model import evaluating, on_cpu
 
 from .batch_threads import BatchThread, OutOfStep, batch_threads
 from .checkpoint import FitCheckpoint, digest_of, together
-from .labels import BatchLabels, SiteStatistics, Source
+from .labels import BatchesOnDisk, BatchLabels, SiteStatistics, Source
 from .layouts import observed, site_of, visit_of
 from .report import SETTLED
 from .sites import FitTask, SiteFit, solve
@@ -43,7 +44,7 @@ _CUTOFF = 1e-8
 class Scrubber:
     """Fits the sites of one adapter in the order in which the model reaches them.
 
-    All batches of the sources are held.
+    All batches of the sources are held; on disk where it is said how many may be in memory.
     """
 
     task: FitTask  # What is fitted.
@@ -52,7 +53,7 @@ class Scrubber:
     # Where finished sites are kept, if anywhere; those that are there are not fitted again.
     checkpoint: FitCheckpoint | None = None
     fits: dict[str, SiteFit] = field(default_factory=dict, init=False)  # Site → its fit, so far.
-    _batches: list[BatchLabels] = field(default_factory=list, init=False)
+    _batches: Sequence[BatchLabels] = field(default=(), init=False)
     _running: BatchThread = field(init=False)
     # Sites that the checkpoint had, and what identifies the batches that they were fitted on.
     _kept: set[str] = field(default_factory=set, init=False)
@@ -68,7 +69,8 @@ class Scrubber:
         """Fit all sites, with every module run once a batch where the model calls its sites so that this is right."""
         task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
         with processes.agreeing("reading its batches"):
-            self._batches += [labels for source in self.sources for labels in source.read(task.pool, task.layouts)]
+            read = (labels for source in self.sources for labels in source.read(task.pool, task.layouts))
+            self._batches = list(read) if self.resident_batches is None else BatchesOnDisk(read)
         for source in self.sources:
             source.pool_counts(processes)
             source.check_reached(())
@@ -166,7 +168,7 @@ class Scrubber:
     def _side_by_side(self, shown: tqdm) -> None:
         """Bring the batches of all processes to the next site, fit it, let them go on, until none is left."""
         task, order = self.task, list(self.task.layers)
-        forwards = [functools.partial(task.runner, labels.batch) for labels in self._batches]
+        forwards = [functools.partial(self._forward_of, index) for index in range(len(self._batches))]
         with (
             observed(task.layers, task.name, self._stop_at),
             batch_threads(forwards, self.resident_batches) as threads,
@@ -197,6 +199,10 @@ class Scrubber:
                 self._solve(site)
                 shown.update()
 
+    def _forward_of(self, index: int) -> Callable[[], Any]:
+        """The forward pass over a batch, which is in memory now."""
+        return functools.partial(self.task.runner, self._batches[index].batch)
+
     def _advance(self, thread: BatchThread) -> None:
         """Let a batch run to the next site that it has not visited, and add what it shows there and on its way."""
         self._running, labels = thread, self._batches[thread.index]
@@ -219,7 +225,7 @@ class Scrubber:
             raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
         if visit == 1 and site in self._kept:
             thread.visited.append(site)
-        elif visit == 1 and site in self.fits:
+        elif visit == 1 and site in self.fits and not thread.has_passed(site):
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
             thread.stop(visit_of(site, visit), hidden)

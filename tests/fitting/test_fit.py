@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +29,8 @@ from transformers import (
 
 from hf_erasure import ConceptErasureConfig, ErasureReport, concept_dataloader, fit_concept_erasure, verify_adapter
 from hf_erasure.adapters import erasure_layers
+from hf_erasure.erasers import ConceptMoments
+from hf_erasure.erasers.statistics import PackedGram
 from hf_erasure.recipes.erasure import pooled_states
 from tests.small_models import LABELS, VOCABULARY, inputs_of, outputs_of, same, small_batch, small_batches, small_model
 
@@ -453,3 +458,50 @@ def test_a_pre_ln_model_leaks_at_last_hidden_state_unless_the_final_norm_is_eras
     assert leaks["blocks"][1] > 0.5 * leaks["blocks"][0]
     # Fitted and judged on the same rows, nothing is left; the halves' own covariances cancel, hence no more than 0.
     assert leaks["final"][1] < 0.05 < leaks["final"][0]
+
+
+class _Stream(IterableDataset):
+    """Batches that are made when they are read."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.sizes, self.passes = list(sizes), 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.passes += 1
+        yield from small_batches("bert", self.sizes[min(self.passes, len(self.sizes)) - 1])
+
+
+def test_sums_that_take_too_much_are_held_in_groups_of_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, grouped, data = with_adapter(), with_adapter(), _Stream(4)
+    background = [{k: v for k, v in b.items() if k != "concept_labels"} for b in small_batches("bert", 2, seed=9)]
+    report = fit(whole, small_batches("bert", 4), background=background)
+    # Two kinds of sums of 32 x 32 float64 numbers a site, of 3 sites at once.
+    monkeypatch.setattr("hf_erasure.fitting.fit.MOST_BYTES", 3 * 2 * 8 * 32 * 32)
+    gc.collect()
+    before = {id(one) for one in gc.get_objects() if isinstance(one, PackedGram)}
+    held: list[int] = []
+    add = ConceptMoments.update
+
+    def update(self: ConceptMoments, *args: Any, **options: Any) -> ConceptMoments:
+        held.append(sum(isinstance(one, PackedGram) and id(one) not in before for one in gc.get_objects()))
+        return add(self, *args, **options)
+
+    monkeypatch.setattr(ConceptMoments, "update", update)
+    again = fit(grouped, DataLoader(data, batch_size=None), background=background)
+    sites = erasure_layers(whole)
+    assert data.passes == -(-len(sites) // 3) > 1 and max(held) <= 3 * 2
+    assert (again.examples, again.tokens) == (report.examples, report.tokens)
+    for site, layer in erasure_layers(grouped).items():
+        one, other = layer.eraser_state("no_gender"), sites[site].eraser_state("no_gender")
+        assert all(map(torch.equal, one, other)), site
+
+
+def test_groups_of_sites_need_batches_that_can_be_read_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hf_erasure.fitting.fit.MOST_BYTES", 1)
+    fit(with_adapter(), iter(small_batches("bert", 4)))
+    assert "give a list or a DataLoader in the place of an iterator" in caplog.text
+    with pytest.raises(ValueError, match="gave 64 examples in one pass over them and 48 in the next"):
+        fit(with_adapter(), DataLoader(_Stream(4, 3), batch_size=None))

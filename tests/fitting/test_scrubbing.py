@@ -386,6 +386,12 @@ def test_a_default_device_of_the_caller_reaches_every_batch() -> None:
     assert all(torch.isfinite(part).all() for held in parts(model).values() for part in held)
 
 
+def same_parts(fitted: list[dict[str, tuple[Tensor, ...]]]) -> bool:
+    """Whether two fits gave the same erasers, to the bit."""
+    one, other = fitted
+    return all(torch.equal(a, b) for site, held in one.items() for a, b in zip(held, other[site], strict=True))
+
+
 def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("hf-erasure")]
 
@@ -478,6 +484,69 @@ def test_waiting_batches_hold_no_memory() -> None:
         fit(model, small_batches("bert", 6), resident_batches=resident)
         held[resident] = max(alive)
     assert held[None] == 6 * held[1]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_threads_are_bounded_and_nothing_is_computed_twice(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted, most = [], []
+    for bound in (256, 3):
+        monkeypatch.setattr("hf_erasure.fitting.batch_threads.MOST_THREADS", bound)
+        model, running = with_adapter(copy.deepcopy(small_model(name))), []
+        first = next(iter(erasure_layers(model).values())).host
+        first.register_forward_hook(lambda *_, running=running: running.append(len(_threads())))
+        fit(model, small_batches(name, 7))
+        fitted.append(parts(model))
+        most.append(max(running))
+    assert most == [7, 3]
+    assert all(
+        torch.equal(a, b) for site, held in fitted[0].items() for a, b in zip(held, fitted[1][site], strict=True)
+    )
+    # Passes were built again from what was written of them.
+    assert "run again from the beginning" not in caplog.text
+
+
+def test_batches_that_are_not_resident_are_not_held() -> None:
+    """As of an IterableDataset that is larger than memory."""
+    model, alive = with_adapter(copy.deepcopy(small_model("bert"))), []
+    inputs: list[weakref.ref[Tensor]] = []
+
+    def stream() -> Any:
+        for batch in small_batches("bert", 6):
+            inputs.append(weakref.ref(batch["input_ids"]))
+            yield batch
+
+    def count(*_: object) -> None:
+        alive.append(sum(reference() is not None for reference in inputs))
+
+    model.encoder.layer[1].register_forward_hook(count)
+    fit(model, stream(), resident_batches=1)
+    assert len(inputs) == 6 and alive[-1] == 0
+
+
+def test_a_tensor_that_a_model_keeps_until_a_batch_of_another_length(caplog: pytest.LogCaptureFixture) -> None:
+    """What is kept cannot be told from what nobody needs, so passes are computed again."""
+    kept: dict[str, Any] = {}
+
+    def cached(module: nn.Module, args: tuple) -> tuple:
+        if kept.get("length") != args[0].shape[1]:
+            kept.update(length=args[0].shape[1], values=torch.ones(args[0].shape[1], 1) * 2)
+        return (args[0] * kept["values"] / 2, *args[1:])
+
+    whole = small_batches("bert", 4)
+    short = [{k: v[:, :8] if v.dim() > 1 else v for k, v in batch.items()} for batch in whole]
+    fitted = []
+    for resident in (None, 3):
+        kept.clear()
+        model = with_adapter(copy.deepcopy(small_model("bert")))
+        model.encoder.layer[0].register_forward_pre_hook(cached)
+        fit(model, [batch for pair in zip(whole, short, strict=True) for batch in pair], resident_batches=resident)
+        fitted.append(parts(model))
+    assert all(
+        torch.equal(a, b) for site, held in fitted[0].items() for a, b in zip(held, fitted[1][site], strict=True)
+    )
+    assert "run again from the beginning, since the model keeps tensors" in caplog.text
 
 
 def test_a_tensor_that_the_model_keeps_from_another_batch_is_brought_back() -> None:
