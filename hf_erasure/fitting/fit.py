@@ -210,8 +210,9 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
         source.batches, source.examples, source.tokens = source.again, 0, 0
 
     def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
-        is_wanted = labels is not None and site in sites
-        if is_wanted and (labels.covers(site) or not task.config.has_default_targets):
+        if labels is None or site not in sites:
+            return hidden
+        if labels.covers(site) or not task.config.has_default_targets:
             key = visit_of(site, visit)
             source.update(key, *labels.select(hidden, key))
         return hidden

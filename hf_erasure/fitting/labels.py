@@ -343,7 +343,8 @@ class BatchesOnDisk(Sequence[BatchLabels]):
 
     def __init__(self, batches: Iterable[BatchLabels]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
-        self._kept: list[tuple[Any, ...]] = []  # What batches share.
+        # What batches share.
+        self._kept: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
         for labels in batches:
             torch.save((labels.batch, labels._frames), self._path(len(self._kept)))
             self._kept.append((labels.source, labels._pool, labels._axes))
@@ -360,7 +361,8 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         if not 0 <= which < len(self):
             raise IndexError(which)
         batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
-        return BatchLabels(batch, *self._kept[which], frames)
+        source, pool, axes = self._kept[which]
+        return BatchLabels(batch, source, pool, axes, frames)
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:
