@@ -1,8 +1,8 @@
 """Every function of PEFT, transformers and Trainer that is wrapped, in one table.
 
-Each of them is a place where they offer no hook. A wrapper calls the original and adds what its line says; without an
-adapter of this package in the model it does nothing else. Where a release lacks a function, importing this package
-fails with a sentence, or, where the line says what does not work then, warns of that.
+Each of them is a place where they offer no hook, and above it stands what it does not do. A wrapper calls the original
+and adds that; without an adapter of this package in the model it does nothing else. Where a release lacks a function,
+importing this package fails with a sentence, or, where the line says what does not work then, warns of that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Patch(Internal):
     # Called as `wrapper(original, *args, **kwargs)`. Of a method `original` is bound already, and the instance comes
     # first among the arguments.
     wrapper: Callable[..., Any]
-    why: str  # what the original does not do
     without: str = ""  # what does not work where a release lacks it; empty where nothing would
     also: tuple[str, ...] = ()  # other modules in which the same function is
 
@@ -43,127 +42,91 @@ class Patch(Internal):
 
 
 def patches() -> tuple[Patch, ...]:
-    """The table, made anew at each call: after a reload the wrappers are other functions."""
-    mixin, tuners, models = "transformers.integrations.peft", "peft.tuners.tuners_utils", "peft.peft_model"
-    of_transformers = functools.partial(Patch, "transformers", mixin)
-    of_tuners, of_models = functools.partial(Patch, "peft", tuners), functools.partial(Patch, "peft", models)
+    """The table, made anew at each call: after a reload the wrappers are other functions. Above each line is why."""
+    return *_of_peft(), *_of_transformers(), *_of_trainer()
+
+
+def _of_peft() -> tuple[Patch, ...]:
+    tuners, models = (functools.partial(Patch, "peft", f"peft.{m}") for m in ("tuners.tuners_utils", "peft_model"))
     return (
-        of_transformers(
-            "PeftAdapterMixin.load_adapter",
-            ("peft_model_id", "adapter_name"),
-            wrapper=load.load_adapter,
-            why="files are not looked at, missing and non-finite values are not noticed, what fails is not undone",
-        ),
-        of_transformers(
-            "PeftAdapterMixin.set_adapter",
-            ("adapter_name",),
-            wrapper=acting.set_adapter,
-            why="it stops halfway at a trained module that not every adapter has a copy of; add_adapter calls it last, "
-            "and does not say which adapter went off",
-        ),
-        of_models(
-            "PeftModel.__init__",
-            ("model", "peft_config", "adapter_name"),
-            wrapper=tuner.make_peft_model,
-            why="the class of a task changes the caller's configuration, and what fails afterwards leaves the adapter",
-        ),
-        of_models(
-            "PeftModel.load_adapter",
-            ("model_id", "adapter_name"),
-            wrapper=load.load_into_peft_model,
-            why="as load_adapter of transformers; values that a file lacks stay those of the adapter before, and "
-            "it fails where the class of a task wants a head that was not saved",
-        ),
-        of_models(
-            "PeftModel.from_pretrained",
-            ("model", "model_id", "config"),
-            wrapper=load.peft_model_from_pretrained,
-            why="an adapter is attached before its files are looked at",
-        ),
-        of_models(
-            "PeftModel.save_pretrained",
-            ("save_directory",),
-            wrapper=saving.save_pretrained,
-            why="a save that is killed leaves half of an adapter, and one may overwrite another's",
-        ),
-        Patch(
-            "transformers",
-            "transformers.modeling_utils",
-            "PreTrainedModel.save_pretrained",
-            ("save_directory",),
-            wrapper=saving.save_pretrained,
-            why="as save_pretrained of a PeftModel; and it pushes before the card is written",
-        ),
+        # The class of a task changes the caller's configuration, and what fails afterwards leaves the adapter.
+        models("PeftModel.__init__", ("model", "peft_config", "adapter_name"), wrapper=tuner.make_peft_model),
+        # As load_adapter of transformers; values that a file lacks stay those of the adapter before, and it fails where
+        # the class of a task wants a head that was not saved.
+        models("PeftModel.load_adapter", ("model_id", "adapter_name"), wrapper=load.load_into_peft_model),
+        # An adapter is attached before its files are looked at.
+        models("PeftModel.from_pretrained", ("model", "model_id", "config"), wrapper=load.peft_model_from_pretrained),
+        # A save that is killed leaves half of an adapter, and one may overwrite another's.
+        models("PeftModel.save_pretrained", ("save_directory",), wrapper=saving.save_pretrained),
+        # Tensors that are missing are left out without a word.
         Patch(
             "peft",
             "peft.utils.save_and_load",
             "get_peft_model_state_dict",
             ("model", "state_dict", "adapter_name"),
             wrapper=saved_tensors.adapter_state_dict,
-            why="tensors that are missing are left out without a word",
-            also=("peft", "peft.utils", models, "peft.functional"),
+            also=("peft", "peft.utils", "peft.peft_model", "peft.functional"),
         ),
-        of_tuners(
-            "BaseTuner.inject_adapter",
-            ("model", "adapter_name", "state_dict"),
-            wrapper=tuner.inject_adapter,
-            why="another method wraps modules on which children hang, which then do not see what it adds",
+        # Another method wraps modules on which children hang, which then do not see what it adds.
+        tuners("BaseTuner.inject_adapter", ("model", "adapter_name", "state_dict"), wrapper=tuner.inject_adapter),
+        # Another method merges every layer that it finds, and takes every merge back, children's too.
+        tuners("onload_layer", ("layer",), wrapper=tuner.onload_layer),
+        # Another method takes its wrappers away, and the children that hang on them.
+        tuners("BaseTuner.unload", wrapper=tuner.unload),
+        # As unload.
+        tuners("BaseTuner.merge_and_unload", ("safe_merge", "adapter_names"), wrapper=tuner.unload),
+    )
+
+
+def _of_transformers() -> tuple[Patch, ...]:
+    mixin = functools.partial(Patch, "transformers", "transformers.integrations.peft")
+    return (
+        # Files are not looked at, missing and non-finite values are not noticed, what fails is not undone.
+        mixin("PeftAdapterMixin.load_adapter", ("peft_model_id", "adapter_name"), wrapper=load.load_adapter),
+        # It stops halfway at a trained module that not every adapter has a copy of; add_adapter calls it last, and does
+        # not say which adapter went off.
+        mixin("PeftAdapterMixin.set_adapter", ("adapter_name",), wrapper=acting.set_adapter),
+        # As save_pretrained of a PeftModel; and it pushes before the card is written.
+        Patch(
+            "transformers",
+            "transformers.modeling_utils",
+            "PreTrainedModel.save_pretrained",
+            ("save_directory",),
+            wrapper=saving.save_pretrained,
         ),
-        of_tuners(
-            "onload_layer",
-            ("layer",),
-            wrapper=tuner.onload_layer,
-            why="another method merges every layer that it finds, and takes every merge back, children's too",
-        ),
-        of_tuners(
-            "BaseTuner.unload",
-            wrapper=tuner.unload,
-            why="another method takes its wrappers away, and the children that hang on them",
-        ),
-        of_tuners(
-            "BaseTuner.merge_and_unload",
-            ("safe_merge", "adapter_names"),
-            wrapper=tuner.unload,
-            why="as unload",
-        ),
+        # push_to_hub writes a template over the card of an adapter.
         Patch(
             "transformers",
             "transformers.utils.hub",
             "create_and_tag_model_card",
             ("repo_id",),
             wrapper=pushing.create_and_tag_model_card,
-            why="push_to_hub writes a template over the card of an adapter",
             without="model.push_to_hub replaces the card of an adapter by a template",
             also=("transformers.modeling_utils",),
         ),
-        Patch(
-            "transformers",
-            "transformers.trainer",
+    )
+
+
+def _of_trainer() -> tuple[Patch, ...]:
+    of_trainer = functools.partial(Patch, "transformers", "transformers.trainer")
+    return (
+        # No event comes before a training whose saves would lose an adapter, nor before a log is reported.
+        of_trainer(
             "Trainer.train",
             wrapper=trainer.train,
-            why="no event comes before a training whose saves would lose an adapter, nor before a log is reported",
             without="Trainer does not say at its start what its saves will lose, nor log what callbacks measure",
         ),
-        Patch(
-            "transformers",
-            "transformers.trainer",
+        # Of a model with adapters it saves the active one alone, also where it did not train.
+        of_trainer(
             "Trainer._save",
             wrapper=trainer.save,
-            why="of a model with adapters it saves the active one alone, also where it did not train",
             without="Trainer saves the active adapter alone, without the weights that were trained under it",
         ),
     )
 
 
 def install(table: tuple[Patch, ...] | None = None) -> None:
-    """Wrap the functions; called again, as after a reload, it puts the wrappers of now in the place of the former.
-
-    Args:
-        table: What to wrap; `patches()` when None.
-
-    Raises:
-        ImportError: Names what a release lacks and this package cannot do without.
-    """
+    """Wrap the functions of a table; called again, as after a reload, put the wrappers of now in the former's place."""
     table = patches() if table is None else table
     check_internals(tuple(patch for patch in table if not patch.without))
     relied_on: list[tuple[Internal, str, Patch | None]] = [(patch, patch.without, patch) for patch in table]
@@ -181,8 +144,7 @@ def install(table: tuple[Patch, ...] | None = None) -> None:
         elif patch is not None:
             _wrap(patch)
     name = cards.write_saved_card.__qualname__
-    saving.ON_STAGED[:] = [function for function in saving.ON_STAGED if function.__qualname__ != name]
-    saving.ON_STAGED.append(cards.write_saved_card)
+    saving.ON_STAGED[:] = [f for f in saving.ON_STAGED if f.__qualname__ != name] + [cards.write_saved_card]
 
 
 def _wrap(patch: Patch) -> None:

@@ -651,11 +651,11 @@ def test_low_rank_keeps_the_largest_directions_and_says_how_much_that_is() -> No
     u, _ = torch.linalg.qr(torch.randn(7, 3, generator=generator, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(5, 3, generator=generator, dtype=torch.float64))
     delta = u @ torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()) @ v.T
-    two = low_rank(delta, 2)
+    a, b, kept = low_rank(delta, 2)
     # By construction the singular values are 3, 2, 1; float64 rounding.
-    assert two.kept == pytest.approx(13 / 14, abs=1e-12)
-    assert float((delta - two.b @ two.a).norm()) == pytest.approx(1, abs=1e-12)
-    assert low_rank(delta, 3).kept == pytest.approx(1, abs=1e-12)
+    assert kept == pytest.approx(13 / 14, abs=1e-12)
+    assert float((delta - b @ a).norm()) == pytest.approx(1, abs=1e-12)
+    assert low_rank(delta, 3)[2] == pytest.approx(1, abs=1e-12)
     with pytest.raises(ValueError, match="rank=6 is not between 1 and 5"):
         low_rank(delta, 6)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import types
 import warnings
@@ -49,7 +51,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def patch(name: str, **options: Any) -> Patch:
     wrapper = options.pop("wrapper", noted)
-    return Patch("numpy", options.pop("module", "theirs"), name, wrapper=wrapper, why="", **options)
+    return Patch("numpy", options.pop("module", "theirs"), name, wrapper=wrapper, **options)
 
 
 def test_a_function_is_wrapped_once_wherever_it_is(theirs: types.ModuleType):
@@ -93,7 +95,9 @@ def test_what_can_be_done_without_is_warned_of(theirs: types.ModuleType):
 def test_every_line_says_why():
     table = patches.patches()
     names = [(line.module, line.name) for line in table]
-    assert len(set(names)) == len(names) and all(line.why for line in table)
+    assert len(set(names)) == len(names)
+    above = re.findall(r"^ {8}# .*\.\n {8}\w+\(", inspect.getsource(patches), re.MULTILINE)
+    assert len(above) == len(table), "a comment with a full stop stands above each"
     assert len(wrapped()) == len(table), "what is wrapped is in the table"
 
 

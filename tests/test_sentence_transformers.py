@@ -78,13 +78,9 @@ def test_it_loads_where_this_package_cannot_be_imported(tmp_path: Path) -> None:
     assert closest(torch.load(tmp_path / "embeddings.pt"), encoded(whole)) < TOLERANCE
 
 
-def test_a_model_of_transformers_is_exported_with_its_tokenizer(tmp_path: Path) -> None:
-    whole = fitted()
-    model, tokenizer = whole[0].auto_model, whole.tokenizer
-    with pytest.raises(ValueError, match=r"write tokenizer=… and pooling='mean'"):
-        export_to_sentence_transformers(model, "gender", tmp_path)
-    export_to_sentence_transformers(model, "gender", tmp_path, tokenizer=tokenizer)  # fitted for the mean
-    assert closest(encoded(library.SentenceTransformer(str(tmp_path))), encoded(whole)) < TOLERANCE
+def test_a_model_without_a_pooling_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no pooling to stand behind: pass a SentenceTransformer"):
+        export_to_sentence_transformers(fitted()[0].auto_model, "gender", tmp_path)
 
 
 def test_what_no_module_behind_the_pooling_can_do_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from .gradiend.config import GradiendConfig
 from .gradiend.layer import gradiend_layers
 from .gradiend.model import GradiendModel
 from .gradiend.state import (
-    StoredFeature,
     edited,
     features_of,
     kept_share,
@@ -31,7 +30,6 @@ __all__ = [
     "GradiendConfig",
     "GradiendModel",
     "LoraExport",
-    "StoredFeature",
     "Verification",
     "edited",
     "erasure_layers",

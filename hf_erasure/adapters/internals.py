@@ -1,8 +1,7 @@
 """What this package relies on in PEFT, transformers and accelerate, checked at import, and how it adds types to PEFT.
 
 What of it is wrapped stands in `hf_erasure.patches`. A release that lacks one of these would fail in the middle of a
-user's call, or give wrong results; so the import fails, and says what is missing where. Of a release of transformers
-that demands a newer PEFT than the installed one, and fails in every `add_adapter`, the import warns.
+user's call, or give wrong results; so the import fails, and says what is missing where.
 
 `PeftType` is a closed enum, and PEFT looks every type up in it by name, so a mere string in its tables would break
 `load_adapter`. A new member is therefore added to the enum itself, in the way the `enum` module builds its own.
@@ -11,17 +10,14 @@ that demands a newer PEFT than the installed one, and fails in every `add_adapte
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
-from packaging.version import Version
 from peft import mapping
 from peft.utils import peft_types
-from transformers.integrations import peft as integration
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -112,20 +108,6 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
             )
 
 
-def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
-    """Warn where the oldest PEFT that transformers accepts, if it says so, is newer than the installed one."""
-    if demanded is None or Version(installed("peft")) >= Version(demanded):
-        return
-    transformers = installed("transformers")
-    warnings.warn(
-        f"transformers {transformers} demands peft>={demanded}, and peft {installed('peft')} is installed: "
-        "model.add_adapter and model.load_adapter will raise for every adapter, LoRA's too. Install releases that go "
-        f"together: pip install 'peft>={demanded}', or, while that is not released, pip install "
-        f"'transformers<{transformers}'.",
-        stacklevel=2,
-    )
-
-
 def installed(package: str) -> str:
     """The release of a package that is installed."""
     try:
@@ -141,9 +123,6 @@ def _supported(package: str) -> str:
     except PackageNotFoundError:  # run from a folder of sources
         return ""
     return next((str(found.specifier) for found in wanted if found.name == package and found.marker is None), "")
-
-
-# ---- new types -------------------------------------------------------------------------------------------------------
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -177,10 +156,7 @@ def extend_peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
-    """Enter a configuration and its tuner in PEFT's tables under `name` (lower case).
-
-    Idempotent; the classes of a reloaded module take the places of their former selves.
-    """
+    """Enter a configuration and its tuner in PEFT's tables under `name` (lower case), also after a reload."""
     peft_type = peft_types.PeftType(name.upper())
     if peft_type in mapping.PEFT_TYPE_TO_TUNER_MAPPING and hasattr(peft_type, _MARK):
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
@@ -190,4 +166,3 @@ def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]
 
 
 check_internals()
-check_pair()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from transformers.utils import cached_file
 
 from hf_erasure.models.model import as_attribute
 
-from .common.acting import users_level
-from .common.config import ChildConfig
+from .common.acting import warn_user
+from .common.config import ChildConfig, fault_of
 from .common.files import PICKLE, PREFIX, WEIGHTS
 from .common.layer import AdapterChild, is_child
 from .common.lookup import adapters_in
@@ -70,9 +69,29 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
         for key, (name, tensor) in kept.items():
             value = given.get(f"{root}{path}.{key}", given.get(f"{root}{place}.{key}", tensor))
             (own if isinstance(module, AdapterChild) else copies)[f"{place}.{name}"] = value
-    _check_whole(own, config, adapter_name, base)
-    if config.modules_to_save:
-        _check_copies(copies, config, config.modules_to_save, base)
+    if not own:
+        raise ValueError(
+            f"The {config.described} cannot be saved: no module of this {type(base).__name__} has adapter "
+            f"{adapter_name!r} any more, as after merge_and_unload() or unload(). Nothing was written. Save the "
+            "adapter before that, or load it again. A merged model is saved by save_pretrained of what "
+            "merge_and_unload() returned, into a folder of its own."
+        )
+    found = {name: (_TYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in own.items()}
+    fault = fault_of(found, config, f"in this {type(base).__name__}") if config.fitted else None
+    if fault is not None:
+        raise ValueError(
+            f"The {config.described} cannot be saved: {fault}. Nothing was written. Modules were taken out of the "
+            "model or moved in it, or fields that fitting writes were changed: save the adapter before that, or load "
+            "it into the model that it was fitted on."
+        )
+    for end in config.modules_to_save or ():  # a name that no module has is nothing to save
+        named = [path for path, _ in base.named_modules() if path.endswith(end) and "modules_to_save" not in path]
+        if named and not any(name.startswith(f"{path}.") for path in named for name in copies):
+            raise ValueError(
+                f"The {config.described} cannot be saved: {named[0]!r} is one of its modules_to_save="
+                f"{config.modules_to_save}, and the adapter has no copy of it any more. Nothing was written. Load the "
+                "adapter again, with PeftModel.from_pretrained(model, folder)."
+            )
     for name, tensor in (own | copies).items():
         if tensor.device.type == "meta":
             raise ValueError(
@@ -94,53 +113,6 @@ def refuse_embeddings(wish: Any) -> None:
             f"save_embedding_layers={wish!r} would put the model's own embeddings into the adapter, where no model "
             "loads them from: save the model itself, without adapters."
         )
-
-
-def _check_whole(own: dict[str, Tensor], config: ChildConfig, adapter_name: str, base: nn.Module) -> None:
-    """Raise if the model has only a part of an adapter, or nothing of it any more, or more than its configuration."""
-    if not own:
-        raise ValueError(
-            f"The {config.described} cannot be saved: no module of this {type(base).__name__} has adapter "
-            f"{adapter_name!r} any more, as after merge_and_unload() or unload(). Nothing was written. Save the "
-            "adapter before that, or load it again. A merged model is saved by save_pretrained of what "
-            "merge_and_unload() returned, into a folder of its own."
-        )
-    if not config.fitted:
-        return
-    expected = config.tensors()
-    missing = [name for name in expected if name not in own]
-    if missing:
-        raise ValueError(
-            f"The {config.described} cannot be saved: this {type(base).__name__} has {len(expected) - len(missing)} of "
-            f"the {len(expected)} tensors of adapter {adapter_name!r}, and {missing[0]!r} is not among them. Nothing "
-            "was written. Modules were taken out of the model or moved in it: save the adapter before that, or load "
-            "it into the model that it was fitted on."
-        )
-    wrong = [
-        name
-        for name, tensor in own.items()
-        if name not in expected
-        or tuple(tensor.shape) != expected[name][0]
-        or _TYPES.get(tensor.dtype) not in expected[name][1]
-    ]
-    if wrong:
-        raise ValueError(
-            f"The {config.described} cannot be saved: {wrong[0]!r} of adapter {adapter_name!r}, shape "
-            f"{list(own[wrong[0]].shape)} and {own[wrong[0]].dtype}, is not what its configuration says, and could not "
-            "be loaded again. Nothing was written. Leave the fields that fitting writes as they are, or fit it again."
-        )
-
-
-def _check_copies(copies: dict[str, Tensor], config: ChildConfig, ends: list[str], base: nn.Module) -> None:
-    """Raise if a module that the configuration names has no copy; a name that no module has is nothing to save."""
-    for end in ends:
-        named = [path for path, _ in base.named_modules() if path.endswith(end) and "modules_to_save" not in path]
-        if named and not any(name.startswith(f"{path}.") for path in named for name in copies):
-            raise ValueError(
-                f"The {config.described} cannot be saved: {named[0]!r} is one of its modules_to_save="
-                f"{config.modules_to_save}, and the adapter has no copy of it any more. Nothing was written. Load the "
-                "adapter again, with PeftModel.from_pretrained(model, folder)."
-            )
 
 
 # What decides on the effect of an adapter beside its tensors.
@@ -231,4 +203,4 @@ def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None
             f"This {name} cannot be saved: {foreign} is on, which is not an adapter of it but of {part}, and {own} is "
             f"off. {keep}. Call model.set_adapter({own}) before saving this model with its own."
         )
-    warnings.warn(f"Saving this {name} leaves out {told}: {keep}.", stacklevel=users_level())
+    warn_user(f"Saving this {name} leaves out {told}: {keep}.")

@@ -25,9 +25,8 @@ import secrets
 import shutil
 import stat
 import sys
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
 
-from .common.acting import users_level
+from .common.acting import warn_user
 from .common.config import ChildConfig, read_config
 from .common.files import CARD, COMMIT, CONFIG, STAGING
 from .common.layer import child_configs
@@ -49,19 +48,19 @@ ON_STAGED: list[Callable[[Path, Any, str], None]] = []
 PUSHED_FROM: ContextVar[Path | None] = ContextVar("pushed_from", default=None)
 
 
-# ---- one folder ------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def staged(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder to write a save into; what is in it when the block ends takes its place in `folder`, at once.
-
-    It is made if need be. An exception leaves it as it was; a link in it to where a save is to be written is refused.
-    """
+    """A hidden folder to write a save into; what is in it when the block ends goes into `folder`, all at once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish(folder)
-    _sweep(folder)
+    for alive in folder.glob(f"{STAGING}*{_ALIVE}"):  # of saves that were killed before they were committed
+        # A link may lead to a file of somebody else, and a lock empties the file that it is on.
+        if alive.is_file() and not alive.is_symlink():
+            left = FileLock(alive, timeout=0)
+            with suppress(Timeout, NotImplementedError):  # its writer is at work, or the file system has no locks
+                left.acquire()
+                _remove(alive.with_suffix(""), left)
     staging, lock = _new_staging(folder)
     try:
         content = staging / _CONTENT
@@ -161,20 +160,6 @@ def _new_staging(folder: Path) -> tuple[Path, BaseFileLock]:
         lock.release()  # another save took the file for one of a process that was killed
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what saves have left that were killed before they were committed."""
-    for alive in folder.glob(f"{STAGING}*{_ALIVE}"):
-        # A link may lead to a file of somebody else, and a lock empties the file that it is on.
-        if alive.is_symlink() or not alive.is_file():
-            continue
-        lock = FileLock(alive, timeout=0)
-        try:
-            lock.acquire()
-        except (Timeout, NotImplementedError):
-            continue  # its writer is at work, or the file system has no locks to tell
-        _remove(alive.with_suffix(""), lock)
-
-
 def _remove(staging: Path, lock: BaseFileLock) -> None:
     """Remove a staging, and last of all its lock."""
     if not staging.is_symlink():
@@ -183,22 +168,12 @@ def _remove(staging: Path, lock: BaseFileLock) -> None:
     Path(lock.lock_file).unlink(missing_ok=True)
 
 
-# ---- save_pretrained -------------------------------------------------------------------------------------------------
-
-
 # What transformers takes for a push besides `push_to_hub=True`.
 _PUSH = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
 def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -> None:
-    """`save_pretrained` of a `PeftModel` or a transformers model, staged where an adapter to write is of this package.
-
-    With `push_to_hub=True` the folder is complete before anything is uploaded.
-
-    Raises:
-        ValueError: If a folder holds another adapter, an adapter is no longer whole, one on a part of the model would
-            be lost, or the call asks for what cannot be loaded again.
-    """
+    """`save_pretrained` of a `PeftModel` or a transformers model, staged where it writes an adapter of ours."""
     call = inspect.signature(original).bind(*args, **kwargs)
     given, more, is_peft = call.arguments, call.arguments.get("kwargs", {}), isinstance(model, PeftModel)
     folder, configs = Path(given["save_directory"]), child_configs(model)
@@ -213,7 +188,12 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
     decide = bool if is_peft else getattr(model, "should_save_on_this_rank", bool)
     writes = decide(given.get("is_main_process", True))
     for place in {*places.values()} - {*ours.values()} if writes else ():
-        _warn_of_replaced(folder / place)
+        kind, _ = _kind_in(folder / place)
+        if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), ChildConfig):
+            warn_user(
+                f"{str(folder / place)!r} held a {kind} adapter, and what is saved there now replaces it. Save each "
+                "adapter into a folder of its own."
+            )
     if not ours or not writes or folder.is_file():
         return original(*args, **kwargs)
     push, options = False, {}
@@ -234,10 +214,7 @@ def save_pretrained(original: Callable, model: Any, *args: Any, **kwargs: Any) -
 
 @contextmanager
 def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Iterator[None]:
-    """Stage a save of adapters of ours, which leads its arguments `given` into the staged folder.
-
-    `places` has for the name of each adapter the place below the folder that is saved to.
-    """
+    """Stage a save of adapters of ours, each at its place below the folder, and lead its arguments `given` there."""
     more = given.get("kwargs", {})
     if not given.get("safe_serialization", more.get("safe_serialization", True)):
         raise ValueError("safe_serialization=False would write a pickle, which is never loaded again: leave it out.")
@@ -246,7 +223,14 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
         raise ValueError("distributed_checkpoint=True would write what no adapter is loaded from: leave it out.")
     folder, state_dict = Path(given["save_directory"]), given.get("state_dict", more.get("state_dict"))
     for name, place in places.items():
-        _refuse_others(folder / place, model.peft_config[name])
+        finish(folder / place)
+        config, (kind, why) = model.peft_config[name], _kind_in(folder / place)
+        if why or kind not in (None, config.peft_type):
+            which = f"an adapter already, of a kind that cannot be told ({why})" if why else f"a {kind} adapter"
+            raise ValueError(
+                f"{str(folder / place)!r} holds {which}, which the {config.described} would overwrite. Save it into "
+                "another folder, or delete that one first."
+            )
         own_tensors(model, name, state_dict)  # nothing is begun for an adapter that is not whole
     with staged(folder) as content:
         given["save_directory"] = str(content)
@@ -260,33 +244,6 @@ def _save_to(model: Any, places: dict[str, str], given: dict[str, Any]) -> Itera
         for name, place in places.items():
             for write in ON_STAGED:
                 write(content / place, model, name)
-
-
-def _refuse_others(place: Path, config: ChildConfig) -> None:
-    """Raise if the folder of an adapter holds one of another method."""
-    finish(place)
-    kind, why = _kind_in(place)
-    if why:
-        raise ValueError(
-            f"{str(place)!r} holds an adapter already, and of which kind cannot be told ({why}). Save the "
-            f"{config.described} into another folder, or delete that one first."
-        )
-    if kind not in (None, config.peft_type):
-        raise ValueError(
-            f"{str(place)!r} holds a {kind} adapter, which the {config.described} would overwrite. Save it into "
-            "another folder, or delete that one first."
-        )
-
-
-def _warn_of_replaced(place: Path) -> None:
-    """Say that an adapter of another method takes the place of one of this package."""
-    kind, _ = _kind_in(place)
-    if issubclass(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, PeftConfig), ChildConfig):
-        warnings.warn(
-            f"{str(place)!r} held a {kind} adapter, and what is saved there now replaces it. Save each adapter into a "
-            "folder of its own.",
-            stacklevel=users_level(),
-        )
 
 
 def _kind_in(place: Path) -> tuple[Any, str]:

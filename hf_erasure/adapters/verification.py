@@ -19,8 +19,7 @@ from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, Found, adapter_of
 from .erasure.layer import site_layers
 from .gradiend.config import GradiendConfig
-from .gradiend.edit import why_not_editable
-from .gradiend.forward import UsedAsTheyAre
+from .gradiend.forward import UsedAsTheyAre, why_not_editable
 from .gradiend.layer import gradiend_layers
 from .gradiend.state import edited, kept_share, targeted_parameters
 
@@ -75,8 +74,14 @@ def verify_adapter(
             for child in children:
                 stack.enter_context(child.without(name))
             plain = output()
-        if isinstance(config, GradiendConfig) and _is_partial(owner, name, output, active, plain):
-            with UsedAsTheyAre(targeted_parameters(owner, name)) as used:
+        weights = targeted_parameters(owner, name) if isinstance(config, GradiendConfig) else {}
+        merged = plain
+        if weights and not any(map(why_not_editable, weights.values())):
+            with edited(owner, name):
+                merged = output()
+        # Both are the same weights to the bit; kernels may sum in another order, far below the change itself.
+        if merged is not plain and distance([active], [merged]) > 1e-2 * distance([plain], [merged]):
+            with UsedAsTheyAre(weights) as used:
                 output()
             return Verification(
                 False,
@@ -99,7 +104,7 @@ def verify_adapter(
 def _gradiend_deed(model: nn.Module, name: str, config: GradiendConfig) -> tuple[str, str]:
     """What a GRADIEND adapter that acts does, in words, and what rounding leaves of it, if that is worth a remark."""
     layers, parameters = gradiend_layers(model, name).values(), targeted_parameters(model, name).values()
-    share = sum(layer.changed_entries(name) for layer in layers)
+    share = sum(edit.values.numel() for layer in layers for _, edit in layer.edits_of(name))
     total = sum(parameter.numel() for parameter in parameters)
     pair = (config.pairs or [])[config.pair_index(config.pair)]
     deed = (
@@ -170,10 +175,7 @@ def _why_inactive(found: Found[ChildConfig]) -> str | None:
 
 
 def _output_of(model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> Callable[[], Tensor]:
-    """What gives the first tensor of floating-point numbers that the model around an adapter returns as it is now.
-
-    A batch that has inputs which only a wrapper of the user's own takes goes through that wrapper.
-    """
+    """What gives the first floating-point tensor of the model around an adapter, or of a wrapper for the batch."""
     callee: nn.Module = callee_of(model, found.model)
     inputs = {name: value for name, value in (batch or {}).items() if name != "concept_labels"}
     if batch is None:
@@ -191,13 +193,3 @@ def _output_of(model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any
         return tensor.detach().float()
 
     return output
-
-
-def _is_partial(model: nn.Module, name: str, output: Callable[[], Tensor], active: Tensor, plain: Tensor) -> bool:
-    """Whether changes of weights do less than the same changes in the weights themselves."""
-    if any(why_not_editable(parameter) for parameter in targeted_parameters(model, name).values()):
-        return False
-    with edited(model, name):
-        merged = output()
-    # Both are the same weights to the bit; kernels may sum in another order, far below the change itself.
-    return distance([active], [merged]) > 1e-2 * distance([plain], [merged])

@@ -12,6 +12,7 @@ model that is not a `PeftModel` are active, a checkpoint holds instead
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from hf_erasure.adapters import ConceptErasureConfig, site_layers
 from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
-from hf_erasure.adapters.common.layer import is_child
+from hf_erasure.adapters.common.layer import configs_of, is_child
 from hf_erasure.adapters.saving import ON_STAGED, staged
 from hf_erasure.models.model import on_cpu, unwrapped
 
@@ -40,10 +41,7 @@ def own_trained(model: nn.Module) -> list[str]:
 
 def is_lost(model: nn.Module) -> bool:
     """Whether Trainer by itself would save less of a model than training changes, or could not load what it saves."""
-    return bool(_configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained(model)))
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
+    return bool(configs_of(model)) and (not isinstance(model, PeftModel) or bool(own_trained(model)))
 
 
 @contextmanager
@@ -53,11 +51,18 @@ def saving_all(model: Any) -> Iterator[None]:
     def save_pretrained(folder: str | Path, *, is_main_process: bool = True, **ignored: Any) -> None:
         if not is_main_process:
             return
-        others = [name for name, config in _configs_of(model).items() if not isinstance(config, ChildConfig)]
+        others = [name for name, config in configs_of(model).items() if not isinstance(config, ChildConfig)]
         top = others[0] if len(others) == 1 else None
         if own_trained(model):
-            _save_base(model, Path(folder))
-            top = None
+            base: Any = unwrapped(model)
+            tensors, loaded, top = base.state_dict(), base._hf_peft_config_loaded, None
+            state = {plain: tensors[key] for key, plain in _plain_names(model, tensors).items()}
+            base._hf_peft_config_loaded = False
+            try:
+                # The method of the class: the instance's own may be the one that led here.
+                type(base).save_pretrained(base, Path(folder), state_dict=state)
+            finally:
+                base._hf_peft_config_loaded = loaded
         save_adapters(model, Path(folder), top)
 
     model.save_pretrained = save_pretrained
@@ -69,7 +74,7 @@ def saving_all(model: Any) -> Iterator[None]:
 
 def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: Collection[str] | None = None) -> None:
     """Write every adapter, or `only` some, into a folder of its own name, but `top` into the folder itself."""
-    chosen = {name: config for name, config in _configs_of(model).items() if only is None or name in only}
+    chosen = {name: config for name, config in configs_of(model).items() if only is None or name in only}
     states = {name: _adapter_state(model, name) for name in chosen}  # all of them, before one is written
     for name, config in chosen.items():
         with staged(folder if name == top else folder / name) as content:
@@ -79,40 +84,34 @@ def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: 
                 write(content, model, name)
 
 
-def _save_base(model: nn.Module, folder: Path) -> None:
-    base: Any = unwrapped(model)
-    tensors = base.state_dict()
-    state = {plain: tensors[key] for key, plain in _plain_names(model, tensors).items()}
-    loaded = base._hf_peft_config_loaded
-    base._hf_peft_config_loaded = False
-    try:
-        # The method of the class: the instance's own may be the one that led here.
-        type(base).save_pretrained(base, folder, state_dict=state)
-    finally:
-        base._hf_peft_config_loaded = loaded
-
-
 def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """An adapter's tensors by the keys of its file."""
     state = peft.get_peft_model_state_dict(model, adapter_name=name)
     return {f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach().clone().contiguous() for key, value in state.items()}
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 @on_cpu  # older releases of safetensors read to the default device
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put back in place what `saving_all`, or PEFT for a `PeftModel`, has written.
-
-    Raises:
-        ValueError: If something that is trained, or an adapter, is not in the folder.
-    """
+    """Put back in place what `saving_all`, or PEFT for a `PeftModel`, has written; refused where a part is missing."""
+    told = "it was saved without a callback of hf_erasure, or for another model."
     own = own_trained(model)
     if own:
-        _load_base(model, folder, own)
-    for name, config in _configs_of(model).items():
-        place, saved = _saved_in(folder, name, config)
+        base, found = unwrapped(model), ChainMap(*map(load_file, folder.glob("model*.safetensors")))
+        values = {key: found[plain] for key, plain in _plain_names(model, base.state_dict()).items() if plain in found}
+        missing = [name for name in own if name not in values]
+        if missing:
+            raise ValueError(
+                f"{str(folder)!r} has no values for {missing[0]!r} and {len(missing) - 1} other weights that are "
+                f"trained: {told}"
+            )
+        base.load_state_dict(values, strict=False)
+    for name, config in configs_of(model).items():
+        places = [place for place in (folder / name, folder) if (place / CONFIG).is_file()]
+        known = {place: PeftConfig.from_pretrained(str(place)) for place in places}
+        place = next((place for place in places if known[place].peft_type == config.peft_type), None)
+        if place is None:
+            raise ValueError(f"{str(folder)!r} does not have the adapter {name!r}: {told}")
+        saved: Any = known[place]
         tensors = load_file(place / WEIGHTS)
         if isinstance(config, ConceptErasureConfig):
             for path, layer in site_layers(model, name).items():
@@ -139,43 +138,9 @@ def load_trained(model: nn.Module, folder: Path) -> None:
             set_peft_model_state_dict(model, {k.removeprefix(strip): v for k, v in tensors.items()}, adapter_name=name)
 
 
-def _load_base(model: nn.Module, folder: Path, own: list[str]) -> None:
-    base = unwrapped(model)
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(file)
-    values = {key: found[plain] for key, plain in _plain_names(model, base.state_dict()).items() if plain in found}
-    missing = [name for name in own if name not in values]
-    if missing:
-        raise ValueError(
-            f"{str(folder)!r} has no values for {missing[0]!r} and {len(missing) - 1} other weights that are trained: "
-            "it was saved without a callback of hf_erasure, or for another model."
-        )
-    base.load_state_dict(values, strict=False)
-
-
-def _saved_in(folder: Path, name: str, config: PeftConfig) -> tuple[Path, Any]:
-    """Where a checkpoint has an adapter, and its configuration there."""
-    for place in (folder / name, folder):
-        saved = PeftConfig.from_pretrained(str(place)) if (place / CONFIG).is_file() else None
-        if saved is not None and saved.peft_type == config.peft_type:
-            return place, saved
-    raise ValueError(
-        f"{str(folder)!r} does not have the adapter {name!r}: it was saved without a callback of hf_erasure, or for "
-        "another model."
-    )
-
-
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-
-def _configs_of(model: Any) -> dict[str, PeftConfig]:
-    return dict(getattr(model, "peft_config", None) or {})
-
-
 def _plain_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """What tensors are called in the model without adapters; those of adapters are left out."""
-    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in _configs_of(model).values())
+    prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in configs_of(model).values())
     found = {}
     for key in keys:
         parts = key.split(".")

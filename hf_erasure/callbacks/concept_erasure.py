@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import TrainerState
 
-from hf_erasure.adapters.common.acting import users_level
+from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.heldout import measured_leakage, shared_rows
 from hf_erasure.fitting.report import in_words
@@ -87,11 +86,10 @@ class ConceptErasureCallback(LoggingCallback):
                 examples, fitted = shared_rows(self.batches, self.eval_batches)
             self.measured_on = in_words(examples, fitted)
             if fitted:
-                warnings.warn(
+                warn_user(
                     f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} "
                     "is fitted on: the leakage that is logged is on fitted rows, and says little of others. Give other "
-                    "rows.",
-                    stacklevel=users_level(),
+                    "rows."
                 )
         if not found.config.fitted:
             self._refit(model, state)

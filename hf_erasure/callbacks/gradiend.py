@@ -167,11 +167,7 @@ def _gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
-    """The weights that a GRADIEND adapter targets and that are being trained.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The weights that a GRADIEND adapter targets and that are being trained; refused where there are none."""
     found = []
     modules = dict(adapter_of(model, adapter_name, GradiendConfig).owner.named_modules())
     for name, weight in targeted_parameters(model, adapter_name).items():
@@ -190,9 +186,6 @@ def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
             "to watch. Train the model's own weights, or put a LoRA on linear layers that the adapter targets."
         )
     return found
-
-
-# ---- the guard -------------------------------------------------------------------------------------------------------
 
 
 class _Guard:
@@ -216,7 +209,7 @@ class _Guard:
         """Take the component out; returns the cosine between the change and the direction before that."""
         along = size = 0.0
         for weight in self.weights:
-            change = self._change(weight)
+            change = self._values(weight) - self.kept[weight.name]
             along += float((change * self.direction[weight.name]).double().sum())
             size += float(change.double().square().sum())
             if weight.lora:
@@ -226,9 +219,6 @@ class _Guard:
                 self._correct_rows(weight, change)
         self.kept = {}
         return along / (self.norm * math.sqrt(size)) if size > 0 else 0.0
-
-    def _change(self, weight: Trained) -> Tensor:
-        return self._values(weight) - self.kept[weight.name]
 
     def _values(self, weight: Trained) -> Tensor:
         """`(count,)` float32: the weight, or what its LoRA adds, at the entries of the direction."""
@@ -248,7 +238,7 @@ class _Guard:
     def _correct_lora(self, weight: Trained) -> None:
         """Move a LoRA along the steepest way back, until to first order its weight has no component left."""
         direction, index = self.direction[weight.name], self.index[weight.name]
-        along = float((self._change(weight) * direction).double().sum())
+        along = float(((self._values(weight) - self.kept[weight.name]) * direction).double().sum())
         dense = torch.zeros(weight.weight.numel(), device=direction.device)
         dense = dense.copy_(direction) if index is None else dense.index_copy_(0, index, direction)
         steps: list[tuple[nn.Parameter, Tensor]] = []

@@ -8,7 +8,6 @@ others; see `OWN_METHODS`.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from hf_erasure.adapters.common.acting import adapters_now, users_level
+from hf_erasure.adapters.common.acting import adapters_now, warn_user
 from hf_erasure.adapters.common.config import TRAINING
 from hf_erasure.adapters.common.layer import adapter_children, child_configs
 from hf_erasure.adapters.saved_tensors import refuse_loss
@@ -32,19 +31,13 @@ _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.ME
 
 
 class LoggingCallback(TrainerCallback):
-    """A callback with figures for the log, and a memory that outlives a checkpoint.
+    """A callback with figures for the log, and a memory that outlives a checkpoint."""
 
-    Attributes:
-        adapter_name: The adapter it is about.
-        memory: What a resumed training must know, in JSON's types.
-        measured_on: What the figures are on, in words; empty where nothing else than training's own rows is read.
-    """
-
-    measured_on = ""
+    measured_on = ""  # what the figures are on, in words; empty where only training's own rows are read
 
     def __init__(self, adapter_name: str, memory: dict[str, Any]) -> None:
-        self.adapter_name = adapter_name
-        self.memory = memory
+        self.adapter_name = adapter_name  # the adapter it is about
+        self.memory = memory  # what a resumed training must know, in JSON's types
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Check how the model is trained, and let the Trainer keep `memory`, after taking over that of a checkpoint."""
@@ -75,17 +68,8 @@ def same_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=list(devices))
 
 
-# ---- before the first step -------------------------------------------------------------------------------------------
-
-
 def check_training(model: nn.Module, args: TrainingArguments) -> None:
-    """Look at how a model is about to be trained with a callback of this package.
-
-    Warns where a checkpoint would hold less than was trained, which it does where weights are sharded.
-
-    Raises:
-        ValueError: If nothing is trainable, or `load_best_model_at_end` cannot work.
-    """
+    """Refuse a training with a callback of this package that cannot work, and warn where a checkpoint lacks weights."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter is trainable, so training would fail in its first backward pass: adding an adapter has "
@@ -115,10 +99,9 @@ def is_sharded() -> bool:
 def _warn_of_own_weights(model: nn.Module, remedy: str, when: str = "") -> None:
     own = own_trained(model)
     if own:
-        warnings.warn(
+        warn_user(
             f"{len(own)} weights of the model itself are trained, but {when}Trainer saves only the adapter of a model "
-            f"that has one. {remedy}",
-            stacklevel=users_level(),
+            f"that has one. {remedy}"
         )
 
 
@@ -131,11 +114,10 @@ def _warn_of_what_is_left_out(model: nn.Module) -> None:
     if len(active) > 1:  # of a model that Trainer saves itself, all are saved
         acting = [name for name in active if name in ours]
         others = [name for name in active if name not in ours]
-        warnings.warn(
+        warn_user(
             f"Several adapters are active, {active}, and Trainer cannot save them here: its first save would fail. "
             f"Write sticky=True in the configuration of {acting}, so that they act without being active, switch on "
-            f"{others or acting[:1]} alone, and save {acting} yourself.",
-            stacklevel=users_level(),
+            f"{others or acting[:1]} alone, and save {acting} yourself."
         )
         return
     if holder is not model and ours:
@@ -152,18 +134,16 @@ def _warn_of_what_is_left_out(model: nn.Module) -> None:
             )
         else:
             together = "To train with them on, write sticky=True in their configuration. Save"
-        warnings.warn(
+        warn_user(
             f"Trainer will save {active} without {told}. {together} {names} yourself: model.set_adapter({names[0]!r}) "
-            "and model.save_pretrained(folder).",
-            stacklevel=users_level(),
+            "and model.save_pretrained(folder)."
         )
 
 
 def _saved_by_trainer(model: nn.Module) -> Any:
     """The model whose adapter is saved in the place of its weights when Trainer saves `model`; None where all is saved.
 
-    That is the model inside of another library's, such as a SentenceTransformer. Trainer writes all tensors of a module
-    that has no `save_pretrained`.
+    It may be inside of another library's. Trainer writes all tensors of a module that has no `save_pretrained`.
     """
     if isinstance(model, (PreTrainedModel, PeftModel)):
         return model
@@ -212,16 +192,10 @@ def _ours(trainer: Any) -> list[LoggingCallback]:
 
 
 def _saves_all(trainer: Any) -> bool:
-    """Whether checkpoints hold all that training changes, of a model with adapters that is whole on every process.
-
-    They do with a callback of this package, and where several adapters are active, which Trainer itself cannot save.
-    """
+    """Whether checkpoints hold all that training changes: with a callback of ours, and where several are active."""
     model = trainer.model
     is_whole = isinstance(model, (PreTrainedModel, PeftModel)) and not is_sharded()
     return is_whole and bool(child_configs(model)) and (bool(_ours(trainer)) or len(_active(model)) > 1)
-
-
-# ---- methods of one trainer ------------------------------------------------------------------------------------------
 
 
 def _log(original: Callable, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

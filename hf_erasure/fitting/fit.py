@@ -24,7 +24,7 @@ from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.model_state import take_off
 from hf_erasure.adapters.common.tuner import exactly
 from hf_erasure.adapters.loading.fingerprint import fingerprint
-from hf_erasure.adapters.merging.room import sites_without_room
+from hf_erasure.adapters.merging.probe import sites_without_room
 from hf_erasure.erasers.statistics import PackedGram
 from hf_erasure.models.model import class_name, evaluating
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What is left at a visit counts for rounding up to here, as a share of |x| |z|: activations in float32 that went
 # through several blocks differ by about so much of their size.
 SETTLED = 1e-5
+# Colours of the lines and bars of pictures.
+BEFORE, AFTER = "#b3541e", "#1f5f8b"
 GENDER, POS, STEREOTYPES = "gender", "part of speech", "stereotypes"
 
 FEMALE = {"female", "f", "fem", "feminine", "woman", "women", "girl", "girls", "she"}
@@ -239,19 +241,17 @@ class ErasureReport:
         figure = Figure(figsize=(9, 6), layout="constrained")
         leakage, moved = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         measured = [line for line in self.sites if line.correlation_before is not None]
+        figures = [
+            {
+                "before": line.correlation_before,
+                "after": line.correlation_after,
+                "before_interval": line.interval_before,
+                "after_interval": line.interval_after,
+            }
+            for line in measured
+        ]
+        draw_leakage(leakage, figures, f"{self.concept}: {self.method}, pool={self.pool!r}, on {self.measured_on}")
         positions = range(len(measured))
-        for label, style in (
-            ("before", {"marker": "o", "color": "#b3541e"}),
-            ("after", {"marker": "s", "color": "#1f5f8b", "linestyle": "--"}),
-        ):
-            values = [getattr(line, f"correlation_{label}") for line in measured]
-            leakage.plot(positions, values, label=label, **style)
-            ends = [getattr(line, f"interval_{label}") for line in measured]
-            leakage.fill_between(positions, *zip(*ends, strict=True), color=style["color"], alpha=0.15)
-        leakage.axhline(0, color="grey", linewidth=0.8)
-        leakage.set_ylabel("correlation, 95 % interval")
-        leakage.set_title(f"{self.concept}: {self.method}, pool={self.pool!r}, on {self.measured_on}")
-        leakage.legend()
         moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
         moved.set_ylabel("relative change")
         # Names without the parts that all modules begin with.
@@ -263,6 +263,20 @@ class ErasureReport:
         if path is not None:
             figure.savefig(path, dpi=150)
         return figure
+
+
+def draw_leakage(axes: Any, sites: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw the correlation of sites with the concept, `before` and `after`, with intervals where all have them."""
+    where = range(len(sites))
+    for when, color, marker, style in (("before", BEFORE, "o", "-"), ("after", AFTER, "s", "--")):
+        axes.plot(where, [site[when] for site in sites], marker=marker, color=color, linestyle=style, label=when)
+        ends = [site.get(f"{when}_interval") for site in sites]
+        if all(ends):
+            axes.fill_between(where, *zip(*ends, strict=True), color=color, alpha=0.15)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_ylabel("correlation with the concept, 95 %")
+    axes.set_title(title, fontsize=9)
+    axes.legend()
 
 
 def _cells(line: SiteReport) -> tuple[str, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_erasure.adapters.common.acting import warn_user
 from hf_erasure.adapters.common.config import TOLD, ChildConfig, Provenance
 from hf_erasure.adapters.common.files import CONFIG, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
@@ -111,10 +111,7 @@ def describe_folder(
 
 
 def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
-    """The rows of the adapter in a folder among what `hf-erasure evaluate` wrote, as in `describe_folder`.
-
-    Raises `ValueError` if the file holds no such results, or they are of another adapter or of another base.
-    """
+    """The rows of the adapter in a folder among what `hf-erasure evaluate` wrote; refused if of another."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     content = read_object(path)
@@ -165,10 +162,9 @@ def _column(content: dict[str, Any], names: list[str], config: ChildConfig, fold
         )
     kept, seen = Provenance.of(config).fingerprint, known[chosen[0]].get("base")
     if not isinstance(seen, dict) or not kept.keys() & seen.keys():
-        warnings.warn(
+        warn_user(
             f"Whether {path} was measured on the base that the {config.described} was fitted on cannot be checked: "
-            f"{'the adapter keeps no sample of it' if not kept else 'its weights could not be read there'}.",
-            stacklevel=4,
+            f"{'the adapter keeps no sample of it' if not kept else 'its weights could not be read there'}."
         )
     elif weight := unlike(kept, seen):
         raise ValueError(

@@ -155,7 +155,13 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
     if isinstance(config, ConceptErasureConfig):
         rows += kept_rows(run.results) + _add_erasure(facts, config, made)
     elif isinstance(config, GradiendConfig):
-        tested, chosen = (edit if _steered_by(edit, config) else ChosenEdit() for edit in (run.edit, made.selection))
+        now = {name: getattr(config, name) for name in ("feature_factor", "learning_rate", "pair")}
+
+        def if_steered(edit: ChosenEdit) -> ChosenEdit:
+            then = {name: edit.best.get(name, value) for name, value in now.items()}  # older ones do not say how
+            return edit if digest_of_data(then) == digest_of_data(now) else ChosenEdit()
+
+        tested, chosen = if_steered(run.edit), if_steered(made.selection)
         facts.method = _gradiend_method(config, made, chosen)
         rows += of_edit(tested, config, TESTED_ON) or of_edit(chosen, config, "the data that the edit was chosen on")
     facts.measured = [asdict(row) | {"change": row.change} for row in rows]
@@ -289,13 +295,6 @@ def _flat(point: dict[str, Any], config: GradiendConfig) -> dict[str, Any]:
         known = own if isinstance(own, dict) else {}
         found |= {form.format(name): known[name] for name in order | known if name in known}
     return found | {name: point.get(name) for name in _GRADIEND}
-
-
-def _steered_by(chosen: ChosenEdit, config: GradiendConfig) -> bool:
-    """Whether an adapter is steered as it was chosen; older ones do not say how they were."""
-    now = {name: getattr(config, name) for name in ("feature_factor", "learning_rate", "pair")}
-    then = now | {name: chosen.best[name] for name in now if name in chosen.best}
-    return digest_of_data(now) == digest_of_data(then)
 
 
 def of_training(concept: str, made: Provenance) -> list[Measured]:

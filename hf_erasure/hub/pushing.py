@@ -62,11 +62,7 @@ class PushError(OSError):
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Raise a `PushError` for what the client raises while it is at work on a repository.
-
-    Its own exceptions are of several types, of which some are not an `OSError`, over several lines, and about addresses
-    that the user has never seen.
-    """
+    """Raise a `PushError` that says what to do for what the client raises while it works on a repository."""
     try:
         yield
     except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
@@ -277,44 +273,32 @@ def _fitted_adapters(folder: Path) -> list[str]:
 # ---- the card of what transformers pushes ----------------------------------------------------------------------------
 
 
-class _PushedCard(ModelCard):
-    """What the repository has, or transformers' template; where an adapter of ours is pushed, our card takes it up."""
+def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    """The card that `push_to_hub` of transformers writes over that of what it pushes; of ours, our card takes it up."""
+    card: Any = original(repo_id, *args, **kwargs)
+    token = inspect.signature(original).bind(repo_id, *args, **kwargs).arguments.get("token")
+    save_as_it_is = card.save
 
-    hf_erasure_repo_id = ""
-    hf_erasure_token: Any = None
-
-    def save(self, filepath: Path | str) -> None:
-        """Write README.md into the folder that is about to be pushed."""
+    def save(filepath: Path | str) -> None:
         path = Path(filepath)
         if path.name != CARD or not cards.holds_adapters_only(path.parent):
-            super().save(filepath)
-            return
+            return save_as_it_is(filepath)
         # What lies in the folder and what lies on the Hub: the one that somebody has written counts.
         pushed_from = PUSHED_FROM.get()
         here = cards.text_of(path if pushed_from is None else pushed_from / CARD)
-        there = str(self)
+        there = str(card)
         if not cards.has_own_text(there):
-            # transformers takes it for nothing where the Hub could not be asked.
-            with explained(self.hf_erasure_repo_id):
-                known = _card_at(self.hf_erasure_repo_id, None, self.hf_erasure_token, CARD)
+            with explained(repo_id):  # transformers takes it for nothing where the Hub could not be asked
+                known = _card_at(repo_id, None, token, CARD)
             there = known if known is not None and cards.has_own_text(known) else there
         present = here if cards.has_own_text(here) else cards.filled(there, cards.text_of(path))
-        where, tags = self.hf_erasure_repo_id, self.data.get("tags") or []
-        cards.kept_quiet(path.parent, cards.write_card, repo_id=where, present=present, tags=tags)
+        tags = card.data.get("tags") or []
+        cards.kept_quiet(path.parent, cards.write_card, repo_id=repo_id, present=present, tags=tags)
         for name in [name for name, _ in cards.own_adapters(path.parent) if name]:
-            cards.kept_quiet(path.parent / name, cards.write_card, repo_id=where, subfolder=name)
+            cards.kept_quiet(path.parent / name, cards.write_card, repo_id=repo_id, subfolder=name)
 
-
-def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """The card that `push_to_hub` of transformers writes over that of what it pushes."""
-    card: Any = original(repo_id, *args, **kwargs)
-    given = inspect.signature(original).bind(repo_id, *args, **kwargs).arguments
-    card.__class__ = _PushedCard
-    card.hf_erasure_repo_id, card.hf_erasure_token = repo_id, given.get("token")
+    card.save = save
     return card
-
-
-# ---- Trainer ---------------------------------------------------------------------------------------------------------
 
 
 def write_pushed_card(trainer: Any, checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_erasure.adapters.common.files import write_whole
+from hf_erasure.fitting.report import AFTER, BEFORE, draw_leakage
 from hf_erasure.models.heads import HEAD_OF, Head
 
 from .facts import EFFECT, LEAKAGE, LONGEST, CardFacts, is_number, plain
@@ -42,8 +43,6 @@ _MARKS = re.compile(r"([\\`*_\[\]|~$])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _BLOCK = re.compile(r"<!-- hf-erasure ([0-9a-f]{12}): [^\n]*? -->\n(.*?)\n<!-- hf-erasure end -->", re.DOTALL)
 _NOTE = "made by hf-erasure; what you write before or after this part stays"
-# Colours of the lines and bars of pictures.
-_BEFORE, _AFTER = "#b3541e", "#1f5f8b"
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,7 @@ def card_of(
     library: str = "peft",
     **more: Any,
 ) -> Card:
-    """A filled template, without empty lines in a row, and its metadata, without results.
-
-    PEFT loads an adapter, and transformers a checkpoint that it was merged into. Tags of the package are added, and
-    those by which the Hub lists the adapters of a base.
-    """
+    """A filled template, without empty lines in a row, and its metadata without results, for a `library`."""
     auto_class = "AutoModel" if head is None else head.auto_class
     filled = environment().get_template(f"{template}{_SUFFIX}")
     text = filled.render(facts=facts, title=title, auto_class=auto_class, **more)
@@ -170,7 +165,15 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.globals["somewhere"] = SOMEWHERE
-    made.filters |= {"code": code, "listed": listed, "literal": literal, "number": number, "path": path}
+    made.filters |= {
+        "code": code,
+        "number": number,
+        "listed": lambda names: Markdown(", ".join(map(code, names))),
+        # A string as Python writes it, for a block of code.
+        "literal": lambda value: Markdown(json.dumps(plain(value), ensure_ascii=False)),
+        # A file or a name on the Hub, as the target of a link.
+        "path": lambda value: Markdown(quote(plain(value), safe="/")),
+    }
     return made
 
 
@@ -194,16 +197,6 @@ def code(value: Any) -> Markdown:
     return Markdown(f"`{text}`") if text and not re.search(r"[`|\\<>]", text) else escaped(text)
 
 
-def listed(values: Any) -> Markdown:
-    """Names separated by commas."""
-    return Markdown(", ".join(code(value) for value in values))
-
-
-def literal(value: Any) -> Markdown:
-    """A string as Python writes it, for a block of code."""
-    return Markdown(json.dumps(plain(value), ensure_ascii=False))
-
-
 def number(value: Any, form: str = "", interval: Any = None) -> Markdown:
     """A number in a form, or with as many digits as it deserves, and its interval; a dash where there is none."""
     if not is_number(value):
@@ -213,16 +206,8 @@ def number(value: Any, form: str = "", interval: Any = None) -> Markdown:
     return Markdown(f"{value:{form or usual}}{ends}")
 
 
-def path(value: Any) -> Markdown:
-    """A file or a name on the Hub, as the target of a link."""
-    return Markdown(quote(plain(value), safe="/"))
-
-
 def draw(facts: CardFacts, folder: Path) -> str | None:
-    """Draw what was measured into the folder; returns the file's name.
-
-    Nothing is drawn, and None returned, where there is nothing to draw or matplotlib is not installed.
-    """
+    """Draw what was measured into the folder, and return the file's name; None without matplotlib or a figure."""
     is_erasure = facts.kind == "concept_erasure"
     lines = [site for site in [*facts.sites, *facts.finals] if site["before"] is not None]
     shares = [row for row in facts.measured if row["before"] is not None and not row["is_other"]]
@@ -237,29 +222,14 @@ def draw(facts: CardFacts, folder: Path) -> str | None:
         figure = Figure(figsize=(8, 4 if is_erasure else 0.5 * len(bars) + 1.2), layout="constrained")
         axes = figure.subplots()
         if is_erasure:
-            _draw_leakage(axes, lines, facts.method["figures_on"])
+            draw_leakage(axes, lines, f"on {facts.method['figures_on']}")
+            axes.set_xticks(range(len(lines)), [line["name"] for line in lines], rotation=90, fontsize=6)
         else:
-            _draw_effect(axes, bars)
-        axes.legend()
+            for offset, when, color in ((-0.2, "before", BEFORE), (0.2, "after", AFTER)):
+                places = [i + offset for i in range(len(bars))]
+                axes.barh(places, [row[when] for row in bars], 0.38, color=color, label=when)
+            axes.set_yticks(range(len(bars)), [row["title"] for row in bars], fontsize=7)
+            axes.invert_yaxis()
+            axes.legend()
         write_whole(folder / name, lambda path: figure.savefig(path, format="png", dpi=110))
     return name
-
-
-def _draw_leakage(axes: Any, lines: list[dict[str, Any]], figures_on: str) -> None:
-    where = range(len(lines))
-    for when, color, marker, style in (("before", _BEFORE, "o", "-"), ("after", _AFTER, "s", "--")):
-        axes.plot(where, [line[when] for line in lines], marker=marker, color=color, linestyle=style, label=when)
-        ends = [line.get(f"{when}_interval") for line in lines]
-        if all(ends):
-            axes.fill_between(where, *zip(*ends, strict=True), color=color, alpha=0.15)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set_ylabel("correlation with the concept")
-    axes.set_title(f"on {figures_on}", fontsize=9)
-    axes.set_xticks(where, [line["name"] for line in lines], rotation=90, fontsize=6)
-
-
-def _draw_effect(axes: Any, bars: list[dict[str, Any]]) -> None:
-    for offset, when, color in ((-0.2, "before", _BEFORE), (0.2, "after", _AFTER)):
-        axes.barh([i + offset for i in range(len(bars))], [row[when] for row in bars], 0.38, color=color, label=when)
-    axes.set_yticks(range(len(bars)), [row["title"] for row in bars], fontsize=7)
-    axes.invert_yaxis()

@@ -373,8 +373,8 @@ def test_fitting_is_at_full_strength_whatever_the_strength_is() -> None:
         ({"target": [1.0]}, "must have 2 numbers"),
         ({"target": [0.5, 0.6]}, "whose sum is 1"),
         ({"target": [float("inf"), 0.0]}, "must have 2 numbers"),
-        ({"readings": ["male", "female"]}, "Fitting writes them"),
-        ({"readings": ["other"]}, "Fitting writes them"),
+        ({"readings": ["male", "female"]}, "Fitting writes that"),
+        ({"readings": ["other"]}, "Fitting writes that"),
     ],
 )
 def test_what_is_not_a_dial_is_refused(fields: dict, message: str) -> None:

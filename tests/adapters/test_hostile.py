@@ -89,7 +89,7 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     # sizes
     "rank 10^9": (lambda f: sites(f, rank=10**9), "not a width with a rank of at most that"),
-    "width and rank 10^9": (lambda f: sites(f, width=10**9, rank=10**9), "two files are not of the same adapter"),
+    "width and rank 10^9": (lambda f: sites(f, width=10**9, rank=10**9), "the two are not of the same adapter"),
     "negative rank": (lambda f: sites(f, rank=-1), "not a width with a rank"),
     "rank of text": (lambda f: sites(f, rank="1"), "fitted_sites=.* must be"),
     "rank that is true": (lambda f: sites(f, rank=True), "fitted_sites=.* must be"),

@@ -84,7 +84,7 @@ def test_a_part_of_an_adapter_is_not_saved(kind: str, way: str, tmp_path: Path, 
         ).save_model(str(folder)),
         "callback": lambda: save_adapters(model, folder, top="default"),
     }[way]
-    refused(act, folder, rf"this BertModel has {kept} of the {total} tensors of adapter 'default', and 'encoder")
+    refused(act, folder, rf"'encoder.* and {total - kept - 1} other tensors of the .* are missing in this BertModel")
 
 
 def test_an_adapter_whose_copy_of_a_module_was_replaced_is_not_saved(tmp_path: Path):
@@ -102,7 +102,7 @@ def test_of_two_adapters_neither_is_written_when_one_is_not_whole(kind: str, tmp
         model.save_pretrained(tmp_path / name)
     OF[kind].fit(model, "bert", "one", 7)
     next(iter(adapter_children(model, "two"))).delete_adapter("two")
-    refused(lambda: save_adapters(model, tmp_path), tmp_path, "tensors of adapter 'two'")
+    refused(lambda: save_adapters(model, tmp_path), tmp_path, "other tensors of the .* are missing in this BertModel")
 
 
 def test_values_that_never_arrived_are_not_saved(tmp_path: Path):

@@ -213,7 +213,7 @@ def test_another_adapter_is_not_overwritten(there: str, way: str, lifecycle: Lif
     if there == "damaged":
         place.mkdir(exist_ok=True)
         (place / "adapter_config.json").write_text("{")
-        words = "holds an adapter already, and of which kind cannot be told"
+        words = "holds an adapter already, of a kind that cannot be told"
     else:
         other = lifecycle.base("bert")
         config = peft.LoraConfig(target_modules=["query"]) if there == "LORA" else gradiend.config_of()

@@ -323,7 +323,7 @@ def test_gradiend_merges_into_float_weights_which_are_quantised_then(
 
     quantised = bases.load(architecture, kind)
     before = outputs_of(quantised, batch)
-    with pytest.raises(ValueError, match=r"is quantised in this model.* load the float weights, merge .* and quantise"):
+    with pytest.raises(ValueError, match=r"is quantised, and .* load the float weights, merge .* and quantise"):
         quantised.load_adapter(tmp_path / "adapter", NAME)
     assert not gradiend_layers(quantised) and same(outputs_of(quantised, batch), before)
     matrix(TABLE, "GRADIEND: load an adapter of quantised weights", kind, "refused")

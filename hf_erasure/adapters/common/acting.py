@@ -6,6 +6,7 @@ with a few of its values, since names change from one session to the next.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import traceback
@@ -24,7 +25,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import ChildConfig, Provenance, fits, short
-from .layer import AdapterChild, adapter_children
+from .layer import AdapterChild, adapter_children, configs_of
 from .model_state import ActiveCopies, auxiliary_wrappers, check_one_copy, note_adapters, undone_on_failure
 
 # Set while an adapter is being added or loaded: what went off is said once, when all is done.
@@ -85,19 +86,19 @@ def kind_of(config: PeftConfig | None, layer: nn.Module | None = None) -> str:
     return type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0].upper()
 
 
-def users_level() -> int:
-    """The `stacklevel` of the first caller outside of the libraries, for a warning that is raised by our caller."""
-    frame, level = sys._getframe(1), 1
+def warn_user(told: str) -> None:
+    """Warn the first caller outside of the libraries."""
+    frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         frame, level = frame.f_back, level + 1
-    return level
+    warnings.warn(told, stacklevel=level)
 
 
 # ---- what goes off when another comes --------------------------------------------------------------------------------
 
 
 @contextmanager
-def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
+def naming_what_goes_off(model: Any, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
     """Warn of what acted before an adapter came and does not afterwards, unless that is `expected`."""
     if _ADDING.get():  # the call that this one is a part of says it
         yield
@@ -108,33 +109,28 @@ def naming_what_goes_off(model: nn.Module, newcomer: str, expected: Iterable[str
         yield
     finally:
         _ADDING.reset(token)
-    if adapter_children(model):
-        after = adapters_now(model).on
-        off = {name: noun for name, noun in before.items() if name not in after and name not in expected}
-        if off:
-            _warn_of_adapters(model, off, newcomer)
-        if copies.wrappers or auxiliary_wrappers(model):
-            warn_of_copies(model, copies.on, newcomer if newcomer in after else "")
-
-
-def _warn_of_adapters(model: Any, off: dict[str, str], newcomer: str) -> None:
-    configs, together = all_configs(model), [*sorted(off), newcomer]
-    of_ours = any(isinstance(configs.get(name), ChildConfig) for name in off)
-    sticky = ", or write sticky=True in the configuration of an adapter that must stay on" if of_ours else ""
-    kept = [f"{place!r} of {name!r}" for place, name in ActiveCopies(model).on.items() if name in off]
-    copies = f" The trained {' and '.join(kept)} stays on." if kept else ""
-    elsewhere = [name for name in sorted(off) if name not in (getattr(model, "peft_config", None) or {})]
-    if elsewhere:
-        both = f"{elsewhere} and {newcomer!r} are of different models, one a part of the other: load both into one"
-    elif getattr(model, "_hf_peft_config_loaded", False):
-        both = f"Use both with model.set_adapter({together})"
-    else:
-        both = f"Use both with base_model.set_adapter({together}) of the PeftModel"
-    warnings.warn(
-        f"Adding {newcomer!r} switched {_listed(off)} off, since PEFT activates only the newcomer.{copies} "
-        f"{both}{sticky}.",
-        stacklevel=users_level(),
-    )
+    if not adapter_children(model):
+        return
+    after, configs = adapters_now(model).on, all_configs(model)
+    off = {name: noun for name, noun in before.items() if name not in after and name not in expected}
+    if off:
+        of_ours = any(isinstance(configs.get(name), ChildConfig) for name in off)
+        sticky = ", or write sticky=True in the configuration of an adapter that must stay on" if of_ours else ""
+        kept = [f"{place!r} of {name!r}" for place, name in ActiveCopies(model).on.items() if name in off]
+        stays = f" The trained {' and '.join(kept)} stays on." if kept else ""
+        together, elsewhere = [*sorted(off), newcomer], [name for name in sorted(off) if name not in configs_of(model)]
+        if elsewhere:
+            both = f"{elsewhere} and {newcomer!r} are of different models, one a part of the other: load both into one"
+        else:
+            holder = "model" if getattr(model, "_hf_peft_config_loaded", False) else "base_model"
+            both = f"Use both with {holder}.set_adapter({together})"
+            both += " of the PeftModel" if holder == "base_model" else ""
+        warn_user(
+            f"Adding {newcomer!r} switched {_listed(off)} off, since PEFT activates only the newcomer.{stays} "
+            f"{both}{sticky}."
+        )
+    if copies.wrappers or auxiliary_wrappers(model):
+        warn_of_copies(model, copies.on, newcomer if newcomer in after else "")
 
 
 def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
@@ -147,10 +143,9 @@ def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | Non
         # A user who switches adapters knows of a copy in whose place another acts.
         if acting != name and (newcomer is not None or acting is None):
             instead = "the untrained one of the base model does" if acting is None else f"that of {acting!r} does"
-            warnings.warn(
+            warn_user(
                 f"The {place!r} that was trained with the adapter {name!r} does not act any more: {instead}. It acts "
-                f"where {name!r} is among the adapters that are switched on.",
-                stacklevel=users_level(),
+                f"where {name!r} is among the adapters that are switched on."
             )
     for place, name in copies_now.on.items():
         copies: Any = copies_now.wrappers[place]._modules.get("modules_to_save")
@@ -158,10 +153,9 @@ def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | Non
             continue
         own, acting_copy = copies[newcomer].state_dict(), copies[name].state_dict()
         if any(not torch.equal(own[key], acting_copy[key]) for key in own):
-            warnings.warn(
+            warn_user(
                 f"The {place!r} that was trained with the adapter {newcomer!r} does not act: that of {name!r} does. "
-                f"It acts where {newcomer!r} is switched on without {name!r}.",
-                stacklevel=users_level(),
+                f"It acts where {newcomer!r} is switched on without {name!r}."
             )
 
 
@@ -170,33 +164,21 @@ def _listed(adapters: Mapping[str, str]) -> str:
 
 
 def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -> None:
-    """`set_adapter` of a transformers model, which stops halfway at a trained module that lacks one of the names.
-
-    After an adapter was added, by `add_adapter`, what goes off is named, and trained modules of other methods act on:
-    without them untrained ones would answer.
-    """
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    """`set_adapter` of a transformers model, which stops halfway at trained modules, and tells nobody what goes off."""
     if not adapter_children(model):
         return original(adapter_name)
-    copies, configs = ActiveCopies(model), all_configs(model)
-    if copies.wrappers:
-        check_one_copy(model, names)
-        note_adapters(model)  # a class of a task may have added its head since
-    ours = any(isinstance(configs.get(name), ChildConfig) for name in names)
+    names, copies, configs = check_one_copy(model, adapter_name), ActiveCopies(model), all_configs(model)
+    note_adapters(model)  # a class of a task may have added its head since
+    ours = {name for name, config in configs.items() if isinstance(config, ChildConfig)}
     # `add_adapter` switches its newcomer on last, as a user would: only the calls that are running tell.
     running = (frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code.co_name == "add_adapter")
     is_adding = any(frame.f_locals.get("self") is model for frame in running)
-
-    def stays(on: str, wrapper: AuxiliaryTrainingWrapper) -> bool:
-        is_concerned = ours or isinstance(configs.get(on), ChildConfig)
-        return on != "" and is_concerned and not wrapper._adapters & set(names)
-
     with naming_what_goes_off(model, names[0]) if is_adding else nullcontext():
         original(adapter_name)
         for wrapper in copies.wrappers.values():
             wrapper.set_adapter(names)
-        if is_adding:
-            copies.restore(trained=False, where=stays)
+        if is_adding and copies.wrappers:
+            copies.follow(names, lambda on: on in ours or bool(ours.intersection(names)), trained=False)
     if not is_adding:
         warn_of_copies(model, copies.on)
 
@@ -232,10 +214,9 @@ def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[
     if off:
         together = [*(name for name in now.acting if name != adapter_name), *off, adapter_name]
         are, them = ("are", "them") if len(off) > 1 else ("is", "it")
-        warnings.warn(
+        warn_user(
             f"{adapter_name!r} is being fitted while {_listed(off)} {are} off: what is fitted is for the model "
-            f"without {them}. Where they are to act together, call model.set_adapter({together}) first, and fit then.",
-            stacklevel=users_level(),
+            f"without {them}. Where they are to act together, call model.set_adapter({together}) first, and fit then."
         )
 
 
@@ -283,7 +264,7 @@ def undone_or_told(model: nn.Module, newcomer: str) -> Iterator[None]:
         for name in () if is_part else all_configs(model):
             said = other_than_when_fitted(model, name) if name in acting or name == newcomer else ""
             if said and said != before.get(name):
-                warnings.warn(said, stacklevel=users_level())
+                warn_user(said)
 
 
 def _sample(model: nn.Module, name: str) -> list[float]:
@@ -310,11 +291,8 @@ def _sample(model: nn.Module, name: str) -> list[float]:
 
 
 def _is_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    if then.get("kind") != now["kind"]:
-        return False
     kept, seen = then.get("sample"), now["sample"]
-    if not kept or not seen or not fits(kept, list[float]):
-        return then.get("name") == now["name"]
-    return len(kept) == len(seen) and all(
-        math.isclose(a, b, rel_tol=_ROUNDING, abs_tol=1e-30) for a, b in zip(kept, seen, strict=True)
-    )
+    if then.get("kind") != now["kind"] or not kept or not seen or not fits(kept, list[float]):
+        return then.get("kind") == now["kind"] and then.get("name") == now["name"]
+    is_near = functools.partial(math.isclose, rel_tol=_ROUNDING, abs_tol=1e-30)
+    return len(kept) == len(seen) and all(map(is_near, kept, seen))

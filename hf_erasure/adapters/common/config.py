@@ -16,7 +16,7 @@ import time
 import types
 import typing
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -27,7 +27,7 @@ from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 from torch import nn
 
-from .files import target_of
+from .files import CONFIG, target_of
 
 # Of tensors by name: the shape, and the types by which safetensors knows them.
 Layout = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
@@ -61,21 +61,13 @@ BY_FITTING = {"by": "fitting"}
 
 @dataclass
 class ChildConfig(PeftConfig):
-    """The configuration of an adapter that hangs on its modules as a child; its fields are told where a kind has them.
+    """The configuration of an adapter that hangs on modules as a child; its fields are told where a kind has them."""
 
-    Attributes:
-        noun: What messages call an adapter of this kind.
-        places: What they call the modules where one acts.
-        example: A configuration to write in a message.
-        remedy: What to call so that the adapter is fitted, in a sentence.
-        own_type: What PEFT calls the kind.
-    """
-
-    noun: ClassVar[str] = "hf_erasure adapter"
-    places: ClassVar[str] = "modules"
-    example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"
-    remedy: ClassVar[str]
-    own_type: ClassVar[PeftType]
+    noun: ClassVar[str] = "hf_erasure adapter"  # what messages call an adapter of this kind
+    places: ClassVar[str] = "modules"  # what they call the modules where one acts
+    example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"  # a configuration to write in a message
+    remedy: ClassVar[str]  # what to call so that the adapter is fitted, in a sentence
+    own_type: ClassVar[PeftType]  # what PEFT calls the kind
     # What `target_modules` may be besides names, a pattern and "all-linear".
     words: ClassVar[tuple[str, ...]] = ()
     # Whether nobody named the modules: they stood for `None` or "all-linear" when it was added, in this process.
@@ -206,6 +198,24 @@ class ChildConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
+def fault_of(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildConfig, where: str) -> str | None:
+    """What is wrong with tensors `where` something has them, by name their type and shape; None if they are whole."""
+    expected = config.tensors()
+    missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        return f"{missing[0]!r} and {len(missing) - 1} other tensors of the {config.described} are missing {where}"
+    if foreign:
+        return f"{foreign[0]!r} and {len(foreign) - 1} other tensors {where} do not belong to the {config.described}"
+    for name, (shape, kinds) in expected.items():
+        dtype, present = found[name]
+        if present != shape or dtype not in kinds:
+            return (
+                f"{name!r} {where} has shape {list(present)} and type {dtype}, where {CONFIG} says shape "
+                f"{list(shape)} and type {' or '.join(kinds)}: the two are not of the same adapter"
+            )
+    return None
+
+
 # ---- names and patterns ----------------------------------------------------------------------------------------------
 
 
@@ -287,6 +297,11 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):  # True is not a number here
         return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     return isinstance(value, str) if issubclass(hint, str) else isinstance(value, hint)
+
+
+def damaged(told: str, writer: str = "Fitting") -> ValueError:
+    """The error of a field that no user writes, and has what its writer never does."""
+    return ValueError(f"{told}. {writer} writes that; in a loaded {CONFIG} it means that the file is damaged.")
 
 
 def short(value: Any) -> str:

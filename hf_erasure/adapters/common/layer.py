@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -91,6 +92,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     # The attributes that have an entry for each adapter, besides the state.
     entries: ClassVar[tuple[str, ...]] = ("sticky_adapters",)
+    optional: ClassVar[tuple[str, ...]] = ()  # the parts that a file does not have where they have no rows
     # Tells the children of a kind in a model what else in it they concern, after its modules have changed.
     link: ClassVar[Any] = None
     host: nn.Module  # the module that this is a child of
@@ -126,26 +128,16 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         return (*self.entries, *self._modules)
 
     def _no_weight(self) -> Tensor:
-        raise AttributeError(f"the {self.noun} has no weight or bias of its own")
-
-    def _features(self) -> tuple[int, int]:
-        """What the host takes and gives, as a LoRA in its place would say."""
-        host: Any = innermost(self.host)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a host that no LoRA goes on
-            features, given = _get_in_out_features(host)
-        if features is None or given is None:
-            raise AttributeError(f"{type(host).__name__} at {self.path!r} has no in_features and out_features")
-        return features, given
+        raise AttributeError(f"the {self.noun} has no weight, bias or features of its own")
 
     # BaseTunerLayer reads these from the module that it wraps, and this one does not wrap any.
-    weight, bias = property(_no_weight), property(_no_weight)
-    in_features, out_features = property(lambda self: self._features()[0]), property(lambda self: self._features()[1])
+    weight = bias = in_features = out_features = property(_no_weight)
 
-    def stores(self, name: str) -> dict[str, StateDict]:
-        """The parts of an adapter that a file has, by the attribute that holds them."""
-        stores: dict[str, Any] = dict(self.named_children())
-        return {key: store for key, store in stores.items() if store.persistent and name in store}
+    def stores(self, name: str, *, empty: bool = False) -> dict[str, StateDict]:
+        """The parts of an adapter that a file has, by the attribute that holds them; or also those without rows."""
+        stores: Iterator[tuple[str, Any]] = self.named_children()
+        found = {key: store for key, store in stores if store.persistent and name in store}
+        return {key: store for key, store in found.items() if empty or key not in self.optional or len(store[name])}
 
     def state_placement(self) -> tuple[torch.device, torch.dtype]:
         """Where the state belongs, and in which precision; on the CPU where accelerate keeps the weights elsewhere."""
@@ -183,19 +175,16 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     def state_of(self, name: str) -> tuple[Tensor, ...]:
         """An adapter's tensors as they are, for `restore_state`; also those that a file does not have."""
-        return tuple(store[name] for store in AdapterChild.stores(self, name).values())
+        return tuple(store[name] for store in self.stores(name, empty=True).values())
 
     def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
         """Put back what `state_of` gave; it is checked when it is first used."""
-        for store, value in zip(AdapterChild.stores(self, name).values(), state, strict=True):
+        for store, value in zip(self.stores(name, empty=True).values(), state, strict=True):
             store[name] = value
         self._awaits_values.add(name)
 
     def take(self, name: str, values: Mapping[str, Tensor | None], device: Any = None) -> None:
-        """Take a file's values, by the attribute that holds a part, for an adapter, to where accelerate runs the host.
-
-        A `ValueError` says which one is missing, not finite, or of another shape.
-        """
+        """Take a file's values, by the attribute that holds a part, to where accelerate runs the host."""
         self.await_values(name)
         place, dtype = self.state_placement()
         for key, store in self.stores(name).items():
@@ -338,10 +327,14 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
+def configs_of(model: Any) -> dict[str, PeftConfig]:
+    """The configurations of a model's adapters, by name."""
+    return getattr(model, "peft_config", None) or {}
+
+
 def child_configs(model: Any) -> dict[str, ChildConfig]:
-    """The configurations of the adapters of either kind, by name."""
-    configs = getattr(model, "peft_config", None) or {}
-    return {name: config for name, config in configs.items() if isinstance(config, ChildConfig)}
+    """Those of the adapters of either kind."""
+    return {name: config for name, config in configs_of(model).items() if isinstance(config, ChildConfig)}
 
 
 def ordinary(tensor: Tensor) -> Tensor:

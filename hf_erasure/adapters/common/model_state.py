@@ -11,7 +11,7 @@ Calls are inside of one another, as `from_pretrained` calls `load_adapter`: the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,9 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
-from .config import ChildConfig
 from .files import PREFIX
-from .layer import AdapterChild, adapter_children, is_child, refuse_names
+from .layer import AdapterChild, adapter_children, child_configs, configs_of, is_child, refuse_names
 
 # The base models that a call is being undone for if it fails, by their ids.
 _UNDONE: ContextVar[frozenset[int]] = ContextVar("undone", default=frozenset())
@@ -91,11 +90,10 @@ class _Trained(AuxiliaryTrainingWrapper):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Let the copy that one of these adapters has act, or none; transformers names adapters without one, too."""
-        if isinstance(adapter_names, _Stays):
-            return
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        known = [name for name in names if name in self._adapters]
-        super().set_adapter(adapter_names if known == [adapter_names] else known, inference_mode=inference_mode)
+        if not isinstance(adapter_names, _Stays):
+            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+            known = [name for name in names if name in self._adapters]
+            super().set_adapter(adapter_names if known == [adapter_names] else known, inference_mode=inference_mode)
 
     def be_plain(self) -> None:
         """Become PEFT's own wrapper again."""
@@ -135,59 +133,50 @@ class ActiveCopies:
             self._active[name] = [(part, part._active_adapter) for part in parts if part is not None]
             self._trained[name] = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
 
-    def restore(
-        self, *, trained: bool = True, where: Callable[[str, AuxiliaryTrainingWrapper], bool] | None = None
-    ) -> None:
-        """Let the copies act again that did, and put back which of their parameters are `trained`.
+    def restore(self, places: Iterable[str] | None = None, *, trained: bool = True) -> None:
+        """Let the copies act again that did, all or those at `places`, and the parameters be `trained` that were."""
+        for name in self.wrappers if places is None else places:
+            for part, active in self._active[name]:
+                part._active_adapter = active
+            for parameter, required in self._trained[name] if trained else ():
+                parameter.requires_grad_(required)
 
-        `where` says of the adapter whose copy acted, "" for none, and the wrapper, whether to.
-        """
-        for name, wrapper in self.wrappers.items():
-            if where is None or where(self.on.get(name, ""), wrapper):
-                for part, active in self._active[name]:
-                    part._active_adapter = active
-                for parameter, required in self._trained[name] if trained else ():
-                    parameter.requires_grad_(required)
-
-    def hand_on(self, newcomer: str, but: Collection[str]) -> None:
-        """Let the copies of a newcomer start from those that acted, but for those of its own method, which go off."""
-        for name, acted in self.on.items():
-            copies: Any = self.wrappers[name]._modules.get("modules_to_save")
-            if copies is not None and newcomer in copies and acted not in but:
-                copies[newcomer].load_state_dict(copies[acted].state_dict())
+    def follow(self, names: Iterable[str], stays: Callable[[str], bool], *, trained: bool = True) -> None:
+        """After adapters were switched on: where they have no copy, that of an adapter that `stays` acts, or none."""
+        left = [place for place, wrapper in self.wrappers.items() if not wrapper._adapters.intersection(names)]
+        for place in left:
+            self.wrappers[place].set_adapter([])
+        self.restore([place for place in left if place in self.on and stays(self.on[place])], trained=trained)
 
 
-def check_one_copy(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to switch on adapters that have copies of one module."""
-    names = list(dict.fromkeys(names))
+def check_one_copy(model: nn.Module, adapters: str | Iterable[str]) -> list[str]:
+    """The names of adapters to switch on; refused where several have copies of one module."""
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
     for place, wrapper in auxiliary_wrappers(model).items():
-        rivals = [name for name in names if name in wrapper._adapters]
+        rivals = [name for name in dict.fromkeys(names) if name in wrapper._adapters]
         if len(rivals) > 1:
-            left = [name for name in names if name not in rivals[1:]]
+            left = [name for name in dict.fromkeys(names) if name not in rivals[1:]]
             raise ValueError(
                 f"{rivals} cannot all be active: each has a trained copy of {place!r}, and one module can act. Switch "
                 f"on one of them, as in set_adapter({left}), or add the others without that module in their "
                 "modules_to_save."
             )
-
-
-# ---- taking adapters off ---------------------------------------------------------------------------------------------
+    return names
 
 
 def _remove_adapter(model: Any, adapter_name: str) -> None:
     """Take an adapter off all its modules, with the children that are empty then and its configuration."""
     take_off(adapter_children(model, adapter_name), adapter_name)
-    for wrapper in auxiliary_wrappers(model).values():
-        if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
-            wrapper.delete_adapter(adapter_name, [])
     for child in adapter_children(model):
         if not child.adapters:
             child.detach()
     for name, wrapper in reversed(auxiliary_wrappers(model).items()):  # the innermost first
+        if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
+            wrapper.delete_adapter(adapter_name, [])
         if not wrapper._adapters:
             model.set_submodule(name, wrapper.original_module)
     note_adapters(model)
-    configs = getattr(model, "peft_config", None) or {}
+    configs = configs_of(model)
     configs.pop(adapter_name, None)
     if not configs and "peft_config" in vars(model):
         del model.peft_config
@@ -237,10 +226,7 @@ def note_adapters(model: Any, *, deleting: bool = False) -> None:
 
 @dataclass(eq=False)
 class AdapterBuffers(Iterable[str]):
-    """The names of the buffers of all adapters of a model at present, and what was there before.
-
-    Names are looked up anew each time: fitting, loading and deleting change them.
-    """
+    """The names of the buffers of all adapters at present, since fitting changes them, and what was there before."""
 
     model: nn.Module  # the base model
     others: Iterable[str]  # names that someone else wants ignored
@@ -253,9 +239,6 @@ class AdapterBuffers(Iterable[str]):
                     yield name
                     # DDP may wrap a `PeftModel`, which hands on the attribute of the model inside.
                     yield PREFIX + name
-
-
-# ---- children beside wrappers of other methods -----------------------------------------------------------------------
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
@@ -274,11 +257,7 @@ def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable
 
 
 def rehome_layers(model: nn.Module) -> None:
-    """Move the children of modules that another adapter has wrapped out to the wrapper.
-
-    An erasure then sees what the wrapped module and the other adapter give together, whichever came first, and the
-    keys in the state dict stay as they are.
-    """
+    """Move the children of wrapped modules out to the wrapper: adapters act alike in whatever order they came."""
     modules, within = dict(model.named_modules()), Within(weakref.ref(model))
     for child in adapter_children(model):
         child.within = within
@@ -297,9 +276,6 @@ def move_inside_wrappers(model: nn.Module) -> None:
             child.rehome(child.host.get_base_layer())
 
 
-# ---- undoing a call that failed --------------------------------------------------------------------------------------
-
-
 @contextmanager
 def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, is_new: bool = False) -> Iterator[None]:
     """Put a model back as it was if the block raises, and what came is an adapter of this package.
@@ -312,7 +288,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     if id(base) in _UNDONE.get():  # the outer block undoes all
         yield
         return
-    is_new = is_new or adapter_name not in (getattr(model, "peft_config", None) or {})
+    is_new = is_new or adapter_name not in configs_of(model)
     loaded, trained_copies = getattr(model, "_hf_peft_config_loaded", None), ActiveCopies(model)
     modules = [(module, module.training) for module in model.modules()]
     active = [(module, module._active_adapter) for module, _ in modules if isinstance(module, BaseTunerLayer)]
@@ -326,8 +302,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     try:
         yield
     except BaseException:
-        config = (getattr(model, "peft_config", None) or {}).get(adapter_name)
-        if is_ours or isinstance(config, ChildConfig) or adapter_children(model, adapter_name):
+        if is_ours or adapter_name in child_configs(model) or adapter_children(model, adapter_name):
             if is_new:
                 _remove_adapter(model, adapter_name)
             for child, state in values:
@@ -343,7 +318,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
                 parameter.requires_grad_(required)
             trained_copies.restore()
             if loaded is not None:  # `add_adapter` of transformers says so before anything is added
-                model._hf_peft_config_loaded = loaded and bool(getattr(model, "peft_config", None))
+                model._hf_peft_config_loaded = loaded and bool(configs_of(model))
         elif adapter_children(model):
             trained_copies.restore()
         raise

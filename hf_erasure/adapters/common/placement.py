@@ -36,11 +36,7 @@ def execution_device(module: nn.Module) -> Any:
 
 @contextmanager
 def left_in_place(model: Any) -> Iterator[None]:
-    """Hide the map of an offloaded model from PEFT, which would take accelerate's hooks off and spread it anew.
-
-    That brings back what is offloaded, or fails where it was loaded from disk; and hooks on modules that stay in place
-    do not need it.
-    """
+    """Hide the map of an offloaded model from PEFT, which would spread it anew, and bring back what is offloaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     places = base.__dict__.pop("hf_device_map", None)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,20 +20,11 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ..loading.fingerprint import recognise
-from .acting import all_configs, kind_of, naming_what_goes_off
+from . import model_state
+from .acting import all_configs, kind_of, naming_what_goes_off, warn_user
 from .config import ChildConfig, as_names, check_targets
 from .files import UNSEEN
 from .layer import AdapterChild, Rows, adapter_children, child_configs, is_child, outside_inference_mode
-from .model_state import (
-    ActiveCopies,
-    auxiliary_wrappers,
-    check_one_copy,
-    move_inside_wrappers,
-    note_adapters,
-    refuse_copies,
-    rehome_layers,
-    undone_on_failure,
-)
 
 # What PEFT calls a row without an adapter.
 _NO_ADAPTER = "__base__"
@@ -77,11 +67,7 @@ class ChildTuner(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules directly in this one.
-
-        PEFT's classes of tasks ask for them right after they have written their head into the caller's configuration,
-        which is given back here as it was.
-        """
+        """The modules inside; PEFT asks when it has written its head into the caller's configuration: undone here."""
         if self.callers is not None:
             (config, count), self.callers = self.callers, None
             config.forget_modules_to_save(count)
@@ -95,8 +81,9 @@ class ChildTuner(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = config.copied()
         try:
-            with undone_on_failure(model, adapter_name, is_ours=True, is_new=True), outside_inference_mode():
-                copies = ActiveCopies(model)
+            undone = model_state.undone_on_failure(model, adapter_name, is_ours=True, is_new=True)
+            with undone, outside_inference_mode():
+                copies = model_state.ActiveCopies(model)
                 _check_name(adapter_name, model)
                 if UNSEEN.get() is not None:
                     raise ValueError(
@@ -118,10 +105,13 @@ class ChildTuner(BaseTuner):
                     sharers = {f"{name}.{self.prefix}": None for name in config.sharers_of(given)}
                     kwargs["state_dict"] = given | sharers
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                if config.modules_to_save:
-                    kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
-                    copies.hand_on(adapter_name, but=kin)
-                refuse_copies(model, adapter_name)
+                # The newcomer's copies start from those that acted, but for those of its own method, which go off.
+                kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
+                for place, acted in copies.on.items():
+                    trained: Any = copies.wrappers[place]._modules.get("modules_to_save")
+                    if trained is not None and adapter_name in trained and acted not in kin:
+                        trained[adapter_name].load_state_dict(trained[acted].state_dict())
+                model_state.refuse_copies(model, adapter_name)
                 # Tensors that are given along are a wish for some of the modules.
                 is_known = config.is_settled and kwargs.get("state_dict") is None
                 wanted = list(config.fitted_modules) if is_known else []
@@ -223,19 +213,14 @@ class ChildTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Switch adapters of this kind on; PEFT would also switch trained modules of other methods, which stay."""
-        if not auxiliary_wrappers(self.model):
+        if not model_state.auxiliary_wrappers(self.model):
             super().set_adapter(adapter_name, *args, **kwargs)
             return
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        check_one_copy(self.model, names)
-        copies, configs = ActiveCopies(self.model), {**all_configs(self.model), **self.peft_config}
-        kinds = {kind_of(configs[name]) for name in names if name in configs}
+        names, copies = model_state.check_one_copy(self.model, adapter_name), model_state.ActiveCopies(self.model)
+        configs = {**all_configs(self.model), **self.peft_config}
         super().set_adapter(adapter_name, *args, **kwargs)
-        others = {name for name, config in configs.items() if kind_of(config) not in kinds}
-        for place, wrapper in copies.wrappers.items():
-            if copies.on.get(place) not in others and not wrapper._adapters & set(names):
-                wrapper.set_adapter([])
-        copies.restore(where=lambda on, wrapper: on in others and not wrapper._adapters & set(names))
+        kinds = {kind_of(configs[name]) for name in names if name in configs}
+        copies.follow(names, lambda on: on in configs and kind_of(configs[on]) not in kinds)
 
     def _children(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
@@ -296,7 +281,7 @@ class ChildTuner(BaseTuner):
         merged = {name for child in children for name in child.merged_adapters}
         left = [name for name in names if name not in merged]
         if merged and not left:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=4)
+            warn_user("All adapters are already merged, nothing to do.")
         return left
 
     def _unload_and_optionally_merge(
@@ -316,13 +301,13 @@ class ChildTuner(BaseTuner):
                 child.unmerge()
             child.forget_originals()
             child.detach()
-        for name, wrapper in reversed(auxiliary_wrappers(self.model).items()):
+        for name, wrapper in reversed(model_state.auxiliary_wrappers(self.model).items()):
             if wrapper._adapters <= own and not adapter_children(wrapper):
                 module = wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
                 self.model.set_submodule(name, module)
             for adapter in wrapper._adapters & own if wrapper._adapters - own else ():
                 wrapper.delete_adapter(adapter, [])
-        note_adapters(self.model)
+        model_state.note_adapters(self.model)
         configs: dict[str, Any] = self.peft_config
         # Adapters of the other kind, and those of other methods, which stay.
         left = {
@@ -347,20 +332,21 @@ def inject_adapter(
     if not isinstance(tuner, ChildTuner) and not adapter_children(model):
         original(model, adapter_name, *args, **kwargs)
         return
+    copied = getattr(tuner.peft_config[adapter_name], "modules_to_save", None)
     try:
-        refuse_copies(model, adapter_name, getattr(tuner.peft_config[adapter_name], "modules_to_save", None) or ())
+        model_state.refuse_copies(model, adapter_name, copied or ())
     except ValueError:
         tuner.peft_config.pop(adapter_name)
         raise
-    copies = ActiveCopies(model)
+    copies = model_state.ActiveCopies(model)
     with naming_what_goes_off(model, adapter_name):
         try:
             original(model, adapter_name, *args, **kwargs)
         except BaseException:
             copies.restore()
             raise
-        rehome_layers(model)
-        note_adapters(model)
+        model_state.rehome_layers(model)
+        model_state.note_adapters(model)
 
 
 def make_peft_model(
@@ -376,7 +362,7 @@ def make_peft_model(
         heads = next((names for kind, names in _HEADS.items() if isinstance(wrapped, kind)), ())
         if isinstance(wrapped, PeftModelForSequenceClassification):
             peft_config.forget_modules_to_save(len(peft_config.modules_to_save or ()) - len(heads))
-        with undone_on_failure(model, adapter_name, is_ours=True):
+        with model_state.undone_on_failure(model, adapter_name, is_ours=True):
             original(model, peft_config.copied(heads), adapter_name, **kwargs)
         tuner: Any = wrapped.base_model
         tuner.callers = peft_config, len(peft_config.modules_to_save or ())
@@ -405,24 +391,18 @@ def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> A
     model, configs = tuner.model, child_configs(tuner)
     if isinstance(tuner, ChildTuner) or not adapter_children(model):
         return original(*args, **kwargs)
-    move_inside_wrappers(model)
+    model_state.move_inside_wrappers(model)
     try:
         result = original(*args, **kwargs)
     finally:
-        rehome_layers(model)
+        model_state.rehome_layers(model)
     if configs:
         model.peft_config = configs
     return result
 
 
-# ---- names of modules ------------------------------------------------------------------------------------------------
-
-
 def exactly(names: list[str], model: nn.Module) -> Any:
-    """`target_modules` that mean these modules and no others.
-
-    PEFT takes a name in a list for a suffix too, so that the final norm `norm` would stand for every `….norm`.
-    """
+    """`target_modules` that mean these modules and no others; PEFT takes `norm` in a list for every `….norm`, too."""
     suffixes = tuple(f".{name}" for name in names)
     if any(name.endswith(suffixes) and name not in names for name, _ in model.named_modules()):
         return "|".join(re.escape(name) for name in names)

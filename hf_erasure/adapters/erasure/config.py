@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_erasure.erasers.least_squares import ROUNDS
 
-from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, fits, short
+from ..common.config import BY_FITTING, FLOATS, ChildConfig, Layout, damaged, fits, short
 from ..internals import extend_peft_type
 
 CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
@@ -27,17 +27,13 @@ _MOST_AXES = 64
 _FULL = float("1")
 # Fields that releases before do not know, and warn of.
 _LATER = {"weights": None, "strength": 1.0, "target": None, "readings": None}
-_SAYS = object()
 _STRONGEST = 2.0
 # Shares of classes are written with some digits.
 _SUM = 1e-6
 # The first row of `readings` of a concept of values; one for each of its columns follows.
 _ORIGIN = "0"
-_NOT_A_WEIGHT = (
-    "which does not name the weights at a site, as [module, parameter, axis], the site's own first. Adding with "
-    "target_modules='readers' or 'writers' writes them; in a loaded adapter_config.json it means that the file is "
-    "damaged."
-)
+_NOT_A_WEIGHT = "which does not name the weights at a site, as [module, parameter, axis], the site's own first"
+_ADDING = "Adding with target_modules='readers' or 'writers'"
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -142,40 +138,6 @@ class ConceptErasureConfig(ChildConfig):
             )
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is not known; choose one of {', '.join(map(repr, METHODS))}.")
-        self._check_site()
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
-        self._check_concept()
-        self._check_dial()
-        if self.fitted and not self.fitted_sites:
-            raise ValueError(
-                "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config; in a "
-                "loaded adapter_config.json their absence means the file is damaged."
-            )
-        for name, size in (self.fitted_sites or {}).items():
-            width, rank = size.get("width", -1), size.get("rank", -1)
-            axes = [size[key] for key in ("axis", "examples") if key in size]
-            is_sound = size.keys() - {"axis", "examples"} == {"width", "rank"} and 0 <= rank <= width
-            if not is_sound or not all(-1 <= axis < _MOST_AXES for axis in axes) or len(set(axes)) < len(axes):
-                raise ValueError(
-                    f"fitted_sites has {short(size)} at {name!r}, which is not a width with a rank of at most that. "
-                    "Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
-                )
-        if self.weights is not None:
-            self._check_weights(self.weights)
-        elif self.fitted and self.word:
-            raise ValueError(
-                f"target_modules={self.target_modules!r} of a fitted adapter needs weights, which adding writes; in a "
-                "loaded adapter_config.json its absence means that the file is damaged."
-            )
-
-    @property
-    def word(self) -> str:
-        """The word that stands for the modules to be found; nothing where `target_modules` is something else."""
-        target = self.target_modules.lower() if isinstance(self.target_modules, str) else ""
-        return target if target in WORDS else ""
-
-    def _check_site(self) -> None:
         self.site = self.site or WORDS.get(self.word, "output")
         if self.site not in SITES:
             raise ValueError(f"site={self.site!r} is not known; choose 'output' or 'input'.")
@@ -185,6 +147,31 @@ class ConceptErasureConfig(ChildConfig):
                 f"target_modules={self.word!r} erases at the {WORDS[self.word]} of the modules, and site={self.site!r} "
                 f"was given: leave site out, or choose target_modules={other!r}."
             )
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
+        self._check_concept()
+        self._check_dial()
+        if self.fitted and not self.fitted_sites:
+            raise damaged(
+                "fitted=True needs fitted_sites, the width and rank of each site. Leave both out of a new config"
+            )
+        for name, size in (self.fitted_sites or {}).items():
+            width, rank = size.get("width", -1), size.get("rank", -1)
+            axes = [size[key] for key in ("axis", "examples") if key in size]
+            is_sound = size.keys() - {"axis", "examples"} == {"width", "rank"} and 0 <= rank <= width
+            if not is_sound or not all(-1 <= axis < _MOST_AXES for axis in axes) or len(set(axes)) < len(axes):
+                told = f"fitted_sites has {short(size)} at {name!r}"
+                raise damaged(f"{told}, which is not a width with a rank of at most that")
+        if self.weights is not None:
+            self._check_weights(self.weights)
+        elif self.fitted and self.word:
+            raise damaged(f"target_modules={self.target_modules!r} of a fitted adapter needs weights", "Adding")
+
+    @property
+    def word(self) -> str:
+        """The word that stands for the modules to be found; nothing where `target_modules` is something else."""
+        target = self.target_modules.lower() if isinstance(self.target_modules, str) else ""
+        return target if target in WORDS else ""
 
     def _check_weights(self, weights: dict[str, list[list]]) -> None:
         """Refuse what adding never writes: a stranger's file may name anything."""
@@ -192,24 +179,20 @@ class ConceptErasureConfig(ChildConfig):
         for site, group in weights.items():
             for entry in group:
                 if not fits(entry, tuple[str, str, int]) or not all(entry[:2]) or not 0 <= entry[2] < _MOST_AXES:
-                    raise ValueError(f"weights has {short(entry)} at {short(site)}, {_NOT_A_WEIGHT}")
+                    raise damaged(f"weights has {short(entry)} at {short(site)}, {_NOT_A_WEIGHT}", _ADDING)
                 if seen.setdefault(entry[0], site) != site:
-                    raise ValueError(
-                        f"weights has {short(entry[0])} at two sites, {short(seen[entry[0]])} and {short(site)}: it is "
-                        "damaged. Add the adapter anew with target_modules='readers' or 'writers'."
-                    )
+                    other = short(seen[entry[0]])
+                    raise damaged(f"weights has {short(entry[0])} at two sites, {other} and {short(site)}", _ADDING)
             if not group or group[0][0] != site or len({tuple(entry) for entry in group}) != len(group):
-                raise ValueError(f"weights has {short(group)} at {short(site)}, {_NOT_A_WEIGHT}")
-        if not weights or (self.fitted_sites is not None and self.fitted_sites.keys() != weights.keys()):
-            raise ValueError(
-                f"weights has the sites {short(sorted(weights))}, and fitted_sites "
-                f"{short(sorted(self.fitted_sites or ()))}. Adding writes one and fitting the other, for the same "
-                "sites; in a loaded adapter_config.json it means that the file is damaged."
-            )
+                raise damaged(f"weights has {short(group)} at {short(site)}, {_NOT_A_WEIGHT}", _ADDING)
+        fitted = weights.keys() if self.fitted_sites is None else self.fitted_sites.keys()
+        if not weights or fitted != weights.keys():
+            told = f"weights has the sites {short(sorted(weights))}, and fitted_sites {short(sorted(fitted))}"
+            raise damaged(f"{told}, which are the same", _ADDING)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON knows them, without those that were added later where they say nothing."""
-        return {name: value for name, value in super().to_dict().items() if _LATER.get(name, _SAYS) != value}
+        return {name: v for name, v in super().to_dict().items() if name not in _LATER or _LATER[name] != v}
 
     def take_fitted(self, saved: Any) -> None:
         """Take over what fitting wrote into a saved configuration, where this one was never fitted."""
@@ -250,10 +233,7 @@ class ConceptErasureConfig(ChildConfig):
                 "mirrors activations at the mean."
             )
         if self.readings is not None and self.readings != (named := self.readings_of(self.readings)):
-            raise ValueError(
-                f"readings={short(self.readings)} are not among {short(named)}. Fitting writes them; in a loaded "
-                "adapter_config.json it means that the file is damaged."
-            )
+            raise damaged(f"readings={short(self.readings)} are not among {short(named)}")
         if self.target is None:
             return
         if isinstance(self.target, str):
@@ -367,8 +347,7 @@ class ConceptErasureConfig(ChildConfig):
             width, rank = size["width"], size["rank"]
             shapes: dict[str, tuple[int, ...]] = {"left": (width, rank), "right": (rank, width), "bias": (width,)}
             shapes |= {} if self.readings is None else {"readings": (len(self.readings), rank)}
-            for part, shape in shapes.items():
-                found[f"{site}.concept_erasure.concept_erasure_{part}"] = shape, FLOATS
+            found |= {f"{site}.concept_erasure.concept_erasure_{part}": (s, FLOATS) for part, s in shapes.items()}
         return found
 
     def has_size_of(self, name: str, shape: list[int]) -> bool:

@@ -33,6 +33,7 @@ class ErasureLayer(AdapterChild):
     child_name = CHILD
     noun = "erasure"
     precisions = (torch.float32, torch.float64)
+    optional = ("concept_erasure_readings",)
     entries = (
         "sticky_adapters",
         "concept_erasure_site",
@@ -92,11 +93,11 @@ class ErasureLayer(AdapterChild):
         size = config.fitted_sites[self.path] if config.fitted and config.fitted_sites else {"width": 0, "rank": 0}
         self.concept_erasure_axis[name] = size.get("axis", -1)
         self.concept_erasure_examples[name] = size.get("examples", 0)
-        self.concept_erasure_left[name] = torch.zeros(size["width"], size["rank"], device=device, dtype=dtype)
-        self.concept_erasure_right[name] = torch.zeros(size["rank"], size["width"], device=device, dtype=dtype)
-        self.concept_erasure_bias[name] = torch.zeros(size["width"], device=device, dtype=dtype)
-        rows = len(config.readings or ())
-        self.concept_erasure_readings[name] = torch.zeros(rows, size["rank"], device=device, dtype=dtype)
+        width, rank, rows = size["width"], size["rank"], len(config.readings or ())
+        shapes = [(width, rank), (rank, width), (width,), (rows, rank)]
+        stores: Any = self.children()
+        for store, shape in zip(stores, shapes, strict=True):
+            store[name] = torch.zeros(shape, device=device, dtype=dtype)
         if config.dial is not None:
             self.dials[name] = config.dial
         if config.fitted:
@@ -130,18 +131,14 @@ class ErasureLayer(AdapterChild):
         examples: int = 0,
         readings: Tensor | None = None,
     ) -> None:
-        """Put a fitted eraser in place, along the axis of the features; a purely linear one keeps a zero bias.
-
-        With it what the mean of each class reads `(classes, rank)`, where that is known.
-        """
+        """Put a fitted eraser in place, with what it reads in each class's mean `(classes, rank)`, if known."""
         self.concept_erasure_axis[name], self.concept_erasure_examples[name] = axis, examples
         device, _ = self.state_placement()
-        stores = self.concept_erasure_left, self.concept_erasure_right, self.concept_erasure_bias
-        for store, part in zip(stores, eraser.parts(device, dtype), strict=True):
+        known = eraser.right.new_zeros(0, eraser.rank) if readings is None else readings
+        stores: Any = self.children()
+        for store, part in zip(stores, (*eraser.parts(device, dtype), known.to(device, dtype)), strict=True):
             # In the strides that loading will give it: others let matrix products sum in another order.
             store[name] = part.clone(memory_format=torch.contiguous_format)
-        known = eraser.right.new_zeros(0, eraser.rank) if readings is None else readings
-        self.concept_erasure_readings[name] = known.to(device, dtype).clone(memory_format=torch.contiguous_format)
         self._awaits_values.discard(name)
 
     def set_dial(self, name: str, dial: Dial | None) -> None:
@@ -170,14 +167,6 @@ class ErasureLayer(AdapterChild):
                 known = self._dialled[name] = made_of, versions, self.dials[name].of(parts, readings)
         return known[2]
 
-    def stores(self, name: str) -> dict[str, StateDict]:
-        """The parts of an adapter that a file has, by the attribute that holds them."""
-        found = super().stores(name)
-        has_readings = name in self.concept_erasure_readings and len(self.concept_erasure_readings[name]) > 0
-        return {
-            key: store for key, store in found.items() if has_readings or store is not self.concept_erasure_readings
-        }
-
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry of `fitted_sites`."""
         (width, rank), axis = self.concept_erasure_left[name].shape, self.concept_erasure_axis[name]
@@ -193,11 +182,7 @@ class ErasureLayer(AdapterChild):
         return apply_erasure(hidden, *self.parts_on(name, hidden.device), self.site_of(name).concept_erasure_axis[name])
 
     def parts_on(self, name: str, device: torch.device) -> Parts:
-        """An eraser's `left`, `right` and `bias` on a device.
-
-        Those of this site stay there: accelerate may have moved the model. It may also have put modules that share an
-        eraser on different devices.
-        """
+        """The `left`, `right` and `bias` that act, on a device: accelerate may have moved or spread the modules."""
         self.move_state(name, device)
         left, right, bias = (part.to(device) for part in self.eraser_state(name))
         return left, right, bias
@@ -313,9 +298,6 @@ def site_layers(model: nn.Module, adapter_name: str) -> dict[str, ErasureLayer]:
     }
 
 
-# ---- modules that share an eraser ------------------------------------------------------------------------------------
-
-
 class MadeOnce:
     """What an eraser made of a tensor that several modules take, so that it runs once for all of them.
 
@@ -349,11 +331,7 @@ class MadeOnce:
         *,
         is_fitted: bool = False,
     ) -> Tensor:
-        """What an eraser makes of a tensor, or has made of it when another of so many modules took it.
-
-        Another result is due where it is made `by` other tensors or for other rows. Where a site is being fitted, an
-        observer must see a tensor once, also in inference mode.
-        """
+        """What an eraser makes of a tensor for the first of so many modules, `by` the same and for the same rows."""
         is_kept = is_fitted if hidden.is_inference() else not (hidden.requires_grad and torch.is_grad_enabled())
         if modules < 2 or type(hidden) is not Tensor or not is_kept:
             return make(hidden)
@@ -380,14 +358,8 @@ def _version(part: Any) -> int:
     return part._version if isinstance(part, Tensor) and not part.is_inference() else 0
 
 
-# ---- the hidden state in what a module takes or returns --------------------------------------------------------------
-
-
 def hidden_of_output(output: Any, where: str) -> Tensor:
-    """The hidden state a module returned: the tensor itself, the first of a tuple, or `last_hidden_state`.
-
-    A tuple of one in its place is read like it (PVT v2). The module at `where` that returns another is refused.
-    """
+    """The hidden state that the module at `where` returned: a tensor, the first of a tuple, or by its name."""
     found = output
     if isinstance(output, dict):
         found = output.get("last_hidden_state", next(iter(output.values()), None))

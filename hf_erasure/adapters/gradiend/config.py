@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from hf_erasure.gradiend.features import ACTIVATIONS
 
-from ..common.config import BY_FITTING, FLOATS, INDICES, ChildConfig, Layout, fits, short
+from ..common.config import BY_FITTING, FLOATS, INDICES, ChildConfig, Layout, damaged, fits, short
 from ..internals import extend_peft_type
 
 GRADIEND = extend_peft_type("GRADIEND")
@@ -88,10 +88,8 @@ class GradiendConfig(ChildConfig):
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r} is not known; choose one of {', '.join(map(repr, SOURCES))}.")
         if self.fitted and not (self.fitted_parameters and self.pairs and self.encoders):
-            raise ValueError(
-                "fitted=True needs pairs, encoders and fitted_parameters, the shape of each weight's change. Leave all "
-                "of them out of a new config; in a loaded adapter_config.json their absence means the file is damaged."
-            )
+            told = "fitted=True needs pairs, encoders and fitted_parameters, the shape of each weight's change"
+            raise damaged(f"{told}. Leave all of them out of a new config")
         self._check_fitted()
 
     def take_fitted(self, saved: Any) -> None:
@@ -121,24 +119,15 @@ class GradiendConfig(ChildConfig):
             is_shape = not isinstance(shape, str) and fits(shape, list[int]) and min(shape or [0]) >= 0
             is_size = is_shape and size.keys() <= {"shape", "count", "encoder_count"} and fits(counts, list[int | None])
             if not is_size or not all(count is None or 0 <= count <= math.prod(shape or ()) for count in counts):
-                raise ValueError(
-                    f"fitted_parameters has {short(size)} at {name!r}, which is not a shape with the number of entries "
-                    "kept. Fitting writes it; in a loaded adapter_config.json it means that the file is damaged."
-                )
+                told = f"fitted_parameters has {short(size)} at {name!r}"
+                raise damaged(f"{told}, which is not a shape with the number of entries kept")
         for encoder in self.encoders or []:
-            values: Any = (
-                encoder.get("scale"),
-                encoder.get("bias"),
-                encoder.get("activation"),
-                encoder.get("unit_norm"),
-            )
+            values: Any = tuple(encoder.get(key) for key in ("scale", "bias", "activation", "unit_norm"))
             is_encoder = len(encoder) == len(values) and fits(values, tuple[float, float, str, bool])
             if not is_encoder or values[2] not in ACTIVATIONS or not all(map(math.isfinite, values[:2])):
-                raise ValueError(f"encoders has {short(encoder)}, which is not an encoder: the file is damaged.")
+                raise damaged(f"encoders has {short(encoder)}, which is not an encoder")
         if self.fitted and len(self.encoders or []) != len(self.pairs or []):
-            raise ValueError(
-                f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}: the file is damaged."
-            )
+            raise damaged(f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}")
 
     def check_strength(self) -> None:
         """Raise a `ValueError` for a strength that the weights' changes could not be multiplied by."""

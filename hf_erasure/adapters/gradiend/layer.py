@@ -13,8 +13,7 @@ from ..common.layer import AdapterChild, StateDict, innermost
 from ..common.placement import FLOAT_FIRST, held, is_quantised, owns_offloaded, shared_weights
 from ..merging.record import record_of
 from .config import FEATURE, INDEX, OFFSET, GradiendConfig
-from .edit import UndoRecord, WeightEdit, why_not_editable, write
-from .forward import Readers, forward_of
+from .forward import Readers, UndoRecord, WeightEdit, forward_of, why_not_editable, write
 
 CHILD = "gradiend"
 # A module that owns a parameter, with the parameter's name there.
@@ -126,9 +125,10 @@ class GradiendLayer(AdapterChild):
     def _hook(self) -> None:
         for name, places in self.owners.items():
             for module, own_name in places:
-                forward_of(module).add(self, name, own_name)
+                forward = forward_of(module)
+                forward.hide(self, forward, (name, own_name))
         for reader, owner in self.readers:
-            forward_of(reader).add_read(self, forward_of(owner))
+            forward_of(reader).hide(self, forward_of(owner))
 
     def _unhook(self) -> None:
         owners = (module for places in self.owners.values() for module, _ in places)
@@ -164,10 +164,7 @@ class GradiendLayer(AdapterChild):
         self.gradiend_on[name] = config.has_effect
 
     def edit_of(self, name: str, parameter: str, steering: Tensor | None = None) -> WeightEdit | None:
-        """An adapter's change of a parameter, at another strength `(2, pairs)` where one is given.
-
-        None where it does not change any entry of it.
-        """
+        """An adapter's change of a parameter, at another strength `(2, pairs)` where one is given; None without."""
         feature, offset = self.part(name, parameter, FEATURE), self.part(name, parameter, OFFSET)
         if feature is None or offset is None or not feature.shape[-1]:
             return None
@@ -184,11 +181,6 @@ class GradiendLayer(AdapterChild):
             edit = self.edit_of(name, parameter, steering)
             if edit is not None:
                 yield parameter, edit
-
-    def changed_entries(self, name: str) -> int:
-        """How many entries of the module's parameters an adapter changes."""
-        parts = [self.part(name, parameter, FEATURE) for parameter in self.gradiend_parameters[name]]
-        return sum(part.shape[-1] for part in parts if part is not None and part.dim() == 2)
 
     def acting_edits(self, parameter: str, device: torch.device) -> list[WeightEdit]:
         """The changes of a parameter that a forward pass is to see, on a device."""

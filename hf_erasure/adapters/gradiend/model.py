@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -15,11 +14,12 @@ from transformers import PreTrainedModel
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.heads import HEAD_MODULES
 
+from ..common.acting import warn_user
 from ..common.layer import AdapterChild, Rows, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
 from ..common.tuner import ChildTuner, exactly
 from .config import GradiendConfig
-from .edit import share_kept
+from .forward import share_kept
 from .layer import GradiendLayer
 
 # The share of its edit that a merge must keep; with less, the merged model is not the one that was selected.
@@ -37,10 +37,9 @@ def default_owners(model: nn.Module) -> list[str]:
     inside = next((name for name, module in model.named_modules() if module is body), "")
     prefix = f"{inside}." if inside else ""
     if towers := [f"{prefix}{name}" for name in _towers(model, body)]:
-        warnings.warn(
+        warn_user(
             f"target_modules=None leaves out {towers}, which texts alone do not reach: the language side is the "
-            "default. Name the modules whose weights the feature may change to have others.",
-            stacklevel=2,
+            "default. Name the modules whose weights the feature may change to have others."
         )
     beside = tuple(f"{name}." for name in towers)
     find_head: Any = getattr(model, "get_output_embeddings", None)
@@ -131,8 +130,16 @@ class GradiendModel(ChildTuner):
         else:
             own = owner.named_parameters(recurse=False)
             names = [name for name, parameter in own if id(parameter) not in self._claimed]
-            for name in names:
-                self._refuse_quantised(f"{path}.{name}", owner.get_parameter(name), config)
+        for name in names:
+            if is_quantised(owner.get_parameter(name)):
+                told = f"the {config.described} changes it. Instead, {FLOAT_FIRST}"
+                if not config.fitted:
+                    told = (
+                        f"a GRADIEND adapter changes weights. Instead, {FLOAT_FIRST}; or let the adapter change none "
+                        f"but the float weights of this one: exclude_modules={quantised_modules(self.model)}"
+                    )
+                full = f"{path}.{name}"
+                raise ValueError(f"{full!r} is quantised, and {told}.")
         if not names:
             if not isinstance(config.target_modules, str):
                 super()._what_to_add(config, target, path)
@@ -147,40 +154,22 @@ class GradiendModel(ChildTuner):
         wanted = [full.rpartition(".")[2] for full in fitted if full.rpartition(".")[0] == path]
         # In the order of the module: a file has names sorted.
         names = [name for name in owner._parameters if name in wanted]
+        told, load = f"The {config.described}", "Load it into the model it was fitted on."
         for name in [*names, *(set(wanted) - set(names))]:
             full, parameter = f"{path}.{name}", owner._parameters.get(name)
             if parameter is None:
-                raise ValueError(
-                    f"The {config.described} changes {full!r}, which this model does not have. Load it into the model "
-                    "it was fitted on."
-                )
+                raise ValueError(f"{told} changes {full!r}, which this model does not have. {load}")
             if id(parameter) in self._claimed:
                 raise ValueError(
                     f"{full!r} is one tensor with another weight of this model, but was a weight of its own where the "
                     f"{config.described} was fitted. Load it into a model with untied weights "
                     "(tie_word_embeddings=False)."
                 )
-            self._refuse_quantised(full, parameter, config)
             shape = fitted[full]["shape"]
-            if list(parameter.shape) != list(shape) and config.has_size_of(full, shape):
-                raise ValueError(
-                    f"The {config.described} was fitted where {full!r} has shape {shape}; here it has "
-                    f"{list(parameter.shape)}. Load it into the model it was fitted on."
-                )
+            if list(parameter.shape) != list(shape) and config.has_size_of(full, shape) and not is_quantised(parameter):
+                here = list(parameter.shape)
+                raise ValueError(f"{told} was fitted where {full!r} has shape {shape}; here it has {here}. {load}")
         return names
-
-    def _refuse_quantised(self, full: str, parameter: nn.Parameter, config: GradiendConfig) -> None:
-        if not is_quantised(parameter):
-            return
-        if config.fitted:
-            raise ValueError(
-                f"{full!r} is quantised in this model, and the {config.described} changes it. Instead, {FLOAT_FIRST}."
-            )
-        raise ValueError(
-            f"{full!r} is quantised, and a GRADIEND adapter changes weights. Instead, {FLOAT_FIRST}; or let the "
-            "adapter change none but the float weights of this one: "
-            f"exclude_modules={quantised_modules(self.model)}."
-        )
 
     def _check_complete(self, config: Any, children: list[AdapterChild], wanted: list[str]) -> None:
         at = [child.path for child in children]
@@ -227,7 +216,7 @@ class GradiendModel(ChildTuner):
                     "to rounding. Merge into a float32 copy of the model, or choose a larger learning_rate."
                 )
             if told:
-                warnings.warn(told, stacklevel=3)
+                warn_user(told)
         with ExitStack() as way_back:
             for layer in layers:
                 layer.merge(safe_merge=safe_merge, adapter_names=names)

@@ -18,23 +18,17 @@ from hf_erasure.models.model import class_name
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
-from .edit import edited_tensor, share_kept, write
+from .forward import edited_tensor, share_kept, write
 from .layer import GradiendLayer, gradiend_layers, strength
 
 
 @dataclass(frozen=True)
 class StoredFeature:
-    """A feature as an adapter keeps it.
+    """A feature as an adapter keeps it."""
 
-    Attributes:
-        pair: The classes at +1 and −1.
-        encoder: What reads the feature off a gradient; None where the adapter was fitted without `keep_encoder`.
-        decoder: What says how weights change.
-    """
-
-    pair: tuple[str, str]
-    encoder: FeatureEncoder | None
-    decoder: FeatureDecoder
+    pair: tuple[str, str]  # the classes at +1 and −1
+    encoder: FeatureEncoder | None  # what reads it off a gradient; None where it was fitted without `keep_encoder`
+    decoder: FeatureDecoder  # what says how weights change
 
 
 def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -90,9 +84,9 @@ def set_features(
     tried = copy.copy(config)
     tried.pairs = [list(pair) for pair in pairs]
     tried.check_pairs()
-    n = sum(parameter.numel() for parameter in parameters.values())
+    most = math.ceil(config.density * sum(parameter.numel() for parameter in parameters.values()))
     decoders = [feature.decoder for feature in features]
-    if any(decoder.count > math.ceil(config.density * n) for decoder in decoders):
+    if any(decoder.count > most for decoder in decoders):
         if all(index is None for decoder in decoders for index in decoder.index.values()):
             decoders = prune_together(decoders, config.density)
         else:
@@ -103,21 +97,22 @@ def set_features(
     last: dict[str, int] = {}  # the last entry of each weight that is changed
     for name, layer, own in _places(layers, adapter_name):
         shape = parameters[name].shape
-        values = [[decoder.weight for decoder in decoders], [decoder.bias for decoder in decoders]]
-        index, weight, bias = _aligned(name, shape, [decoder.index for decoder in decoders], *values)
+        index, weight, bias = _aligned(
+            name, shape, [d.index for d in decoders], [d.weight for d in decoders], [d.bias for d in decoders]
+        )
         read_at, read = _aligned(name, shape, [encoder.index for encoder in kept], [e.weight for e in kept])
         parts = {INDEX: index, FEATURE: weight, OFFSET: bias, ENCODER_INDEX: read_at, ENCODER: read}
         for kind, part in parts.items():
             layer.set_part(adapter_name, own, kind, part)
-        sizes[name] = {"shape": list(shape), "count": _count(index, weight), "encoder_count": _count(read_at, read)}
+        found = ((index, weight), (read_at, read))
+        counts = [0 if value is None else None if at is None else at.numel() for at, value in found]
+        sizes[name] = {"shape": list(shape), "count": counts[0], "encoder_count": counts[1]}
         if weight is not None:
             last[name] = shape.numel() - 1 if index is None else int(index[-1])
-    config.pairs = tried.pairs
-    config.fitted_parameters = sizes
+    config.pairs, config.fitted_parameters, config.fitted = tried.pairs, sizes, True
     config.encoders = [
         {"scale": e.scale, "bias": e.bias, "activation": e.activation, "unit_norm": e.unit_norm} for e in encoders
     ]
-    config.fitted = True
     base = adapter_of(model, adapter_name, GradiendConfig).owner
     samples = fingerprint(base, list(config.fitted_modules))
     for name in samples.keys() & last.keys():
@@ -233,9 +228,6 @@ def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLa
             yield layer, name, edited_tensor(zeros, [edit])
 
 
-# ---- finding the adapter ---------------------------------------------------------------------------------------------
-
-
 def _adapter(
     model: nn.Module, name: str, *, fitted: bool = True, unmerged: bool = True
 ) -> tuple[dict[str, GradiendLayer], GradiendConfig]:
@@ -256,9 +248,6 @@ def _places(layers: dict[str, GradiendLayer], adapter_name: str) -> Iterator[tup
             yield f"{path}.{own}", layer, own
 
 
-# ---- filling it ------------------------------------------------------------------------------------------------------
-
-
 def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None:
     shapes = feature.decoder.shapes
     unknown = [name for name in shapes if name not in parameters]
@@ -268,23 +257,18 @@ def _check_blocks(feature: Feature, parameters: dict[str, nn.Parameter]) -> None
             "Fit it on targeted_parameters(model, adapter_name)."
         )
     for name, shape in shapes.items():
-        if shape != parameters[name].shape:
-            raise ValueError(
-                f"The feature's block {name!r} has shape {tuple(shape)}; the weight has "
-                f"{tuple(parameters[name].shape)}."
-            )
-    for name, values in (*feature.decoder.weight.items(), *feature.decoder.bias.items()):
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"The feature is not finite at {name!r}: fit it again, with a lower learning rate.")
+        there = parameters[name].shape
+        if shape != there:
+            raise ValueError(f"The feature's block {name!r} has shape {tuple(shape)}; the weight has {tuple(there)}.")
+        for values in (feature.decoder.weight[name], feature.decoder.bias[name]):
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"The feature is not finite at {name!r}: fit it again, with a lower learning rate.")
 
 
 def _aligned(
     name: str, shape: torch.Size, index_of: Sequence[dict[str, Tensor | None]], *values_of: Sequence[dict[str, Tensor]]
 ) -> list[Tensor | None]:
-    """Common positions of a block of several features, None for all in order, and each kind of values on them.
-
-    Positions `(count,)` int32 and values `(features, count)`, None where there are none, come by block of each feature.
-    """
+    """Common positions `(count,)` int32 of a block of all features, and their values `(features, count)` there."""
     nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
     found = [[values.get(name, nothing) for values in kind] for kind in values_of]
     filled = [value for value in found[0] if value.numel()]
@@ -305,15 +289,6 @@ def _aligned(
                 at = index if union is None else torch.searchsorted(union, index)
                 row[number, at] = values[number].to(device, row.dtype)
     return [None if union is None else union.int(), *rows]
-
-
-def _count(index: Tensor | None, values: Tensor | None) -> int | None:
-    if values is None:
-        return 0
-    return None if index is None else index.numel()
-
-
-# ---- how strongly ----------------------------------------------------------------------------------------------------
 
 
 def _steered(

@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +27,9 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..common.acting import users_level
-from ..common.config import ChildConfig, Provenance, fits, short
+from ..common.acting import warn_user
+from ..common.config import ChildConfig, Provenance, damaged, fits, short
+from ..common.layer import innermost
 from ..common.placement import QUANTISED, is_quantised, numbers_of, shared_weights
 
 Rename = Callable[[str], str]
@@ -64,13 +65,7 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
         if weight is None or not weight.numel():
             continue
         positions = torch.linspace(0, weight.numel() - 1, min(each, weight.numel()), device="cpu", dtype=torch.double)
-        chosen = positions.long().unique()
-        found[name] = {
-            "shape": list(weight.shape),
-            "dtype": dtype,
-            "positions": chosen.tolist(),
-            "values": _at(weight, chosen).tolist(),
-        }
+        found[name] = _sampled(weight, dtype, positions.long().unique())
     return found
 
 
@@ -89,10 +84,9 @@ def recognise(model: nn.Module, config: ChildConfig) -> None:
             rename_fitted(config, rename)
         kept = Provenance.of(config).fingerprint
         if not kept:
-            warnings.warn(
+            warn_user(
                 f"The {config.described} does not say what weights it was fitted on ({_fitted_on(config)}): whether "
-                "this is the same base cannot be checked.",
-                stacklevel=2,
+                "this is the same base cannot be checked."
             )
         pairs = _pairs_of(model, config, kept)
         _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
@@ -133,11 +127,10 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
     if unread:
         is_all = len(unread) == len(kept)
         checked = "could not be checked: none" if is_all else f"was checked in part: {len(unread)}"
-        warnings.warn(
+        warn_user(
             f"Whether this is the base that the {config.described} was fitted on ({_fitted_on(config)}) {checked} of "
             f"the {len(kept)} weights to compare, {unread[0]!r} among them, {'can' if is_all else 'cannot'} be read "
-            "here, since they are offloaded, sharded, or packed by a quantiser.",
-            stacklevel=users_level(),
+            "here, since they are offloaded, sharded, or packed by a quantiser."
         )
     return pairs
 
@@ -149,8 +142,8 @@ def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
         _check_sample(name, sample)
         weight, dtype = numbers_of(model, name)
         if weight is not None and max(sample["positions"]) < weight.numel():
-            values = _at(weight, torch.tensor(sample["positions"], device="cpu", dtype=torch.long)).tolist()
-            found[name] = sample | {"shape": list(weight.shape), "dtype": dtype, "values": values}
+            positions = torch.tensor(sample["positions"], device="cpu", dtype=torch.long)
+            found[name] = sample | _sampled(weight, dtype, positions)
     return found
 
 
@@ -165,9 +158,6 @@ def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
     changed = [pair for pair in pairs if bool(pair.differ().any())]
     changed = [pair for pair in changed if not (pair.is_rough and _correlation(changed)[0] >= ROUNDED)]
     return min(changed, key=_one).name if changed else ""
-
-
-# ---- comparing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -213,27 +203,25 @@ def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
 
 def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConfig, is_resized: bool) -> None:
     """Raise where a weight of another shape is in the way of an adapter; of more or fewer tokens it is not always."""
-    fitted_on = _fitted_on(config)
-    if is_resized and config.has_size_of(name, kept):
+    is_in_the_way, told = config.has_size_of(name, kept), f"The {config.described} was fitted on {_fitted_on(config)}"
+    if is_resized and is_in_the_way:
         raise ValueError(
-            f"The {config.described} was fitted on {fitted_on}, where the vocabulary has {kept[0]} tokens; here it has "
-            f"{shape[0]} tokens. The adapter acts on the rows of {name!r}, one for each token, and they are not the "
-            f"same any more. Call model.resize_token_embeddings({kept[0]}) before loading it, or fit it on this model."
+            f"{told}, where the vocabulary has {kept[0]} tokens; here it has {shape[0]} tokens. The adapter acts on "
+            f"the rows of {name!r}, one for each token, and they are not the same any more. Call "
+            f"model.resize_token_embeddings({kept[0]}) before loading it, or fit it on this model."
         )
-    if is_resized:
-        return
-    told = f"The {config.described} was fitted on {fitted_on}, where {name!r} has shape {kept}; here it has {shape}"
-    remedy = "Load it into the model it was fitted on."
-    if config.has_size_of(name, kept):
-        raise ValueError(f"{told}. {remedy}")
-    _refuse_another_base(told, remedy)
+    if not is_resized:
+        told += f", where {name!r} has shape {kept}; here it has {shape}"
+        _refuse_another_base(told, "Load it into the model it was fitted on.", always=is_in_the_way)
 
 
-def _refuse_another_base(told: str, remedy: str) -> None:
+def _refuse_another_base(told: str, remedy: str, *, always: bool = False) -> None:
     """Raise a `ValueError`, or warn where the environment says that the adapter is to be loaded all the same."""
+    if always:
+        raise ValueError(f"{told}. {remedy}")
     if os.environ.get(ANY_BASE, "").lower() not in ("1", "true", "yes", "on"):
         raise ValueError(f"{told}. {remedy} To load it all the same, set the environment variable {ANY_BASE}=1.")
-    warnings.warn(f"{told}. It is loaded all the same, since {ANY_BASE} is set.", stacklevel=users_level())
+    warn_user(f"{told}. It is loaded all the same, since {ANY_BASE} is set.")
 
 
 def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
@@ -279,10 +267,9 @@ def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
             "Load the adapter into its own base, or fit it on this one.",
         )
         return
-    warnings.warn(
+    warn_user(
         f"The base model has been trained further since the {config.described} was fitted ({told}). It was made for "
-        "the old weights: fit the adapter again.",
-        stacklevel=users_level(),
+        "the old weights: fit the adapter again."
     )
 
 
@@ -295,30 +282,23 @@ def _one(pair: _Pair) -> float:
 def _check_sample(name: str, sample: Any) -> None:
     """A fingerprint comes out of a file like everything else."""
     types = {"shape": list[int], "dtype": str, "positions": list[int], "values": list[float]}
-    is_sample = isinstance(sample, dict) and all(fits(sample.get(key), kind) for key, kind in types.items())
-    if is_sample:
-        size = math.prod(sample["shape"])
-        known = (QUANTISED, "float64", "float32", "float16", "bfloat16")
-        is_sample = (
-            sample["dtype"] in known
-            and len(sample["positions"]) == len(sample["values"]) > 0
-            and all(0 <= position < size for position in sample["positions"])
-            and all(abs(value) < math.inf for value in sample["values"])
-            and fits(sample.get("last", 0), int)
-        )
-    if not is_sample:
-        raise ValueError(
-            f"The fingerprint has {short(sample)} of {name!r}, which is not a sample: the file is damaged."
-        )
+    if not (
+        isinstance(sample, dict)
+        and all(fits(sample.get(key), kind) for key, kind in types.items())
+        and sample["dtype"] in (QUANTISED, "float64", "float32", "float16", "bfloat16")
+        and len(sample["positions"]) == len(sample["values"]) > 0
+        and all(0 <= position < math.prod(sample["shape"]) for position in sample["positions"])
+        and all(abs(value) < math.inf for value in sample["values"])
+        and fits(sample.get("last", 0), int)
+    ):
+        raise damaged(f"The fingerprint has {short(sample)} of {name!r}, which is not a sample")
 
 
 def _fitted_on(config: ChildConfig) -> str:
     """What an adapter says of its base: where it came from, or else its class."""
     name, kind = config.base_model_name_or_path, Provenance.of(config).base_class
-    revision = f" at {config.revision}" if name and config.revision else ""
-    if name and kind:
-        return f"{name}{revision} ({kind})"
-    return f"{name}{revision}" if name else kind or "another model"
+    known = f"{name} at {config.revision}" if name and config.revision else name
+    return f"{known} ({kind})" if known and kind else known or kind or "another model"
 
 
 # ---- names in the bare model, and in the same model with a head ------------------------------------------------------
@@ -384,9 +364,6 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
     )
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
 def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     """Names of the weights at each site, and of a matrix next to it where it has none that can be read."""
     tied = shared_weights(model)  # of a tied weight one name is enough, the same wherever the model is
@@ -409,6 +386,11 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     return list(found)
 
 
+def _sampled(weight: Tensor, dtype: str, positions: Tensor) -> dict[str, Any]:
+    values = _at(weight, positions).tolist()
+    return {"shape": list(weight.shape), "dtype": dtype, "positions": positions.tolist(), "values": values}
+
+
 def _at(weight: Tensor, positions: Tensor) -> Tensor:
     """Values at flat positions, as float64 on the CPU; nothing else of the weight is read."""
     if weight.is_contiguous():
@@ -420,12 +402,8 @@ def _token_weights(model: nn.Module) -> set[str]:
     """The names of the weights with a row for each token; none of a model without tokens."""
     layers: list[Any] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        find: Any = getattr(model, getter, None)
-        try:
-            layer = find() if find is not None else None
-        except (NotImplementedError, AttributeError):
-            continue
-        layers.append(getattr(layer, "base_layer", layer))
+        with suppress(NotImplementedError, AttributeError):  # of a model without
+            layers.append(innermost(getattr(model, getter)()))
     layers = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
     counts = {layer.weight.shape[0] for layer in layers if isinstance(layer.weight, Tensor)}
     own = {id(parameter) for layer in layers for parameter in layer._parameters.values() if parameter is not None}

@@ -32,7 +32,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..common.acting import all_configs, undone_or_told
-from ..common.config import ChildConfig, Provenance, read_config, short
+from ..common.config import ChildConfig, Provenance, fault_of, read_config, short
 from ..common.files import COMMIT, CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
 from ..common.layer import adapter_children, outside_inference_mode
 from ..common.model_state import auxiliary_wrappers
@@ -172,9 +172,6 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
         return original(*call.args, **call.kwargs)
 
 
-# ---- what all have in common -----------------------------------------------------------------------------------------
-
-
 def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> Any:
     """Let PEFT or transformers load an adapter that is not of this package, as far as could be seen."""
     token = UNSEEN.set(read.unseen)
@@ -185,11 +182,7 @@ def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> 
 
 
 def _take(model: Any, name: str, read: Read) -> None:
-    """Put the values of a file into an adapter that was attached, and raise where one is missing or not finite.
-
-    A class of PEFT may want a head that was not saved. It is the head that was trained with a LoRA, where there is one,
-    or the model's own.
-    """
+    """Put a file's values into an adapter; for a head that was not saved, those trained with a LoRA or the model's."""
     if read.given is not None:
         read.given.__dict__.update(vars(model.peft_config[name]))
         model.peft_config[name] = read.given
@@ -328,32 +321,22 @@ def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
 
 
 def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
-    """Compare the names, types and shapes in a file with what its configuration says.
-
-    Of `modules_to_save` those that are `saved` must be there. To those of `config` a class of PEFT has added its head,
-    and where an adapter was saved without one, the model's own stays.
-    """
+    """Compare names, types and shapes in a file with its configuration; of `modules_to_save` those that are `saved`."""
     found = rename_tensors(read_header(file), config, prefix_of(model))
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
     own = {name: entry for name, entry in found.items() if f".{kind}.{kind}_" in name}
     if config.modules_to_save or len(own) < len(found):
-        _check_saved(found.keys() - own.keys(), found, config, model, saved, where)
+        others = {name: shape for name, (_, shape) in found.items() if name not in own}
+        _check_saved(others, config, model, saved, where)
     if not config.fitted:
         filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
         if filled is not None:
             raise ValueError(f"The {config.described} was never fitted, and yet {filled!r} {where} has values.")
         return
-    expected, remedy = config.tensors(), "Load the complete folder, or fit the adapter again."
-    _refuse(expected.keys() - own.keys(), f"of the {config.described} are missing {where}. {remedy}")
-    _refuse(own.keys() - expected.keys(), f"{where} do not belong to the {config.described}.")
-    for name, (shape, types) in expected.items():
-        dtype, present = own[name]
-        if present != shape or dtype not in types:
-            raise ValueError(
-                f"{name!r} {where} has shape {list(present)} and type {dtype}, where {CONFIG} says shape "
-                f"{list(shape)} and type {' or '.join(types)}: the two files are not of the same adapter."
-            )
+    fault = fault_of(own, config, where)
+    if fault is not None:
+        raise ValueError(f"{fault}. Load the complete folder, or fit the adapter again.")
 
 
 def _refuse(names: Iterable[str], told: str) -> None:
@@ -384,14 +367,12 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _check_saved(
-    names: Any,
-    found: dict[str, tuple[str, tuple[int, ...]]],
-    config: ChildConfig,
-    model: nn.Module,
-    saved: list[str] | None,
-    where: str,
+    found: dict[str, tuple[int, ...]], config: ChildConfig, model: nn.Module, saved: list[str] | None, where: str
 ) -> None:
-    """Of tensors that are not the adapter's, only those of `modules_to_save` may come, and those of `saved` must."""
+    """Of tensors that are not the adapter's, only those of `modules_to_save` may come, and those of `saved` must.
+
+    A class of PEFT adds its head to those of `config`; where an adapter was saved without one, the model's own stays.
+    """
     wanted: dict[str, tuple[int, ...]] = {}  # name → shape, of what `modules_to_save` mean here, as PEFT reads it
     modules: dict[str, Any] = dict(model.named_modules()) if config.modules_to_save else {}
     for path, module in modules.items():
@@ -400,7 +381,7 @@ def _check_saved(
             tensors = module.state_dict(keep_vars=True)
             kept = {*module._parameters, *module._buffers} & tensors.keys()
             wanted |= {f"{plain}.{name}": tuple(tensors[name].shape) for name in kept}
-    told, extra = f"modules_to_save={short(config.modules_to_save)}", sorted(names - wanted.keys())
+    told, extra = f"modules_to_save={short(config.modules_to_save)}", sorted(found.keys() - wanted.keys())
     of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
     if of_modules:
         raise ValueError(
@@ -411,11 +392,11 @@ def _check_saved(
     belong = f"belong neither to the {config.described} nor to its {told}"
     _refuse(extra, f"{where} {belong}: it would change the model itself.")
     required = {name for name in wanted if is_saved(name, saved)}
-    _refuse(required - names, f"of {told} are missing {where}. Load the complete folder.")
-    for name, shape in wanted.items():
-        if name in found and found[name][1] != shape:
+    _refuse(required - found.keys(), f"of {told} are missing {where}. Load the complete folder.")
+    for name, shape in found.items():
+        if shape != wanted[name]:
             raise ValueError(
-                f"{name!r} {where} has shape {list(found[name][1])}; in this model it has {list(shape)}. Load the "
+                f"{name!r} {where} has shape {list(shape)}; in this model it has {list(wanted[name])}. Load the "
                 "adapter into the model it was fitted on."
             )
 

@@ -7,7 +7,6 @@ bias is the bias of `B`. The change of a GRADIEND adapter has a high rank; its l
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pytorch_utils import Conv1D
 
-from ..common.acting import kind_of
+from ..common.acting import kind_of, warn_user
 from ..common.config import ChildConfig, Provenance
 from ..common.files import PREFIX, WEIGHTS
 from ..common.layer import innermost
@@ -136,11 +135,7 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
 
 
 def _added(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
-    """What erasers add to a module, as a LoRA.
-
-    Raises:
-        ValueError: If PEFT has no LoRA that adds it.
-    """
+    """What erasers add to a module, as a LoRA; refused where PEFT has none that adds it."""
     if len({edit.parameter for edit in edits}) > 1:
         raise _not_exported(path, f"several of its parameters change, {[edit.parameter for edit in edits]}")
     parameter, side = edits[0].parameter, edits[0].side
@@ -165,10 +160,7 @@ def _added(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
 
 
 def _added_to_parameter(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
-    """What erasers add to a matrix, or to one for each expert, as PEFT's `target_parameters` have it.
-
-    PEFT takes a stack for `(experts, out, in)`, unless its module says `is_transposed`.
-    """
+    """What erasers add to a matrix, or to one for each expert, as PEFT has it: `(experts, out, in)` as a rule."""
     parameter, side = edits[0].parameter, edits[0].side
     weight = module.get_parameter(parameter).detach()
     if weight.dim() != 2 and not (is_stack(module, parameter, edits) and len(weight) > 1):
@@ -220,12 +212,11 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
             continue
         # A tied weight is changed at each of its modules; Conv1D and Embedding store the transpose.
         stored_by_output = isinstance(carriers[0][0], nn.Linear)
-        thin = low_rank(delta if stored_by_output else delta.T, min(rank, *delta.shape))
-        kept, lost = kept + thin.kept * energy, lost + (1 - thin.kept) * energy
+        a, b, share = low_rank(delta if stored_by_output else delta.T, min(rank, *delta.shape))
+        kept, lost = kept + share * energy, lost + (1 - share) * energy
         for module, _ in carriers:
-            transposed = isinstance(module, nn.Linear) != stored_by_output
-            a, b = (thin.b.T, thin.a.T) if transposed else (thin.a, thin.b)
-            added[names[id(module)]] = _Added(module, len(a), a, b)
+            is_turned = isinstance(module, nn.Linear) != stored_by_output
+            added[names[id(module)]] = _Added(module, len(a), *((b.T, a.T) if is_turned else (a, b)))
     if not added:
         raise ValueError(
             f"The GRADIEND adapter {name!r} changes no linear layer and no embedding, and nothing else fits into a "
@@ -243,34 +234,14 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
     return replace(written, text=f"{written.text}{text}.", kept=kept / total, left_out=list(left_out))
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The nearest product of thin matrices to a change of a weight.
-
-    Attributes:
-        a: `(rank, in)`.
-        b: `(out, rank)`.
-        kept: The share of the change's squared norm that is in `b @ a`.
-    """
-
-    a: Tensor
-    b: Tensor
-    kept: float
-
-
-def low_rank(delta: Tensor, rank: int) -> LowRank:
-    """Truncate the singular value decomposition of a weight's change `(out, in)` to its `rank` largest values.
-
-    Raises:
-        ValueError: If there are not so many.
-    """
+def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The product nearest to a change `(out, in)`: `(rank, in)` and `(out, rank)`, and their share of its square."""
     if not 1 <= rank <= min(delta.shape):
         raise ValueError(f"rank={rank} is not between 1 and {min(delta.shape)}, the smaller side of the change.")
     u, s, v = torch.linalg.svd(delta.double(), full_matrices=False)
-    energy = s.square()
-    total = float(energy.sum())
+    energy, total = s.square(), float(s.square().sum())
     kept = float(energy[:rank].sum()) / total if total else 1.0
-    return LowRank(v[:rank].to(delta.dtype), (u[:, :rank] * s[:rank]).to(delta.dtype), kept)
+    return v[:rank].to(delta.dtype), (u[:, :rank] * s[:rank]).to(delta.dtype), kept
 
 
 def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, _Added]) -> LoraExport:
@@ -324,33 +295,32 @@ def _write(base: nn.Module, config: ChildConfig, folder: Path, added: dict[str, 
     return LoraExport(folder, list(added), unmergeable, text)
 
 
-# ---- a plain checkpoint, for the command line ------------------------------------------------------------------------
-
-
 def load_with_erasure(model: str, adapter: str | Path) -> PeftModel:
-    """Load a model in the class of its checkpoint, or that of the adapter where only that has the adapter's sites.
-
-    Raises:
-        ValueError: If the folder holds another kind of adapter.
-    """
+    """Load a model in the class of its checkpoint, or that of the adapter where only that has the adapter's sites."""
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, ChildConfig):
         raise ValueError(
             f"{str(adapter)!r} holds a {kind_of(config)} adapter, which is not one of hf_erasure: load and merge it "
             "with PEFT, PeftModel.from_pretrained(model, folder).merge_and_unload()."
         )
-    base = _model_class(model, config).from_pretrained(model)
-    wrapped: PeftModel = PeftModel.from_pretrained(base, str(adapter), adapter_name=_NAME)
+    plain = AutoConfig.from_pretrained(model)
+    names = [*(plain.architectures or []), Provenance.of(config).base_class]
+    chosen: Any = AutoModel
+    # The names are out of files: of all that transformers has, only a model may be made.
+    for candidate in filter(None, map(model_class, names)):
+        with torch.device("meta"):
+            has_sites = renaming(candidate(plain), config.fitted_modules) is not None
+        if has_sites:
+            chosen = candidate
+            break
+    wrapped: PeftModel = PeftModel.from_pretrained(chosen.from_pretrained(model), str(adapter), adapter_name=_NAME)
     return wrapped
 
 
 def save_merged(
     model: str, adapter: str | Path, folder: str | Path, *, max_shard_size: str | None = None, untie: bool = False
 ) -> str:
-    """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence.
-
-    `max_shard_size` is that of `save_pretrained`, transformers' own when None, and `untie` is that of `merge_adapter`.
-    """
+    """Merge an adapter and save the model with its tokenizer or processor; returns what was merged, in a sentence."""
     wrapped = load_with_erasure(model, adapter)
     config: Any = wrapped.peft_config[_NAME]
     base: Any = wrapped.get_base_model()
@@ -370,7 +340,7 @@ def save_merged(
         processor = AutoProcessor.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        warnings.warn(f"{folder} holds the model alone, without tokenizer or processor: {reason}", stacklevel=2)
+        warn_user(f"{folder} holds the model alone, without tokenizer or processor: {reason}")
     else:
         processor.save_pretrained(folder)
     untied = f" Its tied weights are apart now, tie_word_embeddings=False, which takes {more:,} bytes." if more else ""
@@ -382,15 +352,3 @@ def model_class(name: str) -> type[transformers.PreTrainedModel] | None:
     found = getattr(transformers, name, None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else None
-
-
-def _model_class(model: str, config: ChildConfig) -> Any:
-    plain = AutoConfig.from_pretrained(model)
-    names = [*(plain.architectures or []), Provenance.of(config).base_class]
-    # The names are out of files: of all that transformers has, only a model may be made.
-    for candidate in filter(None, map(model_class, names)):
-        with torch.device("meta"):
-            has_sites = renaming(candidate(plain), config.fitted_modules) is not None
-        if has_sites:
-            return candidate
-    return AutoModel

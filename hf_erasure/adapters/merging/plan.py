@@ -7,7 +7,6 @@ the layers that take the site's activation, if nothing but linear layers does.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -18,25 +17,18 @@ from torch import Tensor, nn
 
 from hf_erasure.models.model import distance
 
-from ..common.acting import all_configs
-from ..common.placement import (
-    FLOAT_FIRST,
-    has_quantised,
-    is_offloaded,
-    is_sharded,
-    owns_offloaded,
-    set_parameter,
-    tied_to,
-)
+from ..common import placement
+from ..common.acting import all_configs, warn_user
 from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
-from .probe import Probe, Uses, check_drift, trace_uses, why_not_foldable
+from .probe import Probe, Uses, check_drift, is_head, preset, tied_words, trace_uses, why_not_foldable
 from .record import (
     CONVOLUTIONS,
     EraserInWeight,
     MergeRecord,
     Snapshot,
+    Untied,
     axis_of,
     bias_of,
     changed_since,
@@ -46,11 +38,10 @@ from .record import (
     record_of,
     takes_mean,
     why_not_mergeable,
+    why_not_untied,
     write,
     written_anew,
 )
-from .remedies import is_head, preset, tied_words
-from .untying import Untied, why_not_untied
 
 T = TypeVar("T")
 Place = tuple[str, int]  # the name of a weight, and the axis of the features in it
@@ -64,35 +55,19 @@ _WRAPPED = (
 
 @dataclass
 class MergePlan:
-    """What is to be written where, before anything is.
+    """What is to be written where, before anything is."""
 
-    Attributes:
-        orders: By the path of a site the adapters that are merged there, or are to be, in the order in which they act.
-        erasers: The erasers that go into each layer, by the layer's name, the one next to the weight first.
-        modules: Those layers.
-        tied: Of those whose weight is another's too, all its names.
-        rewritten: Whether erasers go in front of some that are merged already.
-    """
-
+    # By the path of a site the adapters that are merged there, or are to be, in the order in which they act.
     orders: dict[str, list[str]] = field(default_factory=dict)
+    # The erasers that go into each layer, by the layer's name, the one next to the weight first.
     erasers: dict[str, list[EraserInWeight]] = field(default_factory=dict)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    tied: dict[str, list[str]] = field(default_factory=dict)
-    rewritten: bool = False
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # those layers
+    tied: dict[str, list[str]] = field(default_factory=dict)  # of those whose weight is another's too, all its names
+    rewritten: bool = False  # whether erasers go in front of some that are merged already
 
 
 def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie: bool = False) -> None:
-    """Write erasers into weights, and check on a small forward pass that the model still computes the same.
-
-    Args:
-        model: The bare model.
-        names: The adapters.
-        safe_merge: Refuse values that are not finite.
-        untie: Give a table that the embedding and the head share a copy for each, where an eraser goes into it.
-
-    Raises:
-        ValueError: Names the site that cannot be merged exactly and what to do instead; nothing has changed then.
-    """
+    """Write erasers into a model's weights, as `ConceptErasureModel.merge_adapter` says, and check the outputs."""
     refuse_sharded(model)
     probe = Probe(model)
     plan = plan_merge(model, names, probe, allow_tied=untie)
@@ -104,7 +79,7 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
     untied = _untied(model, plan)
     modules = list(plan.modules.values())
     # Rounding is measured on weights that are there.
-    unchecked = "its weights are offloaded" if any(map(owns_offloaded, modules)) else None
+    unchecked = "its weights are offloaded" if any(map(placement.owns_offloaded, modules)) else None
     if unchecked is None and probe.failure:
         unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
     before = None if unchecked else _run_before(model, layers, plan, probe)
@@ -125,27 +100,18 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
         snapshot.restore()
         raise
     if untied is not None:
-        warnings.warn(
+        warn_user(
             f"{sorted(plan.tied)} have weights of their own now, where they were tied: the model is {untied.bytes:,} "
-            "bytes larger, and its configuration says tie_word_embeddings=False.",
-            stacklevel=4,
+            "bytes larger, and its configuration says tie_word_embeddings=False."
         )
     if before is None:
-        warnings.warn(
-            f"{names} were merged without the usual comparison of outputs, since {unchecked}. Compare them yourself.",
-            stacklevel=4,
+        warn_user(
+            f"{names} were merged without the usual comparison of outputs, since {unchecked}. Compare them yourself."
         )
 
 
 def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: bool = False) -> MergePlan:
-    """Find the layers that take the erasers of adapters.
-
-    With `allow_tied` also those whose weight is another's too: for changes that do not touch the weight itself, or
-    where it is to be untied.
-
-    Raises:
-        ValueError: Names the site that has no such layers, what stands in the way, and the remedy.
-    """
+    """Find the layers that take the erasers of adapters, tied ones if `allow_tied`; refused for a site without."""
     plan, layers = MergePlan(), erasure_layers(model)
     folded: dict[str, list[str]] = {}  # site → the adapters whose erasers go into the layers that take its activation
     merging = {p: [n for n in names if n in at.adapters and n not in at.merged_adapters] for p, at in layers.items()}
@@ -172,16 +138,13 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
             for weight in uses[path].weights:
                 places.setdefault(weight.module, []).append((weight.parameter, weight.axis))
             plan.modules |= {target: model.get_submodule(target) for target in places}
-            plan.tied |= {target: tied for target in places if (tied := tied_to(model, target)) is not None}
+            plan.tied |= {target: tied for target in places if (tied := placement.tied_to(model, target)) is not None}
             _add(plan, layers[path], others, {t: dict.fromkeys(others, p) for t, p in places.items()}, "input")
     return plan
 
 
 def _own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[Place] | None:
-    """The weights of a site's own module that take an adapter's eraser, and the axis of the features in each.
-
-    None where the layers that take the activation do, which are to be found.
-    """
+    """The weights of a site's own module that take an eraser, each with its axis of the features, or None."""
     host, site = layer.host, layer.concept_erasure_site[name]
     weights = getattr(all_configs(model).get(name), "weights", None)
     if weights is not None:
@@ -189,18 +152,14 @@ def _own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[Place
         biases = {bias_of(host, own) for own, _ in here}  # they change with their weights
         return [place for place in here if place[0] not in biases]
     axis = axis_of(host, site)
-    if axis is None and not has_quantised(host):
+    if axis is None and not placement.has_quantised(host):
         return None
     return [("weight", axis or 0)]
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Before any forward pass: a sharded model that first runs below its root is useless afterwards.
-
-    Raises:
-        ValueError: If FSDP keeps only a part of some weight in this process.
-    """
-    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+    """Raise before any forward pass: a sharded model that first runs below its root is useless afterwards."""
+    sharded = next((name for name, p in model.named_parameters() if placement.is_sharded(p)), None)
     if sharded is not None:
         raise ValueError(
             f"The erasure cannot be merged: {sharded!r} and other weights of the model are sharded, and each process "
@@ -235,7 +194,7 @@ def _refuse_direct(
     model: nn.Module, layer: ErasureLayer, weights: dict[str, list[Place]], plan: MergePlan, *, allow_tied: bool
 ) -> None:
     """Refuse a module that cannot take the erasers at its own sides into its weights."""
-    path, host, tied = layer.path, layer.host, tied_to(model, layer.path)
+    path, host, tied = layer.path, layer.host, placement.tied_to(model, layer.path)
     if isinstance(host, BaseTunerLayer):
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
     if tied:
@@ -249,25 +208,21 @@ def _refuse_direct(
     for name, places in weights.items():
         site = layer.concept_erasure_site[name]
         for edit in _edits(layer, name, places):
-            refusal = why_not_mergeable(host, site, edit.parameter) or _why_not_along(layer, name, edit)
+            refusal = why_not_mergeable(host, site, edit.parameter)
+            shape, width = host.get_parameter(edit.parameter).shape if refusal is None else (), len(edit.left)
+            if refusal is None and width:  # fitted; are its features those of an axis of the weight?
+                if isinstance(host, CONVOLUTIONS) and layer.site_of(name).concept_erasure_axis[name] != 1:
+                    refusal = (
+                        "it does not erase along the channels of this convolution. Fit it again with "
+                        f"exclude_modules=[{path!r}], or use the adapter unmerged."
+                    )
+                elif edit.axis >= len(shape) or shape[edit.axis] != width:
+                    refusal = (
+                        f"its {edit.parameter} of shape {tuple(shape)} does not have the {width} features along axis "
+                        f"{edit.axis}. Use the adapter unmerged."
+                    )
             if refusal is not None:
                 raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
-
-
-def _why_not_along(layer: ErasureLayer, name: str, edit: EraserInWeight) -> str | None:
-    """The reason why the features that an eraser erases are not those of an axis of the weight; None if they are."""
-    shape, width = layer.host.get_parameter(edit.parameter).shape, len(edit.left)
-    if not width:  # not fitted
-        return None
-    if isinstance(layer.host, CONVOLUTIONS) and layer.site_of(name).concept_erasure_axis[name] != 1:
-        return (
-            "it does not erase along the channels of this convolution. Fit it again with "
-            f"exclude_modules=[{layer.path!r}], or use the adapter unmerged."
-        )
-    if edit.axis >= len(shape) or shape[edit.axis] != width:
-        at = f"{edit.parameter} of shape {tuple(shape)}"
-        return f"its {at} does not have the {width} features along axis {edit.axis}. Use the adapter unmerged."
-    return None
 
 
 def _folded_uses(
@@ -275,7 +230,7 @@ def _folded_uses(
 ) -> dict[str, Uses]:
     """What takes the activations of sites that are not linear layers themselves; refused unless linear layers do."""
     refused = f"The erasure at {next(iter(sites))!r} cannot be merged: which layers take its activation is found by"
-    if is_offloaded(model):
+    if placement.is_offloaded(model):
         raise ValueError(
             f"{refused} following it to their weights, and weights of this model are offloaded. Load the model on one "
             "device to merge, use the adapter unmerged, or target linear layers, e.g. target_modules='all-linear'."
@@ -297,7 +252,7 @@ def _folded_uses(
         remedy = f"Fit it again without them, exclude_modules={list(reasons)}, or use the adapter unmerged."
     if any(uses[site].quantised for site in reasons):
         on_float = not any(uses[site].obstacles or uses[site].returned for site in reasons)
-        remedy = f"Use the adapter unmerged{', or ' + FLOAT_FIRST if on_float else ''}."
+        remedy = f"Use the adapter unmerged{', or ' + placement.FLOAT_FIRST if on_float else ''}."
     if isinstance(model.get_submodule(path), BaseTunerLayer):
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
     remedy = f"{preset(model, sites.values())}{remedy}"
@@ -359,20 +314,6 @@ def _from_the_weight(layer: ErasureLayer, site: str, ordered: list[T]) -> list[T
     return ordered if site == "output" and is_weight_layer(layer.host) else ordered[::-1]
 
 
-def _arranged(layers: dict[str, ErasureLayer], plan: MergePlan, target: str) -> list[EraserInWeight]:
-    """All erasers in a layer, old and new, from the weight outwards: its own before those of a norm in front of it."""
-    record = record_of(plan.modules[target])
-
-    def place(eraser: EraserInWeight) -> tuple[bool, int, int]:
-        layer, order = layers[eraser.path], plan.orders.get(eraser.path)
-        site = layer.concept_erasure_site[eraser.adapter]
-        # Where nothing is merged now, those that are there stay in their order.
-        own_place = 0 if order is None else _from_the_weight(layer, site, order).index(eraser.adapter)
-        return eraser.path != target, SITES.index(site), own_place
-
-    return sorted([*(record.erasers if record is not None else []), *plan.erasers[target]], key=place)
-
-
 def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
     """What the model gives while erasers act unmerged in the order in which they will act once merged."""
     written = [module for module in model.modules() if plan.rewritten and record_of(module) is not None]
@@ -385,33 +326,39 @@ def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePl
             for site in SITES:
                 merged = [name for name in names if layer.concept_erasure_site[name] == site]
                 others = [name for name in layer.applied_adapters(site) if name not in merged]
-                for part in _from_the_weight(layer, site, [merged, others]):
-                    active += part
+                first, second = _from_the_weight(layer, site, [merged, others])
+                active += first + second
             layer._active_adapter = active
         for module in written:
             for name, value in originals(module).items():
-                set_parameter(module, name, value)
+                placement.set_parameter(module, name, value)
         return probe.run()
     finally:
         snapshot.restore()
 
 
-# ---- values, and what they need --------------------------------------------------------------------------------------
-
-
 def _values(
     model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePlan, names: list[str], *, safe_merge: bool
 ) -> dict[str, dict[str, Tensor]]:
-    """The merged parameters of each layer; the plan then has all erasers that are in them."""
-    for target in plan.modules:
-        plan.erasers[target] = _arranged(layers, plan, target)
+    """The merged parameters of each layer; the plan then has all erasers in them, from the weight outwards."""
+
+    def place(eraser: EraserInWeight) -> tuple[int, int]:
+        layer, order = layers[eraser.path], plan.orders.get(eraser.path)
+        site = layer.concept_erasure_site[eraser.adapter]
+        # Where nothing is merged now, those that are there stay in their order.
+        own_place = 0 if order is None else _from_the_weight(layer, site, order).index(eraser.adapter)
+        return SITES.index(site), own_place
+
+    present = {target: (record_of(module) or MergeRecord()).erasers for target, module in plan.modules.items()}
+    for target, known in present.items():
+        # Its own before those of a norm in front of it.
+        erasers = sorted([*known, *plan.erasers[target]], key=lambda e: (e.path != target, *place(e)))
+        plan.erasers[target] = erasers
+        plan.rewritten |= erasers[: len(known)] != known
     _refuse_means(model, plan)
-    values = {}
-    for target, module in plan.modules.items():
-        erasers, record = plan.erasers[target], record_of(module)
-        plan.rewritten |= record is not None and erasers[: len(record.erasers)] != record.erasers
-        values[target] = written_anew(module, erasers)
-        for key, value in values[target].items():
+    values = {target: written_anew(module, plan.erasers[target]) for target, module in plan.modules.items()}
+    for target, found in values.items():
+        for key, value in found.items():
             if safe_merge and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
     return values
@@ -444,13 +391,8 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
     )
 
 
-# ---- weights that are shared -----------------------------------------------------------------------------------------
-
-
 def _untied(model: nn.Module, plan: MergePlan) -> Untied | None:
     """What will untie the weights that erasers go into; None where none of them is tied."""
-    if not plan.tied:
-        return None
     for target, names in plan.tied.items():
         reason = why_not_untied(model, target)
         if reason is not None:
@@ -458,18 +400,18 @@ def _untied(model: nn.Module, plan: MergePlan) -> Untied | None:
                 f"The erasure cannot be merged into {target!r}, whose weight is shared by {names}: {reason}. Fit it "
                 f"again with exclude_modules=[{target!r}], or use the adapter unmerged."
             )
-    return Untied(model)
+    return Untied(model) if plan.tied else None
 
 
 def _untie(model: nn.Module, untied: Untied, probe: Probe | None) -> None:
     """Untie the weights, unless the model then computes something else with the same weights."""
-    plain = None if probe is None else probe.run()
+    plain = [] if probe is None else probe.run()
     untied.untie()
     for module in untied.modules:
         record = record_of(module) or MergeRecord()
         record.untied = untied
         put_record(module, record)
-    if probe is not None and plain is not None and distance(probe.run(), plain) > 0:
+    if probe is not None and distance(probe.run(), plain) > 0:
         raise ValueError(
             f"{type(model).__name__} computes something else with the same weights where its configuration says "
             "tie_word_embeddings=False, so they cannot be untied. Fit the erasure again without "

@@ -9,9 +9,8 @@ only architectures are folded in which every use is plain, and the outputs are c
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,13 +19,15 @@ from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.graph import REARRANGING, Graph, Node, Product, Use
-from hf_erasure.models.model import distance, evaluating, tensors_of, without_drawing
-from hf_erasure.models.streams import Weight, experts_beside
+from hf_erasure.models.model import distance, evaluating, is_norm, tensors_of, without_drawing
+from hf_erasure.models.streams import Weight, experts_beside, readers_of, writers_of
 
-from ..common.placement import has_quantised, tied_to
+from ..common.acting import warn_user
+from ..common.layer import innermost
+from ..common.placement import has_quantised, is_offloaded, tied_to
+from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers
-from .record import why_not_mergeable
-from .remedies import tied_words
+from .record import axis_of, takes_mean, why_not_mergeable, why_not_untied
 
 # A merge may take the outputs so many times as far as another rounding of the weights does: that is one sample of what
 # rounding does, and others are larger.
@@ -36,19 +37,14 @@ _MOVES = {name for name in REARRANGING if not name.endswith("_")} - {"neg", "mas
 
 
 class Probe:
-    """A model's own dummy input, run the same way each time: without dropout, gradients or autocast.
+    """A bare model's own dummy input, run the same way each time: without dropout, gradients or autocast.
 
-    Args:
-        model: The bare model.
-        watch: Is given the call of a first pass, and makes it; left out, what the model gives is the same each time.
-
-    Attributes:
-        failure: Why the model cannot be run on it; None when it can.
+    `watch` is given the call of a first pass, and makes it; left out, what the model gives is the same each time.
     """
 
     def __init__(self, model: nn.Module, watch: Callable[[Callable[[], Any]], object] | None = None) -> None:
         self.model = model
-        self.failure: str | None = None
+        self.failure: str | None = None  # why the model cannot be run on it
         self.inputs: dict[str, Tensor] = {}
         device = next((p.device.type for p in model.parameters()), "cpu")
         self._device = device if torch.amp.is_autocast_available(device) else "cpu"
@@ -72,11 +68,7 @@ class Probe:
 
 
 def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], names: list[str]) -> None:
-    """Compare the outputs of a probe after adapters were merged into modules with those before.
-
-    Raises:
-        ValueError: If the outputs differ by more than rounding.
-    """
+    """Raise if the outputs after adapters were merged into modules differ from those before by more than rounding."""
     after = probe.run()
     drift = distance(after, before)
     if drift == 0:
@@ -90,10 +82,9 @@ def check_drift(probe: Probe, before: list[Tensor], modules: list[nn.Module], na
             f"{rounding:.1e}: the merge was taken back. Use the adapter unmerged, and please report the architecture."
         )
     if rounding >= 1:
-        warnings.warn(
+        warn_user(
             f"The outputs after merging {names} could not be compared with those before: other rounding of weights "
-            "changes them by as much as they are. Compare them yourself, in float64.",
-            stacklevel=5,
+            "changes them by as much as they are. Compare them yourself, in float64."
         )
 
 
@@ -117,21 +108,13 @@ def _run_with_other_rounding(probe: Probe, modules: list[nn.Module]) -> list[Ten
 
 @dataclass
 class Uses:
-    """What a forward pass does with the activation of one site.
+    """What a forward pass does with the activation of one site."""
 
-    Attributes:
-        weights: The weights that multiply it, in the order of the calls.
-        obstacles: Names of the other operations it goes into.
-        quantised: Names of the modules with quantised weights that it goes into.
-        returned: Whether it is part of what the model returns.
-        runs: How many times the site was reached.
-    """
-
-    weights: list[Weight] = field(default_factory=list)
-    obstacles: list[str] = field(default_factory=list)
-    quantised: list[str] = field(default_factory=list)
-    returned: bool = False
-    runs: int = 0
+    weights: list[Weight] = field(default_factory=list)  # that multiply it, in the order of the calls
+    obstacles: list[str] = field(default_factory=list)  # names of the other operations it goes into
+    quantised: list[str] = field(default_factory=list)  # names of the modules with quantised weights that it goes into
+    returned: bool = False  # whether it is part of what the model returns
+    runs: int = 0  # how many times the site was reached
 
 
 def trace_uses(
@@ -139,11 +122,8 @@ def trace_uses(
 ) -> tuple[dict[str, Uses], dict[Weight, set[str]]]:
     """Run the model on a small input and see where the activations of `sites` go, whose erasers are to be folded.
 
-    An erasure of another adapter than `names` stays in force and stands in the way.
-
-    Returns:
-        The uses of each site by path, and what each of these weights is used for: paths of sites, or what else takes
-        it.
+    An erasure of another adapter than `names` stays in force and stands in the way. Returned are the uses of each site
+    by path, and what each of these weights is used for: paths of sites, or what else takes it.
     """
     graph, uses = Graph(model, run), {path: Uses() for path in sites}
     erased = [
@@ -262,3 +242,82 @@ def why_not_foldable(
         if others:
             return f"it goes into {target!r}, whose weight is used elsewhere too ({', '.join(others)})"
     return None
+
+
+def sites_without_room(
+    model: nn.Module, name: str, config: ConceptErasureConfig, sites: dict[str, ErasureLayer], *, may_run: bool
+) -> set[str]:
+    """The sites of an adapter, which is not merged, whose affine part would need a bias that is not there.
+
+    Which layers take the activations of a norm is found by one small forward pass, where this process alone `may_run`
+    one; other sites need none. Where an adapter cannot be merged as a whole anyway, there are no such sites. Quantised
+    and tied weights do not count as such a case, since they may be loaded in float, and untied.
+    """
+    places: dict[str, list[tuple[nn.Module, str, str]]] = {}
+    folded = {}
+    for path, layer in sites.items():
+        if config.weights is not None:
+            own = [(innermost(model.get_submodule(module)), weight) for module, weight, _ in config.weights[path]]
+            places[path] = [(*place, config.site) for place in own]
+        elif axis_of(layer.host, config.site) is not None or has_quantised(layer.host):
+            places[path] = [(layer.host, "weight", config.site)]
+        else:
+            folded[path] = layer
+    traced: list[Any] = []
+    if folded:
+        acting = {name, *(other for layer in erasure_layers(model).values() for other in layer.acting_adapters())}
+        can_run = may_run and not is_offloaded(model)
+        if not can_run or Probe(model, lambda call: traced.extend(trace_uses(model, call, folded, [*acting]))).failure:
+            return set()
+    for path, use in traced[0].items() if traced else ():
+        quantised = [Weight(module, "weight", 1) for module in use.quantised]
+        whole = replace(use, weights=[*use.weights, *quantised], quantised=[])
+        known = {weight: traced[1].get(weight, {path}) for weight in whole.weights}
+        if why_not_foldable(model, path, whole, known, allow_tied=True) is not None:
+            return set()
+        places[path] = [(model.get_submodule(w.module), w.parameter, "input") for w in whole.weights]
+    without = set()
+    for path, here in places.items():
+        for module, weight, side in here:
+            # Of quantised layers there is room once they are loaded in float.
+            has_bias = has_quantised(module) and module._parameters.get("bias") is not None
+            if not has_bias and not takes_mean(module, weight, side):
+                without.add(path)
+    return without
+
+
+# ---- what to do about an erasure that does not merge -----------------------------------------------------------------
+
+
+def preset(model: nn.Module, layers: Iterable[ErasureLayer]) -> str:
+    """The remedy of an erasure at norms that does not merge: the word for sites that do; empty where none does."""
+    if not all(is_norm(innermost(layer.host)) for layer in layers):
+        return ""
+    for word in ("readers", "writers"):
+        try:
+            groups = readers_of(model) if word == "readers" else [writers_of(model)]
+        except ValueError:
+            continue
+        side, weights = "input" if word == "readers" else "output", [weight for group in groups for weight in group]
+        modules = {weight.module: innermost(model.get_submodule(weight.module)) for weight in weights}
+        if all(why_not_mergeable(modules[w.module], side, w.parameter) is None for w in weights):
+            tied = [name for name in modules if tied_to(model, name)]
+            untie = f", with untie=True for {tied}" if tied else ""
+            told = "the documentation has how much the figures differ, under 'Where to erase'"
+            return f"Fit it again with target_modules={word!r}, which merges in this model{untie} ({told}). "
+    return ""
+
+
+def tied_words(model: nn.Module, path: str, names: list[str]) -> str:
+    """What shares a weight, and whether a merge may untie it, in words that follow "its weight"."""
+    reason = why_not_untied(model, path)
+    way = "A merge with untie=True (on the command line --untie) gives it a table of its own"
+    return (
+        f"is shared by {names}, which would change too. {way if reason is None else f'It cannot be untied: {reason}'}"
+    )
+
+
+def is_head(model: nn.Module, path: str) -> bool:
+    """Whether a module is the head of a model that predicts words."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and model.get_submodule(path) is head

@@ -17,18 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..common.placement import (
-    FLOAT_FIRST,
-    has_quantised,
-    is_sharded,
-    set_parameter,
-    value_of,
-    values_of,
-    why_not_reachable,
-)
-from .untying import Untied
+from ..common import placement
+from ..common.layer import innermost
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # By the forward of a module: the axes of its weight along which the features that it takes and gives lie.
@@ -40,33 +33,24 @@ _AXES: dict[Any, dict[str, int]] = {
 }
 # A plain attribute of the module: it is copied with the module, and is not part of the state dict.
 _RECORD = "_concept_erasure_merge_record"
+# The entry of a configuration that ties the embedding and the head, and all other weights that are shared.
+_ENTRY = "tie_word_embeddings"
 # An integer of as many bytes as a number has.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class EraserInWeight:
-    """One eraser on its way into one weight.
+    """One eraser on its way into one weight."""
 
-    Attributes:
-        path: The site: the weight's own module, or one whose output that module takes.
-        adapter: The adapter it belongs to.
-        side: The side of the weight it acts on, `"output"` or `"input"`.
-        left: `(width, rank)`.
-        right: `(rank, width)`.
-        bias: `(width,)`, the mean that is kept; zero for a purely linear eraser.
-        parameter: The name of the weight in its module.
-        axis: The axis of the weight along which the features of the hidden state lie.
-    """
-
-    path: str
-    adapter: str
-    side: str
-    left: Tensor
-    right: Tensor
-    bias: Tensor
-    parameter: str = "weight"
-    axis: int = 1
+    path: str  # the site: the weight's own module, or one whose output that module takes
+    adapter: str  # the adapter it belongs to
+    side: str  # the side of the weight it acts on, `"output"` or `"input"`
+    left: Tensor  # (width, rank)
+    right: Tensor  # (rank, width)
+    bias: Tensor  # (width,), the mean that is kept; zero for a purely linear eraser
+    parameter: str = "weight"  # the name of the weight in its module
+    axis: int = 1  # the axis of the weight along which the features of the hidden state lie
 
 
 @dataclass(frozen=True)
@@ -74,33 +58,22 @@ class WeightChange:
     """What erasers make of a weight and its bias, in float64.
 
     The weight has changed by `b @ a`, where it is a matrix `(out, in)`, or is one when its other axes are one.
-
-    Attributes:
-        weight: The changed weight, in its own shape.
-        offset: `(out,)`, the changed bias; zero where there is none and none is needed.
-        b: `(out, rank)`.
-        a: `(rank, in)`.
     """
 
-    weight: Tensor
-    offset: Tensor
-    b: Tensor
-    a: Tensor
+    weight: Tensor  # the changed weight, in its own shape
+    offset: Tensor  # (out,), the changed bias; zero where there is none and none is needed
+    b: Tensor  # (out, rank)
+    a: Tensor  # (rank, in)
 
 
 def weight_change(
     weight: Tensor, bias: Tensor | None, edits: Iterable[EraserInWeight], scale: float | None = None
 ) -> WeightChange:
-    """The weight and the bias that compute alone what they compute with erasers.
+    """The weight and the bias `(out,)` that compute alone what they compute with erasers, the next to the weight first.
 
     With `P = L R`, an erased output of `W x + c` is `(I − P) W x + c − P (c − μ)`, and an erased input gives
-    `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one.
-
-    Args:
-        weight: Has the features of the hidden state along the `axis` of each eraser.
-        bias: `(out,)`.
-        edits: The eraser next to the weight comes first.
-        scale: Of a table of rows: what they are multiplied with; None for a weight that is multiplied by.
+    `W (I − P) x + c + W P μ`. An embedding's output is its rows, erased one by one; `scale` is what the rows of a table
+    are multiplied with, None for a weight that is multiplied by.
     """
     changed = weight.double()
     offset = None if bias is None else bias.double()
@@ -222,8 +195,9 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
     kind = type(host).__name__
     if getattr(host, "parametrizations", None):
         return f"the weight of this {kind} is parametrized; remove the parametrization first."
-    if has_quantised(host):
-        return f"its weight is quantised, and would not be exact after it. Use the adapter unmerged, or {FLOAT_FIRST}."
+    if placement.has_quantised(host):
+        told = "its weight is quantised, and would not be exact after it"
+        return f"{told}. Use the adapter unmerged, or {placement.FLOAT_FIRST}."
     if isinstance(host, nn.Embedding):
         if site == "input":
             return "an embedding takes token ids. Use site='output'."
@@ -232,12 +206,93 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
     weight = host._parameters.get(parameter)
     if weight is None:
         return f"this {kind} has no parameter {parameter!r}: the adapter was fitted on another model."
-    unreachable = why_not_reachable(host)
+    unreachable = placement.why_not_reachable(host)
     if unreachable is not None:
         return f"its weight {unreachable} to merge."
-    if type(weight.data) is not Tensor or is_sharded(weight):
+    if type(weight.data) is not Tensor or placement.is_sharded(weight):
         return "its weight is sharded. Load the model whole to merge."
     return None
+
+
+# ---- tied tables, which a merge must give values of their own --------------------------------------------------------
+
+
+class Untied:
+    """All tied weights of a model, each with values of its own; the configuration says so, and reloading does too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.owners = _tied_by_configuration(model)  # each tied weight: the modules that own it, and its names there
+        self.modules = [module for places in self.owners.values() for module, _ in places]
+        self._shared = {weight: places[0][0].get_parameter(places[0][1]) for weight, places in self.owners.items()}
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        configs: list[Any] = [module.config for module in models]
+        for config in configs:  # and those inside them, each once
+            inner = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+            configs += [value for value in inner if not any(value is known for known in configs)]
+        ties = {id(config): config for config in configs if getattr(config, _ENTRY, False)}
+        self._configs = [(config, getattr(config, _ENTRY)) for config in ties.values()]
+        self._keys: list[tuple[Any, dict[str, str]]] = [
+            (m, m.all_tied_weights_keys) for m in models if getattr(m, "all_tied_weights_keys", None)
+        ]
+        self.is_open = False
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes the model has more."""
+        return sum((len(self.owners[weight]) - 1) * p.numel() * p.element_size() for weight, p in self._shared.items())
+
+    def untie(self) -> None:
+        """Give all but the first owner of each weight a copy; the configuration says that nothing is tied."""
+        self.is_open = True
+        for config, _ in self._configs:
+            setattr(config, _ENTRY, False)
+        for model, _ in self._keys:
+            model.all_tied_weights_keys = {}
+        for places in self.owners.values():
+            for module, name in places[1:]:
+                shared = module.get_parameter(name)
+                module._parameters[name] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+
+    def tie_again(self) -> None:
+        """Put the shared weights back, with the values that their first owners have now."""
+        for config, value in self._configs:
+            setattr(config, _ENTRY, value)
+        for model, keys in self._keys:
+            model.all_tied_weights_keys = keys
+        for weight, places in self.owners.items() if self.is_open else ():
+            for module, name in places:
+                module._parameters[name] = self._shared[weight]
+        self.is_open = False
+
+
+def why_not_untied(model: nn.Module, path: str) -> str | None:
+    """The reason why a module cannot get a weight of its own, in words that follow its name; None where it can."""
+    if placement.is_offloaded(model):
+        return "weights of this model are offloaded: load it on one device to untie them"
+    module = model.get_submodule(path)
+    for places in _tied_by_configuration(model).values():
+        if any(owner is module for owner, _ in places):
+            return None
+    return f"{type(model).__name__} has no {_ENTRY} in its configuration that ties it"
+
+
+def _tied_by_configuration(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """The weights that an entry of the configuration ties, with their owners, each once."""
+    keys: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    by_configuration = {*keys, *keys.values()}
+    found: dict[str, list[tuple[nn.Module, str]]] = {}
+    for names in placement.shared_weights(model).values():
+        plain = [name.replace(".base_layer.", ".") for name in names]
+        if not by_configuration & {*plain} or names[0] in found:
+            continue
+        owners: dict[int, tuple[nn.Module, str]] = {}
+        for name in names:
+            path, _, own = name.rpartition(".")
+            module = innermost(model.get_submodule(path))
+            owners.setdefault(id(module), (module, own))
+        if len(owners) > 1:
+            found[names[0]] = list(owners.values())
+    return found
 
 
 # ---- what was written into a module ----------------------------------------------------------------------------------
@@ -245,19 +300,13 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
 
 @dataclass
 class MergeRecord:
-    """What was written over a module's parameters.
+    """What was written over a module's parameters."""
 
-    Attributes:
-        originals: Parameter name → its values before any eraser; of those that were written.
-        erasers: The erasers, the one next to the weight first.
-        untied: What has given the module a weight of its own, where it shared that of another.
-        digests: Parameter name → `_digest` of the values that were written last.
-    """
-
+    # Parameter name → its values before any eraser; of those that were written.
     originals: dict[str, Tensor] = field(default_factory=dict)
-    erasers: list[EraserInWeight] = field(default_factory=list)
-    untied: Untied | None = None
-    digests: dict[str, int] = field(default_factory=dict)
+    erasers: list[EraserInWeight] = field(default_factory=list)  # the one next to the weight first
+    untied: Untied | None = None  # what has given the module a weight of its own, where it shared that of another
+    digests: dict[str, int] = field(default_factory=dict)  # parameter name → `_digest` of what was written last
 
 
 def record_of(module: nn.Module) -> MergeRecord | None:
@@ -268,23 +317,20 @@ def record_of(module: nn.Module) -> MergeRecord | None:
 
 def put_record(module: nn.Module, record: MergeRecord | None) -> None:
     """Give a module this record, or none."""
-    if record is None:
-        module.__dict__.pop(_RECORD, None)
-    else:
+    module.__dict__.pop(_RECORD, None)
+    if record is not None:
         setattr(module, _RECORD, record)
 
 
 def originals(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters as they were before any eraser."""
-    record = record_of(module)
-    return values_of(module) | (record.originals if record is not None else {})
+    return placement.values_of(module) | (record_of(module) or MergeRecord()).originals
 
 
 def written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
     """What erasers, or those before them, change in a module, from the originals, with these and no others in it."""
-    plain, record = originals(module), record_of(module)
-    known = {} if record is None else record.originals
-    return known | (merged_parameters(module, plain, erasers) if erasers else {})
+    record = record_of(module) or MergeRecord()
+    return record.originals | (merged_parameters(module, originals(module), erasers) if erasers else {})
 
 
 def write(module: nn.Module, values: dict[str, Tensor], erasers: list[EraserInWeight]) -> None:
@@ -295,14 +341,11 @@ def write(module: nn.Module, values: dict[str, Tensor], erasers: list[EraserInWe
     record.erasers = erasers
     record.digests = record.digests | {name: _digest(value) for name, value in values.items()}
     for name, value in values.items():
-        set_parameter(module, name, value)
+        placement.set_parameter(module, name, value)
 
 
 def withdraw(module: nn.Module, path: str) -> None:
-    """Take back what the erasers of one site did to a module; without others, its parameters are as they were.
-
-    What something else has added since, as a LoRA that PEFT has merged, stays added.
-    """
+    """Take back what the erasers of one site did to a module; what something else has added since, as a LoRA, stays."""
     record = record_of(module)
     if record is None:
         return
@@ -315,10 +358,9 @@ def withdraw(module: nn.Module, path: str) -> None:
         changed = (now.double() - before.double() + value.double()).to(now.dtype)
         values[name] = torch.where(now == before, value, changed)  # what nothing was added to is there to the bit
     for name, value in values.items():
-        set_parameter(module, name, value)
+        placement.set_parameter(module, name, value)
     if record.untied is not None:
-        records = map(record_of, record.untied.modules)
-        if not any(other is not None and other.erasers for other in records):
+        if not any((record_of(other) or MergeRecord()).erasers for other in record.untied.modules):
             record.untied.tie_again()
             forget(module)
     elif not left:
@@ -327,16 +369,15 @@ def withdraw(module: nn.Module, path: str) -> None:
 
 def forget(module: nn.Module) -> None:
     """Drop the record and its copies: what is merged stays merged."""
-    record = record_of(module)
-    for other in [module, *(record.untied.modules if record is not None and record.untied is not None else [])]:
+    untied = (record_of(module) or MergeRecord()).untied
+    for other in [module, *(untied.modules if untied is not None else [])]:
         put_record(other, None)
 
 
 def changed_since(module: nn.Module) -> dict[str, Tensor]:
     """The parameters into which something else has written since erasers were, with their values now."""
-    record = record_of(module)
-    digests = record.digests if record is not None else {}
-    present = {name: value_of(module, name) for name in digests}
+    digests = (record_of(module) or MergeRecord()).digests
+    present = {name: placement.value_of(module, name) for name in digests}
     return {name: v for name, v in present.items() if v is not None and _digest(v) != digests[name]}
 
 
@@ -351,7 +392,7 @@ class Snapshot:
     def __init__(self, layers: Iterable[Any], modules: Sequence[nn.Module], untied: Untied | None = None) -> None:
         notes = ("merged_adapters", "written", "_active_adapter", "_disable_adapters", "sticky_adapters")
         self.notes = [(layer, {name: copy.copy(getattr(layer, name)) for name in notes}) for layer in layers]
-        self.values = [(m, {name: value_of(m, name) for name in m._parameters}) for m in modules]
+        self.values = [(m, {name: placement.value_of(m, name) for name in m._parameters}) for m in modules]
         self.records = [(module, copy.copy(record_of(module))) for module in modules]
         self.untied = untied
 
@@ -362,7 +403,7 @@ class Snapshot:
                 setattr(layer, name, value)
         for module, values in self.values:
             for name, value in values.items():
-                set_parameter(module, name, value)
+                placement.set_parameter(module, name, value)
         for module, record in self.records:
             put_record(module, record)
         if self.untied is not None:

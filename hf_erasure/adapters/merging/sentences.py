@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import last_hidden_state
 
 from ..common.acting import adapters_now
-from ..common.config import Provenance
 from ..common.layer import adapter_children
 from ..common.lookup import Found, adapter_of
 from ..erasure.config import ConceptErasureConfig
@@ -29,32 +27,25 @@ from ..erasure.layer import ErasureLayer, erasure_layers, hidden_of_output
 _AFFINE = ("mean", "cls", "lasttoken", "weightedmean")
 # Sums of tokens with weights that do not.
 _LINEAR = ("mean_sqrt_len_tokens",)
-_OF_POOL = {"mean": "mean", "cls": "cls", "last": "lasttoken"}
 _DEEPER = "fit one with target_modules=[…] that names the module which returns the last hidden state, and no other"
 
 
-def export_to_sentence_transformers(
-    model: nn.Module, adapter_name: str, folder: str | Path, *, tokenizer: Any = None, pooling: str | None = None
-) -> Path:
+def export_to_sentence_transformers(model: nn.Module, adapter_name: str, folder: str | Path) -> Path:
     """Write an erasure of the last hidden state as an ordinary SentenceTransformer, which loads without this package.
 
     Its modules are the plain transformer, the pooling, a `Dense` module that erases, and what came behind the pooling.
 
     Args:
-        model: The SentenceTransformer whose transformer has the adapter, or a model of transformers with it. It is not
-            changed.
+        model: The SentenceTransformer whose transformer has the adapter. It is not changed.
         adapter_name: The adapter; it is exported as it acts alone.
         folder: Where the SentenceTransformer is written.
-        tokenizer: Of a model of transformers.
-        pooling: Of a model of transformers: `"mean"`, `"cls"` or `"lasttoken"`; left out, what the adapter was fitted
-            for.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the adapter also acts before the last hidden state, or the pooling does not commute with it; says
-            what to do instead.
+        ValueError: If the adapter also acts before the last hidden state, or the pooling does not commute with it, or
+            the model is another one; says what to do instead.
         ImportError: If sentence-transformers is not installed.
     """
     try:
@@ -67,8 +58,25 @@ def export_to_sentence_transformers(
     found = adapter_of(model, adapter_name, ConceptErasureConfig)
     layer = _only_site(found)
     left, right, mean = (part.detach().double().cpu() for part in layer.eraser_state(adapter_name))
-    whole = _plain(model, found, library, modules, tokenizer, pooling)
-    modes = _modes(whole, modules)
+    if not isinstance(model, library.SentenceTransformer):
+        raise ValueError(
+            f"A {type(model).__name__} has no pooling to stand behind: pass a SentenceTransformer, as of modules=["
+            "models.Transformer(folder), models.Pooling(width, 'mean')], with the adapter on its transformer."
+        )
+    whole = copy.deepcopy(model)
+    owner: Any = whole.get_submodule(found.path)
+    for child in adapter_children(owner):
+        child.detach()
+    owner.__dict__.pop("peft_config", None)
+    owner._hf_peft_config_loaded = False
+    parts = list(whole)
+    if len(parts) < 2 or not isinstance(parts[0], modules.Transformer) or not isinstance(parts[1], modules.Pooling):
+        raise ValueError(
+            f"The first two modules of this SentenceTransformer are {[type(part).__name__ for part in parts[:2]]}, and "
+            "the erasure is to stand right behind a Transformer and a Pooling: share the adapter instead."
+        )
+    # It pools in one way, or in several side by side.
+    modes = [parts[1].pooling_mode] if isinstance(parts[1].pooling_mode, str) else list(parts[1].pooling_mode)
     offset = left @ (right @ mean)
     for mode in modes:
         if mode not in (*_AFFINE, *(_LINEAR if not bool(offset.any()) else ())):
@@ -87,7 +95,6 @@ def export_to_sentence_transformers(
         init_weight=erased.to(weight.dtype),
         init_bias=offset.repeat(len(modes)).to(weight.dtype) if bool(offset.any()) else None,
     )
-    parts = list(whole)
     options = {key: getattr(whole, key) for key in ("prompts", "default_prompt_name", "similarity_fn_name")}
     made = library.SentenceTransformer(modules=[*parts[:2], dense, *parts[2:]], device=str(weight.device), **options)
     made.save_pretrained(str(folder))
@@ -138,52 +145,3 @@ def _is_last(owner: nn.Module, layer: ErasureLayer, name: str) -> bool:
     finally:
         handle.remove()
     return len(given) == 1 and given[0].data_ptr() == returned[0].data_ptr() and given[0].shape == returned[0].shape
-
-
-def _plain(
-    model: nn.Module,
-    found: Found[ConceptErasureConfig],
-    library: Any,
-    modules: Any,
-    tokenizer: Any,
-    pooling: str | None,
-) -> Any:
-    """A SentenceTransformer without adapters, of one with them or of a model of transformers."""
-    if isinstance(model, library.SentenceTransformer):
-        whole = copy.deepcopy(model)
-        _strip(whole.get_submodule(found.path))
-        return whole
-    pooling = pooling or _OF_POOL.get(Provenance.of(found.config).pool)
-    if tokenizer is None or pooling is None:
-        raise ValueError(
-            "A model of transformers is exported with its tokenizer and a pooling: write tokenizer=… and "
-            "pooling='mean', 'cls' or 'lasttoken', or pass a SentenceTransformer."
-        )
-    plain = copy.deepcopy(found.owner)
-    _strip(plain)
-    with tempfile.TemporaryDirectory() as place:
-        plain.save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        transformer = modules.Transformer(place)
-    return library.SentenceTransformer(modules=[transformer, modules.Pooling(plain.config.hidden_size, pooling)])
-
-
-def _strip(owner: Any) -> None:
-    """Take all adapters of ours off a copy of a model."""
-    for child in adapter_children(owner):
-        child.detach()
-    owner.__dict__.pop("peft_config", None)
-    owner._hf_peft_config_loaded = False
-
-
-def _modes(whole: Any, modules: Any) -> list[str]:
-    """How a SentenceTransformer pools: in one way, or in several side by side."""
-    parts = list(whole)
-    if len(parts) < 2 or not isinstance(parts[0], modules.Transformer) or not isinstance(parts[1], modules.Pooling):
-        kinds = [type(part).__name__ for part in parts[:2]]
-        raise ValueError(
-            f"The first two modules of this SentenceTransformer are {kinds}, and the erasure is to stand right behind "
-            "a Transformer and a Pooling: share the adapter instead."
-        )
-    mode = parts[1].pooling_mode
-    return [mode] if isinstance(mode, str) else list(mode)

@@ -52,7 +52,7 @@ GRADIENDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a count of text": (lambda f: parameters(f, count="1"), "fitted_parameters has"),
     "a huge shape": (
         lambda f: parameters(f, shape=[10**6, 10**6], count=None),
-        "two files are not of the same adapter|missing|do not belong to",
+        "the two are not of the same adapter|missing|do not belong to",
     ),
     "a negative shape": (lambda f: parameters(f, shape=[-2, -3]), "fitted_parameters has"),
     "a shape of floats": (lambda f: parameters(f, shape=[1.5]), "fitted_parameters has"),
@@ -63,7 +63,7 @@ GRADIENDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "10^4 pairs": (
         lambda f: rewrite(f, pairs=[["female", "male"]] * 10**4, encoders=_encoders(f) * 10**4),
-        "two files are not of the same adapter",
+        "the two are not of the same adapter",
     ),
     "pairs without encoders": (lambda f: rewrite(f, pairs=[["female", "male"]] * 2), "There are 1 encoders for pairs"),
     "an encoder of code": (
