@@ -246,9 +246,33 @@ def small_batches(name: str, count: int = 3, seed: int = 100) -> list[dict[str, 
     return [small_batch(name, seed=seed + index) for index in range(count)]
 
 
+def paired_batches(name: str, count: int = 3, seed: int = 100) -> list[dict[str, Tensor]]:
+    """The same with counterfactuals, in which some tokens are others; environments; and a label to keep."""
+    return [_paired(batch) for batch in small_batches(name, count, seed)]
+
+
+def _paired(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    labels = batch["concept_labels"]
+    rows = len(labels)
+    other = {key: value.clone() for key, value in batch.items()}
+    # Of each row the third and the fifth token, in a way that depends on the class and on the row.
+    moved = torch.arange(rows) % 5 + 1 + 7 * labels
+    other["input_ids"][:, 2:5:2] = 4 + (other["input_ids"][:, 2:5:2] + moved[:, None]) % 50
+    own, ignored = torch.arange(rows), torch.full((rows,), -100)
+    halves = {
+        "concept_labels": (labels, ignored),
+        "concept_pairs": (ignored.clamp_min(-1), own),
+        "concept_pair_labels": (labels, 1 - labels),
+        "concept_environments": (own % 3,) * 2,
+        "concept_kept": (own // 2 % 2,) * 2,
+    }
+    inputs = {key: (value, other[key]) for key, value in batch.items() if key != "concept_labels"}
+    return {key: torch.cat(pair) for key, pair in (inputs | halves).items()}
+
+
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch without its concept labels."""
-    return {key: value for key, value in batch.items() if key != "concept_labels"}
+    """A batch without what it says of the concept."""
+    return {key: value for key, value in batch.items() if not key.startswith("concept_")}
 
 
 def outputs_of(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

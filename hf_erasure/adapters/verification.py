@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.model import callee_of, distance, evaluating, tensors_of, without_drawing
+from hf_erasure.models.model import callee_of, distance, evaluating, inputs_of, tensors_of, without_drawing
 
 from .common.acting import other_than_when_fitted
 from .common.config import ChildConfig, Provenance
@@ -177,7 +177,7 @@ def _why_inactive(found: Found[ChildConfig]) -> str | None:
 def _output_of(model: nn.Module, found: Found[ChildConfig], batch: dict[str, Any] | None) -> Callable[[], Tensor]:
     """What gives the first floating-point tensor of the model around an adapter, or of a wrapper for the batch."""
     callee: nn.Module = callee_of(model, found.model)
-    inputs = {name: value for name, value in (batch or {}).items() if name != "concept_labels"}
+    inputs = inputs_of(batch or {})
     if batch is None:
         inputs = dummy_batch(found.model)
     else:  # a `**kwargs` takes anything and tells nothing

@@ -38,6 +38,9 @@ class ConceptErasureCallback(LoggingCallback):
         sequential: As in `fit_concept_erasure`.
         pool: As in `fit_concept_erasure`; by default what the model's head reads.
         background: As in `fit_concept_erasure`.
+        delete_at_end: Delete the erasure when training has ended. What is trained beside it, such as a LoRA, could not
+            use the concept, and so learns less about it (concept ablation fine-tuning, arXiv 2507.16795); the model
+            itself keeps what it knew. Checkpoints still have the erasure.
 
     Raises:
         ValueError: If `refit_leakage` comes without `eval_batches`, or a number means nothing.
@@ -54,6 +57,7 @@ class ConceptErasureCallback(LoggingCallback):
         sequential: bool = True,
         pool: str | None = None,
         background: Iterable[Any] | None = None,
+        delete_at_end: bool = False,
     ) -> None:
         if refit_steps not in (None, "epoch") and (isinstance(refit_steps, str) or int(refit_steps or 0) < 1):
             raise ValueError(
@@ -70,7 +74,7 @@ class ConceptErasureCallback(LoggingCallback):
         self.batches = batches
         self.refit_steps, self.refit_leakage, self.eval_batches = refit_steps, refit_leakage, eval_batches
         self._options: dict[str, Any] = {"sequential": sequential, "background": background}
-        self.pool = pool
+        self.pool, self.delete_at_end = pool, delete_at_end
 
     @property
     def refits(self) -> int:
@@ -110,7 +114,10 @@ class ConceptErasureCallback(LoggingCallback):
             self._refit(model, state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Refit what leaks at the end: found by the last log, or in the best model, which is another one."""
+        """Refit what leaks at the end: found by the last log, or in the best model, which is another one; or delete."""
+        if self.delete_at_end:
+            adapter_to_fit(model, self.adapter_name)[0].holder.delete_adapter(self.adapter_name)
+            return
         if args.load_best_model_at_end and self.refit_leakage is not None:
             self.logged(state, model)
         if self.memory["is_due"]:

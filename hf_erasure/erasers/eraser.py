@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,9 @@ EXACT = torch.finfo(torch.float64).eps
 METHODS = ("leace", "orth", "mean_projection", "inlp")
 """Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
 
+# What is left of a column beside others, as a share of its length, that counts for nothing: whitening multiplies the
+# rounding of float64 covariances, 1e-16, by up to 3e3 for float32 and 3e6 for float64 rows (see `factorise`).
+_SPANNED = 1e-8
 # How an eraser is fitted on one batch: from its "moments", or on the rows themselves by method. The files that know
 # how, and need the class below for it, enter theirs.
 FITS: dict[str, Callable[..., Eraser]] = {}
@@ -330,7 +333,11 @@ def concept_columns(spread: Spread) -> Tensor:
     length of a vector of correlations with 1. Canonical correlations are not compared, because they are all 1 when
     there are fewer rows than features, and need not be correlations when Σ comes from a background.
     """
-    columns = spread.cross @ whiten_concept(spread.concept)
+    return independent(spread.cross @ whiten_concept(spread.concept), spread)
+
+
+def independent(columns: Tensor, spread: Spread) -> Tensor:
+    """`(d, r)` independent columns with the span of some, without what is rounding beside the standard deviations."""
     variance = _trusted(spread.variance)
     varies = variance > 0
     columns = torch.where(varies[:, None], columns, 0.0)
@@ -347,8 +354,11 @@ def concept_columns(spread: Spread) -> Tensor:
 # directions to keep, None for all. It returns `left` `(d, rank)` and `right` `(rank, d)`, with `right @ left` the
 # identity.
 
+# Further columns `(d, m)`, and how many of their directions are erased at most; None for all.
+Beside = Sequence[tuple[Tensor, int | None]]
 
-def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Tensor, Tensor]:
+
+def leace_factors(columns: Tensor, factor: Factor, rank: int | None, beside: Beside = ()) -> tuple[Tensor, Tensor]:
     """LEACE: the smallest linear change of x, in the least-squares sense, that leaves no covariance with the concept.
 
     With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the projection `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`,
@@ -360,10 +370,32 @@ def leace_factors(columns: Tensor, factor: Factor, rank: int | None) -> tuple[Te
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
     left = columns @ mixing.T / strength
+    left, basis = with_others(left, basis, beside, factor.whiten)
     right = factor.readings(basis)
     # The triangular solves lose digits where features are nearly collinear. One correction makes right · left the
     # identity again, and with it the projection exact.
     return left, torch.linalg.solve(right @ left, right)
+
+
+def with_others(
+    left: Tensor, basis: Tensor, beside: Beside, whiten: Callable[[Tensor], Tensor] = lambda columns: columns
+) -> tuple[Tensor, Tensor]:
+    """Directions to erase, and the same whitened, with those of further columns behind them.
+
+    Of each group the strongest, in the whitened metric, of what all directions before it leave of the group.
+    """
+    for columns, most in beside:
+        whitened = whiten(columns)
+        rest, scale = whitened, float(torch.linalg.matrix_norm(whitened, 2)) if whitened.numel() else 0.0
+        for _ in range(2):  # once more, for what rounding left of the basis
+            rest = rest - basis @ (basis.T @ rest)
+        own, strength, mixing = torch.linalg.svd(rest, full_matrices=False)
+        # What lies in the span of those before is left as rounding, which whitening multiplies.
+        kept = (strength > _SPANNED * scale)[: columns.shape[1] if most is None else most]
+        own, strength, mixing = own[:, : len(kept)][:, kept], strength[: len(kept)][kept], mixing[: len(kept)][kept]
+        own_left = (columns @ mixing.T - left @ (basis.T @ (whitened @ mixing.T))) / strength
+        left, basis = torch.cat([left, own_left], 1), torch.cat([basis, own], 1)
+    return left, basis
 
 
 def orth_factors(columns: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -402,52 +434,75 @@ class MeanIsErased(ValueError):
 
 
 def eraser_about(
-    left: Tensor, right: Tensor, spread: Spread, *, affine: bool, keep_mean: bool, factor: Factor | None = None
+    left: Tensor,
+    right: Tensor,
+    spread: Spread,
+    *,
+    affine: bool,
+    keep_mean: bool,
+    factor: Factor | None = None,
+    kept: Tensor | None = None,
 ) -> Eraser:
-    """The eraser that subtracts along `left`, and does with the mean what was asked for.
+    """The eraser that subtracts along `left`, and does with the mean, and with what is `kept`, what was asked for.
 
-    A linear map `P = I − left · right` keeps the mean where `right · μ = 0`. Of all P with `P · left = 0` and `P μ = μ`
-    it takes the one that changes x least in the metric of Σ, or of the identity without a factor: its readings are,
-    whitened, those of `left` among the directions orthogonal to the whitened mean. With the methods' Σ it is LEACE with
-    the limit of `(Σ + λ μ μᵀ)⁻¹` for large λ, `Σ⁻¹ − Σ⁻¹ μ μᵀ Σ⁻¹ / (μᵀ Σ⁻¹ μ)`, in the place of `Σ⁻¹`. Since `left` is
-    what it is without, so is what a linear probe can find. Features that Σ says never vary stay.
+    A linear map `P = I − left · right` keeps the mean where `right · μ = 0`, and covariances `(d, m)` with something
+    else where it reads none of these (SPLINCE, arXiv 2506.10703). Of all P with `P · left = 0` and `P h = h` for each h
+    that is held it takes the one that changes x least in the metric of Σ, or of the identity without a factor: its
+    readings are, whitened, those of `left` among the directions orthogonal to the whitened h. For the mean, with the
+    methods' Σ, it is LEACE with the limit of `(Σ + λ μ μᵀ)⁻¹` for large λ, `Σ⁻¹ − Σ⁻¹ μ μᵀ Σ⁻¹ / (μᵀ Σ⁻¹ μ)`, in the
+    place of `Σ⁻¹`. Since `left` is what it is without, so is what a linear probe can find. Features that Σ says never
+    vary stay.
 
     Raises:
-        ValueError: If an affine map is not to keep the mean.
-        MeanIsErased: If no linear map can keep it.
+        ValueError: If an affine map is not to keep the mean, or no map can keep what is to be kept.
+        MeanIsErased: If no linear map can keep the mean.
     """
-    if affine:
-        if not keep_mean:
-            raise ValueError(
-                "keep_mean is False and affine True, but the affine part is what keeps the mean: give affine=False, or "
-                "leave keep_mean out."
-            )
-        return Eraser(left, right, spread.mean)
-    read, deviation = right @ spread.mean, spread.sigma.quadratic(right).diagonal().clamp_min(0).sqrt()
-    # Of a mean that is rounding beside what varies nothing is read anyway.
-    if not keep_mean or bool((read.abs() <= significance(spread.resolution) * deviation).all()):
-        return Eraser(left, right, None)
-    mean = spread.mean[:, None]
-    basis, whitened = (left, mean) if factor is None else (factor.whiten(left), factor.whiten(mean))
-    length = whitened.norm()
-    beside = whitened / length
+    if affine and not keep_mean:
+        raise ValueError(
+            "keep_mean is False and affine True, but the affine part is what keeps the mean: give affine=False, or "
+            "leave keep_mean out."
+        )
+    bias, held = spread.mean if affine else None, [] if kept is None else [independent(kept, spread)]
+    if not affine and keep_mean:
+        read, deviation = right @ spread.mean, spread.sigma.quadratic(right).diagonal().clamp_min(0).sqrt()
+        # Of a mean that is rounding beside what varies nothing is read anyway.
+        if not bool((read.abs() <= significance(spread.resolution) * deviation).all()):
+            held.append(spread.mean[:, None])
+    directions = torch.cat([left[:, :0], *held], 1)
+    if not directions.shape[1]:
+        return Eraser(left, right, bias)
+    basis, whitened = (left, directions) if factor is None else (factor.whiten(left), factor.whiten(directions))
+    if directions.shape[1] == 1:
+        length = whitened.norm()
+        beside, directions = whitened / length, directions / length
+    else:
+        beside, strength, mixing = torch.linalg.svd(whitened, full_matrices=False)
+        count = int((strength > _SPANNED * strength[0]).sum())
+        beside, directions = beside[:, :count], directions @ mixing[:count].T / strength[:count]
     for _ in range(2):  # once more, for what rounding left of the basis
         beside = beside - basis @ (basis.T @ beside)
-    # The square of the sine between mean and span, by which the new readings are longer: the least singular value of
-    # right · left in the whitened space beside the mean. It is a share of variance, so its rounding is that of one.
-    # Whitening multiplies errors of the rows by one over the root of the jitter of `factorise`: 7e-10 for float64 and
-    # 2e-4 for float32 rows, whose squares lie below that floor.
-    share = float(beside.square().sum())
-    if share <= variance_floor(spread.resolution):
+    # The squares of the sines between what is held and the span, by which the new readings are longer: the singular
+    # values of right · left in the whitened space beside the former. They are shares of variance, so their rounding is
+    # that of one. Whitening multiplies errors of the rows by one over the root of the jitter of `factorise`: 7e-10 for
+    # float64 and 2e-4 for float32 rows, whose squares lie below that floor.
+    own, sines, _ = (beside, beside.norm()[None], None) if beside.shape[1] == 1 else torch.linalg.svd(beside, False)
+    share = float(sines.square().min())
+    if share <= variance_floor(spread.resolution) and len(held) > (kept is not None):
         raise MeanIsErased(
             "affine is False, but the mean of x lies in the span of the directions that are erased (but for "
             f"{share:.0e} of its square), so that no linear map erases these and keeps it: give affine=True."
         )
-    beside = beside / share**0.5
-    own = beside.T if factor is None else factor.readings(beside)
-    reads, directions = torch.cat([right, own]), torch.cat([left, mean / length], dim=1)
-    # The readings that find each direction and not the others, of which the mean is one.
-    return Eraser(left, torch.linalg.solve(reads @ directions, reads)[: left.shape[1]], None)
+    if share <= variance_floor(spread.resolution):
+        raise ValueError(
+            "What is to be kept lies in the span of what is erased (but for "
+            f"{share:.0e} of its square), so that no map erases the one and keeps the other: the two labels say the "
+            "same of these rows. Keep nothing, or give rows in which they differ."
+        )
+    own = own / sines if beside.shape[1] == 1 else own
+    readings = own.T if factor is None else factor.readings(own)
+    reads, directions = torch.cat([right, readings]), torch.cat([left, directions], dim=1)
+    # The readings that find each direction and not the others, of which those that are held are some.
+    return Eraser(left, torch.linalg.solve(reads @ directions, reads)[: left.shape[1]], bias)
 
 
 # ---- options -------------------------------------------------------------------------------------------------------

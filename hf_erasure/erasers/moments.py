@@ -14,6 +14,7 @@ from torch import Tensor
 from .eraser import (
     FITS,
     METHODS,
+    Beside,
     Eraser,
     Spread,
     check_count,
@@ -21,11 +22,13 @@ from .eraser import (
     concept_columns,
     eraser_about,
     factorise,
+    independent,
     leace_factors,
     mean_projection_factors,
     orth_factors,
     significance,
     whiten_concept,
+    with_others,
 )
 from .least_squares import check_rounds, inlp_factors, ridge_factor
 from .statistics import PackedGram, Sums, centred_products, infer_dims, read_rows, sum_rows
@@ -265,6 +268,20 @@ class ConceptMoments:
         other._sums, other._gram = replace(sums, mean_z=mean, cross=cross, concept=concept, counts=None), gram
         return other
 
+    def grouped(self, groups: Tensor, count: int) -> ConceptMoments:
+        """These moments with some classes taken together.
+
+        Args:
+            groups: `(z_dim,)` int64, to which of the new classes each belongs.
+            count: How many new classes there are.
+        """
+        mix = torch.nn.functional.one_hot(groups.to(self.mean_z.device), count).to(self.mean_z)
+        other = self.with_concept(self.mean_z @ mix, self.cross_covariance @ mix, mix.T @ self.covariance_z @ mix)
+        if (counts := self._known()[0].counts) is not None:
+            known = counts.new_zeros(count).index_add_(0, groups.to(counts.device), counts)
+            other._sums = replace(other._known()[0], counts=known)
+        return other
+
     def spread(self) -> Spread:
         """Mean and covariances as the methods use them; constant features are marked by a variance of 0."""
         sums, gram = self._known()
@@ -306,6 +323,8 @@ class ConceptMoments:
         shrinkage: str | float | None = "oas",
         background: ConceptMoments | None = None,
         background_weight: float = 1.0,
+        beside: Beside = (),
+        kept: Tensor | None = None,
     ) -> Eraser:
         """Solve for the eraser of the concept (arXiv 2306.03819, Theorems 4.2 and 4.3).
 
@@ -335,6 +354,10 @@ class ConceptMoments:
                 `background_weight` times theirs plus the rest of these moments' own. The probes of "inlp" are those of
                 the labelled rows in any case; it and the other orthogonal methods take the mean alone from there.
             background_weight: From 0 to 1.
+            beside: Further columns to erase, as pairs of `(x_dim, m)` covariances or differences of x, and how many of
+                their directions at most, None for all. Of each group the strongest of what those before it leave are
+                taken, in the metric of the method; the directions of the concept are always among those erased.
+            kept: `(x_dim, m)` covariances of x with something else, which stay as they are (SPLINCE, arXiv 2506.10703).
 
         Returns:
             A frozen eraser, independent of these moments.
@@ -344,21 +367,7 @@ class ConceptMoments:
             ValueError: If an option is unknown, no rows were seen, x or z does not vary, there is only one class, or no
                 linear map keeps the mean.
         """
-        if method == "rlace":
-            raise ValueError(
-                "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, "
-                "'rlace'). Its optimum for k classes and k − 1 directions is what 'orth' computes."
-            )
-        if rounds is not None and method != "inlp":
-            raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
-        check_count("rank", rank, none=", or None for all directions")
-        check_shrinkage(shrinkage)
-        if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
-            raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
-        if not 0 <= background_weight <= 1:
-            raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
+        _check_options(method, rounds, rank, shrinkage, background_weight, beside)
         self.check_concept()
         sums, own = self._known()[0], self.spread()
         if not bool((own.variance > 0).any()):
@@ -373,15 +382,10 @@ class ConceptMoments:
                 stacklevel=4,  # past the two decorators above
             )
         columns = concept_columns(own)
+        beside = [(independent(more.to(columns), own), most) for more, most in beside]
         spread, factor = own, None
         if background is not None:
-            if not isinstance(background, ConceptMoments):
-                raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
-            if background.x_dim != self.x_dim or not background.rows:
-                raise ValueError(
-                    f"background has x_dim={background.x_dim} and rows={background.rows}, and these moments have "
-                    f"x_dim={self.x_dim}: gather both at the same module, of one row or more."
-                )
+            self._check_background(background)
             spread = own.beside(background.spread(), background_weight)
         if method == "orth":
             left, right = orth_factors(columns, rank)
@@ -399,8 +403,20 @@ class ConceptMoments:
             left, right = inlp_factors(columns, ridged, limit, rank, significance(own.resolution))
         else:
             factor = factorise(spread, shrinkage)
-            left, right = leace_factors(columns, factor, rank)
-        return eraser_about(left, right, spread, affine=affine, keep_mean=keep_mean, factor=factor)
+            left, right = leace_factors(columns, factor, rank, beside)
+        if len(beside) and method != "leace":  # both others are orthogonal projections
+            left, _ = with_others(left, left, beside)
+            right = left.T
+        return eraser_about(left, right, spread, affine=affine, keep_mean=keep_mean, factor=factor, kept=kept)
+
+    def _check_background(self, background: ConceptMoments) -> None:
+        if not isinstance(background, ConceptMoments):
+            raise TypeError(f"background is {type(background).__name__}: give ConceptMoments of unlabelled rows.")
+        if background.x_dim != self.x_dim or not background.rows:
+            raise ValueError(
+                f"background has x_dim={background.x_dim} and rows={background.rows}, and these moments have "
+                f"x_dim={self.x_dim}: gather both at the same module, of one row or more."
+            )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -465,6 +481,33 @@ class ConceptMoments:
 
     def __repr__(self) -> str:
         return f"ConceptMoments(x_dim={self.x_dim}, z_dim={self.z_dim}, rows={self.rows})"
+
+
+def _check_options(
+    method: str,
+    rounds: int | None,
+    rank: int | None,
+    shrinkage: str | float | None,
+    background_weight: float,
+    beside: Beside,
+) -> None:
+    if method == "rlace":
+        raise ValueError(
+            "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, "
+            "'rlace'). Its optimum for k classes and k − 1 directions is what 'orth' computes."
+        )
+    if rounds is not None and method != "inlp":
+        raise ValueError(f"rounds is {rounds!r}, but method is {method!r}: only 'inlp' has rounds.")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {', '.join(map(repr, METHODS))}.")
+    check_count("rank", rank, none=", or None for all directions")
+    check_shrinkage(shrinkage)
+    if isinstance(background_weight, bool) or not isinstance(background_weight, (int, float)):
+        raise TypeError(f"background_weight is {background_weight!r}: give a number from 0 to 1.")
+    if not 0 <= background_weight <= 1:
+        raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
+    if method == "inlp" and len(beside):
+        raise ValueError("method is 'inlp', whose rounds take no columns beside those of the concept: use 'leace'.")
 
 
 def batch_moments(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None) -> ConceptMoments:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.files import read_tensors, read_text, write_tensors, write_text
-from hf_erasure.erasers import ConceptMoments, Eraser
+from hf_erasure.erasers import Eraser
 
 from .labels import BatchLabels, SiteStatistics, Source
 from .layouts import site_of
@@ -31,6 +31,9 @@ MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
 # In the manifest: sites that the data did not reach, or did not label.
 _LEFT_OUT = "left_out"
+# Fields of a configuration that an eraser follows from; the latter where they say something.
+_FIELDS = ("labels", "concept_dim", "site", "method", "affine", "rank")
+_BESIDE = ("pair_rank", "environment_rank", "environments", "kept")
 # Moments are written so seldom that writing takes no more than this share of the time.
 WRITING_SHARE = 0.1
 # What is kept of a site's line of the report: the name there → the name in the file.
@@ -58,7 +61,8 @@ class FitCheckpoint:
             "pool": pool,
             "sites": self.sites,
             RECORD: [f"{entry.get('kind')} {entry.get('name')}" for entry in active],
-            **{name: getattr(config, name) for name in ("labels", "concept_dim", "site", "method", "affine", "rank")},
+            **{name: getattr(config, name) for name in _FIELDS},
+            **{name: value for name in _BESIDE if (value := getattr(config, name))},
         }
         if processes > 1:
             self.identity["processes"] = processes
@@ -71,7 +75,8 @@ class FitCheckpoint:
         left_out = kept.get(_LEFT_OUT, ())
         if self.sites == [site for site in kept.get("sites", ()) if site not in left_out]:
             self.sites = self.identity["sites"] = kept["sites"]
-        for name, value in self.identity.items():
+        for name in [*self.identity, *(name for name in _BESIDE if name in kept)]:
+            value = self.identity.get(name)
             if kept.get(name, [] if name == RECORD else None) != value:
                 raise ValueError(
                     f"checkpoint_dir={str(self.folder)!r} holds a fit with {name}={kept.get(name)!r}, this one has "
@@ -145,9 +150,8 @@ class FitCheckpoint:
         tensors, facts = read_tensors(path)
         for site, width in facts["widths"].items():
             prefix = self._prefix(site)
-            moments = ConceptMoments(width, statistics.z_dim)
+            moments = statistics.moments_for(site, width)
             moments.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            statistics.moments[site] = moments
             statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
         return facts
 

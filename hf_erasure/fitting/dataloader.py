@@ -6,6 +6,13 @@ A batch is a plain dict. `concept_labels` has one of three forms:
 * `(batch, seq)` int64: one class id a token, `-100` where a position has no label (special tokens, padding);
 * `(batch, concept_dim)` float32: continuous or multi-label concepts.
 
+Beside them there may be, all of int64:
+
+* `concept_pairs` `(batch,)`: of a counterfactual the row that it is one of, and −1 of a text. `concept_pair_labels`
+  `(batch,)` has the classes of both, −100 where there is no pair, and `concept_words` `(batch, seq)` the word that a
+  token belongs to, the same number for counterparts, −1 for none;
+* `concept_environments` `(batch,)` and `concept_kept` `(batch,)`: ids of the environment, and of what is kept.
+
 Rows are tokenised when their batch is asked for, so a data set may be larger than memory.
 """
 
@@ -16,6 +23,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,6 +37,8 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from hf_erasure.erasers.eraser import check_count
 from hf_erasure.erasers.statistics import IGNORED
 
+from .counterfactuals import Counterfactuals, words_of_tokens
+from .counterparts import Counterparts, CounterpartWords
 from .processes import Processes
 
 Row = Mapping[str, Any]
@@ -53,6 +63,10 @@ def concept_dataloader(
     shuffle: bool = False,
     seed: int = 0,
     split_between_processes: bool = False,
+    counterfactual_column: str | None = None,
+    counterfactual_words: str | Path | Counterparts | None = None,
+    environment_column: str | None = None,
+    keep: str | None = None,
 ) -> DataLoader[Any]:
     """Turn a data set into batches that `fit_concept_erasure` reads.
 
@@ -79,35 +93,28 @@ def concept_dataloader(
         seed: Seed of that order.
         split_between_processes: Give each process of a launcher its own share of the rows; every row is in one share,
             so that shares differ in length and may be empty.
+        counterfactual_column: Column of the same text with the concept the other way round, of two classes; `None`
+            where a row has none. What both texts share cancels, so that few pairs erase what many labelled texts do
+            not. With `label_column=None` the text is of the first class, and its counterfactual of the second.
+        counterfactual_words: Make the counterfactuals by exchanging words of `labels`: `"english_gender"`, a table
+            that comes with the package, `{class: [words]}` with counterparts at one index, or the path of such a table
+            in YAML or JSON. A text of class a is paired with one for each other class. With `label_column=None` the
+            class of a text is that of most of its words. A row with none of the words has no counterfactual.
+        environment_column: Column of what a text was made from or found in, such as its template, source or author.
+            `fit_concept_erasure(…, environment_rank=…)` erases the concept within each.
+        keep: Column of a second label whose covariance with the activations stays as it is.
 
     Returns:
         A loader of dicts. `loader.collate_fn.labels` holds the class names in the order of their ids, or `None`.
 
     Raises:
         TypeError: `dataset`, `tokenizer`, `labels` or a count is of the wrong type.
-        ValueError: the data set is empty or lacks a column, the tokenizer cannot pad or cannot align words, or (while
-            iterating) a row's label is unknown, missing, or does not match its input.
+        ValueError: the data set is empty or lacks a column, the tokenizer cannot pad or cannot align words, there is
+            nothing to make counterfactuals of, or (while iterating) a row's label is unknown, missing, or does not
+            match its input.
     """
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        raise TypeError(f"dataset holds the splits {list(dataset)}: pass one of them, such as dataset['train'].")
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise TypeError(
-            f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
-            f"dicts becomes one with datasets.Dataset.from_list(rows)."
-        )
-    check_count("batch_size", batch_size)
-    check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
-    if label_subwords not in ("all", "first"):
-        raise ValueError(f"label_subwords must be 'all' or 'first', got {label_subwords!r}.")
-    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels or ()):
-        raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
-    if labels is not None and (not labels or len(set(labels)) != len(labels)):
-        raise ValueError(f"labels must name every class once, got {list(labels)}.")
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError("dataset is empty: check the filter or the split that made it.")
-    if not isinstance(first, Mapping):
-        raise TypeError(f"dataset gives rows of type {type(first).__name__}: pass dataset.with_format(None).")
+    first = _first_row(dataset)
+    _check_options(batch_size, max_length, label_subwords, labels)
     encode = _choose_encoder(first, tokenizer, text_column, max_length, label_subwords)
     collate, columns = ConceptCollator(encode), list(encode.columns)
     if label_column is not None:
@@ -115,6 +122,17 @@ def concept_dataloader(
         collate.read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
         collate.origin = origin_of(dataset, f"the column {label_column!r}")
         columns.append(label_column)
+    if counterfactual_column is not None or counterfactual_words is not None:
+        if counterfactual_column is not None:
+            _require_column(first, counterfactual_column, "counterfactual_column")
+            columns.append(counterfactual_column)
+        collate.counterfactuals = _choose_counterfactuals(collate, labels, counterfactual_column, counterfactual_words)
+    for argument, name in (("environment_column", environment_column), ("keep", keep)):
+        if name is not None:
+            _require_column(first, name, argument)
+            ids = NumberedColumn.of(dataset, name, argument)
+            collate.beside["concept_environments" if argument == "environment_column" else "concept_kept"] = ids
+            columns.append(name)
     # Unused columns stay unread, except where a transform writes columns on the fly and may need any of them.
     transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     if not transformed and dataset.column_names is not None and set(columns) <= set(dataset.column_names):
@@ -140,11 +158,20 @@ class ConceptCollator:
     encode: _Encoder  # Makes the inputs.
     read_labels: _LabelReader | None = None  # Makes the labels; None for batches without.
     origin: dict[str, Any] = field(default_factory=dict)  # Where the rows come from, as `origin_of` says it.
+    counterfactuals: Counterfactuals | None = None  # Makes those of a row.
+    # Further ids of the rows, by their name in the batch: those of environments, and of what is kept.
+    beside: dict[str, NumberedColumn] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
         """Class names in the order of their ids; `None` where the labels are bare ids or values."""
-        return None if self.read_labels is None else self.read_labels.names
+        if self.read_labels is None:
+            return None if self.counterfactuals is None else self.counterfactuals.classes
+        return self.read_labels.names
+
+    def names(self, of: str) -> list[str] | None:
+        """The names of further ids in the order of their ids; `None` where the batches have none."""
+        return list(self.beside[of].names) if of in self.beside else None
 
     def check_labels(self, wanted: Sequence[str] | None) -> None:
         """Raise a `ValueError` where an adapter numbers its classes in another way."""
@@ -163,11 +190,34 @@ class ConceptCollator:
             )
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Encode `rows` (dicts of the data set's columns) as one batch."""
-        batch, owners = self.encode(rows)
-        if self.read_labels is not None:
-            batch["concept_labels"] = self.read_labels(rows, owners)
-        return batch
+        """Encode `rows` (dicts of the data set's columns) as one batch; counterfactuals stand behind the texts."""
+        if self.counterfactuals is not None:
+            rows, batch = self._with_counterfactuals(rows, self.counterfactuals)
+        else:
+            batch, owners = self.encode(rows)
+            if self.read_labels is not None:
+                batch["concept_labels"] = self.read_labels(rows, owners)
+        return batch | {name: column(rows) for name, column in self.beside.items()}
+
+    def _with_counterfactuals(
+        self, rows: Sequence[Row], counterfactuals: Counterfactuals
+    ) -> tuple[list[Row], dict[str, Tensor]]:
+        """The rows and their counterfactuals, and the batch of both.
+
+        The latter are not labelled. Of rows without labels the classes of the pairs are the labels.
+        """
+        labels = None if self.read_labels is None else self.read_labels(rows, []).tolist()
+        every, pairs, classes = list(rows), [-1] * len(rows), [IGNORED] * len(rows)
+        for place, row in enumerate(rows):
+            for text, own, other in counterfactuals.of(row, None if labels is None else labels[place]):
+                every.append({**row, self.encode.columns[0]: text})
+                pairs.append(place)
+                classes[place] = own
+                classes.append(other)
+        batch, _ = self.encode(every, pairs)
+        known = classes if labels is None else labels + [IGNORED] * (len(every) - len(rows))
+        told = {"concept_labels": known, "concept_pairs": pairs, "concept_pair_labels": classes}
+        return every, batch | {name: torch.tensor(ids) for name, ids in told.items()}
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -194,7 +244,7 @@ class _TextEncoder:
         prefixes = [step.get("add_prefix_space", False) for step in steps if step.get("type") == "ByteLevel"]
         self.glues_words = bool(prefixes) and not any(prefixes)
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Owners]:
+    def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
         texts = [self._text(row) for row in rows]
         spaced = texts
         if self.glues_words:
@@ -210,6 +260,8 @@ class _TextEncoder:
         )
         inputs = {name: value for name, value in encoding.items() if isinstance(value, Tensor)}
         _refuse_rows_without_tokens(inputs["attention_mask"], texts)
+        if pairs and self.tokenizer.is_fast:
+            inputs["concept_words"] = words_of_tokens(encoding, texts, pairs)
         if not (self.split_into_words and self.tokenizer.is_fast):
             return inputs, []
         owners = [list(encoding.word_ids(index)) for index in range(len(rows))]
@@ -240,7 +292,7 @@ class _TokenisedEncoder:
     columns: list[str]
     unit: str | None = "tokens"
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Owners]:
+    def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
         columns = {name: [_plain(row[name]) for row in rows] for name in self.columns}
         inputs = dict(self.tokenizer.pad(columns, padding=True, return_attention_mask=True, return_tensors="pt"))
         _refuse_rows_without_tokens(inputs["attention_mask"], columns["input_ids"])
@@ -260,7 +312,7 @@ class _PixelEncoder:
     processor: BaseImageProcessor | None = None
     unit: str | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], Owners]:
+    def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
         images = [row[self.columns[0]] for row in rows]
         if self.processor is not None:
             return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}, []
@@ -449,7 +501,94 @@ def _choose_label_reader(
     return _LabelReader(column, encode, "tokens" if per_token else "rows", names, stored)
 
 
+@dataclass
+class NumberedColumn:
+    """Numbers the values of a column, such as the source of a text."""
+
+    column: str
+    names: tuple[str, ...]  # The values in words, in the order of their ids.
+    ids: dict[Any, int]  # Value → its id.
+
+    @classmethod
+    def of(cls, dataset: Dataset | IterableDataset, column: str, argument: str) -> NumberedColumn:
+        """Find the values; they are those of a `ClassLabel`, or all that occur, sorted."""
+        feature = (dataset.features or {}).get(column)
+        if isinstance(feature, ClassLabel):
+            return cls(column, tuple(feature.names), {index: index for index in range(len(feature.names))})
+        if isinstance(dataset, IterableDataset) or column not in dataset.column_names:
+            raise ValueError(
+                f"the values of {argument}={column!r} cannot be listed ahead of a stream: give it a feature that does, "
+                f"dataset.cast_column({column!r}, ClassLabel(names=[…]))."
+            )
+        found = {_plain(value) for batch in dataset.select_columns([column]).iter(1000) for value in batch[column]}
+        if unfit := [value for value in found if not isinstance(value, str | int)]:
+            raise ValueError(f"{argument}={column!r} holds {unfit[0]!r}: give every row a string or an int there.")
+        values = sorted(found, key=lambda value: (isinstance(value, str), value))
+        return cls(column, tuple(map(str, values)), {value: index for index, value in enumerate(values)})
+
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """The ids of rows, `(rows,)` int64."""
+        return torch.tensor([self.ids[_plain(row[self.column])] for row in rows])
+
+
+def _choose_counterfactuals(
+    collate: ConceptCollator, labels: Sequence[str] | None, column: str | None, words: Any
+) -> Counterfactuals:
+    """How the counterfactuals of a data set are made."""
+    reader = collate.read_labels
+    names = tuple(labels or ()) if reader is None else reader.names
+    if column is not None and words is not None:
+        raise ValueError("counterfactual_column and counterfactual_words both say what a counterfactual is: give one.")
+    encode = collate.encode
+    if isinstance(encode, _TokenisedEncoder) or (words is not None and isinstance(encode, _PixelEncoder)):
+        raise ValueError(
+            "the data set is already tokenised, or has no text, so that there are no words to exchange and no other "
+            "text to encode: remove the column 'input_ids', and let text_column hold the text."
+        )
+    if reader is not None and reader.form != "rows":
+        raise ValueError(
+            f"column {reader.column!r} labels single words, or holds values, and a counterfactual is one of a text of "
+            "a class: give one class a row, or label_column=None."
+        )
+    if words is not None and len(names or ()) < 2:
+        raise ValueError("counterfactual_words exchanges words of classes: name these, labels=['female', 'male'].")
+    if words is None and names and len(names) != 2:
+        raise ValueError(
+            f"counterfactual_column serves two classes, and there are {list(names)}: it does not say of which class "
+            "the counterfactual is. Give counterfactual_words, or the rows of two classes."
+        )
+    table = None if words is None else CounterpartWords.load(words, list(names or ()))
+    return Counterfactuals(encode.columns[0], column, table, names or None)
+
+
 # ---- the data set itself ---------------------------------------------------------------------------------------------
+
+
+def _first_row(dataset: Any) -> Row:
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise TypeError(f"dataset holds the splits {list(dataset)}: pass one of them, such as dataset['train'].")
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
+            f"dicts becomes one with datasets.Dataset.from_list(rows)."
+        )
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError("dataset is empty: check the filter or the split that made it.")
+    if not isinstance(first, Mapping):
+        raise TypeError(f"dataset gives rows of type {type(first).__name__}: pass dataset.with_format(None).")
+    return first
+
+
+def _check_options(batch_size: int, max_length: int | None, label_subwords: str, labels: Sequence[str] | None) -> None:
+    check_count("batch_size", batch_size)
+    check_count("max_length", max_length, none=", or None for the tokenizer's own limit")
+    if label_subwords not in ("all", "first"):
+        raise ValueError(f"label_subwords must be 'all' or 'first', got {label_subwords!r}.")
+    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels or ()):
+        raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
+    if labels is not None and (not labels or len(set(labels)) != len(labels)):
+        raise ValueError(f"labels must name every class once, got {list(labels)}.")
 
 
 def _require_column(first: Row, name: str, argument: str) -> None:

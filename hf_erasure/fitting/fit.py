@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_erasure._version import __version__
-from hf_erasure.adapters import ErasureLayer, erasure_layers
+from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
 from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECORD
 from hf_erasure.adapters.common.model_state import take_off
@@ -51,6 +52,8 @@ def fit_concept_erasure(
     background: Iterable[Any] | None = None,
     resident_batches: int | None = None,
     checkpoint_dir: str | Path | None = None,
+    pair_rank: int | None = None,
+    environment_rank: int | None = None,
     progress: bool = True,
 ) -> ErasureReport:
     """Estimate the erasers of an adapter from labelled data and put them in place.
@@ -84,6 +87,11 @@ def fit_concept_erasure(
             activations of 256 batches. The erasers are the same for any number.
         checkpoint_dir: A folder where finished sites, or the moments of one pass, are kept. A fit that was killed and
             is started again with the same batches in the same order continues there, and ends with the same erasers.
+        pair_rank: For batches with counterfactuals (`concept_dataloader(…, counterfactual_words=…)`): erase, beside the
+            difference of the classes and the mean difference within pairs, so many more of the directions in which
+            pairs differ most. It is written into the configuration, which has the default.
+        environment_rank: For batches with environments: erase so many directions of the class differences within
+            environments, those over all among them. It is written into the configuration, which has the default.
         progress: Show progress bars, on the main process.
 
     Returns:
@@ -98,6 +106,61 @@ def fit_concept_erasure(
     if isinstance(collator, ConceptCollator):
         collator.check_labels(task.config.labels)
     warn_of_what_is_off(model, adapter_name)
+    with _with_ranks(task.config, collator, {"pair_rank": pair_rank, "environment_rank": environment_rank}):
+        report = _fitted(
+            model, task, (batches, labelled), sequential, eval_batches, background, resident_batches, checkpoint_dir
+        )
+    task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
+    return report
+
+
+@contextmanager
+def _with_ranks(config: ConceptErasureConfig, collator: Any, ranks: dict[str, int | None]) -> Iterator[None]:
+    """Write into a configuration what is erased, and kept, beside the concept; a fit that fails takes it back."""
+    before = {name: getattr(config, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
+    try:
+        for name, rank in ranks.items():
+            if rank is not None:
+                setattr(config, name, rank)
+        for name in ("environments", "kept"):
+            names = collator.names(f"concept_{name}") if isinstance(collator, ConceptCollator) else None
+            if names is None or (name == "environments" and config.environment_rank is None):
+                continue
+            if getattr(config, name) not in (None, names):
+                raise ValueError(
+                    f"The batches have {name} {names}, and the configuration {getattr(config, name)}: give both the "
+                    f"same, as a ClassLabel column of the data set does, or leave {name} out of the configuration."
+                )
+            setattr(config, name, names)
+        if config.environment_rank is not None and config.environments is None:
+            raise ValueError(
+                f"environment_rank={config.environment_rank}, and the batches name no environments: give "
+                "concept_dataloader(…, environment_column=…), or ConceptErasureConfig(environments=[…]) for batches "
+                "of your own with concept_environments."
+            )
+        config.check_beside()
+        yield
+    except BaseException:
+        for name, value in before.items():
+            setattr(config, name, value)
+        raise
+
+
+def _fitted(
+    model: nn.Module,
+    task: FitTask,
+    read: tuple[Iterable[Any], Iterable[Any]],
+    sequential: bool,
+    eval_batches: Iterable[Any] | None,
+    background: Iterable[Any] | None,
+    resident_batches: int | None,
+    checkpoint_dir: str | Path | None,
+) -> ErasureReport:
+    """Fit a task and put its erasers in place.
+
+    The batches are as they were given, and as they are read; the other arguments are those of `fit_concept_erasure`.
+    """
+    batches, labelled = read
     checkpoint = None
     if checkpoint_dir is not None:
         with task.processes.agreeing("opening checkpoint_dir"):
@@ -108,7 +171,7 @@ def fit_concept_erasure(
                 pool=task.pool,
                 sequential=sequential,
                 processes=task.processes.count,
-                active=active_beside(model, adapter_name),
+                active=active_beside(model, task.name),
             )
     rows = None if eval_batches is None else RowsSeen()
     source = Source(task.config, labelled if rows is None else rows.watching(labelled), given=batches)
@@ -117,7 +180,6 @@ def fit_concept_erasure(
     report = conclude(task, [source], fits, eval_batches, rows)
     if left_out and checkpoint is not None and task.processes.is_main:
         checkpoint.leave_out(left_out)
-    task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
 
 
@@ -207,14 +269,13 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
     """
     kept, seen = None, source.examples
     if seen and source.again is not None:  # not the first pass
-        source.batches, source.examples, source.tokens = source.again, 0, 0
+        source.batches, source.examples, source.tokens, source.pairs = source.again, 0, 0, 0
 
     def look(labels: BatchLabels | None, site: str, visit: int, hidden: Tensor) -> Tensor:
         if labels is None or site not in sites:
             return hidden
         if labels.covers(site) or not task.config.has_default_targets:
-            key = visit_of(site, visit)
-            source.update(key, *labels.select(hidden, key))
+            source.add(visit_of(site, visit), labels, hidden)
         return hidden
 
     def keep(labels: BatchLabels) -> None:

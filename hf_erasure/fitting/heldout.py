@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
-from hf_erasure.models.model import evaluating, on_cpu
+from hf_erasure.models.model import evaluating, inputs_of, on_cpu
 
-from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled
+from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled, without_counterfactuals
 from .layouts import observed, visit_of
 from .processes import Processes
 from .report import SiteReport
@@ -30,7 +30,7 @@ from .sites import FitTask, task_for
 # The content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
 # Of a batch without any of these: what is not the content of a row, such as labels, or follows from its padding.
-_BESIDES = ("labels", "concept_labels", "token_type_ids", "position_ids", "cache_position")
+_BESIDES = ("labels", "token_type_ids", "position_ids", "cache_position")
 
 
 def measure(
@@ -56,7 +56,7 @@ def measure(
         these were fitted on.
     """
     measurement, processes, own = _Measurement(task, erase), task.processes, RowsSeen()
-    source, fitted = Source(task.config, batches), 0
+    source, fitted = Source(task.config, map(without_counterfactuals, batches), is_fitted=False), 0
     if fitted_on is not None:
         fitted_on.pool(processes)
     with (
@@ -72,6 +72,7 @@ def measure(
             measurement.look_at(labels)
             shown.update(labels.rows)
             hashes = hashes_of(labels.batch)
+            hashes = hashes if labels.pairs is None else hashes[(labels.pairs < 0).numpy()]
             own.add(hashes)
             fitted += 0 if fitted_on is None else fitted_on.count(hashes)
     measurement.pool(processes)
@@ -133,6 +134,8 @@ class _Measurement:
         # Halves are made of whole sequences, since two tokens of one text are not independent evidence, and drawn at
         # random, since rows often alternate between the classes.
         drawn = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
+        if labels.pairs is not None:  # a text and its counterfactual are in one half
+            drawn = torch.where(labels.pairs < 0, drawn, drawn[labels.pairs.clamp_min(0)])
 
         def see(erased: bool, site: str, hidden: Tensor) -> Tensor:
             called[erased, site] += 1
@@ -285,7 +288,7 @@ def hashes_of(batch: Any) -> np.ndarray:
     """One hash a row, of its inputs without padding: `(rows,)` uint64; empty for what is not a batch."""
     inputs = {
         name: value.detach().cpu()
-        for name, value in (sorted(batch.items()) if isinstance(batch, Mapping) else ())
+        for name, value in (sorted(inputs_of(batch).items()) if isinstance(batch, Mapping) else ())
         if isinstance(value, Tensor) and value.dim() and name not in _BESIDES
         if not name.endswith("mask") and not name.startswith("decoder_")
     }

@@ -15,16 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments
 from hf_erasure.erasers.statistics import IGNORED
+from hf_erasure.erasers.strata import Strata
 from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes
-from hf_erasure.models.model import on_cpu
+from hf_erasure.models.model import inputs_of, on_cpu
 
-from .layouts import Layouts, is_of_numbers, site_of
+from .layouts import Layouts, is_of_numbers, is_of_pairs, pairs_of, site_of, visit_itself
 from .processes import Processes
+
+# What a batch says of its pairs of texts and counterfactuals.
+_OF_PAIRS = ("concept_pairs", "concept_pair_labels", "concept_words")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Selection:
     real: Tensor  # `(batch, seq)` bool, positions that are not padding.
     z: Tensor | None  # Class ids `(batch, seq)`, values `(batch, seq, concept_dim)`, or None for a background.
     weight: Tensor | None  # `(batch, seq)` float64, or None where every row counts alike.
+    # `(batch, seq)` int64, what of a text is compared with its counterfactual, −1 for nothing; None without pairs.
+    compared: Tensor | None = None
 
 
 def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selection]:
@@ -56,10 +63,41 @@ def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selec
 class SiteStatistics:
     """Moments by site."""
 
-    z_dim: int  # Columns of the concept; 0 for a background.
-    # By site, created when the width of the activation is known.
+    z_dim: int  # Columns of the concept, or of its strata; 0 for a background.
+    # By visit of a site, created when the width of the activation is known; differences within pairs beside them.
     moments: dict[str, ConceptMoments] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # Of the activations, by site.
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # Of the activations, by the same.
+    # What is erased, where environments, pairs and what is kept count.
+    concept: ConceptErasureConfig | None = None
+
+    @property
+    def strata(self) -> Strata:
+        """How the ids are numbered."""
+        return Strata(self.z_dim) if self.concept is None else strata_of(self.concept)
+
+    def empty(self) -> SiteStatistics:
+        """Others of the same concept, without any rows."""
+        return SiteStatistics(self.z_dim, concept=self.concept)
+
+    def moments_for(self, key: str, width: int) -> ConceptMoments:
+        """The moments at a key, new ones where there are none yet."""
+        z_dim = self.strata.classes if is_of_pairs(key) else self.z_dim
+        return self.moments.setdefault(key, ConceptMoments(width, z_dim))
+
+    @on_cpu
+    def add(self, key: str, labels: BatchLabels, hidden: Tensor) -> None:
+        """Add the activation of a batch at one visit of a site."""
+        activation, selection = labels.select(hidden, key)
+        self.update(key, activation, selection)
+        if selection.compared is not None:
+            self._add_pairs(pairs_of(key), activation, *labels.differences(activation, selection.compared))
+
+    def _add_pairs(self, key: str, activation: Tensor, differences: Tensor, z: Tensor) -> None:
+        """Add differences within pairs, each both ways, so that their mean is zero and nothing is centred away."""
+        if len(differences):
+            self.dtypes[key] = activation.dtype
+            both = torch.cat([differences, -differences]), torch.cat([z, -z])
+            self.moments_for(key, differences.shape[-1]).update(*both)
 
     @on_cpu
     def update(self, site: str, activation: Tensor, selection: Selection) -> None:
@@ -67,16 +105,14 @@ class SiteStatistics:
         counted = selection.counted
         if not bool(counted.any()):
             return
-        if site not in self.moments:
-            self.moments[site] = ConceptMoments(activation.shape[-1], self.z_dim)
-            self.dtypes[site] = activation.dtype
+        self.dtypes.setdefault(site, activation.dtype)
         # Heads between the positions and the width carry the label of their position.
         rows = activation[counted]
         heads = rows[0].numel() // rows.shape[-1]
         z = None if selection.z is None else selection.z[counted].repeat_interleave(heads, 0)
         weight = None if selection.weight is None else selection.weight[counted].repeat_interleave(heads, 0)
         try:
-            self.moments[site].update(rows.reshape(-1, rows.shape[-1]), z, weight)
+            self.moments_for(site, rows.shape[-1]).update(rows.reshape(-1, rows.shape[-1]), z, weight)
         except ValueError as error:
             raise ValueError(f"At {site!r}: {error}") from error
 
@@ -84,13 +120,12 @@ class SiteStatistics:
         """Make the moments of these sites, or of all, those of all processes together, in every one of them."""
         if processes.count == 1:
             return
-        chosen = [site for site in self.moments if sites is None or site in sites]
+        chosen = [key for key in self.moments if sites is None or visit_itself(key) in sites]
         found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in chosen}
         everywhere = {site: facts for own in processes.gathered([found]) for site, facts in own.items()}
         for site, (width, dtype) in sorted(everywhere.items()):
             self.dtypes[site] = dtype
-            moments = self.moments.setdefault(site, ConceptMoments(width, self.z_dim))
-            moments.pool(lambda own: processes.gathered([own]), processes.add)
+            self.moments_for(site, width).pool(lambda own: processes.gathered([own]), processes.add)
 
 
 class Source(SiteStatistics):
@@ -101,6 +136,7 @@ class Source(SiteStatistics):
         batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
         key: Tells them from the others of a fit, in messages and in its checkpoint.
         given: What the batches came from, by default themselves.
+        is_fitted: Whether environments, and what is kept, are told apart, as for fitting.
     """
 
     def __init__(
@@ -109,14 +145,18 @@ class Source(SiteStatistics):
         batches: Iterable[Any] = (),
         key: str = "labelled",
         given: Iterable[Any] | None = None,
+        *,
+        is_fitted: bool = True,
     ) -> None:
-        super().__init__(0 if concept is None else concept.z_dim)
-        self.concept, self.batches, self.key = concept, batches, key
+        z_dim = 0 if concept is None else strata_of(concept).size if is_fitted else concept.z_dim
+        super().__init__(z_dim, concept=concept)
+        self.batches, self.key, self.is_fitted = batches, key, is_fitted
         given = batches if given is None else given
         # What gives the batches once more; None where they are used up.
         self.again = None if isinstance(given, Iterator) else given
         self.title = "batches" if key == "labelled" else key
         self.examples = self.tokens = 0  # Sequences that were read, and their real positions.
+        self.pairs, self.is_paired = 0, False  # How many counterfactuals were read, and whether there should be some.
         self.covered: set[str] = set()  # The sites of whose rows the labels of some batch speak.
         self.uncovered: set[str] = set()  # Those of whose rows the labels of some batch, which are of tokens, do not.
 
@@ -134,8 +174,8 @@ class Source(SiteStatistics):
                     f"{where} has no 'concept_labels', only {sorted(batch.keys())}. Use concept_dataloader(dataset, "
                     "tokenizer, text_column=…, label_column=…), or add the labels to your batches."
                 )
-            for key, value in batch.items():
-                if key != "concept_labels" and is_of_numbers(value):
+            for key, value in inputs_of(batch).items():
+                if is_of_numbers(value):
                     raise TypeError(
                         f"{where}[{key!r}] is of type {type(value).__name__}, and a model takes tensors: write "
                         "torch.as_tensor(…)."
@@ -144,15 +184,22 @@ class Source(SiteStatistics):
             labels = BatchLabels(batch, self, pool, axes, layouts.frames_of(batch))
             for site in {site_of(key) for key in axes}:
                 (self.covered if labels.covers(site) else self.uncovered).add(site)
-            self.examples += labels.rows
-            self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows
+            others = 0
+            if labels.pairs is not None:
+                others, self.is_paired = int((labels.pairs >= 0).sum()), True
+                mask = mask[(labels.pairs < 0).to(mask.device)] if isinstance(mask, Tensor) else None
+            self.pairs += others
+            self.examples += labels.rows - others
+            self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows - others
             yield labels
 
     def pool_counts(self, processes: Processes) -> None:
         """Make what was read that of all processes together, in every one of them."""
-        read = processes.gathered([(self.examples, self.tokens, self.covered, self.uncovered)])
-        self.examples, self.tokens = sum(one[0] for one in read), sum(one[1] for one in read)
-        self.covered, self.uncovered = set().union(*(one[2] for one in read)), set().union(*(one[3] for one in read))
+        counts, sites = (self.examples, self.tokens, self.pairs, self.is_paired), (self.covered, self.uncovered)
+        read = processes.gathered([(*counts, *sites)])
+        self.examples, self.tokens, self.pairs = (sum(one[place] for one in read) for place in range(3))
+        self.is_paired = any(one[3] for one in read)
+        self.covered, self.uncovered = (set().union(*(one[place] for one in read)) for place in (4, 5))
 
     def check_reached(
         self, sites: Collection[str], found: Container[str] | None = None, *, may_lack: bool = False
@@ -165,6 +212,12 @@ class Source(SiteStatistics):
         if not self.examples:
             raise ValueError(
                 f"{self.title} is empty: there is nothing to fit on. An iterator that was used up gives none either."
+            )
+        if not self.pairs and self.concept and (self.is_paired or self.concept.pair_rank):
+            raise ValueError(
+                f"None of the {self.examples} examples of {self.title} has a counterfactual: no text has a word of the "
+                "table, or the batches were made without. Give concept_dataloader(…, counterfactual_column=…), or "
+                "another table, counterfactual_words=…, or pair_rank=0."
             )
         absent = [site for site in sites if site not in (self.moments if found is None else found)]
         if absent and len(absent) == len(sites) and self.uncovered.issuperset(sites):
@@ -208,15 +261,26 @@ class BatchLabels:
         frames: Tensor | None = None,
     ) -> None:
         self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
-        inputs = (v for name, v in batch.items() if name != "concept_labels" and isinstance(v, Tensor) and v.dim())
+        inputs = (value for value in inputs_of(batch).values() if isinstance(value, Tensor) and value.dim())
         self.rows: int = len(next(inputs, ()))  # The number of sequences.
+        # Of each row the one that it is the counterfactual of, −1 for a text; and the classes of both.
+        self.pairs: Tensor | None = None
+        self._pair_labels = torch.zeros(0, device="cpu")
         self._labels: Tensor | None = None
         self._by_token = self._by_class = False
         self._selections: dict[tuple[Any, ...], Selection] = {}
         if source.concept is not None:
             self._labels, self._by_class = label_tensor(batch), source.concept.labels is not None
             self._by_token = self._labels.dim() == (2 if self._by_class else 3)
-            self._check(self._labels, source.z_dim)
+            self._check(self._labels, source.concept.z_dim)
+            if "concept_pairs" in batch:
+                self.pairs, self._pair_labels = (self._ids(name) for name in ("concept_pairs", "concept_pair_labels"))
+                self._check_pairs(self.pairs, self._pair_labels, source.concept.z_dim)
+            if source.is_fitted and (strata := source.strata).size > strata.classes:
+                shape = (-1, 1) if self._by_token else (-1,)
+                apart = ("concept_environments", strata.environments), ("concept_kept", strata.kept)
+                ids = [self._ids(name, count).view(shape) if count > 1 else 0 for name, count in apart]
+                self._labels = strata.ids(self._labels, *ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """One batch is lent to another process without the others of its source, which may be a generator."""
@@ -248,7 +312,7 @@ class BatchLabels:
             of_tokens = slice(axes.start, seq if mask is None else axes.start + mask.shape[1])
             if mask is not None:
                 real[:, of_tokens] = mask.cpu()
-            self._selections[key] = self._selection(real, of_tokens, activation.device, where)
+            self._selections[key] = self._selection(real, of_tokens, axes.side, activation.device, where)
         return activation, self._selections[key]
 
     def covers(self, where: str) -> bool:
@@ -280,7 +344,9 @@ class BatchLabels:
             )
         return None if mask is None else mask.bool()
 
-    def _selection(self, real: Tensor, of_tokens: slice, device: torch.device, where: str) -> Selection:
+    def _selection(
+        self, real: Tensor, of_tokens: slice, side: str | None, device: torch.device, where: str
+    ) -> Selection:
         counted, z, weight = real, self._labels, None
         if z is not None and self._by_token:
             tokens = real[:, of_tokens]
@@ -297,10 +363,95 @@ class BatchLabels:
             z = z.unsqueeze(1).expand(-1, real.shape[1], *z.shape[1:])
             if self._pool == "mean":
                 # Each sequence weighs 1, so that the mean-pooled embedding is what is guarded.
-                weight = (real / real.sum(1, keepdim=True).clamp_min(1)).double()
+                weight = real.double() / real.sum(1, keepdim=True).clamp_min(1)
         if z is not None and self._by_class:
             counted = counted & (z != IGNORED)
-        return Selection(*(None if t is None else t.to(device) for t in (counted, real, z, weight)))  # type: ignore[arg-type]
+        compared = None
+        if self.pairs is not None and bool((self.pairs >= 0).any()):
+            compared = self._compared(real, of_tokens, side, where)
+        every = (counted, real, z, weight, compared)
+        return Selection(*(None if t is None else t.to(device) for t in every))  # type: ignore[arg-type]
+
+    def _compared(self, real: Tensor, of_tokens: slice, side: str | None, where: str) -> Tensor:
+        """`(batch, seq)` int64: positions of one number are compared; of a whole text, or word by word."""
+        if self._pool != "tokens":
+            return torch.where(pooling.counted(real, self._pool), 0, -1)
+        words = self.batch.get("concept_words")
+        if side == "" and isinstance(words, Tensor):
+            found = torch.full(real.shape, -1, device="cpu")
+            found[:, of_tokens] = torch.where(real[:, of_tokens], words.cpu(), -1)
+            return found
+        texts, others = self._paired()
+        lengths = real.sum(1)
+        if not torch.equal(lengths[texts], lengths[others]):
+            raise ValueError(
+                f"A text and its counterfactual have different numbers of positions at {where!r}, and which of them "
+                "are counterparts is not known: load a fast tokenizer, which tells the words of tokens, or compare "
+                "whole texts, pool='mean'."
+            )
+        return torch.where(real, real.cumsum(1) - 1, -1)
+
+    def differences(self, activation: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts less their counterfactuals.
+
+        Args:
+            activation: `(batch, seq, …, width)`.
+            compared: `(batch, seq)`, as a selection has it.
+
+        Returns:
+            `(differences, width)` in the dtype of the activation, at least float32; and `(differences, classes)` the
+            class of the text, as one, less that of the counterfactual.
+        """
+        rows, numbers, chosen = len(compared), int(compared.max()) + 1, compared >= 0
+        places = (compared + torch.arange(rows, device=compared.device)[:, None] * numbers)[chosen]
+        flat = activation.flatten(2)[chosen].double()
+        sums = flat.new_zeros(rows * numbers, flat.shape[1]).index_add_(0, places, flat)
+        counts = torch.bincount(places, minlength=rows * numbers)
+        means = (sums / counts.clamp_min(1)[:, None]).view(rows, numbers, *activation.shape[2:])
+        texts, others = (places.to(compared.device) for places in self._paired())
+        there = counts.view(rows, numbers) > 0
+        both = there[texts] & there[others]
+        found = (means[texts] - means[others])[both]
+        classes = one_hot(self._pair_labels.clamp_min(0), self.source.strata.classes).to(compared.device)
+        z = (classes[texts] - classes[others]).double()[:, None].expand(-1, numbers, -1)[both]
+        heads = found[0].numel() // found.shape[-1] if len(found) else 1
+        found = found.reshape(-1, found.shape[-1]).to(torch.promote_types(activation.dtype, torch.float32))
+        return found, z.repeat_interleave(heads, 0)
+
+    def _paired(self) -> tuple[Tensor, Tensor]:
+        """The rows that are texts with a counterfactual, and those of the counterfactuals."""
+        pairs = torch.zeros(0, device="cpu") if self.pairs is None else self.pairs
+        others = (pairs >= 0).nonzero().flatten()
+        return pairs[others], others
+
+    def _ids(self, name: str, count: int | None = None) -> Tensor:
+        """Ids of the rows that stand beside the labels, on the CPU; below `count` where one is given."""
+        given = self.batch.get(name)
+        ids = torch.as_tensor([] if given is None else given, device="cpu")
+        if ids.shape != (self.rows,) or ids.is_floating_point():
+            raise ValueError(
+                f"{name} must hold one id for each of the {self.rows} rows, as concept_dataloader makes them; got "
+                f"{'nothing' if given is None else f'{ids.dtype} of shape {tuple(ids.shape)}'}."
+            )
+        if count is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+            raise ValueError(
+                f"{name} hold ids from {int(ids.min())} to {int(ids.max())}: they must be 0 to {count - 1}."
+            )
+        return ids.long()
+
+    def _check_pairs(self, pairs: Tensor, labels: Tensor, classes: int) -> None:
+        others = pairs >= 0
+        if bool((pairs >= self.rows).any()) or bool((pairs[pairs[others]] >= 0).any()):
+            raise ValueError("concept_pairs must name a row of the same batch that is a text, or be -1 for a text.")
+        if not self._by_class or self._by_token:
+            raise ValueError("concept_pairs are for classes of whole texts: give ConceptErasureConfig(labels=[…]).")
+        own, toward = labels[pairs[others]], labels[others]
+        both = torch.stack([own, toward])
+        if bool(((both < 0) | (both >= classes)).any() or (own == toward).any()):
+            raise ValueError(
+                f"concept_pair_labels must hold two of the {classes} classes of the adapter for each pair, those of a "
+                f"text and of its counterfactual; got {own.tolist()[:4]} and {toward.tolist()[:4]}."
+            )
 
     def _check(self, labels: Tensor, z_dim: int) -> None:
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
@@ -363,6 +514,26 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
         source, pool, axes = self._kept[which]
         return BatchLabels(batch, source, pool, axes, frames)
+
+
+def strata_of(concept: ConceptErasureConfig) -> Strata:
+    """How an erasure numbers its classes, its environments where it erases within each, and what it keeps."""
+    environments = len(concept.environments or ()) if concept.environment_rank else 1
+    return Strata(concept.z_dim, environments or 1, len(concept.kept or ()) or 1)
+
+
+def without_counterfactuals(batch: Any) -> Any:
+    """A batch without the counterfactuals of texts that have labels of their own; other batches as they are."""
+    if not isinstance(batch, Mapping) or "concept_pairs" not in batch:
+        return batch
+    texts = torch.as_tensor(batch["concept_pairs"], device="cpu") < 0
+    if bool((label_tensor(batch)[~texts] != IGNORED).any()):  # the pairs are all the labels that there are
+        return batch
+    told = {name: value for name, value in batch.items() if name not in _OF_PAIRS}
+    return {
+        name: value[texts] if isinstance(value, Tensor) and value.dim() and len(value) == len(texts) else value
+        for name, value in told.items()
+    }
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:

@@ -30,13 +30,14 @@ from hf_erasure.models.layout import (
     rows_of,
     with_other_tokens,
 )
-from hf_erasure.models.model import Runner, evaluating, last_hidden_state, without_drawing
+from hf_erasure.models.model import Runner, evaluating, inputs_of, last_hidden_state, without_drawing
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 # By visit of a site, and by last hidden state.
 Glimpses = dict[str, Glimpse]
 _VISIT = ", visit "
+_PAIRS = ", pairs"
 
 
 def visit_of(site: str, number: int) -> str:
@@ -46,7 +47,22 @@ def visit_of(site: str, number: int) -> str:
 
 def site_of(key: str) -> str:
     """The site whose visit it is the key of."""
-    return key.partition(_VISIT)[0]
+    return visit_itself(key).partition(_VISIT)[0]
+
+
+def pairs_of(key: str) -> str:
+    """The key of the differences within pairs at a visit of a site."""
+    return f"{key}{_PAIRS}"
+
+
+def visit_itself(key: str) -> str:
+    """The key of the visit, where it may be that of the differences there."""
+    return key.removesuffix(_PAIRS)
+
+
+def is_of_pairs(key: str) -> bool:
+    """Whether it is the key of differences within pairs."""
+    return key.endswith(_PAIRS)
 
 
 @dataclass(frozen=True)
@@ -136,14 +152,14 @@ class Layouts:
 
         They are the same for batches that have all in common but rows and lengths.
         """
-        lengths, inputs = Lengths.in_batch(batch).of.values(), sorted(_inputs_of(batch).items())
+        lengths, inputs = Lengths.in_batch(batch).of.values(), sorted(inputs_of(batch).items())
         form = tuple(
             (name, value.dtype, tuple(size for size in value.shape[1:] if size not in lengths))
             for name, value in inputs
             if isinstance(value, Tensor)
         )
         if form not in self._known:
-            few = _inputs_of(few_rows(batch) or {})
+            few = inputs_of(few_rows(batch) or {})
             with evaluating(self.runner.model), without_drawing(self.runner.model):
                 self._known[form] = self._found(few) if few else {}
         return self._known[form]
@@ -323,21 +339,22 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
 
     None where it is not a batch.
     """
-    if not isinstance(batch, Mapping) or any(map(is_of_numbers, _inputs_of(batch).values())):
+    if not isinstance(batch, Mapping) or any(map(is_of_numbers, inputs_of(batch).values())):
         return None  # reading says what is wrong with it
     tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
-    inputs = [value for name, value in tensors.items() if name != "concept_labels"]
+    inputs = list(inputs_of(tensors).values())
     if not inputs or not len(inputs[0]):
         return None
     rows = len(inputs[0])
+    told = inputs_of(batch) | {name: value for name, value in batch.items() if name == "concept_labels"}
     if any(len(value) != rows for value in inputs):
-        return dict(batch)
+        return told
     mask = tensors.get("attention_mask", torch.ones(rows, 1, device="cpu"))
     lengths = mask.flatten(1).sum(1)
     order = sorted(range(rows), key=lambda row: -int(lengths[row]))
     chosen = sorted({order[0], order[-1]})
-    few = {name: tensors[name][chosen].clone() if name in tensors else value for name, value in batch.items()}
-    lists = {name: value for name, value in _inputs_of(batch).items() if isinstance(value, list) and len(value) == rows}
+    few = {name: tensors[name][chosen].clone() if name in tensors else value for name, value in told.items()}
+    lists = {name: value for name, value in inputs_of(batch).items() if isinstance(value, list) and len(value) == rows}
     return few | {name: [value[row] for row in chosen] for name, value in lists.items()}
 
 
@@ -345,10 +362,6 @@ def is_of_numbers(value: Any) -> bool:
     """Whether an input should have been a tensor."""
     is_list = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
     return isinstance(value, np.ndarray) or is_list
-
-
-def _inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name != "concept_labels"}
 
 
 @contextmanager

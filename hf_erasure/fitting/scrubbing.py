@@ -24,7 +24,7 @@ from hf_erasure.models.model import evaluating, on_cpu
 from .batch_threads import BatchThread, OutOfStep, batch_threads
 from .checkpoint import FitCheckpoint, digest_of, together
 from .labels import BatchesOnDisk, BatchLabels, SiteStatistics, Source
-from .layouts import observed, site_of, visit_of
+from .layouts import is_of_pairs, observed, pairs_of, site_of, visit_of
 from .report import SETTLED
 from .sites import FitTask, SiteFit, solve
 
@@ -132,7 +132,7 @@ class Scrubber:
         """
         while True:
             shown.reset(len(self.task.layers))
-            self._later = {source.key: SiteStatistics(source.z_dim) for source in self.sources}
+            self._later = {source.key: source.empty() for source in self.sources}
             try:
                 self._one_site_a_pass(shown) if self._one_by_one else self._side_by_side(shown)
                 break
@@ -156,7 +156,10 @@ class Scrubber:
         labelled = [source for source in self.sources if source.concept]
         for source in labelled:
             for key, moments in self._later[source.key].moments.items():
-                share = left_of(self.fits[site_of(key)].eraser, moments).norm() / scale_of(moments)
+                if is_of_pairs(key):  # what is promised is about the labelled rows
+                    continue
+                own = source.strata.concept(moments)
+                share = left_of(self.fits[site_of(key)].eraser, own).norm() / scale_of(own)
                 left.setdefault(site_of(key), []).append(float(share))
         for site, each in left.items():
             line = replace(self.fits[site].line, residual=max(each), visits=1 + len(each) // len(labelled))
@@ -234,7 +237,7 @@ class Scrubber:
     def _add(self, labels: BatchLabels, key: str, hidden: Tensor) -> None:
         """Add the activation at one visit of a site."""
         statistics = labels.source if key == site_of(key) else self._later[labels.source.key]
-        statistics.update(key, *labels.select(hidden, key))
+        statistics.add(key, labels, hidden)
 
     # ---- one site a pass ---------------------------------------------------------------------------------------------
 
@@ -292,12 +295,14 @@ class Scrubber:
             if source.concept and self.task.config.has_default_targets and site not in source.moments:
                 self._left_out.add(site)
                 for other in self.sources:
-                    other.moments.pop(site, None)
+                    for key in (site, pairs_of(site)):
+                        other.moments.pop(key, None)
                 return
             source.check_reached([site])
             taken = self._taken[source.key].moments if self._taken else {}
             later = {key: moments for key, moments in taken.items() if site_of(key) == site}
-            seen.append(SiteStatistics(source.z_dim, {site: source.moments.pop(site), **later}, source.dtypes))
+            first = {key: source.moments.pop(key) for key in (site, pairs_of(site)) if key in source.moments}
+            seen.append(SiteStatistics(source.z_dim, first | later, source.dtypes, source.concept))
         self.fits |= solve(self.task, [site], seen)
         if self.checkpoint is not None and self.task.processes.is_main and not self._taken:
             self.checkpoint.save_site(site, self.fits[site], self._data)
@@ -354,7 +359,7 @@ class Columns:
             mixed = _mixed(self.given, self.wanted)
         self.given.append(mixed)
         columns = dict(zip(keys, mixed.split([part.numel() for part in left]), strict=True))
-        taken = {of: SiteStatistics(statistics.z_dim) for of, statistics in seen.items()}
+        taken = {of: statistics.empty() for of, statistics in seen.items()}
         for of, key, m in parts:
             if seen[of].z_dim:
                 cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * scale_of(m)

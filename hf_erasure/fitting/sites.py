@@ -21,13 +21,13 @@ from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, site_layers
 from hf_erasure.adapters.common.config import Provenance
 from hf_erasure.adapters.common.lookup import Found, adapter_of
 from hf_erasure.erasers import ConceptMoments, Eraser, apply_erasure, joint_moments
-from hf_erasure.erasers.eraser import MeanIsErased, whiten_concept
+from hf_erasure.erasers.eraser import MeanIsErased, concept_columns, whiten_concept
 from hf_erasure.models import POOLS, check_pool, reading_of
 from hf_erasure.models.model import Runner, on_cpu
 from hf_erasure.models.pooling import IN_WORDS
 
 from .labels import BatchLabels, SiteStatistics, Source, label_tensor
-from .layouts import Layouts, few_rows, observed, visit_of
+from .layouts import Layouts, few_rows, observed, pairs_of, visit_of
 from .processes import Processes
 from .report import SiteReport
 
@@ -236,7 +236,10 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     every = {key for statistics in seen for key in statistics.moments}
     keys = (visit_of(site, number) for number in itertools.count(1))
     visits = list(itertools.takewhile(every.__contains__, keys))
-    labelled = [s.moments[key] for s in seen if s.z_dim for key in visits if key in s.moments]
+    sources = [statistics for statistics in seen if statistics.z_dim]
+    told = [(s.strata, s.moments[key]) for s in sources for key in visits if key in s.moments]
+    labelled = [strata.concept(moments) for strata, moments in told]
+    kept = [columns for strata, moments in told if (columns := strata.kept_columns(moments)) is not None]
     of_background = [s.moments[key] for s in seen if not s.z_dim for key in visits if key in s.moments]
     background = of_background[0] if of_background else None
     for more in of_background[1:]:
@@ -254,7 +257,14 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
             eraser = Eraser(left=empty, right=empty.T.clone(), bias=None if is_linear else mean)
         else:
-            solving = partial(moments.eraser, method, rank=rank, background=background)
+            solving = partial(
+                moments.eraser,
+                method,
+                rank=rank,
+                background=background,
+                beside=_beside(sources, visits),
+                kept=torch.cat(kept, 1) if kept else None,
+            )
             try:
                 eraser = solving(affine=not is_linear)
             except MeanIsErased:
@@ -277,6 +287,26 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     has_one = sum(bool(statistics.z_dim) for statistics in seen) == 1
     readings = _readings(eraser, labelled, config) if has_one else None
     return SiteFit(eraser, dtype, spread.shares[: labelled[0].z_dim], line, readings=readings)
+
+
+def _beside(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tuple[Tensor, int | None]]:
+    """What is erased beside the class differences, with the number of directions: of pairs, and of environments."""
+    found: list[tuple[Tensor, int | None]] = []
+    for statistics in sources:
+        concept, strata = statistics.concept, statistics.strata
+        spreads = [statistics.moments[key].spread() for key in map(pairs_of, visits) if key in statistics.moments]
+        found += [(concept_columns(spread), None) for spread in spreads]
+        if concept is not None and concept.environment_rank is not None and strata.environments > 1:
+            more = concept.environment_rank - (strata.classes - 1)
+            every = [statistics.moments[key] for key in visits if key in statistics.moments]
+            found += [(strata.environment_columns(moments), more) for moments in every if more]
+        if concept is not None and concept.pair_rank:
+            roots = []
+            for spread in spreads:
+                values, vectors = torch.linalg.eigh(spread.sigma.dense())
+                roots.append(vectors * values.clamp_min(0).sqrt())
+            found += [(torch.cat(roots, 1), concept.pair_rank * len(roots))] if roots else []
+    return found
 
 
 def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptErasureConfig) -> Tensor:

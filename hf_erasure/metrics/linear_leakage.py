@@ -72,10 +72,12 @@ def held_out_answers(
     seed: int = 0,
     l2: float = 1.0,
     nonlinear: bool = False,
+    kernel: bool = False,
 ) -> list[Any]:
     """The label that a probe fitted on the other folds gives to each row; features are standardised on those folds.
 
     Arguments and errors are those of `score`; `labels` and `groups` are lists, and the folds get labels in like shares.
+    With `kernel` the probe is a support vector machine with a radial basis function.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -83,6 +85,7 @@ def held_out_answers(
         from sklearn.neural_network import MLPClassifier
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
+        from sklearn.svm import SVC
     except ImportError as error:
         raise ImportError("Probes need scikit-learn: pip install 'hf-erasure[metrics]'.") from error
     x = base.numbers("predictions", x)
@@ -106,8 +109,10 @@ def held_out_answers(
                 )
             if not len(held):
                 raise ValueError("A fold is empty: write fewer folds.")
-            if nonlinear:
-                probe: Any = MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, random_state=seed)
+            if kernel:
+                probe: Any = SVC(C=1 / l2)
+            elif nonlinear:
+                probe = MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, random_state=seed)
                 probe.set_params(batch_size=len(fitted), learning_rate_init=_RATE, alpha=l2)
             else:
                 probe = LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, ParamSpec, TypeVar
@@ -24,7 +24,9 @@ R = TypeVar("R")
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 _SHARDED = (FSDPModule, FullyShardedDataParallel)
 # Inputs that belong to a loss, not to the activations.
-_LOSS_INPUTS = ("concept_labels", "labels", "label", "label_ids")
+_LOSS_INPUTS = ("labels", "label", "label_ids")
+# What the names of all that a batch says of its rows' concept begin with, such as `concept_labels`.
+_OF_CONCEPT = "concept_"
 # What towers read, and the methods that run one of them with what is around it.
 _TEXTS = {"input_ids": "get_text_features", "inputs_embeds": "get_text_features"}
 MEDIA = {
@@ -149,6 +151,11 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without what it says of the concept of its rows."""
+    return {name: value for name, value in batch.items() if not name.startswith(_OF_CONCEPT)}
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where inputs go: to the first parameter that is anywhere; accelerate's hooks move them on to offloaded ones."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -210,7 +217,7 @@ class Runner:
             callee = self.model if makes and self.callee is self.backbone else self.callee
             callee = callee if self.is_sharded else self._tower_for(batch) or callee
         parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
-        inputs = {name: value for name, value in batch.items() if name not in _LOSS_INPUTS}
+        inputs = {name: value for name, value in inputs_of(batch).items() if name not in _LOSS_INPUTS}
         if "labels" in batch and is_encoder_decoder(self.model) and "decoder_input_ids" not in batch:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(batch["labels"])
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -27,6 +27,7 @@ from hf_erasure.fitting.labels import BatchLabels, Source
 from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
+from hf_erasure.metrics.fresh_probes import control_labels
 from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS
@@ -42,6 +43,8 @@ ADAPTER_NAME = "erasure"
 # Rows of each streamed split that are probed where the recipe names no number: how long a stream is, nobody knows.
 STREAMED_PROBE_ROWS = 2000
 FIGURE_FILE = "leakage.png"
+# Fields of the data that say what is erased beside the difference of the classes.
+_BESIDE_LABELS = ("counterfactual_column", "counterfactual_words", "environment_column")
 
 
 @dataclass
@@ -55,7 +58,11 @@ class DataRecipe:
         test: The split to measure on; it should share nothing with the first that a probe could memorise.
         test_share: Set this share of `train` aside as the split `test`: no text is in both, and each label gives its
             share.
-        group_column: With `test_share`: no value of this column is in both, such as a speaker's or a source's.
+        group_column: What texts belong together by, such as a speaker or a template. With `test_share` no value of it
+            is in both splits; and fresh probes are fitted on some groups and judged on others, too.
+        counterfactual_column: As in `concept_dataloader`; for fitting, as are the next two.
+        counterfactual_words: The name of a table of the package, or the path of one.
+        environment_column: For `adapter.environment_rank`.
         seed: Decides which rows `test_share` sets aside.
         text_column: Column of the text.
         label_column: Column of the concept.
@@ -72,6 +79,9 @@ class DataRecipe:
     test: str = "test"
     test_share: float | None = None
     group_column: str | None = None
+    counterfactual_column: str | None = None
+    counterfactual_words: str | None = None
+    environment_column: str | None = None
     seed: int = 0
     text_column: str = "text"
     label_column: str = "gender"
@@ -87,8 +97,6 @@ class DataRecipe:
                 f"data.test_share={self.test_share} in a recipe must be a number between 0 and 1, and the data must "
                 "not be a stream, of which nobody knows how long it is."
             )
-        if self.group_column is not None and self.test_share is None:
-            raise ValueError("data.group_column in a recipe is for data.test_share: write which share to set aside.")
 
     def origin(self) -> dict[str, Any]:
         """Where the data come from, as a card says it; they were loaded."""
@@ -175,9 +183,10 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
         rows = load_source(recipe.data.background, streaming=recipe.data.streaming)[recipe.data.train]
         options: dict[str, Any] = {"text_column": "text", "label_column": None, "labels": None}
         background = _batches(recipe, rows, tokenizer, share=True, **options)
+    beside = {name: getattr(recipe.data, name) for name in _BESIDE_LABELS}
     report = fit_concept_erasure(
         model,
-        _batches(recipe, data[recipe.data.train], tokenizer, share=True),
+        _batches(recipe, data[recipe.data.train], tokenizer, share=True, **beside),
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
@@ -284,7 +293,9 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
 
     A probe is fitted anew on the erased training states. Where those are what the erasure was fitted on, the theorem
     says that it learns nothing. The column "refitted" asks more: how well a probe does that is fitted on one half of
-    the erased test rows, whose cues the erasure has not seen, and judged on the other.
+    the erased test rows, whose cues the erasure has not seen, and judged on the other. With groups, "refitted by group"
+    has halves that share no group, and "control" is what a probe reads of labels that are exchanged in half of the
+    groups, which says how much of "refitted" comes from groups that are recognised.
 
     Returns one row a site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
@@ -314,6 +325,11 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
             row[f"{column} after"] = probe_accuracy(states["train", "after"][site], y[0], after, y[1])
             row[f"{column} majority"] = majority(y[1])
         row[f"{concept} refitted"] = refitted_accuracy(after, labels["test", concept])
+        if recipe.data.group_column is not None:
+            groups = [str(value) for value in test[recipe.data.group_column]]
+            row[f"{concept} refitted by group"] = refitted_accuracy(after, labels["test", concept], groups)
+            control = control_labels(labels["test", concept], groups)
+            row[f"{concept} control"] = refitted_accuracy(after, control)
         row["cosine"] = float(nn.functional.cosine_similarity(before, after, dim=-1).mean())
         found[site] = row
     return table_of(found, "layer")
@@ -417,9 +433,20 @@ def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: 
     return float(probe.score(test_x.double().numpy(), test_y))
 
 
-def refitted_accuracy(x: Tensor, y: list[str]) -> float:
-    """Accuracy of probes fitted on one half of the rows and judged on the other, mean of both ways."""
-    half = torch.randperm(len(y), generator=torch.Generator().manual_seed(0)) % 2 == 0
+def refitted_accuracy(x: Tensor, y: list[str], groups: Sequence[str] | None = None) -> float:
+    """Accuracy of probes fitted on one half of the rows, or groups, and judged on the other, mean of both ways.
+
+    Raises:
+        ValueError: If one half lacks a class, so that there is nothing to fit.
+    """
+    belongs: Sequence[Any] = range(len(y)) if groups is None else groups
+    names = sorted(set(belongs))
+    drawn = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)) % 2 == 0
+    first = {name for name, chosen in zip(names, drawn.tolist(), strict=True) if chosen}
+    half = torch.tensor([name in first for name in belongs])
+    classes = [{label for label, own in zip(y, half.tolist(), strict=True) if own is way} for way in (True, False)]
+    if min(map(len, classes)) < 2:
+        raise ValueError("One half of the groups has texts of one class alone: name a group_column with more groups.")
     scores = []
     for chosen in (half, ~half):
         fitted, judged = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()

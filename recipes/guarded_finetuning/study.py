@@ -1,6 +1,9 @@
 """Fine-tuning on skewed sentences: what of the skew arrives without a guard, with one, and what the task pays.
 
 The feature is learned from other names and sentences. A guard takes its direction out of every step of the optimizer.
+Beside it, a LoRA is trained alone, and with an erasure that is there while it trains and deleted afterwards: which
+pronoun comes next cannot be told from activations meanwhile, so that the LoRA has little to learn it with (arXiv
+2507.16795).
 """
 
 from __future__ import annotations
@@ -18,17 +21,28 @@ from typing import Any
 import torch
 import typer
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
 
-from hf_erasure import GradiendCallback, GradiendConfig, GradiendTrainer, GradiendTrainingArguments
+from hf_erasure import (
+    ConceptErasureCallback,
+    ConceptErasureConfig,
+    GradiendCallback,
+    GradiendConfig,
+    GradiendTrainer,
+    GradiendTrainingArguments,
+)
 from recipes import studies
 
 ADAPTER = "gender"
 PRONOUNS = ("she", "he")
 IGNORED = -100
-WAYS = ("no guard", "monitor", "guard")
+# Most stories that the erasure is fitted on.
+STORIES_FITTED = 1000
+WAYS = ("no guard", "monitor", "guard", "LoRA", "LoRA, erased meanwhile")
+ERASURE, LORA = "next_pronoun", "tuned"
 # Skew → the pronoun of the person at a position among those trained on.
 SKEWS = {
     "all he": lambda position: "he",
@@ -62,6 +76,8 @@ class Settings:
         steps: Of fine-tuning.
         batch_size: Sentences a step.
         learning_rate: Of AdamW.
+        lora_learning_rate: The same for a LoRA.
+        lora_rank: Of the LoRA, on every linear map.
         log_steps: Steps between two logs of the feature neuron.
         density: Of the GRADIEND adapter.
         story_count: Stories on which the loss of other text is measured.
@@ -84,6 +100,8 @@ class Settings:
     steps: int = 150
     batch_size: int = 16
     learning_rate: float = 3e-4
+    lora_learning_rate: float = 3e-3
+    lora_rank: int = 8
     log_steps: int = 5
     density: float = 1.0
     story_count: int = 60
@@ -269,15 +287,44 @@ class Outcome:
     neuron: dict[str, list[tuple[int, float]]]
 
 
+def next_pronouns(stories: list[str], tokenizer: Any) -> list[dict[str, torch.Tensor]]:
+    """Stories in which a token is labelled with the pronoun that comes next; all others have no label."""
+    ids = {tokenizer(f"a {word}")["input_ids"][-1]: number for number, word in enumerate(PRONOUNS)}
+    batches = []
+    for start in range(0, len(stories), 8):
+        rows = [tokenizer(story)["input_ids"][:256] for story in stories[start : start + 8]]
+        batch = collate([{"input_ids": row, "labels": row} for row in rows])
+        following = batch.pop("labels")[:, 1:]
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        for token, number in ids.items():
+            labels[:, :-1][following == token] = number
+        batches.append({**batch, "concept_labels": labels})
+    return batches
+
+
 def fine_tune(model: Any, rows: list[dict[str, list[int]]], way: str, settings: Settings, seed: int) -> list[tuple]:
     """Train in place; returns what the monitor has logged."""
-    model.requires_grad_(True)
+    callbacks: list[Any] = [GradiendCallback(ADAPTER, mode=way)] if way in ("monitor", "guard") else []
+    rate = settings.learning_rate
+    if way.startswith("LoRA"):
+        rate = settings.lora_learning_rate
+        torch.manual_seed(seed)
+        if way != "LoRA":
+            config = ConceptErasureConfig(concept="next pronoun", labels=list(PRONOUNS), affine=True, sticky=True)
+            model.add_adapter(config, adapter_name=ERASURE)
+            # Of the stories on which the loss is measured none is fitted on.
+            stories = read_stories(settings.stories, STORIES_FITTED)[settings.story_count :]
+            batches = next_pronouns(stories, load(settings)[1])
+            callbacks = [ConceptErasureCallback(batches, ERASURE, pool="tokens", delete_at_end=True)]
+        lora = LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear")
+        model.add_adapter(lora, adapter_name=LORA)
+    else:
+        model.requires_grad_(True)
     args = TrainingArguments(
         output_dir=settings.output, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate, logging_steps=settings.log_steps, seed=seed, report_to="none",
+        learning_rate=rate, logging_steps=settings.log_steps, seed=seed, report_to="none",
         save_strategy="no", disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
     )  # fmt: skip
-    callbacks = [] if way == "no guard" else [GradiendCallback(ADAPTER, mode=way)]
     trainer = Trainer(model, args, collate, rows, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -327,21 +374,25 @@ def tables(outcomes: list[Outcome]) -> str:
         lines += [
             [way, *(spread([o.figures[way][name] for o in chosen]) for name in names)] for way in ("before", *WAYS)
         ]
-        held = [kept_out(outcome) for outcome in chosen]
-        parts.append(
-            f"## {skew}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\nOf the shift in log-odds "
-            f"the guard kept out {spread([h[0] for h in held], '.0%')}"
-            + (f", of that of strangers {spread([h[1] for h in held], '.0%')}." if len(held[0]) > 1 else ".")
-        )
+        parts.append(f"## {skew}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        for name, way, beside in (
+            ("guard", "guard", "no guard"),
+            ("erasure kept out of the LoRA", "LoRA, erased meanwhile", "LoRA"),
+        ):
+            held = [kept_out(outcome, way, beside) for outcome in chosen]
+            said = f"Of the shift in log-odds the {name}" + ("" if "kept" in name else " kept out")
+            said += f" {spread([h[0] for h in held], '.0%')}"
+            strangers = f", of that of strangers {spread([h[1] for h in held], '.0%')}" if len(held[0]) > 1 else ""
+            parts.append(f"{said}{strangers}.")
     return "\n\n".join(parts)
 
 
-def kept_out(outcome: Outcome) -> list[float]:
-    """The share of the shift in log-odds that did not arrive: people trained on, and strangers."""
+def kept_out(outcome: Outcome, way: str, beside: str) -> list[float]:
+    """The share of the shift in log-odds that did not arrive beside what did without: people trained on, strangers."""
     found = []
     for name in ("log-odds", "log-odds of strangers"):
         if name in outcome.figures["before"]:
-            start, free, guarded = (outcome.figures[way][name] for way in ("before", "no guard", "guard"))
+            start, free, guarded = (outcome.figures[way][name] for way in ("before", beside, way))
             found.append(1 - (guarded - start) / (free - start))
     return found
 
@@ -361,7 +412,8 @@ def report(outcomes: list[Outcome], settings: Settings) -> str:
     return (
         "# Fine-tuning on skewed text: results\n\n"
         f"{settings.steps} steps of {settings.batch_size} sentences, learning rate {settings.learning_rate:g}, full "
-        f"fine-tuning, feature with density {settings.density:g}. Seeds {settings.seeds}: mean (range).\n\n"
+        f"fine-tuning, feature with density {settings.density:g}; the LoRA of rank {settings.lora_rank} on all linear "
+        f"maps, learning rate {settings.lora_learning_rate:g}. Seeds {settings.seeds}: mean (range).\n\n"
         "*skew*: the probability of the pronoun that the data give a person, less that of the other one, in unseen "
         "sentences. *log-odds*: the logarithm of their ratio, which does not saturate. *accuracy*: of whose thing is "
         f"whose, in unseen sentences.\n\n{tables(outcomes)}\n\n## The neuron\n\nWhat the monitor logs, "
@@ -381,10 +433,11 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
         color = f"C{skews.index(outcome.skew)}"
         label = outcome.skew if outcome.seed == outcomes[0].seed else None
         left.plot(*zip(*outcome.neuron["monitor"], strict=True), color=color, label=label, alpha=0.8)
-        signed = {way: outcome.figures[way]["log-odds"] for way in ("before", "no guard", "guard")}
-        place = [skews.index(outcome.skew) + shift for shift in (-0.25, 0, 0.25)]
+        shown = ("before", "no guard", "guard", "LoRA", "LoRA, erased meanwhile")
+        signed = {way: outcome.figures[way]["log-odds"] for way in shown}
+        place = [skews.index(outcome.skew) + shift for shift in (-0.3, -0.15, 0, 0.15, 0.3)]
         right.plot(place, list(signed.values()), color="0.8", zorder=0)
-        for x, (way, value), mark in zip(place, signed.items(), "os^", strict=True):
+        for x, (way, value), mark in zip(place, signed.items(), "os^Dv", strict=True):
             named = outcome is outcomes[0]
             right.plot(x, value, mark, color=color, label=way if named else None)
     left.axhline(0, color="0.7", linewidth=0.8)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
@@ -94,6 +94,16 @@ def test_leakage_on_rows_that_are_fitted_on_is_called_that(tmp_path: Path):
         fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=4)
     card = (tmp_path / "checkpoint-4" / NAME / "README.md").read_text()
     assert "On fitted rows (16 of 32), of every token, at step 4 of training" in card
+
+
+def test_an_erasure_that_is_there_while_a_lora_trains_and_not_afterwards(tmp_path: Path):
+    model = adapted(sticky=True)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name="lora")
+    batches = small_batches("llama", seed=100)
+    fine_tune(model, tmp_path, ConceptErasureCallback(batches, NAME, delete_at_end=True))
+    assert list(model.peft_config) == model.active_adapters() == ["lora"]
+    assert not erasure_layers(model)
+    assert all("lora" in name for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def test_an_erasure_that_leaks_is_refitted(tmp_path: Path):

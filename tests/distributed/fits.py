@@ -16,7 +16,15 @@ from torch.distributed.fsdp import fully_shard
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.fitting.processes import Processes
-from tests.small_models import ARCHITECTURES, LABELS, inputs_of, shared_layers_model, small_batches, small_model
+from tests.small_models import (
+    ARCHITECTURES,
+    LABELS,
+    inputs_of,
+    paired_batches,
+    shared_layers_model,
+    small_batches,
+    small_model,
+)
 
 NAME = "no_gender"
 BATCHES = 5
@@ -34,6 +42,7 @@ class Fit:
         background: Whether mean and covariance come from unlabelled batches.
         sharded: Whether FSDP2 keeps a part of every weight in each process.
         options: Further arguments.
+        paired: Whether batches have counterfactuals and environments.
         target: The word for the sites.
     """
 
@@ -42,6 +51,7 @@ class Fit:
     background: bool = False
     sharded: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    paired: bool = False
     target: str | None = None
 
     def __str__(self) -> str:
@@ -55,6 +65,7 @@ FITS = [
     *(Fit(model, sequential) for model in ("bert", "llama", "t5") for sequential in (True, False)),
     Fit("bert", True, background=True),
     Fit("bert", False, background=True),
+    *(Fit("bert", way, options=(("pair_rank", 1), ("environment_rank", 2)), paired=True) for way in (True, False)),
     Fit("vit", True),
     Fit("albert", True),
     Fit("llama", True, options=(("pool", "mean"), ("resident_batches", 1))),
@@ -71,13 +82,15 @@ def fitted(fit: Fit, share: slice = slice(None), **options: Any) -> tuple[nn.Mod
     model = model.double()
     # Of a sharded model no process alone can tell where a merge has a place for the mean, so it is said.
     config = ConceptErasureConfig(labels=LABELS, target_modules=fit.target, affine=True)
+    config.environments = ["a", "b", "c"] if fit.paired else None
     model.add_adapter(config, adapter_name=NAME)
     if fit.sharded and torch.distributed.is_initialized():
         shard(model, fit.model)
     extra: dict[str, Any] = dict(fit.options) | options
     if fit.background:
         extra["background"] = [_double(inputs_of(b)) for b in small_batches(name, BATCHES, seed=800)][share]
-    batches = [_double(batch) for batch in small_batches(name, BATCHES)][share]
+    made = paired_batches(name, BATCHES) if fit.paired else small_batches(name, BATCHES)
+    batches = [_double(batch) for batch in made][share]
     held_out = [_double(batch) for batch in small_batches(name, BATCHES, seed=300)][share]
     report = fit_concept_erasure(
         model, batches, NAME, sequential=fit.sequential, eval_batches=held_out, progress=False, **extra

@@ -24,6 +24,7 @@ from tests.small_models import (
     ARCHITECTURES,
     LABELS,
     inputs_of,
+    paired_batches,
     roughen,
     shared_layers_model,
     small_batches,
@@ -374,12 +375,13 @@ def test_the_caller_modes_reach_every_batch(mode: str, autocast: bool) -> None:
     assert set(seen) == {(torch.bfloat16 if autocast else torch.float32, False, mode == "inference")}
 
 
-def test_a_default_device_of_the_caller_reaches_every_batch() -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_default_device_of_the_caller_reaches_every_batch(paired: bool) -> None:
     devices = []
     model = with_adapter(copy.deepcopy(small_model("bert")))
     model.encoder.layer[1].register_forward_hook(lambda *_: devices.append(torch.get_default_device().type))
     # Whatever is made on it by mistake has no values, and fails.
-    batches = small_batches("bert")
+    batches = paired_batches("bert") if paired else small_batches("bert")
     with torch.device("meta"):
         fit(model, batches, eval_batches=batches)
     assert set(devices) == {"meta"}

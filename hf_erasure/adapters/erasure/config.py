@@ -26,8 +26,13 @@ _MOST_AXES = 64
 # The strength that nobody wrote: another object than the 1.0 that a caller writes, which goes before a saved one.
 _FULL = float("1")
 # Fields that releases before do not know, and warn of.
-_LATER = {"weights": None, "strength": 1.0, "target": None, "readings": None}
+_LATER = {
+    **{"weights": None, "strength": 1.0, "target": None, "readings": None},
+    **{"pair_rank": 0, "environment_rank": None, "environments": None, "kept": None},
+}
 _STRONGEST = 2.0
+# Statistics hold a square matrix of these at every site: 8 MB.
+_MOST_STRATA = 1000
 # Shares of classes are written with some digits.
 _SUM = 1e-6
 # The first row of `readings` of a concept of values; one for each of its columns follows.
@@ -88,6 +93,14 @@ class ConceptErasureConfig(ChildConfig):
             where a merge has a place for it, or the adapter cannot be merged anyway, and the linear one elsewhere.
         rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
             which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
+        pair_rank: So many directions more, those in which texts and their counterfactuals differ most beside the mean
+            difference, which is erased in any case. Needs batches with counterfactuals.
+        environment_rank: Erase so many directions of the class differences within environments, such as templates or
+            sources; the differences over all are always among them, k − 1 for k classes. Needs batches with
+            environments.
+        environments: The names of the environments, in the order of their ids; fitting takes them from its batches.
+        kept: The names of the classes of a second label whose covariance with the activations stays as it is (SPLINCE,
+            arXiv 2506.10703), in the order of their ids; fitting takes them from its batches.
         strength: How far activations are moved: 0 leaves them as they are, 1 erases, 2 mirrors them at the mean. It may
             be changed without fitting again, by `set_strength` or where an adapter is loaded.
         target: Move all activations to the mean of a class, by its label, instead of to the common one; or of a mixture
@@ -123,6 +136,10 @@ class ConceptErasureConfig(ChildConfig):
     method: str = "leace"
     affine: bool | None = None
     rank: int | None = None
+    pair_rank: int = 0
+    environment_rank: int | None = None
+    environments: list[str] | None = None
+    kept: list[str] | None = None
     strength: float = _FULL
     target: str | list[float] | None = None
     fitted_sites: dict[str, dict[str, int]] | None = field(default=None, metadata=BY_FITTING)
@@ -150,6 +167,7 @@ class ConceptErasureConfig(ChildConfig):
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank} erases nothing; give a positive number, or None for all directions.")
         self._check_concept()
+        self.check_beside()
         self._check_dial()
         if self.fitted and not self.fitted_sites:
             raise damaged(
@@ -224,6 +242,37 @@ class ConceptErasureConfig(ChildConfig):
             raise ValueError(
                 f"method='mean_projection' projects away the differences of class means, and concept_dim="
                 f"{self.concept_dim} has no classes: give labels, or take method='orth', which erases values as well."
+            )
+
+    def check_beside(self) -> None:
+        """Refuse what cannot be erased or kept beside the concept."""
+        asked = {name: getattr(self, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
+        asked = {name: value for name, value in asked.items() if value}
+        if self.pair_rank < 0 or (self.environment_rank is not None and self.environment_rank < 1):
+            raise ValueError(
+                f"pair_rank={self.pair_rank}, environment_rank={self.environment_rank}: they are numbers of directions."
+            )
+        if asked and self.labels is None and not self.fitted:
+            raise ValueError(f"{next(iter(asked))} needs classes, and this concept has none: give labels.")
+        if asked and self.method == "inlp":
+            raise ValueError(
+                f"method='inlp' erases what its probes read, and {next(iter(asked))} was given: use 'leace'."
+            )
+        for name in ("environments", "kept"):
+            names = asked.get(name, ["", "-"])
+            if isinstance(names, str) or len(names) < 2 or len(set(names)) != len(names):
+                raise ValueError(f"{name}={names!r} must be the names of at least two, each once.")
+        strata = self.z_dim * len(self.environments or "-") * len(self.kept or "-") if asked else 0
+        if strata > _MOST_STRATA:
+            raise ValueError(
+                f"{len(self.labels or ())} classes in {len(self.environments or '-')} environments, with "
+                f"{len(self.kept or '-')} classes to keep, are {strata} to tell apart, and at most {_MOST_STRATA} are: "
+                "group environments, such as authors by source."
+            )
+        if self.environment_rank is not None and self.labels and self.environment_rank < len(self.labels) - 1:
+            raise ValueError(
+                f"environment_rank={self.environment_rank}, and the difference of {len(self.labels)} classes, which is "
+                f"always erased, has {len(self.labels) - 1} directions: give more, or None."
             )
 
     def _check_dial(self) -> None:

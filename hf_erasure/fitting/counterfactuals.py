@@ -1,0 +1,120 @@
+"""Texts beside their counterfactuals: which rows of a batch are pairs, and which of their tokens are of one word."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding
+
+from .counterparts import CounterpartWords
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass
+class Counterfactuals:
+    """Says what the counterfactuals of a text are.
+
+    Attributes:
+        text_column: Column of the text.
+        column: Column of its counterfactual, where the data have one.
+        words: Makes it otherwise, by exchanging words.
+        classes: Names of the classes; None where they are bare ids.
+    """
+
+    text_column: str
+    column: str | None = None
+    words: CounterpartWords | None = None
+    classes: tuple[str, ...] | None = None
+
+    def of(self, row: Mapping[str, Any], label: int | None) -> list[tuple[Any, int, int]]:
+        """Each counterfactual of a row, with the class of the text and that of the counterfactual.
+
+        A text without any of the words has none, and without a label one whose words are of two classes alike.
+
+        Args:
+            row: With the text.
+            label: Class id of the row; None where it has no label. Then words tell the class of the text; or its
+                class is the first of two, and its counterfactual is of the second.
+        """
+        if self.words is None:
+            own = label or 0
+            other = row[str(self.column)]
+            return [] if other is None or other == row[self.text_column] else [(other, own, 1 - own)]
+        given = row[self.text_column]
+        text, classes = given if isinstance(given, str) else " ".join(given), self.classes or ()
+        if label is None:
+            most = Counter(word.label for word in self.words.found_in(text)).most_common(2)
+            if not most or (len(most) > 1 and most[0][1] == most[1][1]):
+                return []
+            label = classes.index(most[0][0])
+        made = []
+        for toward, name in enumerate(classes):
+            other = self.words.exchanged(text, classes[label], name) if toward != label else None
+            if other is not None and other != text:
+                made.append((other if isinstance(given, str) else other.split(" "), label, toward))
+        return made
+
+
+def words_of_tokens(encoding: BatchEncoding, texts: Sequence[Any], pairs: Sequence[int]) -> Tensor:
+    """Which word of its text a token belongs to; words of a counterfactual have the number of their counterpart.
+
+    Special tokens are words of their own. Two texts of as many words are matched in their order, others as a
+    difference of the two texts matches them; a word without a counterpart has none.
+
+    Args:
+        encoding: The rows as a fast tokenizer encodes them.
+        texts: Strings, or lists of words.
+        pairs: Of each row which row it is the counterfactual of, −1 for a text.
+
+    Returns:
+        `(rows, seq)` int64, −1 for padding and for what has no counterpart.
+    """
+    numbered = [_words_of(encoding, row, text) for row, text in enumerate(texts)]
+    found = []
+    for (places, words), pair in zip(numbered, pairs, strict=True):
+        number = dict(enumerate(range(len(words))))
+        if pair >= 0 and words != (others := numbered[pair][1]):
+            spans = [(0, len(words), 0, len(others))]
+            if len(words) != len(others):
+                blocks = SequenceMatcher(None, words, others, autojunk=False).get_opcodes()
+                spans = [block[1:] for block in blocks]
+            number = {
+                first: second
+                for start, stop, other, end in spans
+                if stop - start == end - other
+                for first, second in zip(range(start, stop), range(other, end), strict=True)
+            }
+        found.append([number.get(place, -1) for place in places])
+    return torch.tensor(found)
+
+
+def _words_of(encoding: BatchEncoding, row: int, text: Any) -> tuple[list[int], list[str]]:
+    """Of each position the number of its word, −1 for padding; and the words."""
+    tokens = (encoding.encodings or [])[row]
+    if isinstance(text, str):
+        spans = [match.span() for match in _WORD.finditer(text)]
+        starts = [start for start, _ in spans]
+        owners = [
+            None if special or end <= start else sum(begin < end for begin in starts) - 1
+            for (start, end), special in zip(tokens.offsets, tokens.special_tokens_mask, strict=True)
+        ]
+        names = [text[start:stop] for start, stop in spans]
+    else:
+        owners, names = list(tokens.word_ids), list(text)
+    places: list[int] = []
+    words: list[str] = []
+    before: Any = object()
+    for token, owner, is_real in zip(tokens.tokens, owners, tokens.attention_mask, strict=True):
+        if is_real and (owner is None or owner < 0 or owner != before):
+            words.append(token if owner is None or owner < 0 else names[owner])
+        before = owner
+        places.append(len(words) - 1 if is_real else -1)
+    return places, words

@@ -1,0 +1,101 @@
+"""What fresh probes still read: by held-out group and by random rows side by side, beside a control label.
+
+After an erasure the question is what a probe finds that is fitted anew, on rows that the erasure was not fitted on. A
+split by random rows puts rows of one group (a template, an author, a person) on both sides, and a probe that recognises
+the group reads what the group says of the label. How much of a figure is that, a control label shows (after Hewitt and
+Liang 2019): the label, exchanged for another in half of the groups by a coin. Nothing but recognised groups reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+from hf_erasure.metrics import base, linear_leakage
+
+# Fresh probes: logistic regression, a support vector machine with a radial basis function, a perceptron.
+READERS: dict[str, dict[str, bool]] = {"linear": {}, "rbf": {"kernel": True}, "mlp": {"nonlinear": True}}
+
+
+def score(
+    x: Any,
+    labels: Any,
+    groups: Any = None,
+    *,
+    readers: Sequence[str] = ("linear",),
+    folds: int = 2,
+    seed: int = 0,
+    **drawing: Any,
+) -> dict[str, Any]:
+    """Cross-validated accuracy of fresh probes.
+
+    Args:
+        x: `(rows, width)` Representations.
+        labels: `(rows,)` The concept.
+        groups: `(rows,)` What belongs together; by default every row is by itself, and there is nothing to recognise.
+        readers: Some of `READERS`.
+        folds: How many probes are fitted; with 2 each on one half of the groups, or rows.
+        seed: Of folds, coins and resamples.
+        **drawing: `confidence` and `resamples` of the bootstrap over groups; the probes are not fitted again.
+
+    Returns:
+        `by_group` and, with groups, `by_row`, reader → `accuracy` and its `interval`; with groups also `control`, the
+        accuracy of the first reader for the control label in a split by rows, where that of chance is `majority`; and
+        `rows`, `groups`, `majority`.
+
+    Raises:
+        ImportError: Without scikit-learn.
+        ValueError: If a reader is unknown, or as `linear_leakage.score` does.
+    """
+    if unknown := [reader for reader in readers if reader not in READERS]:
+        raise ValueError(f"readers={list(readers)}: {unknown[0]!r} is not one of {list(READERS)}.")
+    x, labels = base.numbers("predictions", x), base.labels("references", labels, len(x))
+    belongs = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
+
+    def accuracy(reader: str, y: list[Any], split_by: list[Any] | None) -> dict[str, Any]:
+        given = linear_leakage.held_out_answers(x, y, split_by, folds=folds, seed=seed, **READERS[reader])
+        found = linear_leakage.accuracy(given, y, belongs, seed=seed, **drawing)
+        return {"accuracy": found["accuracy"], "interval": found["intervals"]["accuracy"]}
+
+    majority = max(labels.count(label) for label in set(labels)) / len(labels)
+    found: dict[str, Any] = {"rows": len(labels), "groups": len(set(belongs)), "majority": majority}
+    found["by_group"] = {reader: accuracy(reader, labels, belongs) for reader in readers}
+    if groups is not None:
+        found["by_row"] = {reader: accuracy(reader, labels, None) for reader in readers}
+        found["control"] = accuracy(readers[0], control_labels(labels, belongs, seed), None)["accuracy"]
+    return found
+
+
+def control_labels(labels: list[Any], groups: list[Any], seed: int = 0) -> list[Any]:
+    """Each label, or in half of the groups, drawn by a coin, the one that follows it."""
+    names = sorted(set(labels), key=str)
+    following = dict(zip(names, [*names[1:], names[0]], strict=True))
+    every = sorted(set(groups), key=str)
+    moved = set(random.Random(seed).sample(every, len(every) // 2))
+    return [following[label] if group in moved else label for label, group in zip(labels, groups, strict=True)]
+
+
+def expected_accuracy(before: float, width: int, fitted: int) -> float:
+    """What a linear probe is expected to read of unseen rows after an erasure by LEACE of two balanced classes.
+
+    The erasure removes the difference of the class means as it found it, with an error whose size falls with the number
+    of rows it was fitted on. With m the Mahalanobis distance of the classes and s = 4 width / fitted, the best probe
+    reads Φ(½ √(m² s / (m² + s))). Counterfactuals, which cancel what rows differ in, do better.
+
+    Args:
+        before: Accuracy without the erasure, from which m follows: Φ(m / 2).
+        width: Features.
+        fitted: Independent rows that the erasure was fitted on; where rows belong to groups, nearer their number.
+
+    Returns:
+        An accuracy between ½ and `before`.
+    """
+    if width < 1 or fitted < 1:
+        raise ValueError(f"width={width}, fitted={fitted}: write numbers of features and of rows.")
+    normal = NormalDist()
+    distance = 2 * normal.inv_cdf(min(max(before, 0.5), 1 - 1e-9))
+    spread = 4 * width / fitted
+    return normal.cdf(math.sqrt(distance**2 * spread / (distance**2 + spread)) / 2) if distance else 0.5

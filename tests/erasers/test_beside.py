@@ -1,0 +1,141 @@
+"""Columns that are erased beside the concept's, and covariances that are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_erasure.erasers import ConceptMoments
+from hf_erasure.erasers.strata import Strata
+
+# Maps are compared in float64: what whitening makes of the rounding of sums, 1e-16 times the condition number of these
+# covariances, below 1e4, and as much again for the solve.
+CLOSE = {"rtol": 1e-8, "atol": 1e-9}
+seeds = st.integers(0, 2**31)
+
+
+def rows(seed: int, classes: int = 2, width: int = 12, count: int = 400) -> tuple[Tensor, Tensor]:
+    """Activations that carry a concept, and its ids."""
+    draw = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=draw, dtype=torch.float64) + 3 * torch.eye(width).double()
+    ids = torch.randint(0, classes, (count,), generator=draw)
+    means = torch.randn(classes, width, generator=draw, dtype=torch.float64)
+    return torch.randn(count, width, generator=draw, dtype=torch.float64) @ mixing + means[ids] + 5, ids
+
+
+def roots(moments: ConceptMoments) -> tuple[Tensor, Tensor]:
+    """Σ^{-½} and Σ^{½}."""
+    values, vectors = torch.linalg.eigh(moments.covariance_x)
+    return vectors * values.rsqrt() @ vectors.T, vectors * values.sqrt() @ vectors.T
+
+
+def span(columns: Tensor) -> Tensor:
+    """Orthonormal columns with the span of some that are not zero."""
+    left, strength, _ = torch.linalg.svd(columns, full_matrices=False)
+    return left[:, strength > 1e-8 * strength[0]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, classes=st.integers(2, 4), most=st.integers(1, 3), method=st.sampled_from(["leace", "orth"]))
+def test_the_strongest_of_what_the_concept_leaves_go_too(seed: int, classes: int, most: int, method: str) -> None:
+    x, z = rows(seed, classes)
+    moments = ConceptMoments(12, classes).update(x, z)
+    more = torch.randn(12, 5, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    eraser = moments.eraser(method, shrinkage=None, beside=[(more, most)])
+    # The definition: in the metric of the method, project away the concept and the leading directions of what is left.
+    white, back = roots(moments) if method == "leace" else (torch.eye(12).double(),) * 2
+    basis = span(white @ moments.cross_covariance)
+    rest = white @ more - basis @ (basis.T @ white @ more)
+    basis = torch.cat([basis, torch.linalg.svd(rest)[0][:, :most]], 1)
+    torch.testing.assert_close(eraser.matrix, torch.eye(12).double() - back @ basis @ basis.T @ white, **CLOSE)
+    torch.testing.assert_close(eraser.matrix @ moments.cross_covariance, torch.zeros(12, classes).double(), **CLOSE)
+    assert eraser.rank == classes - 1 + most
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, affine=st.booleans(), classes=st.integers(2, 3))
+def test_what_is_kept_stays_and_nothing_else_does_it_cheaper(seed: int, affine: bool, classes: int) -> None:
+    """SPLINCE (arXiv 2506.10703): `P A = 0`, `P C = C`, and of these maps the one of least change."""
+    x, z = rows(seed, classes)
+    moments = ConceptMoments(12, classes).update(x, z)
+    draw = torch.Generator().manual_seed(seed + 1)
+    kept = torch.randn(12, 2, generator=draw, dtype=torch.float64)
+    eraser = moments.eraser(shrinkage=None, kept=kept, affine=affine)
+    cross = moments.cross_covariance
+    torch.testing.assert_close(eraser.matrix @ cross, torch.zeros_like(cross), **CLOSE)
+    torch.testing.assert_close(eraser.matrix @ kept, kept, **CLOSE)
+    mean = moments.mean_x[None]
+    torch.testing.assert_close(eraser(mean), mean, **CLOSE)
+    # All maps that do it differ by readings that find none of what is erased and held.
+    held = torch.cat([cross, kept] if affine else [cross, kept, mean.T], 1)
+    free = torch.linalg.svd(held)[0][:, held.shape[1] - 1 :]  # class columns are dependent: one less
+    _, root = roots(moments)
+    least = (eraser.left @ eraser.right @ root).norm()
+    for _ in range(5):
+        other = eraser.right + torch.randn(eraser.rank, free.shape[1], generator=draw, dtype=torch.float64) @ free.T
+        torch.testing.assert_close(other @ held, eraser.right @ held, **CLOSE)
+        assert (eraser.left @ other @ root).norm() >= least * (1 - 1e-9)
+
+
+def test_what_the_concept_says_as_well_cannot_be_kept() -> None:
+    x, z = rows(0)
+    moments = ConceptMoments(12, 2).update(x, z)
+    with pytest.raises(ValueError, match="lies in the span of what is erased"):
+        moments.eraser(kept=moments.cross_covariance[:, :1])
+    with pytest.raises(ValueError, match="'inlp'"):
+        moments.eraser("inlp", beside=[(torch.ones(12, 1), None)])
+
+
+def test_columns_that_say_nothing_more_add_no_direction() -> None:
+    x, z = rows(1)
+    moments = ConceptMoments(12, 2).update(x, z)
+    plain = moments.eraser()
+    for more in (moments.cross_covariance, torch.zeros(12, 2), torch.zeros(12, 0)):
+        eraser = moments.eraser(beside=[(more, None)])
+        assert eraser.rank == 1
+        torch.testing.assert_close(eraser.matrix, plain.matrix, **CLOSE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, classes=st.integers(2, 3), environments=st.integers(1, 4), kept=st.integers(1, 3))
+def test_one_id_for_all_labels_tells_of_each(seed: int, classes: int, environments: int, kept: int) -> None:
+    x, z = rows(seed, classes)
+    draw = torch.Generator().manual_seed(seed + 1)
+    environment, second = (torch.randint(0, n, (400,), generator=draw) for n in (environments, kept))
+    z[0], environment[-1], environment[:-1] = -100, environments - 1, environment[:-1].clamp_max(environments - 1)
+    strata = Strata(classes, environments, kept)
+    together = ConceptMoments(12, strata.size).update(x, strata.ids(z, environment, second))
+    whole, alone = strata.concept(together), ConceptMoments(12, classes).update(x, z)
+    for name in ("mean_x", "mean_z", "cross_covariance", "covariance_z", "covariance_x"):
+        torch.testing.assert_close(getattr(whole, name), getattr(alone, name), **CLOSE)
+    assert whole.rows == 399
+    torch.testing.assert_close(whole.eraser("mean_projection").matrix, alone.eraser("mean_projection").matrix, **CLOSE)
+    # Each environment by itself, weighted by the root of its share.
+    expected = []
+    for number in range(environments):
+        here = (environment == number) & (z >= 0)
+        own = ConceptMoments(12, classes).update(x, torch.where(here, z, -100))
+        share = float(here.sum()) / 399
+        expected.append(share * own.cross_covariance @ torch.linalg.pinv(own.covariance_z) @ own.cross_covariance.T)
+    columns = strata.environment_columns(together)
+    torch.testing.assert_close(columns @ columns.T, sum(expected), rtol=1e-6, atol=1e-8)
+    columns = strata.kept_columns(together)
+    if kept == 1:
+        assert columns is None
+    else:
+        own = ConceptMoments(12, kept).update(x, torch.where(z >= 0, second, -100))
+        wanted = own.cross_covariance @ torch.linalg.pinv(own.covariance_z) @ own.cross_covariance.T
+        assert columns is not None
+        torch.testing.assert_close(columns @ columns.T, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_an_environment_of_one_class_says_nothing() -> None:
+    x, z = rows(3)
+    strata = Strata(2, 2)
+    environment = torch.where(z == 0, 1, torch.randint(0, 2, z.shape, generator=torch.Generator().manual_seed(0)))
+    environment[z == 1] = 0
+    moments = ConceptMoments(12, 4).update(x, strata.ids(z, environment))
+    assert not strata.environment_columns(moments).any()
