@@ -94,6 +94,7 @@ def probes(seed: int) -> dict[str, object]:
     """Classifiers of three kinds; all see standardised features."""
     return {
         "linear": make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000)),
+        "RBF-SVM": make_pipeline(StandardScaler(), SVC()),
         "quadratic": make_pipeline(StandardScaler(), SVC(kernel="poly", degree=2, coef0=1.0, C=1.0)),
         "MLP": make_pipeline(
             StandardScaler(), MLPClassifier((64,), alpha=1e-3, max_iter=60, early_stopping=False, random_state=seed)
@@ -109,9 +110,11 @@ def measured(split: Split, method: Callable[[Split], tuple[Erase, str]], seed: i
     train, test = erase(split.x, split.z), erase(split.x_test, split.z_test)
     for name, probe in probes(seed).items():
         figures[name] = probe.fit(train.numpy(), split.z.numpy()).score(test.numpy(), split.z_test.numpy())
-    fresh = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    figures["linear, fresh"] = float(cross_val_score(fresh, test.numpy(), split.z_test.numpy(), cv=folds).mean())
+    for name, fresh in probes(seed).items():
+        if f"{name}, fresh" in LEAKAGE.values():
+            found = cross_val_score(fresh, test.numpy(), split.z_test.numpy(), cv=folds)
+            figures[f"{name}, fresh"] = float(found.mean())
     if split.kept is not None:
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
         figures["kept"] = probe.fit(train.numpy(), split.kept.numpy()).score(test.numpy(), split.kept_test.numpy())
@@ -248,7 +251,14 @@ def truth() -> Truth:
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
-LEAKAGE = {"linear": "linear", "linear, fresh rows": "linear, fresh", "quadratic": "quadratic", "MLP": "MLP"}
+LEAKAGE = {
+    "linear": "linear",
+    "linear, fresh rows": "linear, fresh",
+    "RBF-SVM, fresh rows": "RBF-SVM, fresh",
+    "MLP, fresh rows": "MLP, fresh",
+    "quadratic": "quadratic",
+    "MLP": "MLP",
+}
 COSTS = {"distortion": "distortion", "rank": "rank", "seconds": "seconds"}
 
 NOTES = """\
@@ -272,7 +282,10 @@ LIMITS = """## What these figures do not say
 - {rows} biographies are few for {width} features. LEACE and INLP with least squares shrink their covariance; the
   class covariances of the quadratic eraser, of fewer rows than features, are shrunk too and so matched about and
   not exactly: its guarantee holds in the synthetic table alone.
-- One encoder, one layer, one concept with two classes. Probes with other settings read more or less."""
+- One encoder, one layer, one concept with two classes. Probes with other settings read more or less.
+- Erasures that are meant to guard against readers that are not linear, Obliviator (arXiv 2603.07529), LEOPARD (arXiv
+  2507.12341) and MANCE among them, are not in these tables: none of them is published as a package. Their papers
+  judge by RBF-SVM and MLP probes, which stand above, too; what they train is not a low-rank affine map."""
 
 
 def page(folder: Path, seeds: int) -> str:

@@ -15,7 +15,7 @@ against those they came to; only `QuadraticEraser` against quadratic ones as wel
 from .analysis import OracleEraser, QuadraticEraser
 from .eraser import Eraser, apply_erasure
 from .joint import combine_erasers, joint_moments
-from .leakage import correlation_interval, cross_validated_correlation, relative_change
+from .leakage import correlation_interval, cross_validated_correlation, expected_accuracy, relative_change
 from .moments import ConceptMoments
 from .on_rows import fit_inlp, fit_rlace
 
@@ -28,6 +28,7 @@ __all__ = [
     "combine_erasers",
     "correlation_interval",
     "cross_validated_correlation",
+    "expected_accuracy",
     "fit_inlp",
     "fit_rlace",
     "joint_moments",

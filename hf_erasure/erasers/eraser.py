@@ -19,8 +19,8 @@ METHODS = ("leace", "orth", "mean_projection", "inlp")
 """Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
 
 # What is left of a column beside others, as a share of its length, that counts for nothing: whitening multiplies the
-# rounding of float64 covariances, 1e-16, by up to 3e3 for float32 and 3e6 for float64 rows (see `factorise`).
-_SPANNED = 1e-8
+# rounding of rows, 1e-16 in float64 and 6e-8 in float32, by up to 3e6 and 3e3 (see `factorise`).
+_SPANNED, _SPANNED_BY_FLOATS = 1e-8, 1e-3
 # How an eraser is fitted on one batch: from its "moments", or on the rows themselves by method. The files that know
 # how, and need the class below for it, enter theirs.
 FITS: dict[str, Callable[..., Eraser]] = {}
@@ -358,7 +358,9 @@ def independent(columns: Tensor, spread: Spread) -> Tensor:
 Beside = Sequence[tuple[Tensor, int | None]]
 
 
-def leace_factors(columns: Tensor, factor: Factor, rank: int | None, beside: Beside = ()) -> tuple[Tensor, Tensor]:
+def leace_factors(
+    columns: Tensor, factor: Factor, rank: int | None, beside: Beside = (), resolution: float = EXACT
+) -> tuple[Tensor, Tensor]:
     """LEACE: the smallest linear change of x, in the least-squares sense, that leaves no covariance with the concept.
 
     With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the projection `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`,
@@ -370,7 +372,7 @@ def leace_factors(columns: Tensor, factor: Factor, rank: int | None, beside: Bes
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
     left = columns @ mixing.T / strength
-    left, basis = with_others(left, basis, beside, factor.whiten)
+    left, basis = with_others(left, basis, beside, resolution, factor.whiten)
     right = factor.readings(basis)
     # The triangular solves lose digits where features are nearly collinear. One correction makes right · left the
     # identity again, and with it the projection exact.
@@ -378,7 +380,11 @@ def leace_factors(columns: Tensor, factor: Factor, rank: int | None, beside: Bes
 
 
 def with_others(
-    left: Tensor, basis: Tensor, beside: Beside, whiten: Callable[[Tensor], Tensor] = lambda columns: columns
+    left: Tensor,
+    basis: Tensor,
+    beside: Beside,
+    resolution: float,
+    whiten: Callable[[Tensor], Tensor] = lambda columns: columns,
 ) -> tuple[Tensor, Tensor]:
     """Directions to erase, and the same whitened, with those of further columns behind them.
 
@@ -391,8 +397,9 @@ def with_others(
             rest = rest - basis @ (basis.T @ rest)
         own, strength, mixing = torch.linalg.svd(rest, full_matrices=False)
         # What lies in the span of those before is left as rounding, which whitening multiplies.
-        kept = (strength > _SPANNED * scale)[: columns.shape[1] if most is None else most]
-        own, strength, mixing = own[:, : len(kept)][:, kept], strength[: len(kept)][kept], mixing[: len(kept)][kept]
+        least = scale * (_SPANNED if resolution <= EXACT else _SPANNED_BY_FLOATS)
+        count = int((strength[:most] > least).sum())
+        own, strength, mixing = own[:, :count], strength[:count], mixing[:count]
         own_left = (columns @ mixing.T - left @ (basis.T @ (whitened @ mixing.T))) / strength
         left, basis = torch.cat([left, own_left], 1), torch.cat([basis, own], 1)
     return left, basis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import torch
 
@@ -71,6 +72,29 @@ def correlation_interval(correlation: float, groups: int) -> tuple[float, float]
     middle = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, correlation)))
     spread = 1.96 / math.sqrt(groups - 6)
     return max(0.0, math.tanh(middle - spread)), max(0.0, math.tanh(middle + spread))
+
+
+def expected_accuracy(before: float, width: int, fitted: int) -> float:
+    """What a linear probe is expected to read of unseen rows after an erasure by LEACE of two balanced classes.
+
+    The erasure removes the difference of the class means as it found it, with an error whose size falls with the number
+    of rows it was fitted on. With m the Mahalanobis distance of the classes and s = 4 width / fitted, the best probe
+    reads Φ(½ √(m² s / (m² + s))). Counterfactuals, which cancel what rows differ in, do better.
+
+    Args:
+        before: Accuracy without the erasure, from which m follows: Φ(m / 2).
+        width: Features.
+        fitted: Independent rows that the erasure was fitted on; where rows belong to groups, nearer their number.
+
+    Returns:
+        An accuracy between ½ and `before`.
+    """
+    if width < 1 or fitted < 1:
+        raise ValueError(f"width={width}, fitted={fitted}: write numbers of features and of rows.")
+    normal = NormalDist()
+    distance = 2 * normal.inv_cdf(min(max(before, 0.5), 1 - 1e-9))
+    spread = 4 * width / fitted
+    return normal.cdf(math.sqrt(distance**2 * spread / (distance**2 + spread)) / 2) if distance else 0.5
 
 
 def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: str | float | None) -> float:

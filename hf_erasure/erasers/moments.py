@@ -403,9 +403,9 @@ class ConceptMoments:
             left, right = inlp_factors(columns, ridged, limit, rank, significance(own.resolution))
         else:
             factor = factorise(spread, shrinkage)
-            left, right = leace_factors(columns, factor, rank, beside)
+            left, right = leace_factors(columns, factor, rank, beside, spread.resolution)
         if len(beside) and method != "leace":  # both others are orthogonal projections
-            left, _ = with_others(left, left, beside)
+            left, _ = with_others(left, left, beside, spread.resolution)
             right = left.T
         return eraser_about(left, right, spread, affine=affine, keep_mean=keep_mean, factor=factor, kept=kept)
 

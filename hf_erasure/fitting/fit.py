@@ -343,12 +343,17 @@ def conclude(
         eval_fitted=fitted,
         sites=lines,
         reach=config.reach,
+        classes=None if config.labels is None else len(config.labels),
+        counterfactuals=sum(source.pairs for source in labelled),
+        environments=None if config.environment_rank is None else len(config.environments or ()),
     )
     _record(task, fits, report)
     if left_out:
         _leave_out(task, left_out, labelled[0].uncovered)
     if report.residuals:
         warnings.warn(report.shortfall, stacklevel=3)
+    if report.outlook and report.examples < max(line.width or 0 for line in lines):
+        logger.warning("%r was fitted on fewer texts than activations are wide. %s", task.name, report.outlook)
     # Shares of the classes, the same at every site.
     shares = next(iter(fits.values())).shares.tolist()
     absent = [label for label, share in zip(config.labels or (), shares, strict=False) if share == 0]
@@ -389,7 +394,7 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
         "hf_erasure_version": __version__,
         "base_class": class_name(task.owner),
         **{name: getattr(report, name) for name in told},
-        **{name: left for name in ("residuals", "unsettled") if (left := getattr(report, name))},
+        **{name: left for name in ("residuals", "unsettled", "counterfactuals") if (left := getattr(report, name))},
         "fingerprint": fingerprint(task.owner, list(fits)),
         RECORD: active_beside(task.runner.model, task.name),
     }

@@ -6,8 +6,10 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from hf_erasure.erasers import expected_accuracy
 from hf_erasure.models.pooling import IN_WORDS
 
 if TYPE_CHECKING:
@@ -102,6 +104,9 @@ class ErasureReport:
         sites: One `SiteReport` a site in the model's order, the last hidden states at the end. Behind a module that is
             called several times in one forward pass, one more for each visit; needs `eval_batches`.
         reach: What of the hidden states stays un-erased, in a sentence.
+        classes: How many classes the concept has; None for values.
+        counterfactuals: How many of the texts' counterfactuals were fitted on.
+        environments: In how many environments the concept was erased, such as templates.
     """
 
     concept: str
@@ -115,6 +120,9 @@ class ErasureReport:
     eval_fitted: int
     sites: list[SiteReport] = field(default_factory=list)
     reach: str = ""
+    classes: int | None = None
+    counterfactuals: int = 0
+    environments: int | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a line, indexed by the site; columns are the attributes of `SiteReport`, and `attrs` says of what.
@@ -192,6 +200,36 @@ class ErasureReport:
         )
 
     @property
+    def expected_reading(self) -> float | None:
+        """The accuracy that a linear probe is expected to reach on other texts, if it is fitted anew on them.
+
+        By the formula of `hf_erasure.erasers.expected_accuracy`, at the last site that was measured, from the
+        correlation there without the adapter. None for other concepts than two classes, with counterfactuals, which do
+        better, and without `eval_batches`.
+        """
+        measured = [line for line in self.sites if line.correlation_before is not None and line.width is not None]
+        if self.classes != 2 or self.counterfactuals or not measured or self.method != "leace":
+            return None
+        line = measured[-1]
+        correlation = min(line.correlation_before or 0.0, 1 - 1e-9)
+        # Of two balanced classes at a distance of m standard deviations the correlation is m / √(m² + 4).
+        before = NormalDist().cdf(correlation / (1 - correlation**2) ** 0.5)
+        return expected_accuracy(before, line.width or 1, min(self.examples, self.environments or self.examples))
+
+    @property
+    def outlook(self) -> str:
+        """What the figures are expected to be on other texts, in a sentence; empty where nothing is expected."""
+        reads = self.expected_reading
+        if reads is None:
+            return ""
+        of = f"{self.examples} texts" + (f" in {self.environments} environments" if self.environments else "")
+        return (
+            f"A linear probe that is fitted anew on other texts is expected to read about {reads:.0%}, by the formula\n"
+            f"for {of} fitted on. More texts leave less, and so do counterfactuals\n"
+            "(concept_dataloader(…, counterfactual_words=…))."
+        )
+
+    @property
     def measured_on(self) -> str:
         """What the figures are on: held-out rows, or fitted ones."""
         if not self.eval_examples:
@@ -205,7 +243,10 @@ class ErasureReport:
         lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in table]
         title = (
             f"{self.method} erasure of {self.concept!r} as adapter {self.adapter_name!r}: {self.examples} examples, "
-            f"{self.tokens} tokens, pool={self.pool!r}" + (f" ({self.reader})" if self.reader else "")
+            f"{self.tokens} tokens, pool={self.pool!r}"
+            + (f" ({self.reader})" if self.reader else "")
+            + (f", {self.counterfactuals} counterfactuals" if self.counterfactuals else "")
+            + (f", {self.environments} environments" if self.environments else "")
         )
         note = (
             f"All figures are on {self.measured_on}. Leakage was not measured: pass eval_batches.\n"
@@ -220,6 +261,7 @@ class ErasureReport:
                 "moved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of unlabelled ones.\n"
                 f"{self.reach}"
             )
+            note += f"\n{self.outlook}" if self.outlook else ""
         return "\n".join([title, "", *lines, "", *filter(None, [self.shortfall, note])])
 
     def plot(self, path: str | None = None) -> Figure:

@@ -8,10 +8,8 @@ Liang 2019): the label, exchanged for another in half of the groups by a coin. N
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 from hf_erasure.metrics import base, linear_leakage
@@ -76,26 +74,3 @@ def control_labels(labels: list[Any], groups: list[Any], seed: int = 0) -> list[
     every = sorted(set(groups), key=str)
     moved = set(random.Random(seed).sample(every, len(every) // 2))
     return [following[label] if group in moved else label for label, group in zip(labels, groups, strict=True)]
-
-
-def expected_accuracy(before: float, width: int, fitted: int) -> float:
-    """What a linear probe is expected to read of unseen rows after an erasure by LEACE of two balanced classes.
-
-    The erasure removes the difference of the class means as it found it, with an error whose size falls with the number
-    of rows it was fitted on. With m the Mahalanobis distance of the classes and s = 4 width / fitted, the best probe
-    reads Φ(½ √(m² s / (m² + s))). Counterfactuals, which cancel what rows differ in, do better.
-
-    Args:
-        before: Accuracy without the erasure, from which m follows: Φ(m / 2).
-        width: Features.
-        fitted: Independent rows that the erasure was fitted on; where rows belong to groups, nearer their number.
-
-    Returns:
-        An accuracy between ½ and `before`.
-    """
-    if width < 1 or fitted < 1:
-        raise ValueError(f"width={width}, fitted={fitted}: write numbers of features and of rows.")
-    normal = NormalDist()
-    distance = 2 * normal.inv_cdf(min(max(before, 0.5), 1 - 1e-9))
-    spread = 4 * width / fitted
-    return normal.cdf(math.sqrt(distance**2 * spread / (distance**2 + spread)) / 2) if distance else 0.5

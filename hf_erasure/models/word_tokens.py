@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -120,11 +121,14 @@ def occurrences(tokens: Sequence[int], forms: set[tuple[int, ...]]) -> set[int]:
 def whole_words(words: Iterable[str]) -> re.Pattern[str]:
     """Finds words that are not part of longer ones, the longest first; in scripts without spaces, their characters."""
     letter = rf"[^\W{_UNSPACED}]"  # Chinese characters beside it do not make another word of an English one
-    found = []
-    for word in sorted(words, key=len, reverse=True):
+
+    def bounds(word: str) -> tuple[str, str]:
         before = "" if _STARTS_UNSPACED.match(word) else rf"(?<!{letter})(?<!-)"
-        after = f"(?![{_SIGNS}])" if _ENDS_UNSPACED.match(word) else rf"(?!{letter})(?!-)"
-        found.append(f"{before}{re.escape(word)}{after}")
+        return before, f"(?![{_SIGNS}])" if _ENDS_UNSPACED.match(word) else rf"(?!{letter})(?!-)"
+
+    found = []
+    for (before, after), own in itertools.groupby(sorted(words, key=len, reverse=True), bounds):
+        found.append(f"{before}(?:{'|'.join(map(re.escape, own))}){after}")
     return re.compile("|".join(found), re.IGNORECASE)
 
 

@@ -402,6 +402,7 @@ class Provenance(Part):
     fingerprint: dict[str, Any] = field(default_factory=dict)  # weight → a sample of its values
     examples: int | None = None  # how many sequences or pairs it was fitted on
     tokens: int | None = None  # how many positions
+    counterfactuals: int = 0  # how many counterfactuals of the texts were fitted on, too
     pool: str = ""  # what of a sequence is guarded
     reader: str = ""  # what reads that, in words
     # Site → correlation with the concept before and after, magnitudes.

@@ -1,0 +1,57 @@
+"""The study of what carries over to texts that nobody labelled: its parts, a short run, and what its page claims."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.carries_over import study
+
+FOLDER = Path(study.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def settings(assets: Path) -> study.Settings:
+    settings = study.studies.read_settings(study.Settings, FOLDER / "study.yaml", (), "")
+    return dataclasses.replace(
+        settings,
+        encoders=[str(assets / "models" / "story-mlm")],
+        biographies=str(assets / "data" / "bias-in-bios"),
+        template_encoder=str(assets / "models" / "story-mlm"),
+        max_length=16,
+    )
+
+
+def test_the_settings_start_with_the_command_that_runs_them() -> None:
+    command = "# python recipes/carries_over/study.py recipes/carries_over/study.yaml\n"
+    assert (FOLDER / "study.yaml").read_text().startswith(command)
+
+
+def test_no_biography_is_fitted_on_and_measured(settings: study.Settings) -> None:
+    rows = study.biographies(settings)
+    fitted, held = study.split(rows, 60, seed=0)
+    assert not set(fitted) & set(held)
+    assert len(fitted) == 60
+    assert len(held) >= 400
+    assert {rows[place]["gender"] for place in fitted} == {"female", "male"}
+    assert not {rows[place]["text"] for place in fitted} & {rows[place]["text"] for place in held}
+
+
+def test_a_short_run_writes_tables_and_figure(settings: study.Settings, tmp_path: Path) -> None:
+    known: dict[Any, Any] = {"rows": study.biographies(settings)[::5]}
+    outcome = study.run_biographies(settings, settings.encoders[0], known, 30, seed=0)
+    assert list(outcome.figures) == list(study.WAYS)
+    assert [outcome.figures[way]["rank"] for way in study.WAYS] == [0, 1, 1, 2, 6, 1]
+    assert outcome.figures["nothing"]["moved"] == 0
+    assert 0.5 < outcome.figures["LEACE"]["expected"] <= outcome.figures["nothing"]["linear"]
+    few = dataclasses.replace(settings, template_rows=64, template_ranks=[2])
+    found = [outcome, study.run_templates(few, seed=0)]
+    outcomes = [dataclasses.replace(one, seed=seed) for one in found for seed in (0, 1)]  # an interval takes two
+    text = study.report(outcomes, few, "command")
+    assert "| counterfactuals, pair_rank=4 | 6 |" in text
+    assert "| environment_rank=2 |" in text
+    study.figure(outcomes, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
