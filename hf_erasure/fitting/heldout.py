@@ -27,6 +27,8 @@ from .processes import Processes
 from .report import SiteReport
 from .sites import FitTask, task_for
 
+# So many pairs of environments are dealt to the halves by coins of their own.
+_MOST_PAIRS = 1 << 16
 # The content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
 # Of a batch without any of these: what is not the content of a row, such as labels, or follows from its padding.
@@ -44,8 +46,9 @@ def measure(
 
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
     cross-validated: the direction of one half of the sequences, judged on the other. A correlation taken in-sample
-    would read `sqrt(width / rows)` where nothing is left. A module that is called several times in one forward pass is
-    measured over all its visits together, as it is fitted, and at each.
+    would read `sqrt(width / rows)` where nothing is left. Where batches have environments, such as templates, halves
+    are made of whole ones, so that no half has seen what the other shows in the same place. A module that is called
+    several times in one forward pass is measured over all its visits together, as it is fitted, and at each.
 
     `erase(site, activation)` is what the erasure makes of an activation; the adapter itself need not have its values.
     Every process measures batches of its own; all end with the figures of all, put into the lines that are known from
@@ -86,7 +89,8 @@ def measure(
             "figures are on fitted rows, and say little of others. Give rows that are not in batches.",
             stacklevel=4,
         )
-    return measurement.lines(known, len(own.hashes) or examples, examples), examples, fitted
+    groups = measurement.environments or range(len(own.hashes) or examples)
+    return measurement.lines(known, len(groups), examples), examples, fitted
 
 
 def measured_leakage(
@@ -124,6 +128,9 @@ class _Measurement:
         # to x', of 1, |x' − x|², |x|² and the entries of x, `(3 + width,)` float64.
         self._movements: dict[tuple[str, int, bool], Tensor] = {}
         self._random = torch.Generator("cpu").manual_seed(0)
+        # By pairs of environments, which of them is in the first half; the same in every process.
+        self._coins = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        self.environments: set[int] = set()  # Those that were seen.
 
     def look_at(self, labels: BatchLabels) -> None:
         """Run over a batch without and with the erasure."""
@@ -134,6 +141,9 @@ class _Measurement:
         # Halves are made of whole sequences, since two tokens of one text are not independent evidence, and drawn at
         # random, since rows often alternate between the classes.
         drawn = torch.randint(0, 2, (labels.rows,), generator=self._random, device="cpu")
+        if (environments := labels.environments) is not None:
+            self.environments |= set(environments.tolist())
+            drawn = self._coins[environments // 2 % _MOST_PAIRS] ^ (environments % 2)
         if labels.pairs is not None:  # a text and its counterfactual are in one half
             drawn = torch.where(labels.pairs < 0, drawn, drawn[labels.pairs.clamp_min(0)])
 
@@ -179,6 +189,7 @@ class _Measurement:
         """Add what all processes have measured, in every one of them."""
         if processes.count == 1:
             return
+        self.environments = set().union(*processes.gathered([self.environments]))
         for key in sorted({key for keys in processes.gathered([list(self._halves)]) for key in keys}):
             self._halves[key].pool(processes)
         shares, self._movements = processes.gathered([self._movements]), {}

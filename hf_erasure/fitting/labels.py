@@ -418,6 +418,11 @@ class BatchLabels:
         found = found.reshape(-1, found.shape[-1]).to(torch.promote_types(activation.dtype, torch.float32))
         return found, z.repeat_interleave(heads, 0)
 
+    @property
+    def environments(self) -> Tensor | None:
+        """`(rows,)` ids of the environments of the rows; None where the batch names none."""
+        return self._ids("concept_environments") if "concept_environments" in self.batch else None
+
     def _paired(self) -> tuple[Tensor, Tensor]:
         """The rows that are texts with a counterfactual, and those of the counterfactuals."""
         pairs = torch.zeros(0, device="cpu") if self.pairs is None else self.pairs

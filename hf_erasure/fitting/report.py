@@ -59,7 +59,8 @@ class SiteReport:
         correlation_before: Leakage without the adapter: the correlation with the concept on `eval_batches`, a magnitude
             between 0 and 1, of what the fit guards: tokens, or with `pool="mean"` the mean over each sequence.
         correlation_after: The same with it.
-        interval_before: 95 % about it, by Fisher's z over distinct sequences.
+        interval_before: 95 % about it, by Fisher's z over distinct sequences, or over environments where batches name
+            these; halves are made of whole ones then.
         interval_after: The same with the adapter.
         change_labelled: `sqrt(E|r(x) − x|² / E|x − E x|²)` over labelled rows, held out where `eval_batches` were
             given. For a last hidden state: how far the whole adapter moves it.

@@ -314,8 +314,9 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
         axes.axhline(0.5, color="0.6", linewidth=0.8)
         axes.set(title=encoder, xlabel="biographies fitted on", xscale="log", ylim=(0.4, 1))
         axes.set_xticks(sizes, list(map(str, sizes)))
+        axes.set_xticks([], minor=True)
     panels[0].set_ylabel("gender, fresh linear probe")
-    panels[0].legend(fontsize="small", frameon=False)
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     drawing.savefig(path, dpi=140)
 
 

@@ -171,6 +171,28 @@ def test_a_fit_that_was_killed_continues(sequential: bool, tmp_path: Path) -> No
         )
 
 
+def test_held_out_halves_share_no_environment() -> None:
+    """A concept that shows in a way of its own in each environment is read by random halves, and not by whole ones."""
+    draw = torch.Generator().manual_seed(0)
+    batches = []
+    for number in range(40):
+        ids = torch.randint(4, 50, (16, 6), generator=draw)
+        labels = torch.arange(16) % 2
+        # Both classes have two tokens of the environment, in an order that is theirs.
+        ids[:, 1] = torch.where((labels == 1) ^ bool(number // 2 % 2), 4 + number, 5 + number)
+        named = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "concept_labels": labels}
+        batches.append(named | {"concept_environments": torch.full((16,), number)})
+    read = {}
+    for by_environment in (False, True):
+        given = [b if by_environment else {k: v for k, v in b.items() if k != "concept_environments"} for b in batches]
+        model = with_adapter("bert")
+        line = fit(model, paired_batches("bert", 3), pool="mean", eval_batches=given).sites[0]
+        read[by_environment] = line
+    assert read[True].correlation_before < read[False].correlation_before
+    assert read[True].interval_before[1] - read[True].interval_before[0] > 0.3  # of 40 environments, not of 640 rows
+    assert read[False].interval_before[1] - read[False].interval_before[0] < 0.2
+
+
 def test_a_module_that_is_called_several_times() -> None:
     batches = double(paired_batches("bert", 3))
     model = with_adapter("albert", environments=["a", "b", "c"])

@@ -78,6 +78,10 @@ def test_a_short_run_writes_table_and_figure(settings: study.Settings, tmp_path:
     assert "| guard |" in study.report(outcomes, short)
 
 
+def test_the_page_says_what_was_found() -> None:
+    check([study.Outcome(**row) for row in json.loads((FOLDER / "results.json").read_text())])
+
+
 @pytest.mark.slow
 def test_the_skew_arrives_and_less_of_it_with_the_guard(settings: study.Settings) -> None:
     outcomes = [outcome for seed in settings.seeds for outcome in study.run_seed(settings, seed)]
@@ -96,5 +100,9 @@ def check(outcomes: list[study.Outcome]) -> None:
         assert free["skew"] > before["skew"] + 0.2
         assert free["log-odds"] > guarded["log-odds"] > before["log-odds"]
         assert free["skew of strangers"] > guarded["skew of strangers"]
-        assert all(share > 0.05 for share in study.kept_out(outcome))
+        assert all(share > 0.05 for share in study.kept_out(outcome, "guard", "no guard"))
         assert abs(guarded["accuracy"] - free["accuracy"]) <= 0.1
+        # An erasure that is there meanwhile keeps out more than half, and costs some of the task.
+        assert all(share > 0.5 for share in study.kept_out(outcome, "LoRA, erased meanwhile", "LoRA"))
+        lora, erased = (outcome.figures[way]["accuracy"] for way in ("LoRA", "LoRA, erased meanwhile"))
+        assert before["accuracy"] + 0.4 < erased <= lora
