@@ -101,8 +101,10 @@ def check(outcomes: list[study.Outcome]) -> None:
         assert free["log-odds"] > guarded["log-odds"] > before["log-odds"]
         assert free["skew of strangers"] > guarded["skew of strangers"]
         assert all(share > 0.05 for share in study.kept_out(outcome, "guard", "no guard"))
-        assert abs(guarded["accuracy"] - free["accuracy"]) <= 0.1
         # An erasure that is there meanwhile keeps out more than half, and costs some of the task.
         assert all(share > 0.5 for share in study.kept_out(outcome, "LoRA, erased meanwhile", "LoRA"))
         lora, erased = (outcome.figures[way]["accuracy"] for way in ("LoRA", "LoRA, erased meanwhile"))
         assert before["accuracy"] + 0.4 < erased <= lora
+    # What the guard costs of the task, over seeds; one seed has 40 questions.
+    lost = [outcome.figures["no guard"]["accuracy"] - outcome.figures["guard"]["accuracy"] for outcome in outcomes]
+    assert abs(sum(lost) / len(lost)) <= 0.1
