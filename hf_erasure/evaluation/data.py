@@ -9,17 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from hf_erasure.metrics.readers import (
-    BadRow,
-    LeftOutRows,
-    Rows,
-    content_lines,
-    csv_rows,
-    good_rows,
-    lines_of,
-    spread,
-    text_at,
-)
+from hf_erasure.metrics import readers
 
 T = TypeVar("T")
 
@@ -89,7 +79,7 @@ class DataFolder:
 
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
         self.path, self.limit = Path(path), limit
-        self.left_out: dict[str, LeftOutRows] = {}
+        self.left_out: dict[str, readers.LeftOutRows] = {}
         if not self.path.is_dir():
             layout = "; ".join(f"{name}/: {what}" for name, what in LAYOUT.items())
             raise MissingData(f"--data {self.path}: there is no such folder. It should hold {layout}.")
@@ -112,16 +102,16 @@ class DataFolder:
         """
         rows: list[tuple[str, str, str]] = []
         for path in sorted(self.part("bias-in-bios").glob("*.csv")):
-            named = csv_rows(path, ("profession", "gender"))
-            rows += self._noted(good_rows(path, named, _biography, LAYOUT["bias-in-bios"]))
-        rows = spread(sorted(rows, key=lambda row: row[:2]), self.limit)
+            named = readers.csv_rows(path, ("profession", "gender"))
+            rows += self._noted(readers.good_rows(path, named, _biography, LAYOUT["bias-in-bios"]))
+        rows = readers.spread(sorted(rows, key=lambda row: row[:2]), self.limit)
         return Biographies([r[2] for r in rows], [r[0] for r in rows], [r[1] for r in rows])
 
     def sentences(self) -> list[Sentence]:
         """Sentences of the treebank with a part of speech a word."""
         folder = self.part("ud-ewt")
         files = sorted(folder.glob("*test*.conllu")) or sorted(folder.glob("*.conllu"))
-        return spread([sentence for path in files for sentence in self._noted(read_treebank(path))], self.limit)
+        return readers.spread([sentence for path in files for sentence in self._noted(read_treebank(path))], self.limit)
 
     def texts(self) -> dict[str, list[str]]:
         """Running text by its kind, a paragraph (the beginning of a long one) an entry.
@@ -137,9 +127,9 @@ class DataFolder:
     def paragraphs(self, name: str) -> list[str]:
         """Running text of one kind, as `texts` has it."""
         path, expected = self.file(name), f"paragraphs, one a line, of at least {_LEAST_CHARACTERS} characters"
-        lines = [(where, line.strip()) for where, line in lines_of(path)]
+        lines = [(where, line.strip()) for where, line in readers.lines_of(path)]
         long = [(where, line) for where, line in lines if len(line) >= _LEAST_CHARACTERS and not line.startswith("=")]
-        return spread(self._noted(good_rows(path, long, _cut, expected)), self.limit)
+        return readers.spread(self._noted(readers.good_rows(path, long, _cut, expected)), self.limit)
 
     def occupations(self) -> list[tuple[str, str]]:
         """Occupations and the gender that most who have them are of, as WinoBias lists them."""
@@ -148,11 +138,11 @@ class DataFolder:
             path = folder / f"{gender}_occupations.txt"
             if not path.is_file():
                 raise MissingData(f"{folder} has no {path.name}: put there {LAYOUT['winobias']}")
-            names = self._noted(good_rows(path, content_lines(path), str.strip, "an occupation a line"))
+            names = self._noted(readers.good_rows(path, readers.content_lines(path), str.strip, "an occupation a line"))
             found += [(name, gender) for name in names]
         return found
 
-    def _noted(self, rows: Rows[T]) -> Rows[T]:
+    def _noted(self, rows: readers.Rows[T]) -> readers.Rows[T]:
         self.left_out |= {entry.file: entry for entry in rows.left_out}
         return rows
 
@@ -160,8 +150,8 @@ class DataFolder:
 def _biography(cells: dict[str, str]) -> tuple[str, str, str]:
     text = cells.get("hard_text") or cells.get("text")
     if not text or not text.strip():
-        raise BadRow("lacks hard_text (or text)")
-    return text_at(cells, "profession").strip(), text_at(cells, "gender").strip().lower(), text
+        raise readers.BadRow("lacks hard_text (or text)")
+    return readers.text_at(cells, "profession").strip(), readers.text_at(cells, "gender").strip().lower(), text
 
 
 def _cut(text: str) -> str:
@@ -171,17 +161,17 @@ def _cut(text: str) -> str:
     return text if text == beginning else beginning[:space] if space > _MOST_CHARACTERS // 2 else beginning
 
 
-def read_treebank(path: str | Path) -> Rows[Sentence]:
+def read_treebank(path: str | Path) -> readers.Rows[Sentence]:
     """The sentences of a CoNLL-U file; those that cannot be read are left out and named by their first line.
 
     Raises `ValueError` if no sentence can be read.
     """
-    return good_rows(path, _blocks(path), read_sentence, "sentences in CoNLL-U, each with a line '# text = …'")
+    return readers.good_rows(path, _blocks(path), read_sentence, "sentences in CoNLL-U, each with a line '# text = …'")
 
 
 def _blocks(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     """The first line and the lines of every sentence; comments without a word after them are not a sentence."""
-    for has_text, rows in itertools.groupby(lines_of(path), key=lambda row: bool(row[1].strip())):
+    for has_text, rows in itertools.groupby(readers.lines_of(path), key=lambda row: bool(row[1].strip())):
         places, block = zip(*rows, strict=True)
         if has_text and any(not line.startswith("#") for line in block):
             yield places[0], list(block)
@@ -196,12 +186,12 @@ def read_sentence(lines: list[str]) -> Sentence:
     """
     text = next((match.group(1) for line in lines if (match := _TREEBANK_TEXT.match(line))), "")
     if not text:
-        raise BadRow("has no line '# text = …'")
+        raise readers.BadRow("has no line '# text = …'")
     rows = [line.split("\t") for line in lines if not line.startswith("#")]
     rows = [row for row in rows if "." not in row[0]]  # empty nodes stand for words that were not written
     for row in rows:
         if not _WORD_NUMBER.fullmatch(row[0]) or ("-" not in row[0] and len(row) < 4):
-            raise BadRow(
+            raise readers.BadRow(
                 f"has {' '.join(row)!r} where a word has number, form, lemma and part of speech, parted by tabs"
             )
     words = {int(row[0]): (row[1], row[3]) for row in rows if "-" not in row[0]}
@@ -212,11 +202,11 @@ def read_sentence(lines: list[str]) -> Sentence:
             continue
         inside = int(last or first)
         if lacking := [index for index in range(int(first), inside + 1) if index not in words]:
-            raise BadRow(f"has no word {lacking[0]}, which {row[0]} is made of")
+            raise readers.BadRow(f"has no word {lacking[0]}, which {row[0]} is made of")
         members = [words[index] for index in range(int(first), inside + 1)]
         start = text.find(row[1], position)
         if start < 0:
-            raise BadRow(f"has the word {row[1]!r}, which is not in its text after {text[:position]!r}")
+            raise readers.BadRow(f"has the word {row[1]!r}, which is not in its text after {text[:position]!r}")
         position = start + len(row[1])
         if "".join(form for form, _ in members) == row[1]:
             for form, tag in members:

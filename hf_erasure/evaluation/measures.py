@@ -71,10 +71,6 @@ def _of_metric(
     return Measure(key, title, says=says, take=take, source=f"{facts.paper}, {facts.url}", **given)
 
 
-def _of_gender(subject: Subject, **options: Any) -> dict[str, Any]:
-    return linear_leakage.score(subject.states[FINAL], subject.biographies.genders, **options, **subject.statistics)
-
-
 def _of_tags(states: Tensor, tokens: TokenStates, **options: Any) -> dict[str, Any]:
     """Leakage of parts of speech, tags too rare to be in every fold left out and named."""
     of_tag: dict[str, set[int]] = {}
@@ -158,17 +154,16 @@ def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
     ]  # fmt: skip
 
 
-def _seat(subject: Subject, tests: Sequence[str] | None) -> dict[str, Any]:
-    folder = subject.data.part("seat")
-    chosen = None if tests is None else [name for name in tests if any(folder.glob(f"{name}.json*"))]
-    return benchmarks.seat(
-        subject.model, subject.tokenizer, folder, tests=chosen, pool=subject.pool, **subject.statistics
-    )
-
-
 def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
+    def take(subject: Subject) -> dict[str, Any]:
+        folder = subject.data.part("seat")
+        chosen = None if tests is None else [name for name in tests if any(folder.glob(f"{name}.json*"))]
+        return benchmarks.seat(
+            subject.model, subject.tokenizer, folder, tests=chosen, pool=subject.pool, **subject.statistics
+        )
+
     return _of_metric(
-        "weat", key, title, functools.partial(_seat, tests=tests),
+        "weat", key, title, take,
         "mean over the tests of |effect size|; each test with its permutation p value is in the JSON",
         figure="mean_absolute_effect_size", better="lower", pool="mean",
     )  # fmt: skip
@@ -176,7 +171,10 @@ def _seat_mean(key: str, title: str, tests: Sequence[str] | None) -> Measure:
 
 _GENDER = [
     *_probes(
-        "gender", "Gender", _of_gender,
+        "gender", "Gender",
+        lambda subject, **options: linear_leakage.score(
+            subject.states[FINAL], subject.biographies.genders, **options, **subject.statistics
+        ),
         "accuracy of a cross-validated logistic regression on the last hidden states of biographies, minus the "
         "share of the larger gender", pool="mean",
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,8 +118,10 @@ class Results:
 
     def to_json(self) -> str:
         """The same text for the same results; what is not finite is null."""
-        content = _plain({"format": FORMAT, **vars(self), "limits": LIMITS})
-        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        text = json.dumps({"format": FORMAT, **vars(self), "limits": LIMITS}, default=str)
+        plain = json.loads(text, parse_constant=lambda _: None)
+        # Half a character, from a file that is not UTF-8, cannot be written.
+        return json.dumps(plain, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
 
     def save(self, folder: Path) -> Path:
         """Write them as JSON into a folder that is there, whole or not at all; returns the file."""
@@ -206,14 +207,3 @@ def shown(value: float) -> str:
 def interval_text(interval: list[float] | None) -> str:
     """An interval behind its value."""
     return "" if interval is None else f" [{shown(interval[0])}, {shown(interval[1])}]"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    # Half a character, from a file that is not UTF-8, cannot be written.
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import ErasureLayer
-from hf_erasure.models.features import axis_of_kind, feature_axis, lasting, takers_of, told_inside
+from hf_erasure.models.graph import Graph
 from hf_erasure.models.layout import (
     PLACES,
     Axes,
     Frames,
     Glimpse,
     Lengths,
-    axes_of,
+    Passes,
     frames_of,
-    mirrored,
     of_other_lengths,
     places_of,
     rows_of,
@@ -34,8 +33,6 @@ from hf_erasure.models.model import Runner, evaluating, inputs_of, last_hidden_s
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# By visit of a site, and by last hidden state.
-Glimpses = dict[str, Glimpse]
 _VISIT = ", visit "
 _PAIRS = ", pairs"
 
@@ -63,77 +60,6 @@ def visit_itself(key: str) -> str:
 def is_of_pairs(key: str) -> bool:
     """Whether it is the key of differences within pairs."""
     return key.endswith(_PAIRS)
-
-
-@dataclass(frozen=True)
-class _Passes:
-    """What small passes showed of the activations."""
-
-    rows: int  # The number of examples in the first.
-    now: Lengths  # The lengths of these.
-    other: Lengths  # The lengths of those in the third.
-    first: Glimpses  # Of some rows.
-    twice: Glimpses  # Of these, and of the same in the opposite order behind them.
-    changed: Glimpses  # Of these, with other lengths.
-    longer: dict[int, Glimpses] = field(default_factory=dict)  # Of these, by the length of the texts, which are longer.
-
-    def shapes(self, key: str) -> list[tuple[int, ...]]:
-        """Those of an activation in all passes that reached it."""
-        passes = (self.first, self.twice, self.changed, *self.longer.values())
-        return [one[key].shape for one in passes if key in one]
-
-    def axes_of(self, key: str, host: nn.Module, told: set[int]) -> Axes | ValueError:
-        """The axes of an activation, or why they cannot be told."""
-        try:
-            if key not in self.twice or key not in self.changed:
-                raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
-            width = feature_axis(shapes := self.shapes(key), key, host, told)
-            width = -1 if width == len(shapes[0]) - 1 else width
-            visit = self.first[key], self.twice[key], self.changed[key]
-            return axes_of(width, visit, self.rows, self.now, self.other, key)
-        except ValueError as error:
-            return error.with_traceback(None)  # its frames hold all that was seen
-
-    def sizes(self, key: str, axes: Axes | None, one: Glimpses) -> list[int]:
-        """Those of an activation in a pass, without that of its features where this is known."""
-        shape = list(one[key].shape) if key in one else []
-        return [size for axis, size in enumerate(shape) if axes is None or axis != axes.width % len(shape)]
-
-    def padded(self, key: str, axes: Axes | ValueError) -> set[int]:
-        """The sizes of the axes that may be those of texts that are padded to a multiple of a length."""
-        known = axes if isinstance(axes, Axes) else None
-        if "" not in self.now.of or (known is not None and known.side is not None):
-            return set()
-        n, other = self.now.of[""], self.other.of[""]
-        both = zip(self.sizes(key, known, self.first), self.sizes(key, known, self.changed), strict=False)
-        return {
-            size
-            for axis, (size, changed) in enumerate(both)
-            if size >= n and changed >= other and size - n != changed - other
-            if known is None or axis != known.example
-        }
-
-    def placed(self, key: str, axes: Axes, places: dict[int, list[int]], tokens: Sequence[int]) -> Axes | ValueError:
-        """The axes of an activation where more positions than there are tokens hold the tokens, if that is so."""
-        n, other = self.now.of[""], self.other.of[""]
-        now, changed = self.sizes(key, axes, self.first), self.sizes(key, axes, self.changed)
-        for axis, (size, size_changed) in enumerate(zip(now, changed, strict=True)):
-            is_beside = size - n == size_changed - other > 0
-            longer = self.sizes(key, axes, self.longer.get(2 * size, {}))
-            is_padded = size >= n and bool(longer) and longer[axis] == 2 * size
-            if axis == axes.example or not (is_beside or is_padded):
-                continue
-            starts = {place - token for place, token in zip(places.get(axis, ()), tokens, strict=False)}
-            if len(starts) == 1 and 0 <= (start := starts.pop()) <= size - n:
-                return replace(axes, position=axis, side="", start=start, beside=is_beside)
-            if is_padded and size == n:
-                return replace(axes, position=axis, side="")
-            if is_padded:
-                return ValueError(
-                    f"The model pads the {n} tokens of a text to {size} positions at {key!r}, and which of these are "
-                    "those of the tokens cannot be told: pad the batches to a multiple of it (pad_to_multiple_of)."
-                )
-        return axes
 
 
 @dataclass
@@ -197,8 +123,14 @@ class Layouts:
             frames = None if "input_ids" in few else self._frames
             now = Lengths.in_batch(few, None if frames is None else frames.count)
             first, other = self._glimpses(few), now.changed()
-            twice = self._glimpses(mirrored(few, rows), first, rows)
-            passes = _Passes(rows, now, other, first, twice, self._shorter(few, now, other))
+            mirrored = rows_of(few, rows, [*range(rows), *reversed(range(rows))])
+            twice = self._glimpses(mirrored, first, rows)
+            # Cut where the model can do without.
+            *places, last = (of_other_lengths(few, now, other, place) for place in PLACES)
+            cut = (self._tried(batch) for batch in places if now.of)
+            changed = next((one for one in cut if one is not None), None)
+            changed = self._glimpses(last) if changed is None else changed
+            passes = Passes(rows, now, other, first, twice, changed)
         except Exception as error:
             # What is wrong with the batch, fitting says when it comes to it.
             reason = f"the rows that show what its axes are cannot be run: {type(error).__name__}: {error}"
@@ -207,65 +139,42 @@ class Layouts:
                 for name in (*self.layers, *self._finals)
             }
         modules = {name: layer.host for name, layer in self.layers.items()} | self._finals
-        hosts = {key: modules[site_of(key)] for key in first}
-        # Sites whose own shapes and kinds leave unclear which axis is that of the features.
-        unclear = {}
-        for key, host in hosts.items():
-            shapes = passes.shapes(key)
-            same = lasting(shapes, key) if len({len(shape) for shape in shapes}) == 1 else []
-            if len(same) > 1 and axis_of_kind(host, len(shapes[0])) not in same:
-                unclear[site_of(key)] = host
-        told = self._told(few, passes, unclear) if unclear else {}
-        found = {key: passes.axes_of(key, host, told.get(site_of(key), set())) for key, host in hosts.items()}
+
+        @functools.cache
+        def recorded() -> Graph | None:
+            """A pass without the adapters, in which other modules tell of the features of sites."""
+            try:
+                return Graph(self.runner.model, lambda: self.runner(dict(few)))
+            except Exception as error:
+                logger.debug("What the features depend on cannot be told: %s", error)
+                return None
+
+        def axes_at(key: str) -> Axes | ValueError:
+            site = site_of(key)
+            side = self.layers[site].concept_erasure_site[self.name] if site in self.layers else "output"
+
+            def told() -> set[int]:
+                graph = recorded()
+                return set() if graph is None else graph.features_at(modules[site], side)
+
+            return passes.axes_of(key, modules[site], told)
+
+        found = {key: axes_at(key) for key in first}
         axes_of_sites = ((key, axes) for key, axes in found.items() if site_of(key) in self.layers)
         self.widths |= {key: first[key].shape[axes.width] for key, axes in axes_of_sites if isinstance(axes, Axes)}
         if all(isinstance(axes, Axes) and axes.side is not None for axes in found.values()):
             return found
         # A model may pad texts to multiples of a length, which longer texts show.
         for size in sorted({size for key, axes in found.items() for size in passes.padded(key, axes)}):
-            try:
-                passes.longer[2 * size] = self._glimpses(of_other_lengths(few, now, now.made(2 * size)))
-            except Exception as error:
-                logger.debug("Texts of %d tokens cannot be run: %s", 2 * size, error)
-        for key in [key for key, axes in found.items() if isinstance(axes, ValueError)] if passes.longer else ():
-            found[key] = passes.axes_of(key, hosts[key], told.get(site_of(key), set()))
+            longer = of_other_lengths(few, now, replace(now, of={**now.of, "": 2 * size}))
+            if (seen := self._tried(longer)) is not None:
+                passes.longer[2 * size] = seen
+        if passes.longer:
+            found |= {key: axes_at(key) for key, axes in found.items() if isinstance(axes, ValueError)}
         found |= self._placed(few, passes, _loose(found))
         return found | self._uneven(few, passes, _loose(found))
 
-    def _shorter(self, few: Mapping[str, Any], now: Lengths, other: Lengths) -> Glimpses:
-        """The activations of rows with other lengths: cut where the model can do without."""
-        *places, last = PLACES
-        for place in places if now.of else ():
-            try:
-                return self._glimpses(of_other_lengths(few, now, other, place))
-            except Exception as error:
-                logger.debug("Rows that are cut at their %s cannot be run: %s", place, error)
-        return self._glimpses(of_other_lengths(few, now, other, last))
-
-    def _told(self, few: dict[str, Any], passes: _Passes, unclear: Mapping[str, nn.Module]) -> dict[str, set[int]]:
-        """What other modules tell of the features of sites."""
-
-        def run() -> dict[str, Tensor]:
-            return self._activations(few, unclear)
-
-        told = takers_of(run, self.runner.model.modules())
-        for name in unclear.keys() & self.layers.keys():
-            # The axes along which adapters that were fitted before erase what this one does, and mix the features.
-            layer, dims = self.layers[name], len(passes.first[name].shape)
-            sides, axes = layer.concept_erasure_site, layer.concept_erasure_axis
-            fitted = (other for other in layer.concept_erasure_left if layer.eraser_state(other)[0].numel())
-            beside = {axes[other] % dims for other in fitted if sides[other] == sides[self.name]}
-            told[name] = told.get(name) or beside
-        # What a module takes, those inside have not given; and FSDP's modules are not called backwards here.
-        taken = {name for name, layer in self.layers.items() if layer.concept_erasure_site[self.name] == "input"}
-        left = {name: host for name, host in unclear.items() if name not in taken and not told.get(name)}
-        try:
-            return told | (told_inside(run, left) if left and not self.runner.is_sharded else {})
-        except Exception as error:
-            logger.debug("What the features depend on cannot be told: %s", error)
-            return told
-
-    def _placed(self, few: dict[str, Any], passes: _Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
+    def _placed(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
         """The axes of activations of which some of the rows are those of tokens."""
         given = with_other_tokens(few, passes.rows) if loose and "" in passes.now.of else None
         if given is None:
@@ -276,22 +185,19 @@ class Layouts:
             seen = []
             for one in batches:
                 torch.manual_seed(0)  # for those that draw the order of their patches
-                seen.append(self._activations(one, loose))
+                seen.append(self._seen(one, lambda key, hidden: hidden if key in loose else None))
             places = {key: places_of(loose[key], one, seen[1][key]) for key, one in seen[0].items() if key in seen[1]}
         except Exception as error:
             logger.debug("Texts with other tokens cannot be run: %s", error)
         return {key: passes.placed(key, axes, places.get(key, {}), tokens) for key, axes in loose.items()}
 
-    def _uneven(self, few: dict[str, Any], passes: _Passes, loose: dict[str, Axes]) -> dict[str, ValueError]:
+    def _uneven(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, ValueError]:
         """Why activations cannot be labelled of which an example has as many rows as its content has it."""
         sizes = {key: passes.sizes(key, axes, passes.first) for key, axes in loose.items()}
         changing = [key for key, axes in loose.items() if passes.sizes(key, axes, passes.changed) != sizes[key]]
         found = {}
         for row in range(passes.rows) if changing else ():
-            try:
-                alone = self._glimpses(rows_of(few, passes.rows, [row]))
-            except Exception as error:
-                logger.debug("Single rows cannot be run: %s", error)
+            if (alone := self._tried(rows_of(few, passes.rows, [row]))) is None:
                 break
             for key in changing:
                 now = passes.sizes(key, loose[key], alone)
@@ -303,13 +209,19 @@ class Layouts:
                     )
         return found
 
-    def _activations(self, batch: Mapping[str, Any], keys: Container[str]) -> dict[str, Tensor]:
-        """The activations in one pass, by visit."""
-        return self._seen(batch, lambda key, hidden: hidden if key in keys else None)
-
-    def _glimpses(self, batch: Mapping[str, Any], single: Glimpses | None = None, rows: int = 0) -> Glimpses:
+    def _glimpses(
+        self, batch: Mapping[str, Any], single: dict[str, Glimpse] | None = None, rows: int = 0
+    ) -> dict[str, Glimpse]:
         """What is kept of every activation in one pass; of mirrored rows, where those of the rows alone are given."""
         return self._seen(batch, lambda key, hidden: Glimpse.of(hidden.detach(), (single or {}).get(key), rows))
+
+    def _tried(self, batch: Mapping[str, Any]) -> dict[str, Glimpse] | None:
+        """The same; None where the model cannot be run on the batch."""
+        try:
+            return self._glimpses(batch)
+        except Exception as error:
+            logger.debug("Rows that would show what the axes are cannot be run: %s", error)
+            return None
 
     def _seen(self, batch: Mapping[str, Any], kept_of: Callable[[str, Tensor], T | None]) -> dict[str, T]:
         """What is kept of every visit of a site and of every last hidden state, in one pass."""

@@ -77,17 +77,8 @@ class ClosedFormEstimator:
         self._add("source", name, gradient, sign, 1.0 / norm)
 
     def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
-        """Count one block of the target of the current batch.
-
-        Args:
-            name: The block.
-            gradient: The target in the block's shape, any floating-point dtype.
-            sign: +1 or −1, the class of the batch.
-
-        Raises:
-            TypeError: If the target is not a tensor of floating-point numbers.
-            ValueError: If the block is unknown or came already in this batch, the target has another shape or is not
-                finite, or the sign is neither. Nothing is changed then.
+        """Count one block of the target of the current batch; see `add_source`, whose errors it raises, for the
+        arguments.
         """
         self._add("target", name, gradient, sign, 1.0)
 
@@ -143,12 +134,8 @@ class ClosedFormEstimator:
     def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> None:
         """Become, in every process at once, the sum of the estimators that all processes hold; nothing is copied.
 
-        Args:
-            gather: Takes an object and returns those of all processes.
-            add: Adds a tensor over all processes, in place.
-
-        Raises:
-            ValueError: If a batch is open.
+        `gather` takes an object and returns those of all processes; `add` adds a tensor over all processes, in place.
+        Raises a `ValueError` if a batch is open.
         """
         self._require_closed("added to others")
         shares = gather(self._counts)

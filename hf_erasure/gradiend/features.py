@@ -32,25 +32,16 @@ def check_activation(activation: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FeatureEncoder:
-    """Reads a feature off a gradient: `h = activation(scale · (⟨w, g⟩ + bias))`, with `g / ‖g‖` where `unit_norm`.
+    """Reads a feature off a gradient: `h = activation(scale · (⟨w, g⟩ + bias))`, with `g / ‖g‖` where `unit_norm`."""
 
-    Attributes:
-        weight: Name to `(count,)` float32, the entries of the block that are read.
-        index: Name to `(count,)` int32 ascending flat positions of these entries; None where they are all of the block.
-        shapes: Name to the shape of the block.
-        scale: Factor of the pre-activation.
-        bias: Added to the inner product before `scale`.
-        activation: "tanh" or "identity".
-        unit_norm: Whether gradients are brought to unit norm; the norm is over all blocks that are given.
-    """
-
-    weight: dict[str, Tensor]
+    weight: dict[str, Tensor]  # Name to `(count,)` float32, the entries of the block that are read.
+    # Name to `(count,)` int32 ascending flat positions of these entries; None where they are all of the block.
     index: dict[str, Tensor | None]
-    shapes: dict[str, torch.Size]
-    scale: float = 1.0
-    bias: float = 0.0
-    activation: str = "tanh"
-    unit_norm: bool = False
+    shapes: dict[str, torch.Size]  # Name to the shape of the block.
+    scale: float = 1.0  # Factor of the pre-activation.
+    bias: float = 0.0  # Added to the inner product before `scale`.
+    activation: str = "tanh"  # "tanh" or "identity".
+    unit_norm: bool = False  # Whether gradients are brought to unit norm; the norm is over all blocks that are given.
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -110,19 +101,13 @@ class FeatureEncoder:
 
 @dataclass(frozen=True, eq=False)
 class FeatureDecoder:
-    """Says how weights change for a value of the feature neuron: `decode(h) = h · Wd + bd`.
+    """Says how weights change for a value of the feature neuron: `decode(h) = h · Wd + bd`."""
 
-    Attributes:
-        weight: Name to `(count,)` float32, Wd.
-        bias: Name to `(count,)` float32, bd, at the same entries.
-        index: Name to `(count,)` int32 ascending flat positions of these entries; None where they are all of the block.
-        shapes: Name to the shape of the block.
-    """
-
-    weight: dict[str, Tensor]
-    bias: dict[str, Tensor]
+    weight: dict[str, Tensor]  # Name to `(count,)` float32, Wd.
+    bias: dict[str, Tensor]  # Name to `(count,)` float32, bd, at the same entries.
+    # Name to `(count,)` int32 ascending flat positions of these entries; None where they are all of the block.
     index: dict[str, Tensor | None]
-    shapes: dict[str, torch.Size]
+    shapes: dict[str, torch.Size]  # Name to the shape of the block.
 
     def __post_init__(self) -> None:
         _check_blocks(self.index, self.shapes, weight=self.weight, bias=self.bias)

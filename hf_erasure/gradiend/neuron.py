@@ -26,15 +26,10 @@ ALIGNED = 16
 
 
 class Step(NamedTuple):
-    """What one training step found, before the weights changed.
+    """What one training step found, before the weights changed."""
 
-    Attributes:
-        loss: Mean squared error of the decoded gradient, over all n entries.
-        encoded: The value of the feature neuron.
-    """
-
-    loss: float
-    encoded: float
+    loss: float  # Mean squared error of the decoded gradient, over all n entries.
+    encoded: float  # The value of the feature neuron.
 
 
 Piece = list[tuple[str, int, int]]  # entries of blocks: name, start, stop

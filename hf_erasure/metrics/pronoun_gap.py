@@ -63,7 +63,7 @@ def score(scores: Any, stereotypes: Any, *, permutations: int = 1000, seed: int 
     )
     found = resampling.bootstrap(figures, len(values), strata=male.tolist(), seed=seed, **drawing)
     counts = {"items": len(values), "ties": int((odds == 0).sum())}
-    return {**found, **counts, **test.as_dict()}
+    return {**found, **counts, **test}
 
 
 class PronounGap(base.Measure):

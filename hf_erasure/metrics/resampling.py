@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -85,18 +84,11 @@ def bootstrap(
 
 
 def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> dict[str, Any]:
-    """Percentile intervals of figures whose resamples are there already.
+    """Percentile intervals of figures, of each its resamples `(resamples,)`, NaN where it has no value.
 
-    Args:
-        resampled: Figure → `(resamples,)` its values; NaN where it has none.
-        confidence: Share of the resamples within the interval.
-
-    Returns:
-        `intervals`, figure → `[low, high]`; and `undefined_resamples`, figure → in how many resamples it had no value
-        (nothing varied there), only where there were any.
-
-    Raises:
-        ValueError: If the confidence is not a share, or a figure is undefined in more than half of the resamples.
+    Returns `intervals`, figure → `[low, high]`; and `undefined_resamples`, figure → in how many resamples it had no
+    value (nothing varied there), only where there were any. Raises a `ValueError` if the confidence is not a share, or
+    a figure is undefined in more than half of the resamples.
     """
     ends, bounds, undefined = tails(confidence), {}, {}
     for name, values in resampled.items():
@@ -109,34 +101,25 @@ def percentiles(resampled: Mapping[str, Floats], confidence: float = 0.95) -> di
     return {"intervals": bounds, **({"undefined_resamples": undefined} if undefined else {})}
 
 
-@dataclass(frozen=True)
-class Permutation:
-    """What a permutation test found."""
-
-    p_value: float  # share of the permutations whose statistic is at least the observed one; never 0
-    exact: bool  # whether every permutation was looked at
-    permutations: int  # how many were; the observed one is among them if exact, and counted besides if not
-    null: Floats = field(repr=False)  # `(permutations,)` their statistics
-
-    def as_dict(self) -> dict[str, Any]:
-        """`p_value`, `exact`, `permutations`."""
-        return {"p_value": self.p_value, "exact": self.exact, "permutations": self.permutations}
-
-
-def among(observed: float, null: Floats, *, exact: bool = False, scale: float | None = None) -> Permutation:
+def among(observed: float, null: Floats, *, exact: bool = False, scale: float | None = None) -> dict[str, Any]:
     """Test whether a statistic is greater than its values after permutations: all of them (`exact`), or a sample.
 
-    Rounding is relative to `scale`; by default to the statistic itself.
+    Rounding is relative to `scale`; by default to the statistic itself. Returns `p_value`, the share of the
+    permutations whose statistic is at least the observed one, never 0; `exact`; and how many `permutations` there were.
+    The observed one is among them if exact, and counted besides if not.
     """
     reached = int((null >= observed - _SAME * (abs(observed) if scale is None else scale)).sum())
-    p = reached / len(null) if exact else (reached + 1) / (len(null) + 1)
-    return Permutation(p, exact, len(null), null)
+    p_value = reached / len(null) if exact else (reached + 1) / (len(null) + 1)
+    return {"p_value": p_value, "exact": exact, "permutations": len(null)}
 
 
-def subset_sums(values: Floats, size: int, *, permutations: int = 20_000, seed: int = 0) -> Permutation:
+def subset_sums(
+    values: Floats, size: int, *, permutations: int = 20_000, seed: int = 0
+) -> tuple[dict[str, Any], Floats]:
     """Test whether the first `size` values sum to more than a random choice of so many (one-sided).
 
-    Every choice is looked at if there are at most `permutations`, else so many are drawn.
+    Every choice is looked at if there are at most `permutations`, else so many are drawn. Returns what `among` does,
+    and the sums of the choices.
     """
     whole("permutations", permutations)
     if not 0 < size < len(values):
@@ -150,13 +133,15 @@ def subset_sums(values: Floats, size: int, *, permutations: int = 20_000, seed: 
             tiled = np.tile(values, (min(rows, permutations - start), 1))
             parts.append(generator.permuted(tiled, axis=1)[:, :size].sum(1))
         null = np.concatenate(parts)
-    return among(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum()))
+    return among(float(values[:size].sum()), null, exact=exact, scale=float(np.abs(values).sum())), null
 
 
-def shuffled(statistic: Callable[[Ints], float], count: int, *, permutations: int = 1000, seed: int = 0) -> Permutation:
+def shuffled(
+    statistic: Callable[[Ints], float], count: int, *, permutations: int = 1000, seed: int = 0
+) -> dict[str, Any]:
     """Test whether a statistic is greater than after shuffling items; of its absolute value the test is two-sided.
 
-    The statistic is given `(count,)` places that the items are taken from.
+    The statistic is given `(count,)` places that the items are taken from. Returns what `among` does.
     """
     generator, everything = np.random.default_rng(seed), np.arange(count)
     draws = (generator.permutation(everything) for _ in range(whole("permutations", permutations)))

@@ -72,7 +72,7 @@ def score(
         "rms": rms, "correlation": None if np.isnan(correlation) else correlation,
         "gaps": dict(zip(names, gaps.tolist(), strict=True)), "shares": dict(zip(names, shares.tolist(), strict=True)),
         "accuracy": float(hits.sum() / rows), "left_out": dict.fromkeys(lacking, "has rows of one group only"),
-        "coverage": float(rows / all_sizes.sum()), "rows": rows, **test.as_dict(), **intervals,
+        "coverage": float(rows / all_sizes.sum()), "rows": rows, **test, **intervals,
     }  # fmt: skip
 
 

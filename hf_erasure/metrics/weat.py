@@ -61,8 +61,8 @@ def score(
     s = _associations(cosines, len(sets[2]))
     if np.ptp(s) < 1e-12:
         raise ValueError("All targets have the same association, so there is no effect size: are the vectors constant?")
-    test = resampling.subset_sums(s, first, permutations=permutations, seed=seed)
-    differences = test.null / first - (s.sum() - test.null) / second
+    test, sums = resampling.subset_sums(s, first, permutations=permutations, seed=seed)
+    differences = sums / first - (s.sum() - sums) / second
     null = np.quantile(differences / s.std(ddof=1), resampling.tails(confidence))
 
     def figures(index: base.Ints) -> dict[str, float]:
@@ -76,7 +76,7 @@ def score(
     )
     return {
         **found, "effect_size": _effect(s, first), "statistic": float(s[:first].mean() - s[first:].mean()),
-        **test.as_dict(), "null_interval": null.tolist(), "sizes": dict(zip(SETS, map(len, sets), strict=True)),
+        **test, "null_interval": null.tolist(), "sizes": dict(zip(SETS, map(len, sets), strict=True)),
     }  # fmt: skip
 
 

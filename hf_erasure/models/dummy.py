@@ -26,18 +26,12 @@ _PARTS = (
 
 @on_cpu
 def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] | None = None) -> dict[str, Any]:
-    """A small input that the model accepts: it was run on it. It says that no cache is kept, where there may be one.
+    """A small input that the model, bare or not, accepts: it was run on it, and says that no cache is to be kept.
 
     Its own `dummy_inputs` come first, then what its main input and its configuration suggest, with as few others as it
-    needs: of a language model with a tower for images, text alone.
-
-    Args:
-        model: A bare model, or whatever it is inside of.
-        watch: Is given the call of the model, and makes it; what comes out for an input that the model refuses does not
-            count.
-
-    Raises:
-        ValueError: If it accepts none of those.
+    needs: of a language model with a tower for images, text alone. `watch` is given the call of the model, and makes
+    it; what comes out for an input that the model refuses does not count. Raises a `ValueError` if it accepts none of
+    those.
     """
     base, reasons = bare_model(model), []
     runner = Runner(model)

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
-from .model import is_norm, tensors_of
+from .model import floats_of, is_norm, tensors_of
 
 # Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
 _REARRANGING = {
@@ -40,22 +39,16 @@ _MIXINGS = {"bmm", "mm", "baddbmm"}
 
 @dataclass(frozen=True)
 class Trace:
-    """What is known of a tensor.
+    """What is known of a tensor."""
 
-    Attributes:
-        sizes: The sizes of the hidden state that it is or is made of by rearranging; empty where it is not.
-        norms: Names of norms that it was computed from since the last sum with the hidden state.
-        output_of: The norm whose output it is, rearranged or scaled at most.
-        is_rearranged: Whether it is that output no more as it was.
-        is_begun: Whether it has been in a block; embeddings have not.
-        begun_by: The norm whose output was added to, where that is taken for a hidden state of its own.
-    """
-
+    # The sizes of the hidden state that it is or is made of by rearranging; empty where it is not.
     sizes: tuple[int, ...] = ()
+    # Names of norms that it was computed from since the last sum with the hidden state.
     norms: frozenset[str] = frozenset()
-    output_of: str | None = None
-    is_rearranged: bool = False
-    is_begun: bool = False
+    output_of: str | None = None  # The norm whose output it is, rearranged or scaled at most.
+    is_rearranged: bool = False  # Whether it is that output no more as it was.
+    is_begun: bool = False  # Whether it has been in a block; embeddings have not.
+    # The norm whose output was added to, where that is taken for a hidden state of its own.
     begun_by: str | None = None
 
 
@@ -89,7 +82,16 @@ class Flow(TorchDispatchMode):
         self._children = {id(part) for block in blocks for part in block.children()} - self._blocks
         self._norms = {id(module) for module in model.modules() if is_norm(module)}
         self._within = tuple(f"{name}." for name, m in model.named_modules() if id(m) in self._blocks)
-        self._parts = {id(m) for name, m in model.named_modules() if name.startswith(self._within) and self._is_part(m)}
+        # Modules inside a block that have several parts with weights. A norm whose output such a one takes as it is,
+        # with the shape of a hidden state, normalises that of a branch without a sum in between (Zamba's shared block).
+        # What adapters hang on or around a layer are not parts of it.
+        self._parts = {
+            id(m)
+            for name, m in model.named_modules()
+            if name.startswith(self._within) and id(m) not in self._blocks | self._norms
+            if not isinstance(m, nn.Linear) and not hasattr(m, "base_layer")
+            if sum(any(True for _ in part.parameters()) for part in m.children()) > 1
+        }
         with ExitStack() as hooks:
             for name, module in model.named_modules():
                 enter, leave = partial(self._enter, name), partial(self._leave, name)
@@ -100,17 +102,6 @@ class Flow(TorchDispatchMode):
         self._leave_model(output)
         self.sites = [name for name in dict.fromkeys(self._called) if name in self._kept]
 
-    def _is_part(self, module: nn.Module) -> bool:
-        """Whether a module inside a block has several parts with weights, and is itself neither a block nor a norm.
-
-        A norm whose output such a part takes as it is, with the shape of a hidden state, normalises that of a branch
-        without a sum in between (Zamba's shared block). Norms over batches in branches of convolutions do not count.
-        """
-        # What adapters hang on or around a layer are not parts of it.
-        is_layer = isinstance(module, nn.Linear) or hasattr(module, "base_layer")
-        inside = [m for m in module.children() if next(m.parameters(), None) is not None]
-        return len(inside) > 1 and not is_layer and id(module) not in self._blocks | self._norms
-
     def _of(self, tensor: Tensor) -> Trace:
         return self._traces.get(tensor, _NOTHING)
 
@@ -119,13 +110,21 @@ class Flow(TorchDispatchMode):
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if id(module) in self._blocks | self._children:
             self._running.append(id(module) in self._blocks)
-        hidden = next(_floats((args, kwargs)), None)
+        hidden = next(floats_of((args, kwargs)), None)
         if hidden is None:
             return
-        if id(module) in self._norms:
-            self._enter_norm(name, module, hidden)
+        known = self._of(hidden)
+        is_direct = known.output_of is None or not known.is_rearranged
+        is_inside = known.is_begun or name.startswith(self._within)
+        # Of sounds, where there are none, it is empty (Higgs Audio).
+        if id(module) in self._norms and hidden.numel() and is_direct and is_inside:
+            features = {p.numel() for p in module.parameters(recurse=False)} or {hidden.shape[-1]}
+            if features & set(known.sizes):
+                self._reads.add(name)
+                # One of a hidden state that is normalised twice, or the one whose sum with a branch is.
+                self._kept |= {norm for norm in (known.output_of, known.begun_by) if norm is not None}
         if id(module) in self._blocks:
-            for given in _floats((args, kwargs)):  # reversible blocks take two
+            for given in floats_of((args, kwargs)):  # reversible blocks take two
                 if given.shape == hidden.shape:
                     known = self._of(given)
                     self._hidden.add(tuple(given.shape))
@@ -134,31 +133,18 @@ class Flow(TorchDispatchMode):
                     self._traces[given] = Trace(known.sizes or tuple(given.shape), is_begun=True)
         known = self._of(hidden)
         is_whole = known.output_of is not None and not known.is_rearranged and tuple(hidden.shape) in self._hidden
+        # Norms over batches in branches of convolutions do not count.
         kind = type(self._model.get_submodule(known.output_of or "")).__name__.lower()
         if id(module) in self._parts and is_whole and "batchnorm" not in kind:
             self._kept.add(str(known.output_of))
-
-    def _enter_norm(self, name: str, norm: nn.Module, hidden: Tensor) -> None:
-        known = self._of(hidden)
-        is_direct = known.output_of is None or not known.is_rearranged
-        # Of sounds, where there are none, it is empty (Higgs Audio).
-        if not hidden.numel() or not is_direct or not (known.is_begun or name.startswith(self._within)):
-            return
-        features = {p.numel() for p in norm.parameters(recurse=False)} or {hidden.shape[-1]}
-        if features & set(known.sizes):
-            self._reads.add(name)
-            if known.output_of is not None:
-                self._kept.add(known.output_of)  # one of a hidden state, normalised twice
-            if known.begun_by is not None:
-                self._kept.add(known.begun_by)
 
     def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(module, PreTrainedModel):
             self._leave_model(output)
         if isinstance(module, nn.Embedding):
-            for rows in _floats(output):
+            for rows in floats_of(output):
                 self._traces[rows] = Trace(tuple(rows.shape))
-        found = next(_floats(output), None)
+        found = next(floats_of(output), None)
         if id(module) in self._norms and found is not None:
             taken = self._of(args[0]) if args else _NOTHING
             if taken.sizes and name not in self._reads and not taken.is_begun:
@@ -181,14 +167,14 @@ class Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = list(_floats((args, kwargs)))
+        given = list(floats_of((args, kwargs)))
         known = [(tensor, trace) for tensor in given if (trace := self._traces.get(tensor)) is not None]
         if known:
             name = func.overloadpacket.__name__
             if name == "convolution" and args[8] > 1 and args[8] == args[0].shape[1]:
                 name = "view"  # a convolution of each channel by itself moves positions and no features
             trace = self._after(name, given, known)
-            for made in _floats(output):
+            for made in floats_of(output):
                 self._traces[made] = trace
         return output
 
@@ -257,7 +243,3 @@ def _last_states(output: Any, needed: bool = True) -> Iterator[Tensor]:
     for value in named.values():
         found += _last_states(value, False) if isinstance(value, Mapping) else ()
     yield from found or (tensors_of(output)[:1] if needed else ())
-
-
-def _floats(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point())

@@ -8,9 +8,9 @@ is along which axis of an activation, and of a weight, a product sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
-from .model import is_norm, tensors_of
+from .model import axis_of_kind, floats_of, is_norm, tensors_of
 
 # Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
 REARRANGING = {
@@ -45,6 +45,8 @@ _POINTWISE = {
     "max_pool2d_with_indices", "upsample_bilinear2d", "upsample_nearest2d", "nan_to_num",
 }  # fmt: skip
 _SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
+# Kinds whose features lie where those of their parents do.
+_ALIKE = {"sum", "join", "scaled", "featurewise", "pointwise"}
 _VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}  # not declared as such
 # Product → the places of its factors, and the axes of the second over which it sums and which it makes.
 _PRODUCTS = {
@@ -56,112 +58,74 @@ LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter, or what was cut out of it.
-
-    Attributes:
-        parameter: The parameter.
-        axes: Axis of it by axis of the tensor, None where an axis is not one of its own; None if not known at all.
-    """
+    """A parameter, or what was cut out of it."""
 
     parameter: nn.Parameter
+    # Axis of it by axis of the tensor, None where an axis is not one of its own; None if not known at all.
     axes: tuple[int | None, ...] | None
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module.
+    """One call of a module."""
 
-    Attributes:
-        index: Its number.
-        name: The name of the module.
-        around: The numbers of the calls that it was made in, from the outermost.
-        taken: The nodes of the activations that it was called with.
-        sizes: The shape of the first of them.
-        given: The node of the first activation that it gave.
-        linear: The linear layer that the module is, or that it wraps for another adapter; also a quantised one.
-        is_whole: Whether it is such a layer or a norm, whose operations mean nothing to a reader.
-    """
-
-    index: int
-    name: str
+    index: int  # Its number.
+    name: str  # The name of the module.
     module: nn.Module
-    around: tuple[int, ...] = ()
-    taken: tuple[Node, ...] = ()
-    sizes: tuple[int, ...] = ()
-    given: Node | None = None
+    around: tuple[int, ...] = ()  # The numbers of the calls that it was made in, from the outermost.
+    taken: tuple[Node, ...] = ()  # The nodes of the activations that it was called with.
+    sizes: tuple[int, ...] = ()  # The shape of the first of them.
+    given: Node | None = None  # The node of the first activation that it gave.
+    # The first of `taken` and `given`, each with where its entries have gone.
+    values: dict[str, _Value] = field(default_factory=dict)
+    # The linear layer that the module is, or that it wraps for another adapter; also a quantised one.
     linear: nn.Module | None = None
-    is_whole: bool = False
+    is_whole: bool = False  # Whether it is such a layer or a norm, whose operations mean nothing to a reader.
 
 
 @dataclass(frozen=True)
 class Product:
-    """What was multiplied by which weight.
+    """What was multiplied by which weight."""
 
-    Attributes:
-        owner: The name of the module that has the weight and ran; empty if that was not called.
-        call: The number of that call; -1 if there was none.
-        parameter: The name of the weight in its module; dotted from the model where that was not called.
-        reads: The axis of the weight over which the product sums.
-        writes: The axis of the weight along which its results lie.
-        pattern: Where the factors lie in the node: along which axis (-1: several), the place of the first there, and
-            how many entries behind it each is; None if that is not the same in all rows.
-    """
-
-    owner: str
-    call: int
-    parameter: str
-    reads: int | None
-    writes: int | None
+    owner: str  # The name of the module that has the weight and ran; empty if that was not called.
+    call: int  # The number of that call; -1 if there was none.
+    parameter: str  # The name of the weight in its module; dotted from the model where that was not called.
+    reads: int | None  # The axis of the weight over which the product sums.
+    writes: int | None  # The axis of the weight along which its results lie.
+    # Where the factors lie in the node: along which axis (-1: several), the place of the first there, and how many
+    # entries behind it each is; None if that is not the same in all rows.
     pattern: tuple[int, ...] | None = None
 
 
 @dataclass(eq=False)
 class Node:
-    """An activation, and all that shows its entries.
+    """An activation, and all that shows its entries."""
 
-    Attributes:
-        index: Its place in the order of making.
-        kind: `"sum"`, `"join"` (cat and its like), `"scaled"` (by one number a row), `"featurewise"` (linear in each
-            feature by itself), `"mixed"` (rows of the first parent, by
-            computed weights), `"pointwise"`, `"norm"`, `"map"`, `"parameter"`, `"constant"`, or `"opaque"`.
-        operation: Of the dispatcher, or the name of the module that made it.
-        parents: What it was made of.
-        calls: The numbers of the calls that ran, from the outermost.
-        product: The weight, of a map or parameter.
-        shape: Of the tensor that was made.
-        before: Bits of the nodes that it was computed from.
-        behind: Bits of those from which it was computed by way of a weight.
-        is_zero: Whether it is a constant and zero.
-        width: How many features a norm has; 0 if not known.
-    """
-
-    index: int
+    index: int  # Its place in the order of making.
+    # `"sum"`, `"join"` (cat and its like), `"scaled"` (by one number a row), `"featurewise"` (linear in each feature by
+    # itself), `"mixed"` (rows of the first parent, by computed weights), `"pointwise"`, `"norm"`, `"map"`,
+    # `"parameter"`, `"constant"`, or `"opaque"`.
     kind: str
-    operation: str
-    parents: tuple[Node, ...]
-    calls: tuple[int, ...]
-    product: Product | None
-    shape: tuple[int, ...]
-    before: int = 0
-    behind: int = 0
-    is_zero: bool = False
-    width: int = 0
+    operation: str  # Of the dispatcher, or the name of the module that made it.
+    parents: tuple[Node, ...]  # What it was made of.
+    calls: tuple[int, ...]  # The numbers of the calls that ran, from the outermost.
+    product: Product | None  # The weight, of a map or parameter.
+    shape: tuple[int, ...]  # Of the tensor that was made.
+    before: int = 0  # Bits of the nodes that it was computed from.
+    behind: int = 0  # Bits of those from which it was computed by way of a weight.
+    is_zero: bool = False  # Whether it is a constant and zero.
+    width: int = 0  # How many features a norm has; 0 if not known.
+    # The axes of the features, as what it was made of tells; several where it mixes along several.
+    features: frozenset[int] = frozenset()
 
 
 class Use(NamedTuple):
-    """An operation that did more with an activation than to show it: moved entries, or made another of them.
+    """An operation that did more with an activation than to show it: moved entries, or made another of them."""
 
-    Attributes:
-        taken: The node that it was given.
-        made: The node of what it made; None where that is not of numbers with a point.
-        operation: Of the dispatcher, or the name of the module.
-        calls: The numbers of the calls that ran, from the outermost.
-    """
-
-    taken: Node
-    made: Node | None
-    operation: str
-    calls: tuple[int, ...]
+    taken: Node  # The node that it was given.
+    made: Node | None  # The node of what it made; None where that is not of numbers with a point.
+    operation: str  # Of the dispatcher, or the name of the module.
+    calls: tuple[int, ...]  # The numbers of the calls that ran, from the outermost.
 
 
 @dataclass(frozen=True)
@@ -170,6 +134,15 @@ class _Value:
     # The place of each entry in the node's tensor, from 1; 0 for entries of nothing. None: as they were made.
     entries: Tensor | None
     time: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.node.shape if self.entries is None else tuple(self.entries.shape)
+
+    def is_same(self, other: _Value) -> bool:
+        """Whether both show the same entries in the same places."""
+        same = self.node is other.node and self.shape == other.shape
+        return same and (self.entries is other.entries or torch.equal(_shown(self).cpu(), _shown(other).cpu()))
 
 
 class Graph(TorchDispatchMode):
@@ -223,14 +196,47 @@ class Graph(TorchDispatchMode):
                 found.setdefault(end, []).append(call)
         return found
 
+    def features_at(self, host: nn.Module, side: str) -> set[int]:
+        """The axes that hold the features at a side of a module: as modules that take the activation tell, or else it.
+
+        Args:
+            host: The module; empty if it was not called.
+            side: `"input"` or `"output"`.
+        """
+        value = next((call.values.get(side) for call in self.calls if call.module is host), None)
+        if value is None:
+            return set()
+        takers = [call for call in self.calls if "input" in call.values and call.values["input"].is_same(value)]
+        kinds = {axis_of_kind(call.module, len(value.shape)) for call in takers} - {None}
+        return {axis for axis in kinds if axis is not None} or self._features_in(value)
+
+    def _features_in(self, value: _Value) -> set[int]:
+        """The axes of a tensor along which all features of its node lie, in their order."""
+        if value.entries is None:
+            return set(value.node.features)
+        node, sizes = value.node, {value.node.shape[axis] for axis in value.node.features}
+        axes = [axis for axis, size in enumerate(value.shape) if size in sizes]
+        return {axis for axis in axes if whole_axis(_pattern(value, axis), node) in node.features}
+
+    def _passed_on(self, name: str, args: tuple, tensor: Tensor, value: _Value, made: Tensor) -> set[int]:
+        """Where the features of a tensor lie in what is made of it and others entry by entry."""
+        axes = self._features_in(value)
+        if name == "stack":
+            at = (args[1] if len(args) > 1 else 0) % made.dim()
+            return {axis + (axis >= at) for axis in axes}
+        kept = {axis for axis in axes if name == "cat" or made.shape[axis - tensor.dim()] == tensor.shape[axis]}
+        return {axis + made.dim() - tensor.dim() for axis in kept}
+
     # ---- modules -----------------------------------------------------------------------------------------------------
 
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         call = Call(len(self.calls), name, module, tuple(outer.index for outer in self._stack))
         self.calls.append(call)
         self._stack.append(call)
-        given = [] if self._silent else list(_floats((args, kwargs)))
+        given = [] if self._silent else list(floats_of((args, kwargs)))
         call.taken, call.sizes = tuple(self._of(t).node for t in given), tuple(given[0].shape) if given else ()
+        if given:
+            call.values["input"] = self._of(given[0])
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         weight = inner._parameters.get("weight")
         is_float = weight is not None and weight.is_floating_point()
@@ -240,32 +246,43 @@ class Graph(TorchDispatchMode):
         self._silent += call.is_whole
 
     def _leave(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        call, found = self._stack[-1], next(_floats(output), None)
+        call, state = self._stack[-1], output.get("last_hidden_state") if isinstance(output, dict) else None
+        found = state if isinstance(state, Tensor) else next(floats_of(output), None)
         self._silent -= call.is_whole
         if not self._silent and found is not None:
             if call.is_whole:
-                given = list(_floats((args, kwargs)))
+                given = list(floats_of((args, kwargs)))
                 nodes = dict(zip(map(id, given), call.taken, strict=False)).values()
                 if call.linear is None:
                     kind = "norm" if sum(node.kind != "constant" for node in nodes) == 1 else "opaque"
                     node = self._node(kind, name, nodes, found.shape)
                     sizes = {p.numel() for p in module.parameters() if p.numel() > 1}
                     node.width = sizes.pop() if len(sizes) == 1 else 0
+                    axis = axis_of_kind(module, found.dim())
+                    features = self._features_in(call.values["input"]) if axis is None and given else {axis}
+                    node.features = frozenset(axis for axis in features if axis is not None)
                 else:
-                    pattern = self._pattern(given[0], {id(given[0]): self._of(given[0])}, given[0].dim() - 1)
+                    pattern = _pattern(self._of(given[0]), given[0].dim() - 1, given[0])
                     reads = 0 if isinstance(call.linear, Conv1D) else 1
                     product = Product(name, call.index, "weight", reads, 1 - reads, pattern)
-                    node = self._node("map", name, call.taken[:1], found.shape, product)
-                for tensor in _floats(output):
+                    node = self._node("map", name, call.taken[:1], found.shape, product, {found.dim() - 1})
+                for tensor in floats_of(output):
                     self._values[tensor] = _Value(node, None, self._time)
                 self.uses += [Use(taken, node, node.operation, node.calls) for taken in call.taken]
-            call.given = self._of(found).node
+            call.values["output"] = value = self._of(found)
+            call.given = value.node
         self._stack.pop()
 
     # ---- values ------------------------------------------------------------------------------------------------------
 
     def _node(
-        self, kind: str, operation: str, parents: Iterable[Node], shape: Sequence[int], product: Product | None = None
+        self,
+        kind: str,
+        operation: str,
+        parents: Iterable[Node],
+        shape: Sequence[int],
+        product: Product | None = None,
+        features: Iterable[int] = (),
     ) -> Node:
         parents = tuple(dict.fromkeys(parents))
         before = behind = 0
@@ -275,6 +292,7 @@ class Graph(TorchDispatchMode):
         behind = before if kind == "map" else behind
         calls = tuple(call.index for call in self._stack)
         node = Node(len(self.nodes), kind, operation, parents, calls, product, tuple(shape), before, behind)
+        node.features = frozenset(features)
         self.nodes.append(node)
         return node
 
@@ -313,7 +331,7 @@ class Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        given = [] if self._silent else list(_floats((args, kwargs)))
+        given = [] if self._silent else list(floats_of((args, kwargs)))
         name = func.overloadpacket.__name__
         held = [self._held(t) for t in given]
         is_weight = bool(given) and None not in held
@@ -323,27 +341,31 @@ class Graph(TorchDispatchMode):
             {id(t): self._of(t) for t in given} if is_followed and not is_weight and name not in _SHAPE_ONLY else {}
         )
         output = func(*args, **kwargs)
-        if given and name not in _SHAPE_ONLY and any(True for _ in _floats(output)):
+        if given and name not in _SHAPE_ONLY and any(True for _ in floats_of(output)):
             self._time += 1
             weight: Any = next((h for h in held if h is not None), None)
             if is_weight and name != "embedding":
-                for made in _floats(output):
+                for made in floats_of(output):
                     is_told = weight.axes is not None and len(given) == 1
                     axes = _axes_after(name, args, kwargs, weight.axes, made) if is_told else None
                     self._weights[made] = Held(weight.parameter, axes)
             elif is_weight:
                 product = self._product(weight, None, weight.axes[-1] if weight.axes else None)
-                self._values[output] = _Value(self._node("map", name, (), output.shape, product), None, self._time)
+                node = self._node("map", name, (), output.shape, product, {output.dim() - 1})
+                self._values[output] = _Value(node, None, self._time)
             elif values:
-                made = next(_floats(output))
+                made, known = next(floats_of(output)), len(self.nodes)
                 node, entries = self._after(func, name, args, kwargs, given, values, made)
+                if node.index >= known and not node.features and (node.kind in _ALIKE or name in _SCALINGS):
+                    passed = (self._passed_on(name, args, tensor, values[id(tensor)], made) for tensor in given)
+                    node.features = frozenset().union(*passed)
                 shown = [t for t in tree_leaves(entries) if isinstance(t, Tensor)]
-                for number, tensor in enumerate(_floats(output)):
+                for number, tensor in enumerate(floats_of(output)):
                     self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
-                if any(out is t for out in _floats(output) for t in given) or "out" in kwargs:
+                if any(out is t for out in floats_of(output) for t in given) or "out" in kwargs:
                     self._written[_storage(made)] = (self._time, node, made)
         if not (func.is_view or name in _VIEWS):
-            result = next((self._of(t).node for t in _floats(output)), None) if values else None
+            result = next((self._of(t).node for t in floats_of(output)), None) if values else None
             calls = tuple(call.index for call in self._stack)
             self.uses += [Use(value.node, result, name, calls) for value in values.values()]
         return output
@@ -359,7 +381,8 @@ class Graph(TorchDispatchMode):
             if name == "bmm" and self._held(args[0]) is None and self._held(args[1]) is None:
                 return self._node("mixed", name, nodes[::-1], made.shape), None
         if name in _NORMS and nodes[0].kind != "constant":
-            return self._node("norm", name, nodes[:1], made.shape), None
+            axis = 1 if name in ("native_batch_norm", "native_group_norm") else made.dim() - 1
+            return self._node("norm", name, nodes[:1], made.shape, features={axis}), None
         if (
             name in _SUMS
             and len(given) == 1
@@ -404,8 +427,8 @@ class Graph(TorchDispatchMode):
         for end, size in ((reads, factor.shape[axis]), (writes, made.shape[out])):
             at = held.axes[end]  # counts where all of the axis is there
             ends.append(at if at is not None and held.parameter.shape[at] == size else None)
-        product = self._product(held, ends[0], ends[1], self._pattern(factor, values, axis))
-        return self._node("map", name, [values[id(factor)].node], made.shape, product)
+        product = self._product(held, ends[0], ends[1], _pattern(values[id(factor)], axis, factor))
+        return self._node("map", name, [values[id(factor)].node], made.shape, product, {out})
 
     def _scaled(self, name: str, given: list[Tensor], values: dict, made: Tensor) -> tuple[Node, Any]:
         if len(given) == 1:
@@ -444,44 +467,59 @@ class Graph(TorchDispatchMode):
 
         places = {}
         for part in tree_leaves((args, kwargs)):
-            if isinstance(part, Tensor) and id(part) in values:
-                is_told = values[id(part)].node is told[0]
-                shown = self._shown(part, values).clone() if is_told else torch.zeros_like(part, dtype=torch.float64)
-                places[id(part)] = shown
+            value = values.get(id(part)) if isinstance(part, Tensor) else None
+            if value is not None:
+                nothing = torch.zeros_like(part, dtype=torch.float64)
+                places[id(part)] = _shown(value, part).clone() if value.node is told[0] else nothing
         try:
             if name in ("sum", "mean"):
-                return told[0], self._shown(args[0], values).amax(*args[1:2] or ((),), *args[2:3])
+                return told[0], _shown(values[id(args[0])], args[0]).amax(*args[1:2] or ((),), *args[2:3])
             other = {key: value for key, value in kwargs.items() if key != "dtype"} if name == "_to_copy" else kwargs
             moved = tree_map(lambda part: places.get(id(part), part), (args, other))
             return told[0], func(*moved[0], **moved[1])
         except (RuntimeError, TypeError, NotImplementedError):
             return self._node("join", name, told, made.shape), None
 
-    # ---- where entries are -------------------------------------------------------------------------------------------
 
-    def _shown(self, tensor: Tensor, values: dict) -> Tensor:
-        entries = values[id(tensor)].entries
-        if entries is not None and entries.shape == tensor.shape:
-            return entries
-        places = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device=tensor.device)
-        # In the strides of the tensor, or else views of it cannot be viewed likewise.
-        return torch.empty_like(tensor, dtype=torch.float64).copy_(places.view(tensor.shape))
+# ---- where entries are -----------------------------------------------------------------------------------------------
 
-    def _pattern(self, tensor: Tensor, values: dict, axis: int) -> tuple[int, ...] | None:
-        """The places of what lies along an axis: the axis of the node, the first there, how far behind that others."""
-        node = values[id(tensor)].node
-        rows = self._shown(tensor, values).movedim(axis, -1).reshape(-1, tensor.shape[axis])
-        rows = rows[(rows > 0).all(dim=1)]
-        steps = rows - rows[:, :1]
-        if not len(rows) or not bool((steps == steps[0]).all()):
-            return None
-        found = steps[0].long().tolist()
-        behind = [int(torch.Size(node.shape[n + 1 :]).numel()) for n in range(len(node.shape))]
-        along = [n for n, size in enumerate(node.shape) if size > 1 and behind[n] == found[-1] / max(len(found) - 1, 1)]
-        if not along:
-            return (-1, 0, *found)  # several axes in one
-        first = (rows[:, 0].long() - 1) // behind[along[0]] % node.shape[along[0]]
-        return (along[0], int(first[0]), *found) if bool((first == first[0]).all()) else None
+
+def _shown(value: _Value, tensor: Tensor | None = None) -> Tensor:
+    """The place in the node of each entry of a tensor, from 1; float64, in the strides of the tensor where it is given.
+
+    Views of the tensor cannot be viewed likewise in other strides.
+    """
+    if value.entries is not None and (tensor is None or value.entries.shape == tensor.shape):
+        return value.entries
+    tensor = torch.empty(value.node.shape, device="cpu") if tensor is None else tensor
+    places = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device=tensor.device)
+    return torch.empty_like(tensor, dtype=torch.float64).copy_(places.view(tensor.shape))
+
+
+def _pattern(value: _Value, axis: int, tensor: Tensor | None = None) -> tuple[int, ...] | None:
+    """The places of what lies along an axis: the axis of the node, the first there, how far behind that others."""
+    node, shown = value.node, _shown(value, tensor)
+    if not shown.numel():
+        return None
+    rows = shown.movedim(axis, -1).reshape(-1, shown.shape[axis])
+    rows = rows[(rows > 0).all(dim=1)]
+    steps = rows - rows[:, :1]
+    if not len(rows) or not bool((steps == steps[0]).all()):
+        return None
+    found = steps[0].long().tolist()
+    behind = [int(torch.Size(node.shape[n + 1 :]).numel()) for n in range(len(node.shape))]
+    along = [n for n, size in enumerate(node.shape) if size > 1 and behind[n] == found[-1] / max(len(found) - 1, 1)]
+    if not along:
+        return (-1, 0, *found)  # several axes in one
+    first = (rows[:, 0].long() - 1) // behind[along[0]] % node.shape[along[0]]
+    return (along[0], int(first[0]), *found) if bool((first == first[0]).all()) else None
+
+
+def whole_axis(pattern: tuple[int, ...] | None, node: Node) -> int | None:
+    """The axis of a node all of whose entries a pattern has, in their order; None where there is none."""
+    if pattern is None or pattern[0] < 0 or pattern[1] != 0:
+        return None
+    return pattern[0] if len(pattern) - 2 == node.shape[pattern[0]] else None
 
 
 def _axes_after(
@@ -518,12 +556,6 @@ def _axes_after(
         known = {place: axis for place, axis in zip(old, axes, strict=True) if place[0] > 1}
         return tuple(known.get(place) for place in new)
     return None
-
-
-def _floats(tree: Any) -> Iterator[Tensor]:
-    for leaf in tree_leaves(dict(tree) if isinstance(tree, dict) else tree):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            yield leaf
 
 
 def _storage(tensor: Tensor) -> int:

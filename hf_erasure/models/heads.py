@@ -24,21 +24,13 @@ _QUANTISED = 0.05
 
 @dataclass(frozen=True)
 class Head:
-    """One kind of head.
+    """One kind of head."""
 
-    Attributes:
-        auto_class: The Auto class that loads it.
-        pipeline_tag: Its task as the Hub calls it; what an encoder-decoder does in general has no name there.
-        mapping: The table in which transformers lists its classes.
-        task: What GRADIEND calls its task; None where it can use no such head.
-        endings: How names of classes end that transformers does not list.
-    """
-
-    auto_class: str
-    pipeline_tag: str | None
-    mapping: str
-    task: Task | None = None
-    endings: tuple[str, ...] = ()
+    auto_class: str  # The Auto class that loads it.
+    pipeline_tag: str | None  # Its task as the Hub calls it; what an encoder-decoder does in general has no name there.
+    mapping: str  # The table in which transformers lists its classes.
+    task: Task | None = None  # What GRADIEND calls its task; None where it can use no such head.
+    endings: tuple[str, ...] = ()  # How names of classes end that transformers does not list.
 
     @functools.cached_property
     def listed(self) -> frozenset[str]:

@@ -11,12 +11,14 @@ weights of the module tell: see `feature_axis`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .model import axis_of_kind
 
 # An axis of tokens is told by its length, which is made shorter by so many positions on the side of that name.
 SHORTER = {"": 1, "decoder_": 2}
@@ -35,34 +37,25 @@ _ROUNDING, _APART = 1e-2, 0.5
 
 @dataclass(frozen=True)
 class Axes:
-    """What the axes of an activation are.
+    """What the axes of an activation are."""
 
-    Attributes:
-        width: The axis of the features; the others are counted without it.
-        example: The axis of the examples.
-        per_example: How many entries of that axis belong to one example: more than 1 for windows, and for tokens that
-            lie in one list.
-        is_major: Whether these lie side by side; otherwise the first entries of all examples come first.
-        position: The axis of the positions of tokens; None where there is none, or where they lie in one list with the
-            examples (`is_flat`).
-        side: Whose mask tells which of the positions are padding: `""`, `"decoder_"` or `FRAMES`; None where the rows
-            of an example are not the positions of its tokens.
-        is_flat: Whether the entries of an example along its axis are its positions.
-        is_shared: Whether there is one entry for all examples, which have the same, as of learned positions.
-        start: The position of the first token.
-        beside: Whether positions that are those of no token hold content, such as a prompt or an image, or are padding;
-            None where there are none.
-    """
-
-    width: int
-    example: int
+    width: int  # The axis of the features; the others are counted without it.
+    example: int  # The axis of the examples.
+    # How many entries of that axis belong to one example: more than 1 for windows, and for tokens that lie in one list.
     per_example: int = 1
-    is_major: bool = True
+    is_major: bool = True  # Whether these lie side by side; otherwise the first entries of all examples come first.
+    # The axis of the positions of tokens; None where there is none, or where they lie in one list with the examples
+    # (`is_flat`).
     position: int | None = None
+    # Whose mask tells which of the positions are padding: `""`, `"decoder_"` or `FRAMES`; None where the rows of an
+    # example are not the positions of its tokens.
     side: str | None = None
-    is_flat: bool = False
+    is_flat: bool = False  # Whether the entries of an example along its axis are its positions.
+    # Whether there is one entry for all examples, which have the same, as of learned positions.
     is_shared: bool = False
-    start: int = 0
+    start: int = 0  # The position of the first token.
+    # Whether positions that are those of no token hold content, such as a prompt or an image, or are padding; None
+    # where there are none.
     beside: bool | None = None
 
     def arranged(self, activation: Tensor, rows: int) -> Tensor:
@@ -124,10 +117,6 @@ class Lengths:
             found[""] = next((n for n in range(now - 1, 0, -1) if self.frames(n) < self.frames(now)), found[""])
         return Lengths(found, self.frames)
 
-    def made(self, size: int) -> Lengths:
-        """Others, of which that of texts is `size`."""
-        return Lengths(dict(self.of) | {"": size}, self.frames)
-
     def side_of(self, size: int, changed: Lengths, size_changed: int) -> str | None:
         """The side whose positions an axis has, by its size at both lengths; None where it has those of neither."""
         fits = [side for side, n in self.of.items() if (size, size_changed) == (n, changed.of[side])]
@@ -139,15 +128,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Frames:
-    """What a speech encoder makes of samples.
+    """What a speech encoder makes of samples."""
 
-    Attributes:
-        count: How many frames of so many samples.
-        mask_of: `(batch, frames)` bool, from a mask of samples.
-    """
-
-    count: Callable[[int], int]
-    mask_of: Callable[[Tensor], Tensor]
+    count: Callable[[int], int]  # How many frames of so many samples.
+    mask_of: Callable[[Tensor], Tensor]  # `(batch, frames)` bool, from a mask of samples.
 
 
 def frames_of(model: nn.Module) -> Frames | None:
@@ -184,20 +168,11 @@ def rows_of(batch: Mapping[str, Any], rows: int, chosen: Sequence[int]) -> dict[
     return found
 
 
-def mirrored(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The rows of a batch, and the same in the opposite order behind them."""
-    return rows_of(batch, rows, [*range(rows), *reversed(range(rows))])
-
-
 def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
-    """The rows of a batch with fewer positions, or with some of them repeated.
+    """The rows of a batch with fewer positions, or with some of them repeated, so that they have the lengths `wanted`.
 
-    Args:
-        batch: Inputs of the model.
-        now: Their lengths.
-        wanted: The other lengths.
-        place: Where positions are cut out, one of `PLACES`: some models need the first and the last token, others the
-            tokens in front that stand for an image.
+    Positions are cut out at `place`, one of `PLACES`: some models need the first and the last token, others the tokens
+    in front that stand for an image.
     """
     found = dict(batch)
     for name, value in batch.items():
@@ -219,15 +194,11 @@ def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, pl
 
 @dataclass(frozen=True)
 class Glimpse:
-    """What is kept of an activation, so that it can be let go.
+    """What is kept of an activation, so that it can be let go."""
 
-    Attributes:
-        shape: Its sizes.
-        apart: How far the rows of mirrored examples are from lying side by side, and from coming by their entries, as
-            shares of their size; None where they were not looked at.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # Its sizes.
+    # How far the rows of mirrored examples are from lying side by side, and from coming by their entries, as shares of
+    # their size; None where they were not looked at.
     apart: tuple[float, float] | None = None
 
     @classmethod
@@ -259,56 +230,159 @@ def _owners(single: Sequence[int], twice: Sequence[int], rows: int) -> list[int]
     return [axis for axis, (a, b) in enumerate(pairs) if a and b == 2 * a and a % rows == 0]
 
 
-def axes_of(width: int, passes: Sequence[Glimpse], rows: int, now: Lengths, other: Lengths, where: str) -> Axes:
-    """What the axes of an activation are.
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+def feature_axis(
+    shapes: Sequence[Sequence[int]],
+    where: str,
+    module: nn.Module | None = None,
+    told: Callable[[], Iterable[int]] = tuple,
+) -> int:
+    """The axis that holds the features of what a module gave, or takes.
+
+    It is the only one that is as long for any number of examples and any length, or else the one that it is by the kind
+    of the module, or that was told.
 
     Args:
-        width: The axis of its features.
-        passes: What was kept of the activation of some rows, of these and of the same in the opposite order behind
-            them, and of these with other lengths.
-        rows: Their number.
-        now: The lengths of the rows.
-        other: The other lengths.
-        where: The module, for messages.
+        shapes: Of its activation, for other numbers of examples and other lengths.
+        where: Its name, for messages.
+        module: The module, where its kind may tell.
+        told: What a graph tells of its axes; called where it is needed.
 
     Raises:
-        ValueError: If no axis, or more than one, holds the examples, or its entries do not follow the examples.
+        ValueError: If there are not always as many axes, or several may be that of the features; names them.
     """
-    shape = passes[0].shape
-    owners = _owners(shape, passes[1].shape, rows)
-    is_shared = not owners and len(shape) == 3 and shape[0] == passes[1].shape[0] == 1 and width % len(shape) > 0
-    owners = [0] if is_shared else owners
-    if len(owners) != 1 or owners[0] == width % len(shape):
-        raise ValueError(
-            f"The activation at {where!r} has shape {shape} for {rows} examples and {passes[1].shape} for {2 * rows}: "
-            f"{'more than one axis' if len(owners) > 1 else 'no axis'} grows with the examples, so its rows cannot be "
-            f"labelled. Choose another target module, or leave it out with exclude_modules=[{where!r}]."
-        )
-    others = [axis for axis in range(len(shape)) if axis != width % len(shape)]
-    base, changed = ([glimpse.shape[axis] for axis in others] for glimpse in (passes[0], passes[2]))
-    example = owners[0] - (owners[0] > width % len(shape))
-    if is_shared:
-        side = now.side_of(base[1], other, changed[1])
-        return Axes(width, 0, position=None if side is None else 1, side=side, is_shared=True)
-    per_example, per_changed = base[example] // rows, changed[example] / rows
-    apart = passes[1].apart or (0.0, 0.0)
-    # What an example gives may depend a little on those beside it (experts with a capacity), which one entry for each
-    # example can bear.
-    if min(apart) > (_APART if base[example] == rows else _ROUNDING):
-        raise ValueError(
-            f"The activation at {where!r} has {base[example]} rows for {rows} examples, and the rows of an example are "
-            "others when other examples stand beside it, as where experts take some tokens each: its rows cannot be "
-            f"labelled. Choose another target module, or leave it out with exclude_modules=[{where!r}]."
-        )
-    is_major = apart[0] <= apart[1]
-    side = now.side_of(per_example, other, int(per_changed)) if per_changed == int(per_changed) else None
-    if side is not None:
-        return Axes(width, example, per_example, is_major, None, side, is_flat=True)
-    for axis, (size, size_changed) in enumerate(zip(base, changed, strict=True)):
-        side = now.side_of(size, other, size_changed) if axis != example else None
+    if len({len(shape) for shape in shapes}) > 1:
+        raise ValueError(f"{where!r} gives {len(shapes[0])} axes, and then others: choose another target module.")
+    same = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) == 1]
+    kind = axis_of_kind(module, len(shapes[0]))
+    channels = {getattr(module, "in_channels", None), getattr(module, "out_channels", None)} - {None}
+    if kind is None and channels:
+        # A convolution that turns the axes around: what is neither as wide as it takes nor as it gives has no features.
+        same = [axis for axis in same if shapes[0][axis] in channels]
+    found = set(same)
+    if len(same) > 1:
+        found &= {kind} if kind in same and kind is not None else set(told())
+    if len(found) == 1:
+        return found.pop()
+    may = " or ".join(f"axis {axis}, of size {shapes[0][axis]}," for axis in sorted(found) or same) or "none"
+    raise ValueError(
+        f"The activation at {where!r} has shape {tuple(shapes[0])}, and which axis holds its features cannot be told: "
+        f"{may} may. Name a module with weights of its own, such as a norm or a linear layer inside it."
+    )
+
+
+# ---- passes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What small passes showed of the activations."""
+
+    rows: int  # The number of examples in the first.
+    now: Lengths  # The lengths of these.
+    other: Lengths  # The lengths of those in the third.
+    first: dict[str, Glimpse]  # Of some rows.
+    twice: dict[str, Glimpse]  # Of these, and of the same in the opposite order behind them.
+    changed: dict[str, Glimpse]  # Of these, with other lengths.
+    # Of these, by the length of the texts, which are longer.
+    longer: dict[int, dict[str, Glimpse]] = field(default_factory=dict)
+
+    def axes_of(self, key: str, host: nn.Module, told: Callable[[], Iterable[int]] = tuple) -> Axes | ValueError:
+        """The axes of an activation of a module, or why they cannot be told; `told` is as for `feature_axis`."""
+        try:
+            if key not in self.twice or key not in self.changed:
+                raise ValueError(f"{key!r} is reached by some rows and not by others: choose another target module.")
+            seen = (self.first, self.twice, self.changed, *self.longer.values())
+            shapes = [one[key].shape for one in seen if key in one]
+            width = feature_axis(shapes, key, host, told)
+            return self._around(key, -1 if width == len(shapes[0]) - 1 else width)
+        except ValueError as error:
+            return error.with_traceback(None)  # its frames hold all that was seen
+
+    def _around(self, key: str, width: int) -> Axes:
+        """The axes beside that of the features.
+
+        Raises:
+            ValueError: If no axis, or more than one, holds the examples, or its entries do not follow the examples.
+        """
+        rows, shape, twice = self.rows, self.first[key].shape, self.twice[key]
+        owners = _owners(shape, twice.shape, rows)
+        is_shared = not owners and len(shape) == 3 and shape[0] == twice.shape[0] == 1 and width % len(shape) > 0
+        owners = [0] if is_shared else owners
+        if len(owners) != 1 or owners[0] == width % len(shape):
+            raise ValueError(
+                f"The activation at {key!r} has shape {shape} for {rows} examples and {twice.shape} for {2 * rows}: "
+                f"{'more than one axis' if len(owners) > 1 else 'no axis'} grows with the examples, so its rows cannot "
+                f"be labelled. Choose another target module, or leave it out with exclude_modules=[{key!r}]."
+            )
+        others = [axis for axis in range(len(shape)) if axis != width % len(shape)]
+        base, changed = ([sizes[axis] for axis in others] for sizes in (shape, self.changed[key].shape))
+        example = owners[0] - (owners[0] > width % len(shape))
+        if is_shared:
+            side = self.now.side_of(base[1], self.other, changed[1])
+            return Axes(width, 0, position=None if side is None else 1, side=side, is_shared=True)
+        per_example, per_changed = base[example] // rows, changed[example] / rows
+        apart = twice.apart or (0.0, 0.0)
+        # What an example gives may depend a little on those beside it (experts with a capacity), which one entry for
+        # each example can bear.
+        if min(apart) > (_APART if base[example] == rows else _ROUNDING):
+            raise ValueError(
+                f"The activation at {key!r} has {base[example]} rows for {rows} examples, and the rows of an example "
+                "are others when other examples stand beside it, as where experts take some tokens each: its rows "
+                f"cannot be labelled. Choose another target module, or leave it out with exclude_modules=[{key!r}]."
+            )
+        is_major = apart[0] <= apart[1]
+        side = self.now.side_of(per_example, self.other, int(per_changed)) if per_changed == int(per_changed) else None
         if side is not None:
-            return Axes(width, example, per_example, is_major, axis, side)
-    return Axes(width, example, per_example, is_major)
+            return Axes(width, example, per_example, is_major, None, side, is_flat=True)
+        for axis, (size, size_changed) in enumerate(zip(base, changed, strict=True)):
+            side = self.now.side_of(size, self.other, size_changed) if axis != example else None
+            if side is not None:
+                return Axes(width, example, per_example, is_major, axis, side)
+        return Axes(width, example, per_example, is_major)
+
+    def sizes(self, key: str, axes: Axes | None, one: dict[str, Glimpse]) -> list[int]:
+        """Those of an activation in a pass, without that of its features where this is known."""
+        shape = list(one[key].shape) if key in one else []
+        return [size for axis, size in enumerate(shape) if axes is None or axis != axes.width % len(shape)]
+
+    def padded(self, key: str, axes: Axes | ValueError) -> set[int]:
+        """The sizes of the axes that may be those of texts that are padded to a multiple of a length."""
+        known = axes if isinstance(axes, Axes) else None
+        if "" not in self.now.of or (known is not None and known.side is not None):
+            return set()
+        n, other = self.now.of[""], self.other.of[""]
+        both = zip(self.sizes(key, known, self.first), self.sizes(key, known, self.changed), strict=False)
+        return {
+            size
+            for axis, (size, changed) in enumerate(both)
+            if size >= n and changed >= other and size - n != changed - other
+            if known is None or axis != known.example
+        }
+
+    def placed(self, key: str, axes: Axes, places: dict[int, list[int]], tokens: Sequence[int]) -> Axes | ValueError:
+        """The axes of an activation where more positions than there are tokens hold the tokens, if that is so."""
+        n, other = self.now.of[""], self.other.of[""]
+        now, changed = self.sizes(key, axes, self.first), self.sizes(key, axes, self.changed)
+        for axis, (size, size_changed) in enumerate(zip(now, changed, strict=True)):
+            is_beside = size - n == size_changed - other > 0
+            longer = self.sizes(key, axes, self.longer.get(2 * size, {}))
+            is_padded = size >= n and bool(longer) and longer[axis] == 2 * size
+            if axis == axes.example or not (is_beside or is_padded):
+                continue
+            starts = {place - token for place, token in zip(places.get(axis, ()), tokens, strict=False)}
+            if len(starts) == 1 and 0 <= (start := starts.pop()) <= size - n:
+                return replace(axes, position=axis, side="", start=start, beside=is_beside)
+            if is_padded and size == n:
+                return replace(axes, position=axis, side="")
+            if is_padded:
+                return ValueError(
+                    f"The model pads the {n} tokens of a text to {size} positions at {key!r}, and which of these are "
+                    "those of the tokens cannot be told: pad the batches to a multiple of it (pad_to_multiple_of)."
+                )
+        return axes
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
 
 P = ParamSpec("P")
@@ -41,6 +42,15 @@ _SHIFTED = {
     "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
     "xmod",
 }  # fmt: skip
+# Where modules of torch have their features, by definition. Models derive norms and convolutions of theirs that turn
+# the axes around (Parakeet's head), so that these are told by their forward.
+_FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
+_NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
+_NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
+_CONVOLUTIONS = (
+    nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward,
+    nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward,
+)  # fmt: skip
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
@@ -141,6 +151,17 @@ def is_norm(module: nn.Module) -> bool:
     # Adapters may hang below a norm, parts of a model may not.
     own = [p for m in module.modules() if not hasattr(m, "adapters") for p in m.parameters(recurse=False)]
     return all(p.dim() <= 1 for p in own) and not any(isinstance(m, nn.Linear) for m in module.modules())
+
+
+def axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
+    """The axis of the features of what torch's own modules take and give; None for other modules."""
+    # A layer of ours hangs below its module, and has no module inside: it is its own base layer.
+    while isinstance(module, BaseTunerLayer) and module.get_base_layer() is not module:
+        module = module.get_base_layer()
+    forward = getattr(type(module), "forward", None)
+    if isinstance(module, _FEATURES_LAST) or forward in _NORMS_LAST:
+        return axes - 1
+    return 1 if axes > 1 and forward in (*_CONVOLUTIONS, *_NORMS_SECOND) else None
 
 
 # ---- how it is run ---------------------------------------------------------------------------------------------------
@@ -301,6 +322,13 @@ def tensors_of(output: Any) -> list[Tensor]:
     if len(leaves) == 1 and leaves[0] is output:
         return [output] if isinstance(output, Tensor) else []
     return [tensor for leaf in leaves for tensor in tensors_of(leaf)]
+
+
+def floats_of(tree: Any) -> Iterator[Tensor]:
+    """The tensors of numbers with a point in what a module takes or gives."""
+    for leaf in tree_leaves(dict(tree) if isinstance(tree, dict) else tree):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            yield leaf
 
 
 def distance(left: list[Tensor], right: list[Tensor]) -> float:

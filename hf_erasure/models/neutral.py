@@ -20,20 +20,13 @@ _LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller ha
 
 @dataclass(frozen=True)
 class NeutralText:
-    """One text.
+    """One text."""
 
-    Attributes:
-        tokens: With special tokens.
-        first: The position of the first token that is not a leading special one.
-        usable: The positions that may be predicted: no special token, no feature word, and for causal models not the
-            first token.
-        words: Of these, the positions whose token has a letter or a digit in it.
-    """
-
-    tokens: list[int]
-    first: int
+    tokens: list[int]  # With special tokens.
+    first: int  # The position of the first token that is not a leading special one.
+    # The positions that may be predicted: no special token, no feature word, and for causal models not the first token.
     usable: list[int]
-    words: list[int]
+    words: list[int]  # Of these, the positions whose token has a letter or a digit in it.
 
 
 def _neutral_texts(

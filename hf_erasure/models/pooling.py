@@ -42,14 +42,9 @@ def check_pool(pool: str | None) -> None:
 
 
 def counted(real: Tensor, pool: str) -> Tensor:
-    """The positions that a pool reads.
+    """`(batch, seq)` bool, the positions that a pool reads of those that are `real`, not padding.
 
-    Args:
-        real: `(batch, seq)` bool, positions that are not padding.
-        pool: One of `POOLS`.
-
-    Returns:
-        `(batch, seq)` bool: all real ones, the first of them (`"cls"`) or the last.
+    They are all of these, the first (`"cls"`), or the last.
     """
     if pool in ("tokens", "mean"):
         return real
@@ -58,15 +53,10 @@ def counted(real: Tensor, pool: str) -> Tensor:
 
 
 def pooled(states: Tensor, real: Tensor, pool: str) -> Tensor:
-    """One vector a sequence.
+    """One vector a sequence, `(batch, width)`, of states `(batch, seq, width)`; `pool` is `"mean"`, `"cls"` or
+    `"last"`.
 
-    Args:
-        states: `(batch, seq, width)`; padding may hold anything.
-        real: `(batch, seq)` bool, positions that are not padding.
-        pool: `"mean"`, `"cls"` or `"last"`.
-
-    Returns:
-        `(batch, width)`.
+    Positions that are not `real`, `(batch, seq)` bool, are padding and may hold anything.
     """
     positions = counted(real, pool)
     kept = torch.where(positions[..., None], states, 0.0)
@@ -79,35 +69,22 @@ def pooled(states: Tensor, real: Tensor, pool: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of the last hidden state.
+    """What is read of the last hidden state."""
 
-    Attributes:
-        pool: One of `POOLS`; None where there is no head, or none of them is what it reads.
-        text: The same in words, as a sentence without its full stop.
-        clear: False where there is a head and none of `POOLS` is known to be what it reads.
-        is_other: Whether it is known that the head reads something that is not one of `POOLS`.
-    """
-
-    pool: str | None
-    text: str
-    clear: bool = True
-    is_other: bool = False
+    pool: str | None  # One of `POOLS`; None where there is no head, or none of them is what it reads.
+    text: str  # The same in words, as a sentence without its full stop.
+    clear: bool = True  # False where there is a head and none of `POOLS` is known to be what it reads.
+    is_other: bool = False  # Whether it is known that the head reads something that is not one of `POOLS`.
 
 
 @on_cpu
 def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: Callable[[Tensor], Tensor]) -> Reading:
     """Find out what is read: by the pooling module of a SentenceTransformer, or by a head.
 
-    Everything up to the last hidden state runs without gradients, so that only the head's own activations are kept.
-
-    Args:
-        model: As the caller has it; around a bare model a module of the caller's own may have the head.
-        runner: Calls it.
-        rows: A batch of two rows of different lengths, the shorter one padded.
-        real_of: From a last hidden state `(batch, seq, width)` to its positions that are not padding, `(batch, seq)`.
-
-    Returns:
-        What is read; it is not clear where the model fails on these rows.
+    Everything up to the last hidden state runs without gradients, so that only the head's own activations are kept. The
+    model is as the caller has it: around a bare model a module of the caller's own may have the head. `rows` are two of
+    different lengths, the shorter one padded; `real_of` gives, of a last hidden state `(batch, seq, width)`, the
+    positions that are not padding, `(batch, seq)`. Where the model fails on the rows, what is read is not clear.
     """
     for module in model.modules():
         if type(module).__module__.startswith("sentence_transformers.") and hasattr(module, "pooling_mode"):
@@ -151,32 +128,42 @@ def _gradient(
     model: nn.Module, backbone: nn.Module, forward: Callable[[], Any], is_bare: bool
 ) -> tuple[Tensor, Tensor] | None:
     """The gradient of the output with regard to the last hidden state, and that state; None for a bare model."""
-    output, returned, made = _traced(model, backbone, forward)
-    if is_bare and not _logits(output):
-        return None
-    states = returned.get("hidden_states") if isinstance(returned, Mapping) else None
-    hidden = states[-1] if states and returned.get("last_hidden_state") is None else last_hidden_state(returned)
-    if hidden.dim() != 3:
-        raise ValueError(f"its last hidden state is {tuple(hidden.shape)}, not (batch, seq, width)")
-    # The innermost module that returned this very tensor, in which of its calls, and where in its output.
-    maker = next(((module, call, key) for module, call, key, tensor in made if tensor() is hidden), None)
-    if maker is None:
-        raise ValueError("no module returns the last hidden state")
-    calls = 0
+    calls = Counter[nn.Module]()
+    made: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = []
+    maker: tuple[nn.Module, int, Any, Any] | None = None
+    returned: Any = None
     leaf: Tensor | None = None
 
-    def begin(module: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal calls, leaf
-        calls += 1
-        if calls != maker[1]:
-            return output
+    def look(module: nn.Module, args: Any, output: Any) -> Any:
+        """Note where every tensor comes from; in a second pass, begin with gradients at the last hidden state."""
+        nonlocal returned, leaf
+        calls[module] += 1
+        if maker is None:
+            made.extend((module, calls[module], key, weakref.ref(tensor)) for key, tensor in _tensors(output).items())
+            returned = output if module is backbone else returned
+            return None
+        if maker[:2] != (module, calls[module]):
+            return None
         torch.set_grad_enabled(True)  # until the surrounding no_grad ends
         leaf = _tensors(output)[maker[2]].detach().clone().requires_grad_()
         # Not the leaf itself, which what follows could not change in place.
         return _replaced(output, maker[2], leaf.clone())
 
     with ExitStack() as hooks:
-        hooks.callback(maker[0].register_forward_hook(begin).remove)
+        for module in model.modules():
+            hooks.callback(module.register_forward_hook(look).remove)
+        output = forward()
+        if is_bare and not _logits(output):
+            return None
+        states = returned.get("hidden_states") if isinstance(returned, Mapping) else None
+        hidden = states[-1] if states and returned.get("last_hidden_state") is None else last_hidden_state(returned)
+        if hidden.dim() != 3:
+            raise ValueError(f"its last hidden state is {tuple(hidden.shape)}, not (batch, seq, width)")
+        # The innermost module that returned this very tensor, in which of its calls, and where in its output.
+        maker = next((each for each in made if each[3]() is hidden), None)
+        if maker is None:
+            raise ValueError("no module returns the last hidden state")
+        calls.clear()
         output = forward()
     read = _logits(output) or [t for t in _tensors(output).values() if t.is_floating_point()][:1]
     read = [tensor for tensor in read if tensor.requires_grad]
@@ -188,27 +175,6 @@ def _gradient(
         weights = [torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor) for tensor in read]
         total = sum((tensor * weight).float().sum() for tensor, weight in zip(read, weights, strict=True))
         return torch.autograd.grad(total, leaf)[0], hidden  # type: ignore[arg-type]
-
-
-def _traced(
-    model: nn.Module, backbone: nn.Module, forward: Callable[[], Any]
-) -> tuple[Any, Any, list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]]]:
-    """What the model returns, what the backbone did last, and of every tensor the module, the call and the key."""
-    calls, returned = Counter[nn.Module](), None
-    made: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = []
-
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal returned
-        calls[module] += 1
-        made.extend((module, calls[module], key, weakref.ref(tensor)) for key, tensor in _tensors(output).items())
-        if module is backbone:
-            returned = output
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            hooks.callback(module.register_forward_hook(record).remove)
-        output = forward()
-    return output, returned, made
 
 
 def _tensors(output: Any) -> dict[Any, Tensor]:

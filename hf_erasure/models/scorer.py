@@ -43,21 +43,13 @@ def check_texts(texts: Sequence[Any]) -> None:
 
 @dataclass(frozen=True)
 class Encoding:
-    """A text as tokens, special tokens included.
+    """A text as tokens, special tokens included."""
 
-    Attributes:
-        text: The text.
-        ids: Its tokens.
-        spans: For each token where its characters are in the text.
-        places: Positions of the tokens that are text.
-        unknown: Those of them that stand for what the tokenizer does not know.
-    """
-
-    text: str
-    ids: list[int]
-    spans: list[tuple[int, int]]
-    places: list[int]
-    unknown: frozenset[int]
+    text: str  # The text.
+    ids: list[int]  # Its tokens.
+    spans: list[tuple[int, int]]  # For each token where its characters are in the text.
+    places: list[int]  # Positions of the tokens that are text.
+    unknown: frozenset[int]  # Those of them that stand for what the tokenizer does not know.
 
     def within(self, start: int, end: int) -> list[int]:
         """Positions of the tokens with a character in `text[start:end]`."""
@@ -66,19 +58,12 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Window:
-    """What a model lost on a part of a text.
+    """What a model lost on a part of a text."""
 
-    Attributes:
-        loss: Summed negative log-likelihood in nats.
-        tokens: Tokens that were scored.
-        bytes: UTF-8 bytes of the text that they stand for, with the white space before them.
-        unknown: How many of them stand for what the tokenizer does not know; their loss says little.
-    """
-
-    loss: float
-    tokens: int
-    bytes: int
-    unknown: int
+    loss: float  # Summed negative log-likelihood in nats.
+    tokens: int  # Tokens that were scored.
+    bytes: int  # UTF-8 bytes of the text that they stand for, with the white space before them.
+    unknown: int  # How many of them stand for what the tokenizer does not know; their loss says little.
 
 
 class LanguageScorer:
@@ -183,17 +168,12 @@ class LanguageScorer:
         return [sum(float(next(parts).double().sum()) for _ in rows) for rows in texts]
 
     def losses(self, texts: str | Sequence[str], stride: int | None = None) -> list[Window]:
-        """Losses on running text, every token scored once, window after window.
+        """Losses on running text, every token scored once, window after window; windows never span two texts.
 
-        Windows of the longest row (512 tokens if there is no limit) move on by `stride`; each scores the tokens that no
-        earlier one has, so a token has at least the rest of a window as context, as far as the text has it.
-
-        Args:
-            texts: One text or several; windows never span two.
-            stride: In tokens; by default half a window.
-
-        Raises:
-            ValueError: If a text has no token to score, or `stride` does not fit the window.
+        Windows of the longest row (512 tokens if there is no limit) move on by `stride` tokens, by default half a
+        window; each scores the tokens that no earlier one has, so a token has at least the rest of a window as context,
+        as far as the text has it. Raises a `ValueError` if a text has no token to score, or `stride` does not fit the
+        window.
         """
         parts = []
         texts = [texts] if isinstance(texts, str) else list(texts)

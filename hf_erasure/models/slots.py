@@ -15,11 +15,10 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from .heads import Task, task_of
 from .model import Runner, evaluating, input_device, is_encoder_decoder, positions_of
 from .word_tokens import PairError
 
+F = TypeVar("F", bound="Filled")
 # The id of no label, as transformers' losses leave it out.
 IGNORED = -100
 # A tokenizer that knows no limit gives a number far above it.
@@ -43,19 +43,12 @@ _ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabula
 
 @dataclass(frozen=True)
 class Filled:
-    """Inputs of one forward pass, and the tokens that are predicted in it.
+    """Inputs of one forward pass, and the tokens that are predicted in it."""
 
-    Attributes:
-        inputs: Named inputs of the model, (batch, seq).
-        rows: (labels,) The row of every predicted token.
-        positions: (labels,) The position, in the decoder's input for seq2seq, whose logits predict it.
-        tokens: (labels,) The token ids, or for classification the label ids.
-    """
-
-    inputs: dict[str, Tensor]
-    rows: Tensor
-    positions: Tensor
-    tokens: Tensor
+    inputs: dict[str, Tensor]  # Named inputs of the model, (batch, seq).
+    rows: Tensor  # (labels,) The row of every predicted token.
+    positions: Tensor  # (labels,) The position, in the decoder's input for seq2seq, whose logits predict it.
+    tokens: Tensor  # (labels,) The token ids, or for classification the label ids.
 
     @property
     def weights(self) -> Tensor:
@@ -63,33 +56,34 @@ class Filled:
         counts = torch.bincount(self.rows)
         return 1.0 / (counts[self.rows].float() * (counts > 0).sum())
 
-    def to(self, device: torch.device | str) -> Filled:
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.inputs["input_ids"])
+
+    def to(self: F, device: torch.device | str) -> F:
         """The same on another device."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
-        return Filled(inputs, self.rows.to(device), self.positions.to(device), self.tokens.to(device))
+        parts = {name: getattr(self, name).to(device) for name in ("rows", "positions", "tokens")}
+        return replace(self, inputs=inputs, **parts)
 
-    def some_rows(self, kept: Tensor) -> Filled:
-        """The rows of which `kept` is true, (batch,) bool."""
+    def some_rows(self: F, chosen: Sequence[int]) -> F:
+        """The chosen rows, at least one, in their order here."""
+        kept = torch.zeros(len(self), dtype=torch.bool, device=self.rows.device)
+        kept[list(chosen)] = True
         mine, moved = kept[self.rows], kept.long().cumsum(0) - 1
         inputs = {name: value[kept] for name, value in self.inputs.items()}
-        return Filled(inputs, moved[self.rows[mine]], self.positions[mine], self.tokens[mine])
+        rows, tokens = moved[self.rows[mine]], self.tokens[mine]
+        return replace(self, inputs=inputs, rows=rows, positions=self.positions[mine], tokens=tokens)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a forward pass.
+    """One row of a forward pass."""
 
-    Attributes:
-        ids: The (encoder's) input.
-        positions: Whose logits predict the tokens; in the decoder's input for seq2seq.
-        tokens: What is predicted: token ids, or one label id.
-        decoder: The decoder's input (seq2seq).
-    """
-
-    ids: list[int]
-    positions: list[int]
-    tokens: list[int]
-    decoder: list[int] = field(default_factory=list)
+    ids: list[int]  # The (encoder's) input.
+    positions: list[int]  # Whose logits predict the tokens; in the decoder's input for seq2seq.
+    tokens: list[int]  # What is predicted: token ids, or one label id.
+    decoder: list[int] = field(default_factory=list)  # The decoder's input (seq2seq).
 
 
 @dataclass(frozen=True)
@@ -102,26 +96,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a task lays a word into a slot, and pads.
+    """How a task lays a word into a slot, and pads."""
 
-    Attributes:
-        task: One of the four.
-        pad: The padding token.
-        hole: The token that stands in the slot: the mask or the first sentinel; -1 where there is none.
-        sentinels: Token ids of ``<extra_id_i>``; empty for all but T5's kind of seq2seq.
-        start: The decoder's start token (seq2seq), else -1.
-        left: Pad at the left; causal models only. Everything else is padded at the right, whatever the tokenizer
-            says, since not every such model takes position ids.
-        type_ids: The model takes ``token_type_ids``.
-    """
-
-    task: Task
-    pad: int
-    hole: int = -1
-    sentinels: tuple[int, ...] = ()
-    start: int = -1
+    task: Task  # One of the four.
+    pad: int  # The padding token.
+    hole: int = -1  # The token that stands in the slot: the mask or the first sentinel; -1 where there is none.
+    sentinels: tuple[int, ...] = ()  # Token ids of ``<extra_id_i>``; empty for all but T5's kind of seq2seq.
+    start: int = -1  # The decoder's start token (seq2seq), else -1.
+    # Pad at the left; causal models only. Everything else is padded at the right, whatever the tokenizer says, since
+    # not every such model takes position ids.
     left: bool = False
-    type_ids: bool = False
+    type_ids: bool = False  # The model takes ``token_type_ids``.
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None) -> Layout:
@@ -142,7 +127,24 @@ class Layout:
             if tokenizer.mask_token_id is None:
                 raise PairError("the tokenizer has no mask token, so it is not one of a masked language model")
             return replace(layout, hole=tokenizer.mask_token_id)
-        return _seq2seq(layout, tokenizer, config) if task == "seq2seq" else layout
+        if task != "seq2seq":
+            return layout
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is None:
+            raise PairError(
+                "seq2seq needs the model's config with its decoder_start_token_id; pass config=model.config"
+            )
+        sentinels = []
+        for number in range(_SENTINELS):
+            name = f"<extra_id_{number}>"
+            token = tokenizer.convert_tokens_to_ids(name)
+            if token is None or token == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(token) != name:
+                break
+            sentinels.append(token)
+        if not sentinels and tokenizer.mask_token_id is None:
+            raise PairError("the tokenizer has neither <extra_id_0> nor a mask token, so a slot cannot be marked")
+        hole = sentinels[0] if sentinels else tokenizer.mask_token_id
+        return replace(layout, hole=hole, sentinels=tuple(sentinels), start=start)
 
     def fill(self, slots: Sequence[Slot], words: Sequence[Sequence[int]]) -> Filled:
         """Lay one word (its tokens, or one label id) into every slot; padded to the longest row."""
@@ -229,36 +231,16 @@ def padded_inputs(
     return named
 
 
-def _seq2seq(layout: Layout, tokenizer: PreTrainedTokenizerBase, config: Any) -> Layout:
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        raise PairError("seq2seq needs the model's config with its decoder_start_token_id; pass config=model.config")
-    sentinels = []
-    for number in range(_SENTINELS):
-        name = f"<extra_id_{number}>"
-        token = tokenizer.convert_tokens_to_ids(name)
-        if token is None or token == tokenizer.unk_token_id or tokenizer.convert_ids_to_tokens(token) != name:
-            break
-        sentinels.append(token)
-    if not sentinels and tokenizer.mask_token_id is None:
-        raise PairError("the tokenizer has neither <extra_id_0> nor a mask token, so a slot cannot be marked")
-    hole = sentinels[0] if sentinels else tokenizer.mask_token_id
-    return replace(layout, hole=hole, sentinels=tuple(sentinels), start=start)
-
-
 # ---- two words for each slot -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """Rows of one class, of which one mean-loss gradient is taken.
+class PairBatch(Filled):
+    """Rows of one class, of which one mean-loss gradient is taken, with the slot laid out for the factual word.
 
     Attributes:
-        inputs: Inputs of the model with the slot laid out for the factual word, (batch, seq).
-        rows: (labels,) The row of every predicted token.
-        positions: (labels,) The position whose logits predict it.
-        factual: (labels,) Token ids (classification: label ids) of the factual words.
-        counterfactual: (labels,) Those of the counterfactual words; aligned with `factual` unless `apart` is there.
+        tokens: (labels,) Token ids (classification: label ids) of the factual words, also called `factual`.
+        counterfactual: (labels,) Those of the counterfactual words; aligned with `tokens` unless `apart` is there.
         label: Class id of the rows; `None` for neutral texts.
         other: Class id of the counterfactual words; `None` for neutral texts.
         apart: The counterfactual words' own forward pass, where one cannot serve both: words of several tokens whose
@@ -267,10 +249,6 @@ class PairBatch:
         slots: One a row, without words.
     """
 
-    inputs: dict[str, Tensor]
-    rows: Tensor
-    positions: Tensor
-    factual: Tensor
     counterfactual: Tensor
     label: int | None = None
     other: int | None = None
@@ -278,33 +256,18 @@ class PairBatch:
     layout: Layout | None = field(default=None, repr=False)
     slots: tuple[Slot, ...] = field(default=(), repr=False)
 
-    def __len__(self) -> int:
-        """Rows."""
-        return len(self.inputs["input_ids"])
-
     @property
-    def filled(self) -> Filled:
-        """The forward pass of the factual words."""
-        return Filled(self.inputs, self.rows, self.positions, self.factual)
-
-    def to(self, device: torch.device | str) -> PairBatch:
-        """The same on another device."""
-        apart = None if self.apart is None else self.apart.to(device)
-        return self._with(self.filled.to(device), counterfactual=self.counterfactual.to(device), apart=apart)
+    def factual(self) -> Tensor:
+        """(labels,) Token ids of the factual words."""
+        return self.tokens
 
     def some_rows(self, chosen: Sequence[int]) -> PairBatch:
         """The chosen rows, at least one, in their order here."""
-        kept = torch.zeros(len(self), dtype=torch.bool)
-        kept[list(chosen)] = True
-        apart = None if self.apart is None else self.apart.some_rows(kept)
-        counterfactual = self.counterfactual[kept[self.rows]] if apart is None else apart.tokens
-        slots = tuple(itertools.compress(self.slots, kept.tolist()))
-        return self._with(self.filled.some_rows(kept), counterfactual=counterfactual, apart=apart, slots=slots)
-
-    def _with(self, filled: Filled, **changed: Any) -> PairBatch:
-        """The same with another forward pass of the factual words."""
-        changed |= {"inputs": filled.inputs, "rows": filled.rows, "positions": filled.positions}
-        return replace(self, factual=filled.tokens, **changed)
+        apart = None if self.apart is None else self.apart.some_rows(chosen)
+        mine = torch.isin(self.rows, torch.tensor(list(chosen), device=self.rows.device))
+        counterfactual = self.counterfactual[mine] if apart is None else apart.tokens
+        slots = tuple(slot for row, slot in enumerate(self.slots) if row in chosen)
+        return replace(super().some_rows(chosen), counterfactual=counterfactual, apart=apart, slots=slots)
 
 
 @dataclass(frozen=True)
@@ -326,26 +289,18 @@ def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
         len(row.factual) == len(row.counterfactual) and row.factual[:-1] == row.counterfactual[:-1] for row in rows
     )
     apart = None if shared else layout.fill(slots, [row.counterfactual for row in rows])
-    return PairBatch(
-        factual.inputs, factual.rows, factual.positions, factual.tokens,
-        counterfactual=torch.tensor([token for row in rows for token in row.counterfactual]),
-        label=rows[0].label, other=rows[0].other, apart=apart, layout=layout, slots=slots,
-    )  # fmt: skip
+    other = torch.tensor([token for row in rows for token in row.counterfactual])
+    return PairBatch(**vars(factual), counterfactual=other, label=rows[0].label, other=rows[0].other, apart=apart,
+                     layout=layout, slots=slots)  # fmt: skip
 
 
 def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source: str) -> PairBatch:
     """A batch of model inputs with `labels`, as one that has the factual side only.
 
-    Args:
-        batch: `input_ids`, `attention_mask`, … and `labels`: `(batch, seq)` token ids with −100 where nothing is
-            predicted (in the place of the predicted token, as transformers has it for causal models too), or
-            `(batch,)` label ids of a classifier.
-        model: Makes the decoder's inputs of an encoder-decoder.
-        task: As of `task_of`.
-        source: What the adapter reads.
-
-    Raises:
-        ValueError: If there are no labels, a row has none, or the adapter reads more than the factual gradient.
+    Labels are `(batch, seq)` token ids with −100 where nothing is predicted (in the place of the predicted token, as
+    transformers has it for causal models too), or `(batch,)` label ids of a classifier. The model makes the decoder's
+    inputs of an encoder-decoder; `source` is what the adapter reads. Raises a `ValueError` if there are no labels, a
+    row has none, or the adapter reads more than the factual gradient.
     """
     if source != "factual":
         raise ValueError(
@@ -366,7 +321,7 @@ def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source:
     if len(rows.unique()) != len(labels):
         raise ValueError("Some rows of `labels` are −100 throughout: each row needs a token to predict.")
     tokens = labels[rows, at]
-    return PairBatch(inputs, rows, at - 1 if task == "causal" else at, factual=tokens, counterfactual=tokens)
+    return PairBatch(inputs, rows, at - 1 if task == "causal" else at, tokens, counterfactual=tokens)
 
 
 # ---- the reader ------------------------------------------------------------------------------------------------------
@@ -398,38 +353,22 @@ class SlotReader:
         return input_device(self.model)
 
     def word_log_probabilities(self, batch: PairBatch, words: Sequence[Sequence[int]]) -> Tensor:
-        """How likely each of some words is in the slot of every row.
+        """How likely each of some words is in the slot of every row: (batch, words) log-probabilities, float32.
 
-        Args:
-            batch: Rows of any class.
-            words: Token ids of each word (`word_tokens`); for classification one label id each.
-
-        Returns:
-            (batch, words) Log-probabilities, float32; a word of several tokens has the sum of theirs. Words of one
-            token share one forward. For a masked model the tokens of a longer word are masked at once, and words of
-            the same length share a forward.
-
-        Raises:
-            ValueError: A word has no token, or the batch has no template to put longer words in.
+        Words are token ids (`word_tokens`), at least one each; for classification one label id. A word of several
+        tokens has the sum of theirs. Words of one token share one forward. For a masked model the tokens of a longer
+        word are masked at once, and words of the same length share a forward.
         """
-        if not all(len(word) for word in words):
-            raise ValueError("a word has no tokens; give token ids for every word")
+        if batch.layout is None:
+            raise ValueError("the batch has no slots to put words in; make it with pair_batches")
         found = torch.empty(len(batch), len(words), device=self.device)
         groups: dict[Any, list[int]] = {}  # the words that one forward serves
         for index, word in enumerate(words):
             groups.setdefault(len(word) if self.task == "masked" else tuple(word[:-1]), []).append(index)
         with evaluating(self.model):
             for group in groups.values():
-                word = words[group[0]]
-                if batch.layout is not None:
-                    filled = batch.layout.fill(batch.slots, [word] * len(batch))
-                elif len(batch.rows) == len(batch) and len(word) == 1:
-                    filled = batch.filled
-                else:
-                    raise ValueError(
-                        "the batch has no template, so only words of one token fit it; make it with pair_batches"
-                    )
-                scores = self.logits(filled).float().log_softmax(-1).view(len(batch), len(word), -1)
+                filled = batch.layout.fill(batch.slots, [words[group[0]]] * len(batch))
+                scores = self.logits(filled).float().log_softmax(-1).view(len(batch), len(words[group[0]]), -1)
                 for index in group:
                     tokens = torch.tensor(words[index], device=scores.device)
                     chosen = scores.gather(2, tokens.expand(len(batch), -1)[..., None])

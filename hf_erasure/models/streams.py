@@ -28,17 +28,11 @@ _MIXES = "it does not take the features of a row as they are"
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter that multiplies what its module takes, or that makes what it returns.
+    """A parameter that multiplies what its module takes, or that makes what it returns."""
 
-    Attributes:
-        module: The name of the module that is called with the activation, or returns it.
-        parameter: The name of the parameter in the module.
-        axis: The axis of the parameter along which the features of the hidden state lie.
-    """
-
-    module: str
-    parameter: str
-    axis: int
+    module: str  # The name of the module that is called with the activation, or returns it.
+    parameter: str  # The name of the parameter in the module.
+    axis: int  # The axis of the parameter along which the features of the hidden state lie.
 
 
 class Group(list[Weight]):

@@ -53,16 +53,9 @@ def place_words(
     """Tokenise ``prefix + word + suffix`` as running text, and cut the tokens where the words are.
 
     Most tokenizers mark a word by the space before it (byte-level BPE, sentencepiece), so a word is never tokenised
-    alone: its tokens are those that come after the prefix's when both are tokenised together.
-
-    Args:
-        tokenizer: Of the model.
-        prefixes: The text before each word, with the space that parts them.
-        words: The words.
-        suffixes: The text after each word; empty where it does not matter.
-
-    Returns:
-        For every word its place, or ``None`` where a token reaches over an end of the word.
+    alone: its tokens are those that come after the prefix's when both are tokenised together. A prefix ends with the
+    space that parts it from its word; a suffix may be empty where it does not matter. For a word where a token reaches
+    over one of its ends there is ``None``.
     """
     bare = encode(tokenizer, [prefix[:-1] if prefix.endswith(" ") else prefix for prefix in prefixes])
     spaced = encode(tokenizer, prefixes)
@@ -79,16 +72,10 @@ def place_words(
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prefix: str = "a ") -> list[list[int]]:
-    """The tokens of each word in running text, after ``prefix``.
+    """The tokens of each word in running text, after ``prefix``, a space at whose end is a part of it.
 
-    Args:
-        tokenizer: Of the model.
-        words: The words.
-        prefix: What stands before them, a space at its end included; empty for words that open a text. Words of
-            scripts without spaces stand right behind it.
-
-    Raises:
-        PairError: A token reaches over the start of a word.
+    It is empty for words that open a text. Words of scripts without spaces stand right behind it. Raises a `PairError`
+    if a token reaches over the start of a word.
     """
     prefixes = [prefix.rstrip(" ") if _STARTS_UNSPACED.match(word) else prefix for word in words]
     placed = place_words(tokenizer, prefixes, words, [""] * len(words))

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_erasure.models.features import feature_axis, takers_of, told_inside
+from hf_erasure.models.graph import Graph
+from hf_erasure.models.layout import feature_axis
 
 
 def axis_of(module: nn.Module, x: Tensor) -> int:
     with torch.no_grad():
-        told = told_inside(lambda: {"here": module(x)}, {"here": module})["here"]
+        graph = Graph(module, lambda: module(x))
         shape = tuple(module(x).shape)
-    return feature_axis([shape, (2 * len(x), *shape[1:])], "here", module, told)
+    return feature_axis([shape, (2 * len(x), *shape[1:])], "here", module, lambda: graph.features_at(module, "output"))
 
 
 def test_channels_are_the_features_of_convolutions_though_the_picture_is_as_wide() -> None:
@@ -58,13 +59,13 @@ def test_streams_beside_the_features_are_told_apart_though_a_layer_gives_a_weigh
     assert axis_of(Streams(), torch.randn(2, 3, 4, 4)) == 3
 
 
-def test_a_norm_without_weights_tells_by_what_it_normalises() -> None:
+def test_a_norm_of_no_known_kind_has_the_features_where_what_it_takes_has_them() -> None:
     class RMSNorm(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x / x.square().mean(-1, keepdim=True).sqrt()
 
-    assert axis_of(RMSNorm(), torch.randn(2, 4, 6)) == 2
-    assert axis_of(RMSNorm(), torch.randn(2, 4, 4)) == 2
+    assert axis_of(nn.Sequential(nn.Linear(6, 6), RMSNorm()), torch.randn(2, 4, 6)) == 2
+    assert axis_of(nn.Sequential(nn.Conv1d(4, 4, 1), RMSNorm()), torch.randn(2, 4, 4)) == 1
 
 
 def test_layers_that_mix_either_of_two_axes_are_refused() -> None:
@@ -81,15 +82,20 @@ def test_layers_that_mix_either_of_two_axes_are_refused() -> None:
         axis_of(Mixer(), torch.randn(2, 4, 4))
 
 
-def test_what_takes_an_activation_tells_unless_it_takes_it_turned() -> None:
-    norm, linear, x = nn.LayerNorm(4), nn.Linear(4, 4), torch.randn(2, 4, 4)
+@pytest.mark.parametrize(("turned", "expected"), [(False, {2}), (True, set())])
+def test_what_takes_an_activation_tells_unless_it_takes_it_turned(turned: bool, expected: set[int]) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.here = nn.Linear(4, 4), nn.Softmax(1)  # mixes, so that what is before it does not tell
+            self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
 
-    def run(turned: bool) -> dict[str, Tensor]:
-        linear(x.transpose(1, 2) if turned else norm(x))
-        return {"here": x}
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.here(self.first(x))
+            return self.linear(x.transpose(1, 2) if turned else self.norm(x))
 
-    assert takers_of(lambda: run(False), [norm, linear]) == {"here": {2}}
-    assert takers_of(lambda: run(True), [norm, linear]) == {"here": set()}
+    model, x = Two(), torch.randn(2, 4, 4)
+    assert Graph(model, lambda: model(x)).features_at(model.here, "output") == expected
 
 
 def test_axes_that_nothing_tells_apart_are_named() -> None:

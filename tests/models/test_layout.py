@@ -8,19 +8,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_erasure.models.layout import (
     Axes,
     Glimpse,
     Lengths,
-    axes_of,
-    mirrored,
+    Passes,
     of_other_lengths,
+    rows_of,
 )
 
 ROWS, WIDTH = 2, 5
 Layout = Callable[[Tensor], Tensor]
+
+
+def mirrored(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of a batch, and the same in the opposite order behind them."""
+    return rows_of(batch, ROWS, [*range(ROWS), *reversed(range(ROWS))])
 
 
 def states(ids: Tensor) -> Tensor:
@@ -34,14 +39,21 @@ def found(layout: Layout, width: int = -1, length: int = 8) -> tuple[Axes, Tenso
     batch = {"input_ids": torch.arange(ROWS * length).reshape(ROWS, length)}
     now = Lengths.in_batch(batch)
     other = now.changed()
-    passes = [batch, mirrored(batch, ROWS), of_other_lengths(batch, now, other)]
-    axes = axes_of(width, glimpses([layout(states(given["input_ids"])) for given in passes]), ROWS, now, other, "here")
-    return axes, axes.arranged(layout(states(batch["input_ids"])), ROWS)
+    given = [
+        layout(states(each["input_ids"])) for each in (batch, mirrored(batch), of_other_lengths(batch, now, other))
+    ]
+    axes = axes_of(given, width % given[0].dim(), now, other)
+    return axes, axes.arranged(given[0], ROWS)
 
 
-def glimpses(activations: list[Tensor]) -> list[Glimpse]:
+def axes_of(activations: list[Tensor], width: int, now: Lengths, other: Lengths) -> Axes:
     first = Glimpse.of(activations[0])
-    return [first, Glimpse.of(activations[1], first, ROWS), Glimpse.of(activations[2])]
+    seen = [first, Glimpse.of(activations[1], first, ROWS), Glimpse.of(activations[2])]
+    passes = Passes(ROWS, now, other, *({"here": each} for each in seen))
+    axes = passes.axes_of("here", nn.Identity(), lambda: {width})
+    if isinstance(axes, ValueError):
+        raise axes
+    return axes
 
 
 EXPECTED = states(torch.arange(ROWS * 8).reshape(ROWS, 8))
@@ -135,8 +147,6 @@ def test_any_order_of_axes_is_put_right(order: list[int], heads: int, length: in
     def layout(ids: Tensor) -> Tensor:
         return torch.stack([states(ids) * (head + 1) for head in range(heads)], 2).permute(order)
 
-    passes = [
-        layout(given["input_ids"]) for given in (batch, mirrored(batch, ROWS), of_other_lengths(batch, now, other))
-    ]
-    axes = axes_of(order.index(3), glimpses(passes), ROWS, now, other, "here")
+    passes = [layout(given["input_ids"]) for given in (batch, mirrored(batch), of_other_lengths(batch, now, other))]
+    axes = axes_of(passes, order.index(3), now, other)
     assert torch.equal(axes.arranged(passes[0], ROWS), layout(batch["input_ids"]).permute(*map(order.index, range(4))))

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.graph import REARRANGING, Graph, Node, Product, Use
+from hf_erasure.models.graph import REARRANGING, Graph, Node, Use, whole_axis
 from hf_erasure.models.model import distance, evaluating, is_norm, tensors_of, without_drawing
 from hf_erasure.models.streams import Weight, experts_beside, readers_of, writers_of
 
@@ -192,7 +192,8 @@ def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
         uses.obstacles.append(type(calls[-1].module).__name__ if is_call else use.operation)
     elif (
         product.reads is None
-        or not _takes_features(product, use.taken, axis)
+        or not use.taken.shape
+        or whole_axis(product.pattern, use.taken) != axis % len(use.taken.shape)
         or why_not_mergeable(graph.calls[product.call].module, "input", product.parameter) is not None
     ):
         uses.obstacles.append(type(graph.calls[product.call].module).__name__)
@@ -205,14 +206,6 @@ def _is_factor(use: Use) -> bool:
     """Whether a product takes a weight as that."""
     own, made = use.taken.product, None if use.made is None or use.made.kind != "map" else use.made.product
     return own is not None and made is not None and (own.owner, own.parameter) == (made.owner, made.parameter)
-
-
-def _takes_features(product: Product, taken: Node, axis: int) -> bool:
-    """Whether a product sums over the features of an activation, all of them in their order."""
-    count = len(taken.shape)
-    if product.pattern is None or not count or product.pattern[:2] != (axis % count, 0):
-        return False
-    return len(product.pattern) - 2 == taken.shape[axis % count]
 
 
 def why_not_foldable(
@@ -235,8 +228,7 @@ def why_not_foldable(
         return "no layer of the model takes its activation"
     for weight in uses.weights:
         target = weight.module
-        names = tied_to(model, target)
-        if names and not allow_tied:
+        if not allow_tied and (names := tied_to(model, target)):
             return f"it goes into {target!r}, whose weight {tied_words(model, target, names)}"
         others = sorted(fed[weight] - {path, *(["<embedding>"] if allow_tied else [])})
         if others:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +12,6 @@ from hf_erasure.models.slots import PairBatch, as_pair_batch
 
 from .gradients import Encode, reading_the_base
 from .pairs import Pair
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class GradiendAdapter:
@@ -79,8 +75,6 @@ class GradiendAdapter:
 
         Columns: `parameter`, `entries`, `kept` (entries that the adapter holds), `norm` of Wd, `share` of ‖Wd‖².
         """
-        import pandas as pd
-
         decoder = features_of(self.model, self.name)[self.config.pair_index(pair or self.config.pair)].decoder
         rows = []
         for name, (_, square, kept) in decoder.importance().items():

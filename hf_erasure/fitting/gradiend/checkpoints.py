@@ -36,21 +36,14 @@ FEATURES, FEATURE_FILE = "features", "start-{}.safetensors"
 
 @dataclass(frozen=True)
 class Fitted:
-    """A pair's feature: class 0 encodes to +1.
+    """A pair's feature: class 0 encodes to +1."""
 
-    Attributes:
-        pair: Its classes.
-        feature: Dense encoder and decoder.
-        correlation: On the evaluation data; on training steps where there was none; NaN where nothing was measured.
-        steps: After how many steps of its start.
-        seed: Of its start.
-    """
-
-    pair: Pair
-    feature: Feature
+    pair: Pair  # Its classes.
+    feature: Feature  # Dense encoder and decoder.
+    # On the evaluation data; on training steps where there was none; NaN where nothing was measured.
     correlation: float
-    steps: int
-    seed: int
+    steps: int  # After how many steps of its start.
+    seed: int  # Of its start.
 
     @property
     def rank(self) -> float:
@@ -144,13 +137,9 @@ class Progress:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state and facts to go on from; those of a beginning where there is no checkpoint, as `save` had them.
 
-        Args:
-            checkpoint: A folder, True for the last one, or none.
-            identity: What must be the same as when it was written.
-            pairs: Of every start.
-
-        Raises:
-            ValueError: If there is no checkpoint, it is damaged, or it is of another training.
+        The checkpoint is a folder, True for the last one, or none; `identity` is what must be the same as when it was
+        written, `pairs` has that of every start. Raises a `ValueError` if there is no checkpoint, it is damaged, or it
+        is of another training.
         """
         self._identity = identity
         if checkpoint is True:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,11 +27,6 @@ from hf_erasure.models.slots import Filled, PairBatch, SlotReader
 
 from ..processes import Processes
 from .pairs import Pair, Signed
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-KINDS = ("factual", "counterfactual", "difference")
 
 Blocks = dict[str, Tensor]
 
@@ -54,47 +50,31 @@ class GradientReader(SlotReader):
         task: By default `task_of(model)`.
 
     Raises:
-        ValueError: The model has no usable head; no parameter is given, one twice, one that is not the model's, or one
-            whose values are elsewhere (``meta``) or not floating-point numbers.
+        ValueError: The model has no usable head; or the values of a parameter are elsewhere (``meta``), or not
+            floating-point numbers.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], task: Task | None = None) -> None:
         super().__init__(model, task)
         self.parameters = dict(parameters)
-        if not parameters:
-            raise ValueError("no parameter is targeted")
-        own = {id(parameter) for parameter in self.model.parameters()}
-        seen: dict[int, str] = {}
         for name, parameter in parameters.items():
-            fault = None
-            if id(parameter) not in own:
-                fault = "is not a parameter of the model; take the targets from model.named_parameters()"
-            elif id(parameter) in seen:
-                fault = f"is the same parameter as {seen[id(parameter)]}; name a tied weight once"
-            elif parameter.device.type == "meta":
-                fault = "is offloaded (on the meta device); load the model onto one device to fit it"
-            elif not parameter.is_floating_point():
-                fault = f"has the dtype {parameter.dtype}, which has no gradient; fit on an unquantised base"
-            if fault is not None:
-                raise ValueError(f"{name} {fault}")
-            seen[id(parameter)] = name
+            if parameter.device.type == "meta":
+                raise ValueError(f"{name} is offloaded (on the meta device); load the model onto one device to fit it")
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{name} has the dtype {parameter.dtype}, which has no gradient; fit on an unquantised base"
+                )
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         # What is estimated is kept on the device of the first of the weights.
         self.weights_device = next(iter(parameters.values())).device
 
     def gradients(self, batch: PairBatch, wanted: Sequence[str] = ("factual", "difference")) -> dict[str, Blocks]:
-        """The gradients of one batch.
+        """The gradients of one batch, any of ``factual``, ``counterfactual`` and ``difference`` (factual minus
+        counterfactual).
 
-        Args:
-            batch: Rows of one class.
-            wanted: Any of ``factual``, ``counterfactual``, ``difference`` (factual minus counterfactual).
-
-        Returns:
-            For each of these, name -> gradient in the parameter's shape, float32, on its device. A parameter that the
-            loss does not reach (a pooler, an embedding that is not used) has zeros.
-
-        Raises:
-            ValueError: A name in ``wanted`` is unknown, the loss is not finite, or it reaches none of the parameters.
+        Returns, for each of these, name -> gradient in the parameter's shape, float32, on its device. A parameter that
+        the loss does not reach (a pooler, an embedding that is not used) has zeros. Raises a `ValueError` if the loss
+        is not finite, or reaches none of the parameters.
         """
         with self._reading():
             losses = self._losses(batch, wanted)
@@ -112,23 +92,14 @@ class GradientReader(SlotReader):
     def accumulate(
         self, batch: PairBatch, source: str, estimator: ClosedFormEstimator, sign: int, *, low_memory: bool = False
     ) -> None:
-        """Add one batch to a closed-form estimator without ever holding two gradients.
+        """Add one batch of one class to a closed-form estimator without ever holding two gradients.
 
-        The norm of the source is over all its blocks, so they are kept until it is known, and then added. The target
+        The norm of the source is over all its blocks, so they are kept until it is known, and then added; with
+        `low_memory` they are not, and one more backward finds the norm before the one that gives the blocks. The target
         (the difference) comes from a second backward through the same graph, and each block is added and freed as soon
         as backward has made it. With the source ``difference`` one backward serves both. Blocks that the loss does not
-        reach come as zeros, after the others. After a failure the estimator is told to drop the batch.
-
-        Args:
-            batch: Rows of one class.
-            source: ``factual``, ``counterfactual`` or ``difference``.
-            estimator: What is filled.
-            sign: +1 or -1, passed on.
-            low_memory: Do not hold the source whole either: one more backward finds its norm before the one that gives
-                its blocks.
-
-        Raises:
-            ValueError: As `gradients`.
+        reach come as zeros, after the others. After a failure the estimator is told to drop the batch. Errors are those
+        of `gradients`.
         """
         alone = source == "difference"
         kept: Blocks = {}
@@ -165,14 +136,9 @@ class GradientReader(SlotReader):
 
     def _losses(self, batch: PairBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """The loss of each kind: mean over rows of the mean over the word's tokens, float32."""
-        unknown = [kind for kind in wanted if kind not in KINDS]
-        if unknown or not wanted:
-            raise ValueError(
-                f"{unknown[0] if unknown else 'nothing'!r} is not a kind of gradient; write one of {KINDS}"
-            )
-        right = batch.filled.to(self.device)
+        right = batch.to(self.device)
         if batch.apart is None:
-            wrong = replace(right, tokens=batch.counterfactual.to(self.device))
+            wrong: Filled = replace(right, tokens=batch.counterfactual.to(self.device))
             logits = dict.fromkeys(("factual", "counterfactual"), self.logits(right).float())
         else:
             wrong = batch.apart.to(self.device)
@@ -279,17 +245,11 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class EncodedValues:
-    """Values of the feature neuron beside what was put in.
+    """Values of the feature neuron beside what was put in."""
 
-    Attributes:
-        values: `(texts,)` in [−1, 1] for tanh.
-        labels: `(texts,)` of +1, −1 and 0.
-        pair: The names of the classes that +1 and −1 stand for.
-    """
-
-    values: Tensor
-    labels: Tensor
-    pair: Pair
+    values: Tensor  # `(texts,)` in [−1, 1] for tanh.
+    labels: Tensor  # `(texts,)` of +1, −1 and 0.
+    pair: Pair  # The names of the classes that +1 and −1 stand for.
 
     def metrics(self) -> dict[str, float]:
         """`cor` and `acc` without neutral texts, `cor_enc` and `acc_enc` with them, where there are any.
@@ -307,8 +267,6 @@ class EncodedValues:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a text: `value`, and `class` or `"neutral"`."""
-        import pandas as pd
-
         names = {1: self.pair[0], -1: self.pair[1], 0: "neutral"}
         return pd.DataFrame({"value": self.values.tolist(), "class": [names[int(label)] for label in self.labels]})
 

@@ -12,8 +12,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -23,9 +24,6 @@ from hf_erasure.models.word_tokens import PairError, word_tokens
 
 from ..report import female_and_male
 from .pairs import PairSet, Reading
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # ---- goals ----------------------------------------------------------------------------------------------------------
 
@@ -196,8 +194,6 @@ class Selection:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a point."""
-        import pandas as pd
-
         return pd.DataFrame(
             [
                 {"pair": "/".join(p.pair), "feature_factor": p.feature_factor, "learning_rate": p.learning_rate}
@@ -226,18 +222,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores the model as it is at the moment.
+    """Scores the model as it is at the moment."""
 
-    Attributes:
-        classes: The feature's classes.
-        class_probabilities: Gives `(texts, classes)`, the probability of each class at the slot of each text.
-        language_modelling: Gives `{"loss": …, "lms": …}`.
-        masked: Whether cost is counted in accuracy (masked models; in loss where they get nothing right) or in loss.
-    """
-
-    classes: Sequence[str]
+    classes: Sequence[str]  # The feature's classes.
+    # Gives `(texts, classes)`, the probability of each class at the slot of each text.
     class_probabilities: Callable[[], Tensor]
-    language_modelling: Callable[[], dict[str, float]]
+    language_modelling: Callable[[], dict[str, float]]  # Gives `{"loss": …, "lms": …}`.
+    # Whether cost is counted in accuracy (masked models; in loss where they get nothing right) or in loss.
     masked: bool
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:

@@ -140,7 +140,16 @@ class Training:
                 run(start, state, facts)
                 state, facts = {}, {"step": 0}
         self.processes.wait()
-        return [self._best(pair, len(seeds)) for pair in pairs]
+        found = [self.progress.kept[pair][1] for pair in pairs]
+        for best in found:
+            if not closed and not abs(best.correlation) >= args.convergence:
+                warnings.warn(
+                    f"None of {len(seeds)} starts for {'/'.join(best.pair)} converged: the best correlation is "
+                    f"{best.correlation:.2f}, below convergence={args.convergence}. Try other learning_rates, more "
+                    "steps or seeds, or estimator='closed_form'.",
+                    stacklevel=2,
+                )
+        return found
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be gone on from."""
@@ -296,17 +305,6 @@ class Training:
             return math.nan
         values, signs = zip(*self.recent, strict=True)
         return pearson(torch.tensor(values, dtype=torch.float64), torch.tensor(signs))
-
-    def _best(self, pair: Pair, starts: int) -> Fitted:
-        _, best = self.progress.kept[pair]
-        if self.args.estimator == "trained" and not abs(best.correlation) >= self.args.convergence:
-            warnings.warn(
-                f"None of {starts} starts for {'/'.join(best.pair)} converged: the best correlation is "
-                f"{best.correlation:.2f}, below convergence={self.args.convergence}. Try other learning_rates, more "
-                "steps or seeds, or estimator='closed_form'.",
-                stacklevel=2,
-            )
-        return best
 
     def calibrated(self, fitted: Fitted, density: float) -> Feature:
         """A start's feature with an encoder of that density, whose class means are those of the dense one."""

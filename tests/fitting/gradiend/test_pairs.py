@@ -54,7 +54,7 @@ def test_a_masked_word_has_as_many_masks_as_tokens() -> None:
     assert (batch.inputs["input_ids"][batch.rows, batch.positions] == tokenizer.mask_token_id).all()
     assert tokenizer.convert_ids_to_tokens(batch.factual[:2]) == ["grand", "##pa"]
     assert tokenizer.convert_ids_to_tokens(batch.counterfactual[:2]) == ["grand", "##ma"]
-    assert torch.equal(batch.filled.weights, torch.full((6,), 1 / 6))
+    assert torch.equal(batch.weights, torch.full((6,), 1 / 6))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -93,7 +93,7 @@ def test_forced_tokens_need_a_forward_each_only_where_they_differ() -> None:
 def test_rows_with_words_of_different_lengths_count_alike() -> None:
     rows = [ROW, {**ROW, "factual": "grandpa", "counterfactual": "grandma"}, OTHER]
     batch = pair_batches(Dataset.from_list(rows), tokenizer_of("bert"), "masked", CLASSES, batch_size=3)[1]
-    assert batch.filled.weights.tolist() == [0.5, 0.25, 0.25]
+    assert batch.weights.tolist() == [0.5, 0.25, 0.25]
 
 
 def test_t5_and_bart_decoders() -> None:
