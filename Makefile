@@ -21,7 +21,7 @@ HF_ERASURE_TEST_ASSETS ?= ../shared/assets
 override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
 export HF_ERASURE_TEST_ASSETS
 
-.PHONY: help demo test test-oldest test-newest test-processors matrix docs docs-tables notebooks release-check figures lint format bench clean
+.PHONY: help demo demo-check test test-oldest test-newest test-processors matrix docs docs-tables notebooks release-check figures lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \t\2/p' Makefile
@@ -69,11 +69,14 @@ $(VENV)/.bench: $(VENV)/.torch pyproject.toml
 	$(PIP) -c constraints.txt -e '.[bench]'
 	touch $@
 
-demo: $(VENV)/.demo  ## erase gender from an encoder; then strengthen it in a language model trained on the spot
-	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure fit $(DEMO_RECIPE) output=$(DEMO_OUT)
-	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure check $(DEMO_OUT)
+demo: $(VENV)/.demo  ## search across two styles, gender out of an encoder, gender up and down in a language model
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/two_sources/search.py
+	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure fit $(DEMO_RECIPE) output=$(DEMO_OUT) --no-progress
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/gradiend_demo/train.py out/gradiend-demo
-	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend fit recipes/gradiend_demo/recipe.yaml --no-progress
+
+demo-check: demo  ## load what the demo wrote in other processes, measure again, and find the same
+	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure check $(DEMO_OUT)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-erasure gradiend evaluate out/gradiend-demo/adapter
 
 # One core a worker: processes that tests start would take all of them otherwise. Fixtures of a file are made once. Files

@@ -89,6 +89,10 @@ def fit(
     group: Annotated[str | None, typer.Option(help="No value of this column is both fitted on and measured.")] = None,
     pool: Annotated[str | None, typer.Option(help="What is erased from: tokens, mean, cls or last.")] = None,
     targets: Annotated[str | None, typer.Option(help="Where: norms, readers, writers, or names of modules.")] = None,
+    counterfactual_words: Annotated[
+        str | None, typer.Option(help="Turn texts around by these words, too: english_gender, or the path of a table.")
+    ] = None,
+    pair_rank: Annotated[int | None, typer.Option(help="So many directions more of texts and counterfactuals.")] = None,
     concept: Annotated[str | None, typer.Option(help="What the concept is called, if not like its column.")] = None,
     name: Annotated[str | None, typer.Option(help="The configuration of a Hub data set.")] = None,
     out: Out = None,
@@ -108,7 +112,8 @@ def fit(
     """
     options: dict[str, Any] = {
         "label": label, "text": text, "keep": keep, "test": test, "group": group, "pool": pool, "targets": targets,
-        "concept": concept, "name": name, "out": out,
+        "counterfactual_words": counterfactual_words, "pair_rank": pair_rank, "concept": concept, "name": name,
+        "out": out,
     }  # fmt: skip
 
     def of_data(data: str, overrides: list[str]) -> Any:
@@ -244,7 +249,7 @@ def _plan(
     if source.endswith((".yaml", ".yml")):
         if not Path(source).is_file():
             raise FileNotFoundError(f"There is no recipe {source}.")
-        if given := [f"--{name}" for name, value in options.items() if value]:
+        if given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]:
             raise ValueError(f"{source} is a recipe, which has its own {given[0]}: write KEY=VALUE, as in output=out.")
         if data:
             raise ValueError(f"{data[0]!r} is not key=value, as in model=bert-base-uncased.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 SETTLED = 1e-5
 # Colours of the lines and bars of pictures.
 BEFORE, AFTER = "#b3541e", "#1f5f8b"
+_HEAD = ("site", "rank", "rows", "before", "after", "moved", "moved elsewhere")
 GENDER, POS, STEREOTYPES = "gender", "part of speech", "stereotypes"
 
 FEMALE = {"female", "f", "fem", "feminine", "woman", "women", "girl", "girls", "she"}
@@ -137,6 +140,31 @@ class ErasureReport:
         frame.attrs |= {"pool": self.pool, "reader": self.reader, "measured_on": self.measured_on}
         return frame.astype({"visit": "Int64"}) if self._has_visits else frame.drop(columns="visit")
 
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes as plain data, and `measured_on`, `leakage` and `shortfall`."""
+        return asdict(self) | {name: getattr(self, name) for name in ("measured_on", "leakage", "shortfall")}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The same as JSON, written to a file as well where a path is given."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def to_markdown(self) -> str:
+        """The table of sites in Markdown."""
+        lines = ["| " + " | ".join(row) + " |" for row in self._table()]
+        return "\n".join([lines[0], "|---" + "|---:" * (len(_HEAD) - 1) + "|", *lines[1:]])
+
+    def to_latex(self) -> str:
+        """The table of sites as a LaTeX `tabular`, for the package `booktabs`."""
+        rows = [" & ".join(re.sub(r"([_%&#$])", r"\\\1", cell) for cell in row) + r" \\" for row in self._table()]
+        body = [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"]
+        return "\n".join([rf"\begin{{tabular}}{{l{'r' * (len(_HEAD) - 1)}}}", *body, r"\end{tabular}"])
+
+    def _table(self) -> list[Sequence[str]]:
+        return [_HEAD, *map(_cells, self.sites)]
+
     @property
     def _has_visits(self) -> bool:
         return any(line.visit is not None for line in self.sites)
@@ -238,8 +266,7 @@ class ErasureReport:
         return in_words(self.eval_examples, self.eval_fitted)
 
     def __repr__(self) -> str:
-        head = ("site", "rank", "rows", "before", "after", "moved", "moved elsewhere")
-        table = [head, *map(_cells, self.sites)]
+        table = self._table()
         first, *widths = (max(map(len, column)) for column in zip(*table, strict=True))
         lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in table]
         title = (

@@ -17,6 +17,7 @@ from datasets import Dataset
 from transformers.utils import cached_file
 
 from hf_erasure.adapters.common.files import read_text
+from hf_erasure.fitting.counterparts import CounterpartWords
 
 from .erasure import EMBEDDED, Recipe, embedded_model, load_data, written
 from .gradiend_recipe import GradiendRecipe
@@ -47,6 +48,8 @@ class FromData:
         group: A column of which no value is both fitted on and measured.
         pool: What is erased from; that of the model's own pooling, where it has one, when None.
         targets: Modules to erase at, as in `target_modules`.
+        counterfactual_words: The table of counterpart words by which texts are turned into their counterfactuals.
+        pair_rank: So many directions more in which texts and counterfactuals differ; 0 when None.
         concept: What the concept is called; like its column when None.
         out: The folder to write; `out/no-CONCEPT` when None.
         name: The configuration of a Hub data set.
@@ -62,6 +65,8 @@ class FromData:
     group: str | None = None
     pool: str | None = None
     targets: str | None = None
+    counterfactual_words: str | None = None
+    pair_rank: int | None = None
     concept: str | None = None
     out: str | None = None
     name: str | None = None
@@ -89,11 +94,17 @@ def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
     is_share = test.replace(".", "", 1).isdigit()
     data |= {"test_share": float(test)} if is_share else {"test": test}
     pool = given.pool or _own_pool(given.model)
+    adapter: dict[str, Any] = {"pair_rank": given.pair_rank} if given.pair_rank else {}
+    if given.counterfactual_words is not None:
+        CounterpartWords.load(given.counterfactual_words, labels)  # says so where they do not go together
+        data["counterfactual_words"] = given.counterfactual_words
+    elif given.pair_rank:
+        raise ValueError("--pair-rank is for pairs of texts and counterfactuals: write --counterfactual-words, too.")
     targets = None if given.targets == "norms" else given.targets  # those are the default
-    target_modules = targets and (targets.split(",") if "," in targets else targets)
+    adapter |= {"target_modules": targets.split(",") if "," in targets else targets} if targets else {}
     content = {
         "model": given.model, "concept": concept, "labels": labels, "output": given.out or f"out/no-{concept}",
-        "data": data, "fit": {"pool": pool}, "adapter": {"target_modules": target_modules} if targets else {},
+        "data": data, "fit": {"pool": pool}, "adapter": adapter,
     }  # fmt: skip
     recipe = section_of(overridden(content, given.overrides), Recipe)
     parts = load_data(recipe.data, recipe.labels)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig
-from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES, badness, concept_of_config, verdict
+from hf_erasure.fitting.report import (
+    GENDER,
+    POS,
+    STEREOTYPES,
+    ErasureReport,
+    SiteReport,
+    badness,
+    concept_of_config,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +71,20 @@ def test_what_is_beyond_the_ideal_is_bad_only_where_it_is_to_be_met() -> None:
 )
 def test_concepts(config: object, concept: str | None) -> None:
     assert concept_of_config(config) == concept
+
+
+def test_a_report_as_data_and_as_tables(tmp_path: Path) -> None:
+    sites = [
+        SiteReport("layer_1.norm", rank=1, rows=8, correlation_before=0.9, correlation_after=0.1,
+                   interval_before=(0.8, 0.95), interval_after=(0.0, 0.2), change_labelled=0.05),
+        SiteReport("last_hidden_state", correlation_before=0.9, correlation_after=0.1),
+    ]  # fmt: skip
+    report = ErasureReport("gender", "default", "leace", "mean", "", 8, 20, 4, 0, sites)
+    content = json.loads(report.to_json(tmp_path / "report.json"))
+    assert content == json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    assert content["leakage"]["layer_1.norm"] == [0.9, 0.1] and content["measured_on"] == "4 held-out examples"
+    head, rule, first, last = report.to_markdown().splitlines()
+    assert head.count("|") == rule.count("|") == first.count("|") == last.count("|") == 8
+    assert "0.900 [0.80, 0.95]" in first
+    latex = report.to_latex()
+    assert r"layer\_1.norm & 1 & 8" in latex and r"5.0\% & - \\" in latex and latex.count("&") == 3 * 6
