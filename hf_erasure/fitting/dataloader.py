@@ -18,7 +18,6 @@ Rows are tokenised when their batch is asked for, so a data set may be larger th
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from datasets.distributed import split_dataset_by_node
@@ -37,16 +35,21 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from hf_erasure.erasers.eraser import check_count
 from hf_erasure.erasers.statistics import IGNORED
 
-from .counterfactuals import Counterfactuals, words_of_tokens
+from .counterfactuals import Counterfactuals
 from .counterparts import Counterparts, CounterpartWords
+from .encoders import (
+    Encoder,
+    Owners,
+    PixelEncoder,
+    Row,
+    TextEncoder,
+    TokenisedEncoder,
+    choose_encoder,
+    plain,
+    require_column,
+)
 from .processes import Processes
 
-Row = Mapping[str, Any]
-# Per row and padded position: the index into the row's list of labels, or None for no label. Empty where the inputs
-# have no words or tokens to label.
-Owners = list[list[int | None]]
-# What a tokenizer says without a limit is larger than any length.
-_NO_LIMIT = 10**20
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
 
@@ -115,21 +118,21 @@ def concept_dataloader(
     """
     first = _first_row(dataset)
     _check_options(batch_size, max_length, label_subwords, labels)
-    encode = _choose_encoder(first, tokenizer, text_column, max_length, label_subwords)
+    encode = choose_encoder(first, tokenizer, text_column, max_length, label_subwords)
     collate, columns = ConceptCollator(encode), list(encode.columns)
     if label_column is not None:
-        _require_column(first, label_column, "label_column")
+        require_column(first, label_column, "label_column")
         collate.read_labels = _choose_label_reader(dataset, first[label_column], label_column, labels, encode)
         collate.origin = origin_of(dataset, f"the column {label_column!r}")
         columns.append(label_column)
     if counterfactual_column is not None or counterfactual_words is not None:
         if counterfactual_column is not None:
-            _require_column(first, counterfactual_column, "counterfactual_column")
+            require_column(first, counterfactual_column, "counterfactual_column")
             columns.append(counterfactual_column)
         collate.counterfactuals = _choose_counterfactuals(collate, labels, counterfactual_column, counterfactual_words)
     for argument, name in (("environment_column", environment_column), ("keep", keep)):
         if name is not None:
-            _require_column(first, name, argument)
+            require_column(first, name, argument)
             ids = NumberedColumn.of(dataset, name, argument)
             collate.beside["concept_environments" if argument == "environment_column" else "concept_kept"] = ids
             columns.append(name)
@@ -155,7 +158,7 @@ def concept_dataloader(
 class ConceptCollator:
     """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them."""
 
-    encode: _Encoder  # Makes the inputs.
+    encode: Encoder  # Makes the inputs.
     read_labels: _LabelReader | None = None  # Makes the labels; None for batches without.
     origin: dict[str, Any] = field(default_factory=dict)  # Where the rows come from, as `origin_of` says it.
     counterfactuals: Counterfactuals | None = None  # Makes those of a row.
@@ -220,165 +223,6 @@ class ConceptCollator:
         return every, batch | {name: torch.tensor(ids) for name, ids in told.items()}
 
 
-# ---- inputs ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _TextEncoder:
-    """Tokenises strings, or lists of words."""
-
-    tokenizer: PreTrainedTokenizerBase
-    columns: list[str]
-    max_length: int | None
-    split_into_words: bool
-    label_subwords: str
-
-    def __post_init__(self) -> None:
-        self.unit = "words" if self.split_into_words else None
-        backend = getattr(self.tokenizer, "backend_tokenizer", None) if self.tokenizer.is_fast else None
-        steps = []
-        if self.split_into_words and backend is not None and backend.pre_tokenizer is not None:
-            state = json.loads(backend.pre_tokenizer.__getstate__())
-            steps = state.get("pretokenizers", [state])
-        # Whether ["the", "boat"] is read as "theboat", as by byte-level tokenizers (GPT-2).
-        prefixes = [step.get("add_prefix_space", False) for step in steps if step.get("type") == "ByteLevel"]
-        self.glues_words = bool(prefixes) and not any(prefixes)
-
-    def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
-        texts = [self._text(row) for row in rows]
-        spaced = texts
-        if self.glues_words:
-            spaced = [[word if index == 0 else f" {word}" for index, word in enumerate(text)] for text in texts]
-        encoding = self.tokenizer(
-            spaced,
-            is_split_into_words=self.split_into_words,
-            truncation=self.max_length is not None or self.tokenizer.model_max_length < _NO_LIMIT,
-            max_length=self.max_length,
-            padding=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        inputs = {name: value for name, value in encoding.items() if isinstance(value, Tensor)}
-        _refuse_rows_without_tokens(inputs["attention_mask"], texts)
-        if pairs and self.tokenizer.is_fast:
-            inputs["concept_words"] = words_of_tokens(encoding, texts, pairs)
-        if not (self.split_into_words and self.tokenizer.is_fast):
-            return inputs, []
-        owners = [list(encoding.word_ids(index)) for index in range(len(rows))]
-        if self.label_subwords == "first":
-            owners = [
-                [word if word != before else None for word, before in zip(row, [None, *row], strict=False)]
-                for row in owners
-            ]
-        return inputs, owners
-
-    def _text(self, row: Row) -> Any:
-        text = _plain(row[self.columns[0]])
-        is_list = isinstance(text, list) and all(isinstance(word, str) for word in text)
-        if is_list if self.split_into_words else isinstance(text, str):
-            return text
-        expected = "a list of words" if self.split_into_words else "a string"
-        raise ValueError(
-            f"column {self.columns[0]!r} holds {text!r} where the first row holds {expected}: filter such rows out or "
-            f"bring them into the same form."
-        )
-
-
-@dataclass
-class _TokenisedEncoder:
-    """Pads columns that a tokenizer has already written."""
-
-    tokenizer: PreTrainedTokenizerBase
-    columns: list[str]
-    unit: str | None = "tokens"
-
-    def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
-        columns = {name: [_plain(row[name]) for row in rows] for name in self.columns}
-        inputs = dict(self.tokenizer.pad(columns, padding=True, return_attention_mask=True, return_tensors="pt"))
-        _refuse_rows_without_tokens(inputs["attention_mask"], columns["input_ids"])
-        owners: Owners = []
-        for ids in columns["input_ids"]:
-            padding = [None] * (inputs["input_ids"].shape[1] - len(ids))
-            left = self.tokenizer.padding_side == "left"
-            owners.append([*padding, *range(len(ids))] if left else [*range(len(ids)), *padding])
-        return inputs, owners
-
-
-@dataclass
-class _PixelEncoder:
-    """Stacks images: as they are, or run through an image processor first."""
-
-    columns: list[str]
-    processor: BaseImageProcessor | None = None
-    unit: str | None = None
-
-    def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
-        images = [row[self.columns[0]] for row in rows]
-        if self.processor is not None:
-            return {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}, []
-        arrays = [torch.as_tensor(np.asarray(image)) for image in images]
-        shapes = {tuple(array.shape) for array in arrays}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"column {self.columns[0]!r} holds images of different shapes {sorted(shapes)} in one batch: run them "
-                f"through the model's image processor, which resizes them, or set batch_size=1."
-            )
-        return {"pixel_values": torch.stack(arrays)}, []
-
-
-_Encoder = _TextEncoder | _TokenisedEncoder | _PixelEncoder
-
-
-def _choose_encoder(
-    first: Row, tokenizer: Any, text_column: str, max_length: int | None, label_subwords: str
-) -> _Encoder:
-    if "input_ids" in first:
-        _check_tokenizer(tokenizer, max_length)
-        if max_length is not None:
-            raise ValueError(
-                f"max_length={max_length} has no effect on a data set that is already tokenised (it has a column "
-                f"'input_ids'): give max_length to the tokenizer when you tokenise, or remove that column."
-            )
-        known = dict.fromkeys(["input_ids", "attention_mask", "token_type_ids", *tokenizer.model_input_names])
-        return _TokenisedEncoder(tokenizer, [name for name in known if name in first])
-    if "pixel_values" in first:
-        return _PixelEncoder(["pixel_values"])
-    _require_column(first, text_column, "text_column")
-    if isinstance(tokenizer, BaseImageProcessor):
-        return _PixelEncoder([text_column], tokenizer)
-    _check_tokenizer(tokenizer, max_length)
-    text = _plain(first[text_column])
-    if not isinstance(text, str | list):
-        raise ValueError(
-            f"text_column={text_column!r} holds {text!r} in the first row: it must hold strings or lists of words, or "
-            f"images together with an image processor. Filter rows without a text out of dataset."
-        )
-    return _TextEncoder(tokenizer, [text_column], max_length, isinstance(text, list), label_subwords)
-
-
-def _check_tokenizer(tokenizer: Any, max_length: int | None) -> None:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        hint = "pass processor.tokenizer" if hasattr(tokenizer, "tokenizer") else "load it with AutoTokenizer"
-        raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}: {hint}.")
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            f"tokenizer {type(tokenizer).__name__} has no padding token, so rows of different lengths cannot share a "
-            f"batch: set tokenizer.pad_token = tokenizer.eos_token first."
-        )
-    special = tokenizer.num_special_tokens_to_add()
-    if max_length is not None and max_length <= special:
-        raise ValueError(
-            f"max_length={max_length} leaves no room for text beside the {special} special tokens that the tokenizer "
-            f"adds: raise it to {special + 1} or more."
-        )
-
-
-def _refuse_rows_without_tokens(attention_mask: Tensor, sources: Sequence[Any]) -> None:
-    empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"the row with input {sources[empty[0]]!r} has no tokens: filter empty rows out of dataset.")
-
-
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -387,7 +231,7 @@ class _LabelReader:
     """Reads the labels of a batch in the one form that was found in the first row."""
 
     column: str
-    encode: _Encoder
+    encode: Encoder
     form: Literal["rows", "tokens", "values"]
     names: tuple[str, ...] | None
     """Class names by id, or the names of the dimensions."""
@@ -398,11 +242,11 @@ class _LabelReader:
         self.id_of = {name: index for index, name in enumerate(self.names or ())}
 
     def __call__(self, rows: Sequence[Row], owners: Owners) -> Tensor:
-        values = [_plain(row[self.column]) for row in rows]
+        values = [plain(row[self.column]) for row in rows]
         if self.form == "values":
             return self._values(values)
         if self.form == "tokens":
-            counts = [len(_plain(row[self.encode.columns[0]])) for row in rows]
+            counts = [len(plain(row[self.encode.columns[0]])) for row in rows]
             return torch.tensor([self._token_ids(*row) for row in zip(values, owners, counts, strict=True)])
         ids = [self._class_id(value) for value in values]
         if IGNORED in ids:
@@ -460,10 +304,10 @@ class _LabelReader:
 
 
 def _choose_label_reader(
-    dataset: Dataset | IterableDataset, first: Any, column: str, labels: Sequence[str] | None, encode: _Encoder
+    dataset: Dataset | IterableDataset, first: Any, column: str, labels: Sequence[str] | None, encode: Encoder
 ) -> _LabelReader:
     """Decide from the first row's label, and from the declared feature, how the column is to be read."""
-    feature, value = (dataset.features or {}).get(column), _plain(first)
+    feature, value = (dataset.features or {}).get(column), plain(first)
     per_token = isinstance(value, list)
     element = next((item for item in value if item is not None), None) if per_token else value
     if isinstance(element, float):
@@ -477,7 +321,7 @@ def _choose_label_reader(
             f"label_column={column!r} holds one list of classes a row ({str(value)[:60]}), but the inputs are not "
             f"split into words: let text_column hold lists of words, or give multi-label concepts as floats."
         )
-    if per_token and isinstance(encode, _TextEncoder) and not encode.tokenizer.is_fast:
+    if per_token and isinstance(encode, TextEncoder) and not encode.tokenizer.is_fast:
         raise ValueError(
             f"tokenizer {type(encode.tokenizer).__name__} cannot say which word a subword comes from (it has no "
             f"word_ids), which the labels in column {column!r} need: load a fast tokenizer, or tokenise yourself and "
@@ -495,7 +339,7 @@ def _choose_label_reader(
             )
         found: set[str] = set()
         for batch in dataset.select_columns([column]).iter(batch_size=1000):
-            for label in _plain(batch[column]):
+            for label in plain(batch[column]):
                 found.update(label if isinstance(label, list) else [label])
         names = tuple(sorted(name for name in found if name is not None))
     return _LabelReader(column, encode, "tokens" if per_token else "rows", names, stored)
@@ -520,7 +364,7 @@ class NumberedColumn:
                 f"the values of {argument}={column!r} cannot be listed ahead of a stream: give it a feature that does, "
                 f"dataset.cast_column({column!r}, ClassLabel(names=[…]))."
             )
-        found = {_plain(value) for batch in dataset.select_columns([column]).iter(1000) for value in batch[column]}
+        found = {plain(value) for batch in dataset.select_columns([column]).iter(1000) for value in batch[column]}
         if unfit := [value for value in found if not isinstance(value, str | int)]:
             raise ValueError(f"{argument}={column!r} holds {unfit[0]!r}: give every row a string or an int there.")
         values = sorted(found, key=lambda value: (isinstance(value, str), value))
@@ -528,7 +372,7 @@ class NumberedColumn:
 
     def __call__(self, rows: Sequence[Row]) -> Tensor:
         """The ids of rows, `(rows,)` int64."""
-        return torch.tensor([self.ids[_plain(row[self.column])] for row in rows])
+        return torch.tensor([self.ids[plain(row[self.column])] for row in rows])
 
 
 def _choose_counterfactuals(
@@ -540,7 +384,7 @@ def _choose_counterfactuals(
     if column is not None and words is not None:
         raise ValueError("counterfactual_column and counterfactual_words both say what a counterfactual is: give one.")
     encode = collate.encode
-    if isinstance(encode, _TokenisedEncoder) or (words is not None and isinstance(encode, _PixelEncoder)):
+    if isinstance(encode, TokenisedEncoder) or (words is not None and isinstance(encode, PixelEncoder)):
         raise ValueError(
             "the data set is already tokenised, or has no text, so that there are no words to exchange and no other "
             "text to encode: remove the column 'input_ids', and let text_column hold the text."
@@ -589,22 +433,6 @@ def _check_options(batch_size: int, max_length: int | None, label_subwords: str,
         raise TypeError(f"labels must be a list of class names, such as ['female', 'male'], got {labels!r}.")
     if labels is not None and (not labels or len(set(labels)) != len(labels)):
         raise ValueError(f"labels must name every class once, got {list(labels)}.")
-
-
-def _require_column(first: Row, name: str, argument: str) -> None:
-    if name not in first:
-        raise ValueError(
-            f"{argument}={name!r} is not a column of dataset, which has {sorted(first)}: name one of these."
-        )
-
-
-def _plain(value: Any) -> Any:
-    """The Python value behind a tensor, an array or a NumPy scalar, whichever format the data set hands out."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def origin_of(dataset: Any, columns: str) -> dict[str, Any]:

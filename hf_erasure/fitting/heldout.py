@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
 from hf_erasure.models.model import evaluating, inputs_of, on_cpu
 
-from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled, without_counterfactuals
+from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled
 from .layouts import observed, visit_of
+from .pairs import without_counterfactuals
 from .processes import Processes
 from .report import SiteReport
 from .sites import FitTask, task_for
@@ -75,7 +76,7 @@ def measure(
             measurement.look_at(labels)
             shown.update(labels.rows)
             hashes = hashes_of(labels.batch)
-            hashes = hashes if labels.pairs is None else hashes[(labels.pairs < 0).numpy()]
+            hashes = hashes if labels.pairs is None else hashes[labels.pairs.is_text.numpy()]
             own.add(hashes)
             fitted += 0 if fitted_on is None else fitted_on.count(hashes)
     measurement.pool(processes)
@@ -145,7 +146,7 @@ class _Measurement:
             self.environments |= set(environments.tolist())
             drawn = self._coins[environments // 2 % _MOST_PAIRS] ^ (environments % 2)
         if labels.pairs is not None:  # a text and its counterfactual are in one half
-            drawn = torch.where(labels.pairs < 0, drawn, drawn[labels.pairs.clamp_min(0)])
+            drawn = torch.where(labels.pairs.is_text, drawn, drawn[labels.pairs.text_of.clamp_min(0)])
 
         def see(erased: bool, site: str, hidden: Tensor) -> Tensor:
             called[erased, site] += 1

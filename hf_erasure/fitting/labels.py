@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments
@@ -26,10 +25,8 @@ from hf_erasure.models.layout import FRAMES, Axes
 from hf_erasure.models.model import inputs_of, on_cpu
 
 from .layouts import Layouts, is_of_numbers, is_of_pairs, pairs_of, site_of, visit_itself
+from .pairs import Pairs, ids_in
 from .processes import Processes
-
-# What a batch says of its pairs of texts and counterfactuals.
-_OF_PAIRS = ("concept_pairs", "concept_pair_labels", "concept_words")
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ class SiteStatistics:
         """Add the activation of a batch at one visit of a site."""
         activation, selection = labels.select(hidden, key)
         self.update(key, activation, selection)
-        if selection.compared is not None:
-            self._add_pairs(pairs_of(key), activation, *labels.differences(activation, selection.compared))
+        if selection.compared is not None and labels.pairs is not None:
+            self._add_pairs(pairs_of(key), activation, *labels.pairs.differences(activation, selection.compared))
 
     def _add_pairs(self, key: str, activation: Tensor, differences: Tensor, z: Tensor) -> None:
         """Add differences within pairs, each both ways, so that their mean is zero and nothing is centred away."""
@@ -186,8 +183,8 @@ class Source(SiteStatistics):
                 (self.covered if labels.covers(site) else self.uncovered).add(site)
             others = 0
             if labels.pairs is not None:
-                others, self.is_paired = int((labels.pairs >= 0).sum()), True
-                mask = mask[(labels.pairs < 0).to(mask.device)] if isinstance(mask, Tensor) else None
+                others, self.is_paired = len(labels.pairs), True
+                mask = mask[labels.pairs.is_text.to(mask.device)] if isinstance(mask, Tensor) else None
             self.pairs += others
             self.examples += labels.rows - others
             self.tokens += int(mask.sum()) if isinstance(mask, Tensor) else labels.rows - others
@@ -263,9 +260,7 @@ class BatchLabels:
         self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
         inputs = (value for value in inputs_of(batch).values() if isinstance(value, Tensor) and value.dim())
         self.rows: int = len(next(inputs, ()))  # The number of sequences.
-        # Of each row the one that it is the counterfactual of, −1 for a text; and the classes of both.
-        self.pairs: Tensor | None = None
-        self._pair_labels = torch.zeros(0, device="cpu")
+        self.pairs: Pairs | None = None  # Which of the rows are counterfactuals of which; None where none can be.
         self._labels: Tensor | None = None
         self._by_token = self._by_class = False
         self._selections: dict[tuple[Any, ...], Selection] = {}
@@ -274,12 +269,15 @@ class BatchLabels:
             self._by_token = self._labels.dim() == (2 if self._by_class else 3)
             self._check(self._labels, source.concept.z_dim)
             if "concept_pairs" in batch:
-                self.pairs, self._pair_labels = (self._ids(name) for name in ("concept_pairs", "concept_pair_labels"))
-                self._check_pairs(self.pairs, self._pair_labels, source.concept.z_dim)
+                if not self._by_class or self._by_token:
+                    raise ValueError(
+                        "concept_pairs are for classes of whole texts: give ConceptErasureConfig(labels=[…])."
+                    )
+                self.pairs = Pairs.of_batch(batch, self.rows, source.concept.z_dim)
             if source.is_fitted and (strata := source.strata).size > strata.classes:
                 shape = (-1, 1) if self._by_token else (-1,)
                 apart = ("concept_environments", strata.environments), ("concept_kept", strata.kept)
-                ids = [self._ids(name, count).view(shape) if count > 1 else 0 for name, count in apart]
+                ids = [ids_in(batch, name, self.rows, count).view(shape) if count > 1 else 0 for name, count in apart]
                 self._labels = strata.ids(self._labels, *ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -367,96 +365,16 @@ class BatchLabels:
         if z is not None and self._by_class:
             counted = counted & (z != IGNORED)
         compared = None
-        if self.pairs is not None and bool((self.pairs >= 0).any()):
-            compared = self._compared(real, of_tokens, side, where)
+        if self.pairs:
+            compared = self.pairs.compared(real, of_tokens, side, self._pool, where)
         every = (counted, real, z, weight, compared)
         return Selection(*(None if t is None else t.to(device) for t in every))  # type: ignore[arg-type]
-
-    def _compared(self, real: Tensor, of_tokens: slice, side: str | None, where: str) -> Tensor:
-        """`(batch, seq)` int64: positions of one number are compared; of a whole text, or word by word."""
-        if self._pool != "tokens":
-            return torch.where(pooling.counted(real, self._pool), 0, -1)
-        words = self.batch.get("concept_words")
-        if side == "" and isinstance(words, Tensor):
-            found = torch.full(real.shape, -1, device="cpu")
-            found[:, of_tokens] = torch.where(real[:, of_tokens], words.cpu(), -1)
-            return found
-        texts, others = self._paired()
-        lengths = real.sum(1)
-        if not torch.equal(lengths[texts], lengths[others]):
-            raise ValueError(
-                f"A text and its counterfactual have different numbers of positions at {where!r}, and which of them "
-                "are counterparts is not known: load a fast tokenizer, which tells the words of tokens, or compare "
-                "whole texts, pool='mean'."
-            )
-        return torch.where(real, real.cumsum(1) - 1, -1)
-
-    def differences(self, activation: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
-        """Texts less their counterfactuals.
-
-        Args:
-            activation: `(batch, seq, …, width)`.
-            compared: `(batch, seq)`, as a selection has it.
-
-        Returns:
-            `(differences, width)` in the dtype of the activation, at least float32; and `(differences, classes)` the
-            class of the text, as one, less that of the counterfactual.
-        """
-        rows, numbers, chosen = len(compared), int(compared.max()) + 1, compared >= 0
-        places = (compared + torch.arange(rows, device=compared.device)[:, None] * numbers)[chosen]
-        flat = activation.flatten(2)[chosen].double()
-        sums = flat.new_zeros(rows * numbers, flat.shape[1]).index_add_(0, places, flat)
-        counts = torch.bincount(places, minlength=rows * numbers)
-        means = (sums / counts.clamp_min(1)[:, None]).view(rows, numbers, *activation.shape[2:])
-        texts, others = (places.to(compared.device) for places in self._paired())
-        there = counts.view(rows, numbers) > 0
-        both = there[texts] & there[others]
-        found = (means[texts] - means[others])[both]
-        classes = one_hot(self._pair_labels.clamp_min(0), self.source.strata.classes).to(compared.device)
-        z = (classes[texts] - classes[others]).double()[:, None].expand(-1, numbers, -1)[both]
-        heads = found[0].numel() // found.shape[-1] if len(found) else 1
-        found = found.reshape(-1, found.shape[-1]).to(torch.promote_types(activation.dtype, torch.float32))
-        return found, z.repeat_interleave(heads, 0)
 
     @property
     def environments(self) -> Tensor | None:
         """`(rows,)` ids of the environments of the rows; None where the batch names none."""
-        return self._ids("concept_environments") if "concept_environments" in self.batch else None
-
-    def _paired(self) -> tuple[Tensor, Tensor]:
-        """The rows that are texts with a counterfactual, and those of the counterfactuals."""
-        pairs = torch.zeros(0, device="cpu") if self.pairs is None else self.pairs
-        others = (pairs >= 0).nonzero().flatten()
-        return pairs[others], others
-
-    def _ids(self, name: str, count: int | None = None) -> Tensor:
-        """Ids of the rows that stand beside the labels, on the CPU; below `count` where one is given."""
-        given = self.batch.get(name)
-        ids = torch.as_tensor([] if given is None else given, device="cpu")
-        if ids.shape != (self.rows,) or ids.is_floating_point():
-            raise ValueError(
-                f"{name} must hold one id for each of the {self.rows} rows, as concept_dataloader makes them; got "
-                f"{'nothing' if given is None else f'{ids.dtype} of shape {tuple(ids.shape)}'}."
-            )
-        if count is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
-            raise ValueError(
-                f"{name} hold ids from {int(ids.min())} to {int(ids.max())}: they must be 0 to {count - 1}."
-            )
-        return ids.long()
-
-    def _check_pairs(self, pairs: Tensor, labels: Tensor, classes: int) -> None:
-        others = pairs >= 0
-        if bool((pairs >= self.rows).any()) or bool((pairs[pairs[others]] >= 0).any()):
-            raise ValueError("concept_pairs must name a row of the same batch that is a text, or be -1 for a text.")
-        if not self._by_class or self._by_token:
-            raise ValueError("concept_pairs are for classes of whole texts: give ConceptErasureConfig(labels=[…]).")
-        own, toward = labels[pairs[others]], labels[others]
-        both = torch.stack([own, toward])
-        if bool(((both < 0) | (both >= classes)).any() or (own == toward).any()):
-            raise ValueError(
-                f"concept_pair_labels must hold two of the {classes} classes of the adapter for each pair, those of a "
-                f"text and of its counterfactual; got {own.tolist()[:4]} and {toward.tolist()[:4]}."
-            )
+        name = "concept_environments"
+        return ids_in(self.batch, name, self.rows) if name in self.batch else None
 
     def _check(self, labels: Tensor, z_dim: int) -> None:
         of = f"concept_labels of {labels.dtype} and shape {tuple(labels.shape)}"
@@ -525,20 +443,6 @@ def strata_of(concept: ConceptErasureConfig) -> Strata:
     """How an erasure numbers its classes, its environments where it erases within each, and what it keeps."""
     environments = len(concept.environments or ()) if concept.environment_rank else 1
     return Strata(concept.z_dim, environments or 1, len(concept.kept or ()) or 1)
-
-
-def without_counterfactuals(batch: Any) -> Any:
-    """A batch without the counterfactuals of texts that have labels of their own; other batches as they are."""
-    if not isinstance(batch, Mapping) or "concept_pairs" not in batch:
-        return batch
-    texts = torch.as_tensor(batch["concept_pairs"], device="cpu") < 0
-    if bool((label_tensor(batch)[~texts] != IGNORED).any()):  # the pairs are all the labels that there are
-        return batch
-    told = {name: value for name, value in batch.items() if name not in _OF_PAIRS}
-    return {
-        name: value[texts] if isinstance(value, Tensor) and value.dim() and len(value) == len(texts) else value
-        for name, value in told.items()
-    }
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:
