@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from .adapters import saved_tensors, saving
+from .adapters import saving
 from .adapters.common import acting, tuner
 from .adapters.internals import Internal, check_internals, installed
 from .adapters.loading import load
@@ -64,7 +64,7 @@ def _of_peft() -> tuple[Patch, ...]:
             "peft.utils.save_and_load",
             "get_peft_model_state_dict",
             ("model", "state_dict", "adapter_name"),
-            wrapper=saved_tensors.adapter_state_dict,
+            wrapper=saving.adapter_state_dict,
             also=("peft", "peft.utils", "peft.peft_model", "peft.functional"),
         ),
         # Another method wraps modules on which children hang, which then do not see what it adds.

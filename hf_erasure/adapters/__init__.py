@@ -16,8 +16,7 @@ from .gradiend.state import (
     steer,
     targeted_parameters,
 )
-from .merging.export import LoraExport, export_to_lora
-from .merging.sentences import export_to_sentence_transformers
+from .merging.export import LoraExport, export_to_lora, export_to_sentence_transformers
 from .verification import Verification, verify_adapter
 
 register("concept_erasure", ConceptErasureConfig, ConceptErasureModel)

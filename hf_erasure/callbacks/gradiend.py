@@ -62,11 +62,7 @@ class GradiendCallback(LoggingCallback):
         self._guard: _Guard | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Find the adapter, and the weights that are trained and that it knows.
-
-        Raises:
-            ValueError: If the adapter cannot do what is asked, or the training touches none of its weights.
-        """
+        """Find the adapter, and the weights that are trained and that it knows; refused where it cannot do it."""
         super().on_train_begin(args, state, control, model=model)
         if is_sharded():
             raise ValueError(

@@ -21,7 +21,7 @@ from hf_erasure.adapters.common.config import ChildConfig, Provenance
 from hf_erasure.adapters.common.model_state import auxiliary_wrappers
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.merging.export import model_class
-from hf_erasure.adapters.saved_tensors import digest_of, digest_of_data
+from hf_erasure.adapters.saving import digest_of, digest_of_data
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.models import POOLS
 from hf_erasure.models.dummy import dummy_batch

@@ -202,8 +202,7 @@ def kept_quiet(where: Path, write: Callable[..., WrittenCard], *args: Any, **kwa
 def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what: str) -> WrittenCard:
     """Make the card of a checkpoint that an adapter (a folder, or its name on the Hub) was merged into.
 
-    `model` is the base, a folder or its name on the Hub; `what` says what was merged, in a sentence. Raises
-    `ValueError` if there is no adapter of ours.
+    `model` is the base, a folder or its name on the Hub; `what` says what was merged, in a sentence.
     """
     folder = Path(folder)
     config = PeftConfig.from_pretrained(str(adapter))

@@ -13,7 +13,7 @@ from hf_erasure.adapters.common.config import TOLD, ChildConfig, Provenance
 from hf_erasure.adapters.common.files import CONFIG, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.adapters.loading.fingerprint import unlike
-from hf_erasure.adapters.saved_tensors import digest_of
+from hf_erasure.adapters.saving import digest_of
 from hf_erasure.fitting.report import concept_of_config
 from hf_erasure.models.pooling import IN_WORDS
 

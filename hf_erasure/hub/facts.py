@@ -18,7 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig
 from hf_erasure.adapters.common.config import TESTED_ON, TOLD, ChildConfig, ChosenEdit, Provenance
-from hf_erasure.adapters.saved_tensors import digest_of_data
+from hf_erasure.adapters.saving import digest_of_data
 from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
 from hf_erasure.models.scorer import FINAL

@@ -49,15 +49,11 @@ _LONGEST = 400
 
 
 class PushError(OSError):
-    """A push that failed. What the client itself said is its `__cause__`.
-
-    Attributes:
-        status: The HTTP status; None where there was no answer.
-    """
+    """A push that failed. What the client itself said is its `__cause__`."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status = status  # of HTTP; None where there was no answer
 
 
 @contextmanager

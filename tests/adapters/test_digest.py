@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig
-from hf_erasure.adapters.saved_tensors import digest_of
+from hf_erasure.adapters.saving import digest_of
 
 LEFT, RIGHT = "layers.0.norm.concept_erasure_left", "layers.1.norm.concept_erasure_left"
 CONFIG = ConceptErasureConfig(labels=["a", "b"])

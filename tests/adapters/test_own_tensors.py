@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from hf_erasure.adapters.common.files import PREFIX
 from hf_erasure.adapters.common.layer import adapter_children
-from hf_erasure.adapters.saved_tensors import own_tensors
-from hf_erasure.callbacks.checkpoints import save_adapters
+from hf_erasure.adapters.saving import own_tensors
+from hf_erasure.callbacks.trainer import save_adapters
 from tests.lifecycle.verbs import OF, OURS, base, outputs
 from tests.small_models import same
 

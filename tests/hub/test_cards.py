@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig, GradiendConfig, combine_adapters, fit_concept_erasure
 from hf_erasure.adapters.common.config import RECIPE, TESTED_ON
-from hf_erasure.adapters.saved_tensors import digest_of
+from hf_erasure.adapters.saving import digest_of
 from hf_erasure.cli import app
 from hf_erasure.hub import describe, describe_folder, export_to_lora, write_card
 from hf_erasure.hub.cards import config_in, merged, updated

@@ -288,7 +288,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     if id(base) in _UNDONE.get():  # the outer block undoes all
         yield
         return
-    is_new = is_new or adapter_name not in configs_of(model)
+    is_new = is_new or adapter_name not in (getattr(model, "peft_config", None) or {})
     loaded, trained_copies = getattr(model, "_hf_peft_config_loaded", None), ActiveCopies(model)
     modules = [(module, module.training) for module in model.modules()]
     active = [(module, module._active_adapter) for module, _ in modules if isinstance(module, BaseTunerLayer)]

@@ -435,7 +435,12 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
     line = [function]
     for each in line:
         for code in _codes(each.__code__):
-            found.update(_attributes(code))
+            line_of = list(dis.get_instructions(code))
+            for before, read, after in zip([None, *line_of], line_of, [*line_of[1:], None], strict=False):
+                if _is_attribute(read) and not (_is_attribute(after) and after.argval in _NO_VALUES):
+                    found.add((_holder(before), read.argval))
+            if "getattr" in code.co_names:
+                found.update((ANY, value) for value in code.co_consts if isinstance(value, str))
             # Not into PyTorch: it knows no module but its own, and those are looked at where they are.
             called = [each.__globals__.get(name) for name in code.co_names]
             known = [f for f in called if isinstance(f, FunctionType) and f.__module__.partition(".")[0] != "torch"]
@@ -452,15 +457,6 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _codes(inner)
-
-
-def _attributes(code: CodeType) -> Iterator[Read]:
-    instructions = list(dis.get_instructions(code))
-    for before, instruction, after in zip([None, *instructions], instructions, [*instructions[1:], None], strict=False):
-        if _is_attribute(instruction) and not (_is_attribute(after) and after.argval in _NO_VALUES):
-            yield _holder(before), instruction.argval
-    if "getattr" in code.co_names:
-        yield from ((ANY, value) for value in code.co_consts if isinstance(value, str))
 
 
 def _is_attribute(instruction: dis.Instruction | None) -> TypeGuard[dis.Instruction]:

@@ -32,11 +32,7 @@ class StoredFeature:
 
 
 def targeted_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """The parameters that an adapter changes, by their full names without wrappers; a tied weight comes once.
-
-    Raises:
-        ValueError: If the model has no GRADIEND adapter of that name.
-    """
+    """The parameters that an adapter changes, by their full names without wrappers; a tied weight comes once."""
     layers, _ = _adapter(model, adapter_name, fitted=False, unmerged=False)
     return {name: layer.parameter(own) for name, layer, own in _places(layers, adapter_name)}
 
@@ -57,19 +53,10 @@ def stated_bytes(model: nn.Module, adapter_name: str) -> int:
 def set_features(
     model: nn.Module, adapter_name: str, features: Sequence[Feature], pairs: Sequence[tuple[str, str]]
 ) -> None:
-    """Give an adapter its features, pruned to the `density` of its configuration.
+    """Give an adapter its features, pruned to the `density` of its configuration, or refuse them and change nothing.
 
-    The adapter does not act before `steer` has given it a learning rate, unless its configuration has one.
-
-    Args:
-        model: The model with the adapter, bare or wrapped in a `PeftModel`.
-        adapter_name: The adapter.
-        features: One for each pair; their blocks are named as in `targeted_parameters`, and may be some of these.
-        pairs: The classes at +1 and −1 of each feature.
-
-    Raises:
-        ValueError: If the adapter is merged, or features and pairs do not fit each other, the configuration or the
-            model. Nothing has changed then.
+    The blocks of a feature, one for each pair of classes at +1 and −1, are named as in `targeted_parameters`, and
+    may be some of these. The adapter acts when `steer` has given it a learning rate, or its configuration has one.
     """
     layers, config = _adapter(model, adapter_name, fitted=False)
     parameters = targeted_parameters(model, adapter_name)
@@ -123,11 +110,7 @@ def set_features(
 
 
 def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
-    """The features of a fitted adapter, one for each pair of classes; tensors are the adapter's own.
-
-    Raises:
-        ValueError: If there is not such an adapter, or it was never fitted.
-    """
+    """The features of a fitted adapter, one for each pair of classes; tensors are the adapter's own."""
     layers, config = _adapter(model, adapter_name, unmerged=False)
     places = list(_places(layers, adapter_name))
     shapes = {name: layer.parameter(own).shape for name, layer, own in places}
@@ -153,23 +136,14 @@ def features_of(model: nn.Module, adapter_name: str) -> list[StoredFeature]:
     return features
 
 
-def steer(
-    model: nn.Module,
-    adapter_name: str,
-    *,
-    feature_factor: float | None = None,
-    learning_rate: float | None = None,
-    pair: Sequence[str] | None = None,
-) -> None:
+def steer(model: nn.Module, adapter_name: str, **strengths: Any) -> None:
     """Say how an adapter changes the weights: `W + learning_rate · (feature_factor · Wd + bd)`.
 
-    In place: compiled code stays valid, unless a learning rate of 0 is left or entered. What is not given stays.
-
-    Raises:
-        ValueError: If the adapter is not fitted, is merged, or a value cannot be used. Nothing has changed then.
+    `strengths` are `feature_factor`, `learning_rate` and the `pair` of classes that acts; what is not given stays. In
+    place: compiled code stays valid, unless a learning rate of 0 is left or entered. A refusal changes nothing.
     """
     layers, config = _adapter(model, adapter_name)
-    steered = _steered(config, feature_factor, learning_rate, pair)
+    steered = _steered(config, **strengths)
     for field in ("feature_factor", "learning_rate", "pair"):
         setattr(config, field, getattr(steered, field))
     for layer in layers.values():
@@ -182,10 +156,7 @@ def edited(model: nn.Module, adapter_name: str, **strengths: Any) -> Iterator[No
 
     `strengths` are those of `steer`; what is not given is taken from the configuration, which stays as it is. The
     adapter itself does not act meanwhile, others do as they did. Afterwards the weights are as they were, to the bit;
-    of a sparse edit only the entries that change are read and written.
-
-    Raises:
-        ValueError: If the adapter is not fitted or is merged, or a weight is quantised or offloaded.
+    of a sparse edit only the entries that change are read and written. Quantised and offloaded weights are refused.
     """
     layers, config = _adapter(model, adapter_name)
     steering = strength(_steered(config, **strengths))
@@ -209,9 +180,6 @@ def kept_share(model: nn.Module, adapter_name: str, **strengths: Any) -> float:
 
     It is the length of the rounded edit along the wanted one. In bfloat16 edits far below the spacing of a weight's
     values vanish, so that a small learning rate may do nothing. `strengths` are as of `edited`.
-
-    Raises:
-        ValueError: If the adapter is not fitted, or is merged already.
     """
     layers, config = _adapter(model, adapter_name)
     steering = strength(_steered(config, **strengths))

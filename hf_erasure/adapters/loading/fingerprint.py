@@ -51,12 +51,7 @@ ANY_BASE = "HF_ERASURE_ANY_BASE"
 
 
 def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
-    """Sample the weights at and around the modules of these names.
-
-    Returns:
-        Parameter name → `{"shape", "dtype", "positions", "values"}`, for JSON; of a quantised one the shape and values
-        are those it stands for.
-    """
+    """Sample the weights at and around modules: parameter → `{"shape", "dtype", "positions", "values"}`, for JSON."""
     names = _telling_weights(model, sites)
     each = max(FEWEST, min(SAMPLES, TOTAL // max(1, len(names))))
     found: dict[str, Any] = {}

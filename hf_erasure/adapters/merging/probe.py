@@ -161,8 +161,11 @@ def trace_uses(
                 _note(graph, use, axis, here)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     fed: dict[int, set[str]] = {}
-    # A weight is taken by the products of which it is a factor, too.
-    elsewhere = {use.taken for use in graph.uses if not _is_factor(use)}
+    elsewhere = set()
+    for use in graph.uses:  # a weight is taken by the products of which it is a factor, too
+        own, made_by = use.taken.product, None if use.made is None or use.made.kind != "map" else use.made.product
+        if own is None or made_by is None or (own.owner, own.parameter) != (made_by.owner, made_by.parameter):
+            elsewhere.add(use.taken)
     for node in graph.nodes:
         if node.product is not None and (node.kind != "parameter" or node in elsewhere):
             weight = parameters.get(f"{node.product.owner}.{node.product.parameter}".lstrip("."))
@@ -200,12 +203,6 @@ def _note(graph: Graph, use: Use, axis: int, uses: Uses) -> None:
     else:
         weight = Weight(product.owner, product.parameter, product.reads)
         uses.weights += [weight] * (weight not in uses.weights)
-
-
-def _is_factor(use: Use) -> bool:
-    """Whether a product takes a weight as that."""
-    own, made = use.taken.product, None if use.made is None or use.made.kind != "map" else use.made.product
-    return own is not None and made is not None and (own.owner, own.parameter) == (made.owner, made.parameter)
 
 
 def why_not_foldable(
