@@ -244,7 +244,7 @@ def gradiend(name: str, *, quick: bool) -> None:
         def fit(low: bool = low, estimator: Any = estimator) -> None:
             for batch in pairs:
                 reader.accumulate(batch, "factual", estimator, 1 - 2 * int(batch.label or 0), low_memory=low)
-            feature = estimator.feature()
+            feature = estimator.feature(consume=True)
             feature.decoder.prune(DENSITY), feature.encoder.prune(DENSITY)
 
         def backward() -> None:

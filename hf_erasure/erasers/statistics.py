@@ -318,7 +318,7 @@ class Sums:
 def sum_rows(rows: Rows, z_dim: int) -> Sums:
     """Read the counted rows once, in float64, a chunk at a time."""
     ids, weight, width, device = rows.ids, rows.weight, rows.x.shape[1], rows.weight.device
-    total = float(weight.sum())
+    total, alike = float(weight.sum()), bool((weight == 1).all())
     centred = counts = None
     if rows.values is not None:
         mean_z = (rows.values * weight[:, None]).sum(0) / total
@@ -345,7 +345,8 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
             x -= pivot
         if centred is not None:
             cross.addmm_(x.T, centred[part])
-        x *= weight[part, None]
+        if not alike:
+            x *= weight[part, None]
         if ids is None:
             sums[0] += x.sum(0)
         else:
@@ -404,14 +405,15 @@ def centred_products(rows: Rows, mean: Tensor, dtype: torch.dtype | None = None)
     # sums they go to. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
     copied = rows.index is not None or rows.x.dtype != dtype or rows.x.device != device
     size = max(512, min(2048, width * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
-    centre, root = mean.to(dtype), rows.weight.sqrt().to(dtype)[:, None]
+    centre, root, alike = mean.to(dtype), rows.weight.sqrt().to(dtype)[:, None], bool((rows.weight == 1).all())
     products = PackedGram(width, device, dtype=dtype)
     buffer = torch.empty(min(size, rows.count), width, dtype=dtype, device=device)
     for start in range(0, rows.count, size):
         stop = min(start + size, rows.count)
         centred = buffer[: stop - start]
         torch.sub(rows.chunk(start, stop).to(device=device, dtype=dtype), centre, out=centred)
-        centred *= root[start:stop]
+        if not alike:
+            centred *= root[start:stop]
         for first, last, column in products.columns():
             column.addmm_(centred[:, :last].T, centred[:, first:last])
     largest = float(products.values[products.diagonal].max())

@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_erasure.models.model import TextTooLong
 
@@ -280,9 +279,9 @@ class Record(TorchDispatchMode):
             if self._plays and func._schema.name in _MOVING:
                 self.forget()
             if self._plays:
-                self._note(func, _tensors((args, kwargs)), result)
+                self._note(func, _tensors(args, kwargs), result)
             return result
-        given = _tensors((args, kwargs))
+        given = _tensors(args, kwargs)
         operation, results, results_in = self._entries[self._position]
         if operation != _operation(func, given):
             raise _Astray
@@ -410,8 +409,15 @@ def _operation(func: Any, given: list[Tensor]) -> int:
     return hash((func, *(tensor.shape for tensor in given)))
 
 
-def _tensors(given: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    """Those among the arguments of an operation, which are tensors, lists of such, and other things."""
+    found = []
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Tensor):
+            found.append(given)
+        elif isinstance(given, (list, tuple)):
+            found += [one for one in given if isinstance(one, Tensor)]
+    return found
 
 
 def _content(tensor: Tensor) -> Tensor | None:

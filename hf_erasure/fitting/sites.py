@@ -248,6 +248,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     rank = config.max_rank if config.rank is not None else config.max_rank * len(visits)
     # The two are the same map, and the means of classes are those of one visit.
     method = "orth" if len(visits) > 1 and config.method == "mean_projection" else config.method
+    beside: list[tuple[Tensor, int | None]] = []
     try:
         moments = labelled[0] if len(labelled) == 1 else joint_moments(labelled)
         spread = moments.spread()
@@ -257,14 +258,9 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
             eraser = Eraser(left=empty, right=empty.T.clone(), bias=None if is_linear else mean)
         else:
-            solving = partial(
-                moments.eraser,
-                method,
-                rank=rank,
-                background=background,
-                beside=_beside(sources, visits),
-                kept=torch.cat(kept, 1) if kept else None,
-            )
+            beside = _beside(sources, visits)
+            shared = torch.cat(kept, 1) if kept else None
+            solving = partial(moments.eraser, method, rank=rank, background=background, beside=beside, kept=shared)
             try:
                 eraser = solving(affine=not is_linear)
             except MeanIsErased:
@@ -274,13 +270,16 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
     acts = eraser.rank > 0
+    # The readings of an affine LEACE eraser of these rows have all that is in the correlations.
+    is_own = method == "leace" and background is None and len(labelled) == 1 and eraser.bias is not None
+    is_own = is_own and not kept and not beside
     line = SiteReport(
         site,
         width=eraser.x_dim,
         rank=eraser.rank,
         visits=len(visits),
         rows=spread.rows,
-        correlation_fit=max(float(part.canonical_correlations()[0]) for part in labelled) if acts else 0.0,
+        correlation_fit=max(_correlation(part, eraser if is_own else None) for part in labelled) if acts else 0.0,
         change_labelled=spread.change(eraser) if acts else 0.0,
     )
     dtype = torch.float64 if seen[0].dtypes[site] == torch.float64 else torch.float32
@@ -307,6 +306,17 @@ def _beside(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tu
                 roots.append(vectors * values.clamp_min(0).sqrt())
             found += [(torch.cat(roots, 1), concept.pair_rank * len(roots))] if roots else []
     return found
+
+
+def _correlation(part: ConceptMoments, eraser: Eraser | None) -> float:
+    """The largest canonical correlation; from what an eraser reads where that tells it, without solving again.
+
+    The readings of LEACE are uncorrelated with variance 1, in the shrunk covariance that both take.
+    """
+    if eraser is None:
+        return float(part.canonical_correlations()[0])
+    whitened = eraser.right.to(part.mean_z) @ part.cross_covariance @ whiten_concept(part.covariance_z)
+    return min(1.0, float(torch.linalg.matrix_norm(whitened, 2)))
 
 
 def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptErasureConfig) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import as_shapes, check_state, flat, pieces, require_finite
+from .blocks import as_shapes, check_state, dot, flat, pieces, require_finite
 from .features import Feature, FeatureDecoder, FeatureEncoder
 
 SIGNS = (1, -1)
@@ -179,34 +179,46 @@ class ClosedFormEstimator:
                 mean.copy_(state[f"{prefix}/{name}"])
         self.drop_batch()
 
-    def feature(self) -> Feature:
+    @torch.no_grad()
+    def feature(self, *, consume: bool = False) -> Feature:
         """The dense feature, in tensors of its own.
+
+        Args:
+            consume: Let go of the means block by block, so that no more is held than they took; the estimator cannot be
+                used afterwards.
 
         Raises:
             ValueError: If a sign was never seen, or the two classes' mean gradients are equal.
         """
         for part, prefix in PARTS.items():
-            if min(self._counts[part].values()) == 0:
+            if min(self._counts[part].values(), default=0) == 0:
                 raise ValueError(
                     f"No batch of sign {part[1]:+d} has added its {part[0]} ({prefix}): a feature needs batches of "
                     "both classes."
                 )
-        difference = {name: self._means["source", 1][name] - self._means["source", -1][name] for name in self.shapes}
-        everywhere, shapes = dict.fromkeys(self.shapes), dict(self.shapes)
-        reader = FeatureEncoder(difference, everywhere, shapes, activation="identity")
-        high, low = (
-            reader.encode({name: self._means["source", sign][name].view(shape) for name, shape in shapes.items()})
-            for sign in SIGNS
-        )
+        take = dict.pop if consume else dict.__getitem__
+        source, decoder, bias = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+        readings: dict[int, dict[str, float]] = {1: {}, -1: {}}
+        for name in self.shapes:
+            means = {sign: take(self._means["source", sign], name) for sign in SIGNS}
+            source[name] = means[1] - means[-1]
+            for sign, mean in means.items():
+                readings[sign][name] = dot(source[name], mean)
+            plus, minus = (take(self._means["target", sign], name) for sign in SIGNS)
+            decoder[name], bias[name] = (plus - minus).mul_(0.5), (plus + minus).mul_(0.5)
+        if consume:
+            self._counts = {part: {} for part in PARTS}
+        for found in readings.values():
+            require_finite(found)
+        high, low = (sum(readings[sign].values()) for sign in SIGNS)
         if not high > low:
             raise ValueError(
                 "The mean source gradients of the two classes are equal: there is nothing to read. Check that the "
                 "batches of the two signs differ."
             )
+        everywhere, shapes = dict.fromkeys(self.shapes), dict(self.shapes)
+        reader = FeatureEncoder(source, everywhere, shapes, activation="identity")
         encoder = replace(reader.centred(high, low), activation="tanh", unit_norm=True)
-        plus, minus = (self._means["target", sign] for sign in SIGNS)
-        decoder = {name: (plus[name] - minus[name]).mul_(0.5) for name in self.shapes}
-        bias = {name: (plus[name] + minus[name]).mul_(0.5) for name in self.shapes}
         return Feature(encoder, FeatureDecoder(decoder, bias, everywhere, shapes))
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
@@ -193,31 +195,43 @@ class LanguageModelling:
         texts = _neutral_texts(dataset, tokenizer, layout, feature_words, config, max_length, in_pieces=True)
         generator = random.Random(seed)
         draws = mask_draws if task in ("masked", "seq2seq") else 1
-        drawn = [(text.tokens, _chosen(text, task, mask_share, generator)) for _ in range(draws) for text in texts]
-        kept = [(tokens, places) for tokens, places in drawn if places or task == "classification"]
+        every = [(number, text) for _ in range(draws) for number, text in enumerate(texts)]
+        drawn = [(text.tokens, _chosen(text, task, mask_share, generator), number) for number, text in every]
+        kept = [entry for entry in drawn if entry[1] or task == "classification"]
         if not kept:
             raise PairError("no neutral text has a token that could be scored; write longer texts")
         kept.sort(key=lambda entry: len(entry[0]))
         chunks = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-        self.batches = [layout.padded([layout.predicting(*entry) for entry in chunk]) for chunk in chunks]
+        self.batches = [layout.padded([layout.predicting(*entry[:2]) for entry in chunk]) for chunk in chunks]
+        # The text, or piece of one, of each row.
+        self._texts = [torch.tensor([number for *_, number in chunk], device="cpu") for chunk in chunks]
         if task == "classification":
             with evaluating(reader.model):
                 self.batches = [replace(b, tokens=reader.logits(b).argmax(-1).cpu()) for b in self.batches]
 
     def score(self) -> dict[str, float]:
         """``{"loss": mean negative log-likelihood, "lms": language-modelling score}``; forward passes only."""
-        loss, hits, count = 0.0, 0, 0
+        return self.figures_of(self.by_text())
+
+    def figures_of(self, by_text: Tensor) -> dict[str, float]:
+        """The figures of `score` from those of single texts."""
+        loss, hits, count = by_text.sum(0).tolist()
+        by_hits = self.reader.task in ("masked", "classification")
+        return {"loss": loss / count, "lms": hits / count if by_hits else 1 / (1 + loss / count)}
+
+    def by_text(self) -> Tensor:
+        """`(texts, 3)` float64: negative log-likelihood, tokens that are right, and tokens, of each text or piece."""
+        found = torch.zeros(1 + max(int(own.max()) for own in self._texts), 3, dtype=torch.float64, device="cpu")
         with evaluating(self.reader.model):
-            for filled in self.batches:
+            for filled, texts in zip(self.batches, self._texts, strict=True):
                 logits = self.reader.logits(filled)
                 tokens = filled.tokens.to(logits.device)
-                for part, goal in in_float32(logits, tokens):
-                    loss += float(F.cross_entropy(part, goal, reduction="sum"))
-                hits += int((logits.argmax(-1) == tokens).sum())
-                count += len(tokens)
-        mean = loss / count
-        by_hits = self.reader.task in ("masked", "classification")
-        return {"loss": mean, "lms": hits / count if by_hits else 1 / (1 + mean)}
+                parts = in_float32(logits, tokens)
+                loss = torch.cat([F.cross_entropy(part, goal, reduction="none") for part, goal in parts])
+                hits = logits.argmax(-1) == tokens
+                each = torch.stack([loss.double(), hits.double(), torch.ones_like(loss).double()], 1).cpu()
+                found.index_add_(0, texts[filled.rows.cpu()], each)
+        return found[found[:, 2] > 0]
 
 
 def _chosen(text: NeutralText, task: str, share: float, generator: random.Random) -> list[int]:

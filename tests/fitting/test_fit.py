@@ -505,3 +505,29 @@ def test_groups_of_sites_need_batches_that_can_be_read_again(
     assert "give a list or a DataLoader in the place of an iterator" in caplog.text
     with pytest.raises(ValueError, match="gave 64 examples in one pass over them and 48 in the next"):
         fit(with_adapter(), DataLoader(_Stream(4, 3), batch_size=None))
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_every_site_is_solved_once(sequential: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[int] = []
+    cholesky = PackedGram.cholesky
+
+    def count(self: PackedGram, *args: Any) -> Tensor | None:
+        solved.append(self.dim)
+        return cholesky(self, *args)
+
+    monkeypatch.setattr(PackedGram, "cholesky", count)
+    model, batches = with_adapter(affine=True), small_batches("bert", 4)
+    report = fit_concept_erasure(model, batches, "no_gender", sequential=sequential, progress=False)
+    assert len(solved) == len(erasure_layers(model))
+    first = next(iter(erasure_layers(model)))
+    x, z = erased_rows_of(first, batches)
+    assert report[first].correlation_fit == pytest.approx(
+        float(ConceptMoments(32, 2).update(x, z).canonical_correlations()[0]), rel=1e-6
+    )
+
+
+def erased_rows_of(site: str, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Rows and labels of real positions at a site of the model without an adapter."""
+    x, z = erased_rows(copy.deepcopy(small_model("bert")), site, batches)
+    return x, z

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -240,3 +241,14 @@ def test_a_source_is_refused_where_it_does_not_fit():
         estimator.end_batch(1)
     estimator.drop_batch()
     add(estimator, gradients(1), gradients(2), 1)
+
+
+def test_a_feature_that_takes_the_means_is_the_same_and_holds_no_more() -> None:
+    estimator = fitted()
+    expected = estimator.feature()
+    means = [weakref.ref(mean) for part in estimator._means.values() for mean in part.values()]
+    found = estimator.feature(consume=True)
+    assert same_feature(found, expected)
+    assert all(mean() is None for mean in means)
+    with pytest.raises(ValueError, match="No batch of sign"):
+        estimator.feature()

@@ -6,6 +6,7 @@ from hf_erasure.models.slots import PairBatch, SlotReader
 from hf_erasure.models.word_tokens import SLOT, PairError, word_tokens
 
 from .adapter import GradiendAdapter
+from .comparing import FeatureComparison, compare_features
 from .gradients import EncodedValues, GradientReader
 from .pairs import PairSet, pair_batches
 from .selection import Selection
@@ -16,6 +17,7 @@ from .training import GradiendTrainingArguments
 __all__ = [
     "SLOT",
     "EncodedValues",
+    "FeatureComparison",
     "GradiendAdapter",
     "GradiendTrainer",
     "GradiendTrainingArguments",
@@ -26,6 +28,7 @@ __all__ = [
     "PairSet",
     "Selection",
     "SlotReader",
+    "compare_features",
     "neutral_batches",
     "pair_batches",
     "pairs_from_sentences",

@@ -11,7 +11,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -131,6 +131,8 @@ _RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
 LEARNING_RATES = tuple(sign * x for sign in (1, -1) for x in _RATES)
 # A language model that lost so many times the budget is not tried with larger steps in the same direction.
 FAR = 5
+# Standard errors from an estimate to the end of its one-sided 95 % interval.
+_ONE_SIDED = 1.645
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class Point:
         loss: Mean negative log-likelihood, in nats a token.
         lms: The language-modelling score: accuracy of a masked model, 1 / (1 + loss) otherwise.
         cost: By how much language modelling got worse, as a share: of the loss, or of a masked model's accuracy.
+        cost_upper: The upper end of its one-sided 95 % interval, for texts like these; None where it is not known.
     """
 
     pair: tuple[str, str]
@@ -156,6 +159,12 @@ class Point:
     loss: float
     lms: float
     cost: float
+    cost_upper: float | None = None
+
+    @property
+    def worst(self) -> float:
+        """What the budget is held against: the upper end, or the cost itself."""
+        return self.cost if self.cost_upper is None else self.cost_upper
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,7 @@ class Selection:
                 {"pair": "/".join(p.pair), "feature_factor": p.feature_factor, "learning_rate": p.learning_rate}
                 | p.goals
                 | {f"P({name})": value for name, value in p.probabilities.items()}
-                | {"loss": p.loss, "lms": p.lms, "cost": p.cost}
+                | {"loss": p.loss, "lms": p.lms, "cost": p.cost, "cost_upper": p.cost_upper}
                 for p in (self.base, *self.points)
             ]
         )
@@ -217,6 +226,7 @@ class Selection:
             f"{self.goal}: {base.goals[self.goal]:.3f} → {best.goals[self.goal]:.3f} at feature_factor="
             f"{best.feature_factor:g}, learning_rate={best.learning_rate:g} of {'/'.join(best.pair)}; {shares}; "
             f"cost in language modelling {best.cost:+.2%}"
+            + ("" if best.cost_upper is None else f", at most {best.cost_upper:+.2%} (95 %)")
         )
 
 
@@ -227,17 +237,24 @@ class Scorer:
     classes: Sequence[str]  # The feature's classes.
     # Gives `(texts, classes)`, the probability of each class at the slot of each text.
     class_probabilities: Callable[[], Tensor]
-    language_modelling: Callable[[], dict[str, float]]  # Gives `{"loss": …, "lms": …}`.
+    # Gives `{"loss": …, "lms": …}`, and perhaps `by_text`, as `LanguageModelling.by_text`.
+    language_modelling: Callable[[], dict[str, Any]]
     # Whether cost is counted in accuracy (masked models; in loss where they get nothing right) or in loss.
     masked: bool
+    _base: list[Tensor] = field(default_factory=list, init=False)  # Of single texts, without an edit.
 
     def score(self, pair: tuple[str, str], feature_factor: float, learning_rate: float, base: Point | None) -> Point:
         """Score the model as it is now, under these names; `base` is what cost is counted from."""
         p, lm = self.class_probabilities().double(), self.language_modelling()
         loss, lms = lm["loss"], lm["lms"]
-        cost = 0.0
-        if base is not None:
-            cost = 1 - lms / base.lms if self.masked and base.lms > 0 else loss / base.loss - 1
+        cost, upper, by_text = 0.0, None, lm.get("by_text")
+        if base is None:
+            self._base[:] = [] if by_text is None else [by_text]
+        else:
+            by_hits = self.masked and base.lms > 0
+            cost = 1 - lms / base.lms if by_hits else loss / base.loss - 1
+            if by_text is not None and self._base:
+                upper = cost + _margin(by_text[:, int(by_hits)], self._base[0][:, int(by_hits)])
         return Point(
             pair,
             feature_factor,
@@ -247,7 +264,19 @@ class Scorer:
             loss,
             lms,
             cost if math.isfinite(cost) else math.inf,
+            upper if upper is None or math.isfinite(upper) else math.inf,
         )
+
+
+def _margin(now: Tensor, base: Tensor) -> float:
+    """From the ratio of two sums over the same texts to the end of its one-sided 95 % interval.
+
+    Texts are drawn, and the ratio is a smooth function of two means (the delta method): Cochran, "Sampling Techniques"
+    (1977), section 6.4.
+    """
+    texts = len(now)
+    left = (now - base * (now.sum() / base.sum())) / base.mean()
+    return _ONE_SIDED * float((left.square().sum() / (texts * (texts - 1))).sqrt()) if texts > 1 else math.inf
 
 
 def scan(
@@ -281,17 +310,18 @@ def scan(
 
 def choose(base: Point, points: Sequence[Point], goal: str, budget: float) -> Point:
     """The best point within the budget; the unedited model, with a warning, where none is better than that."""
-    affordable = [point for point in points if point.cost <= budget and math.isfinite(point.goals[goal])]
+    affordable = [point for point in points if point.worst <= budget and math.isfinite(point.goals[goal])]
     best = max(affordable, key=lambda point: point.goals[goal], default=base)
     if best.goals[goal] > base.goals[goal]:
         return best
-    cheapest = min(points, key=lambda point: point.cost)
+    cheapest = min(points, key=lambda point: point.worst)
     warnings.warn(
         f"None of {len(points)} edits raises {goal} above the {base.goals[goal]:.3f} of the model itself while "
         f"language modelling gets worse by {budget:.1%} at most, so the model stays as it is (learning_rate=0). The "
         "cheapest edit, "
         f"feature_factor={cheapest.feature_factor:g} and learning_rate={cheapest.learning_rate:g}, costs "
-        f"{cheapest.cost:.1%}: give other learning_rates or a larger budget.",
+        f"{cheapest.cost:.1%}, and up to {cheapest.worst:.1%} on texts like these: give other learning_rates, more "
+        "neutral texts or a larger budget.",
         stacklevel=3,
     )
     return base

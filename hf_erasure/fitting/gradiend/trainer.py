@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import ClassLabel, Dataset
 from torch import nn
@@ -33,7 +33,7 @@ from ..processes import Processes
 from .adapter import GradiendAdapter
 from .checkpoints import Fitted, Progress
 from .gradients import Encode, EncodedValues, encode_all, reading_the_base, together
-from .pairs import Pair, PairSet
+from .pairs import Pair, PairSet, Signed
 from .selection import (
     FEATURE_FACTORS,
     LEARNING_RATES,
@@ -47,6 +47,9 @@ from .selection import (
     scan,
 )
 from .training import GradiendTrainingArguments, Training
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -104,6 +107,7 @@ class GradiendTrainer:
         if self.task == "causal":
             check_next_word(model)
         self.fitted: list[Fitted] = []
+        self.starts: list[dict[str, Any]] = []  # Pair, seed, best absolute correlation and steps of each.
         self.classes = self._classes()
         self._tokenised: dict[int, PairSet] = {}
         for dataset in [train_dataset, *self._eval_sets().values()]:
@@ -154,6 +158,7 @@ class GradiendTrainer:
             )
             training = Training(reader, self.config.source, self.args, pairs, evaluation, self._processes, progress)
             self.fitted = training.run(self.pairs, resume_from_checkpoint)
+            self.starts = training.results
             self._fill_adapter(training)
         if again:  # the strength was chosen for what the adapter held before
             steer(self.model, self.adapter_name, learning_rate=0.0)
@@ -228,11 +233,7 @@ class GradiendTrainer:
         if dataset is None:
             raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
-        pairs, source, batches = self._pair_set(dataset), self.config.source, []
-        if self.fitted and not self.config.keep_encoder:  # as they were estimated
-            encoders: dict[Pair, Encode] = {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
-        else:
-            encoders = GradiendAdapter.of(self.model, self.adapter_name).encoders()
+        pairs, source, encoders, batches = self._pair_set(dataset), self.config.source, self.encoders(), []
         if neutral is not None:
             batches = neutral_batches(
                 neutral, self.processing_class, self.task, all_words(self._words()), batch_size=1, seed=self.args.seed,
@@ -244,6 +245,49 @@ class GradiendTrainer:
                 encode_all(reader, source, encoders[pair], pairs.signed(1, pair) + texts, pair, self._processes)
                 for pair in self.pairs
             ]
+
+    def encoders(self) -> dict[Pair, Encode]:
+        """What reads the feature of each pair of classes off a gradient, as `evaluate` measures it.
+
+        Raises:
+            ValueError: If the adapter is not fitted, or holds no encoder and was not fitted here.
+        """
+        if self.fitted and not self.config.keep_encoder:  # as they were estimated
+            return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
+        return GradiendAdapter.of(self.model, self.adapter_name).encoders()
+
+    def pairs_to_read(self, pair: Pair) -> list[Signed]:
+        """The first of the data sets to evaluate on, as batches of one text with +1 or −1 for the classes of a pair.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        dataset = next(iter(self._eval_sets().values()), None)
+        if dataset is None:
+            raise ValueError("GradiendTrainer has no eval_dataset to read: give it a dataset of pairs.")
+        return self._pair_set(dataset).signed(1, pair)
+
+    def summary(self) -> pd.DataFrame:
+        """How far the starts of the last `train` got: one row a pair of classes.
+
+        Columns: `pair`, `starts`, `converged` (how many), and `mean`, `std` (NaN of one), `min` and `max` of the best
+        absolute correlations of all starts, and the `seed` that was kept. Starts before a checkpoint that was gone on
+        from are not among them.
+
+        Raises:
+            ValueError: If nothing was trained.
+        """
+        import pandas as pd
+
+        if not self.starts:
+            raise ValueError("There are no starts to sum up: call train() first.")
+        table = pd.DataFrame(self.starts)
+        table["converged"] = table["correlation"] >= self.args.convergence
+        by_pair = table.groupby("pair", sort=False)
+        found = by_pair["correlation"].agg(["size", "mean", "std", "min", "max"]).rename(columns={"size": "starts"})
+        found.insert(1, "converged", by_pair["converged"].sum())
+        found["seed"] = {"/".join(fitted.pair): fitted.seed for fitted in self.fitted}
+        return found.reset_index()
 
     # ---- selection --------------------------------------------------------------------------------------------------
 
@@ -261,8 +305,9 @@ class GradiendTrainer:
 
         Args:
             goal: `"bpi"`, `"fpi"`, `"mpi"`, `"balance"`, or the name of the class to strengthen.
-            budget: By how much language modelling on the neutral texts may get worse: a share of the loss, for masked
-                models of the accuracy.
+            budget: By how much language modelling may get worse: a share of the loss, for masked models of the
+                accuracy. It is held against the upper end of the cost's one-sided 95 % interval over the neutral texts,
+                so that other texts keep it too; more texts make the interval smaller.
             feature_factors: The grid's values of h.
             learning_rates: The grid's values of α.
             eval_dataset: Pairs whose slots are looked at; report the result on others.
@@ -336,7 +381,12 @@ class GradiendTrainer:
             reader, neutral, self.processing_class, feature_words=all_words(words), batch_size=size,
             seed=self.args.seed, mask_draws=self.args.mask_draws,
         )  # fmt: skip
-        return Scorer(self.classes, lambda: probabilities(reader), language.score, masked=self.task == "masked")
+
+        def scored() -> dict[str, Any]:
+            by_text = language.by_text()
+            return {**language.figures_of(by_text), "by_text": by_text}
+
+        return Scorer(self.classes, lambda: probabilities(reader), scored, masked=self.task == "masked")
 
     # ---- what it works on -------------------------------------------------------------------------------------------
 

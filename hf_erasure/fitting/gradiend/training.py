@@ -118,6 +118,7 @@ class Training:
     # Of the latest steps; and their encoded values and signs.
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    results: list[dict[str, Any]] = field(default_factory=list)  # How far each start got.
     # The start and epoch whose batches are drawn, and these.
     _epoch: tuple[tuple[int, int], list[Signed]] = field(init=False, default=((-1, -1), []))
 
@@ -198,7 +199,7 @@ class Training:
                 self.progress.save(estimator.state_dict(), {"start": start.number, "step": step + 1})
                 if not self.processes.is_main:  # the main one has it all
                     estimator = ClosedFormEstimator(self.reader.shapes, device=self.reader.weights_device)
-        feature = estimator.feature()
+        feature = estimator.feature(consume=True)
         if self.args.per_device_train_batch_size > 1:
             (high,), (low,) = self._class_means([feature.encoder], map(_singly, sides))
             if high > low:  # no scale turns classes round that come out the wrong way
@@ -206,6 +207,11 @@ class Training:
         correlation = self._correlation(start.pair, feature.encoder.encode)
         self.progress.log({"cor": correlation}, evaluated=True)
         self.progress.keep(start.number, Fitted(start.pair, feature, correlation, start.steps, start.seed))
+        self._note(start, abs(correlation), start.steps)
+
+    def _note(self, start: Start, correlation: float, steps: int) -> None:
+        found = {"seed": start.seed, "correlation": correlation, "steps": steps}
+        self.results.append({"pair": "/".join(start.pair), **found})
 
     def _class_means(
         self, encoders: Sequence[FeatureEncoder], sides: Iterable[Iterable[PairBatch]]
@@ -246,6 +252,7 @@ class Training:
                 self.progress.save(neuron.state_dict(), {"start": start.number, "step": done, "best": best})
             if args.patience is not None and best["since"] >= args.patience:
                 break
+        self._note(start, best["size"], done)
 
     def _batch_at(self, start: Start, step: int) -> tuple[PairBatch | None, int]:
         """This process's rows of a step's batch, and its sign; the order depends on seed and epoch only."""

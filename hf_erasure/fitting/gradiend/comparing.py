@@ -1,0 +1,166 @@
+"""Several features beside each other: how alike their weights are, and what each reads in the pairs of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_erasure.adapters import features_of
+from hf_erasure.gradiend import FeatureDecoder
+from hf_erasure.gradiend.blocks import largest, total
+
+from ..processes import Processes
+from .gradients import encode_all, reading_the_base
+from .trainer import GradiendTrainer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class FeatureComparison:
+    """What `compare_features` found, in the order of `names`.
+
+    Attributes:
+        names: One a feature neuron: the name it was given, with its classes where a trainer has several.
+        cosine: `(k, k)` float64 cosines of the decoders' Wd: ±1 for edits in one direction, 0 for unrelated ones.
+        overlap: `(k, k)` share of the largest |Wd| of one that are among those of the other.
+        top: The share of all weights that counted as the largest.
+        reading: `(k, k)` correlation of the neuron of a row with the classes of the pairs of a column; None where it
+            was not asked for. NaN where the values do not vary.
+    """
+
+    names: list[str]
+    cosine: Tensor
+    overlap: Tensor
+    top: float
+    reading: Tensor | None = None
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row for each two features: `feature`, `other`, `cosine`, `overlap`, and `reading` where it is known."""
+        import pandas as pd
+
+        tables = {"cosine": self.cosine, "overlap": self.overlap, "reading": self.reading}
+        known = {name: table for name, table in tables.items() if table is not None}
+        return pd.DataFrame(
+            [
+                {"feature": one, "other": other} | {name: float(table[i, j]) for name, table in known.items()}
+                for i, one in enumerate(self.names)
+                for j, other in enumerate(self.names)
+            ]
+        )
+
+    def plot(self, path: str | None = None) -> Any:
+        """Draw the tables as matplotlib shows them, with their numbers; returns the figure, and writes it to `path`."""
+        from matplotlib.figure import Figure
+
+        titles = {"cosine of Wd": self.cosine, f"overlap of the top {self.top:.2%}": self.overlap}
+        if self.reading is not None:
+            titles["correlation of neuron (row) and pairs (column)"] = self.reading
+        size = 1.5 + 0.9 * len(self.names)
+        figure = Figure(figsize=(size * len(titles), size), layout="constrained")
+        for axes, (title, table) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+            axes.imshow(table.numpy(), vmin=-1, vmax=1, cmap="PuOr")
+            axes.set_title(title, fontsize=9)
+            places = range(len(self.names))
+            axes.set_xticks(places, self.names, rotation=45, ha="right", fontsize=8)
+            axes.set_yticks(places, self.names, fontsize=8)
+            for i in places:
+                for j in places:
+                    strong = abs(float(table[i, j])) > 0.6
+                    colour = "white" if strong else "black"
+                    axes.text(j, i, f"{float(table[i, j]):.2f}", ha="center", va="center", color=colour, fontsize=8)
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+
+def compare_features(
+    trainers: Mapping[str, GradiendTrainer], *, top: float = 0.01, reading: bool = True
+) -> FeatureComparison:
+    """Compare the features of several trainers: other features of one model, other seeds, or other estimators.
+
+    Args:
+        trainers: By the name that is shown; each has a fitted adapter, on models of one architecture.
+        top: The share of all targeted weights, in (0, 1], that counts as the largest; an adapter that holds fewer
+            counts with all it has.
+        reading: Whether every neuron reads the pairs of every trainer, which takes one backward pass for each of the
+            pairs and each neuron. The trainers need an `eval_dataset` then.
+
+    Raises:
+        ValueError: If there are not two features, `top` is not a share, the adapters have other weights as their
+            targets, one is not fitted, or pairs or an encoder are missing.
+    """
+    if not 0 < top <= 1:
+        raise ValueError(f"top={top}: give a share of the weights above 0 and up to 1.")
+    found = {
+        name if len(trainer.pairs) == 1 else f"{name}: {'/'.join(pair)}": (trainer, pair, feature.decoder)
+        for name, trainer in trainers.items()
+        for pair, feature in zip(trainer.pairs, features_of(trainer.model, trainer.adapter_name), strict=True)
+    }
+    if len(found) < 2:
+        raise ValueError(f"There are {len(found)} features to compare: give trainers of at least two.")
+    decoders = [decoder for *_, decoder in found.values()]
+    for name, decoder in zip(found, decoders, strict=True):
+        if decoder.shapes != decoders[0].shapes:
+            raise ValueError(
+                f"{name!r} and {next(iter(found))!r} have other weights as their targets: fit both on all."
+            )
+    marked = [_largest(decoder, top) for decoder in decoders]
+    count = len(decoders)
+    products, shared = torch.zeros(2, count, count, dtype=torch.float64, device="cpu")
+    for block in decoders[0].shapes:
+        entries = [_entries(decoder, block) for decoder in decoders]
+        for i in range(count):
+            for j in range(i, count):
+                (at, values), (other_at, other_values) = entries[i], entries[j]
+                here, there = _common(at, other_at)
+                products[i, j] += float(values[here].double() @ other_values[there].double())
+                shared[i, j] += int((marked[i][block][here] & marked[j][block][there]).sum())
+    lengths, kept = products.diagonal().sqrt(), shared.diagonal()
+    cosine, overlap = products / torch.outer(lengths, lengths), shared / kept[:, None].minimum(kept).clamp_min(1)
+    cosine, overlap = (table.triu() + table.triu(1).T for table in (cosine, overlap))
+    read = _readings(list(found.values())) if reading else None
+    return FeatureComparison(list(found), cosine, overlap, top, read)
+
+
+def _entries(decoder: FeatureDecoder, block: str) -> tuple[Tensor, Tensor]:
+    """The ascending positions of the weights that a decoder holds of a block, and these."""
+    values, at = decoder.weight[block].cpu(), decoder.index[block]
+    return (torch.arange(len(values), device="cpu") if at is None else at.long().cpu()), values
+
+
+def _common(at: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the positions that are in both are in each."""
+    if not len(at) or not len(other):
+        return at[:0], at[:0]
+    place = torch.searchsorted(at, other).clamp_max(len(at) - 1)
+    there = (at[place] == other).nonzero()[:, 0]
+    return place[there], there
+
+
+def _largest(decoder: FeatureDecoder, top: float) -> dict[str, Tensor]:
+    """Block → which of the weights that a decoder holds are among its largest."""
+    wanted, held = math.ceil(top * total(decoder.shapes)), sum(w.numel() for w in decoder.weight.values())
+    if wanted >= held:
+        return {name: torch.ones(len(w), dtype=torch.bool, device="cpu") for name, w in decoder.weight.items()}
+    found = largest(decoder.weight.__getitem__, list(decoder.shapes), wanted)
+    return {name: mask.cpu() for name, mask in found.items()}
+
+
+def _readings(found: list[tuple[GradiendTrainer, tuple[str, str], FeatureDecoder]]) -> Tensor:
+    rows = []
+    for trainer, pair, _ in found:
+        encode = trainer.encoders()[pair]
+        with reading_the_base(trainer.model, trainer.adapter_name, trainer.task) as reader:
+            values = (
+                encode_all(reader, trainer.config.source, encode, other.pairs_to_read(own), own, Processes())
+                for other, own, _ in found
+            )
+            rows.append([one.metrics()["cor"] for one in values])
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
