@@ -1,7 +1,8 @@
 """What this package relies on in PEFT, transformers and accelerate, checked at import, and how it adds types to PEFT.
 
 What of it is wrapped stands in `hf_erasure.patches`. A release that lacks one of these would fail in the middle of a
-user's call, or give wrong results; so the import fails, and says what is missing where.
+user's call, or give wrong results; so the import fails, and says what is missing where. Of a release of transformers
+that demands a newer PEFT than the installed one, and fails in every `add_adapter`, the import warns.
 
 `PeftType` is a closed enum, and PEFT looks every type up in it by name, so a mere string in its tables would break
 `load_adapter`. A new member is therefore added to the enum itself, in the way the `enum` module builds its own.
@@ -10,14 +11,17 @@ user's call, or give wrong results; so the import fails, and says what is missin
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 from peft import mapping
 from peft.utils import peft_types
+from transformers.integrations import peft as integration
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -108,6 +112,20 @@ def check_internals(internals: tuple[Internal, ...] = INTERNALS) -> None:
             )
 
 
+def check_pair(demanded: str | None = getattr(integration, "MIN_PEFT_VERSION", None)) -> None:
+    """Warn where the oldest PEFT that transformers accepts, if it says so, is newer than the installed one."""
+    if demanded is None or Version(installed("peft")) >= Version(demanded):
+        return
+    transformers = installed("transformers")
+    warnings.warn(
+        f"transformers {transformers} demands peft>={demanded}, and peft {installed('peft')} is installed: "
+        "model.add_adapter and model.load_adapter will raise for every adapter, LoRA's too. Install releases that go "
+        f"together: pip install 'peft>={demanded}', or, while that is not released, pip install "
+        f"'transformers<{transformers}'.",
+        stacklevel=2,
+    )
+
+
 def installed(package: str) -> str:
     """The release of a package that is installed."""
     try:
@@ -166,3 +184,4 @@ def register(name: str, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]
 
 
 check_internals()
+check_pair()

@@ -102,14 +102,19 @@ def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) ->
 
 
 def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, **changed: Any) -> list[Measure]:
-    """A linear probe of a concept, and one that is not."""
+    """A linear probe of a concept, and those that are not; a kernel is for texts, as it takes all pairs of rows."""
     nonlinear = "the same with a multilayer perceptron: what is not linearly readable may still be readable"
+    kernel = _of_metric(
+        "linear_leakage", f"{key}_rbf", f"{of}, RBF-SVM probe − majority", functools.partial(take, kernel=True),
+        "the same with a support vector machine and a radial basis function", **changed,
+    )  # fmt: skip
     return [
         _of_metric("linear_leakage", f"{key}_linear", f"{of}, linear probe − majority", take, says, **changed),
         _of_metric(
             "linear_leakage", f"{key}_mlp", f"{of}, MLP probe − majority", functools.partial(take, nonlinear=True),
             nonlinear, **changed,
         ),
+        *([kernel] if key == "gender" else []),
     ]  # fmt: skip
 
 

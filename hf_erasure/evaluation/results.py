@@ -26,7 +26,7 @@ ARROWS = {"lower": "↓", "higher": "↑", "closer": "→"}
 LIMITS = (
     "Erasure guards linearly: after it no linear predictor with a convex loss does better than a constant, at these "
     "sites and on the distribution it was fitted on. It says nothing of other layers, other text or nonlinear readers.",
-    "Nonlinear probes may still read the concept; the MLP probe's number stands beside the linear one.",
+    "Nonlinear probes may still read the concept; the figures of an MLP and an RBF-SVM stand beside the linear one.",
     "On pre-LN models the intermediate hidden states stay un-erased unless whole blocks are targeted: look at the "
     "leakage by depth.",
     "CrowS-Pairs and StereoSet hold noisy pairs, SEAT effect sizes have wide permutation intervals on small models, "

@@ -30,6 +30,7 @@ def score(
     folds: int = 5,
     l2: float = 1.0,
     nonlinear: bool = False,
+    kernel: bool = False,
     seed: int = 0,
     **drawing: Any,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def score(
         folds: How many probes are fitted.
         l2: Penalty of the probe, `1 / C` of scikit-learn.
         nonlinear: A perceptron with one hidden layer instead of logistic regression.
+        kernel: A support vector machine with a radial basis function instead.
         seed: Of folds and resamples.
         **drawing: `confidence` and `resamples` of the bootstrap over groups; the probes are not fitted again.
 
@@ -58,7 +60,7 @@ def score(
     x = base.numbers("predictions", x)
     labels = base.labels("references", labels, len(x))
     groups = list(range(len(x))) if groups is None else base.labels("groups", groups, len(x))
-    given = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2, nonlinear=nonlinear)
+    given = held_out_answers(x, labels, groups, folds=folds, seed=seed, l2=l2, nonlinear=nonlinear, kernel=kernel)
     found = accuracy(given, labels, groups, seed=seed, **drawing)
     return {**found, "folds": int(folds), "groups": len(set(groups))}
 

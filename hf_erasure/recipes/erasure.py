@@ -68,6 +68,7 @@ class DataRecipe:
         label_column: Column of the concept.
         keep_column: Column of something that should stay readable, if there is one.
         background: A source of unlabelled text (column `text`) for the covariance, if there is one.
+        fit_rows: Fit the erasure on a random sample of so many training rows; all when None.
         probe_rows: Fit the probes on a random sample of so many training rows; all when None.
         streaming: Read the data as a stream, for what is larger than the disk. Probes then see the first `probe_rows`
             of each split, 2,000 when None.
@@ -87,11 +88,12 @@ class DataRecipe:
     label_column: str = "gender"
     keep_column: str | None = None
     background: str | None = None
+    fit_rows: int | None = None
     probe_rows: int | None = None
     streaming: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self, "data", "probe_rows")
+        check_counts(self, "data", "fit_rows", "probe_rows")
         if self.test_share is not None and (not 0 < self.test_share < 1 or self.streaming):
             raise ValueError(
                 f"data.test_share={self.test_share} in a recipe must be a number between 0 and 1, and the data must "
@@ -184,9 +186,10 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
         options: dict[str, Any] = {"text_column": "text", "label_column": None, "labels": None}
         background = _batches(recipe, rows, tokenizer, share=True, **options)
     beside = {name: getattr(recipe.data, name) for name in _BESIDE_LABELS}
+    rows = _sample(data[recipe.data.train], recipe.data.fit_rows)
     report = fit_concept_erasure(
         model,
-        _batches(recipe, data[recipe.data.train], tokenizer, share=True, **beside),
+        _batches(recipe, rows, tokenizer, share=True, **beside),
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
@@ -302,8 +305,8 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
     train, test, most = data[recipe.data.train], data[recipe.data.test], recipe.data.probe_rows
     if isinstance(train, IterableDataset):
         train, test = (Dataset.from_list(list(split.take(most or STREAMED_PROBE_ROWS))) for split in (train, test))
-    elif most is not None and most < len(train):
-        train = train.shuffle(seed=0).select(range(most))
+    else:
+        train = _sample(train, most)
     concept, kept = recipe.data.label_column, recipe.data.keep_column
     columns = [concept, kept] if kept else [concept]
     pool = _pool_of_probes(model.peft_config[ADAPTER_NAME])
@@ -335,6 +338,13 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
     return table_of(found, "layer")
 
 
+def _sample(rows: Any, most: int | None) -> Any:
+    """So many rows at random, the same for the same data; the first of a stream; all when None."""
+    if most is None or (isinstance(rows, Dataset) and most >= len(rows)):
+        return rows
+    return rows.take(most) if isinstance(rows, IterableDataset) else rows.shuffle(seed=0).select(range(most))
+
+
 def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
     """What the probes of the last layer say, in a few sentences."""
     row, concept, kept = table.iloc[-1], recipe.data.label_column, recipe.data.keep_column
@@ -342,10 +352,20 @@ def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
         f"Before, a linear probe read {concept!r} in {row[f'{concept} before']:.1%} of the held-out texts off the last "
         f"layer; now it reads {row[f'{concept} after']:.1%}, and always saying the most frequent label is right in "
         f"{row[f'{concept} majority']:.1%}.",
-        f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: what is above "
-        f"the {row[f'{concept} majority']:.1%} comes from cues that the texts fitted on do not show, or from these "
-        "probes knowing the texts.",
     ]
+    group = recipe.data.group_column
+    if group is None:
+        said.append(
+            f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: what is "
+            f"above the {row[f'{concept} majority']:.1%} comes from cues that the texts fitted on do not show, or from "
+            "these probes knowing the texts."
+        )
+    else:
+        said.append(
+            f"A new probe, fitted on erased held-out texts of some values of {group!r} and judged on others, reads "
+            f"{row[f'{concept} refitted by group']:.1%}: so much is still readable. Judged on the same values it reads "
+            f"{row[f'{concept} refitted']:.1%}, and a label that only they tell {row[f'{concept} control']:.1%}."
+        )
     if kept is not None:
         said.append(f"{kept!r} is read in {row[f'{kept} before']:.1%} before and {row[f'{kept} after']:.1%} after.")
     said.append(f"What it cost: erased and original outputs have a cosine of {row['cosine']:.3f} on average.")
@@ -375,6 +395,10 @@ def _rows_of_card(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureC
         if refitted is not None:
             title = f"the same of a probe fitted on one half of the erased test split, judged on the other: {column}"
             rows.append(shared | {"key": "refitted_probe_accuracy", "title": title, "after": refitted})
+        if (by_group := found.get(f"{column} refitted by group")) is not None:
+            control = f"(of labels that only groups tell, in a split by texts: {found[f'{column} control']:.3f})"
+            title = f"the same, split by {data.group_column}: {column} {control}"
+            rows.append(shared | {"key": "refitted_probe_accuracy_by_group", "title": title, "after": by_group})
     return rows
 
 

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import pickle
+import warnings
 from importlib.metadata import requires, version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import hf_erasure
 from hf_erasure import ConceptErasureConfig, patches
 from hf_erasure.adapters import ConceptErasureModel, internals
 from hf_erasure.adapters.common import acting
-from hf_erasure.adapters.internals import INTERNALS, check_internals
+from hf_erasure.adapters.internals import INTERNALS, check_internals, check_pair
 from tests.adapters.lifecycle import NAME, Cell, Lifecycle
 from tests.prepared import TRANSFORMERS, Ended, run, run_code
 from tests.small_models import LABELS, outputs_of, same, small_batch
@@ -190,3 +191,15 @@ def test_every_internal_is_there_and_named_once():
     check_internals()
     names = [(internal.module, internal.name) for internal in INTERNALS]
     assert len(set(names)) == len(names)
+
+
+def test_a_transformers_that_demands_a_newer_peft_is_named_at_import():
+    with pytest.warns(
+        UserWarning, match=r"demands peft>=99\.0, and peft .* pip install 'peft>=99\.0', or.*'transformers<"
+    ):
+        check_pair("99.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_pair("0.1")
+        check_pair(None)  # a release that says nothing
+        check_pair()  # the pair that is installed

@@ -45,7 +45,7 @@ def test_an_encoder_without_a_head_says_what_it_cannot_do(assets: Path, tmp_path
     )
     assert all(note["entry"] is None for note in results.not_measured)
     taken = {measure["key"] for measure in results.measures}
-    assert taken == {"gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "profession"}
+    assert taken == {"gender_linear", "gender_mlp", "gender_rbf", "gender_mdl", "tpr_gap", "profession"}
     # Every measure is either taken or listed.
     known = {m.key: m.title for m in measures_of("gender", DataFolder(data))}
     assert {known[key] for key in taken} | set(reasons) >= set(known.values())
@@ -132,7 +132,8 @@ def test_a_killed_run_leaves_what_it_measured(
         evaluate(Evaluation(story, few, limit=18, resamples=10), output=tmp_path / "out")
     left = Results.read(tmp_path / "out")
     assert not left.about["finished"]
-    assert list(left.values["base"]) == ["gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "seat_gender"]
+    probes = ["gender_linear", "gender_mlp", "gender_rbf", "gender_mdl"]
+    assert list(left.values["base"]) == [*probes, "tpr_gap", "seat_gender"]
     assert [measure["key"] for measure in left.measures] == list(left.values["base"])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["results.json"]
 

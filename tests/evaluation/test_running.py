@@ -64,8 +64,9 @@ def test_every_entry_has_every_measure(whole: tuple[Results, str, Path]) -> None
     assert results.names == ["base", "erasure", "steered", "together"]
     keys = [measure["key"] for measure in results.measures]
     assert keys == [
-        "gender_linear", "gender_mlp", "gender_mdl", "tpr_gap", "seat_gender", "winobias", "crows_pairs_gender",
-        "stereoset_ss_gender", "stereoset_lms_gender", "perplexity_tinystories-sample", "profession", "distortion",
+        "gender_linear", "gender_mlp", "gender_rbf", "gender_mdl", "tpr_gap", "seat_gender", "winobias",
+        "crows_pairs_gender", "stereoset_ss_gender", "stereoset_lms_gender", "perplexity_tinystories-sample",
+        "profession", "distortion",
     ]  # fmt: skip
     assert [list(results.values[name]) for name in results.names] == [keys] * 4
     without = {key for key in keys if results.values["base"][key]["interval"] is None}
