@@ -25,9 +25,12 @@ def draw(results: Path, path: Path) -> None:
     for key, label, colour, style in (
         ("gender before", "gender, before", BEFORE, "o-"),
         ("gender after", "gender, after", AFTER, "s-"),
+        ("gender refitted by group", "gender, after, by a new probe\non other templates", AFTER, "^:"),
         ("field before", "occupation's field, before", KEPT, "o:"),
         ("field after", "occupation's field, after", KEPT, "s-"),
     ):
+        if key not in rows[0]:
+            continue  # a run without groups
         axes.plot(range(1, len(rows) + 1), [row[key] for row in rows], style, color=colour, label=label, markersize=4)
     axes.axhline(rows[0]["gender majority"], color=GREY, linewidth=0.8, linestyle="--")
     axes.set(ylim=(0, 1.02), xlabel="norm, in the order of the layers", ylabel="accuracy of a probe")

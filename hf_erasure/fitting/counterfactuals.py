@@ -45,9 +45,9 @@ class Counterfactuals:
                 class is the first of two, and its counterfactual is of the second.
         """
         if self.words is None:
-            own = label or 0
-            other = row[str(self.column)]
-            return [] if other is None or other == row[self.text_column] else [(other, own, 1 - own)]
+            own, text, other = label or 0, row[self.text_column], row[str(self.column)]
+            is_same = isinstance(text, str | list) and isinstance(other, str | list) and other == text  # not of images
+            return [] if other is None or is_same else [(other, own, 1 - own)]
         given = row[self.text_column]
         text, classes = given if isinstance(given, str) else " ".join(given), self.classes or ()
         if label is None:

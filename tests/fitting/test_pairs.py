@@ -242,6 +242,26 @@ def test_a_column_of_counterfactuals(tokenizer: Any) -> None:
     assert batch["concept_labels"].tolist() == [0, -100, 1]
 
 
+def test_images_have_counterfactuals_too() -> None:
+    draw = torch.Generator().manual_seed(0)
+    plain, other = (torch.randn(8, 3, 16, 16, generator=draw) for _ in range(2))
+    rows = [
+        {"pixel_values": a.numpy(), "other": b.numpy(), "label": i % 2}
+        for i, (a, b) in enumerate(zip(plain, other, strict=True))
+    ]
+    loader = concept_dataloader(Dataset.from_list(rows), None, batch_size=4, counterfactual_column="other")
+    assert next(iter(loader))["pixel_values"].shape[0] == 8
+    model: Any = copy.deepcopy(small_model("vit"))
+    size = model.config.image_size
+    loader = [
+        {**batch, "pixel_values": torch.nn.functional.interpolate(batch["pixel_values"], size)} for batch in loader
+    ]
+    model.add_adapter(ConceptErasureConfig(labels=LABELS))
+    report = fit(model, loader)
+    assert report.counterfactuals == report.examples == 8
+    assert max(line.rank or 0 for line in report.sites) == 2
+
+
 def test_several_classes_have_several_counterfactuals(tokenizer: Any) -> None:
     words = {"a": ["church"], "b": ["mosque"], "c": ["temple"]}
     data = table(text=["the church is old"], label=["a"])
