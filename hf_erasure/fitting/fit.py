@@ -226,6 +226,8 @@ def solved(
 
 # ---- all sites in one pass -------------------------------------------------------------------------------------------
 
+# Texts, or environments, are far fewer than features where there is less than one for so many.
+_FAR = 2
 # Bytes of float64 sums that a pass over the data holds: less than the weights of a model with so many wide sites take.
 MOST_BYTES = 1 << 31
 
@@ -352,8 +354,9 @@ def conclude(
         _leave_out(task, left_out, labelled[0].uncovered)
     if report.residuals:
         warnings.warn(report.shortfall, stacklevel=3)
-    if report.outlook and report.examples < max(line.width or 0 for line in lines):
-        logger.warning("%r was fitted on fewer texts than activations are wide. %s", task.name, report.outlook)
+    groups = min(report.examples, report.environments or report.examples)
+    if report.outlook and _FAR * groups < max(line.width or 0 for line in lines):
+        logger.warning("%r was fitted on far fewer texts than activations are wide. %s", task.name, report.outlook)
     # Shares of the classes, the same at every site.
     shares = next(iter(fits.values())).shares.tolist()
     absent = [label for label, share in zip(config.labels or (), shares, strict=False) if share == 0]

@@ -75,6 +75,7 @@ class Call:
     around: tuple[int, ...] = ()  # The numbers of the calls that it was made in, from the outermost.
     taken: tuple[Node, ...] = ()  # The nodes of the activations that it was called with.
     sizes: tuple[int, ...] = ()  # The shape of the first of them.
+    place: tuple[Any, ...] | None = None  # Where that lies in memory, with its shape and strides.
     given: Node | None = None  # The node of the first activation that it gave.
     # The first of `taken` and `given`, each with where its entries have gone.
     values: dict[str, _Value] = field(default_factory=dict)
@@ -203,10 +204,13 @@ class Graph(TorchDispatchMode):
             host: The module; empty if it was not called.
             side: `"input"` or `"output"`.
         """
-        value = next((call.values.get(side) for call in self.calls if call.module is host), None)
-        if value is None:
+        own = next((call for call in self.calls if call.module is host), None)
+        if own is None or side not in own.values:
             return set()
+        value = own.values[side]
         takers = [call for call in self.calls if "input" in call.values and call.values["input"].is_same(value)]
+        if side == "input" and value.node.kind == "constant":  # what the model is given has no node that lasts
+            takers += [call for call in self.calls if call.place == own.place]
         kinds = {axis_of_kind(call.module, len(value.shape)) for call in takers} - {None}
         return {axis for axis in kinds if axis is not None} or self._features_in(value)
 
@@ -237,6 +241,7 @@ class Graph(TorchDispatchMode):
         call.taken, call.sizes = tuple(self._of(t).node for t in given), tuple(given[0].shape) if given else ()
         if given:
             call.values["input"] = self._of(given[0])
+            call.place = given[0].data_ptr(), tuple(given[0].shape), given[0].stride()
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         weight = inner._parameters.get("weight")
         is_float = weight is not None and weight.is_floating_point()
