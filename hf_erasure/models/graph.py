@@ -146,6 +146,29 @@ class _Value:
         return same and (self.entries is other.entries or torch.equal(_shown(self).cpu(), _shown(other).cpu()))
 
 
+@torch.no_grad()
+def _along_weight(host: nn.Module, shape: Sequence[int]) -> set[int]:
+    """The axis along which the vector of a norm of its own kind, such as one of each head, scales what it is given."""
+    weight = host._parameters.get("weight")
+    if weight is None or weight.is_meta or weight.dim() != 1 or not is_norm(host):
+        return set()
+    noise = torch.Generator().manual_seed(0)
+    given = torch.rand(tuple(shape), generator=noise, device="cpu").to(weight)
+    changed, forward = weight.clone(), host.forward  # past its hooks
+    changed[0] += 1
+    before = forward(given)
+    try:
+        host._parameters["weight"] = nn.Parameter(changed, requires_grad=False)
+        differs = forward(given) != before
+    finally:
+        host._parameters["weight"] = weight
+    return {
+        axis
+        for axis, size in enumerate(differs.shape)
+        if size == len(weight) and bool(differs.select(axis, 0).all()) and int(differs.sum()) * size == differs.numel()
+    }
+
+
 class Graph(TorchDispatchMode):
     """Watches one forward pass of a model.
 
@@ -212,7 +235,8 @@ class Graph(TorchDispatchMode):
         if side == "input" and value.node.kind == "constant":  # what the model is given has no node that lasts
             takers += [call for call in self.calls if call.place == own.place]
         kinds = {axis_of_kind(call.module, len(value.shape)) for call in takers} - {None}
-        return {axis for axis in kinds if axis is not None} or self._features_in(value)
+        found = {axis for axis in kinds if axis is not None} or self._features_in(value)
+        return found or (_along_weight(host, value.shape) if side == "output" else set())
 
     def _features_in(self, value: _Value) -> set[int]:
         """The axes of a tensor along which all features of its node lie, in their order."""
