@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,24 @@ def test_a_short_run_writes_tables_and_figure(settings: study.Settings, tmp_path
     assert "| environment_rank=2 |" in text
     study.figure(outcomes, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_page_says_what_was_found() -> None:
+    outcomes = [study.Outcome(**found) for found in json.loads((FOLDER / "results.json").read_text())]
+    settings = study.studies.read_settings(study.Settings, FOLDER / "study.yaml", (), "")
+    command = study.studies.command_line("carries_over", Path("recipes/carries_over/study.yaml"), ())
+    assert (FOLDER / "results.md").read_text() == study.report(outcomes, settings, command)
+    parts = {(o.part, o.encoder, o.fitted) for o in outcomes}
+    assert {("biographies", "embedded", 60), ("biographies", "embedded", 180)} <= parts
+
+    def mean(encoder: str, fitted: int, way: str, key: str) -> float:
+        own = [o for o in outcomes if (o.part, o.encoder, o.fitted) == ("biographies", encoder, fitted)]
+        return sum(study.values(own, way, key)) / len(own)
+
+    # What 60 and 180 labelled biographies leave, and what their counterfactuals do.
+    for fitted, most in ((60, 0.66), (180, 0.62)):
+        assert mean("embedded", fitted, "LEACE", "linear") > mean("embedded", fitted, "counterfactuals", "linear")
+        assert mean("embedded", fitted, "counterfactuals", "linear") <= most
+        assert mean("embedded", fitted, "counterfactuals", "moved") <= 0.07
+        before, after = (mean("embedded", fitted, way, "profession") for way in ("nothing", "counterfactuals"))
+        assert before - after <= 0.01
