@@ -254,6 +254,18 @@ class Spread:
             resolution=max(self.resolution, background.resolution),
         )
 
+    def root(self) -> Tensor:
+        """`(d, r)` columns C with `C Cᵀ = Σ`, without directions whose variance cannot be told from rounding.
+
+        What rounds a covariance by ε rounds its root by √ε, and whitening would make that look like a direction of its
+        own.
+        """
+        deviation = self.variance.sqrt()
+        scale = torch.where(deviation > 0, 1 / deviation, 0.0)
+        values, vectors = torch.linalg.eigh(self.sigma.dense() * scale * scale[:, None])
+        kept = values > variance_floor(self.resolution) * len(values) * values[-1].clamp_min(0)
+        return deviation[:, None] * vectors[:, kept] * values[kept].sqrt()
+
     def change(self, eraser: Eraser) -> float:
         """`sqrt(E|r(x) − x|² / E|x − E x|²)` for the eraser r."""
         total = float(self.variance.sum())

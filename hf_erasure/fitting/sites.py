@@ -300,10 +300,7 @@ def _beside(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tu
             every = [statistics.moments[key] for key in visits if key in statistics.moments]
             found += [(strata.environment_columns(moments), more) for moments in every if more]
         if concept is not None and concept.pair_rank:
-            roots = []
-            for spread in spreads:
-                values, vectors = torch.linalg.eigh(spread.sigma.dense())
-                roots.append(vectors * values.clamp_min(0).sqrt())
+            roots = [spread.root() for spread in spreads]
             found += [(torch.cat(roots, 1), concept.pair_rank * len(roots))] if roots else []
     return found
 
