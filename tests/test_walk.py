@@ -17,8 +17,8 @@ LIMITS = {
     "forward with erasure": (3, 13),
     "save_pretrained": (9, 58),
     "load_adapter": (12, 88),
-    "GradiendTrainer.train": (20, 139),
-    "select, 1 × 1": (16, 107),
+    "GradiendTrainer.train": (20, 140),
+    "select, 1 × 1": (16, 111),
     "steer": (7, 16),
     "forward with GRADIEND": (4, 18),
 }
