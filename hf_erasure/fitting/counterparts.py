@@ -147,7 +147,7 @@ class CounterpartWords:
 
         Args:
             source: The table, `"english_gender"`, or the path of a file.
-            classes: Names of the classes, as the file has them.
+            classes: Names of the classes, as the file has them but for capitals.
 
         Raises:
             PairError: The table does not fit the classes.
@@ -170,9 +170,16 @@ class CounterpartWords:
             if isinstance(read, dict) and all(isinstance(v, dict) for v in read.values())
             else [read]
         )
-        if not tables or not all(isinstance(table, dict) and set(classes) <= set(table) for table in tables):
-            raise PairError(f"{path} must have a list of words for each of {list(classes)}")
-        return cls({label: [word for table in tables for word in table[label]] for label in classes}, classes)
+        # Data may write "Female" where a table has "female".
+        named = [{str(name).casefold(): words for name, words in t.items()} for t in tables if isinstance(t, dict)]
+        own = [str(label).casefold() for label in classes]
+        if not tables or len(named) < len(tables) or not all(set(own) <= set(table) for table in named):
+            raise PairError(
+                f"{path} must have a list of words for each of {list(classes)}: it has "
+                f"{sorted({name for table in named for name in table})}. Call the classes so, or give a table of yours."
+            )
+        words = {label: [w for table in named for w in table[name]] for label, name in zip(classes, own, strict=True)}
+        return cls(words, classes)
 
     def found_in(self, text: str) -> list[Occurrence]:
         """Where words of the table stand in a text, in their order."""

@@ -111,3 +111,10 @@ def test_an_unknown_table_is_told_which_there_are():
     with pytest.raises(PairError, match="two classes"):
         CounterpartWords({"he": "she", "she": "it"}, GENDERS)
     assert all(path.is_file() for path in TABLES.values())
+
+
+def test_classes_of_a_table_may_be_written_with_capitals() -> None:
+    words = CounterpartWords.load("english_gender", ["Male", "Female"])
+    assert words.exchanged("She ran.", "Female", "Male") == "He ran."
+    with pytest.raises(PairError, match=r"it has \['female', 'male'\]"):
+        CounterpartWords.load("english_gender", ["f", "m"])
