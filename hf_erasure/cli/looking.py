@@ -99,7 +99,9 @@ def _of_config(config: Any, folder: Path) -> dict[str, str]:
         lines["where"] = f"{method['name']} at the {method['side']} of {method['sites']} sites, rank {ranks}"
         lines["pool"] = f"{method['pool']}" + (f" ({method['reader']})" if method["reader"] else "")
         lines["strength"] = f"{method['strength']:g}" + (f", target {method['target']}" if method["target"] else "")
-    lines["fitted"] = f"on {own.examples} examples, {own.tokens} tokens" if own.examples else "on data it does not name"
+    beside = f", {own.counterfactuals} counterfactuals" if own.counterfactuals else ""
+    fitted = f"on {own.examples} examples, {own.tokens} tokens{beside}"
+    lines["fitted"] = fitted if own.examples else "on data it does not name"
     rows = [f"{row['title']}: {_number(row['before'])} → {_number(row['after'])}" for row in own.measured]
     lines["measured"] = ("\n" + " " * 10).join(rows) or "nothing"
     return lines

@@ -103,6 +103,7 @@ class CardFacts:
     finals: list[dict[str, Any]] = field(default_factory=list)  # the same of the last hidden states, which have no site
     more_sites: int = 0  # how many sites there are besides those
     examples: int | None = None  # how many sequences it was fitted on
+    counterfactuals: int = 0  # how many counterfactuals of these
     tokens: int | None = None  # how many positions
     datasets: list[str] = field(default_factory=list)  # names on the Hub
     labels_from: str | None = None  # who or what labelled the data, in words
@@ -140,6 +141,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         base_class=plain(made.base_class) or None,
         base_revision=plain(config.revision or "") or None,
         examples=made.examples,
+        counterfactuals=made.counterfactuals,
         tokens=made.tokens,
         datasets=list(dict.fromkeys(filter(None, datasets))),
         labels_from=plain(told.labels_from or run.labels_from or made.data.labels_from) or None,

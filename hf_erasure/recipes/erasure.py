@@ -355,10 +355,13 @@ def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
     ]
     group = recipe.data.group_column
     if group is None:
+        above = (
+            f"what is above the {row[f'{concept} majority']:.1%} comes from cues that the texts fitted on do not show, "
+            "or from these probes knowing the texts"
+        )
+        above = above if row[f"{concept} refitted"] > row[f"{concept} majority"] else "no more than that constant"
         said.append(
-            f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: what is "
-            f"above the {row[f'{concept} majority']:.1%} comes from cues that the texts fitted on do not show, or from "
-            "these probes knowing the texts."
+            f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: {above}."
         )
     else:
         said.append(
