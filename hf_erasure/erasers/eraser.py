@@ -491,20 +491,16 @@ def eraser_about(
     if not directions.shape[1]:
         return Eraser(left, right, bias)
     basis, whitened = (left, directions) if factor is None else (factor.whiten(left), factor.whiten(directions))
-    if directions.shape[1] == 1:
-        length = whitened.norm()
-        beside, directions = whitened / length, directions / length
-    else:
-        beside, strength, mixing = torch.linalg.svd(whitened, full_matrices=False)
-        count = int((strength > _SPANNED * strength[0]).sum())
-        beside, directions = beside[:, :count], directions @ mixing[:count].T / strength[:count]
+    beside, strength, mixing = torch.linalg.svd(whitened, full_matrices=False)
+    count = int((strength > _SPANNED * strength[0]).sum())
+    beside, directions = beside[:, :count], directions @ mixing[:count].T / strength[:count]
     for _ in range(2):  # once more, for what rounding left of the basis
         beside = beside - basis @ (basis.T @ beside)
     # The squares of the sines between what is held and the span, by which the new readings are longer: the singular
     # values of right · left in the whitened space beside the former. They are shares of variance, so their rounding is
     # that of one. Whitening multiplies errors of the rows by one over the root of the jitter of `factorise`: 7e-10 for
     # float64 and 2e-4 for float32 rows, whose squares lie below that floor.
-    own, sines, _ = (beside, beside.norm()[None], None) if beside.shape[1] == 1 else torch.linalg.svd(beside, False)
+    own, sines, _ = torch.linalg.svd(beside, full_matrices=False)
     share = float(sines.square().min())
     if share <= variance_floor(spread.resolution) and len(held) > (kept is not None):
         raise MeanIsErased(
@@ -517,7 +513,6 @@ def eraser_about(
             f"{share:.0e} of its square), so that no map erases the one and keeps the other: the two labels say the "
             "same of these rows. Keep nothing, or give rows in which they differ."
         )
-    own = own / sines if beside.shape[1] == 1 else own
     readings = own.T if factor is None else factor.readings(own)
     reads, directions = torch.cat([right, readings]), torch.cat([left, directions], dim=1)
     # The readings that find each direction and not the others, of which those that are held are some.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def words_of_tokens(encoding: BatchEncoding, texts: Sequence[Any], pairs: Sequen
     numbered = [_words_of(encoding, row, text) for row, text in enumerate(texts)]
     found = []
     for (places, words), pair in zip(numbered, pairs, strict=True):
-        number = dict(enumerate(range(len(words))))
+        number = {place: place for place in range(len(words))}
         if pair >= 0 and words != (others := numbered[pair][1]):
             spans = [(0, len(words), 0, len(others))]
             if len(words) != len(others):
@@ -103,7 +104,7 @@ def _words_of(encoding: BatchEncoding, row: int, text: Any) -> tuple[list[int], 
         spans = [match.span() for match in _WORD.finditer(text)]
         starts = [start for start, _ in spans]
         owners = [
-            None if special or end <= start else sum(begin < end for begin in starts) - 1
+            None if special or end <= start else bisect_left(starts, end) - 1
             for (start, end), special in zip(tokens.offsets, tokens.special_tokens_mask, strict=True)
         ]
         names = [text[start:stop] for start, stop in spans]

@@ -354,8 +354,7 @@ def conclude(
         _leave_out(task, left_out, labelled[0].uncovered)
     if report.residuals:
         warnings.warn(report.shortfall, stacklevel=3)
-    groups = min(report.examples, report.environments or report.examples)
-    if report.outlook and _FAR * groups < max(line.width or 0 for line in lines):
+    if report.outlook and _FAR * report.groups < max(line.width or 0 for line in lines):
         logger.warning("%r was fitted on far fewer texts than activations are wide. %s", task.name, report.outlook)
     # Shares of the classes, the same at every site.
     shares = next(iter(fits.values())).shares.tolist()

@@ -229,6 +229,11 @@ class ErasureReport:
         )
 
     @property
+    def groups(self) -> int:
+        """How many independent groups it was fitted on: texts, or the environments that they were made in."""
+        return min(self.examples, self.environments or self.examples)
+
+    @property
     def expected_reading(self) -> float | None:
         """The accuracy that a linear probe is expected to reach on other texts, if it is fitted anew on them.
 
@@ -243,7 +248,7 @@ class ErasureReport:
         correlation = min(line.correlation_before or 0.0, 1 - 1e-9)
         # Of two balanced classes at a distance of m standard deviations the correlation is m / √(m² + 4).
         before = NormalDist().cdf(correlation / (1 - correlation**2) ** 0.5)
-        return expected_accuracy(before, line.width or 1, min(self.examples, self.environments or self.examples))
+        return expected_accuracy(before, line.width or 1, self.groups)
 
     @property
     def outlook(self) -> str:
