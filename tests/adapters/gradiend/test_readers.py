@@ -80,7 +80,8 @@ def _outputs(model: nn.Module) -> Tensor:
 
 
 def _base(way: str) -> nn.Module:
-    return roughen(MODELS[way][0](), torch.Generator().manual_seed(0)).eval()
+    """Frozen, as an adapter freezes it: torch takes another linear kernel for a weight that requires gradients."""
+    return roughen(MODELS[way][0](), torch.Generator().manual_seed(0)).eval().requires_grad_(False)
 
 
 def _attach(model: nn.Module, targets: Any = r".*") -> nn.Module:
