@@ -219,7 +219,7 @@ SUITES = (*_CONCEPTS, "all")
 
 
 def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
-    chosen, longest = subject.data.paragraphs(name), subject.reader.longest
+    chosen, longest = subject.data.paragraphs(name), subject.longest
     if subject.head == "masked":
         # A forward row a token: few texts, and windows that are short.
         chosen, longest = spread(chosen, _PSEUDO_TEXTS), min(longest, _PSEUDO_WINDOW)
@@ -230,7 +230,7 @@ def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
 
 def _distortion(subject: Subject) -> dict[str, Any]:
     texts = [text for part in subject.data.texts().values() for text in spread(part, _DISTORTION_TEXTS)]
-    now, shared = subject.reader.final(texts), subject.shared
+    now, shared = subject.final(texts), subject.shared
     if subject.is_base:
         shared.base_states = now
     if shared.base_states is None:

@@ -18,7 +18,7 @@ from hf_erasure.models.model import text_encoder
 from hf_erasure.models.scorer import FINAL, pooled_one, text_states
 from hf_erasure.models.slots import longest_input
 
-from .data import Biographies, DataFolder, Sentence
+from .data import Biographies, DataFolder
 
 T = TypeVar("T")
 _ROWS = 32  # texts of a forward
@@ -37,50 +37,6 @@ class TokenStates:
     layers: dict[str, Tensor]
     tags: list[str]
     sentences: list[int]
-
-
-class StateReader:
-    """Hidden states by layer, the embeddings first and the last hidden state at the end.
-
-    Of an encoder-decoder the encoder is read, which sees the text as it is.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.longest = min(longest_input(tokenizer, text_encoder(model).config) or _LONGEST, _LONGEST)
-
-    def pooled(self, texts: Sequence[str], pool: str = "mean") -> dict[str, Tensor]:
-        """Layer → `(texts, width)`: the mean over the tokens of each text, its first or its last (`pool`)."""
-        rows = self._read(texts, lambda _, states: {n: pooled_one(state, pool) for n, state in states.items()})
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def final(self, texts: Sequence[str]) -> list[Tensor]:
-        """The last hidden states of each text, `(tokens, width)`."""
-        return self._read(texts, lambda _, states: states[FINAL], every=False)
-
-    def tagged(self, sentences: Sequence[Sentence], most: int) -> TokenStates:
-        """States at tokens that have a tag, at most so many, evenly spread."""
-        if not self.tokenizer.is_fast:
-            raise ValueError("The tokenizer does not say where in a text its tokens stand, so words cannot be matched.")
-        texts = [sentence.text for sentence in sentences]
-        cut = {"truncation": True, "max_length": self.longest, "verbose": False}
-        offsets = self.tokenizer(texts, return_offsets_mapping=True, **cut)["offset_mapping"]
-
-        def at_tags(number: int, states: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
-            found = dict(enumerate(sentences[number].tags([(int(a), int(b)) for a, b in offsets[number]])))
-            known = {place: tag for place, tag in found.items() if tag is not None}
-            return list(known.values()), {name: state[list(known)] for name, state in states.items()}
-
-        rows = self._read(texts, at_tags)
-        tags = [tag for own, _ in rows for tag in own]
-        owners = [number for number, (own, _) in enumerate(rows) for _ in own]
-        keep = spread(range(len(tags)), most)
-        layers = {name: torch.cat([states[name] for _, states in rows])[keep] for name in rows[0][1]}
-        return TokenStates(layers, [tags[i] for i in keep], [owners[i] for i in keep])
-
-    def _read(self, texts: Sequence[str], keep: Callable[[int, dict[str, Tensor]], T], every: bool = True) -> list[T]:
-        options: dict[str, Any] = {"batch_size": _ROWS, "max_length": self.longest, "truncate": True}
-        return text_states(self.model, self.tokenizer, texts, keep, every=every, **options)
 
 
 @dataclass
@@ -159,10 +115,25 @@ class Subject:
         """Keywords of every metric."""
         return {name: getattr(self.shared.plan, name) for name in ("confidence", "resamples", "seed")}
 
+    # ---- hidden states by layer, the embeddings first; of an encoder-decoder those of its encoder --------------------
+
     @functools.cached_property
-    def reader(self) -> StateReader:
-        """Of the hidden states."""
-        return StateReader(self.model, self.tokenizer)
+    def longest(self) -> int:
+        """How many tokens of a text are read."""
+        return min(longest_input(self.tokenizer, text_encoder(self.model).config) or _LONGEST, _LONGEST)
+
+    def pooled(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Layer → `(texts, width)`, one vector a text by the subject's pool."""
+        rows = self._read(texts, lambda _, states: {n: pooled_one(state, self.pool) for n, state in states.items()})
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def final(self, texts: Sequence[str]) -> list[Tensor]:
+        """The last hidden states of each text, `(tokens, width)`."""
+        return self._read(texts, lambda _, states: states[FINAL], every=False)
+
+    def _read(self, texts: Sequence[str], keep: Callable[[int, dict[str, Tensor]], T], every: bool = True) -> list[T]:
+        options: dict[str, Any] = {"batch_size": _ROWS, "max_length": self.longest, "truncate": True}
+        return text_states(self.model, self.tokenizer, texts, keep, every=every, **options)
 
     @functools.cached_property
     def biographies(self) -> Biographies:
@@ -172,12 +143,29 @@ class Subject:
     @functools.cached_property
     def states(self) -> dict[str, Tensor]:
         """The pooled states of the biographies by layer."""
-        return self.reader.pooled(self.biographies.texts, self.pool)
+        return self.pooled(self.biographies.texts)
 
     @functools.cached_property
     def tokens(self) -> TokenStates:
-        """States of tagged tokens by layer."""
-        return self.reader.tagged(self.data.sentences(), _TAGGED)
+        """States at the tokens of the data's sentences that have a tag, at most so many, evenly spread."""
+        if not self.tokenizer.is_fast:
+            raise ValueError("The tokenizer does not say where in a text its tokens stand, so words cannot be matched.")
+        sentences = self.data.sentences()
+        texts = [sentence.text for sentence in sentences]
+        cut = {"truncation": True, "max_length": self.longest, "verbose": False}
+        offsets = self.tokenizer(texts, return_offsets_mapping=True, **cut)["offset_mapping"]
+
+        def at_tags(number: int, states: dict[str, Tensor]) -> tuple[list[str], dict[str, Tensor]]:
+            found = dict(enumerate(sentences[number].tags([(int(a), int(b)) for a, b in offsets[number]])))
+            known = {place: tag for place, tag in found.items() if tag is not None}
+            return list(known.values()), {name: state[list(known)] for name, state in states.items()}
+
+        rows = self._read(texts, at_tags)
+        tags = [tag for own, _ in rows for tag in own]
+        owners = [number for number, (own, _) in enumerate(rows) for _ in own]
+        keep = spread(range(len(tags)), _TAGGED)
+        layers = {name: torch.cat([states[name] for _, states in rows])[keep] for name in rows[0][1]}
+        return TokenStates(layers, [tags[i] for i in keep], [owners[i] for i in keep])
 
     @functools.cached_property
     def professions(self) -> list[str]:

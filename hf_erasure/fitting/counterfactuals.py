@@ -21,19 +21,12 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 @dataclass
 class Counterfactuals:
-    """Says what the counterfactuals of a text are.
+    """Says what the counterfactuals of a text are."""
 
-    Attributes:
-        text_column: Column of the text.
-        column: Column of its counterfactual, where the data have one.
-        words: Makes it otherwise, by exchanging words.
-        classes: Names of the classes; None where they are bare ids.
-    """
-
-    text_column: str
-    column: str | None = None
-    words: CounterpartWords | None = None
-    classes: tuple[str, ...] | None = None
+    text_column: str  # Column of the text.
+    column: str | None = None  # Column of its counterfactual, where the data have one.
+    words: CounterpartWords | None = None  # Makes it otherwise, by exchanging words.
+    classes: tuple[str, ...] | None = None  # Names of the classes; None where they are bare ids.
 
     def of(self, row: Mapping[str, Any], label: int | None) -> list[tuple[Any, int, int]]:
         """Each counterfactual of a row, with the class of the text and that of the counterfactual.

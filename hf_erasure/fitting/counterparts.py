@@ -83,19 +83,12 @@ def spellings(word: str) -> dict[str, Callable[[str], str]]:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """A word of a table in a text.
+    """A word of a table in a text."""
 
-    Attributes:
-        start: Where it begins.
-        end: Where it ends.
-        label: Its class.
-        others: Class → its counterparts there, spelled as the word is.
-    """
-
-    start: int
-    end: int
-    label: str
-    others: dict[str, list[str]]
+    start: int  # Where it begins.
+    end: int  # Where it ends.
+    label: str  # Its class.
+    others: dict[str, list[str]]  # Class → its counterparts there, spelled as the word is.
 
 
 class CounterpartWords:
@@ -192,13 +185,7 @@ class CounterpartWords:
         return found
 
     def exchanged(self, text: str, one: str, other: str) -> str | None:
-        """A text with the words of two classes exchanged for each other, or None where it has none of them.
-
-        Args:
-            text: The text.
-            one: A class.
-            other: Another.
-        """
+        """A text with the words of two classes exchanged for each other, or None where it has none of them."""
         toward, parts, end = {one: other, other: one}, [], 0
         for word in self.found_in(text):
             if word.label in toward:

@@ -106,10 +106,25 @@ def fit_concept_erasure(
     if isinstance(collator, ConceptCollator):
         collator.check_labels(task.config.labels)
     warn_of_what_is_off(model, adapter_name)
+    checkpoint, rows = None, None if eval_batches is None else RowsSeen()
     with _with_ranks(task.config, collator, {"pair_rank": pair_rank, "environment_rank": environment_rank}):
-        report = _fitted(
-            model, task, (batches, labelled), sequential, eval_batches, background, resident_batches, checkpoint_dir
-        )
+        if checkpoint_dir is not None:
+            with task.processes.agreeing("opening checkpoint_dir"):
+                checkpoint = FitCheckpoint(
+                    checkpoint_dir,
+                    task.config,
+                    task.layers,
+                    pool=task.pool,
+                    sequential=sequential,
+                    processes=task.processes.count,
+                    active=active_beside(model, task.name),
+                )
+        source = Source(task.config, labelled if rows is None else rows.watching(labelled), given=batches)
+        fits = solved(task, [source], background, sequential, resident_batches, checkpoint)
+        left_out = [site for site in task.layers if site not in fits]
+        report = conclude(task, [source], fits, eval_batches, rows)
+        if left_out and checkpoint is not None and task.processes.is_main:
+            checkpoint.leave_out(left_out)
     task.config.provenance["data"] = dict(getattr(collator, "origin", {}))
     return report
 
@@ -144,43 +159,6 @@ def _with_ranks(config: ConceptErasureConfig, collator: Any, ranks: dict[str, in
         for name, value in before.items():
             setattr(config, name, value)
         raise
-
-
-def _fitted(
-    model: nn.Module,
-    task: FitTask,
-    read: tuple[Iterable[Any], Iterable[Any]],
-    sequential: bool,
-    eval_batches: Iterable[Any] | None,
-    background: Iterable[Any] | None,
-    resident_batches: int | None,
-    checkpoint_dir: str | Path | None,
-) -> ErasureReport:
-    """Fit a task and put its erasers in place.
-
-    The batches are as they were given, and as they are read; the other arguments are those of `fit_concept_erasure`.
-    """
-    batches, labelled = read
-    checkpoint = None
-    if checkpoint_dir is not None:
-        with task.processes.agreeing("opening checkpoint_dir"):
-            checkpoint = FitCheckpoint(
-                checkpoint_dir,
-                task.config,
-                task.layers,
-                pool=task.pool,
-                sequential=sequential,
-                processes=task.processes.count,
-                active=active_beside(model, task.name),
-            )
-    rows = None if eval_batches is None else RowsSeen()
-    source = Source(task.config, labelled if rows is None else rows.watching(labelled), given=batches)
-    fits = solved(task, [source], background, sequential, resident_batches, checkpoint)
-    left_out = [site for site in task.layers if site not in fits]
-    report = conclude(task, [source], fits, eval_batches, rows)
-    if left_out and checkpoint is not None and task.processes.is_main:
-        checkpoint.leave_out(left_out)
-    return report
 
 
 def solved(

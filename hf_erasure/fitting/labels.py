@@ -24,7 +24,7 @@ from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes
 from hf_erasure.models.model import inputs_of, on_cpu
 
-from .layouts import Layouts, is_of_numbers, is_of_pairs, pairs_of, site_of, visit_itself
+from .layouts import Layouts, is_of_numbers, is_of_pairs, pairs_of, site_of
 from .pairs import Pairs, ids_in
 from .processes import Processes
 
@@ -87,14 +87,12 @@ class SiteStatistics:
         activation, selection = labels.select(hidden, key)
         self.update(key, activation, selection)
         if selection.compared is not None and labels.pairs is not None:
-            self._add_pairs(pairs_of(key), activation, *labels.pairs.differences(activation, selection.compared))
-
-    def _add_pairs(self, key: str, activation: Tensor, differences: Tensor, z: Tensor) -> None:
-        """Add differences within pairs, each both ways, so that their mean is zero and nothing is centred away."""
-        if len(differences):
-            self.dtypes[key] = activation.dtype
-            both = torch.cat([differences, -differences]), torch.cat([z, -z])
-            self.moments_for(key, differences.shape[-1]).update(*both)
+            differences, z = labels.pairs.differences(activation, selection.compared)
+            if len(differences):
+                self.dtypes[pairs_of(key)] = activation.dtype
+                # Each both ways, so that their mean is zero and nothing is centred away.
+                both = torch.cat([differences, -differences]), torch.cat([z, -z])
+                self.moments_for(pairs_of(key), differences.shape[-1]).update(*both)
 
     @on_cpu
     def update(self, site: str, activation: Tensor, selection: Selection) -> None:
@@ -113,11 +111,11 @@ class SiteStatistics:
         except ValueError as error:
             raise ValueError(f"At {site!r}: {error}") from error
 
-    def pool(self, processes: Processes, sites: Collection[str] | None = None) -> None:
-        """Make the moments of these sites, or of all, those of all processes together, in every one of them."""
+    def pool(self, processes: Processes, keys: Collection[str] | None = None) -> None:
+        """Make the moments at these keys, or at all, those of all processes together, in every one of them."""
         if processes.count == 1:
             return
-        chosen = [key for key in self.moments if sites is None or visit_itself(key) in sites]
+        chosen = [key for key in self.moments if keys is None or key in keys]
         found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in chosen}
         everywhere = {site: facts for own in processes.gathered([found]) for site, facts in own.items()}
         for site, (width, dtype) in sorted(everywhere.items()):

@@ -44,17 +44,12 @@ def visit_of(site: str, number: int) -> str:
 
 def site_of(key: str) -> str:
     """The site whose visit it is the key of."""
-    return visit_itself(key).partition(_VISIT)[0]
+    return key.removesuffix(_PAIRS).partition(_VISIT)[0]
 
 
 def pairs_of(key: str) -> str:
     """The key of the differences within pairs at a visit of a site."""
     return f"{key}{_PAIRS}"
-
-
-def visit_itself(key: str) -> str:
-    """The key of the visit, where it may be that of the differences there."""
-    return key.removesuffix(_PAIRS)
 
 
 def is_of_pairs(key: str) -> bool:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +170,11 @@ class Scrubber:
     def _side_by_side(self, shown: tqdm) -> None:
         """Bring the batches of all processes to the next site, fit it, let them go on, until none is left."""
         task, order = self.task, list(self.task.layers)
-        forwards = [functools.partial(self._forward_of, index) for index in range(len(self._batches))]
+        # A batch is in memory once its thread asks for it.
+        forwards = [
+            lambda index=index: functools.partial(task.runner, self._batches[index].batch)
+            for index in range(len(self._batches))
+        ]
         with (
             observed(task.layers, task.name, self._stop_at),
             batch_threads(forwards, self.resident_batches) as threads,
@@ -202,10 +205,6 @@ class Scrubber:
                 self._solve(site)
                 shown.update()
 
-    def _forward_of(self, index: int) -> Callable[[], Any]:
-        """The forward pass over a batch, which is in memory now."""
-        return functools.partial(self.task.runner, self._batches[index].batch)
-
     def _advance(self, thread: BatchThread) -> None:
         """Let a batch run to the next site that it has not visited, and add what it shows there and on its way."""
         self._running, labels = thread, self._batches[thread.index]
@@ -213,9 +212,10 @@ class Scrubber:
             thread.advance()
             if thread.site is None or thread.hidden is None:
                 return
-            self._add(labels, thread.site, thread.hidden)
+            is_first = thread.site in self.task.layers
+            (labels.source if is_first else self._later[labels.source.key]).add(thread.site, labels, thread.hidden)
             thread.hidden = None
-            if thread.site in self.task.layers:
+            if is_first:
                 return
 
     def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
@@ -233,11 +233,6 @@ class Scrubber:
         else:
             thread.stop(visit_of(site, visit), hidden)
         return self.fits[site].erase(hidden) if site in self.fits else hidden
-
-    def _add(self, labels: BatchLabels, key: str, hidden: Tensor) -> None:
-        """Add the activation at one visit of a site."""
-        statistics = labels.source if key == site_of(key) else self._later[labels.source.key]
-        statistics.add(key, labels, hidden)
 
     # ---- one site a pass ---------------------------------------------------------------------------------------------
 
@@ -275,7 +270,8 @@ class Scrubber:
             again |= visit > 1
             is_due = visit > 1 and site in self.fits if chosen is None else visit == 1 and site == chosen
             if labels is not None and is_due:
-                self._add(labels, visit_of(site, visit), hidden)
+                statistics = labels.source if visit == 1 else self._later[labels.source.key]
+                statistics.add(visit_of(site, visit), labels, hidden)
             return self.fits[site].erase(hidden) if site in self.fits else hidden
 
         with self.task.processes.agreeing(f"running over its batches to {chosen or 'the end'!r}"):
@@ -289,19 +285,19 @@ class Scrubber:
 
         The site is left out if it may be and has none.
         """
-        seen = []
+        seen, keys = [], (site, pairs_of(site))
         for source in self.sources:
-            source.pool(self.task.processes, [site])
+            source.pool(self.task.processes, keys)
             if source.concept and self.task.config.has_default_targets and site not in source.moments:
                 self._left_out.add(site)
                 for other in self.sources:
-                    for key in (site, pairs_of(site)):
+                    for key in keys:
                         other.moments.pop(key, None)
                 return
             source.check_reached([site])
             taken = self._taken[source.key].moments if self._taken else {}
             later = {key: moments for key, moments in taken.items() if site_of(key) == site}
-            first = {key: source.moments.pop(key) for key in (site, pairs_of(site)) if key in source.moments}
+            first = {key: source.moments.pop(key) for key in keys if key in source.moments}
             seen.append(SiteStatistics(source.z_dim, first | later, source.dtypes, source.concept))
         self.fits |= solve(self.task, [site], seen)
         if self.checkpoint is not None and self.task.processes.is_main and not self._taken:

@@ -29,7 +29,8 @@ IN_WORDS = {
 _ROUNDING = 8
 # A position counts whose gradient is above this share of the largest of its row.
 _COUNTS = 1e-6
-_SENTENCE_POOLS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+# What sentence-transformers calls a way of pooling → what it is here.
+SENTENCE_POOLS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
 def check_pool(pool: str | None) -> None:
@@ -89,7 +90,7 @@ def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: 
     for module in model.modules():
         if type(module).__module__.startswith("sentence_transformers.") and hasattr(module, "pooling_mode"):
             mode: Any = module.pooling_mode
-            pool = _SENTENCE_POOLS.get(mode) if isinstance(mode, str) else None
+            pool = SENTENCE_POOLS.get(mode) if isinstance(mode, str) else None
             words = IN_WORDS[pool] if pool else repr(mode)
             return Reading(pool, f"its pooling module reads {words}", clear=pool is not None, is_other=pool is None)
     while (inner := unwrapped(model)) is not model:

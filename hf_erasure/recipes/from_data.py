@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 
 from hf_erasure.adapters.common.files import read_text
 from hf_erasure.fitting.counterparts import CounterpartWords
+from hf_erasure.models.pooling import SENTENCE_POOLS
 
 from .erasure import EMBEDDED, Recipe, embedded_model, load_data, written
 from .gradiend_recipe import GradiendRecipe
@@ -30,47 +31,29 @@ TEST_SHARE = 0.2
 _FEWEST = 2
 # Texts are told from other words by their length: so many times as long, in so many rows.
 _LONGER, _LOOKED_AT = 3, 200
-# The pooling of sentence-transformers that an erasure can follow.
+# How older releases of sentence-transformers write the pooling that an erasure can follow.
 _POOLS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
 
 @dataclass
 class FromData:
-    """What the command line says of a model and its data.
+    """What the command line says of a model and its data."""
 
-    Attributes:
-        model: As in a recipe.
-        data: A file, a folder, or a name on the Hub.
-        label: The column of the concept.
-        text: The column of the text; `text`, or the only other one that holds texts, when None.
-        keep: A column of something that should stay readable.
-        test: The name of a split, or the share to set aside; the split `test`, or a fifth, when None.
-        group: A column of which no value is both fitted on and measured.
-        pool: What is erased from; that of the model's own pooling, where it has one, when None.
-        targets: Modules to erase at, as in `target_modules`.
-        counterfactual_words: The table of counterpart words by which texts are turned into their counterfactuals.
-        pair_rank: So many directions more in which texts and counterfactuals differ; 0 when None.
-        concept: What the concept is called; like its column when None.
-        out: The folder to write; `out/no-CONCEPT` when None.
-        name: The configuration of a Hub data set.
-        overrides: Further `key=value` entries of the recipe.
-    """
-
-    model: str
-    data: str
-    label: str
-    text: str | None = None
-    keep: str | None = None
-    test: str | None = None
-    group: str | None = None
-    pool: str | None = None
-    targets: str | None = None
-    counterfactual_words: str | None = None
-    pair_rank: int | None = None
-    concept: str | None = None
-    out: str | None = None
-    name: str | None = None
-    overrides: Sequence[str] = field(default_factory=list)
+    model: str  # As in a recipe.
+    data: str  # A file, a folder, or a name on the Hub.
+    label: str  # The column of the concept.
+    text: str | None = None  # The column of the text; `text`, or the only other one that holds texts, when None.
+    keep: str | None = None  # A column of something that should stay readable.
+    test: str | None = None  # The name of a split, or the share to set aside; the split `test`, or a fifth, when None.
+    group: str | None = None  # A column of which no value is both fitted on and measured.
+    pool: str | None = None  # What is erased from; that of the model's own pooling, where it has one, when None.
+    targets: str | None = None  # Modules to erase at, as in `target_modules`.
+    counterfactual_words: str | None = None  # The table of words by which texts become their counterfactuals.
+    pair_rank: int | None = None  # So many directions more in which texts and counterfactuals differ; 0 when None.
+    concept: str | None = None  # What the concept is called; like its column when None.
+    out: str | None = None  # The folder to write; `out/no-CONCEPT` when None.
+    name: str | None = None  # The configuration of a Hub data set.
+    overrides: Sequence[str] = field(default_factory=list)  # Further `key=value` entries of the recipe.
 
 
 def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
@@ -211,5 +194,4 @@ def _own_pool(model: str) -> str | None:
         return None  # no such model: loading it says so
     kept = json.loads(read_text(Path(path))) if path else {}
     modes = [name for key, name in _POOLS.items() if kept.get(key) is True]
-    mode = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(kept.get("pooling_mode")))
-    return mode or (modes[0] if len(modes) == 1 else None)
+    return SENTENCE_POOLS.get(str(kept.get("pooling_mode"))) or (modes[0] if len(modes) == 1 else None)

@@ -25,7 +25,7 @@ from hf_erasure.evaluation import (
 from hf_erasure.evaluation.loading import Entry, Loader
 from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.results import Results
-from hf_erasure.evaluation.subject import StateReader
+from hf_erasure.evaluation.subject import Subject
 from tests.evaluation.material import run, small_data
 
 # ---- of a model, or of a folder --------------------------------------------------------------------------------------
@@ -146,13 +146,13 @@ def test_without_the_bases_states_nothing_is_relative_to_an_adapters(
     chosen = [m for m in measures_of("gender", DataFolder(data)) if m.key in ("winobias", "distortion")]
     monkeypatch.setattr(running, "measures_of", lambda *_: chosen)
     calls: list[int] = []
-    final = StateReader.final
+    final = Subject.final
 
-    def fails_first(self: StateReader, texts: Any) -> Any:
+    def fails_first(self: Subject, texts: Any) -> Any:
         calls.append(1)
         return final(self, texts) if len(calls) > 1 else _raising(RuntimeError("boom"))()
 
-    monkeypatch.setattr(StateReader, "final", fails_first)
+    monkeypatch.setattr(Subject, "final", fails_first)
     results = evaluate(Evaluation(story, data, [str(adapters[0])], limit=8, resamples=10))
     assert [list(values) for values in results.values.values()] == [["winobias"]] * 2
     reasons = [note["reason"] for note in results.not_measured if note["entry"] == "erasure"]
