@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +103,16 @@ def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) ->
 
 def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, **changed: Any) -> list[Measure]:
     """A linear probe of a concept, and those that are not; a kernel is for texts, as it takes all pairs of rows."""
-    nonlinear = "the same with a multilayer perceptron: what is not linearly readable may still be readable"
-    kernel = _of_metric(
-        "linear_leakage", f"{key}_rbf", f"{of}, RBF-SVM probe − majority", functools.partial(take, kernel=True),
-        "the same with a support vector machine and a radial basis function", **changed,
-    )  # fmt: skip
+    kinds: dict[str, tuple[str, dict[str, bool], str]] = {
+        "linear": ("linear", {}, says),
+        "mlp": ("MLP", {"nonlinear": True},
+                "the same with a multilayer perceptron: what is not linearly readable may still be readable"),
+        "rbf": ("RBF-SVM", {"kernel": True}, "the same with a support vector machine and a radial basis function"),
+    }  # fmt: skip
     return [
-        _of_metric("linear_leakage", f"{key}_linear", f"{of}, linear probe − majority", take, says, **changed),
-        _of_metric(
-            "linear_leakage", f"{key}_mlp", f"{of}, MLP probe − majority", functools.partial(take, nonlinear=True),
-            nonlinear, **changed,
-        ),
-        *([kernel] if key == "gender" else []),
+        _of_metric("linear_leakage", f"{key}_{kind}", f"{of}, {name} probe − majority", partial(take, **options), told,
+                   **changed)
+        for kind, (name, options, told) in kinds.items() if kind != "rbf" or key == "gender"
     ]  # fmt: skip
 
 
@@ -135,7 +133,7 @@ def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, 
 
 def _language_bias(of: str, bias_types: Sequence[str] | None) -> list[Measure]:
     """StereoSet and CrowS-Pairs, of one kind of bias or of all."""
-    stereoset = functools.partial(_stereoset, bias_types=bias_types)
+    stereoset = partial(_stereoset, bias_types=bias_types)
     name, suffix = f" ({of or 'all kinds'})", f"_{of}" if of else ""
     return [
         _of_metric(
@@ -253,7 +251,7 @@ def _capability_measures(data: DataFolder) -> list[Measure]:
     return [
         *(
             _of_metric(
-                "perplexity", f"perplexity_{name}", f"Perplexity, {name}", functools.partial(_perplexity, name=name),
+                "perplexity", f"perplexity_{name}", f"Perplexity, {name}", partial(_perplexity, name=name),
                 "exp of the mean loss of a token; of a masked model, of its pseudo-likelihood",
                 purpose="capability", needs_head=True, figure="perplexity", ideal=1.0,
             )

@@ -72,7 +72,7 @@ class BatchThread:
         self.hidden: Tensor | None = None  # The activation there.
         self.visited: list[str] = []  # The sites where it has stopped so far.
         self._forward, self._modes, self._waiting = forward, modes, waiting
-        self._passed: list[str] = []  # Where it stopped in threads that have ended: it does not wait there again.
+        self.passed: list[str] = []  # Where it stopped in threads that have ended: it does not wait there again.
         self._record = None if waiting is None else Record(waiting.folder / f"batch-{index}")
         self._finished = self._abandoned = False
         self._error: BaseException | None = None
@@ -89,7 +89,10 @@ class BatchThread:
                     with self._record or nullcontext():
                         forward()
                 except _Astray:
-                    self._will_compute_again()
+                    self.visited.clear()
+                    if self._waiting is not None and self._record is not None:
+                        self._waiting.give_up("a forward pass does not take the same operations a second time")
+                        self._record.forget()
                     forward()
             self._finished, self.site, self.hidden = True, None, None
         except _Abandoned:
@@ -98,12 +101,6 @@ class BatchThread:
             self._error = error
         finally:
             self._stopped.release()
-
-    def _will_compute_again(self) -> None:
-        self.visited.clear()
-        if self._waiting is not None and self._record is not None:
-            self._waiting.give_up("a forward pass does not take the same operations a second time")
-            self._record.forget()
 
     def advance(self) -> None:
         """Let the batch run to its next stop, or to the end; what fails says in which batch, and after which site."""
@@ -133,21 +130,17 @@ class BatchThread:
         self.site = None
         if self._waiting is not None and not self._waiting.replays:
             self._record = None
-        if self._record is not None and self._passed:
+        if self._record is not None and self.passed:
             self._record.read()
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._run,), name=f"hf-erasure-batch-{self.index}", daemon=True
         )
         self._thread.start()
 
-    def has_passed(self, site: str) -> bool:
-        """Whether it has stopped at this site in a thread that has ended."""
-        return site in self._passed
-
     def stop(self, site: str, hidden: Tensor) -> None:
         """Called in the batch's own thread: show the activation, and wait until the caller lets it go on."""
         self.visited.append(site)
-        if site in self._passed:
+        if site in self.passed:
             return
         self.site, self.hidden = site, hidden
         del hidden
@@ -159,7 +152,7 @@ class BatchThread:
 
     def park(self) -> None:
         """End the thread; what goes on from here is a new one, from what is written now."""
-        site, self._passed = self.site, list(self.visited)
+        site, self.passed = self.site, list(self.visited)
         if self._record is not None:
             self._record.write()
         self.abandon()

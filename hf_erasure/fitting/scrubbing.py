@@ -228,7 +228,7 @@ class Scrubber:
             raise OutOfStep(f"{site!r} was fitted before its later visits were seen.")
         if visit == 1 and site in self._kept:
             thread.visited.append(site)
-        elif visit == 1 and site in self.fits and not thread.has_passed(site):
+        elif visit == 1 and site in self.fits and site not in thread.passed:
             raise OutOfStep(f"{site!r} is reached in different orders by different batches.")
         else:
             thread.stop(visit_of(site, visit), hidden)

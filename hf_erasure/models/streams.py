@@ -58,8 +58,7 @@ def readers_of(model: nn.Module) -> list[Group]:
     Raises:
         ValueError: If there are none.
     """
-    streams = _Streams(model)
-    groups = streams.readers()
+    groups = _Streams(model).readers()
     if not groups:
         raise ValueError(
             f"No linear map of {type(model).__name__} reads a hidden state that others add to, so there is nothing for "
@@ -171,7 +170,12 @@ class _Streams:
             merged = {weight: at for group in joined for weight, at in group[0].items()}
             groups.append((weights | merged, set().union(also.get(taken, ()), *(group[1] for group in joined))))
         groups.sort(key=lambda group: min(group[0].values()))
-        made = [self._as_group(weights, told) for weights, told in groups]
+        made = []
+        for weights, told in groups:
+            group = Group(sorted(weights, key=weights.__getitem__))
+            group += dict.fromkeys(o for o in experts_beside(self._model, self._graph, group) if o not in group)
+            group.also = tuple(sorted(told))
+            made.append(group)
         unguarded += self._not_run(weight for group in made for weight in group)
         if unguarded:
             more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
@@ -197,12 +201,6 @@ class _Streams:
         if first[:1] == (taken,) and taken not in first[1:] and own:
             return None
         return f"the module {product.owner!r}, whose {product.parameter!r} takes it, takes it in other ways too"
-
-    def _as_group(self, weights: dict[Weight, int], also: set[str]) -> Group:
-        group = Group(sorted(weights, key=lambda weight: weights[weight]))
-        group += dict.fromkeys(o for o in experts_beside(self._model, self._graph, group) if o not in group)
-        group.also = tuple(sorted(also))
-        return group
 
     def _not_run(self, found: Iterable[Weight]) -> Iterator[str]:
         """Why blocks are not seen that stand in a list beside others, and that the pass has not called."""

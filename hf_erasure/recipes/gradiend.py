@@ -329,7 +329,9 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
     """Encoded values as a histogram per class, neutral texts among them; one panel a pair of classes."""
-    figure = _figure(4.2 * len(parts), 3.2)
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", figsize=(4.2 * len(parts), 3.2))
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for panel, part in zip(panels, parts, strict=True):
         limit = max(1.0, float(part.values.abs().max()))
@@ -349,10 +351,12 @@ def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
 
 def _draw_grid(grid: pd.DataFrame, goals: Sequence[str], path: Path) -> None:
     """Goals and language modelling over feature factor and learning rate; a row of panels for each pair of classes."""
+    from matplotlib.figure import Figure
+
     points = grid.iloc[1:]  # the first row is the model without an edit
     pairs = list(dict.fromkeys(points["pair"]))
     columns = [*dict.fromkeys(goals), "cost"]
-    figure = _figure(4.2 * len(columns), 0.6 + 3.4 * len(pairs))
+    figure = Figure(layout="constrained", figsize=(4.2 * len(columns), 0.6 + 3.4 * len(pairs)))
     panels = figure.subplots(len(pairs), len(columns), squeeze=False)
     for row, pair in zip(panels, pairs, strict=True):
         for panel, column in zip(row, columns, strict=True):
@@ -369,9 +373,3 @@ def _draw_grid(grid: pd.DataFrame, goals: Sequence[str], path: Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("learning rate α")
     figure.savefig(path, dpi=_DOTS_PER_INCH)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(layout="constrained", figsize=(width, height))
