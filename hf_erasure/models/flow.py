@@ -21,16 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
+from .graph import REARRANGING
 from .model import floats_of, is_norm, tensors_of
 
-# Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
-_REARRANGING = {
-    "_to_copy", "_unsafe_view", "alias", "as_strided", "bernoulli", "cat", "chunk", "clone", "constant_pad_nd", "copy_",
-    "detach", "expand", "flatten", "flip", "gather", "im2col", "index", "index_select", "lift_fresh", "masked_fill",
-    "masked_fill_", "masked_scatter", "mean", "native_dropout", "permute", "repeat", "reshape", "roll", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "squeeze_", "stack", "sum", "t", "transpose", "unbind", "unfold",
-    "unsqueeze", "view", "where", "avg_pool2d", "adaptive_avg_pool2d",
-}  # fmt: skip
+# Beside those that hand entries on as they are, those that leave each feature by itself.
+_REARRANGING = REARRANGING | {"bernoulli", "avg_pool2d", "adaptive_avg_pool2d"}
 _SUMS = {"add", "add_", "sub"}
 _SCALINGS = {"mul", "mul_", "div", "div_"}
 _LAST = ("last_hidden_state", "pooler_output")

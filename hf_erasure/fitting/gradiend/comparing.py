@@ -158,9 +158,7 @@ def _readings(found: list[tuple[GradiendTrainer, tuple[str, str], FeatureDecoder
     for trainer, pair, _ in found:
         encode = trainer.encoders()[pair]
         with reading_the_base(trainer.model, trainer.adapter_name, trainer.task) as reader:
-            values = (
-                encode_all(reader, trainer.config.source, encode, other.pairs_to_read(own), own, Processes())
-                for other, own, _ in found
-            )
+            read = ((other.pairs_to_read().signed(1, own), own) for other, own, _ in found)
+            values = [encode_all(reader, trainer.config.source, encode, *each, Processes()) for each in read]
             rows.append([one.metrics()["cor"] for one in values])
     return torch.tensor(rows, dtype=torch.float64, device="cpu")

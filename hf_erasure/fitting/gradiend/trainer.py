@@ -33,7 +33,7 @@ from ..processes import Processes
 from .adapter import GradiendAdapter
 from .checkpoints import Fitted, Progress
 from .gradients import Encode, EncodedValues, encode_all, reading_the_base, together
-from .pairs import Pair, PairSet, Signed
+from .pairs import Pair, PairSet
 from .selection import (
     FEATURE_FACTORS,
     LEARNING_RATES,
@@ -229,11 +229,8 @@ class GradiendTrainer:
     @outside_inference_mode()
     def encode(self, dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> list[EncodedValues]:
         """The feature neuron's value for every pair and every neutral text, one `EncodedValues` a pair of classes."""
-        dataset = dataset if dataset is not None else next(iter(self._eval_sets().values()), None)
-        if dataset is None:
-            raise ValueError("GradiendTrainer has no eval_dataset to encode: give encode() a dataset of pairs.")
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
-        pairs, source, encoders, batches = self._pair_set(dataset), self.config.source, self.encoders(), []
+        pairs, source, encoders, batches = self.pairs_to_read(dataset), self.config.source, self.encoders(), []
         if neutral is not None:
             batches = neutral_batches(
                 neutral, self.processing_class, self.task, all_words(self._words()), batch_size=1, seed=self.args.seed,
@@ -256,16 +253,12 @@ class GradiendTrainer:
             return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
         return GradiendAdapter.of(self.model, self.adapter_name).encoders()
 
-    def pairs_to_read(self, pair: Pair) -> list[Signed]:
-        """The first of the data sets to evaluate on, as batches of one text with +1 or −1 for the classes of a pair.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        dataset = next(iter(self._eval_sets().values()), None)
+    def pairs_to_read(self, dataset: Dataset | None = None) -> PairSet:
+        """A data set, or the first of those to evaluate on; a `ValueError` where there is none."""
+        dataset = dataset if dataset is not None else next(iter(self._eval_sets().values()), None)
         if dataset is None:
-            raise ValueError("GradiendTrainer has no eval_dataset to read: give it a dataset of pairs.")
-        return self._pair_set(dataset).signed(1, pair)
+            raise ValueError("GradiendTrainer has no eval_dataset to read: give it, or encode(), a dataset of pairs.")
+        return self._pair_set(dataset)
 
     def summary(self) -> pd.DataFrame:
         """How far the starts of the last `train` got: one row a pair of classes.
