@@ -3,15 +3,20 @@
 Each of them is a place where they offer no hook, and above it stands what it does not do. A wrapper calls the original
 and adds that; without an adapter of this package in the model it does nothing else. Where a release lacks a function,
 importing this package fails with a sentence, or, where the line says what does not work then, warns of that.
+
+Trainer is wrapped when a program imports it: it imports `datasets`, which takes longer than this package.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pkgutil import resolve_name
+from types import ModuleType
 from typing import Any
 
 from .adapters import saving
@@ -23,6 +28,7 @@ from .hub import cards, pushing
 
 # On a function that is wrapped: a list with the wrapper of now.
 _WRAPPERS = "_hf_erasure_wrappers"
+_TRAINER = "transformers.trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +36,8 @@ class Patch(Internal):
     """A function in whose place a wrapper is called."""
 
     # Called as `wrapper(original, *args, **kwargs)`. Of a method `original` is bound already, and the instance comes
-    # first among the arguments.
-    wrapper: Callable[..., Any]
+    # first among the arguments. None where the function is only looked for.
+    wrapper: Callable[..., Any] | None
     without: str = ""  # what does not work where a release lacks it; empty where nothing would
     also: tuple[str, ...] = ()  # other modules in which the same function is
 
@@ -108,7 +114,7 @@ def _of_transformers() -> tuple[Patch, ...]:
 
 
 def _of_trainer() -> tuple[Patch, ...]:
-    of_trainer = functools.partial(Patch, "transformers", "transformers.trainer")
+    of_trainer = functools.partial(Patch, "transformers", _TRAINER)
     return (
         # No event comes before a training whose saves would lose an adapter, nor before a log is reported.
         of_trainer(
@@ -125,29 +131,61 @@ def _of_trainer() -> tuple[Patch, ...]:
     )
 
 
-def install(table: tuple[Patch, ...] | None = None) -> None:
-    """Wrap the functions of a table; called again, as after a reload, put the wrappers of now in the former's place."""
-    table = patches() if table is None else table
-    check_internals(tuple(patch for patch in table if not patch.without))
-    relied_on: list[tuple[Internal, str, Patch | None]] = [(patch, patch.without, patch) for patch in table]
-    for method in trainer.OWN_METHODS:
-        without = f"what hf_erasure does in Trainer.{method} for a model with an adapter of its own"
-        relied_on.append((Internal("transformers", "transformers.trainer", f"Trainer.{method}"), without, None))
-    for internal, without, patch in relied_on:
-        missing = internal.why_missing()
-        if missing is not None:
-            warnings.warn(
-                f"hf_erasure wraps {missing}, which {internal.package} {installed(internal.package)} does not have. "
-                f"What does not work here: {without}. Everything else does.",
-                stacklevel=3,
-            )
-        elif patch is not None:
-            _wrap(patch)
+def install() -> None:
+    """Wrap the functions of the table; called again, as after a reload, put the wrappers of now in their place."""
+    wrap((*_of_peft(), *_of_transformers()))
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
+    if _TRAINER in sys.modules:
+        _wrap_trainer()
+    else:
+        sys.meta_path.insert(0, _TrainerFinder())
     name = cards.write_saved_card.__qualname__
     saving.ON_STAGED[:] = [f for f in saving.ON_STAGED if f.__qualname__ != name] + [cards.write_saved_card]
 
 
-def _wrap(patch: Patch) -> None:
+class _TrainerFinder:
+    """Has Trainer wrapped as soon as its module was imported, which is found as it would be without this finder."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        """What the other finders find; None for all other modules."""
+        if fullname != _TRAINER:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_wrap(module: ModuleType) -> None:
+                execute(module)
+                sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+                _wrap_trainer()
+
+            spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
+        return spec
+
+
+def _wrap_trainer() -> None:
+    own = functools.partial(Patch, "transformers", _TRAINER, wrapper=None)
+    without = "what hf_erasure does in Trainer.{} for a model with an adapter of its own"
+    wrap((*_of_trainer(), *(own(f"Trainer.{name}", without=without.format(name)) for name in trainer.OWN_METHODS)))
+
+
+def wrap(table: tuple[Patch, ...]) -> None:
+    """Wrap the functions of a table."""
+    check_internals(tuple(patch for patch in table if not patch.without))
+    for patch in table:
+        missing = patch.why_missing()
+        if missing is not None:
+            warnings.warn(
+                f"hf_erasure wraps {missing}, which {patch.package} {installed(patch.package)} does not have. "
+                f"What does not work here: {patch.without}. Everything else does.",
+                stacklevel=3,
+            )
+        elif patch.wrapper is not None:
+            _wrap(patch, patch.wrapper)
+
+
+def _wrap(patch: Patch, wrapper: Callable[..., Any]) -> None:
     path, _, name = f"{patch.module}.{patch.name}".rpartition(".")
     for place in (path, *patch.also):
         owner = _owner(place)
@@ -158,9 +196,9 @@ def _wrap(patch: Patch) -> None:
         function = present.__func__ if is_classmethod else present
         wrappers: list[Callable[..., Any]] | None = getattr(function, _WRAPPERS, None)
         if wrappers is not None:
-            wrappers[:] = [patch.wrapper]
+            wrappers[:] = [wrapper]
             continue
-        wrapped = _wrapped(function, patch.wrapper, is_method=isinstance(owner, type))
+        wrapped = _wrapped(function, wrapper, is_method=isinstance(owner, type))
         setattr(owner, name, classmethod(wrapped) if is_classmethod else wrapped)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import os
 import re
 import sys
@@ -164,6 +165,7 @@ def wrapped() -> dict[str, list[str]]:
     """Functions of other packages in whose place a function of this one is called, and where each is replaced."""
     import hf_erasure
 
+    importlib.import_module("transformers.trainer")  # which is wrapped when it is imported
     assert Path(hf_erasure.__file__).parent == PACKAGE
     found: dict[str, list[str]] = {}
     modules = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in OTHERS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
 import sys
 import types
 import warnings
@@ -57,15 +58,15 @@ def patch(name: str, **options: Any) -> Patch:
 def test_a_function_is_wrapped_once_wherever_it_is(theirs: types.ModuleType):
     table = (patch("function", also=("theirs_again",)), patch("Owner.method", wrapper=method_noted))
     for _ in range(3):
-        patches.install(table)
+        patches.wrap(table)
     assert theirs.function(1) == ["noted", 3] and sys.modules["theirs_again"].function(1) == ["noted", 3]
     assert theirs.Owner().method(number=1) == ["Owner", 2]
-    patches.install((patch("function", wrapper=lambda original, number: original(number) * 10),))
+    patches.wrap((patch("function", wrapper=lambda original, number: original(number) * 10),))
     assert theirs.function(1) == 30
 
 
 def test_a_class_method_is_one_still(theirs: types.ModuleType):
-    patches.install((patch("Owner.made", wrapper=lambda original, cls, number: (cls, original(number))),))
+    patches.wrap((patch("Owner.made", wrapper=lambda original, cls, number: (cls, original(number))),))
     assert theirs.Owner.made(3) == (theirs.Owner, ("Owner", 3))
 
 
@@ -73,22 +74,22 @@ def test_a_function_that_moved_to_another_of_its_modules_is_found(theirs: types.
     del theirs.function
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        patches.install((patch("function", also=("theirs_again", "theirs_never")),))
-        patches.install((patch("function", module="theirs_before", also=("theirs_again",)),))
+        patches.wrap((patch("function", also=("theirs_again", "theirs_never")),))
+        patches.wrap((patch("function", module="theirs_before", also=("theirs_again",)),))
     assert sys.modules["theirs_again"].function(1) == ["noted", 3]
 
 
 def test_what_cannot_be_done_without_is_named(theirs: types.ModuleType):
     with pytest.raises(ImportError, match=r"relies on theirs\.Owner\.gone, which numpy .* does not have"):
-        patches.install((patch("function"), patch("Owner.gone")))
+        patches.wrap((patch("function"), patch("Owner.gone")))
     assert theirs.function(1) == 3, "nothing was wrapped"
     with pytest.raises(ImportError, match=r"relies on the parameter .other. of theirs\.function"):
-        patches.install((patch("function", parameters=("other",)),))
+        patches.wrap((patch("function", parameters=("other",)),))
 
 
 def test_what_can_be_done_without_is_warned_of(theirs: types.ModuleType):
     with pytest.warns(UserWarning, match=r"theirs\.gone, which numpy .* does not have.*not work here: hats") as said:
-        patches.install((patch("gone", without="hats"), patch("function")))
+        patches.wrap((patch("gone", without="hats"), patch("function")))
     assert len(said) == 1 and theirs.function(1) == ["noted", 3]
 
 
@@ -99,6 +100,40 @@ def test_every_line_says_why():
     above = re.findall(r"^ {8}# .*\.\n {8}\w+\(", inspect.getsource(patches), re.MULTILINE)
     assert len(above) == len(table), "a comment with a full stop stands above each"
     assert len(wrapped()) == len(table), "what is wrapped is in the table"
+
+
+# What takes longest of what this package can use.
+LATER = {"datasets", "jinja2", "matplotlib", "pandas", "pyarrow", "sklearn", "transformers.trainer", "typer"}
+
+
+def test_an_import_brings_in_little_beside_peft_and_transformers():
+    """At most a tenth of what these two take: modules are counted, since time differs between machines."""
+    program = (
+        "import sys, peft, transformers\nbefore = set(sys.modules)\nimport hf_erasure\n"
+        "print(*(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    others = {name for name in done.stdout.split() if name.partition(".")[0] != "hf_erasure"}
+    assert others and not others & LATER and len(others) < 50, sorted(others)
+
+
+@pytest.mark.parametrize("order", [("hf_erasure", "transformers.trainer"), ("transformers.trainer", "hf_erasure")])
+def test_trainer_is_wrapped_in_either_order_and_once(order: tuple[str, str], tmp_path: Path):
+    program = "import importlib, importlib.util, sys\n" + "".join(
+        f"importlib.util.find_spec('transformers.trainer')\nimport {name}\n" for name in order
+    )
+    program += (
+        "trainer = sys.modules['transformers.trainer']\n"
+        "for again in (None, hf_erasure, hf_erasure.patches):\n"
+        "    again and importlib.reload(again)\n"
+        "    for method in (trainer.Trainer.train, trainer.Trainer._save):\n"
+        "        assert hasattr(method, '_hf_erasure_wrappers'), (again, method)\n"
+        "        assert not hasattr(method.__wrapped__, '__wrapped__'), (again, method)\n"
+        "assert not [finder for finder in sys.meta_path if type(finder).__module__ == 'hf_erasure.patches']\n"
+        "print(trainer.__spec__.name, trainer.__file__ == trainer.__spec__.origin)\n"
+    )
+    done = run(run_code, program, folder=tmp_path, kind=TRANSFORMERS)
+    assert done.stdout.split() == ["transformers.trainer", "True"], done.stderr
 
 
 # Run where transformers is imported, and PEFT and this package are not.

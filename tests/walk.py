@@ -20,6 +20,7 @@ import argparse
 import ast
 import copy
 import functools
+import importlib
 import sys
 import tempfile
 import threading
@@ -43,6 +44,9 @@ from hf_erasure import (
 )
 from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, tokenizer_of
 from tests.small_models import LABELS, inputs_of, small_batch, small_batches, small_model
+
+# Until it is imported, whatever is imported is looked for by this package as well.
+importlib.import_module("transformers.trainer")
 
 PACKAGE = Path(hf_erasure.__file__).parent
 ERASURE, GRADIEND = "llama", "bert"

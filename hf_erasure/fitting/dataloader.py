@@ -23,11 +23,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
@@ -49,6 +47,10 @@ from .encoders import (
     require_column,
 )
 from .processes import Processes
+
+# Functions import it: it takes longer than this package, and most programs that load an adapter do without.
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
@@ -116,6 +118,9 @@ def concept_dataloader(
             nothing to make counterfactuals of, or (while iterating) a row's label is unknown, missing, or does not
             match its input.
     """
+    from datasets import Dataset, IterableDataset
+    from datasets.distributed import split_dataset_by_node
+
     first = _first_row(dataset)
     _check_options(batch_size, max_length, label_subwords, labels)
     encode = choose_encoder(first, tokenizer, text_column, max_length, label_subwords)
@@ -307,6 +312,8 @@ def _choose_label_reader(
     dataset: Dataset | IterableDataset, first: Any, column: str, labels: Sequence[str] | None, encode: Encoder
 ) -> _LabelReader:
     """Decide from the first row's label, and from the declared feature, how the column is to be read."""
+    from datasets import ClassLabel, IterableDataset
+
     feature, value = (dataset.features or {}).get(column), plain(first)
     per_token = isinstance(value, list)
     element = next((item for item in value if item is not None), None) if per_token else value
@@ -356,6 +363,8 @@ class NumberedColumn:
     @classmethod
     def of(cls, dataset: Dataset | IterableDataset, column: str, argument: str) -> NumberedColumn:
         """Find the values; they are those of a `ClassLabel`, or all that occur, sorted."""
+        from datasets import ClassLabel, IterableDataset
+
         feature = (dataset.features or {}).get(column)
         if isinstance(feature, ClassLabel):
             return cls(column, tuple(feature.names), {index: index for index in range(len(feature.names))})
@@ -409,6 +418,8 @@ def _choose_counterfactuals(
 
 
 def _first_row(dataset: Any) -> Row:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         raise TypeError(f"dataset holds the splits {list(dataset)}: pass one of them, such as dataset['train'].")
     if not isinstance(dataset, Dataset | IterableDataset):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from .model import evaluating
 from .slots import EncodedRow, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,9 @@ from hf_erasure.models.slots import PairBatch, as_pair_batch
 
 from .gradients import Encode, reading_the_base
 from .pairs import Pair
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class GradiendAdapter:
@@ -75,6 +79,8 @@ class GradiendAdapter:
 
         Columns: `parameter`, `entries`, `kept` (entries that the adapter holds), `norm` of Wd, `share` of ‖Wd‖².
         """
+        import pandas as pd
+
         decoder = features_of(self.model, self.name)[self.config.pair_index(pair or self.config.pair)].decoder
         rows = []
         for name, (_, square, kept) in decoder.importance().items():

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +26,9 @@ from hf_erasure.models.slots import Filled, PairBatch, SlotReader
 
 from ..processes import Processes
 from .pairs import Pair, Signed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Blocks = dict[str, Tensor]
 
@@ -267,6 +269,8 @@ class EncodedValues:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a text: `value`, and `class` or `"neutral"`."""
+        import pandas as pd
+
         names = {1: self.pair[0], -1: self.pair[1], 0: "neutral"}
         return pd.DataFrame({"value": self.values.tolist(), "class": [names[int(label)] for label in self.labels]})
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_erasure.models.slots import EncodedRow, Layout, PairBatch, Slot, collate, longest_input
 from hf_erasure.models.word_tokens import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
 
 from ..dataloader import origin_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Pair = tuple[str, str]
 # A batch of one class of a pair, +1 for the first of the two and -1 for the other; 0 for neutral texts.
@@ -236,6 +238,8 @@ def _read_row(index: int, row: Mapping[str, Any], features: Mapping[str, Any], c
 
 
 def _class_of(index: int, row: Mapping[str, Any], column: str, features: Mapping[str, Any], classes: list[str]) -> int:
+    from datasets import ClassLabel
+
     value = row[column]
     if isinstance(features[column], ClassLabel) and isinstance(value, int) and value >= 0:
         value = features[column].int2str(value)

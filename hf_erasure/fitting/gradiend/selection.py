@@ -12,9 +12,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,9 @@ from hf_erasure.models.word_tokens import PairError, word_tokens
 
 from ..report import female_and_male
 from .pairs import PairSet, Reading
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # ---- goals ----------------------------------------------------------------------------------------------------------
 
@@ -203,6 +205,8 @@ class Selection:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a point."""
+        import pandas as pd
+
         return pd.DataFrame(
             [
                 {"pair": "/".join(p.pair), "feature_factor": p.feature_factor, "learning_rate": p.learning_rate}

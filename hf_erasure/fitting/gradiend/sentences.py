@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from hf_erasure.models.word_tokens import SLOT, PairError, is_unspaced, shortened
 
 from ..counterparts import Counterparts, CounterpartWords
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FILLER = "{name}"
 PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
@@ -84,6 +86,8 @@ def pairs_from_sentences(
 
 
 def _as_dataset(rows: Iterable[tuple[str, ...]]) -> Dataset:
+    from datasets import Dataset
+
     return Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
 
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from datasets import ClassLabel, Dataset
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -50,6 +49,7 @@ from .training import GradiendTrainingArguments, Training
 
 if TYPE_CHECKING:
     import pandas as pd
+    from datasets import Dataset
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -407,6 +407,8 @@ class GradiendTrainer:
         return sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
 
     def _classes(self) -> list[str]:
+        from datasets import ClassLabel
+
         if self.config.classes is not None:
             return list(self.config.classes)
         if self.train_dataset is None or "label" not in self.train_dataset.column_names:
@@ -422,6 +424,8 @@ class GradiendTrainer:
 
 
 def _require_dataset(name: str, dataset: Any) -> None:
+    from datasets import Dataset
+
     if dataset is not None and not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} is a {type(dataset).__name__}, not a datasets.Dataset: make one with Dataset.from_list(rows), "
