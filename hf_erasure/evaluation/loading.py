@@ -211,9 +211,7 @@ def fingerprints(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Any
         kept = Provenance.of(adapter.config).fingerprint
         if kept:
             own["base"] = sampled_again(adapter.host(model) or model, kept)
-    with_weights = [
-        name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
-    ]
+    with_weights = [name for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
     return {"base": digest_of_data(fingerprint(model, with_weights)), "adapters": found}
 
 

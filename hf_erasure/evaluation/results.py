@@ -49,9 +49,8 @@ class Results:
     not_measured: list[dict[str, Any]] = field(default_factory=list)  # `measure`, `entry` (None for all) and `reason`
     # Rows of the data that could not be read: `file`, `count`, and the first `rows`, each with `row` and `reason`.
     left_out: list[dict[str, Any]] = field(default_factory=list)
-    depth: dict[str, dict[str, list[dict[str, Any]]]] = field(
-        default_factory=dict
-    )  # concept → entry → leakage by layer
+    # Concept → entry → leakage by layer.
+    depth: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     embedding: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # entry → points in a plane
     shifts: dict[str, dict[str, Any]] = field(default_factory=dict)  # entry → share of "she" by occupation
     neurons: dict[str, dict[str, Any]] = field(default_factory=dict)  # adapter → values of the feature neuron

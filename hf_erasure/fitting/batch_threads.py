@@ -107,10 +107,18 @@ class BatchThread:
         try:
             if self._waiting is not None:
                 self._waiting.make_room_for(self)
-            if self._thread is None:
-                self._begin()
-            else:
+            if self._thread is not None:
                 self._go.release()
+            else:
+                self.visited.clear()
+                self.site = None
+                if self._waiting is not None and not self._waiting.replays:
+                    self._record = None
+                if self._record is not None and self.passed:
+                    self._record.read()
+                run, name = contextvars.copy_context().run, f"hf-erasure-batch-{self.index}"
+                self._thread = threading.Thread(target=run, args=(self._run,), name=name, daemon=True)
+                self._thread.start()
             self._stopped.acquire()
             if self._error is not None:
                 raise self._error
@@ -124,18 +132,6 @@ class BatchThread:
         except Exception as error:
             place = f"after {self.visited[-1]!r}" if self.visited else "before the first site"
             raise RuntimeError(f"Batch {self.index} failed {place}: {type(error).__name__}: {error}") from error
-
-    def _begin(self) -> None:
-        self.visited.clear()
-        self.site = None
-        if self._waiting is not None and not self._waiting.replays:
-            self._record = None
-        if self._record is not None and self.passed:
-            self._record.read()
-        self._thread = threading.Thread(
-            target=contextvars.copy_context().run, args=(self._run,), name=f"hf-erasure-batch-{self.index}", daemon=True
-        )
-        self._thread.start()
 
     def stop(self, site: str, hidden: Tensor) -> None:
         """Called in the batch's own thread: show the activation, and wait until the caller lets it go on."""

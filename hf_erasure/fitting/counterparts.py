@@ -39,12 +39,7 @@ _NEXT_WORD = re.compile(r"\s+([^\W\d_][\w'-]*)")
 
 
 def read_counterparts(counterparts: Counterparts, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """A table as tuples of words in the order of the classes.
-
-    Args:
-        counterparts: Either `{word of classes[0]: word of classes[1]}`, or for any number of classes
-            `{class: [words]}` where the words at one index are counterparts.
-        classes: Names of the classes.
+    """A table, in either form that `CounterpartWords` takes, as tuples of words in the order of the classes.
 
     Raises:
         PairError: The table is empty, or does not fit the classes.
@@ -94,10 +89,10 @@ class Occurrence:
 class CounterpartWords:
     """Exchanges the words of classes for their counterparts.
 
-    Words are found whole ("he" is not in "there"), as the table spells them, capitalised, or in capitals, and the
-    counterpart is spelled the same way. Longer words of the table win over shorter ones. Where a word has several
-    counterparts in a class the first of the table is taken, except for the English pronouns: *her* becomes *his* before
-    a noun and *him* elsewhere, *his* becomes *her* or *hers*.
+    Words are found whole ("he" is not in "there" nor in "she-wolf"), as the table spells them, capitalised, or in
+    capitals, and the counterpart is spelled the same way. Longer words of the table win over shorter ones. Where a word
+    has several counterparts in a class the first of the table is taken, except for the English pronouns: *her* becomes
+    *his* before a noun and *him* elsewhere, *his* becomes *her* or *hers*.
 
     Args:
         counterparts: `{word of classes[0]: word of classes[1]}`, or `{class: [words]}` where the words at one index are
@@ -158,11 +153,8 @@ class CounterpartWords:
             read = yaml.safe_load(read_text(path))
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML or JSON: {error}") from error
-        tables = (
-            list(read.values())
-            if isinstance(read, dict) and all(isinstance(v, dict) for v in read.values())
-            else [read]
-        )
+        has_several = isinstance(read, dict) and all(isinstance(table, dict) for table in read.values())
+        tables = list(read.values()) if has_several else [read]
         # Data may write "Female" where a table has "female".
         named = [{str(name).casefold(): words for name, words in t.items()} for t in tables if isinstance(t, dict)]
         own = [str(label).casefold() for label in classes]

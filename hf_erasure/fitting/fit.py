@@ -1,9 +1,7 @@
 """Fit an erasure adapter in closed form: `fit_concept_erasure`, from its batches to its report.
 
 Fitting all sites on one plain pass leaves the concept readable in deeper layers, because erasing upstream changes what
-arrives there. Concept scrubbing (arXiv 2306.03819, section 5) fits every eraser on activations that are already erased
-upstream: all batches stop at a site, its eraser is fitted on them, and they go on with erased activations; every module
-runs once a batch.
+arrives there; how they are fitted one after the other, `scrubbing` says.
 """
 
 from __future__ import annotations
@@ -303,9 +301,7 @@ def conclude(
     known, rows_known = known_readings(task.config, fits.values())
     config, lines, examples, fitted = task.config, [fits[site].line for site in task.layers], 0, 0
     if eval_batches is not None:
-        lines, examples, fitted = measure(
-            task, eval_batches, lambda site, hidden: fits[site].erase(hidden), lines, rows
-        )
+        lines, examples, fitted = measure(task, eval_batches, lambda site, x: fits[site].erase(x), lines, rows)
     for site, layer in task.layers.items():
         fit = fits[site]
         readings = None if known is None or fit.readings is None else fit.readings[rows_known]

@@ -69,8 +69,11 @@ class SiteStatistics:
 
     @property
     def strata(self) -> Strata:
-        """How the ids are numbered."""
-        return Strata(self.z_dim) if self.concept is None else strata_of(self.concept)
+        """How an erasure numbers its classes, its environments where it erases within each, and what it keeps."""
+        if self.concept is None:
+            return Strata(self.z_dim)
+        environments = len(self.concept.environments or ()) if self.concept.environment_rank else 1
+        return Strata(self.concept.z_dim, environments or 1, len(self.concept.kept or ()) or 1)
 
     def empty(self) -> SiteStatistics:
         """Others of the same concept, without any rows."""
@@ -143,8 +146,9 @@ class Source(SiteStatistics):
         *,
         is_fitted: bool = True,
     ) -> None:
-        z_dim = 0 if concept is None else strata_of(concept).size if is_fitted else concept.z_dim
-        super().__init__(z_dim, concept=concept)
+        super().__init__(0, concept=concept)
+        if concept is not None:
+            self.z_dim = self.strata.size if is_fitted else concept.z_dim
         self.batches, self.key, self.is_fitted = batches, key, is_fitted
         given = batches if given is None else given
         # What gives the batches once more; None where they are used up.
@@ -435,12 +439,6 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
         source, pool, axes = self._kept[which]
         return BatchLabels(batch, source, pool, axes, frames)
-
-
-def strata_of(concept: ConceptErasureConfig) -> Strata:
-    """How an erasure numbers its classes, its environments where it erases within each, and what it keeps."""
-    environments = len(concept.environments or ()) if concept.environment_rank else 1
-    return Strata(concept.z_dim, environments or 1, len(concept.kept or ()) or 1)
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:

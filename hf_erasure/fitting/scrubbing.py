@@ -175,10 +175,7 @@ class Scrubber:
             lambda index=index: functools.partial(task.runner, self._batches[index].batch)
             for index in range(len(self._batches))
         ]
-        with (
-            observed(task.layers, task.name, self._stop_at),
-            batch_threads(forwards, self.resident_batches) as threads,
-        ):
+        with observed(task.layers, task.name, self._stop_at), batch_threads(forwards, self.resident_batches) as threads:
             waiting = threads
             while True:
                 refusal = None

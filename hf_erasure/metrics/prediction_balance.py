@@ -51,9 +51,7 @@ def score(
     tensor = torch.from_numpy(p)
     named = list(goals_of(classes)) if goals is None else list(goals)
     values = {name: lms * goal_by_name(name, classes)(tensor).numpy() for name in named}
-    found = resampling.bootstrap(
-        lambda index: {name: each[index].mean() for name, each in values.items()}, len(p), **drawing
-    )
+    found = resampling.bootstrap(lambda i: {name: each[i].mean() for name, each in values.items()}, len(p), **drawing)
     means = dict(zip(classes, p.mean(0).tolist(), strict=True))
     return {**found, "means": means, "lms": float(lms), "texts": len(p)}
 

@@ -116,9 +116,7 @@ def mean_absolute_effect(
     unit = _unit(base.numbers("vectors", vectors))
     weights = np.random.default_rng(seed).exponential(size=(base.whole("resamples", resamples), len(unit)))
     even = np.ones((1, len(unit)))
-    mean, drawn = (
-        np.mean([np.abs(_weighted_effect(unit, test, w)) for test in tests], axis=0) for w in (even, weights)
-    )
+    mean, drawn = (np.mean([np.abs(_weighted_effect(unit, test, w)) for test in tests], 0) for w in (even, weights))
     bounds = [float(bound) for bound in np.quantile(drawn, resampling.tails(confidence))]
     return {"mean_absolute_effect_size": float(mean[0]), "intervals": {"mean_absolute_effect_size": bounds}}
 

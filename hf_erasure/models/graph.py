@@ -366,9 +366,7 @@ class Graph(TorchDispatchMode):
         is_weight = bool(given) and None not in held
         is_followed = any(held) or any(t in self._values or _storage(t) in self._written for t in given)
         # Before the operation, which may write over what it is given.
-        values = (
-            {id(t): self._of(t) for t in given} if is_followed and not is_weight and name not in _SHAPE_ONLY else {}
-        )
+        values = {id(t): self._of(t) for t in given if is_followed and not is_weight and name not in _SHAPE_ONLY}
         output = func(*args, **kwargs)
         if given and name not in _SHAPE_ONLY and any(True for _ in floats_of(output)):
             self._time += 1
@@ -412,13 +410,8 @@ class Graph(TorchDispatchMode):
         if name in _NORMS and nodes[0].kind != "constant":
             axis = 1 if name in ("native_batch_norm", "native_group_norm") else made.dim() - 1
             return self._node("norm", name, nodes[:1], made.shape, features={axis}), None
-        if (
-            name in _SUMS
-            and len(given) == 1
-            and isinstance(args[1], (int, float))
-            and args[1] == 0
-            and made.shape == given[0].shape
-        ):
+        adds_nothing = name in _SUMS and len(given) == 1 and isinstance(args[1], (int, float)) and not args[1]
+        if adds_nothing and made.shape == given[0].shape:
             return told[0], values[id(given[0])].entries
         if name in _SUMS and len(given) > 1:
             if len(told) == 1 and nodes.count(told[0]) == 1 and made.shape == given[nodes.index(told[0])].shape:

@@ -400,11 +400,9 @@ def with_other_tokens(batch: Mapping[str, Any], rows: int) -> tuple[dict[str, An
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or not ids.dim() == 2 == mask.dim():
         return None
     longest = int(mask.sum(1).argmax())
-    real = mask[longest].nonzero().flatten().tolist()
+    own, real = ids[longest], mask[longest].nonzero().flatten().tolist()
     positions = sorted({real[0], real[len(real) // 2], real[-1]}) if real else []
-    others = [
-        next((int(ids[longest, r]) for r in real if ids[longest, r] != ids[longest, at]), None) for at in positions
-    ]
+    others = [next((int(own[r]) for r in real if own[r] != own[at]), None) for at in positions]
     if len(positions) < _TOKENS or None in others:
         return None
     hidden = rows_of(batch, rows, [longest] * len(positions))

@@ -209,10 +209,8 @@ class Runner:
 
     def __init__(self, model: nn.Module, sites: Iterable[Any] = ()) -> None:
         self.model: Any = bare_model(model)
-        backbone, main = (
-            getattr(self.model, "base_model", self.model),
-            getattr(self.model, "main_input_name", "input_ids"),
-        )
+        backbone = getattr(self.model, "base_model", self.model)
+        main = getattr(self.model, "main_input_name", "input_ids")
         if isinstance(backbone, nn.Module) and main in inspect.signature(self.model.forward).parameters:
             # A base model may be a part that takes other inputs than the model does, as DINOv3's encoder.
             backbone = backbone if main in inspect.signature(backbone.forward).parameters else self.model

@@ -277,9 +277,8 @@ def pooled_embeddings(
     """
     if pool not in ("mean", "cls", "last"):
         raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
-    return torch.stack(
-        text_states(model, tokenizer, texts, lambda _, states: pooled_one(states[FINAL], pool), **options)
-    )
+    vectors = text_states(model, tokenizer, texts, lambda _, states: pooled_one(states[FINAL], pool), **options)
+    return torch.stack(vectors)
 
 
 def pooled_one(states: Tensor, pool: str) -> Tensor:

@@ -40,8 +40,6 @@ class GradientReader(SlotReader):
     forward the softmax terms of ``g(factual) - g(counterfactual)`` cancel and the loss is a difference of logits. Only
     where earlier tokens of a longer word are given to the model (causal, seq2seq) the two words need a forward each.
 
-    The head runs on the predicted positions only: the last hidden state is cut down to these rows on its way to it.
-
     The model is in eval mode meanwhile (no dropout, and so no gradient checkpointing either, which transformers does
     in training mode only). Afterwards training flags, ``requires_grad`` and ``.grad`` are as before, also after an
     exception. Nothing but the targeted parameters gets a gradient computed.

@@ -22,11 +22,9 @@ def pairs_from_sentences(
 ) -> Dataset:
     """Make counterfactual pairs from plain sentences and a table of counterpart words.
 
-    Every occurrence of a word of the table becomes one row, or ``k - 1`` rows for ``k`` classes. Words are found at
-    word boundaries only ("he" is not in "there" nor in "she-wolf"), as the table spells them, capitalised, or in
-    capitals, and the counterpart is spelled the same way. Longer words of the table win over shorter ones. Chinese,
-    Japanese, Thai and other scripts that put no space between words have no such boundaries: there a word is found
-    wherever its characters stand, which is warned of.
+    Every occurrence of a word of the table becomes one row, or ``k - 1`` rows for ``k`` classes. Words are found and
+    counterparts are spelled as `CounterpartWords` does it. Chinese, Japanese, Thai and other scripts that put no space
+    between words have no such boundaries: there a word is found wherever its characters stand, which is warned of.
 
     A word with more than one counterpart in a class ("her" is "him" or "his") makes no row of that class: which one
     fits cannot be read off the table.
