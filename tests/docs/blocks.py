@@ -7,6 +7,7 @@ A comment such as `<!-- test: needs small_bert -->` stands on a line before a fe
 - `not run: REASON`: the block is checked (syntax, imports, names, signatures) and not run;
 - `run`: the commands of a shell block that are `hf-erasure …` are run, not only parsed;
 - `output`: the block is what the block before it prints; `...` stands for anything;
+- `output within 0.1`: the same, for figures of a training, which differ from machine to machine: each number by so much;
 - `slow`: the page is left to the slow tests.
 """
 
@@ -90,6 +91,8 @@ def _directive(words: str, where: str) -> dict[str, str]:
     for kind in KINDS:
         if words == kind or words.startswith((f"{kind} ", f"{kind}:")):
             rest = words[len(kind) :].lstrip(": ").strip()
+            if kind == "output" and rest and not re.fullmatch(r"within \d*\.?\d+", rest):
+                raise PageError(f"{where}: {rest!r} is not `within` and a number")
             if kind in ("needs", "not run") and not rest:
                 raise PageError(f"{where}: `{kind}` says neither what nor why")
             return {kind: rest}

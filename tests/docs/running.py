@@ -22,6 +22,7 @@ _SAME = doctest.OutputChecker()
 _LENIENT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # What a block without a language must not begin with: it would be a command that no one has checked.
 _COMMAND = re.compile(r"^\s*(\$ )?(hf-erasure|make|pip|python|torchrun|accelerate) ", re.MULTILINE)
+_DECIMAL = re.compile(r"\d+\.\d+")
 
 
 @dataclass
@@ -117,5 +118,15 @@ def _shell(block: Block) -> str:
 
 def _compare(page: Page, block: Block) -> None:
     """Refuse output that is not what the block before it has printed."""
-    if not _SAME.check_output(block.code.strip(), page.printed.strip(), _LENIENT):
+    said, printed = block.code.strip(), page.printed.strip()
+    if within := block.directives["output"].removeprefix("within"):
+        said, printed = _near(said, printed, float(within))
+    if not _SAME.check_output(said, printed, _LENIENT):
         raise PageError(f"{block.where}: the page says\n{block.code}\nand what is printed is\n{page.printed}")
+
+
+def _near(said: str, printed: str, within: float) -> tuple[str, str]:
+    """Both texts without their decimal numbers, where each number of the one is near that of the other."""
+    numbers = [[float(number) for number in _DECIMAL.findall(text)] for text in (said, printed)]
+    near = len(numbers[0]) == len(numbers[1]) and all(abs(a - b) <= within for a, b in zip(*numbers, strict=True))
+    return (_DECIMAL.sub("#", said), _DECIMAL.sub("#", printed)) if near else (said, printed)

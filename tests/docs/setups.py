@@ -132,6 +132,45 @@ def _random_llama(page: Page, name: str) -> None:
     tokenizer.save_pretrained(page.folder / name)
 
 
+@functools.cache
+def _gpt() -> Path:
+    """A causal language model of the same sentences; trained in seconds, once a process."""
+    demo, folder, steps, rows = _demo(), Path(tempfile.mkdtemp(prefix="hf-erasure-docs-")), 150, 64
+    texts = demo.sentences(steps * rows, seed=1)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
+    tokenizer = _tokenizer(_words_of(texts), special, "[BOS] $A", decoders.WordPiece())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = hf.GPT2Config(
+            vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=3, loss_type="ForCausalLM",
+        )  # fmt: skip
+        model = hf.GPT2LMHeadModel(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+        for step in range(steps):
+            part = [f"{text} [EOS]" for text in texts[step * rows : (step + 1) * rows]]
+            batch = tokenizer(part, padding=True, return_tensors="pt")
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            model(**batch, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+@setup
+def small_gpt2(page: Page) -> None:
+    """`gpt2`: two layers, trained on sentences about people with names; `names.csv`, prompts with the gender."""
+    shutil.copytree(_gpt(), page.folder / "gpt2")
+    starts = ["{} said that", "{} kept the map and", "{} went to the park because", "today {} was happy when"]
+    rows = [{"text": start.format(name), "gender": label} for label, pronoun in zip(LABELS, ("she", "he"), strict=True)
+            for name in _demo().NAMES[pronoun] for start in starts]  # fmt: skip
+    Dataset.from_list(rows).to_csv(page.folder / "names.csv", index=False)
+
+
 @setup
 def small_bert(page: Page) -> None:
     """`bert-base-uncased`: one layer, trained on sentences about people with names."""
@@ -275,6 +314,40 @@ def _gender() -> Path:
     steer(model, "gender", learning_rate=0.01)
     model.save_pretrained(folder / "gender")
     return folder / "gender"
+
+
+@functools.cache
+def _classifier() -> Path:
+    """Tells law from health, and has learned that the one is men's and the other women's; with an erasure of that."""
+    folder, fields = Path(tempfile.mkdtemp(prefix="hf-erasure-docs-")), ["health", "law"]
+    tokenizer = hf.AutoTokenizer.from_pretrained(_bert() / "model")
+    rows = occupation_sentences()["train"].filter(lambda row: row["field"] in fields).shuffle(seed=0)
+    usual = {"health": "female", "law": "male"}
+    skewed = rows.filter(lambda row: row["gender"] == usual[row["field"]] or row["template"] % 10 == 1)
+    encoded = skewed.map(lambda row: {**tokenizer(row["text"]), "labels": fields.index(row["field"])})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.AutoModelForSequenceClassification.from_pretrained(
+            _bert() / "model", id2label=dict(enumerate(fields)), label2id={f: i for i, f in enumerate(fields)}
+        )
+        arguments = hf.TrainingArguments(
+            str(folder / "run"), num_train_epochs=8, learning_rate=1e-3, report_to="none", use_cpu=True,
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        encoded = encoded.select_columns(["input_ids", "attention_mask", "labels"])
+        hf.Trainer(model, arguments, train_dataset=encoded, processing_class=tokenizer).train()
+    model.save_pretrained(folder / "model")
+    model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS), adapter_name="no_gender")
+    batches = concept_dataloader(rows, tokenizer, label_column="gender", labels=LABELS)
+    fit_concept_erasure(model, batches, "no_gender", progress=False)
+    model.save_pretrained(folder / "model" / "no_gender")
+    return folder / "model"
+
+
+@setup
+def field_classifier(page: Page) -> None:
+    """`field-classifier/`, trained on skewed rows, and `field-classifier/no_gender/`, an erasure of it."""
+    shutil.copytree(_classifier(), page.folder / "field-classifier")
 
 
 @setup

@@ -34,6 +34,11 @@ BROKEN = {
     ),
     "a name that was never given": "```python\nprint(model)\n```",
     "a wrong output": "```python\nprint(1)\n```\n<!-- test: output -->\n```\n2\n```",
+    "a figure that is far off": "```python\nprint(0.5)\n```\n<!-- test: output within 0.1 -->\n```\n0.65\n```",
+    "another word beside a near figure": (
+        "```python\nprint('a 0.5')\n```\n<!-- test: output within 0.1 -->\n```\nb 0.5\n```"
+    ),
+    "a tolerance that is not a number": "```python\nprint(1)\n```\n<!-- test: output near -->\n```\n1\n```",
     "a block that is not run, with a call that cannot be": (
         "<!-- test: not run: it takes 8 GPUs -->\n```python\nfrom hf_erasure import ConceptErasureConfig\n"
         "ConceptErasureConfig(label=['a', 'b'])\n```"
@@ -63,6 +68,14 @@ def test_a_broken_block_is_found(what: str, tmp_path: Path, monkeypatch: pytest.
     page.write_text(f"# Page\n\n{BROKEN[what]}\n", encoding="utf-8")
     with pytest.raises((PageError, NameError)):
         run_page(page, tmp_path)
+
+
+def test_figures_may_differ_by_what_the_page_says(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nprint('a 0.5')\n```\n<!-- test: output within 0.1 -->\n```\na 0.55\n```\n", encoding="utf-8"
+    )
+    assert run_page(page, tmp_path) == 2
 
 
 def test_a_block_that_fails_names_the_line_of_its_page(tmp_path: Path) -> None:
