@@ -11,6 +11,8 @@ from mkdocs.structure.files import File, Files
 PLACE = "<!-- results -->"
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?://|#)([^)]*)\)")
 PICTURES = (".png", ".svg")
+# A picture of a study, as a page beside the folder of recipes links to it in the repository.
+PICTURE = re.compile(r"\]\(\.\./recipes/(\w+/[^)/]+\.(?:png|svg))\)")
 
 
 def studies(root: Path) -> list[Path]:
@@ -57,7 +59,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Write the list of studies into its place."""
+    """Let pictures of studies lead to where the site has them, and write the list of studies into its place."""
+    markdown = PICTURE.sub(r"](results/\1)", markdown)
     if page.file.src_uri != "results.md":
         return markdown
     if PLACE not in markdown:

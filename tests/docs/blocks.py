@@ -7,7 +7,7 @@ A comment such as `<!-- test: needs small_bert -->` stands on a line before a fe
 - `not run: REASON`: the block is checked (syntax, imports, names, signatures) and not run;
 - `run`: the commands of a shell block that are `hf-erasure …` are run, not only parsed;
 - `output`: the block is what the block before it prints; `...` stands for anything;
-- `output within 0.1`: the same, for figures of a training, which differ from machine to machine: each number by so much;
+- `output within 0.1`: the same, for figures that differ from machine to machine: each decimal number by so much;
 - `slow`: the page is left to the slow tests.
 """
 

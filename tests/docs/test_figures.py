@@ -60,3 +60,79 @@ def test_parts_of_speech_beside_the_paper(ours: str, theirs: str) -> None:
 @pytest.mark.parametrize("fit", ["closed form, factual", "trained, factual"])
 def test_gradiend_beside_the_paper(model: str, fit: str) -> None:
     assert table_row(PAPERS, model, fit) == row("gradiend_gender", model, fit)[:2]
+
+
+def said(job: str) -> str:
+    """What the page on what it is for says under a heading, in one line."""
+    text = (ROOT / "docs" / "what-for.md").read_text(encoding="utf-8")
+    return " ".join(re.split(r"^## ", text.split(f"\n## {job}\n")[1], flags=re.MULTILINE)[0].split())
+
+
+def percent(figure: str | float) -> str:
+    """Without decimals."""
+    return f"{100 * float(figure):.0f} %"
+
+
+def test_embeddings_that_do_not_tell_a_group() -> None:
+    found = json.loads((RECIPES / "minilm-gender" / "results.json").read_text(encoding="utf-8"))["last_hidden_state"]
+    gender, field = ([percent(found[f"{name} {when}"]) for when in ("before", "after")] for name in ("gender", "field"))
+    text = said("Embeddings that do not tell a group")
+    assert (
+        f"right in {gender[0]} before, {gender[1]} after, and {percent(found['gender refitted by group'])} if" in text
+    )
+    assert f"for the field of work: {', '.join(field)}" in text
+
+
+def test_few_texts() -> None:
+    before, leace, counterfactuals = (
+        percent(row("carries_over", erased)[1]) for erased in ("nothing", "LEACE", "counterfactuals")
+    )
+    text = said("The same of few texts, or of none that are labelled")
+    assert f"with {before} before, {leace} after LEACE, {counterfactuals} with counterfactuals" in text
+
+
+def test_a_language_model_that_goes_on_speaking() -> None:
+    cells = [cell.replace("%", " %") for cell in row("gender_scrubbing", "background, shrinkage")]
+    text = said("A language model without a concept that goes on speaking")
+    assert f"fell by {cells[4]} (he) and {cells[5]} (she), the loss rose by {cells[7]}" in text
+
+
+def test_what_a_model_uses_a_concept_for() -> None:
+    before, after = (f"{float(row('pos_scrubbing', fit)[0]):.2f}" for fit in ("none", "sequential LEACE"))
+    assert f"{before} bits per byte become {after}" in said("To know what a model uses a concept for")
+
+
+def test_a_feature_that_fine_tuning_does_not_pick_up() -> None:
+    text = (RECIPES / "guarded_finetuning" / "results.md").read_text(encoding="utf-8")
+    guard, erasure = (
+        [int(share) for share in re.findall(rf"the {what} kept out(?: of the LoRA)? (\d+)%", text)[:2]]
+        for what in ("guard", "erasure")
+    )
+    task = [
+        100 * (float(row("guarded_finetuning", "LoRA", nth=n)[4]) - float(row("guarded_finetuning", LORA, nth=n)[4]))
+        for n in (0, 1)
+    ]
+    found = said("A feature that fine-tuning does not pick up")
+    assert f"kept out about {round(sum(guard) / 2, -1):.0f} %" in found
+    assert f"{min(erasure)} to {max(erasure)} %, for {min(task):.0f} to {max(task):.0f} points of the task" in found
+
+
+LORA = "LoRA, erased meanwhile"
+
+
+def test_search_as_its_own_page_has_it() -> None:
+    page = (ROOT / "docs" / "how-to" / "sentence-transformers.md").read_text(encoding="utf-8")
+    before, erased, pairs = (
+        percent(re.findall(rf"recall@1   {what} +(\S+)", page)[-1]) for what in ("before", "source erased", "and pairs")
+    )
+    text = said("Search that finds the same thing in two styles")
+    assert f"in {before} of the searches before, in {erased} once the source is erased, in {pairs}" in text
+
+
+def test_one_word_more_often() -> None:
+    text = said("One word more often than another")
+    for word, goal, column in (("she", "fpi", 3), ("he", "mpi", 4)):
+        cells = row("gradiend_gender", "stories260k", "closed form, factual", goal)
+        assert re.search(
+            rf"\*{word}\* (?:its probability goes )?{cells[column]}, for {cells[5]}".replace("%", " %"), text
+        )
