@@ -56,6 +56,7 @@ class FitCheckpoint:
     ) -> None:
         self.folder = Path(folder)
         self.sites = list(sites)
+        self.seen = 0, ""  # How many batches of the present pass were read, and what identifies them.
         self.identity: dict[str, Any] = {
             "sequential": sequential,
             "pool": pool,
@@ -155,6 +156,38 @@ class FitCheckpoint:
             statistics.dtypes[site] = getattr(torch, facts["dtypes"][site])
         return facts
 
+    def passing(self, source: Source, batches: Iterable[BatchLabels], processes: Processes) -> Iterator[BatchLabels]:
+        """The batches of one pass that the moments of a source do not hold yet; these are kept as batches go by.
+
+        The source is one that was not read yet; it gets the moments so far. Each of several processes keeps those of
+        its share.
+        """
+        own = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
+        kept, digest, written, writing_took = self.load_moments(own, source), hashlib.sha256(), time.monotonic(), 0.0
+        done, self.seen = kept.get("batches", 0), (0, "")
+        for number, labels in enumerate(batches, 1):
+            add_to(digest, labels.batch)
+            self.seen = number, digest.hexdigest()
+            if number == done:
+                self.check_data(kept["data"], digest.hexdigest())
+            if number > done:
+                yield labels  # and its moments are there when the next batch is asked for
+                started = time.monotonic()
+                if started - written >= writing_took / WRITING_SHARE:
+                    self.save_moments(own, source, *self.seen)
+                    written = time.monotonic()
+                    writing_took = written - started
+        if self.seen[0] < done:
+            self.check_data(kept["data"], self.seen[1])
+        self.save_moments(own, source, *self.seen)
+
+    def save_sum(self, source: Source, processes: Processes) -> None:
+        """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
+        states = processes.gathered([self.seen])
+        if processes.count > 1 and processes.is_main:
+            batches, data = sum(seen for seen, _ in states), together([data for _, data in states])
+            self.save_moments(source.key, source, batches, data)
+
     def _prefix(self, visit: str) -> str:
         """What the names of the tensors of a site begin with, or those of a later visit of it."""
         site = site_of(visit)
@@ -167,49 +200,6 @@ class FitCheckpoint:
                 f"checkpoint_dir={str(self.folder)!r} was begun on other data than these batches: give the same "
                 "batches in the same order, or another folder."
             )
-
-
-class MomentsOfAPass:
-    """What a process has seen in one pass over the batches of one source, kept in a checkpoint.
-
-    The source is one that was not read yet; it gets the moments so far. Each of several processes keeps those of its
-    share.
-    """
-
-    def __init__(self, checkpoint: FitCheckpoint, source: Source, processes: Processes) -> None:
-        self._checkpoint, self._source, self._processes = checkpoint, source, processes
-        self._own = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
-        self._seen, self._data, self._last_written, self._writing_took = 0, "", time.monotonic(), 0.0
-        kept = checkpoint.load_moments(self._own, source)
-        self._done, self._kept = kept.get("batches", 0), kept.get("data", "")
-
-    def remaining(self, batches: Iterable[BatchLabels]) -> Iterator[BatchLabels]:
-        """The batches that the moments do not hold yet."""
-        found = hashlib.sha256()
-        for labels in batches:
-            add_to(found, labels.batch)
-            self._seen, self._data = self._seen + 1, found.hexdigest()
-            if self._seen == self._done:
-                self._checkpoint.check_data(self._kept, self._data)
-            if self._seen > self._done:
-                yield labels
-        if self._seen < self._done:
-            self._checkpoint.check_data(self._kept, self._data)
-
-    def save(self, *, final: bool = False) -> None:
-        """Keep the moments of this process's share, unless that was done a moment ago."""
-        started = time.monotonic()
-        if final or started - self._last_written >= self._writing_took / WRITING_SHARE:
-            self._checkpoint.save_moments(self._own, self._source, self._seen, self._data)
-            self._last_written = time.monotonic()
-            self._writing_took = self._last_written - started
-
-    def save_sum(self) -> None:
-        """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
-        states = self._processes.gathered([(self._seen, self._data)])
-        if self._processes.count > 1 and self._processes.is_main:
-            batches, data = sum(seen for seen, _ in states), together([data for _, data in states])
-            self._checkpoint.save_moments(self._source.key, self._source, batches, data)
 
 
 def digest_of(batches: Sequence[BatchLabels]) -> str:

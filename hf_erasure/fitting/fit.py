@@ -27,7 +27,7 @@ from hf_erasure.adapters.merging.probe import sites_without_room
 from hf_erasure.erasers.statistics import PackedGram
 from hf_erasure.models.model import class_name, evaluating
 
-from .checkpoint import FitCheckpoint, MomentsOfAPass
+from .checkpoint import FitCheckpoint
 from .dataloader import ConceptCollator
 from .heldout import RowsSeen, measure
 from .labels import BatchLabels, Source
@@ -245,7 +245,7 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
     Every process runs over batches of its own; all end with the moments of all. Batches that the moments of a
     checkpoint hold already are passed over.
     """
-    kept, seen = None, source.examples
+    seen = source.examples
     if seen and source.again is not None:  # not the first pass
         source.batches, source.examples, source.tokens, source.pairs = source.again, 0, 0, 0
 
@@ -256,21 +256,13 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
             source.add(visit_of(site, visit), labels, hidden)
         return hidden
 
-    def keep(labels: BatchLabels) -> None:
-        shown.update(labels.rows)
-        if kept is not None:
-            kept.save()
-
     with task.processes.agreeing("running over its batches"):
         batches = source.read(task.pool, task.layouts)
         if checkpoint is not None:
-            kept = MomentsOfAPass(checkpoint, source, task.processes)
-            batches = kept.remaining(batches)
+            batches = checkpoint.passing(source, batches, task.processes)
         what = f"fitting {task.name}" if source.concept else "background"
         with evaluating(task.runner.model), tqdm(desc=what, unit=" rows", disable=not task.progress) as shown:
-            task.run_over(batches, look, keep)
-        if kept is not None:
-            kept.save(final=True)
+            task.run_over(batches, look, lambda labels: shown.update(labels.rows))
     source.pool(task.processes)
     source.pool_counts(task.processes)
     if seen and source.examples != seen:
@@ -278,8 +270,8 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
             f"{source.title} gave {seen} examples in one pass over them and {source.examples} in the next: with so "
             "many wide sites they are read several times. Give a list, or a data set that gives the same rows again."
         )
-    if kept is not None:
-        kept.save_sum()
+    if checkpoint is not None:
+        checkpoint.save_sum(source, task.processes)
 
 
 # ---- what becomes of them --------------------------------------------------------------------------------------------
