@@ -126,7 +126,7 @@ def _stereoset(subject: Subject, bias_types: Sequence[str] | None) -> dict[str, 
     if key not in subject.kept:
         subject.kept[key] = _asked(
             subject, benchmarks.stereoset, subject.data.file("stereoset"), bias_types=bias_types,
-            convention=subject.shared.plan.stereoset,
+            convention=subject.plan.stereoset,
         )  # fmt: skip
     return subject.kept[key]
 
@@ -228,13 +228,13 @@ def _perplexity(subject: Subject, name: str) -> dict[str, Any]:
 
 def _distortion(subject: Subject) -> dict[str, Any]:
     texts = [text for part in subject.data.texts().values() for text in spread(part, _DISTORTION_TEXTS)]
-    now, shared = subject.final(texts), subject.shared
+    now, before = subject.final(texts), subject.base_states
     if subject.is_base:
-        shared.base_states = now
-    if shared.base_states is None:
+        before[:] = now
+    if not before:
         raise ValueError("distortion is relative to the base's states, which could not be read")
-    mean = torch.cat(shared.base_states).double().mean(0)
-    pairs = list(zip(shared.base_states, now, strict=True))
+    mean = torch.cat(before).double().mean(0)
+    pairs = list(zip(before, now, strict=True))
     moved = np.array([float((b.double() - a.double()).square().sum()) for a, b in pairs])
     varied = np.array([float((a.double() - mean).square().sum()) for a, _ in pairs])
 

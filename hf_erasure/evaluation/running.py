@@ -23,7 +23,7 @@ from .loading import BASE, Entry, Loader, entries_of, fingerprints, read_adapter
 from .measures import Measure, leakage_by_depth, measures_of
 from .pictures import neuron_values, plane_of, pronoun_shares
 from .results import Results, reason_of
-from .subject import Evaluation, Shared, Subject
+from .subject import Evaluation, Subject
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class _Run:
         self.pools = tuple(dict.fromkeys(fitted)) or ("mean",)
         self.measures = measures_of(plan.suite, data, self.pools)
         self.loader = Loader(plan.model, self.adapters)
-        self.shared = Shared(plan, data)
+        self.data, self.base_states = data, list[Tensor]()
         self.points: Callable[[Tensor], list[dict[str, Any]]] | None = None  # of states, in the plane of the base
         self.results = Results({
             "hf_erasure": __version__, "model": plan.model, "data": str(plan.data), "suite": plan.suite,
@@ -126,7 +126,8 @@ class _Run:
         model = self._try("Every measure", entry, functools.partial(self.loader.load, entry))
         if model is None:
             return None
-        subject = Subject(model, self.loader.tokenizer, self.shared, entry.name == BASE, self.pools[0])
+        given = self.plan, self.data, self.base_states
+        subject = Subject(model, self.loader.tokenizer, *given, entry.name == BASE, self.pools[0])
         if subject.is_base:
             self.results.about |= {"class": type(model).__name__, "predicts": subject.head}
             found = self._try("Fingerprints", entry, functools.partial(fingerprints, model, self.adapters))
@@ -199,7 +200,7 @@ class _Run:
         cells = [cell for values in results.values.values() for cell in values.values()]
         taken = {key for values in results.values.values() for key in values}
         results.measures = [m.described() for m in self.measures if m.key in taken] + [*self.harness_measures.values()]
-        left_out = {name: asdict(rows) for name, rows in self.shared.data.left_out.items()}
+        left_out = {name: asdict(rows) for name, rows in self.data.left_out.items()}
         for cell in cells:
             left_out |= {rows["file"]: rows for rows in cell["details"].get("bad_rows", [])}
         results.left_out = list(left_out.values())
@@ -224,7 +225,7 @@ def run_harness(subject: Subject, tasks: list[str], task_folder: str | None = No
     manager = import_module("lm_eval.tasks").TaskManager(include_path=task_folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ValueError(f"--harness {unknown[0]}: lm-evaluation-harness has no such task.")
-    seed = subject.shared.plan.seed
+    seed = subject.plan.seed
     model = import_module("lm_eval.models.huggingface").HFLM(
         pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=_HARNESS_ROWS
     )

@@ -61,22 +61,15 @@ class Evaluation:
 
 
 @dataclass
-class Shared:
-    """What the entries of one run have in common."""
-
-    plan: Evaluation
-    data: DataFolder
-    # The base's last hidden states by text, which distortion is relative to.
-    base_states: list[Tensor] | None = None
-
-
-@dataclass
 class Subject:
     """A model under examination, with the adapters of its entry; what several measures need of it is computed once."""
 
     model: nn.Module
     tokenizer: Any
-    shared: Shared
+    plan: Evaluation
+    data: DataFolder
+    # The base's last hidden states by text, which distortion is relative to: one list in a run, filled by the base.
+    base_states: list[Tensor] = field(default_factory=list)
     is_base: bool = True
     pool: str = "mean"  # how the states of a text become one vector
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)  # results that several measures read
@@ -106,14 +99,9 @@ class Subject:
         return self.head
 
     @property
-    def data(self) -> DataFolder:
-        """The folder of data."""
-        return self.shared.data
-
-    @property
     def statistics(self) -> dict[str, Any]:
         """Keywords of every metric."""
-        return {name: getattr(self.shared.plan, name) for name in ("confidence", "resamples", "seed")}
+        return {name: getattr(self.plan, name) for name in ("confidence", "resamples", "seed")}
 
     # ---- hidden states by layer, the embeddings first; of an encoder-decoder those of its encoder --------------------
 
@@ -170,4 +158,4 @@ class Subject:
     @functools.cached_property
     def professions(self) -> list[str]:
         """The profession that a linear probe fitted on the others gives to each biography."""
-        return held_out_answers(self.states[FINAL], self.biographies.professions, seed=self.shared.plan.seed)
+        return held_out_answers(self.states[FINAL], self.biographies.professions, seed=self.plan.seed)

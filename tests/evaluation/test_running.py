@@ -37,7 +37,7 @@ from hf_erasure.evaluation.data import read_sentence, read_treebank
 from hf_erasure.evaluation.loading import Entry, Loader, entries_of, read_adapters, verified
 from hf_erasure.evaluation.measures import measures_of
 from hf_erasure.evaluation.results import Results
-from hf_erasure.evaluation.subject import FINAL, Shared, Subject
+from hf_erasure.evaluation.subject import FINAL, Subject
 from hf_erasure.metrics import linear_leakage
 from tests import prepared
 from tests.evaluation.material import PAIR, erasure_folder, gradiend_folder, run, small_data
@@ -281,13 +281,13 @@ def test_part_of_speech_suite(story: str, assets: Path, tmp_path: Path) -> None:
     assert "profession" in results.values["base"]
 
 
-_NOTHING_SHARED: Any = None  # what states of texts do not ask for
+_NO_RUN: Any = None, None  # the plan and the data, which states of texts do not ask for
 
 
 def test_states_are_the_models_own(story: str) -> None:
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(story).eval(), AutoTokenizer.from_pretrained(story)
     texts = ["tom went home.", "the big dog ran to the park and sat down."]
-    subject = Subject(model, tokenizer, _NOTHING_SHARED)
+    subject = Subject(model, tokenizer, *_NO_RUN)
     pooled, final = subject.pooled(texts), subject.final(texts)
     for number, text in enumerate(texts):
         with torch.no_grad():
@@ -304,7 +304,7 @@ def test_of_an_encoder_decoder_the_encoder_is_read(story: str) -> None:
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **sizes)).eval()
     texts = ["tom went home.", "the big dog ran to the park and sat down."]
-    pooled = Subject(model, tokenizer, _NOTHING_SHARED).pooled(texts)
+    pooled = Subject(model, tokenizer, *_NO_RUN).pooled(texts)
     assert list(pooled) == ["layer 0", "layer 1", FINAL]
     for number, text in enumerate(texts):
         with torch.no_grad():
@@ -396,7 +396,7 @@ def _subject(assets: Path) -> Subject:
     path = assets / "models" / "stories260k"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
     data = assets / "data"
-    return Subject(model, tokenizer, Shared(Evaluation(str(path), data), DataFolder(data, 8)))
+    return Subject(model, tokenizer, Evaluation(str(path), data), DataFolder(data, 8))
 
 
 def test_the_harness_gets_the_model(assets: Path, tmp_path: Path) -> None:
