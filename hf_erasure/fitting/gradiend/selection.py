@@ -58,12 +58,6 @@ def _prefers(index: int) -> Goal:
     return lambda p: (1 - p.index_fill(1, torch.tensor(index, device=p.device), 0.0).amax(1)) * p[:, index]
 
 
-def class_words(sets: Iterable[PairSet], classes: Sequence[str]) -> dict[str, list[str]]:
-    """Class → its words in several sets of pairs, each once; for classification the names of the model's labels."""
-    sets = list(sets)
-    return {name: list(dict.fromkeys(word for s in sets for word in s.words[i])) for i, name in enumerate(classes)}
-
-
 def all_words(words: dict[str, list[str]]) -> list[str]:
     """The words of all classes, each once."""
     return list(dict.fromkeys(itertools.chain(*words.values())))

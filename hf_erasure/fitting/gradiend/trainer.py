@@ -41,7 +41,6 @@ from .selection import (
     all_words,
     choose,
     class_probabilities,
-    class_words,
     goal_by_name,
     scan,
 )
@@ -390,8 +389,9 @@ class GradiendTrainer:
             model.save_pretrained(output_dir or self.args.output_dir)
 
     def _words(self) -> dict[str, list[str]]:
-        sets = [d for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
-        return class_words(map(self._pair_set, sets), self.classes)
+        """Class → its words in all sets of pairs, each once; for classification the names of the model's labels."""
+        sets = [self._pair_set(d) for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
+        return {name: list(dict.fromkeys(w for s in sets for w in s.words[i])) for i, name in enumerate(self.classes)}
 
     def _pair_set(self, dataset: Dataset) -> PairSet:
         """Checked and tokenised once; it keeps the data set, whose id so stays its own."""

@@ -21,7 +21,7 @@ from hf_erasure import GradiendAdapter, GradiendConfig, GradiendTrainer, Gradien
 from hf_erasure.adapters import features_of, targeted_parameters
 from hf_erasure.fitting.gradiend import PairBatch, PairSet
 from hf_erasure.fitting.gradiend.gradients import reading_the_base
-from hf_erasure.fitting.gradiend.selection import class_probabilities, class_words
+from hf_erasure.fitting.gradiend.selection import class_probabilities
 from hf_erasure.models.slots import SlotReader
 from tests.adapters.test_ordinary import MODES, state_of
 from tests.fitting.gradiend.language_models import CLASSES, model_of, neutral, pairs, task_name, tokenizer_of
@@ -336,7 +336,8 @@ def test_one_word_in_two_spellings_counts_once():
     found = []
     for data in (once, twice):
         read, reader = PairSet(data, uncased, "masked", CLASSES), SlotReader(model_of("bert").eval())
-        found.append(class_probabilities(class_words([read], CLASSES), read, uncased, None, 4)(reader))
+        words = dict(zip(CLASSES, map(list, read.words), strict=True))
+        found.append(class_probabilities(words, read, uncased, None, 4)(reader))
     assert torch.equal(*found)
 
 
