@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,7 +125,9 @@ class _Streams:
             if total.kind == "sum"
             for end in total.parents
             for branch in total.parents
-            if end is not branch and branch.behind >> _behind_scales(end).index & 1 and _ends_in_map(branch)
+            if end is not branch and branch.behind >> _behind_scales(end).index & 1
+            # A branch ends in a map, as those that write do; what a mixer adds inside of itself does not.
+            if any(end_of_branch.kind == "map" for end_of_branch in _ends([branch], _BETWEEN))
             for node in (total, end, _behind_scales(end))
         }
         for node in nodes:
@@ -229,7 +231,7 @@ class _Streams:
         refusals: list[str] = []
         if self._leaves_out is not None:
             refusals.append(f"the small pass that finds what is added to it has none of its {self._leaves_out}")
-        ends = self._ends(node for node in self._graph.nodes if node in self._stream)
+        ends = _ends(node for node in self._graph.nodes if node in self._stream)
         for node in ends:
             reason = self._why_not_written(node, ends)
             if reason is not None:
@@ -251,20 +253,6 @@ class _Streams:
             )
         return list(found)
 
-    def _ends(self, nodes: Iterable[Node]) -> list[Node]:
-        """What nodes are sums of, in the order of making."""
-        found, open_ = set(), list(nodes)
-        seen = set(open_)
-        while open_:
-            node = open_.pop()
-            parts = node.parents if node.kind in _ADDED else node.parents[:1] if node.kind == "scaled" else None
-            if parts is None:
-                found.add(node)
-                continue
-            open_ += [part for part in parts if part not in seen]
-            seen.update(parts)
-        return sorted(found, key=lambda node: node.index)
-
     def _why_not_written(self, node: Node, ends: list[Node]) -> str | None:
         product, what = node.product, node.operation
         if node.kind == "constant":
@@ -282,7 +270,7 @@ class _Streams:
             return f"the weight {product.parameter!r} makes what is added to it, and its module is not called"
         given = self._graph.calls[product.call].given
         if given is None or any(
-            end.product is None or end.product.owner != product.owner for end in self._ends([given]) if not end.is_zero
+            end.product is None or end.product.owner != product.owner for end in _ends([given]) if not end.is_zero
         ):
             return f"the module {product.owner!r}, whose weight makes what is added to it, returns something else"
         return None
@@ -294,14 +282,16 @@ def _behind_scales(node: Node) -> Node:
     return node
 
 
-def _ends_in_map(branch: Node) -> bool:
-    """Whether a branch ends in a map, as those that write do; what a mixer adds inside of itself does not."""
-    open_, seen = [branch], {branch}
+def _ends(nodes: Iterable[Node], through: Set[str] = frozenset({"scaled"})) -> list[Node]:
+    """What nodes are sums of, in the order of making; `through` are the kinds that leave what they are made of."""
+    found, open_ = set(), list(nodes)
+    seen = set(open_)
     while open_:
         node = open_.pop()
-        if node.kind == "map":
-            return True
-        parts = node.parents if node.kind in _ADDED else node.parents[:1] if node.kind in _BETWEEN else ()
+        parts = node.parents if node.kind in _ADDED else node.parents[:1] if node.kind in through else None
+        if parts is None:
+            found.add(node)
+            continue
         open_ += [part for part in parts if part not in seen]
         seen.update(parts)
-    return False
+    return sorted(found, key=lambda node: node.index)
