@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from hf_erasure._version import __version__
 
 # The commands that people begin with, at the top of the help.
-_FIRST = ("fit", "gradiend", "info", "verify", "list", "evaluate", "check")
+_FIRST = ("fit", "gradiend", "info", "verify", "list", "show", "evaluate", "check")
 # A connection that broke, and a process that ended, are known by name: importing their classes takes seconds.
 _BROKEN, _ENDED = "HTTPError", "AnotherProcessFailed"
 
