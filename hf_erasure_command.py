@@ -14,7 +14,7 @@ def main() -> None:
     if "hf_erasure" not in sys.modules:
         spec = importlib.util.find_spec("hf_erasure")
         if spec is None:
-            raise ImportError("hf_erasure is not installed beside its command: pip install hf-erasure")
+            raise ImportError("hf_erasure is not installed beside its command: install hf-erasure again")
         sys.modules["hf_erasure"] = importlib.util.module_from_spec(spec)
     importlib.import_module("hf_erasure.cli").app()
 

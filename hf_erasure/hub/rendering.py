@@ -29,6 +29,8 @@ from .facts import EFFECT, LEAKAGE, LONGEST, CardFacts, is_number, plain
 OURS = "hf-erasure"
 # What stands in a card for the name of a repository that is not known yet.
 SOMEWHERE = "path/to/this/folder"
+# How one gets this package: the one place in cards that says so.
+INSTALL = "`pip install .` in a clone of its repository, and `pip install hf-erasure` once it is on the index"
 # What a card had before ours may name another base, or a folder of somebody's disk.
 REPLACED_TAGS = ("base_model:",)
 _TAGS = {
@@ -164,7 +166,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.globals["somewhere"] = SOMEWHERE
+    made.globals |= {"somewhere": SOMEWHERE, "install": Markdown(INSTALL)}
     made.filters |= {
         "code": code,
         "number": number,

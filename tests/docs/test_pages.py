@@ -70,6 +70,23 @@ def test_a_broken_block_is_found(what: str, tmp_path: Path, monkeypatch: pytest.
         run_page(page, tmp_path)
 
 
+FROM_THE_INDEX = re.compile(r"pip install (?:-U )?'?hf-erasure(?:\[demo\])?'?(?![\w\[-])")
+SAYS_HOW = [*PAGES, *sorted((ROOT / "docs").rglob("*.ipynb")), *sorted((ROOT / "model_cards").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", SAYS_HOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_an_install_line_is_true_before_the_package_is_on_the_index(page: Path) -> None:
+    for line in page.read_text(encoding="utf-8").splitlines():
+        assert not FROM_THE_INDEX.search(line) or "index" in line, f"{page}: {line}"
+
+
+@pytest.mark.parametrize(
+    "card", sorted((ROOT / "model_cards/examples").glob("*/README.md")), ids=lambda c: c.parent.name
+)
+def test_the_first_code_of_a_card_imports_the_package(card: Path) -> None:
+    assert blocks_of(card)[0].code.startswith("import hf_erasure")
+
+
 def test_figures_may_differ_by_what_the_page_says(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
