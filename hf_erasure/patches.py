@@ -49,24 +49,28 @@ class Patch(Internal):
 
 def patches() -> tuple[Patch, ...]:
     """The table, made anew at each call: after a reload the wrappers are other functions. Above each line is why."""
-    return *_of_peft(), *_of_transformers(), *_of_trainer()
+    return *_of_libraries(), *_of_trainer()
 
 
-def _of_peft() -> tuple[Patch, ...]:
-    tuners, models = (functools.partial(Patch, "peft", f"peft.{m}") for m in ("tuners.tuners_utils", "peft_model"))
+def _of_libraries() -> tuple[Patch, ...]:
+    models, tuners, mixin = "peft.peft_model", "peft.tuners.tuners_utils", "transformers.integrations.peft"
     return (
         # The class of a task changes the caller's configuration, and what fails afterwards leaves the adapter.
-        models("PeftModel.__init__", ("model", "peft_config", "adapter_name"), wrapper=tuner.make_peft_model),
+        Patch(models, "PeftModel.__init__", ("model", "peft_config", "adapter_name"), wrapper=tuner.make_peft_model),
         # As load_adapter of transformers; values that a file lacks stay those of the adapter before, and it fails where
         # the class of a task wants a head that was not saved.
-        models("PeftModel.load_adapter", ("model_id", "adapter_name"), wrapper=load.load_into_peft_model),
+        Patch(models, "PeftModel.load_adapter", ("model_id", "adapter_name"), wrapper=load.load_into_peft_model),
         # An adapter is attached before its files are looked at.
-        models("PeftModel.from_pretrained", ("model", "model_id", "config"), wrapper=load.peft_model_from_pretrained),
+        Patch(
+            models,
+            "PeftModel.from_pretrained",
+            ("model", "model_id", "config"),
+            wrapper=load.peft_model_from_pretrained,
+        ),
         # A save that is killed leaves half of an adapter, and one may overwrite another's.
-        models("PeftModel.save_pretrained", ("save_directory",), wrapper=saving.save_pretrained),
+        Patch(models, "PeftModel.save_pretrained", ("save_directory",), wrapper=saving.save_pretrained),
         # Tensors that are missing are left out without a word.
         Patch(
-            "peft",
             "peft.utils.save_and_load",
             "get_peft_model_state_dict",
             ("model", "state_dict", "adapter_name"),
@@ -74,27 +78,22 @@ def _of_peft() -> tuple[Patch, ...]:
             also=("peft", "peft.utils", "peft.peft_model", "peft.functional"),
         ),
         # Another method wraps modules on which children hang, which then do not see what it adds.
-        tuners("BaseTuner.inject_adapter", ("model", "adapter_name", "state_dict"), wrapper=tuner.inject_adapter),
+        Patch(
+            tuners, "BaseTuner.inject_adapter", ("model", "adapter_name", "state_dict"), wrapper=tuner.inject_adapter
+        ),
         # Another method merges every layer that it finds, and takes every merge back, children's too.
-        tuners("onload_layer", ("layer",), wrapper=tuner.onload_layer),
+        Patch(tuners, "onload_layer", ("layer",), wrapper=tuner.onload_layer),
         # Another method takes its wrappers away, and the children that hang on them.
-        tuners("BaseTuner.unload", wrapper=tuner.unload),
+        Patch(tuners, "BaseTuner.unload", wrapper=tuner.unload),
         # As unload.
-        tuners("BaseTuner.merge_and_unload", ("safe_merge", "adapter_names"), wrapper=tuner.unload),
-    )
-
-
-def _of_transformers() -> tuple[Patch, ...]:
-    mixin = functools.partial(Patch, "transformers", "transformers.integrations.peft")
-    return (
+        Patch(tuners, "BaseTuner.merge_and_unload", ("safe_merge", "adapter_names"), wrapper=tuner.unload),
         # Files are not looked at, missing and non-finite values are not noticed, what fails is not undone.
-        mixin("PeftAdapterMixin.load_adapter", ("peft_model_id", "adapter_name"), wrapper=load.load_adapter),
+        Patch(mixin, "PeftAdapterMixin.load_adapter", ("peft_model_id", "adapter_name"), wrapper=load.load_adapter),
         # It stops halfway at a trained module that not every adapter has a copy of; add_adapter calls it last, and does
         # not say which adapter went off.
-        mixin("PeftAdapterMixin.set_adapter", ("adapter_name",), wrapper=acting.set_adapter),
+        Patch(mixin, "PeftAdapterMixin.set_adapter", ("adapter_name",), wrapper=acting.set_adapter),
         # As save_pretrained of a PeftModel; and it pushes before the card is written.
         Patch(
-            "transformers",
             "transformers.modeling_utils",
             "PreTrainedModel.save_pretrained",
             ("save_directory",),
@@ -102,7 +101,6 @@ def _of_transformers() -> tuple[Patch, ...]:
         ),
         # push_to_hub writes a template over the card of an adapter.
         Patch(
-            "transformers",
             "transformers.utils.hub",
             "create_and_tag_model_card",
             ("repo_id",),
@@ -114,16 +112,17 @@ def _of_transformers() -> tuple[Patch, ...]:
 
 
 def _of_trainer() -> tuple[Patch, ...]:
-    of_trainer = functools.partial(Patch, "transformers", _TRAINER)
     return (
         # No event comes before a training whose saves would lose an adapter, nor before a log is reported.
-        of_trainer(
+        Patch(
+            _TRAINER,
             "Trainer.train",
             wrapper=trainer.train,
             without="Trainer does not say at its start what its saves will lose, nor log what callbacks measure",
         ),
         # Of a model with adapters it saves the active one alone, also where it did not train.
-        of_trainer(
+        Patch(
+            _TRAINER,
             "Trainer._save",
             wrapper=trainer.save,
             without="Trainer saves the active adapter alone, without the weights that were trained under it",
@@ -133,7 +132,7 @@ def _of_trainer() -> tuple[Patch, ...]:
 
 def install() -> None:
     """Wrap the functions of the table; called again, as after a reload, put the wrappers of now in their place."""
-    wrap((*_of_peft(), *_of_transformers()))
+    wrap(_of_libraries())
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
     if _TRAINER in sys.modules:
         _wrap_trainer()
@@ -165,9 +164,9 @@ class _TrainerFinder:
 
 
 def _wrap_trainer() -> None:
-    own = functools.partial(Patch, "transformers", _TRAINER, wrapper=None)
     without = "what hf_erasure does in Trainer.{} for a model with an adapter of its own"
-    wrap((*_of_trainer(), *(own(f"Trainer.{name}", without=without.format(name)) for name in trainer.OWN_METHODS)))
+    names = ((f"Trainer.{name}", without.format(name)) for name in trainer.OWN_METHODS)
+    wrap((*_of_trainer(), *(Patch(_TRAINER, name, wrapper=None, without=told) for name, told in names)))
 
 
 def wrap(table: tuple[Patch, ...]) -> None:

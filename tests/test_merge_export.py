@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from hf_erasure import ConceptErasureConfig, export_to_lora, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
-from hf_erasure.adapters.merging import plan as folding
+from hf_erasure.adapters.merging import record
 from hf_erasure.adapters.merging.export import low_rank
 from hf_erasure.cli import app
 from hf_erasure.erasers import Eraser
@@ -399,12 +399,12 @@ def test_a_merge_that_changes_outputs_is_taken_back(
     if others:
         wrapper.merge_adapter(others)
     before = State(wrapper, batch_of("llama"))
-    honest = folding.written_anew
+    honest = record.merged_parameters
 
     def wrong(*args: Any) -> dict[str, Tensor]:
         return {name: value * 1.001 for name, value in honest(*args).items()}
 
-    monkeypatch.setattr(folding, "written_anew", wrong)
+    monkeypatch.setattr(record, "merged_parameters", wrong)
     with pytest.raises(ValueError, match=r"changed the model's output by .* was taken back"):
         wrapper.merge_adapter(["default"] if others else None)
     before.assert_same(State(wrapper, batch_of("llama")))

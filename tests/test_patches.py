@@ -52,7 +52,7 @@ def theirs(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 def patch(name: str, **options: Any) -> Patch:
     wrapper = options.pop("wrapper", noted)
-    return Patch("numpy", options.pop("module", "theirs"), name, wrapper=wrapper, **options)
+    return Patch(options.pop("module", "theirs"), name, wrapper=wrapper, **options)
 
 
 def test_a_function_is_wrapped_once_wherever_it_is(theirs: types.ModuleType):
@@ -80,7 +80,7 @@ def test_a_function_that_moved_to_another_of_its_modules_is_found(theirs: types.
 
 
 def test_what_cannot_be_done_without_is_named(theirs: types.ModuleType):
-    with pytest.raises(ImportError, match=r"relies on theirs\.Owner\.gone, which numpy .* does not have"):
+    with pytest.raises(ImportError, match=r"relies on theirs\.Owner\.gone, which theirs .* does not have"):
         patches.wrap((patch("function"), patch("Owner.gone")))
     assert theirs.function(1) == 3, "nothing was wrapped"
     with pytest.raises(ImportError, match=r"relies on the parameter .other. of theirs\.function"):
@@ -88,7 +88,7 @@ def test_what_cannot_be_done_without_is_named(theirs: types.ModuleType):
 
 
 def test_what_can_be_done_without_is_warned_of(theirs: types.ModuleType):
-    with pytest.warns(UserWarning, match=r"theirs\.gone, which numpy .* does not have.*not work here: hats") as said:
+    with pytest.warns(UserWarning, match=r"theirs\.gone, which theirs .* does not have.*not work here: hats") as said:
         patches.wrap((patch("gone", without="hats"), patch("function")))
     assert len(said) == 1 and theirs.function(1) == ["noted", 3]
 

@@ -7,15 +7,7 @@ from .erasure.model import ConceptErasureModel, set_strength, set_target
 from .gradiend.config import GradiendConfig
 from .gradiend.layer import gradiend_layers
 from .gradiend.model import GradiendModel
-from .gradiend.state import (
-    edited,
-    features_of,
-    kept_share,
-    set_features,
-    stated_bytes,
-    steer,
-    targeted_parameters,
-)
+from .gradiend.state import edited, features_of, kept_share, set_features, stated_bytes, steer, targeted_parameters
 from .merging.export import LoraExport, export_to_lora, export_to_sentence_transformers
 from .verification import Verification, verify_adapter
 

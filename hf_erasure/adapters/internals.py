@@ -33,10 +33,14 @@ if TYPE_CHECKING:
 class Internal:
     """Something that must be there."""
 
-    package: str  # whose it is, under the name it is installed by
     module: str  # where it is imported from
     name: str  # its name there; with a dot for an attribute of a class
     parameters: tuple[str, ...] = ()  # names of parameters that it must take
+
+    @property
+    def package(self) -> str:
+        """Whose it is, under the name it is installed by."""
+        return self.module.partition(".")[0]
 
     def why_missing(self) -> str | None:
         """What is not as expected; None when all is."""
@@ -61,41 +65,38 @@ _MIXIN = "transformers.integrations.peft"
 
 INTERNALS = (
     # the new types
-    Internal("peft", "peft.utils.peft_types", "register_peft_method", ("name", "config_cls", "model_cls")),
-    Internal("peft", "peft.utils.peft_types", "PeftType._member_map_"),
-    Internal("peft", "peft.utils.peft_types", "PeftType._value2member_map_"),
-    Internal("peft", "peft.utils.peft_types", "PeftType._member_names_"),
-    Internal("peft", "peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
-    Internal("peft", "peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING"),
-    Internal("peft", "peft.mapping", "PEFT_TYPE_TO_PREFIX_MAPPING"),
+    Internal("peft.utils.peft_types", "register_peft_method", ("name", "config_cls", "model_cls")),
+    Internal("peft.utils.peft_types", "PeftType._member_map_"),
+    Internal("peft.utils.peft_types", "PeftType._value2member_map_"),
+    Internal("peft.utils.peft_types", "PeftType._member_names_"),
+    Internal("peft.mapping", "PEFT_TYPE_TO_CONFIG_MAPPING"),
+    Internal("peft.mapping", "PEFT_TYPE_TO_TUNER_MAPPING"),
+    Internal("peft.mapping", "PEFT_TYPE_TO_PREFIX_MAPPING"),
     # what the two tuners override or call
-    Internal("peft", _TUNERS, "BaseTuner._check_target_module_exists", ("peft_config", "key")),
-    Internal("peft", _TUNERS, "BaseTuner._prepare_adapter_config", ("peft_config", "model_config")),
-    Internal(
-        "peft", _TUNERS, "BaseTuner._create_and_replace", ("peft_config", "adapter_name", "target", "current_key")
-    ),
-    Internal("peft", _TUNERS, "BaseTuner._unload_and_optionally_merge", ("merge", "safe_merge", "adapter_names")),
-    Internal("peft", _TUNERS, "BaseTuner._check_merge_allowed"),
-    Internal("peft", _TUNERS, "BaseTuner._check_tied_modules", ("model", "peft_config")),
-    Internal("peft", _TUNERS, "BaseTuner.delete_adapter", ("adapter_name",)),
-    Internal("peft", _TUNERS, "BaseTuner.set_adapter", ("adapter_name",)),
-    Internal("peft", "peft", "PeftModel._enable_peft_forward_hooks"),
+    Internal(_TUNERS, "BaseTuner._check_target_module_exists", ("peft_config", "key")),
+    Internal(_TUNERS, "BaseTuner._prepare_adapter_config", ("peft_config", "model_config")),
+    Internal(_TUNERS, "BaseTuner._create_and_replace", ("peft_config", "adapter_name", "target", "current_key")),
+    Internal(_TUNERS, "BaseTuner._unload_and_optionally_merge", ("merge", "safe_merge", "adapter_names")),
+    Internal(_TUNERS, "BaseTuner._check_merge_allowed"),
+    Internal(_TUNERS, "BaseTuner._check_tied_modules", ("model", "peft_config")),
+    Internal(_TUNERS, "BaseTuner.delete_adapter", ("adapter_name",)),
+    Internal(_TUNERS, "BaseTuner.set_adapter", ("adapter_name",)),
+    Internal("peft", "PeftModel._enable_peft_forward_hooks"),
     # what the children are
-    Internal("peft", _TUNERS, "BaseTunerLayer._get_available_adapters"),
-    Internal("peft", _TUNERS, "BaseTunerLayer._active_adapter"),
-    Internal("peft", _TUNERS, "BaseTunerLayer._disable_adapters"),
-    Internal("peft", _TUNERS, "BaseTunerLayer.get_base_layer"),
-    Internal("peft", "peft.tuners._buffer_dict", "BufferDict"),
-    Internal("peft", "peft.utils", "AuxiliaryTrainingWrapper.unload_and_optionally_merge_module"),
-    Internal("peft", "peft.utils", "ModulesToSaveWrapper.check_set_adapter", ("adapter_name",)),
-    Internal("peft", "peft.utils", "ModulesToSaveWrapper.delete_adapter", ("adapter_name", "new_active_adapters")),
-    Internal("peft", "peft.utils", "TrainableTokensWrapper.delete_adapter", ("adapter_name", "new_active_adapters")),
-    Internal("transformers", _MIXIN, "PeftAdapterMixin._hf_peft_config_loaded"),
-    Internal("transformers", "transformers.pytorch_utils", "Conv1D"),
-    Internal("transformers", "transformers.utils.loading_report", "LoadStateDictInfo"),
+    Internal(_TUNERS, "BaseTunerLayer._get_available_adapters"),
+    Internal(_TUNERS, "BaseTunerLayer._active_adapter"),
+    Internal(_TUNERS, "BaseTunerLayer._disable_adapters"),
+    Internal(_TUNERS, "BaseTunerLayer.get_base_layer"),
+    Internal("peft.tuners._buffer_dict", "BufferDict"),
+    Internal("peft.utils", "AuxiliaryTrainingWrapper.unload_and_optionally_merge_module"),
+    Internal("peft.utils", "ModulesToSaveWrapper.check_set_adapter", ("adapter_name",)),
+    Internal("peft.utils", "ModulesToSaveWrapper.delete_adapter", ("adapter_name", "new_active_adapters")),
+    Internal("peft.utils", "TrainableTokensWrapper.delete_adapter", ("adapter_name", "new_active_adapters")),
+    Internal(_MIXIN, "PeftAdapterMixin._hf_peft_config_loaded"),
+    Internal("transformers.pytorch_utils", "Conv1D"),
+    Internal("transformers.utils.loading_report", "LoadStateDictInfo"),
     # offloaded weights
-    Internal("accelerate", "accelerate.hooks", "ModelHook"),
-    Internal("accelerate", "accelerate.hooks", "AlignDevicesHook", ("execution_device", "offload", "weights_map")),
+    Internal("accelerate.hooks", "AlignDevicesHook", ("execution_device", "offload", "weights_map")),
 )
 
 

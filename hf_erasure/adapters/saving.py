@@ -266,14 +266,16 @@ def _kind_in(place: Path) -> tuple[Any, str]:
 # ---- what the file of an adapter holds -------------------------------------------------------------------------------
 
 
-def adapter_state_dict(
-    original: Callable, model: Any, state_dict: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any
-) -> dict[str, Tensor]:
+def adapter_state_dict(original: Callable, model: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """`get_peft_model_state_dict`, which gives `own_tensors` for an adapter of either kind."""
-    given = inspect.signature(original).bind(model, state_dict, adapter_name, *args, **kwargs).arguments
-    whole = getattr(model, "_orig_mod", model)
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    whole, adapter_name, state_dict = (
+        getattr(model, "_orig_mod", model),
+        given.get("adapter_name", "default"),
+        given.get("state_dict"),
+    )
     if not isinstance(whole.peft_config.get(adapter_name), ChildConfig):
-        return original(model, state_dict, adapter_name, *args, **kwargs)
+        return original(model, *args, **kwargs)
     refuse_embeddings(given.get("save_embedding_layers", "auto"))
     prefix = PREFIX if hasattr(whole, "get_base_model") else ""
     found = own_tensors(whole, adapter_name, whole.state_dict() if state_dict is None else state_dict)

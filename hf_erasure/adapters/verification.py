@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hf_erasure.models.dummy import dummy_batch
 from hf_erasure.models.model import callee_of, distance, evaluating, inputs_of, tensors_of, without_drawing
 
-from .common.acting import other_than_when_fitted
 from .common.config import ChildConfig, Provenance
 from .common.layer import adapter_children
 from .common.lookup import AdapterNotFound, Found, adapter_of
@@ -22,6 +21,7 @@ from .gradiend.config import GradiendConfig
 from .gradiend.forward import UsedAsTheyAre, why_not_editable
 from .gradiend.layer import gradiend_layers
 from .gradiend.state import edited, kept_share, targeted_parameters
+from .loading.fingerprint import other_than_when_fitted
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _erasure_deed(found: Found[Any]) -> tuple[str, str]:
     does = f"erases {config.concept!r}"
     if config.target is not None:
         does = f"moves {config.concept!r} to target={config.target!r}"
-    far = "" if config.is_full else f" with strength={config.strength:g}"
+    far = "" if config.strength == 1 else f" with strength={config.strength:g}"
     deed = f"{does}{far} at {len(ranks)} sites{shared} (rank {min(ranks)} to {max(ranks)})"
     reader = f" ({told.reader})" if told.reader else ""
     guarded = f"It was fitted for pool={told.pool!r}{reader}. " if told.pool else ""

@@ -38,7 +38,8 @@ from hf_erasure.adapters.common.config import TRAINING, ChildConfig
 from hf_erasure.adapters.common.files import CONFIG, PREFIX, WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children, child_configs, configs_of, is_child
 from hf_erasure.adapters.saving import ON_STAGED, refuse_loss, staged
-from hf_erasure.hub.pushing import create_model_card, write_pushed_card
+from hf_erasure.hub import cards
+from hf_erasure.hub.pushing import create_model_card
 from hf_erasure.models.model import on_cpu, unwrapped
 
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -230,10 +231,13 @@ def _load(original: Callable, trainer: Any, folder: str | None = None, model: An
 def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None:
     """Trainer copies the files that it knows from a checkpoint before it pushes, and neither folders nor the card."""
     if trainer.is_world_process_zero():
+        target, config = Path(trainer.args.output_dir), cards.config_in(Path(folder))
         if _saves_all(trainer):
             places = [name for name in child_configs(trainer.model) if (Path(folder) / name).is_dir()]
-            save_adapters(trainer.model, Path(trainer.args.output_dir), only=places)
-        write_pushed_card(trainer, Path(folder))
+            save_adapters(trainer.model, target, only=places)
+        if config is not None:
+            repo_id = getattr(trainer, "hub_model_id", None)
+            cards.kept_quiet(target, cards.write_card, config, repo_id=repo_id, **cards.told_by(trainer.model))
     original(folder)
 
 
@@ -344,7 +348,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
                 stem, device = f"{PREFIX}{path}.{layer.child_name}", layer.state_of(name)[0].device
                 kept, none = (f"{stem}.{part}" for part, _ in layer.named_children()), torch.zeros(0, 0)
                 layer.restore_state(name, tuple(tensors.get(key, none).to(device) for key in kept))
-                layer.set_dial(name, saved.dial)
+                layer.erasures[name].dial = saved.dial
             for field in ("fitted", "fitted_sites", "weights", "readings", "strength", "target", "provenance"):
                 setattr(config, field, getattr(saved, field))
         elif isinstance(config, ChildConfig):

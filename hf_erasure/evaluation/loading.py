@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from hf_erasure.adapters import ConceptErasureConfig, GradiendConfig, steer, verify_adapter
+from hf_erasure.adapters.common.acting import auxiliary_wrappers
 from hf_erasure.adapters.common.config import ChildConfig, Provenance
-from hf_erasure.adapters.common.model_state import auxiliary_wrappers
 from hf_erasure.adapters.loading.fingerprint import fingerprint, sampled_again
 from hf_erasure.adapters.merging.export import model_class
 from hf_erasure.adapters.saving import digest_of, digest_of_data

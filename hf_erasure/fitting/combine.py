@@ -15,15 +15,15 @@ from torch import nn
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers, site_layers
-from hf_erasure.adapters.common.acting import naming_what_goes_off, warn_of_what_is_off, without
+from hf_erasure.adapters.common.acting import naming_what_goes_off, undone_on_failure, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECIPE, RECORD, Provenance
 from hf_erasure.adapters.common.files import WEIGHTS
 from hf_erasure.adapters.common.layer import adapter_children
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.adapters.common.model_state import undone_on_failure
 from hf_erasure.adapters.common.tuner import exactly
 from hf_erasure.adapters.erasure.config import CONCEPT_ERASURE
 from hf_erasure.adapters.erasure.layer import CHILD
+from hf_erasure.adapters.loading.fingerprint import without
 from hf_erasure.adapters.saving import staged
 from hf_erasure.erasers import Eraser, combine_erasers
 from hf_erasure.models.model import as_attribute, on_cpu
@@ -159,7 +159,7 @@ def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, s
     for path, layer in site_layers(model, into).items():
         kept = {parts[name][path].eraser_state(name)[0].dtype for name in configs if path in parts[name]}
         dtype = torch.float64 if torch.float64 in kept else torch.float32
-        axes = layer.concept_erasure_axis[into], layer.concept_erasure_examples[into]
+        axes = layer.erasures[into].axis, layer.erasures[into].examples
         layer.set_eraser(into, sites[path], dtype, *axes)
     attached: ConceptErasureConfig = model.peft_config[into]
     return attached
@@ -222,7 +222,7 @@ def _combined_sites(
         for place, (name, eraser) in enumerate(zip(here, erasers, strict=True)):
             if configs[name].affine is None and eraser.bias is None:
                 erasers[place] = Eraser(eraser.left, eraser.right, mean)
-        if len({parts[name][path].concept_erasure_axis[name] for name in here}) > 1:
+        if len({parts[name][path].erasures[name].axis for name in here}) > 1:
             raise ValueError(f"At {path!r} {here} cannot be combined: they erase along different axes.")
         rows = [float(Provenance.of(configs[name]).examples or 0) for name in here]
         try:

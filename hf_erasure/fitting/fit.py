@@ -18,11 +18,10 @@ from tqdm.auto import tqdm
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import ConceptErasureConfig, ErasureLayer, erasure_layers
-from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
+from hf_erasure.adapters.common.acting import take_off, warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECORD
-from hf_erasure.adapters.common.model_state import take_off
 from hf_erasure.adapters.common.tuner import exactly
-from hf_erasure.adapters.loading.fingerprint import fingerprint
+from hf_erasure.adapters.loading.fingerprint import active_beside, fingerprint
 from hf_erasure.adapters.merging.probe import sites_without_room
 from hf_erasure.erasers.statistics import PackedGram
 from hf_erasure.models.model import class_name, evaluating
@@ -356,7 +355,7 @@ def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> N
     config.fitted_sites = {site: task.layers[site].size_of(task.name) for site in fits}
     config.fitted = True
     for site in fits:
-        task.layers[site].set_dial(task.name, config.dial)
+        task.layers[site].erasures[task.name].dial = config.dial
     told = ("examples", "tokens", "pool", "reader", "leakage", "leakage_intervals", "measured_on")
     config.provenance = {
         "hf_erasure_version": __version__,

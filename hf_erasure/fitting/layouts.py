@@ -146,7 +146,7 @@ class Layouts:
 
         def axes_at(key: str) -> Axes | ValueError:
             site = site_of(key)
-            side = self.layers[site].concept_erasure_site[self.name] if site in self.layers else "output"
+            side = self.layers[site].erasures[self.name].side if site in self.layers else "output"
 
             def told() -> set[int]:
                 graph = recorded()

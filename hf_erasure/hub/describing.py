@@ -69,11 +69,7 @@ def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> 
 
 
 def describe_folder(
-    folder: str | Path,
-    *,
-    results: str | Path | None = None,
-    names: Iterable[str] = (),
-    **told: Any,
+    folder: str | Path, *, results: str | Path | None = None, names: Iterable[str] = (), **told: Any
 ) -> list[Measured]:
     """Do the same with a saved adapter, and keep what `hf-erasure evaluate` has measured of it.
 

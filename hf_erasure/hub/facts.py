@@ -200,7 +200,7 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
     # The theorem holds where the method is not iterative and the rank is that of the concept, or above.
     needed = config.concept_dim if config.labels is None else len(config.labels) - 1
     is_guarded = config.method != "inlp" and needed is not None and (config.rank is None or config.rank >= needed)
-    is_guarded = is_guarded and config.is_full
+    is_guarded = is_guarded and config.strength == 1
     left = {plain(site): float(value) for site, value in made.residuals.items() if is_number(value)}
     facts.method = {
         "name": config.method, "side": config.site, "affine": config.affine, "sites": len(sites),

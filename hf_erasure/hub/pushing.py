@@ -297,14 +297,6 @@ def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kw
     return card
 
 
-def write_pushed_card(trainer: Any, checkpoint: Path) -> None:
-    """Write the card of what Trainer copies from a checkpoint before it pushes it: the files, and not the card."""
-    target, config = Path(trainer.args.output_dir), cards.config_in(checkpoint)
-    if config is not None:
-        repo_id = getattr(trainer, "hub_model_id", None)
-        cards.kept_quiet(target, cards.write_card, config, repo_id=repo_id, **cards.told_by(trainer.model))
-
-
 def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
     """A Trainer's card says how training went: that becomes a part of ours, which says all the rest."""
     output_dir = trainer.args.output_dir

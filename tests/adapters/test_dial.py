@@ -161,7 +161,7 @@ def test_a_target_of_values_is_where_regression_says(tmp_path: Path) -> None:
     (layer,) = erasure_layers(model).values()
     rows = activations_of(layer, model, vectors)[:, 0].double()
     config.target = [0.5, -2.0]
-    layer.set_dial(NAME, config.dial)
+    layer.erasures[NAME].dial = config.dial
     right = layer.eraser_state(NAME)[1].double()
     design = torch.cat([values[:, 0].double(), torch.ones(200, 1, dtype=torch.float64)], dim=1)
     regression = torch.linalg.lstsq(design, rows @ right.T).solution
@@ -317,7 +317,7 @@ def test_compiled_code_follows_the_strength() -> None:
             assert same(outputs_of(compiled, batch), outputs_of(model, batch))
         model.peft_config[NAME].target = "male"
         for layer in site_layers(model, NAME).values():
-            layer.set_dial(NAME, model.peft_config[NAME].dial)
+            layer.erasures[NAME].dial = model.peft_config[NAME].dial
         assert same(outputs_of(compiled, batch), outputs_of(model, batch))
 
 

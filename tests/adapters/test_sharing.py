@@ -89,7 +89,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def kept(model: nn.Module) -> int:
-    return sum(len(made) for layer in erasure_layers(model).values() for made in layer._made.values())
+    return sum(len(own.made) for layer in erasure_layers(model).values() for own in layer.erasures.values())
 
 
 # ---- in a model ------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_a_saved_adapter_acts_as_before(architecture: str, way: str, tmp_path: A
     base = copy.deepcopy(small_model(architecture)).eval()
     WAYS[way](base, tmp_path)
     layers = erasure_layers(base, NAME)
-    assert all(layer.site_of(NAME) is layers[layer.site_paths.get(NAME, path)] for path, layer in layers.items())
+    assert all(layer.site_of(NAME) is layers[layer.erasures[NAME].site] for path, layer in layers.items())
     assert same(outputs_of(base, batch), outputs_of(model, batch))
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_erasure.adapters.common.acting import AdapterBuffers
 from hf_erasure.adapters.common.layer import adapter_children
-from hf_erasure.adapters.common.model_state import AdapterBuffers
 from tests.adapters.gradiend.lifecycle import lora
 from tests.adapters.lifecycle import MERGE_TOLERANCE
 from tests.ecosystem.placements import NAME, Erasure, Gradiend, Kind, outputs

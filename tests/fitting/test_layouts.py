@@ -80,7 +80,7 @@ def test_rows_with_adapters_of_their_own_where_positions_come_first() -> None:
     assert torch.allclose(mixed[::2], erased[::2], atol=1e-5)  # sums of float32 in another order
     assert torch.equal(mixed[1::2], plain[1::2])
     with pytest.raises(ValueError, match="has activations of shape"):
-        erasure_layers(model)["layer.0.ff.layer_norm"].concept_erasure_axis["default"] = 9
+        erasure_layers(model)["layer.0.ff.layer_norm"].erasures["default"].axis = 9
         model(**inputs)
 
 

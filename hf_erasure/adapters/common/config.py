@@ -25,7 +25,6 @@ from typing import Any, ClassVar
 import regex  # type: ignore[import-untyped]
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
-from torch import nn
 
 from .files import CONFIG, target_of
 
@@ -40,8 +39,6 @@ MAX_CONFIG_BYTES = 16 * 2**20
 _NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
 _PATTERNS = ("target_modules", "exclude_modules")
-# How many names more than a model has modules may be in a list, as of a model with more layers.
-_SPARE_NAMES = 10_000
 # How long one match may take, in seconds; an honest one takes microseconds.
 _SECONDS_A_MATCH = 0.5
 # How long all matches of a field in a model may take together, in seconds of the processor.
@@ -129,17 +126,8 @@ class ChildConfig(PeftConfig):
 
     @property
     def fitted_modules(self) -> Collection[str]:
-        """Names of the modules that a fitted adapter acts on."""
+        """Names of the modules that it acts on, whatever else its patterns match; none where they are not known yet."""
         raise NotImplementedError
-
-    def sharers_of(self, keys: Iterable[str]) -> list[str]:
-        """Names of the modules that have no tensors in a state dict with these keys, and act with those that it has."""
-        return []
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the adapter acts on `fitted_modules` and no others, whatever else its patterns match."""
-        return self.fitted
 
     @property
     def has_effect(self) -> bool:
@@ -217,19 +205,6 @@ def fault_of(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildConf
 
 
 # ---- names and patterns ----------------------------------------------------------------------------------------------
-
-
-def check_targets(config: Any, model: nn.Module) -> None:
-    """Refuse lists so long that PEFT's comparing takes forever, and patterns that cannot be tried on all modules."""
-    names = [name for name, _ in model.named_modules()]
-    for key in (*_PATTERNS, "modules_to_save"):
-        listed = getattr(config, key, None) or ()
-        if not isinstance(listed, str) and len(listed) > len(names) + _SPARE_NAMES:
-            raise ValueError(
-                f"{key} names {len(listed)} modules, and this {type(model).__name__} has {len(names)} in all: the "
-                "configuration is damaged, or for another model."
-            )
-    as_names(config, *names)
 
 
 def as_names(config: Any, *names: str) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .config import ChildConfig
 
 if TYPE_CHECKING:
-    from .model_state import Within
+    from .acting import Within
 
 Child = TypeVar("Child", bound="AdapterChild")
 
@@ -96,6 +96,8 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     # Tells the children of a kind in a model what else in it they concern, after its modules have changed.
     link: ClassVar[Any] = None
     host: nn.Module  # the module that this is a child of
+    _part_in_words: Callable[[str, str], str]  # a part of an adapter, by the attribute that holds it, in a message
+    _are_positions: Callable[[str, Tensor], bool]  # whether integers in such a part are positions in order
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__()
@@ -166,12 +168,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
                     "tensors or holds NaN. Load the complete folder, or fit the adapter again."
                 )
         self._awaits_values.discard(name)
-
-    def _are_positions(self, key: str, value: Tensor) -> bool:
-        raise NotImplementedError
-
-    def _part_in_words(self, key: str, name: str) -> str:
-        raise NotImplementedError
 
     def state_of(self, name: str) -> tuple[Tensor, ...]:
         """An adapter's tensors as they are, for `restore_state`; also those that a file does not have."""

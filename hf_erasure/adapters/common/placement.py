@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
@@ -20,30 +20,12 @@ from .layer import ordinary
 
 # What stands in the place of a dtype where a quantiser has packed the numbers.
 QUANTISED = "quantised"
+OUT_OF_REACH = "is offloaded where it cannot be reached. Load the model on one device"
 # What to do where weights are quantised, in the words of a message.
 FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the merged model"
 
 
 # ---- devices, and weights that accelerate keeps elsewhere ------------------------------------------------------------
-
-
-def execution_device(module: nn.Module) -> Any:
-    """Where accelerate runs a module whose weights it keeps elsewhere; None where it has no say."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook]) if isinstance(hook, ModelHook) else []
-    return next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), None)
-
-
-@contextmanager
-def left_in_place(model: Any) -> Iterator[None]:
-    """Hide the map of an offloaded model from PEFT, which would spread it anew, and bring back what is offloaded."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    places = base.__dict__.pop("hf_device_map", None)
-    try:
-        yield
-    finally:
-        if places is not None:
-            base.hf_device_map = places
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -56,11 +38,9 @@ def owns_offloaded(module: nn.Module) -> bool:
     return _hook_of(module) is not None or any(p.device.type == "meta" for p in module.parameters(recurse=False))
 
 
-def why_not_reachable(module: nn.Module) -> str | None:
-    """The reason why a module's weights cannot be read or written; None when they can."""
-    if owns_offloaded(module) and _hook_of(module) is None:
-        return "is offloaded where it cannot be reached. Load the model on one device"
-    return None
+def is_out_of_reach(module: nn.Module) -> bool:
+    """Whether a module's weights cannot be read or written."""
+    return owns_offloaded(module) and _hook_of(module) is None
 
 
 def value_of(module: nn.Module, name: str) -> Tensor | None:
@@ -72,7 +52,7 @@ def value_of(module: nn.Module, name: str) -> Tensor | None:
         found: Tensor = hook.weights_map[name]
         return found.detach()
     if parameter.device.type == "meta":
-        raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {why_not_reachable(module)}.")
+        raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {OUT_OF_REACH}.")
     return parameter.detach()
 
 
@@ -118,7 +98,7 @@ def write_value(module: nn.Module, name: str, value: Tensor) -> None:
     """Give an offloaded parameter a value where its own is kept; the value that was there first leaves no trace."""
     hook = _hook_of(module)
     if hook is None:
-        raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {why_not_reachable(module)}.")
+        raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {OUT_OF_REACH}.")
     if not isinstance(hook.weights_map, _Changed):
         hook.weights_map = _Changed(hook)
     changed = hook.weights_map

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import (
     PeftConfig,
     PeftModel,
@@ -14,22 +15,23 @@ from peft import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ..loading.fingerprint import recognise
-from . import model_state
-from .acting import all_configs, kind_of, naming_what_goes_off, warn_user
-from .config import ChildConfig, as_names, check_targets
+from . import acting
+from .config import ChildConfig, as_names
 from .files import UNSEEN
-from .layer import AdapterChild, Rows, adapter_children, child_configs, is_child, outside_inference_mode
+from .layer import AdapterChild, Rows, adapter_children, child_configs, is_child
 
 # What PEFT calls a row without an adapter.
 _NO_ADAPTER = "__base__"
 # The index of a layer in a module's name, with the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
+# How many names more than a model has modules may be in a list, as of a model with more layers.
+_SPARE_NAMES = 10_000
 
 
 # The heads that the classes of tasks add to modules_to_save: the first before it calls `PeftModel.__init__`, the others
@@ -45,8 +47,8 @@ class ChildTuner(BaseTuner):
     """A tuner that hangs a child on every targeted module; the modules themselves stay in place."""
 
     tuner_layer_cls: type[AdapterChild]
-    # The names of the modules that an adapter is put on when the user does not name any.
-    _default_targets: Callable[[nn.Module], list[str]]
+    # For a configuration the names of the modules that the default, or a word, stands for; None where it names them.
+    _names_meant: Callable[[Any], list[str] | None]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
     # The configuration that a caller made a `PeftModel` with, and how many modules_to_save it has.
     callers: tuple[ChildConfig, int] | None = None
@@ -81,19 +83,21 @@ class ChildTuner(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = config.copied()
         try:
-            undone = model_state.undone_on_failure(model, adapter_name, is_ours=True, is_new=True)
-            with undone, outside_inference_mode():
-                copies = model_state.ActiveCopies(model)
-                _check_name(adapter_name, model)
+            undone = acting.undone_on_failure(model, adapter_name, is_ours=True, is_new=True)
+            with undone, torch.inference_mode(False), torch.no_grad():
+                copies = acting.ActiveCopies(model)
                 if UNSEEN.get() is not None:
                     raise ValueError(
                         f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
                     )
-                check_targets(config, model)
+                _check_new(config, adapter_name, model)
                 if config.fitted:
                     recognise(model, config)
-                    if config.target_modules is None:  # PEFT takes that for a default of its own
+                    target = config.target_modules
+                    if target is None or (isinstance(target, str) and target.lower() in config.words):
+                        # PEFT takes None for a default of its own.
                         config.target_modules = exactly(list(config.fitted_modules), model)
+                        config.has_default_targets |= target is not None
                 elif config.revision is None:
                     # Of the base, like its name: what was downloaded.
                     config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
@@ -102,19 +106,23 @@ class ChildTuner(BaseTuner):
                     # child.
                     child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
                     given = {key.replace(child, f".{self.prefix}"): value for key, value in given.items()}
-                    sharers = {f"{name}.{self.prefix}": None for name in config.sharers_of(given)}
-                    kwargs["state_dict"] = given | sharers
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                    # Modules that share an eraser have no tensors, and act with the one that does.
+                    own, groups = {key.partition(f".{self.prefix}")[0] for key in given}, getattr(config, "groups", {})
+                    sharers = (name for name, site in groups.items() if site in own and name not in own)
+                    kwargs["state_dict"] = given | {f"{name}.{self.prefix}": None for name in sharers}
+                with acting.naming_what_goes_off(model, adapter_name):
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+                    acting.rehome_layers(model)
+                    acting.note_adapters(model)
                 # The newcomer's copies start from those that acted, but for those of its own method, which go off.
                 kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
                 for place, acted in copies.on.items():
                     trained: Any = copies.wrappers[place]._modules.get("modules_to_save")
                     if trained is not None and adapter_name in trained and acted not in kin:
                         trained[adapter_name].load_state_dict(trained[acted].state_dict())
-                model_state.refuse_copies(model, adapter_name)
+                acting.refuse_copies(model, adapter_name)
                 # Tensors that are given along are a wish for some of the modules.
-                is_known = config.is_settled and kwargs.get("state_dict") is None
-                wanted = list(config.fitted_modules) if is_known else []
+                wanted = list(config.fitted_modules) if kwargs.get("state_dict") is None else []
                 self._check_complete(config, adapter_children(model, adapter_name), wanted)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
@@ -122,7 +130,8 @@ class ChildTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Name the modules that `target_modules=None` and words stand for."""
-        given, names = peft_config.target_modules, self._names_meant(peft_config)
+        given = peft_config.target_modules
+        names = None if peft_config.fitted else self._names_meant(peft_config)
         if names is not None:
             peft_config.target_modules = exactly(names, self.model)
             if isinstance(peft_config.target_modules, str):
@@ -137,11 +146,6 @@ class ChildTuner(BaseTuner):
         peft_config.has_default_targets |= peft_config.target_modules is not given
         return peft_config
 
-    def _names_meant(self, config: Any) -> list[str] | None:
-        """The modules that the default, or a word, stands for; None where `target_modules` name them."""
-        is_default = config.target_modules is None and not config.fitted
-        return keep_layers(self._default_targets(self.model), config) if is_default else None
-
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         super()._check_tied_modules(model, as_names(peft_config, *EMBEDDING_LAYER_NAMES))
 
@@ -149,23 +153,15 @@ class ChildTuner(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         if is_child(key):
             return False
-        is_settled = peft_config.is_settled
-        if is_settled and key in peft_config.fitted_modules:
+        known = peft_config.fitted_modules
+        if key in known:
             return True
         # Of what else a pattern matches PEFT is only told what `exclude_modules` left out, or it would warn of that.
         found = BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
-        return False if is_settled and found else found
+        return False if known and found else found
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, target: Any, *args: Any, **given: Any) -> None:
+        current_key: str = given["current_key"]
         what = self._what_to_add(peft_config, target, current_key)
         if what is None:
             return
@@ -213,14 +209,14 @@ class ChildTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Switch adapters of this kind on; PEFT would also switch trained modules of other methods, which stay."""
-        if not model_state.auxiliary_wrappers(self.model):
+        if not acting.auxiliary_wrappers(self.model):
             super().set_adapter(adapter_name, *args, **kwargs)
             return
-        names, copies = model_state.check_one_copy(self.model, adapter_name), model_state.ActiveCopies(self.model)
-        configs = {**all_configs(self.model), **self.peft_config}
+        names, copies = acting.check_one_copy(self.model, adapter_name), acting.ActiveCopies(self.model)
+        configs = {**acting.all_configs(self.model), **self.peft_config}
         super().set_adapter(adapter_name, *args, **kwargs)
-        kinds = {kind_of(configs[name]) for name in names if name in configs}
-        copies.follow(names, lambda on: on in configs and kind_of(configs[on]) not in kinds)
+        kinds = {acting.kind_of(configs[name]) for name in names if name in configs}
+        copies.follow(names, lambda on: on in configs and acting.kind_of(configs[on]) not in kinds)
 
     def _children(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
@@ -281,7 +277,7 @@ class ChildTuner(BaseTuner):
         merged = {name for child in children for name in child.merged_adapters}
         left = [name for name in names if name not in merged]
         if merged and not left:
-            warn_user("All adapters are already merged, nothing to do.")
+            acting.warn_user("All adapters are already merged, nothing to do.")
         return left
 
     def _unload_and_optionally_merge(
@@ -301,13 +297,13 @@ class ChildTuner(BaseTuner):
                 child.unmerge()
             child.forget_originals()
             child.detach()
-        for name, wrapper in reversed(model_state.auxiliary_wrappers(self.model).items()):
+        for name, wrapper in reversed(acting.auxiliary_wrappers(self.model).items()):
             if wrapper._adapters <= own and not adapter_children(wrapper):
                 module = wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
                 self.model.set_submodule(name, module)
             for adapter in wrapper._adapters & own if wrapper._adapters - own else ():
                 wrapper.delete_adapter(adapter, [])
-        model_state.note_adapters(self.model)
+        acting.note_adapters(self.model)
         configs: dict[str, Any] = self.peft_config
         # Adapters of the other kind, and those of other methods, which stay.
         left = {
@@ -329,24 +325,23 @@ def inject_adapter(
     original: Callable, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
     """`BaseTuner.inject_adapter`: children of modules that it wraps move out to the wrappers."""
-    if not isinstance(tuner, ChildTuner) and not adapter_children(model):
-        original(model, adapter_name, *args, **kwargs)
-        return
+    if isinstance(tuner, ChildTuner) or not adapter_children(model):
+        return original(model, adapter_name, *args, **kwargs)
     copied = getattr(tuner.peft_config[adapter_name], "modules_to_save", None)
     try:
-        model_state.refuse_copies(model, adapter_name, copied or ())
+        acting.refuse_copies(model, adapter_name, copied or ())
     except ValueError:
         tuner.peft_config.pop(adapter_name)
         raise
-    copies = model_state.ActiveCopies(model)
-    with naming_what_goes_off(model, adapter_name):
+    copies = acting.ActiveCopies(model)
+    with acting.naming_what_goes_off(model, adapter_name):
         try:
             original(model, adapter_name, *args, **kwargs)
         except BaseException:
             copies.restore()
             raise
-        model_state.rehome_layers(model)
-        model_state.note_adapters(model)
+        acting.rehome_layers(model)
+        acting.note_adapters(model)
 
 
 def make_peft_model(
@@ -362,7 +357,7 @@ def make_peft_model(
         heads = next((names for kind, names in _HEADS.items() if isinstance(wrapped, kind)), ())
         if isinstance(wrapped, PeftModelForSequenceClassification):
             peft_config.forget_modules_to_save(len(peft_config.modules_to_save or ()) - len(heads))
-        with model_state.undone_on_failure(model, adapter_name, is_ours=True):
+        with acting.undone_on_failure(model, adapter_name, is_ours=True):
             original(model, peft_config.copied(heads), adapter_name, **kwargs)
         tuner: Any = wrapped.base_model
         tuner.callers = peft_config, len(peft_config.modules_to_save or ())
@@ -391,11 +386,13 @@ def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> A
     model, configs = tuner.model, child_configs(tuner)
     if isinstance(tuner, ChildTuner) or not adapter_children(model):
         return original(*args, **kwargs)
-    model_state.move_inside_wrappers(model)
+    for child in adapter_children(model):
+        if isinstance(child.host, BaseTunerLayer):
+            child.rehome(child.host.get_base_layer())
     try:
         result = original(*args, **kwargs)
     finally:
-        model_state.rehome_layers(model)
+        acting.rehome_layers(model)
     if configs:
         model.peft_config = configs
     return result
@@ -418,7 +415,8 @@ def keep_layers(names: list[str], config: Any) -> list[str]:
     return [n for n, at in found.items() if layers is None or (at and int(at[0]["index"]) in wanted)]
 
 
-def _check_name(name: str, model: nn.Module) -> None:
+def _check_new(config: ChildConfig, name: str, model: nn.Module) -> None:
+    """Refuse a name that cannot be used, lists that PEFT takes forever to compare, and patterns like those."""
     for kind in AdapterChild.__subclasses__():
         prefix = f"{kind.child_name}_"
         if "." in name or prefix in name or name in ("", kind.child_name):
@@ -428,8 +426,17 @@ def _check_name(name: str, model: nn.Module) -> None:
             )
     if set(name) & set("/\\\0"):
         raise ValueError(f"adapter_name={name!r} cannot be used: a folder is called so when it is saved.")
-    if any(name in path.split(".") for path, _ in model.named_modules()):
+    modules = [path for path, _ in model.named_modules()]
+    if any(name in path.split(".") for path in modules):
         raise ValueError(
             f"adapter_name={name!r} cannot be used: {type(model).__name__} has modules of that name, and PEFT would "
             "leave their tensors out when it saves any other adapter. Choose another name."
         )
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        listed = getattr(config, key, None) or ()
+        if not isinstance(listed, str) and len(listed) > len(modules) + _SPARE_NAMES:
+            raise ValueError(
+                f"{key} names {len(listed)} modules, and this {type(model).__name__} has {len(modules)} in all: the "
+                "configuration is damaged, or for another model."
+            )
+    as_names(config, *modules)

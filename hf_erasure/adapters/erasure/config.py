@@ -335,11 +335,6 @@ class ConceptErasureConfig(ChildConfig):
         return None if dial == Dial() else dial
 
     @property
-    def is_full(self) -> bool:
-        """Whether nothing is left of what the erasers read."""
-        return self.strength == 1
-
-    @property
     def has_effect(self) -> bool:
         """Whether the adapter changes anything where it acts."""
         return self.fitted and self.strength != 0
@@ -359,11 +354,6 @@ class ConceptErasureConfig(ChildConfig):
         """Names of the sites, and of the modules that share their erasers."""
         return self.groups or self.fitted_sites or {}
 
-    def sharers_of(self, keys: Iterable[str]) -> list[str]:
-        """Names of the modules that share the erasers of the sites in a state dict with these keys."""
-        sites = {key.partition(f".{CONCEPT_ERASURE.lower()}_")[0] for key in keys}
-        return [module for module, site in self.groups.items() if site in sites and module not in sites]
-
     @property
     def reach(self) -> str:
         """What of the hidden states stays un-erased, in a sentence."""
@@ -374,11 +364,6 @@ class ConceptErasureConfig(ChildConfig):
         return (
             "The hidden_states between the blocks are guarded at every depth; what a norm makes of them is nearly so."
         )
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether the adapter acts on `fitted_modules` and no others, whatever else its patterns match."""
-        return self.fitted or self.weights is not None
 
     @property
     def groups(self) -> dict[str, str]:

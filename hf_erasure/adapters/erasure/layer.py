@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_erasure.erasers import Eraser, apply_erasure
 
-from ..common.layer import AdapterChild, Rows, StateDict, adapter_children, outside_inference_mode
+from ..common.layer import AdapterChild, Rows, StateDict, adapter_children
 from ..merging.record import forget, withdraw
 from .config import ConceptErasureConfig, Dial, Parts
 
@@ -34,47 +35,21 @@ class ErasureLayer(AdapterChild):
     noun = "erasure"
     precisions = (torch.float32, torch.float64)
     optional = ("concept_erasure_readings",)
-    entries = (
-        "sticky_adapters",
-        "concept_erasure_site",
-        "concept_erasure_axis",
-        "concept_erasure_examples",
-        "observers",
-        "site_paths",
-        "site_layers",
-        "sharers",
-        "dials",
-        "_dialled",
-        "_made",
-    )
+    entries = ("sticky_adapters", "erasures", "observers")
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__(host, path)
         self._handles: dict[str, Any] = {}
         # The modules whose weights hold erasers of this site; in a list, so that they do not become submodules.
         self.written: list[nn.Module] = []
+        self.erasures: dict[str, Erasure] = {}  # by adapters' names
         # By adapters' names: what sees the activation in the place of an eraser, and returns what goes on; for fitting.
         self.observers: dict[str, Observer] = {}
-        # The name of the site, where the eraser is that of another module, and its layer, not as a submodule.
-        self.site_paths: dict[str, str] = {}
-        self.site_layers: dict[str, ErasureLayer] = {}
-        # How many modules have the eraser, where this is the site of several.
-        self.sharers: dict[str, int] = {}
-        self._made: dict[str, MadeOnce] = {}
         self.concept_erasure_left = StateDict(persistent=True)
         self.concept_erasure_right = StateDict(persistent=True)
         self.concept_erasure_bias = StateDict(persistent=True)
         # What the eraser reads in the mean of each class; without rows where that is not known.
         self.concept_erasure_readings = StateDict(persistent=True)
-        # What becomes of an eraser, where it is not used as it was fitted.
-        self.dials: dict[str, Dial] = {}
-        # The parts that a dial makes, and the tensors that it has made them of, with their versions.
-        self._dialled: dict[str, tuple[tuple[Tensor, ...], tuple[int, ...], Parts]] = {}
-        self.concept_erasure_site: dict[str, str] = {}
-        # The axis of the features; the last but for modules that give channels first.
-        self.concept_erasure_axis: dict[str, int] = {}
-        # The axis of the examples; the first but for XLNet and its like.
-        self.concept_erasure_examples: dict[str, int] = {}
 
     def add_adapter(self, name: str, config: ConceptErasureConfig) -> None:
         """Make room for an adapter: values that are missing until loaded if it was fitted, the identity otherwise."""
@@ -82,45 +57,41 @@ class ErasureLayer(AdapterChild):
             raise ValueError(f"{self.path!r} takes token ids, which hold no activation to erase: use site='output'.")
         if not config.fitted and config.labels is None and config.concept_dim is None:
             config.z_dim  # noqa: B018  raises with the remedy
-        self.concept_erasure_site[name] = config.site
+        site, size = config.groups.get(self.path, self.path), {"width": 0, "rank": 0}
+        if site == self.path and config.fitted and config.fitted_sites:
+            size = config.fitted_sites[site]
+        axis, examples = size.get("axis", -1), size.get("examples", 0)
+        self.erasures[name] = Erasure(config.site, site, self, axis, examples, config.dial)
         self.sticky_adapters[name] = config.sticky
         self._hook()
-        site = config.groups.get(self.path, self.path)
         if site != self.path:
-            self.site_paths[name] = site
             return
         device, dtype = self.state_placement()
-        size = config.fitted_sites[self.path] if config.fitted and config.fitted_sites else {"width": 0, "rank": 0}
-        self.concept_erasure_axis[name] = size.get("axis", -1)
-        self.concept_erasure_examples[name] = size.get("examples", 0)
         width, rank, rows = size["width"], size["rank"], len(config.readings or ())
         shapes = [(width, rank), (rank, width), (width,), (rows, rank)]
         stores: Any = self.children()
         for store, shape in zip(stores, shapes, strict=True):
             store[name] = torch.zeros(shape, device=device, dtype=dtype)
-        if config.dial is not None:
-            self.dials[name] = config.dial
         if config.fitted:
             self.await_values(name)
 
     @staticmethod
     def link(model: nn.Module) -> None:
         """Tell the layers of modules that share erasers where these are."""
-        by_adapter: dict[str, dict[str, ErasureLayer]] = {}
-        for layer in (child for child in adapter_children(model) if isinstance(child, ErasureLayer)):
-            layer.sharers.clear()
-            for name in layer.sticky_adapters:
-                by_adapter.setdefault(name, {})[layer.path] = layer
-        for name, layers in by_adapter.items():
-            for layer in layers.values():
-                site = layers.get(layer.site_paths.get(name, ""))
-                if site is not None:
-                    layer.site_layers[name] = site
-                    site.sharers[name] = site.sharers.get(name, 1) + 1
+        layers = [child for child in adapter_children(model) if isinstance(child, ErasureLayer)]
+        holders = {(name, layer.path): layer for layer in layers for name in layer.erasures}
+        every = [(name, erasure) for layer in layers for name, erasure in layer.erasures.items()]
+        for _, erasure in every:
+            erasure.sharers = 1
+        for name, erasure in every:
+            holder = holders.get((name, erasure.site))
+            if holder is not None and holder.erasures[name] is not erasure:
+                erasure.holder = holder
+                holder.erasures[name].sharers += 1
 
     def site_of(self, name: str) -> ErasureLayer:
         """The layer that holds an adapter's eraser."""
-        return self.site_layers.get(name, self)
+        return self.erasures[name].holder
 
     def set_eraser(
         self,
@@ -132,7 +103,7 @@ class ErasureLayer(AdapterChild):
         readings: Tensor | None = None,
     ) -> None:
         """Put a fitted eraser in place, with what it reads in each class's mean `(classes, rank)`, if known."""
-        self.concept_erasure_axis[name], self.concept_erasure_examples[name] = axis, examples
+        self.erasures[name].axis, self.erasures[name].examples = axis, examples
         device, _ = self.state_placement()
         known = eraser.right.new_zeros(0, eraser.rank) if readings is None else readings
         stores: Any = self.children()
@@ -141,45 +112,27 @@ class ErasureLayer(AdapterChild):
             store[name] = part.clone(memory_format=torch.contiguous_format)
         self._awaits_values.discard(name)
 
-    def set_dial(self, name: str, dial: Dial | None) -> None:
-        """Say what becomes of an eraser; None where it acts as it was fitted."""
-        self._dialled.pop(name, None)
-        self.dials.pop(name, None)
-        if dial is not None:
-            self.dials[name] = dial
-
     def eraser_state(self, name: str) -> Parts:
         """The `left`, `right` and `bias` that act: as they were fitted, or what the dial makes of them."""
         site = self.site_of(name)
         parts = site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
-        return parts if name not in site.dials else site._at_dial(name, parts)
-
-    def _at_dial(self, name: str, parts: Parts) -> Parts:
-        """What a dial makes of an eraser, the same tensors as long as it and the eraser are the same."""
-        readings = self.concept_erasure_readings[name]
-        if torch.compiler.is_compiling():
-            return self.dials[name].of(parts, readings)
+        erasure, readings = site.erasures[name], site.concept_erasure_readings[name]
+        if erasure.dial is None or torch.compiler.is_compiling():
+            return parts if erasure.dial is None else erasure.dial.of(parts, readings)
+        # The same tensors as long as the dial and the eraser are the same.
         made_of = (*parts, readings)
-        versions = tuple(part._version for part in made_of)
-        known = self._dialled.get(name)
-        if known is None or known[1] != versions or any(a is not b for a, b in zip(known[0], made_of, strict=True)):
-            with outside_inference_mode(), torch.no_grad():
-                known = self._dialled[name] = made_of, versions, self.dials[name].of(parts, readings)
+        key = (erasure.dial, *(part._version for part in made_of))
+        known = erasure.dialled
+        if known is None or known[1] != key or any(a is not b for a, b in zip(known[0], made_of, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                known = erasure.dialled = made_of, key, erasure.dial.of(parts, readings)
         return known[2]
 
     def size_of(self, name: str) -> dict[str, int]:
         """An eraser's entry of `fitted_sites`."""
-        (width, rank), axis = self.concept_erasure_left[name].shape, self.concept_erasure_axis[name]
-        examples = self.concept_erasure_examples[name]
-        return (
-            {"width": width, "rank": rank}
-            | ({} if axis == -1 else {"axis": axis})
-            | ({} if examples == 0 else {"examples": examples})
-        )
-
-    def erased(self, name: str, hidden: Tensor) -> Tensor:
-        """An activation as an adapter erases it."""
-        return apply_erasure(hidden, *self.parts_on(name, hidden.device), self.site_of(name).concept_erasure_axis[name])
+        (width, rank), erasure = self.concept_erasure_left[name].shape, self.erasures[name]
+        axis = {} if erasure.axis == -1 else {"axis": erasure.axis}
+        return {"width": width, "rank": rank} | axis | ({"examples": erasure.examples} if erasure.examples else {})
 
     def parts_on(self, name: str, device: torch.device) -> Parts:
         """The `left`, `right` and `bias` that act, on a device: accelerate may have moved or spread the modules."""
@@ -197,7 +150,7 @@ class ErasureLayer(AdapterChild):
 
     def _hook(self) -> None:
         """Hooks exist for the sites in use, and for no others."""
-        wanted = set(self.concept_erasure_site.values())
+        wanted = {erasure.side for erasure in self.erasures.values()}
         if "output" in wanted and "output" not in self._handles:
             # First of all hooks, so that whatever else looks at the host's output (the recorder behind
             # output_hidden_states) sees the erased state.
@@ -218,7 +171,7 @@ class ErasureLayer(AdapterChild):
         observed = [name for name in self.adapters if name in self.site_of(name).observers]
         acting += [name for name in observed if name not in acting]
         silent = {*self.merged_adapters, *self._held}
-        return [name for name in acting if self.concept_erasure_site[name] == site and name not in silent]
+        return [name for name in acting if self.erasures[name].side == site and name not in silent]
 
     def _erase_output(self, host: nn.Module, args: tuple, output: Any) -> Any:
         acting = self.applied_adapters("output")
@@ -237,24 +190,22 @@ class ErasureLayer(AdapterChild):
     def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
         for name in names:
             site, rows = self.site_of(name), None if self.sticky_adapters[name] else self.rows
-            modules = site.sharers.get(name, 1)
-            step = functools.partial(self._erase_by, name, rows)
-            if modules == 1 or torch.compiler.is_compiling():
+            erasure, step = site.erasures[name], functools.partial(self.erased, name, rows=rows)
+            if erasure.sharers == 1 or torch.compiler.is_compiling():
                 hidden = step(hidden)
                 continue
             observer = site.observers.get(name)
             by = site.eraser_state(name) if observer is None else (observer,)
-            made = site._made.setdefault(name, MadeOnce())
-            hidden = made.of(hidden, step, modules, by, rows, is_fitted=observer is not None)
+            hidden = erasure.made.of(hidden, step, erasure.sharers, by, rows, is_fitted=observer is not None)
         return hidden
 
-    def _erase_by(self, name: str, rows: Rows | None, hidden: Tensor) -> Tensor:
+    def erased(self, name: str, hidden: Tensor, rows: Rows | None = None) -> Tensor:
+        """An activation as an adapter erases it, at all rows or at its own."""
         site = self.site_of(name)
         if rows is not None:
-            examples = site.concept_erasure_examples[name]
+            examples = site.erasures[name].examples
             chosen = rows.of(name, hidden, self.path, examples)
-            erased = self._erase_by(name, None, hidden.index_select(examples, chosen))
-            return hidden.index_copy(examples, chosen, erased)
+            return hidden.index_copy(examples, chosen, self.erased(name, hidden.index_select(examples, chosen)))
         if name in site.observers:
             return site.observers[name](hidden)
         left, right, bias = site.eraser_state(name)
@@ -262,7 +213,7 @@ class ErasureLayer(AdapterChild):
             return hidden
         if left.device != hidden.device:
             left, right, bias = self.parts_on(name, hidden.device)
-        axis = site.concept_erasure_axis[name]
+        axis = site.erasures[name].axis
         if axis >= hidden.dim() or hidden.shape[axis] != left.shape[0]:
             there = f"width {hidden.shape[axis]}" if axis < hidden.dim() else f"shape {tuple(hidden.shape)}"
             raise ValueError(
@@ -293,11 +244,11 @@ erasure_layers = ErasureLayer.by_path
 
 def site_layers(model: nn.Module, adapter_name: str) -> dict[str, ErasureLayer]:
     """The layers that hold the erasers of an adapter, by the name of their site, in the model's order."""
-    return {
-        p: layer for p, layer in erasure_layers(model, adapter_name).items() if adapter_name not in layer.site_paths
-    }
+    found = erasure_layers(model, adapter_name).items()
+    return {path: layer for path, layer in found if layer.erasures[adapter_name].site == path}
 
 
+@dataclass(eq=False)
 class MadeOnce:
     """What an eraser made of a tensor that several modules take, so that it runs once for all of them.
 
@@ -307,10 +258,9 @@ class MadeOnce:
     ever, and parts of a pass that run again for their gradients must do what they did before. A copy begins without.
     """
 
-    def __init__(self) -> None:
-        # What identifies a tensor and how it was taken → the result and its version, how many modules may still come,
-        # and what must not go before the entry does: a reference that removes it with the tensor, and what has made it.
-        self._kept: dict[tuple[Any, ...], tuple[Tensor | None, int, int, Any]] = {}
+    # What identifies a tensor and how it was taken → the result and its version, how many modules may still come, and
+    # what must not go before the entry does: a reference that removes it with the tensor, and what has made it.
+    _kept: dict[tuple[Any, ...], tuple[Tensor | None, int, int, Any]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MadeOnce:
         return MadeOnce()
@@ -351,6 +301,22 @@ class MadeOnce:
         if left > 1:
             self._kept[key] = result, version, left - 1, held
         return hidden if result is None else result
+
+
+@dataclass(eq=False)
+class Erasure:
+    """What one adapter is at one module, besides its tensors."""
+
+    side: str  # where it erases, `"output"` or `"input"`
+    site: str  # the name of the module whose eraser it uses: this one, or the one that this one shares it with
+    holder: ErasureLayer  # the layer of that module
+    axis: int  # of the features; the last but for modules that give channels first
+    examples: int  # the axis of the examples; the first but for XLNet and its like
+    dial: Dial | None  # what becomes of the eraser, where it is not used as it was fitted
+    sharers: int = 1  # how many modules have the eraser, where this is the site of several
+    made: MadeOnce = field(default_factory=MadeOnce)
+    # The tensors that the dial has made others of; itself, with their versions; and those that it has made.
+    dialled: tuple[tuple[Tensor, ...], tuple[Any, ...], Parts] | None = None
 
 
 def _version(part: Any) -> int:

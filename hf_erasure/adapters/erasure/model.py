@@ -109,13 +109,12 @@ class ConceptErasureModel(ChildTuner):
 
     prefix: str = "concept_erasure_"
     tuner_layer_cls = ErasureLayer
-    _default_targets = staticmethod(default_targets)
 
     def _names_meant(self, config: Any) -> list[str] | None:
-        if not config.word:
-            return super()._names_meant(config)
-        config.weights = config.weights or weights_of_word(self.model, config)  # a fitted adapter has them
-        return list(config.groups)
+        if config.word:
+            config.weights = weights_of_word(self.model, config)
+            return list(config.groups)
+        return keep_layers(default_targets(self.model), config) if config.target_modules is None else None
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, *, untie: bool = False
@@ -206,4 +205,4 @@ def _set(model: nn.Module, adapter_name: str, name: str, value: Any) -> None:
     dialled.__post_init__()
     setattr(found.config, name, value)
     for layer in site_layers(found.owner, adapter_name).values():
-        layer.set_dial(adapter_name, dialled.dial)
+        layer.erasures[adapter_name].dial = dialled.dial

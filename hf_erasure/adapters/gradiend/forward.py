@@ -103,15 +103,6 @@ class _PassGradient(torch.autograd.Function):
         return (gradients[0], *[None] * (len(ctx.needs_input_grad) - 1))
 
 
-def with_gradient(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
-    """`edited_tensor`, as a function of the weight where autograd asks for one."""
-    if not (weight.requires_grad and torch.is_grad_enabled()):
-        with torch.no_grad():
-            return edited_tensor(weight, edits)
-    edited: Tensor = _PassGradient.apply(weight, *(part for edit in edits for part in (edit.index, edit.values)))
-    return edited
-
-
 @dataclass
 class UndoRecord:
     """What was overwritten in one weight, so that it can be put back."""
@@ -319,7 +310,15 @@ class ForwardWithEdits:
             if weight is not None:
                 weights[name] = weight
                 edits.setdefault(name, []).extend(layer.acting_edits(parameter, weight.device))
-        return {name: with_gradient(weights[name], found) for name, found in edits.items() if found}
+        changed: dict[str, Tensor] = {}
+        for name, found in edits.items():
+            if found and weights[name].requires_grad and torch.is_grad_enabled():
+                parts = (part for edit in found for part in (edit.index, edit.values))
+                changed[name] = _PassGradient.apply(weights[name], *parts)
+            elif found:
+                with torch.no_grad():
+                    changed[name] = edited_tensor(weights[name], found)
+        return changed
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:

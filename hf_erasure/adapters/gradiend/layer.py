@@ -222,9 +222,6 @@ class GradiendLayer(AdapterChild):
         """Write adapters into the weights of this module, the active ones when no names are given."""
         wanted = self.switched_on() if adapter_names is None else adapter_names
         names = [name for name in self.adapters if name in wanted and name not in self.merged_adapters]
-        reason = self.why_not_mergeable(names)
-        if reason is not None:
-            raise ValueError(f"The GRADIEND adapter cannot be merged: {reason}.")
         for name in names:
             self.check_values(name)
         written: list[tuple[str, UndoRecord]] = []

@@ -17,7 +17,7 @@ from hf_erasure.models.heads import HEAD_MODULES
 from ..common.acting import warn_user
 from ..common.layer import AdapterChild, Rows, innermost
 from ..common.placement import FLOAT_FIRST, is_quantised, quantised_modules
-from ..common.tuner import ChildTuner, exactly
+from ..common.tuner import ChildTuner, exactly, keep_layers
 from .config import GradiendConfig
 from .forward import share_kept
 from .layer import GradiendLayer
@@ -100,22 +100,25 @@ class GradiendModel(ChildTuner):
 
     prefix: str = "gradiend_"
     tuner_layer_cls = GradiendLayer
-    _default_targets = staticmethod(default_owners)
 
     def _names_meant(self, config: Any) -> list[str] | None:
+        return keep_layers(default_owners(self.model), config) if config.target_modules is None else None
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         # The parameters that the adapter being attached has already; a tied weight comes with its first owner.
         self._claimed: set[int] = set()
         # Modules without parameters of their own, which an expression matched.
         self._passed_over: dict[str, nn.Module] = {}
-        names = super()._names_meant(config)
-        if names is not None:
-            if not names:
+        is_default = peft_config.target_modules is None
+        super()._prepare_adapter_config(peft_config, model_config)
+        if is_default:
+            if not peft_config.target_modules:
                 raise ValueError(
                     f"No parameter of {type(self.model).__name__} is left for target_modules=None: name the modules "
                     "whose weights the feature may change."
                 )
-            config.layers_to_transform = config.layers_pattern = None  # they are in the names
-        return names
+            peft_config.layers_to_transform = peft_config.layers_pattern = None  # they are in the names
+        return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: GradiendConfig) -> None:
         """A tied weight is changed for all its owners, so that nothing is to be warned of."""

@@ -18,7 +18,7 @@ from hf_erasure.models.model import class_name
 from ..common.lookup import adapter_of
 from ..loading.fingerprint import fingerprint
 from .config import ENCODER, ENCODER_INDEX, FEATURE, INDEX, OFFSET, GradiendConfig
-from .forward import edited_tensor, share_kept, write
+from .forward import share_kept, write
 from .layer import GradiendLayer, gradiend_layers, strength
 
 
@@ -184,16 +184,6 @@ def kept_share(model: nn.Module, adapter_name: str, **strengths: Any) -> float:
     layers, config = _adapter(model, adapter_name)
     steering = strength(_steered(config, **strengths))
     return share_kept((x.parameter(own), e) for x in layers.values() for own, e in x.edits_of(adapter_name, steering))
-
-
-def changes_of(model: nn.Module, adapter_name: str) -> Iterator[tuple[GradiendLayer, str, Tensor]]:
-    """Each parameter that a fitted adapter changes, as its layer and own name, with the change in its shape."""
-    layers, config = _adapter(model, adapter_name)
-    for layer in layers.values():
-        for name, edit in layer.edits_of(adapter_name, strength(config)):
-            shape = layer.parameter(name).shape
-            zeros = torch.zeros(shape, device=edit.values.device, dtype=torch.float32)
-            yield layer, name, edited_tensor(zeros, [edit])
 
 
 def _adapter(

@@ -8,6 +8,9 @@ Sampled is every weight that an adapter acts on: those of its modules, and of a 
 weights often are all ones) the next matrix besides. Only the sampled values are read, also of weights that accelerate
 keeps on disk; what cannot be read (sharded, or packed so that nothing unpacks it) is left out, and loading says so.
 
+Beside other adapters an eraser, or a feature, is one of another model. So fitting writes down which others acted, each
+with a few of its values, since names change from one session to the next.
+
 Values are correlated within each weight, about its own mean and in units of its own spread: otherwise norms near one
 among matrices near zero would make any two models alike. Weights that are constant take no part in that.
 """
@@ -17,17 +20,18 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..common.acting import warn_user
+from ..common.acting import adapters_now, all_configs, warn_user
 from ..common.config import ChildConfig, Provenance, damaged, fits, short
 from ..common.layer import innermost
 from ..common.placement import QUANTISED, is_quantised, numbers_of, shared_weights
@@ -48,6 +52,10 @@ ENOUGH_OF_ONE, RELATED_ONE = 16, 0.5
 # New rows that differ from others by at most this share of the spread of the weight: both are the mean of the old ones.
 _NEARLY = 1e-2
 ANY_BASE = "HF_ERASURE_ANY_BASE"
+# So many tensors of another adapter are looked at, two values of each.
+_TENSORS = 16
+# What rounding to bfloat16 may change of a value, relative to it, with a margin.
+_ROUNDING = 2.0**-7
 
 
 def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
@@ -84,8 +92,8 @@ def recognise(model: nn.Module, config: ChildConfig) -> None:
                 "this is the same base cannot be checked."
             )
         pairs = _pairs_of(model, config, kept)
-        _compare([pair for pair in pairs if not pair.is_rough], config, RELATED)
-        _compare([pair for pair in pairs if pair.is_rough], config, RELATED_QUANTISED)
+        _compare([pair for pair in pairs if QUANTISED not in pair.dtypes], config, RELATED)
+        _compare([pair for pair in pairs if QUANTISED in pair.dtypes], config, RELATED_QUANTISED)
     except ValueError as error:
         merged = {n for m in model.modules() if isinstance(m, BaseTunerLayer) for n in m.merged_adapters}
         if not merged:
@@ -114,8 +122,9 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         size = max(1, math.prod(shape[1:]))  # of a row
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
-        pair = _Pair.of(name, _at(weight, positions), dtype, sample)
-        if not pair.is_rough and bool(pair.differ().any()) and name in of_tokens():
+        values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
+        pair = _Pair(name, _at(weight, positions), values, {dtype, sample["dtype"]}, len(shape) > 1)
+        if QUANTISED not in pair.dtypes and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.seen):
             pairs.append(pair)
@@ -148,10 +157,11 @@ def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
     for name in kept.keys() & seen.keys():
         _check_sample(name, kept[name])
         _check_sample(name, seen[name])
-        values = torch.tensor(seen[name]["values"], device="cpu", dtype=torch.double)
-        pairs.append(_Pair.of(name, values, seen[name]["dtype"], kept[name]))
+        now, then = (torch.tensor(of[name]["values"], device="cpu", dtype=torch.double) for of in (seen, kept))
+        dtypes = {seen[name]["dtype"], kept[name]["dtype"]}
+        pairs.append(_Pair(name, now, then, dtypes, len(kept[name]["shape"]) > 1))
     changed = [pair for pair in pairs if bool(pair.differ().any())]
-    changed = [pair for pair in changed if not (pair.is_rough and _correlation(changed)[0] >= ROUNDED)]
+    changed = [pair for pair in changed if not (QUANTISED in pair.dtypes and _correlation(changed)[0] >= ROUNDED)]
     return min(changed, key=_one).name if changed else ""
 
 
@@ -162,19 +172,12 @@ class _Pair:
     name: str
     seen: Tensor
     kept: Tensor
-    dtypes: tuple[str, str]
+    dtypes: set[str]  # with `QUANTISED` where a quantiser has packed one of the two
     is_matrix: bool
-    is_rough: bool  # a quantiser has packed one of the two
-
-    @classmethod
-    def of(cls, name: str, seen: Tensor, dtype: str, sample: dict[str, Any]) -> _Pair:
-        kept = torch.tensor(sample["values"][: len(seen)], device="cpu", dtype=torch.double)
-        dtypes = (dtype, sample["dtype"])
-        return cls(name, seen, kept, dtypes, len(sample["shape"]) > 1, QUANTISED in dtypes)
 
     def differ(self) -> Tensor:
         """Which values differ by more than the coarser dtype's rounding: each was rounded by half a step."""
-        if self.is_rough:
+        if QUANTISED in self.dtypes:
             return self.seen != self.kept
         steps = [torch.finfo(getattr(torch, name)) for name in self.dtypes]
         rtol, atol = max(step.eps for step in steps), max(step.smallest_normal * step.eps for step in steps)
@@ -409,3 +412,87 @@ def _token_weights(model: nn.Module) -> set[str]:
         if id(parameter) in own or is_another:
             found.add(name.replace(".base_layer.", "."))
     return found
+
+
+# ---- what acts beside an adapter that is fitted, and afterwards ------------------------------------------------------
+
+
+def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
+    """The other adapters that act, as fitting writes them down: `{"name", "kind", "sample"}` of each."""
+    configs = all_configs(model)
+    others = {name: noun for name, noun in adapters_now(model).acting.items() if name != adapter_name}
+    fitted = [name for name in others if not isinstance(configs.get(name), ChildConfig) or configs[name].fitted]
+    return [{"name": name, "kind": others[name], "sample": _sample(model, name)} for name in fitted]
+
+
+def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
+    """A record without some adapters, and without what it has twice."""
+    left: list[Any] = []
+    for entry in record:
+        if entry not in left and (not isinstance(entry, dict) or entry.get("name") not in names):
+            left.append(entry)
+    return left
+
+
+def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
+    """In words, how the other adapters that act differ from those that acted at fitting; empty if they are the same."""
+    config = all_configs(model).get(adapter_name)
+    record = Provenance.of(config).active_adapters if isinstance(config, ChildConfig) and config.fitted else None
+    if record is None:  # of an older release
+        return ""
+    gone, come = list(record), active_beside(model, adapter_name)
+    for entry in record:
+        same = next((other for other in come if _is_same(entry, other)), None)
+        if same is not None:
+            gone.remove(entry)
+            come.remove(same)
+    loaded, said, changed = adapters_now(model).loaded, [], []
+    for entry in gone:
+        called = f"the {short(entry.get('kind'))[1:-1]} {short(entry.get('name'))}"
+        namesake = next((o for o in come if (o["name"], o["kind"]) == (entry.get("name"), entry.get("kind"))), None)
+        if namesake is not None:
+            come.remove(namesake)
+            changed.append(f"{called} has other values than it had")
+        elif entry.get("name") in loaded:
+            said.append(f"{called} was on and is off now")
+        else:
+            said.append(f"{called} was on and is not loaded here, unless it is part of the weights")
+    said += [f"the {entry['kind']} {entry['name']!r} is on and was not" for entry in come]
+    said += changed
+    if not said:
+        return ""
+    return (
+        f"Other adapters act here than when {adapter_name!r} was fitted: {'; '.join(said)}. What was measured then "
+        "holds for the model of then: switch on what was on, or fit again."
+    )
+
+
+def _sample(model: nn.Module, name: str) -> list[float]:
+    """A few values by which an adapter is known again; none where they are elsewhere, or in parts."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    own = {key: tensor for key, tensor in named if name in key.split(".")[-2:] and "modules_to_save" not in key}
+    # By names without the adapter's own, which may be another one in another session.
+    keys = sorted((key for key in own if own[key].numel()), key=lambda key: key.replace(f".{name}", ""))
+    keys = keys[:: math.ceil(len(keys) / _TENSORS)] if keys else []
+    found = []
+    for key in keys:
+        tensor = own[key].data
+        if tensor.device.type == "meta" or type(tensor) is not Tensor:
+            return []
+        flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
+        positions = torch.tensor([flat.numel() // 3, 2 * flat.numel() // 3], device=flat.device)
+        found += flat[positions].double().tolist()
+    config = all_configs(model).get(name)
+    if isinstance(config, ChildConfig):
+        found += config.strengths
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer) and name in module.scaling)
+    found += [float(layer.scaling[name]) for layer in list(layers)[:1]]
+    return [float(f"{value:.6g}") for value in found] if all(map(math.isfinite, found)) else []
+
+
+def _is_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    kept, seen = then.get("sample"), now["sample"]
+    if then.get("kind") != now["kind"] or not kept or not seen or not fits(kept, list[float]):
+        return then.get("kind") == now["kind"] and then.get("name") == now["name"]
+    is_near = functools.partial(math.isclose, rel_tol=_ROUNDING, abs_tol=1e-30)
+    return len(kept) == len(seen) and all(map(is_near, kept, seen))

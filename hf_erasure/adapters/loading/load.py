@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 import os
 import stat
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,14 +31,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ..common.acting import all_configs, undone_or_told
+from ..common import acting
 from ..common.config import ChildConfig, Provenance, fault_of, read_config, short
 from ..common.files import COMMIT, CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
-from ..common.layer import adapter_children, outside_inference_mode
-from ..common.model_state import auxiliary_wrappers
-from ..common.placement import execution_device, left_in_place
+from ..common.layer import adapter_children
 from ..saving import finish
-from .fingerprint import prefix_of
+from .fingerprint import other_than_when_fitted, prefix_of
 
 T = TypeVar("T")
 # Bytes. How much of a smaller file is on disk does not matter: it cannot fill the memory.
@@ -93,17 +91,25 @@ class Read:
 _READ: ContextVar[Read | None] = ContextVar("read", default=None)
 
 
-def load_adapter(
-    original: Callable,
-    model: Any,
-    peft_model_id: Any = None,
-    adapter_name: str | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+@contextmanager
+def undone_or_told(model: nn.Module, newcomer: str) -> Iterator[None]:
+    """Undo a load that fails, and say after another what went off, and what acts among others than at fitting."""
+    is_part = acting.ADDING.get()  # of a load that says it
+    with acting.undone_on_failure(model, newcomer), acting.naming_what_goes_off(model, newcomer):
+        before = {} if is_part else {name: other_than_when_fitted(model, name) for name in acting.all_configs(model)}
+        yield
+        now = acting.adapters_now(model).acting
+        for name in () if is_part else acting.all_configs(model):
+            said = other_than_when_fitted(model, name) if name in now or name == newcomer else ""
+            if said and said != before.get(name):
+                acting.warn_user(said)
+
+
+def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
     """`load_adapter` of a transformers model."""
-    call = inspect.signature(original).bind(peft_model_id, adapter_name, *args, **kwargs)
-    name, given, config = adapter_name or "default", call.arguments, call.arguments.get("peft_config")
+    call = inspect.signature(original).bind(*args, **kwargs)
+    given, config = call.arguments, call.arguments.get("peft_config")
+    name = given.get("adapter_name") or "default"
     load_config, more, tensors = given.get("load_config"), given.get("kwargs", {}), given.get("adapter_state_dict")
     place = given.get("peft_model_id") or getattr(load_config, "pretrained_model_name_or_path", None)
     with undone_or_told(model, name):
@@ -137,14 +143,14 @@ def load_adapter(
     return LoadStateDictInfo(**{field: (get_origin(hint) or hint)() for field, hint in hints.items()})
 
 
-def load_into_peft_model(
-    original: Callable, model: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any
-) -> Any:
+def load_into_peft_model(original: Callable, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
     """`PeftModel.load_adapter`, also over an adapter that is there."""
-    call = inspect.signature(original).bind(model_id, adapter_name, *args, **kwargs)
-    is_trainable, present = call.arguments.get("is_trainable", False), model.peft_config.get(adapter_name)
+    call = inspect.signature(original).bind(*args, **kwargs)
+    adapter_name, is_trainable = call.arguments["adapter_name"], call.arguments.get("is_trainable", False)
+    present = model.peft_config.get(adapter_name)
     with undone_or_told(model, adapter_name):
-        read = _READ.get() or read_adapter(model, Source.of(model_id, kwargs), present, is_given=False)
+        source = Source.of(call.arguments["model_id"], kwargs)
+        read = _READ.get() or read_adapter(model, source, present, is_given=False)
         if read.config is None:
             return _by_others(read, original, call)
         if present is None:
@@ -168,7 +174,10 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
         if read.config is None:
             return _by_others(read, original, call)
         given["config"] = read.config
-        stack.enter_context(left_in_place(model))
+        # With the map of an offloaded model PEFT would spread it anew, and bring back what is offloaded.
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if "hf_device_map" in vars(base):
+            stack.callback(setattr, base, "hf_device_map", vars(base).pop("hf_device_map"))
         return original(*call.args, **call.kwargs)
 
 
@@ -188,13 +197,16 @@ def _take(model: Any, name: str, read: Read) -> None:
         model.peft_config[name] = read.given
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     named = rename_tensors(read.tensors, model.peft_config[name], prefix_of(base))
-    with outside_inference_mode():
+    with torch.inference_mode(False), torch.no_grad():
         for child in adapter_children(base, name):
             stem = f"{child.path}.{child.child_name}"
             values = {part: named.get(f"{stem}.{part}") for part in child.stores(name)}
-            child.take(name, values, execution_device(child.host))
-        configs = all_configs(model)
-        for path, wrapper in auxiliary_wrappers(base).items():
+            # Where accelerate runs a module whose weights it keeps elsewhere.
+            hook: Any = getattr(child.host, "_hf_hook", None)
+            devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
+            child.take(name, values, next((device for device in devices if device is not None), None))
+        configs = acting.all_configs(model)
+        for path, wrapper in acting.auxiliary_wrappers(base).items():
             if name not in wrapper._adapters:
                 continue
             copies: Any = wrapper.modules_to_save

@@ -39,22 +39,14 @@ from ..common.tuner import exactly
 from ..erasure.config import ConceptErasureConfig
 from ..erasure.layer import ErasureLayer, erasure_layers, hidden_of_output, site_layers
 from ..gradiend.config import GradiendConfig
+from ..gradiend.forward import edited_tensor
+from ..gradiend.layer import gradiend_layers
 from ..gradiend.model import base_modules
-from ..gradiend.state import changes_of, targeted_parameters
+from ..gradiend.state import targeted_parameters
 from ..loading.fingerprint import renaming
+from . import record
 from .plan import plan_merge, refuse_sharded
 from .probe import Probe
-from .record import (
-    CONVOLUTIONS,
-    EraserInWeight,
-    Snapshot,
-    bias_of,
-    is_stack,
-    is_weight_layer,
-    one_by_one,
-    scale_of,
-    weight_change,
-)
 
 # The rank of a GRADIEND adapter's LoRA, unless the caller says otherwise.
 DEFAULT_RANK = 16
@@ -123,7 +115,7 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
     if any(layer.merged for layer in layers):
         raise ValueError("Erasures are merged into the weights: call unmerge_adapter() before exporting one.")
     refuse_sharded(base)
-    before = Snapshot(layers, [])
+    before = record.Snapshot(layers, [])
     try:  # with this erasure acting and no other
         for layer in layers:
             layer._active_adapter, layer._disable_adapters = [name], False
@@ -149,13 +141,13 @@ def _export_erasure(base: nn.Module, config: ChildConfig, name: str, folder: Pat
     return _write(base, config, folder, added)
 
 
-def _added(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
+def _added(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _Added:
     """What erasers add to a module, as a LoRA; refused where PEFT has none that adds it."""
     if len({edit.parameter for edit in edits}) > 1:
         raise _not_exported(path, f"several of its parameters change, {[edit.parameter for edit in edits]}")
     parameter, side = edits[0].parameter, edits[0].side
-    weight, own_bias = module.get_parameter(parameter).detach(), bias_of(module, parameter)
-    if not is_weight_layer(module):
+    weight, own_bias = module.get_parameter(parameter).detach(), record.bias_of(module, parameter)
+    if not record.is_weight_layer(module):
         if any(bool((edit.right @ edit.bias).any()) for edit in edits):
             raise _not_exported(
                 path, f"the mean is kept, for which a LoRA of its {parameter} has no bias (affine=False)"
@@ -164,26 +156,26 @@ def _added(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
             raise _not_exported(path, f"its {own_bias} changes, too")
         return _added_to_parameter(path, module, edits)
     bias = None if own_bias is None else module.get_parameter(own_bias).detach()
-    if isinstance(module, CONVOLUTIONS) and side == "input" and weight[0, 0].numel() > 1:
+    if isinstance(module, record.CONVOLUTIONS) and side == "input" and weight[0, 0].numel() > 1:
         raise _not_exported(path, "at each place of its kernel something else is added to this convolution")
-    change = weight_change(weight, bias, edits, scale_of(module))
+    change = record.weight_change(weight, bias, edits, record.scale_of(module))
     a, b = change.a, change.b
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, record.CONVOLUTIONS):
         a, b = a.reshape(len(a), -1, *weight.shape[2:]), b.reshape(*b.shape, *[1] * (weight.dim() - 2))
-    shift = None if scale_of(module) is not None else change.offset - (0 if bias is None else bias.double())
+    shift = None if record.scale_of(module) is not None else change.offset - (0 if bias is None else bias.double())
     return _Added(module, len(change.a), a, b, shift)
 
 
-def _added_to_parameter(path: str, module: nn.Module, edits: list[EraserInWeight]) -> _Added:
+def _added_to_parameter(path: str, module: nn.Module, edits: list[record.EraserInWeight]) -> _Added:
     """What erasers add to a matrix, or to one for each expert, as PEFT has it: `(experts, out, in)` as a rule."""
     parameter, side = edits[0].parameter, edits[0].side
     weight = module.get_parameter(parameter).detach()
-    if weight.dim() != 2 and not (is_stack(module, parameter, edits) and len(weight) > 1):
+    if weight.dim() != 2 and not (record.is_stack(module, parameter, edits) and len(weight) > 1):
         raise _not_exported(path, f"PEFT has no LoRA for its {parameter} of shape {tuple(weight.shape)}")
-    ones = [(weight, None, edits)] if weight.dim() == 2 else list(one_by_one(weight, None, edits))
+    ones = [(weight, None, edits)] if weight.dim() == 2 else list(record.one_by_one(weight, None, edits))
     a_parts, b_parts = [], []
     for matrix, _, here in ones:
-        change = weight_change(matrix, None, here)
+        change = record.weight_change(matrix, None, here)
         # The change of the matrix as it is stored is `rows @ columns`.
         is_turned = here[0].axis == (0 if side == "input" else 1)
         rows, columns = (change.a.T, change.b.T) if is_turned else (change.b, change.a)
@@ -217,12 +209,15 @@ def _export_gradiend(base: nn.Module, config: GradiendConfig, name: str, folder:
     kept = lost = 0.0
     left_out: dict[str, float] = {}
     names = {id(innermost(module)): path for path, module in base_modules(base)}
-    for layer, parameter, delta in changes_of(base, name):
+    changes = ((own, *change) for own in gradiend_layers(base, name).values() for change in own.edits_of(name))
+    for layer, parameter, edit in changes:
+        layer.refuse_if_merged(name)
+        shape, carriers = layer.parameter(parameter).shape, layer.owners[parameter]
+        delta = edited_tensor(torch.zeros(shape, device=edit.values.device, dtype=torch.float32), [edit])
         energy = float(delta.double().square().sum())
-        carriers = layer.owners[parameter]
         if not energy:
             continue
-        if delta.dim() != 2 or not all(own == "weight" and is_weight_layer(m) for m, own in carriers):
+        if delta.dim() != 2 or not all(own == "weight" and record.is_weight_layer(m) for m, own in carriers):
             left_out[f"{layer.path}.{parameter}"] = energy
             continue
         # A tied weight is changed at each of its modules; Conv1D and Embedding store the transpose.
@@ -472,7 +467,7 @@ def _only_site(found: Found[ConceptErasureConfig]) -> ErasureLayer:
 
 def _is_last(owner: nn.Module, layer: ErasureLayer, name: str) -> bool:
     """Whether what a site gives is the very tensor that the model returns as its last hidden state."""
-    if layer.concept_erasure_site[name] != "output":
+    if layer.erasures[name].side != "output":
         return False
     given: list[Tensor] = []
     returned: list[Tensor] = []

@@ -7,7 +7,6 @@ the layers that take the site's activation, if nothing but linear layers does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -22,26 +21,8 @@ from ..common.acting import all_configs, warn_user
 from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
+from . import record
 from .probe import Probe, Uses, check_drift, is_head, preset, tied_words, trace_uses, why_not_foldable
-from .record import (
-    CONVOLUTIONS,
-    EraserInWeight,
-    MergeRecord,
-    Snapshot,
-    Untied,
-    axis_of,
-    bias_of,
-    changed_since,
-    is_weight_layer,
-    originals,
-    put_record,
-    record_of,
-    takes_mean,
-    why_not_mergeable,
-    why_not_untied,
-    write,
-    written_anew,
-)
 
 T = TypeVar("T")
 Place = tuple[str, int]  # the name of a weight, and the axis of the features in it
@@ -57,13 +38,19 @@ _WRAPPED = (
 class MergePlan:
     """What is to be written where, before anything is."""
 
-    # By the path of a site the adapters that are merged there, or are to be, in the order in which they act.
-    orders: dict[str, list[str]] = field(default_factory=dict)
-    # The erasers that go into each layer, by the layer's name, the one next to the weight first.
-    erasers: dict[str, list[EraserInWeight]] = field(default_factory=dict)
+    # By the path of a site with erasers in these layers, and its side, the adapters that are merged there then, in the
+    # order in which they act.
+    orders: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    # The erasers that are in each layer then, by the layer's name, the one next to the weight first.
+    erasers: dict[str, list[record.EraserInWeight]] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)  # those layers
     tied: dict[str, list[str]] = field(default_factory=dict)  # of those whose weight is another's too, all its names
-    rewritten: bool = False  # whether erasers go in front of some that are merged already
+
+    def add(self, layer: ErasureLayer, name: str, target: str, places: list[Place], side: str) -> None:
+        """Let an adapter's eraser at a site go into weights of a module, at one side of each."""
+        left, right, bias = layer.eraser_state(name)
+        new = [record.EraserInWeight(layer.path, name, side, left, right, bias, own, axis) for own, axis in places]
+        self.erasers.setdefault(target, []).extend(new if left.shape[-1] else ())
 
 
 def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie: bool = False) -> None:
@@ -74,26 +61,36 @@ def merge(model: nn.Module, names: list[str], *, safe_merge: bool = False, untie
     if not plan.erasers:
         return
     _refuse_beside_other_changes(model, plan)
-    layers = erasure_layers(model)
-    values = _values(model, layers, plan, names, safe_merge=safe_merge)
-    untied = _untied(model, plan)
-    modules = list(plan.modules.values())
+    _refuse_means(model, plan)
+    modules, untied = list(plan.modules.values()), _untied(model, plan)
+    layers = {path: layer for path, layer in erasure_layers(model).items() if path in plan.orders}
     # Rounding is measured on weights that are there.
     unchecked = "its weights are offloaded" if any(map(placement.owns_offloaded, modules)) else None
     if unchecked is None and probe.failure:
         unchecked = f"{type(model).__name__} cannot be run on a dummy input ({probe.failure})"
-    before = None if unchecked else _run_before(model, layers, plan, probe)
-    snapshot = Snapshot([layers[path] for path in plan.orders], [*modules, *(untied.modules if untied else [])], untied)
+    before = None if unchecked else _run_before(layers, plan, probe)
+    snapshot = record.Snapshot(layers.values(), [*modules, *(untied.modules if untied else [])], untied)
     try:
         if untied is not None:
-            _untie(model, untied, None if unchecked else probe)
+            plain = [] if unchecked else probe.run()
+            untied.untie()
+            if not unchecked and distance(probe.run(), plain) > 0:
+                raise ValueError(
+                    f"{type(model).__name__} computes something else with the same weights where its configuration "
+                    "says tie_word_embeddings=False, so they cannot be untied. Fit the erasure again without the "
+                    "modules that share a weight, exclude_modules=[…], or use the adapter unmerged."
+                )
         for target, module in plan.modules.items():
-            write(module, values[target], plan.erasers[target])
+            for name, value in record.rewrite(module, plan.erasers[target]).items():
+                if safe_merge and not bool(torch.isfinite(value).all()):
+                    raise ValueError(
+                        f"Merging {names} makes {target}.{name} non-finite; the adapter seems to be broken."
+                    )
             for path in {eraser.path for eraser in plan.erasers[target]}:
                 if not any(module is known for known in layers[path].written):
                     layers[path].written.append(module)
-        for path, order in plan.orders.items():
-            layers[path].merged_adapters = order
+        for path, layer in layers.items():
+            layer.merged_adapters = [name for site in SITES for name in plan.orders[path][site]]
         if before is not None:
             check_drift(probe, before, modules, names)
     except BaseException:
@@ -122,36 +119,54 @@ def plan_merge(model: nn.Module, names: list[str], probe: Probe, *, allow_tied: 
         for name in here:
             layers[path].check_values(name)
     for path, here in sites.items():
-        weights = {name: _own_weights(model, layers[path], name) for name in here}
+        layer, weights = layers[path], {name: _own_weights(model, layers[path], name) for name in here}
         own = {name: places for name, places in weights.items() if places is not None}
         if own:
-            _refuse_direct(model, layers[path], own, plan, allow_tied=allow_tied)
-            plan.modules[path] = layers[path].host
-            _add(plan, layers[path], [*own], {path: own})
+            _refuse_direct(model, layer, own, plan, allow_tied=allow_tied)
+            plan.modules[path] = layer.host
+            for name, places in own.items():
+                plan.add(layer, name, path, places, layer.erasures[name].side)
         if len(own) < len(here):
             folded[path] = [name for name in here if name not in own]
     if folded:
-        at = {path: layers[path] for path in folded}
-        uses = _folded_uses(model, at, names, probe, allow_tied=allow_tied)
+        uses = _folded_uses(model, {path: layers[path] for path in folded}, names, probe, allow_tied=allow_tied)
         for path, others in folded.items():
-            places: dict[str, list[Place]] = {}
-            for weight in uses[path].weights:
-                places.setdefault(weight.module, []).append((weight.parameter, weight.axis))
-            plan.modules |= {target: model.get_submodule(target) for target in places}
-            plan.tied |= {target: tied for target in places if (tied := placement.tied_to(model, target)) is not None}
-            _add(plan, layers[path], others, {t: dict.fromkeys(others, p) for t, p in places.items()}, "input")
+            for target in dict.fromkeys(weight.module for weight in uses[path].weights):
+                places = [(w.parameter, w.axis) for w in uses[path].weights if w.module == target]
+                plan.modules[target] = model.get_submodule(target)
+                if (tied := placement.tied_to(model, target)) is not None:
+                    plan.tied[target] = tied
+                for name in others:
+                    plan.add(layers[path], name, target, places, "input")
+    _put_in_order(plan, layers, sites)
     return plan
+
+
+def _put_in_order(plan: MergePlan, layers: dict[str, ErasureLayer], sites: dict[str, list[str]]) -> None:
+    """Add the erasers that are in the layers already, and put all in the order in which they enter a weight."""
+    for path in [*sites, *(eraser.path for module in plan.modules.values() for eraser in record.erasers_in(module))]:
+        plan.orders[path] = {site: _order(layers[path], sites.get(path, []), site) for site in SITES}
+    place: dict[tuple[str, str], int] = {}  # of an eraser's site and adapter, from the weight outwards
+    for path, order in plan.orders.items():
+        entering = [name for site in SITES for name in _from_the_weight(layers[path], site, order[site])]
+        place |= {(path, name): at for at, name in enumerate(entering)}
+    for target, new in plan.erasers.items():
+        # Its own before those of a norm in front of it.
+        known = [
+            (e.path != target, place[e.path, e.adapter], e) for e in [*record.erasers_in(plan.modules[target]), *new]
+        ]
+        plan.erasers[target] = [eraser for *_, eraser in sorted(known, key=lambda entry: entry[:2])]
 
 
 def _own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[Place] | None:
     """The weights of a site's own module that take an eraser, each with its axis of the features, or None."""
-    host, site = layer.host, layer.concept_erasure_site[name]
+    host, site = layer.host, layer.erasures[name].side
     weights = getattr(all_configs(model).get(name), "weights", None)
     if weights is not None:
         here = [(own, axis) for group in weights.values() for path, own, axis in group if path == layer.path]
-        biases = {bias_of(host, own) for own, _ in here}  # they change with their weights
+        biases = {record.bias_of(host, own) for own, _ in here}  # they change with their weights
         return [place for place in here if place[0] not in biases]
-    axis = axis_of(host, site)
+    axis = record.axis_of(host, site)
     if axis is None and not placement.has_quantised(host):
         return None
     return [("weight", axis or 0)]
@@ -183,7 +198,7 @@ def _refuse_beside_other_changes(model: nn.Module, plan: MergePlan) -> None:
                 "change of that weight it would not erase. Merge that one first, by its own merge_and_unload()."
             )
     for target, module in plan.modules.items():
-        if changed_since(module):
+        if record.changed_since(module):
             raise ValueError(
                 f"The erasure cannot be merged into {target!r}: an erasure is merged there, and something else, such "
                 "as a LoRA, was merged after it. Call unmerge_adapter() of the erasure first, then merge both together."
@@ -206,20 +221,21 @@ def _refuse_direct(
             )
         plan.tied[path] = tied
     for name, places in weights.items():
-        site = layer.concept_erasure_site[name]
-        for edit in _edits(layer, name, places):
-            refusal = why_not_mergeable(host, site, edit.parameter)
-            shape, width = host.get_parameter(edit.parameter).shape if refusal is None else (), len(edit.left)
+        site = layer.erasures[name].side
+        width = len(layer.eraser_state(name)[0])
+        for parameter, axis in places:
+            refusal = record.why_not_mergeable(host, site, parameter)
+            shape = host.get_parameter(parameter).shape if refusal is None else ()
             if refusal is None and width:  # fitted; are its features those of an axis of the weight?
-                if isinstance(host, CONVOLUTIONS) and layer.site_of(name).concept_erasure_axis[name] != 1:
+                if isinstance(host, record.CONVOLUTIONS) and layer.site_of(name).erasures[name].axis != 1:
                     refusal = (
                         "it does not erase along the channels of this convolution. Fit it again with "
                         f"exclude_modules=[{path!r}], or use the adapter unmerged."
                     )
-                elif edit.axis >= len(shape) or shape[edit.axis] != width:
+                elif axis >= len(shape) or shape[axis] != width:
                     refusal = (
-                        f"its {edit.parameter} of shape {tuple(shape)} does not have the {width} features along axis "
-                        f"{edit.axis}. Use the adapter unmerged."
+                        f"its {parameter} of shape {tuple(shape)} does not have the {width} features along axis "
+                        f"{axis}. Use the adapter unmerged."
                     )
             if refusal is not None:
                 raise ValueError(f"The erasure at the {site} of {path!r} cannot be merged: {refusal}")
@@ -262,38 +278,14 @@ def _folded_uses(
 # ---- the order in which erasers of different concepts, which do not commute, enter a weight --------------------------
 
 
-def _add(
-    plan: MergePlan,
-    layer: ErasureLayer,
-    names: list[str],
-    weights: dict[str, dict[str, list[Place]]],
-    side: str | None = None,
-) -> None:
-    """Let the erasers of adapters at a site go into weights, by module and adapter; at their own side, or at `side`."""
-    for site in SITES:
-        for name in _outwards(plan, layer, names, site):
-            for target, places in weights.items():
-                edits = _edits(layer, name, places[name], side)
-                plan.erasers.setdefault(target, []).extend(edit for edit in edits if edit.left.shape[-1])
-
-
-def _edits(layer: ErasureLayer, name: str, places: list[Place], side: str | None = None) -> Iterator[EraserInWeight]:
-    """An adapter's eraser at a site, on its way into some weights: at its own side of each, or at the one given."""
-    left, right, bias = layer.eraser_state(name)
-    for parameter, axis in places:
-        yield EraserInWeight(
-            layer.path, name, side or layer.concept_erasure_site[name], left, right, bias, parameter, axis
-        )
-
-
-def _outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str) -> list[str]:
-    """The order in which erasers at one side of a module enter the weight: from the weight outwards.
+def _order(layer: ErasureLayer, names: list[str], site: str) -> list[str]:
+    """The adapters that are merged at one side of a module once `names` are, in the order in which they act.
 
     They act in the order in which they are named, and after those that are merged already. Where all of these are
     active, and each call named them in the order in which they act, that order stays. One that is not to be merged and
     acts between them and the weight is refused.
     """
-    here = [name for name in names if layer.concept_erasure_site[name] == site]
+    here = [name for name in names if layer.erasures[name].side == site]
     present = _from_the_weight(layer, site, layer.applied_adapters(site))
     merging = [name for name in present if name in here]
     if merging != present[: len(merging)]:
@@ -301,67 +293,36 @@ def _outwards(plan: MergePlan, layer: ErasureLayer, names: list[str], site: str)
             f"{merging} cannot be merged into {layer.path!r} before {present[0]!r}, which acts between them and the "
             f"weight: merge {present[: present.index(merging[-1]) + 1]} together."
         )
-    merged = [name for name in layer.merged_adapters if layer.concept_erasure_site[name] == site]
+    merged = [name for name in layer.merged_adapters if layer.erasures[name].side == site]
     acting = [name for name in layer.switched_on() if name in (*merged, *here)]
     parts = [[name for name in acting if name in part] for part in (merged, here)]
-    order = acting if parts == [merged, here] else [*merged, *here]
-    plan.orders.setdefault(layer.path, []).extend(order)
-    return [name for name in _from_the_weight(layer, site, order) if name in here]
+    return acting if parts == [merged, here] else [*merged, *here]
 
 
 def _from_the_weight(layer: ErasureLayer, site: str, ordered: list[T]) -> list[T]:
     """What is given in the order in which it acts, in that in which it enters the weight: reversed at an input."""
-    return ordered if site == "output" and is_weight_layer(layer.host) else ordered[::-1]
+    return ordered if site == "output" and record.is_weight_layer(layer.host) else ordered[::-1]
 
 
-def _run_before(model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
+def _run_before(layers: dict[str, ErasureLayer], plan: MergePlan, probe: Probe) -> list[Tensor]:
     """What the model gives while erasers act unmerged in the order in which they will act once merged."""
-    written = [module for module in model.modules() if plan.rewritten and record_of(module) is not None]
-    snapshot = Snapshot(layers.values(), written)
+    modules = {id(m): m for m in [*plan.modules.values(), *(m for layer in layers.values() for m in layer.written)]}
+    snapshot = record.Snapshot(layers.values(), modules.values())
     try:
         for path, layer in layers.items():
-            names = plan.orders.get(path, layer.merged_adapters)
-            layer.merged_adapters = [] if plan.rewritten else layer.merged_adapters
-            active: list[str] = []
-            for site in SITES:
-                merged = [name for name in names if layer.concept_erasure_site[name] == site]
+            layer.merged_adapters, active = [], []
+            for site, merged in plan.orders[path].items():
                 others = [name for name in layer.applied_adapters(site) if name not in merged]
                 first, second = _from_the_weight(layer, site, [merged, others])
                 active += first + second
             layer._active_adapter = active
-        for module in written:
-            for name, value in originals(module).items():
+        for module in modules.values():
+            of_others = [eraser for eraser in record.erasers_in(module) if eraser.path not in layers]
+            for name, value in record.written_anew(module, of_others).items():
                 placement.set_parameter(module, name, value)
         return probe.run()
     finally:
         snapshot.restore()
-
-
-def _values(
-    model: nn.Module, layers: dict[str, ErasureLayer], plan: MergePlan, names: list[str], *, safe_merge: bool
-) -> dict[str, dict[str, Tensor]]:
-    """The merged parameters of each layer; the plan then has all erasers in them, from the weight outwards."""
-
-    def place(eraser: EraserInWeight) -> tuple[int, int]:
-        layer, order = layers[eraser.path], plan.orders.get(eraser.path)
-        site = layer.concept_erasure_site[eraser.adapter]
-        # Where nothing is merged now, those that are there stay in their order.
-        own_place = 0 if order is None else _from_the_weight(layer, site, order).index(eraser.adapter)
-        return SITES.index(site), own_place
-
-    present = {target: (record_of(module) or MergeRecord()).erasers for target, module in plan.modules.items()}
-    for target, known in present.items():
-        # Its own before those of a norm in front of it.
-        erasers = sorted([*known, *plan.erasers[target]], key=lambda e: (e.path != target, *place(e)))
-        plan.erasers[target] = erasers
-        plan.rewritten |= erasers[: len(known)] != known
-    _refuse_means(model, plan)
-    values = {target: written_anew(module, plan.erasers[target]) for target, module in plan.modules.items()}
-    for target, found in values.items():
-        for key, value in found.items():
-            if safe_merge and not bool(torch.isfinite(value).all()):
-                raise ValueError(f"Merging {names} makes {target}.{key} non-finite; the adapter seems to be broken.")
-    return values
 
 
 def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
@@ -369,7 +330,7 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
     lacking: dict[str, str] = {}  # site → the first layer without a place
     for target, module in plan.modules.items():
         for edit in plan.erasers[target]:
-            if bool((edit.right @ edit.bias).any()) and not takes_mean(module, edit.parameter, edit.side):
+            if bool((edit.right @ edit.bias).any()) and not record.takes_mean(module, edit.parameter, edit.side):
                 lacking.setdefault(edit.path, target)
     if not lacking:
         return
@@ -391,29 +352,13 @@ def _refuse_means(model: nn.Module, plan: MergePlan) -> None:
     )
 
 
-def _untied(model: nn.Module, plan: MergePlan) -> Untied | None:
+def _untied(model: nn.Module, plan: MergePlan) -> record.Untied | None:
     """What will untie the weights that erasers go into; None where none of them is tied."""
     for target, names in plan.tied.items():
-        reason = why_not_untied(model, target)
+        reason = record.why_not_untied(model, target)
         if reason is not None:
             raise ValueError(
                 f"The erasure cannot be merged into {target!r}, whose weight is shared by {names}: {reason}. Fit it "
                 f"again with exclude_modules=[{target!r}], or use the adapter unmerged."
             )
-    return Untied(model) if plan.tied else None
-
-
-def _untie(model: nn.Module, untied: Untied, probe: Probe | None) -> None:
-    """Untie the weights, unless the model then computes something else with the same weights."""
-    plain = [] if probe is None else probe.run()
-    untied.untie()
-    for module in untied.modules:
-        record = record_of(module) or MergeRecord()
-        record.untied = untied
-        put_record(module, record)
-    if probe is not None and distance(probe.run(), plain) > 0:
-        raise ValueError(
-            f"{type(model).__name__} computes something else with the same weights where its configuration says "
-            "tie_word_embeddings=False, so they cannot be untied. Fit the erasure again without "
-            "the modules that share a weight, exclude_modules=[…], or use the adapter unmerged."
-        )
+    return record.Untied(model) if plan.tied else None

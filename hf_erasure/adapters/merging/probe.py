@@ -132,7 +132,7 @@ def trace_uses(
         for name in layer.adapters
         if name in layer.acting_adapters() or (name in names and name not in layer.merged_adapters)
         if path in sites or name not in names
-        for site in [layer.concept_erasure_site[name]]
+        for site in [layer.erasures[name].side]
         for call in graph.calls
         if call.name == path
         for node in ([call.given] if site == "output" else call.taken[:1])
@@ -142,8 +142,8 @@ def trace_uses(
     for _, path, call, node, name in erased:
         if path not in sites:
             continue
-        here, site = uses[path], sites[path].concept_erasure_site[name]
-        axis = sites[path].concept_erasure_axis.get(name, -1)
+        here, site = uses[path], sites[path].erasures[name].side
+        axis = sites[path].erasures[name].axis
         here.runs += 1
         here.returned |= node in graph.returned and (site == "output" or node is call.given)
         # An eraser at an input acts inside of the call, one at an output behind it.

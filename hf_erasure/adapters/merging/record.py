@@ -11,7 +11,7 @@ matrices of experts, the kernel of a convolution. A linear map commutes with wha
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -206,9 +206,8 @@ def why_not_mergeable(host: nn.Module, site: str, parameter: str = "weight") -> 
     weight = host._parameters.get(parameter)
     if weight is None:
         return f"this {kind} has no parameter {parameter!r}: the adapter was fitted on another model."
-    unreachable = placement.why_not_reachable(host)
-    if unreachable is not None:
-        return f"its weight {unreachable} to merge."
+    if placement.is_out_of_reach(host):
+        return f"its weight {placement.OUT_OF_REACH} to merge."
     if type(weight.data) is not Tensor or placement.is_sharded(weight):
         return "its weight is sharded. Load the model whole to merge."
     return None
@@ -252,6 +251,8 @@ class Untied:
             for module, name in places[1:]:
                 shared = module.get_parameter(name)
                 module._parameters[name] = nn.Parameter(shared.detach().clone(), shared.requires_grad)
+        for module in self.modules:
+            setattr(module, _RECORD, replace(record_of(module) or MergeRecord(), untied=self))
 
     def tie_again(self) -> None:
         """Put the shared weights back, with the values that their first owners have now."""
@@ -298,7 +299,7 @@ def _tied_by_configuration(model: nn.Module) -> dict[str, list[tuple[nn.Module, 
 # ---- what was written into a module ----------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergeRecord:
     """What was written over a module's parameters."""
 
@@ -315,63 +316,58 @@ def record_of(module: nn.Module) -> MergeRecord | None:
     return found
 
 
-def put_record(module: nn.Module, record: MergeRecord | None) -> None:
-    """Give a module this record, or none."""
-    module.__dict__.pop(_RECORD, None)
-    if record is not None:
-        setattr(module, _RECORD, record)
-
-
-def originals(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters as they were before any eraser."""
-    return placement.values_of(module) | (record_of(module) or MergeRecord()).originals
+def erasers_in(module: nn.Module) -> list[EraserInWeight]:
+    """The erasers in a module's weights, the one next to the weight first."""
+    return (record_of(module) or MergeRecord()).erasers
 
 
 def written_anew(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
     """What erasers, or those before them, change in a module, from the originals, with these and no others in it."""
     record = record_of(module) or MergeRecord()
-    return record.originals | (merged_parameters(module, originals(module), erasers) if erasers else {})
+    values = placement.values_of(module) | record.originals
+    return record.originals | (merged_parameters(module, values, erasers) if erasers else {})
 
 
-def write(module: nn.Module, values: dict[str, Tensor], erasers: list[EraserInWeight]) -> None:
-    """Put merged values in place, and note all the erasers that are in them, the one next to the weight first."""
-    record, before = record_of(module) or MergeRecord(), originals(module)
-    put_record(module, record)
-    record.originals = {name: before[name].clone() for name in values} | record.originals
-    record.erasers = erasers
-    record.digests = record.digests | {name: _digest(value) for name, value in values.items()}
+def rewrite(module: nn.Module, erasers: list[EraserInWeight]) -> dict[str, Tensor]:
+    """Let these erasers be in a module's weights, and no others; what else was added since, as a LoRA, stays.
+
+    They are in order, the one next to the weight first. Returned are the values of the parameters that have changed.
+    """
+    record, present = record_of(module) or MergeRecord(), placement.values_of(module)
+    values, later = dict(written_anew(module, erasers)), changed_since(module)
+    before = written_anew(module, record.erasers) if later else {}
+    originals = {name: present[name].clone() for name in values if name not in record.originals} | record.originals
+    digests = {name: _digest(value) for name, value in values.items()}
+    setattr(module, _RECORD, MergeRecord(originals, erasers, record.untied, digests))
+    for name, now in later.items():
+        old, new = (parts[name].to(now.device, now.dtype) for parts in (before, values))
+        changed = (now.double() - old.double() + new.double()).to(now.dtype)
+        values[name] = torch.where(now == old, new, changed)  # what nothing was added to is there to the bit
     for name, value in values.items():
         placement.set_parameter(module, name, value)
+    return values
 
 
 def withdraw(module: nn.Module, path: str) -> None:
-    """Take back what the erasers of one site did to a module; what something else has added since, as a LoRA, stays."""
+    """Take back what the erasers of one site did to a module."""
     record = record_of(module)
     if record is None:
         return
     left = [eraser for eraser in record.erasers if eraser.path != path]
-    values, later = dict(written_anew(module, left)), changed_since(module)
-    written = written_anew(module, record.erasers) if later else {}
-    record.erasers, record.digests = left, {name: _digest(value) for name, value in values.items()}
-    for name, now in later.items():
-        before, value = (parts[name].to(now.device, now.dtype) for parts in (written, values))
-        changed = (now.double() - before.double() + value.double()).to(now.dtype)
-        values[name] = torch.where(now == before, value, changed)  # what nothing was added to is there to the bit
-    for name, value in values.items():
-        placement.set_parameter(module, name, value)
+    rewrite(module, left)
     if record.untied is not None:
-        if not any((record_of(other) or MergeRecord()).erasers for other in record.untied.modules):
+        if not any(map(erasers_in, record.untied.modules)):
             record.untied.tie_again()
             forget(module)
     elif not left:
-        put_record(module, None)
+        forget(module)
 
 
 def forget(module: nn.Module) -> None:
     """Drop the record and its copies: what is merged stays merged."""
     untied = (record_of(module) or MergeRecord()).untied
     for other in [module, *(untied.modules if untied is not None else [])]:
-        put_record(other, None)
+        other.__dict__.pop(_RECORD, None)
 
 
 def changed_since(module: nn.Module) -> dict[str, Tensor]:
@@ -389,11 +385,11 @@ def _digest(value: Tensor) -> int:
 class Snapshot:
     """Weights, their records and the layers' notes as they are now, by reference: writing puts new tensors in place."""
 
-    def __init__(self, layers: Iterable[Any], modules: Sequence[nn.Module], untied: Untied | None = None) -> None:
+    def __init__(self, layers: Iterable[Any], modules: Collection[nn.Module], untied: Untied | None = None) -> None:
         notes = ("merged_adapters", "written", "_active_adapter", "_disable_adapters", "sticky_adapters")
         self.notes = [(layer, {name: copy.copy(getattr(layer, name)) for name in notes}) for layer in layers]
         self.values = [(m, {name: placement.value_of(m, name) for name in m._parameters}) for m in modules]
-        self.records = [(module, copy.copy(record_of(module))) for module in modules]
+        self.records = [(module, record_of(module)) for module in modules]
         self.untied = untied
 
     def restore(self) -> None:
@@ -405,6 +401,7 @@ class Snapshot:
             for name, value in values.items():
                 placement.set_parameter(module, name, value)
         for module, record in self.records:
-            put_record(module, record)
+            vars(module).pop(_RECORD, None)
+            vars(module).update({} if record is None else {_RECORD: record})
         if self.untied is not None:
             self.untied.tie_again()

@@ -17,11 +17,12 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_erasure._version import __version__
 from hf_erasure.adapters import GradiendConfig, set_features, stated_bytes, steer
-from hf_erasure.adapters.common.acting import active_beside, warn_of_what_is_off
+from hf_erasure.adapters.common.acting import warn_of_what_is_off
 from hf_erasure.adapters.common.config import RECIPE, RECORD, TOLD
 from hf_erasure.adapters.common.layer import outside_inference_mode
 from hf_erasure.adapters.common.lookup import adapter_of, only_adapter
 from hf_erasure.adapters.gradiend.model import LEAST_KEPT
+from hf_erasure.adapters.loading.fingerprint import active_beside
 from hf_erasure.fitting.report import in_words
 from hf_erasure.models.heads import check_next_word, task_of
 from hf_erasure.models.model import bare_model
