@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import pickle
+import shutil
 import warnings
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import peft
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
 
@@ -148,6 +150,53 @@ print(model.peft_type.value, len(model.targeted_module_names))
 """
     done = where_it_is_not_imported(program, tmp_path)
     assert done.stdout.split() == ["CONCEPT_ERASURE", str(len(CELL.parts.norms))], done.stderr
+
+
+WITHOUT_THE_IMPORT = """
+import json, pathlib, peft, sys, transformers
+
+folder, base = pathlib.Path({folder!r}), {base!r}
+config = json.loads((folder / "adapter_config.json").read_text())
+changes = {{
+    "as it is": {{}},
+    "auto_mapping": {{"auto_mapping": {{"base_model_class": "ConceptErasureConfig", "parent_library": "hf_erasure"}}}},
+    "auto_map": {{"auto_map": {{"AutoModel": "hf_erasure.ConceptErasureConfig"}}}},
+    "no peft_type": {{"peft_type": None}},
+}}
+ways = [
+    lambda: peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(base), folder),
+    lambda: peft.AutoPeftModel.from_pretrained(str(folder)),
+    lambda: transformers.AutoModel.from_pretrained(base).load_adapter(str(folder)),
+    lambda: transformers.AutoModel.from_pretrained(str(folder), trust_remote_code=True),
+]
+for name, change in changes.items():
+    changed = {{key: value for key, value in (config | change).items() if (key, value) != ("peft_type", None)}}
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+    for way in ways:
+        try:
+            way()
+        except (KeyError, TypeError) as error:
+            print(name, type(error).__name__, "peft_type" in str(error), "hf_erasure" in sys.modules, sep=" | ")
+        else:
+            print(name, "loaded", sep=" | ")
+"""
+
+
+@pytest.mark.skipif(Version(version("peft")) < Version("0.21"), reason="the page says what PEFT 0.21 does")
+def test_nothing_in_a_folder_makes_peft_import_the_package(lifecycle: Lifecycle, tmp_path: Path):
+    """What `docs/how-to/troubleshooting.md` says was tried; where this fails, PEFT can be told more than it could."""
+    folder = Path(shutil.copytree(lifecycle.folder(CELL), tmp_path / "adapter"))
+    program = WITHOUT_THE_IMPORT.format(folder=str(folder), base=str(lifecycle.base_folder("bert")))
+    done = where_it_is_not_imported(program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [line.split(" | ") for line in done.stdout.splitlines() if " | " in line]
+    assert len(found) == 16
+    for change, error, names_the_type, imported in found:
+        assert imported == "False"
+        if change == "no peft_type":
+            assert names_the_type == "True"
+        else:
+            assert error == "KeyError" and names_the_type == "False"
 
 
 # How a release could differ, and what the message says is missing.
