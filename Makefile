@@ -54,7 +54,7 @@ $(NEWEST)/.test: constraints.txt pyproject.toml FORCE
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,oldest]' trl
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,oldest]' trl onnx onnxruntime onnxscript
 	touch $@
 
 FORCE:
