@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +261,10 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
         if checkpoint is not None:
             batches = checkpoint.passing(source, batches, task.processes)
         what = f"fitting {task.name}" if source.concept else "background"
-        with evaluating(task.runner.model), tqdm(desc=what, unit=" rows", disable=not task.progress) as shown:
-            task.run_over(batches, look, lambda labels: shown.update(labels.rows))
+        total = length_hint(source.again or ()) or None
+        shown = tqdm(desc=what, unit=" batches", total=total, disable=not task.progress)
+        with evaluating(task.runner.model), shown:
+            task.run_over(batches, look, lambda labels: shown.update())
     source.pool(task.processes)
     source.pool_counts(task.processes)
     if seen and source.examples != seen:

@@ -11,6 +11,7 @@ import hashlib
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,11 @@ def measure(
     source, fitted = Source(task.config, map(without_counterfactuals, batches), is_fitted=False), 0
     if fitted_on is not None:
         fitted_on.pool(processes)
+    what = f"measuring {task.name}"
     with (
         processes.agreeing("measuring its batches"),
         evaluating(task.runner.model),
-        tqdm(desc=f"measuring {task.name}", unit=" rows", disable=not task.progress) as shown,
+        tqdm(desc=what, unit=" batches", total=length_hint(batches) or None, disable=not task.progress) as shown,
     ):
         for labels, counts in task.in_step(source.read(task.pool, task.layouts)):
             if not counts:  # to keep up with the others
@@ -74,7 +76,7 @@ def measure(
                 task.runner(labels.batch)
                 continue
             measurement.look_at(labels)
-            shown.update(labels.rows)
+            shown.update()
             hashes = hashes_of(labels.batch)
             hashes = hashes if labels.pairs is None else hashes[labels.pairs.is_text.numpy()]
             own.add(hashes)

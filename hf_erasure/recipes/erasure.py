@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from operator import length_hint
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -431,13 +432,14 @@ def pooled_states(
         return hidden
 
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
-    shown = tqdm(desc=what, unit=" rows", disable=not (progress and Processes().is_main))
+    hidden, total = not (progress and Processes().is_main), length_hint(batches) or None
+    shown = tqdm(desc=what, unit=" batches", total=total, disable=hidden)
     with evaluating(runner.model), shown:
         for labels in Source(None, batches).read("tokens", Layouts(runner, layers, adapter_name)):
             current[:] = [labels]
             with observed(layers, adapter_name, look, runner.final_states()):
                 runner(labels.batch)
-            shown.update(labels.rows)
+            shown.update()
     if not found:
         raise ValueError("There are no batches to read states from.")
     return {site: torch.cat(parts) for site, parts in found.items()}

@@ -531,3 +531,17 @@ def erased_rows_of(site: str, batches: list[dict[str, Tensor]]) -> tuple[Tensor,
     """Rows and labels of real positions at a site of the model without an adapter."""
     x, z = erased_rows(copy.deepcopy(small_model("bert")), site, batches)
     return x, z
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_bar_says_how_much_there_is_where_that_is_known(sequential: bool, capsys: pytest.CaptureFixture[str]):
+    options: dict[str, Any] = {"sequential": sequential, "progress": True}
+    fit_concept_erasure(
+        with_adapter(), small_batches("bert"), "no_gender", eval_batches=small_batches("bert"), **options
+    )
+    said, batches = capsys.readouterr().err, len(small_batches("bert"))
+    assert f"{batches}/{batches} [" in said.split("measuring no_gender:")[-1]
+    total = len(erasure_layers(with_adapter(), "no_gender")) if sequential else batches
+    assert f"{total}/{total} [" in said.split("measuring")[0], said
+    fit_concept_erasure(with_adapter(), iter(small_batches("bert")), "no_gender", sequential=False, progress=True)
+    assert f"fitting no_gender: {batches} batches [" in capsys.readouterr().err
