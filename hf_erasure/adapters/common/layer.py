@@ -96,6 +96,8 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     # Tells the children of a kind in a model what else in it they concern, after its modules have changed.
     link: ClassVar[Any] = None
     host: nn.Module  # the module that this is a child of
+    _hook: Callable[[], None]  # lets the adapters act in the forward pass of the host
+    _unhook: Callable[[], None]  # takes back what `_hook` did
     _part_in_words: Callable[[str, str], str]  # a part of an adapter, by the attribute that holds it, in a message
     _are_positions: Callable[[str, Tensor], bool]  # whether integers in such a part are positions in order
 
@@ -249,12 +251,6 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         # In a dictionary of its own: PEFT walks over the present one while it deletes an adapter.
         left = {name: module for name, module in self.host._modules.items() if module is not self}
         self.host.__dict__["_modules"] = left
-
-    def _hook(self) -> None:
-        """Let the adapters act in the forward pass of the host."""
-
-    def _unhook(self) -> None:
-        """Take back what `_hook` did."""
 
     def _get_available_adapters(self) -> set[str]:
         """What PEFT reports as available; it looks for parameters, and there are none here."""

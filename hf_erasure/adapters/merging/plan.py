@@ -22,7 +22,7 @@ from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
 from . import record
-from .probe import Probe, Uses, check_drift, is_head, preset, tied_words, trace_uses, why_not_foldable
+from .probe import Probe, Uses, check_drift, preset, tied_words, trace_uses, why_not_foldable
 
 T = TypeVar("T")
 Place = tuple[str, int]  # the name of a weight, and the axis of the features in it
@@ -214,7 +214,8 @@ def _refuse_direct(
         raise ValueError(f"The erasure at {path!r} cannot be merged: {_WRAPPED}")
     if tied:
         if not allow_tied:
-            left = "what the head reads is un-erased" if is_head(model, path) else "a token says what it said alone"
+            head = getattr(model, "get_output_embeddings", lambda: None)()
+            left = "what the head reads is un-erased" if host is head else "a token says what it said alone"
             raise ValueError(
                 f"The erasure at {path!r} cannot be merged: its weight {tied_words(model, path, tied)}. Or fit it "
                 f"again with exclude_modules=[{path!r}]; then {left}."

@@ -304,9 +304,3 @@ def tied_words(model: nn.Module, path: str, names: list[str]) -> str:
     return (
         f"is shared by {names}, which would change too. {way if reason is None else f'It cannot be untied: {reason}'}"
     )
-
-
-def is_head(model: nn.Module, path: str) -> bool:
-    """Whether a module is the head of a model that predicts words."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None and model.get_submodule(path) is head
