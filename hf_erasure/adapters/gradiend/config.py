@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -151,9 +150,7 @@ class GradiendConfig(ChildConfig):
 
     def expected_pairs(self) -> int:
         """How many pairs there are, or will be when the feature is fitted."""
-        if self.pairs:
-            return len(self.pairs)
-        return len(list(itertools.combinations(self.classes or ("one", "other"), 2)))
+        return len(self.pairs) if self.pairs else math.comb(len(self.classes or ("one", "other")), 2)
 
     @property
     def described(self) -> str:
