@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_erasure.fitting.report import GENDER, POS, STEREOTYPES
 from hf_erasure.metrics import METRICS, benchmarks, linear_leakage, minimum_description_length, resampling, tpr_gap
+from hf_erasure.metrics.fresh_probes import READERS
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models.pooling import IN_WORDS
 from hf_erasure.models.scorer import FINAL
@@ -103,16 +104,15 @@ def leakage_by_depth(subject: Subject, concept: str, most_tokens: int = 1000) ->
 
 def _probes(key: str, of: str, take: Callable[..., dict[str, Any]], says: str, **changed: Any) -> list[Measure]:
     """A linear probe of a concept, and those that are not; a kernel is for texts, as it takes all pairs of rows."""
-    kinds: dict[str, tuple[str, dict[str, bool], str]] = {
-        "linear": ("linear", {}, says),
-        "mlp": ("MLP", {"nonlinear": True},
-                "the same with a multilayer perceptron: what is not linearly readable may still be readable"),
-        "rbf": ("RBF-SVM", {"kernel": True}, "the same with a support vector machine and a radial basis function"),
-    }  # fmt: skip
+    kinds = {
+        "linear": ("linear", says),
+        "mlp": ("MLP", "the same with a multilayer perceptron: what is not linearly readable may still be readable"),
+        "rbf": ("RBF-SVM", "the same with a support vector machine and a radial basis function"),
+    }
     return [
-        _of_metric("linear_leakage", f"{key}_{kind}", f"{of}, {name} probe − majority", partial(take, **options), told,
-                   **changed)
-        for kind, (name, options, told) in kinds.items() if kind != "rbf" or key == "gender"
+        _of_metric("linear_leakage", f"{key}_{kind}", f"{of}, {name} probe − majority", partial(take, **READERS[kind]),
+                   told, **changed)
+        for kind, (name, told) in kinds.items() if kind != "rbf" or key == "gender"
     ]  # fmt: skip
 
 

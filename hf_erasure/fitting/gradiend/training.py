@@ -83,10 +83,9 @@ class GradiendTrainingArguments(TrainingArguments):
             if getattr(self, name) not in choices:
                 known = ", ".join(map(repr, choices))
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {known}.")
-        if self.seeds < 1:
-            raise ValueError(f"seeds={self.seeds}: at least one start is needed.")
-        if self.mask_draws < 1:
-            raise ValueError(f"mask_draws={self.mask_draws}: at least one draw is needed.")
+        for name, what in (("seeds", "start"), ("mask_draws", "draw")):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least one {what} is needed.")
         if not 0 <= self.convergence <= 1:
             raise ValueError(f"convergence={self.convergence} is a correlation: give a number between 0 and 1.")
         if self.patience is not None and self.patience < 1:
