@@ -24,8 +24,6 @@ from transformers import PreTrainedModel
 from .graph import REARRANGING
 from .model import floats_of, is_norm, tensors_of
 
-# Beside those that hand entries on as they are, those that leave each feature by itself.
-_REARRANGING = REARRANGING | {"bernoulli", "avg_pool2d", "adaptive_avg_pool2d"}
 _SUMS = {"add", "add_", "sub"}
 _SCALINGS = {"mul", "mul_", "div", "div_"}
 _LAST = ("last_hidden_state", "pooler_output")
@@ -194,7 +192,7 @@ class Flow(TorchDispatchMode):
                 return Trace(streams.sizes, is_begun=True)  # so are streams that lie side by side, once normalised
         largest = max(given, key=Tensor.numel)
         scaled = operation in _SCALINGS and all(t is largest or t.numel() < largest.numel() for t in given)
-        if operation in _REARRANGING or scaled:
+        if operation in REARRANGING or scaled:
             first = self._of(largest) if scaled else known[0][1]
             first = first if scaled else hidden or first
             return replace(first, norms=norms, is_rearranged=True)
