@@ -13,7 +13,7 @@ from tests.walk import CALLS, GOALS, listing, measured
 LIMITS = {
     "add_adapter": (11, 73),
     "fit_concept_erasure, sequential": (27, 241),
-    "fit_concept_erasure, one pass": (25, 231),
+    "fit_concept_erasure, one pass": (25, 230),
     "forward with erasure": (3, 13),
     "save_pretrained": (9, 57),
     "load_adapter": (10, 82),
