@@ -127,6 +127,28 @@ def test_search_as_its_own_page_has_it() -> None:
     )
     text = said("Search that finds the same thing in two styles")
     assert f"in {before} of the searches before, in {erased} once the source is erased, in {pairs}" in text
+    cases = [percent(of_cases(what, 1)[0]) for what in ("before", "source erased", "and pairs", UNIT_PAIRS)]
+    assert "summarise: {}, {}, {}, and {} behind the encoder".format(*cases) in text
+
+
+UNIT_PAIRS = "and pairs, unit vectors"
+CASES = {
+    "nothing": "before", "source erased": "source erased", "and pairs": "and pairs",
+    "unit vectors, source erased": "source erased, unit vectors", "unit vectors, and pairs": UNIT_PAIRS,
+}  # fmt: skip
+
+
+def of_cases(what: str, k: int) -> list[float]:
+    """Mean over the splits of a recall on court cases, and of both ends of its interval."""
+    splits = json.loads((RECIPES / "two_sources" / "results.json").read_text(encoding="utf-8"))
+    found = [split["recall"][what][f"recall@{k}"] for split in splits]
+    return [sum(figures) / len(splits) for figures in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("shown", CASES)
+def test_search_among_court_cases(shown: str) -> None:
+    expected = ["{:.3f} [{:.3f}, {:.3f}]".format(*of_cases(CASES[shown], k)) for k in (1, 10)]
+    assert table_row("how-to/sentence-transformers.md", shown) == expected
 
 
 def test_one_word_more_often() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModel
 
-import hf_erasure  # noqa: F401  registers the adapter type
+from hf_erasure.adapters import erasure_layers
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "two_sources"
 
@@ -53,3 +54,28 @@ def test_a_run_judges_pairs_that_were_not_fitted_on(
     said = capsys.readouterr().out
     assert "40 pairs fitted on, 40 others judged" in said and "In plain words" in said
     AutoModel.from_pretrained(model).load_adapter(str(out))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_is_judged_is_the_adapter(search: Any, assets: Path, tmp_path: Path, rank: int) -> None:
+    """The eraser is found on what one pass over the texts has kept, and the adapter by a fit."""
+    rows, base = Dataset.from_list(search.catalogue()[:160]), str(assets / "models" / "story-mlm")
+    found = search.Search(rows, base, "encoder.layer.3.output.LayerNorm", tmp_path)
+    found.write_adapter(rank)
+    model = AutoModel.from_pretrained(base)
+    model.load_adapter(str(tmp_path))
+    (layer,) = erasure_layers(model, "default").values()
+    erased = layer.erased("default", found.states[None])[0]
+    expected = found.eraser(0, ("fit", "choose"), rank)(found.states.double())
+    torch.testing.assert_close(erased.double(), expected, atol=1e-3, rtol=1e-3)
+    assert len(list(tmp_path.glob("read-*.pt"))) == 1
+
+
+def test_a_rank_is_chosen_on_pairs_that_are_not_judged(search: Any, assets: Path, tmp_path: Path) -> None:
+    rows, base = Dataset.from_list(search.catalogue()[:160]), str(assets / "models" / "story-mlm")
+    found = search.Search(rows, base, "encoder.layer.3.output.LayerNorm", tmp_path, splits=2)
+    for seed in (0, 1):
+        parts = [set(found.pairs(seed, part)) for part in ("fit", "choose", "judge")]
+        assert list(map(len, parts)) == [30, 10, 40] and len(set.union(*parts)) == 80
+    text = search.report([found.split(seed, [0, 1, 2], True) for seed in (0, 1)], found.sources)
+    assert "recall@10  before" in text and "recall@1   source erased, unit vectors" in text
