@@ -327,7 +327,7 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
             y = labels["train", column], labels["test", column]
             row[f"{column} before"] = probe_accuracy(states["train", "before"][site], y[0], before, y[1])
             row[f"{column} after"] = probe_accuracy(states["train", "after"][site], y[0], after, y[1])
-            row[f"{column} majority"] = max(map(y[1].count, set(y[1]))) / len(y[1])
+            row[f"{column} majority"] = majority(y[1])
         row[f"{concept} refitted"] = refitted_accuracy(after, labels["test", concept])
         if recipe.data.group_column is not None:
             groups = [str(value) for value in test[recipe.data.group_column]]
@@ -481,3 +481,8 @@ def refitted_accuracy(x: Tensor, y: list[str], groups: Sequence[str] | None = No
         fitted, judged = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
         scores.append(probe_accuracy(x[fitted], [y[i] for i in fitted], x[judged], [y[i] for i in judged]))
     return sum(scores) / 2
+
+
+def majority(labels: list[str]) -> float:
+    """The accuracy of always answering with the most frequent label."""
+    return max(labels.count(label) for label in set(labels)) / len(labels)
