@@ -71,11 +71,6 @@ def run(
     typer.echo(text)
 
 
-def majority(labels: Sequence[str]) -> float:
-    """The accuracy of always answering with the most frequent label."""
-    return max(labels.count(label) for label in set(labels)) / len(labels)
-
-
 def command_line(study: str, settings_file: Path, overrides: Iterable[str]) -> str:
     """The command that makes these results, as `results.md` states it."""
     return shlex.join(["python", f"recipes/{study}/study.py", str(settings_file), *overrides])

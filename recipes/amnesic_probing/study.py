@@ -26,7 +26,7 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.metrics.benchmarks import text_perplexity
-from hf_erasure.recipes.erasure import probe_accuracy
+from hf_erasure.recipes.erasure import majority, probe_accuracy
 from recipes import studies
 from recipes.gradiend_gender.study import read_stories
 from recipes.over_seeds import cell, markdown, t_interval
@@ -201,7 +201,7 @@ def run_seed(settings: Settings, seed: int) -> Outcome:
     end = probes(model, data, [pos.FINAL])[pos.FINAL]
     labelled = sum(int((batch["concept_labels"] != pos.IGNORED).sum()) for batch in data.fit)
     rank = min(len(pos.TAGS) - 1, width)
-    return Outcome(seed, base, layers, end, studies.majority(data.tags[1]), rank, width, (labelled, len(data.tags[1])))
+    return Outcome(seed, base, layers, end, majority(data.tags[1]), rank, width, (labelled, len(data.tags[1])))
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_era
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import Eraser
 from hf_erasure.evaluation.data import Sentence, read_treebank
-from hf_erasure.recipes.erasure import probe_accuracy
+from hf_erasure.recipes.erasure import majority, probe_accuracy
 from recipes import studies
 
 # fmt: off
@@ -318,7 +318,7 @@ def run(settings: Settings) -> Outcome:
             unigram_bits(other_rows) / sum(other_rows["bytes"]),
         ),
         probes=probes,
-        majority=studies.majority(tags),
+        majority=majority(tags),
     )
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that this file runs as a script, too
 
 from hf_erasure import ConceptErasureConfig, concept_dataloader, fit_concept_erasure, set_strength
-from hf_erasure.recipes.erasure import probe_accuracy
+from hf_erasure.recipes.erasure import majority, probe_accuracy
 from recipes import studies
 from recipes.biographies import study as biographies
 from recipes.gender_scrubbing import study as stories
@@ -285,9 +285,7 @@ def parts_of_speech(settings: Settings) -> dict[str, dict[str, Any]]:
             figures["merges"] = merges(plain, model, {k: batches[1][0][k] for k in ("input_ids", "attention_mask")})
         return figures
 
-    return at_places(settings, plain, "part of speech", tags.TAGS, fit, measure) | {
-        "majority": studies.majority(labels[1])
-    }
+    return at_places(settings, plain, "part of speech", tags.TAGS, fit, measure) | {"majority": majority(labels[1])}
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def test_one_block_is_erased_and_the_model_left_as_it_was(settings: study.Settin
     assert study.bits(model, tokenizer, data) == before
     assert found.bits["erased"] != before
     assert found.bits["random"] != found.bits["erased"]
-    chance = study.studies.majority(data.tags[1])
+    chance = study.majority(data.tags[1])
     # 300 tokens: an accuracy has a deviation of 0.03.
     assert found.probe["after"] < chance + 0.09
     assert found.probe["before"] > found.probe["after"]
