@@ -353,7 +353,7 @@ def figure(outcomes: list[Outcome], path: Path) -> None:
 
     skews = list(dict.fromkeys(outcome.skew for outcome in outcomes))
     drawing = Figure(figsize=(3.6 * len(skews), 3.4), layout="constrained")
-    panels = np.atleast_1d(drawing.subplots(1, len(skews), sharey=True))
+    panels = np.atleast_1d(drawing.subplots(1, len(skews), sharex=True, sharey=True))
     for axes, skew in zip(panels, skews, strict=True):
         own = [outcome for outcome in outcomes if outcome.skew == skew]
         found = [t_interval(over_seeds(own, row, "strangers bpi")) for row in ROWS]

@@ -31,6 +31,15 @@ def table_row(page: str, *begins: str) -> list[str]:
     return next(cells for cells in lines if cells[: len(begins)] == list(begins))[len(begins) :]
 
 
+@pytest.mark.parametrize("model", ["original", "biased", "GRADIEND", "difference of two models"])
+def test_a_model_that_was_made_biased(model: str) -> None:
+    text = (RECIPES / "gradiend_balance" / "results.md").read_text(encoding="utf-8")
+    found = next(line for line in text.splitlines() if line.startswith(f"| {model} |")).strip("|").split("|")[1:]
+    cells = [cell.strip() for cell in found]
+    rose = "" if model in ("original", "biased") else cells[6]
+    assert table_row("studies.md", model) == [*cells[:3], rose]
+
+
 PAPERS = "ours-beside-the-papers.md"
 
 

@@ -190,7 +190,7 @@ class ErasureLayer(AdapterChild):
     def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
         for name in names:
             site, rows = self.site_of(name), None if self.sticky_adapters[name] else self.rows
-            erasure, step = site.erasures[name], functools.partial(self.erased, name, rows=rows)
+            erasure, step = site.erasures[name], functools.partial(self._erase_rows, name, rows=rows)
             if erasure.sharers == 1 or torch.compiler.is_compiling():
                 hidden = step(hidden)
                 continue
@@ -199,15 +199,20 @@ class ErasureLayer(AdapterChild):
             hidden = erasure.made.of(hidden, step, erasure.sharers, by, rows, is_fitted=observer is not None)
         return hidden
 
-    def erased(self, name: str, hidden: Tensor, rows: Rows | None = None) -> Tensor:
-        """An activation as an adapter erases it, at all rows or at its own."""
+    def _erase_rows(self, name: str, hidden: Tensor, rows: Rows | None) -> Tensor:
+        """What an observer makes of an activation where there is one, and else the eraser; of an adapter's own rows."""
         site = self.site_of(name)
         if rows is not None:
             examples = site.erasures[name].examples
             chosen = rows.of(name, hidden, self.path, examples)
-            return hidden.index_copy(examples, chosen, self.erased(name, hidden.index_select(examples, chosen)))
-        if name in site.observers:
-            return site.observers[name](hidden)
+            return hidden.index_copy(
+                examples, chosen, self._erase_rows(name, hidden.index_select(examples, chosen), None)
+            )
+        return site.observers[name](hidden) if name in site.observers else self.erased(name, hidden)
+
+    def erased(self, name: str, hidden: Tensor) -> Tensor:
+        """An activation as an adapter erases it, whoever observes it."""
+        site = self.site_of(name)
         left, right, bias = site.eraser_state(name)
         if left.shape[-1] == 0:
             return hidden
