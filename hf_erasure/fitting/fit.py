@@ -261,7 +261,7 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
         if checkpoint is not None:
             batches = checkpoint.passing(source, batches, task.processes)
         what = f"fitting {task.name}" if source.concept else "background"
-        total = length_hint(source.again or ()) or None
+        total = None if source.again is None else length_hint(source.again) or None
         shown = tqdm(desc=what, unit=" batches", total=total, disable=not task.progress)
         with evaluating(task.runner.model), shown:
             task.run_over(batches, look, lambda labels: shown.update())
