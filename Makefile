@@ -82,8 +82,9 @@ demo-check: demo  ## load what the demo wrote in other processes, measure again,
 # One core a worker: processes that tests start would take all of them otherwise. Fixtures of a file are made once. Files
 # are given out in the order of tests/conftest.py.
 BY_FILE := --dist loadfile --no-loadscope-reorder
+# Bytecode is kept even where the machine does without: every worker would compile all tests anew.
 test: $(VENV)/.test  ## run the tests (PYTEST_ARGS="-m slow" for the slow ones)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(BY_FILE) $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(BY_FILE) $(PYTEST_ARGS)
 
 # Left out is what older releases do otherwise: layers_pattern where the list of blocks is at the top of the model, which
 # names a PeftModel still knows after a call that failed, and what a process writes that is not the main one.
