@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..loading.fingerprint import recognise
 from . import acting
@@ -416,7 +417,13 @@ def keep_layers(names: list[str], config: Any) -> list[str]:
 
 
 def _check_new(config: ChildConfig, name: str, model: nn.Module) -> None:
-    """Refuse a name that cannot be used, lists that PEFT takes forever to compare, and patterns like those."""
+    """Refuse a model in parts, a name that cannot be used, and lists and patterns that PEFT compares forever."""
+    if any((getattr(m, "tp_size", None) or 1) > 1 for m in model.modules() if isinstance(m, PreTrainedModel)):
+        raise ValueError(
+            f"{type(model).__name__} is split by tensor parallelism (tp_plan): each process has a part of a layer, and "
+            "an adapter would take it for the whole. Load the model without tp_plan, attach, fit and merge the adapter "
+            "there, and load the merged checkpoint with tp_plan."
+        )
     for kind in AdapterChild.__subclasses__():
         prefix = f"{kind.child_name}_"
         if "." in name or prefix in name or name in ("", kind.child_name):
