@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from hf_erasure.models.model import class_name, evaluating
 from .checkpoint import FitCheckpoint
 from .dataloader import ConceptCollator
 from .heldout import RowsSeen, measure
-from .labels import BatchLabels, Source
+from .labels import BatchLabels, Source, length_of
 from .layouts import site_of, visit_of
 from .report import ErasureReport
 from .scrubbing import Scrubber
@@ -261,8 +260,7 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
         if checkpoint is not None:
             batches = checkpoint.passing(source, batches, task.processes)
         what = f"fitting {task.name}" if source.concept else "background"
-        total = None if source.again is None else length_hint(source.again) or None
-        shown = tqdm(desc=what, unit=" batches", total=total, disable=not task.progress)
+        shown = tqdm(desc=what, unit=" batches", total=length_of(source.again), disable=not task.progress)
         with evaluating(task.runner.model), shown:
             task.run_over(batches, look, lambda labels: shown.update())
     source.pool(task.processes)

@@ -11,7 +11,6 @@ import hashlib
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from hf_erasure.erasers import ConceptMoments, apply_erasure, correlation_interval, cross_validated_correlation
 from hf_erasure.models.model import evaluating, inputs_of, on_cpu
 
-from .labels import BatchLabels, Selection, SiteStatistics, Source, mean_pooled
+from .labels import BatchLabels, Selection, SiteStatistics, Source, length_of, mean_pooled
 from .layouts import observed, visit_of
 from .pairs import without_counterfactuals
 from .processes import Processes
@@ -68,7 +67,7 @@ def measure(
     with (
         processes.agreeing("measuring its batches"),
         evaluating(task.runner.model),
-        tqdm(desc=what, unit=" batches", total=length_hint(batches) or None, disable=not task.progress) as shown,
+        tqdm(desc=what, unit=" batches", total=length_of(batches), disable=not task.progress) as shown,
     ):
         for labels, counts in task.in_step(source.read(task.pool, task.layouts)):
             if not counts:  # to keep up with the others

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -439,6 +440,13 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
         source, pool, axes = self._kept[which]
         return BatchLabels(batch, source, pool, axes, frames)
+
+
+def length_of(batches: Any) -> int | None:
+    """How many batches there are, for a progress bar; None where they do not say, whatever comes of asking."""
+    with suppress(Exception):
+        return len(batches)
+    return None
 
 
 def label_tensor(batch: Mapping[str, Any]) -> Tensor:

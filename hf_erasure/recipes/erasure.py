@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from operator import length_hint
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +23,7 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
-from hf_erasure.fitting.labels import BatchLabels, Source
+from hf_erasure.fitting.labels import BatchLabels, Source, length_of
 from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
@@ -432,8 +431,8 @@ def pooled_states(
         return hidden
 
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
-    hidden, total = not (progress and Processes().is_main), length_hint(batches) or None
-    shown = tqdm(desc=what, unit=" batches", total=total, disable=hidden)
+    hidden = not (progress and Processes().is_main)
+    shown = tqdm(desc=what, unit=" batches", total=length_of(batches), disable=hidden)
     with evaluating(runner.model), shown:
         for labels in Source(None, batches).read("tokens", Layouts(runner, layers, adapter_name)):
             current[:] = [labels]

@@ -237,6 +237,17 @@ def test_two_heads_of_one_module_are_refused_before_anything_changes(kind: str):
 
 
 @pytest.mark.parametrize("kind", OURS)
+def test_a_copy_of_a_module_with_children_is_refused_before_anything_changes(kind: str):
+    model = classifier()
+    OF[kind].add(model, "bert", "ours", target_modules=["key", "classifier"])
+    expected, modules = logits_of(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="'classifier' is one of modules_to_save"):
+        model.add_adapter(OF[kind].config(target_modules=["value"], modules_to_save=["classifier"]), "rival")
+    assert [name for name, _ in model.named_modules()] == modules
+    assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("kind", OURS)
 def test_a_trained_head_that_comes_and_does_not_act_is_named(kind: str, tmp_path: Path):
     model = classifier()
     OF[kind].add(model, "bert", "ours", target_modules=["key"], modules_to_save=["classifier"])

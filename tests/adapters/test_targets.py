@@ -16,6 +16,7 @@ from torch import nn
 from hf_erasure import ConceptErasureConfig, GradiendConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.adapters.erasure.model import default_targets
+from tests.lifecycle.verbs import OF, OURS
 from tests.small_models import ARCHITECTURES, LABELS, small_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -197,3 +198,14 @@ def test_a_norm_that_another_adapter_has_replaced_is_named_by_its_place() -> Non
     expected = default_targets(model)
     get_peft_model(model, LNTuningConfig(target_modules=["LayerNorm"], task_type=None))
     assert default_targets(model) == expected
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_what_an_earlier_fit_wrote_down_does_not_choose_the_modules_of_an_adapter_to_be_fitted(kind: str):
+    config = OF[kind].added("bert", "ours", target_modules=["key"]).peft_config["ours"].copied()
+    assert {name.rpartition(".")[2] for name in config.fitted_modules} == {"key"}
+    config.fitted, config.target_modules = False, ["query"]
+    assert not config.fitted_modules
+    if kind == "erasure":
+        model = get_peft_model(copy.deepcopy(small_model("bert")), config, "another")
+        assert {path.rpartition(".")[2] for path in erasure_layers(model, "another")} == {"query"}

@@ -472,6 +472,23 @@ class _Stream(IterableDataset):
         yield from small_batches("bert", self.sizes[min(self.passes, len(self.sizes)) - 1])
 
 
+class _WithoutLength(_Stream):
+    """A stream that says by an exception of its own that it has no length."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError("endless as far as is known")
+
+
+def test_a_stream_may_refuse_to_say_its_length() -> None:
+    model, again = with_adapter(), with_adapter()
+    fit(model, small_batches("bert", 4))
+    report = fit(again, _WithoutLength(4), eval_batches=_WithoutLength(4))
+    assert report.measured_on is not None
+    for site, layer in erasure_layers(again).items():
+        one, other = layer.eraser_state("no_gender"), erasure_layers(model)[site].eraser_state("no_gender")
+        assert all(map(torch.equal, one, other)), site
+
+
 def test_sums_that_take_too_much_are_held_in_groups_of_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, grouped, data = with_adapter(), with_adapter(), _Stream(4)
     background = [{k: v for k, v in b.items() if k != "concept_labels"} for b in small_batches("bert", 2, seed=9)]

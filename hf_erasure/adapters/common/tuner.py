@@ -92,6 +92,7 @@ class ChildTuner(BaseTuner):
                         f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
                     )
                 _check_new(config, adapter_name, model)
+                acting.refuse_copies(model, adapter_name, config.modules_to_save or ())
                 if config.fitted:
                     recognise(model, config)
                     target = config.target_modules

@@ -352,7 +352,7 @@ class ConceptErasureConfig(ChildConfig):
     @property
     def fitted_modules(self) -> Collection[str]:
         """Names of the sites, and of the modules that share their erasers."""
-        return self.groups or self.fitted_sites or {}
+        return self.groups or (self.fitted and self.fitted_sites) or {}
 
     @property
     def reach(self) -> str:

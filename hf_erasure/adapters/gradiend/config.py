@@ -160,7 +160,7 @@ class GradiendConfig(ChildConfig):
     @property
     def fitted_modules(self) -> Collection[str]:
         """Names of the modules that own the changed parameters."""
-        return dict.fromkeys(name.rpartition(".")[0] for name in self.fitted_parameters or {})
+        return dict.fromkeys(name.rpartition(".")[0] for name in (self.fitted and self.fitted_parameters) or {})
 
     @property
     def has_effect(self) -> bool:
