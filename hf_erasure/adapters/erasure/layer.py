@@ -190,25 +190,22 @@ class ErasureLayer(AdapterChild):
     def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
         for name in names:
             site, rows = self.site_of(name), None if self.sticky_adapters[name] else self.rows
-            erasure, step = site.erasures[name], functools.partial(self._erase_rows, name, rows=rows)
+            erasure, observer = site.erasures[name], site.observers.get(name)
+            step = functools.partial(self.erased, name) if observer is None else observer
+            if rows is not None:
+                step = functools.partial(self._at_rows, name, rows, step)
             if erasure.sharers == 1 or torch.compiler.is_compiling():
                 hidden = step(hidden)
                 continue
-            observer = site.observers.get(name)
             by = site.eraser_state(name) if observer is None else (observer,)
             hidden = erasure.made.of(hidden, step, erasure.sharers, by, rows, is_fitted=observer is not None)
         return hidden
 
-    def _erase_rows(self, name: str, hidden: Tensor, rows: Rows | None) -> Tensor:
-        """What an observer makes of an activation where there is one, and else the eraser; of an adapter's own rows."""
-        site = self.site_of(name)
-        if rows is not None:
-            examples = site.erasures[name].examples
-            chosen = rows.of(name, hidden, self.path, examples)
-            return hidden.index_copy(
-                examples, chosen, self._erase_rows(name, hidden.index_select(examples, chosen), None)
-            )
-        return site.observers[name](hidden) if name in site.observers else self.erased(name, hidden)
+    def _at_rows(self, name: str, rows: Rows, step: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """An activation whose own rows of an adapter went through a step; the others are as they were."""
+        examples = self.site_of(name).erasures[name].examples
+        chosen = rows.of(name, hidden, self.path, examples)
+        return hidden.index_copy(examples, chosen, step(hidden.index_select(examples, chosen)))
 
     def erased(self, name: str, hidden: Tensor) -> Tensor:
         """An activation as an adapter erases it, whoever observes it."""
