@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def found(way: str, folder: Path) -> list[dict[str, Any]]:
     """What each of two processes found."""
-    status, printed = launch(2, "tests.distributed.engines", way, str(folder), folder=Path.cwd())
+    status, printed = launch(2, "tests.distributed.engines", way, str(folder), folder=folder)
     assert status == 0, printed
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
 
