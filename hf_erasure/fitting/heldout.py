@@ -36,6 +36,21 @@ _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixe
 _BESIDES = ("labels", "token_type_ids", "position_ids", "cache_position")
 
 
+@dataclasses.dataclass
+class Watched:
+    """Held-out batches, and who looks on while they are measured.
+
+    `look(erased, site, activation, selection)` is called at each visit of a site and at the last hidden states, without
+    the erasure and with it; the activation is aligned with the labels.
+    """
+
+    batches: Iterable[Any]
+    look: Callable[[bool, str, Tensor, Selection], None]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
 def measure(
     task: FitTask,
     batches: Iterable[Any],
@@ -60,6 +75,8 @@ def measure(
         these were fitted on.
     """
     measurement, processes, own = _Measurement(task, erase), task.processes, RowsSeen()
+    if isinstance(batches, Watched):
+        measurement.look, batches = batches.look, batches.batches
     source, fitted = Source(task.config, map(without_counterfactuals, batches), is_fitted=False), 0
     if fitted_on is not None:
         fitted_on.pool(processes)
@@ -133,6 +150,7 @@ class _Measurement:
         # By pairs of environments, which of them is in the first half; the same in every process.
         self._coins = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         self.environments: set[int] = set()  # Those that were seen.
+        self.look: Callable[[bool, str, Tensor, Selection], None] | None = None
 
     def look_at(self, labels: BatchLabels) -> None:
         """Run over a batch without and with the erasure."""
@@ -161,6 +179,8 @@ class _Measurement:
             elif erased:
                 before, hidden = now, self._erase(site, hidden)
                 now, _ = labels.select(hidden, where)
+            if self.look is not None:
+                self.look(erased, site, now, selection)
             # There is one last hidden state a forward pass, so it is always the first visit.
             self._add(site, 1 if site in finals else called[erased, site], drawn, selection, now, before)
             return hidden

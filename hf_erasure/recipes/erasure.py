@@ -23,7 +23,8 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.fitting.combine import FIT_FOLDER
 from hf_erasure.fitting.dataloader import concept_dataloader
 from hf_erasure.fitting.fit import fit_concept_erasure
-from hf_erasure.fitting.labels import BatchLabels, Source, length_of
+from hf_erasure.fitting.heldout import Watched
+from hf_erasure.fitting.labels import BatchLabels, Selection, Source, length_of
 from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
@@ -187,13 +188,17 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
         background = _batches(recipe, rows, tokenizer, share=True, **options)
     beside = {name: getattr(recipe.data, name) for name in _BESIDE_LABELS}
     rows = _sample(data[recipe.data.train], recipe.data.fit_rows)
+    test = data[recipe.data.test]
+    held_out = _batches(recipe, test, tokenizer, share=True)
+    is_whole = isinstance(test, Dataset) and Processes().count == 1
+    seen = _Seen(_pool_of_probes(recipe.fit.pool)) if is_whole else None
     report = fit_concept_erasure(
         model,
         _batches(recipe, rows, tokenizer, share=True, **beside),
         ADAPTER_NAME,
         sequential=recipe.fit.sequential,
         pool=recipe.fit.pool,
-        eval_batches=_batches(recipe, data[recipe.data.test], tokenizer, share=True),
+        eval_batches=held_out if seen is None else Watched(held_out, seen),
         background=background,
         resident_batches=recipe.fit.resident_batches,
         checkpoint_dir=Path(recipe.output) / FIT_FOLDER if recipe.fit.checkpoint else None,
@@ -201,7 +206,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     )
     if not Processes().is_main:
         return None
-    table = probe(recipe, model, tokenizer, data, progress)
+    table = probe(recipe, model, tokenizer, data, progress, seen)
     config = model.peft_config[ADAPTER_NAME]
     config.provenance[RECIPE] = recipe.data.origin() | {"results": _rows_of_card(recipe.data, table, config)}
     write_run(recipe.output, model, asdict(recipe), table.to_dict("index"))
@@ -287,18 +292,46 @@ def _batches(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, sh
         "max_length": recipe.fit.max_length,
         "labels": recipe.labels,
         "split_between_processes": share,
-    }
-    return concept_dataloader(rows, tokenizer, **options | other)
+    } | other
+    column = options["text_column"]
+    if isinstance(rows, Dataset) and column in rows.column_names:
+        rows = rows.select(_by_length(rows[column], Processes().count if share else 1))
+    return concept_dataloader(rows, tokenizer, **options)
 
 
-def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool) -> pd.DataFrame:
+def _by_length(texts: Iterable[Any], shares: int = 1) -> list[int]:
+    """The places of texts, short ones first, so that batches have little padding; so in each of as many shares."""
+    lengths = [len(text or "") for text in texts]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [place for share in range(shares) for place in order[share::shares]]
+
+
+class _Seen:
+    """What a fit sees of held-out rows at each site, pooled, without the erasure and with it."""
+
+    def __init__(self, pool: str) -> None:
+        self.pool, self._found = pool, {False: dict[str, list[Tensor]](), True: dict[str, list[Tensor]]()}
+
+    def __call__(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
+        """Keep one vector a sequence of a batch."""
+        self._found[erased].setdefault(site, []).append(pooled(aligned.float(), selection.real, self.pool).cpu())
+
+    def states(self, erased: bool) -> dict[str, Tensor]:
+        """Site → `(sequences, width)`, float32."""
+        return {site: torch.cat(parts) for site, parts in self._found[erased].items()}
+
+
+def probe(
+    recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool, seen: _Seen | None = None
+) -> pd.DataFrame:
     """Probe accuracy by layer, before and after, on the test split of the recipe's data.
 
     A probe is fitted anew on the erased training states. Where those are what the erasure was fitted on, the theorem
     says that it learns nothing. The column "refitted" asks more: how well a probe does that is fitted on one half of
     the erased test rows, whose cues the erasure has not seen, and judged on the other. With groups, "refitted by group"
     has halves that share no group, and "control" is what a probe reads of labels that are exchanged in half of the
-    groups, which says how much of "refitted" comes from groups that are recognised.
+    groups, which says how much of "refitted" comes from groups that are recognised. What was seen of the test rows need
+    not be read again.
 
     Returns one row a site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
@@ -309,17 +342,20 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
         train = _sample(train, most)
     concept, kept = recipe.data.label_column, recipe.data.keep_column
     columns = [concept, kept] if kept else [concept]
-    pool = _pool_of_probes(model.peft_config[ADAPTER_NAME])
+    pool = _pool_of_probes(Provenance.of(model.peft_config[ADAPTER_NAME]).pool)
     states: dict[tuple[str, str], dict[str, Tensor]] = {}
     labels: dict[tuple[str, str], list[str]] = {}
     for split, rows in (("train", train), ("test", test)):
         labels |= {(split, column): [str(value) for value in rows[column]] for column in columns}
-        for when in ("before", "after"):
-            states[split, when] = pooled_states(
-                model, _batches(recipe, rows, tokenizer), ADAPTER_NAME, erased=when == "after", pool=pool,
-                progress=progress,
-            )  # fmt: skip
-    found = {}
+        as_given = torch.tensor(_by_length(rows[recipe.data.text_column])).argsort()
+        for when, erased in (("before", False), ("after", True)):
+            if split == "test" and seen is not None:
+                found = seen.states(erased)
+            else:
+                batches = _batches(recipe, rows, tokenizer)
+                found = pooled_states(model, batches, ADAPTER_NAME, erased=erased, pool=pool, progress=progress)
+            states[split, when] = {site: vectors[as_given] for site, vectors in found.items()}
+    table = {}
     for site, before in states["test", "before"].items():
         after, row = states["test", "after"][site], {}
         for column in columns:
@@ -334,8 +370,8 @@ def probe(recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bo
             control = control_labels(labels["test", concept], groups)
             row[f"{concept} control"] = refitted_accuracy(after, control)
         row["cosine"] = float(nn.functional.cosine_similarity(before, after, dim=-1).mean())
-        found[site] = row
-    return table_of(found, "layer")
+        table[site] = row
+    return table_of(table, "layer")
 
 
 def _sample(rows: Any, most: int | None) -> Any:
@@ -375,16 +411,18 @@ def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
     return "\n".join(said)
 
 
-def _pool_of_probes(config: ConceptErasureConfig) -> str:
+def _pool_of_probes(pool: str | None) -> str:
     """Probes read one vector a text: that of the erasure's pool, and of all tokens their mean."""
-    pool = Provenance.of(config).pool
-    return "mean" if pool == "tokens" else pool
+    return "mean" if pool in (None, "tokens") else pool
 
 
 def _rows_of_card(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureConfig) -> list[dict[str, Any]]:
     """What the probes of the last layer say, as rows of the adapter's card."""
-    measured_on = Provenance.of(config).measured_on
-    on = f"{TESTED_ON}, {IN_WORDS[_pool_of_probes(config)]}" + (f", {measured_on}" if "fitted" in measured_on else "")
+    told = Provenance.of(config)
+    measured_on = told.measured_on
+    on = f"{TESTED_ON}, {IN_WORDS[_pool_of_probes(told.pool)]}" + (
+        f", {measured_on}" if "fitted" in measured_on else ""
+    )
     layer, found = table.index[-1], table.iloc[-1].to_dict()
     rows = []
     for column, better in ((data.label_column, "lower"), (data.keep_column, "higher")):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
+from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
 
-from hf_erasure.recipes import run
-from hf_erasure.recipes.erasure import DataRecipe, read_recipe, run_recipe
+from hf_erasure.recipes import erasure, occupation_sentences, run
+from hf_erasure.recipes.erasure import DataRecipe, check_output, pooled_states, read_recipe, run_recipe
 from hf_erasure.recipes.run import load_source
 
 CONTENT = {"model": "m", "concept": "gender", "labels": ["female", "male"], "output": "o"}
@@ -83,3 +87,39 @@ def test_a_card_is_told_where_the_data_come_from(tmp_path: Path) -> None:
 def test_data_files_may_begin_with_a_byte_order_mark(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
     assert load_source(str(tmp_path / name))["train"][0]["text"] == "a dog"
+
+
+def test_held_out_rows_are_read_once_and_short_texts_together(
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the fit saw of them without the erasure and with it is what a pass over them gives, in their order."""
+    rows = occupation_sentences()["test"].shuffle(seed=0).select(range(80))
+    rows.to_csv(tmp_path / "people.csv")
+    content = CONTENT | {
+        "model": str(assets / "models" / "story-mlm"), "output": str(tmp_path / "out"),
+        "data": {"source": str(tmp_path / "people.csv"), "test_share": 0.5}, "fit": {"pool": "mean", "batch_size": 16},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    recipe, passes = read_recipe(tmp_path / "recipe.yaml"), []
+
+    def reading(*given: Any, **options: Any) -> Any:
+        passes.append(given[1])
+        return pooled_states(*given, **options)
+
+    monkeypatch.setattr(erasure, "pooled_states", reading)
+    found = run_recipe(recipe, progress=False)
+    assert found is not None and len(passes) == 2  # the rows fitted on, without the erasure and with it
+    lengths = [len(row["text"]) for row in passes[0].dataset]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 2
+    again, _ = check_output(tmp_path / "out", progress=False)  # reads them anew
+    assert len(passes) == 6
+    pd.testing.assert_frame_equal(again, found[1])
+    assert found[1]["gender before"].max() > 0.7  # labels and vectors are of the same rows
+
+
+@pytest.mark.parametrize("count", [7, 8, 9])
+def test_each_of_several_processes_gets_short_and_long_texts(count: int) -> None:
+    rows = Dataset.from_dict({"length": list(range(count))})
+    order = erasure._by_length(["." * length for length in range(count)], shares=2)
+    shares = [split_dataset_by_node(rows.select(order), rank, 2)["length"] for rank in (0, 1)]
+    assert [list(share) for share in shares] == [list(range(count))[rank::2] for rank in (0, 1)]
