@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -123,6 +125,21 @@ def test_the_recipe_beside_the_adapter_runs_and_gives_the_same(fitted: tuple[Pat
     assert run("check", tmp_path / "again", "--no-progress")[1].rstrip().endswith("same")
 
 
+def assert_editors_complete(recipe: Path, key: str) -> None:
+    """The first line of a recipe names the schema of its kind, which accepts it, and not another value of a key."""
+    text = recipe.read_text(encoding="utf-8")
+    name = text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    schema = json.loads((recipe.parent / name).read_text(encoding="utf-8"))
+    content = yaml.safe_load(text)
+    jsonschema.validate(content, schema)
+    with pytest.raises(jsonschema.ValidationError, match="5 is not of type"):
+        jsonschema.validate(content | {key: 5}, schema)
+
+
+def test_editors_complete_the_recipe_beside_the_adapter(fitted: tuple[Path, str]) -> None:
+    assert_editors_complete(fitted[0] / "recipe.yaml", "concept")
+
+
 def test_no_group_and_no_text_is_on_both_sides(people: Path) -> None:
     for group, column in (("by", "by"), (None, "text")):
         recipe, _ = erasure_recipe(FromData("m", str(people), "gender", group=group, test="0.3"))
@@ -236,6 +253,7 @@ def test_a_feature_is_learned_from_sentences_and_words(assets: Path, model: Path
     assert "the mean probability of the words" in said
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert recipe["classes"] == ["she", "he"] and Path(recipe["data"]["whole"]["sentences"]).is_absolute()
+    assert_editors_complete(tmp_path / "out" / "recipe.yaml", "feature")
     assert "GRADIEND" in run("info", tmp_path / "out")[1]
 
 

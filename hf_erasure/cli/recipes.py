@@ -68,8 +68,7 @@ def schema(
     Example: hf-erasure recipe schema erasure --output recipe.schema.json
     """
     made = erasure.Recipe if kind is Kind.erasure else gradiend_recipe.GradiendRecipe
-    content = schemas.json_schema(made, f"A recipe of hf-erasure: {kind.value}")
-    text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = json.dumps(schemas.json_schema(made), indent=1, ensure_ascii=False)
     if output is None:
         typer.echo(text)
     else:

@@ -209,7 +209,7 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     table = probe(recipe, model, tokenizer, data, progress, seen)
     config = model.peft_config[ADAPTER_NAME]
     config.provenance[RECIPE] = recipe.data.origin() | {"results": _rows_of_card(recipe.data, table, config)}
-    write_run(recipe.output, model, asdict(recipe), table.to_dict("index"))
+    write_run(recipe.output, model, asdict(recipe), Recipe, table.to_dict("index"))
     report.plot(str(Path(recipe.output) / FIGURE_FILE))
     return report, table
 

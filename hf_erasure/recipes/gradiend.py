@@ -158,7 +158,7 @@ class GradiendRun:
             "rows": self.counts,
         }
         recipe = asdict(self.recipe) | {"output": str(folder)}
-        write_run(output, self.model, _without_none(recipe), results)
+        write_run(output, self.model, _without_none(recipe), GradiendRecipe, results)
         self.edits.to_csv(output / EDITS_FILE)
         self.selection.to_pandas().to_csv(output / GRID_FILE, index=False)
         title = f"# {self.recipe.feature}: {' / '.join(self.recipe.classes)}"

@@ -19,9 +19,12 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer
 
 from .occupations import SOURCE
+from .schema import json_schema
 
 Recipe = TypeVar("Recipe")
-RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+RECIPE_FILE, RESULTS_FILE, SCHEMA_FILE = "recipe.yaml", "results.json", "recipe.schema.json"
+# What editors with a YAML language server look for at the top.
+SCHEMA_LINE = "# yaml-language-server: $schema="
 # How a file ends → the reader of `datasets` for it, and what the reader takes besides.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "csv": ("csv", {}), "tsv": ("csv", {"sep": "\t"}), "json": ("json", {}), "jsonl": ("json", {}),
@@ -136,12 +139,13 @@ def load_rows(source: str, split: str | None = None, *, with_texts: bool = False
     return rows
 
 
-def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], results: Any) -> None:
-    """Write the adapter, the recipe and the results."""
+def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], kind: type, results: Any) -> None:
+    """Write the adapter, the recipe with the schema of its kind, by which editors complete it, and the results."""
     folder = Path(folder)
     model.save_pretrained(folder)
     written = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    (folder / RECIPE_FILE).write_text(written, encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(f"{SCHEMA_LINE}{SCHEMA_FILE}\n{written}", encoding="utf-8")
+    (folder / SCHEMA_FILE).write_text(json.dumps(json_schema(kind), ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 

@@ -189,8 +189,9 @@ def _required(kind: Any) -> list[str]:
     return [e.name for e in fields(kind) if e.init and e.default is MISSING and e.default_factory is MISSING]
 
 
-def json_schema(kind: type, title: str) -> dict[str, Any]:
+def json_schema(kind: type) -> dict[str, Any]:
     """What an editor needs to complete and check a recipe: the JSON schema of its dataclass."""
+    title = f"A recipe of hf-erasure: {kind.__name__}"
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": title} | _object(kind)
 
 
