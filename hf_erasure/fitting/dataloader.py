@@ -32,6 +32,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from hf_erasure.erasers.eraser import check_count
 from hf_erasure.erasers.statistics import IGNORED
+from hf_erasure.models.model import Later
 
 from .counterfactuals import Counterfactuals
 from .counterparts import Counterparts, CounterpartWords
@@ -50,13 +51,15 @@ from .processes import Processes
 
 # Functions import it: it takes longer than this package, and most programs that load an adapter do without.
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    import datasets
+else:
+    datasets = Later("datasets")
 
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
 
 def concept_dataloader(
-    dataset: Dataset | IterableDataset,
+    dataset: datasets.Dataset | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase | BaseImageProcessor | None,
     text_column: str = "text",
     label_column: str | None = "label",
@@ -309,7 +312,11 @@ class _LabelReader:
 
 
 def _choose_label_reader(
-    dataset: Dataset | IterableDataset, first: Any, column: str, labels: Sequence[str] | None, encode: Encoder
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    first: Any,
+    column: str,
+    labels: Sequence[str] | None,
+    encode: Encoder,
 ) -> _LabelReader:
     """Decide from the first row's label, and from the declared feature, how the column is to be read."""
     from datasets import ClassLabel, IterableDataset
@@ -361,7 +368,7 @@ class NumberedColumn:
     ids: dict[Any, int]  # Value → its id.
 
     @classmethod
-    def of(cls, dataset: Dataset | IterableDataset, column: str, argument: str) -> NumberedColumn:
+    def of(cls, dataset: datasets.Dataset | datasets.IterableDataset, column: str, argument: str) -> NumberedColumn:
         """Find the values; they are those of a `ClassLabel`, or all that occur, sorted."""
         from datasets import ClassLabel, IterableDataset
 

@@ -12,11 +12,14 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from hf_erasure.erasers import expected_accuracy
+from hf_erasure.models.model import Later
 from hf_erasure.models.pooling import IN_WORDS
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
+    from matplotlib import figure as figures
+else:
+    pd, figures = Later("pandas"), Later("matplotlib.figure")
 
 # What is left at a visit counts for rounding up to here, as a share of |x| |z|: activations in float32 that went
 # through several blocks differ by about so much of their size.
@@ -297,7 +300,7 @@ class ErasureReport:
             note += f"\n{self.outlook}" if self.outlook else ""
         return "\n".join([title, "", *lines, "", *filter(None, [self.shortfall, note])])
 
-    def plot(self, path: str | None = None) -> Figure:
+    def plot(self, path: str | None = None) -> figures.Figure:
         """Leakage by depth, before and after, and how far activations moved.
 
         Args:

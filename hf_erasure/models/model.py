@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -51,6 +53,14 @@ _CONVOLUTIONS = (
     nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward,
     nn.ConvTranspose1d.forward, nn.ConvTranspose2d.forward, nn.ConvTranspose3d.forward,
 )  # fmt: skip
+
+
+class Later(ModuleType):
+    """Stands for a module that is imported when something of it is first used, such as by `typing.get_type_hints`."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module has."""
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:

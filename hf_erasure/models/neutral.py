@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from .model import evaluating
+from .model import Later, evaluating
 from .slots import EncodedRow, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import datasets
+else:
+    datasets = Later("datasets")
 
 _LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit
 
@@ -34,7 +36,7 @@ class NeutralText:
 
 
 def _neutral_texts(
-    dataset: Dataset,
+    dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     layout: Layout,
     feature_words: Iterable[str],
@@ -63,7 +65,7 @@ def _neutral_texts(
     return found
 
 
-def _column_of_texts(dataset: Dataset) -> list[str]:
+def _column_of_texts(dataset: datasets.Dataset) -> list[str]:
     if "text" not in dataset.column_names:
         raise PairError(f"the neutral texts have no column 'text'; they have {dataset.column_names}")
     texts = list(dataset["text"])
@@ -78,7 +80,7 @@ def _column_of_texts(dataset: Dataset) -> list[str]:
 
 
 def neutral_batches(
-    dataset: Dataset,
+    dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     task: str,
     feature_words: Iterable[str],
@@ -178,7 +180,7 @@ class LanguageModelling:
     def __init__(
         self,
         reader: SlotReader,
-        dataset: Dataset,
+        dataset: datasets.Dataset,
         tokenizer: PreTrainedTokenizerBase,
         *,
         feature_words: Iterable[str] = (),

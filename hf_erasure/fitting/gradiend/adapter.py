@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_erasure.adapters import GradiendConfig, features_of, gradiend_layers, kept_share, stated_bytes, steer
 from hf_erasure.adapters.common.lookup import adapter_of
+from hf_erasure.models.model import Later
 from hf_erasure.models.slots import PairBatch, as_pair_batch
 
 from .gradients import Encode, reading_the_base
@@ -16,6 +17,8 @@ from .pairs import Pair
 
 if TYPE_CHECKING:
     import pandas as pd
+else:
+    pd = Later("pandas")
 
 
 class GradiendAdapter:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_erasure.adapters import features_of
 from hf_erasure.gradiend import FeatureDecoder
 from hf_erasure.gradiend.blocks import largest, total
+from hf_erasure.models.model import Later
 
 from ..processes import Processes
 from .gradients import encode_all, reading_the_base
@@ -20,6 +21,8 @@ from .trainer import GradiendTrainer
 
 if TYPE_CHECKING:
     import pandas as pd
+else:
+    pd = Later("pandas")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import require_finite, sum_of_squares
 from hf_erasure.models.heads import Task
-from hf_erasure.models.model import evaluating
+from hf_erasure.models.model import Later, evaluating
 from hf_erasure.models.slots import Filled, PairBatch, SlotReader
 
 from ..processes import Processes
@@ -29,6 +29,8 @@ from .pairs import Pair, Signed
 
 if TYPE_CHECKING:
     import pandas as pd
+else:
+    pd = Later("pandas")
 
 Blocks = dict[str, Tensor]
 

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_erasure.models.model import Later
 from hf_erasure.models.slots import EncodedRow, Layout, PairBatch, Slot, collate, longest_input
 from hf_erasure.models.word_tokens import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
 
 from ..dataloader import origin_of
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import datasets
+else:
+    datasets = Later("datasets")
 
 Pair = tuple[str, str]
 # A batch of one class of a pair, +1 for the first of the two and -1 for the other; 0 for neutral texts.
@@ -46,7 +49,7 @@ class PairSet:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: datasets.Dataset,
         tokenizer: PreTrainedTokenizerBase,
         task: str,
         classes: Sequence[str],
@@ -147,7 +150,7 @@ class PairSet:
 
 
 def usable_rows(
-    dataset: Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
+    dataset: datasets.Dataset, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None
 ) -> list[int]:
     """The rows that `PairSet` takes: their words are known and aligned, and the model takes texts of their length.
 
@@ -171,7 +174,7 @@ def usable_rows(
 
 
 def pair_batches(
-    dataset: Dataset,
+    dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     task: str,
     classes: Sequence[str],
@@ -203,7 +206,7 @@ def _fault(row: int, text: Any, what: str) -> PairError:
     return PairError(f"row {row} ({shortened(str(text))}): {what}")
 
 
-def _read(dataset: Dataset, classes: list[str]) -> list[_Pair]:
+def _read(dataset: datasets.Dataset, classes: list[str]) -> list[_Pair]:
     if len(classes) < 2 or len(set(classes)) != len(classes):
         raise PairError(f"classes must name two classes or more, each once; got {classes}")
     columns = ["text", "factual", "counterfactual", "label"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import edited
+from hf_erasure.models.model import Later
 from hf_erasure.models.slots import SlotReader
 from hf_erasure.models.word_tokens import PairError, word_tokens
 
@@ -26,6 +27,8 @@ from .pairs import PairSet, Reading
 
 if TYPE_CHECKING:
     import pandas as pd
+else:
+    pd = Later("pandas")
 
 # ---- goals ----------------------------------------------------------------------------------------------------------
 

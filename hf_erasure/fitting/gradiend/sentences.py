@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hf_erasure.models.model import Later
 from hf_erasure.models.word_tokens import SLOT, PairError, is_unspaced, shortened
 
 from ..counterparts import Counterparts, CounterpartWords
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import datasets
+else:
+    datasets = Later("datasets")
 
 FILLER = "{name}"
 PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
@@ -19,7 +22,7 @@ PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_la
 
 def pairs_from_sentences(
     sentences: Iterable[str], counterparts: Counterparts, classes: Sequence[str], *, single: bool = False
-) -> Dataset:
+) -> datasets.Dataset:
     """Make counterfactual pairs from plain sentences and a table of counterpart words.
 
     Every occurrence of a word of the table becomes one row, or ``k - 1`` rows for ``k`` classes. Words are found and
@@ -83,7 +86,7 @@ def pairs_from_sentences(
     return _as_dataset(rows)
 
 
-def _as_dataset(rows: Iterable[tuple[str, ...]]) -> Dataset:
+def _as_dataset(rows: Iterable[tuple[str, ...]]) -> datasets.Dataset:
     from datasets import Dataset
 
     return Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
@@ -94,7 +97,7 @@ def pairs_from_templates(
     fillers: Mapping[str, Sequence[str]],
     words: Mapping[str, Sequence[str]],
     classes: Sequence[str],
-) -> Dataset:
+) -> datasets.Dataset:
     """Fill every template with every filler, and pair the word of its class with that of every other class.
 
     Args:

@@ -25,7 +25,7 @@ from hf_erasure.adapters.gradiend.model import LEAST_KEPT
 from hf_erasure.adapters.loading.fingerprint import active_beside
 from hf_erasure.fitting.report import in_words
 from hf_erasure.models.heads import check_next_word, task_of
-from hf_erasure.models.model import bare_model
+from hf_erasure.models.model import Later, bare_model
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
 from hf_erasure.models.slots import SlotReader
 
@@ -48,8 +48,10 @@ from .selection import (
 from .training import GradiendTrainingArguments, Training
 
 if TYPE_CHECKING:
+    import datasets
     import pandas as pd
-    from datasets import Dataset
+else:
+    datasets, pd = Later("datasets"), Later("pandas")
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -79,9 +81,9 @@ class GradiendTrainer:
         self,
         model: nn.Module,
         args: GradiendTrainingArguments | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        neutral_dataset: Dataset | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        neutral_dataset: datasets.Dataset | None = None,
         processing_class: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         *,
@@ -192,8 +194,8 @@ class GradiendTrainer:
     @outside_inference_mode()
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        neutral_dataset: Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        neutral_dataset: datasets.Dataset | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """How well the feature neuron reads pairs it was not trained on.
@@ -227,7 +229,9 @@ class GradiendTrainer:
         return results
 
     @outside_inference_mode()
-    def encode(self, dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> list[EncodedValues]:
+    def encode(
+        self, dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None
+    ) -> list[EncodedValues]:
         """The feature neuron's value for every pair and every neutral text, one `EncodedValues` a pair of classes."""
         neutral = self.neutral_dataset if neutral_dataset is None else neutral_dataset
         pairs, source, encoders, batches = self.pairs_to_read(dataset), self.config.source, self.encoders(), []
@@ -253,7 +257,7 @@ class GradiendTrainer:
             return {fitted.pair: fitted.feature.encoder.encode for fitted in self.fitted}
         return GradiendAdapter.of(self.model, self.adapter_name).encoders()
 
-    def pairs_to_read(self, dataset: Dataset | None = None) -> PairSet:
+    def pairs_to_read(self, dataset: datasets.Dataset | None = None) -> PairSet:
         """A data set, or the first of those to evaluate on; a `ValueError` where there is none."""
         dataset = dataset if dataset is not None else next(iter(self._eval_sets().values()), None)
         if dataset is None:
@@ -291,8 +295,8 @@ class GradiendTrainer:
         budget: float = 0.02,
         feature_factors: Sequence[float] = FEATURE_FACTORS,
         learning_rates: Sequence[float] = LEARNING_RATES,
-        eval_dataset: Dataset | None = None,
-        neutral_dataset: Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        neutral_dataset: datasets.Dataset | None = None,
     ) -> Selection:
         """Find the edit that serves `goal` best, and steer the adapter to it.
 
@@ -343,7 +347,7 @@ class GradiendTrainer:
         self.config.provenance["selection"] = selection.to_dict() | {"kept_share": kept, "measured_on": measured_on}
         return selection
 
-    def _figures_on(self, dataset: Dataset) -> str:
+    def _figures_on(self, dataset: datasets.Dataset) -> str:
         """What figures on a data set of pairs are on, in words; warns where it has rows that were learned from."""
         measured, learned = (
             [] if rows is None else list(zip(rows["text"], rows["factual"], rows["counterfactual"], strict=True))
@@ -359,7 +363,9 @@ class GradiendTrainer:
             )
         return in_words(len(dataset), fitted)
 
-    def scorer(self, eval_dataset: Dataset | None = None, neutral_dataset: Dataset | None = None) -> Scorer:
+    def scorer(
+        self, eval_dataset: datasets.Dataset | None = None, neutral_dataset: datasets.Dataset | None = None
+    ) -> Scorer:
         """What `select` scores an edit with: class probabilities at the slots, and language modelling."""
         dataset = eval_dataset if eval_dataset is not None else next(iter(self._eval_sets().values()), None)
         neutral = neutral_dataset if neutral_dataset is not None else self.neutral_dataset
@@ -394,7 +400,7 @@ class GradiendTrainer:
         sets = [self._pair_set(d) for d in (self.train_dataset, *self._eval_sets().values()) if d is not None]
         return {name: list(dict.fromkeys(w for s in sets for w in s.words[i])) for i, name in enumerate(self.classes)}
 
-    def _pair_set(self, dataset: Dataset) -> PairSet:
+    def _pair_set(self, dataset: datasets.Dataset) -> PairSet:
         """Checked and tokenised once; it keeps the data set, whose id so stays its own."""
         _require_dataset("The data set of pairs", dataset)
         if id(dataset) not in self._tokenised:
@@ -402,7 +408,9 @@ class GradiendTrainer:
             self._tokenised[id(dataset)] = PairSet(dataset, self.processing_class, self.task, self.classes, config)
         return self._tokenised[id(dataset)]
 
-    def _eval_sets(self, given: Dataset | dict[str, Dataset] | None = None) -> dict[str, Dataset]:
+    def _eval_sets(
+        self, given: datasets.Dataset | dict[str, datasets.Dataset] | None = None
+    ) -> dict[str, datasets.Dataset]:
         """The sets to evaluate on by name, in the place of the trainer's where they are given; "" for a single one."""
         sets = self.eval_dataset if given is None else given
         return sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
