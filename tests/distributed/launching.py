@@ -20,13 +20,14 @@ def launch(processes: int, module: str, *words: str, folder: Path) -> tuple[int,
     """Run `torchrun --nproc_per_node N -m module words`; the exit status and all it printed.
 
     It is torchrun's own launcher, with its own rendezvous and its own environment of each process. The processes are
-    forked from it and not started afresh, so that torch is imported once; the package is imported in each.
+    forked from it and not started afresh, so that torch and transformers are imported once; PEFT and the package are
+    imported in each.
     """
     # ACCELERATE_USE_CPU is not set: whoever starts torchrun on a machine without GPU does not know of it.
     known = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     command = ["--standalone", "--nproc_per_node", str(processes), "-m", module, *words]
     known |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ended = prepared.run(_launcher, command, folder=folder, kind=prepared.LIBRARIES, environment=known)
+    ended = prepared.run(_launcher, command, folder=folder, kind=prepared.TRANSFORMERS, environment=known)
     return ended.returncode, ended.stdout + ended.stderr
 
 

@@ -24,37 +24,58 @@ def alone() -> dict[fits.Fit, tuple[dict[str, Tensor], int]]:
     return {}
 
 
-@pytest.fixture(scope="module", params=fits.SHARES)
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two processes wrote all fits."""
-    folder = tmp_path_factory.mktemp("fits")
-    status, printed = run_together(2, fits.main, folder, request.param, folder=folder)
-    assert status == 0, printed
-    return folder
+@pytest.fixture(scope="module")
+def ran() -> dict[tuple[str, tuple[int, ...]], Path]:
+    """Where two processes wrote the fits of some numbers, with one way of sharing."""
+    return {}
 
 
-@pytest.mark.parametrize("number", range(len(fits.FITS)), ids=[str(fit) for fit in fits.FITS])
+@pytest.fixture
+def together(
+    shares: str,
+    numbers: tuple[int, ...],
+    ran: dict[tuple[str, tuple[int, ...]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder in which two processes wrote these fits: the same for all tests of one way of sharing."""
+    if (shares, numbers) not in ran:
+        folder = tmp_path_factory.mktemp("fits")
+        status, printed = run_together(2, fits.main, folder, shares, numbers, folder=folder)
+        assert status == 0, printed
+        ran[shares, numbers] = folder
+    return ran[shares, numbers]
+
+
+CELLS = [
+    pytest.param(shares, numbers, number, id=f"{shares}-{fits.FITS[number]}", marks=marks)
+    for done, marks in ((fits.DONE, ()), (fits.LEFT, pytest.mark.slow))
+    for shares, numbers in done.items()
+    for number in numbers
+]
+
+
+@pytest.mark.parametrize(("shares", "numbers", "number"), CELLS)
 def test_two_processes_end_as_one(
+    shares: str,
     number: int,
     together: Path,
     alone: dict[fits.Fit, tuple[dict[str, Tensor], int]],
     matrix: Callable[[str, str, str, str], None],
-    request: pytest.FixtureRequest,
 ) -> None:
     fit = fits.FITS[number]
     if fit not in alone:
         model, report = fits.fitted(fit)
         alone[fit] = fits.erasers(model), report.examples
     expected, examples = alone[fit]
-    shares = [read(together / f"{number}-{rank}") for rank in (0, 1)]
-    assert [facts["world"] for _, facts in shares] == ["2", "2"]
-    assert [int(facts["examples"]) for _, facts in shares] == [examples, examples]
-    (first, _), (second, _) = shares
+    written = [read(together / f"{number}-{rank}") for rank in (0, 1)]
+    assert [facts["world"] for _, facts in written] == ["2", "2"]
+    assert [int(facts["examples"]) for _, facts in written] == [examples, examples]
+    (first, _), (second, _) = written
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"the processes differ in {name}"
     for name, value in expected.items():
         assert float((first[name] - value).abs().max()) <= TOLERANCE * float(value.abs().max()), name
-    four, one = fits.SHARES[request.node.callspec.params["together"]]
+    four, one = fits.SHARES[shares]
     matrix("Fitting on two processes", str(fit), f"{four} + {one} batches", "same")
 
 

@@ -47,7 +47,7 @@ class Page:
     substitutes: dict[str, mock.Mock] = field(default_factory=dict)
     undone: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def substitute(self, name: str, function: Callable[[], Any]) -> None:
+    def substitute(self, name: str, function: Callable[..., Any]) -> None:
         """Let a function stand under a name, as in `package.module.name`, until the page has been run."""
         self.substitutes[name] = self.undone.enter_context(mock.patch(name, side_effect=function))
 

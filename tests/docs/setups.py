@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ import peft
 import torch
 import transformers as hf
 from datasets import Dataset
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +38,7 @@ from hf_erasure import (
 from hf_erasure.adapters import steer
 from hf_erasure.fitting.gradiend import pairs_from_templates
 from hf_erasure.recipes.occupations import occupation_sentences
+from tests import prepared
 from tests.small_models import roughen
 
 if TYPE_CHECKING:
@@ -50,6 +53,20 @@ def setup(function: Callable[[Page], None]) -> Callable[[Page], None]:
     """Let pages name this function."""
     SETUPS[function.__name__] = function
     return function
+
+
+def once_a_run(make: Callable[[], Path]) -> Callable[[], Path]:
+    """A function that returns the same folder in all workers of a test run; the first that wants it makes it."""
+
+    @functools.cache
+    def made() -> Path:
+        place = Path(tempfile.gettempdir(), f"hf-erasure-docs-{prepared.RUN}-{make.__name__}")
+        with FileLock(f"{place}.lock"):
+            if not place.is_file():
+                place.write_text(str(make()))
+        return Path(place.read_text())
+
+    return made
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -85,9 +102,9 @@ def _demo() -> Any:
     return module
 
 
-@functools.cache
+@once_a_run
 def _bert() -> Path:
-    """A masked language model that knows which pronoun goes with which name; trained in seconds, once a process."""
+    """A masked language model that knows which pronoun goes with which name; trained in seconds."""
     demo, folder = _demo(), Path(tempfile.mkdtemp(prefix="hf-erasure-docs-"))
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                "mask_token": "[MASK]"}  # fmt: skip
@@ -132,9 +149,9 @@ def _random_llama(page: Page, name: str) -> None:
     tokenizer.save_pretrained(page.folder / name)
 
 
-@functools.cache
+@once_a_run
 def _gpt() -> Path:
-    """A causal language model of the same sentences; trained in seconds, once a process."""
+    """A causal language model of the same sentences; trained in seconds."""
     demo, folder, steps, rows = _demo(), Path(tempfile.mkdtemp(prefix="hf-erasure-docs-")), 150, 64
     texts = demo.sentences(steps * rows, seed=1)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
@@ -292,7 +309,7 @@ def fine_tuning_mlm(page: Page) -> None:
     }
 
 
-@functools.cache
+@once_a_run
 def _gender() -> Path:
     """A feature of the small BERT, with its encoder, that stays on beside other adapters."""
     folder = Path(tempfile.mkdtemp(prefix="hf-erasure-docs-"))
@@ -316,7 +333,7 @@ def _gender() -> Path:
     return folder / "gender"
 
 
-@functools.cache
+@once_a_run
 def _classifier() -> Path:
     """Tells law from health, and has learned that the one is men's and the other women's; with an erasure of that."""
     folder, fields = Path(tempfile.mkdtemp(prefix="hf-erasure-docs-")), ["health", "law"]
@@ -357,6 +374,17 @@ def gender_feature(page: Page) -> None:
         small_bert(page)
     if not (page.folder / "gender").exists():
         shutil.copytree(_gender(), page.folder / "gender")
+
+
+@setup
+def forked_pythons(page: Page) -> None:
+    """`python -c PROGRAM` in a process that has imported transformers, and neither PEFT nor this package."""
+
+    def run(words: list[str], **_: Any) -> prepared.Ended:
+        assert words[:2] == [sys.executable, "-c"] and len(words) == 3
+        return prepared.run(prepared.run_code, words[2], folder=Path.cwd(), kind=prepared.TRANSFORMERS)
+
+    page.substitute("subprocess.run", run)
 
 
 # ---- the README, whose blocks leave out what is around them ----------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import random
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from hf_erasure.evaluation.results import Results
 from tests.adapters.gradiend.lifecycle import feature_of
 
 PAIR = ("female", "male")
+# Of a text in the small data: a masked model is asked for each of its words, in a forward pass of the whole text.
+_CHARACTERS = 60
 
 
 def erasure_folder(assets: Path, folder: Path, pool: str = "mean") -> Path:
@@ -47,11 +50,31 @@ def gradiend_folder(assets: Path, folder: Path, rate: float = 0.02) -> Path:
 
 
 def small_data(assets: Path, folder: Path, parts: tuple[str, ...]) -> Path:
-    """A data folder that has only some parts."""
+    """A data folder that has only some parts, of which biographies and stories are cut short."""
     folder.mkdir()
     for part in parts:
-        (folder / part).symlink_to(assets / "data" / part)
+        source = assets / "data" / part
+        if part == "bias-in-bios":
+            (folder / part).mkdir()
+            for path in source.glob("*.csv"):
+                _cut_biographies(path, folder / part / path.name)
+        elif part == "tinystories-sample":
+            (folder / part).mkdir()
+            lines = (source / "tinystories.txt").read_text(encoding="utf-8").splitlines()
+            short = "\n".join(line[:_CHARACTERS] for line in lines)
+            (folder / part / "tinystories.txt").write_text(short, encoding="utf-8")
+        else:
+            (folder / part).symlink_to(source)
     return folder
+
+
+def _cut_biographies(source: Path, target: Path) -> None:
+    with source.open(encoding="utf-8", newline="") as read, target.open("w", encoding="utf-8", newline="") as written:
+        rows = csv.DictReader(read)
+        writer = csv.DictWriter(written, list(rows.fieldnames or ()))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row | {"hard_text": row["hard_text"][:_CHARACTERS]})
 
 
 def run(*arguments: object) -> Result:

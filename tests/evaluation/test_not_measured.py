@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_more_items_are_not_advised_where_a_file_is_at_fault(story: str, assets:
 def test_a_bad_row_is_named_in_the_results_and_where_they_are_printed(
     story: str, few: Path, assets: Path, tmp_path: Path
 ) -> None:
-    (few / "bias-in-bios").unlink()
+    shutil.rmtree(few / "bias-in-bios")
     (few / "bias-in-bios").mkdir()
     lines = (assets / "data/bias-in-bios/Nurse_balanced_200.csv").read_bytes().splitlines(keepends=True)
     lines = [lines[0], *lines[1:20], *lines[-20:]]
