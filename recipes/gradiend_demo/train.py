@@ -41,6 +41,10 @@ NEUTRAL = [
     "the {place} was near the {place2} .",
 ]
 STEPS, ROWS = 300, 64
+SIZES = {
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128,
+    "max_position_embeddings": 24,
+}  # fmt: skip
 
 
 def sentences(count: int, seed: int, neutral_share: float = 0.15) -> list[str]:
@@ -88,9 +92,8 @@ def train(folder: Path) -> float:
     tokenizer = make_tokenizer()
     model = BertForMaskedLM(
         BertConfig(
-            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
-            intermediate_size=128, max_position_embeddings=24, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, initializer_range=0.1,
+            **SIZES, vocab_size=len(tokenizer), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            initializer_range=0.1,
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

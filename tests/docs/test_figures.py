@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
+
+from hf_erasure.cli.recipes import _rendered
+from hf_erasure.recipes.erasure import load_data, read_recipe
+from hf_erasure.recipes.run import table_of
+from recipes.gradiend_demo import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
@@ -71,6 +78,41 @@ def test_gradiend_beside_the_paper(model: str, fit: str) -> None:
     assert table_row(PAPERS, model, fit) == row("gradiend_gender", model, fit)[:2]
 
 
+def results_of(recipe: str) -> dict[str, Any]:
+    """What a recipe has written."""
+    found: dict[str, Any] = json.loads((RECIPES / recipe / "results.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "of", "index"),
+    [
+        ("minilm-gender", None, "layer"),
+        ("gradiend_demo", "encoding", "encoder"),
+        ("gradiend_demo", "edits", "edit for"),
+    ],
+)
+def test_what_the_demo_prints_as_the_tour_has_it(recipe: str, of: str | None, index: str) -> None:
+    found = results_of(recipe) if of is None else results_of(recipe)[of]
+    printed = "\n".join(line.rstrip() for line in _rendered(table_of(found, index)).splitlines())
+    assert f"\n{printed}\n" in (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+
+
+def test_what_the_tour_says_of_the_demo() -> None:
+    text = " ".join((ROOT / "docs" / "tour.md").read_text(encoding="utf-8").split())
+    found = results_of("minilm-gender")["last_hidden_state"]
+    refitted, control, by_group = (
+        percent(found[f"gender {what}"]) for what in ("refitted", "control", "refitted by group")
+    )
+    assert f"reads gender from {refitted} of other embeddings" in text
+    assert f"is read in {control} (*control*)" in text and f"the probe reads {by_group} (*by group*)" in text
+    recipe = read_recipe(RECIPES / "minilm-gender" / "recipe.yaml")
+    rows = load_data(recipe.data)[recipe.data.test]
+    assert f"fits on {recipe.data.fit_rows:,} sentences" in text and f"measures on {len(rows):,} others" in text
+    model = BertForMaskedLM(BertConfig(**train.SIZES, vocab_size=len(train.make_tokenizer())))
+    assert f"a masked language model of {model.num_parameters():,} weights" in text
+
+
 def said(job: str) -> str:
     """What the page on what it is for says under a heading, in one line."""
     text = (ROOT / "docs" / "what-for.md").read_text(encoding="utf-8")
@@ -83,7 +125,7 @@ def percent(figure: str | float) -> str:
 
 
 def test_embeddings_that_do_not_tell_a_group() -> None:
-    found = json.loads((RECIPES / "minilm-gender" / "results.json").read_text(encoding="utf-8"))["last_hidden_state"]
+    found = results_of("minilm-gender")["last_hidden_state"]
     gender, field = ([percent(found[f"{name} {when}"]) for when in ("before", "after")] for name in ("gender", "field"))
     text = said("Embeddings that do not tell a group")
     assert (
