@@ -462,7 +462,7 @@ def test_erasers_are_the_same_to_the_bit_for_any_number_of_resident_batches(name
     for resident in (None, 1, 2):
         model = with_adapter(copy.deepcopy(small_model(name)))
         with mode():
-            fit(model, small_batches(name, 5), resident_batches=resident)
+            fit(model, small_batches(name, 3), resident_batches=resident)
         fitted.append(parts(model))
     for other in fitted[1:]:
         for site, held in fitted[0].items():
