@@ -39,7 +39,8 @@ def test_a_short_run_writes_tables_and_figure(settings: study.Settings, tmp_path
     overrides = [
         f"output={tmp_path}", f"model={settings.model}", f"stories={settings.stories}", "skews=[all he]", "seeds=[0,1]",
         "steps=16", "batch_size=8", "choice_stories=6", "test_stories=6", "feature_factors=[-1]",
-        "learning_rates=[1.0e-3]", "difference_rates=[1.0]", "budget=1.0", f"feature_sentences={json.dumps(settings.feature_sentences[:2])}",
+        "learning_rates=[1.0e-3]", "difference_rates=[1.0]", "budget=1.0",
+        f"feature_sentences={json.dumps(settings.feature_sentences[:2])}",
     ]  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*6 neutral texts")
