@@ -12,11 +12,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 import hf_erasure
+from hf_erasure import ConceptErasureConfig
 from hf_erasure.cli import app
-from hf_erasure.recipes.erasure import load_data, read_recipe
+from hf_erasure.recipes.erasure import embedded_model, load_data, read_recipe
 from hf_erasure.recipes.from_data import FromData, erasure_recipe
 from hf_erasure.recipes.occupations import occupation_sentences
 from hf_erasure.recipes.run import load_source
@@ -276,6 +278,15 @@ def test_info_says_what_an_adapter_is(fitted: tuple[Path, str], model: Path) -> 
     for part in ("gender", "female / male", "leace at the output of", "pool:     mean", "last_hidden_state", "merges:"):
         assert part in said
     assert "not tried" not in said and "not tried" in run("info", fitted[0])[1]
+
+
+def test_the_model_of_the_demo_is_called_embedded_everywhere(tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(embedded_model())
+    model.add_adapter(ConceptErasureConfig(concept="gender", labels=["female", "male"]), adapter_name="empty")
+    model.save_pretrained(tmp_path)
+    code, said, errors = run("verify", "embedded", tmp_path)
+    assert code == 1 and "fitted" in said, errors
+    assert run("info", tmp_path, "--model", "embedded")[0] == 0
 
 
 def test_verify_and_list(fitted: tuple[Path, str], model: Path, tmp_path: Path) -> None:

@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     from hf_erasure import hub
     from hf_erasure.adapters.merging import export
     from hf_erasure.fitting import combine
+    from hf_erasure.recipes import erasure
 else:
     hub, export, combine = later("hub", "adapters.merging.export", "fitting.combine")
+    (erasure,) = later("recipes.erasure")
 
-Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.")]
+
+def in_place(model: str | None) -> str | None:
+    """A model as it is given; `embedded`, as in a recipe, is the folder of the encoder of the extra `demo`."""
+    return erasure.embedded_model() if model == "embedded" else model
+
+
+Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the Hub.", callback=in_place)]
 Adapter = Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.", exists=True, file_okay=False)]
 BaseModel = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters import Adapter, Model
+from .adapters import Adapter, Model, in_place
 from .app import app, later
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ _DEPTH = 4
 def info(
     adapter: Adapter,
     model: Annotated[
-        str | None, typer.Option(help="The base model: it is loaded, and whether the adapter merges into it is tried.")
+        str | None,
+        typer.Option(
+            help="The base model: it is loaded, and whether the adapter merges into it is tried.", callback=in_place
+        ),
     ] = None,
 ) -> None:
     """Say what an adapter is: kind, concept, base, where it acts, what was measured, and whether it merges.
