@@ -22,6 +22,7 @@ from hf_erasure.recipes.erasure import embedded_model, load_data, read_recipe
 from hf_erasure.recipes.from_data import FromData, erasure_recipe
 from hf_erasure.recipes.occupations import occupation_sentences
 from hf_erasure.recipes.run import load_source
+from tests import prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,8 +99,14 @@ def test_help_takes_a_second_at_most() -> None:
 
 
 def test_a_command_that_was_started_without_the_package_works_with_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hf_erasure_command", "info", str(tmp_path / "nothing")]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    # In a process that knows transformers, and neither PEFT nor this package.
+    code = (
+        "import runpy, sys\nassert 'peft' not in sys.modules and 'hf_erasure' not in sys.modules\n"
+        f"sys.argv = ['hf-erasure', 'info', {str(tmp_path / 'nothing')!r}]\n"
+        "runpy.run_module('hf_erasure_command', run_name='__main__', alter_sys=True)"
+    )
+    printed = tmp_path / "out", tmp_path / "err"
+    ended = prepared.run(prepared.run_code, code, folder=ROOT, kind=prepared.TRANSFORMERS, printed=printed)
     assert ended.returncode == 2
     assert "Error: " in ended.stderr and "Traceback" not in ended.stderr
 
