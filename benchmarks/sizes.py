@@ -14,6 +14,7 @@ models, for a look at the script itself.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import itertools
 import json
@@ -36,6 +37,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
+from hf_erasure.fitting.batch_threads import Record
 from hf_erasure.fitting.gradiend import GradientReader, PairBatch
 from hf_erasure.gradiend import ClosedFormEstimator
 
@@ -53,29 +55,29 @@ LINEAR = 0.15  # by how much the time of a batch may differ
 # Class of the model, class of its configuration, arguments, dtype; rows and tokens of a batch.
 _TEXT = {"use_cache": False}
 MODELS: dict[str, tuple[str, str, dict[str, Any], torch.dtype, tuple[int, int]]] = {
-    "bert-base": ("BertForMaskedLM", "BertConfig", {}, torch.float32, (4, 128)),
+    "bert-base": ("BertForMaskedLM", "BertConfig", {}, torch.float32, (16, 128)),
     "bert-large": (
         "BertForMaskedLM", "BertConfig",
         {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
-        torch.float32, (2, 128),
+        torch.float32, (8, 128),
     ),
     "gpt2-medium": (
-        "GPT2LMHeadModel", "GPT2Config", {"n_embd": 1024, "n_layer": 24, "n_head": 16, **_TEXT}, torch.float32, (2, 128)
+        "GPT2LMHeadModel", "GPT2Config", {"n_embd": 1024, "n_layer": 24, "n_head": 16, **_TEXT}, torch.float32, (8, 128)
     ),
     "llama-1b": (
         "LlamaForCausalLM", "LlamaConfig",
         {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
          "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True, **_TEXT},
-        torch.bfloat16, (2, 64),
+        torch.bfloat16, (8, 64),
     ),
     "qwen3-moe-small": (
         "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
         {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,
          "head_dim": 64, "intermediate_size": 2048, "moe_intermediate_size": 512, "num_experts": 16,
          "num_experts_per_tok": 4, "vocab_size": 32000, **_TEXT},
-        torch.float32, (2, 128),
+        torch.float32, (8, 128),
     ),
-    "vit-base": ("ViTForImageClassification", "ViTConfig", {}, torch.float32, (2, 0)),
+    "vit-base": ("ViTForImageClassification", "ViTConfig", {}, torch.float32, (8, 0)),
 }  # fmt: skip
 SMALL = {
     "hidden_size": 64, "n_embd": 64, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4,
@@ -127,6 +129,7 @@ def held(field: str) -> float:
 def measured(step: Callable[[], object]) -> tuple[float, float]:
     """Processor time of a step, and its peak memory in MB above what was held before."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not there to be used again
     Path("/proc/self/clear_refs").write_text("5")  # sets the mark of the peak back
     before, start = held("VmRSS"), time.process_time()
     step()
@@ -140,7 +143,11 @@ def packed(width: int) -> float:
 
 
 def expected(step: str, widths: list[int], plain: float, state: float, count: int) -> float | None:
-    """MB above the model by the formulas of docs/speed.md, where there is one."""
+    """MB above the model by the formulas of docs/speed.md, where there is one; `state` is what a batch holds at a stop.
+
+    That is what the frames of a pass keep alive, which is of the architecture: as much as lies on disk of a batch that
+    is not resident.
+    """
     largest = max(widths, default=0)
     # An update, or a solve: packed float32 products and centred rows, or one float64 matrix beside the sums.
     working = 2 * packed(largest) + 8 * largest**2 / 2**20
@@ -148,7 +155,7 @@ def expected(step: str, widths: list[int], plain: float, state: float, count: in
         return plain + min(sum(map(packed, widths)), 2048 + packed(largest)) + working
     if step.startswith("sequential"):
         resident = count if step == "sequential" else int(step.split()[-1])
-        return plain + resident * state + packed(largest) + working
+        return plain + (resident - 1) * state + packed(largest) + working
     return None
 
 
@@ -173,6 +180,15 @@ def run_model(name: str, count: int, *, quick: bool) -> None:
     say("plain", last, own, weights=weights, bytes=sum(p.numel() * p.element_size() for p in model.parameters()))
     config_ = ConceptErasureConfig(labels=["a", "b"])
 
+    waiting, write = 0.0, Record.write
+
+    def noted(record: Record) -> None:
+        nonlocal waiting
+        write(record)
+        waiting = max(waiting, record._path.stat().st_size / 2**20)
+
+    Record.write = noted  # type: ignore[method-assign]
+
     def timed(step: str, run: Callable[[], object]) -> None:
         nonlocal last
         try:
@@ -182,11 +198,7 @@ def run_model(name: str, count: int, *, quick: bool) -> None:
             return
         after, _ = measured(plain)
         widths = [layer.eraser_state("gender")[0].shape[0] for layer in erasure_layers(model).values()]
-        first = next(iter(batches[0].values()))
-        tokens = (224 // 16) ** 2 + 1 if not MODELS[name][4][1] else first.shape[1]
-        # A block's hidden states wait beside its own input: the residual, and what was computed from it.
-        state = 4 * len(first) * tokens * max(widths, default=0) * 3 / 2**20
-        say(step, 2 * seconds / (last + after), memory, expected=expected(step, widths, own, state, count))
+        say(step, 2 * seconds / (last + after), memory, expected=expected(step, widths, own, waiting, count))
         last = after
 
     def fit(**options: Any) -> None:
@@ -194,8 +206,8 @@ def run_model(name: str, count: int, *, quick: bool) -> None:
 
     timed("add", lambda: model.add_adapter(config_, adapter_name="gender"))
     timed("one pass", lambda: fit(sequential=False))
-    timed("sequential", fit)
     timed("sequential, resident 1", lambda: fit(resident_batches=1))
+    timed("sequential", fit)
     with tempfile.TemporaryDirectory() as folder:
         timed("save", lambda: model.save_pretrained(folder))
         files = sum(path.stat().st_size for path in Path(folder).glob("adapter_model*"))

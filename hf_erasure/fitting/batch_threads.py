@@ -122,6 +122,8 @@ class BatchThread:
             self._stopped.acquire()
             if self._error is not None:
                 raise self._error
+            if self.hidden is not None and self.hidden.device.type == "cpu":
+                _give_back()
             if self._finished and self._waiting is not None:
                 self._waiting.present.remove(self)
                 self._end()
@@ -162,11 +164,7 @@ class BatchThread:
             self._thread.join()
         if self._record is not None and self._waiting is not None and self._record.outlived():
             self._waiting.give_up("the model keeps tensors of a forward pass")
-        # The allocator of glibc keeps an arena for every thread, and what was freed there serves no other: unless it
-        # is handed back to the system, batches that wait elsewhere save next to nothing.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-        if trim is not None:
-            trim(0)
+        _give_back()
 
     def abandon(self) -> None:
         """End the forward pass where it stands, and its thread."""
@@ -174,6 +172,17 @@ class BatchThread:
             self._abandoned = True
             self._go.release()
             self._thread.join()
+
+
+def _give_back() -> None:
+    """Give free memory back to the system.
+
+    The allocator of glibc keeps an arena for every thread, and what was freed there serves no other: a batch that waits
+    would hold as much as its pass took at most, several times what it needs.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
