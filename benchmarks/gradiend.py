@@ -49,6 +49,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 LR = 1e-4
 SIZES = [(4, 256, 8192), (6, 512, 8192), (4, 256, 30522)]  # layers, width, words; 30522 are BERT's own
+BASE = (12, 768, 30522)  # as BERT-base; for memory alone
 BATCHES = [(8, 32), (8, 16), (32, 32)]  # rows, tokens; 8 and 32 rows are the defaults of the two packages
 FLOOR = 26  # n-vectors that a step in float32 reads and writes when everything is fused
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -610,7 +611,7 @@ def report(parts: Sequence[str], quick: bool, threads: int) -> None:
     if "memory" in parts:
         print("\nPeak memory above the loaded model, in n-vectors of float32; activations: of forward and backward")
         print("passes whose gradients are dropped block by block.")
-        for size in SIZES[:2]:
+        for size in (*SIZES[:2], *(() if quick else (BASE,))):
             report_memory(size, BATCHES[1], threads)
     if "fit" in parts:
         report_end_to_end(5 if quick else PATIENCE, 10)

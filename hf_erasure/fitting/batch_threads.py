@@ -47,6 +47,8 @@ Forward = Callable[[], Callable[[], Any]]
 MOST_THREADS = 256
 # Whole numbers and truth values decide where Python goes on; of so many at most the values are written, read or not.
 _FEW = 1 << 13
+# Bytes of an activation from which a pass is worth giving memory back at each stop: that takes some milliseconds.
+_LARGE = 1 << 20
 # Operations that give a tensor another storage, or a storage another size.
 _MOVING = {"aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_"}
 
@@ -122,7 +124,7 @@ class BatchThread:
             self._stopped.acquire()
             if self._error is not None:
                 raise self._error
-            if self.hidden is not None and self.hidden.device.type == "cpu":
+            if self.hidden is not None and self.hidden.device.type == "cpu" and self.hidden.nbytes >= _LARGE:
                 _give_back()
             if self._finished and self._waiting is not None:
                 self._waiting.present.remove(self)
