@@ -254,9 +254,9 @@ def gradiend(name: str, *, quick: bool) -> None:
     reader = GradientReader(model, own)
     n = sum(p.numel() for p in own.values()) * 4 / 2**20  # MB of one float32 vector
     for low in (False, True):
-        estimator = ClosedFormEstimator(reader.shapes)
 
-        def fit(low: bool = low, estimator: Any = estimator) -> None:
+        def fit(low: bool = low) -> None:
+            estimator = ClosedFormEstimator(reader.shapes)
             for batch in pairs:
                 reader.accumulate(batch, "factual", estimator, 1 - 2 * int(batch.label or 0), low_memory=low)
             feature = estimator.feature(consume=True)
@@ -267,7 +267,6 @@ def gradiend(name: str, *, quick: bool) -> None:
                 reader.gradients(batch)
 
         seconds, memory = measured(fit)
-        del estimator
         plain, _ = measured(backward)
         step = "gradiend, low memory" if low else "gradiend"
         say = {"step": step, "seconds": seconds / plain, "memory": memory, "vectors": memory / n, "n": n * 2**20 / 4}
