@@ -21,7 +21,7 @@ HF_ERASURE_TEST_ASSETS ?= ../shared/assets
 override HF_ERASURE_TEST_ASSETS := $(abspath $(HF_ERASURE_TEST_ASSETS))
 export HF_ERASURE_TEST_ASSETS
 
-.PHONY: help demo demo-check test test-oldest test-newest test-processors matrix docs docs-tables notebooks release-check figures lint format bench clean
+.PHONY: help demo demo-check test test-oldest test-newest test-processors matrix docs docs-tables notebooks release-check figures lint format bench bench-device clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 \t\2/p' Makefile
@@ -149,6 +149,9 @@ format: $(VENV)/.test  ## let ruff rewrite what it can
 
 bench: $(VENV)/.bench  ## time the erasers against concept-erasure and the floor
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/erasers.py $(BENCH_ARGS)
+
+bench-device: $(VENV)/.test  ## run the benchmark for accelerators at small sizes: that it runs, and agrees with the CPU
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/device.py --small
 
 clean:  ## remove the environment, the caches and what the recipes wrote
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) out build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
