@@ -49,6 +49,8 @@ MOST_THREADS = 256
 _FEW = 1 << 13
 # Bytes of an activation from which a pass is worth giving memory back at each stop: that takes some milliseconds.
 _LARGE = 1 << 20
+# After so many threads of smaller ones have ended it is, too.
+_SMALL_ENDS = 16
 # Operations that give a tensor another storage, or a storage another size.
 _MOVING = {"aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_"}
 
@@ -76,7 +78,7 @@ class BatchThread:
         self._forward, self._modes, self._waiting = forward, modes, waiting
         self.passed: list[str] = []  # Where it stopped in threads that have ended: it does not wait there again.
         self._record = None if waiting is None else Record(waiting.folder / f"batch-{index}")
-        self._finished = self._abandoned = False
+        self._finished = self._abandoned = self._is_large = False
         self._error: BaseException | None = None
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread: threading.Thread | None = None
@@ -124,7 +126,9 @@ class BatchThread:
             self._stopped.acquire()
             if self._error is not None:
                 raise self._error
-            if self.hidden is not None and self.hidden.device.type == "cpu" and self.hidden.nbytes >= _LARGE:
+            if self.hidden is not None:
+                self._is_large = self.hidden.device.type == "cpu" and self.hidden.nbytes >= _LARGE
+            if self._is_large:
                 _give_back()
             if self._finished and self._waiting is not None:
                 self._waiting.present.remove(self)
@@ -166,7 +170,10 @@ class BatchThread:
             self._thread.join()
         if self._record is not None and self._waiting is not None and self._record.outlived():
             self._waiting.give_up("the model keeps tensors of a forward pass")
-        _give_back()
+        if self._waiting is not None:
+            self._waiting.ends += 1
+            if self._is_large or self._waiting.ends % _SMALL_ENDS == 0:
+                _give_back()
 
     def abandon(self) -> None:
         """End the forward pass where it stands, and its thread."""
@@ -226,6 +233,7 @@ class WaitingBatches:
         self._resident = resident
         self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))  # Where what is written goes.
         self.present: list[BatchThread] = []  # Those with a thread, the one that ran longest ago first.
+        self.ends = 0  # How many threads have ended.
         self.replays = True  # Whether passes are built again from what is written, or computed again.
 
     def make_room_for(self, thread: BatchThread) -> None:
@@ -269,6 +277,7 @@ class Record(TorchDispatchMode):
         self._storages: dict[int, StorageWeakRef] = {}
         self._count = 0
         self._empty: set[int] = set()  # The numbers of storages that were given again without their bytes.
+        self._on_disk: dict[int, int] = {}  # How many bytes of a storage lie on disk, one after the other.
         self._held: dict[int, Tensor] = {}  # Bytes of what was on an accelerator.
         self._plays = True
 
@@ -356,12 +365,16 @@ class Record(TorchDispatchMode):
 
     def _fill(self) -> None:
         """Give the storages their bytes back, now that the pass is where it was."""
-        held = self._held | torch.load(self._path, mmap=True, weights_only=True)
-        for number, content in held.items():
-            storage = self._storage(number)
-            if storage is not None:
+        for number, content in self._held.items():
+            if (storage := self._storage(number)) is not None:
                 _bytes_of(storage).copy_(content)
-            self._empty.discard(number)
+        with self._path.open("rb") as file:
+            for number, size in self._on_disk.items():
+                if (storage := self._storage(number)) is None:
+                    file.seek(size, os.SEEK_CUR)
+                else:
+                    file.readinto(_bytes_of(storage).numpy())
+        self._empty -= {*self._held, *self._on_disk}
         self._held = {}
 
     def write(self) -> None:
@@ -369,9 +382,11 @@ class Record(TorchDispatchMode):
         if not self._plays:
             return
         alive = {number: storage for number in self._storages if (storage := self._storage(number)) is not None}
-        on_disk = {number: _bytes_of(s) for number, s in alive.items() if s.device.type == "cpu"}
-        self._held = {number: _bytes_of(s).cpu() for number, s in alive.items() if number not in on_disk}
-        torch.save(on_disk, self._path)
+        self._on_disk = {number: s.nbytes() for number, s in alive.items() if s.device.type == "cpu"}
+        self._held = {number: _bytes_of(s).cpu() for number, s in alive.items() if number not in self._on_disk}
+        with self._path.open("wb") as file:
+            for number in self._on_disk:
+                file.write(_bytes_of(alive[number]).numpy())
         with self._path.with_suffix(".operations").open("wb") as file:
             pickle.dump((self._entries, self._count), file, pickle.HIGHEST_PROTOCOL)
         self._entries, self._position = [], 0
