@@ -422,6 +422,8 @@ class BatchesOnDisk(Sequence[BatchLabels]):
         self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
         # What batches share.
         self._kept: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
+        # The one that was read last: a thread that begins asks for what was looked at just before.
+        self._last: tuple[int, BatchLabels] | None = None
         for labels in batches:
             torch.save((labels.batch, labels._frames), self._path(len(self._kept)))
             self._kept.append((labels.source, labels._pool, labels._axes))
@@ -437,9 +439,11 @@ class BatchesOnDisk(Sequence[BatchLabels]):
             return [self[index] for index in range(len(self))[which]]
         if not 0 <= which < len(self):
             raise IndexError(which)
-        batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
-        source, pool, axes = self._kept[which]
-        return BatchLabels(batch, source, pool, axes, frames)
+        if self._last is None or self._last[0] != which:
+            batch, frames = torch.load(self._path(which), weights_only=False)  # a file of this process
+            source, pool, axes = self._kept[which]
+            self._last = which, BatchLabels(batch, source, pool, axes, frames)
+        return self._last[1]
 
 
 def length_of(batches: Any) -> int | None:
