@@ -373,7 +373,7 @@ class Record(TorchDispatchMode):
                 if (storage := self._storage(number)) is None:
                     file.seek(size, os.SEEK_CUR)
                 else:
-                    file.readinto(_bytes_of(storage).numpy())
+                    file.readinto(_bytes_of(storage).numpy().data)
         self._empty -= {*self._held, *self._on_disk}
         self._held = {}
 
@@ -386,7 +386,7 @@ class Record(TorchDispatchMode):
         self._held = {number: _bytes_of(s).cpu() for number, s in alive.items() if number not in self._on_disk}
         with self._path.open("wb") as file:
             for number in self._on_disk:
-                file.write(_bytes_of(alive[number]).numpy())
+                file.write(_bytes_of(alive[number]).numpy().data)
         with self._path.with_suffix(".operations").open("wb") as file:
             pickle.dump((self._entries, self._count), file, pickle.HIGHEST_PROTOCOL)
         self._entries, self._position = [], 0
