@@ -16,10 +16,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# What is imported stays, and looking through it for garbage again and again takes a fifth of the time.
+gc.disable()
+
 import pytest
 import torch
 
 from tests.matrix import PROPERTY, record
+from tests.prepared import OBJECTS
 
 torch.set_num_threads(1)
 # transformers asks for PEFT's release at each load of an adapter, and reads and parses a file each time: 5 ms.
@@ -107,6 +111,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Leave what was imported out of later garbage collections: torch and transformers are millions of objects."""
+    gc.enable()
+    gc.set_threshold(OBJECTS, 10, 10)
     gc.collect()
     gc.freeze()
 
