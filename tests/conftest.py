@@ -16,15 +16,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# What is imported stays, and looking through it for garbage again and again takes a fifth of the time.
-gc.disable()
-
 import pytest
 import torch
 
 from tests.matrix import PROPERTY, record
 from tests.prepared import OBJECTS
 
+# What is imported stays, and looking through it for garbage again and again takes a fifth of the time.
+gc.disable()
 torch.set_num_threads(1)
 # transformers asks for PEFT's release at each load of an adapter, and reads and parses a file each time: 5 ms.
 importlib.metadata.version = functools.cache(importlib.metadata.version)

@@ -52,8 +52,8 @@ IMPORTED = {
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)[:12]
 # Of a process that hangs; the slowest takes half a minute on an idle core.
 PATIENCE = 300
-# So many new ones are looked through for garbage at a time. By default it is 700, less than one model makes, and a tenth
-# of the time of all tests goes into looking.
+# So many new ones are looked through for garbage at a time. By default it is 700, less than one model makes, and some
+# hundredths of the time of all tests go into looking.
 OBJECTS = 20_000
 # Between two looks at a process, in seconds.
 PAUSE = 0.005
