@@ -126,6 +126,12 @@ class ConceptMoments:
         products = PackedGram(self.x_dim, device, other._gram.values.to(device))
         return self._absorb(other._sums.to(device), products, None)
 
+    @property
+    def shared(self) -> Sums | None:
+        """What `pool` gathers of all processes, on the CPU; None without rows."""
+        self._check_whole()
+        return None if self._sums is None else self._sums.to(torch.device("cpu"))
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> ConceptMoments:
@@ -141,8 +147,7 @@ class ConceptMoments:
         Raises:
             RuntimeError: If an earlier update was interrupted halfway.
         """
-        self._check_whole()
-        own = None if self._sums is None else self._sums.to(torch.device("cpu"))
+        own = self.shared
         parts: list[Sums | None] = gather(own)
         present = [sums for sums in parts if sums is not None]
         if not present:

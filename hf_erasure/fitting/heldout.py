@@ -211,11 +211,13 @@ class _Measurement:
         """Add what all processes have measured, in every one of them."""
         if processes.count == 1:
             return
-        self.environments = set().union(*processes.gathered([self.environments]))
-        for key in sorted({key for keys in processes.gathered([list(self._halves)]) for key in keys}):
-            self._halves[key].pool(processes)
-        shares, self._movements = processes.gathered([self._movements]), {}
-        for share in shares:
+        own = self.environments, {key: half.share() for key, half in self._halves.items()}, self._movements
+        every = processes.gathered([own])
+        self.environments = set().union(*(environments for environments, _, _ in every))
+        for key in sorted({key for _, halves, _ in every for key in halves}):
+            self._halves[key].pool_shares([halves.get(key, {}) for _, halves, _ in every], processes)
+        self._movements = {}
+        for _, _, share in every:
             for key, moved in share.items():
                 self._movements[key] = self._movements[key] + moved if key in self._movements else moved
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments
-from hf_erasure.erasers.statistics import IGNORED
+from hf_erasure.erasers.statistics import IGNORED, Sums
 from hf_erasure.erasers.strata import Strata
 from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes
@@ -28,6 +28,9 @@ from hf_erasure.models.model import inputs_of, on_cpu
 from .layouts import Layouts, is_of_numbers, is_of_pairs, pairs_of, site_of
 from .pairs import Pairs, ids_in
 from .processes import Processes
+
+# What one process has seen at a site: the width and the dtype of the activation, and the sums over its rows.
+Share = tuple[int, torch.dtype, Sums | None]
 
 
 @dataclass(frozen=True)
@@ -117,14 +120,22 @@ class SiteStatistics:
 
     def pool(self, processes: Processes, keys: Collection[str] | None = None) -> None:
         """Make the moments at these keys, or at all, those of all processes together, in every one of them."""
-        if processes.count == 1:
-            return
-        chosen = [key for key in self.moments if keys is None or key in keys]
-        found = {site: (self.moments[site].x_dim, self.dtypes[site]) for site in chosen}
-        everywhere = {site: facts for own in processes.gathered([found]) for site, facts in own.items()}
-        for site, (width, dtype) in sorted(everywhere.items()):
-            self.dtypes[site] = dtype
-            self.moments_for(site, width).pool(lambda own: processes.gathered([own]), processes.add)
+        if processes.count > 1:
+            self.pool_shares(processes.gathered([self.share(keys)]), processes)
+
+    def share(self, keys: Collection[str] | None = None) -> dict[str, Share]:
+        """What `pool_shares` takes of each process, which one call gathers for all sites."""
+        chosen = {key: moments for key, moments in self.moments.items() if keys is None or key in keys}
+        return {key: (moments.x_dim, self.dtypes[key], moments.shared) for key, moments in chosen.items()}
+
+    def pool_shares(self, shares: Sequence[Mapping[str, Share]], processes: Processes) -> None:
+        """As `pool`, where the shares of all processes are gathered already."""
+        for site in sorted({site for share in shares for site in share}):
+            there = [share.get(site) for share in shares]
+            # The last one, as all have the same width.
+            width, self.dtypes[site], _ = next(own for own in reversed(there) if own is not None)
+            sums = [None if own is None else own[2] for own in there]
+            self.moments_for(site, width).pool(lambda _, sums=sums: sums, processes.add)  # type: ignore[misc]
 
 
 class Source(SiteStatistics):
