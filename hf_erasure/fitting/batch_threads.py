@@ -406,9 +406,8 @@ class Record(TorchDispatchMode):
         """Whether tensors of a pass are alive that has ended."""
         if not self._plays:
             return True
-        if all(storage.expired() for storage in self._storages.values()):
-            return False
-        gc.collect()  # frames may be in cycles
+        if not all(storage.expired() for storage in self._storages.values()):
+            gc.collect()  # frames may be in cycles
         alive = {number for number, storage in self._storages.items() if not storage.expired()}
         if alive & self._empty:
             raise RuntimeError(
@@ -416,6 +415,8 @@ class Record(TorchDispatchMode):
                 "that wait cannot be built again, and the model holds tensors without values now. Load it anew, and "
                 f"give batches of one length, or at most {MOST_THREADS} batches and no resident_batches."
             )
+        # Hundreds of objects, of each batch that waits or has come to its end.
+        self._entries, self._own, self._storages, self._empty = [], {}, {}, set()
         return bool(alive)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.erasers import ConceptMoments, apply_erasure, cross_validated_correlation
-from hf_erasure.fitting.batch_threads import OutOfStep
+from hf_erasure.fitting.batch_threads import OutOfStep, Record
 from hf_erasure.fitting.scrubbing import Columns, Scrubber
 from tests.small_models import (
     ARCHITECTURES,
@@ -507,6 +507,27 @@ def test_threads_are_bounded_and_nothing_is_computed_twice(
     )
     # Passes were built again from what was written of them.
     assert "run again from the beginning" not in caplog.text
+
+
+def test_of_batches_that_wait_or_have_ended_no_record_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written of them lies on disk: memory does not grow with their number."""
+    records, held = [], []
+    begin, solve = Record.__init__, Scrubber._solve
+
+    def made(record: Record, *given: Any) -> None:
+        begin(record, *given)
+        records.append(record)
+
+    def count(scrubber: Scrubber, site: str) -> None:
+        held.append(sum(bool(record._entries or record._storages) for record in records))
+        solve(scrubber, site)
+
+    monkeypatch.setattr(Record, "__init__", made)
+    monkeypatch.setattr(Scrubber, "_solve", count)
+    fit(with_adapter(copy.deepcopy(small_model("bert"))), small_batches("bert", 6), resident_batches=2)
+    assert len(records) == 6
+    assert set(held) == {2}
+    assert not any(record._entries or record._storages for record in records)
 
 
 def test_batches_that_are_not_resident_are_not_held() -> None:
