@@ -1,6 +1,6 @@
 """What adapters cost on models of real size: time in multiples of a plain forward pass, peak memory above the model.
 
-    python benchmarks/sizes.py [model …] [--growth] [--quick] [--threads 1]
+    python benchmarks/sizes.py [model …] [--growth [250 …]] [--quick] [--threads 1]
 
 Models have random weights, built from their configurations. Each runs in a process of its own. A step stands between
 two plain passes over the same batches, and its processor time is divided by the mean of theirs: what other programs do
@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,7 @@ def run_growth(count: int, resident: int | None) -> None:
     )
 
 
-def report_growth(counts: tuple[int, ...], threads: int) -> None:
+def report_growth(counts: Sequence[int], threads: int) -> None:
     """Time, memory and threads against the number of batches."""
     print("\nGrowth: BERT 128 x 2, batches of 4 x 32 tokens from an IterableDataset; sequential")
     print(f"  {'resident':>8} {'batches':>8} {'x plain':>8} {'ms/batch':>9} {'peak MB':>8} {'threads':>8}")
@@ -385,7 +385,7 @@ def main() -> None:
     """Run everything, or one part in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help=f"among {', '.join(MODELS)}; all by default")
-    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--growth", type=int, nargs="*", help=f"numbers of batches; {GROWTH} by default")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batches", type=int, default=4)
@@ -400,10 +400,10 @@ def main() -> None:
         run_growth(options.only_growth, options.resident or None)
     else:
         print(f"torch {torch.__version__}, {options.threads} thread(s), CPU; processor time")
-        for name in options.models or (() if options.growth else MODELS):
+        for name in options.models or (MODELS if options.growth is None else ()):
             report_model(name, options.batches, options.threads, quick=options.quick)
-        if options.growth:
-            report_growth(GROWTH[:2] if options.quick else GROWTH, options.threads)
+        if options.growth is not None:
+            report_growth(options.growth or (GROWTH[:2] if options.quick else GROWTH), options.threads)
 
 
 if __name__ == "__main__":
