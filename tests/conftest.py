@@ -22,7 +22,7 @@ import torch
 from tests.matrix import PROPERTY, record
 from tests.prepared import OBJECTS
 
-# What is imported stays, and looking through it for garbage again and again takes a fifth of the time.
+# What is imported stays, and looking through it for garbage again and again takes long.
 gc.disable()
 torch.set_num_threads(1)
 # transformers asks for PEFT's release at each load of an adapter, and reads and parses a file each time: 5 ms.

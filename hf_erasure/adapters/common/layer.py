@@ -303,7 +303,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
 def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[AdapterChild]:
     """The children of either kind in a model, in its order; with a name, only those that hold that adapter."""
-    # In the order of `model.modules()`, which hands each module on through all that it lies in: three times as long.
+    # In the order of `model.modules()`, which hands each module on through all that it lies in: twice as long.
     children: list[AdapterChild] = []
     known, ahead = set[nn.Module](), [model]
     while ahead:
