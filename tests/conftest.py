@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import importlib.metadata
 import os
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 # Before anything imports transformers, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,19 +25,6 @@ gc.disable()
 torch.set_num_threads(1)
 # transformers asks for PEFT's release at each load of an adapter, and reads and parses a file each time: 5 ms.
 importlib.metadata.version = functools.cache(importlib.metadata.version)
-
-
-def _deepcopy(ordered: OrderedDict, memo: dict[int, Any]) -> OrderedDict:
-    if vars(ordered):  # as that of a model's state, which has its versions there
-        return copy._reconstruct(ordered, memo, *ordered.__reduce_ex__(4))
-    memo[id(ordered)] = made = OrderedDict()
-    made.update((copy.deepcopy(key, memo), copy.deepcopy(value, memo)) for key, value in ordered.items())
-    return made
-
-
-# A module has nine of them for its hooks, most of them empty, and tests copy models thousands of times. Python's own
-# way, through what pickle would store, gives the same and takes three times as long.
-copy._deepcopy_dispatch[OrderedDict] = _deepcopy
 
 CELL = "lifecycle_cell"
 # Of few tests that take long. Workers begin with them, so that none is left alone with one of them at the end.

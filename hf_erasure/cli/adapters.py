@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from hf_erasure.fitting import combine
     from hf_erasure.recipes import erasure
 else:
-    hub, export, combine = later("hub", "adapters.merging.export", "fitting.combine")
-    (erasure,) = later("recipes.erasure")
+    hub, export, combine, erasure = later("hub", "adapters.merging.export", "fitting.combine", "recipes.erasure")
 
 
 def in_place(model: str | None) -> str | None:

@@ -128,11 +128,11 @@ class BatchThread:
                 raise self._error
             if self.hidden is not None:
                 self._is_large = self.hidden.device.type == "cpu" and self.hidden.nbytes >= _LARGE
-            if self._is_large:
-                _give_back()
             if self._finished and self._waiting is not None:
                 self._waiting.present.remove(self)
                 self._end()
+            elif self._is_large:
+                _give_back()
         except OutOfStep:
             raise
         except TextTooLong as error:

@@ -307,7 +307,7 @@ def _by_length(texts: Iterable[Any], shares: int = 1) -> list[int]:
 
 
 class _Seen:
-    """What a fit sees of held-out rows at each site, pooled, without the erasure and with it."""
+    """What is seen of rows at each site, pooled, without the erasure and with it."""
 
     def __init__(self, pool: str) -> None:
         self.pool, self._found = pool, {False: dict[str, list[Tensor]](), True: dict[str, list[Tensor]]()}
@@ -458,14 +458,13 @@ def pooled_states(
     """
     layers = site_layers(adapter_of(model, adapter_name, ConceptErasureConfig).owner, adapter_name)
     runner = Runner(model, layers.values())
-    found: dict[str, list[Tensor]] = {}
-    current: list[BatchLabels] = []
+    seen, current = _Seen(pool), list[BatchLabels]()
 
     def look(site: str, hidden: Tensor) -> Tensor:
         if erased and site in layers:
             hidden = layers[site].erased(adapter_name, hidden)
         aligned, selection = current[0].select(hidden, runner.side_of(site))
-        found.setdefault(site, []).append(pooled(aligned.float(), selection.real, pool).cpu())
+        seen(erased, site, aligned, selection)
         return hidden
 
     what = f"reading {'with' if erased else 'without'} {adapter_name}"
@@ -477,9 +476,9 @@ def pooled_states(
             with observed(layers, adapter_name, look, runner.final_states()):
                 runner(labels.batch)
             shown.update()
-    if not found:
+    if not current:
         raise ValueError("There are no batches to read states from.")
-    return {site: torch.cat(parts) for site, parts in found.items()}
+    return seen.states(erased)
 
 
 def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: list[str]) -> float:
