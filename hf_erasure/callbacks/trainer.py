@@ -320,7 +320,7 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach().clone().contiguous() for key, value in state.items()}
 
 
-@on_cpu  # older releases of safetensors read to the default device
+@on_cpu()  # older releases of safetensors read to the default device
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Put back in place what `saving_all`, or PEFT for a `PeftModel`, has written; refused where a part is missing."""
     told = "it was saved without a callback of hf_erasure, or for another model."

@@ -176,13 +176,13 @@ class PackedGram:
         """Zeros, or what `values` of this layout hold."""
         self.dim = dim
         self._edges = self._edges_of(dim)
-        self.values = torch.zeros(self.size_of(dim), dtype=dtype, device=device) if values is None else values
         offset, positions = 0, []
         for start, stop in self._edges:
             width = stop - start
             square, offset = offset + start * width, offset + stop * width
             positions.append(torch.arange(square, offset, width + 1, device=device))
         self.diagonal = torch.cat(positions)
+        self.values = torch.zeros(offset, dtype=dtype, device=device) if values is None else values
 
     @staticmethod
     def _edges_of(dim: int) -> list[tuple[int, int]]:

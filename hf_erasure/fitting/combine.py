@@ -298,7 +298,7 @@ def _combined_config(
 # ---- fits of several shards ------------------------------------------------------------------------------------------
 
 
-@on_cpu  # older releases of safetensors read to the default device
+@on_cpu()  # older releases of safetensors read to the default device
 def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> ConceptErasureConfig:
     """Solve for the erasers of two one-pass fits together, from their moments; no model and no data are needed.
 

@@ -336,7 +336,7 @@ def conclude(
 def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[str]) -> None:
     """Take an adapter off sites that nobody has named, and say which, and why."""
     sharers = erasure_layers(task.owner, task.name).values()
-    take_off([layer for layer in sharers if layer.site_of(task.name) in layers.values()], task.name)
+    take_off([layer for layer in sharers if layer.erasures[task.name].holder in layers.values()], task.name)
     if task.config.weights is not None:
         task.config.weights = {site: task.config.weights[site] for site in task.layers}
     task.config.target_modules = exactly(list(task.config.fitted_modules), task.owner)

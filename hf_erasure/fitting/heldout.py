@@ -189,7 +189,7 @@ class _Measurement:
             with observed(task.layers, task.name, functools.partial(see, erased), finals):
                 runner(labels.batch)
 
-    @on_cpu
+    @on_cpu()
     def _add(
         self, site: str, visit: int, drawn: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
     ) -> None:
@@ -221,7 +221,7 @@ class _Measurement:
             for key, moved in share.items():
                 self._movements[key] = self._movements[key] + moved if key in self._movements else moved
 
-    @on_cpu
+    @on_cpu()
     def lines(self, known: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
         """What was measured at each site on `groups` distinct sequences, the last hidden states at the end."""
         visits: dict[str, set[int]] = {site: set() for site in self._task.layers}

@@ -88,7 +88,7 @@ class SiteStatistics:
         z_dim = self.strata.classes if is_of_pairs(key) else self.z_dim
         return self.moments.setdefault(key, ConceptMoments(width, z_dim))
 
-    @on_cpu
+    @on_cpu()
     def add(self, key: str, labels: BatchLabels, hidden: Tensor) -> None:
         """Add the activation of a batch at one visit of a site."""
         activation, selection = labels.select(hidden, key)
@@ -101,7 +101,7 @@ class SiteStatistics:
                 both = torch.cat([differences, -differences]), torch.cat([z, -z])
                 self.moments_for(pairs_of(key), differences.shape[-1]).update(*both)
 
-    @on_cpu
+    @on_cpu()
     def update(self, site: str, activation: Tensor, selection: Selection) -> None:
         """Add an activation `(batch, seq, …, width)`."""
         counted = selection.counted

@@ -327,7 +327,7 @@ class Columns:
     # The first columns, and what is wanted where what they left is added.
     _first: list[Tensor] = field(default_factory=list)
 
-    @on_cpu
+    @on_cpu()
     def next(
         self, seen: Mapping[str, SiteStatistics], fits: Mapping[str, SiteFit], *, stuck: bool = False
     ) -> dict[str, SiteStatistics]:

@@ -226,7 +226,7 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
     return {site: solved[site].along(task.layouts) for site in sites}
 
 
-@on_cpu
+@on_cpu()
 def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasureConfig, is_linear: bool) -> SiteFit:
     """Solve for one site, as `solve` does for several.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model import Runner, bare_model, evaluating, input_device, is_encoder_decoder, on_cpu, without_drawing
+from .model import Runner, evaluating, input_device, is_encoder_decoder, on_cpu, without_drawing
 
 ROWS = 2
 # Tokens of a text; an odd number, unlike widths, counts of heads and windows.
@@ -24,7 +24,7 @@ _PARTS = (
 )  # fmt: skip
 
 
-@on_cpu
+@on_cpu()
 def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] | None = None) -> dict[str, Any]:
     """A small input that the model, bare or not, accepts: it was run on it, and says that no cache is to be kept.
 
@@ -33,8 +33,8 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
     it; what comes out for an input that the model refuses does not count. Raises a `ValueError` if it accepts none of
     those.
     """
-    base, reasons = bare_model(model), []
-    runner = Runner(model)
+    runner, reasons = Runner(model), []
+    base = runner.model
     dtype = next((value.dtype for value in base.parameters() if value.is_floating_point()), torch.float32)
     for made in _suggested(base):
         # What a model's own inputs leave open is None there; images and sounds are numbers as the weights are.
@@ -55,7 +55,7 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
     )
 
 
-@on_cpu
+@on_cpu()
 def text_alone(base: Any) -> dict[str, Tensor]:
     """Texts of `LENGTH` tokens without padding, for a bare model that reads texts."""
     return _text(base, inspect.signature(base.forward).parameters, torch.Generator().manual_seed(0))

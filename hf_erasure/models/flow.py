@@ -9,7 +9,7 @@ mixer and of patches do neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,9 +95,6 @@ class Flow(TorchDispatchMode):
         self._leave_model(output)
         self.sites = [name for name in dict.fromkeys(self._called) if name in self._kept]
 
-    def _of(self, tensor: Tensor) -> Trace:
-        return self._traces.get(tensor, _NOTHING)
-
     # ---- modules -----------------------------------------------------------------------------------------------------
 
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -106,7 +103,7 @@ class Flow(TorchDispatchMode):
         hidden = next(floats_of((args, kwargs)), None)
         if hidden is None:
             return
-        known = self._of(hidden)
+        known = self._traces.get(hidden, _NOTHING)
         is_direct = known.output_of is None or not known.is_rearranged
         is_inside = known.is_begun or name.startswith(self._within)
         # Of sounds, where there are none, it is empty (Higgs Audio).
@@ -119,12 +116,12 @@ class Flow(TorchDispatchMode):
         if id(module) in self._blocks:
             for given in floats_of((args, kwargs)):  # reversible blocks take two
                 if given.shape == hidden.shape:
-                    known = self._of(given)
+                    known = self._traces.get(given, _NOTHING)
                     self._hidden.add(tuple(given.shape))
                     if known.output_of in self._reads:
                         self._kept.add(str(known.output_of))
                     self._traces[given] = Trace(known.sizes or tuple(given.shape), is_begun=True)
-        known = self._of(hidden)
+        known = self._traces.get(hidden, _NOTHING)
         is_whole = known.output_of is not None and not known.is_rearranged and tuple(hidden.shape) in self._hidden
         # Norms over batches in branches of convolutions do not count.
         kind = type(self._model.get_submodule(known.output_of or "")).__name__.lower()
@@ -139,7 +136,7 @@ class Flow(TorchDispatchMode):
                 self._traces[rows] = Trace(tuple(rows.shape))
         found = next(floats_of(output), None)
         if id(module) in self._norms and found is not None:
-            taken = self._of(args[0]) if args else _NOTHING
+            taken = self._traces.get(args[0], _NOTHING) if args else _NOTHING
             if taken.sizes and name not in self._reads and not taken.is_begun:
                 self._traces[found] = Trace(taken.sizes)  # of embeddings
             else:
@@ -148,12 +145,18 @@ class Flow(TorchDispatchMode):
                 self._traces[found] = Trace(sizes, taken.norms | {name}, name, is_begun=True)
         if id(module) in self._blocks | self._children:
             self._running.pop()
-        if id(module) in self._blocks and found is not None and (ended := self._of(found).output_of) is not None:
+        ended = None if found is None else self._traces.get(found, _NOTHING).output_of
+        if id(module) in self._blocks and ended is not None:
             self._kept.add(ended)  # it gives the hidden state that goes on
 
     def _leave_model(self, output: Any) -> None:
-        for tensor in _last_states(output):
-            if (last := self._of(tensor).output_of) is not None:
+        """Take what the last hidden states end with, those called so among what a model returns or the first tensor."""
+        parts = list(output.items()) if isinstance(output, Mapping) else []
+        for _, value in parts:  # which grows meanwhile
+            parts += value.items() if isinstance(value, Mapping) else ()
+        found = [tensor for key, value in parts if key.endswith(_LAST) for tensor in tensors_of(value)]
+        for tensor in found or tensors_of(output)[:1]:
+            if (last := self._traces.get(tensor, _NOTHING).output_of) is not None:
                 self._kept.add(last)
 
     # ---- operations --------------------------------------------------------------------------------------------------
@@ -187,13 +190,13 @@ class Flow(TorchDispatchMode):
         if operation in _MIXINGS and hidden is not None and hidden.output_of is None and len(known) > 1:
             return hidden  # streams that are mixed by weights that were computed
         if operation.startswith("_scaled_dot_product") and len(given) > 2:
-            streams = self._of(given[2])
+            streams = self._traces.get(given[2], _NOTHING)
             if streams.sizes and given[2].dim() > len(streams.sizes):
                 return Trace(streams.sizes, is_begun=True)  # so are streams that lie side by side, once normalised
         largest = max(given, key=Tensor.numel)
         scaled = operation in _SCALINGS and all(t is largest or t.numel() < largest.numel() for t in given)
         if operation in REARRANGING or scaled:
-            first = self._of(largest) if scaled else known[0][1]
+            first = self._traces.get(largest, _NOTHING) if scaled else known[0][1]
             first = first if scaled else hidden or first
             return replace(first, norms=norms, is_rearranged=True)
         return Trace(norms=norms)
@@ -218,21 +221,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         # Lists of lists are never called themselves.
         around = [part for other in outer for part in (lists[other], *lists[other].children())]
         is_outermost = all(isinstance(part, nn.ModuleList) for part in around)
-        found += [m for m in modules if not isinstance(m, nn.ModuleList) and _passes_on(m, needs_norm=not is_outermost)]
+        for module in modules:
+            # Quantised weights may be buffers.
+            tensors = (*module.parameters(), *module.buffers())
+            has_weights = sum(t.dim() > 1 and t.dtype != torch.bool for t in tensors) > 1
+            has_norm = any(is_norm(m) for m in module.modules() if m is not module)
+            if not isinstance(module, nn.ModuleList) and has_weights and (has_norm or is_outermost):
+                found.append(module)
     return found
-
-
-def _passes_on(module: nn.Module, needs_norm: bool) -> bool:
-    # Quantised weights may be buffers.
-    weights = sum(t.dim() > 1 and t.dtype != torch.bool for t in (*module.parameters(), *module.buffers()))
-    has_norm = any(is_norm(m) for m in module.modules() if m is not module)
-    return weights > 1 and (has_norm or not needs_norm)
-
-
-def _last_states(output: Any, needed: bool = True) -> Iterator[Tensor]:
-    """The last hidden states among what a model returns: those called so, or else the first tensor."""
-    named = dict(output) if isinstance(output, Mapping) else {}
-    found = [tensor for key, value in named.items() if key.endswith(_LAST) for tensor in tensors_of(value)]
-    for value in named.values():
-        found += _last_states(value, False) if isinstance(value, Mapping) else ()
-    yield from found or (tensors_of(output)[:1] if needed else ())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -20,9 +19,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
 _SHARDED = (FSDPModule, FullyShardedDataParallel)
@@ -63,15 +59,11 @@ class Later(ModuleType):
         return getattr(importlib.import_module(self.__name__), name)
 
 
-def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
-    """Make the function's own small tensors on the CPU, whatever default device the caller has set for the model."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu"):  # which slows all of torch
-            return function(*args, **kwargs)
-
-    return wrapped
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """Make a function's own small tensors on the CPU, whatever default device the caller has set for the model."""
+    with nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu"):  # which slows all of torch
+        yield
 
 
 @contextmanager

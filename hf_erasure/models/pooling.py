@@ -78,7 +78,7 @@ class Reading:
     is_other: bool = False  # Whether it is known that the head reads something that is not one of `POOLS`.
 
 
-@on_cpu
+@on_cpu()
 def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: Callable[[Tensor], Tensor]) -> Reading:
     """Find out what is read: by the pooling module of a SentenceTransformer, or by a head.
 

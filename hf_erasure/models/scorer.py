@@ -137,7 +137,7 @@ class LanguageScorer:
         together = [places] if self.task == "causal" else [[place] for place in places]
         return [self.layout.predicting(ids, chosen) for chosen in together]
 
-    @on_cpu
+    @on_cpu()
     def log_probabilities(self, rows: Sequence[Row]) -> list[Tensor]:
         """For every row the log-probabilities of its tokens, `(tokens,)` float32 on the CPU.
 
@@ -220,7 +220,7 @@ def _bytes_of(encoding: Encoding, scored: Sequence[int]) -> int:
     return len(encoding.text[start:end].encode())
 
 
-@on_cpu
+@on_cpu()
 def text_states(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -214,7 +214,7 @@ def test_copies_have_sites_of_their_own() -> None:
     erased = outputs_of(model, batch)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         layers = erasure_layers(other, NAME)
-        assert all(layer.site_of(NAME) in layers.values() for layer in layers.values())
+        assert all(layer.erasures[NAME].holder in layers.values() for layer in layers.values())
         assert same(outputs_of(other, batch), erased)
         for layer in site_layers(other, NAME).values():
             layer.concept_erasure_left[NAME].zero_()
@@ -304,7 +304,7 @@ def test_a_saved_adapter_acts_as_before(architecture: str, way: str, tmp_path: A
     base = copy.deepcopy(small_model(architecture)).eval()
     WAYS[way](base, tmp_path)
     layers = erasure_layers(base, NAME)
-    assert all(layer.site_of(NAME) is layers[layer.erasures[NAME].site] for path, layer in layers.items())
+    assert all(layer.erasures[NAME].holder is layers[layer.erasures[NAME].site] for path, layer in layers.items())
     assert same(outputs_of(base, batch), outputs_of(model, batch))
 
 

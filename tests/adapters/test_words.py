@@ -107,7 +107,7 @@ def test_the_modules_that_read_one_tensor_share_an_eraser() -> None:
     assert layers.keys() == set(added.groups)
     assert list(site_layers(model, "erasure")) == list(added.weights)
     for module, site in added.groups.items():
-        assert layers[module].site_of("erasure") is layers[site]
+        assert layers[module].erasures["erasure"].holder is layers[site]
     assert all(
         "concept_erasure_left" not in key or key.split(".concept_erasure")[0] in added.weights
         for key in model.state_dict()

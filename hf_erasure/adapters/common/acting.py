@@ -43,6 +43,7 @@ _LIBRARIES = ("hf_erasure", "peft", "transformers", "trl", "torch", "contextlib"
 class Present:
     """The adapters of a model, each with what messages call it."""
 
+    configs: dict[str, PeftConfig] = field(default_factory=dict)  # of those that hang on a part of the model, too
     loaded: dict[str, str] = field(default_factory=dict)  # those that are there, acting or not
     # Those that act, and those that would but for having no effect yet, as before they are fitted.
     on: dict[str, str] = field(default_factory=dict)
@@ -51,10 +52,13 @@ class Present:
 
 def adapters_now(model: nn.Module) -> Present:
     """The adapters of a model as they are now, those of other methods too."""
-    found, configs = Present(), all_configs(model)
+    found = Present()
     # What a wrapper of an embedding has inside goes with the adapter that it was trained with.
     wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
     inside = {id(wrapper._modules.get("token_adapter")) for wrapper in wrappers}
+    for module in model.modules():
+        for name, config in (module.__dict__.get("peft_config") or {}).items():
+            found.configs.setdefault(name, config)
     for module in model.modules():
         if isinstance(module, AdapterChild):
             nouns = dict.fromkeys(module.sticky_adapters, module.noun)
@@ -62,22 +66,13 @@ def adapters_now(model: nn.Module) -> Present:
             on = acting | {*module.switched_on()}
         elif isinstance(module, BaseTunerLayer) and id(module) not in inside:
             names = {name for part in module.adapter_layer_names for name in getattr(module, part, ())}
-            nouns = {name: f"{kind_of(configs.get(name), module)} adapter" for name in names}
+            nouns = {name: f"{kind_of(found.configs.get(name), module)} adapter" for name in names}
             on = acting = set() if module.disable_adapters else {*module.active_adapters, *module.merged_adapters}
         else:
             continue
         found.loaded.update(nouns)
         found.on.update((name, noun) for name, noun in nouns.items() if name in on)
         found.acting.update((name, noun) for name, noun in nouns.items() if name in acting)
-    return found
-
-
-def all_configs(model: nn.Module) -> dict[str, PeftConfig]:
-    """The configurations of all adapters by name, also of those that hang on a part of the model."""
-    found: dict[str, PeftConfig] = {}
-    for module in model.modules():
-        for name, config in (module.__dict__.get("peft_config") or {}).items():
-            found.setdefault(name, config)
     return found
 
 
@@ -401,10 +396,10 @@ def naming_what_goes_off(model: Any, newcomer: str, expected: Iterable[str] = ()
         ADDING.reset(token)
     if not adapter_children(model):
         return
-    after, configs = adapters_now(model).on, all_configs(model)
-    off = {name: noun for name, noun in before.items() if name not in after and name not in expected}
+    now = adapters_now(model)
+    off = {name: noun for name, noun in before.items() if name not in now.on and name not in expected}
     if off:
-        of_ours = any(isinstance(configs.get(name), ChildConfig) for name in off)
+        of_ours = any(isinstance(now.configs.get(name), ChildConfig) for name in off)
         sticky = ", or write sticky=True in the configuration of an adapter that must stay on" if of_ours else ""
         kept = [f"{place!r} of {name!r}" for place, name in ActiveCopies(model).on.items() if name in off]
         stays = f" The trained {' and '.join(kept)} stays on." if kept else ""
@@ -420,7 +415,7 @@ def naming_what_goes_off(model: Any, newcomer: str, expected: Iterable[str] = ()
             f"{both}{sticky}."
         )
     if copies.wrappers or auxiliary_wrappers(model):
-        warn_of_copies(model, copies.on, newcomer if newcomer in after else "")
+        warn_of_copies(model, copies.on, newcomer if newcomer in now.on else "")
 
 
 def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
@@ -457,9 +452,9 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
     """`set_adapter` of a transformers model, which stops halfway at trained modules, and tells nobody what goes off."""
     if not adapter_children(model):
         return original(adapter_name)
-    names, copies, configs = check_one_copy(model, adapter_name), ActiveCopies(model), all_configs(model)
+    names, copies = check_one_copy(model, adapter_name), ActiveCopies(model)
     note_adapters(model)  # a class of a task may have added its head since
-    ours = {name for name, config in configs.items() if isinstance(config, ChildConfig)}
+    ours = {name for name, config in adapters_now(model).configs.items() if isinstance(config, ChildConfig)}
     # `add_adapter` switches its newcomer on last, as a user would: only the calls that are running tell.
     running = (frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code.co_name == "add_adapter")
     is_adding = any(frame.f_locals.get("self") is model for frame in running)
@@ -478,7 +473,7 @@ def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[
     now = adapters_now(model)
     known = {*now.acting, *expected, adapter_name}
     off = {name: noun for name, noun in now.loaded.items() if name not in known}
-    for name, config in all_configs(model).items():
+    for name, config in now.configs.items():
         if name in off and isinstance(config, ChildConfig) and not config.has_effect:
             del off[name]
     if off:

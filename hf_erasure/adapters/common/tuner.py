@@ -215,7 +215,7 @@ class ChildTuner(BaseTuner):
             super().set_adapter(adapter_name, *args, **kwargs)
             return
         names, copies = acting.check_one_copy(self.model, adapter_name), acting.ActiveCopies(self.model)
-        configs = {**acting.all_configs(self.model), **self.peft_config}
+        configs = {**acting.adapters_now(self.model).configs, **self.peft_config}
         super().set_adapter(adapter_name, *args, **kwargs)
         kinds = {acting.kind_of(configs[name]) for name in names if name in configs}
         copies.follow(names, lambda on: on in configs and acting.kind_of(configs[on]) not in kinds)

@@ -89,10 +89,6 @@ class ErasureLayer(AdapterChild):
                 erasure.holder = holder
                 holder.erasures[name].sharers += 1
 
-    def site_of(self, name: str) -> ErasureLayer:
-        """The layer that holds an adapter's eraser."""
-        return self.erasures[name].holder
-
     def set_eraser(
         self,
         name: str,
@@ -114,7 +110,7 @@ class ErasureLayer(AdapterChild):
 
     def eraser_state(self, name: str) -> Parts:
         """The `left`, `right` and `bias` that act: as they were fitted, or what the dial makes of them."""
-        site = self.site_of(name)
+        site = self.erasures[name].holder
         parts = site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
         erasure, readings = site.erasures[name], site.concept_erasure_readings[name]
         if erasure.dial is None or torch.compiler.is_compiling():
@@ -168,7 +164,7 @@ class ErasureLayer(AdapterChild):
     def applied_adapters(self, site: str) -> list[str]:
         """The adapters whose erasers act at `site`, in order: sticky ones that are not active, then the active."""
         acting = self.switched_on()
-        observed = [name for name in self.adapters if name in self.site_of(name).observers]
+        observed = [name for name in self.adapters if name in self.erasures[name].holder.observers]
         acting += [name for name in observed if name not in acting]
         silent = {*self.merged_adapters, *self._held}
         return [name for name in acting if self.erasures[name].side == site and name not in silent]
@@ -189,7 +185,7 @@ class ErasureLayer(AdapterChild):
 
     def _erase(self, hidden: Tensor, names: Iterable[str]) -> Tensor:
         for name in names:
-            site, rows = self.site_of(name), None if self.sticky_adapters[name] else self.rows
+            site, rows = self.erasures[name].holder, None if self.sticky_adapters[name] else self.rows
             erasure, observer = site.erasures[name], site.observers.get(name)
             step = functools.partial(self.erased, name) if observer is None else observer
             if rows is not None:
@@ -203,13 +199,13 @@ class ErasureLayer(AdapterChild):
 
     def _at_rows(self, name: str, rows: Rows, step: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """An activation whose own rows of an adapter went through a step; the others are as they were."""
-        examples = self.site_of(name).erasures[name].examples
+        examples = self.erasures[name].holder.erasures[name].examples
         chosen = rows.of(name, hidden, self.path, examples)
         return hidden.index_copy(examples, chosen, step(hidden.index_select(examples, chosen)))
 
     def erased(self, name: str, hidden: Tensor) -> Tensor:
         """An activation as an adapter erases it, whoever observes it."""
-        site = self.site_of(name)
+        site = self.erasures[name].holder
         left, right, bias = site.eraser_state(name)
         if left.shape[-1] == 0:
             return hidden

@@ -33,12 +33,8 @@ from .layer import ErasureLayer, erasure_layers, site_layers
 def default_targets(model: nn.Module) -> list[str]:
     """Names of the norms of the hidden state inside the blocks, and of final norms, as a small forward pass shows."""
     chosen: set[str] = set()
-
-    def watch(call: Callable[[], Any]) -> None:
-        chosen.update(Flow(model, call).sites)
-
     try:
-        dummy_batch(model, watch)
+        dummy_batch(model, watch=lambda call: chosen.update(Flow(model, call).sites))
     except ValueError as error:
         raise _without_default(
             model,

@@ -31,7 +31,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..common.acting import adapters_now, all_configs, warn_user
+from ..common.acting import adapters_now, warn_user
 from ..common.config import ChildConfig, Provenance, damaged, fits, short
 from ..common.layer import innermost
 from ..common.placement import QUANTISED, is_quantised, numbers_of, shared_weights
@@ -123,7 +123,8 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
-        pair = _Pair(name, _at(weight, positions), values, {dtype, sample["dtype"]}, len(shape) > 1)
+        seen = weight.take(positions.to(weight.device)).to("cpu", torch.double)
+        pair = _Pair(name, seen, values, {dtype, sample["dtype"]}, len(shape) > 1)
         if QUANTISED not in pair.dtypes and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
         if len(pair.seen):
@@ -385,15 +386,8 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
 
 
 def _sampled(weight: Tensor, dtype: str, positions: Tensor) -> dict[str, Any]:
-    values = _at(weight, positions).tolist()
+    values = weight.take(positions.to(weight.device)).to("cpu", torch.double).tolist()
     return {"shape": list(weight.shape), "dtype": dtype, "positions": positions.tolist(), "values": values}
-
-
-def _at(weight: Tensor, positions: Tensor) -> Tensor:
-    """Values at flat positions, as float64 on the CPU; nothing else of the weight is read."""
-    if weight.is_contiguous():
-        return weight.view(-1)[positions.to(weight.device)].to("cpu", torch.double)
-    return weight[torch.unravel_index(positions.to(weight.device), weight.shape)].to("cpu", torch.double)
 
 
 def _token_weights(model: nn.Module) -> set[str]:
@@ -419,10 +413,10 @@ def _token_weights(model: nn.Module) -> set[str]:
 
 def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
     """The other adapters that act, as fitting writes them down: `{"name", "kind", "sample"}` of each."""
-    configs = all_configs(model)
-    others = {name: noun for name, noun in adapters_now(model).acting.items() if name != adapter_name}
-    fitted = [name for name in others if not isinstance(configs.get(name), ChildConfig) or configs[name].fitted]
-    return [{"name": name, "kind": others[name], "sample": _sample(model, name)} for name in fitted]
+    now = adapters_now(model)
+    configs = {name: now.configs.get(name) for name in now.acting if name != adapter_name}
+    fitted = [name for name, config in configs.items() if not isinstance(config, ChildConfig) or config.fitted]
+    return [{"name": name, "kind": now.acting[name], "sample": _sample(model, name, configs[name])} for name in fitted]
 
 
 def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
@@ -436,7 +430,8 @@ def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
 
 def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
     """In words, how the other adapters that act differ from those that acted at fitting; empty if they are the same."""
-    config = all_configs(model).get(adapter_name)
+    now = adapters_now(model)
+    config = now.configs.get(adapter_name)
     record = Provenance.of(config).active_adapters if isinstance(config, ChildConfig) and config.fitted else None
     if record is None:  # of an older release
         return ""
@@ -446,14 +441,14 @@ def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
         if same is not None:
             gone.remove(entry)
             come.remove(same)
-    loaded, said, changed = adapters_now(model).loaded, [], []
+    said, changed = [], []
     for entry in gone:
         called = f"the {short(entry.get('kind'))[1:-1]} {short(entry.get('name'))}"
         namesake = next((o for o in come if (o["name"], o["kind"]) == (entry.get("name"), entry.get("kind"))), None)
         if namesake is not None:
             come.remove(namesake)
             changed.append(f"{called} has other values than it had")
-        elif entry.get("name") in loaded:
+        elif entry.get("name") in now.loaded:
             said.append(f"{called} was on and is off now")
         else:
             said.append(f"{called} was on and is not loaded here, unless it is part of the weights")
@@ -467,7 +462,7 @@ def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
     )
 
 
-def _sample(model: nn.Module, name: str) -> list[float]:
+def _sample(model: nn.Module, name: str, config: Any) -> list[float]:
     """A few values by which an adapter is known again; none where they are elsewhere, or in parts."""
     named = [*model.named_parameters(), *model.named_buffers()]
     own = {key: tensor for key, tensor in named if name in key.split(".")[-2:] and "modules_to_save" not in key}
@@ -482,7 +477,6 @@ def _sample(model: nn.Module, name: str) -> list[float]:
         flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().view(-1)
         positions = torch.tensor([flat.numel() // 3, 2 * flat.numel() // 3], device=flat.device)
         found += flat[positions].double().tolist()
-    config = all_configs(model).get(name)
     if isinstance(config, ChildConfig):
         found += config.strengths
     layers = (module for module in model.modules() if isinstance(module, LoraLayer) and name in module.scaling)

@@ -96,11 +96,12 @@ def undone_or_told(model: nn.Module, newcomer: str) -> Iterator[None]:
     """Undo a load that fails, and say after another what went off, and what acts among others than at fitting."""
     is_part = acting.ADDING.get()  # of a load that says it
     with acting.undone_on_failure(model, newcomer), acting.naming_what_goes_off(model, newcomer):
-        before = {} if is_part else {name: other_than_when_fitted(model, name) for name in acting.all_configs(model)}
+        known = () if is_part else acting.adapters_now(model).configs
+        before = {name: other_than_when_fitted(model, name) for name in known}
         yield
-        now = acting.adapters_now(model).acting
-        for name in () if is_part else acting.all_configs(model):
-            said = other_than_when_fitted(model, name) if name in now or name == newcomer else ""
+        now = acting.adapters_now(model)
+        for name in () if is_part else now.configs:
+            said = other_than_when_fitted(model, name) if name in now.acting or name == newcomer else ""
             if said and said != before.get(name):
                 acting.warn_user(said)
 
@@ -205,7 +206,7 @@ def _take(model: Any, name: str, read: Read) -> None:
             hook: Any = getattr(child.host, "_hf_hook", None)
             devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
             child.take(name, values, next((device for device in devices if device is not None), None))
-        configs = acting.all_configs(model)
+        configs = acting.adapters_now(model).configs
         for path, wrapper in acting.auxiliary_wrappers(base).items():
             if name not in wrapper._adapters:
                 continue

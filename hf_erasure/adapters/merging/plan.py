@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_erasure.models.model import distance
 
 from ..common import placement
-from ..common.acting import all_configs, warn_user
+from ..common.acting import adapters_now, warn_user
 from ..erasure.config import SITES
 from ..erasure.layer import ErasureLayer, erasure_layers
 from ..gradiend.layer import gradiend_layers
@@ -161,7 +161,7 @@ def _put_in_order(plan: MergePlan, layers: dict[str, ErasureLayer], sites: dict[
 def _own_weights(model: nn.Module, layer: ErasureLayer, name: str) -> list[Place] | None:
     """The weights of a site's own module that take an eraser, each with its axis of the features, or None."""
     host, site = layer.host, layer.erasures[name].side
-    weights = getattr(all_configs(model).get(name), "weights", None)
+    weights = getattr(adapters_now(model).configs.get(name), "weights", None)
     if weights is not None:
         here = [(own, axis) for group in weights.values() for path, own, axis in group if path == layer.path]
         biases = {record.bias_of(host, own) for own, _ in here}  # they change with their weights
@@ -228,7 +228,7 @@ def _refuse_direct(
             refusal = record.why_not_mergeable(host, site, parameter)
             shape = host.get_parameter(parameter).shape if refusal is None else ()
             if refusal is None and width:  # fitted; are its features those of an axis of the weight?
-                if isinstance(host, record.CONVOLUTIONS) and layer.site_of(name).erasures[name].axis != 1:
+                if isinstance(host, record.CONVOLUTIONS) and layer.erasures[name].holder.erasures[name].axis != 1:
                     refusal = (
                         "it does not erase along the channels of this convolution. Fit it again with "
                         f"exclude_modules=[{path!r}], or use the adapter unmerged."
