@@ -291,9 +291,12 @@ def conclude(
     left_out = {site: layer for site, layer in task.layers.items() if site not in fits}
     task.layers = {site: layer for site, layer in task.layers.items() if site in fits}
     known, rows_known = known_readings(task.config, fits.values())
-    config, lines, examples, fitted = task.config, [fits[site].line for site in task.layers], 0, 0
+    config, lines = task.config, [fits[site].line for site in task.layers]
+    examples, fitted, environments = 0, 0, None
     if eval_batches is not None:
-        lines, examples, fitted = measure(task, eval_batches, lambda site, x: fits[site].erase(x), lines, rows)
+        lines, examples, fitted, environments = measure(
+            task, eval_batches, lambda site, x: fits[site].erase(x), lines, rows
+        )
     for site, layer in task.layers.items():
         fit = fits[site]
         readings = None if known is None or fit.readings is None else fit.readings[rows_known]
@@ -309,6 +312,7 @@ def conclude(
         tokens=sum(source.tokens for source in labelled),
         eval_examples=examples,
         eval_fitted=fitted,
+        eval_environments=environments,
         sites=lines,
         reach=config.reach,
         classes=None if config.labels is None else len(config.labels),

@@ -57,7 +57,7 @@ def measure(
     erase: Callable[[str, Tensor], Tensor],
     known: Iterable[SiteReport] = (),
     fitted_on: RowsSeen | None = None,
-) -> tuple[list[SiteReport], int, int]:
+) -> tuple[list[SiteReport], int, int, int | None]:
     """Leakage and movement on held-out batches, at every site and at the last hidden states.
 
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
@@ -71,8 +71,8 @@ def measure(
     fitting. Warns where the batches share sequences with those that were fitted on.
 
     Returns:
-        One line a site, and one for each visit of a site with several; how many sequences they are on; and how many of
-        these were fitted on.
+        One line a site, and one for each visit of a site with several; how many sequences they are on; how many of
+        these were fitted on; and in how many environments they are, None where the batches name none.
     """
     measurement, processes, own = _Measurement(task, erase), task.processes, RowsSeen()
     if isinstance(batches, Watched):
@@ -109,7 +109,7 @@ def measure(
             stacklevel=4,
         )
     groups = measurement.environments or range(len(own.hashes) or examples)
-    return measurement.lines(known, len(groups), examples), examples, fitted
+    return measurement.lines(known, len(groups), examples), examples, fitted, len(measurement.environments) or None
 
 
 def measured_leakage(
@@ -125,7 +125,7 @@ def measured_leakage(
     def erase(site: str, hidden: Tensor) -> Tensor:
         return apply_erasure(hidden, *task.layers[site].parts_on(adapter_name, hidden.device))
 
-    lines, _, _ = measure(task, read, erase)
+    lines, *_ = measure(task, read, erase)
     whole = (line for line in lines if line.visit is None)
     return {line.site: line.correlation_after for line in whole if line.correlation_after is not None}
 
@@ -236,9 +236,11 @@ class _Measurement:
                 continue
             whole = self._measured(line, calls, groups)
             if whole.correlation_before is None or whole.correlation_after is None:
+                of = f" in {groups} environments" if self.environments else ""
                 raise ValueError(
-                    f"eval_batches hold too little to measure on: {examples} sequences are split into halves at "
-                    "random, and each half needs rows of two classes. Give more held-out data."
+                    f"eval_batches hold too little to measure on: {examples} sequences{of} are split into halves at "
+                    f"random, {'by whole environments, ' if of else ''}and each half needs rows of two classes. Give "
+                    "more held-out data."
                 )
             lines.append(whole)
             for visit in calls if len(calls) > 1 else ():

@@ -114,6 +114,8 @@ class ErasureReport:
         classes: How many classes the concept has; None for values.
         counterfactuals: How many of the texts' counterfactuals were fitted on.
         environments: In how many environments the concept was erased, such as templates.
+        eval_environments: In how many environments the rows of `eval_batches` are, of which halves and intervals are
+            made; None where the batches name none.
     """
 
     concept: str
@@ -130,6 +132,7 @@ class ErasureReport:
     classes: int | None = None
     counterfactuals: int = 0
     environments: int | None = None
+    eval_environments: int | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a line, indexed by the site; columns are the attributes of `SiteReport`, and `attrs` says of what.
@@ -268,10 +271,11 @@ class ErasureReport:
 
     @property
     def measured_on(self) -> str:
-        """What the figures are on: held-out rows, or fitted ones."""
+        """What the figures are on: held-out rows, or fitted ones, and in how many environments these are, if named."""
         if not self.eval_examples:
             return in_words(self.examples, self.examples)
-        return in_words(self.eval_examples, self.eval_fitted)
+        of = f" in {self.eval_environments} environments" if self.eval_environments else ""
+        return in_words(self.eval_examples, self.eval_fitted) + of
 
     def __repr__(self) -> str:
         table = self._table()
@@ -291,9 +295,10 @@ class ErasureReport:
         if self.eval_examples:
             visits = "visit: a call of the module in one forward pass; its eraser is fitted on all together.\n"
             note = visits if self._has_visits else ""
+            groups = "environments" if self.eval_environments else "sequences"
             note += (
                 f"before, after: correlation of {IN_WORDS[self.pool]} with the concept on {self.measured_on},\n"
-                "direction of one half judged on the other, [95 % by Fisher's z over sequences].\n"
+                f"direction of one half judged on the other, [95 % by Fisher's z over {groups}].\n"
                 "moved: sqrt(E|r(x) - x|^2 / Var x) of labelled positions; elsewhere: of unlabelled ones.\n"
                 f"{self.reach}"
             )

@@ -60,7 +60,8 @@ class DataRecipe:
         test_share: Set this share of `train` aside as the split `test`: no text is in both, and each label gives its
             share.
         group_column: What texts belong together by, such as a speaker or a template. With `test_share` no value of it
-            is in both splits; and fresh probes are fitted on some groups and judged on others, too.
+            is in both splits; leakage is measured with halves of whole groups, and its interval counts these; and fresh
+            probes are fitted on some groups and judged on others, too.
         counterfactual_column: As in `concept_dataloader`; for fitting, as are the next two.
         counterfactual_words: The name of a table of the package, or the path of one.
         environment_column: For `adapter.environment_rank`.
@@ -189,7 +190,11 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     beside = {name: getattr(recipe.data, name) for name in _BESIDE_LABELS}
     rows = _sample(data[recipe.data.train], recipe.data.fit_rows)
     test = data[recipe.data.test]
-    held_out = _batches(recipe, test, tokenizer, share=True)
+    groups = recipe.data.group_column or recipe.data.environment_column
+    # The values of a column of a stream are not known ahead.
+    held_out = _batches(
+        recipe, test, tokenizer, share=True, environment_column=groups if isinstance(test, Dataset) else None
+    )
     is_whole = isinstance(test, Dataset) and Processes().count == 1
     seen = _Seen(_pool_of_probes(recipe.fit.pool)) if is_whole else None
     report = fit_concept_erasure(

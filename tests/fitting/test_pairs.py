@@ -186,8 +186,14 @@ def test_held_out_halves_share_no_environment() -> None:
     for by_environment in (False, True):
         given = [b if by_environment else {k: v for k, v in b.items() if k != "concept_environments"} for b in batches]
         model = with_adapter("bert")
-        line = fit(model, paired_batches("bert", 3), pool="mean", eval_batches=given).sites[0]
-        read[by_environment] = line
+        report = fit(model, paired_batches("bert", 3), pool="mean", eval_batches=given)
+        read[by_environment] = report.sites[0]
+        assert report.eval_environments == (40 if by_environment else None)
+        assert report.measured_on == f"640 held-out examples{' in 40 environments' if by_environment else ''}"
+        assert f"by Fisher's z over {'environments' if by_environment else 'sequences'}]" in repr(report)
+    one = [batch | {"concept_environments": torch.zeros(16, dtype=torch.int64)} for batch in batches]
+    with pytest.raises(ValueError, match="640 sequences in 1 environments are split into halves at random, by whole"):
+        fit(with_adapter("bert"), paired_batches("bert", 3), pool="mean", eval_batches=one)
     assert read[True].correlation_before < read[False].correlation_before
     assert read[True].interval_before[1] - read[True].interval_before[0] > 0.3  # of 40 environments, not of 640 rows
     assert read[False].interval_before[1] - read[False].interval_before[0] < 0.2

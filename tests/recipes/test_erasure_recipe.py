@@ -97,7 +97,8 @@ def test_held_out_rows_are_read_once_and_short_texts_together(
     rows.to_csv(tmp_path / "people.csv")
     content = CONTENT | {
         "model": str(assets / "models" / "story-mlm"), "output": str(tmp_path / "out"),
-        "data": {"source": str(tmp_path / "people.csv"), "test_share": 0.5}, "fit": {"pool": "mean", "batch_size": 16},
+        "data": {"source": str(tmp_path / "people.csv"), "test_share": 0.5, "group_column": "template"},
+        "fit": {"pool": "mean", "batch_size": 16},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     recipe, passes = read_recipe(tmp_path / "recipe.yaml"), []
@@ -108,7 +109,8 @@ def test_held_out_rows_are_read_once_and_short_texts_together(
 
     monkeypatch.setattr(erasure, "pooled_states", reading)
     found = run_recipe(recipe, progress=False)
-    assert found is not None and len(passes) == 2  # the rows fitted on, without the erasure and with it
+    assert found is not None and found[0].eval_environments == 10  # of the twenty templates
+    assert len(passes) == 2  # the rows fitted on, without the erasure and with it
     lengths = [len(row["text"]) for row in passes[0].dataset]
     assert lengths == sorted(lengths) and len(set(lengths)) > 2
     again, _ = check_output(tmp_path / "out", progress=False)  # reads them anew
