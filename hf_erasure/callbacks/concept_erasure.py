@@ -14,8 +14,9 @@ from hf_erasure.fitting import fit_concept_erasure
 from hf_erasure.fitting.heldout import measured_leakage, shared_rows
 from hf_erasure.fitting.report import in_words
 from hf_erasure.fitting.sites import adapter_to_fit
+from hf_erasure.models.model import without_drawing
 
-from .trainer import LoggingCallback, same_random_numbers
+from .trainer import LoggingCallback
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class ConceptErasureCallback(LoggingCallback):
         super().on_train_begin(args, state, control, model=model)
         found, _ = adapter_to_fit(model, self.adapter_name)
         if self.eval_batches is not None:
-            with same_random_numbers(model):
+            with without_drawing(model):
                 examples, fitted = shared_rows(self.batches, self.eval_batches)
             self.measured_on = in_words(examples, fitted)
             if fitted:
@@ -134,7 +135,7 @@ class ConceptErasureCallback(LoggingCallback):
         return found
 
     def _refit(self, model: nn.Module, state: TrainerState) -> None:
-        with same_random_numbers(model):  # batches may be shuffled
+        with without_drawing(model):  # batches may be shuffled
             fit_concept_erasure(model, self.batches, self.adapter_name, pool=self.pool, progress=False, **self._options)
         self.memory.update(refits=self.refits + 1, is_due=False)
         _LOGGER.info("Erasure %r fitted at step %d.", self.adapter_name, state.global_step)

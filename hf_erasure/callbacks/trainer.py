@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from hf_erasure.adapters.common.layer import adapter_children, child_configs, co
 from hf_erasure.adapters.saving import ON_STAGED, refuse_loss, staged
 from hf_erasure.hub import cards
 from hf_erasure.hub.pushing import create_model_card
-from hf_erasure.models.model import on_cpu, unwrapped
+from hf_erasure.models.model import on_cpu, unwrapped, without_drawing
 
 _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -68,19 +68,13 @@ class LoggingCallback(TrainerCallback):
 
     def logged(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
         """The figures; the adapter's card has them too."""
-        with same_random_numbers(model):
+        with without_drawing(model):
             found = self.figures(state, model)
         config = child_configs(model).get(self.adapter_name)
         if found and config is not None:
             told = {"step": state.global_step, "figures": found, "measured_on": self.measured_on}
             config.provenance = config.provenance | {TRAINING: told}
         return found
-
-
-def same_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
-    """What happens inside does not move the random numbers that training draws."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    return torch.random.fork_rng(devices=list(devices))
 
 
 def check_training(model: nn.Module, args: TrainingArguments) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,27 +127,26 @@ class ConceptMoments:
 
     @property
     def shared(self) -> Sums | None:
-        """What `pool` gathers of all processes, on the CPU; None without rows."""
+        """What `pool` takes of every process, on the CPU; None without rows."""
         self._check_whole()
         return None if self._sums is None else self._sums.to(torch.device("cpu"))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> ConceptMoments:
+    def pool(self, parts: Sequence[Sums | None], add: Callable[[Tensor], None]) -> ConceptMoments:
         """Merge, in every process at once, the moments that all processes hold of one site.
 
         Every process calls it, also one that has seen no rows, and ends with the same numbers. Only the covariance of
         x is too large to be handed around: it is brought to the common mean and added in place.
 
         Args:
-            gather: Takes an object and returns those of all processes, in the same order everywhere.
+            parts: What all processes have as `shared`, in the same order everywhere.
             add: Adds a tensor over all processes, in place.
 
         Raises:
             RuntimeError: If an earlier update was interrupted halfway.
         """
         own = self.shared
-        parts: list[Sums | None] = gather(own)
         present = [sums for sums in parts if sums is not None]
         if not present:
             return self

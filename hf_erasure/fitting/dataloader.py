@@ -23,7 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from hf_erasure.erasers.eraser import check_count
 from hf_erasure.erasers.statistics import IGNORED
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import datasets
 
 from .counterfactuals import Counterfactuals
 from .counterparts import Counterparts, CounterpartWords
@@ -48,12 +48,6 @@ from .encoders import (
     require_column,
 )
 from .processes import Processes
-
-# Functions import it: it takes longer than this package, and most programs that load an adapter do without.
-if TYPE_CHECKING:
-    import datasets
-else:
-    datasets = Later("datasets")
 
 _ON_THE_HUB = re.compile(r"hf://datasets/([^@\s]+)@")
 
@@ -121,7 +115,6 @@ def concept_dataloader(
             nothing to make counterfactuals of, or (while iterating) a row's label is unknown, missing, or does not
             match its input.
     """
-    from datasets import Dataset, IterableDataset
     from datasets.distributed import split_dataset_by_node
 
     first = _first_row(dataset)
@@ -145,16 +138,16 @@ def concept_dataloader(
             collate.beside["concept_environments" if argument == "environment_column" else "concept_kept"] = ids
             columns.append(name)
     # Unused columns stay unread, except where a transform writes columns on the fly and may need any of them.
-    transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+    transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
     if not transformed and dataset.column_names is not None and set(columns) <= set(dataset.column_names):
         dataset = dataset.select_columns(list(dict.fromkeys(columns)))
-        if isinstance(dataset, Dataset) and dataset.format["type"] is None and "pixel_values" in columns:
+        if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None and "pixel_values" in columns:
             # Otherwise Arrow hands images over as nested lists, which takes four times as long.
             dataset = dataset.with_format("numpy", columns=["pixel_values"], output_all_columns=True)
     if split_between_processes:
         processes = Processes()
         dataset = split_dataset_by_node(dataset, processes.rank, processes.count)
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, datasets.IterableDataset):
         stream = dataset.shuffle(seed=seed) if shuffle else dataset
         return DataLoader(stream, batch_size=batch_size, collate_fn=collate)
     shuffle = shuffle and len(dataset) > 0
@@ -319,8 +312,6 @@ def _choose_label_reader(
     encode: Encoder,
 ) -> _LabelReader:
     """Decide from the first row's label, and from the declared feature, how the column is to be read."""
-    from datasets import ClassLabel, IterableDataset
-
     feature, value = (dataset.features or {}).get(column), plain(first)
     per_token = isinstance(value, list)
     element = next((item for item in value if item is not None), None) if per_token else value
@@ -341,12 +332,12 @@ def _choose_label_reader(
             f"word_ids), which the labels in column {column!r} need: load a fast tokenizer, or tokenise yourself and "
             f"give one label a token beside a column 'input_ids'."
         )
-    class_label = feature if isinstance(feature, ClassLabel) else getattr(feature, "feature", None)
-    stored = tuple(class_label.names) if isinstance(class_label, ClassLabel) and class_label.names else None
+    class_label = feature if isinstance(feature, datasets.ClassLabel) else getattr(feature, "feature", None)
+    stored = tuple(class_label.names) if isinstance(class_label, datasets.ClassLabel) and class_label.names else None
     names = tuple(labels) if labels is not None else stored
     strings = isinstance(element, str) or getattr(class_label or feature, "dtype", None) == "string"
     if names is None and strings:
-        if isinstance(dataset, IterableDataset) or column not in dataset.column_names:
+        if isinstance(dataset, datasets.IterableDataset) or column not in dataset.column_names:
             raise ValueError(
                 f"the strings in label_column={column!r} cannot be listed ahead of a stream: pass labels=[...] with "
                 f"the class names in the order of their ids."
@@ -370,12 +361,10 @@ class NumberedColumn:
     @classmethod
     def of(cls, dataset: datasets.Dataset | datasets.IterableDataset, column: str, argument: str) -> NumberedColumn:
         """Find the values; they are those of a `ClassLabel`, or all that occur, sorted."""
-        from datasets import ClassLabel, IterableDataset
-
         feature = (dataset.features or {}).get(column)
-        if isinstance(feature, ClassLabel):
+        if isinstance(feature, datasets.ClassLabel):
             return cls(column, tuple(feature.names), {index: index for index in range(len(feature.names))})
-        if isinstance(dataset, IterableDataset) or column not in dataset.column_names:
+        if isinstance(dataset, datasets.IterableDataset) or column not in dataset.column_names:
             raise ValueError(
                 f"the values of {argument}={column!r} cannot be listed ahead of a stream: give it a feature that does, "
                 f"dataset.cast_column({column!r}, ClassLabel(names=[…]))."
@@ -425,11 +414,9 @@ def _choose_counterfactuals(
 
 
 def _first_row(dataset: Any) -> Row:
-    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+    if isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise TypeError(f"dataset holds the splits {list(dataset)}: pass one of them, such as dataset['train'].")
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise TypeError(
             f"dataset must be a datasets.Dataset or datasets.IterableDataset, got {type(dataset).__name__}: a list of "
             f"dicts becomes one with datasets.Dataset.from_list(rows)."

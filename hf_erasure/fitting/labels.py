@@ -135,7 +135,7 @@ class SiteStatistics:
             # The last one, as all have the same width.
             width, self.dtypes[site], _ = next(own for own in reversed(there) if own is not None)
             sums = [None if own is None else own[2] for own in there]
-            self.moments_for(site, width).pool(lambda _, sums=sums: sums, processes.add)  # type: ignore[misc]
+            self.moments_for(site, width).pool(sums, processes.add)
 
 
 class Source(SiteStatistics):

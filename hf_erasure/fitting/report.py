@@ -12,14 +12,13 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from hf_erasure.erasers import expected_accuracy
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import Later, pandas
 from hf_erasure.models.pooling import IN_WORDS
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib import figure as figures
 else:
-    pd, figures = Later("pandas"), Later("matplotlib.figure")
+    figures = Later("matplotlib.figure")
 
 # What is left at a visit counts for rounding up to here, as a share of |x| |z|: activations in float32 that went
 # through several blocks differ by about so much of their size.
@@ -134,15 +133,13 @@ class ErasureReport:
     environments: int | None = None
     eval_environments: int | None = None
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> pandas.DataFrame:
         """One row a line, indexed by the site; columns are the attributes of `SiteReport`, and `attrs` says of what.
 
         There is a column `visit` where a module is called several times in one forward pass, without a value in the
         row of all visits together.
         """
-        import pandas as pd
-
-        frame = pd.DataFrame([asdict(site) for site in self.sites]).set_index("site")
+        frame = pandas.DataFrame([asdict(site) for site in self.sites]).set_index("site")
         frame.attrs |= {"pool": self.pool, "reader": self.reader, "measured_on": self.measured_on}
         return frame.astype({"visit": "Int64"}) if self._has_visits else frame.drop(columns="visit")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig
@@ -55,8 +55,17 @@ class Later(ModuleType):
     """Stands for a module that is imported when something of it is first used, such as by `typing.get_type_hints`."""
 
     def __getattr__(self, name: str) -> Any:
-        """What the module has."""
-        return getattr(importlib.import_module(self.__name__), name)
+        """What the module has, which is kept here from then on."""
+        found = vars(self)[name] = getattr(importlib.import_module(self.__name__), name)
+        return found
+
+
+# They take longer than this package, and most programs that load an adapter do without.
+if TYPE_CHECKING:
+    import datasets as datasets
+    import pandas as pandas
+else:
+    datasets, pandas = Later("datasets"), Later("pandas")
 
 
 @contextmanager

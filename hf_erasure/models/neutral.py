@@ -5,21 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from .model import Later, evaluating
+from .model import datasets, evaluating
 from .slots import EncodedRow, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
-
-if TYPE_CHECKING:
-    import datasets
-else:
-    datasets = Later("datasets")
 
 _LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import GradiendConfig, features_of, gradiend_layers, kept_share, stated_bytes, steer
 from hf_erasure.adapters.common.lookup import adapter_of
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import pandas
 from hf_erasure.models.slots import PairBatch, as_pair_batch
 
 from .gradients import Encode, reading_the_base
 from .pairs import Pair
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd = Later("pandas")
 
 
 class GradiendAdapter:
@@ -77,19 +70,17 @@ class GradiendAdapter:
         """The share of the edit that survives being merged in the dtype of the weights."""
         return kept_share(self.model, self.name)
 
-    def importance(self, pair: Pair | list[str] | None = None) -> pd.DataFrame:
+    def importance(self, pair: Pair | list[str] | None = None) -> pandas.DataFrame:
         """Which weights the decoder changes: one row a parameter, largest share of the squared change first.
 
         Columns: `parameter`, `entries`, `kept` (entries that the adapter holds), `norm` of Wd, `share` of ‖Wd‖².
         """
-        import pandas as pd
-
         decoder = features_of(self.model, self.name)[self.config.pair_index(pair or self.config.pair)].decoder
         rows = []
         for name, (_, square, kept) in decoder.importance().items():
             entries = decoder.shapes[name].numel()
             rows.append({"parameter": name, "entries": entries, "kept": kept, "norm": square**0.5, "square": square})
-        table = pd.DataFrame(rows)
+        table = pandas.DataFrame(rows)
         table["share"] = table.pop("square") / sum(row["square"] for row in rows)
         return table.sort_values("share", ascending=False, ignore_index=True)
 

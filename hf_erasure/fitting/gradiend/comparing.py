@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,11 @@ from torch import Tensor
 from hf_erasure.adapters import features_of
 from hf_erasure.gradiend import FeatureDecoder
 from hf_erasure.gradiend.blocks import largest, total
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import pandas
 
 from ..processes import Processes
 from .gradients import encode_all, reading_the_base
 from .trainer import GradiendTrainer
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd = Later("pandas")
 
 
 @dataclass(frozen=True)
@@ -44,13 +39,11 @@ class FeatureComparison:
     top: float
     reading: Tensor | None = None
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> pandas.DataFrame:
         """One row for each two features: `feature`, `other`, `cosine`, `overlap`, and `reading` where it is known."""
-        import pandas as pd
-
         tables = {"cosine": self.cosine, "overlap": self.overlap, "reading": self.reading}
         known = {name: table for name, table in tables.items() if table is not None}
-        return pd.DataFrame(
+        return pandas.DataFrame(
             [
                 {"feature": one, "other": other} | {name: float(table[i, j]) for name, table in known.items()}
                 for i, one in enumerate(self.names)

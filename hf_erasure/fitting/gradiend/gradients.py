@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,11 @@ from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.gradiend import ClosedFormEstimator
 from hf_erasure.gradiend.blocks import require_finite, sum_of_squares
 from hf_erasure.models.heads import Task
-from hf_erasure.models.model import Later, evaluating
+from hf_erasure.models.model import evaluating, pandas
 from hf_erasure.models.slots import Filled, PairBatch, SlotReader
 
 from ..processes import Processes
 from .pairs import Pair, Signed
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd = Later("pandas")
 
 Blocks = dict[str, Tensor]
 
@@ -267,12 +262,10 @@ class EncodedValues:
             found["acc_enc"] = balanced_accuracy(decided, self.labels)
         return found
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> pandas.DataFrame:
         """One row a text: `value`, and `class` or `"neutral"`."""
-        import pandas as pd
-
         names = {1: self.pair[0], -1: self.pair[1], 0: "neutral"}
-        return pd.DataFrame({"value": self.values.tolist(), "class": [names[int(label)] for label in self.labels]})
+        return pandas.DataFrame({"value": self.values.tolist(), "class": [names[int(label)] for label in self.labels]})
 
 
 def together(parts: Sequence[EncodedValues]) -> dict[str, float]:

@@ -10,20 +10,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import datasets
 from hf_erasure.models.slots import EncodedRow, Layout, PairBatch, Slot, collate, longest_input
 from hf_erasure.models.word_tokens import SLOT, PairError, Placed, encode, place_words, shortened, special_ends
 
 from ..dataloader import origin_of
-
-if TYPE_CHECKING:
-    import datasets
-else:
-    datasets = Later("datasets")
 
 Pair = tuple[str, str]
 # A batch of one class of a pair, +1 for the first of the two and -1 for the other; 0 for neutral texts.
@@ -241,10 +236,8 @@ def _read_row(index: int, row: Mapping[str, Any], features: Mapping[str, Any], c
 
 
 def _class_of(index: int, row: Mapping[str, Any], column: str, features: Mapping[str, Any], classes: list[str]) -> int:
-    from datasets import ClassLabel
-
     value = row[column]
-    if isinstance(features[column], ClassLabel) and isinstance(value, int) and value >= 0:
+    if isinstance(features[column], datasets.ClassLabel) and isinstance(value, int) and value >= 0:
         value = features[column].int2str(value)
     if value not in classes:
         raise _fault(index, row["text"], f"{column} is {value!r}; write one of {classes}")

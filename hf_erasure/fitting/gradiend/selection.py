@@ -12,23 +12,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_erasure.adapters import edited
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import pandas
 from hf_erasure.models.slots import SlotReader
 from hf_erasure.models.word_tokens import PairError, word_tokens
 
 from ..report import female_and_male
 from .pairs import PairSet, Reading
-
-if TYPE_CHECKING:
-    import pandas as pd
-else:
-    pd = Later("pandas")
 
 # ---- goals ----------------------------------------------------------------------------------------------------------
 
@@ -200,11 +195,9 @@ class Selection:
         budget = self.budget if budget is None else budget
         return Selection(goal, budget, choose(self.base, self.points, goal, budget), self.base, self.points)
 
-    def to_pandas(self) -> pd.DataFrame:
+    def to_pandas(self) -> pandas.DataFrame:
         """One row a point."""
-        import pandas as pd
-
-        return pd.DataFrame(
+        return pandas.DataFrame(
             [
                 {"pair": "/".join(p.pair), "feature_factor": p.feature_factor, "learning_rate": p.learning_rate}
                 | p.goals

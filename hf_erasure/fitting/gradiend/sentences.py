@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from hf_erasure.models.model import Later
+from hf_erasure.models.model import datasets
 from hf_erasure.models.word_tokens import SLOT, PairError, is_unspaced, shortened
 
 from ..counterparts import Counterparts, CounterpartWords
-
-if TYPE_CHECKING:
-    import datasets
-else:
-    datasets = Later("datasets")
 
 FILLER = "{name}"
 PAIR_COLUMNS = ("text", "factual", "counterfactual", "label", "counterfactual_label")
@@ -87,9 +81,7 @@ def pairs_from_sentences(
 
 
 def _as_dataset(rows: Iterable[tuple[str, ...]]) -> datasets.Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
+    return datasets.Dataset.from_dict(dict(zip(PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 def pairs_from_templates(

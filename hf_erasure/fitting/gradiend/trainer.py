@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ from hf_erasure.adapters.gradiend.model import LEAST_KEPT
 from hf_erasure.adapters.loading.fingerprint import active_beside
 from hf_erasure.fitting.report import in_words
 from hf_erasure.models.heads import check_next_word, task_of
-from hf_erasure.models.model import Later, bare_model
+from hf_erasure.models.model import bare_model, datasets, pandas
 from hf_erasure.models.neutral import LanguageModelling, neutral_batches
 from hf_erasure.models.slots import SlotReader
 
@@ -46,12 +46,6 @@ from .selection import (
     scan,
 )
 from .training import GradiendTrainingArguments, Training
-
-if TYPE_CHECKING:
-    import datasets
-    import pandas as pd
-else:
-    datasets, pd = Later("datasets"), Later("pandas")
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -264,7 +258,7 @@ class GradiendTrainer:
             raise ValueError("GradiendTrainer has no eval_dataset to read: give it, or encode(), a dataset of pairs.")
         return self._pair_set(dataset)
 
-    def summary(self) -> pd.DataFrame:
+    def summary(self) -> pandas.DataFrame:
         """How far the starts of the last `train` got: one row a pair of classes.
 
         Columns: `pair`, `starts`, `converged` (how many), and `mean`, `std` (NaN of one), `min` and `max` of the best
@@ -274,11 +268,9 @@ class GradiendTrainer:
         Raises:
             ValueError: If nothing was trained.
         """
-        import pandas as pd
-
         if not self.starts:
             raise ValueError("There are no starts to sum up: call train() first.")
-        table = pd.DataFrame(self.starts)
+        table = pandas.DataFrame(self.starts)
         table["converged"] = table["correlation"] >= self.args.convergence
         by_pair = table.groupby("pair", sort=False)
         found = by_pair["correlation"].agg(["size", "mean", "std", "min", "max"]).rename(columns={"size": "starts"})
@@ -416,8 +408,6 @@ class GradiendTrainer:
         return sets if isinstance(sets, dict) else {} if sets is None else {"": sets}
 
     def _classes(self) -> list[str]:
-        from datasets import ClassLabel
-
         if self.config.classes is not None:
             return list(self.config.classes)
         if self.train_dataset is None or "label" not in self.train_dataset.column_names:
@@ -426,16 +416,14 @@ class GradiendTrainer:
                 "with a column `label`."
             )
         feature = self.train_dataset.features["label"]
-        names = feature.names if isinstance(feature, ClassLabel) else sorted(set(self.train_dataset["label"]))
+        names = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(self.train_dataset["label"]))
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"The labels {names} are not names of classes: write GradiendConfig(classes=[…]).")
         return list(names)
 
 
 def _require_dataset(name: str, dataset: Any) -> None:
-    from datasets import Dataset
-
-    if dataset is not None and not isinstance(dataset, Dataset):
+    if dataset is not None and not isinstance(dataset, datasets.Dataset):
         raise TypeError(
             f"{name} is a {type(dataset).__name__}, not a datasets.Dataset: make one with Dataset.from_list(rows), "
             "Dataset.from_pandas(frame), or of a stream with Dataset.from_generator(lambda: iter(stream))."
