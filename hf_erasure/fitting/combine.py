@@ -30,7 +30,7 @@ from hf_erasure.models.model import as_attribute, on_cpu
 
 from .checkpoint import FitCheckpoint
 from .fit import conclude, solved
-from .labels import Source
+from .labels import SiteStatistics, Source
 from .report import in_words
 from .sites import SiteFit, known_readings, solve_site, task_for
 
@@ -398,7 +398,7 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
 
 def _sum(stores: list[FitCheckpoint], whole: Source) -> Source:
     """What the first two stores hold of a source, also written to the third."""
-    batches, parts = 0, [whole, whole.empty()]
+    batches, parts = 0, [whole, SiteStatistics(whole.z_dim, concept=whole.concept)]
     for store, part in zip(stores, parts, strict=False):
         kept = store.load_moments(whole.key, part)
         batches += kept.get("batches", 0)

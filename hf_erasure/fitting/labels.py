@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hf_erasure.adapters import ConceptErasureConfig
 from hf_erasure.erasers import ConceptMoments
+from hf_erasure.erasers.moments import Strata
 from hf_erasure.erasers.statistics import IGNORED, Sums
-from hf_erasure.erasers.strata import Strata
 from hf_erasure.models import pooling
 from hf_erasure.models.layout import FRAMES, Axes
 from hf_erasure.models.model import inputs_of, on_cpu
@@ -78,10 +78,6 @@ class SiteStatistics:
             return Strata(self.z_dim)
         environments = len(self.concept.environments or ()) if self.concept.environment_rank else 1
         return Strata(self.concept.z_dim, environments or 1, len(self.concept.kept or ()) or 1)
-
-    def empty(self) -> SiteStatistics:
-        """Others of the same concept, without any rows."""
-        return SiteStatistics(self.z_dim, concept=self.concept)
 
     def moments_for(self, key: str, width: int) -> ConceptMoments:
         """The moments at a key, new ones where there are none yet."""
@@ -309,8 +305,7 @@ class BatchLabels:
                 f"{where!r} was not reached by the rows that showed what the axes of activations are: choose another "
                 "target module."
             )
-        axes.check(shape := tuple(activation.shape), self.rows, where)
-        activation = axes.arranged(activation, self.rows)
+        shape, activation = tuple(activation.shape), axes.arranged(activation, self.rows, where)
         seq = activation.shape[1]
         key = (axes.side, axes.start, axes.beside, seq, activation.device)
         if key not in self._selections:

@@ -131,7 +131,7 @@ class Scrubber:
         """
         while True:
             shown.reset(len(self.task.layers))
-            self._later = {source.key: source.empty() for source in self.sources}
+            self._later = {s.key: SiteStatistics(s.z_dim, concept=s.concept) for s in self.sources}
             try:
                 self._one_site_a_pass(shown) if self._one_by_one else self._side_by_side(shown)
                 break
@@ -352,7 +352,7 @@ class Columns:
             mixed = _mixed(self.given, self.wanted)
         self.given.append(mixed)
         columns = dict(zip(keys, mixed.split([part.numel() for part in left]), strict=True))
-        taken = {of: statistics.empty() for of, statistics in seen.items()}
+        taken = {of: SiteStatistics(s.z_dim, concept=s.concept) for of, s in seen.items()}
         for of, key, m in parts:
             if seen[of].z_dim:
                 cross = columns[f"{of}: {key}"].view(m.x_dim, m.z_dim) * scale_of(m)

@@ -8,9 +8,9 @@ is along which axis of an activation, and of a weight, a product sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -96,6 +96,15 @@ class Product:
     # Where the factors lie in the node: along which axis (-1: several), the place of the first there, and how many
     # entries behind it each is; None if that is not the same in all rows.
     pattern: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that multiplies what its module takes, or that makes what it returns."""
+
+    module: str  # The name of the module that is called with the activation, or returns it.
+    parameter: str  # The name of the parameter in the module.
+    axis: int  # The axis of the parameter along which the features of the hidden state lie.
 
 
 @dataclass(eq=False)
@@ -584,3 +593,28 @@ def _storage(tensor: Tensor) -> int:
     if tensor.device.type == "meta" or tensor.layout != torch.strided:
         return -1
     return tensor.untyped_storage().data_ptr() or -1
+
+
+# ---- experts that no token of a pass has chosen ----------------------------------------------------------------------
+
+
+def experts_beside(model: nn.Module, graph: Graph, weights: Iterable[Weight]) -> Iterator[Weight]:
+    """The weights of other experts beside those of some, which no token of a pass has chosen."""
+    for weight in weights:
+        for child, rest in siblings(model, weight.module):
+            if child in graph.called:
+                continue
+            inside = dict(model.get_submodule(child).named_modules(remove_duplicate=False))
+            found = inside.get(".".join(rest))
+            if found is not None and weight.parameter in found._parameters:
+                yield replace(weight, module=".".join([child, *rest]))
+
+
+def siblings(model: nn.Module, module: str) -> Iterator[tuple[str, list[str]]]:
+    """The other modules in the lists that a module is in, each with the rest of the path."""
+    path = module.split(".")
+    for depth in range(1, len(path)):
+        container = model.get_submodule(".".join(path[:depth]))
+        for name in container._modules if isinstance(container, (nn.ModuleList, nn.ModuleDict)) else ():
+            if name != path[depth]:
+                yield ".".join([*path[:depth], name]), path[depth + 1 :]

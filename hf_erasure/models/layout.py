@@ -58,8 +58,20 @@ class Axes:
     # where there are none.
     beside: bool | None = None
 
-    def arranged(self, activation: Tensor, rows: int) -> Tensor:
-        """The activation as `(rows, positions, …, width)`; without positions of tokens all else that there is."""
+    def arranged(self, activation: Tensor, rows: int, where: str = "") -> Tensor:
+        """The activation as `(rows, positions, …, width)`; without positions of tokens all else that there is.
+
+        Raises a `ValueError` where it does not hold as many rows of an example as when this was found.
+        """
+        shape = tuple(activation.shape)
+        entries = [size for axis, size in enumerate(shape) if axis != self.width % len(shape)][self.example]
+        entries *= rows if self.is_shared else 1
+        if entries % rows or not (self.is_flat or entries == rows * self.per_example):
+            raise ValueError(
+                f"The activation at {where!r} has shape {shape}: axis {self.example} holds {entries} rows of {rows} "
+                f"examples, and held {self.per_example} of each in another batch. How many rows an example has depends "
+                "on its content there, so they cannot be labelled: choose another target module."
+            )
         found = activation.movedim(self.width, -1)
         found = found.expand(rows, *found.shape[1:]) if self.is_shared else found
         per_example = found.shape[self.example] // rows
@@ -74,18 +86,6 @@ class Axes:
             found = found.movedim(owners, 0)
             return found.flatten(1, -2) if found.dim() > 2 else found.unsqueeze(1)
         return found.movedim((owners, position), (0, 1))
-
-    def check(self, shape: Sequence[int], rows: int, where: str) -> None:
-        """Raise a `ValueError` where an activation does not hold as many rows of an example as when this was found."""
-        sizes = [size for axis, size in enumerate(shape) if axis != self.width % len(shape)]
-        entries = sizes[self.example] * (rows if self.is_shared else 1)
-        if entries % rows == 0 and (self.is_flat or entries == rows * self.per_example):
-            return
-        raise ValueError(
-            f"The activation at {where!r} has shape {tuple(shape)}: axis {self.example} holds {entries} rows of {rows} "
-            f"examples, and held {self.per_example} of each in another batch. How many rows an example has depends on "
-            "its content there, so they cannot be labelled: choose another target module."
-        )
 
 
 @dataclass(frozen=True)

@@ -11,28 +11,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Set
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .dummy import dummy_batch
-from .graph import Graph, Node, Product
+from .graph import Graph, Node, Product, Weight, experts_beside, siblings
 from .model import MEDIA, bare_model
 
 # What leaves each feature, or a whole row, by itself.
 _BETWEEN = {"norm", "scaled", "featurewise", "pointwise"}
 _ADDED = {"sum", "join"}
 _MIXES = "it does not take the features of a row as they are"
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A parameter that multiplies what its module takes, or that makes what it returns."""
-
-    module: str  # The name of the module that is called with the activation, or returns it.
-    parameter: str  # The name of the parameter in the module.
-    axis: int  # The axis of the parameter along which the features of the hidden state lie.
 
 
 class Group(list[Weight]):
@@ -78,28 +68,6 @@ def writers_of(model: nn.Module) -> list[Weight]:
             does not guard it.
     """
     return _Streams(model).writers()
-
-
-def experts_beside(model: nn.Module, graph: Graph, weights: Iterable[Weight]) -> Iterator[Weight]:
-    """The weights of other experts beside those of some, which no token of a pass has chosen."""
-    for weight in weights:
-        for child, rest in _siblings(model, weight.module):
-            if child in graph.called:
-                continue
-            inside = dict(model.get_submodule(child).named_modules(remove_duplicate=False))
-            found = inside.get(".".join(rest))
-            if found is not None and weight.parameter in found._parameters:
-                yield replace(weight, module=".".join([child, *rest]))
-
-
-def _siblings(model: nn.Module, module: str) -> Iterator[tuple[str, list[str]]]:
-    """The other modules in the lists that a module is in, each with the rest of the path."""
-    path = module.split(".")
-    for depth in range(1, len(path)):
-        container = model.get_submodule(".".join(path[:depth]))
-        for name in container._modules if isinstance(container, (nn.ModuleList, nn.ModuleDict)) else ():
-            if name != path[depth]:
-                yield ".".join([*path[:depth], name]), path[depth + 1 :]
 
 
 class _Streams:
@@ -220,7 +188,7 @@ class _Streams:
         """Whether a module is in a list of which others take rows of the same tensor, or are not called at all."""
         return any(
             child not in self._graph.called or any(call.taken[:1] == (taken,) for call in self._graph.called[child])
-            for child, _ in _siblings(self._model, module)
+            for child, _ in siblings(self._model, module)
         )
 
     # ---- writers -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_erasure.erasers import ConceptMoments
-from hf_erasure.erasers.strata import Strata
+from hf_erasure.erasers.moments import Strata
 
 # Maps are compared in float64: what whitening makes of the rounding of sums, 1e-16 times the condition number of these
 # covariances, below 1e4, and as much again for the solve.

@@ -135,7 +135,7 @@ def test_rows_that_depend_on_their_content_are_refused() -> None:
         found(of_an_expert)
     axes = Axes(-1, 0, per_example=4)
     with pytest.raises(ValueError, match=r"holds 6 rows of 2 examples, and held 4 of each"):
-        axes.check((6, WIDTH), 2, "here")
+        axes.arranged(torch.zeros(6, WIDTH), 2, "here")
 
 
 @given(st.permutations(range(4)), st.integers(2, 4), st.integers(4, 6))

@@ -16,7 +16,7 @@ import time
 import types
 import typing
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -125,8 +125,8 @@ class ChildConfig(PeftConfig):
         raise NotImplementedError
 
     @property
-    def fitted_modules(self) -> Collection[str]:
-        """Names of the modules that it acts on, whatever else its patterns match; none where they are not known yet."""
+    def fitted_modules(self) -> Mapping[str, str]:
+        """Where it acts, whatever else its patterns match: module → the one that has its tensors; none until known."""
         raise NotImplementedError
 
     @property

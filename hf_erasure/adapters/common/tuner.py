@@ -109,8 +109,8 @@ class ChildTuner(BaseTuner):
                     child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
                     given = {key.replace(child, f".{self.prefix}"): value for key, value in given.items()}
                     # Modules that share an eraser have no tensors, and act with the one that does.
-                    own, groups = {key.partition(f".{self.prefix}")[0] for key in given}, getattr(config, "groups", {})
-                    sharers = (name for name, site in groups.items() if site in own and name not in own)
+                    own, sites = {key.partition(f".{self.prefix}")[0] for key in given}, config.fitted_modules
+                    sharers = (name for name, site in sites.items() if site in own and name not in own)
                     kwargs["state_dict"] = given | {f"{name}.{self.prefix}": None for name in sharers}
                 with acting.naming_what_goes_off(model, adapter_name):
                     super().inject_adapter(model, adapter_name, *args, **kwargs)

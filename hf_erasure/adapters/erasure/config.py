@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -125,7 +125,7 @@ class ConceptErasureConfig(ChildConfig):
     remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
     own_type = CONCEPT_ERASURE
     words = tuple(WORDS)
-    # The weights that `groups` were read from, and these.
+    # The weights that modules and their sites were read from, and these.
     _groups = cast("tuple[Any, dict[str, str]]", (None, {}))
 
     concept: str = "concept"
@@ -350,9 +350,15 @@ class ConceptErasureConfig(ChildConfig):
         return f"erasure of {self.concept!r}"
 
     @property
-    def fitted_modules(self) -> Collection[str]:
-        """Names of the sites, and of the modules that share their erasers."""
-        return self.groups or (self.fitted and self.fitted_sites) or {}
+    def fitted_modules(self) -> Mapping[str, str]:
+        """Module → the site whose eraser it has, which is another one where it was added with a word."""
+        if self.weights is None:
+            return {site: site for site in (self.fitted and self.fitted_sites) or ()}
+        known, found = self._groups
+        if known is not self.weights:  # a model may have ten thousand modules, and asks for each of them
+            found = {entry[0]: site for site, group in self.weights.items() for entry in group}
+            self._groups = self.weights, found
+        return found
 
     @property
     def reach(self) -> str:
@@ -364,15 +370,6 @@ class ConceptErasureConfig(ChildConfig):
         return (
             "The hidden_states between the blocks are guarded at every depth; what a norm makes of them is nearly so."
         )
-
-    @property
-    def groups(self) -> dict[str, str]:
-        """Module → the site whose eraser it has, of an adapter that was added with a word."""
-        known, found = self._groups
-        if known is not self.weights:  # a model may have ten thousand modules, and asks for each of them
-            found = {entry[0]: site for site, group in (self.weights or {}).items() for entry in group}
-            self._groups = self.weights, found
-        return found
 
     def tensors(self) -> Layout:
         """The tensors of a fitted adapter, by the names that a file has for them."""

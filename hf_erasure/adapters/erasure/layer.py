@@ -57,7 +57,7 @@ class ErasureLayer(AdapterChild):
             raise ValueError(f"{self.path!r} takes token ids, which hold no activation to erase: use site='output'.")
         if not config.fitted and config.labels is None and config.concept_dim is None:
             config.z_dim  # noqa: B018  raises with the remedy
-        site, size = config.groups.get(self.path, self.path), {"width": 0, "rank": 0}
+        site, size = config.fitted_modules.get(self.path, self.path), {"width": 0, "rank": 0}
         if site == self.path and config.fitted and config.fitted_sites:
             size = config.fitted_sites[site]
         axis, examples = size.get("axis", -1), size.get("examples", 0)

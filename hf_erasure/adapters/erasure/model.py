@@ -109,7 +109,7 @@ class ConceptErasureModel(ChildTuner):
     def _names_meant(self, config: Any) -> list[str] | None:
         if config.word:
             config.weights = weights_of_word(self.model, config)
-            return list(config.groups)
+            return list(config.fitted_modules)
         return keep_layers(default_targets(self.model), config) if config.target_modules is None else None
 
     def merge_adapter(

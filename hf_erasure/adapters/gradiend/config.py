@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -158,9 +158,10 @@ class GradiendConfig(ChildConfig):
         return f"GRADIEND of {self.feature!r}"
 
     @property
-    def fitted_modules(self) -> Collection[str]:
-        """Names of the modules that own the changed parameters."""
-        return dict.fromkeys(name.rpartition(".")[0] for name in (self.fitted and self.fitted_parameters) or {})
+    def fitted_modules(self) -> Mapping[str, str]:
+        """The modules that own the changed parameters, each by itself."""
+        owners = (name.rpartition(".")[0] for name in (self.fitted and self.fitted_parameters) or ())
+        return {owner: owner for owner in owners}
 
     @property
     def has_effect(self) -> bool:

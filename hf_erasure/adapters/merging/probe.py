@@ -18,9 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_erasure.models.dummy import dummy_batch
-from hf_erasure.models.graph import REARRANGING, Graph, Node, Use, whole_axis
+from hf_erasure.models.graph import REARRANGING, Graph, Node, Use, Weight, experts_beside, whole_axis
 from hf_erasure.models.model import distance, evaluating, is_norm, tensors_of, without_drawing
-from hf_erasure.models.streams import Weight, experts_beside, readers_of, writers_of
+from hf_erasure.models.streams import readers_of, writers_of
 
 from ..common.acting import warn_user
 from ..common.layer import innermost
