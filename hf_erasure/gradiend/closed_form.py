@@ -9,9 +9,8 @@ With unit source gradients `ĝ` and targets `d` of batches of sign ±1: `w = mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ class ClosedFormEstimator:
     Attributes:
         shapes: Name to shape of every block.
         device: Where the means are kept.
+        counts: Of each part and sign, name of a block to how many batches its mean is over.
     """
 
     def __init__(self, shapes: Mapping[str, Iterable[int]], device: torch.device | str | None = None) -> None:
@@ -54,7 +54,7 @@ class ClosedFormEstimator:
             }
             for part in PARTS
         }
-        self._counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
+        self.counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
         # The blocks of the current batch that came already, with their signs.
         self._open: dict[str, dict[str, int]] = {"source": {}, "target": {}}
 
@@ -99,8 +99,8 @@ class ClosedFormEstimator:
         if not (bool(torch.isfinite(quick)) or bool(torch.isfinite(block).all())):
             require_finite({name: math.nan}, "source gradient" if kind == "source" else kind)
         self._open[kind][name] = sign
-        self._counts[kind, sign][name] += 1
-        share = 1.0 / self._counts[kind, sign][name]
+        self.counts[kind, sign][name] += 1
+        share = 1.0 / self.counts[kind, sign][name]
         for mean, piece in pieces(self._means[kind, sign][name], block):
             piece = piece.float()
             mean.lerp_(piece if factor == 1.0 else piece * factor, share)
@@ -131,21 +131,22 @@ class ClosedFormEstimator:
         """
         self._open = {"source": {}, "target": {}}
 
-    def pool(self, gather: Callable[[Any], list[Any]], add: Callable[[Tensor], None]) -> None:
+    def pool(
+        self, shares: Sequence[Mapping[tuple[str, int], Mapping[str, int]]], add: Callable[[Tensor], None]
+    ) -> None:
         """Become, in every process at once, the sum of the estimators that all processes hold; nothing is copied.
 
-        `gather` takes an object and returns those of all processes; `add` adds a tensor over all processes, in place.
-        Raises a `ValueError` if a batch is open.
+        `shares` are the `counts` of all processes; `add` adds a tensor over all processes, in place. Raises a
+        `ValueError` if a batch is open.
         """
         self._require_closed("added to others")
-        shares = gather(self._counts)
         for part in PARTS:
             for name, mean in self._means[part].items():
                 total = sum(counts[part][name] for counts in shares)
                 if total:
-                    mean.mul_(self._counts[part][name] / total)
+                    mean.mul_(self.counts[part][name] / total)
                     add(mean)
-                    self._counts[part][name] = total
+                    self.counts[part][name] = total
 
     def _require_closed(self, verb: str) -> None:
         if any(self._open.values()):
@@ -160,7 +161,7 @@ class ClosedFormEstimator:
         self._require_closed("saved")
         state = {}
         for part, prefix in PARTS.items():
-            state[f"{prefix}count"] = torch.tensor(list(self._counts[part].values()))
+            state[f"{prefix}count"] = torch.tensor(list(self.counts[part].values()))
             state |= {f"{prefix}/{name}": mean.clone() for name, mean in self._means[part].items()}
         return state
 
@@ -174,7 +175,7 @@ class ClosedFormEstimator:
         expected |= {f"{prefix}count": (len(self.shapes),) for prefix in PARTS.values()}
         check_state(state, expected)
         for part, prefix in PARTS.items():
-            self._counts[part] = dict(zip(self.shapes, state[f"{prefix}count"].tolist(), strict=True))
+            self.counts[part] = dict(zip(self.shapes, state[f"{prefix}count"].tolist(), strict=True))
             for name, mean in self._means[part].items():
                 mean.copy_(state[f"{prefix}/{name}"])
         self.drop_batch()
@@ -191,7 +192,7 @@ class ClosedFormEstimator:
             ValueError: If a sign was never seen, or the two classes' mean gradients are equal.
         """
         for part, prefix in PARTS.items():
-            if min(self._counts[part].values(), default=0) == 0:
+            if min(self.counts[part].values(), default=0) == 0:
                 raise ValueError(
                     f"No batch of sign {part[1]:+d} has added its {part[0]} ({prefix}): a feature needs batches of "
                     "both classes."
@@ -207,7 +208,7 @@ class ClosedFormEstimator:
             plus, minus = (take(self._means["target", sign], name) for sign in SIGNS)
             decoder[name], bias[name] = (plus - minus).mul_(0.5), (plus + minus).mul_(0.5)
         if consume:
-            self._counts = {part: {} for part in PARTS}
+            self.counts = {part: {} for part in PARTS}
         for found in readings.values():
             require_finite(found)
         high, low = (sum(readings[sign].values()) for sign in SIGNS)

@@ -48,7 +48,7 @@ def fitted(architecture: str = "llama") -> Any:
 def each_its_own(architecture: str = "llama") -> Any:
     """The same erasers, one for each module."""
     shared, model = _fitted(architecture), copy.deepcopy(small_model(architecture))
-    names = [rf"{name}".replace(".", r"\.") for name in shared.peft_config[NAME].groups]
+    names = [rf"{name}".replace(".", r"\.") for name in shared.peft_config[NAME].fitted_modules]
     model.add_adapter(
         ConceptErasureConfig(labels=LABELS, target_modules="|".join(names), site="input"), adapter_name=NAME
     )
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_modules_with_their_own(architecture: str, runs: 
     found, expected = gradients(fitted(architecture), batch), gradients(each_its_own(architecture), batch)
     assert torch.equal(found["out"], expected["out"])
     assert apart(found, expected) < ROUNDING
-    assert len(runs) == 2 * len(_fitted(architecture).peft_config[NAME].groups)
+    assert len(runs) == 2 * len(_fitted(architecture).peft_config[NAME].fitted_modules)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -239,7 +239,7 @@ def test_beside_a_lora_in_either_order() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fit_concept_erasure(model, small_batches("llama"), NAME, pool="tokens", progress=False)
-        assert model.peft_config[NAME].groups.keys() == _fitted("llama").peft_config[NAME].groups.keys()
+        assert model.peft_config[NAME].fitted_modules.keys() == _fitted("llama").peft_config[NAME].fitted_modules.keys()
         found.append({key: value for key, value in model.state_dict().items() if "concept_erasure" in key})
         model.set_adapter([NAME, "lora"])
         assert verify_adapter(model, NAME, inputs_of(batch))
@@ -325,8 +325,8 @@ def test_from_the_bare_model_to_one_with_a_head(tmp_path: Any) -> None:
     bare.save_pretrained(tmp_path)
     model = copy.deepcopy(small_model("llama"))
     model.load_adapter(tmp_path, adapter_name=NAME)
-    groups = model.peft_config[NAME].groups
-    assert groups == {f"model.{name}": f"model.{site}" for name, site in bare.peft_config[NAME].groups.items()}
+    groups = model.peft_config[NAME].fitted_modules
+    assert groups == {f"model.{name}": f"model.{site}" for name, site in bare.peft_config[NAME].fitted_modules.items()}
     hidden = [m.eval()(**inputs_of(small_batch("llama"))).last_hidden_state for m in (bare, model.model)]
     assert torch.equal(*hidden)
 

@@ -48,7 +48,7 @@ def test_weights_are_written_and_read(tmp_path: Any) -> None:
     made.save_pretrained(tmp_path)
     read = peft.PeftConfig.from_pretrained(tmp_path)
     assert read.weights == WEIGHTS
-    assert read.groups == {"h.0.q": "h.0.q", "h.0.k": "h.0.q", "h.0.up": "h.0.up"}
+    assert read.fitted_modules == {"h.0.q": "h.0.q", "h.0.k": "h.0.q", "h.0.up": "h.0.up"}
     assert list(read.fitted_modules) == ["h.0.q", "h.0.k", "h.0.up"]
     assert list(read.tensors()) == [
         f"{s}.concept_erasure.concept_erasure_{p}" for s in SITES for p in ("left", "right", "bias")
@@ -100,13 +100,13 @@ def test_the_modules_that_read_one_tensor_share_an_eraser() -> None:
     added = model.peft_config["erasure"]
     block = "model.layers.1"
     assert added.site == "input"
-    assert [module for module, site in added.groups.items() if site == f"{block}.self_attn.q_proj"] == [
+    assert [module for module, site in added.fitted_modules.items() if site == f"{block}.self_attn.q_proj"] == [
         f"{block}.self_attn.{name}_proj" for name in "qkv"
     ]
     layers = erasure_layers(model, "erasure")
-    assert layers.keys() == set(added.groups)
+    assert layers.keys() == set(added.fitted_modules)
     assert list(site_layers(model, "erasure")) == list(added.weights)
-    for module, site in added.groups.items():
+    for module, site in added.fitted_modules.items():
         assert layers[module].erasures["erasure"].holder is layers[site]
     assert all(
         "concept_erasure_left" not in key or key.split(".concept_erasure")[0] in added.weights
@@ -116,7 +116,7 @@ def test_the_modules_that_read_one_tensor_share_an_eraser() -> None:
 
 def test_writers_are_sites_of_their_own() -> None:
     added = llama(target_modules="writers").peft_config["erasure"]
-    assert (added.site, list(added.groups)) == ("output", list(added.weights))
+    assert (added.site, list(added.fitted_modules)) == ("output", list(added.weights))
     assert "model.embed_tokens" in added.weights
 
 
@@ -132,7 +132,7 @@ def test_writers_are_sites_of_their_own() -> None:
 def test_other_fields_narrow_a_word(fields: Any, gone: str) -> None:
     added = llama(target_modules="readers", **fields).peft_config["erasure"]
     assert added.weights
-    assert not any(gone in name for name in added.groups)
+    assert not any(gone in name for name in added.fitted_modules)
     assert all(group[0][0] == site for site, group in added.weights.items())
 
 

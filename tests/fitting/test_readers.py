@@ -88,7 +88,7 @@ READERS = [
 @pytest.mark.parametrize(("kind", "auto"), READERS, ids=[kind for kind, _ in READERS])
 def test_no_reader_is_given_the_concept(kind: str, auto: Any) -> None:
     model = model_of(kind, auto, "readers")
-    batches, groups = batches_of(model), model.peft_config["default"].groups
+    batches, groups = batches_of(model), model.peft_config["default"].fitted_modules
     before = taken_by(model, groups, batches)
     assert before.keys() == set(groups) and max(before.values()) > THERE
     report = fit_concept_erasure(model, batches, pool="tokens", progress=False)
@@ -152,7 +152,7 @@ def test_background_and_labels_of_tokens() -> None:
     ]
     fit_concept_erasure(model, labelled, background=batches, progress=False)
     x = {}
-    for name in model.peft_config["default"].groups:
+    for name in model.peft_config["default"].fitted_modules:
         module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda m, a, n=name: x.setdefault(n, []).append(a[0].double()))
     for batch in batches:
@@ -174,8 +174,8 @@ def test_sites_that_the_labels_do_not_speak_of_go_with_all_their_modules() -> No
     with pytest.warns(UserWarning, match="leaves out"):
         fit_concept_erasure(model, batches, progress=False)
     config = model.peft_config["default"]
-    assert "classifier" not in config.groups and config.weights.keys() == config.fitted_sites.keys()
-    assert {name for name, m in model.named_modules() if hasattr(m, "concept_erasure")} == set(config.groups)
+    assert "classifier" not in config.fitted_modules and config.weights.keys() == config.fitted_sites.keys()
+    assert {name for name, m in model.named_modules() if hasattr(m, "concept_erasure")} == set(config.fitted_modules)
     type(config)(
         **{k: v for k, v in config.to_dict().items() if k not in ("peft_type", "auto_mapping", "peft_version")}
     )
@@ -195,7 +195,7 @@ def test_combined_readers_share_erasers_and_erase_both() -> None:
     model.delete_adapter("default")
     model.set_adapter("both")
     for labelled in given.values():
-        found = taken_by(model, config.groups, labelled)
+        found = taken_by(model, config.fitted_modules, labelled)
         assert {name: value for name, value in found.items() if value > NOTHING} == {}
     model.add_adapter(
         ConceptErasureConfig(labels=["c", "d"], target_modules=r"lm_head", site="input"), adapter_name="named"

@@ -89,7 +89,8 @@ def pooled(shards: list[ClosedFormEstimator]) -> None:
             meeting.wait()
             return found
 
-        shards[own].pool(lambda value: together(counts, value), lambda mean: mean.copy_(sum(together(given, mean))))
+        shares = together(counts, shards[own].counts)
+        shards[own].pool(shares, lambda mean: mean.copy_(sum(together(given, mean))))
 
     with ThreadPoolExecutor(len(shards)) as threads:
         list(threads.map(pool, range(len(shards))))

@@ -193,7 +193,7 @@ class Training:
             is_last = step + 1 == start.steps
             is_saved = self.progress.control.should_save and not is_last
             if (is_last or is_saved) and self.processes.count > 1:
-                estimator.pool(lambda own: self.processes.gathered([own]), self.processes.add)
+                estimator.pool(self.processes.gathered([estimator.counts]), self.processes.add)
             if is_saved:
                 self.progress.save(estimator.state_dict(), {"start": start.number, "step": step + 1})
                 if not self.processes.is_main:  # the main one has it all
