@@ -16,7 +16,7 @@ LIMITS = {
     "fit_concept_erasure, one pass": (23, 226),
     "forward with erasure": (3, 12),
     "save_pretrained": (9, 56),
-    "load_adapter": (10, 78),
+    "load_adapter": (10, 79),
     "GradiendTrainer.train": (20, 138),
     "select, 1 × 1": (16, 110),
     "steer": (7, 16),

@@ -123,7 +123,7 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
-        seen = weight.take(positions.to(weight.device)).to("cpu", torch.double)
+        seen = torch.tensor(_sampled(weight, dtype, positions)["values"], device="cpu", dtype=torch.double)
         pair = _Pair(name, seen, values, {dtype, sample["dtype"]}, len(shape) > 1)
         if QUANTISED not in pair.dtypes and bool(pair.differ().any()) and name in of_tokens():
             pair = _without_new_rows(pair, positions // size, sample.get("last", weight.numel()) // size, config)
@@ -386,8 +386,9 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
 
 
 def _sampled(weight: Tensor, dtype: str, positions: Tensor) -> dict[str, Any]:
-    values = weight.take(positions.to(weight.device)).to("cpu", torch.double).tolist()
-    return {"shape": list(weight.shape), "dtype": dtype, "positions": positions.tolist(), "values": values}
+    # Nothing else of the weight is read, however it lies in memory; one without axes has one here.
+    values = weight[None][torch.unravel_index(positions.to(weight.device), (1, *weight.shape))].to("cpu", torch.double)
+    return {"shape": list(weight.shape), "dtype": dtype, "positions": positions.tolist(), "values": values.tolist()}
 
 
 def _token_weights(model: nn.Module) -> set[str]:
