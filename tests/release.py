@@ -27,8 +27,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.compile(r"__version__ = \"([^\"]+)\"")
+COMMAND = "hf_erasure_command.py"  # beside the package, as it starts without that
 # What a user cannot do without, beside the modules.
-PACKAGED = ("hf_erasure/py.typed", "hf_erasure/evaluation/templates/report.html.j2", "hf_erasure/metrics/weat.py")
+PACKAGED = (
+    COMMAND, "hf_erasure/py.typed", "hf_erasure/evaluation/templates/report.html.j2", "hf_erasure/metrics/weat.py",
+)  # fmt: skip
 SHIPPED = ("README.md", "LICENSE", "pyproject.toml", "CHANGELOG.md", "tests/conftest.py", "docs/index.md", "mkdocs.yml")
 
 MAIN_JOB = "recipes/minilm-gender/recipe.yaml"
@@ -147,7 +150,7 @@ def check_contents(wheel: Path, sdist: Path, version: str, tag: str) -> None:
     wanted = modules | set(PACKAGED) | {f"hf_erasure/{name}" for name in data_files()}
     if missing := sorted((wanted | {f"hf_erasure/model_cards/{name}" for name in cards()}) - inside):
         raise Unfit(f"not in the wheel: {missing}")
-    if foreign := sorted(name for name in inside if not name.startswith(("hf_erasure/", "hf_erasure-"))):
+    if foreign := sorted(name for name in inside if not name.startswith(("hf_erasure/", "hf_erasure-", COMMAND))):
         raise Unfit(f"in the wheel, and of no package of ours: {foreign}")
     with tarfile.open(sdist) as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}
