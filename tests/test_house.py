@@ -117,6 +117,16 @@ def test_the_map_of_the_code_names_every_room_and_files_that_are_there():
     assert not missing
 
 
+def test_the_ten_files_of_a_fit_hold_what_is_said_of_them():
+    text = (PACKAGE.parent / "docs" / "code.md").read_text(encoding="utf-8").partition("## A fit in ten files")[2]
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) == 10
+    for name, said in rows:
+        held = (PACKAGE / name).read_text(encoding="utf-8")
+        named = [word for word in re.findall(r"`(?:\w+\.)?(\w+)(?:\(\))?`", said) if word != "fit_concept_erasure"]
+        assert all(re.search(rf"(def|class) {word}\b", held) for word in named), name
+
+
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_arrows_go_one_way(folder: str):
     allowed = MAY_IMPORT[folder] | {folder, "_version"}
