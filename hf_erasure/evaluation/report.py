@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from hf_erasure.adapters.common.files import write_text
+from hf_erasure.fitting.report import figures
 from hf_erasure.metrics.readers import spread
 from hf_erasure.models.scorer import FINAL
 
@@ -83,9 +84,7 @@ def shortened(name: str, most: int) -> str:
 
 
 def _figure(height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+    return figures.Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
 
 
 def _axes(height: float, ideal: float | None, axis: str) -> Any:

@@ -18,7 +18,7 @@ from hf_erasure.models.pooling import IN_WORDS
 if TYPE_CHECKING:
     from matplotlib import figure as figures
 else:
-    figures = Later("matplotlib.figure")
+    figures = Later("matplotlib.figure", "plot")
 
 # What is left at a visit counts for rounding up to here, as a share of |x| |z|: activations in float32 that went
 # through several blocks differ by about so much of their size.
@@ -314,14 +314,10 @@ class ErasureReport:
         """
         if not self.leakage:
             raise ValueError("There is no leakage to plot: fit with eval_batches=….")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot() needs matplotlib: pip install 'hf-erasure[plot]'") from error
-        figure = Figure(figsize=(9, 6), layout="constrained")
+        figure = figures.Figure(figsize=(9, 6), layout="constrained")
         leakage, moved = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         measured = [line for line in self.sites if line.correlation_before is not None]
-        figures = [
+        sites = [
             {
                 "before": line.correlation_before,
                 "after": line.correlation_after,
@@ -330,7 +326,7 @@ class ErasureReport:
             }
             for line in measured
         ]
-        draw_leakage(leakage, figures, f"{self.concept}: {self.method}, pool={self.pool!r}, on {self.measured_on}")
+        draw_leakage(leakage, sites, f"{self.concept}: {self.method}, pool={self.pool!r}, on {self.measured_on}")
         positions = range(len(measured))
         moved.bar(positions, [line.change_labelled or 0 for line in measured], color="#7a7a7a")
         moved.set_ylabel("relative change")

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_erasure.adapters.common.files import write_whole
-from hf_erasure.fitting.report import AFTER, BEFORE, draw_leakage
+from hf_erasure.fitting.report import AFTER, BEFORE, draw_leakage, figures
 from hf_erasure.models.heads import HEAD_OF, Head
 
 from .facts import EFFECT, LEAKAGE, LONGEST, CardFacts, is_number, plain
@@ -217,11 +217,10 @@ def draw(facts: CardFacts, folder: Path) -> str | None:
     if find_spec("matplotlib") is None or not (lines if is_erasure else bars):
         return None
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     name = LEAKAGE if is_erasure else EFFECT
     with rc_context({"text.parse_math": False}):  # a name is not a formula
-        figure = Figure(figsize=(8, 4 if is_erasure else 0.5 * len(bars) + 1.2), layout="constrained")
+        figure = figures.Figure(figsize=(8, 4 if is_erasure else 0.5 * len(bars) + 1.2), layout="constrained")
         axes = figure.subplots()
         if is_erasure:
             draw_leakage(axes, lines, f"on {facts.method['figures_on']}")

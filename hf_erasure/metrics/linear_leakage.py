@@ -15,6 +15,12 @@ import numpy as np
 from datasets import Sequence, Value
 
 from hf_erasure.metrics import base, resampling
+from hf_erasure.models.model import Later
+
+linear_model, model_selection, neural_network, pipeline, preprocessing, svm = (
+    Later(f"sklearn.{name}", "metrics")
+    for name in ("linear_model", "model_selection", "neural_network", "pipeline", "preprocessing", "svm")
+)
 
 # Logistic regression ends where no entry of the gradient of the mean loss is larger, or after so many steps.
 _GRADIENT, _STEPS_TO_MINIMUM = 1e-6, 1000
@@ -81,15 +87,6 @@ def held_out_answers(
     Arguments and errors are those of `score`; `labels` and `groups` are lists, and the folds get labels in like shares.
     With `kernel` the probe is a support vector machine with a radial basis function.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedGroupKFold
-        from sklearn.neural_network import MLPClassifier
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise ImportError("Probes need scikit-learn: pip install 'hf-erasure[metrics]'.") from error
     x = base.numbers("predictions", x)
     y, names = base.class_ids("references", labels)
     belongs, all_groups = base.class_ids("groups", list(range(len(y))) if groups is None else groups)
@@ -98,12 +95,13 @@ def held_out_answers(
     if not l2 > 0:
         raise ValueError(f"l2={l2}: write a number above 0, or the probe has no unique minimum.")
     given = np.empty(len(y), dtype=np.int64)
+    splits = model_selection.StratifiedGroupKFold(int(folds), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # A class with fewer groups than folds is fine as long as every probe sees it, which is checked below; and the
         # perceptron takes as many steps whatever the data, so that it always "stops early".
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         warnings.filterwarnings("ignore", "Stochastic Optimizer: Maximum iterations", UserWarning)
-        for fitted, held in StratifiedGroupKFold(int(folds), shuffle=True, random_state=seed).split(x, y, belongs):
+        for fitted, held in splits.split(x, y, belongs):
             if absent := set(range(len(names))) - set(y[fitted].tolist()):
                 raise ValueError(
                     f"All rows of the class {str(names[min(absent)])!r} are in one fold, so no probe could learn it: "
@@ -112,13 +110,14 @@ def held_out_answers(
             if not len(held):
                 raise ValueError("A fold is empty: write fewer folds.")
             if kernel:
-                probe: Any = SVC(C=1 / l2)
+                probe: Any = svm.SVC(C=1 / l2)
             elif nonlinear:
-                probe = MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, random_state=seed)
-                probe.set_params(batch_size=len(fitted), learning_rate_init=_RATE, alpha=l2)
+                probe = neural_network.MLPClassifier((_HIDDEN,), max_iter=_STEPS, n_iter_no_change=_STEPS, alpha=l2)
+                probe.set_params(batch_size=len(fitted), learning_rate_init=_RATE, random_state=seed)
             else:
-                probe = LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
-            given[held] = make_pipeline(StandardScaler(), probe).fit(x[fitted], y[fitted]).predict(x[held])
+                probe = linear_model.LogisticRegression(C=1 / l2, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
+            standardised = pipeline.make_pipeline(preprocessing.StandardScaler(), probe)
+            given[held] = standardised.fit(x[fitted], y[fitted]).predict(x[held])
     return [names[answer] for answer in given]
 
 

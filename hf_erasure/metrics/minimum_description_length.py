@@ -19,6 +19,7 @@ import numpy as np
 from datasets import Sequence, Value
 
 from hf_erasure.metrics import base, resampling
+from hf_erasure.metrics.linear_leakage import linear_model, preprocessing
 
 # A probe is fitted until no entry of the gradient of the mean loss is larger, or for so many steps.
 _GRADIENT, _STEPS_TO_MINIMUM = 1e-9, 2000
@@ -81,25 +82,22 @@ def score(
 
 def _code(x: base.Floats, y: base.Ints, classes: int, ends: list[int], penalties: list[float]) -> base.Floats:
     """`(rows,)` Bits that each label costs."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise ImportError("Probes need scikit-learn: pip install 'hf-erasure[metrics]'.") from error
     if not penalties[0] > 0:
         raise ValueError(f"l2={penalties[0]}: write a number above 0, or the probe has no unique minimum.")
     bits = np.full(len(y), np.log2(classes))
     best = len(penalties) - 1
     # The bias is the weight of a feature that is 1 everywhere. A row of weight 0 for each class lets a probe know of
     # those that have not come yet.
-    x = np.concatenate([StandardScaler().fit_transform(x), np.ones((len(x), 1))], 1)
+    x = np.concatenate([preprocessing.StandardScaler().fit_transform(x), np.ones((len(x), 1))], 1)
     unseen = np.zeros((classes, x.shape[1]))
     for known, end in pairwise(ends):
         rows, goals = np.concatenate([x[:known], unseen]), np.concatenate([y[:known], np.arange(classes)])
         weights = np.repeat([1.0, 0.0], [known, classes])
         costs = []
         for l2 in penalties:
-            probe = LogisticRegression(C=1 / l2, fit_intercept=False, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM)
+            probe = linear_model.LogisticRegression(
+                C=1 / l2, fit_intercept=False, tol=_GRADIENT, max_iter=_STEPS_TO_MINIMUM
+            )
             log_p = probe.fit(rows, goals, weights).predict_log_proba(x[known:end])
             costs.append(-log_p[np.arange(end - known), y[known:end]] / np.log(2))
         bits[known:end] = costs[best]

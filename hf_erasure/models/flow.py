@@ -53,7 +53,7 @@ class Flow(TorchDispatchMode):
 
     Args:
         model: A bare model.
-        call: Makes the pass, and returns what the model gives.
+        call: Makes the pass.
 
     Attributes:
         sites: The norms of the hidden state, in the order of their first calls.
@@ -91,8 +91,7 @@ class Flow(TorchDispatchMode):
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(leave).remove)
             with self:
-                output = call()
-        self._leave_model(output)
+                call()
         self.sites = [name for name in dict.fromkeys(self._called) if name in self._kept]
 
     # ---- modules -----------------------------------------------------------------------------------------------------
@@ -129,8 +128,14 @@ class Flow(TorchDispatchMode):
             self._kept.add(str(known.output_of))
 
     def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
-        if isinstance(module, PreTrainedModel):
-            self._leave_model(output)
+        if not name or isinstance(module, PreTrainedModel):
+            parts = list(output.items()) if isinstance(output, Mapping) else []
+            for _, value in parts:  # which grows meanwhile
+                parts += value.items() if isinstance(value, Mapping) else ()
+            # The last hidden states among what a model returns: those called so, or else the first tensor.
+            states = [tensor for key, value in parts if key.endswith(_LAST) for tensor in tensors_of(value)]
+            ends = [self._traces.get(tensor, _NOTHING).output_of for tensor in states or tensors_of(output)[:1]]
+            self._kept |= {last for last in ends if last is not None}
         if isinstance(module, nn.Embedding):
             for rows in floats_of(output):
                 self._traces[rows] = Trace(tuple(rows.shape))
@@ -148,16 +153,6 @@ class Flow(TorchDispatchMode):
         ended = None if found is None else self._traces.get(found, _NOTHING).output_of
         if id(module) in self._blocks and ended is not None:
             self._kept.add(ended)  # it gives the hidden state that goes on
-
-    def _leave_model(self, output: Any) -> None:
-        """Take what the last hidden states end with, those called so among what a model returns or the first tensor."""
-        parts = list(output.items()) if isinstance(output, Mapping) else []
-        for _, value in parts:  # which grows meanwhile
-            parts += value.items() if isinstance(value, Mapping) else ()
-        found = [tensor for key, value in parts if key.endswith(_LAST) for tensor in tensors_of(value)]
-        for tensor in found or tensors_of(output)[:1]:
-            if (last := self._traces.get(tensor, _NOTHING).output_of) is not None:
-                self._kept.add(last)
 
     # ---- operations --------------------------------------------------------------------------------------------------
 

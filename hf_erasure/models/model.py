@@ -52,11 +52,24 @@ _CONVOLUTIONS = (
 
 
 class Later(ModuleType):
-    """Stands for a module that is imported when something of it is first used, such as by `typing.get_type_hints`."""
+    """Stands for a module that is imported when something of it is first used, such as by `typing.get_type_hints`.
+
+    Where it is not installed, the error names the `extra` of this package that brings it.
+    """
+
+    def __init__(self, name: str, extra: str = "") -> None:
+        super().__init__(name)
+        self._extra = extra
 
     def __getattr__(self, name: str) -> Any:
         """What the module has, which is kept here from then on."""
-        found = vars(self)[name] = getattr(importlib.import_module(self.__name__), name)
+        try:
+            found = vars(self)[name] = getattr(importlib.import_module(self.__name__), name)
+        except ImportError as error:
+            if not self._extra:
+                raise
+            needed = f"This needs {self.__name__.partition('.')[0]}: pip install 'hf-erasure[{self._extra}]'"
+            raise ImportError(needed) from error
         return found
 
 

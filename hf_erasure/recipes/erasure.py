@@ -29,6 +29,7 @@ from hf_erasure.fitting.layouts import Layouts, observed
 from hf_erasure.fitting.processes import Processes
 from hf_erasure.fitting.report import ErasureReport
 from hf_erasure.metrics.fresh_probes import control_labels
+from hf_erasure.metrics.linear_leakage import linear_model, pipeline, preprocessing
 from hf_erasure.models import POOLS, pooled
 from hf_erasure.models.model import Runner, evaluating
 from hf_erasure.models.pooling import IN_WORDS
@@ -492,13 +493,8 @@ def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: 
     Raises:
         ImportError: Without scikit-learn.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise ImportError("Probing needs scikit-learn: pip install 'hf-erasure[demo]'") from error
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
+    regression = linear_model.LogisticRegression(max_iter=300, tol=1e-3)
+    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
     probe.fit(train_x.double().numpy(), train_y)
     return float(probe.score(test_x.double().numpy(), test_y))
 

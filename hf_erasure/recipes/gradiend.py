@@ -22,6 +22,7 @@ from hf_erasure.fitting.gradiend.selection import Point, Selection, goal_by_name
 from hf_erasure.fitting.gradiend.trainer import GradiendTrainer
 from hf_erasure.fitting.gradiend.training import GradiendTrainingArguments
 from hf_erasure.fitting.processes import Processes
+from hf_erasure.fitting.report import figures
 from hf_erasure.models.heads import head_named
 from hf_erasure.models.neutral import neutral_batches
 from hf_erasure.models.slots import collate
@@ -329,9 +330,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
     """Encoded values as a histogram per class, neutral texts among them; one panel a pair of classes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained", figsize=(4.2 * len(parts), 3.2))
+    figure = figures.Figure(layout="constrained", figsize=(4.2 * len(parts), 3.2))
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for panel, part in zip(panels, parts, strict=True):
         limit = max(1.0, float(part.values.abs().max()))
@@ -351,12 +350,10 @@ def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
 
 def _draw_grid(grid: pd.DataFrame, goals: Sequence[str], path: Path) -> None:
     """Goals and language modelling over feature factor and learning rate; a row of panels for each pair of classes."""
-    from matplotlib.figure import Figure
-
     points = grid.iloc[1:]  # the first row is the model without an edit
     pairs = list(dict.fromkeys(points["pair"]))
     columns = [*dict.fromkeys(goals), "cost"]
-    figure = Figure(layout="constrained", figsize=(4.2 * len(columns), 0.6 + 3.4 * len(pairs)))
+    figure = figures.Figure(layout="constrained", figsize=(4.2 * len(columns), 0.6 + 3.4 * len(pairs)))
     panels = figure.subplots(len(pairs), len(columns), squeeze=False)
     for row, pair in zip(panels, pairs, strict=True):
         for panel, column in zip(row, columns, strict=True):

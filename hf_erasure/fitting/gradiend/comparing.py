@@ -16,6 +16,7 @@ from hf_erasure.gradiend.blocks import largest, total
 from hf_erasure.models.model import pandas
 
 from ..processes import Processes
+from ..report import figures
 from .gradients import encode_all, reading_the_base
 from .trainer import GradiendTrainer
 
@@ -53,13 +54,11 @@ class FeatureComparison:
 
     def plot(self, path: str | None = None) -> Any:
         """Draw the tables as matplotlib shows them, with their numbers; returns the figure, and writes it to `path`."""
-        from matplotlib.figure import Figure
-
         titles = {"cosine of Wd": self.cosine, f"overlap of the top {self.top:.2%}": self.overlap}
         if self.reading is not None:
             titles["correlation of neuron (row) and pairs (column)"] = self.reading
         size = 1.5 + 0.9 * len(self.names)
-        figure = Figure(figsize=(size * len(titles), size), layout="constrained")
+        figure = figures.Figure(figsize=(size * len(titles), size), layout="constrained")
         for axes, (title, table) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
             axes.imshow(table.numpy(), vmin=-1, vmax=1, cmap="PuOr")
             axes.set_title(title, fontsize=9)
