@@ -92,7 +92,6 @@ class ChildTuner(BaseTuner):
                         f"The adapter's files could not be checked before they are loaded ({UNSEEN.get()}): try again."
                     )
                 _check_new(config, adapter_name, model)
-                acting.refuse_copies(model, adapter_name, config.modules_to_save or ())
                 if config.fitted:
                     recognise(model, config)
                     target = config.target_modules
@@ -112,10 +111,7 @@ class ChildTuner(BaseTuner):
                     own, sites = {key.partition(f".{self.prefix}")[0] for key in given}, config.fitted_modules
                     sharers = (name for name, site in sites.items() if site in own and name not in own)
                     kwargs["state_dict"] = given | {f"{name}.{self.prefix}": None for name in sharers}
-                with acting.naming_what_goes_off(model, adapter_name):
-                    super().inject_adapter(model, adapter_name, *args, **kwargs)
-                    acting.rehome_layers(model)
-                    acting.note_adapters(model)
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
                 # The newcomer's copies start from those that acted, but for those of its own method, which go off.
                 kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
                 for place, acted in copies.on.items():
@@ -326,8 +322,8 @@ class ChildTuner(BaseTuner):
 def inject_adapter(
     original: Callable, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
-    """`BaseTuner.inject_adapter`: children of modules that it wraps move out to the wrappers."""
-    if isinstance(tuner, ChildTuner) or not adapter_children(model):
+    """`BaseTuner.inject_adapter`: what goes off is named, and children of wrapped modules move out to the wrappers."""
+    if not isinstance(tuner, ChildTuner) and not adapter_children(model):
         return original(model, adapter_name, *args, **kwargs)
     copied = getattr(tuner.peft_config[adapter_name], "modules_to_save", None)
     try:
