@@ -99,7 +99,6 @@ def serve(address: str, modules: Sequence[str]) -> None:
     # As in the tests' own process; what is imported is left out of the collections of every process that is forked.
     gc.enable()
     gc.set_threshold(OBJECTS, 10, 10)
-    gc.collect()
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

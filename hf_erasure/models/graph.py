@@ -19,7 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
@@ -395,7 +395,7 @@ class Graph(TorchDispatchMode):
                 if node.index >= known and not node.features and (node.kind in _ALIKE or name in _SCALINGS):
                     passed = (self._passed_on(name, args, tensor, values[id(tensor)], made) for tensor in given)
                     node.features = frozenset().union(*passed)
-                shown = [t for t in tree_leaves(entries) if isinstance(t, Tensor)]
+                shown = list(floats_of(entries))
                 for number, tensor in enumerate(floats_of(output)):
                     self._values[tensor] = _Value(node, shown[number] if shown else None, self._time)
                 if any(out is t for out in floats_of(output) for t in given) or "out" in kwargs:
@@ -497,9 +497,8 @@ class Graph(TorchDispatchMode):
             return told[0], next(v.entries for v in values.values() if v.node is told[0])
 
         places = {}
-        for part in tree_leaves((args, kwargs)):
-            value = values.get(id(part)) if isinstance(part, Tensor) else None
-            if value is not None:
+        for part in floats_of((args, kwargs)):
+            if (value := values.get(id(part))) is not None:
                 nothing = torch.zeros_like(part, dtype=torch.float64)
                 places[id(part)] = _shown(value, part).clone() if value.node is told[0] else nothing
         try:
@@ -529,7 +528,12 @@ def _shown(value: _Value, tensor: Tensor | None = None) -> Tensor:
 
 def _pattern(value: _Value, axis: int, tensor: Tensor | None = None) -> tuple[int, ...] | None:
     """The places of what lies along an axis: the axis of the node, the first there, how far behind that others."""
-    node, shown = value.node, _shown(value, tensor)
+    node = value.node
+    behind = [math.prod(node.shape[n + 1 :]) for n in range(len(node.shape))]
+    is_whole = value.entries is None and 0 not in node.shape and (tensor is None or tensor.shape == node.shape)
+    if is_whole and node.shape[axis] > 1:  # what follows comes to this
+        return (axis % len(node.shape), 0, *range(0, node.shape[axis] * behind[axis], behind[axis]))
+    shown = _shown(value, tensor)
     if not shown.numel():
         return None
     rows = shown.movedim(axis, -1).reshape(-1, shown.shape[axis])
@@ -538,7 +542,6 @@ def _pattern(value: _Value, axis: int, tensor: Tensor | None = None) -> tuple[in
     if not len(rows) or not bool((steps == steps[0]).all()):
         return None
     found = steps[0].long().tolist()
-    behind = [int(torch.Size(node.shape[n + 1 :]).numel()) for n in range(len(node.shape))]
     along = [n for n, size in enumerate(node.shape) if size > 1 and behind[n] == found[-1] / max(len(found) - 1, 1)]
     if not along:
         return (-1, 0, *found)  # several axes in one

@@ -347,10 +347,18 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def floats_of(tree: Any) -> Iterator[Tensor]:
-    """The tensors of numbers with a point in what a module takes or gives."""
-    for leaf in tree_leaves(dict(tree) if isinstance(tree, dict) else tree):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            yield leaf
+    """The tensors of numbers with a point in what a module or an operation takes or gives."""
+    # Operations come by the thousand, and what they take is plain: `tree_leaves` takes several times as long.
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    elif isinstance(tree, Tensor):
+        tree = (tree,)
+    for part in tree if type(tree) in (tuple, list) else tree_leaves(tree):
+        if isinstance(part, Tensor):
+            if part.is_floating_point():
+                yield part
+        elif part is not None and part is not tree and not isinstance(part, (int, float, str)):
+            yield from floats_of(part)
 
 
 def distance(left: list[Tensor], right: list[Tensor]) -> float:
