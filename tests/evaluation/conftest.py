@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.material import erasure_folder, gradiend_folder, small_data
+from tests.evaluation.material import erasure_folder, gradiend_folder, small_data, story_folder
 
 
 @pytest.fixture(scope="session")
-def adapters(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def adapters(assets: Path, story: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of an erasure and of a feature that steers."""
     folder = tmp_path_factory.mktemp("adapters")
-    return erasure_folder(assets, folder / "erasure"), gradiend_folder(assets, folder / "steered")
+    return erasure_folder(assets, story, folder / "erasure"), gradiend_folder(story, folder / "steered")
 
 
 @pytest.fixture(scope="session")
-def story(assets: Path) -> str:
+def story(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small masked model."""
-    return str(assets / "models" / "story-mlm")
+    return str(story_folder(assets, tmp_path_factory.mktemp("models") / "story"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A small data folder, fitted adapters for the story model, and made-up results to draw."""
+"""A small model and data folder, fitted adapters for the model, and made-up results to draw."""
 
 from __future__ import annotations
 
@@ -23,10 +23,17 @@ PAIR = ("female", "male")
 _CHARACTERS = 60
 
 
-def erasure_folder(assets: Path, folder: Path, pool: str = "mean") -> Path:
-    """An erasure of gender for `story-mlm`, fitted on biographies."""
+def story_folder(assets: Path, folder: Path) -> Path:
+    """A masked model that was trained, of which two of four layers are left: nobody asks how good it is."""
     path = assets / "models" / "story-mlm"
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    AutoModelForMaskedLM.from_pretrained(path, num_hidden_layers=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return folder
+
+
+def erasure_folder(assets: Path, story: str, folder: Path, pool: str = "mean") -> Path:
+    """An erasure of gender for a model, fitted on biographies."""
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(story), AutoTokenizer.from_pretrained(story)
     found = DataFolder(assets / "data", 120).biographies()
     rows = Dataset.from_dict({"text": found.texts, "gender": found.genders})
     model.add_adapter(ConceptErasureConfig(concept="gender", labels=list(PAIR)), adapter_name="erasure")
@@ -38,9 +45,9 @@ def erasure_folder(assets: Path, folder: Path, pool: str = "mean") -> Path:
     return folder
 
 
-def gradiend_folder(assets: Path, folder: Path, rate: float = 0.02) -> Path:
-    """A GRADIEND adapter for `story-mlm` with a random feature, which acts and has an encoder."""
-    model = AutoModelForMaskedLM.from_pretrained(assets / "models" / "story-mlm")
+def gradiend_folder(story: str, folder: Path, rate: float = 0.02) -> Path:
+    """A GRADIEND adapter for a model with a random feature, which acts and has an encoder."""
+    model = AutoModelForMaskedLM.from_pretrained(story)
     config = GradiendConfig(feature="gender", classes=list(PAIR), density=0.01, keep_encoder=True)
     model.add_adapter(config, adapter_name="steering")
     set_features(model, "steering", [feature_of(targeted_parameters(model, "steering"))], [PAIR])
