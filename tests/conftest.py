@@ -44,6 +44,18 @@ def assets() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def short_assets(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test material with two layers of each model, for tests that do not ask how good a model is."""
+    from tests.small_models import shortened
+
+    folder = tmp_path_factory.mktemp("assets")
+    (folder / "data").symlink_to(assets / "data")
+    for model in (assets / "models").iterdir():
+        shortened(model, folder / "models")
+    return folder
+
+
 @pytest.fixture
 def matrix(request: pytest.FixtureRequest) -> Callable[[str, str, str, str], None]:
     """`matrix(table, row, column, outcome)` enters what a test has seen into the documentation's tables."""

@@ -10,6 +10,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers as hf
@@ -194,6 +195,14 @@ def _built(name: str) -> PreTrainedModel:
 def small_model(name: str) -> PreTrainedModel:
     """A model with the same weights at every call; not to be changed."""
     return _built(name)
+
+
+def shortened(model: Path, folder: Path) -> Path:
+    """A folder with the first two layers of a stored language model, and its tokenizer, under its name."""
+    kind = getattr(hf, hf.AutoConfig.from_pretrained(model).architectures[0])
+    kind.from_pretrained(model, num_hidden_layers=2).save_pretrained(folder / model.name)
+    hf.AutoTokenizer.from_pretrained(model).save_pretrained(folder / model.name)
+    return folder / model.name
 
 
 def roughen(model: nn.Module, generator: torch.Generator) -> nn.Module:

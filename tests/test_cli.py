@@ -32,10 +32,10 @@ def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(assets: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(short_assets: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     content = {
-        "model": str(assets / "models" / "story-mlm"),
+        "model": str(short_assets / "models" / "story-mlm"),
         "concept": "gender",
         "labels": ["female", "male"],
         "output": str(path.parent / "out"),
@@ -97,8 +97,8 @@ def test_check_notices_other_weights(fitted: tuple[Path, str], tmp_path: Path) -
     assert "NOT THE SAME" in result.stdout
 
 
-def test_the_folder_loads_in_code_that_knows_only_peft(fitted: tuple[Path, str], assets: Path) -> None:
-    model = AutoModel.from_pretrained(assets / "models" / "story-mlm")
+def test_the_folder_loads_in_code_that_knows_only_peft(fitted: tuple[Path, str], short_assets: Path) -> None:
+    model = AutoModel.from_pretrained(short_assets / "models" / "story-mlm")
     model.load_adapter(str(fitted[0]))
     assert verify_adapter(model)
 
@@ -134,7 +134,7 @@ def test_check_of_a_folder_without_a_run(tmp_path: Path) -> None:
     assert "hf-erasure fit" in result.stderr
 
 
-def test_merge_fits_writes_an_adapter_that_acts(recipe: Path, assets: Path, tmp_path: Path) -> None:
+def test_merge_fits_writes_an_adapter_that_acts(recipe: Path, short_assets: Path, tmp_path: Path) -> None:
     for name, split in (("a", "train"), ("b", "test")):
         overrides = [f"output={tmp_path / name}", f"data.train={split}", "fit.sequential=false", "fit.checkpoint=true"]
         result = CliRunner().invoke(app, ["fit", str(recipe), *overrides, "--no-progress"])
@@ -142,7 +142,7 @@ def test_merge_fits_writes_an_adapter_that_acts(recipe: Path, assets: Path, tmp_
     result = CliRunner().invoke(app, ["merge-fits", *(str(tmp_path / name) for name in ("a", "b", "sum"))])
     assert result.exit_code == 0, result.output
     assert "280 examples" in result.stdout
-    model = AutoModel.from_pretrained(assets / "models" / "story-mlm")
+    model = AutoModel.from_pretrained(short_assets / "models" / "story-mlm")
     model.load_adapter(str(tmp_path / "sum"))
     assert verify_adapter(model)
 

@@ -19,13 +19,13 @@ TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def recipe(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(short_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     data = occupation_sentences()
     for split, rows in (("train", 201), ("test", 81)):  # shares of different length
         data[split].shuffle(seed=0).select(range(rows)).to_json(folder / "data" / f"{split}.jsonl")
     content = {
-        "model": str(assets / "models" / "story-mlm"),
+        "model": str(short_assets / "models" / "story-mlm"),
         "concept": "gender",
         "labels": ["female", "male"],
         "output": str(folder / "out"),

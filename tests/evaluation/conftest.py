@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.material import erasure_folder, gradiend_folder, small_data, story_folder
+from tests.evaluation.material import erasure_folder, gradiend_folder, small_data
 
 
 @pytest.fixture(scope="session")
@@ -15,9 +15,9 @@ def adapters(assets: Path, story: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def story(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def story(short_assets: Path) -> str:
     """A small masked model."""
-    return str(story_folder(assets, tmp_path_factory.mktemp("models") / "story"))
+    return str(short_assets / "models" / "story-mlm")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A small model and data folder, fitted adapters for the model, and made-up results to draw."""
+"""A small data folder, fitted adapters for the model, and made-up results to draw."""
 
 from __future__ import annotations
 
@@ -21,14 +21,6 @@ from tests.adapters.gradiend.lifecycle import feature_of
 PAIR = ("female", "male")
 # Of a text in the small data: a masked model is asked for each of its words, in a forward pass of the whole text.
 _CHARACTERS = 60
-
-
-def story_folder(assets: Path, folder: Path) -> Path:
-    """A masked model that was trained, of which two of four layers are left: nobody asks how good it is."""
-    path = assets / "models" / "story-mlm"
-    AutoModelForMaskedLM.from_pretrained(path, num_hidden_layers=2).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
-    return folder
 
 
 def erasure_folder(assets: Path, story: str, folder: Path, pool: str = "mean") -> Path:

@@ -25,9 +25,9 @@ def of_assets(assets: Path) -> study.Settings:
 
 
 @pytest.fixture(scope="module")
-def settings(assets: Path) -> study.Settings:
+def settings(short_assets: Path) -> study.Settings:
     return replace(
-        of_assets(assets), fit_sentences=80, test_sentences=30, test_stories=3, max_tokens=64, probe_tokens=300,
+        of_assets(short_assets), fit_sentences=80, test_sentences=30, test_stories=3, max_tokens=64, probe_tokens=300,
         random_draws=1, seeds=[0, 1],
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def test_one_block_is_erased_and_the_model_left_as_it_was(settings: study.Settin
     data = study.draw_data(settings, tokenizer, 0)
     model = AutoModelForCausalLM.from_pretrained(settings.model).eval()
     before = study.bits(model, tokenizer, data)
-    found = study.run_layer(model, tokenizer, data, settings, 2, torch.Generator().manual_seed(0))
+    found = study.run_layer(model, tokenizer, data, settings, 1, torch.Generator().manual_seed(0))
     assert study.bits(model, tokenizer, data) == before
     assert found.bits["erased"] != before
     assert found.bits["random"] != found.bits["erased"]

@@ -31,11 +31,11 @@ def rows(settings: study.Settings) -> dict[str, list[study.Biography]]:
 
 
 @pytest.fixture(scope="module")
-def small(settings: study.Settings, assets: Path) -> study.Settings:
+def small(settings: study.Settings, short_assets: Path) -> study.Settings:
     """The study with a small BERT and the beginnings of biographies."""
     return replace(
-        settings, model=str(assets / "models" / "story-mlm"), last="encoder.layer.3.output.LayerNorm", max_length=24,
-        train_rows=0.25, test_rows=0.25, shuffles=5, seeds=[0, 1],
+        settings, model=str(short_assets / "models" / "story-mlm"), last="encoder.layer.1.output.LayerNorm",
+        max_length=24, train_rows=0.25, test_rows=0.25, shuffles=5, seeds=[0, 1],
     )  # fmt: skip
 
 

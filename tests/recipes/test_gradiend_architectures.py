@@ -26,9 +26,9 @@ TINY = [
 
 
 @pytest.fixture
-def stories(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HF_ERASURE_TEST_ASSETS", str(assets))
-    told = (assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
+def stories(short_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_ERASURE_TEST_ASSETS", str(short_assets))
+    told = (short_assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
     path = tmp_path / "stories.txt"
     path.write_text(told[:12_000], encoding="utf-8")
     return path
@@ -75,8 +75,8 @@ def test_models_learn_from_nothing_that_is_reported_on(tiny: study.Settings) -> 
     ]
 
 
-def test_labels_of_a_lesson_are_what_was_taken_out(assets: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "stories260k")
+def test_labels_of_a_lesson_are_what_was_taken_out(short_assets: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(short_assets / "models" / "stories260k")
     tokenizer.add_tokens(study.SENTINELS, special_tokens=True)
     rows = torch.arange(5, 45).view(2, 20)
     batch = study.lesson(rows, tokenizer, "seq2seq", 0.2, random.Random(0))
@@ -91,7 +91,7 @@ def test_labels_of_a_lesson_are_what_was_taken_out(assets: Path) -> None:
     labelled = labels != study.IGNORED
     assert labelled.sum() > 4
     assert torch.equal(shifted[labelled], labels[labelled])
-    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "story-mlm")
+    tokenizer = AutoTokenizer.from_pretrained(short_assets / "models" / "story-mlm")
     batch = study.lesson(rows, tokenizer, "masked", 0.2, random.Random(0))
     masked = batch["input_ids"] == tokenizer.mask_token_id
     assert torch.equal(batch["labels"][masked], rows[masked])
@@ -112,11 +112,11 @@ def test_the_hub_recipes_differ_in_the_model_alone() -> None:
 # One of each kind and of each precision: what is read of the others is the same, as the test above says.
 @pytest.mark.filterwarnings("ignore:None of")
 @pytest.mark.parametrize("path", [path for path in HUB if path.stem in RUN], ids=lambda path: path.stem)
-def test_a_hub_recipe_runs_on_a_stand_in(path: Path, assets: Path, stories: Path, tmp_path: Path) -> None:
+def test_a_hub_recipe_runs_on_a_stand_in(path: Path, short_assets: Path, stories: Path, tmp_path: Path) -> None:
     settings = gender.read_settings(path, [*TINY, f"stories={stories}", f"output={tmp_path}"])
     (name,) = settings.models
     causal = name.startswith(("gpt2", "llama"))
-    settings.models = {name: str(assets / "models" / ("stories260k" if causal else "story-mlm"))}
+    settings.models = {name: str(short_assets / "models" / ("stories260k" if causal else "story-mlm"))}
     text = gender.report(gender.run(settings), settings, "the command")
     assert f"| {name} | closed form, factual |" in text
 

@@ -18,32 +18,32 @@ FOLDER = Path(study.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def settings(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> study.Settings:
+def settings(short_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> study.Settings:
     folder = tmp_path_factory.mktemp("composed")
-    told = (assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
+    told = (short_assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
     (folder / "stories.txt").write_text(told[:16_000], encoding="utf-8")
     return replace(
         study.read_settings(FOLDER / "study.yaml"),
-        models={name: str(assets / "models" / name) for name in ("stories260k", "story-mlm")},
-        stories=str(folder / "stories.txt"), seat=str(few_sentences(assets, folder)),
-        stereoset=str(few_items(assets, folder)), output=str(folder),
+        models={name: str(short_assets / "models" / name) for name in ("stories260k", "story-mlm")},
+        stories=str(folder / "stories.txt"), seat=str(few_sentences(short_assets, folder)),
+        stereoset=str(few_items(short_assets, folder)), output=str(folder),
         train_rows=32, eval_rows=12, choice_stories=4, background_stories=4, letters=120, feature_factors=[0.0],
         learning_rates=[1e-3],
     )  # fmt: skip
 
 
-def few_sentences(assets: Path, folder: Path) -> Path:
+def few_sentences(short_assets: Path, folder: Path) -> Path:
     """SEAT's gender tests with a few sentences in each set: the study's own are hundreds, six times over."""
     for name in study.GENDER_TESTS:
-        test = json.loads((assets / "data" / "seat" / f"{name}.jsonl").read_text(encoding="utf-8"))
+        test = json.loads((short_assets / "data" / "seat" / f"{name}.jsonl").read_text(encoding="utf-8"))
         short = {key: {**part, "examples": part["examples"][:6]} for key, part in test.items()}
         (folder / f"{name}.jsonl").write_text(json.dumps(short), encoding="utf-8")
     return folder
 
 
-def few_items(assets: Path, folder: Path) -> Path:
+def few_items(short_assets: Path, folder: Path) -> Path:
     """The first of StereoSet's items about gender."""
-    whole = json.loads((assets / "data" / "stereoset" / "dev.json").read_text(encoding="utf-8"))
+    whole = json.loads((short_assets / "data" / "stereoset" / "dev.json").read_text(encoding="utf-8"))
     items = [item for item in whole if item["bias_type"] == "gender"]
     (folder / "dev.json").write_text(json.dumps(items[:12]), encoding="utf-8")
     return folder / "dev.json"
@@ -108,9 +108,10 @@ def test_the_page_in_the_folder_is_of_at_least_three_seeds() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_an_erasure_narrows_the_gap_with_and_without_the_edit(settings: study.Settings) -> None:
+def test_an_erasure_narrows_the_gap_with_and_without_the_edit(settings: study.Settings, assets: Path) -> None:
     whole = study.read_settings(FOLDER / "study.yaml")
-    found = study.run_seed("stories260k", replace(whole, models=settings.models, output=settings.output), 0)
+    models = {"stories260k": str(assets / "models" / "stories260k")}
+    found = study.run_seed("stories260k", replace(whole, models=models, output=settings.output), 0)
     base = found.figures["base"]["gap P(she)"]
     for way in ("LEACE", "INLP", "GRADIEND + LEACE", "GRADIEND + INLP"):
         assert abs(found.figures[way]["gap P(she)"]) < base / 2

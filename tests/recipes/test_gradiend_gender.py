@@ -22,9 +22,9 @@ TINY = [
 
 
 @pytest.fixture
-def tiny(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Settings:
-    monkeypatch.setenv("HF_ERASURE_TEST_ASSETS", str(assets))
-    told = (assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
+def tiny(short_assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> study.Settings:
+    monkeypatch.setenv("HF_ERASURE_TEST_ASSETS", str(short_assets))
+    told = (short_assets / "data" / "tinystories-sample" / "tinystories.txt").read_text(encoding="utf-8")
     stories = tmp_path / "stories.txt"
     stories.write_text(told[:12_000], encoding="utf-8")
     return study.read_settings(FOLDER / "study.yaml", [*TINY, f"stories={stories}", f"output={tmp_path}"])
@@ -104,8 +104,8 @@ def test_shares_of_the_weights_table_add_up() -> None:
     assert table.loc[("0", "mlp.up"), "kept"] == pytest.approx(1.0)
 
 
-def test_special_tokens_around_a_text_are_found(assets: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "story-mlm")
+def test_special_tokens_around_a_text_are_found(short_assets: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(short_assets / "models" / "story-mlm")
     assert study.ends(tokenizer) == ([tokenizer.cls_token_id], [tokenizer.sep_token_id])
 
 

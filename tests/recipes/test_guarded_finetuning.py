@@ -59,9 +59,10 @@ def test_padding_does_not_count(settings: study.Settings) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
 
 
-def test_a_short_run_writes_table_and_figure(settings: study.Settings, tmp_path: Path) -> None:
+def test_a_short_run_writes_table_and_figure(settings: study.Settings, short_assets: Path, tmp_path: Path) -> None:
     short = dataclasses.replace(
-        settings, steps=4, log_steps=2, story_count=2, skews=["all he"], output=str(tmp_path),
+        settings, model=str(short_assets / "models" / "stories260k"), steps=4, log_steps=2, story_count=2,
+        skews=["all he"], output=str(tmp_path),
         feature_people=settings.feature_people[:6], feature_sentences=settings.feature_sentences[:4],
         people=settings.people[:7], things=settings.things[:5], held_out_people=2, held_out_task=2, held_out_pronoun=3,
     )  # fmt: skip
