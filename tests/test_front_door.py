@@ -51,8 +51,8 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(assets: Path) -> Path:
-    return assets / "models" / "story-mlm"
+def model(short_assets: Path) -> Path:
+    return short_assets / "models" / "story-mlm"
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import subprocess
-import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.prepared import TRANSFORMERS, run, run_code
 
 ROOT = Path(__file__).resolve().parents[1] / "hf_erasure"
 PLACES = sorted(".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("__init__.py"))
@@ -45,7 +45,7 @@ def test_there_is_much_that_is_public() -> None:
     assert sum(len(list(public(place))) for place in PLACES) > 200
 
 
-def test_they_are_of_the_real_classes_and_import_nothing_before() -> None:
+def test_they_are_of_the_real_classes_and_import_nothing_before(tmp_path: Path) -> None:
     code = (
         "import sys, typing, hf_erasure\n"
         "assert 'datasets' not in sys.modules\n"
@@ -53,4 +53,5 @@ def test_they_are_of_the_real_classes_and_import_nothing_before() -> None:
         "import datasets\n"
         "assert hints['dataset'] == datasets.Dataset | datasets.IterableDataset, hints\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run(run_code, code, folder=tmp_path, kind=TRANSFORMERS)
+    assert done.returncode == 0, done.stderr
