@@ -217,9 +217,9 @@ def roughen(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return model
 
 
-def shared_layers_model() -> nn.Module:
-    """An ALBERT: three blocks that are one module called three times."""
-    config = hf.AlbertConfig(**{**_TEXT, "num_hidden_layers": 3, "intermediate_size": 48}, embedding_size=16)
+def shared_layers_model(blocks: int = 2) -> nn.Module:
+    """An ALBERT, whose blocks are one module that is called several times; a third call takes three times as long."""
+    config = hf.AlbertConfig(**{**_TEXT, "num_hidden_layers": blocks, "intermediate_size": 48}, embedding_size=16)
     return roughen(hf.AlbertModel(config), torch.Generator().manual_seed(0)).eval()
 
 
