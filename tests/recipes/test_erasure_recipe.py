@@ -90,13 +90,13 @@ def test_data_files_may_begin_with_a_byte_order_mark(tmp_path: Path, name: str, 
 
 
 def test_held_out_rows_are_read_once_and_short_texts_together(
-    tmp_path: Path, short_assets: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the fit saw of them without the erasure and with it is what a pass over them gives, in their order."""
     rows = occupation_sentences()["test"].shuffle(seed=0).select(range(80))
     rows.to_csv(tmp_path / "people.csv")
     content = CONTENT | {
-        "model": str(short_assets / "models" / "story-mlm"), "output": str(tmp_path / "out"),
+        "model": str(assets / "models" / "story-mlm"), "output": str(tmp_path / "out"),
         "data": {"source": str(tmp_path / "people.csv"), "test_share": 0.5, "group_column": "template"},
         "fit": {"pool": "mean", "batch_size": 16},
     }  # fmt: skip
