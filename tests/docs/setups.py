@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import peft
 import torch
@@ -55,16 +56,17 @@ def setup(function: Callable[[Page], None]) -> Callable[[Page], None]:
     return function
 
 
-def once_a_run(make: Callable[[], Path]) -> Callable[[], Path]:
+def once_a_run(make: Callable[[Page, Path], Path]) -> Callable[[Page], Path]:
     """A function that returns the same folder in all workers of a test run; the first that wants it makes it."""
 
-    @functools.cache
-    def made() -> Path:
-        place = Path(tempfile.gettempdir(), f"hf-erasure-docs-{prepared.RUN}-{make.__name__}")
+    def made(page: Page) -> Path:
+        # Beside the folders of all tests, or of all workers: pytest removes them when it has run a few times more.
+        place = page.folder.parents["PYTEST_XDIST_WORKER" in os.environ] / make.__name__
         with FileLock(f"{place}.lock"):
-            if not place.is_file():
-                place.write_text(str(make()))
-        return Path(place.read_text())
+            if not (place / "made").is_file():
+                place.mkdir(exist_ok=True)
+                (place / "made").write_text(str(make(page, place)))
+        return Path((place / "made").read_text())
 
     return made
 
@@ -103,9 +105,9 @@ def _demo() -> Any:
 
 
 @once_a_run
-def _bert() -> Path:
+def _bert(page: Page, folder: Path) -> Path:
     """A masked language model that knows which pronoun goes with which name; trained in seconds."""
-    demo, folder = _demo(), Path(tempfile.mkdtemp(prefix="hf-erasure-docs-"))
+    demo = _demo()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                "mask_token": "[MASK]"}  # fmt: skip
     names = [name for group in demo.NAMES.values() for name in group]
@@ -150,9 +152,9 @@ def _random_llama(page: Page, name: str) -> None:
 
 
 @once_a_run
-def _gpt() -> Path:
+def _gpt(page: Page, folder: Path) -> Path:
     """A causal language model of the same sentences; trained in seconds."""
-    demo, folder, steps, rows = _demo(), Path(tempfile.mkdtemp(prefix="hf-erasure-docs-")), 150, 64
+    demo, steps, rows = _demo(), 150, 64
     texts = demo.sentences(steps * rows, seed=1)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
     tokenizer = _tokenizer(_words_of(texts), special, "[BOS] $A", decoders.WordPiece())
@@ -181,7 +183,7 @@ def _gpt() -> Path:
 @setup
 def small_gpt2(page: Page) -> None:
     """`gpt2`: two layers, trained on sentences about people with names; `names.csv`, prompts with the gender."""
-    shutil.copytree(_gpt(), page.folder / "gpt2")
+    shutil.copytree(_gpt(page), page.folder / "gpt2")
     starts = ["{} said that", "{} kept the map and", "{} went to the park because", "today {} was happy when"]
     rows = [{"text": start.format(name), "gender": label} for label, pronoun in zip(LABELS, ("she", "he"), strict=True)
             for name in _demo().NAMES[pronoun] for start in starts]  # fmt: skip
@@ -191,7 +193,7 @@ def small_gpt2(page: Page) -> None:
 @setup
 def small_bert(page: Page) -> None:
     """`bert-base-uncased`: one layer, trained on sentences about people with names."""
-    shutil.copytree(_bert() / "model", page.folder / "bert-base-uncased")
+    shutil.copytree(_bert(page) / "model", page.folder / "bert-base-uncased")
 
 
 @setup
@@ -202,8 +204,9 @@ def small_llama(page: Page) -> None:
 
 @setup
 def demo_model(page: Page) -> None:
-    """What `python recipes/gradiend_demo/train.py out/gradiend-demo` leaves."""
-    _demo().train(page.folder / "out" / "gradiend-demo")
+    """What `python recipes/gradiend_demo/train.py out/gradiend-demo` leaves, after a third of its steps."""
+    with mock.patch.object(_demo(), "STEPS", 100):
+        _demo().train(page.folder / "out" / "gradiend-demo")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -251,7 +254,7 @@ def values(page: Page) -> None:
 @setup
 def no_gender(page: Page) -> None:
     """`no-gender/`: an erasure of the small BERT; `base`, `tokenizer` and `batches` with it."""
-    model, tokenizer = (auto.from_pretrained(_bert() / "model") for auto in (hf.AutoModel, hf.AutoTokenizer))
+    model, tokenizer = (auto.from_pretrained(_bert(page) / "model") for auto in (hf.AutoModel, hf.AutoTokenizer))
     batches = concept_dataloader(_sentences(), tokenizer, label_column="gender", labels=LABELS)
     model.add_adapter(ConceptErasureConfig(concept="gender", labels=LABELS), adapter_name="no_gender")
     fit_concept_erasure(model, batches, "no_gender", progress=False)
@@ -261,7 +264,7 @@ def no_gender(page: Page) -> None:
 @setup
 def erasing(page: Page) -> None:
     """A model with nothing on it, and labelled batches to fit on and to measure on."""
-    path = _bert() / "model"
+    path = _bert(page) / "model"
     tokenizer = hf.AutoTokenizer.from_pretrained(path)
     rows = _sentences()
     loaders = [
@@ -278,7 +281,7 @@ def erasing(page: Page) -> None:
 def training(page: Page) -> None:
     """A classifier to be fine-tuned: model, arguments, rows; and batches labelled with the concept."""
     erasing(page)
-    path, rows = _bert() / "model", _sentences()
+    path, rows = _bert(page) / "model", _sentences()
     tokenizer = page.namespace["tokenizer"]
     fields = sorted(set(rows["field"]))
     encoded = rows.map(lambda row: {**tokenizer(row["text"]), "labels": fields.index(row["field"])})
@@ -300,7 +303,7 @@ def _arguments(page: Page) -> hf.TrainingArguments:
 @setup
 def fine_tuning_mlm(page: Page) -> None:
     """Masked language modelling: arguments and texts for `Trainer`, which knows the tokenizer and what to mask."""
-    tokenizer = hf.AutoTokenizer.from_pretrained(_bert() / "model")
+    tokenizer = hf.AutoTokenizer.from_pretrained(_bert(page) / "model")
     collator = hf.DataCollatorForLanguageModeling(tokenizer)
     page.namespace |= {
         "args": _arguments(page),
@@ -310,10 +313,9 @@ def fine_tuning_mlm(page: Page) -> None:
 
 
 @once_a_run
-def _gender() -> Path:
+def _gender(page: Page, folder: Path) -> Path:
     """A feature of the small BERT, with its encoder, that stays on beside other adapters."""
-    folder = Path(tempfile.mkdtemp(prefix="hf-erasure-docs-"))
-    path, names = _bert() / "model", _demo().NAMES
+    path, names = _bert(page) / "model", _demo().NAMES
     model, tokenizer = (a.from_pretrained(path) for a in (hf.AutoModelForMaskedLM, hf.AutoTokenizer))
     pairs, held_out = (
         pairs_from_templates(
@@ -334,10 +336,10 @@ def _gender() -> Path:
 
 
 @once_a_run
-def _classifier() -> Path:
+def _classifier(page: Page, folder: Path) -> Path:
     """Tells law from health, and has learned that the one is men's and the other women's; with an erasure of that."""
-    folder, fields = Path(tempfile.mkdtemp(prefix="hf-erasure-docs-")), ["health", "law"]
-    tokenizer = hf.AutoTokenizer.from_pretrained(_bert() / "model")
+    fields = ["health", "law"]
+    tokenizer = hf.AutoTokenizer.from_pretrained(_bert(page) / "model")
     rows = occupation_sentences()["train"].filter(lambda row: row["field"] in fields).shuffle(seed=0)
     usual = {"health": "female", "law": "male"}
     skewed = rows.filter(lambda row: row["gender"] == usual[row["field"]] or row["template"] % 10 == 1)
@@ -345,7 +347,7 @@ def _classifier() -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = hf.AutoModelForSequenceClassification.from_pretrained(
-            _bert() / "model", id2label=dict(enumerate(fields)), label2id={f: i for i, f in enumerate(fields)}
+            _bert(page) / "model", id2label=dict(enumerate(fields)), label2id={f: i for i, f in enumerate(fields)}
         )
         arguments = hf.TrainingArguments(
             str(folder / "run"), num_train_epochs=8, learning_rate=1e-3, report_to="none", use_cpu=True,
@@ -364,7 +366,7 @@ def _classifier() -> Path:
 @setup
 def field_classifier(page: Page) -> None:
     """`field-classifier/`, trained on skewed rows, and `field-classifier/no_gender/`, an erasure of it."""
-    shutil.copytree(_classifier(), page.folder / "field-classifier")
+    shutil.copytree(_classifier(page), page.folder / "field-classifier")
 
 
 @setup
@@ -373,7 +375,7 @@ def gender_feature(page: Page) -> None:
     if not (page.folder / "bert-base-uncased").exists():
         small_bert(page)
     if not (page.folder / "gender").exists():
-        shutil.copytree(_gender(), page.folder / "gender")
+        shutil.copytree(_gender(page), page.folder / "gender")
 
 
 @setup
@@ -393,7 +395,16 @@ def forked_pythons(page: Page) -> None:
 @setup
 def small_encoder(page: Page) -> None:
     """The small BERT in the place of the demo's encoder, which takes half a minute for 2,500 sentences."""
-    page.substitute("hf_erasure.recipes.embedded_model", lambda: str(_bert() / "model"))
+    page.substitute("hf_erasure.recipes.embedded_model", lambda: str(_bert(page) / "model"))
+
+
+@setup
+def few_sentences(page: Page) -> None:
+    """A tenth of the 2,500 sentences of the demo."""
+    page.substitute(
+        "hf_erasure.recipes.occupation_sentences",
+        lambda: {split: rows.shuffle(seed=0).select(range(240)) for split, rows in occupation_sentences().items()},
+    )
 
 
 @setup
@@ -437,7 +448,7 @@ def readme_two_concepts(page: Page) -> None:
 def no_gender_model(page: Page) -> None:
     """`model` with a fitted erasure `no_gender`."""
     no_gender(page)
-    model = hf.AutoModel.from_pretrained(_bert() / "model")
+    model = hf.AutoModel.from_pretrained(_bert(page) / "model")
     model.load_adapter(str(page.folder / "no-gender"), adapter_name="no_gender")
     page.namespace["model"] = model
 
