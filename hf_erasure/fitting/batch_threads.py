@@ -269,8 +269,10 @@ class Record(TorchDispatchMode):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        # Of each operation: what tells it, what it gave (None: it is run again), and whether in a list or a tuple.
-        self._entries: list[tuple[int, list[tuple[Any, ...]] | None, Any]] = []
+        # Of each operation: what tells it, what it gave (None: it is run again), and "list" or "tuple" if in one. They
+        # are of plain numbers, words and bytes, which are pickled in no time.
+        self._entries: list[tuple[int, list[tuple[Any, ...]] | None, str]] = []
+        self._kinds: list[tuple[torch.dtype, torch.device]] = []  # Those of what operations gave.
         self._position = 0
         self._own: dict[int, int] = {}  # Where a storage is → its number.
         # They keep the place of a storage from being used again, and do not keep its bytes.
@@ -299,17 +301,13 @@ class Record(TorchDispatchMode):
             result = func(*args, **kwargs)
         else:
             leaves = [self._again(given, *one) for one in results]
-            result = leaves if results_in is list else tuple(leaves) if results_in is tuple else leaves[0]
+            result = leaves if results_in == "list" else tuple(leaves) if results_in == "tuple" else leaves[0]
         if self._position == len(self._entries):
             self._fill()
         return result
 
     def _note(self, func: Any, given: list[Tensor], result: Any) -> None:
-        results_in = next((kind for kind in (list, tuple) if isinstance(result, kind)), None)
-        leaves = [result] if results_in is None else result
-        operation = _operation(func, given)
-        foreign = {_place(tensor) for tensor in given} - self._own.keys()
-        places = {id(tensor): place for place, tensor in enumerate(given)}
+        leaves = result if isinstance(result, (list, tuple)) else [result]
         results: list[tuple[Any, ...]] = []
         viewed = 0
         for leaf in leaves:
@@ -317,22 +315,29 @@ class Record(TorchDispatchMode):
                 return self.forget()
             if not isinstance(leaf, Tensor):
                 results.append(("value", leaf))
-            elif id(leaf) in places:
-                results.append(("given", places[id(leaf)], _content(leaf)))
-            elif leaf.layout != torch.strided or leaf.is_conj() or leaf.is_neg():
+                continue
+            same = next((place for place, tensor in enumerate(given) if tensor is leaf), None)
+            if same is not None:
+                results.append(("given", same, _content(leaf)))
+                continue
+            if leaf.layout != torch.strided or leaf.is_conj() or leaf.is_neg():
                 return self.forget()
-            elif _place(leaf) in foreign:
-                viewed += 1
-            else:
-                storage = leaf.untyped_storage()
-                shape = leaf.dtype, leaf.shape, leaf.stride(), leaf.storage_offset(), leaf.device
-                number, content = self._own.get(_place(leaf)), None
-                if number is None:
-                    number, content = self._numbered(storage), _content(leaf)
-                results.append(("made", number, content, storage.nbytes(), *shape))
+            storage, content = leaf.untyped_storage(), None
+            number = self._own.get(storage._cdata)
+            if number is None:
+                if any(_place(tensor) == storage._cdata for tensor in given):
+                    viewed += 1
+                    continue
+                number, content = self._numbered(storage), _content(leaf)
+            kind = leaf.dtype, leaf.device
+            if kind not in self._kinds:
+                self._kinds.append(kind)
+            shape = tuple(leaf.shape), leaf.stride(), leaf.storage_offset()
+            results.append(("made", number, content, storage.nbytes(), self._kinds.index(kind), *shape))
         if viewed and results:
             return self.forget()
-        self._entries.append((operation, None if viewed else results, results_in))
+        results_in = "" if leaves is not result else "list" if isinstance(result, list) else "tuple"
+        self._entries.append((_operation(func, given), None if viewed else results, results_in))
         self._position += 1
 
     def _numbered(self, storage: torch.UntypedStorage, number: int | None = None) -> int:
@@ -346,21 +351,23 @@ class Record(TorchDispatchMode):
         found = self._storages.get(number)
         return None if found is None else torch.UntypedStorage._new_with_weak_ptr(found.cdata)
 
-    def _again(self, given: list[Tensor], kind: str, what: Any, content: Tensor | None = None, *made: Any) -> Any:
+    def _again(self, given: list[Tensor], kind: str, what: Any, content: bytes | None = None, *made: Any) -> Any:
         """One result, as it is written."""
         if kind == "value":
             return what
         if kind == "given":
             tensor = given[what]
         else:
-            size, dtype, shape, strides, offset, device = made
-            storage = self._storage(what)
+            size, number, shape, strides, offset = made
+            (dtype, device), storage = self._kinds[number], self._storage(what)
             if storage is None:
                 storage = torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
                 self._empty.add(self._numbered(storage, what))
             tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, offset, shape, strides)
         if content is not None:
-            tensor.copy_(content)
+            values = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            _bytes_of(values.untyped_storage()).copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+            tensor.copy_(values)
         return tensor
 
     def _fill(self) -> None:
@@ -422,7 +429,7 @@ class Record(TorchDispatchMode):
 
 def _operation(func: Any, given: list[Tensor]) -> int:
     """What tells an operation and the shapes it is given, within this process."""
-    return hash((func, *(tensor.shape for tensor in given)))
+    return hash((id(func), *[tensor.shape for tensor in given]))
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
@@ -436,11 +443,14 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
     return found
 
 
-def _content(tensor: Tensor) -> Tensor | None:
-    """The values that Python may ask for."""
-    is_asked = not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() <= _FEW
-    is_asked = is_asked and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()  # not expanded
-    return tensor.detach().cpu().clone() if is_asked else None
+def _content(tensor: Tensor) -> bytes | None:
+    """The values that Python may ask for, one after the other."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or not 0 < tensor.numel() <= _FEW:
+        return None
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded
+        return None
+    values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return _bytes_of(values.untyped_storage()).numpy().tobytes()
 
 
 def _place(tensor: Tensor) -> int:
