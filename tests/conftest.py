@@ -84,9 +84,6 @@ class MatrixRecorder:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The process that only gathers the reports of others has no use for torch.
-    if config.getoption("dist", "no") == "no":
-        _prepare_torch()
     path = config.getoption("--matrix")
     # In the process that gathers the reports of all.
     if path is not None and not hasattr(config, "workerinput"):
@@ -94,16 +91,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "lifecycle: a cell of the matrix architecture x target x site x verb, counted in the summary"
     )
-
-
-def _prepare_torch() -> None:
-    import accelerate.utils.memory
-    import torch
-
-    torch.set_num_threads(1)
-    # Every training begins with a look through all objects for garbage, so that devices give memory back: 0.2 s.
-    clear_device_cache = accelerate.utils.memory.clear_device_cache
-    accelerate.utils.memory.clear_device_cache = lambda garbage_collection=False: clear_device_cache()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,7 +104,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of later garbage collections: torch and transformers are millions of objects."""
+    """Leave what was imported out of later garbage collections: torch and transformers are millions of objects.
+
+    The process that only gathers the reports of others does not come here, and does without torch.
+    """
+    import accelerate.utils.memory
+    import torch
+
+    torch.set_num_threads(1)
+    # Every training begins with a look through all objects for garbage, so that devices give memory back: 0.2 s.
+    clear_device_cache = accelerate.utils.memory.clear_device_cache
+    accelerate.utils.memory.clear_device_cache = lambda garbage_collection=False: clear_device_cache()
     gc.enable()
     gc.set_threshold(OBJECTS, 10, 10)
     gc.freeze()
