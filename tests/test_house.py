@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import release
 from tests.house import (
     NAME,
     PACKAGE,
@@ -125,6 +126,13 @@ def test_the_ten_files_of_a_fit_hold_what_is_said_of_them():
         held = (PACKAGE / name).read_text(encoding="utf-8")
         named = [word for word in re.findall(r"`(?:\w+\.)?(\w+)(?:\(\))?`", said) if word != "fit_concept_erasure"]
         assert all(re.search(rf"(def|class) {word}\b", held) for word in named), name
+
+
+def test_a_release_is_checked_for_all_that_the_wheel_is_told_to_hold():
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8").partition("wheel.force-include]\n")[2]
+    told = re.findall(r'^".+" = "(.+)"$', text.partition("\n[")[0], re.MULTILINE)
+    assert {name for name in told if "/" not in name} == {release.COMMAND}
+    assert {name for name in told if "/" in name} == {f"hf_erasure/model_cards/{name}" for name in release.cards()}
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
