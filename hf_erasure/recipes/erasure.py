@@ -45,6 +45,7 @@ ADAPTER_NAME = "erasure"
 # Rows of each streamed split that are probed where the recipe names no number: how long a stream is, nobody knows.
 STREAMED_PROBE_ROWS = 2000
 FIGURE_FILE = "leakage.png"
+_GROUP = "hf_erasure_group"  # The column of groups as words, whatever their own column holds.
 # Fields of the data that say what is erased beside the difference of the classes.
 _BESIDE_LABELS = ("counterfactual_column", "counterfactual_words", "environment_column")
 
@@ -192,10 +193,11 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
     rows = _sample(data[recipe.data.train], recipe.data.fit_rows)
     test = data[recipe.data.test]
     groups = recipe.data.group_column or recipe.data.environment_column
-    # The values of a column of a stream are not known ahead.
-    held_out = _batches(
-        recipe, test, tokenizer, share=True, environment_column=groups if isinstance(test, Dataset) else None
-    )
+    if groups is not None and isinstance(test, Dataset):  # the values of a column of a stream are not known ahead
+        named = test.add_column(_GROUP, [str(value) for value in test[groups]])
+        held_out = _batches(recipe, named, tokenizer, share=True, environment_column=_GROUP)
+    else:
+        held_out = _batches(recipe, test, tokenizer, share=True)
     is_whole = isinstance(test, Dataset) and Processes().count == 1
     seen = _Seen(_pool_of_probes(recipe.fit.pool)) if is_whole else None
     report = fit_concept_erasure(
