@@ -171,11 +171,10 @@ def _along_weight(host: nn.Module, shape: Sequence[int]) -> set[int]:
         differs = forward(given) != before
     finally:
         host._parameters["weight"] = weight
-    return {
-        axis
-        for axis, size in enumerate(differs.shape)
-        if size == len(weight) and bool(differs.select(axis, 0).all()) and int(differs.sum()) * size == differs.numel()
-    }
+    # A rectifier behind the norm may leave some entries as they are.
+    reached = int(differs.sum())
+    sizes = enumerate(differs.shape)
+    return {a for a, size in sizes if size == len(weight) and 0 < reached == int(differs.select(a, 0).sum())}
 
 
 class Graph(TorchDispatchMode):
@@ -414,6 +413,8 @@ class Graph(TorchDispatchMode):
         if name in _PRODUCTS or name == "convolution":
             if (product := self._multiplied(name, args, values, made)) is not None:
                 return product, None
+            if name == "convolution":  # by a weight that is computed, such as a standardised one
+                return self._node("opaque", name, told, made.shape, features={1}), None
             if name == "bmm" and self._held(args[0]) is None and self._held(args[1]) is None:
                 return self._node("mixed", name, nodes[::-1], made.shape), None
         if name in _NORMS and nodes[0].kind != "constant":

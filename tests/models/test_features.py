@@ -68,6 +68,23 @@ def test_a_norm_of_no_known_kind_has_the_features_where_what_it_takes_has_them()
     assert axis_of(nn.Sequential(nn.Conv1d(4, 4, 1), RMSNorm()), torch.randn(2, 4, 4)) == 1
 
 
+def test_norms_behind_convolutions_with_computed_weights_and_before_rectifiers_tell_the_channels() -> None:
+    """As BiT's, whose weights are standardised, and whose norms end with an activation."""
+
+    class StandardisedConv(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias)
+
+    class NormActivation(nn.GroupNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.relu(nn.functional.group_norm(x, self.num_groups, self.weight, self.bias))
+
+    x = torch.randn(2, 4, 4, 4)
+    assert axis_of(nn.Sequential(StandardisedConv(4, 4, 1), nn.ReLU(), NormActivation(2, 4)), x) == 1
+    mixed = nn.Sequential(nn.Softmax(1), NormActivation(2, 4))  # of what mixes nothing is known before the norm
+    assert Graph(mixed, lambda: mixed(x)).features_at(mixed[1], "output") == {1}
+
+
 def test_layers_that_mix_either_of_two_axes_are_refused() -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:
