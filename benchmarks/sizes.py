@@ -1,11 +1,14 @@
 """What adapters cost on models of real size: time in multiples of a plain forward pass, peak memory above the model.
 
-    python benchmarks/sizes.py [model …] [--growth [250 …]] [--quick] [--threads 1]
+    python benchmarks/sizes.py [model …] [--memory] [--growth [250 …]] [--quick] [--threads 1]
 
 Models have random weights, built from their configurations. Each runs in a process of its own. A step stands between
 two plain passes over the same batches, and its processor time is divided by the mean of theirs: what other programs do
 meanwhile falls out. Peak memory of a step is that of the process above what it held before, as Linux counts it, with
-the marks set back at every step. Below it stands what the formulas of docs/speed.md say.
+the marks set back at every step. Beside it stands what the formulas of docs/speed.md say.
+
+`--memory` prints peaks alone, where glibc's allocator gives every block of 128 KB or more back to the system as soon as
+it is freed (MALLOC_MMAP_THRESHOLD_), as it does not by default: so they are those of what the steps hold.
 
 `--growth` fits a small model on ever more batches, from a stream: time, threads and memory. `--quick` takes small
 models, for a look at the script itself.
@@ -19,6 +22,7 @@ import gc
 import itertools
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -51,6 +55,7 @@ DENSITY = 1e-3  # of the GRADIEND adapters
 SEQUENTIAL = 3.0  # plain passes that a sequential fit may take
 MEMORY = 1.2  # how much more than its formula a step may hold
 GROWTH = (250, 1000, 4000, 16000)  # batches
+GIVEN_BACK = 1 << 17  # bytes of a block that the allocator gives back when it is freed
 LINEAR = 0.15  # by how much the time of a batch may differ
 
 # Class of the model, class of its configuration, arguments, dtype; rows and tokens of a batch.
@@ -162,7 +167,7 @@ def expected(step: str, widths: list[int], plain: float, state: float, count: in
     return None
 
 
-def run_model(name: str, count: int, *, quick: bool) -> None:
+def run_model(name: str, count: int, *, quick: bool, timed_too: bool) -> None:
     """Print a line of JSON for each step; this process does nothing else."""
     model = build(name, quick=quick)
     config = model.config
@@ -199,7 +204,7 @@ def run_model(name: str, count: int, *, quick: bool) -> None:
         except ValueError as error:
             say(step, 0.0, 0.0, refused=str(error).split(": ")[0][:60])
             return
-        after, _ = measured(plain)
+        after = measured(plain)[0] if timed_too else last
         widths = [layer.eraser_state("gender")[0].shape[0] for layer in erasure_layers(model).values()]
         say(step, 2 * seconds / (last + after), memory, expected=expected(step, widths, own, waiting, count))
         last = after
@@ -227,7 +232,7 @@ def run_model(name: str, count: int, *, quick: bool) -> None:
         wrapped = peft.PeftModel.from_pretrained(model, folder, adapter_name="gender")
         timed("merge", wrapped.merge_adapter)
     if MODELS[name][4][1]:
-        gradiend(name, quick=quick)
+        gradiend(name, quick=quick, timed_too=timed_too)
 
 
 def _linear_of(name: str) -> str:
@@ -237,7 +242,7 @@ def _linear_of(name: str) -> str:
     )
 
 
-def gradiend(name: str, *, quick: bool) -> None:
+def gradiend(name: str, *, quick: bool, timed_too: bool) -> None:
     """The closed form at a density, in multiples of a forward and backward pass without one."""
     model = build(name, quick=quick)
     rows, length = 2, 32
@@ -267,7 +272,7 @@ def gradiend(name: str, *, quick: bool) -> None:
                 reader.gradients(batch)
 
         seconds, memory = measured(fit)
-        plain, _ = measured(backward)
+        plain = measured(backward)[0] if timed_too else seconds
         step = "gradiend, low memory" if low else "gradiend"
         say = {"step": step, "seconds": seconds / plain, "memory": memory, "vectors": memory / n, "n": n * 2**20 / 4}
         print(json.dumps(say), flush=True)
@@ -344,34 +349,41 @@ def report_growth(counts: Sequence[int], threads: int) -> None:
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
 
-def in_process(arguments: list[str], threads: int) -> list[dict[str, Any]]:
+def in_process(arguments: list[str], threads: int, **variables: str) -> list[dict[str, Any]]:
     """What this script prints as JSON in a process of its own."""
     command = [sys.executable, __file__, *arguments, "--threads", str(threads)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
     found = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode:
         print(f"  ended with {run.returncode}: {run.stderr.strip().splitlines()[-1:]}", flush=True)
     return found
 
 
-def report_model(name: str, count: int, threads: int, *, quick: bool) -> None:
+def report_model(name: str, count: int, threads: int, *, quick: bool, memory: bool) -> None:
     """The table of one model."""
-    steps = in_process(["--only", name, "--batches", str(count), *(["--quick"] if quick else [])], threads)
+    arguments = ["--only", name, "--batches", str(count), *(["--quick"] if quick else [])]
+    if memory:
+        steps = in_process([*arguments, "--memory"], threads, MALLOC_MMAP_THRESHOLD_=str(GIVEN_BACK))
+    else:
+        steps = in_process(arguments, threads)
     plain = steps[0]
     print(
         f"\n{name}: {plain['weights'] / 1e6:.0f} M weights, {plain['bytes'] / 2**20:.0f} MB; {count} batches of "
-        f"{MODELS[name][4][0]} x {MODELS[name][4][1] or '224²'}; a plain pass {plain['seconds']:.2f} s, "
-        f"{plain['memory']:.0f} MB",
+        f"{MODELS[name][4][0]} x {MODELS[name][4][1] or '224²'}; a plain pass "
+        f"{'' if memory else '{:.2f} s, '.format(plain['seconds'])}{plain['memory']:.0f} MB",
     )
     for found in steps[1:]:
+        if found["step"] == "size" and memory:
+            continue
         if found["step"] == "size":
             print(f"  {'adapter':<24} {found['seconds']:8.2f} MB on disk")
             continue
         if "refused" in found:
             print(f"  {found['step']:<24} refused: {found['refused']}")
             continue
-        line = f"  {found['step']:<24} {found['seconds']:7.2f} x  {found['memory']:7.0f} MB"
-        if found["step"].startswith("sequential") and found["seconds"] > SEQUENTIAL:
+        line = f"  {found['step']:<24} "
+        line += ("" if memory else f"{found['seconds']:7.2f} x  ") + f"{found['memory']:7.0f} MB"
+        if not memory and found["step"].startswith("sequential") and found["seconds"] > SEQUENTIAL:
             line += f"  over {SEQUENTIAL:g} x"
         if found.get("expected"):
             share = found["memory"] / found["expected"]
@@ -385,6 +397,7 @@ def main() -> None:
     """Run everything, or one part in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help=f"among {', '.join(MODELS)}; all by default")
+    parser.add_argument("--memory", action="store_true", help="print peak memory alone, as it is held")
     parser.add_argument("--growth", type=int, nargs="*", help=f"numbers of batches; {GROWTH} by default")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -395,13 +408,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.only:
-        run_model(options.only, options.batches, quick=options.quick)
+        run_model(options.only, options.batches, quick=options.quick, timed_too=not options.memory)
     elif options.only_growth:
         run_growth(options.only_growth, options.resident or None)
     else:
         print(f"torch {torch.__version__}, {options.threads} thread(s), CPU; processor time")
         for name in options.models or (MODELS if options.growth is None else ()):
-            report_model(name, options.batches, options.threads, quick=options.quick)
+            report_model(name, options.batches, options.threads, quick=options.quick, memory=options.memory)
         if options.growth is not None:
             report_growth(options.growth or (GROWTH[:2] if options.quick else GROWTH), options.threads)
 
