@@ -87,6 +87,14 @@ def test_the_first_code_of_a_card_imports_the_package(card: Path) -> None:
     assert blocks_of(card)[0].code.startswith("import hf_erasure")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_benchmarks_have_the_options_that_a_page_gives_them(page: Path) -> None:
+    for name, options in re.findall(r"python (benchmarks/\w+\.py)([^`\n]*)", page.read_text(encoding="utf-8")):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        missing = [one for one in re.findall(r"--[\w-]+", options) if f'add_argument("{one}"' not in source]
+        assert not missing, f"{name} has no {missing}"
+
+
 def test_figures_may_differ_by_what_the_page_says(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
