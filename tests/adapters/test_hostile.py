@@ -132,8 +132,8 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a module saved that is not there": (lambda f: rewrite(f, modules_to_save=["pooler"]), "are missing in"),
     # configurations
     "no JSON": (lambda f: (f / CONFIG).write_text("{"), "is damaged"),
-    "a list": (lambda f: (f / CONFIG).write_text("[]"), "no configuration"),
-    "a number": (lambda f: (f / CONFIG).write_text("3"), "no configuration"),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), "which is not a configuration"),
+    "a number": (lambda f: (f / CONFIG).write_text("3"), "which is not a configuration"),
     "NaN in JSON": (lambda f: (f / CONFIG).write_text('{"peft_type": NaN}'), "peft_type=nan, which this PEFT"),
     "no Unicode": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "is damaged"),
     "deep JSON": (lambda f: (f / CONFIG).write_text("[" * 200_000 + "]" * 200_000), "nested too deeply"),

@@ -1,11 +1,11 @@
-"""Which adapters act in a model, what they leave on it beside their layers, and undoing a call that failed.
+"""Which adapters act in a model, what they change on it apart from their layers, and undoing a call that failed.
 
-Modules that are trained with an adapter (`modules_to_save`, and embeddings with `trainable_token_indices`) are wrapped
-by PEFT, with a copy for each adapter. PEFT switches the layers of one method at a time, but the wrappers of all: every
-one without a copy for the newcomer goes back to the module of the base model, and an untrained head answers.
-transformers fails there. With an adapter of this package, a wrapper keeps the copy that acts in it.
+PEFT wraps modules that are trained with an adapter (`modules_to_save`, and embeddings with `trainable_token_indices`),
+with a copy for each adapter. PEFT switches the layers of one method at a time, but the wrappers of all methods: a
+wrapper without a copy for the new adapter goes back to the module of the base model, so an untrained head answers.
+transformers raises an error there. With an adapter of this package, a wrapper keeps the copy that acts in it.
 
-Calls are inside of one another, as `from_pretrained` calls `load_adapter`: the outermost undoes what failed.
+Such calls are nested, as `from_pretrained` calls `load_adapter`: the outermost call undoes a failure.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from .config import ChildConfig
 from .files import PREFIX
 from .layer import AdapterChild, adapter_children, child_configs, configs_of, is_child, refuse_names
 
-# The base models that a call is being undone for if it fails, by their ids.
+# The ids of the base models on which a running call will be undone if it fails.
 _UNDONE: ContextVar[frozenset[int]] = ContextVar("undone", default=frozenset())
-# Where DDP looks when it wraps a module, for names relative to that module.
+# The attribute that DDP reads when it wraps a module; it lists names relative to that module.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
-# Set while an adapter is being added or loaded: what went off is said once, when all is done.
+# True while an adapter is being added or loaded: the warning of adapters that went off comes once, at the end.
 ADDING: ContextVar[bool] = ContextVar("adding", default=False)
 _LIBRARIES = ("hf_erasure", "peft", "transformers", "trl", "torch", "contextlib")
 
 
 @dataclass(frozen=True)
 class Present:
-    """The adapters of a model, each with what messages call it."""
+    """The adapters of a model: name → the noun that messages use for it."""
 
-    configs: dict[str, PeftConfig] = field(default_factory=dict)  # of those that hang on a part of the model, too
-    loaded: dict[str, str] = field(default_factory=dict)  # those that are there, acting or not
-    # Those that act, and those that would but for having no effect yet, as before they are fitted.
+    configs: dict[str, PeftConfig] = field(default_factory=dict)  # includes adapters on a part of the model
+    loaded: dict[str, str] = field(default_factory=dict)  # all adapters that are present, acting or not
+    # The adapters that act, and those that are switched on but have no effect yet, such as unfitted ones.
     on: dict[str, str] = field(default_factory=dict)
-    acting: dict[str, str] = field(default_factory=dict)  # those that act, merged or not
+    acting: dict[str, str] = field(default_factory=dict)  # the adapters that act, merged or not
 
 
 def adapters_now(model: nn.Module) -> Present:
-    """The adapters of a model as they are now, those of other methods too."""
+    """The present adapters of a model, including those of other methods."""
     found, modules = Present(), list(model.modules())
-    # What a wrapper of an embedding has inside goes with the adapter that it was trained with.
+    # The token layer inside an embedding's wrapper belongs to the adapter that it was trained with.
     wrappers = (module for module in modules if isinstance(module, AuxiliaryTrainingWrapper))
     inside = {id(wrapper._modules.get("token_adapter")) for wrapper in wrappers}
     for module in modules:
@@ -77,7 +77,7 @@ def adapters_now(model: nn.Module) -> Present:
 
 
 def kind_of(config: PeftConfig | None, layer: nn.Module | None = None) -> str:
-    """What PEFT calls the method of an adapter, as in "LORA"."""
+    """PEFT's name for the method of an adapter, such as "LORA"."""
     if config is not None:
         return str(getattr(config.peft_type, "value", config.peft_type))
     return type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0].upper()
@@ -100,14 +100,14 @@ def auxiliary_wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
 
 
 class _Stays(str):
-    """The name of an adapter whose copy goes on acting, whichever PEFT wants to switch on."""
+    """The name of an adapter whose copy goes on acting, whichever adapter PEFT switches on."""
 
 
 @dataclass(eq=False)
 class Within:
-    """The model that children are in. Whoever copies a part of it, with children, does not copy all of it."""
+    """The model that contains the children. A deep copy of a part, with its children, does not copy the whole model."""
 
-    model: Callable[[], nn.Module | None]  # A weak reference to it
+    model: Callable[[], nn.Module | None]  # a weak reference to the model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Within:
         copied = memo.get(id(self.model()))
@@ -121,20 +121,20 @@ class Within:
         self.model = (lambda: None) if model is None else weakref.ref(model)
 
     def note(self) -> None:
-        """Tell the model that a child has gone, if it was the last one."""
+        """Update the model after a child has gone, if it was the last one."""
         model = self.model()
         if model is not None and not any(isinstance(module, AdapterChild) for module in model.modules()):
             note_adapters(model, deleting=True)
 
 
 class _Trained(AuxiliaryTrainingWrapper):
-    """PEFT's wrapper in a model with adapters of this package: the copy that acts goes on acting."""
+    """PEFT's wrapper in a model with adapters of this package: the copy that acts now goes on acting."""
 
     ours: set[str]  # the adapters of this package that have a copy here
     within: Within
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
-        """Remove an adapter's copy; without another one, the module takes the wrapper's place."""
+        """Remove an adapter's copy; after the last copy, the original module replaces the wrapper."""
         left, before = self._adapters - {adapter_name}, self._active_adapter
         acting = [name for name in self.active_adapters if name in left]
         follows = [] if acting else [name for name in new_active_adapters or () if name in left]
@@ -149,7 +149,7 @@ class _Trained(AuxiliaryTrainingWrapper):
             self.be_plain()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Let the copy that one of these adapters has act, or none; transformers names adapters without one, too."""
+        """Let the copy of one of these adapters act, or no copy; transformers also passes adapters without a copy."""
         if not isinstance(adapter_names, _Stays):
             names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
             known = [name for name in names if name in self._adapters]
@@ -162,27 +162,27 @@ class _Trained(AuxiliaryTrainingWrapper):
 
 
 class TrainedTokens(_Trained, TrainableTokensWrapper):
-    """An embedding of which an adapter trains some rows."""
+    """The wrapper of an embedding in which an adapter trains some rows."""
 
 
 class TrainedModule(_Trained, ModulesToSaveWrapper):
-    """A module that is trained with an adapter; one of ours stays on when another method switches its layers."""
+    """The wrapper of a module that is trained with an adapter; our copy stays on when another method is switched."""
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
-        """The adapter to switch on, when PEFT switches the layers of a method."""
+        """The adapter whose copy is switched on when PEFT switches the layers of a method."""
         found = super().check_set_adapter(adapter_name)
         acting = self.ours.intersection(self.active_adapters)
         return _Stays(*acting) if acting and found not in self._adapters else found
 
 
 class ActiveCopies:
-    """Which copies act in the wrappers of a model, to be put back."""
+    """A record of the copies that act in a model's wrappers, from which they can be restored."""
 
     def __init__(self, model: nn.Module) -> None:
-        # Name of a wrapper → the adapter whose copy acts there; without those where the base model's module does.
+        # Name of a wrapper → the adapter whose copy acts there; left out where the base model's module acts.
         self.on: dict[str, str] = {}
         self.wrappers = auxiliary_wrappers(model)
-        # By the wrapper's name: what was active in it and in what it has inside, and which parameters were trained.
+        # Name of a wrapper → what was active in it and in its inner token layer; and → which parameters were trained.
         self._active: dict[str, list[tuple[Any, Any]]] = {}
         self._trained: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         for name, wrapper in self.wrappers.items():
@@ -194,7 +194,7 @@ class ActiveCopies:
             self._trained[name] = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
 
     def restore(self, places: Iterable[str] | None = None, *, trained: bool = True) -> None:
-        """Let the copies act again that did, all or those at `places`, and the parameters be `trained` that were."""
+        """Restore which copies act, everywhere or at `places`; and, if `trained`, which parameters are trained."""
         for name in self.wrappers if places is None else places:
             for part, active in self._active[name]:
                 part._active_adapter = active
@@ -202,7 +202,7 @@ class ActiveCopies:
                 parameter.requires_grad_(required)
 
     def follow(self, names: Iterable[str], stays: Callable[[str], bool], *, trained: bool = True) -> None:
-        """After adapters were switched on: where they have no copy, that of an adapter that `stays` acts, or none."""
+        """Where the adapters just switched on have no copy, let the former copy act if its adapter `stays`, or none."""
         left = [place for place, wrapper in self.wrappers.items() if not wrapper._adapters.intersection(names)]
         for place in left:
             self.wrappers[place].set_adapter([])
@@ -210,28 +210,28 @@ class ActiveCopies:
 
 
 def check_one_copy(model: nn.Module, adapters: str | Iterable[str]) -> list[str]:
-    """The names of adapters to switch on; refused where several have copies of one module."""
+    """Return the names of the adapters to switch on; raise an error where several have a copy of the same module."""
     names = [adapters] if isinstance(adapters, str) else list(adapters)
     for place, wrapper in auxiliary_wrappers(model).items():
         rivals = [name for name in dict.fromkeys(names) if name in wrapper._adapters]
         if len(rivals) > 1:
             left = [name for name in dict.fromkeys(names) if name not in rivals[1:]]
             raise ValueError(
-                f"{rivals} cannot all be active: each has a trained copy of {place!r}, and one module can act. Switch "
-                f"on one of them, as in set_adapter({left}), or add the others without that module in their "
+                f"{rivals} cannot all be active: each has a trained copy of {place!r}, and only one copy can act. "
+                f"Switch on one of them, as in set_adapter({left}), or add the others without that module in their "
                 "modules_to_save."
             )
     return names
 
 
 def _remove_adapter(model: Any, adapter_name: str) -> None:
-    """Take an adapter off all its modules, with the children that are empty then and its configuration."""
+    """Remove an adapter from all its modules, with its configuration and the children that become empty."""
     take_off(adapter_children(model, adapter_name), adapter_name)
     for child in adapter_children(model):
         if not child.adapters:
             child.detach()
     for name, wrapper in reversed(auxiliary_wrappers(model).items()):  # the innermost first
-        if adapter_name in wrapper._adapters:  # some wrappers would switch off what acts in them all the same
+        if adapter_name in wrapper._adapters:  # without this check some wrappers would switch off the copy that acts
             wrapper.delete_adapter(adapter_name, [])
         if not wrapper._adapters:
             model.set_submodule(name, wrapper.original_module)
@@ -243,20 +243,20 @@ def _remove_adapter(model: Any, adapter_name: str) -> None:
 
 
 def take_off(children: Iterable[AdapterChild], adapter_name: str) -> None:
-    """Take an adapter off some of its modules; a child that is empty then goes."""
+    """Remove an adapter from some of its modules; children that become empty are removed too."""
     for child in children:
         child.merged_adapters = [name for name in child.merged_adapters if name != adapter_name]
-        # So that PEFT does not choose another one to switch on, and say so: callers put back what was on.
+        # Otherwise PEFT would switch on another adapter and warn; the callers restore which adapters are on.
         child._active_adapter = [name for name in child.active_adapters if name != adapter_name]
         child.delete_adapter(adapter_name)
 
 
 def note_adapters(model: Any, *, deleting: bool = False) -> None:
-    """What the model itself is told when adapters were added or removed; without any, it is as it was.
+    """Change the model itself after adapters were added or removed; without adapters, it becomes as it was before.
 
-    Its modules that are trained with an adapter keep what acts in them; but while PEFT is `deleting` one, it will turn
-    to those modules next. DDP does not broadcast the buffers of adapters. And the model refuses `adapter_names`, which
-    most models of transformers take and do not read; a `PeftModel` reads it and does not hand it on.
+    Its modules that are trained with an adapter keep the copy that acts; this is skipped while PEFT is `deleting` an
+    adapter, since PEFT deletes the copies next. DDP does not broadcast the buffers of adapters. And the model refuses
+    `adapter_names`, which most transformers models accept and ignore; a `PeftModel` reads it and does not pass it on.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     within = Within(weakref.ref(base))
@@ -286,10 +286,10 @@ def note_adapters(model: Any, *, deleting: bool = False) -> None:
 
 @dataclass(eq=False)
 class AdapterBuffers(Iterable[str]):
-    """The names of the buffers of all adapters at present, since fitting changes them, and what was there before."""
+    """The names of all present buffers of adapters, read anew each time since fitting adds some, and former names."""
 
     model: nn.Module  # the base model
-    others: Iterable[str]  # names that someone else wants ignored
+    others: Iterable[str]  # the names that other code put there
 
     def __iter__(self) -> Iterator[str]:
         yield from self.others
@@ -297,12 +297,12 @@ class AdapterBuffers(Iterable[str]):
             if isinstance(module, AdapterChild):
                 for name, _ in module.named_buffers(prefix=path):
                     yield name
-                    # DDP may wrap a `PeftModel`, which hands on the attribute of the model inside.
+                    # DDP may wrap a `PeftModel`, which forwards the attribute of the model inside.
                     yield PREFIX + name
 
 
 def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable[str] = ()) -> None:
-    """Refuse copies for `modules_to_save` of a module with children: PEFT saves no adapter from inside the copy."""
+    """Refuse `modules_to_save` that would copy a module with children: PEFT does not save adapters inside a copy."""
     copied = [n for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     copied += [n for n, _ in model.named_modules() if n and any(n.endswith(end) for end in modules_to_save)]
     for child in adapter_children(model):
@@ -317,7 +317,7 @@ def refuse_copies(model: nn.Module, adapter_name: str, modules_to_save: Iterable
 
 
 def rehome_layers(model: nn.Module) -> None:
-    """Move the children of wrapped modules out to the wrapper: adapters act alike in whatever order they came."""
+    """Move the children of wrapped modules out to the wrapper: the order in which adapters came does not matter."""
     modules, within = dict(model.named_modules()), Within(weakref.ref(model))
     for child in adapter_children(model):
         child.within = within
@@ -331,11 +331,11 @@ def rehome_layers(model: nn.Module) -> None:
 
 @contextmanager
 def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, is_new: bool = False) -> Iterator[None]:
-    """Put a model back as it was if the block raises, and what came is an adapter of this package.
+    """Restore a model if the block raises an error and its adapter is one of this package.
 
-    Where the adapter is there already, its values are put back too. A failed adapter of another method is left to PEFT,
-    but for the trained copies that an adapter of ours acts with. Whether it `is_ours` is otherwise seen from what the
-    block has left, and whether it `is_new` from the configurations of the model.
+    If the adapter existed before the block, its values are restored too. A failed adapter of another method is left to
+    PEFT; only the trained copies that our adapters act with are restored. Without `is_ours`, the adapter is recognised
+    by what the block has left in the model; without `is_new`, by the configurations of the model.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if id(base) in _UNDONE.get():  # the outer block undoes all
@@ -370,7 +370,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
             for parameter, required in trainable:
                 parameter.requires_grad_(required)
             trained_copies.restore()
-            if loaded is not None:  # `add_adapter` of transformers says so before anything is added
+            if loaded is not None:  # `add_adapter` of transformers sets it before it adds an adapter
                 model._hf_peft_config_loaded = loaded and bool(configs_of(model))
         elif adapter_children(model):
             trained_copies.restore()
@@ -384,8 +384,8 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
 
 @contextmanager
 def naming_what_goes_off(model: Any, newcomer: str, expected: Iterable[str] = ()) -> Iterator[None]:
-    """Warn of what acted before an adapter came and does not afterwards, unless that is `expected`."""
-    if ADDING.get():  # the call that this one is a part of says it
+    """Warn of adapters that acted before a new one came and do not act afterwards, except the `expected` ones."""
+    if ADDING.get():  # the outer call warns
         yield
         return
     before, copies = adapters_now(model).on, ActiveCopies(model)
@@ -419,7 +419,7 @@ def naming_what_goes_off(model: Any, newcomer: str, expected: Iterable[str] = ()
 
 
 def warn_of_copies(model: nn.Module, before: dict[str, str], newcomer: str | None = None) -> None:
-    """Name the copies that acted before and do not any more, and those of a newcomer that acts without them."""
+    """Warn of copies that acted before and do not act now, and of a new adapter that acts without its own copies."""
     if ADDING.get():
         return
     copies_now = ActiveCopies(model)
@@ -449,13 +449,13 @@ def _listed(adapters: Mapping[str, str]) -> str:
 
 
 def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -> None:
-    """`set_adapter` of a transformers model, which stops halfway at trained modules, and tells nobody what goes off."""
+    """`set_adapter` of a transformers model, which by itself fails at trained modules and warns of nothing."""
     if not adapter_children(model):
         return original(adapter_name)
     names, copies = check_one_copy(model, adapter_name), ActiveCopies(model)
     note_adapters(model)  # a class of a task may have added its head since
     ours = {name for name, config in adapters_now(model).configs.items() if isinstance(config, ChildConfig)}
-    # `add_adapter` switches its newcomer on last, as a user would: only the calls that are running tell.
+    # `add_adapter` ends with the same call as a user's: only the running frames tell the two apart.
     running = (frame for frame, _ in traceback.walk_stack(sys._getframe()) if frame.f_code.co_name == "add_adapter")
     is_adding = any(frame.f_locals.get("self") is model for frame in running)
     with naming_what_goes_off(model, names[0]) if is_adding else nullcontext():
@@ -469,7 +469,7 @@ def set_adapter(original: Callable, model: Any, adapter_name: list[str] | str) -
 
 
 def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[str] = ()) -> None:
-    """Name the loaded adapters that do not act while one is fitted, but for those `expected` to be off."""
+    """Warn of the loaded adapters that do not act while one is fitted, except those `expected` to be off."""
     now = adapters_now(model)
     known = {*now.acting, *expected, adapter_name}
     off = {name: noun for name, noun in now.loaded.items() if name not in known}
@@ -480,6 +480,6 @@ def warn_of_what_is_off(model: nn.Module, adapter_name: str, expected: Iterable[
         together = [*(name for name in now.acting if name != adapter_name), *off, adapter_name]
         are, them = ("are", "them") if len(off) > 1 else ("is", "it")
         warn_user(
-            f"{adapter_name!r} is being fitted while {_listed(off)} {are} off: what is fitted is for the model "
-            f"without {them}. Where they are to act together, call model.set_adapter({together}) first, and fit then."
+            f"{adapter_name!r} is being fitted while {_listed(off)} {are} off: the result is for the model without "
+            f"{them}. If they should act together, call model.set_adapter({together}) first, and then fit."
         )

@@ -1,8 +1,8 @@
-"""The configurations of both kinds, what they say of how an adapter was made, and checks of what any file may hold.
+"""The configurations of both kinds, their record of how an adapter was made, and checks of values read from files.
 
 Fitting, merging, callbacks and `hf_erasure.hub.describe` write the `provenance` of a configuration as plain JSON, under
-the names of the fields of `Provenance`. It may come from a file of a stranger, so it is read by `Provenance.of`, which
-leaves out what is not of its type.
+the names of the fields of `Provenance`. The file may come from a stranger, so `Provenance.of` reads it, which leaves
+out values of a wrong type.
 """
 
 from __future__ import annotations
@@ -28,46 +28,46 @@ from peft.utils.peft_types import PeftType
 
 from .files import CONFIG, target_of
 
-# Of tensors by name: the shape, and the types by which safetensors knows them.
+# Tensor name → its shape, and the names that safetensors has for the types that it may have.
 Layout = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 # The names that safetensors has for float32 and float64, and for int32.
 FLOATS, INDICES = ("F32", "F64"), ("I32",)
-# Bytes. A configuration that names ten thousand weights, each with samples of its values, has a few million.
+# In bytes. A configuration that names ten thousand weights, each with samples of its values, has a few million bytes.
 MAX_CONFIG_BYTES = 16 * 2**20
-# What may be the name of a module; as part of a regular expression, which PEFT makes of it, it stands for itself.
+# The name of a module. PEFT puts it into a regular expression, where these characters stand for themselves.
 _NAME = re.compile(r"[\w.\-]+")
 # The fields that may be a regular expression.
 _PATTERNS = ("target_modules", "exclude_modules")
-# How long one match may take, in seconds; an honest one takes microseconds.
+# How long one match may take, in seconds; a match of an ordinary pattern takes microseconds.
 _SECONDS_A_MATCH = 0.5
-# How long all matches of a field in a model may take together, in seconds of the processor.
+# How long all matches of one field in a model may take together, in seconds of processor time.
 _SECONDS_A_MODEL = 5.0
-# Parts that are written by other code than what fits the adapter.
+# The parts of the provenance that are not written by the code that fits the adapter.
 RECORD, TRAINING, RECIPE, TOLD = "active_adapters", "training", "recipe", "card"
-# What the figures of a recipe's run are on, in words.
+# The data that the figures of a recipe's run were measured on, in words.
 TESTED_ON = "the recipe's test split"
-# Fields that decide what is done with an adapter: one of another type is refused when the configuration is read.
+# Fields that decide how an adapter is used: a value of a wrong type is refused when the configuration is read.
 _REFUSED = (
     "base_class", "fingerprint", "leakage", "examples", "tokens", "pool", RECORD, "reader", "leakage_intervals",
     "measured_on", "residuals", "unsettled",
 )  # fmt: skip
-# Marks the fields that fitting writes.
+# This mark is on the fields that fitting writes.
 BY_FITTING = {"by": "fitting"}
 
 
 @dataclass
 class ChildConfig(PeftConfig):
-    """The configuration of an adapter that hangs on modules as a child; its fields are told where a kind has them."""
+    """The configuration of an adapter that is a child of modules; each kind documents the fields in its own class."""
 
     noun: ClassVar[str] = "hf_erasure adapter"  # what messages call an adapter of this kind
-    places: ClassVar[str] = "modules"  # what they call the modules where one acts
+    places: ClassVar[str] = "modules"  # what messages call the modules where the adapter acts
     example: ClassVar[str] = "ConceptErasureConfig(labels=[…])"  # a configuration to write in a message
-    remedy: ClassVar[str]  # what to call so that the adapter is fitted, in a sentence
+    remedy: ClassVar[str]  # a sentence that says what to call so that the adapter is fitted
     own_type: ClassVar[PeftType]  # what PEFT calls the kind
-    # What `target_modules` may be besides names, a pattern and "all-linear".
+    # The words that `target_modules` may be, in addition to names, a pattern and "all-linear".
     words: ClassVar[tuple[str, ...]] = ()
-    # Whether nobody named the modules: they stood for `None` or "all-linear" when it was added, in this process.
+    # Whether the user named no modules: `target_modules` was `None` or a word when this process added the adapter.
     has_default_targets = False
 
     exclude_modules: list[str] | str | None = None
@@ -85,7 +85,7 @@ class ChildConfig(PeftConfig):
         declared = hints(kind)
         for entry in fields(self):
             value, hint = getattr(self, entry.name), declared[entry.name]
-            # A text where a list of texts is declared passes: what is wrong with it is said better below.
+            # A text passes where a list of texts is declared: the checks below have a better message for it.
             if not fits(value, hint):
                 raise TypeError(f"{entry.name}={short(value)} of a {kind.__name__} must be {in_words(hint)}.")
         for name in _REFUSED:
@@ -126,7 +126,7 @@ class ChildConfig(PeftConfig):
 
     @property
     def fitted_modules(self) -> Mapping[str, str]:
-        """Where it acts, whatever else its patterns match: module → the one that has its tensors; none until known."""
+        """The modules where it acts, each → the module that has its tensors; empty until the adapter is fitted."""
         raise NotImplementedError
 
     @property
@@ -140,11 +140,11 @@ class ChildConfig(PeftConfig):
         return ()
 
     def tensors(self) -> Layout:
-        """The tensors of a fitted adapter, by the names that a file has for them."""
+        """The shapes and types of a fitted adapter's tensors, by the names that a file has for them."""
         raise NotImplementedError
 
     def has_size_of(self, name: str, shape: list[int]) -> bool:
-        """Whether tensors of a fitted adapter have a size of a weight's, whose shape is that where it was fitted."""
+        """Whether a weight, of this shape at fitting, decides a size of the tensors: another shape does not fit."""
         raise NotImplementedError
 
     def copied(self, more_to_save: Iterable[str] = ()) -> ChildConfig:
@@ -169,14 +169,14 @@ class ChildConfig(PeftConfig):
             self.__post_init__()
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them, with sets as sorted lists so that equal configs make equal files."""
+        """The fields as JSON values; sets become sorted lists, so that equal configurations make equal files."""
         plain = super().to_dict()
-        # Granite Speech writes the folder there that it was given, which may be a `Path`.
+        # Granite Speech writes the folder that it was given into the configuration, and this may be a `Path`.
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in plain.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; warns of an adapter that was never fitted."""
+        """Write `adapter_config.json`; an adapter that was never fitted gives a warning."""
         if not self.fitted:
             warnings.warn(
                 f"The {self.described} saved to {target_of(save_directory)} was never fitted: loaded again it changes "
@@ -187,7 +187,7 @@ class ChildConfig(PeftConfig):
 
 
 def fault_of(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildConfig, where: str) -> str | None:
-    """What is wrong with tensors `where` something has them, by name their type and shape; None if they are whole."""
+    """Say what is wrong with tensors that were found `where`, by name → type and shape; None if all are right."""
     expected = config.tensors()
     missing, foreign = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
@@ -208,7 +208,7 @@ def fault_of(found: Mapping[str, tuple[str, tuple[int, ...]]], config: ChildConf
 
 
 def as_names(config: Any, *names: str) -> Any:
-    """A copy of a configuration in which those of `names` that its patterns match stand in their place."""
+    """A copy of a configuration in which each pattern is replaced by the set of those `names` that it matches."""
     plain, began = copy.copy(config), time.process_time()
     for key in _PATTERNS:
         value = getattr(config, key, None)
@@ -243,13 +243,13 @@ def read_config(file: Path) -> dict[str, Any]:
     if state.st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{str(file)!r} has {state.st_size} bytes, and no configuration is that long: it is damaged.")
     try:
-        content = json.loads(file.read_bytes().decode("utf-8"))  # NaN may be among what was measured
+        content = json.loads(file.read_bytes().decode("utf-8"))  # NaN is allowed: a figure may be NaN
     except RecursionError as error:
         raise ValueError(f"{str(file)!r} is nested too deeply to be a configuration: it is damaged.") from error
-    except ValueError as error:  # of JSON, of Unicode, and of numbers with thousands of digits
+    except ValueError as error:  # wrong JSON, wrong Unicode, or a number with thousands of digits
         raise ValueError(f"{str(file)!r} is damaged: {error}. Copy or download it again.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{str(file)!r} holds {short(content)} and no configuration: it is damaged.")
+        raise ValueError(f"{str(file)!r} holds {short(content)}, which is not a configuration: it is damaged.")
     return content
 
 
@@ -275,7 +275,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def damaged(told: str, writer: str = "Fitting") -> ValueError:
-    """The error of a field that no user writes, and has what its writer never does."""
+    """The error for a field that users do not write, with a value that its writer never writes."""
     return ValueError(f"{told}. {writer} writes that; in a loaded {CONFIG} it means that the file is damaged.")
 
 
@@ -305,7 +305,7 @@ class Part:
 
     @classmethod
     def of(cls, source: Any) -> Any:
-        """Those that are of the declared types; none of a configuration of another method."""
+        """Read the facts that are of their declared types; a configuration of another method has none."""
         values = getattr(source, "provenance", source)
         known = values if isinstance(values, dict) else {}
         found: dict[str, Any] = {}
@@ -315,14 +315,14 @@ class Part:
             if isinstance(hint, type) and issubclass(hint, Part):
                 found[name] = hint.of(value)
             elif value is not None and fits(value, hint):
-                # One text may stand for a list of one.
+                # A single text stands for a list with one item.
                 found[name] = [value] if isinstance(value, str) and hint == list[str] else value
         return cls(**found)
 
 
 @dataclass(frozen=True)
 class Data(Part):
-    """Where the data come from."""
+    """The source of the data."""
 
     datasets: list[str] = field(default_factory=list)  # names on the Hub
     labels_from: str = ""  # who or what labelled them, in words
@@ -335,7 +335,7 @@ class Told(Data):
     license: str = ""  # as the Hub writes it
     language: list[str] = field(default_factory=list)  # codes
     results: list[Any] = field(default_factory=list)  # rows of `hf-erasure evaluate`, as the card shows them
-    results_of: str = ""  # the state of the adapter that they are of
+    results_of: str = ""  # the state of the adapter when `results` were measured
 
 
 @dataclass(frozen=True)
@@ -343,29 +343,29 @@ class Training(Part):
     """What a callback measured last while the model under the adapter was trained."""
 
     step: int | None = None  # of the Trainer
-    figures: dict[str, Any] = field(default_factory=dict)  # by the names that are logged
-    measured_on: str = ""  # what the figures are on, in words
+    figures: dict[str, Any] = field(default_factory=dict)  # by the names under which they are logged
+    measured_on: str = ""  # the data that the figures were measured on, in words
 
 
 @dataclass(frozen=True)
 class ChosenEdit(Part):
     """How the strength of a GRADIEND was chosen."""
 
-    goal: str = ""  # what it was chosen for
+    goal: str = ""  # what the strength was chosen for
     budget: float | None = None  # how much worse language modelling may get, as a share of itself
     base: dict[str, Any] = field(default_factory=dict)  # what was measured of the model without the edit
-    best: dict[str, Any] = field(default_factory=dict)  # the same with the chosen one
+    best: dict[str, Any] = field(default_factory=dict)  # the same with the chosen edit
     # How much of the edit is left after rounding to the dtype of the weights, from 0 to 1.
     kept_share: float | None = None
-    measured_on: str = ""  # what it was measured on, in words
+    measured_on: str = ""  # the data that `base` and `best` were measured on, in words
 
 
 @dataclass(frozen=True)
 class RecipeRun(Data):
     """What the recipe that made an adapter says of its data, and what its run measured on the test split."""
 
-    results: list[Any] = field(default_factory=list)  # of an erasure: rows, as the card shows them
-    edit: ChosenEdit = field(default_factory=ChosenEdit)  # of a GRADIEND: the edit that it was saved with
+    results: list[Any] = field(default_factory=list)  # erasure only: rows, as the card shows them
+    edit: ChosenEdit = field(default_factory=ChosenEdit)  # GRADIEND only: the edit that it was saved with
 
 
 @dataclass(frozen=True)
@@ -376,30 +376,30 @@ class Provenance(Part):
     base_class: str = ""  # the class of the base model
     fingerprint: dict[str, Any] = field(default_factory=dict)  # weight → a sample of its values
     examples: int | None = None  # how many sequences or pairs it was fitted on
-    tokens: int | None = None  # how many positions
+    tokens: int | None = None  # how many positions it was fitted on
     counterfactuals: int = 0  # how many counterfactuals of the texts were fitted on, too
-    pool: str = ""  # what of a sequence is guarded
-    reader: str = ""  # what reads that, in words
-    # Site → correlation with the concept before and after, magnitudes.
+    pool: str = ""  # which part of a sequence is guarded
+    reader: str = ""  # what the model's head reads, in words
+    # Site → magnitude of the correlation with the concept, before and after.
     leakage: dict[str, tuple[float, float]] = field(default_factory=dict)
-    # Site → the two ends of the interval before, and the two after.
+    # Site → the two ends of the confidence interval before, and the two ends after.
     leakage_intervals: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
     measured_on: str = ""  # what the leakage was measured on, in words
-    # Site → what its eraser leaves at a visit, as a share of `|x| |z|`; of modules that are called several times, where
-    # that is more than rounding, so that the guarantee does not hold.
+    # Site → what its eraser leaves at a visit, as a share of `|x| |z|`. Only modules that are called several times are
+    # here, and only where more than rounding is left, so that the guarantee does not hold.
     residuals: dict[str, float] = field(default_factory=dict)
     # The sites that are called several times and were fitted in one pass, which promises nothing at later calls.
     unsettled: list[str] = field(default_factory=list)
     # The other adapters that acted at fitting; None where an older release did not write it.
     active_adapters: list[dict[str, Any]] | None = None
-    # Name → what is known of the adapters that this one was combined from.
+    # The adapters that this one was combined from: name → what is known of the adapter.
     combined_from: dict[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)  # where the data come from
-    estimator: str = ""  # of a GRADIEND: how its neuron was estimated
-    task: str = ""  # of a GRADIEND: the kind of language modelling
-    # Of a GRADIEND: pair → correlation of the neuron with the class.
+    estimator: str = ""  # GRADIEND only: how its neuron was estimated
+    task: str = ""  # GRADIEND only: the kind of language modelling
+    # GRADIEND only: pair → correlation of the neuron with the class.
     correlation: dict[str, float] = field(default_factory=dict)
-    selection: ChosenEdit = field(default_factory=ChosenEdit)  # of a GRADIEND: how its strength was chosen
+    selection: ChosenEdit = field(default_factory=ChosenEdit)  # GRADIEND only: how its strength was chosen
     training: Training = field(default_factory=Training)  # what was measured while the model was trained
     recipe: RecipeRun = field(default_factory=RecipeRun)  # what a run of a recipe says of its data, and has measured
-    card: Told = field(default_factory=Told)  # what its maker told
+    card: Told = field(default_factory=Told)  # what its maker wrote for the card

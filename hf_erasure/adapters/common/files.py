@@ -1,4 +1,4 @@
-"""The files of an adapter: their names, and writing them whole or not at all."""
+"""The files of an adapter: their names, and functions that write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# What PEFT puts before the names of a model's modules in its files.
+# The prefix of the names of modules in PEFT's files.
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CARD = "README.md"
 COMMIT = ".hf-erasure-commit"
 STAGING = ".hf-erasure-saving-"
-# Why the files of the adapter that is being loaded could not be looked at; the adapter is refused then.
+# The reason why the files of the adapter that is being loaded could not be checked; such an adapter is refused.
 UNSEEN: ContextVar[str | None] = ContextVar("unseen", default=None)
 
 
 def target_of(folder: str | Path) -> Path:
-    """Where a staged folder, or something in it, will lie; the folder itself where it is not staged."""
+    """The final path of a staged folder, or of a path in one; the path itself where it is not staged."""
     parts, at = Path(folder).parts, _staged_at(folder)
     return Path(folder) if at is None else Path(*parts[:at], *parts[at + 2 :])
 
 
 def root_of(folder: str | Path) -> Path:
-    """The staged form of the folder that is saved to, of which an adapter's staged folder may be a part."""
+    """The staged form of the folder that the user saves to, which may contain an adapter's staged folder."""
     at = _staged_at(folder)
     return Path(folder) if at is None else Path(*Path(folder).parts[: at + 2])
 
@@ -42,22 +42,22 @@ def _staged_at(folder: str | Path) -> int | None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors, and facts that JSON knows, into one safetensors file."""
+    """Write tensors, and facts that are JSON values, into one safetensors file."""
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_whole(path, lambda temporary: save_file(plain, temporary, metadata={"facts": json.dumps(facts)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote."""
-    with torch.device("cpu"), safe_open(path, framework="pt") as file:  # older releases read to the default device
+    """Read the tensors and facts that `write_tensors` wrote."""
+    with torch.device("cpu"), safe_open(path, framework="pt") as file:  # older releases read onto the default device
         return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
 
 
 def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Write beside the file and rename, so that a kill leaves the old one or the new one."""
+    """Write a temporary file and rename it, so that a killed process leaves the old file or the new one."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
-    # Nobody else may read a temporary file; one that `write` makes anew has the rights that files have here.
+    # Only its owner may read a temporary file; the file that `write` creates has the usual permissions.
     os.unlink(temporary)
     try:
         write(temporary)
@@ -76,5 +76,5 @@ def read_text(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same with text, whose line ends stay as they are."""
+    """Write a text as `write_whole` does; its line ends stay as they are."""
     write_whole(path, lambda temporary: Path(temporary).write_bytes(text.encode("utf-8")))

@@ -1,8 +1,8 @@
-"""What the adapter layers of both kinds have in common: their state by adapter, and which adapters act.
+"""The base class of the adapter layers of both kinds: it keeps the state of each adapter and knows which ones act.
 
 Replacing a module would lose LoRA targets inside it, change the keys of other adapters and bypass
-`output_hidden_states`. So the module (the *host*) stays what it is: a child of it holds the state of all adapters as
-buffers, and hooks on the host let them act.
+`output_hidden_states`. Therefore the module (the *host*) is not replaced: a child of it holds the state of all adapters
+as buffers, and hooks on the host let them act.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ Child = TypeVar("Child", bound="AdapterChild")
 
 
 class StateDict(BufferDict):
-    """Tensors by the name of their adapter, which accelerate leaves where they are.
+    """Tensors by the name of their adapter, which accelerate does not move.
 
-    It asks a module for its buffers when it attaches hooks, and those would move them to the meta device
-    (`offload_buffers=True`), where no forward of this module brings them back, and put the values of then in the place
-    of later ones when the hooks are removed. A model that is asked for all its buffers has these among them.
+    When accelerate attaches hooks to a module, it asks the module for its buffers. The hooks would move the buffers to
+    the meta device (`offload_buffers=True`), from where no forward pass of this module brings them back. On removal
+    they would overwrite later values with the old ones. The `buffers()` of the whole model include these tensors.
     """
 
     def __setitem__(self, key: str, value: Tensor) -> None:
-        """Keep a tensor that can be trained with, whatever mode it was made in."""
+        """Keep a tensor that autograd can use, even if the given one was made in inference mode."""
         super().__setitem__(key, ordinary(value))
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """None that are this module's alone."""
+        """Return no buffers when this module alone is asked."""
         return iter(())
 
 
-# PEFT's status functions know the containers whose devices they report by the name of the class.
+# PEFT's status functions recognise the containers whose devices they report by the name of their class.
 StateDict.__name__ = BufferDict.__name__
 
 
@@ -56,7 +56,7 @@ class Rows:
     """Which adapter each row of a batch has: `model(…, adapter_names=[…])` on a `PeftModel`."""
 
     names: tuple[str, ...]  # one for each row that the user gave
-    beams: int = 1  # in how many copies, one after the other, `generate` may pass a row on
+    beams: int = 1  # into how many adjacent copies `generate` may expand a row
 
     def of(self, name: str, hidden: Tensor, path: str, axis: int = 0) -> Tensor:
         """The positions of an adapter's rows along an axis of an activation, `(rows of that adapter,)`."""
@@ -74,7 +74,7 @@ class Rows:
 
 
 def refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the forward of a model that is not a `PeftModel`: it does not read which adapter each row has."""
+    """Raise an error before the forward pass of a model that is not a `PeftModel`: it would ignore `adapter_names`."""
     if kwargs.get("adapter_names") is not None:
         raise ValueError(
             f"adapter_names={kwargs['adapter_names']!r}: {type(model).__name__} would ignore it, and run all rows with "
@@ -86,39 +86,39 @@ def refuse_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 class AdapterChild(nn.Module, BaseTunerLayer):
     """The state of every adapter of one kind at one module: one `StateDict` for each part that a file has."""
 
-    child_name: ClassVar[str]  # on its host
+    child_name: ClassVar[str]  # the name of the child on its host
     noun: ClassVar[str]  # what messages call an adapter of this kind
     # The dtypes that floating-point state may have, the usual one first.
     precisions: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
-    # The attributes that have an entry for each adapter, besides the state.
+    # The attributes that have an entry for each adapter, apart from the state.
     entries: ClassVar[tuple[str, ...]] = ("sticky_adapters",)
-    optional: ClassVar[tuple[str, ...]] = ()  # the parts that a file does not have where they have no rows
-    # Tells the children of a kind in a model what else in it they concern, after its modules have changed.
+    optional: ClassVar[tuple[str, ...]] = ()  # the parts that a file leaves out where they have no rows
+    # A function that is called after a model's modules have changed; it connects the children with other modules.
     link: ClassVar[Any] = None
     host: nn.Module  # the module that this is a child of
     _hook: Callable[[], None]  # lets the adapters act in the forward pass of the host
-    _unhook: Callable[[], None]  # takes back what `_hook` did
-    _part_in_words: Callable[[str, str], str]  # a part of an adapter, by the attribute that holds it, in a message
-    _are_positions: Callable[[str, Tensor], bool]  # whether integers in such a part are positions in order
+    _unhook: Callable[[], None]  # undoes what `_hook` did
+    _part_in_words: Callable[[str, str], str]  # how messages name a part: (attribute that holds it, adapter) → words
+    _are_positions: Callable[[str, Tensor], bool]  # whether the integers in a part are positions in ascending order
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__()
         self.path = path  # the host's name in the model
-        # Past `nn.Module`, so that the host does not become a submodule of its own child.
+        # This bypasses `nn.Module.__setattr__`: the host must not become a submodule of its own child.
         self.__dict__["host"] = host
         # Adapter name → whether it stays active beside others; in the order in which they were added.
         self.sticky_adapters: dict[str, bool] = {}
         self._awaits_values: set[str] = set()
         self._held: set[str] = set()
-        self.rows: Rows | None = None  # while `adapter_names` are given
-        self.within: Within | None = None  # since the last adapter was added
+        self.rows: Rows | None = None  # set while `adapter_names` are given
+        self.within: Within | None = None  # set when an adapter is added
         self.merged_adapters = []
-        # PEFT has it on the class until it is first set; compiled code notices the difference, and is compiled again.
+        # PEFT keeps this on the class until it is first set on a layer, and compiled code is then compiled again.
         self._disable_adapters = False
 
     @classmethod
     def by_path(cls: type[Child], model: nn.Module, adapter_name: str | None = None) -> dict[str, Child]:
-        """The layers of this kind in a model, or those that hold an adapter, by the name of their host."""
+        """Name of the host → layer of this kind; with an adapter's name, only the layers that hold that adapter."""
         return {child.path: child for child in adapter_children(model, adapter_name) if isinstance(child, cls)}
 
     @property
@@ -134,18 +134,18 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def _no_weight(self) -> Tensor:
         raise AttributeError(f"the {self.noun} has no weight, bias or features of its own")
 
-    # BaseTunerLayer reads these from the module that it wraps, and this one does not wrap any.
+    # BaseTunerLayer reads these from the module that it wraps, and this layer does not wrap a module.
     weight = bias = in_features = out_features = property(_no_weight)
 
     def stores(self, name: str, *, empty: bool = False) -> dict[str, StateDict]:
-        """The parts of an adapter that a file has, by the attribute that holds them; or also those without rows."""
+        """Attribute → the part of an adapter that it holds and a file has; `empty` adds optional parts without rows."""
         stores: Iterator[tuple[str, Any]] = self.named_children()
         found = {key: store for key, store in stores if store.persistent and name in store}
         return {key: store for key, store in found.items() if empty or key not in self.optional or len(store[name])}
 
     def state_placement(self) -> tuple[torch.device, torch.dtype]:
-        """Where the state belongs, and in which precision; on the CPU where accelerate keeps the weights elsewhere."""
-        # A quantised layer may not have a floating-point weight; where it is tells all the same.
+        """The device and dtype of the state; the device is the CPU where accelerate has offloaded the weights."""
+        # A quantised layer may have no floating-point weight; its packed weight tells the device.
         weight = next(iter(sorted(self.host.parameters(), key=lambda p: not p.is_floating_point())), None)
         if weight is None:
             return torch.device("cpu"), self.precisions[0]
@@ -153,7 +153,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         return device, weight.dtype if weight.dtype in self.precisions else self.precisions[0]
 
     def await_values(self, name: str) -> None:
-        """Fill an adapter with NaN, and positions with −1: values that never arrive must not pass for an adapter."""
+        """Fill an adapter with NaN, and positions with −1, so that values that are never loaded are noticed."""
         for store in self.stores(name).values():
             store[name] = torch.full_like(store[name], torch.nan if store[name].is_floating_point() else -1)
         self._awaits_values.add(name)
@@ -172,17 +172,17 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         self._awaits_values.discard(name)
 
     def state_of(self, name: str) -> tuple[Tensor, ...]:
-        """An adapter's tensors as they are, for `restore_state`; also those that a file does not have."""
+        """An adapter's present tensors, for `restore_state`; they include parts that a file leaves out."""
         return tuple(store[name] for store in self.stores(name, empty=True).values())
 
     def restore_state(self, name: str, state: tuple[Tensor, ...]) -> None:
-        """Put back what `state_of` gave; it is checked when it is first used."""
+        """Put back the tensors that `state_of` returned; they are checked when they are first used."""
         for store, value in zip(self.stores(name, empty=True).values(), state, strict=True):
             store[name] = value
         self._awaits_values.add(name)
 
     def take(self, name: str, values: Mapping[str, Tensor | None], device: Any = None) -> None:
-        """Take a file's values, by the attribute that holds a part, to where accelerate runs the host."""
+        """Store a file's values, attribute → tensor, on `device`, or else where `state_placement` says."""
         self.await_values(name)
         place, dtype = self.state_placement()
         for key, store in self.stores(name).items():
@@ -192,20 +192,20 @@ class AdapterChild(nn.Module, BaseTunerLayer):
             if value.shape != store[name].shape:
                 raise ValueError(
                     f"{self._part_in_words(key, name)} has shape {list(store[name].shape)}, and the values that are "
-                    f"loaded have {list(value.shape)}: they are of another adapter."
+                    f"loaded have {list(value.shape)}: they belong to another adapter."
                 )
             store[name] = value.to(device or place, dtype if store[name].is_floating_point() else torch.int32)
         self.check_values(name)
 
     def move_state(self, name: str, device: torch.device) -> None:
-        """Keep an adapter where accelerate runs the module; the meta device is not a place to be."""
+        """Move an adapter to the device where accelerate runs the module; the meta device is ignored."""
         stores: Any = self.children() if device.type != "meta" else ()
         for store in stores:
             if name in store:
                 store[name] = store[name].to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterChild:
-        """Follow `.to(device)`, and a dtype only where it is among `precisions`."""
+        """Apply `.to(…)` to the state: a device always, a dtype only if it is among `precisions`."""
         sharding = PartialState._shared_state.get("distributed_type") == DistributedType.FSDP
         for store in self.children():
             for name, value in [(name, value) for name, value in store._buffers.items() if value is not None]:
@@ -213,7 +213,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
                 if converted.device.type == "meta" and sharding:
                     raise ValueError(
                         f"The {self.noun} at {self.path!r} would be lost: with cpu_ram_efficient_loading accelerate "
-                        "moves the model to the meta device to shard it, and brings parameters back, but no buffers. "
+                        "moves the model to the meta device to shard it, and brings back parameters but not buffers. "
                         "Set cpu_ram_efficient_loading=False (fsdp_cpu_ram_efficient_loading: false in its file), or "
                         "attach the adapter after accelerator.prepare(…)."
                     )
@@ -224,7 +224,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
         return self
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter that is not merged; without another one, this child goes too."""
+        """Remove an adapter that is not merged; if it was the last one here, the child leaves the host too."""
         self.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
         self._awaits_values.discard(adapter_name)
@@ -234,12 +234,12 @@ class AdapterChild(nn.Module, BaseTunerLayer):
                 self.within.note()
 
     def refuse_if_merged(self, adapter_name: str) -> None:
-        """Raise a `ValueError` if an adapter is in the weights, since nothing could take it out of them afterwards."""
+        """Raise a `ValueError` if an adapter is merged: once it is deleted, it cannot be unmerged."""
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: call unmerge_adapter() first.")
 
     def rehome(self, host: nn.Module) -> None:
-        """Move this child and its hooks to another host, as when PEFT wraps the old one."""
+        """Move this child and its hooks to another host, for example when PEFT wraps the old host."""
         self.detach()
         self.__dict__["host"] = host
         host.add_module(self.child_name, self)
@@ -248,16 +248,16 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     def detach(self) -> None:
         """Take this child and its hooks off the host."""
         self._unhook()
-        # In a dictionary of its own: PEFT walks over the present one while it deletes an adapter.
+        # The host gets a new dictionary, since PEFT iterates over the present one while it deletes an adapter.
         left = {name: module for name, module in self.host._modules.items() if module is not self}
         self.host.__dict__["_modules"] = left
 
     def _get_available_adapters(self) -> set[str]:
-        """What PEFT reports as available; it looks for parameters, and there are none here."""
+        """The adapters that PEFT reports as available; PEFT itself looks for parameters, which children do not have."""
         return set(self.adapters)
 
     def switched_on(self) -> list[str]:
-        """The adapters here that are meant to act, in order: sticky ones that are not active, then the active."""
+        """The adapters here that are switched on, in order: sticky ones that are not active, then the active ones."""
         if self._disable_adapters:
             return []
         active = self.active_adapters if self.rows is None else dict.fromkeys(self.rows.names)
@@ -270,7 +270,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
-        """Let an adapter not act for a while, and all others as they do."""
+        """Let one adapter not act inside the block; the other adapters are not affected."""
         held = name in self._held
         self._held.add(name)
         try:
@@ -280,11 +280,11 @@ class AdapterChild(nn.Module, BaseTunerLayer):
                 self._held.discard(name)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; off means that the weights are the base model's too."""
+        """Switch all adapters on or off; switching off also unmerges them from the weights."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
-        # `enable_adapters` of transformers forgets trained modules, such as a head: the first child sees to them.
+        # `enable_adapters` of transformers leaves out trained modules, such as a head: the first child enables them.
         model = self.within.model() if enabled and self.within is not None else None
         if model is not None and next((m for m in model.modules() if isinstance(m, AdapterChild)), None) is self:
             for module in model.modules():
@@ -292,7 +292,7 @@ class AdapterChild(nn.Module, BaseTunerLayer):
                     module.enable_adapters(True)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's `convert_to_lora` names what it writes after the adapter's own modules, which are not the hosts."""
+        """Return False: PEFT's `convert_to_lora` would name its tensors after the children, not after their hosts."""
         warnings.warn(
             f"PEFT cannot convert the {self.noun} to a LoRA, but hf_erasure can: call "
             f"hf_erasure.export_to_lora(model, {adapter_name!r}, folder).",
@@ -302,18 +302,18 @@ class AdapterChild(nn.Module, BaseTunerLayer):
 
 
 def adapter_children(model: nn.Module, adapter_name: str | None = None) -> list[AdapterChild]:
-    """The children of either kind in a model, in its order; with a name, only those that hold that adapter."""
+    """The children of both kinds in a model, in its order; with a name, only those that hold that adapter."""
     children = [module for module in model.modules() if isinstance(module, AdapterChild)]
     return [child for child in children if adapter_name is None or adapter_name in child.sticky_adapters]
 
 
 def is_child(key: str) -> bool:
-    """Whether a module's name is that of a child, or of something inside one."""
+    """Whether a name is that of a child, or of a module inside a child."""
     return any(kind.child_name in key.split(".") for kind in AdapterChild.__subclasses__())
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """The module that other adapters have wrapped; the module itself where none has."""
+    """The module inside the wrappers of other adapters; the module itself where it is not a wrapper."""
     while isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return module
@@ -325,12 +325,12 @@ def configs_of(model: Any) -> dict[str, PeftConfig]:
 
 
 def child_configs(model: Any) -> dict[str, ChildConfig]:
-    """Those of the adapters of either kind."""
+    """The configurations of a model's adapters of both kinds, by name."""
     return {name: config for name, config in configs_of(model).items() if isinstance(config, ChildConfig)}
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """A tensor that can be trained with; what inference mode has made cannot, and is copied."""
+    """A tensor that autograd can use: a tensor that was made in inference mode is copied, another is returned as is."""
     if not tensor.is_inference():
         return tensor
     with torch.inference_mode(False), torch.no_grad():
@@ -339,7 +339,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Leave inference mode for a while; gradients stay off."""
+    """Leave inference mode inside the block; gradients stay off there."""
     if not torch.is_inference_mode_enabled():
         yield
         return

@@ -1,9 +1,9 @@
-"""Where an adapter is, whatever is passed as the model: the one look-up that everything uses.
+"""Find the adapter in any object that a user passes as the model. The whole package uses this one look-up.
 
-Users pass what they train or serve: a model, a `PeftModel`, a `SentenceTransformer`, what `DataParallel`, DDP, FSDP,
-DeepSpeed or `torch.compile` make of a model, or a module of their own. The adapter is on a bare model inside: the one
-whose `add_adapter` or `load_adapter` was called, or that a `PeftModel` was made of. The names of the adapter's modules
-are those within that model, the *owner*. The owner may be a part of a model, such as the encoder below a head.
+Users pass what they train or serve: a model, a `PeftModel`, a `SentenceTransformer`, the wrapper that `DataParallel`,
+DDP, FSDP, DeepSpeed or `torch.compile` puts around a model, or a module of their own. The adapter is on a bare model
+inside, the *owner*: the model whose `add_adapter` or `load_adapter` was called, or from which a `PeftModel` was made.
+The adapter names its modules as the owner does. The owner may be a part of a model, such as the encoder below a head.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ C = TypeVar("C", bound=ChildConfig)
 
 
 class AdapterNotFound(ValueError):
-    """There is no such adapter in a model; the message says which are there, and how to add or load one."""
+    """A model does not have the adapter; the message names those that it has, and says how to add or load one."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class Found(Generic[C]):
 
     name: str  # its name
     config: C  # its configuration
-    owner: Any  # the bare model that has it; the names of the adapter's modules are those within this model
+    owner: Any  # the bare model that has the adapter, which names its modules as this model does
     path: str  # the owner's name within the model that was passed
-    # The outermost transformers model around the owner, such as the one with the head; the owner itself where there is
-    # none. It is what a batch goes through.
+    # The outermost transformers model around the owner, such as the model with the head; the owner itself where no
+    # other is around it. A batch goes through this model.
     model: Any
-    holder: Any  # what adapters are added to, switched on and saved by: the `PeftModel` of the owner, or the owner
+    holder: Any  # the `PeftModel` of the owner, or else the owner: its methods add, switch on and save adapters
 
 
 def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
     """Find an adapter of a kind, `ChildConfig` for either, in a bare model or any module with one inside.
 
     Raises:
-        AdapterNotFound: If there is none of that name and kind. It is a `ValueError`.
-        ValueError: If several models inside have one; names their paths.
+        AdapterNotFound: If the model has no adapter of that name and kind. It is a `ValueError`.
+        ValueError: If several models inside have one; the message names their paths.
     """
     found = list(adapters_in(model, kind, name))
     if not found:
@@ -69,7 +69,7 @@ def adapter_of(model: nn.Module, name: str, kind: type[C]) -> Found[C]:
 
 
 def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Iterator[Found[C]]:
-    """The adapters of a kind, or those of one name, with the models that have them, in the model's order."""
+    """The adapters of a kind, or only those with one name, each with the model that has it, in the model's order."""
     for path, owner in model.named_modules():
         for name, config in (configs_on(owner) or {}).items():
             if only in (None, name) and isinstance(config, kind) and adapter_children(owner, name):
@@ -81,7 +81,7 @@ def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Ite
 
 
 def only_adapter(model: nn.Module, kind: type[C]) -> str:
-    """The name of the one adapter of a kind."""
+    """The name of the only adapter of a kind; none or several raise an error."""
     names = [place.name for place in adapters_in(model, kind)]
     if len(names) == 1:
         return names[0]

@@ -1,7 +1,7 @@
-"""How weights are kept: elsewhere, in parts, in common, packed by a quantiser.
+"""How weights are kept: offloaded, sharded, shared by modules, or packed by a quantiser.
 
-bitsandbytes keeps integers and their scales in a parameter of its own class, quanto and torchao in a tensor that passes
-for a float one, and 8-bit floats have their scales in another parameter. None of them can take an edit exactly.
+bitsandbytes keeps integers and their scales in a parameter of its own class. quanto and torchao use a tensor that looks
+like a float tensor, and 8-bit floats have their scales in another parameter. None of them can take an edit exactly.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FlatParameter
 
 from .layer import ordinary
 
-# What stands in the place of a dtype where a quantiser has packed the numbers.
+# This text is given instead of a dtype where a quantiser has packed the numbers.
 QUANTISED = "quantised"
 OUT_OF_REACH = "is offloaded where it cannot be reached. Load the model on one device"
-# What to do where weights are quantised, in the words of a message.
+# Messages tell users to do this where weights are quantised.
 FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the merged model"
 
 
@@ -29,17 +29,17 @@ FLOAT_FIRST = "load the float weights, merge the adapter there, and quantise the
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether weights of any module of a model are elsewhere."""
+    """Whether weights of any module of a model are offloaded."""
     return any(map(owns_offloaded, model.modules()))
 
 
 def owns_offloaded(module: nn.Module) -> bool:
-    """Whether weights of a module itself are elsewhere, or will be after its next forward pass."""
+    """Whether weights of a module itself are offloaded, or will be after its next forward pass."""
     return _hook_of(module) is not None or any(p.device.type == "meta" for p in module.parameters(recurse=False))
 
 
 def is_out_of_reach(module: nn.Module) -> bool:
-    """Whether a module's weights cannot be read or written."""
+    """Whether a module's weights are offloaded to a place where they cannot be read or written."""
     return owns_offloaded(module) and _hook_of(module) is None
 
 
@@ -48,7 +48,7 @@ def value_of(module: nn.Module, name: str) -> Tensor | None:
     parameter, hook = module._parameters.get(name), _hook_of(module)
     if parameter is None:
         return None
-    if hook is not None:  # also while a forward pass that failed has left the weights in their place
+    if hook is not None:  # also after a failed forward pass, which leaves the weights in the module
         found: Tensor = hook.weights_map[name]
         return found.detach()
     if parameter.device.type == "meta":
@@ -57,10 +57,10 @@ def value_of(module: nn.Module, name: str) -> Tensor | None:
 
 
 def numbers_of(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
-    """The numbers of a model's parameter, wherever they are, and the name of their dtype, or else `QUANTISED`.
+    """The numbers of a model's parameter, wherever they are, and the name of their dtype or `QUANTISED`.
 
-    It is found also where a LoRA has wrapped its module since. The numbers are None where this process cannot read all
-    of them. Of a quantised parameter they are those that it stands for.
+    The parameter is found also where a LoRA has wrapped its module since. The numbers are None where this process
+    cannot read all of them. The numbers of a quantised parameter are unpacked.
     """
     path, _, own = name.rpartition(".")
     for place in (path, f"{path}.base_layer"):
@@ -82,7 +82,7 @@ def numbers_of(model: nn.Module, name: str) -> tuple[Tensor | None, str]:
 
 
 def value_where_it_runs(module: nn.Module, name: str) -> Tensor | None:
-    """The values of an offloaded parameter on the device where accelerate runs its module; None out of its reach."""
+    """The values of an offloaded parameter on the device where accelerate runs its module; None if not offloaded so."""
     hook = _hook_of(module)
     value = None if hook is None else value_of(module, name)
     return None if value is None else value.to(hook.execution_device)
@@ -95,7 +95,7 @@ def values_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def write_value(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give an offloaded parameter a value where its own is kept; the value that was there first leaves no trace."""
+    """Store a new value of an offloaded parameter; where it equals the original value, the change is dropped."""
     hook = _hook_of(module)
     if hook is None:
         raise ValueError(f"The parameter {name!r} of a {type(module).__name__} {OUT_OF_REACH}.")
@@ -109,12 +109,12 @@ def write_value(module: nn.Module, name: str, value: Tensor) -> None:
         hook.original_devices[name] = changed.devices[name]
     else:
         changed.maps[0][name] = value
-        # When hooks are removed, and where the weight came straight from disk, this value is the only one there is.
+        # When hooks are removed and the weight came straight from disk, this is the only copy of the value.
         hook.original_devices[name] = value.device
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Give a parameter a value, where it lives; None takes the parameter away."""
+    """Give a parameter a value on its own device or where it is offloaded; None removes the parameter."""
     present, hook = module._parameters.get(name), _hook_of(module)
     if value is None:
         module._parameters[name] = None
@@ -134,13 +134,13 @@ def set_parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 @contextmanager
 def held(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
-    """One parameter for changes in place: itself, or a copy of one that is offloaded, which goes back afterwards."""
+    """Yield a parameter for changes in place, or a copy of an offloaded one, which is written back after the block."""
     module, name = places[0]
     parameter, value = module._parameters[name], value_of(module, name)
     if parameter is None or value is None:
-        raise ValueError(f"The parameter {name!r} is gone from the model: load the adapter into the model it is for.")
+        raise ValueError(f"The parameter {name!r} is gone from the model: load the adapter into its own base model.")
     there = nn.Parameter(value.clone(), requires_grad=False) if owns_offloaded(module) else parameter
-    # A tied weight that comes back from elsewhere has a copy for each owner; one that was untied on purpose differs.
+    # An offloaded tied weight has a copy for each owner, with equal values; a weight that was untied has other values.
     others = [(owner, own_name) for owner, own_name in places if owner._parameters[own_name] is not there]
     alike = [
         place for place in others if owns_offloaded(place[0]) or torch.equal(place[0].get_parameter(place[1]), there)
@@ -154,7 +154,7 @@ def held(places: list[tuple[nn.Module, str]]) -> Iterator[nn.Parameter]:
 
 
 class _Changed(ChainMap[str, Tensor]):
-    """Values laid over the map of a hook, and where hooks that are removed put its own."""
+    """New values over a hook's map of weights, and the devices to which a removed hook returns the original ones."""
 
     def __init__(self, hook: Any) -> None:
         super().__init__({}, hook.weights_map)
@@ -162,7 +162,7 @@ class _Changed(ChainMap[str, Tensor]):
 
 
 def _hook_of(module: nn.Module) -> Any:
-    """The hook that fills a module's own parameters; None where there is none, or an outer module's does."""
+    """The hook that loads a module's own offloaded parameters; None if it has no such hook, or an outer module has."""
     hook: Any = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
     return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload and h.weights_map is not None), None)
@@ -175,21 +175,21 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:
-    """Parameter names that share their tensor with others (tied embeddings), each with all its names."""
-    # Offloaded, each place of a tied weight has a placeholder of its own.
+    """Parameter name → all names of its tensor, for tensors with several names (tied embeddings)."""
+    # In an offloaded model, each name of a tied weight has a placeholder of its own.
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     if ties and not is_offloaded(model):
         ties = {}
     tied = {*ties, *ties.values()}
     names: dict[int | str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        plain = name.replace(".base_layer.", ".")  # as without a LoRA around the module
+        plain = name.replace(".base_layer.", ".")  # the name without a LoRA around the module
         names.setdefault(ties.get(plain, plain) if plain in tied else id(parameter), []).append(name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
 def tied_to(model: nn.Module, owner: str) -> list[str] | None:
-    """All the names of a module's parameters that are another module's too."""
+    """All names of a parameter that a module shares with others; None where it shares none."""
     return next((names for name, names in shared_weights(model).items() if name.rpartition(".")[0] == owner), None)
 
 
@@ -197,9 +197,9 @@ def tied_to(model: nn.Module, owner: str) -> list[str] | None:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is packed by a quantiser; a sharded one is not."""
+    """Whether a weight is packed by a quantiser; a sharded weight does not count."""
     kind = type(weight.data)
-    # Numbers of 8 bits have a scale somewhere else.
+    # Numbers of 8 bits have a scale in another parameter.
     is_plain = weight.is_floating_point() and weight.dtype.itemsize > 1
     return not is_plain or not (kind is Tensor or kind.__name__ == "DTensor")
 
@@ -210,7 +210,7 @@ def has_quantised(module: nn.Module) -> bool:
 
 
 def quantised_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that own quantised weights, shortened where that stands for no others."""
+    """Names of the modules that own quantised weights; only last parts where these match no other modules."""
     names = [name for name, _ in model.named_modules()]
     found = [name for name, module in model.named_modules() if has_quantised(module)]
     short = {name.rpartition(".")[2] for name in found}
@@ -219,7 +219,7 @@ def quantised_modules(model: nn.Module) -> list[str]:
 
 
 def dequantised(module: nn.Module, name: str) -> Tensor | None:
-    """The numbers that a quantised parameter stands for; None where its quantiser gives no way to them."""
+    """The unpacked numbers of a quantised parameter; None where its quantiser cannot unpack them."""
     weight = module._parameters[name]
     if weight is None:
         return None
@@ -232,7 +232,7 @@ def dequantised(module: nn.Module, name: str) -> Tensor | None:
         scale = next((scale for scale in scales if scale is not None), None)
         return None if scale is None else weight.detach().float() * scale.float().view(-1, 1) / 127
     state = getattr(weight, "quant_state", None)
-    # What is laid out anew for the CPU's kernels can no longer be unpacked.
+    # Weights that were rearranged for the CPU's kernels can no longer be unpacked.
     if kind == "Params4bit" and state is not None and not getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import dequantize_4bit
 

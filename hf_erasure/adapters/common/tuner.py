@@ -1,4 +1,4 @@
-"""What the tuners of both kinds share: attaching children to modules without leaving a trace of a failure."""
+"""The base class of the tuners of both kinds: it attaches children to modules, and a failure leaves no trace."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .config import ChildConfig, as_names
 from .files import UNSEEN
 from .layer import AdapterChild, Rows, adapter_children, child_configs, is_child
 
-# What PEFT calls a row without an adapter.
+# PEFT's name for a row without an adapter.
 _NO_ADAPTER = "__base__"
-# The index of a layer in a module's name, with the name of the list of layers.
+# The index of a layer in a module's name, after the name of the list of layers.
 _INDEX = re.compile(r"(?:^|\.)(?P<list>[^.]*)\.(?P<index>\d+)(?:\.|$)")
-# How many names more than a model has modules may be in a list, as of a model with more layers.
+# A list may have this many names more than the model has modules, since it may be made for a model with more layers.
 _SPARE_NAMES = 10_000
 
 
-# The heads that the classes of tasks add to modules_to_save: the first before it calls `PeftModel.__init__`, the others
-# afterwards, which is too late to keep an adapter off them.
+# The heads that PEFT's task classes add to modules_to_save. The first class does so before it calls
+# `PeftModel.__init__`, the others afterwards, which is too late to keep an adapter off the heads.
 _HEADS: dict[type[PeftModel], tuple[str, ...]] = {
     PeftModelForSequenceClassification: ("classifier", "score"),
     PeftModelForTokenClassification: ("classifier", "score"),
@@ -45,10 +45,10 @@ _HEADS: dict[type[PeftModel], tuple[str, ...]] = {
 
 
 class ChildTuner(BaseTuner):
-    """A tuner that hangs a child on every targeted module; the modules themselves stay in place."""
+    """A tuner that adds a child to every targeted module; the modules themselves stay in place."""
 
     tuner_layer_cls: type[AdapterChild]
-    # For a configuration the names of the modules that the default, or a word, stands for; None where it names them.
+    # Configuration → the modules that its default, or a word, stands for; None where it names the modules itself.
     _names_meant: Callable[[Any], list[str] | None]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  as in every tuner of PEFT
     # The configuration that a caller made a `PeftModel` with, and how many modules_to_save it has.
@@ -70,7 +70,7 @@ class ChildTuner(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules inside; PEFT asks when it has written its head into the caller's configuration: undone here."""
+        """The child modules. PEFT asks for them after adding its head to the caller's configuration: undone here."""
         if self.callers is not None:
             (config, count), self.callers = self.callers, None
             config.forget_modules_to_save(count)
@@ -80,7 +80,7 @@ class ChildTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter; a failure leaves the model as it was."""
-        # A configuration of its own: fitting writes into it, and the caller may use one for several models.
+        # The adapter gets a copy: fitting writes into it, and the caller may use one configuration for several models.
         config: Any = self.peft_config[adapter_name]
         config = self.peft_config[adapter_name] = config.copied()
         try:
@@ -96,30 +96,30 @@ class ChildTuner(BaseTuner):
                     recognise(model, config)
                     target = config.target_modules
                     if target is None or (isinstance(target, str) and target.lower() in config.words):
-                        # PEFT takes None for a default of its own.
+                        # PEFT would replace None by its own default.
                         config.target_modules = exactly(list(config.fitted_modules), model)
                         config.has_default_targets |= target is not None
                 elif config.revision is None:
-                    # Of the base, like its name: what was downloaded.
+                    # The revision, like the name beside it, is that of the base model which was downloaded.
                     config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
                 if kwargs.get("state_dict") is not None:
-                    # PEFT takes what stands before the prefix in a key for the module to put an adapter on; that is the
-                    # child.
+                    # In a key of a state dict, PEFT takes the text before the prefix for the name of the target. Here
+                    # that is the child, so the child's name is removed.
                     child, given = f".{self.tuner_layer_cls.child_name}.{self.prefix}", kwargs["state_dict"]
                     given = {key.replace(child, f".{self.prefix}"): value for key, value in given.items()}
-                    # Modules that share an eraser have no tensors, and act with the one that does.
+                    # Of the modules that share an eraser only one has tensors; the others use its tensors.
                     own, sites = {key.partition(f".{self.prefix}")[0] for key in given}, config.fitted_modules
                     sharers = (name for name, site in sites.items() if site in own and name not in own)
                     kwargs["state_dict"] = given | {f"{name}.{self.prefix}": None for name in sharers}
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                # The newcomer's copies start from those that acted, but for those of its own method, which go off.
+                # The new adapter's copies start from the copies that acted, except those of its own method.
                 kin = [name for name, other in self.peft_config.items() if other.peft_type == config.peft_type]
                 for place, acted in copies.on.items():
                     trained: Any = copies.wrappers[place]._modules.get("modules_to_save")
                     if trained is not None and adapter_name in trained and acted not in kin:
                         trained[adapter_name].load_state_dict(trained[acted].state_dict())
                 acting.refuse_copies(model, adapter_name)
-                # Tensors that are given along are a wish for some of the modules.
+                # A `state_dict` may choose some of the modules, so the others are not required then.
                 wanted = list(config.fitted_modules) if kwargs.get("state_dict") is None else []
                 self._check_complete(config, adapter_children(model, adapter_name), wanted)
         except BaseException:
@@ -127,7 +127,7 @@ class ChildTuner(BaseTuner):
             raise
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Name the modules that `target_modules=None` and words stand for."""
+        """Replace `target_modules=None` and words by the modules that they stand for."""
         given = peft_config.target_modules
         names = None if peft_config.fitted else self._names_meant(peft_config)
         if names is not None:
@@ -154,7 +154,7 @@ class ChildTuner(BaseTuner):
         known = peft_config.fitted_modules
         if key in known:
             return True
-        # Of what else a pattern matches PEFT is only told what `exclude_modules` left out, or it would warn of that.
+        # For the other modules PEFT's own answer is returned only if it means "excluded", or PEFT would warn wrongly.
         found = BaseTuner._check_target_module_exists(as_names(peft_config, key), key)
         return False if known and found else found
 
@@ -178,19 +178,19 @@ class ChildTuner(BaseTuner):
         child.set_adapter(self.active_adapters)
 
     def _what_to_add(self, config: Any, target: nn.Module, path: str) -> tuple[Any, ...] | None:
-        """What a child is told beside the configuration; None where the adapter has nothing to do at a target."""
+        """More arguments for the child's `add_adapter`; None where the adapter has nothing to do at a target."""
         lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
         if isinstance(target, lists) or type(target).forward is nn.Module.forward:
             raise ValueError(
-                f"{path!r} is a {type(target).__name__}, whose modules the model goes through, and no adapter can be "
+                f"{path!r} is a {type(target).__name__}, which the model never calls itself, so no adapter can be "
                 rf"put on it: name the modules in it, as in target_modules=r'{path}\.\d+'."
             )
         return ()
 
     def _check_complete(self, config: Any, children: list[AdapterChild], wanted: list[str]) -> None:
-        """A fitted adapter acts wherever it was fitted; a part of it that got no child would be missing in silence."""
+        """Raise an error if a module where the adapter was fitted got no child: a part of it would be missing."""
         kind, places = type(self.model).__name__, {child.path for child in children}
-        if not children:  # some releases of PEFT say so of a model's first adapter only
+        if not children:  # some releases of PEFT raise this error only for a model's first adapter
             raise ValueError(f"target_modules={config.target_modules!r} not found in {kind}.")
         left_out = [name for name in wanted if name not in places]
         if left_out:
@@ -200,13 +200,13 @@ class ChildTuner(BaseTuner):
             )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, and the children that held no other."""
+        """Delete an adapter, and the children that hold no other adapter."""
         for child in self._children():  # before PEFT forgets its configuration
             child.refuse_if_merged(adapter_name)
         super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """Switch adapters of this kind on; PEFT would also switch trained modules of other methods, which stay."""
+        """Switch adapters of this kind on. PEFT would also switch trained modules of other methods, which stay on."""
         if not acting.auxiliary_wrappers(self.model):
             super().set_adapter(adapter_name, *args, **kwargs)
             return
@@ -223,7 +223,7 @@ class ChildTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Called by `PeftModel` around `forward` and `generate`, with their arguments."""
+        """Pass `adapter_names` to the children; `PeftModel` calls this around `forward` and `generate`."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -254,20 +254,20 @@ class ChildTuner(BaseTuner):
                 child.rows = None
 
     def _check_mixed_batch(self, rows: Rows) -> None:
-        """Refuse, as a `ValueError` that says what to do instead, where rows cannot have adapters of their own."""
+        """Raise a `ValueError` that says what to do instead, where rows cannot have adapters of their own."""
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
     def unmerge_adapter(self) -> None:
-        """Take back the merges of this kind; PEFT would take back those of all adapters, whoever merged them."""
+        """Unmerge the adapters of this kind; PEFT would unmerge those of all methods, whichever of them was merged."""
         for child in self._children():
             child.unmerge()
 
     def _left_to_merge(self, names: list[str] | None) -> list[str]:
-        """The adapters that are not merged yet, of those that act if no names are given; warns when there are none."""
+        """The given adapters, by default all that act, that are not merged yet; warns when all are merged."""
         children = self._children()
         if names is None:
-            # Sticky ones that are not active act all the same, before the active.
+            # Sticky adapters that are not active act too, before the active ones.
             sticky = {name for child in children for name, on in child.sticky_adapters.items() if on}
             known = dict.fromkeys([*self.peft_config, *sorted(sticky)])
             on = [name for name in known if name in sticky and name not in self.active_adapters]
@@ -303,7 +303,7 @@ class ChildTuner(BaseTuner):
                 wrapper.delete_adapter(adapter, [])
         acting.note_adapters(self.model)
         configs: dict[str, Any] = self.peft_config
-        # Adapters of the other kind, and those of other methods, which stay.
+        # Adapters of the other kind and of other methods stay.
         left = {
             name: config
             for name, config in configs.items()
@@ -322,7 +322,7 @@ class ChildTuner(BaseTuner):
 def inject_adapter(
     original: Callable, tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
 ) -> None:
-    """`BaseTuner.inject_adapter`: what goes off is named, and children of wrapped modules move out to the wrappers."""
+    """`BaseTuner.inject_adapter`; warns of adapters that go off, and moves children of wrapped modules outwards."""
     if not isinstance(tuner, ChildTuner) and not adapter_children(model):
         return original(model, adapter_name, *args, **kwargs)
     copied = getattr(tuner.peft_config[adapter_name], "modules_to_save", None)
@@ -350,7 +350,7 @@ def make_peft_model(
     adapter_name: str = "default",
     **kwargs: Any,
 ) -> None:
-    """`PeftModel.__init__`: what the class of a task adds to the configuration goes into a copy."""
+    """`PeftModel.__init__`: the head that a task class adds to the configuration goes into a copy."""
     if isinstance(peft_config, ChildConfig):
         heads = next((names for kind, names in _HEADS.items() if isinstance(wrapped, kind)), ())
         if isinstance(wrapped, PeftModelForSequenceClassification):
@@ -365,7 +365,7 @@ def make_peft_model(
 
 @contextmanager
 def onload_layer(original: Callable, layer: nn.Module) -> Iterator[None]:
-    """Around `merge` and `unmerge` of each layer that another method finds (ours do not call it): not of ours."""
+    """Make `merge` and `unmerge` do nothing when another method calls them on a child; our tuners do not come here."""
     if not isinstance(layer, AdapterChild):
         with original(layer):
             yield
@@ -380,7 +380,7 @@ def onload_layer(original: Callable, layer: nn.Module) -> Iterator[None]:
 
 
 def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> Any:
-    """Another method takes its wrappers away: the children that hang on them stay, and so do their configurations."""
+    """`unload` of another method removes its wrappers; the children on them stay, and their configurations too."""
     model, configs = tuner.model, child_configs(tuner)
     if isinstance(tuner, ChildTuner) or not adapter_children(model):
         return original(*args, **kwargs)
@@ -397,7 +397,7 @@ def unload(original: Callable, tuner: BaseTuner, *args: Any, **kwargs: Any) -> A
 
 
 def exactly(names: list[str], model: nn.Module) -> Any:
-    """`target_modules` that mean these modules and no others; PEFT takes `norm` in a list for every `….norm`, too."""
+    """`target_modules` that match only these modules; in a list, PEFT matches `norm` with every `….norm` too."""
     suffixes = tuple(f".{name}" for name in names)
     if any(name.endswith(suffixes) and name not in names for name, _ in model.named_modules()):
         return "|".join(re.escape(name) for name in names)
@@ -405,7 +405,7 @@ def exactly(names: list[str], model: nn.Module) -> Any:
 
 
 def keep_layers(names: list[str], config: Any) -> list[str]:
-    """Keep the names whose first layer index is among `layers_to_transform`, as PEFT reads it; all where it is None."""
+    """Keep the names whose first layer index is among `layers_to_transform`, as PEFT does; None keeps all."""
     layers, pattern = config.layers_to_transform, config.layers_pattern
     wanted = {layers} if layers is None or isinstance(layers, int) else set(layers)
     lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
@@ -414,11 +414,11 @@ def keep_layers(names: list[str], config: Any) -> list[str]:
 
 
 def _check_new(config: ChildConfig, name: str, model: nn.Module) -> None:
-    """Refuse a model in parts, a name that cannot be used, and lists and patterns that PEFT compares forever."""
+    """Refuse tensor parallelism, a name that cannot be used, and lists and patterns that take PEFT too long."""
     if any((getattr(m, "tp_size", None) or 1) > 1 for m in model.modules() if isinstance(m, PreTrainedModel)):
         raise ValueError(
             f"{type(model).__name__} is split by tensor parallelism (tp_plan): each process has a part of a layer, and "
-            "an adapter would take it for the whole. Load the model without tp_plan, attach, fit and merge the adapter "
+            "an adapter needs the whole layer. Load the model without tp_plan, attach, fit and merge the adapter "
             "there, and load the merged checkpoint with tp_plan."
         )
     for kind in AdapterChild.__subclasses__():
@@ -429,7 +429,7 @@ def _check_new(config: ChildConfig, name: str, model: nn.Module) -> None:
                 f"contain a dot, be {kind.child_name!r} or contain {prefix!r}."
             )
     if set(name) & set("/\\\0"):
-        raise ValueError(f"adapter_name={name!r} cannot be used: a folder is called so when it is saved.")
+        raise ValueError(f"adapter_name={name!r} cannot be used: it names a folder when the adapter is saved.")
     modules = [path for path, _ in model.named_modules()]
     if any(name in path.split(".") for path in modules):
         raise ValueError(
@@ -441,6 +441,6 @@ def _check_new(config: ChildConfig, name: str, model: nn.Module) -> None:
         if not isinstance(listed, str) and len(listed) > len(modules) + _SPARE_NAMES:
             raise ValueError(
                 f"{key} names {len(listed)} modules, and this {type(model).__name__} has {len(modules)} in all: the "
-                "configuration is damaged, or for another model."
+                "configuration is damaged, or was made for another model."
             )
     as_names(config, *modules)
