@@ -88,8 +88,8 @@ class ConceptErasureCallback(LoggingCallback):
         found, _ = adapter_to_fit(model, self.adapter_name)
         if self.eval_batches is not None:
             with without_drawing(model):
-                examples, fitted = shared_rows(self.batches, self.eval_batches)
-            self.measured_on = in_words(examples, fitted)
+                examples, fitted, environments = shared_rows(self.batches, self.eval_batches)
+            self.measured_on = in_words(examples, fitted, environments)
             if fitted:
                 warn_user(
                     f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} "

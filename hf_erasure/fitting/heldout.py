@@ -349,13 +349,24 @@ def hashes_of(batch: Any) -> np.ndarray:
     return np.array(found, np.uint64)
 
 
-def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int]:
-    """How many rows the second batches have, and how many of these are among the first, in all processes together."""
-    processes, seen, examples, shared = Processes(), RowsSeen(), 0, 0
+def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int, int | None]:
+    """What the figures of `others` are on, as `measure` counts it, in all processes together.
+
+    Returns:
+        How many texts they have, how many of these are among the first batches, and in how many environments they are,
+        None where they name none.
+    """
+    processes, seen, examples, shared, environments = Processes(), RowsSeen(), 0, 0, set[int]()
     for batch in batches:
         seen.add(hashes_of(batch))
     seen.pool(processes)
     for batch in others:
         hashes = hashes_of(batch)
+        named = batch if isinstance(batch, Mapping) else {}
+        if "concept_pairs" in named:
+            hashes = hashes[(torch.as_tensor(named["concept_pairs"]) < 0).cpu().numpy()]
         examples, shared = examples + len(hashes), shared + seen.count(hashes)
-    return sum(processes.gathered([examples])), sum(processes.gathered([shared]))
+        environments |= set(torch.as_tensor(named.get("concept_environments", ())).tolist())
+    every = processes.gathered([(examples, shared, environments)])
+    examples, shared = (sum(counts[place] for counts in every) for place in (0, 1))
+    return examples, shared, len(set().union(*(environments for _, _, environments in every))) or None

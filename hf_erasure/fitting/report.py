@@ -271,8 +271,7 @@ class ErasureReport:
         """What the figures are on: held-out rows, or fitted ones, and in how many environments these are, if named."""
         if not self.eval_examples:
             return in_words(self.examples, self.examples)
-        of = f" in {self.eval_environments} environments" if self.eval_environments else ""
-        return in_words(self.eval_examples, self.eval_fitted) + of
+        return in_words(self.eval_examples, self.eval_fitted, self.eval_environments)
 
     def __repr__(self) -> str:
         table = self._table()
@@ -373,11 +372,12 @@ def _cells(line: SiteReport) -> tuple[str, ...]:
     )
 
 
-def in_words(examples: int, fitted: int) -> str:
-    """What figures are on, to follow "on": so many rows, of which so many were fitted on."""
+def in_words(examples: int, fitted: int, environments: int | None = None) -> str:
+    """The rows that figures are on, to follow "on": how many, how many were fitted on, and in how many environments."""
+    of = f" in {environments} environments" if environments else ""
     if not fitted:
-        return f"{examples} held-out examples"
-    return f"fitted rows ({'all' if fitted == examples else fitted} of {examples})"
+        return f"{examples} held-out examples{of}"
+    return f"fitted rows ({'all' if fitted == examples else fitted} of {examples}){of}"
 
 
 # ---- figures of any kind ---------------------------------------------------------------------------------------------

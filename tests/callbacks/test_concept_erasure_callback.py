@@ -15,7 +15,7 @@ from hf_erasure import ConceptErasureConfig, fit_concept_erasure
 from hf_erasure.adapters import erasure_layers
 from hf_erasure.callbacks import ConceptErasureCallback
 from hf_erasure.fitting.heldout import measured_leakage
-from tests.small_models import LABELS, small_batches, small_model
+from tests.small_models import LABELS, paired_batches, small_batches, small_model
 
 NAME = "no_gender"
 
@@ -94,6 +94,16 @@ def test_leakage_on_rows_that_are_fitted_on_is_called_that(tmp_path: Path):
         fine_tune(model, tmp_path, callback, save_strategy="steps", save_steps=4)
     card = (tmp_path / "checkpoint-4" / NAME / "README.md").read_text()
     assert "On fitted rows (16 of 32), of every token, at step 4 of training" in card
+
+
+def test_what_is_measured_on_is_said_as_a_fit_says_it(tmp_path: Path):
+    """Counterfactuals of held-out texts are not held-out texts, and environments are named."""
+    batches, held_out = small_batches("llama", seed=100), paired_batches("llama", seed=900)
+    callback, model = ConceptErasureCallback(batches, NAME, eval_batches=held_out), adapted()
+    model.requires_grad_(True)
+    fine_tune(model, tmp_path, callback, max_steps=1)
+    report = fit_concept_erasure(model, batches, NAME, eval_batches=held_out, progress=False)
+    assert callback.measured_on == report.measured_on == "48 held-out examples in 3 environments"
 
 
 def test_an_erasure_that_is_there_while_a_lora_trains_and_not_afterwards(tmp_path: Path):
