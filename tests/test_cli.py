@@ -73,7 +73,7 @@ def test_fit_prints_the_table_and_writes_adapter_figure_and_results(fitted: tupl
         assert f"(always the majority: {last[f'{column} majority']:.3f}) | {row} |" in card
     assert f"judged on the other: gender | – | {last['gender refitted']:.3f} | lower |" in card
     assert "On the recipe's test split, the mean of the tokens:" in card
-    assert "| labels | the column 'gender' of a file of its maker, split 'train' |" in card
+    assert "| labels | the column 'gender' of a local file, split 'train' |" in card
 
 
 def test_check_reproduces_the_results_in_a_second_process(fitted: tuple[Path, str], tmp_path: Path) -> None:

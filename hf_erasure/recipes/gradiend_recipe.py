@@ -1,4 +1,4 @@
-"""What a GRADIEND recipe says, and its data: pairs to learn from, to choose an edit on and to report; neutral texts."""
+"""The fields of a GRADIEND recipe, and its data: pairs to learn from, choose an edit on and report; neutral texts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .schema import check_section, fields_of, one_of, read
 TASKS = {task: next(head.auto_class for head in HEADS if head.task == task) for task in get_args(Task)}
 PARTS = ("train", "choice", "test")
 NEUTRAL_PARTS = ("choice", "test")
-# Neutral texts that are taken from the sentences: the grid of edits is scored on half of them.
+# The most neutral texts that are taken from the sentences; the grid of edits is scored on half of them.
 _NEUTRAL = 400
 
 
@@ -41,14 +41,14 @@ class PairsRecipe:
     Attributes:
         file: A file or Hub id with the columns `text`, `factual`, `counterfactual`, `label` (and, for more than two
             classes, `counterfactual_label`).
-        split: The split of the file or of the sentences; the only one there is when None.
-        templates: With `{name}` and `[FEATURE]`.
-        fillers: What stands for `{name}` in the templates: class → names.
+        split: The split of the file or of the sentences; when None, their only split.
+        templates: Sentences with `{name}` and `[FEATURE]`.
+        fillers: What replaces `{name}` in the templates: class → names.
         sentences: Plain sentences: a list, a text file (one a line), or another file or Hub id with the column `text`.
         words: The words of templates and sentences: class → words, a list of tuples in the order of the classes, or a
             JSON file with either; words at one index are counterparts.
         words_key: The key of the table within that file.
-        single: Leave out sentences with more than one word of the table, which would tell the class.
+        single: Leave out sentences with more than one word of the table: the other words would tell the class.
     """
 
     file: str | None = None
@@ -68,8 +68,8 @@ class TextsRecipe:
     Attributes:
         texts: A list, a text file, or another file or Hub id with the column `text`.
         split: The split of a data set.
-        separator: A regular expression that parts the texts of a text file; by default its lines are the texts.
-        rows: First row and the one behind the last, counted after empty and repeated texts were left out.
+        separator: A regular expression that separates the texts of a text file; by default its lines are the texts.
+        rows: The first row and the row after the last, counted after empty and repeated texts were left out.
     """
 
     short_for: ClassVar[str] = "texts"
@@ -85,9 +85,9 @@ class NeutralRecipe:
     """Texts without the feature.
 
     Attributes:
-        choice: What the choice of an edit scores language modelling on.
-        test: What the report scores it on.
-        whole: In their place: texts of which each gets a half.
+        choice: Texts on which the choice of an edit scores language modelling.
+        test: Texts on which the report scores language modelling.
+        whole: Texts in place of `choice` and `test`: each gets a half of them.
     """
 
     short_for: ClassVar[str] = "whole"
@@ -99,20 +99,20 @@ class NeutralRecipe:
 
 @dataclass
 class GradiendDataRecipe:
-    """What is learned from, what an edit is chosen on and what is reported are three sets that share no text.
+    """Three sets of pairs that share no text: one to learn from, one to choose an edit on, and one to report on.
 
     Attributes:
-        train: To learn the feature from.
-        choice: For the best start of a trained neuron and for the choice of an edit.
-        test: For the report; nothing is chosen on it.
-        whole: In their place: one source of which each gets a share, sentence by sentence.
-        shares: Which shares of `whole` train, choice and test get.
-        seed: Decides the order in which `whole` is dealt out.
-        defaults: Entries for each of the sets that does not have its own, such as `words`.
-        skip_unusable: Leave out rows whose words the model's tokenizer does not know, or, for a masked model, that
-            have unequally many tokens, instead of refusing them.
-        neutral: `choice` and `test` texts without the feature, or `whole`, of which each gets a half. Left out beside
-            `whole` with `sentences`: up to 400 of these that have none of the words.
+        train: Pairs to learn the feature from.
+        choice: Pairs on which the best start of a trained neuron and an edit are chosen.
+        test: Pairs for the report; nothing is chosen on them.
+        whole: One source in place of the three sets: each set gets a share of its sentences.
+        shares: The shares of `whole` for train, choice and test.
+        seed: Decides the order in which `whole` is divided.
+        defaults: Entries, such as `words`, for each set that does not have its own.
+        skip_unusable: Leave out rows whose words the model's tokenizer does not know or, for a masked model, whose
+            words have different numbers of tokens. When False, such rows raise an error.
+        neutral: `choice` and `test` texts without the feature, or `whole`, of which each gets a half. When left out and
+            `data.whole` has `sentences`: up to 400 of the sentences that have none of the words.
     """
 
     train: PairsRecipe | None = None
@@ -131,7 +131,7 @@ class GradiendDataRecipe:
             missing += [f"data.neutral.{name}" for name in NEUTRAL_PARTS if getattr(self.neutral, name) is None]
         if missing:
             raise ValueError(
-                f"The recipe lacks {', '.join(missing)}: what is reported is not what an edit is chosen on."
+                f"The recipe lacks {', '.join(missing)}: an edit is not reported on the texts it was chosen on."
             )
 
     @property
@@ -140,7 +140,7 @@ class GradiendDataRecipe:
         return self.neutral == NeutralRecipe() and self.whole is not None and self.whole.sentences is not None
 
     def origin(self) -> dict[str, Any]:
-        """Where the pairs come from, as a card says it; they were loaded."""
+        """Where the pairs come from, in the words of a card. The pairs must have been loaded."""
         parts = [part for part in (self.whole, self.train, self.choice, self.test) if part is not None]
         labels_from = "a file of pairs with the columns factual, counterfactual and label"
         if parts[0].templates is not None:
@@ -152,7 +152,7 @@ class GradiendDataRecipe:
 
     @staticmethod
     def spelled_out(content: dict[str, Any]) -> dict[str, Any]:
-        """The section with the `defaults` in each set that does not have an entry of its own."""
+        """Return the section with the `defaults` in each set that does not have an entry of its own."""
         defaults = check_section(content.get("defaults") or {}, PairsRecipe, "data.defaults")
         sets = {name: content.get(name) for name in (*PARTS, "whole")}
         return content | {name: {**defaults, **part} for name, part in sets.items() if isinstance(part, dict)}
@@ -163,9 +163,9 @@ class SelectRecipe:
     """What an edit is chosen for.
 
     Attributes:
-        goal: One that `GradiendTrainer.select` knows, or a list: the adapter is saved with the edit for the first, and
-            all are reported.
-        budget: By how much language modelling may get worse.
+        goal: A goal that `GradiendTrainer.select` knows, or a list: the adapter is saved with the edit for the first
+            goal, and all edits are reported.
+        budget: The share by which language modelling may get worse.
         feature_factors: The grid's values of h.
         learning_rates: The grid's values of α.
     """
@@ -192,10 +192,10 @@ class GradiendRecipe:
     Attributes:
         model: A Hub id or a local folder.
         feature: What is learned.
-        classes: Its classes, in order.
+        classes: The classes of the feature, in order.
         output: The folder the adapter is written to.
-        task: `"masked"`, `"causal"`, `"seq2seq"`, `"classification"`, or `"auto"`: as the checkpoint says.
-        config: Further fields of `GradiendConfig`; the encoder is kept unless they say otherwise.
+        task: `"masked"`, `"causal"`, `"seq2seq"`, `"classification"`, or `"auto"`: the checkpoint names it.
+        config: Further fields of `GradiendConfig`; here `keep_encoder` is true unless it is given.
         data: Where pairs and texts are.
         arguments: Fields of `GradiendTrainingArguments`.
         select: What an edit is chosen for.
@@ -228,10 +228,10 @@ read_gradiend_recipe = functools.partial(read, kind=GradiendRecipe)
 class Materials:
     """The data of a run."""
 
-    train: Dataset  # pairs; so are choice and test
+    train: Dataset  # pairs, as in `choice` and `test`
     choice: Dataset
     test: Dataset
-    neutral: dict[str, Dataset]  # `choice` and `test`, texts
+    neutral: dict[str, Dataset]  # `choice` and `test` → texts
     skipped: dict[str, int]  # part → how many of its rows were left out as unusable
 
     def counts(self) -> dict[str, int]:
@@ -248,7 +248,7 @@ class Materials:
     def completed(self, rows: Dataset, classes: Sequence[str]) -> Dataset:
         """Rows with all columns of pairs: where only `factual` is given, its class and counterpart are looked up.
 
-        Raises `PairError` if the word of a row is not given, or no pair has it.
+        Raises `PairError` if the word of a row is missing, or no pair has that word.
         """
         several = "counterfactual_label" in rows.column_names
         if set(PAIR_COLUMNS[:4]) <= set(rows.column_names) and (len(classes) == 2 or several):
@@ -277,10 +277,10 @@ class Materials:
 def load_materials(
     recipe: GradiendDataRecipe, classes: Sequence[str], usable: Callable[[Dataset], list[int]]
 ) -> Materials:
-    """Load all sets, and see to it that they share no text.
+    """Load all sets, and check that they share no text.
 
-    `usable` gives the rows of a set that the model can use; it is asked with `skip_unusable` only. Raises `ValueError`
-    if two sets share a text; names one.
+    `usable` returns the rows of a set that the model can use; it is called with `skip_unusable` only. Raises
+    `ValueError` if two sets share a text; the message quotes one.
     """
     if recipe.whole is not None:
         parts = _dealt(recipe.whole, classes, recipe.shares, recipe.seed)
@@ -312,7 +312,7 @@ def load_materials(
 
 
 def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[str, list[str]]:
-    """Class → words. Raises `ValueError` if there is none, or it does not fit the classes."""
+    """Class → words. Raises `ValueError` if the table is missing, or it does not fit the classes."""
     words: Any = recipe.words
     if isinstance(words, str):
         path = Path(os.path.expandvars(words))
@@ -333,7 +333,7 @@ def word_table(recipe: PairsRecipe, classes: Sequence[str], where: str) -> dict[
 
 
 def _opened(recipe: PairsRecipe, classes: Sequence[str], where: str) -> tuple[Dataset | None, dict[str, list[str]]]:
-    """The rows of a set of pairs that is a file; else the words of its templates or sentences."""
+    """The rows of a set of pairs that is a file, or else the words of its templates or sentences."""
     kinds = [name for name in ("file", "templates", "sentences") if getattr(recipe, name) is not None]
     if len(kinds) != 1:
         raise ValueError(f"{where} has {' and '.join(kinds) or 'no source'}: write one of file, templates, sentences.")
@@ -352,14 +352,14 @@ def _pairs(recipe: PairsRecipe, classes: Sequence[str], where: str) -> Dataset:
 
 
 def _without_words(recipe: GradiendDataRecipe, classes: Sequence[str]) -> list[str]:
-    """Sentences of `whole` that have none of its words, in a random order, not more than are needed."""
+    """Sentences of `whole` that have none of its words, in a random order, at most as many as are needed."""
     whole = recipe.whole or PairsRecipe()
     words = {word for entries in word_table(whole, classes, "data.whole").values() for word in entries}
     found = [text for text in _sentences(whole) if not whole_words(words).search(text)]
     if len(found) < 2:
         raise ValueError(
-            f"data.whole: {len(found)} of its sentences have none of {', '.join(sorted(words))}, and language "
-            "modelling is measured on such: write data.neutral, texts without the feature."
+            f"data.whole: only {len(found)} of its sentences have none of {', '.join(sorted(words))}, and language "
+            "modelling is measured on such sentences: write data.neutral, texts without the feature."
         )
     random.Random(recipe.seed).shuffle(found)
     return found[:_NEUTRAL]
@@ -370,14 +370,14 @@ def _sentences(recipe: PairsRecipe) -> list[str]:
 
 
 def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float], seed: int) -> dict[str, Dataset]:
-    """One source in three parts that share no sentence."""
+    """Divide one source into three parts that share no sentence."""
     if len(shares) != 3 or min(shares) <= 0 or sum(shares) > 1 + 1e-9:
-        raise ValueError(f"data.shares is {list(shares)}: write three numbers above 0, of train, choice and test.")
+        raise ValueError(f"data.shares is {list(shares)}: write three numbers above 0, for train, choice, test.")
     if recipe.templates is not None:
-        raise ValueError("data.whole has templates: write those of train, choice and test apart, each with its own.")
+        raise ValueError("data.whole has templates: write data.train, data.choice and data.test, each with its own.")
     rows, words = _opened(recipe, classes, "data.whole")
     texts = list(dict.fromkeys(_sentences(recipe) if rows is None else rows["text"]))
-    # Sentences that differ in words of the table only have the same text once these give way to a slot.
+    # Sentences that differ only in words of the table have the same text once a slot replaces these words.
     every = {word for entries in words.values() for word in entries}
     alike: dict[str, list[str]] = {}
     for text in texts:
@@ -402,17 +402,17 @@ def _dealt(recipe: PairsRecipe, classes: Sequence[str], shares: Sequence[float],
 def _check_apart(parts: Mapping[str, Dataset]) -> None:
     for (one, rows), (other, more) in itertools.combinations(parts.items(), 2):
         if "text" not in rows.column_names or "text" not in more.column_names:
-            continue  # what the trainer checks names the columns
+            continue  # the trainer's own check names the missing columns
         shared = sorted(set(rows["text"]) & set(more["text"]))
         if shared:
             raise ValueError(
-                f"{one} and {other} share {len(shared)} texts, such as {shortened(shared[0])}: what was learned or "
-                "chosen on cannot be measured on. Leave them out of one."
+                f"{one} and {other} share {len(shared)} texts, such as {shortened(shared[0])}: nothing can be "
+                "measured on texts that it was learned or chosen on. Leave them out of one set."
             )
 
 
 def _texts(recipe: TextsRecipe) -> list[str]:
-    """The texts, each once, without those that are empty."""
+    """The texts, each once, without empty texts."""
     source = recipe.texts
     if isinstance(source, str):
         path = Path(os.path.expandvars(source))

@@ -1,9 +1,9 @@
 """Sentences about people at work, written for this project: the data of the demo, which needs no download.
 
-Every occupation meets every template of its split in a female and in a male version that differ in nothing but the
-cue of gender. So gender says nothing about occupation, field or template, and what a probe reads of it is the cue:
-a pronoun, a first name, a noun such as *mother*, or a title. Train and test share no occupation, template, first name
-or surname, but they share the fields, so that a probe for the field can be tested on occupations it has never seen.
+Every occupation is put into every template of its split, in a female and a male version that differ only in the cue
+of gender. Gender is therefore independent of occupation, field and template, and a probe can read it only from the
+cue: a pronoun, a first name, a noun such as *mother*, or a title. Train and test share no occupation, template, first
+name or surname. They share the fields, so that a probe for the field can be tested on occupations it has never seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 
 from hf_erasure.adapters.common.files import read_text
 
-# What a recipe calls these sentences.
+# The name of these sentences in a recipe.
 SOURCE = "occupations"
 _MATERIAL = yaml.safe_load(read_text(Path(__file__).with_name("occupations.yaml")))
 # Split → field → occupations; split → gender → first names; split → surnames; split → cities; split → templates.

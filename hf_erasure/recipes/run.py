@@ -23,19 +23,19 @@ from .schema import json_schema
 
 Recipe = TypeVar("Recipe")
 RECIPE_FILE, RESULTS_FILE, SCHEMA_FILE = "recipe.yaml", "results.json", "recipe.schema.json"
-# What editors with a YAML language server look for at the top.
+# Editors with a YAML language server look for this line at the top of a file.
 SCHEMA_LINE = "# yaml-language-server: $schema="
-# How a file ends → the reader of `datasets` for it, and what the reader takes besides.
+# The suffix of a file → the reader of `datasets` for it, and further arguments of the reader.
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "csv": ("csv", {}), "tsv": ("csv", {"sep": "\t"}), "json": ("json", {}), "jsonl": ("json", {}),
-    # The readers of tables and of JSON take a byte order mark by themselves.
+    # The readers of tables and of JSON handle a byte order mark by themselves.
     "parquet": ("parquet", {}), "arrow": ("arrow", {}), "txt": ("text", {"encoding": "utf-8-sig"}),
 }  # fmt: skip
 _EXTRAS = {"matplotlib": "plot", "sklearn": "metrics"}  # optional module → the extra that brings it
 
 
 def require(*modules: str) -> None:
-    """Say which optional package a recipe lacks, before what takes long."""
+    """Raise an `ImportError` that names the optional packages a recipe lacks, before the slow steps."""
     if missing := [name for name in modules if find_spec(name) is None]:
         extras = ",".join(_EXTRAS[name] for name in missing)
         raise ImportError(f"The recipe needs {' and '.join(missing)}: pip install 'hf-erasure[{extras}]'")
@@ -43,7 +43,7 @@ def require(*modules: str) -> None:
 
 @contextmanager
 def naming_the_model(path: str) -> Iterator[None]:
-    """What goes wrong in it becomes an `OSError` that says which model could not be loaded."""
+    """Turn an error in the `with` block into an `OSError` that says which model could not be loaded."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ def naming_the_model(path: str) -> Iterator[None]:
 
 
 def load_base(auto_class: Any, path: str) -> tuple[Any, Any]:
-    """A model and its tokenizer. Raises `OSError` if they are not there."""
+    """A model and its tokenizer. Raises `OSError` if they cannot be loaded."""
     with naming_the_model(path):
         return auto_class.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
@@ -59,14 +59,14 @@ def load_base(auto_class: Any, path: str) -> tuple[Any, Any]:
 def load_source(source: str, name: str | None = None, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     """A Hub id, a folder or a file (CSV, TSV, JSON, Parquet, plain text) as a data set with splits.
 
-    Raises `ValueError` or `OSError` if there is none, or it cannot be read.
+    Raises `ValueError` or `OSError` if the source does not exist or cannot be read.
     """
     source = os.path.expandvars(source)
     path, suffix = Path(source), Path(source).suffix[1:].lower()
     if not path.exists() and suffix in _READERS:
         raise FileNotFoundError(f"There is no file {source}.")
     if path.is_file() and suffix not in _READERS:
-        raise ValueError(f"{source} is not a file that is read: write {', '.join(_READERS)}.")
+        raise ValueError(f"{source} is not a file that can be read: write {', '.join(_READERS)}.")
     if path.is_file() and not path.stat().st_size:
         raise ValueError(f"{source} is empty.")
     try:
@@ -83,12 +83,12 @@ def load_source(source: str, name: str | None = None, *, streaming: bool = False
 def set_aside(
     rows: Dataset, share: float, *, label_column: str, text_column: str, group_column: str | None, seed: int
 ) -> DatasetDict:
-    """Set a share of the rows aside to measure on: whole groups, or rows of one text together, by label.
+    """Set a share of the rows aside to measure on: whole groups, or all rows of a text together, by label.
 
-    Each label gives the same share of its groups or texts, drawn at random; what has several labels goes by the first.
+    Each label gives the same share of its groups or texts, drawn at random. With several labels, the first one counts.
 
     Raises:
-        ValueError: If a column is not there, or a label would be missing on one side.
+        ValueError: If a column is missing, or a label would be missing on one side.
     """
     key = group_column or text_column
     for column in (label_column, key):
@@ -118,16 +118,16 @@ def set_aside(
 
 
 def names_on_hub(sources: Iterable[Any]) -> list[str]:
-    """Those sources that are repositories, and not files or folders; they were loaded."""
+    """The sources that are repositories, not files or folders. All sources must have been loaded."""
     names = [source for source in sources if isinstance(source, str) and source != SOURCE]
     return [name for name in names if not Path(os.path.expandvars(name)).exists()]
 
 
 def load_rows(source: str, split: str | None = None, *, with_texts: bool = False) -> Dataset:
-    """The rows of a file or Hub id that has one split, or of its split of that name.
+    """The rows of a file or Hub id: of the split that is named, or of its only split.
 
-    Raises `ValueError` if it has several splits and none is named, or not that one; if it lacks the column `text` that
-    is asked for.
+    Raises `ValueError` if it has several splits and none is named, or not the named one; or if it lacks the column
+    `text` where `with_texts` needs it.
     """
     data = load_source(source)
     if (split is None and len(data) > 1) or (split is not None and split not in data):
@@ -140,7 +140,7 @@ def load_rows(source: str, split: str | None = None, *, with_texts: bool = False
 
 
 def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], kind: type, results: Any) -> None:
-    """Write the adapter, the recipe with the schema of its kind, by which editors complete it, and the results."""
+    """Write the adapter, the results, and the recipe with the schema of its kind, with which editors complete it."""
     folder = Path(folder)
     model.save_pretrained(folder)
     written = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -150,7 +150,7 @@ def write_run(folder: str | Path, model: Any, recipe: dict[str, Any], kind: type
 
 
 def finished_run(folder: str | Path, read: Callable[[Path], Recipe], command: str) -> tuple[Recipe, Any]:
-    """The recipe and the results that a run by a command has left.
+    """The recipe and the results that a run of `command` has written.
 
     Raises `ValueError` if the folder holds no finished run of this kind.
     """
@@ -171,7 +171,7 @@ def table_of(rows: dict[str, Any], index: str) -> pd.DataFrame:
 
 
 def difference(now: pd.DataFrame, written: dict[str, Any]) -> float:
-    """The largest difference of a table's numbers from the rows that were written; infinite where others were."""
+    """The largest difference of a table's numbers from the written ones; infinite where rows or columns differ."""
     before = table_of(written, "")
     if set(now.index) != set(before.index) or set(now.columns) != set(before.columns):
         return float("inf")

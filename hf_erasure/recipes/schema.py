@@ -1,13 +1,13 @@
-"""What a recipe may say: a dataclass a section, read from YAML with `key=value` overrides, and shown to editors.
+"""The sections of recipes, each a dataclass: read from YAML with `key=value` overrides, and shown to editors.
 
-Besides plain values a field of a recipe's dataclass may hold
+A field of a recipe's dataclass holds a plain value, or
 
 - a section: another dataclass, or None;
 - a section with fields of a class that is built later: see `fields_of`;
 - one of a few words: see `one_of`.
 
-A dataclass may name in `short_for` the field that a text or a list in its place stands for, and in `spelled_out` what
-else may be written shorter.
+Where a recipe has a text or a list in place of a section, `short_for` of the dataclass names the field that it stands
+for. `spelled_out` of a dataclass expands other short forms.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from hf_erasure.adapters.common.config import fits, hints, in_words, short
 from hf_erasure.adapters.common.files import read_text
 
 Section = TypeVar("Section")
-_FEW = 20  # fields that a message lists
+_FEW = 20  # a message lists all fields if there are fewer
 _KIND, _ABOVE, _WORDS = "fields of", "known at the top", "words"
 _JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
 def fields_of(kind: type, *above: str) -> dict[str, Any]:
-    """Metadata of a field whose keys are those of a dataclass, but for some that stand at the top of the recipe."""
+    """Metadata of a field whose keys are the fields of a dataclass, except some that are at the top of the recipe."""
     return {_KIND: kind, _ABOVE: above}
 
 
@@ -48,7 +48,7 @@ def read(path: str | Path, overrides: Iterable[str] = (), *, kind: type[Section]
     """Read a recipe of a kind and apply `key=value` overrides; dots reach into sections, as in `fit.batch_size=16`.
 
     Raises:
-        ValueError: If the file is not a recipe, a key is unknown or missing, or a value is not what the run could use.
+        ValueError: If the file is not a recipe, a key is unknown or missing, or the run cannot use a value.
     """
     content = read_content(path, overrides, ", ".join(_required(kind)))
     return section_of(content, kind, missing_in=str(path))
@@ -57,8 +57,8 @@ def read(path: str | Path, overrides: Iterable[str] = (), *, kind: type[Section]
 def read_content(path: str | Path, overrides: Iterable[str], expected: str) -> dict[str, Any]:
     """The keys and values of a YAML file with `key=value` overrides, whose values are YAML too.
 
-    `expected` are some keys of such a recipe, for the message where the file is not one. Raises `ValueError` if the
-    file is not a recipe, or an override cannot be applied.
+    `expected` names keys of such a recipe, for the message. Raises `ValueError` if the file is not a recipe, or an
+    override cannot be applied.
     """
     content = _from_yaml(read_text(Path(path)), f"{path} is")
     if not isinstance(content, dict):
@@ -90,9 +90,9 @@ def _from_yaml(text: str, what: str) -> Any:
 
 
 def section_of(content: Any, kind: type[Section], section: str = "", *, missing_in: str = "") -> Section:
-    """A section of a recipe as its dataclass; without a name it is the whole recipe, which is `missing_in` a file.
+    """Make the dataclass of a section of a recipe; without a name, of the whole recipe, whose file is `missing_in`.
 
-    Raises `ValueError` if a key is not known, one is missing, or a value is of another type.
+    Raises `ValueError` if a key is not known, a key is missing, or a value has another type.
     """
     only = getattr(kind, "short_for", None)
     if only is not None and not isinstance(content, dict):
@@ -127,9 +127,9 @@ def section_of(content: Any, kind: type[Section], section: str = "", *, missing_
 
 
 def check_section(content: Any, kind: type, section: str = "", above: Sequence[str] = ()) -> dict[str, Any]:
-    """A section of a recipe whose keys are fields of a dataclass; those `above` stand at the top of the recipe instead.
+    """Check that the keys of a section are fields of a dataclass, except those `above`, which are at the top.
 
-    Raises `ValueError` if it is not a section, or a key is not known or belongs at the top; names those there are.
+    Raises `ValueError` if it is not a section, or a key is not known or belongs at the top; names the known keys.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{section} of a recipe is a section with keys of its own, not {short(content)}.")
@@ -157,7 +157,7 @@ def check_counts(section: Any, name: str, *counts: str) -> None:
 
 
 def _checked(value: Any, hint: Any, name: str, words: Sequence[str] | None = None) -> Any:
-    """A value that is of the declared type, with numbers that YAML reads as text, such as 1e-4, as numbers."""
+    """Check the type of a value and return it; numbers that YAML reads as text, such as 1e-4, become numbers."""
     converted = _numbers(value)
     if fits(converted, hint) or not fits(value, hint):
         value = converted
@@ -177,7 +177,7 @@ def _numbers(value: Any) -> Any:
 
 
 def documented(kind: type) -> dict[str, str]:
-    """Field → what the `Args` or `Attributes` of a dataclass's docstring say of it."""
+    """Field → its description in the `Args` or `Attributes` of a dataclass's docstring."""
     section = re.search(
         r"^(?:Args|Attributes):\n(?P<entries>(?:[ ]{4}.*\n?|\n)+)", inspect.getdoc(kind) or "", re.MULTILINE
     )
@@ -198,7 +198,7 @@ def json_schema(kind: type) -> dict[str, Any]:
 def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> dict[str, Any]:
     helps = {entry.name: entry.metadata["help"] for entry in fields(kind) if "help" in entry.metadata}
     words = helps | documented(kind)
-    # What PEFT and transformers add differs between their releases: it is allowed, and not listed.
+    # The fields that PEFT and transformers add differ between their releases: they are allowed, but not listed.
     mine = [part for part in kind.__mro__ if part.__module__.startswith("hf_erasure.")]
     ours = {name for part in mine for name in inspect.get_annotations(part)}
     entries = [entry for entry in fields(kind) if entry.init and entry.name in ours and entry.name not in leave_out]
@@ -227,7 +227,7 @@ def _object(kind: Any, leave_out: Sequence[str] = (), required: bool = True) -> 
 
 
 def _type(hint: Any) -> dict[str, Any]:
-    """A declared type as JSON schema; of types that JSON does not have, anything goes."""
+    """The JSON schema of a declared type; for a type that JSON does not have, it allows every value."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         every = [alternative for part in parts for alternative in _alternatives(_type(part))]

@@ -75,7 +75,7 @@ def test_a_card_is_told_where_the_data_come_from(tmp_path: Path) -> None:
     assert of_hub["labels_from"] == "the column 'sex' of someone/people, split 'train'"
     of_file = DataRecipe(str(tmp_path / "a.csv"), background="someone/more").origin()
     assert of_file["datasets"] == ["someone/more"]
-    assert of_file["labels_from"] == "the column 'gender' of a file of its maker, split 'train'"
+    assert of_file["labels_from"] == "the column 'gender' of a local file, split 'train'"
     own = DataRecipe().origin()
     assert own["datasets"] == [] and own["labels_from"].startswith("sentences about people at work")
 

@@ -151,7 +151,7 @@ def test_what_a_data_section_lacks_is_named(section: Any, said: str) -> None:
         ({"train": {"templates": ["a"], "sentences": ["a"]}}, "data.train has templates and sentences"),
         ({"train": {"sentences": ["a dog"]}}, "data.train.words is missing"),
         ({"train": {"sentences": ["a dog"], "words": [["dog", "cat"]]}}, "not a list of one word for each"),
-        ({"whole": templates("a {name} is a [FEATURE]")}, "write those of train, choice and test apart"),
+        ({"whole": templates("a {name} is a [FEATURE]")}, "write data.train, data.choice and data.test"),
         ({"whole": {"sentences": ["a dog", "a cat"], "words": WORDS}}, "sentences for choice: .*add sentences"),
         ({"whole": {"sentences": ["a dog"], "words": WORDS}, "shares": [1, 1, 1]}, "data.shares"),
     ],
