@@ -1,7 +1,7 @@
-"""A fit that can be killed at any moment and started again.
+"""The checkpoint of a fit, which can be killed at any moment and started again.
 
-A folder holds `fit.json`, which says what is being fitted on what, and one file a finished site (sequential fitting) or
-the moments so far (one pass). Every file is written whole or not at all.
+A folder holds `fit.json`, which says what is fitted and how, and one file for each finished site (sequential fitting)
+or the moments so far (one pass). Every file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .sites import SiteFit
 
 MANIFEST = "fit.json"
 ONE_SITE_A_PASS = "one-site-a-pass"
-# In the manifest: sites that the data did not reach, or did not label.
+# The key in the manifest for sites that the data did not reach, or did not label.
 _LEFT_OUT = "left_out"
-# Fields of a configuration that an eraser follows from; the latter where they say something.
+# The fields of a configuration that an eraser depends on; those of `_BESIDE` are written only where they are set.
 _FIELDS = ("labels", "concept_dim", "site", "method", "affine", "rank")
 _BESIDE = ("pair_rank", "environment_rank", "environments", "kept")
-# Moments are written so seldom that writing takes no more than this share of the time.
+# Moments are written so rarely that writing takes at most this share of the time.
 WRITING_SHARE = 0.1
-# What is kept of a site's line of the report: the name there → the name in the file.
+# The figures of a site's line of the report that are kept: the name in the report → the name in the file.
 _FIGURES = {"rows": "rows", "correlation_fit": "correlation", "change_labelled": "change"}
 
 
 class FitCheckpoint:
-    """The folder of one fit, made if it is not there; `active` are the other adapters that act, as in `RECORD`."""
+    """The folder of one fit, created if it is missing; `active` are the other adapters that act, as in `RECORD`."""
 
     def __init__(
         self,
@@ -85,24 +85,24 @@ class FitCheckpoint:
                 )
 
     def leave_out(self, sites: Iterable[str]) -> None:
-        """Note that the adapter was left without some of its sites; it goes on to be the one of this fit."""
+        """Record the sites that were taken off the adapter, so that the adapter without them still fits this folder."""
         write_text(self.folder / MANIFEST, json.dumps({**self.identity, _LEFT_OUT: list(sites)}))
 
     # ---- finished sites ---------------------------------------------------------------------------------------------
 
     @property
     def one_site_a_pass(self) -> bool:
-        """Whether the fit had to turn to one site a pass, for a model that calls a site several times."""
+        """Whether the fit changed to one site per pass, because the model calls a site several times."""
         return (self.folder / ONE_SITE_A_PASS).exists()
 
     def begin_one_site_a_pass(self) -> None:
-        """Start over in that mode: what was finished before it was on the first visits only."""
+        """Start over with one site per pass: the finished sites were fitted on their first visits only."""
         for path in self.folder.glob("site-*.safetensors"):
             path.unlink()
         (self.folder / ONE_SITE_A_PASS).touch()
 
     def save_site(self, site: str, fit: SiteFit, data: str) -> None:
-        """Keep a finished site; `data` identifies what it was fitted on."""
+        """Save a finished site; `data` identifies the batches that it was fitted on."""
         eraser = fit.eraser
         tensors = {"left": eraser.left, "right": eraser.right, "shares": fit.shares}
         optional = {"bias": eraser.bias, "readings": fit.readings}
@@ -112,7 +112,7 @@ class FitCheckpoint:
         write_tensors(self.folder / f"site-{self.sites.index(site):04d}.safetensors", tensors, facts)
 
     def load_sites(self, data: str) -> dict[str, SiteFit]:
-        """The finished sites."""
+        """Load the finished sites, and check that they were fitted on `data`."""
         found = {}
         for path in sorted(self.folder.glob("site-*.safetensors")):
             tensors, facts = read_tensors(path)
@@ -127,7 +127,7 @@ class FitCheckpoint:
     # ---- moments so far ---------------------------------------------------------------------------------------------
 
     def save_moments(self, name: str, source: Source, batches: int, data: str) -> None:
-        """Keep what was seen after so many batches, which `data` identifies."""
+        """Save the moments of a source after so many batches, which `data` identifies."""
         tensors = {
             f"{self._prefix(visit)}{key}": value
             for visit, moments in source.moments.items()
@@ -144,7 +144,7 @@ class FitCheckpoint:
         write_tensors(self.folder / f"moments-{name}.safetensors", tensors, facts)
 
     def load_moments(self, name: str, statistics: SiteStatistics) -> dict[str, Any]:
-        """Put the moments so far into empty statistics; returns what else was kept, nothing where there are none."""
+        """Load the saved moments into empty statistics; returns the facts saved with them, empty if none were saved."""
         path = self.folder / f"moments-{name}.safetensors"
         if not path.exists():
             return {}
@@ -157,10 +157,10 @@ class FitCheckpoint:
         return facts
 
     def passing(self, source: Source, batches: Iterable[BatchLabels], processes: Processes) -> Iterator[BatchLabels]:
-        """The batches of one pass that the moments of a source do not hold yet; these are kept as batches go by.
+        """Yield the batches of one pass that the saved moments do not hold yet, and save the moments on the way.
 
-        The source is one that was not read yet; it gets the moments so far. Each of several processes keeps those of
-        its share.
+        The source must not have been read yet; the saved moments are loaded into it. Each of several processes saves
+        the moments of its own share.
         """
         own = source.key if processes.count == 1 else f"{source.key}-{processes.rank}-of-{processes.count}"
         kept, digest, written, writing_took = self.load_moments(own, source), hashlib.sha256(), time.monotonic(), 0.0
@@ -171,7 +171,7 @@ class FitCheckpoint:
             if number == done:
                 self.check_data(kept["data"], digest.hexdigest())
             if number > done:
-                yield labels  # and its moments are there when the next batch is asked for
+                yield labels  # its moments have been added when the next batch is asked for
                 started = time.monotonic()
                 if started - written >= writing_took / WRITING_SHARE:
                     self.save_moments(own, source, *self.seen)
@@ -182,19 +182,19 @@ class FitCheckpoint:
         self.save_moments(own, source, *self.seen)
 
     def save_sum(self, source: Source, processes: Processes) -> None:
-        """Keep the moments of all processes, as if one had gathered them; a continued fit reads the shares."""
+        """Save the moments of all processes, as if one had gathered them; a continued fit reads those of each share."""
         states = processes.gathered([self.seen])
         if processes.count > 1 and processes.is_main:
             batches, data = sum(seen for seen, _ in states), together([data for _, data in states])
             self.save_moments(source.key, source, batches, data)
 
     def _prefix(self, visit: str) -> str:
-        """What the names of the tensors of a site begin with, or those of a later visit of it."""
+        """The prefix of the names of the tensors of a site, or of a later visit of it."""
         site = site_of(visit)
         return f"{self.sites.index(site)}{visit.removeprefix(site)}."
 
     def check_data(self, kept: str, data: str) -> None:
-        """Raise a `ValueError` if what was kept comes from other batches."""
+        """Raise a `ValueError` if the checkpoint comes from other batches: if the two digests differ."""
         if kept != data:
             raise ValueError(
                 f"checkpoint_dir={str(self.folder)!r} was begun on other data than these batches: give the same "
@@ -203,7 +203,7 @@ class FitCheckpoint:
 
 
 def digest_of(batches: Sequence[BatchLabels]) -> str:
-    """What identifies batches: a hash of their tensors, in order; empty where there are none."""
+    """A hash of the tensors of batches, in order, which identifies them; empty without batches."""
     found = hashlib.sha256()
     for labels in batches:
         add_to(found, labels.batch)
@@ -219,5 +219,5 @@ def add_to(found: Any, batch: Mapping[str, Any]) -> None:
 
 
 def together(digests: list[str]) -> str:
-    """What identifies the batches of several processes: that of the only one, or a hash of all of them in order."""
+    """The digest of the batches of all processes: that of a single process, or a hash of the digests in order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Texts beside their counterfactuals: which rows of a batch are pairs, and which of their tokens are of one word."""
+"""Texts and their counterfactuals: what the counterfactuals of a text are, and which tokens are counterparts."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 @dataclass
 class Counterfactuals:
-    """Says what the counterfactuals of a text are."""
+    """Reads or makes the counterfactuals of a text."""
 
     text_column: str  # Column of the text.
     column: str | None = None  # Column of its counterfactual, where the data have one.
-    words: CounterpartWords | None = None  # Makes it otherwise, by exchanging words.
+    words: CounterpartWords | None = None  # Makes it by exchanging words, where the data have none.
     classes: tuple[str, ...] | None = None  # Names of the classes; None where they are bare ids.
 
     def of(self, row: Mapping[str, Any], label: int | None) -> list[tuple[Any, int, int]]:
         """Each counterfactual of a row, with the class of the text and that of the counterfactual.
 
-        A text without any of the words has none, and without a label one whose words are of two classes alike.
+        A text without any of the words has none, nor has a text without a label whose words are equally of two classes.
 
         Args:
-            row: With the text.
-            label: Class id of the row; None where it has no label. Then words tell the class of the text; or its
-                class is the first of two, and its counterfactual is of the second.
+            row: The row with the text.
+            label: Class id of the row; None without a label. Then most of its words tell the class of the text; with a
+                column of counterfactuals the text is of the first of two classes, the counterfactual of the second.
         """
         if self.words is None:
             own, text, other = label or 0, row[self.text_column], row[str(self.column)]
@@ -58,18 +58,18 @@ class Counterfactuals:
 
 
 def words_of_tokens(encoding: BatchEncoding, texts: Sequence[Any], pairs: Sequence[int]) -> Tensor:
-    """Which word of its text a token belongs to; words of a counterfactual have the number of their counterpart.
+    """The number of the word of each token; words of a counterfactual have the numbers of their counterparts.
 
-    Special tokens are words of their own. Two texts of as many words are matched in their order, others as a
-    difference of the two texts matches them; a word without a counterpart has none.
+    Special tokens are words of their own. Two texts with equally many words are matched in their order, other texts by
+    a diff of their words.
 
     Args:
         encoding: The rows as a fast tokenizer encodes them.
         texts: Strings, or lists of words.
-        pairs: Of each row which row it is the counterfactual of, −1 for a text.
+        pairs: For each row, the row that it is the counterfactual of, −1 for a text.
 
     Returns:
-        `(rows, seq)` int64, −1 for padding and for what has no counterpart.
+        `(rows, seq)` int64, −1 for padding and for words of a counterfactual without a counterpart.
     """
     numbered = [_words_of(encoding, row, text) for row, text in enumerate(texts)]
     found = []
@@ -91,7 +91,7 @@ def words_of_tokens(encoding: BatchEncoding, texts: Sequence[Any], pairs: Sequen
 
 
 def _words_of(encoding: BatchEncoding, row: int, text: Any) -> tuple[list[int], list[str]]:
-    """Of each position the number of its word, −1 for padding; and the words."""
+    """The number of the word of each position, −1 for padding; and the words."""
     tokens = (encoding.encodings or [])[row]
     if isinstance(text, str):
         spans = [match.span() for match in _WORD.finditer(text)]

@@ -1,7 +1,7 @@
 """Tables of counterpart words, and the texts in which they are exchanged.
 
 A counterfactual of a text is the same text with the words that carry a concept exchanged for their counterparts. What
-two such texts share cancels in the difference of their activations, so that a few pairs say as much of the concept as
+two such texts share cancels in the difference of their activations, so a few pairs say as much about the concept as
 many labelled texts.
 """
 
@@ -21,10 +21,10 @@ from hf_erasure.models.word_tokens import PairError, capitalised, whole_words
 Counterparts = Mapping[str, str] | Mapping[str, Sequence[str]]
 # Tables that come with the package: name → file.
 TABLES = {"english_gender": Path(__file__).parent / "words" / "english_gender.yaml"}
-# Pronouns that English writes alike before a noun ("her hat", "his hat") and elsewhere ("saw her", "it is his"), by
-# the counterparts among which one is to be chosen: the one before a noun, and the one elsewhere.
+# English writes some pronouns alike before a noun ("her hat", "his hat") and elsewhere ("saw her", "it is his"). The
+# two counterparts of such a pronoun → the one before a noun, and the one elsewhere.
 _BEFORE_A_NOUN = {frozenset(("his", "him")): ("his", "him"), frozenset(("her", "hers")): ("her", "hers")}
-# Words that do not open what a possessive belongs to: "her" before them is not the owner of anything.
+# Words that do not begin a noun with its adjectives: "her" before one of these words is not a possessive.
 _OPEN_NO_NOUN = """
     a about across after again against all along alone also although am an and any anymore are around as at away back
     be because been before behind being beside between but by can could did do does down during each either every for
@@ -39,7 +39,7 @@ _NEXT_WORD = re.compile(r"\s+([^\W\d_][\w'-]*)")
 
 
 def read_counterparts(counterparts: Counterparts, classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """A table, in either form that `CounterpartWords` takes, as tuples of words in the order of the classes.
+    """Read a table, in either form that `CounterpartWords` takes, as tuples of words in the order of the classes.
 
     Raises:
         PairError: The table is empty, or does not fit the classes.
@@ -68,7 +68,7 @@ def read_counterparts(counterparts: Counterparts, classes: Sequence[str]) -> lis
 
 
 def spellings(word: str) -> dict[str, Callable[[str], str]]:
-    """How a word may stand in a text, and how its counterpart is spelled then."""
+    """Each form that a word may have in a text → the function that spells its counterpart in this form."""
     found: dict[str, Callable[[str], str]] = {word: str}
     found.setdefault(capitalised(word), capitalised)
     if len(word) > 1:
@@ -129,13 +129,13 @@ class CounterpartWords:
 
     @classmethod
     def load(cls, source: str | Path | Counterparts, classes: Sequence[str]) -> CounterpartWords:
-        """From a table, the name of one that comes with the package, or a YAML or JSON file.
+        """Load a table, a table that comes with the package by its name, or a YAML or JSON file.
 
-        A file has `{class: [words]}`, or several such tables under names of their own, as `words:` and `names:`.
+        A file has `{class: [words]}`, or several such tables under names of their own, such as `words:` and `names:`.
 
         Args:
             source: The table, `"english_gender"`, or the path of a file.
-            classes: Names of the classes, as the file has them but for capitals.
+            classes: Names of the classes, as in the file; capital letters do not matter.
 
         Raises:
             PairError: The table does not fit the classes.
@@ -161,7 +161,7 @@ class CounterpartWords:
         if not tables or len(named) < len(tables) or not all(set(own) <= set(table) for table in named):
             raise PairError(
                 f"{path} must have a list of words for each of {list(classes)}: it has "
-                f"{sorted({name for table in named for name in table})}. Call the classes so, or give a table of yours."
+                f"{sorted({name for table in named for name in table})}. Rename the classes, or give your own table."
             )
         words = {label: [w for table in named for w in table[name]] for label, name in zip(classes, own, strict=True)}
         return cls(words, classes)
@@ -187,7 +187,7 @@ class CounterpartWords:
 
 
 def _fitting(choices: list[str], behind: str) -> str:
-    """The counterpart that fits the text behind it."""
+    """The counterpart that fits the text which follows it."""
     chosen = _BEFORE_A_NOUN.get(frozenset(choice.lower() for choice in choices))
     if chosen is None:
         return choices[0]

@@ -1,4 +1,4 @@
-"""Rows of a data set as the inputs of a model: tokenised text, tokens that are there already, or images."""
+"""Make inputs of a model from the rows of a data set: from text, from tokens that it already has, or from images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 # Per row and padded position: the index into the row's list of labels, or None for no label. Empty where the inputs
 # have no words or tokens to label.
 Owners = list[list[int | None]]
-# What a tokenizer says without a limit is larger than any length.
+# A tokenizer without a limit has a `model_max_length` above this.
 _NO_LIMIT = 10**20
 
 
@@ -44,7 +44,7 @@ class TextEncoder:
         self.glues_words = bool(prefixes) and not any(prefixes)
 
     def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
-        """The inputs of rows; and the words of tokens, where `pairs` says which row is the counterfactual of which."""
+        """The inputs of rows and their owners; with `pairs`, which tells counterfactuals, also the words of tokens."""
         texts = [self._text(row) for row in rows]
         spaced = texts
         if self.glues_words:
@@ -93,7 +93,7 @@ class TokenisedEncoder:
     unit: str | None = "tokens"
 
     def __call__(self, rows: Sequence[Row], pairs: Sequence[int] = ()) -> tuple[dict[str, Tensor], Owners]:
-        """The inputs of rows, padded."""
+        """The inputs of rows, padded, and their owners."""
         columns = {name: [plain(row[name]) for row in rows] for name in self.columns}
         inputs = dict(self.tokenizer.pad(columns, padding=True, return_attention_mask=True, return_tensors="pt"))
         _refuse_rows_without_tokens(inputs["attention_mask"], columns["input_ids"])
@@ -134,7 +134,7 @@ Encoder = TextEncoder | TokenisedEncoder | PixelEncoder
 def choose_encoder(
     first: Row, tokenizer: Any, text_column: str, max_length: int | None, label_subwords: str
 ) -> Encoder:
-    """How the rows of a data set become inputs, by what its first row has; `ValueError` if nothing fits."""
+    """Choose the encoder of a data set by what its first row has; a `ValueError` if none fits."""
     if "input_ids" in first:
         _check_tokenizer(tokenizer, max_length)
         if max_length is not None:
@@ -183,7 +183,7 @@ def _refuse_rows_without_tokens(attention_mask: Tensor, sources: Sequence[Any]) 
 
 
 def require_column(first: Row, name: str, argument: str) -> None:
-    """Raise a `ValueError` where a column that an argument names is not there."""
+    """Raise a `ValueError` where the data set lacks the column that an argument names."""
     if name not in first:
         raise ValueError(
             f"{argument}={name!r} is not a column of dataset, which has {sorted(first)}: name one of these."
@@ -191,7 +191,7 @@ def require_column(first: Row, name: str, argument: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The Python value behind a tensor, an array or a NumPy scalar, whichever format the data set hands out."""
+    """The Python value of a tensor, an array or a NumPy scalar, whichever of these the data set returns."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, list | tuple):

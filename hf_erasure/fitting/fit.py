@@ -1,7 +1,7 @@
 """Fit an erasure adapter in closed form: `fit_concept_erasure`, from its batches to its report.
 
-Fitting all sites on one plain pass leaves the concept readable in deeper layers, because erasing upstream changes what
-arrives there; how they are fitted one after the other, `scrubbing` says.
+Fitting all sites in one plain pass leaves the concept readable in deeper layers, because erasing upstream changes the
+activations that arrive there. `scrubbing` describes how sites are fitted one after the other.
 """
 
 from __future__ import annotations
@@ -55,48 +55,48 @@ def fit_concept_erasure(
 ) -> ErasureReport:
     """Estimate the erasers of an adapter from labelled data and put them in place.
 
-    Under `torchrun` or `accelerate launch` every process gives batches of its own: their shares of the data
+    Under `torchrun` or `accelerate launch` every process gives its own batches, its share of the data
     (`concept_dataloader(…, split_between_processes=True)`). The statistics are added, so that all processes end with
-    the same erasers, those that one process would find on all the data. A share may be empty.
+    the erasers that one process would find on all the data. A share may be empty.
 
     Args:
-        model: A model with a `ConceptErasureConfig` adapter, or whatever it is inside of: a `PeftModel`, a
+        model: A model with a `ConceptErasureConfig` adapter, or a module that contains it: a `PeftModel`, a
             `SentenceTransformer`, `DataParallel`, DDP, FSDP, a compiled model, a module of your own.
         batches: Dicts of model inputs plus `concept_labels`: `(batch,)` class ids for whole sequences, `(batch, seq)`
             class ids for tokens with −100 = ignore, or floats `(…, concept_dim)`. Padding never counts.
-        adapter_name: The adapter to fit. Other active adapters stay active while it is, and are written down in its
-            provenance; loaded ones that are off are named in a warning.
+        adapter_name: The adapter to fit. Other active adapters stay active during the fit and are recorded in its
+            provenance. A warning names loaded adapters that are off.
         sequential: Fit each site on activations that are already erased upstream (concept scrubbing, arXiv 2306.03819
-            section 5). Where a module is called several times in one forward pass, passes over the data follow until
-            its eraser leaves nothing at any visit; where that is not reached, a warning and the report say so. `False`
-            fits all sites in one pass, on activations of which nothing is erased; where the sums of all take more than
-            2 GiB, in several passes over batches that can be read again, with the same erasers.
+            section 5). Where a module is called several times in one forward pass, more passes over the data follow
+            until its eraser leaves nothing at any call. A warning and the report say where this is not reached. `False`
+            fits all sites in one pass, on activations from which nothing is erased. Where their sums take more than
+            2 GiB and the batches can be read again, it takes several passes, with the same erasers.
         pool: Which rows a sequence label counts for: `"tokens"` (all alike), `"mean"` (each weighted 1/length, so that
-            the mean-pooled embedding is guarded), `"cls"` (the first) or `"last"` (the last real one). By default what
-            the model's head reads, or the pooling module of a SentenceTransformer; it is found by one backward from
-            the logits of two rows of the first batch. A bare model has no head: all tokens alike. Labels of tokens
-            always count for their token.
+            the mean-pooled embedding is guarded), `"cls"` (the first) or `"last"` (the last real one). By default the
+            rows that the model's head, or the pooling module of a SentenceTransformer, reads: one backward pass from
+            the logits of two rows of the first batch finds them. In a model without a head all tokens count alike. A
+            label of a token always counts for that token.
         eval_batches: Held-out batches to measure leakage and distortion on.
         background: Unlabelled batches to take the covariance and the mean from. They decide how little other text is
-            disturbed, and never touch the guarantee.
-        resident_batches: In sequential fitting, how many batches keep their inputs and activations in memory; those of
-            the others wait on disk (activations of an accelerator: in main memory). When None all inputs and the
-            activations of 256 batches. The erasers are the same for any number.
+            disturbed, and do not affect the guarantee.
+        resident_batches: In sequential fitting, how many batches keep their inputs and activations in memory. Those of
+            the others wait on disk (activations of an accelerator wait in main memory). None keeps all inputs and the
+            activations of 256 batches in memory. The erasers are the same for any number.
         checkpoint_dir: A folder where finished sites, or the moments of one pass, are kept. A fit that was killed and
             is started again with the same batches in the same order continues there, and ends with the same erasers.
-        pair_rank: For batches with counterfactuals (`concept_dataloader(…, counterfactual_words=…)`): erase, beside the
-            difference of the classes and the mean difference within pairs, so many more of the directions in which
-            pairs differ most. It is written into the configuration, which has the default.
-        environment_rank: For batches with environments: erase so many directions of the class differences within
-            environments, those over all among them. It is written into the configuration, which has the default.
+        pair_rank: For batches with counterfactuals (`concept_dataloader(…, counterfactual_words=…)`): how many of the
+            directions in which pairs differ most are erased, in addition to the difference of the classes and the mean
+            difference within pairs. It is written into the configuration, whose value is the default.
+        environment_rank: For batches with environments: how many directions of the class differences within
+            environments are erased, including those over all. It is written into the configuration, as `pair_rank`.
         progress: Show progress bars, on the main process.
 
     Returns:
-        An `ErasureReport`, one line a site and one for `last_hidden_state`. With `eval_batches` also one for each visit
-        of a module that is called several times in one forward pass.
+        An `ErasureReport`, with a line for each site and for `last_hidden_state`. With `eval_batches` it also has a
+        line for each visit (call) of a module that is called several times in one forward pass.
 
     Raises:
-        ValueError: If the adapter, the batches or the labels do not fit; the adapter is as it was then.
+        ValueError: If the adapter, the batches or the labels do not fit; the adapter is left as it was.
     """
     task, labelled = task_for(model, adapter_name, batches, pool, progress=progress)
     collator = getattr(batches, "collate_fn", None)
@@ -128,7 +128,7 @@ def fit_concept_erasure(
 
 @contextmanager
 def _with_ranks(config: ConceptErasureConfig, collator: Any, ranks: dict[str, int | None]) -> Iterator[None]:
-    """Write into a configuration what is erased, and kept, beside the concept; a fit that fails takes it back."""
+    """Write into a configuration what is erased and kept in addition to the concept; a failed fit restores it."""
     before = {name: getattr(config, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
     try:
         for name, rank in ranks.items():
@@ -166,7 +166,7 @@ def solved(
     resident_batches: int | None = None,
     checkpoint: FitCheckpoint | None = None,
 ) -> dict[str, SiteFit]:
-    """The erasers of all sites; options are those of `fit_concept_erasure`."""
+    """Solve for the erasers of all sites; the options are those of `fit_concept_erasure`."""
     if resident_batches is not None and (not sequential or resident_batches < 1):
         raise ValueError(
             f"resident_batches={resident_batches}: give at least 1, and only with sequential=True; a fit in one pass "
@@ -201,20 +201,20 @@ def solved(
 
 # ---- all sites in one pass -------------------------------------------------------------------------------------------
 
-# Texts, or environments, are far fewer than features where there is less than one for so many.
+# Texts (or environments) are far fewer than features where there is less than one of them for this many features.
 _FAR = 2
-# Bytes of float64 sums that a pass over the data holds: less than the weights of a model with so many wide sites take.
+# The most bytes of float64 sums that a pass holds. The weights of a model with so many wide sites take more.
 MOST_BYTES = 1 << 31
 
 
 def _groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | None) -> list[list[str]]:
-    """The sites, in groups whose sums are held at once: all, where batches or a checkpoint allow one pass only."""
+    """The sites, in groups whose sums are held at once: one group where the batches or a checkpoint allow one pass."""
     processes = task.processes
     with processes.agreeing("looking at its batches"):
         own = task.layouts.widths, all(source.again is not None for source in sources)
     every = processes.gathered([own])
     widths = {key: width for found, _ in every for key, width in found.items()}
-    # Little more than half of a float64 matrix, one for each kind of batches.
+    # The sums of a site are little more than half of a float64 matrix, for each kind of batches.
     sizes = dict.fromkeys(task.layers, 0)
     for key, width in widths.items():
         sizes[site_of(key)] += 8 * PackedGram.size_of(width) * len(sources)
@@ -222,8 +222,8 @@ def _groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | No
         return [list(task.layers)]
     if checkpoint is not None or not all(again for _, again in every):
         logger.warning(
-            "The sums of %d sites take %.1f GB, and are all held: to hold %.1f GB and take several passes, give a list "
-            "or a DataLoader in the place of an iterator, and no checkpoint_dir.",
+            "The sums of %d sites take %.1f GB, and all are held in memory: to hold %.1f GB and take several passes, "
+            "give a list or a DataLoader instead of an iterator, and leave checkpoint_dir out.",
             *(len(sizes), sum(sizes.values()) / 1e9, MOST_BYTES / 1e9),
         )
         return [list(task.layers)]
@@ -241,8 +241,8 @@ def _groups(task: FitTask, sources: list[Source], checkpoint: FitCheckpoint | No
 def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sites: Collection[str]) -> None:
     """Run the model over the batches of a source, with the adapter left out, and collect the moments at some sites.
 
-    Every process runs over batches of its own; all end with the moments of all. Batches that the moments of a
-    checkpoint hold already are passed over.
+    Every process runs over its own batches, and all processes end with the moments of all batches. Batches that are
+    already in the moments of a checkpoint are skipped.
     """
     seen = source.examples
     if seen and source.again is not None:  # not the first pass
@@ -274,7 +274,7 @@ def _gather(task: FitTask, source: Source, checkpoint: FitCheckpoint | None, sit
         checkpoint.save_sum(source, task.processes)
 
 
-# ---- what becomes of them --------------------------------------------------------------------------------------------
+# ---- after the solution ----------------------------------------------------------------------------------------------
 
 
 def conclude(
@@ -284,7 +284,7 @@ def conclude(
     eval_batches: Iterable[Any] | None = None,
     rows: RowsSeen | None = None,
 ) -> ErasureReport:
-    """Measure the erasers on held-out batches, put them in place, and write down what was done.
+    """Measure the erasers on held-out batches, put them in place, and record the fit in the configuration.
 
     Sites without an eraser are left out: the adapter is taken off them.
     """
@@ -338,7 +338,7 @@ def conclude(
 
 
 def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[str]) -> None:
-    """Take an adapter off sites that nobody has named, and say which, and why."""
+    """Take an adapter off sites that the user did not name, and warn which sites these are, and why."""
     sharers = erasure_layers(task.owner, task.name).values()
     take_off([layer for layer in sharers if layer.erasures[task.name].holder in layers.values()], task.name)
     if task.config.weights is not None:
@@ -355,7 +355,7 @@ def _leave_out(task: FitTask, layers: dict[str, ErasureLayer], uncovered: set[st
 
 
 def _record(task: FitTask, fits: dict[str, SiteFit], report: ErasureReport) -> None:
-    """What the saved adapter says about itself."""
+    """Write the sites and the provenance of a fit into its configuration."""
     config = task.config
     config.fitted_sites = {site: task.layers[site].size_of(task.name) for site in fits}
     config.fitted = True

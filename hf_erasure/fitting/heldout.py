@@ -1,6 +1,6 @@
 """What an erasure does on data it was not fitted on: leakage before and after, and how far activations move.
 
-Data are recognised by one hash of eight bytes a row, so that rows that were fitted on are noticed.
+Each row is recognised by a hash of eight bytes, so that held-out rows that were also fitted on are noticed.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .processes import Processes
 from .report import SiteReport
 from .sites import FitTask, task_for
 
-# So many pairs of environments are dealt to the halves by coins of their own.
+# Environments are put into halves in pairs, one into each half. This many pairs have a random draw of their own.
 _MOST_PAIRS = 1 << 16
-# The content of a row; a batch may hold more, such as the row's number.
+# The inputs that hold the content of a row; a batch may hold more, such as the row's number.
 _INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values", "pixel_values_videos")
-# Of a batch without any of these: what is not the content of a row, such as labels, or follows from its padding.
+# In a batch without any of `_INPUTS`, the inputs that are not content, such as labels, or that follow from padding.
 _BESIDES = ("labels", "token_type_ids", "position_ids", "cache_position")
 
 
 @dataclasses.dataclass
 class Watched:
-    """Held-out batches, and who looks on while they are measured.
+    """Held-out batches, and a function that is called while they are measured.
 
     `look(erased, site, activation, selection)` is called at each visit of a site and at the last hidden states, without
     the erasure and with it; the activation is aligned with the labels.
@@ -58,21 +58,21 @@ def measure(
     known: Iterable[SiteReport] = (),
     fitted_on: RowsSeen | None = None,
 ) -> tuple[list[SiteReport], int, int, int | None]:
-    """Leakage and movement on held-out batches, at every site and at the last hidden states.
+    """Measure leakage and movement on held-out batches, at every site and at the last hidden states.
 
     Leakage is measured in what the fit guards: tokens, or with `pool="mean"` the mean over each sequence. It is
-    cross-validated: the direction of one half of the sequences, judged on the other. A correlation taken in-sample
-    would read `sqrt(width / rows)` where nothing is left. Where batches have environments, such as templates, halves
-    are made of whole ones, so that no half has seen what the other shows in the same place. A module that is called
-    several times in one forward pass is measured over all its visits together, as it is fitted, and at each.
+    cross-validated: the direction is found on one half of the sequences and judged on the other. An in-sample
+    correlation would be `sqrt(width / rows)` where nothing is left. Where batches have environments, such as templates,
+    each environment is in one half, so that a direction is not judged on an environment that it was found on. A module
+    that is called several times in one forward pass is measured over all its visits, as it is fitted, and at each.
 
-    `erase(site, activation)` is what the erasure makes of an activation; the adapter itself need not have its values.
-    Every process measures batches of its own; all end with the figures of all, put into the lines that are known from
-    fitting. Warns where the batches share sequences with those that were fitted on.
+    `erase(site, activation)` returns the erased activation; the adapter itself need not have its values yet. Every
+    process measures its own batches, and all processes end with the figures of all batches, put into the `known` lines
+    of the fit. Warns where the batches share sequences with those that were fitted on.
 
     Returns:
-        One line a site, and one for each visit of a site with several; how many sequences they are on; how many of
-        these were fitted on; and in how many environments they are, None where the batches name none.
+        One line for each site, and one for each visit of a site with several; the number of sequences; how many of
+        these were fitted on; and the number of their environments, None where the batches name none.
     """
     measurement, processes, own = _Measurement(task, erase), task.processes, RowsSeen()
     if isinstance(batches, Watched):
@@ -87,7 +87,7 @@ def measure(
         tqdm(desc=what, unit=" batches", total=length_of(batches), disable=not task.progress) as shown,
     ):
         for labels, counts in task.in_step(source.read(task.pool, task.layouts)):
-            if not counts:  # to keep up with the others
+            if not counts:  # only keeps this process in step with the others
                 task.runner(labels.batch)
                 task.runner(labels.batch)
                 continue
@@ -115,10 +115,10 @@ def measure(
 def measured_leakage(
     model: nn.Module, batches: Iterable[Any], adapter_name: str = "default", *, pool: str | None = None
 ) -> dict[str, float]:
-    """Module name → the leakage of erased activations there, a magnitude, and at the last hidden states.
+    """Name of a module, or of a last hidden state → the leakage of the erased activations there, a magnitude.
 
-    The model runs twice over the batches, which are held out. By default the pool is what the adapter was fitted for,
-    or else what the head reads.
+    The model runs twice over the batches, which are held out. By default the pool is the one that the adapter was
+    fitted for, or else the one that the head reads.
     """
     task, read = task_for(model, adapter_name, batches, pool, as_fitted=True)
 
@@ -136,24 +136,24 @@ def measured_leakage(
 class _Measurement:
     """Both runs of the model over the held-out batches, one with the adapter and one without.
 
-    What is known of a site is kept by visit: calls of its module in one forward pass are counted from 1.
+    The figures of a site are kept by visit: calls of its module in one forward pass are counted from 1.
     """
 
     def __init__(self, task: FitTask, erase: Callable[[str, Tensor], Tensor]) -> None:
         self._task, self._erase, z_dim = task, erase, task.config.z_dim
-        # By (erased, half, visit), and by site within.
+        # (erased, half, visit) → the moments of each site.
         self._halves: dict[tuple[bool, int, int], SiteStatistics] = defaultdict(lambda: SiteStatistics(z_dim))
-        # By (site, visit) and whether it is that of labelled positions or of the others: a sum over their rows x, moved
-        # to x', of 1, |x' − x|², |x|² and the entries of x, `(3 + width,)` float64.
+        # (site, visit, whether of labelled positions) → `(3 + width,)` float64, the sums over rows x, which were moved
+        # to x', of 1, |x' − x|², |x|² and the entries of x.
         self._movements: dict[tuple[str, int, bool], Tensor] = {}
         self._random = torch.Generator("cpu").manual_seed(0)
-        # By pairs of environments, which of them is in the first half; the same in every process.
+        # For each pair of environments, which one is in the first half; the same in every process.
         self._coins = torch.randint(0, 2, (_MOST_PAIRS,), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        self.environments: set[int] = set()  # Those that were seen.
+        self.environments: set[int] = set()  # The ids of the environments that were seen.
         self.look: Callable[[bool, str, Tensor, Selection], None] | None = None
 
     def look_at(self, labels: BatchLabels) -> None:
-        """Run over a batch without and with the erasure."""
+        """Run the model over a batch without and with the erasure."""
         task, runner = self._task, self._task.runner
         finals = {name: m for name, m in runner.final_states().items() if labels.covers(runner.side_of(name))}
         plain: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ class _Measurement:
                 now, _ = labels.select(hidden, where)
             if self.look is not None:
                 self.look(erased, site, now, selection)
-            # There is one last hidden state a forward pass, so it is always the first visit.
+            # A forward pass has one last hidden state, so it is always the first visit.
             self._add(site, 1 if site in finals else called[erased, site], drawn, selection, now, before)
             return hidden
 
@@ -193,7 +193,7 @@ class _Measurement:
     def _add(
         self, site: str, visit: int, drawn: Tensor, selection: Selection, now: Tensor, before: Tensor | None = None
     ) -> None:
-        """Add the activation of one visit, aligned with the labels; with what it was `before`, if it is erased."""
+        """Add the activation of one visit, aligned with the labels; `before` is its value before an erasure."""
         guarded, rows = mean_pooled(now.float() if now.dtype.itemsize < 4 else now, selection)
         for half in (0, 1):
             of_half = rows.counted & (drawn == half).unsqueeze(1).to(now.device)
@@ -223,7 +223,7 @@ class _Measurement:
 
     @on_cpu()
     def lines(self, known: Iterable[SiteReport], groups: int, examples: int) -> list[SiteReport]:
-        """What was measured at each site on `groups` distinct sequences, the last hidden states at the end."""
+        """The lines of all sites, measured on `groups` sequences or environments, the last hidden states at the end."""
         visits: dict[str, set[int]] = {site: set() for site in self._task.layers}
         for (_, _, visit), statistics in self._halves.items():
             for site in statistics.moments:
@@ -285,18 +285,18 @@ def _relative(moved: Sequence[Tensor]) -> float | None:
     return (squared / rows / variance) ** 0.5 if variance > 0 else None
 
 
-# ---- which rows they are ---------------------------------------------------------------------------------------------
+# ---- rows that are recognised ----------------------------------------------------------------------------------------
 
 
 class RowsSeen:
-    """A set of rows, whatever their order, padding and number of visits."""
+    """A set of rows, regardless of their order, their padding and how often each was seen."""
 
     def __init__(self) -> None:
         self._parts: list[np.ndarray] = []
         self._known = np.empty(0, np.uint64)
 
     def watching(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches; their rows are added as they go by."""
+        """Yield the same batches, and add the rows of each."""
         for batch in batches:
             self.add(hashes_of(batch))
             yield batch
@@ -313,16 +313,16 @@ class RowsSeen:
         return self._known
 
     def pool(self, processes: Processes) -> None:
-        """Make these the rows of all processes, in every one of them."""
+        """Make this the set of the rows of all processes, in every process."""
         self._parts = processes.gathered([self.hashes])
 
     def count(self, hashes: np.ndarray) -> int:
-        """How many of these rows were seen."""
+        """How many rows with these hashes were seen."""
         return int(np.isin(hashes, self.hashes).sum())
 
 
 def hashes_of(batch: Any) -> np.ndarray:
-    """One hash a row, of its inputs without padding: `(rows,)` uint64; empty for what is not a batch."""
+    """One hash for each row, of its inputs without padding: `(rows,)` uint64; empty where `batch` is not a batch."""
     inputs = {
         name: value.detach().cpu()
         for name, value in (sorted(inputs_of(batch).items()) if isinstance(batch, Mapping) else ())
@@ -339,7 +339,7 @@ def hashes_of(batch: Any) -> np.ndarray:
     for row in range(rows):
         hashed = hashlib.blake2b(digest_size=8)
         for value in inputs.values():
-            # Of inputs that are not one entry a row, such as the patches of all images, the whole.
+            # An input that has not one entry for each row, such as the patches of all images, is hashed as a whole.
             part = value[row] if len(value) == rows else value
             if len(value) == rows and real is not None and real.shape == value.shape[:2]:
                 part = part[real[row]]
@@ -350,11 +350,11 @@ def hashes_of(batch: Any) -> np.ndarray:
 
 
 def shared_rows(batches: Iterable[Any], others: Iterable[Any]) -> tuple[int, int, int | None]:
-    """What the figures of `others` are on, as `measure` counts it, in all processes together.
+    """Count the rows that figures of `others` are on, as `measure` does, in all processes together.
 
     Returns:
-        How many texts they have, how many of these are among the first batches, and in how many environments they are,
-        None where they name none.
+        How many texts `others` have, how many of these are also in `batches`, and the number of their environments,
+        None where the batches name none.
     """
     processes, seen, examples, shared, environments = Processes(), RowsSeen(), 0, 0, set[int]()
     for batch in batches:

@@ -1,4 +1,4 @@
-"""What the axes of the activations at the sites of an adapter are, found by running its model over a few rows."""
+"""Find what the axes of the activations at an adapter's sites are, by running its model over a few rows."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ _PAIRS = ", pairs"
 
 
 def visit_of(site: str, number: int) -> str:
-    """The key of the moments of one visit of a site, from 1."""
+    """The key of the moments of one visit of a site; `number` counts from 1."""
     return site if number == 1 else f"{site}{_VISIT}{number}"
 
 
 def site_of(key: str) -> str:
-    """The site whose visit it is the key of."""
+    """The site of a key that `visit_of` or `pairs_of` made."""
     return key.removesuffix(_PAIRS).partition(_VISIT)[0]
 
 
@@ -53,7 +53,7 @@ def pairs_of(key: str) -> str:
 
 
 def is_of_pairs(key: str) -> bool:
-    """Whether it is the key of differences within pairs."""
+    """Whether a key is one of differences within pairs."""
     return key.endswith(_PAIRS)
 
 
@@ -64,14 +64,14 @@ class Layouts:
     runner: Runner  # Calls the model.
     layers: dict[str, ErasureLayer]  # The sites.
     name: str  # The adapter.
-    # How many features each visit of a site has, as far as the small passes reached it.
+    # How many features there are at each visit of a site that the passes over a few rows reached.
     widths: dict[str, int] = field(default_factory=dict, init=False)
     _known: dict[Any, dict[str, Axes | ValueError]] = field(default_factory=dict, init=False)
 
     def of(self, batch: Mapping[str, Any]) -> dict[str, Axes | ValueError]:
-        """Visit of a site, or last hidden state, → its axes, or why these cannot be told.
+        """Visit of a site, or last hidden state, → its axes, or the error that says why they are not known.
 
-        They are the same for batches that have all in common but rows and lengths.
+        Batches that differ only in their rows and lengths have the same axes.
         """
         lengths, inputs = Lengths.in_batch(batch).of.values(), sorted(inputs_of(batch).items())
         form = tuple(
@@ -86,7 +86,7 @@ class Layouts:
         return self._known[form]
 
     def frames_of(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """`(batch, frames)` bool, those that are not padding; None where the mask of a batch is not one of samples."""
+        """`(batch, frames)` bool, which frames are not padding; None where a batch has no mask of audio samples."""
         mask, frames = batch.get("attention_mask"), None if "input_ids" in batch else self._frames
         return frames.mask_of(mask) if frames is not None and isinstance(mask, Tensor) and mask.dim() == 2 else None
 
@@ -96,7 +96,7 @@ class Layouts:
 
     @functools.cached_property
     def _finals(self) -> dict[str, nn.Module]:
-        """The modules that return a last hidden state, by the name that tells its side."""
+        """The modules that return a last hidden state, by a name that tells the side of the state."""
         return {self.runner.side_of(name): module for name, module in self.runner.final_states().items()}
 
     def along(self, site: str) -> tuple[int, int]:
@@ -112,7 +112,7 @@ class Layouts:
         return found.pop() if found else (-1, 0)
 
     def _found(self, few: dict[str, Any]) -> dict[str, Axes | ValueError]:
-        """The same, by running the model over some rows, over these twice, and over these with other lengths."""
+        """Find the axes that `of` returns, from runs over a few rows, over these rows twice, and with other lengths."""
         rows = len(next(v for v in few.values() if isinstance(v, Tensor) and v.dim()))
         try:
             frames = None if "input_ids" in few else self._frames
@@ -120,15 +120,15 @@ class Layouts:
             first, other = self._glimpses(few), now.changed()
             mirrored = rows_of(few, rows, [*range(rows), *reversed(range(rows))])
             twice = self._glimpses(mirrored, first, rows)
-            # Cut where the model can do without.
+            # Texts are cut at the first place where the model still runs.
             *places, last = (of_other_lengths(few, now, other, place) for place in PLACES)
             cut = (self._tried(batch) for batch in places if now.of)
             changed = next((one for one in cut if one is not None), None)
             changed = self._glimpses(last) if changed is None else changed
             passes = Passes(rows, now, other, first, twice, changed)
         except Exception as error:
-            # What is wrong with the batch, fitting says when it comes to it.
-            reason = f"the rows that show what its axes are cannot be run: {type(error).__name__}: {error}"
+            # If the batch itself is wrong, fitting raises an error when it reads it.
+            reason = f"since the rows that show its axes cannot be run: {type(error).__name__}: {error}"
             return {
                 name: ValueError(f"The activation at {name!r} cannot be labelled, {reason}")
                 for name in (*self.layers, *self._finals)
@@ -137,7 +137,7 @@ class Layouts:
 
         @functools.cache
         def recorded() -> Graph | None:
-            """A pass without the adapters, in which other modules tell of the features of sites."""
+            """A record of a pass without the adapters, in which other modules show which axes hold features."""
             try:
                 return Graph(self.runner.model, lambda: self.runner(dict(few)))
             except Exception as error:
@@ -159,7 +159,7 @@ class Layouts:
         self.widths |= {key: first[key].shape[axes.width] for key, axes in axes_of_sites if isinstance(axes, Axes)}
         if all(isinstance(axes, Axes) and axes.side is not None for axes in found.values()):
             return found
-        # A model may pad texts to multiples of a length, which longer texts show.
+        # A model may pad texts to multiples of a length; longer texts show this.
         for size in sorted({size for key, axes in found.items() for size in passes.padded(key, axes)}):
             longer = of_other_lengths(few, now, replace(now, of={**now.of, "": 2 * size}))
             if (seen := self._tried(longer)) is not None:
@@ -170,7 +170,7 @@ class Layouts:
         return found | self._uneven(few, passes, _loose(found))
 
     def _placed(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, Axes | ValueError]:
-        """The axes of activations of which some of the rows are those of tokens."""
+        """The axes of activations in which only some of the rows belong to tokens."""
         given = with_other_tokens(few, passes.rows) if loose and "" in passes.now.of else None
         if given is None:
             return {key: passes.placed(key, axes, {}, ()) for key, axes in loose.items() if "" in passes.now.of}
@@ -179,7 +179,7 @@ class Layouts:
         try:
             seen = []
             for one in batches:
-                torch.manual_seed(0)  # for those that draw the order of their patches
+                torch.manual_seed(0)  # for models that draw the order of their patches
                 seen.append(self._seen(one, lambda key, hidden: hidden if key in loose else None))
             places = {key: places_of(loose[key], one, seen[1][key]) for key, one in seen[0].items() if key in seen[1]}
         except Exception as error:
@@ -187,7 +187,7 @@ class Layouts:
         return {key: passes.placed(key, axes, places.get(key, {}), tokens) for key, axes in loose.items()}
 
     def _uneven(self, few: dict[str, Any], passes: Passes, loose: dict[str, Axes]) -> dict[str, ValueError]:
-        """Why activations cannot be labelled of which an example has as many rows as its content has it."""
+        """The errors for activations that cannot be labelled: how many rows an example has depends on its content."""
         sizes = {key: passes.sizes(key, axes, passes.first) for key, axes in loose.items()}
         changing = [key for key, axes in loose.items() if passes.sizes(key, axes, passes.changed) != sizes[key]]
         found = {}
@@ -207,11 +207,11 @@ class Layouts:
     def _glimpses(
         self, batch: Mapping[str, Any], single: dict[str, Glimpse] | None = None, rows: int = 0
     ) -> dict[str, Glimpse]:
-        """What is kept of every activation in one pass; of mirrored rows, where those of the rows alone are given."""
+        """A glimpse of every activation in one pass; for mirrored rows, `single` has the glimpses of the rows alone."""
         return self._seen(batch, lambda key, hidden: Glimpse.of(hidden.detach(), (single or {}).get(key), rows))
 
     def _tried(self, batch: Mapping[str, Any]) -> dict[str, Glimpse] | None:
-        """The same; None where the model cannot be run on the batch."""
+        """The result of `_glimpses`, or None where the model cannot be run on the batch."""
         try:
             return self._glimpses(batch)
         except Exception as error:
@@ -219,13 +219,13 @@ class Layouts:
             return None
 
     def _seen(self, batch: Mapping[str, Any], kept_of: Callable[[str, Tensor], T | None]) -> dict[str, T]:
-        """What is kept of every visit of a site and of every last hidden state, in one pass."""
+        """Run one pass; return what `kept_of` gives for every visit of a site and every last hidden state."""
         found, visits = dict[str, T](), Counter[str]()
 
         def see(name: str, hidden: Tensor) -> Tensor:
             visits[name] += 1
             key = visit_of(name, visits[name])
-            # Without rows nothing can be told, and nothing is labelled.
+            # An activation without rows shows nothing, and nothing in it is labelled.
             if hidden.numel() and (kept := kept_of(key, hidden)) is not None:
                 found[key] = kept
             return hidden
@@ -236,18 +236,18 @@ class Layouts:
 
 
 def _loose(found: Mapping[str, Axes | ValueError]) -> dict[str, Axes]:
-    """Those whose rows are not known to be those of tokens."""
+    """The axes of the activations whose rows are not known to belong to tokens."""
     known = {key: axes for key, axes in found.items() if isinstance(axes, Axes)}
     return {key: axes for key, axes in known.items() if axes.side is None and not axes.is_shared}
 
 
 def few_rows(batch: Any) -> dict[str, Any] | None:
-    """The longest and the shortest row of a batch, or all where what belongs to a row cannot be told.
+    """The longest and the shortest row of a batch, or all rows where it is not known what belongs to a row.
 
     None where it is not a batch.
     """
     if not isinstance(batch, Mapping) or any(map(is_of_numbers, inputs_of(batch).values())):
-        return None  # reading says what is wrong with it
+        return None  # `Source.read` raises an error about it
     tensors = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
     inputs = list(inputs_of(tensors).values())
     if not inputs or not len(inputs[0]):
@@ -266,7 +266,7 @@ def few_rows(batch: Any) -> dict[str, Any] | None:
 
 
 def is_of_numbers(value: Any) -> bool:
-    """Whether an input should have been a tensor."""
+    """Whether an input is an array or a list of numbers, which should have been a tensor."""
     is_list = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float, list))
     return isinstance(value, np.ndarray) or is_list
 
@@ -280,11 +280,11 @@ def observed(
     *,
     needs_finals: bool = True,
 ) -> Iterator[None]:
-    """While open, `observer(site, activation)` stands in for the adapter's eraser at every site.
+    """While open, `observer(site, activation)` is called instead of the adapter's eraser at every site.
 
-    It sees the activation after all erasers that act before this one, and what it returns goes on. Of the modules that
-    `finals` names it sees the last hidden states, too; what it returns for these is not used. A model that returns none
-    is refused where they are needed.
+    It is passed the activation after all erasers that act before this one, and its result goes on. It is also passed
+    the last hidden states that the modules in `finals` return; its result for these is not used. A module that returns
+    none raises an error if `needs_finals`.
     """
 
     def at(name: str, module: nn.Module, args: tuple, output: Any) -> None:

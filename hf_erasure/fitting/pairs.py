@@ -1,4 +1,4 @@
-"""Texts and their counterfactuals in one batch: which rows they are, what of them is compared, and the differences."""
+"""Texts and their counterfactuals in one batch: which rows they are, which positions are compared, the differences."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch.nn.functional import one_hot
 from hf_erasure.erasers.statistics import IGNORED
 from hf_erasure.models import pooling
 
-# What a batch says of its pairs of texts and counterfactuals.
+# The keys of a batch that describe its pairs of texts and counterfactuals.
 _OF_PAIRS = ("concept_pairs", "concept_pair_labels", "concept_words")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which rows of a batch are counterfactuals of which; as many as there are counterfactuals."""
+    """Which rows of a batch are counterfactuals of which texts; its length is the number of counterfactuals."""
 
-    text_of: Tensor  # `(rows,)` int64, of a counterfactual its text, −1 for a text.
-    labels: Tensor  # `(rows,)` int64 class ids of texts and counterfactuals, `IGNORED` for a text without one.
-    words: Tensor | None  # `(rows, seq)` int64, the word of a token, the same number for counterparts; −1 for none.
-    classes: int  # How many classes there are.
+    text_of: Tensor  # `(rows,)` int64, for a counterfactual the row of its text, −1 for a text.
+    labels: Tensor  # `(rows,)` int64 class ids of texts and counterfactuals, `IGNORED` for a text without a pair.
+    words: Tensor | None  # `(rows, seq)` int64, the number of a token's word, equal for counterparts; −1 for none.
+    classes: int  # How many classes the concept has.
 
     @classmethod
     def of_batch(cls, batch: Mapping[str, Any], rows: int, classes: int) -> Pairs:
-        """Read and check what a batch says of its pairs.
+        """Read and check the pairs of a batch.
 
         Raises:
-            ValueError: It is not one id for each row, or a pair is not of two texts of two classes.
+            ValueError: There is not one id for each row, or a pair is not of two texts of two classes.
         """
         text_of, labels = (ids_in(batch, name, rows) for name in ("concept_pairs", "concept_pair_labels"))
         words = batch.get("concept_words")
@@ -51,7 +51,7 @@ class Pairs:
 
     @property
     def is_text(self) -> Tensor:
-        """`(rows,)` bool."""
+        """`(rows,)` bool: whether a row is a text, not a counterfactual."""
         return self.text_of < 0
 
     @property
@@ -61,16 +61,16 @@ class Pairs:
 
     @property
     def texts(self) -> Tensor:
-        """`(pairs,)` the rows that these are counterfactuals of."""
+        """`(pairs,)` the rows of the texts of `others`, in the same order."""
         return self.text_of[self.others]
 
     def compared(self, real: Tensor, of_tokens: slice, side: str | None, pool: str, where: str) -> Tensor:
-        """`(rows, seq)` int64: positions of one number are compared; of a whole text, or word by word; −1 for none.
+        """`(rows, seq)` int64: positions of a pair with equal numbers are compared, words or whole texts; −1: not.
 
         Args:
             real: `(rows, seq)` bool, positions that are not padding.
-            of_tokens: Those of the tokens.
-            side: Of an encoder-decoder, as `Axes` have it.
+            of_tokens: The positions of tokens.
+            side: The side of an encoder-decoder, as in `Axes`.
             pool: One of `POOLS`.
             where: The site, for messages.
         """
@@ -90,15 +90,15 @@ class Pairs:
         return torch.where(real, real.cumsum(1) - 1, -1)
 
     def differences(self, activation: Tensor, compared: Tensor) -> tuple[Tensor, Tensor]:
-        """Texts less their counterfactuals.
+        """The activations of texts minus those of their counterfactuals.
 
         Args:
             activation: `(rows, seq, …, width)`.
-            compared: `(rows, seq)`, on its device.
+            compared: `(rows, seq)`, the result of `compared`, on the device of the activation.
 
         Returns:
             `(differences, width)` in the dtype of the activation, at least float32; and `(differences, classes)` the
-            class of the text, as one, less that of the counterfactual.
+            class of the text, one-hot, minus that of the counterfactual.
         """
         rows, numbers, chosen = len(compared), int(compared.max()) + 1, compared >= 0
         places = (compared + torch.arange(rows, device=compared.device)[:, None] * numbers)[chosen]
@@ -118,10 +118,10 @@ class Pairs:
 
 
 def ids_in(batch: Mapping[str, Any], name: str, rows: int, count: int | None = None) -> Tensor:
-    """`(rows,)` int64 ids that stand beside the labels of a batch, on the CPU; below `count` where one is given.
+    """`(rows,)` int64 ids that a batch has under a name, on the CPU; below `count` where one is given.
 
     Raises:
-        ValueError: There is not one for each row.
+        ValueError: There is not one id for each row, or one is out of range.
     """
     given = batch.get(name)
     ids = torch.as_tensor([] if given is None else given, device="cpu")
@@ -136,12 +136,12 @@ def ids_in(batch: Mapping[str, Any], name: str, rows: int, count: int | None = N
 
 
 def without_counterfactuals(batch: Any) -> Any:
-    """A batch without the counterfactuals of texts that have labels of their own; other batches as they are."""
+    """Take the counterfactuals, unless they have labels, out of a batch; other batches are returned as they are."""
     if not isinstance(batch, Mapping) or "concept_pairs" not in batch or "concept_labels" not in batch:
         return batch
     texts = torch.as_tensor(batch["concept_pairs"], device="cpu") < 0
     if bool((torch.as_tensor(batch["concept_labels"], device="cpu")[~texts] != IGNORED).any()):
-        return batch  # the pairs are all the labels that there are
+        return batch  # the batch has only the labels of its pairs
     told = {name: value for name, value in batch.items() if name not in _OF_PAIRS}
     return {
         name: value[texts] if isinstance(value, Tensor) and value.dim() and len(value) == len(texts) else value

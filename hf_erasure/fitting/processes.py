@@ -1,4 +1,4 @@
-"""Several processes that fit one adapter: who takes what, and how what they found is added."""
+"""Several processes that fit one adapter: how they share the work, and how their results are added."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 
 class AnotherProcessFailed(RuntimeError):
-    """Work that all processes share cannot go on, for what another one raised."""
+    """Work that all processes share cannot go on, because another process raised an error."""
 
 
 class Processes:
-    """The processes that a launcher started, or the only one there is."""
+    """The processes that a launcher started, or the single process without one."""
 
     def __init__(self) -> None:
-        # Without an accelerator, accelerate connects processes only when it is told that they run on the CPU.
+        # Without an accelerator, the library accelerate connects processes only with `cpu=True`.
         self._state = PartialState(cpu=True) if share_the_cpu() else PartialState()
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if self._state.num_processes != launched and launched > 1:
             raise RuntimeError(
                 f"The launcher started {launched} processes (WORLD_SIZE), but accelerate was set up in each as the "
-                "only one. Where there is no GPU, write PartialState(cpu=True) or Accelerator(cpu=True), or "
-                "use_cpu=True in training arguments, in the place of what was made first."
+                "only one. Without a GPU, write PartialState(cpu=True) or Accelerator(cpu=True) where the first of "
+                "these is made, or use_cpu=True in training arguments."
             )
         self.count: int = self._state.num_processes
         self.rank: int = self._state.process_index
@@ -38,31 +38,31 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        """Where this process's model goes: an accelerator that knows float64, or the CPU."""
+        """The device for this process's model: an accelerator that supports float64, or the CPU."""
         device: torch.device = self._state.device
         return torch.device("cpu") if device.type == "mps" else device
 
-    # ---- who takes what ---------------------------------------------------------------------------------------------
+    # ---- the work ---------------------------------------------------------------------------------------------------
 
     def mine(self, items: Sequence[T]) -> list[T]:
-        """Every so-many-th item, beginning with the rank of this process."""
+        """The items of this process: every `count`-th one, beginning at the index `rank`."""
         return list(items[self.rank :: self.count])
 
     def in_step(self, groups: Iterable[Sequence[T]]) -> list[list[T]]:
-        """Cut groups of what may be taken in one step together, such as batches of one class, into a row a step.
+        """Cut groups of items that may share a step, such as batches of one class, into one row for each step.
 
-        A row has one item a process; the last row of a group may be shorter.
+        A row has one item for each process; the last row of a group may be shorter.
         """
         return [list(group[i : i + self.count]) for group in groups for i in range(0, len(group), self.count)]
 
     def equally_often(self, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-        """As many items in every process as the one with the most has: forward passes of a sharded model must meet.
+        """Yield equally many items in every process, as many as the most: a sharded model runs in all at once.
 
         Args:
-            items: This process's own; an exception it raises is raised in all processes.
+            items: The items of this process; if reading them raises an error, all processes raise one.
 
         Yields:
-            An item, and whether it is this process's next; otherwise it is one to keep up with the others.
+            An item, and whether it is this process's next; if not, it only keeps the process in step with the others.
         """
         source, spare = iter(items), None
         while True:
@@ -77,10 +77,10 @@ class Processes:
                 spare = lent if spare is None else spare
             yield (spare if item is None else item), item is not None  # type: ignore[misc]
 
-    # ---- what they found --------------------------------------------------------------------------------------------
+    # ---- the results ------------------------------------------------------------------------------------------------
 
     def add(self, tensor: Tensor) -> None:
-        """Add a tensor over all processes, in place, wherever it lives: a backend may know its own device only."""
+        """Add a tensor over all processes, in place. It may be on any device: it is copied to that of the backend."""
         if self.count == 1:
             return
         there = tensor.to(self._state.device)
@@ -93,7 +93,7 @@ class Processes:
         return gather_object(items) if self.count > 1 else items
 
     def from_one(self, item: T, rank: int = 0) -> T:
-        """The item of one process, in all."""
+        """Return the item of one process, in all processes."""
         if self.count == 1:
             return item
         held = [item]
@@ -101,15 +101,15 @@ class Processes:
         return held[0]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have come to this call."""
         self._state.wait_for_everyone()
 
     @contextmanager
     def agreeing(self, doing: str) -> Iterator[None]:
-        """A process's own work, of which none may go on if one has failed: the others would wait for it in vain.
+        """Run each process's own work, and stop all if one fails, since the others would wait for it without end.
 
         Raises:
-            AnotherProcessFailed: In the others, with what the one that failed has raised; that one raises its own.
+            AnotherProcessFailed: In the other processes, with the error of the one that failed, which raises its own.
         """
         if self.count == 1:
             yield

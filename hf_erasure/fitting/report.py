@@ -1,4 +1,4 @@
-"""What a fit found and did, site by site; and what a figure is about, and whether it became better."""
+"""The report of a fit, site by site; and functions that tell what a figure is about and whether it became better."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 else:
     figures = Later("matplotlib.figure", "plot")
 
-# What is left at a visit counts for rounding up to here, as a share of |x| |z|: activations in float32 that went
-# through several blocks differ by about so much of their size.
+# What an eraser leaves at a visit counts as rounding up to this share of |x| |z|: float32 activations that went through
+# several blocks differ by about this share of their size.
 SETTLED = 1e-5
 # Colours of the lines and bars of pictures.
 BEFORE, AFTER = "#b3541e", "#1f5f8b"
@@ -47,26 +47,26 @@ class SiteReport:
 
     Attributes:
         site: The module's name, or `last_hidden_state` (`encoder_last_hidden_state`), where nothing is erased but
-            everything downstream reads.
-        visit: None, or which call of the module in one forward pass this line is about, from 1. Where layers share a
-            module, its eraser is fitted on all visits together; their leakage is measured together and at each.
-        width: Features.
-        rank: Directions erased; None where no eraser sits.
+            which everything downstream reads.
+        visit: The call of the module in one forward pass that this line is about, from 1; None for all calls. Where
+            layers share a module, its eraser is fitted on all visits; leakage is measured over all and at each.
+        width: The number of features.
+        rank: The number of directions erased; None without an eraser.
         visits: How often the module was called in one forward pass of the fit. Its eraser removes what the concept
-            adds to any of them: up to so many times as many directions. A fit in one pass (`sequential=False`) promises
-            nothing at later visits, which erasers change.
-        residual: Where it was called several times, the largest cross-covariance with the concept that is left at a
-            visit, as a share of `|x| |z|`: an eraser changes what arrives at later visits, and is fitted again until
-            this is nothing but rounding. The guarantee does not hold where it is more.
-        rows: Labelled rows the eraser was fitted on.
+            adds to any of these calls, up to `visits` times as many directions. A fit in one pass (`sequential=False`)
+            guarantees nothing at later visits, whose activations are changed by erasers.
+        residual: Where the module was called several times, the largest cross-covariance with the concept that is left
+            at a visit, as a share of `|x| |z|`. An eraser changes what arrives at later visits, so it is fitted again
+            until only rounding is left. Where more is left, the guarantee does not hold.
+        rows: The number of labelled rows that the eraser was fitted on.
         correlation_fit: Largest canonical correlation with the concept on the rows it was fitted on, before erasure.
             In-sample: close to 1 wherever rows are not many more than features.
         correlation_before: Leakage without the adapter: the correlation with the concept on `eval_batches`, a magnitude
             between 0 and 1, of what the fit guards: tokens, or with `pool="mean"` the mean over each sequence.
-        correlation_after: The same with it.
-        interval_before: 95 % about it, by Fisher's z over distinct sequences, or over environments where batches name
-            these; halves are made of whole ones then.
-        interval_after: The same with the adapter.
+        correlation_after: The same with the adapter.
+        interval_before: The 95 % interval of `correlation_before`, by Fisher's z over distinct sequences, or over
+            environments where batches name these. Then each half of the rows has whole environments.
+        interval_after: The same for `correlation_after`.
         change_labelled: `sqrt(E|r(x) − x|² / E|x − E x|²)` over labelled rows, held out where `eval_batches` were
             given. For a last hidden state: how far the whole adapter moves it.
         change_ignored: The same over real positions without a label; needs `eval_batches`.
@@ -89,7 +89,7 @@ class SiteReport:
 
     @property
     def name(self) -> str:
-        """The site, and which visit of it."""
+        """The name of the site, with the visit where the line is about one."""
         return self.site if self.visit is None else f"{self.site}, visit {self.visit}"
 
 
@@ -99,21 +99,21 @@ class ErasureReport:
 
     Attributes:
         concept: What was erased.
-        adapter_name: The adapter.
-        method: As in the adapter's configuration.
-        pool: Which rows a sequence label counted for: what is guarded, and what the figures are of.
+        adapter_name: The name of the adapter.
+        method: The method in the adapter's configuration.
+        pool: Which rows a sequence label counted for. These rows are guarded, and the figures are about them.
         reader: What the model's head reads, in words.
-        examples: Sequences fitted on.
-        tokens: Real positions fitted on.
-        eval_examples: Sequences of `eval_batches`; 0 without them.
-        eval_fitted: How many of these were fitted on, too.
-        sites: One `SiteReport` a site in the model's order, the last hidden states at the end. Behind a module that is
-            called several times in one forward pass, one more for each visit; needs `eval_batches`.
-        reach: What of the hidden states stays un-erased, in a sentence.
+        examples: The number of sequences that were fitted on.
+        tokens: The number of positions that were fitted on, without padding.
+        eval_examples: The number of sequences of `eval_batches`; 0 without them.
+        eval_fitted: How many of the `eval_examples` were fitted on, too.
+        sites: One `SiteReport` for each site in the model's order, the last hidden states at the end. With
+            `eval_batches`, lines for each visit follow a module that is called several times in one forward pass.
+        reach: Which hidden states stay un-erased, in a sentence.
         classes: How many classes the concept has; None for values.
-        counterfactuals: How many of the texts' counterfactuals were fitted on.
-        environments: In how many environments the concept was erased, such as templates.
-        eval_environments: In how many environments the rows of `eval_batches` are, of which halves and intervals are
+        counterfactuals: How many counterfactuals of the texts were fitted on.
+        environments: In how many environments, such as templates, the concept was erased; None without them.
+        eval_environments: In how many environments the rows of `eval_batches` are, from which halves and intervals are
             made; None where the batches name none.
     """
 
@@ -134,7 +134,7 @@ class ErasureReport:
     eval_environments: int | None = None
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row a line, indexed by the site; columns are the attributes of `SiteReport`, and `attrs` says of what.
+        """The lines as rows, indexed by site; columns are attributes of `SiteReport`; `attrs` has pool and rows.
 
         There is a column `visit` where a module is called several times in one forward pass, without a value in the
         row of all visits together.
@@ -148,7 +148,7 @@ class ErasureReport:
         return asdict(self) | {name: getattr(self, name) for name in ("measured_on", "leakage", "shortfall")}
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The same as JSON, written to a file as well where a path is given."""
+        """The content of `to_dict` as JSON; where a path is given, it is also written to that file."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
@@ -176,7 +176,7 @@ class ErasureReport:
         """The line of one site, all its visits together.
 
         Raises:
-            KeyError: Names the sites there are.
+            KeyError: The report does not have this site; the message names its sites.
         """
         for line in self.sites:
             if line.site == site:
@@ -194,7 +194,7 @@ class ErasureReport:
 
     @property
     def leakage_intervals(self) -> dict[str, list[float]]:
-        """The ends of the interval before and of that after, by site; of the sites of `leakage`."""
+        """The two ends of the interval before and the two of the interval after, for each site of `leakage`."""
         return {
             line.site: [*line.interval_before, *line.interval_after]
             for line in self.sites
@@ -203,7 +203,7 @@ class ErasureReport:
 
     @property
     def residuals(self) -> dict[str, float]:
-        """What is left by site, of those where it is more than rounding: the guarantee does not hold there."""
+        """Site → its residual, for sites where it is more than rounding: the guarantee does not hold there."""
         known = {line.site: line.residual for line in self.sites if line.residual is not None}
         return {site: left for site, left in known.items() if left > SETTLED}
 
@@ -233,23 +233,23 @@ class ErasureReport:
 
     @property
     def groups(self) -> int:
-        """How many independent groups it was fitted on: texts, or the environments that they were made in."""
+        """How many independent groups were fitted on: texts, or the environments that the texts were made in."""
         return min(self.examples, self.environments or self.examples)
 
     @property
     def expected_reading(self) -> float | None:
         """The accuracy that a linear probe is expected to reach on other texts, if it is fitted anew on them.
 
-        By the formula of `hf_erasure.erasers.expected_accuracy`, at the last site that was measured, from the
-        correlation there without the adapter. None for other concepts than two classes, with counterfactuals, which do
-        better, and without `eval_batches`.
+        The formula is that of `hf_erasure.erasers.expected_accuracy`, for the last site that was measured and its
+        correlation without the adapter. None for concepts other than two classes, for methods other than LEACE, with
+        counterfactuals, which leave less than the formula says, and without `eval_batches`.
         """
         measured = [line for line in self.sites if line.correlation_before is not None and line.width is not None]
         if self.classes != 2 or self.counterfactuals or not measured or self.method != "leace":
             return None
         line = measured[-1]
         correlation = min(line.correlation_before or 0.0, 1 - 1e-9)
-        # Of two balanced classes at a distance of m standard deviations the correlation is m / √(m² + 4).
+        # For two balanced classes at a distance of m standard deviations the correlation is m / √(m² + 4).
         before = NormalDist().cdf(correlation / (1 - correlation**2) ** 0.5)
         return expected_accuracy(before, line.width or 1, self.groups)
 
@@ -268,7 +268,7 @@ class ErasureReport:
 
     @property
     def measured_on(self) -> str:
-        """What the figures are on: held-out rows, or fitted ones, and in how many environments these are, if named."""
+        """The rows that the figures are on, in words: held out or fitted, and in how many environments, if named."""
         if not self.eval_examples:
             return in_words(self.examples, self.examples)
         return in_words(self.eval_examples, self.eval_fitted, self.eval_environments)
@@ -305,11 +305,11 @@ class ErasureReport:
         """Leakage by depth, before and after, and how far activations moved.
 
         Args:
-            path: Where to write the figure as well.
+            path: A file to which the figure is also written, or None.
 
         Raises:
-            ImportError: Without matplotlib.
-            ValueError: If no leakage was measured.
+            ImportError: If matplotlib is not installed.
+            ValueError: If leakage was not measured.
         """
         if not self.leakage:
             raise ValueError("There is no leakage to plot: fit with eval_batches=….")
@@ -384,12 +384,12 @@ def in_words(examples: int, fitted: int, environments: int | None = None) -> str
 
 
 def badness(value: float, better: str, ideal: float | None) -> float:
-    """How far a value falls short of the ideal: 0 there, and beyond it too unless it is to be met exactly.
+    """How far a value falls short of the ideal: 0 at the ideal, and beyond it too unless `better` is `"closer"`.
 
     Args:
         value: The value.
         better: `"lower"`, `"higher"` or `"closer"`.
-        ideal: The best value. None where there is none: then only the order of two values counts.
+        ideal: The best value. None for a measure without one: then only the order of two results has a meaning.
     """
     if ideal is None:
         return value if better == "lower" else -value
@@ -401,9 +401,9 @@ def badness(value: float, better: str, ideal: float | None) -> float:
 def verdict(
     base: float, value: float, interval: Sequence[float] | None, better: str, ideal: float | None = None
 ) -> str:
-    """What an adapter does to a measure, whose value was that of the `base`: `"better"` or `"worse"`.
+    """Whether an adapter made a measure `"better"` or `"worse"`; `base` is the value without the adapter.
 
-    Nothing where there is no interval about the value, or where it holds the base's. The others as in `badness`.
+    An empty string without an interval, or where the interval contains `base`. Other arguments are as in `badness`.
     """
     if interval is None or interval[0] <= base <= interval[1]:
         return ""
@@ -412,7 +412,7 @@ def verdict(
 
 
 def concept_of_config(config: Any) -> str | None:
-    """What an adapter is about: `GENDER`, `POS`, `STEREOTYPES` or what it calls its own; None of other libraries'."""
+    """The concept of an adapter: `GENDER`, `POS`, `STEREOTYPES` or its own name; None for other libraries' adapters."""
     name = getattr(config, "feature", None) or getattr(config, "concept", None)
     apart = re.sub(r"([a-z])([A-Z])", r"\1 \2", str(name)).lower()
     words = " ".join(["", *re.findall(r"[^\W_]+", apart), ""])
@@ -429,7 +429,7 @@ def concept_of_config(config: Any) -> str | None:
 
 
 def female_and_male(classes: Sequence[str]) -> tuple[int, int] | None:
-    """Where the female and the male class stand, if the classes are these two."""
+    """The indices of the female and of the male class, if the classes are these two."""
     labels = [label.strip().lower() for label in classes]
     female, male = ([i for i, label in enumerate(labels) if label in names] for names in (FEMALE, MALE))
     return (female[0], male[0]) if len(labels) == 2 and female and male else None

@@ -1,6 +1,6 @@
-"""What is fitted: an adapter's sites, how its model is run and looked at there, and the erasers that moments give.
+"""An adapter's sites, how the model is run and its activations are observed there, and the erasers of their moments.
 
-Which rows the label of a sequence counts for is the pool of a fit, by default what the model's head reads: `pool_for`.
+The pool of a fit says which rows the label of a sequence counts for; `pool_for` finds what the model's head reads.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .layouts import Layouts, few_rows, observed, pairs_of, visit_of
 from .processes import Processes
 from .report import SiteReport
 
-# Where a head reads every token by itself, it reads these two as well.
+# A head that reads every token by itself also reads the tokens of these two pools.
 _POSITIONS = ("cls", "last")
-# Variance of an activation, as a share of its mean square, that the rounding of float32 statistics may make.
+# Rounding in float32 statistics may give a constant activation this much variance, as a share of its mean square.
 _ROUNDING = 1e-12
 
 
@@ -49,14 +49,14 @@ class FitTask:
     layouts: Layouts  # Tells what the axes of activations are.
     pool: str  # Which rows a sequence label counts for, one of `POOLS`.
     reader: str  # What the model's head reads, in words.
-    processes: Processes  # Those that share the data.
+    processes: Processes  # The processes that share the data.
     progress: bool = False  # Whether this process shows progress bars.
-    linear: Collection[str] = ()  # The sites whose erasers have no affine part; `solved` says which.
+    linear: Collection[str] = ()  # The sites whose erasers have no affine part; `solved` sets them.
 
     def in_step(self, batches: Iterable[BatchLabels]) -> Iterator[tuple[BatchLabels, bool]]:
-        """The batches to run the model on, and which of them count.
+        """The batches to run the model on, each with whether it counts.
 
-        Every forward pass of a sharded model needs all processes, so that those with fewer batches repeat one.
+        Every forward pass of a sharded model needs all processes, so processes with fewer batches repeat one.
         """
         if self.runner.is_sharded and self.processes.count > 1:
             return self.processes.equally_often(batches)
@@ -68,10 +68,10 @@ class FitTask:
         observer: Callable[[BatchLabels | None, str, int, Tensor], Tensor],
         then: Callable[[BatchLabels], None] = lambda labels: None,
     ) -> None:
-        """Run the model over this process's batches; `then` is called with each that counts after its pass.
+        """Run the model over this process's batches; `then` is called with each batch that counts, after its pass.
 
-        The observer sees the batch, the site, how often this was visited, and its activation in the place of the
-        adapter's eraser, and returns what goes on; the batch is None where it does not count.
+        The observer is called instead of the adapter's eraser, with the batch (None where it does not count), the site,
+        how often the site was visited, and the activation. It returns the activation that goes on.
         """
         running: list[BatchLabels | None] = [None]
         visits: Counter[str] = Counter()
@@ -99,10 +99,10 @@ def task_for(
     as_fitted: bool = False,
     progress: bool = False,
 ) -> tuple[FitTask, Iterator[Any]]:
-    """The task of fitting or measuring an adapter, and its labelled batches, of which the first was looked at.
+    """Look at the first batch, and return the task of fitting or measuring an adapter, and all labelled batches.
 
-    The labels are those of `concept`, by default of the adapter. `as_fitted` takes the pool that the adapter was fitted
-    for, if there is one and none is asked for.
+    The labels are those of `concept`, by default the adapter's own. With `as_fitted` and without `pool`, the pool is
+    the one that the adapter was fitted for, if that is recorded.
     """
     check_pool(pool)
     found, layers = adapter_to_fit(model, name)
@@ -111,7 +111,7 @@ def task_for(
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
     layouts = Layouts(runner, layers, name)
-    # Of a sharded model every forward pass needs all processes, and one of them may have no batch.
+    # Every forward pass of a sharded model needs all processes, and one of them may have no batch.
     few = processes.gathered([few_rows(first[0]) if first else None])
     rows = next((rows for rows in few if rows is not None), None)
     if rows is not None:
@@ -143,11 +143,11 @@ def pool_for(
 ) -> tuple[str, str]:
     """What a fit guards, one of `POOLS`, and what the model's head reads, in words.
 
-    Warns where the two are not the same, or where the second could not be found out. The model is the one that the
-    caller has given, `rows` are some of the first batch with the labels of `config`, or None where there is none.
+    Warns where the two differ, or where it could not be found what the head reads. `model` is the one that the caller
+    gave; `rows` are some rows of the first batch with the labels of `config`, or None without a batch.
     """
     if rows is None:
-        return pool or "tokens", ""  # fitting says what is wrong with the batches
+        return pool or "tokens", ""  # fitting raises an error about the batches later
     of_tokens = 2 if config.labels is not None else 3
     if pool in (None, "tokens") and "concept_labels" in rows and label_tensor(rows).dim() == of_tokens:
         return "tokens", "the labels are of single tokens"
@@ -160,7 +160,7 @@ def pool_for(
     if pool is None:
         if not reading.clear:
             warnings.warn(
-                f"pool=None: {reading.text}, so that all tokens count alike. Say what is to be guarded, "
+                f"pool=None: {reading.text}, so that all tokens count alike. Name what the fit should guard, "
                 f"pool={' or '.join(map(repr, POOLS))}, and pad batches on the side that the head expects.",
                 stacklevel=4,
             )
@@ -186,41 +186,41 @@ def pool_for(
 
 @dataclass(frozen=True)
 class SiteFit:
-    """The eraser of one site, and what its moments told."""
+    """The eraser of one site, and figures of the moments that it was solved from."""
 
     eraser: Eraser  # float64.
-    dtype: torch.dtype  # What the eraser is kept and applied in: float32, or float64 on float64 activations.
-    shares: Tensor  # `(z_dim,)` mean of the concept; the shares of the classes.
-    line: SiteReport  # Its line of the report, without what held-out batches tell.
-    axis: int = -1  # That of the features.
-    examples: int = 0  # That of the examples.
-    readings: Tensor | None = None  # `(rows, rank)`, what it reads in the mean of each class; None of several concepts.
+    dtype: torch.dtype  # The dtype of the stored eraser: float32, or float64 for float64 activations.
+    shares: Tensor  # `(z_dim,)` mean of the concept; for classes, the share of each class.
+    line: SiteReport  # The site's line of the report, without the figures of held-out batches.
+    axis: int = -1  # The axis of the features.
+    examples: int = 0  # The axis of the examples.
+    readings: Tensor | None = None  # `(rows, rank)`, what is read in the mean of each class; None for several concepts.
 
     def on_cpu(self) -> SiteFit:
-        """The same in main memory."""
+        """Return the fit with its tensors in main memory."""
         readings = None if self.readings is None else self.readings.cpu()
         return dataclasses.replace(self, eraser=self.eraser.to("cpu"), shares=self.shares.cpu(), readings=readings)
 
     def along(self, layouts: Layouts) -> SiteFit:
-        """The same along the axes that the features and the examples have at its site."""
+        """Return the fit with the axes that the features and the examples have at its site."""
         axis, examples = layouts.along(self.line.site)
         return dataclasses.replace(self, axis=axis, examples=examples)
 
     def erase(self, hidden: Tensor) -> Tensor:
-        """What an adapter with this eraser makes of an activation, to the bit."""
+        """Erase an activation as an adapter with this eraser does, equal to the bit."""
         return apply_erasure(hidden, *self.eraser.parts(hidden.device, self.dtype), self.axis)
 
 
 def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -> dict[str, SiteFit]:
-    """Solve for the erasers of sites, each in one of the processes; all end with the same fits.
+    """Solve for the erasers of sites, each in one of the processes; all processes end with the same fits.
 
-    The statistics are those of each concept that is erased, and perhaps of a background (`z_dim` is 0), of rows that
-    say what should not be disturbed.
+    `seen` has statistics for each concept that is erased, and may have some of a background (their `z_dim` is 0), whose
+    rows show what should not be disturbed.
     """
     processes = task.processes
     with processes.agreeing("solving for its sites"):
         mine = {site: solve_site(site, seen, task.config, site in task.linear) for site in processes.mine(sites)}
-    # Processes hand over what lies in main memory.
+    # Processes exchange tensors in main memory.
     own = mine if processes.count == 1 else {site: fit.on_cpu() for site, fit in mine.items()}
     solved = {site: fit for fits in processes.gathered([own]) for site, fit in fits.items()}
     return {site: solved[site].along(task.layouts) for site in sites}
@@ -230,8 +230,8 @@ def solve(task: FitTask, sites: Sequence[str], seen: Sequence[SiteStatistics]) -
 def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasureConfig, is_linear: bool) -> SiteFit:
     """Solve for one site, as `solve` does for several.
 
-    Of a module that is called several times the columns of all visits are erased, each taken about the means of its
-    visit. A linear map that nobody has asked for gives way to the affine one where there is none that keeps the mean.
+    For a module that is called several times the columns of all visits are erased, each taken about the means of its
+    visit. If no linear map keeps the mean, and the user did not ask for a linear one, the affine map is taken instead.
     """
     every = {key for statistics in seen for key in statistics.moments}
     keys = (visit_of(site, number) for number in itertools.count(1))
@@ -244,9 +244,9 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     background = of_background[0] if of_background else None
     for more in of_background[1:]:
         background.merge(more)  # type: ignore[union-attr]
-    # What was asked for, or what the guarantee needs at every visit.
+    # The rank that was asked for, or else the rank that the guarantee needs, once for each visit.
     rank = config.max_rank if config.rank is not None else config.max_rank * len(visits)
-    # The two are the same map, and the means of classes are those of one visit.
+    # Both methods give the same map, and mean projection takes the class means of one visit only.
     method = "orth" if len(visits) > 1 and config.method == "mean_projection" else config.method
     beside: list[tuple[Tensor, int | None]] = []
     try:
@@ -254,7 +254,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
         spread = moments.spread()
         mean, variance = spread.mean, spread.variance
         if bool(variance.max() <= _ROUNDING * (mean.square().mean() + variance.mean())):
-            # As the first norm of a [CLS] token: nothing varies, so nothing can be read.
+            # Nothing varies, as at the first norm of a [CLS] token, so nothing can be read.
             empty = torch.zeros(moments.x_dim, 0, dtype=torch.float64)
             eraser = Eraser(left=empty, right=empty.T.clone(), bias=None if is_linear else mean)
         else:
@@ -270,7 +270,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
     except ValueError as error:
         raise ValueError(f"At {site!r}: {error}") from error
     acts = eraser.rank > 0
-    # The readings of an affine LEACE eraser of these rows have all that is in the correlations.
+    # The readings of an affine LEACE eraser of these rows hold all that the correlations need.
     is_own = method == "leace" and background is None and len(labelled) == 1 and eraser.bias is not None
     is_own = is_own and not kept and not beside
     line = SiteReport(
@@ -289,7 +289,7 @@ def solve_site(site: str, seen: Sequence[SiteStatistics], config: ConceptErasure
 
 
 def _beside(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tuple[Tensor, int | None]]:
-    """What is erased beside the class differences, with the number of directions: of pairs, and of environments."""
+    """The columns of pairs and of environments that are erased too, each with its number of directions (None: all)."""
     found: list[tuple[Tensor, int | None]] = []
     for statistics in sources:
         concept, strata = statistics.concept, statistics.strata
@@ -306,9 +306,9 @@ def _beside(sources: Sequence[SiteStatistics], visits: Sequence[str]) -> list[tu
 
 
 def _correlation(part: ConceptMoments, eraser: Eraser | None) -> float:
-    """The largest canonical correlation; from what an eraser reads where that tells it, without solving again.
+    """The largest canonical correlation; where an eraser is given, from its readings, without solving again.
 
-    The readings of LEACE are uncorrelated with variance 1, in the shrunk covariance that both take.
+    The readings of LEACE are uncorrelated with variance 1, in the shrunk covariance that eraser and correlation take.
     """
     if eraser is None:
         return float(part.canonical_correlations()[0])
@@ -319,8 +319,8 @@ def _correlation(part: ConceptMoments, eraser: Eraser | None) -> float:
 def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptErasureConfig) -> Tensor:
     """`(rows, rank)` float64: what an eraser reads, about its bias, in the mean of each class.
 
-    Of a concept of values it is read where those are, at the origin and at each column, as regression tells; of several
-    visits it is the mean of all.
+    For a concept of values, the means are those that a regression gives at the value 0 and at 1 in each column. For
+    several visits, the readings are those of the mean over all visits.
     """
     total = sum(part.weight for part in visits)
     places = []
@@ -339,7 +339,7 @@ def _readings(eraser: Eraser, visits: Sequence[ConceptMoments], config: ConceptE
 
 
 def known_readings(config: ConceptErasureConfig, fits: Iterable[SiteFit]) -> tuple[list[str] | None, list[int]]:
-    """Of what fits know what it reads, as the configuration names it, and the rows that it has in their readings."""
+    """The names of the classes or columns whose readings all fits have (None if a fit has none), and their rows."""
     rows: list[int] = []
     names = None
     known = list(fits)

@@ -518,7 +518,7 @@ def test_groups_of_sites_need_batches_that_can_be_read_again(
 ) -> None:
     monkeypatch.setattr("hf_erasure.fitting.fit.MOST_BYTES", 1)
     fit(with_adapter(), iter(small_batches("bert", 4)))
-    assert "give a list or a DataLoader in the place of an iterator" in caplog.text
+    assert "give a list or a DataLoader instead of an iterator" in caplog.text
     with pytest.raises(ValueError, match="gave 64 examples in one pass over them and 48 in the next"):
         fit(with_adapter(), DataLoader(_Stream(4, 3), batch_size=None))
 
