@@ -1,4 +1,4 @@
-"""How a model is run and read. Knows transformers and torch, and nothing of erasure or GRADIEND."""
+"""Runs a model and reads its activations and outputs. It uses transformers and torch, not erasure or GRADIEND."""
 
 from .pooling import POOLS, Reading, check_pool, counted, pooled, reading_of
 

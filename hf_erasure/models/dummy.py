@@ -15,7 +15,7 @@ from .model import Runner, evaluating, input_device, is_encoder_decoder, on_cpu,
 ROWS = 2
 # Tokens of a text; an odd number, unlike widths, counts of heads and windows.
 LENGTH = 7
-# So many samples of a sound give several frames after the convolutions of any speech encoder here.
+# Samples of a sound: enough for several frames after the convolutions of any speech encoder here.
 _SAMPLES = 4000
 _FRAMES = 128
 _PARTS = (
@@ -26,18 +26,18 @@ _PARTS = (
 
 @on_cpu()
 def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] | None = None) -> dict[str, Any]:
-    """A small input that the model, bare or not, accepts: it was run on it, and says that no cache is to be kept.
+    """Return a small input that the model, bare or wrapped, has accepted in a run; it turns the cache off.
 
-    Its own `dummy_inputs` come first, then what its main input and its configuration suggest, with as few others as it
-    needs: of a language model with a tower for images, text alone. `watch` is given the call of the model, and makes
-    it; what comes out for an input that the model refuses does not count. Raises a `ValueError` if it accepts none of
-    those.
+    The model's own `dummy_inputs` are tried first, then inputs that follow from its main input and its configuration,
+    with as few others as it needs: a language model with a tower for images gets text alone. `watch` is passed the call
+    of the model, and must make it; what it sees for an input that the model refuses does not count. Raises a
+    `ValueError` if the model accepts none of these inputs.
     """
     runner, reasons = Runner(model), []
     base = runner.model
     dtype = next((value.dtype for value in base.parameters() if value.is_floating_point()), torch.float32)
     for made in _suggested(base):
-        # What a model's own inputs leave open is None there; images and sounds are numbers as the weights are.
+        # A model's own inputs may hold None for an input that is not given. Images and sounds get the weights' dtype.
         batch = {name: value.to(input_device(base)) for name, value in made.items() if isinstance(value, Tensor)}
         batch |= {name: value.to(dtype) for name, value in batch.items() if value.is_floating_point()}
         call = partial(runner, batch, runner.callee if runner.is_sharded else base)
@@ -47,7 +47,7 @@ def dummy_batch(model: nn.Module, watch: Callable[[Callable[[], Any]], object] |
         except Exception as error:
             reasons.append(f"{'+'.join(made)}: {type(error).__name__}: {error}")
             continue
-        # A cache of a model that mixes kinds of layers need not take a short text.
+        # The cache of a model that mixes kinds of layers may not accept a short text.
         return batch | ({"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {})
     raise ValueError(
         f"{type(base).__name__} has no dummy input to compare outputs on: pass batch=, its inputs. "
@@ -64,7 +64,7 @@ def text_alone(base: Any) -> dict[str, Tensor]:
 def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
     main, config = getattr(base, "main_input_name", "input_ids"), getattr(base, "config", None)
     own = getattr(base, "dummy_inputs", None)
-    # Where each tower encodes by itself, all are to be run, which a text alone does not do.
+    # Where each tower encodes by itself, all of them must run, and a text alone runs only one.
     encodes_all = hasattr(base, "get_text_features")
     if isinstance(own, dict) and main in own and not encodes_all:
         yield own
@@ -88,7 +88,7 @@ def _suggested(base: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _of(config: Any, *names: str) -> Any:
-    """The first of these values in a configuration, or in those of its parts."""
+    """The first value with one of these names in a configuration, or in the configurations of its parts."""
     parts = [config, *(getattr(config, part, None) for part in _PARTS)]
     found = (getattr(part, name, None) for part in parts if part is not None for name in names)
     return next((value for value in found if value is not None), None)
@@ -98,12 +98,12 @@ def _text(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
     config = base.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     words = _of(text, "vocab_size") or _of(config, "vocab_size", "src_vocab_size") or 100
-    # Tokens that stand for images or sounds have a meaning of their own; they are the last, as a rule.
+    # Tokens that stand for images or sounds have a meaning of their own; usually they have the largest ids.
     most = max(2, min(words if isinstance(words, int) else min(words), 60))
     ids = torch.randint(most // 6, most, (ROWS, LENGTH), generator=noise)
     end = _of(text, "eos_token_id")
     if is_encoder_decoder(base) and isinstance(end, int) and end < most:
-        # Heads that classify read the states at these tokens, and want as many of them in each text (BART, T5).
+        # Heads that classify read the states at end tokens, and need the same number of them in each text (BART, T5).
         ids = ids.masked_fill(ids == end, most - 1 if end < most - 1 else most - 2)
         ids[:, -1] = end
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -113,7 +113,7 @@ def _text(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
 
 
 def _decoder(base: Any, takes: Any, noise: torch.Generator) -> dict[str, Tensor]:
-    if is_encoder_decoder(base) and "decoder_input_values" in takes:  # a decoder of sounds without its own first layers
+    if is_encoder_decoder(base) and "decoder_input_values" in takes:  # a decoder of sounds that lacks its first layers
         return {
             "decoder_input_values": torch.randn(ROWS, LENGTH, _of(base.config, "hidden_size") or 1, generator=noise)
         }

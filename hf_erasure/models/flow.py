@@ -1,10 +1,10 @@
-"""What flows through a model: which of its norms read or write the hidden state that its blocks pass on.
+"""Finds which norms of a model read or write the hidden state that its blocks pass on.
 
-One small forward pass is watched operation by operation. What a block takes is the hidden state; so is what is made of
-it by adding to it, and by rearranging, cutting or scaling. A norm that takes the hidden state, and whose output goes on
-as the hidden state (post-LN) or comes back to it in a sum (pre-LN), normalises it; so does one whose output is added to
-it as it is (Gemma 2, the last BatchNorm of a residual branch). Norms of queries and keys, of gates, of states of a
-mixer and of patches do neither.
+One small forward pass is watched operation by operation. The input of a block is the hidden state; so is a tensor that
+is made of it by adding to it, rearranging, cutting or scaling. A norm that takes the hidden state normalises it if the
+norm's output goes on as the hidden state (post-LN), or if a branch computed from the output is added to the hidden
+state (pre-LN). A norm whose output is itself added to the hidden state (Gemma 2, the last BatchNorm of a residual
+branch) normalises it too. Norms of queries and keys, of gates, of states of a mixer and of patches do neither.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _MIXINGS = {"bmm", "mm", "baddbmm"}
 
 @dataclass(frozen=True)
 class Trace:
-    """What is known of a tensor."""
+    """What is known about a tensor."""
 
-    # The sizes of the hidden state that it is or is made of by rearranging; empty where it is not.
+    # The shape of the hidden state that the tensor is, or is a rearrangement of; empty if it is neither.
     sizes: tuple[int, ...] = ()
-    # Names of norms that it was computed from since the last sum with the hidden state.
+    # The names of the norms that it was computed from since the last sum with the hidden state.
     norms: frozenset[str] = frozenset()
-    output_of: str | None = None  # The norm whose output it is, rearranged or scaled at most.
-    is_rearranged: bool = False  # Whether it is that output no more as it was.
+    output_of: str | None = None  # The norm whose output it is, at most rearranged or scaled.
+    is_rearranged: bool = False  # Whether that output was rearranged or scaled.
     is_begun: bool = False  # Whether it has been in a block; embeddings have not.
-    # The norm whose output was added to, where that is taken for a hidden state of its own.
+    # The norm to whose output another tensor was added, where the sum may be a hidden state of its own.
     begun_by: str | None = None
 
 
@@ -65,19 +65,19 @@ class Flow(TorchDispatchMode):
         self._traces = WeakTensorKeyDictionary()
         self._reads: set[str] = set()
         self._kept: set[str] = set()
-        self._hidden: set[tuple[int, ...]] = set()  # shapes of what blocks take
+        self._hidden: set[tuple[int, ...]] = set()  # the shapes of the inputs of blocks
         self._called: list[str] = []
-        # Of the blocks and their parts that run at present, from the outermost: whether it is a block.
+        # For each block and part of a block that runs at present, from the outermost: whether it is a block.
         self._running: list[bool] = []
-        # Some models call what is in their blocks without calling these.
+        # Some models call the children of a block without calling the block.
         blocks = blocks_of(model)
         self._blocks = {id(block) for block in blocks}
         self._children = {id(part) for block in blocks for part in block.children()} - self._blocks
         self._norms = {id(module) for module in model.modules() if is_norm(module)}
         self._within = tuple(f"{name}." for name, m in model.named_modules() if id(m) in self._blocks)
-        # Modules inside a block that have several parts with weights. A norm whose output such a one takes as it is,
-        # with the shape of a hidden state, normalises that of a branch without a sum in between (Zamba's shared block).
-        # What adapters hang on or around a layer are not parts of it.
+        # Modules inside a block that have several parts with weights. If such a module takes the output of a norm
+        # unchanged, in the shape of a hidden state, the norm normalises the hidden state of a branch, without a sum in
+        # between (Zamba's shared block). The modules that an adapter adds to a layer are not parts of it.
         self._parts = {
             id(m)
             for name, m in model.named_modules()
@@ -105,15 +105,15 @@ class Flow(TorchDispatchMode):
         known = self._traces.get(hidden, _NOTHING)
         is_direct = known.output_of is None or not known.is_rearranged
         is_inside = known.is_begun or name.startswith(self._within)
-        # Of sounds, where there are none, it is empty (Higgs Audio).
+        # The hidden state of sounds is empty where a batch has none (Higgs Audio).
         if id(module) in self._norms and hidden.numel() and is_direct and is_inside:
             features = {p.numel() for p in module.parameters(recurse=False)} or {hidden.shape[-1]}
             if features & set(known.sizes):
                 self._reads.add(name)
-                # One of a hidden state that is normalised twice, or the one whose sum with a branch is.
+                # The former norm of a state that is normalised twice, or the norm whose sum with a branch is taken.
                 self._kept |= {norm for norm in (known.output_of, known.begun_by) if norm is not None}
         if id(module) in self._blocks:
-            for given in floats_of((args, kwargs)):  # reversible blocks take two
+            for given in floats_of((args, kwargs)):  # reversible blocks take two hidden states
                 if given.shape == hidden.shape:
                     known = self._traces.get(given, _NOTHING)
                     self._hidden.add(tuple(given.shape))
@@ -130,9 +130,9 @@ class Flow(TorchDispatchMode):
     def _leave(self, name: str, module: nn.Module, args: tuple, output: Any) -> None:
         if not name or isinstance(module, PreTrainedModel):
             parts = list(output.items()) if isinstance(output, Mapping) else []
-            for _, value in parts:  # which grows meanwhile
+            for _, value in parts:  # the loop extends the list
                 parts += value.items() if isinstance(value, Mapping) else ()
-            # The last hidden states among what a model returns: those called so, or else the first tensor.
+            # The last hidden states in the output of a model: the tensors with such a name, or else the first tensor.
             states = [tensor for key, value in parts if key.endswith(_LAST) for tensor in tensors_of(value)]
             ends = [self._traces.get(tensor, _NOTHING).output_of for tensor in states or tensors_of(output)[:1]]
             self._kept |= {last for last in ends if last is not None}
@@ -143,7 +143,7 @@ class Flow(TorchDispatchMode):
         if id(module) in self._norms and found is not None:
             taken = self._traces.get(args[0], _NOTHING) if args else _NOTHING
             if taken.sizes and name not in self._reads and not taken.is_begun:
-                self._traces[found] = Trace(taken.sizes)  # of embeddings
+                self._traces[found] = Trace(taken.sizes)  # the norm of embeddings
             else:
                 self._called.append(name)
                 sizes = taken.sizes if name in self._reads else ()
@@ -152,7 +152,7 @@ class Flow(TorchDispatchMode):
             self._running.pop()
         ended = None if found is None else self._traces.get(found, _NOTHING).output_of
         if id(module) in self._blocks and ended is not None:
-            self._kept.add(ended)  # it gives the hidden state that goes on
+            self._kept.add(ended)  # the block returns the hidden state that goes on
 
     # ---- operations --------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class Flow(TorchDispatchMode):
         if known:
             name = func.overloadpacket.__name__
             if name == "convolution" and args[8] > 1 and args[8] == args[0].shape[1]:
-                name = "view"  # a convolution of each channel by itself moves positions and no features
+                name = "view"  # a convolution of each channel by itself moves positions, not features
             trace = self._after(name, given, known)
             for made in floats_of(output):
                 self._traces[made] = trace
@@ -176,18 +176,18 @@ class Flow(TorchDispatchMode):
             ends = {trace.output_of for _, trace in known} - {None}
             of_block = bool(self._running) and self._running[-1] and len(known) > 1 and bool(norms & self._reads)
             if hidden is not None or len(ends) > 1 or of_block:
-                # Two norms that are added begin another hidden state: a branch, and what it goes around by. So does
-                # what a block itself adds of what its parts gave (Hiera).
+                # The sum of the outputs of two norms begins another hidden state: one of them is a branch. So does a
+                # sum of the outputs of a block's parts that the block itself makes (Hiera).
                 return self._summed(known, hidden or Trace(tuple(known[0][0].shape), is_begun=True))
             if ends and len(known) > 1:
-                # So does one whose sum with a branch is normalised, which shows later (MobileBERT).
+                # So does the sum of one norm's output and a branch if it is normalised, which shows later (MobileBERT).
                 return Trace(tuple(known[0][0].shape), norms, is_begun=True, begun_by=ends.pop())
         if operation in _MIXINGS and hidden is not None and hidden.output_of is None and len(known) > 1:
-            return hidden  # streams that are mixed by weights that were computed
+            return hidden  # streams that are mixed by computed weights
         if operation.startswith("_scaled_dot_product") and len(given) > 2:
             streams = self._traces.get(given[2], _NOTHING)
             if streams.sizes and given[2].dim() > len(streams.sizes):
-                return Trace(streams.sizes, is_begun=True)  # so are streams that lie side by side, once normalised
+                return Trace(streams.sizes, is_begun=True)  # attention mixes streams side by side, after a norm
         largest = max(given, key=Tensor.numel)
         scaled = operation in _SCALINGS and all(t is largest or t.numel() < largest.numel() for t in given)
         if operation in REARRANGING or scaled:
@@ -197,7 +197,7 @@ class Flow(TorchDispatchMode):
         return Trace(norms=norms)
 
     def _summed(self, known: list[tuple[Tensor, Trace]], hidden: Trace) -> Trace:
-        """The hidden state after a sum: what came back to it was computed from norms, of which some are its own."""
+        """Return the trace of a sum with the hidden state, and keep the norms that its other terms came from."""
         is_begun = any(trace.is_begun for _, trace in known if trace.sizes) or hidden.is_begun
         for _, trace in known if is_begun else ():
             if trace.output_of is not None:
@@ -208,7 +208,7 @@ class Flow(TorchDispatchMode):
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that pass a hidden state on: those in the outermost lists, and those with a norm in lists inside."""
+    """The modules that pass a hidden state on: those in the outermost lists, and those with a norm in inner lists."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
     found: list[nn.Module] = []
     for name, modules in lists.items():

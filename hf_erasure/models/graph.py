@@ -1,8 +1,8 @@
 """One forward pass as a graph: which activation was computed from which, by which operation and with which weight.
 
-Operations are watched as they come to the dispatcher. What is rearranged, cut out or multiplied by a number stays the
-same node, and it is noted where its entries have gone. So two modules that take views of one tensor are seen to, and so
-is along which axis of an activation, and of a weight, a product sums.
+Operations are watched at torch's dispatcher. An activation that is rearranged, cut or multiplied by a number stays the
+same node, and the graph keeps the new places of its entries. This shows that two modules take views of one tensor, and
+over which axis of an activation, and of a weight, a product sums.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .model import axis_of_kind, floats_of, is_norm, tensors_of
 
-# Operations whose result holds the entries of what they are given, elsewhere or fewer of them.
+# Operations whose result holds entries of their input, in other places or fewer of them.
 REARRANGING = {
     "_to_copy", "_unsafe_view", "_reshape_alias", "alias", "as_strided", "cat", "chunk", "clone", "constant_pad_nd",
     "copy_", "detach", "expand", "flatten", "flip", "gather", "im2col", "index", "index_put_", "index_put",
@@ -45,10 +45,10 @@ _POINTWISE = {
     "max_pool2d_with_indices", "upsample_bilinear2d", "upsample_nearest2d", "nan_to_num",
 }  # fmt: skip
 _SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
-# Kinds whose features lie where those of their parents do.
+# Kinds of nodes whose features lie on the same axis as the features of their parents.
 _ALIKE = {"sum", "join", "scaled", "featurewise", "pointwise"}
-_VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}  # not declared as such
-# Product → the places of its factors, and the axes of the second over which it sums and which it makes.
+_VIEWS = {"_unsafe_view", "_reshape_alias", "detach", "lift_fresh", "alias"}  # views that torch does not declare
+# Product → the places of its two factors, the axis of the second that it sums over, and the axis that its result keeps.
 _PRODUCTS = {
     "mm": (0, 1, 0, 1), "addmm": (1, 2, 0, 1), "bmm": (0, 1, 1, 2), "baddbmm": (1, 2, 1, 2), "linear": (0, 1, 1, 0),
     "_grouped_mm": (0, 1, 1, 2), "grouped_mm_fallback": (0, 1, 1, 2),
@@ -58,10 +58,10 @@ LINEAR = (nn.Linear.forward, Conv1D.forward)
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter, or what was cut out of it."""
+    """A parameter, or a tensor that was cut out of it."""
 
     parameter: nn.Parameter
-    # Axis of it by axis of the tensor, None where an axis is not one of its own; None if not known at all.
+    # For each axis of the tensor the axis of the parameter, None if there is none; None if the axes are not known.
     axes: tuple[int | None, ...] | None
 
 
@@ -74,74 +74,74 @@ class Call:
     module: nn.Module
     around: tuple[int, ...] = ()  # The numbers of the calls that it was made in, from the outermost.
     taken: tuple[Node, ...] = ()  # The nodes of the activations that it was called with.
-    sizes: tuple[int, ...] = ()  # The shape of the first of them.
-    place: tuple[Any, ...] | None = None  # Where that lies in memory, with its shape and strides.
-    given: Node | None = None  # The node of the first activation that it gave.
-    # The first of `taken` and `given`, each with where its entries have gone.
+    sizes: tuple[int, ...] = ()  # The shape of the first activation that it was called with.
+    place: tuple[Any, ...] | None = None  # The address of that activation in memory, its shape and its strides.
+    given: Node | None = None  # The node of the first activation that it returned.
+    # `"input"` and `"output"`: the first activations taken and returned, with the places of their entries.
     values: dict[str, _Value] = field(default_factory=dict)
-    # The linear layer that the module is, or that it wraps for another adapter; also a quantised one.
+    # The linear layer that the module is, or that it wraps for another adapter; it may be quantised.
     linear: nn.Module | None = None
-    is_whole: bool = False  # Whether it is such a layer or a norm, whose operations mean nothing to a reader.
+    is_whole: bool = False  # Whether the module is such a layer or a norm, whose inner operations are not recorded.
 
 
 @dataclass(frozen=True)
 class Product:
-    """What was multiplied by which weight."""
+    """A product of an activation with a weight."""
 
-    owner: str  # The name of the module that has the weight and ran; empty if that was not called.
-    call: int  # The number of that call; -1 if there was none.
-    parameter: str  # The name of the weight in its module; dotted from the model where that was not called.
-    reads: int | None  # The axis of the weight over which the product sums.
-    writes: int | None  # The axis of the weight along which its results lie.
-    # Where the factors lie in the node: along which axis (-1: several), the place of the first there, and how many
-    # entries behind it each is; None if that is not the same in all rows.
+    owner: str  # The name of the module that has the weight and ran; empty if that module was not called.
+    call: int  # The number of the call of the owner; -1 if it was not called.
+    parameter: str  # The name of the weight in its module; its full name in the model if the module was not called.
+    reads: int | None  # The axis of the weight that the product sums over.
+    writes: int | None  # The axis of the weight along which the results lie.
+    # Where the factors lie in the node: their axis (-1: several), the place of the first on it, and how many entries
+    # behind the first each lies; None if the rows differ in this.
     pattern: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter that multiplies what its module takes, or that makes what it returns."""
+    """A parameter that multiplies the input of its module, or that makes its output."""
 
-    module: str  # The name of the module that is called with the activation, or returns it.
+    module: str  # The name of the module that takes the activation, or returns it.
     parameter: str  # The name of the parameter in the module.
     axis: int  # The axis of the parameter along which the features of the hidden state lie.
 
 
 @dataclass(eq=False)
 class Node:
-    """An activation, and all that shows its entries."""
+    """An activation, with all tensors that show its entries."""
 
-    index: int  # Its place in the order of making.
-    # `"sum"`, `"join"` (cat and its like), `"scaled"` (by one number a row), `"featurewise"` (linear in each feature by
-    # itself), `"mixed"` (rows of the first parent, by computed weights), `"pointwise"`, `"norm"`, `"map"`,
+    index: int  # Its number, in the order in which nodes were made.
+    # `"sum"`, `"join"` (cat and the like), `"scaled"` (by one number for each row), `"featurewise"` (linear in each
+    # feature by itself), `"mixed"` (rows of the first parent, by computed weights), `"pointwise"`, `"norm"`, `"map"`,
     # `"parameter"`, `"constant"`, or `"opaque"`.
     kind: str
-    operation: str  # Of the dispatcher, or the name of the module that made it.
-    parents: tuple[Node, ...]  # What it was made of.
+    operation: str  # The name of the dispatcher's operation, or of the module, that made it.
+    parents: tuple[Node, ...]  # The nodes that it was made of.
     calls: tuple[int, ...]  # The numbers of the calls that ran, from the outermost.
-    product: Product | None  # The weight, of a map or parameter.
-    shape: tuple[int, ...]  # Of the tensor that was made.
-    before: int = 0  # Bits of the nodes that it was computed from.
-    behind: int = 0  # Bits of those from which it was computed by way of a weight.
+    product: Product | None  # The weight of a map or a parameter.
+    shape: tuple[int, ...]  # The shape of the tensor that was made.
+    before: int = 0  # The nodes that it was computed from: bit `i` stands for the node with index `i`.
+    behind: int = 0  # The nodes that it was computed from by way of a weight, as bits.
     is_zero: bool = False  # Whether it is a constant and zero.
-    width: int = 0  # How many features a norm has; 0 if not known.
-    # The axes of the features, as what it was made of tells; several where it mixes along several.
+    width: int = 0  # The number of features of a norm; 0 if not known.
+    # The axes of the features, derived from its parents; several if it mixes along several.
     features: frozenset[int] = frozenset()
 
 
 class Use(NamedTuple):
-    """An operation that did more with an activation than to show it: moved entries, or made another of them."""
+    """An operation on an activation that is not a plain view: it moved entries, or made another activation of them."""
 
-    taken: Node  # The node that it was given.
-    made: Node | None  # The node of what it made; None where that is not of numbers with a point.
-    operation: str  # Of the dispatcher, or the name of the module.
+    taken: Node  # The node that it was called with.
+    made: Node | None  # The node of its result; None if the result is not floating-point.
+    operation: str  # The name of the dispatcher's operation, or of the module.
     calls: tuple[int, ...]  # The numbers of the calls that ran, from the outermost.
 
 
 @dataclass(frozen=True)
 class _Value:
     node: Node
-    # The place of each entry in the node's tensor, from 1; 0 for entries of nothing. None: as they were made.
+    # The place of each entry in the node's tensor, from 1; 0 for an entry of another origin. None: all are in place.
     entries: Tensor | None
     time: int
 
@@ -157,7 +157,7 @@ class _Value:
 
 @torch.no_grad()
 def _along_weight(host: nn.Module, shape: Sequence[int]) -> set[int]:
-    """The axis along which the vector of a norm of its own kind, such as one of each head, scales what it is given."""
+    """The axis along which the weight vector of a model's own kind of norm (such as one for each head) scales."""
     weight = host._parameters.get("weight")
     if weight is None or weight.is_meta or weight.dim() != 1 or not is_norm(host):
         return set()
@@ -181,14 +181,14 @@ class Graph(TorchDispatchMode):
     """Watches one forward pass of a model.
 
     Args:
-        model: With its adapters, which are left out.
+        model: The model; its adapters do not take part.
         call: Makes the pass.
 
     Attributes:
         nodes: All activations, in the order in which they were made.
         calls: All calls of modules.
-        uses: What was done with activations and parameters, in order.
-        returned: Nodes that the model gives.
+        uses: All operations on activations and parameters, in order.
+        returned: The nodes that the model returns.
     """
 
     def __init__(self, model: nn.Module, call: Callable[[], Any]) -> None:
@@ -200,7 +200,7 @@ class Graph(TorchDispatchMode):
         self._values = WeakTensorKeyDictionary()
         self._weights = WeakTensorKeyDictionary()
         self._owners = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-        # What was last written into a storage; the tensor is kept, so that no other takes its place in memory.
+        # The last write into each storage; the tensor is kept, so that its memory is not used for another.
         self._written: dict[int, tuple[int, Node, Tensor]] = {}
         self._stack: list[Call] = []
         self._silent = 0
@@ -208,7 +208,7 @@ class Graph(TorchDispatchMode):
         with ExitStack() as hooks:
             for name, module in model.named_modules():
                 if isinstance(module, BaseTunerLayer) and "host" in module.__dict__:
-                    # Adapters of this package, which hang below what they act on, do not act.
+                    # Adapters of this package are children of their modules; they are turned off.
                     hooks.callback(setattr, module, "_disable_adapters", module._disable_adapters)
                     module._disable_adapters = True
                 if not hasattr(module, "host"):
@@ -221,7 +221,7 @@ class Graph(TorchDispatchMode):
 
     @cached_property
     def called(self) -> dict[str, list[Call]]:
-        """Path → the calls of modules there and below; a list is not called, and what is in it may be."""
+        """Path → the calls of the module there and of the modules below it; a list has only the calls below it."""
         found: dict[str, list[Call]] = {}
         for call in self.calls:
             for end in accumulate(call.name.split("."), "{}.{}".format):
@@ -229,10 +229,10 @@ class Graph(TorchDispatchMode):
         return found
 
     def features_at(self, host: nn.Module, side: str) -> set[int]:
-        """The axes that hold the features at a side of a module: as modules that take the activation tell, or else it.
+        """The axes of the features at a side of a module, from the modules that take the activation, or from itself.
 
         Args:
-            host: The module; empty if it was not called.
+            host: The module; the result is empty if it was not called.
             side: `"input"` or `"output"`.
         """
         own = next((call for call in self.calls if call.module is host), None)
@@ -240,14 +240,14 @@ class Graph(TorchDispatchMode):
             return set()
         value = own.values[side]
         takers = [call for call in self.calls if "input" in call.values and call.values["input"].is_same(value)]
-        if side == "input" and value.node.kind == "constant":  # what the model is given has no node that lasts
+        if side == "input" and value.node.kind == "constant":  # an input of the model gets a new node each time
             takers += [call for call in self.calls if call.place == own.place]
         kinds = {axis_of_kind(call.module, len(value.shape)) for call in takers} - {None}
         found = {axis for axis in kinds if axis is not None} or self._features_in(value)
         return found or (_along_weight(host, value.shape) if side == "output" else set())
 
     def _features_in(self, value: _Value) -> set[int]:
-        """The axes of a tensor along which all features of its node lie, in their order."""
+        """The axes of a tensor along which all features of its node lie, in the order of the node."""
         if value.entries is None:
             return set(value.node.features)
         node, sizes = value.node, {value.node.shape[axis] for axis in value.node.features}
@@ -255,7 +255,7 @@ class Graph(TorchDispatchMode):
         return {axis for axis in axes if whole_axis(_pattern(value, axis), node) in node.features}
 
     def _passed_on(self, name: str, args: tuple, tensor: Tensor, value: _Value, made: Tensor) -> set[int]:
-        """Where the features of a tensor lie in what is made of it and others entry by entry."""
+        """The axes of a tensor's features in a result that is made of it, and of others, entry by entry."""
         axes = self._features_in(value)
         if name == "stack":
             at = (args[1] if len(args) > 1 else 0) % made.dim()
@@ -334,7 +334,7 @@ class Graph(TorchDispatchMode):
         return node
 
     def _of(self, tensor: Tensor) -> _Value:
-        """What is known of a tensor; a parameter or a constant where nothing is."""
+        """The value of a tensor; if nothing is known about it, it is a new parameter or constant."""
         value, written = self._values.get(tensor), self._written.get(_storage(tensor))
         if written is not None and (value is None or value.time < written[0]):
             value = _Value(written[1], None, written[0])
@@ -373,7 +373,7 @@ class Graph(TorchDispatchMode):
         held = [self._held(t) for t in given]
         is_weight = bool(given) and None not in held
         is_followed = any(held) or any(t in self._values or _storage(t) in self._written for t in given)
-        # Before the operation, which may write over what it is given.
+        # They are taken before the operation, which may write over its input.
         values = {id(t): self._of(t) for t in given if is_followed and not is_weight and name not in _SHAPE_ONLY}
         output = func(*args, **kwargs)
         if given and name not in _SHAPE_ONLY and any(True for _ in floats_of(output)):
@@ -413,7 +413,7 @@ class Graph(TorchDispatchMode):
         if name in _PRODUCTS or name == "convolution":
             if (product := self._multiplied(name, args, values, made)) is not None:
                 return product, None
-            if name == "convolution":  # by a weight that is computed, such as a standardised one
+            if name == "convolution":  # its weight is computed, such as a standardised one
                 return self._node("opaque", name, told, made.shape, features={1}), None
             if name == "bmm" and self._held(args[0]) is None and self._held(args[1]) is None:
                 return self._node("mixed", name, nodes[::-1], made.shape), None
@@ -438,7 +438,7 @@ class Graph(TorchDispatchMode):
         return self._node("pointwise" if is_pointwise else "opaque", name, told, made.shape), None
 
     def _multiplied(self, name: str, args: tuple, values: dict, made: Tensor) -> Node | None:
-        """The node of a product with a weight, or of a convolution of each channel by itself; None of others."""
+        """The node of a product with a weight, or of a convolution of each channel by itself; None for others."""
         if name == "convolution":
             factor, held, axis, out = args[0], self._held(args[1]), 1, 1
             if args[8] > 1:
@@ -457,7 +457,7 @@ class Graph(TorchDispatchMode):
             return None
         ends: list[int | None] = []
         for end, size in ((reads, factor.shape[axis]), (writes, made.shape[out])):
-            at = held.axes[end]  # counts where all of the axis is there
+            at = held.axes[end]  # counts if the whole axis is there
             ends.append(at if at is not None and held.parameter.shape[at] == size else None)
         product = self._product(held, ends[0], ends[1], _pattern(values[id(factor)], axis, factor))
         return self._node("map", name, [values[id(factor)].node], made.shape, product, {out})
@@ -473,7 +473,7 @@ class Graph(TorchDispatchMode):
                 return value.node, value.entries
             sizes = (*[1] * (made.dim() - other.dim()), *other.shape)
             is_fixed = by.kind in ("constant", "parameter")
-            # A parameter has a number for each feature, wherever these lie.
+            # A parameter may have a number for each feature, on any axis.
             is_row = tensor.shape[-1:] == made.shape[-1:] and sizes[-1] == 1 and by.kind != "parameter"
             is_pixel = made.dim() == 4 and tensor.shape == made.shape and sizes[1] == 1 and not is_fixed
             kind = "scaled" if is_row or is_pixel else "featurewise" if is_fixed else ""
@@ -484,7 +484,7 @@ class Graph(TorchDispatchMode):
     def _rearranged(
         self, func: Any, name: str, args: tuple, kwargs: dict, told: list[Node], values: dict, made: Tensor
     ) -> tuple[Node, Any]:
-        if name == "copy_":  # what was there before does not count
+        if name == "copy_":  # the former content does not count
             value = values[id(args[1])] if isinstance(args[1], Tensor) and id(args[1]) in values else None
             if value is not None and args[1].shape == made.shape:
                 return value.node, value.entries
@@ -516,9 +516,9 @@ class Graph(TorchDispatchMode):
 
 
 def _shown(value: _Value, tensor: Tensor | None = None) -> Tensor:
-    """The place in the node of each entry of a tensor, from 1; float64, in the strides of the tensor where it is given.
+    """The place in the node of each entry of a tensor, from 1; float64, with the strides of the tensor if it is given.
 
-    Views of the tensor cannot be viewed likewise in other strides.
+    With other strides, views of the tensor could not be made of the places too.
     """
     if value.entries is not None and (tensor is None or value.entries.shape == tensor.shape):
         return value.entries
@@ -528,11 +528,11 @@ def _shown(value: _Value, tensor: Tensor | None = None) -> Tensor:
 
 
 def _pattern(value: _Value, axis: int, tensor: Tensor | None = None) -> tuple[int, ...] | None:
-    """The places of what lies along an axis: the axis of the node, the first there, how far behind that others."""
+    """Where the entries along an axis lie in the node; see `Product.pattern`."""
     node = value.node
     behind = [math.prod(node.shape[n + 1 :]) for n in range(len(node.shape))]
     is_whole = value.entries is None and 0 not in node.shape and (tensor is None or tensor.shape == node.shape)
-    if is_whole and node.shape[axis] > 1:  # what follows comes to this
+    if is_whole and node.shape[axis] > 1:  # a short way to the result of the lines below
         return (axis % len(node.shape), 0, *range(0, node.shape[axis] * behind[axis], behind[axis]))
     shown = _shown(value, tensor)
     if not shown.numel():
@@ -551,7 +551,7 @@ def _pattern(value: _Value, axis: int, tensor: Tensor | None = None) -> tuple[in
 
 
 def whole_axis(pattern: tuple[int, ...] | None, node: Node) -> int | None:
-    """The axis of a node all of whose entries a pattern has, in their order; None where there is none."""
+    """The axis of a node if a pattern has all entries along it, in their order; None if there is no such axis."""
     if pattern is None or pattern[0] < 0 or pattern[1] != 0:
         return None
     return pattern[0] if len(pattern) - 2 == node.shape[pattern[0]] else None
@@ -560,7 +560,7 @@ def whole_axis(pattern: tuple[int, ...] | None, node: Node) -> int | None:
 def _axes_after(
     name: str, args: tuple, kwargs: dict[str, Any], axes: tuple[int | None, ...], made: Tensor
 ) -> tuple[int | None, ...] | None:
-    """Which axes of a parameter those of a tensor are after an operation; None where that cannot be told."""
+    """For each axis of a tensor after an operation its axis of the parameter; None if that cannot be told."""
     given, rest = args[0], args[1:]
     count = len(axes)
     if name in ("alias", "clone", "detach", "_to_copy", "lift_fresh", "slice", "split", "split_with_sizes", "chunk"):
@@ -586,7 +586,7 @@ def _axes_after(
     if name == "index" and made.dim() >= count - 1 and all(i is None for i in rest[0][1:]):
         return (*[None] * (made.dim() - count + 1), *axes[1:])
     if name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze"):
-        # An axis is kept where as many entries lie behind it as before, and it is as long.
+        # An axis is kept if its length, and the number of entries behind it, stay the same.
         old, new = ([(n, math.prod(x.shape[at + 1 :])) for at, n in enumerate(x.shape)] for x in (given, made))
         known = {place: axis for place, axis in zip(old, axes, strict=True) if place[0] > 1}
         return tuple(known.get(place) for place in new)
@@ -599,11 +599,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() or -1
 
 
-# ---- experts that no token of a pass has chosen ----------------------------------------------------------------------
+# ---- experts that a pass has not run ---------------------------------------------------------------------------------
 
 
 def experts_beside(model: nn.Module, graph: Graph, weights: Iterable[Weight]) -> Iterator[Weight]:
-    """The weights of other experts beside those of some, which no token of a pass has chosen."""
+    """The weights of the experts beside those of `weights` that no token of the pass has chosen."""
     for weight in weights:
         for child, rest in siblings(model, weight.module):
             if child in graph.called:
@@ -615,7 +615,7 @@ def experts_beside(model: nn.Module, graph: Graph, weights: Iterable[Weight]) ->
 
 
 def siblings(model: nn.Module, module: str) -> Iterator[tuple[str, list[str]]]:
-    """The other modules in the lists that a module is in, each with the rest of the path."""
+    """The other modules in the lists that hold a module, each with the rest of the module's path."""
     path = module.split(".")
     for depth in range(1, len(path)):
         container = model.get_submodule(".".join(path[:depth]))

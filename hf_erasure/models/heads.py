@@ -15,10 +15,10 @@ from .dummy import text_alone
 from .model import Runner, bare_model, evaluating, is_encoder_decoder, without_drawing
 
 Task = Literal["masked", "causal", "seq2seq", "classification"]
-# A model that reads forwards gives the same logits at the tokens before one that changes, but for rounding: experts and
-# scans may sum in another order. With attention both ways they differ by more, in small untrained models by 1e-3.
+# Share of the largest logit. If a model reads forwards, the logits before a changed token differ by rounding alone:
+# experts and scans may sum in another order. With attention both ways, small untrained models differ by 1e-3 or so.
 _ROUNDING = 1e-4
-# Activations beside weights of 8 bits are scaled by what else is in the batch.
+# The same for weights of 8 bits, where the scale of an activation depends on the rest of the batch.
 _QUANTISED = 0.05
 
 
@@ -27,10 +27,10 @@ class Head:
     """One kind of head."""
 
     auto_class: str  # The Auto class that loads it.
-    pipeline_tag: str | None  # Its task as the Hub calls it; what an encoder-decoder does in general has no name there.
+    pipeline_tag: str | None  # Its task on the Hub; None for encoder-decoders, whose task has no single name.
     mapping: str  # The table in which transformers lists its classes.
-    task: Task | None = None  # What GRADIEND calls its task; None where it can use no such head.
-    endings: tuple[str, ...] = ()  # How names of classes end that transformers does not list.
+    task: Task | None = None  # Its task as GRADIEND names it; None if GRADIEND cannot use the head.
+    endings: tuple[str, ...] = ()  # The endings of the names of classes that transformers does not list.
 
     @functools.cached_property
     def listed(self) -> frozenset[str]:
@@ -39,7 +39,7 @@ class Head:
         return frozenset(n for value in listed.values() for n in ([value] if isinstance(value, str) else value))
 
 
-# Names of heads that sit in a model's own class, where it has no part without them.
+# Names of head modules in models whose own class has the head, so that no part of them is without it.
 HEAD_MODULES = ("classifier", "score", "qa_outputs", "lm_head", "classification_head")
 HEADS = (
     Head(
@@ -66,12 +66,12 @@ HEADS = (
     Head("AutoModel", "image-feature-extraction", "MODEL_FOR_IMAGE_MAPPING_NAMES"),
     Head("AutoModel", "feature-extraction", "MODEL_MAPPING_NAMES"),
 )  # fmt: skip
-# A class that transformers lists → its head, the first of the table that has it.
+# The name of a class that transformers lists → its head: the first of the table that lists the class.
 HEAD_OF: dict[Any, Head] = {name: head for head in reversed(HEADS) for name in head.listed}
 
 
 def head_named(names: Iterable[str], *, encoder_decoder: bool) -> Head | None:
-    """The head of a class by its name and those of its bases; None where they have none that GRADIEND can use."""
+    """The head of a class, by the names of the class and its bases; None if GRADIEND can use no head of theirs."""
     names = list(names)
     usable = [h for h in HEADS if h.task == "classification" or (h.task and (h.task == "seq2seq") == encoder_decoder)]
     listed = (head for head in usable if not head.listed.isdisjoint(names))
@@ -80,11 +80,11 @@ def head_named(names: Iterable[str], *, encoder_decoder: bool) -> Head | None:
 
 
 def known_task(model: nn.Module) -> Task | None:
-    """What a model's head predicts, bare or wrapped; None where that is neither words nor labels of whole texts."""
+    """The task of the head of a bare or wrapped model; None if it predicts neither words nor labels of whole texts."""
     base = bare_model(model)
     names = [kind.__name__ for kind in type(base).__mro__]
     head = head_named(names, encoder_decoder=is_encoder_decoder(base))
-    # XLM has one class for both, and its configuration says which it is.
+    # XLM has one class for causal and masked models; its configuration says which of them a model is.
     if head is not None and head.task == "causal" and getattr(getattr(base, "config", None), "causal", 1) is False:
         head = next((other for other in HEADS if other.task == "masked" and not other.listed.isdisjoint(names)), head)
     return None if head is None else head.task
@@ -94,10 +94,10 @@ def task_of(model: nn.Module) -> Task:
     """What a model's head predicts: ``masked``, ``causal``, ``seq2seq`` or ``classification``.
 
     Args:
-        model: A bare model, or whatever it is inside of.
+        model: A bare model, or a wrapper around one.
 
     Raises:
-        ValueError: It has no head that GRADIEND can use.
+        ValueError: The model has no head that GRADIEND can use.
     """
     base, task = bare_model(model), known_task(model)
     if task is None:
@@ -116,19 +116,19 @@ def task_of(model: nn.Module) -> Task:
 
 
 def check_next_word(model: nn.Module) -> None:
-    """Check that a model's logits at a token depend on no later one, so that they predict the next from those before.
+    """Check that a model's logits at a token do not depend on later tokens, so that they predict the next token.
 
-    A causal head may stand on attention that goes both ways (XLNet's, BERT's without `is_decoder`, PaliGemma's): then
-    what is predicted is known. Two forward passes over a short text tell; a sharded or meta model is not run.
+    A causal head may follow attention that goes both ways (XLNet, BERT without `is_decoder`, PaliGemma): it has then
+    seen the token that it predicts. Two forward passes over a short text show this; a sharded or meta model is not run.
 
     Raises:
-        ValueError: If they depend on later tokens, or the model takes no text alone.
+        ValueError: If the logits depend on later tokens, or the model does not accept a text alone.
     """
     base, runner = bare_model(model), Runner(model)
     if runner.is_sharded or any(parameter.device.type == "meta" for parameter in base.parameters()):
         return
     batch = text_alone(base)
-    other = batch["input_ids"].clone()  # with another last token, which is among the others
+    other = batch["input_ids"].clone()  # with another last token, taken from the same text
     other[:, -1] = torch.where(other[:, 0] == other[:, -1], other[:, 1], other[:, 0])
     texts = (batch, batch | {"input_ids": other})
     try:
@@ -136,7 +136,7 @@ def check_next_word(model: nn.Module) -> None:
             before, after = (runner(text, base) for text in texts)
     except Exception as error:
         raise ValueError(
-            f"{type(base).__name__} takes no text alone, whose words could be predicted: {error}"
+            f"{type(base).__name__} does not accept a text alone, so its words cannot be predicted: {error}"
         ) from error
     left, right = (output["logits"] if hasattr(output, "keys") else output[0] for output in (before, after))
     rounding = max(_ROUNDING, 8 * torch.finfo(left.dtype).eps)

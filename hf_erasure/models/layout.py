@@ -1,11 +1,11 @@
-"""What the axes of an activation are: examples, positions of tokens, features; found out, and never assumed.
+"""Finds out, and never assumes, what the axes of an activation are: examples, positions of tokens, or features.
 
 Most modules return (batch, position, width). Others return (position, batch, width) (XLNet), channels first
 (convolutions), windows of several images in one axis (Swin), all tokens in one list (experts), fewer positions than
 there are tokens (Funnel), or more (a prompt in front). Three small forward passes tell them apart: over some rows,
-over the same rows twice, and over the rows with other lengths. An axis that doubles with the rows holds examples; one
-that is as long as a mask, and changes with it, holds the positions of its tokens. Which axis holds the features, the
-weights of the module tell: see `feature_axis`.
+over the same rows twice, and over the rows with other lengths. An axis that doubles with the rows holds examples; an
+axis that is as long as a mask, and changes with it, holds the positions of the mask's tokens. The weights of the module
+show which axis holds the features: see `feature_axis`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from .model import axis_of_kind
 
-# An axis of tokens is told by its length, which is made shorter by so many positions on the side of that name.
+# Side → by how many positions its texts are made shorter; an axis of tokens is told by the change of its length.
 SHORTER = {"": 1, "decoder_": 2}
-# The side of frames, of which a speech encoder makes one from many samples.
+# The side of frames; a speech encoder makes one frame from many samples.
 FRAMES = "frames"
-# Where positions may be cut out of texts.
+# The places at which positions may be cut out of texts.
 PLACES = ("second", "last")
-# So many tokens of a text show where its tokens are: the first, the last, and one between them.
+# Tokens of a text that are changed to see where its tokens are: the first, the last, and one between them.
 _TOKENS = 3
-# Shorter texts than this are made longer instead.
+# Texts with fewer positions are made longer instead of shorter.
 _SHORTEST = 4
-# Rows of one example that are computed beside other examples differ by rounding alone; an example that is taken for
-# another differs by about its own size.
+# Shares of an activation's size. Rows of one example that are computed beside other examples differ by rounding alone;
+# if one example is mistaken for another, they differ by about their own size.
 _ROUNDING, _APART = 1e-2, 0.5
 
 
@@ -43,25 +43,25 @@ class Axes:
     example: int  # The axis of the examples.
     # How many entries of that axis belong to one example: more than 1 for windows, and for tokens that lie in one list.
     per_example: int = 1
-    is_major: bool = True  # Whether these lie side by side; otherwise the first entries of all examples come first.
-    # The axis of the positions of tokens; None where there is none, or where they lie in one list with the examples
+    is_major: bool = True  # Whether they lie side by side; otherwise the first entries of all examples come first.
+    # The axis of the positions of tokens; None if there is none, or if they lie in one list with the examples
     # (`is_flat`).
     position: int | None = None
-    # Whose mask tells which of the positions are padding: `""`, `"decoder_"` or `FRAMES`; None where the rows of an
+    # The side whose mask tells which positions are padding: `""`, `"decoder_"` or `FRAMES`; None if the rows of an
     # example are not the positions of its tokens.
     side: str | None = None
     is_flat: bool = False  # Whether the entries of an example along its axis are its positions.
-    # Whether there is one entry for all examples, which have the same, as of learned positions.
+    # Whether there is one entry that all examples share, as for learned positions.
     is_shared: bool = False
     start: int = 0  # The position of the first token.
-    # Whether positions that are those of no token hold content, such as a prompt or an image, or are padding; None
-    # where there are none.
+    # For positions without a token: True if they hold content, such as a prompt or an image, False if they are padding;
+    # None if there are none.
     beside: bool | None = None
 
     def arranged(self, activation: Tensor, rows: int, where: str = "") -> Tensor:
-        """The activation as `(rows, positions, …, width)`; without positions of tokens all else that there is.
+        """The activation as `(rows, positions, …, width)`; without positions of tokens `(rows, all other axes, width)`.
 
-        Raises a `ValueError` where it does not hold as many rows of an example as when this was found.
+        Raises a `ValueError` if the number of rows for each example is not the number when the axes were found.
         """
         shape = tuple(activation.shape)
         entries = [size for axis, size in enumerate(shape) if axis != self.width % len(shape)][self.example]
@@ -69,8 +69,8 @@ class Axes:
         if entries % rows or not (self.is_flat or entries == rows * self.per_example):
             raise ValueError(
                 f"The activation at {where!r} has shape {shape}: axis {self.example} holds {entries} rows of {rows} "
-                f"examples, and held {self.per_example} of each in another batch. How many rows an example has depends "
-                "on its content there, so they cannot be labelled: choose another target module."
+                f"examples, but {self.per_example} for each example in another batch. The number of rows depends on "
+                "the content of an example there, so they cannot be labelled: choose another target module."
             )
         found = activation.movedim(self.width, -1)
         found = found.expand(rows, *found.shape[1:]) if self.is_shared else found
@@ -90,9 +90,9 @@ class Axes:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many positions the tokens of a batch take, by side: `""`, and `"decoder_"`.
+    """The number of positions that the tokens of a batch take, by side: `""` and `"decoder_"`.
 
-    `frames` tells how many frames an encoder makes of so many samples, where `""` is that of samples.
+    If `""` is the side of samples, `frames` returns how many frames an encoder makes of a number of samples.
     """
 
     of: Mapping[str, int]
@@ -100,7 +100,7 @@ class Lengths:
 
     @classmethod
     def in_batch(cls, batch: Mapping[str, Any], frames: Callable[[int], int] | None = None) -> Lengths:
-        """As the masks and the token ids of a batch say."""
+        """Read the lengths from the masks and the token ids of a batch."""
         found = {}
         for side in SHORTER:
             names = [f"{side}attention_mask", f"{side}input_ids", *(["labels"] if side else [])]
@@ -110,7 +110,7 @@ class Lengths:
         return cls(found, frames if "" in found else None)
 
     def changed(self) -> Lengths:
-        """Others, by which the axes of positions are told."""
+        """Other lengths, which make the axes of positions change."""
         found = {side: n + (-1 if n >= _SHORTEST else 1) * SHORTER[side] for side, n in self.of.items()}
         if self.frames is not None:
             now = self.of[""]
@@ -118,7 +118,7 @@ class Lengths:
         return Lengths(found, self.frames)
 
     def side_of(self, size: int, changed: Lengths, size_changed: int) -> str | None:
-        """The side whose positions an axis has, by its size at both lengths; None where it has those of neither."""
+        """The side whose positions an axis has, by its size at both lengths; None if it has those of no side."""
         fits = [side for side, n in self.of.items() if (size, size_changed) == (n, changed.of[side])]
         if not fits and self.frames is not None:
             both = self.frames(self.of[""]), self.frames(changed.of[""])
@@ -128,19 +128,19 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Frames:
-    """What a speech encoder makes of samples."""
+    """The frames that a speech encoder makes of samples."""
 
-    count: Callable[[int], int]  # How many frames of so many samples.
-    mask_of: Callable[[Tensor], Tensor]  # `(batch, frames)` bool, from a mask of samples.
+    count: Callable[[int], int]  # The number of samples → the number of frames.
+    mask_of: Callable[[Tensor], Tensor]  # A mask of samples → the mask of frames, `(batch, frames)` bool.
 
 
 def frames_of(model: nn.Module) -> Frames | None:
-    """The frames of a speech encoder; None of other models."""
+    """The frames of a speech encoder; None for other models."""
     encoder: Any = next((m for m in model.modules() if hasattr(m, "_get_feature_vector_attention_mask")), None)
     if encoder is None:
         return None
     takes = inspect.signature(encoder._get_feature_vector_attention_mask).parameters
-    # Those that are made shorter once more behind the blocks are told apart from these by their number.
+    # Frames that an adapter makes fewer of behind the blocks have another number, and are not these.
     options = {"add_adapter": False} if "add_adapter" in takes else {}
 
     def count(samples: int) -> int:
@@ -161,7 +161,7 @@ def rows_of(batch: Mapping[str, Any], rows: int, chosen: Sequence[int]) -> dict[
         if isinstance(value, list) and len(value) == rows:
             found[name] = [value[row] for row in chosen]
         elif isinstance(value, Tensor) and value.dim():
-            if len(value) % rows:  # what belongs to a row cannot be told
+            if len(value) % rows:  # it cannot be told which entries belong to a row
                 found[name] = torch.cat([value] * max(1, len(chosen) // rows))
             else:
                 found[name] = value.unflatten(0, (rows, len(value) // rows))[list(chosen)].flatten(0, 1)
@@ -171,14 +171,14 @@ def rows_of(batch: Mapping[str, Any], rows: int, chosen: Sequence[int]) -> dict[
 def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, place: str = "second") -> dict[str, Any]:
     """The rows of a batch with fewer positions, or with some of them repeated, so that they have the lengths `wanted`.
 
-    Positions are cut out at `place`, one of `PLACES`: some models need the first and the last token, others the tokens
-    in front that stand for an image.
+    Positions are cut out at `place`, one of `PLACES`: some models need the first and the last token, others need the
+    tokens in front, which stand for an image.
     """
     found = dict(batch)
     for name, value in batch.items():
         side = "decoder_" if name.startswith("decoder_") or (name == "labels" and "decoder_" in now.of) else ""
         is_of_tokens = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == now.of.get(side)
-        # Images and sounds are floats, and have as many channels or samples as they have.
+        # Images and sounds are floats, and their channels or samples are not cut.
         floats = ("mask", "embeds", "_values", *([] if "input_ids" in batch else ["_features"]))
         if is_of_tokens and (not value.is_floating_point() or name.endswith(floats)):
             missing = wanted.of[side] - now.of[side]
@@ -194,16 +194,16 @@ def of_other_lengths(batch: Mapping[str, Any], now: Lengths, wanted: Lengths, pl
 
 @dataclass(frozen=True)
 class Glimpse:
-    """What is kept of an activation, so that it can be let go."""
+    """What is kept of an activation, so that the activation itself can be freed."""
 
-    shape: tuple[int, ...]  # Its sizes.
-    # How far the rows of mirrored examples are from lying side by side, and from coming by their entries, as shares of
-    # their size; None where they were not looked at.
+    shape: tuple[int, ...]  # Its shape.
+    # The differences between mirrored examples, as shares of their size: if the entries of an example lie side by side,
+    # and if the first entries of all examples come first; None if they were not compared.
     apart: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, activation: Tensor, single: Glimpse | None = None, rows: int = 0) -> Glimpse:
-        """Of an activation; of mirrored rows, where the one of the rows alone is given."""
+        """Keep the shape of an activation; given `single`, the glimpse of the rows alone, compare mirrored rows too."""
         shape = tuple(activation.shape)
         if single is None or len(single.shape) != len(shape):
             return cls(shape)
@@ -217,7 +217,7 @@ class Glimpse:
         scale = float(twice.float().std().nan_to_num()) + torch.finfo(torch.float32).tiny
         first, second = (float((one - other).float().abs().mean()) / scale for one, other in pairs)
         if entries == 1 and first > _APART:
-            # Patches that are drawn at random (ViLT) leave the values of an example those of that example.
+            # Patches that are drawn at random (ViLT) have another order, but the same values within an example.
             values = twice.flatten(1).float().sort(1).values
             own, others = (float((values[:rows] - found).norm()) for found in (values[rows:].flip(0), values[rows:]))
             first = second = own / others if others else 1.0
@@ -225,7 +225,7 @@ class Glimpse:
 
 
 def _owners(single: Sequence[int], twice: Sequence[int], rows: int) -> list[int]:
-    """The axes that double with the examples."""
+    """The axes that become twice as long with twice the examples."""
     pairs = zip(single, twice, strict=True)
     return [axis for axis, (a, b) in enumerate(pairs) if a and b == 2 * a and a % rows == 0]
 
@@ -239,27 +239,27 @@ def feature_axis(
     module: nn.Module | None = None,
     told: Callable[[], Iterable[int]] = tuple,
 ) -> int:
-    """The axis that holds the features of what a module gave, or takes.
+    """The axis that holds the features of the output or input of a module.
 
-    It is the only one that is as long for any number of examples and any length, or else the one that it is by the kind
-    of the module, or that was told.
+    It is the only axis whose length is the same for any number of examples and any length of text. If there are
+    several, it is the axis that follows from the kind of the module, or that `told` returns.
 
     Args:
-        shapes: Of its activation, for other numbers of examples and other lengths.
-        where: Its name, for messages.
-        module: The module, where its kind may tell.
-        told: What a graph tells of its axes; called where it is needed.
+        shapes: The shapes of the activation, for different numbers of examples and different lengths.
+        where: The name of the module, for messages.
+        module: The module, if its kind may tell the axis.
+        told: Returns the axes that a graph tells; called only if it is needed.
 
     Raises:
-        ValueError: If there are not always as many axes, or several may be that of the features; names them.
+        ValueError: If the number of axes varies, or several may hold the features; the message names them.
     """
     if len({len(shape) for shape in shapes}) > 1:
-        raise ValueError(f"{where!r} gives {len(shapes[0])} axes, and then others: choose another target module.")
+        raise ValueError(f"{where!r} gives {len(shapes[0])} axes, then another number: choose another target module.")
     same = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) == 1]
     kind = axis_of_kind(module, len(shapes[0]))
     channels = {getattr(module, "in_channels", None), getattr(module, "out_channels", None)} - {None}
     if kind is None and channels:
-        # A convolution that turns the axes around: what is neither as wide as it takes nor as it gives has no features.
+        # A convolution that turns the axes around: its features are as many as its input or output channels.
         same = [axis for axis in same if shapes[0][axis] in channels]
     found = set(same)
     if len(same) > 1:
@@ -278,15 +278,15 @@ def feature_axis(
 
 @dataclass(frozen=True)
 class Passes:
-    """What small passes showed of the activations."""
+    """The shapes of activations in small passes: name of the activation → what was kept of it."""
 
-    rows: int  # The number of examples in the first.
-    now: Lengths  # The lengths of these.
-    other: Lengths  # The lengths of those in the third.
-    first: dict[str, Glimpse]  # Of some rows.
-    twice: dict[str, Glimpse]  # Of these, and of the same in the opposite order behind them.
-    changed: dict[str, Glimpse]  # Of these, with other lengths.
-    # Of these, by the length of the texts, which are longer.
+    rows: int  # The number of examples in the first pass.
+    now: Lengths  # Their lengths in the first pass.
+    other: Lengths  # Their lengths in the third pass.
+    first: dict[str, Glimpse]  # The first pass, over some rows.
+    twice: dict[str, Glimpse]  # The second pass, over these rows and, behind them, the same in the opposite order.
+    changed: dict[str, Glimpse]  # The third pass, over the first rows with other lengths.
+    # The passes over the first rows with longer texts, by their length.
     longer: dict[int, dict[str, Glimpse]] = field(default_factory=dict)
 
     def axes_of(self, key: str, host: nn.Module, told: Callable[[], Iterable[int]] = tuple) -> Axes | ValueError:
@@ -299,10 +299,10 @@ class Passes:
             width = feature_axis(shapes, key, host, told)
             return self._around(key, -1 if width == len(shapes[0]) - 1 else width)
         except ValueError as error:
-            return error.with_traceback(None)  # its frames hold all that was seen
+            return error.with_traceback(None)  # its stack frames would keep all activations alive
 
     def _around(self, key: str, width: int) -> Axes:
-        """The axes beside that of the features.
+        """Find the other axes, given the axis of the features.
 
         Raises:
             ValueError: If no axis, or more than one, holds the examples, or its entries do not follow the examples.
@@ -325,8 +325,8 @@ class Passes:
             return Axes(width, 0, position=None if side is None else 1, side=side, is_shared=True)
         per_example, per_changed = base[example] // rows, changed[example] / rows
         apart = twice.apart or (0.0, 0.0)
-        # What an example gives may depend a little on those beside it (experts with a capacity), which one entry for
-        # each example can bear.
+        # The rows of an example may depend a little on the examples beside it (experts with a capacity). With one entry
+        # for each example there is still no doubt about their order.
         if min(apart) > (_APART if base[example] == rows else _ROUNDING):
             raise ValueError(
                 f"The activation at {key!r} has {base[example]} rows for {rows} examples, and the rows of an example "
@@ -344,7 +344,7 @@ class Passes:
         return Axes(width, example, per_example, is_major)
 
     def sizes(self, key: str, axes: Axes | None, one: dict[str, Glimpse]) -> list[int]:
-        """Those of an activation in a pass, without that of its features where this is known."""
+        """The sizes of the axes of an activation in a pass, without the axis of its features if that is known."""
         shape = list(one[key].shape) if key in one else []
         return [size for axis, size in enumerate(shape) if axes is None or axis != axes.width % len(shape)]
 
@@ -363,7 +363,7 @@ class Passes:
         }
 
     def placed(self, key: str, axes: Axes, places: dict[int, list[int]], tokens: Sequence[int]) -> Axes | ValueError:
-        """The axes of an activation where more positions than there are tokens hold the tokens, if that is so."""
+        """The axes of an activation, with its axis of positions where it has more positions than there are tokens."""
         n, other = self.now.of[""], self.other.of[""]
         now, changed = self.sizes(key, axes, self.first), self.sizes(key, axes, self.changed)
         for axis, (size, size_changed) in enumerate(zip(now, changed, strict=True)):
@@ -379,8 +379,8 @@ class Passes:
                 return replace(axes, position=axis, side="")
             if is_padded:
                 return ValueError(
-                    f"The model pads the {n} tokens of a text to {size} positions at {key!r}, and which of these are "
-                    "those of the tokens cannot be told: pad the batches to a multiple of it (pad_to_multiple_of)."
+                    f"The model pads the {n} tokens of a text to {size} positions at {key!r}, and which of them hold "
+                    "the tokens cannot be told: pad the batches to a multiple of that size (pad_to_multiple_of)."
                 )
         return axes
 
@@ -389,12 +389,12 @@ class Passes:
 
 
 def with_other_tokens(batch: Mapping[str, Any], rows: int) -> tuple[dict[str, Any], dict[str, Any], list[int]] | None:
-    """One text several times, each with another of its tokens hidden from all others; and the same with this altered.
+    """One text several times, in each row another token masked from all others; and the same with that token changed.
 
-    What differs between the two is at the place of that token alone, wherever a model puts its tokens.
+    The activations of the two batches differ only at the place of that token, wherever a model puts its tokens.
 
     Returns:
-        Both, and the positions of the tokens; None where the batch has no text with a mask.
+        Both batches, and the positions of the tokens; None if the batch has no text with a mask.
     """
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or not ids.dim() == 2 == mask.dim():
@@ -414,7 +414,7 @@ def with_other_tokens(batch: Mapping[str, Any], rows: int) -> tuple[dict[str, An
 
 
 def places_of(axes: Axes, one: Tensor, other: Tensor) -> dict[int, list[int]]:
-    """Axis of positions, as `Axes` counts → the single place there, by row, where two activations differ."""
+    """Axis of positions, counted as in `Axes` → for each row the only place on it where two activations differ."""
     if one.shape != other.shape or axes.per_example != 1:
         return {}
     differs = (one != other).any(axes.width).movedim(axes.example, 0)

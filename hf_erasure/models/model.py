@@ -1,4 +1,4 @@
-"""A model as it is called: the bare one inside wrappers, how it is run over batches, and what it returns."""
+"""Finds the bare model inside wrappers, runs it over batches, and reads what it returns."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, FullyShardedD
 _SHARDED = (FSDPModule, FullyShardedDataParallel)
 # Inputs that belong to a loss, not to the activations.
 _LOSS_INPUTS = ("labels", "label", "label_ids")
-# What the names of all that a batch says of its rows' concept begin with, such as `concept_labels`.
+# The prefix of the names in a batch that hold the concept of its rows, such as `concept_labels`.
 _OF_CONCEPT = "concept_"
-# What towers read, and the methods that run one of them with what is around it.
+# The inputs of towers → the methods that run one tower with the layers around it.
 _TEXTS = {"input_ids": "get_text_features", "inputs_embeds": "get_text_features"}
 MEDIA = {
     "pixel_values": "get_image_features",
@@ -40,8 +40,8 @@ _SHIFTED = {
     "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
     "xmod",
 }  # fmt: skip
-# Where modules of torch have their features, by definition. Models derive norms and convolutions of theirs that turn
-# the axes around (Parakeet's head), so that these are told by their forward.
+# On which axis modules of torch have their features, by definition. Some models derive norms and convolutions that turn
+# the axes around (Parakeet's head), so norms and convolutions are recognised by their `forward`.
 _FEATURES_LAST = (nn.Linear, nn.Embedding, Conv1D)
 _NORMS_LAST = (nn.LayerNorm.forward, nn.RMSNorm.forward)
 _NORMS_SECOND = (nn.BatchNorm2d.forward, nn.InstanceNorm2d.forward, nn.GroupNorm.forward)
@@ -52,9 +52,9 @@ _CONVOLUTIONS = (
 
 
 class Later(ModuleType):
-    """Stands for a module that is imported when something of it is first used, such as by `typing.get_type_hints`.
+    """A stand-in for a module that is imported when one of its names is first used, as by `typing.get_type_hints`.
 
-    Where it is not installed, the error names the `extra` of this package that brings it.
+    If the module is not installed, the error names the `extra` of this package that installs it.
     """
 
     def __init__(self, name: str, extra: str = "") -> None:
@@ -62,7 +62,7 @@ class Later(ModuleType):
         self._extra = extra
 
     def __getattr__(self, name: str) -> Any:
-        """What the module has, which is kept here from then on."""
+        """Import the module, and return and keep what it has under this name."""
         try:
             found = vars(self)[name] = getattr(importlib.import_module(self.__name__), name)
         except ImportError as error:
@@ -73,7 +73,7 @@ class Later(ModuleType):
         return found
 
 
-# They take longer than this package, and most programs that load an adapter do without.
+# Importing them takes longer than this package, and most programs that load an adapter do not need them.
 if TYPE_CHECKING:
     import datasets as datasets
     import pandas as pandas
@@ -83,14 +83,14 @@ else:
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """Make a function's own small tensors on the CPU, whatever default device the caller has set for the model."""
-    with nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu"):  # which slows all of torch
+    """Make a function's own small tensors on the CPU, even if the caller has set another default device."""
+    with nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu"):  # a device slows all of torch
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout; every module's training flag is as before afterwards."""
+    """Turn gradients and dropout off; afterwards every module has its former training flag."""
     training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -102,7 +102,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def without_drawing(model: nn.Module) -> AbstractContextManager[None]:
-    """Random numbers that a model draws meanwhile are drawn again afterwards, on all its devices."""
+    """Restore the state of the random numbers afterwards, on the CPU and on all devices of the model."""
     return torch.random.fork_rng({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
@@ -112,7 +112,7 @@ def without_drawing(model: nn.Module) -> AbstractContextManager[None]:
 def bare_model(model: Any) -> Any:
     """The model inside a `PeftModel` and other wrappers: the outermost transformers model, if there is one.
 
-    A module that holds several transformers models beside each other, or none, is taken for the model itself.
+    If a module holds several transformers models side by side, or none, the module itself is the model.
     """
     inner = unwrapped(model)
     while inner is not model:
@@ -125,19 +125,19 @@ def bare_model(model: Any) -> Any:
 
 
 def class_name(model: nn.Module) -> str:
-    """The name of a model's class in transformers; FSDP2 puts its own in front."""
+    """The name of a model's class in transformers, without the prefix that FSDP2 adds."""
     name = type(model).__name__
     return name.removeprefix("FSDP") if isinstance(model, FSDPModule) else name
 
 
 def callee_of(model: nn.Module, bare: nn.Module) -> Any:
-    """What to call so that the bare model inside `model` is run: FSDP gathers weights at its outermost wrapper."""
+    """The module to call to run the bare model inside `model`: FSDP gathers weights at its outermost wrapper."""
     path = next(path for path, module in model.named_modules() if module is bare)
     return next((m for m in modules_along(model, path) if isinstance(m, _SHARDED)), bare)
 
 
 def as_attribute(path: str) -> str:
-    """How to write the submodule of `model` at a path."""
+    """How a message writes the submodule of `model` at a path."""
     if not path:
         return "the model itself"
     if all(part.isidentifier() for part in path.split(".")):
@@ -146,14 +146,14 @@ def as_attribute(path: str) -> str:
 
 
 def configs_on(module: nn.Module) -> dict[str, PeftConfig] | None:
-    """What PEFT has noted on a bare model; a `PeftModel` and its tuner show the same, and are not asked."""
+    """The configurations that PEFT has set on a bare model; None for other modules, a `PeftModel` and its tuner too."""
     configs = None if isinstance(module, BaseTuner) else module.__dict__.get("peft_config")
     return configs if isinstance(configs, dict) else None
 
 
 def unwrapped(model: Any) -> Any:
-    """What is inside of one wrapper of accelerate's, torch's or PEFT's own; other modules are given back."""
-    # Older releases of accelerate fail at a module that has compiled ones inside.
+    """The module inside one wrapper of accelerate, torch or PEFT; a module that is not a wrapper is returned itself."""
+    # Older releases of accelerate fail at a module that has compiled modules inside, so its function is not used.
     inner = model._modules.get("_orig_mod", model.__dict__.get("_orig_mod", model))
     while isinstance(inner, _PARALLEL) or type(inner).__name__ == "DeepSpeedEngine":
         inner = inner.module
@@ -161,7 +161,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def modules_along(model: nn.Module, path: str) -> list[nn.Module]:
-    """The modules from `model` down to the one at a path, both among them."""
+    """The modules from `model` down to the module at a path, including both."""
     found = [model]
     for part in path.split(".") if path else ():
         found.append(found[-1]._modules[part])  # type: ignore[arg-type]
@@ -169,17 +169,17 @@ def modules_along(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: it is called so, and has no parameters but vectors."""
+    """Whether a module normalises: its class name contains "norm", and its parameters are all vectors."""
     if "norm" not in type(module).__name__.lower():
         return False
-    # Adapters may hang below a norm, parts of a model may not.
+    # An adapter may be a child of a norm, and its matrices do not count.
     own = [p for m in module.modules() if not hasattr(m, "adapters") for p in m.parameters(recurse=False)]
     return all(p.dim() <= 1 for p in own) and not any(isinstance(m, nn.Linear) for m in module.modules())
 
 
 def axis_of_kind(module: nn.Module | None, axes: int) -> int | None:
-    """The axis of the features of what torch's own modules take and give; None for other modules."""
-    # A layer of ours hangs below its module, and has no module inside: it is its own base layer.
+    """The axis of the features in the input and output of torch's own modules; None for other modules."""
+    # A layer of this package is a child of its module, and has no module inside: it is its own base layer.
     while isinstance(module, BaseTunerLayer) and module.get_base_layer() is not module:
         module = module.get_base_layer()
     forward = getattr(type(module), "forward", None)
@@ -197,33 +197,33 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without what it says of the concept of its rows."""
+    """A batch without the entries that hold the concept of its rows."""
     return {name: value for name, value in batch.items() if not name.startswith(_OF_CONCEPT)}
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where inputs go: to the first parameter that is anywhere; accelerate's hooks move them on to offloaded ones."""
+    """The device for inputs: that of the first parameter that is not meta; accelerate moves them to offloaded parts."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
 def text_encoder(model: nn.Module) -> nn.Module:
-    """What reads a text: of an encoder-decoder its encoder, else the model; adapters inside act as always."""
+    """The part that reads a text: the encoder of an encoder-decoder, else the model; active adapters inside it act."""
     bare = bare_model(model)
     return bare.get_encoder() if is_encoder_decoder(bare) else model
 
 
 class TextTooLong(ValueError):
-    """A model has no position for a token; the message says how long its texts may be."""
+    """Raised if a model has no position for a token; the message says how long its texts may be."""
 
 
 class Runner:
     """Calls the part of a model that produces the activations of `sites`.
 
-    A language-model head is left out where no site needs it: its logits can cost more than the blocks.
+    A language-model head is left out if no site needs it: its logits can cost more than the blocks.
 
     Args:
-        model: A bare model, or whatever it is inside of.
-        sites: Layers of an adapter; `host` of each is the module whose activations are wanted.
+        model: A bare model, or a wrapper around one.
+        sites: Layers of an adapter; the `host` of each is the module whose activations are needed.
 
     Attributes:
         model: The bare model, with its head if it has one.
@@ -236,7 +236,7 @@ class Runner:
         backbone = getattr(self.model, "base_model", self.model)
         main = getattr(self.model, "main_input_name", "input_ids")
         if isinstance(backbone, nn.Module) and main in inspect.signature(self.model.forward).parameters:
-            # A base model may be a part that takes other inputs than the model does, as DINOv3's encoder.
+            # The base model may be a part that takes other inputs than the model, such as DINOv3's encoder.
             backbone = backbone if main in inspect.signature(backbone.forward).parameters else self.model
         self.backbone: Any = backbone
         within = {id(module) for module in backbone.modules()} if isinstance(backbone, nn.Module) else set()
@@ -249,12 +249,12 @@ class Runner:
         self.callee: nn.Module = callee_of(model, self.model) if self.is_sharded or needs_all else backbone
 
     def __call__(self, batch: dict[str, Any], callee: Callable[..., Any] | None = None) -> Any:
-        """One forward pass over a batch, labels taken off; of another part of the model where one is given.
+        """Run one forward pass over a batch without its labels; of `callee`, if that part of the model is given.
 
-        Of a batch that has inputs for one of the model's towers alone it is that of the tower.
+        If a batch has inputs for only one of the model's towers, that tower is run.
         """
         if callee is None:
-            # A classifier makes the decoder's inputs from those of the encoder, which its base model need not do.
+            # A classifier makes the decoder's inputs from the encoder's inputs; its base model may not.
             given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
             makes = is_encoder_decoder(self.model) and not given and self.model.get_output_embeddings() is None
             callee = self.model if makes and self.callee is self.backbone else self.callee
@@ -274,10 +274,10 @@ class Runner:
             raise
 
     def _tower_for(self, batch: dict[str, Any]) -> Callable[..., Any] | None:
-        """What runs the tower that a batch is for, where it has nothing for the others; None where all is run."""
+        """The callable for the only tower that a batch has inputs for; None where the whole model is run."""
         takes = inspect.signature(self.model.forward).parameters
         texts, media = ([name for name in names if name in batch] for names in (_TEXTS, MEDIA))
-        # A language model does without images; a model of which both towers encode does not.
+        # A language model runs without images; a model whose towers both encode does not.
         needs_media = hasattr(self.model, "get_text_features") and any(name in takes for name in MEDIA)
         if bool(texts) == bool(media) or "input_ids" not in takes or (texts and not needs_media):
             return None
@@ -289,7 +289,7 @@ class Runner:
         return reached[0] if reached else None
 
     def _towers(self, name: str) -> dict[str, nn.Module]:
-        """The modules in the model whose first input is of this name, by their paths, the outermost first."""
+        """The modules in the model whose first input has this name: path → module, the outermost first."""
         if name not in self._known:
             inside = {path: module for path, module in self.model.named_modules() if path}
             first = {path: next(iter(inspect.signature(m.forward).parameters), "") for path, m in inside.items()}
@@ -297,7 +297,7 @@ class Runner:
         return self._known[name]
 
     def final_states(self) -> dict[str, nn.Module]:
-        """The modules that return a last hidden state, by the name it has in transformers' outputs."""
+        """The modules that return a last hidden state: its name in transformers' outputs → the module."""
         if is_encoder_decoder(self.model):
             encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
             return {"encoder_last_hidden_state": encoder, "last_hidden_state": decoder}
@@ -307,12 +307,12 @@ class Runner:
         return {"last_hidden_state": self.backbone}
 
     def side_of(self, name: str) -> str:
-        """A final state's name for aligning labels: the decoder's says so."""
+        """The name of a final state for aligning labels: that of a decoder begins with `decoder.`."""
         return f"decoder.{name}" if name == "last_hidden_state" and is_encoder_decoder(self.model) else name
 
 
 def positions_of(config: Any) -> int | None:
-    """For how many tokens a model has positions, as far as its configuration says."""
+    """The number of tokens for which a model has positions; None if its configuration does not say."""
     most = getattr(config, "max_position_embeddings", None)
     if not isinstance(most, int):
         return None
@@ -320,7 +320,7 @@ def positions_of(config: Any) -> int | None:
 
 
 def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> None:
-    """Raise `TextTooLong` where torch refused a batch that is longer than the model's positions."""
+    """Raise `TextTooLong` if torch refused a batch that is longer than the model's positions."""
     config = getattr(model, "config", None)
     config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     most, ids = positions_of(config), inputs.get("input_ids")
@@ -333,11 +333,11 @@ def _explain_length(model: Any, inputs: dict[str, Any], error: Exception) -> Non
         ) from error
 
 
-# ---- what goes in and what comes out ---------------------------------------------------------------------------------
+# ---- inputs and outputs ----------------------------------------------------------------------------------------------
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors in what a model returns: a tensor, or tuples, lists, dicts and dataclasses of such."""
+    """The tensors in what a model returns: a tensor, or tuples, lists, dicts and dataclasses of tensors."""
     if is_dataclass(output) and not isinstance(output, dict):
         output = {field.name: getattr(output, field.name) for field in fields(output)}
     leaves = tree_leaves(dict(output) if isinstance(output, dict) else output)
@@ -347,8 +347,8 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def floats_of(tree: Any) -> Iterator[Tensor]:
-    """The tensors of numbers with a point in what a module or an operation takes or gives."""
-    # Operations come by the thousand, and what they take is plain: `tree_leaves` takes several times as long.
+    """The floating-point tensors in the input or output of a module or an operation."""
+    # There are thousands of operations, with plain arguments: `tree_leaves` would take several times as long.
     if isinstance(tree, dict):
         tree = tuple(tree.values())
     elif isinstance(tree, Tensor):
@@ -362,9 +362,9 @@ def floats_of(tree: Any) -> Iterator[Tensor]:
 
 
 def distance(left: list[Tensor], right: list[Tensor]) -> float:
-    """The largest relative distance, by norm, of two sets of outputs; what is not finite in `right` is left out.
+    """The largest relative distance, by norm, of two sets of outputs; non-finite entries of `right` are left out.
 
-    Infinite where `left` alone is not finite, or where the two are not of one shape.
+    It is infinite if an entry is non-finite in `left` alone, or if the shapes differ.
     """
     if [t.shape for t in left] != [t.shape for t in right]:
         return float("inf")
@@ -382,10 +382,10 @@ def distance(left: list[Tensor], right: list[Tensor]) -> float:
 
 
 def last_hidden_state(output: Any) -> Tensor:
-    """The last hidden state among what a backbone returned: a tensor that is all it returned, or the first of several.
+    """The last hidden state in the output of a backbone: the output itself if it is a tensor, or the first of several.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the output has no last hidden state.
     """
     found = output
     if isinstance(output, (dict, ModelOutput)):

@@ -16,18 +16,18 @@ from .model import datasets, evaluating
 from .slots import EncodedRow, Layout, PairBatch, Slot, SlotReader, collate, in_float32, longest_input
 from .word_tokens import SLOT, PairError, encode, occurrences, shortened, special_ends, word_forms
 
-_LONGEST = 512  # tokens of a neutral text, unless tokenizer, model or caller have a smaller limit
+_LONGEST = 512  # tokens of a neutral text, unless the tokenizer, the model or the caller sets a smaller limit
 
 
 @dataclass(frozen=True)
 class NeutralText:
-    """One text."""
+    """One neutral text as tokens."""
 
-    tokens: list[int]  # With special tokens.
+    tokens: list[int]  # The token ids, special tokens included.
     first: int  # The position of the first token that is not a leading special one.
-    # The positions that may be predicted: no special token, no feature word, and for causal models not the first token.
+    # The positions that may be predicted: not special tokens, not feature words, for causal models not the first token.
     usable: list[int]
-    words: list[int]  # Of these, the positions whose token has a letter or a digit in it.
+    words: list[int]  # The usable positions whose token has a letter or a digit in it.
 
 
 def _neutral_texts(
@@ -40,7 +40,7 @@ def _neutral_texts(
     *,
     in_pieces: bool = False,
 ) -> list[NeutralText]:
-    """Neutral texts as tokens; longer ones lose their ends, or are cut into pieces."""
+    """Neutral texts as tokens; texts that are too long lose their ends, or are cut into pieces."""
     longest = longest_input(tokenizer, config, _LONGEST if max_length is None else max_length) or _LONGEST
     lead, trail = special_ends(tokenizer)
     room = max(1, longest - len(lead) - len(trail))
@@ -87,21 +87,21 @@ def neutral_batches(
 ) -> list[PairBatch]:
     """Batches of neutral texts: in each text one token that is not a feature word is masked, or predicted.
 
-    It is never a special token, and punctuation only where a text has nothing else. Its counterfactual is another such
+    It is never a special token, and is punctuation only if a text has nothing else. Its counterfactual is another such
     token, drawn from all the texts. For classification both are labels of the model, drawn at random.
 
     Args:
-        dataset: With ``text``.
-        tokenizer: Of the model.
-        task: As for `PairSet`.
-        feature_words: Words of all classes.
-        batch_size: Rows a batch.
-        seed: Of the draws.
-        max_length: Longest text in tokens; by default what the model takes, at most 512.
-        config: The model's; see `PairSet`.
+        dataset: The data set, with a column ``text``.
+        tokenizer: The tokenizer of the model.
+        task: The task of the model; see `PairSet`.
+        feature_words: The words of all classes.
+        batch_size: Rows in each batch.
+        seed: The seed of the draws.
+        max_length: The longest text in tokens; by default the model's limit, at most 512.
+        config: The model's configuration; see `PairSet`.
 
     Raises:
-        PairError: A text has no token that can be used, or all texts together have only one.
+        PairError: If a text has no token that can be used, or all texts together have only one such token.
     """
     if batch_size < 1:
         raise PairError(f"batch_size is {batch_size}; it must be at least 1")
@@ -140,36 +140,36 @@ def _neutral_labels(
 
 
 class LanguageModelling:
-    """How well a model still models neutral texts; tokenised and laid out once, scored as often as wanted.
+    """Measures how well a model still models neutral texts; they are tokenised once, and can be scored many times.
 
-    * masked: a share of the tokens, drawn by seed and none of a feature word, is masked; ``lms`` is the share of these
+    * masked: a share of the tokens, drawn by seed and never of a feature word, is masked; ``lms`` is the share of these
       that the model gets right, ``loss`` their mean negative log-likelihood;
-    * causal: the mean negative log-likelihood of every token given those before it (the first has none before it and
-      is not scored); ``lms = 1 / (1 + loss)``;
+    * causal: ``loss`` is the mean negative log-likelihood of every token given the tokens before it (the first token
+      has none before it and is not scored); ``lms = 1 / (1 + loss)``;
     * seq2seq: the same share of tokens is cut out, and the decoder predicts them: behind their sentinels (T5), or with
       the whole text forced where there is a mask token (BART); ``loss`` is the mean negative log-likelihood of these
       tokens, ``lms = 1 / (1 + loss)``;
-    * classification: there is no language to model; ``lms`` is the share of texts on which the model agrees with
-      itself as it was when this object was made, ``loss`` the negative log-likelihood of those labels.
+    * classification: there is no language to model; ``lms`` is the share of texts to which the model gives the same
+      label as when this object was made, ``loss`` the mean negative log-likelihood of those first labels.
 
     Padding never counts.
 
     Args:
-        reader: Of the model (a `SlotReader`, or a `GradientReader`), which is scored as it is at each call, with the
-            adapters that are then active.
-        dataset: With ``text``.
-        tokenizer: Of the model.
-        feature_words: Words of all classes, never masked.
-        batch_size: Texts a forward; texts of like length go together.
-        seed: Of the draw of masked tokens.
-        mask_share: Share of a text's tokens that is masked, at least one.
-        max_length: Longest text in tokens; by default what the model takes, at most 512. Longer ones are cut into
+        reader: A reader of the model (`SlotReader` or `GradientReader`). A call scores the model as it is at that time,
+            with the adapters that are active.
+        dataset: The data set, with a column ``text``.
+        tokenizer: The tokenizer of the model.
+        feature_words: The words of all classes, which are never masked.
+        batch_size: Texts in each forward pass; texts of similar length go together.
+        seed: The seed of the draw of masked tokens.
+        mask_share: The share of a text's tokens that is masked; at least one token is.
+        max_length: The longest text in tokens; by default the model's limit, at most 512. Longer texts are cut into
             pieces.
-        mask_draws: Each text is laid out so often, each time with other tokens masked or cut out: the accuracy on few
-            tokens is a noisy measure. Without a meaning for causal models and classification, where none are drawn.
+        mask_draws: How often each text is scored, each time with other tokens masked or cut out: the accuracy on few
+            tokens is a noisy measure. Causal models and classification draw no tokens, and ignore it.
 
     Raises:
-        PairError: There is no text, or no token to score.
+        PairError: If there is no text, or no token to score.
     """
 
     def __init__(
@@ -202,24 +202,24 @@ class LanguageModelling:
         kept.sort(key=lambda entry: len(entry[0]))
         chunks = [kept[start : start + batch_size] for start in range(0, len(kept), batch_size)]
         self.batches = [layout.padded([layout.predicting(*entry[:2]) for entry in chunk]) for chunk in chunks]
-        # The text, or piece of one, of each row.
+        # The number of the text, or of the piece of a text, of each row.
         self._texts = [torch.tensor([number for *_, number in chunk], device="cpu") for chunk in chunks]
         if task == "classification":
             with evaluating(reader.model):
                 self.batches = [replace(b, tokens=reader.logits(b).argmax(-1).cpu()) for b in self.batches]
 
     def score(self) -> dict[str, float]:
-        """``{"loss": mean negative log-likelihood, "lms": language-modelling score}``; forward passes only."""
+        """Return ``{"loss": mean negative log-likelihood, "lms": language-modelling score}``, without a backward."""
         return self.figures_of(self.by_text())
 
     def figures_of(self, by_text: Tensor) -> dict[str, float]:
-        """The figures of `score` from those of single texts."""
+        """The figures of `score`, from the rows that `by_text` returns."""
         loss, hits, count = by_text.sum(0).tolist()
         by_hits = self.reader.task in ("masked", "classification")
         return {"loss": loss / count, "lms": hits / count if by_hits else 1 / (1 + loss / count)}
 
     def by_text(self) -> Tensor:
-        """`(texts, 3)` float64: negative log-likelihood, tokens that are right, and tokens, of each text or piece."""
+        """`(texts, 3)` float64: for each text or piece the negative log-likelihood, right tokens, and scored tokens."""
         found = torch.zeros(1 + max(int(own.max()) for own in self._texts), 3, dtype=torch.float64, device="cpu")
         with evaluating(self.reader.model):
             for filled, texts in zip(self.batches, self._texts, strict=True):
@@ -236,7 +236,7 @@ class LanguageModelling:
 def _chosen(text: NeutralText, task: str, share: float, generator: random.Random) -> list[int]:
     """The positions of one text that are scored."""
     if task == "causal":
-        # Every token but the first, feature words too: the loss on text as it is.
+        # Every token except the first, feature words too: the loss on the unchanged text.
         return list(range(text.first + 1, len(text.tokens)))
     count = min(len(text.usable), max(1, round(share * len(text.usable))))
     return sorted(generator.sample(text.usable, count))

@@ -1,6 +1,6 @@
-"""From the states of a sequence's tokens to what stands for the sequence, and which of the ways a model's head takes.
+"""Pools the states of a sequence's tokens into one vector, and finds out which way of pooling a model's head uses.
 
-What a head reads of the last hidden state is seen by one backward from its output: which positions have a gradient.
+One backward pass from the head's output shows what it reads: the positions of the last hidden state with a gradient.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ IN_WORDS = {
     "cls": "the first token",
     "last": "the last real token",
 }
-# Gradients of one position are equal to those of another up to so many units of rounding.
+# Units of rounding: the gradients of two positions that differ by no more are equal.
 _ROUNDING = 8
-# A position counts whose gradient is above this share of the largest of its row.
+# A position is read if the norm of its gradient is above this share of the largest in its row.
 _COUNTS = 1e-6
-# What sentence-transformers calls a way of pooling → what it is here.
+# The name of a way of pooling in sentence-transformers → its name here.
 SENTENCE_POOLS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
 def check_pool(pool: str | None) -> None:
-    """Raise a `ValueError` for a way of pooling that is not known; None stands for what the head reads."""
+    """Raise a `ValueError` if a way of pooling is not known; None stands for what the head reads."""
     if pool is not None and pool not in POOLS:
         raise ValueError(
             f"pool={pool!r} is not known; choose one of {', '.join(map(repr, POOLS))}, or None for what the model's "
@@ -43,9 +43,9 @@ def check_pool(pool: str | None) -> None:
 
 
 def counted(real: Tensor, pool: str) -> Tensor:
-    """`(batch, seq)` bool, the positions that a pool reads of those that are `real`, not padding.
+    """`(batch, seq)` bool: the positions that a pool reads, among the `real` positions, which are not padding.
 
-    They are all of these, the first (`"cls"`), or the last.
+    The pool reads all real positions, the first (`"cls"`), or the last.
     """
     if pool in ("tokens", "mean"):
         return real
@@ -54,7 +54,7 @@ def counted(real: Tensor, pool: str) -> Tensor:
 
 
 def pooled(states: Tensor, real: Tensor, pool: str) -> Tensor:
-    """One vector a sequence, `(batch, width)`, of states `(batch, seq, width)`; `pool` is `"mean"`, `"cls"` or
+    """Pool states `(batch, seq, width)` into one vector for each sequence, `(batch, width)`, by `"mean"`, `"cls"` or
     `"last"`.
 
     Positions that are not `real`, `(batch, seq)` bool, are padding and may hold anything.
@@ -70,22 +70,22 @@ def pooled(states: Tensor, real: Tensor, pool: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of the last hidden state."""
+    """What a head reads of the last hidden state."""
 
-    pool: str | None  # One of `POOLS`; None where there is no head, or none of them is what it reads.
-    text: str  # The same in words, as a sentence without its full stop.
-    clear: bool = True  # False where there is a head and none of `POOLS` is known to be what it reads.
-    is_other: bool = False  # Whether it is known that the head reads something that is not one of `POOLS`.
+    pool: str | None  # One of `POOLS`; None if there is no head, or the head reads none of them.
+    text: str  # What is read, in words: a sentence without its full stop.
+    clear: bool = True  # False if there is a head, and it is not known to read one of `POOLS`.
+    is_other: bool = False  # Whether the head is known to read positions that are not one of `POOLS`.
 
 
 @on_cpu()
 def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: Callable[[Tensor], Tensor]) -> Reading:
     """Find out what is read: by the pooling module of a SentenceTransformer, or by a head.
 
-    Everything up to the last hidden state runs without gradients, so that only the head's own activations are kept. The
-    model is as the caller has it: around a bare model a module of the caller's own may have the head. `rows` are two of
-    different lengths, the shorter one padded; `real_of` gives, of a last hidden state `(batch, seq, width)`, the
-    positions that are not padding, `(batch, seq)`. Where the model fails on the rows, what is read is not clear.
+    Everything up to the last hidden state runs without gradients, so that only the head's own activations are kept.
+    `model` is the caller's, since a module of the caller around a bare model may be the head. `rows` are two rows of
+    different lengths, the shorter one padded; `real_of` returns, for a last hidden state `(batch, seq, width)`, the
+    positions that are not padding, `(batch, seq)`. If the model fails on the rows, the reading is not clear.
     """
     for module in model.modules():
         if type(module).__module__.startswith("sentence_transformers.") and hasattr(module, "pooling_mode"):
@@ -116,7 +116,7 @@ def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: 
                 return no_head
             gradient, hidden = found
             pool, words, is_other = _classified(gradient, real_of(hidden).to(gradient.device))
-    except Exception as error:  # whatever a model raises: fitting itself may need less of it
+    except Exception as error:  # any error of a model: fitting itself may not need the part that fails
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return Reading(None, f"what {name} reads could not be found out ({reason})", clear=False)
     return Reading(pool, f"{name} reads {words}", clear=pool is not None, is_other=is_other)
@@ -128,7 +128,7 @@ def reading_of(model: nn.Module, runner: Runner, rows: dict[str, Any], real_of: 
 def _gradient(
     model: nn.Module, backbone: nn.Module, forward: Callable[[], Any], is_bare: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """The gradient of the output with regard to the last hidden state, and that state; None for a bare model."""
+    """The gradient of the output with respect to the last hidden state, and that state; None for a bare model."""
     calls = Counter[nn.Module]()
     made: list[tuple[nn.Module, int, Any, weakref.ref[Tensor]]] = []
     maker: tuple[nn.Module, int, Any, Any] | None = None
@@ -136,7 +136,7 @@ def _gradient(
     leaf: Tensor | None = None
 
     def look(module: nn.Module, args: Any, output: Any) -> Any:
-        """Note where every tensor comes from; in a second pass, begin with gradients at the last hidden state."""
+        """Note which module returns each tensor; in the second pass, turn gradients on at the last hidden state."""
         nonlocal returned, leaf
         calls[module] += 1
         if maker is None:
@@ -147,7 +147,7 @@ def _gradient(
             return None
         torch.set_grad_enabled(True)  # until the surrounding no_grad ends
         leaf = _tensors(output)[maker[2]].detach().clone().requires_grad_()
-        # Not the leaf itself, which what follows could not change in place.
+        # A clone, since the layers that follow cannot change a leaf in place.
         return _replaced(output, maker[2], leaf.clone())
 
     with ExitStack() as hooks:
@@ -160,7 +160,7 @@ def _gradient(
         hidden = states[-1] if states and returned.get("last_hidden_state") is None else last_hidden_state(returned)
         if hidden.dim() != 3:
             raise ValueError(f"its last hidden state is {tuple(hidden.shape)}, not (batch, seq, width)")
-        # The innermost module that returned this very tensor, in which of its calls, and where in its output.
+        # The innermost module that returned this very tensor, the number of its call, and the place in its output.
         maker = next((each for each in made if each[3]() is hidden), None)
         if maker is None:
             raise ValueError("no module returns the last hidden state")
@@ -172,14 +172,14 @@ def _gradient(
         raise ValueError("its output does not depend on the last hidden state")
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.enable_grad():
-        # Weights at random, since sums of normalised numbers have no gradient.
+        # Random weights, since plain sums of normalised numbers have no gradient.
         weights = [torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor) for tensor in read]
         total = sum((tensor * weight).float().sum() for tensor, weight in zip(read, weights, strict=True))
         return torch.autograd.grad(total, leaf)[0], hidden  # type: ignore[arg-type]
 
 
 def _tensors(output: Any) -> dict[Any, Tensor]:
-    """The tensors of an output, by their place in it."""
+    """The tensors of an output: their places in it → the tensors."""
     if isinstance(output, Tensor):
         return {None: output}
     if isinstance(output, Mapping):
@@ -207,10 +207,10 @@ def _logits(output: Any) -> list[Tensor]:
 
 
 def _classified(gradient: Tensor, real: Tensor) -> tuple[str | None, str, bool]:
-    """The pool, what is read in words, and whether that is known to be not one of `POOLS`."""
+    """Return the pool, what is read in words, and whether it is known not to be one of `POOLS`."""
     size = gradient.float().norm(dim=-1)
     read = size > _COUNTS * size.amax(1, keepdim=True)
-    several = (real.sum(1) > 1) & read.any(1)  # a row of one token tells nothing
+    several = (real.sum(1) > 1) & read.any(1)  # a row of one token does not show which position is read
     if not several.any():
         return None, "rows that are too short to tell which position it reads", False
     gradient, real, read = gradient[several], real[several], read[several]

@@ -1,10 +1,10 @@
 """Scores of texts by a language model: log-likelihoods of tokens, losses on running text, pooled embeddings.
 
-* masked: a token's score is its log-probability where it alone is masked (pseudo-log-likelihood, Salazar et al. 2020);
-* causal: its log-probability given the tokens before it, read off the position *before* it. A text begins with the
-  tokenizer's start token, or the end token where there is no other, so that its first token is scored too.
+* masked: the score of a token is its log-probability with only it masked (pseudo-log-likelihood, Salazar et al. 2020);
+* causal: the score is the log-probability given the tokens before it, read at the position *before* it. A text begins
+  with the tokenizer's start token, or its end token if it has no start token, so that the first token is scored too.
 
-Rows are padded at the right. Log-probabilities are taken in float32, whatever the model's dtype, and sums are float64.
+Rows are padded at the right. Log-probabilities are taken in float32 for any dtype of the model; sums are float64.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .slots import Layout, Row, SlotReader, in_float32, longest_input, padded_in
 
 T = TypeVar("T")
 FINAL = "last_hidden_state"
-_LONGEST = 512  # tokens of a window where neither tokenizer nor model has a limit
+_LONGEST = 512  # tokens of a window if neither the tokenizer nor the model has a limit
 
 
 def whole(name: str, value: int, least: int = 1) -> int:
-    """A whole number that is not too small."""
+    """Check that a value is a whole number of at least `least`, and return it as an int."""
     if value != int(value) or value < least:
         raise ValueError(f"{name}={value}: write a whole number of at least {least}.")
     return int(value)
 
 
 def check_texts(texts: Sequence[Any]) -> None:
-    """Raise a `ValueError` for the first that is not a text."""
+    """Raise a `ValueError` that names the first entry that is not a text."""
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"Text {number} is {text!r}, which is not a text: leave it out.")
@@ -47,40 +47,40 @@ class Encoding:
 
     text: str  # The text.
     ids: list[int]  # Its tokens.
-    spans: list[tuple[int, int]]  # For each token where its characters are in the text.
-    places: list[int]  # Positions of the tokens that are text.
-    unknown: frozenset[int]  # Those of them that stand for what the tokenizer does not know.
+    spans: list[tuple[int, int]]  # For each token the start and end of its characters in the text.
+    places: list[int]  # The positions of the tokens that are scored: text, not special tokens.
+    unknown: frozenset[int]  # Positions among `places` of the tokenizer's unknown token.
 
     def within(self, start: int, end: int) -> list[int]:
-        """Positions of the tokens with a character in `text[start:end]`."""
+        """The positions of the tokens with a character in `text[start:end]`."""
         return [p for p in self.places if self.spans[p][0] < end and self.spans[p][1] > start]
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a model lost on a part of a text."""
+    """The loss of a model on a part of a text."""
 
-    loss: float  # Summed negative log-likelihood in nats.
-    tokens: int  # Tokens that were scored.
-    bytes: int  # UTF-8 bytes of the text that they stand for, with the white space before them.
-    unknown: int  # How many of them stand for what the tokenizer does not know; their loss says little.
+    loss: float  # The summed negative log-likelihood in nats.
+    tokens: int  # The number of scored tokens.
+    bytes: int  # The UTF-8 bytes of the text of these tokens, with the white space before them.
+    unknown: int  # How many of these tokens are the tokenizer's unknown token; their loss says little.
 
 
 class LanguageScorer:
     """Scores tokens with a masked or a causal language model.
 
     Args:
-        model: Bare or wrapped in a `PeftModel`; adapters that are active take part.
-        tokenizer: Of the model, a fast one.
-        batch_size: Rows a forward.
-        max_length: Longest row in tokens; by default what the model takes.
+        model: The model, bare or wrapped in a `PeftModel`; active adapters take part.
+        tokenizer: The fast tokenizer of the model.
+        batch_size: Rows in each forward pass.
+        max_length: The longest row in tokens; by default the model's limit.
 
     Raises:
-        ValueError: If the model is not a masked or causal language model, or the tokenizer knows no offsets.
+        ValueError: If the model is not a masked or causal language model, or the tokenizer is not a fast one.
 
     Attributes:
         task: `"masked"` or `"causal"`.
-        longest: Longest row in tokens, if there is a limit.
+        longest: The longest row in tokens; None if there is no limit.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class LanguageScorer:
         self.start = next((token for token in starts if token is not None), None) if self.task == "causal" else None
 
     def encode(self, text: str) -> Encoding:
-        """A text as the model reads it; never cut."""
+        """The tokens of a text as the model reads them; the text is never cut."""
         found = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
         ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
         added = list(found["special_tokens_mask"])
         if self.start is not None and not (added and added[0]):
             ids, spans, added = [self.start, *ids], [(0, 0), *spans], [1, *added]
-        first = 1 if self.task == "causal" else 0  # nothing predicts the first token of a row
+        first = 1 if self.task == "causal" else 0  # a causal model does not predict the first token of a row
         places = [p for p in range(first, len(ids)) if not added[p]]
         lost = frozenset(p for p in places if ids[p] == self.tokenizer.unk_token_id)
         return Encoding(text, ids, spans, places, lost)
@@ -126,14 +126,14 @@ class LanguageScorer:
         return self.longest is None or len(encoding.ids) <= self.longest
 
     def queries(self, encoding: Encoding, places: Sequence[int] | None = None) -> list[Row]:
-        """The rows that the scores of some tokens take, by default of all that are text.
+        """The rows that give the scores of some tokens of a text, by default of all `encoding.places`.
 
-        A causal model takes one, a masked one takes one a token.
+        A causal model needs one row, a masked model needs one row for each token.
         """
         return self.asked(encoding.ids, encoding.places if places is None else list(places))
 
     def asked(self, ids: list[int], places: list[int]) -> list[Row]:
-        """The same for a row of tokens."""
+        """The rows that give the scores of the tokens at some places of a row."""
         together = [places] if self.task == "causal" else [[place] for place in places]
         return [self.layout.predicting(ids, chosen) for chosen in together]
 
@@ -142,13 +142,13 @@ class LanguageScorer:
         """For every row the log-probabilities of its tokens, `(tokens,)` float32 on the CPU.
 
         Raises:
-            ValueError: If a row is longer than the model takes, or asks for its first token of a causal model.
+            ValueError: If a row is longer than the model's limit, or asks a causal model for its first token.
         """
         for row in rows:
             if self.longest is not None and len(row.ids) > self.longest:
                 raise ValueError(f"A row has {len(row.ids)} tokens, more than {self.longest}: leave it out.")
             if min(row.positions, default=0) < 0:
-                raise ValueError("A causal model predicts no first token: put a start token before it.")
+                raise ValueError("A causal model does not predict the first token: put a start token before it.")
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         order = sorted((i for i, row in enumerate(rows) if row.tokens), key=lambda i: len(rows[i].ids))
         with evaluating(self.reader.model):
@@ -163,17 +163,17 @@ class LanguageScorer:
         return found
 
     def sums(self, texts: Sequence[Sequence[Row]]) -> list[float]:
-        """For each text the summed log-probability of the tokens that its rows ask for."""
+        """For each text the summed log-probability of the tokens that its rows predict."""
         parts = iter(self.log_probabilities([row for rows in texts for row in rows]))
         return [sum(float(next(parts).double().sum()) for _ in rows) for rows in texts]
 
     def losses(self, texts: str | Sequence[str], stride: int | None = None) -> list[Window]:
         """Losses on running text, every token scored once, window after window; windows never span two texts.
 
-        Windows of the longest row (512 tokens if there is no limit) move on by `stride` tokens, by default half a
-        window; each scores the tokens that no earlier one has, so a token has at least the rest of a window as context,
-        as far as the text has it. Raises a `ValueError` if a text has no token to score, or `stride` does not fit the
-        window.
+        Windows as long as the longest row (512 tokens if there is no limit) move on by `stride` tokens, by default half
+        a window. Each window scores the tokens that earlier windows have not, so the context of a token is at least the
+        rest of a window, unless the text is shorter. Raises a `ValueError` if a text has no token to score, or `stride`
+        does not fit the window.
         """
         parts = []
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -186,14 +186,14 @@ class LanguageScorer:
         sums = self.sums([self.asked(ids, places) for _, ids, places, _ in parts])
         found = []
         for (encoding, _, _, scored), total in zip(parts, sums, strict=True):
-            loss = 0.0 if total > 0 else -total  # a sum above 0 is rounding; one that is not a number stays so
+            loss = 0.0 if total > 0 else -total  # a sum above 0 is due to rounding; NaN stays NaN
             found.append(Window(loss, len(scored), _bytes_of(encoding, scored), len(encoding.unknown & {*scored})))
         return found
 
     def _windows(self, encoding: Encoding, stride: int | None) -> Iterator[tuple[list[int], list[int], list[int]]]:
-        """A window's tokens, the positions in it that it scores, and their positions in the text."""
+        """Each window's tokens, the positions in the window that it scores, and their positions in the text."""
         first, last, longest = encoding.places[0], encoding.places[-1] + 1, self.longest or _LONGEST
-        # A masked model sees its special tokens around every window; a causal one its start token once.
+        # A masked model sees its special tokens around every window, a causal model sees its start token once.
         lead, trail = (encoding.ids[:first], encoding.ids[last:]) if self.task == "masked" else ([], [])
         begin, room = (first, longest - len(lead) - len(trail)) if self.task == "masked" else (0, longest)
         most = room if self.task == "masked" else room - 1
@@ -212,7 +212,7 @@ class LanguageScorer:
 
 
 def _bytes_of(encoding: Encoding, scored: Sequence[int]) -> int:
-    """UTF-8 bytes from the end of the token before the first one to the end of the last one."""
+    """The UTF-8 bytes from the end of the token before the first scored token to the end of the last scored token."""
     before = scored[0] - 1
     start = encoding.spans[before][1] if before >= 0 else 0
     is_last = scored[-1] == encoding.places[-1]
@@ -232,12 +232,12 @@ def text_states(
     max_length: int | None = None,
     truncate: bool = False,
 ) -> list[T]:
-    """What is kept of the states of each text.
+    """Return for each text what `keep` returns for its states.
 
-    `keep` is given a text's number and its states, layer → `(tokens, width)` float32 on the CPU: the last alone, or
-    with `every` all of them, the embeddings first. Of an encoder-decoder the encoder is read; adapters that are active
-    take part. A text that is longer than the model takes, or than `max_length` tokens, is refused, or cut where
-    `truncate` says so. Raises `ValueError` if there are no texts, or one is too long or has no token.
+    `keep` is called with the number of a text and its states, layer → `(tokens, width)` float32 on the CPU: the last
+    state alone, or with `every` all states, the embeddings first. For an encoder-decoder these are the states of the
+    encoder; active adapters take part. A text that is longer than the model's limit or `max_length` tokens is refused,
+    or cut if `truncate` is True. Raises `ValueError` if there are no texts, or one is too long or has no token.
     """
     runner = Runner(text_encoder(model), [])
     longest = longest_input(tokenizer, runner.model.config, max_length)
@@ -258,7 +258,7 @@ def text_states(
             chosen = order[start : start + batch_size]
             inputs = padded_inputs([rows[i] for i in chosen], pad, type_ids=type_ids)
             output = runner({**inputs, "output_hidden_states": True} if every else inputs)
-            # The last of the hidden states is last_hidden_state, in most architectures and with these names.
+            # In most architectures the last of the hidden states is last_hidden_state, which gets that name here.
             layers = {f"layer {i}": state for i, state in enumerate(output.hidden_states[:-1])} if every else {}
             layers[FINAL] = last_hidden_state(output)
             layers = {name: state.float().cpu() for name, state in layers.items()}
@@ -270,10 +270,10 @@ def text_states(
 def pooled_embeddings(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, pool: str = "mean", **options: Any
 ) -> Tensor:
-    """One vector a text, `(texts, width)` float32 on the CPU, from the last hidden states.
+    """One vector for each text, `(texts, width)` float32 on the CPU, from the last hidden states.
 
-    `pool` is `"mean"` over all real positions, `"cls"` for the first or `"last"` for the last of them; another word is
-    a `ValueError`. Options and other errors are those of `text_states`.
+    `pool` is `"mean"` over all real positions, `"cls"` for the first of them or `"last"` for the last; another word
+    raises a `ValueError`. The options and the other errors are those of `text_states`.
     """
     if pool not in ("mean", "cls", "last"):
         raise ValueError(f"pool={pool!r}: write 'mean', 'cls' or 'last'.")
@@ -282,5 +282,5 @@ def pooled_embeddings(
 
 
 def pooled_one(states: Tensor, pool: str) -> Tensor:
-    """`(width,)` of the states of one text, `(tokens, width)`; see `pooled`."""
+    """Pool the states of one text, `(tokens, width)`, into one vector `(width,)`; see `pooled`."""
     return pooled(states[None], torch.ones(1, len(states), dtype=torch.bool), pool)[0]

@@ -1,11 +1,11 @@
-"""Slots filled with words: what one forward pass is given, and the logits where their tokens are predicted.
+"""Fills slots with words: the inputs of one forward pass, and the logits at which the words' tokens are predicted.
 
-`Layout` lays words into slots, `Filled` is one forward pass, `PairBatch` is that of two words for each slot, and
-`SlotReader` makes the pass. What becomes of the slot:
+`Layout` puts words into slots, `Filled` has the inputs of one forward pass, `PairBatch` has those for two words in each
+slot, and `SlotReader` runs the pass. What stands in the slot depends on the task:
 
 * masked: as many mask tokens as the word has tokens, so both words need the same number of tokens;
-* causal: everything before the slot is the input, and the word is read off the positions *before* its tokens, the last
-  token of the prefix first; the further tokens of a longer word are forced;
+* causal: everything before the slot is the input, and the word is read at the positions *before* its tokens, the first
+  of which is the last token of the prefix; a longer word's earlier tokens are forced;
 * seq2seq, with sentinels (T5): ``<extra_id_0>`` in the encoder's input; the decoder, given its start token and
   ``<extra_id_0>``, predicts the word. With a mask token instead (BART): one mask in the encoder's input; the decoder,
   given the text before the slot, predicts the word;
@@ -30,11 +30,11 @@ from .model import Runner, evaluating, input_device, is_encoder_decoder, positio
 from .word_tokens import PairError
 
 F = TypeVar("F", bound="Filled")
-# The id of no label, as transformers' losses leave it out.
+# The id that stands for no label, which the losses of transformers leave out.
 IGNORED = -100
-# A tokenizer that knows no limit gives a number far above it.
+# Tokens: a limit above this means that the tokenizer has no limit.
 _NO_LIMIT = 10**9
-_SENTINELS = 100  # tokens <extra_id_…> that T5 has
+_SENTINELS = 100  # the number of T5's tokens <extra_id_…>
 _ROWS = 1024  # logits that are turned to float32 at once: 0.5 GB for a vocabulary of 128,000
 
 
@@ -47,17 +47,17 @@ class Filled:
 
     inputs: dict[str, Tensor]  # Named inputs of the model, (batch, seq).
     rows: Tensor  # (labels,) The row of every predicted token.
-    positions: Tensor  # (labels,) The position, in the decoder's input for seq2seq, whose logits predict it.
+    positions: Tensor  # (labels,) The position whose logits predict the token; in the decoder's input for seq2seq.
     tokens: Tensor  # (labels,) The token ids, or for classification the label ids.
 
     @property
     def weights(self) -> Tensor:
-        """(labels,) With these a sum over tokens is the mean over rows of each row's mean; float32."""
+        """(labels,) float32: with these weights a sum over tokens is the mean over rows of each row's mean."""
         counts = torch.bincount(self.rows)
         return 1.0 / (counts[self.rows].float() * (counts > 0).sum())
 
     def __len__(self) -> int:
-        """Rows."""
+        """The number of rows."""
         return len(self.inputs["input_ids"])
 
     def to(self: F, device: torch.device | str) -> F:
@@ -81,14 +81,14 @@ class Row:
     """One row of a forward pass."""
 
     ids: list[int]  # The (encoder's) input.
-    positions: list[int]  # Whose logits predict the tokens; in the decoder's input for seq2seq.
-    tokens: list[int]  # What is predicted: token ids, or one label id.
+    positions: list[int]  # The positions whose logits predict the tokens; in the decoder's input for seq2seq.
+    tokens: list[int]  # The predicted tokens: token ids, or one label id.
     decoder: list[int] = field(default_factory=list)  # The decoder's input (seq2seq).
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One row without its word: the tokens before and after, special tokens included."""
+    """One row without its word: the tokens before and after the word, special tokens included."""
 
     head: list[int]
     tail: list[int]
@@ -96,24 +96,24 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a task lays a word into a slot, and pads."""
+    """How a task puts a word into a slot, and pads the rows."""
 
-    task: Task  # One of the four.
-    pad: int  # The padding token.
-    hole: int = -1  # The token that stands in the slot: the mask or the first sentinel; -1 where there is none.
-    sentinels: tuple[int, ...] = ()  # Token ids of ``<extra_id_i>``; empty for all but T5's kind of seq2seq.
-    start: int = -1  # The decoder's start token (seq2seq), else -1.
-    # Pad at the left; causal models only. Everything else is padded at the right, whatever the tokenizer says, since
-    # not every such model takes position ids.
+    task: Task  # The task of the model.
+    pad: int  # The id of the padding token.
+    hole: int = -1  # The id of the token in the slot: the mask or the first sentinel; -1 if there is none.
+    sentinels: tuple[int, ...] = ()  # The ids of ``<extra_id_i>``; empty except for T5's kind of seq2seq.
+    start: int = -1  # The id of the decoder's start token (seq2seq), else -1.
+    # Whether to pad at the left; for causal models only. All others are padded at the right, whichever side the
+    # tokenizer names, since some of them do not take position ids.
     left: bool = False
-    type_ids: bool = False  # The model takes ``token_type_ids``.
+    type_ids: bool = False  # Whether the model takes ``token_type_ids``.
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, task: str, config: Any = None) -> Layout:
         """The layout for a tokenizer and a model's config.
 
         Raises:
-            PairError: The task is unknown, or the tokenizer or the config lack what it needs.
+            PairError: The task is unknown, or the tokenizer or the config lacks something that the task needs.
         """
         if task not in get_args(Task):
             raise PairError(f"the task is {task!r}; write one of {', '.join(get_args(Task))}")
@@ -147,7 +147,7 @@ class Layout:
         return replace(layout, hole=hole, sentinels=tuple(sentinels), start=start)
 
     def fill(self, slots: Sequence[Slot], words: Sequence[Sequence[int]]) -> Filled:
-        """Lay one word (its tokens, or one label id) into every slot; padded to the longest row."""
+        """Put one word (its tokens, or one label id) into every slot; rows are padded to the longest."""
         return self.padded([self._row(slot, list(word)) for slot, word in zip(slots, words, strict=True)])
 
     def _row(self, slot: Slot, word: list[int]) -> Row:
@@ -164,13 +164,13 @@ class Layout:
         return Row([*head, self.hole, *slot.tail], [len(given) + step for step in steps], word, target)
 
     def predicting(self, ids: Sequence[int], places: Sequence[int]) -> Row:
-        """The row that predicts the tokens at some places of a text; they are hidden but for causal models."""
+        """The row that predicts the tokens at some places of a text; they are hidden, except for causal models."""
         if self.task == "classification":
             return Row(list(ids), [0], [0])
         places = places[: len(self.sentinels)] if self.sentinels else places
         tokens = [ids[place] for place in places]
         if self.task == "causal":
-            # What stands at a place is predicted by the logits at the one before it.
+            # The token at a place is predicted by the logits at the place before it.
             return Row(list(ids), [place - 1 for place in places], tokens)
         holes = self.sentinels or (self.hole,) * len(places)
         source, target = list(ids), [self.start]
@@ -181,30 +181,30 @@ class Layout:
             return Row(source, list(places), tokens)
         if not self.sentinels:
             return Row(source, list(places), tokens, [self.start, *ids[:-1]])
-        # Start, then (sentinel, token) pairs: a token is predicted at its sentinel, the last token is input to nothing.
+        # The start, then (sentinel, token) pairs: a token is predicted at its sentinel, so the last token is left out.
         return Row(source, [1 + 2 * step for step in range(len(places))], tokens, target[:-1])
 
     def padded(self, rows: Sequence[Row]) -> Filled:
-        """Rows as tensors, with a mask and what else the model needs; positions move with the padding."""
+        """Rows as tensors, with a mask and the other inputs that the model needs; positions move with left padding."""
         named = padded_inputs([row.ids for row in rows], self.pad, left=self.left, type_ids=self.type_ids)
         owners = torch.tensor([number for number, row in enumerate(rows) for _ in row.tokens])
         at = torch.tensor([position for row in rows for position in row.positions])
         if self.left:
             at = at + (named["attention_mask"] == 0).sum(1)[owners]
         if self.task == "seq2seq":
-            # Right padding under a causal mask: no earlier position sees it.
+            # It is padded at the right: under the causal mask the positions before the padding do not see it.
             named["decoder_input_ids"] = padded_inputs([row.decoder for row in rows], self.pad)["input_ids"]
         return Filled(named, owners, at, torch.tensor([token for row in rows for token in row.tokens]))
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> int:
-    """The token to pad with: the tokenizer's or the model's, or any where they have none, since it is masked out."""
+    """The padding token of the tokenizer or the model; if they have none, any token, since padding is masked out."""
     pads = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), tokenizer.eos_token_id)
     return next((pad for pad in pads if isinstance(pad, int)), 0)
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase, config: Any, most: int | None = None) -> int | None:
-    """The longest input in tokens, as far as the tokenizer, the config and `most` say."""
+    """The longest input in tokens: the least limit of the tokenizer, the config and `most`; None without a limit."""
     of_text = getattr(config, "text_config", None)
     limits = [tokenizer.model_max_length, positions_of(config) or positions_of(of_text)]
     usable = [limit for limit in limits if limit and 0 < limit < _NO_LIMIT]
@@ -216,7 +216,7 @@ def padded_inputs(
 ) -> dict[str, Tensor]:
     """Rows of token ids as a model's inputs, `(rows, longest row)`.
 
-    Padded at the left there are position ids, which then do not follow from the place; ``token_type_ids`` are all 0.
+    With padding at the left there are position ids too, since the places are shifted; ``token_type_ids`` are all 0.
     """
     width = max(map(len, rows))
     gaps = [width - len(row) for row in rows]
@@ -236,17 +236,17 @@ def padded_inputs(
 
 @dataclass(frozen=True)
 class PairBatch(Filled):
-    """Rows of one class, of which one mean-loss gradient is taken, with the slot laid out for the factual word.
+    """Rows of one class, with the factual words in the slots; one gradient is taken of their mean loss.
 
     Attributes:
         tokens: (labels,) Token ids (classification: label ids) of the factual words, also called `factual`.
-        counterfactual: (labels,) Those of the counterfactual words; aligned with `tokens` unless `apart` is there.
+        counterfactual: (labels,) The ids of the counterfactual words; aligned with `tokens` unless `apart` is set.
         label: Class id of the rows; `None` for neutral texts.
         other: Class id of the counterfactual words; `None` for neutral texts.
-        apart: The counterfactual words' own forward pass, where one cannot serve both: words of several tokens whose
-            earlier tokens a causal or seq2seq model is given.
-        layout: How words are laid into the slots; `None` where the slots are not known.
-        slots: One a row, without words.
+        apart: A forward pass for the counterfactual words alone, if one pass cannot serve both words: a causal or
+            seq2seq model is given the earlier tokens of a word of several tokens.
+        layout: How words are put into the slots; `None` if the slots are not known.
+        slots: One slot for each row, without words.
     """
 
     counterfactual: Tensor
@@ -295,20 +295,19 @@ def collate(layout: Layout, rows: Sequence[EncodedRow]) -> PairBatch:
 
 
 def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source: str) -> PairBatch:
-    """A batch of model inputs with `labels`, as one that has the factual side only.
+    """Turn a batch of model inputs with `labels` into a `PairBatch` that has the factual side only.
 
-    Labels are `(batch, seq)` token ids with −100 where nothing is predicted (in the place of the predicted token, as
-    transformers has it for causal models too), or `(batch,)` label ids of a classifier. The model makes the decoder's
-    inputs of an encoder-decoder; `source` is what the adapter reads. Raises a `ValueError` if there are no labels, a
-    row has none, or the adapter reads more than the factual gradient.
+    Labels are `(batch, seq)` token ids with −100 where nothing is predicted (at the place of the predicted token, as in
+    transformers for causal models too), or `(batch,)` label ids of a classifier. An encoder-decoder makes the inputs of
+    its decoder; `source` is the gradient that the adapter reads. Raises a `ValueError` if there are no labels, a row
+    has none, or the adapter reads more than the factual gradient.
     """
     if source != "factual":
         raise ValueError(
-            f"The adapter reads the {source!r} gradient, which labels alone do not give: pass a batch of "
-            "pair_batches()."
+            f"The adapter reads the {source!r} gradient, which needs more than labels: pass a batch of pair_batches()."
         )
     if "labels" not in batch:
-        raise ValueError("The batch has no `labels`, of whose loss the gradient is taken; add them, or pass pairs.")
+        raise ValueError("The batch has no `labels`, which the loss and its gradient need; add them, or pass pairs.")
     inputs, labels = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
     if task == "classification":
         labels = labels.reshape(-1, 1)
@@ -317,9 +316,9 @@ def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source:
         inputs["decoder_input_ids"] = bare.prepare_decoder_input_ids_from_labels(labels=labels)
     rows, at = (labels != IGNORED).nonzero(as_tuple=True)
     if task == "causal":
-        rows, at = rows[at > 0], at[at > 0]  # nothing stands before the first token
+        rows, at = rows[at > 0], at[at > 0]  # the first token has no token before it that predicts it
     if len(rows.unique()) != len(labels):
-        raise ValueError("Some rows of `labels` are −100 throughout: each row needs a token to predict.")
+        raise ValueError("Some rows of `labels` are −100 everywhere: each row needs a token to predict.")
     tokens = labels[rows, at]
     return PairBatch(inputs, rows, at - 1 if task == "causal" else at, tokens, counterfactual=tokens)
 
@@ -328,13 +327,13 @@ def as_pair_batch(batch: dict[str, Tensor], model: nn.Module, task: str, source:
 
 
 class SlotReader:
-    """Reads logits and log-probabilities at slots off a model, without gradients.
+    """Reads the logits and log-probabilities of a model at slots, without gradients.
 
-    The head runs on the predicted positions only: the last hidden state is cut down to these rows on its way to it.
+    The head runs on the predicted positions only: the last hidden state is cut down to them before the head.
 
     Args:
-        model: With a head; bare or wrapped in a `PeftModel`. Adapters that are active take part.
-        task: By default `task_of(model)`.
+        model: A model with a head, bare or wrapped in a `PeftModel`. Active adapters take part.
+        task: The task of the model; by default `task_of(model)`.
 
     Raises:
         ValueError: The model has no usable head.
@@ -344,20 +343,20 @@ class SlotReader:
         self._runner = Runner(model)
         self.model: Any = self._runner.model
         self.task: Task = task_of(self.model) if task is None else task
-        # The module whose last hidden state the head reads; the model itself where it cannot be told from it.
+        # The module whose last hidden state the head reads; the model itself if it has no such part.
         self._backbone: Any = self.model.get_decoder() if is_encoder_decoder(self.model) else self._runner.backbone
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """The device for inputs."""
         return input_device(self.model)
 
     def word_log_probabilities(self, batch: PairBatch, words: Sequence[Sequence[int]]) -> Tensor:
-        """How likely each of some words is in the slot of every row: (batch, words) log-probabilities, float32.
+        """The log-probability of each of some words in the slot of every row, (batch, words) float32.
 
-        Words are token ids (`word_tokens`), at least one each; for classification one label id. A word of several
-        tokens has the sum of theirs. Words of one token share one forward. For a masked model the tokens of a longer
-        word are masked at once, and words of the same length share a forward.
+        Words are lists of token ids (`word_tokens`), not empty; for classification each is one label id. A word of
+        several tokens gets the sum over its tokens. Words of one token share one forward pass. For a masked model the
+        tokens of a longer word are masked at once, and words of the same length share a forward pass.
         """
         if batch.layout is None:
             raise ValueError("the batch has no slots to put words in; make it with pair_batches")
@@ -376,12 +375,12 @@ class SlotReader:
         return found
 
     def logits(self, filled: Filled) -> Tensor:
-        """One forward pass: the logits of the predicted tokens, (labels, vocabulary or classes), in the model's dtype.
+        """Run one forward pass: the logits of the predicted tokens, (labels, vocabulary or classes), in its dtype.
 
-        It leaves gradient mode and training flags to the caller.
+        The caller sets the gradient mode and the training flags.
         """
         filled = filled.to(self.device)
-        # A model that takes keywords of any name need not know token types.
+        # A model whose forward takes any keyword may not know token types.
         taken = inspect.signature(self.model.forward).parameters
         inputs = {k: v for k, v in filled.inputs.items() if k in taken or k != "token_type_ids"}
         with self._gathered(filled) as done:
@@ -392,13 +391,13 @@ class SlotReader:
         if self.task == "classification":
             return logits[filled.rows]
         source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
-        # A head may read another output of the backbone than its last hidden state, as ProphetNet's with its streams.
+        # A head may read another output of the backbone than its last hidden state, such as ProphetNet's streams.
         if done and logits.shape[:2] == (1, len(filled.rows)):
             return logits[0]
         if logits.shape[:2] != source.shape:
             raise ValueError(
                 f"{type(self.model).__name__} returns logits of shape {tuple(logits.shape)} for tokens of shape "
-                f"{tuple(source.shape)}, so that which belong to which token is not known."
+                f"{tuple(source.shape)}, so it is not known which logits belong to which token."
             )
         return logits[filled.rows, filled.positions]
 
@@ -406,9 +405,9 @@ class SlotReader:
     def _gathered(self, filled: Filled) -> Iterator[list[bool]]:
         """While open, the backbone returns its last hidden state at the predicted positions only, (1, labels, width).
 
-        The list that it gives is empty unless that has happened: a backbone may not be called as a module, or its
-        hidden state may not have the shape of the input, and then the caller picks the rows from the logits. It does so
-        too where the logits show that the head read something else.
+        The list that it yields stays empty if that has not happened: the backbone was not called as a module, or its
+        hidden state does not have the shape of the input. The caller then picks the rows from the logits, and also does
+        so if the shape of the logits shows that the head read another output.
         """
         done: list[bool] = []
         source = filled.inputs.get("decoder_input_ids", filled.inputs["input_ids"])
@@ -419,7 +418,7 @@ class SlotReader:
             if not isinstance(hidden, Tensor) or hidden.shape[:2] != source.shape or hidden.dim() != 3:
                 return None
             rows = hidden[filled.rows.to(hidden.device), filled.positions.to(hidden.device)][None]
-            if rows.shape == hidden.shape:  # so that the shape of the logits tells whether the head read these rows
+            if rows.shape == hidden.shape:  # the shape of the logits could not show what the head has read
                 return None
             done.append(True)
             if not keyed:
@@ -437,5 +436,5 @@ class SlotReader:
 
 
 def in_float32(logits: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of `(labels, vocabulary)` logits at a time, as float32, with the tokens that belong to them."""
+    """Split `(labels, vocabulary)` logits into parts of some rows, as float32, each with the tokens of its rows."""
     return ((part.float(), goal) for part, goal in zip(logits.split(_ROWS), tokens.split(_ROWS), strict=True))

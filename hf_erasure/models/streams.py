@@ -1,9 +1,9 @@
-"""The linear maps at the ends of a model's sublayers: which read the hidden state, and which write it.
+"""Finds the linear maps at the ends of a model's sublayers: those that read the hidden state, and those that write it.
 
-What flows is told by sums alone. Where something is added to what it was itself computed from, by way of weights, that
-is the residual stream. Maps read it where their input is it, or a norm of it, and no other map lies between; maps write
-it where their output is added to it, rearranged or scaled at most. Erasing before all that reads, or behind all that
-writes, takes a concept out of what the sublayers and the head get, and a linear map has a place for it in its weight.
+The residual stream is found by its sums: a branch is added to the tensor from which it was computed by way of weights.
+A map reads the stream if its input is the stream or a norm of it, without another map in between. A map writes the
+stream if its output is added to it, at most rearranged or scaled. Erasing before all readers, or behind all writers,
+removes a concept from the inputs of the sublayers and the head, and can be merged into the weights of linear maps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .dummy import dummy_batch
 from .graph import Graph, Node, Product, Weight, experts_beside, siblings
 from .model import MEDIA, bare_model
 
-# What leaves each feature, or a whole row, by itself.
+# Kinds of nodes that change each feature, or each row, by itself.
 _BETWEEN = {"norm", "scaled", "featurewise", "pointwise"}
 _ADDED = {"sum", "join"}
 _MIXES = "it does not take the features of a row as they are"
@@ -29,7 +29,7 @@ class Group(list[Weight]):
     """The maps that read one tensor, in the order of their calls.
 
     Attributes:
-        also: What else takes the tensor and is not such a map, so that it is not guarded: names of operations.
+        also: The names of other operations on the tensor, which are not such maps and so are not guarded.
     """
 
     also: tuple[str, ...] = ()
@@ -38,15 +38,15 @@ class Group(list[Weight]):
 def readers_of(model: nn.Module) -> list[Group]:
     """The linear maps that read the hidden state, grouped by the tensor that they read.
 
-    The maps of a group take one eraser. Views in other shapes, such as of flat rows and of sequences, are other groups:
-    where the rows of an example lie is told of a shape. Experts that take some rows each are in one, those that the
-    pass did not call among them. A module that is called several times reads several tensors; those are one group then,
-    since a module has one eraser at its input. A map whose module takes the tensor in other ways too (attention of
-    torch, which is called with it thrice), or is not called, is left out with a warning. What the pass does not run,
-    such as towers for images beside a text, is not seen.
+    The maps of a group share one eraser. Views of a tensor in other shapes, such as flat rows and sequences, are other
+    groups, since the place of an example's rows depends on the shape. Experts that take some rows each are one group,
+    with the experts that the pass did not call. If a module is called several times, the tensors that it reads are one
+    group, since a module has one eraser at its input. A map is left out with a warning if its module takes the tensor
+    in other ways too (torch's attention, which is called with it three times) or is not called. Parts that the pass
+    does not run, such as towers for images beside a text, are not seen.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If no linear map reads the hidden state.
     """
     groups = _Streams(model).readers()
     if not groups:
@@ -60,18 +60,18 @@ def readers_of(model: nn.Module) -> list[Group]:
 def writers_of(model: nn.Module) -> list[Weight]:
     """The linear maps whose outputs are added to the residual stream, embeddings included.
 
-    Weights of one module have one eraser, at its output; a bias of experts, a parameter with a name of its own, is
-    among them.
+    The weights of one module share one eraser, at its output. The bias of experts is a parameter with a name of its
+    own, and is returned too.
 
     Raises:
-        ValueError: If there are none, or if something else is added to the stream, or is it: then erasing at the maps
-            does not guard it.
+        ValueError: If there are no such maps, or if a tensor from elsewhere is added to the stream or begins it: then
+            erasing at the maps does not guard the stream.
     """
     return _Streams(model).writers()
 
 
 class _Streams:
-    """What a graph of one pass tells of the hidden state."""
+    """What the graph of one pass shows about the hidden state."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -80,7 +80,7 @@ class _Streams:
         self._graph = graphs[0]
         base = bare_model(model)
         media = [name for name, method in MEDIA.items() if hasattr(base, method)]
-        # What is put into a text, such as images, and the pass has not.
+        # An input that a text may have, such as images, and that the pass did not have.
         self._leaves_out = next((name for name in media if "input_ids" in batch and not batch.keys() & {*media}), None)
         nodes = self._graph.nodes
         self._made_of: dict[Node, list[Node]] = {node: [] for node in nodes}
@@ -94,7 +94,7 @@ class _Streams:
             for end in total.parents
             for branch in total.parents
             if end is not branch and branch.behind >> _behind_scales(end).index & 1
-            # A branch ends in a map, as those that write do; what a mixer adds inside of itself does not.
+            # A branch ends in a map, as all writers do; the sums inside a mixer have no map at their ends.
             if any(end_of_branch.kind == "map" for end_of_branch in _ends([branch], _BETWEEN))
             for node in (total, end, _behind_scales(end))
         }
@@ -102,7 +102,7 @@ class _Streams:
             first = node.parents[:1] if node.kind == "scaled" else node.parents
             if node.kind in {*_ADDED, "scaled"} and any(parent in self._stream for parent in first):
                 self._stream.add(node)
-        # What is made of it feature by feature.
+        # The nodes of the stream, and the nodes that are made of it feature by feature.
         self._seen: set[Node] = set(self._stream)
         for node in nodes:
             is_made = node.kind in _BETWEEN and node.parents[0] in self._seen
@@ -113,7 +113,7 @@ class _Streams:
     # ---- readers -----------------------------------------------------------------------------------------------------
 
     def readers(self) -> list[Group]:
-        """The groups of maps that read a tensor, joined where they share a module; warns of what cannot be guarded."""
+        """The groups of maps that read a tensor, joined where they share a module; warns if a map is not guarded."""
         found: dict[Any, dict[Weight, int]] = {}
         also: dict[Node, set[str]] = {}
         unguarded: list[str] = []
@@ -151,13 +151,13 @@ class _Streams:
             more = "" if len(unguarded) == 1 else f" (and {len(unguarded) - 1} more)"
             warnings.warn(
                 f"target_modules='readers' does not guard all that {type(self._model).__name__} reads: {unguarded[0]}"
-                f"{more}, so it keeps what it reads.",
+                f"{more}, so nothing is erased there.",
                 stacklevel=3,
             )
         return made
 
     def _why_not_read(self, taken: Node, node: Node, product: Product) -> str | None:
-        """Why a map does not read a tensor as the first input of its module, which does nothing else with it."""
+        """Why a map is not a reader of a tensor; None if its module takes the tensor first, and only for the map."""
         if product.pattern is None or product.reads is None:
             return _MIXES
         along = product.pattern[0]
@@ -173,7 +173,7 @@ class _Streams:
         return f"the module {product.owner!r}, whose {product.parameter!r} takes it, takes it in other ways too"
 
     def _not_run(self, found: Iterable[Weight]) -> Iterator[str]:
-        """Why blocks are not seen that stand in a list beside others, and that the pass has not called."""
+        """The reasons for blocks that are not seen: the pass calls others in their list, but does not call them."""
         chosen = [f"{weight.module}." for weight in found]
         for path, module in self._model.named_modules():
             children = [f"{path}.{name}".strip(".") for name in module._modules]
@@ -185,7 +185,7 @@ class _Streams:
                     yield f"the small pass that finds it does not run {child!r}"
 
     def _is_expert(self, module: str, taken: Node) -> bool:
-        """Whether a module is in a list of which others take rows of the same tensor, or are not called at all."""
+        """Whether a module is in a list whose other modules take rows of the same tensor, or are not called at all."""
         return any(
             child not in self._graph.called or any(call.taken[:1] == (taken,) for call in self._graph.called[child])
             for child, _ in siblings(self._model, module)
@@ -194,7 +194,7 @@ class _Streams:
     # ---- writers -----------------------------------------------------------------------------------------------------
 
     def writers(self) -> list[Weight]:
-        """The maps that make what is added; refused where anything else is added."""
+        """The maps whose outputs are added to the stream; raises an error if anything else is added."""
         found: dict[Weight, None] = {}
         refusals: list[str] = []
         if self._leaves_out is not None:
@@ -251,7 +251,7 @@ def _behind_scales(node: Node) -> Node:
 
 
 def _ends(nodes: Iterable[Node], through: Set[str] = frozenset({"scaled"})) -> list[Node]:
-    """What nodes are sums of, in the order of making; `through` are the kinds that leave what they are made of."""
+    """The terms that nodes are sums of, in the order of making; nodes of the kinds `through` stand for a parent."""
     found, open_ = set(), list(nodes)
     seen = set(open_)
     while open_:

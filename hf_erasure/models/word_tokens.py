@@ -18,7 +18,7 @@ _SIGNS = "\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b
 
 
 class PairError(ValueError):
-    """A data set of counterfactual pairs (or of neutral texts) that cannot be used; the message names the row."""
+    """Raised if a data set of pairs or of neutral texts cannot be used; the message names the row."""
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -40,7 +40,7 @@ def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 @dataclass(frozen=True)
 class Placed:
-    """A text cut at a word: the tokens before it, its own, and those after it; special tokens are not among them."""
+    """A text cut at a word: the tokens before the word, of the word, and after it, without special tokens."""
 
     head: list[int]
     word: list[int]
@@ -53,9 +53,9 @@ def place_words(
     """Tokenise ``prefix + word + suffix`` as running text, and cut the tokens where the words are.
 
     Most tokenizers mark a word by the space before it (byte-level BPE, sentencepiece), so a word is never tokenised
-    alone: its tokens are those that come after the prefix's when both are tokenised together. A prefix ends with the
-    space that parts it from its word; a suffix may be empty where it does not matter. For a word where a token reaches
-    over one of its ends there is ``None``.
+    alone: its tokens are the tokens behind those of the prefix when both are tokenised together. A prefix ends with the
+    space between it and its word; a suffix may be empty if it does not matter. If a token reaches over the start or the
+    end of a word, the result for the word is ``None``.
     """
     bare = encode(tokenizer, [prefix[:-1] if prefix.endswith(" ") else prefix for prefix in prefixes])
     spaced = encode(tokenizer, prefixes)
@@ -72,10 +72,10 @@ def place_words(
 
 
 def word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prefix: str = "a ") -> list[list[int]]:
-    """The tokens of each word in running text, after ``prefix``, a space at whose end is a part of it.
+    """The tokens of each word in running text, after ``prefix``, which includes the space at its end.
 
-    It is empty for words that open a text. Words of scripts without spaces stand right behind it. Raises a `PairError`
-    if a token reaches over the start of a word.
+    The prefix is empty for words that begin a text. Words of scripts without spaces follow the prefix without its
+    space. Raises a `PairError` if a token reaches over the start of a word.
     """
     prefixes = [prefix.rstrip(" ") if _STARTS_UNSPACED.match(word) else prefix for word in words]
     placed = place_words(tokenizer, prefixes, words, [""] * len(words))
@@ -106,8 +106,8 @@ def occurrences(tokens: Sequence[int], forms: set[tuple[int, ...]]) -> set[int]:
 
 
 def whole_words(words: Iterable[str]) -> re.Pattern[str]:
-    """Finds words that are not part of longer ones, the longest first; in scripts without spaces, their characters."""
-    letter = rf"[^\W{_UNSPACED}]"  # Chinese characters beside it do not make another word of an English one
+    """A pattern for whole words, the longest first; in scripts without spaces it finds the characters of a word."""
+    letter = rf"[^\W{_UNSPACED}]"  # an English word next to Chinese characters is still the same word
 
     def bounds(word: str) -> tuple[str, str]:
         before = "" if _STARTS_UNSPACED.match(word) else rf"(?<!{letter})(?<!-)"
@@ -125,10 +125,10 @@ def is_unspaced(word: str) -> bool:
 
 
 def capitalised(word: str) -> str:
-    """A word as at the beginning of a sentence."""
+    """A word as it is written at the beginning of a sentence."""
     return word[:1].upper() + word[1:]
 
 
 def shortened(text: str, limit: int = 80) -> str:
-    """A text for an error message: quoted, its end cut off where it is long."""
+    """A text for an error message: in quotes, and cut if it is longer than `limit` characters."""
     return repr(text if len(text) <= limit else text[: limit - 1] + "…")

@@ -134,7 +134,7 @@ def test_rows_that_depend_on_their_content_are_refused() -> None:
     with pytest.raises(ValueError, match="rows of an example are others"):
         found(of_an_expert)
     axes = Axes(-1, 0, per_example=4)
-    with pytest.raises(ValueError, match=r"holds 6 rows of 2 examples, and held 4 of each"):
+    with pytest.raises(ValueError, match=r"holds 6 rows of 2 examples, but 4 for each example"):
         axes.arranged(torch.zeros(6, WIDTH), 2, "here")
 
 

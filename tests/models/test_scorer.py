@@ -253,7 +253,7 @@ def test_refused(assets: Path):
     scorer = LanguageScorer(model, tokenizer, max_length=8)
     with pytest.raises(ValueError, match=r"A row has \d+ tokens, more than 8"):
         scorer.sums([scorer.queries(scorer.encode(TEXTS[2]))])
-    with pytest.raises(ValueError, match="predicts no first token"):
+    with pytest.raises(ValueError, match="does not predict the first token"):
         scorer.log_probabilities([Row([1, 2], [-1], [1])])
     with pytest.raises(ValueError, match="Text 1 has no token to score"):
         losses(model, tokenizer, ["Tom", ""])
