@@ -1,4 +1,4 @@
-"""What an erasure adapter is: the fields a user writes, and those that fitting fills in."""
+"""The configuration of an erasure adapter: the fields that a user writes, and those that fitting fills in."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CONCEPT_ERASURE = extend_peft_type("CONCEPT_ERASURE")
 
 METHODS = ("leace", "orth", "mean_projection", "inlp")
 SITES = ("output", "input")
-# Words for `target_modules`, with the side of the modules at which they erase.
+# Word for `target_modules` → the side of the modules at which it erases.
 WORDS = {"readers": "input", "writers": "output"}
-# No activation has as many axes; torch allows 64.
+# Torch allows 64 axes, so an index of an axis is below this.
 _MOST_AXES = 64
-# The strength that nobody wrote: another object than the 1.0 that a caller writes, which goes before a saved one.
+# The default strength. It is another object than a caller's own 1.0, since a caller's strength overrides a saved one.
 _FULL = float("1")
-# Fields that releases before do not know, and warn of.
+# Later fields and their defaults. Older releases do not know these fields and would warn of them.
 _LATER = {
     **{"weights": None, "strength": 1.0, "target": None, "readings": None},
     **{"pair_rank": 0, "environment_rank": None, "environments": None, "kept": None},
 }
 _STRONGEST = 2.0
-# Statistics hold a square matrix of these at every site: 8 MB.
+# The most strata (class × environment × kept class). The statistics of a site have a square matrix of them: 8 MB.
 _MOST_STRATA = 1000
-# Shares of classes are written with some digits.
+# The sum of the shares of classes may differ from 1 by this, since users round the shares.
 _SUM = 1e-6
-# The first row of `readings` of a concept of values; one for each of its columns follows.
+# The name of the first row of `readings` for a concept with values; a row for each of its columns follows.
 _ORIGIN = "0"
 _NOT_A_WEIGHT = "which does not name the weights at a site, as [module, parameter, axis], the site's own first"
 _ADDING = "Adding with target_modules='readers' or 'writers'"
@@ -46,16 +46,16 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Dial:
-    """The map `x ↦ x − strength · left · (right · (x − bias) − t)`, where `t` is what the target reads.
+    """The map `x ↦ x − strength · left · (right · (x − bias) − t)`, where `t` is the reading of the target.
 
     With the mean of a class as the target it is affine concept editing (arXiv 2411.09003).
     """
 
-    strength: float = 1.0  # 0 leaves activations as they are, 1 takes them all the way, 2 as far beyond
-    weights: tuple[float, ...] = ()  # how much each row of `readings` counts in the target; none for the mean
+    strength: float = 1.0  # 0 leaves activations as they are, 1 moves them to the target, 2 as far beyond it
+    weights: tuple[float, ...] = ()  # how much each row of `readings` counts in the target; empty for the mean
 
     def of(self, parts: Parts, readings: Tensor) -> Parts:
-        """`left`, `right` and `bias` of the map made of those of an eraser and its readings, `(rows, rank)`."""
+        """Make the map's `left`, `right` and `bias` from those of an eraser and from its readings `(rows, rank)`."""
         left, right, bias = parts
         if len(readings) and self.weights:
             target = readings.double().T @ torch.tensor(self.weights, dtype=torch.float64, device=readings.device)
@@ -67,55 +67,55 @@ class Dial:
 class ConceptErasureConfig(ChildConfig):
     """An erasure of one concept from the activations of a model's modules.
 
-    Either `labels` (a concept of named classes) or `concept_dim` (a continuous or multi-label concept) says how the
-    concept is coded in the data.
+    Give either `labels` (a concept with named classes) or `concept_dim` (a continuous or multi-label concept): it says
+    how the concept is coded in the data.
 
     Args:
-        concept: What is erased, in a word; stands in reports, cards and messages.
+        concept: A word for what is erased; reports, cards and messages show it.
         labels: The names of the classes, in the order of their ids. At least two.
         concept_dim: The number of columns of a continuous or multi-label concept. Leave out when `labels` is given.
         target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`. `None`
-            takes the output of every norm that reads or writes the hidden state of the blocks, and of the final norms,
-            which one small forward pass shows. `"readers"` takes what the linear maps that read the hidden state take,
-            and `"writers"` what those that add to it give.
+            takes the output of every norm that reads or writes the hidden state of the blocks, and of the final norms;
+            one small forward pass finds them. `"readers"` takes the inputs of the linear maps that read the hidden
+            state, and `"writers"` the outputs of those that add to it.
         exclude_modules: Suffixes or a regular expression of modules to leave alone.
         layers_to_transform: Indices of the blocks to act on; all when `None`.
         layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
-        site: Erase the `"output"` of each target or its `"input"`. Left out it is the input for `"readers"`, and the
+        site: Erase the `"output"` of each target or its `"input"`. The default is the input for `"readers"`, and the
             output otherwise.
         method: `"leace"` (least-squares optimal, arXiv 2306.03819); `"orth"` (the same guarantee by an orthogonal
             projection, which disturbs more; known as SAL, arXiv 2203.07893); `"mean_projection"` (the same map as
             `"orth"` where the rank is not capped; needs `labels`); or `"inlp"` (iterative null-space projection,
             arXiv 2004.07667, with a least-squares probe; it removes more directions and guarantees less). R-LACE and
-            INLP with logistic regression need rows, which fitting keeps none of: see `hf_erasure.erasers.Eraser.fit`.
-        affine: Keep the mean of the activations by an affine part, which is merged into a bias. `False` keeps it by the
-            choice of the linear map: of those that do, the one of least change. By default fitting takes the affine map
-            where a merge has a place for it, or the adapter cannot be merged anyway, and the linear one elsewhere.
-        rank: At most so many directions a site. `None` means k − 1 for named classes and `concept_dim` otherwise,
-            which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
-        pair_rank: So many directions more, those in which texts and their counterfactuals differ most beside the mean
-            difference, which is erased in any case. Needs batches with counterfactuals.
-        environment_rank: Erase so many directions of the class differences within environments, such as templates or
-            sources; the differences over all are always among them, k − 1 for k classes. Needs batches with
-            environments.
+            INLP with logistic regression need rows, which fitting does not keep: see `hf_erasure.erasers.Eraser.fit`.
+        affine: Keep the mean of the activations by an affine part, which is merged into a bias. `False` keeps the mean
+            by the choice of the linear map: of the maps that keep it, the one of least change. By default fitting takes
+            the affine map where a merge can write it, or where the adapter cannot be merged, and else the linear one.
+        rank: The most directions that are erased at a site. `None` means k − 1 for named classes and `concept_dim`
+            otherwise, which the guarantee needs, and for `"inlp"` ten times as many, which are ten rounds.
+        pair_rank: How many more directions are erased: those in which texts and their counterfactuals differ most,
+            apart from the mean difference, which is always erased. Needs batches with counterfactuals.
+        environment_rank: How many directions of the class differences within environments, such as templates or
+            sources, are erased. They include the differences over all environments, k − 1 for k classes. Needs batches
+            with environments.
         environments: The names of the environments, in the order of their ids; fitting takes them from its batches.
         kept: The names of the classes of a second label whose covariance with the activations stays as it is (SPLINCE,
             arXiv 2506.10703), in the order of their ids; fitting takes them from its batches.
-        strength: How far activations are moved: 0 leaves them as they are, 1 erases, 2 mirrors them at the mean. It may
-            be changed without fitting again, by `set_strength` or where an adapter is loaded.
-        target: Move all activations to the mean of a class, by its label, instead of to the common one; or of a mixture
-            of the classes, by their shares; or, with `concept_dim`, to where these values of the concept are. It may be
-            changed like `strength`, by `set_target`. It needs a bias to be merged into.
+        strength: How far activations are moved: 0 leaves them as they are, 1 erases, 2 mirrors them at the mean. It can
+            be changed without fitting again, with `set_strength` or when an adapter is loaded.
+        target: Where all activations are moved, instead of to the common mean: to the mean of a class, given by its
+            label; to that of a mixture of the classes, given by their shares; or, with `concept_dim`, to where the
+            concept has these values. It can be changed like `strength`, with `set_target`. A merge of it needs a bias.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
         fitted: Written by fitting. Whether the erasers exist.
-        fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`, and the `"axis"` of the features
-            where it is not the last, as for channels of images, and that of the `"examples"` where it is not the first.
-        weights: Written by adding with `"readers"` or `"writers"`. Site → the weights that take its activation or make
-            it, as `[module, parameter, axis]`: the axis of the parameter along which the features of the hidden state
-            lie. The modules of one site share one eraser, and the site is the first of them.
-        readings: Written by fitting. What a `target` may be made of, and the file has the readings of: the labels that
-            occurred; or the origin and the columns of a concept of values.
+        fitted_sites: Written by fitting. Module name → `{"width": …, "rank": …}`, with the `"axis"` of the features
+            where it is not the last, as for channels of images, and the axis `"examples"` where it is not the first.
+        weights: Written by adding with `"readers"` or `"writers"`. Site → the weights that read or make its activation,
+            each as `[module, parameter, axis]`, where the features of the hidden state lie along this axis of the
+            parameter. The modules of one site share one eraser, and the site is the first of them.
+        readings: Written by fitting. The names of the rows of readings in the file, of which a `target` may be made:
+            the labels that occurred, or the origin and the columns of a concept with values.
         provenance: Written by fitting. What the erasers were estimated from: the plugin's version, the class of the
             base model, the fingerprint of its weights, examples and tokens seen, and the leakage measured.
     """
@@ -125,7 +125,7 @@ class ConceptErasureConfig(ChildConfig):
     remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
     own_type = CONCEPT_ERASURE
     words = tuple(WORDS)
-    # The weights that modules and their sites were read from, and these.
+    # `weights` when `fitted_modules` was last read, and its result for them.
     _groups = cast("tuple[Any, dict[str, str]]", (None, {}))
 
     concept: str = "concept"
@@ -149,7 +149,7 @@ class ConceptErasureConfig(ChildConfig):
     def _check(self) -> None:
         if self.method == "rlace":
             raise ValueError(
-                "method='rlace' plays its game on rows, and fitting a model keeps none: fit it on arrays, with "
+                "method='rlace' needs rows of activations, and fitting a model keeps none: fit it on arrays, with "
                 "hf_erasure.erasers.Eraser.fit(x, z, 'rlace'). For k classes and k − 1 directions its optimum is what "
                 "method='orth' computes."
             )
@@ -187,12 +187,12 @@ class ConceptErasureConfig(ChildConfig):
 
     @property
     def word(self) -> str:
-        """The word that stands for the modules to be found; nothing where `target_modules` is something else."""
+        """The word in `target_modules`, "readers" or "writers"; empty where it has another value."""
         target = self.target_modules.lower() if isinstance(self.target_modules, str) else ""
         return target if target in WORDS else ""
 
     def _check_weights(self, weights: dict[str, list[list]]) -> None:
-        """Refuse what adding never writes: a stranger's file may name anything."""
+        """Refuse `weights` that adding never writes: a stranger's file may hold any text."""
         seen: dict[str, str] = {}
         for site, group in weights.items():
             for entry in group:
@@ -206,10 +206,10 @@ class ConceptErasureConfig(ChildConfig):
         fitted = weights.keys() if self.fitted_sites is None else self.fitted_sites.keys()
         if not weights or fitted != weights.keys():
             told = f"weights has the sites {short(sorted(weights))}, and fitted_sites {short(sorted(fitted))}"
-            raise damaged(f"{told}, which are the same", _ADDING)
+            raise damaged(f"{told}, which must be the same", _ADDING)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON knows them, without those that were added later where they say nothing."""
+        """The fields as JSON values, without later fields that have their defaults."""
         return {name: v for name, v in super().to_dict().items() if name not in _LATER or _LATER[name] != v}
 
     def take_fitted(self, saved: Any) -> None:
@@ -219,7 +219,7 @@ class ConceptErasureConfig(ChildConfig):
             self.target = saved.target if self.target is None else self.target
         super().take_fitted(saved)
         if saved.fitted and saved.site != self.site:
-            raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, and not for {self.site!r}.")
+            raise ValueError(f"The {self.described} was fitted with site={saved.site!r}, not {self.site!r}.")
 
     def _check_concept(self) -> None:
         if self.labels is not None:
@@ -237,7 +237,7 @@ class ConceptErasureConfig(ChildConfig):
                 )
         elif self.concept_dim is not None and self.concept_dim < 1:
             raise ValueError(f"concept_dim={self.concept_dim} must be at least 1.")
-        # Fitted ones that were combined have the concepts of several side by side.
+        # A fitted adapter may be combined from several, and then has their concepts as columns side by side.
         if self.method == "mean_projection" and self.concept_dim is not None and not (self.labels or self.fitted):
             raise ValueError(
                 f"method='mean_projection' projects away the differences of class means, and concept_dim="
@@ -245,34 +245,34 @@ class ConceptErasureConfig(ChildConfig):
             )
 
     def check_beside(self) -> None:
-        """Refuse what cannot be erased or kept beside the concept."""
+        """Refuse pairs, environments and kept classes that cannot be combined with the concept or the method."""
         asked = {name: getattr(self, name) for name in ("pair_rank", "environment_rank", "environments", "kept")}
         asked = {name: value for name, value in asked.items() if value}
         if self.pair_rank < 0 or (self.environment_rank is not None and self.environment_rank < 1):
             raise ValueError(
-                f"pair_rank={self.pair_rank}, environment_rank={self.environment_rank}: they are numbers of directions."
+                f"pair_rank={self.pair_rank}, environment_rank={self.environment_rank}: give numbers of directions."
             )
         if asked and self.labels is None and not self.fitted:
             raise ValueError(f"{next(iter(asked))} needs classes, and this concept has none: give labels.")
         if asked and self.method == "inlp":
             raise ValueError(
-                f"method='inlp' erases what its probes read, and {next(iter(asked))} was given: use 'leace'."
+                f"method='inlp' erases only what its probes read, not what {next(iter(asked))} asks for: use 'leace'."
             )
         for name in ("environments", "kept"):
             names = asked.get(name, ["", "-"])
             if isinstance(names, str) or len(names) < 2 or len(set(names)) != len(names):
-                raise ValueError(f"{name}={names!r} must be the names of at least two, each once.")
+                raise ValueError(f"{name}={names!r} must be a list of at least two names, each once.")
         strata = self.z_dim * len(self.environments or "-") * len(self.kept or "-") if asked else 0
         if strata > _MOST_STRATA:
             raise ValueError(
                 f"{len(self.labels or ())} classes in {len(self.environments or '-')} environments, with "
-                f"{len(self.kept or '-')} classes to keep, are {strata} to tell apart, and at most {_MOST_STRATA} are: "
-                "group environments, such as authors by source."
+                f"{len(self.kept or '-')} classes to keep, are {strata} groups of rows, and at most {_MOST_STRATA} are "
+                "possible: group environments, such as authors by source."
             )
         if self.environment_rank is not None and self.labels and self.environment_rank < len(self.labels) - 1:
             raise ValueError(
-                f"environment_rank={self.environment_rank}, and the difference of {len(self.labels)} classes, which is "
-                f"always erased, has {len(self.labels) - 1} directions: give more, or None."
+                f"environment_rank={self.environment_rank} is too few: the difference of {len(self.labels)} classes, "
+                f"which is always erased, has {len(self.labels) - 1} directions. Give at least that, or None."
             )
 
     def _check_dial(self) -> None:
@@ -282,14 +282,14 @@ class ConceptErasureConfig(ChildConfig):
                 "mirrors activations at the mean."
             )
         if self.readings is not None and self.readings != (named := self.readings_of(self.readings)):
-            raise damaged(f"readings={short(self.readings)} are not among {short(named)}")
+            raise damaged(f"readings={short(self.readings)} differ from {short(named)}")
         if self.target is None:
             return
         if isinstance(self.target, str):
             if self.target not in (self.labels or ()):
-                raise ValueError(f"target={self.target!r} is not one of labels={self.labels}; values are a list.")
+                raise ValueError(f"target={self.target!r} is not one of labels={self.labels}; write values as a list.")
         elif len(self.target) != self.z_dim or not all(math.isfinite(value) for value in self.target):
-            raise ValueError(f"target={short(self.target)} must have {self.z_dim} numbers, as the concept has.")
+            raise ValueError(f"target={short(self.target)} must have {self.z_dim} numbers, like the concept.")
         elif self.labels is not None and abs(sum(self.target) - 1) > _SUM:
             raise ValueError(
                 f"target={short(self.target)} must be shares of the classes {self.labels}, whose sum is 1."
@@ -298,7 +298,7 @@ class ConceptErasureConfig(ChildConfig):
             self.check_target(self.readings)
 
     def check_target(self, readings: list[str] | None) -> None:
-        """Refuse a target of which a fit does not know what it reads."""
+        """Refuse a target whose readings the fit does not have."""
         if self.target is None:
             return
         if readings is None:
@@ -311,14 +311,14 @@ class ConceptErasureConfig(ChildConfig):
             raise ValueError(f"target={short(self.target)}: no row was labelled {missing} when it was fitted.")
 
     def readings_of(self, present: Iterable[str]) -> list[str]:
-        """The rows of `readings`: those of the classes that are present, or of all that makes up values."""
+        """The names of the rows of `readings`: the labels that are present, or the origin and the columns of values."""
         if self.labels is None:
             return [_ORIGIN, *map(str, range(1, self.z_dim + 1))]
         known = set(present)
         return [label for label in self.labels if label in known]
 
     def _shares(self) -> dict[str, float]:
-        """How much of each row of `readings` makes up the target."""
+        """Row of `readings` → its share in the target."""
         if isinstance(self.target, str):
             return {self.target: 1.0}
         values = [float(value) for value in self.target or ()]
@@ -328,7 +328,7 @@ class ConceptErasureConfig(ChildConfig):
 
     @property
     def dial(self) -> Dial | None:
-        """What becomes of the erasers; None where they are used as they were fitted."""
+        """The change of the erasers by strength and target; None where they are used as they were fitted."""
         shares = self._shares() if self.target is not None else {}
         weights = tuple(shares.get(row, 0.0) for row in self.readings or ()) if shares else ()
         dial = Dial(float(self.strength), weights)
@@ -341,7 +341,7 @@ class ConceptErasureConfig(ChildConfig):
 
     @property
     def strengths(self) -> tuple[float, ...]:
-        """What `strength` says, and of what the target is made."""
+        """The `strength`, then the shares that make up the target; empty without a dial."""
         return () if self.dial is None else (self.dial.strength, *self.dial.weights)
 
     @property
@@ -351,28 +351,28 @@ class ConceptErasureConfig(ChildConfig):
 
     @property
     def fitted_modules(self) -> Mapping[str, str]:
-        """Module → the site whose eraser it has, which is another one where it was added with a word."""
+        """Module → the site whose eraser it uses, which is another module where it was added with a word."""
         if self.weights is None:
             return {site: site for site in (self.fitted and self.fitted_sites) or ()}
         known, found = self._groups
-        if known is not self.weights:  # a model may have ten thousand modules, and asks for each of them
+        if known is not self.weights:  # this property is read for every module of a model, which may have ten thousand
             found = {entry[0]: site for site, group in self.weights.items() for entry in group}
             self._groups = self.weights, found
         return found
 
     @property
     def reach(self) -> str:
-        """What of the hidden states stays un-erased, in a sentence."""
+        """A sentence that says which hidden states stay un-erased."""
         if self.weights is None:
             return "On pre-LN models the intermediate hidden_states stay un-erased unless whole blocks are targeted."
         if self.site == "input":
-            return "What reads hidden_states is guarded; they themselves stay un-erased, the last too."
+            return "The modules that read hidden_states are guarded; the states stay un-erased, the last one too."
         return (
-            "The hidden_states between the blocks are guarded at every depth; what a norm makes of them is nearly so."
+            "The hidden_states between the blocks are guarded at every depth; the outputs of norms on them nearly so."
         )
 
     def tensors(self) -> Layout:
-        """The tensors of a fitted adapter, by the names that a file has for them."""
+        """The shapes and types of a fitted adapter's tensors, by the names that a file has for them."""
         found: Layout = {}
         for site, size in (self.fitted_sites or {}).items():
             width, rank = size["width"], size["rank"]
@@ -382,13 +382,13 @@ class ConceptErasureConfig(ChildConfig):
         return found
 
     def has_size_of(self, name: str, shape: list[int]) -> bool:
-        """Whether it erases the output of a head with a column for each row of the weight."""
+        """Whether the adapter erases the output of a head that has a column for each row of this weight."""
         size = (self.fitted_sites or {}).get(name.rpartition(".")[0])
         return size is not None and self.site == "output" and [size["width"]] == shape[:1] != shape[-1:]
 
     @property
     def z_dim(self) -> int:
-        """The number of columns the concept is coded in: classes, or `concept_dim`."""
+        """The number of columns in which the concept is coded: one for each class, or `concept_dim`."""
         if self.labels is not None:
             return len(self.labels)
         if self.concept_dim is None:
@@ -402,7 +402,7 @@ class ConceptErasureConfig(ChildConfig):
     def max_rank(self) -> int:
         """The number of directions the guarantee needs: k − 1 for classes, `concept_dim` otherwise.
 
-        For INLP, which guarantees nothing, it is what its rounds remove, or the `rank` that was asked for.
+        For INLP, which guarantees nothing, it is the number that its rounds remove, or the given `rank`.
         """
         needed = self.z_dim - 1 if self.labels is not None else self.z_dim
         if self.method == "inlp":

@@ -1,7 +1,7 @@
 """The eraser as a child of the module it acts on.
 
-Hooks on the host put the erased hidden state in the place of the one that it takes or returns. Of modules that share an
-eraser the child of one, the *site*, holds it, and the children of the others look there.
+Hooks on the host replace the hidden state that it takes or returns by the erased one. When several modules share an
+eraser, the child of one of them, the *site*, holds it, and the children of the others use it from there.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class ErasureLayer(AdapterChild):
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__(host, path)
         self._handles: dict[str, Any] = {}
-        # The modules whose weights hold erasers of this site; in a list, so that they do not become submodules.
+        # The modules whose weights erasers of this site were merged into; in a list, or they would become submodules.
         self.written: list[nn.Module] = []
-        self.erasures: dict[str, Erasure] = {}  # by adapters' names
-        # By adapters' names: what sees the activation in the place of an eraser, and returns what goes on; for fitting.
+        self.erasures: dict[str, Erasure] = {}  # by adapter name
+        # Adapter name → a function that is called in place of the eraser, and returns the next activation; for fitting.
         self.observers: dict[str, Observer] = {}
         self.concept_erasure_left = StateDict(persistent=True)
         self.concept_erasure_right = StateDict(persistent=True)
         self.concept_erasure_bias = StateDict(persistent=True)
-        # What the eraser reads in the mean of each class; without rows where that is not known.
+        # The eraser's readings of the mean of each class; without rows where they are not known.
         self.concept_erasure_readings = StateDict(persistent=True)
 
     def add_adapter(self, name: str, config: ConceptErasureConfig) -> None:
-        """Make room for an adapter: values that are missing until loaded if it was fitted, the identity otherwise."""
+        """Create the tensors of an adapter: NaN until they are loaded if it was fitted, the identity otherwise."""
         if isinstance(self.host, nn.Embedding) and config.site == "input":
             raise ValueError(f"{self.path!r} takes token ids, which hold no activation to erase: use site='output'.")
         if not config.fitted and config.labels is None and config.concept_dim is None:
@@ -77,7 +77,7 @@ class ErasureLayer(AdapterChild):
 
     @staticmethod
     def link(model: nn.Module) -> None:
-        """Tell the layers of modules that share erasers where these are."""
+        """Set, for modules that share an eraser, the layer that holds it and the number of modules that use it."""
         layers = [child for child in adapter_children(model) if isinstance(child, ErasureLayer)]
         holders = {(name, layer.path): layer for layer in layers for name in layer.erasures}
         every = [(name, erasure) for layer in layers for name, erasure in layer.erasures.items()]
@@ -98,24 +98,24 @@ class ErasureLayer(AdapterChild):
         examples: int = 0,
         readings: Tensor | None = None,
     ) -> None:
-        """Put a fitted eraser in place, with what it reads in each class's mean `(classes, rank)`, if known."""
+        """Store a fitted eraser, with its readings of each class's mean `(classes, rank)` if they are known."""
         self.erasures[name].axis, self.erasures[name].examples = axis, examples
         device, _ = self.state_placement()
         known = eraser.right.new_zeros(0, eraser.rank) if readings is None else readings
         stores: Any = self.children()
         for store, part in zip(stores, (*eraser.parts(device, dtype), known.to(device, dtype)), strict=True):
-            # In the strides that loading will give it: others let matrix products sum in another order.
+            # Loading makes contiguous tensors. With other strides, matrix products sum in another order.
             store[name] = part.clone(memory_format=torch.contiguous_format)
         self._awaits_values.discard(name)
 
     def eraser_state(self, name: str) -> Parts:
-        """The `left`, `right` and `bias` that act: as they were fitted, or what the dial makes of them."""
+        """The `left`, `right` and `bias` that act: as they were fitted, or as the dial changes them."""
         site = self.erasures[name].holder
         parts = site.concept_erasure_left[name], site.concept_erasure_right[name], site.concept_erasure_bias[name]
         erasure, readings = site.erasures[name], site.concept_erasure_readings[name]
         if erasure.dial is None or torch.compiler.is_compiling():
             return parts if erasure.dial is None else erasure.dial.of(parts, readings)
-        # The same tensors as long as the dial and the eraser are the same.
+        # The result is kept until the dial or the eraser changes.
         made_of = (*parts, readings)
         key = (erasure.dial, *(part._version for part in made_of))
         known = erasure.dialled
@@ -125,13 +125,13 @@ class ErasureLayer(AdapterChild):
         return known[2]
 
     def size_of(self, name: str) -> dict[str, int]:
-        """An eraser's entry of `fitted_sites`."""
+        """An eraser's entry in `fitted_sites`."""
         (width, rank), erasure = self.concept_erasure_left[name].shape, self.erasures[name]
         axis = {} if erasure.axis == -1 else {"axis": erasure.axis}
         return {"width": width, "rank": rank} | axis | ({"examples": erasure.examples} if erasure.examples else {})
 
     def parts_on(self, name: str, device: torch.device) -> Parts:
-        """The `left`, `right` and `bias` that act, on a device: accelerate may have moved or spread the modules."""
+        """The `left`, `right` and `bias` that act, moved to `device`: accelerate may have moved or split the model."""
         self.move_state(name, device)
         left, right, bias = (part.to(device) for part in self.eraser_state(name))
         return left, right, bias
@@ -145,11 +145,11 @@ class ErasureLayer(AdapterChild):
         self._hook()
 
     def _hook(self) -> None:
-        """Hooks exist for the sites in use, and for no others."""
+        """Add the hooks of the sides in use, and remove the other ones."""
         wanted = {erasure.side for erasure in self.erasures.values()}
         if "output" in wanted and "output" not in self._handles:
-            # First of all hooks, so that whatever else looks at the host's output (the recorder behind
-            # output_hidden_states) sees the erased state.
+            # It is the first of the hooks, so that other hooks on the host's output (such as the recorder behind
+            # output_hidden_states) get the erased state.
             self._handles["output"] = self.host.register_forward_hook(self._erase_output, prepend=True)
         if "input" in wanted and "input" not in self._handles:
             self._handles["input"] = self.host.register_forward_pre_hook(self._erase_input, with_kwargs=True)
@@ -162,7 +162,7 @@ class ErasureLayer(AdapterChild):
         self._handles.clear()
 
     def applied_adapters(self, site: str) -> list[str]:
-        """The adapters whose erasers act at `site`, in order: sticky ones that are not active, then the active."""
+        """The adapters whose erasers act at the side `site`, in order: sticky ones that are not active, then active."""
         acting = self.switched_on()
         observed = [name for name in self.adapters if name in self.erasures[name].holder.observers]
         acting += [name for name in observed if name not in acting]
@@ -198,13 +198,13 @@ class ErasureLayer(AdapterChild):
         return hidden
 
     def _at_rows(self, name: str, rows: Rows, step: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """An activation whose own rows of an adapter went through a step; the others are as they were."""
+        """An activation in which `step` has changed only the rows of this adapter."""
         examples = self.erasures[name].holder.erasures[name].examples
         chosen = rows.of(name, hidden, self.path, examples)
         return hidden.index_copy(examples, chosen, step(hidden.index_select(examples, chosen)))
 
     def erased(self, name: str, hidden: Tensor) -> Tensor:
-        """An activation as an adapter erases it, whoever observes it."""
+        """The activation that an adapter erases; observers are not called."""
         site = self.erasures[name].holder
         left, right, bias = site.eraser_state(name)
         if left.shape[-1] == 0:
@@ -218,20 +218,20 @@ class ErasureLayer(AdapterChild):
                 f"{self.path!r} has activations of {there}, but adapter {name!r} erases width {left.shape[0]} along "
                 f"axis {axis}: it was fitted on another model. Fit it again on this one."
             )
-        # A check of values cannot be compiled; there a NaN shows in the output.
+        # A check of values cannot be compiled; in compiled code a NaN appears in the output.
         if name in site._awaits_values and not torch.compiler.is_compiling():
             site.check_values(name)
         return apply_erasure(hidden, left, right, bias, axis)
 
     def unmerge(self) -> None:
-        """Put the original weights back, to the bit unless erasers of other sites are in them."""
+        """Put the original weights back; they are equal bit for bit unless erasers of other sites are in them."""
         for module in self.written:
             withdraw(module, self.path)
         self.written.clear()
         self.merged_adapters.clear()
 
     def forget_originals(self) -> None:
-        """Drop the copies that `unmerge` needs: what is merged stays merged."""
+        """Drop the copies that `unmerge` needs: merged erasers stay merged."""
         for module in self.written:
             forget(module)
         self.written.clear()
@@ -248,16 +248,16 @@ def site_layers(model: nn.Module, adapter_name: str) -> dict[str, ErasureLayer]:
 
 @dataclass(eq=False)
 class MadeOnce:
-    """What an eraser made of a tensor that several modules take, so that it runs once for all of them.
+    """The results of an eraser for tensors that several modules take, so that the eraser runs once for all of them.
 
-    The linear maps that read a hidden state (q, k, v; gate, up) are given the same tensor, or views of it. What was
-    made of it is kept as long as it is there and a module of the group has not come for it yet; but not where a change
-    of the tensor would not show (in inference mode), nor where gradients are recorded: it would hold the tensor for
-    ever, and parts of a pass that run again for their gradients must do what they did before. A copy begins without.
+    The linear maps that read a hidden state (q, k, v; gate, up) are given the same tensor, or views of it. A result is
+    kept while this tensor exists and a module of the group still needs it. In inference mode, where a change of the
+    tensor is not visible, it is kept only at fitting. It is not kept where gradients are recorded: it would keep the
+    tensor alive, and parts that run again for their gradients must do the same as before. A copy starts empty.
     """
 
-    # What identifies a tensor and how it was taken → the result and its version, how many modules may still come, and
-    # what must not go before the entry does: a reference that removes it with the tensor, and what has made it.
+    # Identity of a tensor, its rows and its eraser → the result, its version, how many modules still need it, and two
+    # objects to keep alive as long as the entry: a reference that removes it with the tensor, and the eraser's parts.
     _kept: dict[tuple[Any, ...], tuple[Tensor | None, int, int, Any]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MadeOnce:
@@ -279,7 +279,7 @@ class MadeOnce:
         *,
         is_fitted: bool = False,
     ) -> Tensor:
-        """What an eraser makes of a tensor for the first of so many modules, `by` the same and for the same rows."""
+        """Return `make(hidden)`, computed once for this many `modules` with the same eraser parts `by` and `rows`."""
         is_kept = is_fitted if hidden.is_inference() else not (hidden.requires_grad and torch.is_grad_enabled())
         if modules < 2 or type(hidden) is not Tensor or not is_kept:
             return make(hidden)
@@ -293,7 +293,7 @@ class MadeOnce:
             result, version, left, held = found
         else:
             made = make(hidden)
-            # A result that is the tensor itself would keep it alive.
+            # If the result is the tensor itself, None is stored instead, or the entry would keep the tensor alive.
             result, left = (None if made is hidden else made), modules
             version, held = _version(result), (weakref.ref(anchor, lambda _: self._kept.pop(key, None)), by)
         if left > 1:
@@ -303,27 +303,27 @@ class MadeOnce:
 
 @dataclass(eq=False)
 class Erasure:
-    """What one adapter is at one module, besides its tensors."""
+    """The settings of one adapter at one module, without its tensors."""
 
     side: str  # where it erases, `"output"` or `"input"`
-    site: str  # the name of the module whose eraser it uses: this one, or the one that this one shares it with
-    holder: ErasureLayer  # the layer of that module
-    axis: int  # of the features; the last but for modules that give channels first
-    examples: int  # the axis of the examples; the first but for XLNet and its like
-    dial: Dial | None  # what becomes of the eraser, where it is not used as it was fitted
-    sharers: int = 1  # how many modules have the eraser, where this is the site of several
+    site: str  # the name of the module whose eraser it uses: this module, or the one with which it shares the eraser
+    holder: ErasureLayer  # the layer of the module `site`
+    axis: int  # the axis of the features: the last, except where modules return channels first
+    examples: int  # the axis of the examples: the first, except in models such as XLNet
+    dial: Dial | None  # how the eraser is changed; None where it is used as it was fitted
+    sharers: int = 1  # how many modules use the eraser, where this is their site
     made: MadeOnce = field(default_factory=MadeOnce)
-    # The tensors that the dial has made others of; itself, with their versions; and those that it has made.
+    # The last input tensors of the dial; the dial with their versions; and the tensors that it made of them.
     dialled: tuple[tuple[Tensor, ...], tuple[Any, ...], Parts] | None = None
 
 
 def _version(part: Any) -> int:
-    """How often a tensor was changed in place, as far as is known."""
+    """How often a tensor was changed in place; 0 for an object that does not count its changes."""
     return part._version if isinstance(part, Tensor) and not part.is_inference() else 0
 
 
 def hidden_of_output(output: Any, where: str) -> Tensor:
-    """The hidden state that the module at `where` returned: a tensor, the first of a tuple, or by its name."""
+    """The hidden state in the output of the module at `where`: the tensor itself, the first of a tuple, or by name."""
     found = output
     if isinstance(output, dict):
         found = output.get("last_hidden_state", next(iter(output.values()), None))
@@ -333,7 +333,7 @@ def hidden_of_output(output: Any, where: str) -> Tensor:
 
 
 def replace_hidden_of_output(output: Any, hidden: Tensor) -> Any:
-    """A copy of `output` with `hidden` in the place `hidden_of_output` reads."""
+    """A copy of `output` with `hidden` in the place that `hidden_of_output` reads."""
     if isinstance(output, dict):
         key = "last_hidden_state" if "last_hidden_state" in output else next(iter(output))
         return type(output)(**{**output, key: replace_hidden_of_output(output[key], hidden)})

@@ -1,9 +1,9 @@
-"""The tuner PEFT calls to attach, merge and remove erasures, and the modules they act on when the user names none.
+"""The tuner that PEFT calls to attach, merge and remove erasures, and the default modules on which erasures act.
 
-Concept scrubbing (arXiv 2306.03819, section 5) erases at every normalization layer. The final norm belongs to them: on
-a pre-LN model the norms inside the blocks feed the sublayers only and leave the residual stream as it was. Two words
-stand for the linear maps that read the hidden state, of which those that take one tensor share an eraser, and for those
-that write it.
+Concept scrubbing (arXiv 2306.03819, section 5) erases at every normalization layer. The final norm is included: on a
+pre-LN model the norms inside the blocks feed only the sublayers and leave the residual stream as it was. The words
+`"readers"` and `"writers"` stand for the linear maps that read the hidden state and for those that write it. Readers
+that take the same tensor share an eraser.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .layer import ErasureLayer, erasure_layers, site_layers
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Names of the norms of the hidden state inside the blocks, and of final norms, as a small forward pass shows."""
+    """Names of the final norms and of the blocks' norms of the hidden state, which a small forward pass finds."""
     chosen: set[str] = set()
     try:
         dummy_batch(model, watch=lambda call: chosen.update(Flow(model, call).sites))
@@ -39,9 +39,9 @@ def default_targets(model: nn.Module) -> list[str]:
         raise _without_default(
             model,
             f"No input is known that {type(model).__name__} accepts, to see what flows in a small forward pass",
-            "; a class of your own may have dummy_inputs, a dict, which come first",
+            "; a class of your own can have dummy_inputs, a dict, which are tried first",
         ) from error
-    # Another adapter may stand in the place of a norm, which is inside of it then.
+    # Another adapter may have wrapped a norm; then its wrapper is the target.
     chosen = set(map(_wrapper_of(model), chosen))
     if not chosen:
         found = f"was found inside the blocks of {type(model).__name__} that reads or writes its hidden state"
@@ -50,7 +50,7 @@ def default_targets(model: nn.Module) -> list[str]:
 
 
 def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str, list[list]]:
-    """Site → the weights that take its activation or make it, for `target_modules="readers"` or `"writers"`."""
+    """Site → the weights that read or make its activation, for `target_modules="readers"` or `"writers"`."""
     found = readers_of(model) if config.word == "readers" else [[weight] for weight in writers_of(model)]
     place = _wrapper_of(model)
     groups = [
@@ -74,20 +74,20 @@ def weights_of_word(model: nn.Module, config: ConceptErasureConfig) -> dict[str,
 
 
 def _wrapper_of(model: nn.Module) -> Callable[[str], str]:
-    """What turns the name of a module into that of the other adapter which has wrapped it, if one has."""
+    """A function from a module's name to that of the wrapper around it, or to the same name if it has no wrapper."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     wrappers = [name for name, module in model.named_modules() if isinstance(module, kinds) and name]
     return lambda name: next((w for w in wrappers if name.startswith(f"{w}.")), name)
 
 
 def _is_own(name: str, wrapper: str) -> bool:
-    """Whether a module is the model's and not the adapter's that has wrapped it."""
+    """Whether a module belongs to the model, and not to the adapter that has wrapped it."""
     inside = name.removeprefix(wrapper).strip(".").split(".")
     return set(inside) <= {"", "base_layer"} or inside[0] in ("original_module", "modules_to_save")
 
 
 def _without_default(model: nn.Module, why: str, besides: str = "") -> ValueError:
-    """The error of a model without a default, with names to choose: the last layers of blocks, whose axes are known."""
+    """The error for a model without a default; it suggests the last layers of blocks whose axes are known."""
     blocks = blocks_of(model) or [part for m in model.modules() if isinstance(m, nn.ModuleList) for part in m]
     found = {id(block) for block in blocks}
     layers = [name for name, module in model.named_modules() if axis_of(module, "input") is not None]
@@ -117,19 +117,19 @@ class ConceptErasureModel(ChildTuner):
     ) -> None:
         """Write erasers into the weights, at every site or, if one refuses, at none.
 
-        An erasure at a norm goes into the linear layers that take the norm's output. What the model returns stays the
-        same; `output_hidden_states` then shows the states of the model without the erasures at norms, and so does
-        whatever else looks at a norm's output.
+        An erasure at a norm goes into the linear layers that take the norm's output. The model's output stays the same,
+        but `output_hidden_states`, and any other code that reads a norm's output, then gets states without the erasures
+        at norms.
 
         Args:
             adapter_names: The adapters, in the order in which they act; those that are active by default.
             safe_merge: Refuse weights that are not finite.
-            untie: Where an eraser goes into a table that others share, as the embedding and the head do, give each a
-                table of its own: the model gets larger by it, and its configuration says `tie_word_embeddings=False`.
-                `unmerge_adapter` ties them again.
+            untie: Where an eraser goes into a table that several modules share, such as the embedding and the head,
+                give each module its own table. The model gets larger by one table, and its configuration gets
+                `tie_word_embeddings=False`. `unmerge_adapter` ties them again.
 
         Raises:
-            ValueError: Names the site that cannot be merged exactly and what to do instead.
+            ValueError: If a site cannot be merged exactly; the message names it and says what to do instead.
         """
         self._check_merge_allowed()
         merge(self.model, self._left_to_merge(adapter_names), safe_merge=safe_merge, untie=untie)
@@ -153,7 +153,7 @@ class ConceptErasureModel(ChildTuner):
             )
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Refused: a weighted sum of erasers erases none of the concepts."""
+        """Raise a `ValueError`: a weighted sum of erasers erases none of the concepts."""
         raise ValueError(
             f"{adapters} cannot be added with weights: a weighted sum of erasers erases none of the concepts. "
             "hf_erasure.combine_adapters(model, names, into) makes one erasure that erases all of them."
@@ -164,12 +164,12 @@ def set_strength(model: nn.Module, adapter_name: str, strength: float) -> None:
     """Change in place how far an erasure moves activations, without fitting it again.
 
     Args:
-        model: A model with a fitted erasure, or whatever it is inside of.
-        adapter_name: The adapter. A save, a merge and an export are of the strength that it has then.
+        model: A model with a fitted erasure, or a module that contains this model.
+        adapter_name: The adapter. A later save, merge or export uses the new strength.
         strength: 0 leaves activations as they are, 1 erases, 2 mirrors them at the mean, or at the `target`.
 
     Raises:
-        ValueError: If there is no such adapter, it is not fitted, it is merged, or the strength is out of range.
+        ValueError: If the adapter is not found, not fitted or merged, or the strength is out of range.
     """
     _set(model, adapter_name, "strength", strength)
 
@@ -178,19 +178,19 @@ def set_target(model: nn.Module, adapter_name: str, target: str | list[float] | 
     """Change in place where an erasure moves activations to, without fitting it again.
 
     Args:
-        model: A model with a fitted erasure, or whatever it is inside of.
-        adapter_name: The adapter. A save, a merge and an export are of the target that it has then.
+        model: A model with a fitted erasure, or a module that contains this model.
+        adapter_name: The adapter. A later save, merge or export uses the new target.
         target: The label of a class, shares of the classes, or values of a concept without classes, as in the
             configuration; None for the common mean.
 
     Raises:
-        ValueError: If there is no such adapter, it is not fitted, it is merged, or the fit does not know the target.
+        ValueError: If the adapter is not found, not fitted or merged, or the fit has no readings of the target.
     """
     _set(model, adapter_name, "target", target)
 
 
 def _set(model: nn.Module, adapter_name: str, name: str, value: Any) -> None:
-    """Change a field of the configuration of a fitted erasure that a dial is made of, and the dials with it."""
+    """Change a field of a fitted erasure's configuration from which dials are made, and make the dials anew."""
     found = adapter_of(model, adapter_name, ConceptErasureConfig)
     if not found.config.fitted:
         raise ValueError(f"Adapter {adapter_name!r} was never fitted. {found.config.remedy}")
