@@ -1,15 +1,15 @@
 """Run many batches through a model side by side, all stopping at the same module.
 
-Every batch has a forward pass of its own, in a thread of its own, and only one thread runs at a time. A hook stops the
-batch where the caller wants to look; once all batches wait, the caller decides what goes on and lets them run to the
-next stop. So a decision at one depth can rest on all batches, no module runs twice, and nothing needs to be known about
-the architecture: what a block hands to the next stays in the frames of its forward pass.
+Every batch has its own forward pass, in its own thread, and only one thread runs at a time. A hook stops the batch at
+each site; once all batches wait, the caller decides which activations go on, and lets the batches run to the next stop.
+So a decision at one depth can use all batches, no module runs twice, and nothing needs to be known about the
+architecture: what a block passes to the next one stays in the frames of its forward pass.
 
-Only so many batches keep their thread. That of another ends while it waits; what its operations gave is written to
-disk: of tensors that are alive the bytes, of others the shape. When its turn comes, the pass begins anew in a new
-thread, where each operation gives at once what is written, empty where nobody reads it any more, until the pass is
-where it was. So its Python code runs again, and nothing is computed twice. Where an operation is not the one that is
-written, or the model keeps tensors of a pass, passes are computed again instead.
+Only a limited number of batches keep their threads. The thread of any other batch ends while it waits, and the results
+of its operations are written to disk: the bytes of tensors that are alive, and the shapes of others. When the batch is
+due, the pass starts again in a new thread, where each operation returns the written result at once (an empty tensor if
+it is no longer read), until the pass is where it was. So its Python code runs again, but nothing is computed twice. If
+an operation is not the written one, or the model keeps tensors of a pass, passes are computed again instead.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from hf_erasure.models.model import TextTooLong
 logger = logging.getLogger(__name__)
 
 Modes = list[Callable[[], AbstractContextManager[Any]]]
-# Makes a batch ready, and gives its forward pass.
+# Makes a batch ready, and returns its forward pass.
 Forward = Callable[[], Callable[[], Any]]
 
-# So many batches keep their threads where nobody says how many: a system has some ten thousand threads for all, and a
-# waiting one holds a stack beside its tensors.
+# How many batches keep their threads by default: a system has some ten thousand threads in all, and a waiting thread
+# holds a stack in addition to its tensors.
 MOST_THREADS = 256
-# Whole numbers and truth values decide where Python goes on; of so many at most the values are written, read or not.
+# Integers and booleans decide which Python branch is taken. Up to this many, their values are written in any case.
 _FEW = 1 << 13
-# Bytes of an activation from which a pass is worth giving memory back at each stop: that takes some milliseconds.
+# Bytes of an activation from which a pass gives memory back at each stop: giving it back takes some milliseconds.
 _LARGE = 1 << 20
-# After so many threads of smaller ones have ended it is, too.
+# With smaller activations, memory is given back each time that this many threads have ended.
 _SMALL_ENDS = 16
 # Operations that give a tensor another storage, or a storage another size.
 _MOVING = {"aten::set_", "aten::set_data", "aten::resize_", "aten::resize_as_"}
@@ -64,11 +64,11 @@ class _Abandoned(BaseException):
 
 
 class _Astray(BaseException):
-    """Unwinds a forward pass that does not do what is written of it."""
+    """Unwinds a forward pass whose operations are not the ones that are written."""
 
 
 class BatchThread:
-    """One batch on its way through the model."""
+    """One batch that runs through the model, with stops at the sites."""
 
     def __init__(self, index: int, forward: Forward, modes: Modes, waiting: WaitingBatches | None) -> None:
         self.index = index  # The position of the batch.
@@ -76,7 +76,7 @@ class BatchThread:
         self.hidden: Tensor | None = None  # The activation there.
         self.visited: list[str] = []  # The sites where it has stopped so far.
         self._forward, self._modes, self._waiting = forward, modes, waiting
-        self.passed: list[str] = []  # Where it stopped in threads that have ended: it does not wait there again.
+        self.passed: list[str] = []  # The sites where it stopped in ended threads: it does not wait there again.
         self._record = None if waiting is None else Record(waiting.folder / f"batch-{index}")
         self._finished = self._abandoned = self._is_large = False
         self._error: BaseException | None = None
@@ -101,13 +101,13 @@ class BatchThread:
             self._finished, self.site, self.hidden = True, None, None
         except _Abandoned:
             pass
-        except BaseException as error:  # carried to the thread that waits
+        except BaseException as error:  # raised again in the thread that waits
             self._error = error
         finally:
             self._stopped.release()
 
     def advance(self) -> None:
-        """Let the batch run to its next stop, or to the end; what fails says in which batch, and after which site."""
+        """Let the batch run to its next stop, or to the end; errors name the batch, and the site before them."""
         try:
             if self._waiting is not None:
                 self._waiting.make_room_for(self)
@@ -142,7 +142,7 @@ class BatchThread:
             raise RuntimeError(f"Batch {self.index} failed {place}: {type(error).__name__}: {error}") from error
 
     def stop(self, site: str, hidden: Tensor) -> None:
-        """Called in the batch's own thread: show the activation, and wait until the caller lets it go on."""
+        """Offer the activation to the caller, and wait until it lets the batch go on; called in the batch's thread."""
         self.visited.append(site)
         if site in self.passed:
             return
@@ -155,7 +155,7 @@ class BatchThread:
             raise _Abandoned
 
     def park(self) -> None:
-        """End the thread; what goes on from here is a new one, from what is written now."""
+        """Write the results of the pass, and end the thread; a new thread can go on from here."""
         site, self.passed = self.site, list(self.visited)
         if self._record is not None:
             self._record.write()
@@ -165,7 +165,7 @@ class BatchThread:
         self._thread, self._abandoned, self.site = None, False, site
 
     def _end(self) -> None:
-        """Look whether the model keeps tensors of a pass whose thread ends."""
+        """Note that a thread has ended, and check whether the model keeps tensors of its pass."""
         if self._thread is not None:
             self._thread.join()
         if self._record is not None and self._waiting is not None and self._record.outlived():
@@ -176,7 +176,7 @@ class BatchThread:
                 _give_back()
 
     def abandon(self) -> None:
-        """End the forward pass where it stands, and its thread."""
+        """End the forward pass where it is, and its thread."""
         if self._thread is not None:
             self._abandoned = True
             self._go.release()
@@ -186,8 +186,8 @@ class BatchThread:
 def _give_back() -> None:
     """Give free memory back to the system.
 
-    The allocator of glibc keeps an arena for every thread, and what was freed there serves no other: a batch that waits
-    would hold as much as its pass took at most, several times what it needs.
+    The allocator of glibc keeps an arena for every thread, and other threads cannot use what was freed there: a batch
+    that waits would hold as much as its pass took at most, several times what it needs.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
@@ -196,18 +196,18 @@ def _give_back() -> None:
 
 @contextmanager
 def batch_threads(forwards: Sequence[Forward], resident: int | None = None) -> Iterator[list[BatchThread]]:
-    """One thread a forward pass, in the modes of the caller; all have ended when the block is left, however it is.
+    """One thread for each forward pass, in the modes of the caller; all threads end when the block is left in any way.
 
-    So many batches as are `resident` keep their threads and tensors, the running one included; `MOST_THREADS` when
+    At most `resident` batches, the running one included, keep their threads and tensors; `MOST_THREADS` batches when
     None.
     """
-    # What a new thread does not inherit: inference and grad mode, default device, autocast.
+    # A new thread does not inherit these modes: inference and grad mode, default device, autocast.
     device, cached = torch.get_default_device(), torch.is_autocast_cache_enabled()
     modes: Modes = [
         functools.partial(torch.inference_mode, torch.is_inference_mode_enabled()),
         functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()),
     ]
-    # Setting a default device costs a check at every call, so it is left alone where it is the usual one.
+    # A default device that is set costs a check at every call, so the usual one is not set.
     if device.type != "cpu":
         modes.append(functools.partial(torch.device, device))
     for kind in {"cpu", device.type, *(["cuda"] if torch.cuda.is_available() else [])}:
@@ -227,26 +227,26 @@ def batch_threads(forwards: Sequence[Forward], resident: int | None = None) -> I
 
 
 class WaitingBatches:
-    """Lets so many batches keep their threads, at least the running one, and ends those of others."""
+    """Lets a number of batches, at least the running one, keep their threads, and ends the threads of others."""
 
     def __init__(self, resident: int) -> None:
         self._resident = resident
-        self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))  # Where what is written goes.
-        self.present: list[BatchThread] = []  # Those with a thread, the one that ran longest ago first.
+        self.folder = Path(tempfile.mkdtemp(prefix="hf-erasure-"))  # Holds the written results.
+        self.present: list[BatchThread] = []  # The batches with a thread, the one that ran longest ago first.
         self.ends = 0  # How many threads have ended.
-        self.replays = True  # Whether passes are built again from what is written, or computed again.
+        self.replays = True  # Whether passes are built again from written results, or computed again.
 
     def make_room_for(self, thread: BatchThread) -> None:
         """End threads until there is room for one."""
         if thread in self.present:
             self.present.remove(thread)
         while len(self.present) >= self._resident:
-            # The one that ran longest ago: batches run to and fro, so it is the last to be needed again.
+            # The one that ran longest ago: batches run in turn forwards and backwards, so it is needed again last.
             self.present.pop(0).park()
         self.present.append(thread)
 
     def give_up(self, reason: str) -> None:
-        """Compute passes again from now on."""
+        """Compute passes again from now on, instead of reading their results."""
         if self.replays:
             logger.warning(
                 "Batches that wait are run again from the beginning, since %s: that is slow; give more "
@@ -256,31 +256,31 @@ class WaitingBatches:
         self.replays = False
 
 
-# ---- what the operations of a pass gave ------------------------------------------------------------------------------
+# ---- the results of operations ---------------------------------------------------------------------------------------
 
 
 class Record(TorchDispatchMode):
-    """What the operations of one pass gave: written when a thread ends, and given again in the next.
+    """The results of the operations of one pass: written when a thread ends, and returned again in the next thread.
 
-    Storages that operations have made have numbers. Those of weights, of inputs and of what others made do not; views
-    of them are taken again.
+    Storages that the recorded operations made have numbers. Other storages, such as those of weights and inputs, do
+    not: operations that return views of them are run again.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        # Of each operation: what tells it, what it gave (None: it is run again), and "list" or "tuple" if in one. They
-        # are of plain numbers, words and bytes, which are pickled in no time.
+        # For each operation: what identifies it, its results (None: it is run again), and "list" or "tuple" if they are
+        # in one. The entries hold only plain numbers, strings and bytes, which are pickled fast.
         self._entries: list[tuple[int, list[tuple[Any, ...]] | None, str]] = []
-        self._kinds: list[tuple[torch.dtype, torch.device]] = []  # Those of what operations gave.
+        self._kinds: list[tuple[torch.dtype, torch.device]] = []  # Those of the results.
         self._position = 0
-        self._own: dict[int, int] = {}  # Where a storage is → its number.
-        # They keep the place of a storage from being used again, and do not keep its bytes.
+        self._own: dict[int, int] = {}  # Address of a storage → its number.
+        # These references reserve the address of a storage, and do not keep its bytes.
         self._storages: dict[int, StorageWeakRef] = {}
         self._count = 0
-        self._empty: set[int] = set()  # The numbers of storages that were given again without their bytes.
-        self._on_disk: dict[int, int] = {}  # How many bytes of a storage lie on disk, one after the other.
-        self._held: dict[int, Tensor] = {}  # Bytes of what was on an accelerator.
+        self._empty: set[int] = set()  # The numbers of storages that were made again without their bytes.
+        self._on_disk: dict[int, int] = {}  # Number of a storage → how many of its bytes are on disk, in this order.
+        self._held: dict[int, Tensor] = {}  # Number of a storage on an accelerator → its bytes.
         self._plays = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -347,12 +347,12 @@ class Record(TorchDispatchMode):
         return number
 
     def _storage(self, number: int) -> torch.UntypedStorage | None:
-        """The storage of that number, if anything keeps it."""
+        """The storage with this number, if a tensor still uses it."""
         found = self._storages.get(number)
         return None if found is None else torch.UntypedStorage._new_with_weak_ptr(found.cdata)
 
     def _again(self, given: list[Tensor], kind: str, what: Any, content: bytes | None = None, *made: Any) -> Any:
-        """One result, as it is written."""
+        """One result, made again from what is written of it."""
         if kind == "value":
             return what
         if kind == "given":
@@ -371,7 +371,7 @@ class Record(TorchDispatchMode):
         return tensor
 
     def _fill(self) -> None:
-        """Give the storages their bytes back, now that the pass is where it was."""
+        """Fill the storages with their bytes, when the pass is where it was."""
         for number, content in self._held.items():
             if (storage := self._storage(number)) is not None:
                 _bytes_of(storage).copy_(content)
@@ -385,7 +385,7 @@ class Record(TorchDispatchMode):
         self._held = {}
 
     def write(self) -> None:
-        """Put the operations, and the bytes of what is alive, out of memory."""
+        """Write the operations and the bytes of live storages to disk (bytes of an accelerator to main memory)."""
         if not self._plays:
             return
         alive = {number: storage for number in self._storages if (storage := self._storage(number)) is not None}
@@ -399,18 +399,18 @@ class Record(TorchDispatchMode):
         self._entries, self._position = [], 0
 
     def read(self) -> None:
-        """Begin again with what is written."""
+        """Read the operations, and begin the pass again."""
         self._own, self._storages, self._empty = {}, {}, set()
         with self._path.with_suffix(".operations").open("rb") as file:
             self._entries, self._count = pickle.load(file)  # of this process, in a folder of its own
         self._position = 0
 
     def forget(self) -> None:
-        """Give nothing again: the pass cannot be written."""
+        """Drop the results: this pass cannot be written."""
         self._entries, self._position, self._plays = [], 0, False
 
     def outlived(self) -> bool:
-        """Whether tensors of a pass are alive that has ended."""
+        """Whether tensors of the pass are still alive, although its thread has ended."""
         if not self._plays:
             return True
         if not all(storage.expired() for storage in self._storages.values()):
@@ -418,22 +418,22 @@ class Record(TorchDispatchMode):
         alive = {number for number, storage in self._storages.items() if not storage.expired()}
         if alive & self._empty:
             raise RuntimeError(
-                "the model keeps tensors of a forward pass, and others in their place for other batches, so batches "
-                "that wait cannot be built again, and the model holds tensors without values now. Load it anew, and "
+                "the model keeps tensors of a forward pass and replaces them for other batches, so waiting batches "
+                "cannot be built again, and the model now holds tensors without values. Load the model anew, and "
                 f"give batches of one length, or at most {MOST_THREADS} batches and no resident_batches."
             )
-        # Hundreds of objects, of each batch that waits or has come to its end.
+        # These are hundreds of objects for each batch, which a batch that waits or has ended does not need.
         self._entries, self._own, self._storages, self._empty = [], {}, {}, set()
         return bool(alive)
 
 
 def _operation(func: Any, given: list[Tensor]) -> int:
-    """What tells an operation and the shapes it is given, within this process."""
+    """A number that identifies an operation and the shapes of its arguments, within this process."""
     return hash((id(func), *[tensor.shape for tensor in given]))
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
-    """Those among the arguments of an operation, which are tensors, lists of such, and other things."""
+    """The tensors among the arguments of an operation, and in lists among them."""
     found = []
     for given in (*args, *kwargs.values()):
         if isinstance(given, Tensor):
@@ -444,7 +444,7 @@ def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _content(tensor: Tensor) -> bytes | None:
-    """The values that Python may ask for, one after the other."""
+    """The bytes of a small tensor of integers or booleans, whose values Python code may read; else None."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or not 0 < tensor.numel() <= _FEW:
         return None
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # expanded

@@ -1,4 +1,4 @@
-"""Several fitted adapters made into one, and fits of several shards added."""
+"""Combine several fitted adapters into one, and add fits of several shards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .labels import SiteStatistics, Source
 from .report import in_words
 from .sites import SiteFit, known_readings, solve_site, task_for
 
-# In an adapter's folder: the checkpoint of its fit.
+# The folder of the checkpoint of a fit, in the adapter's folder.
 FIT_FOLDER = "fit"
 
 
@@ -53,29 +53,29 @@ def combine_adapters(
 ) -> ConceptErasureConfig:
     """Make one erasure adapter that removes the concepts of several fitted ones.
 
-    To switch several erasures on, as in `model.set_adapter(["gender", "pos"])`, is not the same. They act one after
-    the other in the order in which they are switched on; the concept of the first is erased exactly, and of the others
-    a part comes back, unless each was fitted while those before it were switched on.
+    This differs from activating several erasures, as in `model.set_adapter(["gender", "pos"])`. Active erasures act one
+    after the other in the order of activation: the concept of the first is erased exactly, and a part of each of the
+    others comes back, unless each was fitted while those before it were active.
 
-    Without `batches` the new eraser of every site projects away the joint span of what the others subtract. Whatever
-    had covariance with one of the concepts in the activations that its eraser was fitted on has none after it. Where
-    all were fitted in one pass on the same rows, or with the same background, it is the eraser of the joint concept
-    (LEACE, arXiv 2306.03819). But deeper sites receive other activations beside more erasers in front of them: there
-    it is an approximation, and a warning says so.
+    Without `batches` the new eraser of every site projects away the joint span of what the others subtract. On the
+    activations that an eraser was fitted on, no covariance with its concept is left after the new one. If all were
+    fitted in one pass on the same rows, or with the same background, it is the eraser of the joint concept (LEACE,
+    arXiv 2306.03819). But deeper sites receive other activations, since more erasers act before them: there it is an
+    approximation, and a warning is given.
 
-    With `batches` the new adapter is fitted anew, as `fit_concept_erasure` does, on moments of all concepts. Each is
-    labelled on batches of its own, which may be the same texts or others. That is exact at every site.
+    With `batches` the new adapter is fitted anew, as `fit_concept_erasure` does, on moments of all concepts. Each
+    concept is labelled on its own batches, which may be the same texts or others. That is exact at every site.
 
     The mean that is kept is that of the adapters, weighted by the rows that each has seen, or that of all batches. It
     moves all activations alike and has no influence on what can be read from them.
 
     Args:
-        model: A model with fitted erasures, or whatever it is inside of.
-        names: The adapters, at least two. Their order does not matter, and they stay as they are.
+        model: A model with fitted erasures, or a module that contains it.
+        names: The names of the adapters, at least two, in any order. The adapters are not changed.
         into: The name of the new adapter.
-        batches: Adapter → batches with the labels of its concept, as `fit_concept_erasure` takes them; in each
-            process its own share.
-        background: As in `fit_concept_erasure`; only with `batches`, as are the next three.
+        batches: Name of an adapter → batches with the labels of its concept, as `fit_concept_erasure` takes them; each
+            process gives its own share.
+        background: As in `fit_concept_erasure`. It is used only with `batches`, and so are the next three.
         sequential: Fit each site on activations that are already erased upstream.
         pool: As in `fit_concept_erasure`.
         resident_batches: How many batches keep their activations in memory.
@@ -83,13 +83,13 @@ def combine_adapters(
         progress: Show progress bars.
 
     Returns:
-        The configuration of the new adapter. It is active afterwards as after `add_adapter` of this model: on a bare
-        model it alone, and on a `PeftModel` those that were before; call `model.set_adapter(into)` there.
+        The configuration of the new adapter. Active adapters are those that `add_adapter` of this model leaves active:
+        on a bare model only the new one, and on a `PeftModel` those from before; call `model.set_adapter(into)` there.
 
     Raises:
-        ValueError: If there are not two adapters, one is unknown, not a concept erasure, not fitted or merged, if they
-            differ in side, width or `affine`, if `into` is taken, or the batches do not fit; the model is as it was
-            then.
+        ValueError: If fewer than two adapters are named, one is unknown, not a concept erasure, not fitted or merged,
+            if they differ in side, width or `affine`, if `into` is taken, or the batches do not fit. The model is left
+            as it was.
     """
     if batches is not None:
         if set(batches) != set(names):
@@ -118,7 +118,7 @@ def combine_adapters(
         sources = [Source(c, given[name], f"batches[{name!r}]", batches[name]) for name, c in concepts.items()]
         warn_of_what_is_off(model, into, expected=names)
         made_of = task.config.provenance["combined_from"]
-        # The concepts must be there to be fitted: their own adapters do not act meanwhile, sticky or not.
+        # The concepts must not be erased while they are fitted: their own adapters are off, sticky or not.
         with ExitStack() as stack:
             for name in names:
                 for child in adapter_children(model, name):
@@ -134,9 +134,9 @@ def combine_adapters(
 
 
 def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, sticky: bool) -> ConceptErasureConfig:
-    """Add an adapter to what holds some, with erasers combined from theirs; returns its configuration.
+    """Add an adapter to the model that holds the others, with erasers combined from theirs; return its configuration.
 
-    It is added as this model adds adapters; that the former ones went dark needs no warning.
+    It is added in the way of this model. A warning that the combined adapters are switched off is not needed.
     """
     parts = {name: site_layers(model, name) for name in configs}
     sites = _combined_sites(model, configs, parts)
@@ -166,7 +166,7 @@ def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, s
 
 
 def _to_combine(model: Any, names: Sequence[str], into: str) -> tuple[dict[str, ConceptErasureConfig], Any]:
-    """The configurations of adapters that can be combined, and what holds them all."""
+    """Check that adapters can be combined, and return their configurations and the model that holds them."""
     if isinstance(names, str) or len(set(names)) < 2:
         raise ValueError(f"names={names!r}: give the names of at least two adapters, as in ['gender', 'pos'].")
     if len(set(names)) < len(names):
@@ -207,17 +207,17 @@ def _combined_sites(
             layer.check_values(name)
     sites = {}
     for path in erasure_layers(model):
-        # In an order of their own, so that the same adapters give the same eraser to the bit.
+        # In alphabetical order, so that the same adapters give the same eraser to the bit.
         here = [name for name in sorted(configs) if path in parts[name]]
         if not here:
             continue
         erasers = []
         for name in here:
             left, right, bias = (part.cpu() for part in parts[name][path].eraser_state(name))
-            # Left to fitting, which map a site has is told by its bias.
+            # If fitting chose the map (`affine` is None), the bias of a site tells which it has.
             is_affine = bool(bias.any()) if configs[name].affine is None else configs[name].affine
             erasers.append(Eraser(left, right, bias if is_affine else None))
-        # Beside an affine one, a linear one that nobody has asked for keeps the same mean.
+        # A linear eraser that the user did not ask for keeps the mean of an affine one at the same site.
         mean = next((eraser.bias for eraser in erasers if eraser.bias is not None), None)
         for place, (name, eraser) in enumerate(zip(here, erasers, strict=True)):
             if configs[name].affine is None and eraser.bias is None:
@@ -233,7 +233,7 @@ def _combined_sites(
 
 
 def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, list[list]] | None:
-    """The weights at the sites of all; what modules share in one adapter they must share in the others."""
+    """The weights at the sites of all adapters; modules that share an eraser in one must share it in the others."""
     found: dict[str, list[list]] = {}
     groups: dict[str, str] = {}
     for config in configs.values():
@@ -241,7 +241,7 @@ def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, lis
             same = all(groups.setdefault(module, site) == site for module, *_ in weights)
             if not same or found.setdefault(site, weights) != weights:
                 raise ValueError(
-                    f"The adapters have other modules with one eraser, at {site!r}: fit all of them with the same "
+                    f"The adapters share the eraser at {site!r} among different modules: fit all of them with the same "
                     "target_modules and exclude_modules."
                 )
     if found and any(config.weights is None for config in configs.values()):
@@ -256,7 +256,7 @@ def _combined_weights(configs: dict[str, ConceptErasureConfig]) -> dict[str, lis
 def _combined_config(
     configs: dict[str, ConceptErasureConfig], sites: dict[str, Eraser], sticky: bool
 ) -> ConceptErasureConfig:
-    """What the new adapter says about itself: nothing was measured of it, and its parts were."""
+    """The configuration of the new adapter. Its provenance has the figures of its parts, since it was not measured."""
     first, sources = next(iter(configs.values())), [Provenance.of(config) for config in configs.values()]
     methods = {config.method for config in configs.values()}
     combined, sizes = {}, dict[str, Any]()
@@ -271,7 +271,7 @@ def _combined_config(
         concept_dim=sum(config.z_dim for config in configs.values()),
         target_modules=list(sites),
         site=first.site,
-        # Orthogonal projections together make one; with an oblique one among them, they do not.
+        # Orthogonal projections combine into an orthogonal one, unless an oblique one is among them.
         method="leace" if "leace" in methods else "inlp" if methods == {"inlp"} else "orth",
         affine=first.affine if len({config.affine for config in configs.values()}) == 1 else None,
         rank=max(eraser.rank for eraser in sites.values()) or None,
@@ -300,13 +300,13 @@ def _combined_config(
 
 @on_cpu()  # older releases of safetensors read to the default device
 def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> ConceptErasureConfig:
-    """Solve for the erasers of two one-pass fits together, from their moments; no model and no data are needed.
+    """Solve for the erasers of two one-pass fits together, from their moments, without a model or data.
 
     Args:
         one: An adapter folder with its moments in `fit/`, as `hf-erasure fit … fit.sequential=false
             fit.checkpoint=true` writes it.
-        other: Another, fitted on other data of the same base with the same configuration.
-        output: The adapter folder to write; its moments go along, so that a third can be added.
+        other: Another such folder, fitted on other data with the same base model and configuration.
+        output: The adapter folder to write. The moments are written too, so that a third fit can be added.
 
     Returns:
         The configuration of the new adapter.
@@ -337,7 +337,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
     before, config.fitted_sites = config.fitted_sites or {}, {}
     fits: dict[str, SiteFit] = {}
     for site in sites:
-        # A name ends like this, whatever the model that the adapter was saved from is called in front of it.
+        # A name ends like this, and begins with the path of the model that the adapter was saved from.
         keys = {part: f".{site}.{CHILD}.{CHILD}_{part}" for part in ("left", "right", "bias")}
         keys = {part: next(key for key in weights if f".{key}".endswith(end)) for part, end in keys.items()}
         kept, had_mean = weights[keys["left"]], bool(weights[keys["bias"]].any())
@@ -353,7 +353,7 @@ def merge_fits(one: str | Path, other: str | Path, output: str | Path) -> Concep
             weights[f"{left.removesuffix('left')}readings"] = known.contiguous()
     for count in ("examples", "tokens"):
         config.provenance[count] += added.provenance[count]
-    # What was measured of the first alone says nothing of the sum.
+    # The figures of the first fit alone are not figures of the sum.
     examples = config.provenance["examples"]
     config.provenance |= {"leakage": {}, "leakage_intervals": {}, "measured_on": in_words(examples, examples)}
     config.provenance.pop(RECIPE, None)
@@ -376,7 +376,7 @@ def _fitted_in_one_pass(folder: str | Path) -> ConceptErasureConfig:
 
 
 def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
-    """The moments' own folder checks the rest: sites, labels, method, pool."""
+    """Check what `FitCheckpoint` does not; it checks sites, labels, method and pool."""
     known, others = Provenance.of(one), Provenance.of(other)
     if (one.strength, one.target) != (other.strength, other.target):
         raise ValueError(
@@ -391,13 +391,13 @@ def _check_same(one: ConceptErasureConfig, other: ConceptErasureConfig) -> None:
             raise ValueError(f"The two erasures act along different axes at {site!r}: fit both on batches of one form.")
     if (known.active_adapters or []) != (others.active_adapters or []):
         raise ValueError(
-            "The two erasures were fitted beside different active adapters: their activations cannot be added. Fit "
-            "both with the same adapters on."
+            "The two erasures were fitted with different adapters active: their activations cannot be added. Fit both "
+            "with the same active adapters."
         )
 
 
 def _sum(stores: list[FitCheckpoint], whole: Source) -> Source:
-    """What the first two stores hold of a source, also written to the third."""
+    """The sum of the moments that the first two stores hold of a source; it is also written to the third."""
     batches, parts = 0, [whole, SiteStatistics(whole.z_dim, concept=whole.concept)]
     for store, part in zip(stores, parts, strict=False):
         kept = store.load_moments(whole.key, part)

@@ -2,15 +2,15 @@
 
 A batch is a plain dict. `concept_labels` has one of three forms:
 
-* `(batch,)` int64: one class id a row, for labels of whole sequences or images;
-* `(batch, seq)` int64: one class id a token, `-100` where a position has no label (special tokens, padding);
+* `(batch,)` int64: one class id for each row, for labels of whole sequences or images;
+* `(batch, seq)` int64: one class id for each token, `-100` where a position has no label (special tokens, padding);
 * `(batch, concept_dim)` float32: continuous or multi-label concepts.
 
-Beside them there may be, all of int64:
+A batch may also have these, all int64:
 
-* `concept_pairs` `(batch,)`: of a counterfactual the row that it is one of, and −1 of a text. `concept_pair_labels`
-  `(batch,)` has the classes of both, −100 where there is no pair, and `concept_words` `(batch, seq)` the word that a
-  token belongs to, the same number for counterparts, −1 for none;
+* `concept_pairs` `(batch,)`: for a counterfactual the row of its text, and −1 for a text. `concept_pair_labels`
+  `(batch,)` has the classes of texts and counterfactuals, −100 for a text without a counterfactual. `concept_words`
+  `(batch, seq)` has the number of the word that a token belongs to, equal for counterparts, −1 for none;
 * `concept_environments` `(batch,)` and `concept_kept` `(batch,)`: ids of the environment, and of what is kept.
 
 Rows are tokenised when their batch is asked for, so a data set may be larger than memory.
@@ -76,9 +76,9 @@ def concept_dataloader(
     `pixel_values` (already processed images), or `text_column`, which holds strings, lists of words, or images when
     `tokenizer` is an image processor.
 
-    The form of the labels follows from their values. Ints, strings and `ClassLabel` are class ids of whole rows. A
-    list of these is one class a word (or one a token where the data set is already tokenised), `None` or `-100`
-    standing for "no label". A float is a continuous concept of dimension 1, a list of floats one of that dimension.
+    The form of the labels follows from their values. Ints, strings and `ClassLabel` are class ids of whole rows. A list
+    of these has one class for each word (for each token where the data set is already tokenised); `None` or `-100`
+    means "no label". A float is a continuous concept of dimension 1, a list of n floats one of dimension n.
 
     Args:
         dataset: One split. An `IterableDataset` is read as a stream.
@@ -86,24 +86,24 @@ def concept_dataloader(
         text_column: Name of the column with the raw input.
         label_column: Name of the column with the labels, or `None` for batches without `concept_labels`, such as
             the background of `fit_concept_erasure`.
-        batch_size: Rows a batch; the last batch may be smaller.
+        batch_size: Rows in a batch; the last batch may be smaller.
         max_length: Longest sequence in tokens, special tokens included. By default the tokenizer's own limit.
-        labels: Class names in the order of their ids. String labels need it on a stream; elsewhere it defaults to the
-            names of a `ClassLabel` or to the sorted distinct strings. With float lists it names the dimensions.
+        labels: Class names in the order of their ids. A stream with string labels needs them; elsewhere the default is
+            the names of a `ClassLabel`, or the sorted distinct strings. For lists of floats they name the dimensions.
         label_subwords: Whether `"all"` subwords of a word get its label or only the `"first"`.
         shuffle: Visit the rows in random order; a stream is shuffled within a buffer.
         seed: Seed of that order.
-        split_between_processes: Give each process of a launcher its own share of the rows; every row is in one share,
-            so that shares differ in length and may be empty.
-        counterfactual_column: Column of the same text with the concept the other way round, of two classes; `None`
-            where a row has none. What both texts share cancels, so that few pairs erase what many labelled texts do
-            not. With `label_column=None` the text is of the first class, and its counterfactual of the second.
+        split_between_processes: Give each process of a launcher its own share of the rows. Every row is in exactly one
+            share, so shares may differ in length or be empty.
+        counterfactual_column: Column of the same text with the other of two classes; a row without one has `None`
+            there. What both texts share cancels, so that few pairs erase what many labelled texts do not. With
+            `label_column=None` the text is of the first class, and its counterfactual of the second.
         counterfactual_words: Make the counterfactuals by exchanging words of `labels`: `"english_gender"`, a table
             that comes with the package, `{class: [words]}` with counterparts at one index, or the path of such a table
-            in YAML or JSON. A text of class a is paired with one for each other class. With `label_column=None` the
-            class of a text is that of most of its words. A row with none of the words has no counterfactual.
+            in YAML or JSON. A text is paired with a counterfactual for each other class. With `label_column=None` most
+            of the words in a text decide its class. A row without any of the words has no counterfactual.
         environment_column: Column of what a text was made from or found in, such as its template, source or author.
-            `fit_concept_erasure(…, environment_rank=…)` erases the concept within each.
+            `fit_concept_erasure(…, environment_rank=…)` erases the concept within each of these.
         keep: Column of a second label whose covariance with the activations stays as it is.
 
     Returns:
@@ -142,7 +142,7 @@ def concept_dataloader(
     if not transformed and dataset.column_names is not None and set(columns) <= set(dataset.column_names):
         dataset = dataset.select_columns(list(dict.fromkeys(columns)))
         if isinstance(dataset, datasets.Dataset) and dataset.format["type"] is None and "pixel_values" in columns:
-            # Otherwise Arrow hands images over as nested lists, which takes four times as long.
+            # Otherwise Arrow returns images as nested lists, which takes four times as long.
             dataset = dataset.with_format("numpy", columns=["pixel_values"], output_all_columns=True)
     if split_between_processes:
         processes = Processes()
@@ -157,13 +157,13 @@ def concept_dataloader(
 
 @dataclass
 class ConceptCollator:
-    """Makes one batch of rows: encodes them, pads them to the longest, and lays the labels beside them."""
+    """Makes one batch of rows: encodes them, pads them to the longest, and adds the labels."""
 
     encode: Encoder  # Makes the inputs.
-    read_labels: _LabelReader | None = None  # Makes the labels; None for batches without.
-    origin: dict[str, Any] = field(default_factory=dict)  # Where the rows come from, as `origin_of` says it.
-    counterfactuals: Counterfactuals | None = None  # Makes those of a row.
-    # Further ids of the rows, by their name in the batch: those of environments, and of what is kept.
+    read_labels: _LabelReader | None = None  # Makes the labels; None for batches without labels.
+    origin: dict[str, Any] = field(default_factory=dict)  # Where the rows come from, as `origin_of` returns it.
+    counterfactuals: Counterfactuals | None = None  # Makes the counterfactuals of a row.
+    # Key in the batch → the column of further ids: of environments, and of what is kept.
     beside: dict[str, NumberedColumn] = field(default_factory=dict)
 
     @property
@@ -174,11 +174,11 @@ class ConceptCollator:
         return self.read_labels.names
 
     def names(self, of: str) -> list[str] | None:
-        """The names of further ids in the order of their ids; `None` where the batches have none."""
+        """The names behind further ids, in the order of the ids; `None` for batches without these ids."""
         return list(self.beside[of].names) if of in self.beside else None
 
     def check_labels(self, wanted: Sequence[str] | None) -> None:
-        """Raise a `ValueError` where an adapter numbers its classes in another way."""
+        """Raise a `ValueError` if an adapter, whose labels are `wanted`, numbers its classes differently."""
         if self.labels is None or wanted is None:
             return
         if unknown := [label for label in self.labels if label not in wanted]:
@@ -194,7 +194,7 @@ class ConceptCollator:
             )
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Encode `rows` (dicts of the data set's columns) as one batch; counterfactuals stand behind the texts."""
+        """Encode `rows` (dicts of the data set's columns) as one batch; counterfactuals follow after the texts."""
         if self.counterfactuals is not None:
             rows, batch = self._with_counterfactuals(rows, self.counterfactuals)
         else:
@@ -208,7 +208,7 @@ class ConceptCollator:
     ) -> tuple[list[Row], dict[str, Tensor]]:
         """The rows and their counterfactuals, and the batch of both.
 
-        The latter are not labelled. Of rows without labels the classes of the pairs are the labels.
+        If the rows have labels, the counterfactuals have none; if not, the classes of the pairs are the labels of both.
         """
         labels = None if self.read_labels is None else self.read_labels(rows, []).tolist()
         every, pairs, classes = list(rows), [-1] * len(rows), [IGNORED] * len(rows)
@@ -235,7 +235,7 @@ class _LabelReader:
     encode: Encoder
     form: Literal["rows", "tokens", "values"]
     names: tuple[str, ...] | None
-    """Class names by id, or the names of the dimensions."""
+    """Class names in the order of their ids, or the names of the dimensions."""
     stored_names: tuple[str, ...] | None = None
     """Names behind the ints of a `ClassLabel` column, whose order may differ from `names`."""
 
@@ -311,7 +311,7 @@ def _choose_label_reader(
     labels: Sequence[str] | None,
     encode: Encoder,
 ) -> _LabelReader:
-    """Decide from the first row's label, and from the declared feature, how the column is to be read."""
+    """Choose how to read the column, from the first row's label and the declared feature."""
     feature, value = (dataset.features or {}).get(column), plain(first)
     per_token = isinstance(value, list)
     element = next((item for item in value if item is not None), None) if per_token else value
@@ -360,13 +360,13 @@ class NumberedColumn:
 
     @classmethod
     def of(cls, dataset: datasets.Dataset | datasets.IterableDataset, column: str, argument: str) -> NumberedColumn:
-        """Find the values; they are those of a `ClassLabel`, or all that occur, sorted."""
+        """Find the values of a column: the names of a `ClassLabel`, or all values that occur, sorted."""
         feature = (dataset.features or {}).get(column)
         if isinstance(feature, datasets.ClassLabel):
             return cls(column, tuple(feature.names), {index: index for index in range(len(feature.names))})
         if isinstance(dataset, datasets.IterableDataset) or column not in dataset.column_names:
             raise ValueError(
-                f"the values of {argument}={column!r} cannot be listed ahead of a stream: give it a feature that does, "
+                f"the values of {argument}={column!r} cannot be listed ahead of a stream: write "
                 f"dataset.cast_column({column!r}, ClassLabel(names=[…]))."
             )
         found = {plain(value) for batch in dataset.select_columns([column]).iter(1000) for value in batch[column]}
@@ -383,7 +383,7 @@ class NumberedColumn:
 def _choose_counterfactuals(
     collate: ConceptCollator, labels: Sequence[str] | None, column: str | None, words: Any
 ) -> Counterfactuals:
-    """How the counterfactuals of a data set are made."""
+    """Check the options for counterfactuals, and choose how they are made."""
     reader = collate.read_labels
     names = tuple(labels or ()) if reader is None else reader.names
     if column is not None and words is not None:
@@ -391,20 +391,20 @@ def _choose_counterfactuals(
     encode = collate.encode
     if isinstance(encode, TokenisedEncoder) or (words is not None and isinstance(encode, PixelEncoder)):
         raise ValueError(
-            "the data set is already tokenised, or has no text, so that there are no words to exchange and no other "
-            "text to encode: remove the column 'input_ids', and let text_column hold the text."
+            "the data set is already tokenised, or has no text, so words cannot be exchanged and another text cannot "
+            "be encoded: remove the column 'input_ids', and let text_column hold the text."
         )
     if reader is not None and reader.form != "rows":
         raise ValueError(
-            f"column {reader.column!r} labels single words, or holds values, and a counterfactual is one of a text of "
-            "a class: give one class a row, or label_column=None."
+            f"column {reader.column!r} labels single words, or holds values, but counterfactuals need texts with one "
+            "class each: give one class for each row, or label_column=None."
         )
     if words is not None and len(names or ()) < 2:
         raise ValueError("counterfactual_words exchanges words of classes: name these, labels=['female', 'male'].")
     if words is None and names and len(names) != 2:
         raise ValueError(
-            f"counterfactual_column serves two classes, and there are {list(names)}: it does not say of which class "
-            "the counterfactual is. Give counterfactual_words, or the rows of two classes."
+            f"counterfactual_column is for two classes, and there are {list(names)}: it does not tell the class of "
+            "the counterfactual. Give counterfactual_words, or the rows of two classes."
         )
     table = None if words is None else CounterpartWords.load(words, list(names or ()))
     return Counterfactuals(encode.columns[0], column, table, names or None)
@@ -443,10 +443,10 @@ def _check_options(batch_size: int, max_length: int | None, label_subwords: str,
 def origin_of(dataset: Any, columns: str) -> dict[str, Any]:
     """`{"datasets", "labels_from"}`: names on the Hub, and where the labels are, with `columns` in words.
 
-    What was made in memory or read from a file has no name.
+    Data that were made in memory or read from a file have no name.
     """
     info = getattr(dataset, "info", None)
-    # A data set keeps of its builder which files it has read, and these are named by repository.
+    # A data set knows which files its builder has read, and their addresses contain the repository.
     files = getattr(info, "download_checksums", None) or {}
     names = sorted({found[1] for found in map(_ON_THE_HUB.match, map(str, files)) if found})
     split = f", split {str(dataset.split)!r}" if getattr(dataset, "split", None) is not None else ""

@@ -1,8 +1,8 @@
 """Labelled batches: which rows of an activation carry which label, and the moments of these rows.
 
-A batch labels whole sequences or single tokens; activations come with padding, with another length in a decoder than
-in an encoder, and sometimes with heads or flattened. This file is the one place where the two are brought together.
-Batches come in by `Source.read`, which checks each of them; what follows relies on that.
+A batch labels whole sequences or single tokens. Activations have padding, other lengths in a decoder than in an
+encoder, and sometimes heads, or they are flattened. Only this file aligns activations with labels. `Source.read` reads
+the batches and checks each of them; other functions rely on these checks.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Selection:
     real: Tensor  # `(batch, seq)` bool, positions that are not padding.
     z: Tensor | None  # Class ids `(batch, seq)`, values `(batch, seq, concept_dim)`, or None for a background.
     weight: Tensor | None  # `(batch, seq)` float64, or None where every row counts alike.
-    # `(batch, seq)` int64, what of a text is compared with its counterfactual, −1 for nothing; None without pairs.
+    # `(batch, seq)` int64, positions of a pair with equal numbers are compared, −1: not compared; None without pairs.
     compared: Tensor | None = None
 
 
 def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selection]:
-    """One row a sequence, `(batch, 1, …, width)`, where each row weighs 1/length: the mean, which `pool="mean"` guards.
+    """The mean over each sequence, `(batch, 1, …, width)`, where its rows weigh 1/length: `pool="mean"` guards it.
 
-    An activation whose rows carry no weight is left alone.
+    An activation whose rows have no weights is returned as it is.
     """
     if selection.weight is None or selection.z is None:
         return activation, selection
@@ -62,25 +62,25 @@ def mean_pooled(activation: Tensor, selection: Selection) -> tuple[Tensor, Selec
 
 @dataclass
 class SiteStatistics:
-    """Moments by site."""
+    """The moments at each visit of a site."""
 
-    z_dim: int  # Columns of the concept, or of its strata; 0 for a background.
-    # By visit of a site, created when the width of the activation is known; differences within pairs beside them.
+    z_dim: int  # The number of columns of the concept, or of its strata; 0 for a background.
+    # Key of a visit, or of its differences within pairs → moments, created when the width of the activation is known.
     moments: dict[str, ConceptMoments] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # Of the activations, by the same.
-    # What is erased, where environments, pairs and what is kept count.
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # The same keys → dtype of the activations.
+    # The concept that is erased, with its environments, pairs and what is kept; None if these do not matter.
     concept: ConceptErasureConfig | None = None
 
     @property
     def strata(self) -> Strata:
-        """How an erasure numbers its classes, its environments where it erases within each, and what it keeps."""
+        """The numbering of classes, of environments (if the concept is erased within each), and of what is kept."""
         if self.concept is None:
             return Strata(self.z_dim)
         environments = len(self.concept.environments or ()) if self.concept.environment_rank else 1
         return Strata(self.concept.z_dim, environments or 1, len(self.concept.kept or ()) or 1)
 
     def moments_for(self, key: str, width: int) -> ConceptMoments:
-        """The moments at a key, new ones where there are none yet."""
+        """The moments at a key; they are created if they are missing."""
         z_dim = self.strata.classes if is_of_pairs(key) else self.z_dim
         return self.moments.setdefault(key, ConceptMoments(width, z_dim))
 
@@ -93,7 +93,7 @@ class SiteStatistics:
             differences, z = labels.pairs.differences(activation, selection.compared)
             if len(differences):
                 self.dtypes[pairs_of(key)] = activation.dtype
-                # Each both ways, so that their mean is zero and nothing is centred away.
+                # Each difference with both signs, so that their mean is zero and centring takes nothing away.
                 both = torch.cat([differences, -differences]), torch.cat([z, -z])
                 self.moments_for(pairs_of(key), differences.shape[-1]).update(*both)
 
@@ -104,7 +104,7 @@ class SiteStatistics:
         if not bool(counted.any()):
             return
         self.dtypes.setdefault(site, activation.dtype)
-        # Heads between the positions and the width carry the label of their position.
+        # Heads between the positions and the width have the label of their position.
         rows = activation[counted]
         heads = rows[0].numel() // rows.shape[-1]
         z = None if selection.z is None else selection.z[counted].repeat_interleave(heads, 0)
@@ -115,34 +115,34 @@ class SiteStatistics:
             raise ValueError(f"At {site!r}: {error}") from error
 
     def pool(self, processes: Processes, keys: Collection[str] | None = None) -> None:
-        """Make the moments at these keys, or at all, those of all processes together, in every one of them."""
+        """Add up the moments at these keys, or at all keys, over all processes, in every process."""
         if processes.count > 1:
             self.pool_shares(processes.gathered([self.share(keys)]), processes)
 
     def share(self, keys: Collection[str] | None = None) -> dict[str, Share]:
-        """What `pool_shares` takes of each process, which one call gathers for all sites."""
+        """This process's argument of `pool_shares`, for all sites in one call."""
         chosen = {key: moments for key, moments in self.moments.items() if keys is None or key in keys}
         return {key: (moments.x_dim, self.dtypes[key], moments.shared) for key, moments in chosen.items()}
 
     def pool_shares(self, shares: Sequence[Mapping[str, Share]], processes: Processes) -> None:
-        """As `pool`, where the shares of all processes are gathered already."""
+        """Do what `pool` does, if the shares of all processes are already gathered."""
         for site in sorted({site for share in shares for site in share}):
             there = [share.get(site) for share in shares]
-            # The last one, as all have the same width.
+            # Any one of them, since all have the same width: the last.
             width, self.dtypes[site], _ = next(own for own in reversed(there) if own is not None)
             sums = [None if own is None else own[2] for own in there]
             self.moments_for(site, width).pool(sums, processes.add)
 
 
 class Source(SiteStatistics):
-    """Batches of one kind, and what was seen of them.
+    """Batches of one kind, and the counts and statistics of those that were read.
 
     Args:
-        concept: By whose labels they are read; None for a background, which decides on mean and covariance alone.
-        batches: Dicts of model inputs, plus `concept_labels` where there is a concept.
-        key: Tells them from the others of a fit, in messages and in its checkpoint.
-        given: What the batches came from, by default themselves.
-        is_fitted: Whether environments, and what is kept, are told apart, as for fitting.
+        concept: The concept whose labels are read; None for a background, which decides on mean and covariance alone.
+        batches: Dicts of model inputs, plus `concept_labels` with a concept.
+        key: The name of these batches in messages and in the checkpoint of a fit.
+        given: The object that the batches came from, by default `batches`.
+        is_fitted: Whether environments, and classes of what is kept, are distinguished, as in fitting.
     """
 
     def __init__(
@@ -159,16 +159,16 @@ class Source(SiteStatistics):
             self.z_dim = self.strata.size if is_fitted else concept.z_dim
         self.batches, self.key, self.is_fitted = batches, key, is_fitted
         given = batches if given is None else given
-        # What gives the batches once more; None where they are used up.
+        # The batches for another pass; None if they can be read only once.
         self.again = None if isinstance(given, Iterator) else given
         self.title = "batches" if key == "labelled" else key
-        self.examples = self.tokens = 0  # Sequences that were read, and their real positions.
+        self.examples = self.tokens = 0  # Sequences that were read, and their positions without padding.
         self.pairs, self.is_paired = 0, False  # How many counterfactuals were read, and whether there should be some.
-        self.covered: set[str] = set()  # The sites of whose rows the labels of some batch speak.
-        self.uncovered: set[str] = set()  # Those of whose rows the labels of some batch, which are of tokens, do not.
+        self.covered: set[str] = set()  # The sites whose rows are labelled by some batch.
+        self.uncovered: set[str] = set()  # The sites whose rows are not labelled by some batch with labels of tokens.
 
     def read(self, pool: str, layouts: Layouts) -> Iterator[BatchLabels]:
-        """The batches one after another, each checked, counted and with its labels."""
+        """Yield the batches with their labels; each is checked and counted."""
         for position, batch in enumerate(self.batches):
             where = f"{self.title}[{position}]"
             if not hasattr(batch, "keys"):
@@ -201,7 +201,7 @@ class Source(SiteStatistics):
             yield labels
 
     def pool_counts(self, processes: Processes) -> None:
-        """Make what was read that of all processes together, in every one of them."""
+        """Add up the counts of what was read over all processes, in every process."""
         counts, sites = (self.examples, self.tokens, self.pairs, self.is_paired), (self.covered, self.uncovered)
         read = processes.gathered([(*counts, *sites)])
         self.examples, self.tokens, self.pairs = (sum(one[place] for one in read) for place in range(3))
@@ -211,19 +211,19 @@ class Source(SiteStatistics):
     def check_reached(
         self, sites: Collection[str], found: Container[str] | None = None, *, may_lack: bool = False
     ) -> list[str]:
-        """Check that there was data, and that every site is in `found`, by default those that have moments.
+        """Check that batches were read, and that every site is in `found`, by default the sites with moments.
 
         Returns:
-            The sites that are; all, unless some of them `may_lack`.
+            The sites that are in `found`: all of them, unless `may_lack` allows that some are not.
         """
         if not self.examples:
             raise ValueError(
-                f"{self.title} is empty: there is nothing to fit on. An iterator that was used up gives none either."
+                f"{self.title} is empty: there is nothing to fit on. An iterator that was used up is empty, too."
             )
         if not self.pairs and self.concept and (self.is_paired or self.concept.pair_rank):
             raise ValueError(
                 f"None of the {self.examples} examples of {self.title} has a counterfactual: no text has a word of the "
-                "table, or the batches were made without. Give concept_dataloader(…, counterfactual_column=…), or "
+                "table, or the batches were made without them. Give concept_dataloader(…, counterfactual_column=…), or "
                 "another table, counterfactual_words=…, or pair_rank=0."
             )
         absent = [site for site in sites if site not in (self.moments if found is None else found)]
@@ -235,12 +235,12 @@ class Source(SiteStatistics):
         if absent and len(absent) == len(sites) and self.concept:
             raise ValueError(
                 f"None of the {self.examples} examples has a labelled position at {absent[0]!r}: concept_labels are "
-                "-100, or the forward pass does not call this module, as where another one reads its weight itself. "
+                "-100, or the forward pass does not call this module, as when another module reads its weight itself. "
                 "Name modules that are called."
             )
         if mixed := [site for site in sites if site in self.covered & self.uncovered]:
             raise ValueError(
-                f"The labels of some of the {self.title} are those of the tokens at {mixed[0]!r}, and of others not: "
+                f"Some of the {self.title} label the tokens at {mixed[0]!r}, and others label those of another side: "
                 "label the tokens of one side in all of them."
             )
         if absent and not may_lack:
@@ -257,7 +257,7 @@ class Source(SiteStatistics):
 
 
 class BatchLabels:
-    """One batch with its labels and masks; its source says what the labels are."""
+    """One batch with its labels and masks; its source has the concept of the labels."""
 
     def __init__(
         self,
@@ -270,7 +270,7 @@ class BatchLabels:
         self.batch, self.source, self._pool, self._axes, self._frames = dict(batch), source, pool, axes, frames
         inputs = (value for value in inputs_of(batch).values() if isinstance(value, Tensor) and value.dim())
         self.rows: int = len(next(inputs, ()))  # The number of sequences.
-        self.pairs: Pairs | None = None  # Which of the rows are counterfactuals of which; None where none can be.
+        self.pairs: Pairs | None = None  # Which rows are counterfactuals of which; None if the batch does not say.
         self._labels: Tensor | None = None
         self._by_token = self._by_class = False
         self._selections: dict[tuple[Any, ...], Selection] = {}
@@ -291,11 +291,11 @@ class BatchLabels:
                 self._labels = strata.ids(self._labels, *ids)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """One batch is lent to another process without the others of its source, which may be a generator."""
+        """A batch is sent to another process without the other batches of its source, which may be a generator."""
         return type(self), (self.batch, Source(self.source.concept), self._pool, self._axes, self._frames)
 
     def select(self, activation: Tensor, where: str) -> tuple[Tensor, Selection]:
-        """An activation at a visit, or last hidden state, as `(batch, seq, …, width)`, and its labelled rows."""
+        """Return the activation at a visit or last hidden state as `(batch, seq, …, width)`, and its labelled rows."""
         if not activation.numel():
             none = torch.zeros(self.rows, 0, dtype=torch.bool, device=activation.device)
             return activation.new_zeros(self.rows, 0, 1), Selection(none, none, None, None)
@@ -323,10 +323,10 @@ class BatchLabels:
         return activation, self._selections[key]
 
     def covers(self, where: str) -> bool:
-        """Whether the labels speak of the rows there; those of whole sequences do everywhere.
+        """Whether the labels are about the rows at a site or last hidden state.
 
-        Those of tokens speak of one side of an encoder-decoder, and not of images. What its axes are must be known, at
-        each visit.
+        Labels of whole sequences are about the rows everywhere. Labels of tokens are about one side of an
+        encoder-decoder, and not about images. If the axes at some visit are not known, the result is True.
         """
         visits = [axes for key, axes in self._axes.items() if site_of(key) == where]
         if self._labels is None or not self._by_token or not all(isinstance(axes, Axes) for axes in visits):
@@ -335,7 +335,7 @@ class BatchLabels:
         return all(mask is not None and self._labels.shape[:2] == mask.shape for mask in masks)
 
     def _mask(self, side: str) -> Tensor | None:
-        """`(batch, seq)` bool, or None where the batch has none to say (images)."""
+        """`(batch, seq)` bool, which positions are not padding; None for a batch without a mask (images)."""
         if side == FRAMES:
             return self._frames
         mask = self.batch.get(f"{side}attention_mask")
@@ -369,7 +369,7 @@ class BatchLabels:
             counted = pooling.counted(real, self._pool)
             z = z.unsqueeze(1).expand(-1, real.shape[1], *z.shape[1:])
             if self._pool == "mean":
-                # Each sequence weighs 1, so that the mean-pooled embedding is what is guarded.
+                # Each sequence weighs 1, so that the mean-pooled embedding is guarded.
                 weight = real.double() / real.sum(1, keepdim=True).clamp_min(1)
         if z is not None and self._by_class:
             counted = counted & (z != IGNORED)
@@ -381,7 +381,7 @@ class BatchLabels:
 
     @property
     def environments(self) -> Tensor | None:
-        """`(rows,)` ids of the environments of the rows; None where the batch names none."""
+        """`(rows,)` ids of the environments of the rows; None for a batch without them."""
         name = "concept_environments"
         return ids_in(self.batch, name, self.rows) if name in self.batch else None
 
@@ -422,13 +422,13 @@ class BatchLabels:
 
 
 class BatchesOnDisk(Sequence[BatchLabels]):
-    """Batches that are read again whenever one is asked for, in a folder that ends with them."""
+    """Batches on disk, each read again whenever it is asked for; their folder is deleted together with this object."""
 
     def __init__(self, batches: Iterable[BatchLabels]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hf-erasure-")
-        # What batches share.
+        # What batches share, which stays in memory: source, pool and axes.
         self._kept: list[tuple[Source, str, Mapping[str, Axes | ValueError]]] = []
-        # The one that was read last: a thread that begins asks for what was looked at just before.
+        # The batch that was read last: a thread that begins asks for the batch that was used just before.
         self._last: tuple[int, BatchLabels] | None = None
         for labels in batches:
             torch.save((labels.batch, labels._frames), self._path(len(self._kept)))
@@ -453,7 +453,7 @@ class BatchesOnDisk(Sequence[BatchLabels]):
 
 
 def length_of(batches: Any) -> int | None:
-    """How many batches there are, for a progress bar; None where they do not say, whatever comes of asking."""
+    """How many batches there are, for a progress bar; None if they have no length, or asking for it fails."""
     with suppress(Exception):
         return len(batches)
     return None

@@ -1,8 +1,8 @@
 """Concept scrubbing (arXiv 2306.03819, section 5): every eraser is fitted on activations that are erased upstream.
 
-All batches stop at a site, its eraser is fitted on them, and they go on with erased activations; every module runs
-once a batch. Of a module that is called several times in one forward pass the eraser acts at every visit, and has to be
-known at the first. So it takes later visits to be as in the pass before, and passes follow until they are.
+All batches stop at a site, its eraser is fitted on them, and they go on with erased activations; every module runs once
+for each batch. If a module is called several times in one forward pass, its eraser acts at every visit, but must be
+known at the first. So the fit assumes that later visits are as in the pass before, and repeats passes until they are.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .sites import FitTask, SiteFit, solve
 
 logger = logging.getLogger(__name__)
 
-# Passes over the data of one fit. With four visits an ALBERT of width 128 takes 22; a wider model takes fewer.
+# The most passes over the data in one fit. With four visits an ALBERT of width 128 takes 22; a wider model takes fewer.
 MOST_PASSES = 60
-# Not even half of what was left this many passes ago. Of models that settle, ALBERT of width 32 takes 6 to halve it.
+# A fit is stuck if it has not halved what is left in this many passes. An ALBERT of width 32, which settles, takes 6.
 PATIENCE = 8
-# So many passes are combined. Those before were of erasers that are too different to tell of this one.
+# How many of the latest passes are combined. The erasers of earlier passes are too different to be of use.
 _MEMORY = 20
-# Singular values of the changes, as a share of the largest, that are not divided by.
+# Singular values of the changes below this share of the largest are not divided by.
 _CUTOFF = 1e-8
 
 
@@ -43,29 +43,29 @@ _CUTOFF = 1e-8
 class Scrubber:
     """Fits the sites of one adapter in the order in which the model reaches them.
 
-    All batches of the sources are held; on disk where it is said how many may be in memory.
+    All batches of the sources are held: on disk if `resident_batches` is given, else in memory.
     """
 
     task: FitTask  # What is fitted.
     sources: list[Source]  # What it is fitted on.
-    resident_batches: int | None = None  # How many batches keep their activations in memory; all when None.
-    # Where finished sites are kept, if anywhere; those that are there are not fitted again.
+    resident_batches: int | None = None  # How many batches keep their activations in memory; None for the default.
+    # Holds finished sites, which are not fitted again.
     checkpoint: FitCheckpoint | None = None
     fits: dict[str, SiteFit] = field(default_factory=dict, init=False)  # Site → its fit, so far.
     _batches: Sequence[BatchLabels] = field(default=(), init=False)
     _running: BatchThread = field(init=False)
-    # Sites that the checkpoint had, and what identifies the batches that they were fitted on.
+    # Sites that the checkpoint had, and the digest of the batches that they were fitted on.
     _kept: set[str] = field(default_factory=set, init=False)
     _data: str = field(default="", init=False)
-    # Sites that nobody has named, and that the labels do not speak of.
+    # Sites that the user did not name, and whose rows have no labels.
     _left_out: set[str] = field(default_factory=set, init=False)
     _one_by_one: bool = field(default=False, init=False)
-    # By the key of the source: later visits as they are in this pass, and as they are taken to be.
+    # Key of a source → its statistics of later visits as they are in this pass, and as the erasers assume them.
     _later: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
     _taken: dict[str, SiteStatistics] = field(default_factory=dict, init=False)
 
     def fit(self) -> dict[str, SiteFit]:
-        """Fit all sites, with every module run once a batch where the model calls its sites so that this is right."""
+        """Fit all sites, with one run of every module for each batch if the order of the model's calls allows it."""
         task, processes, checkpoint = self.task, self.task.processes, self.checkpoint
         with processes.agreeing("reading its batches"):
             read = (labels for source in self.sources for labels in source.read(task.pool, task.layouts))
@@ -93,12 +93,12 @@ class Scrubber:
     # ---- passes over the data ----------------------------------------------------------------------------------------
 
     def _settle(self, shown: tqdm) -> None:
-        """Fit all sites, again as long as erasers change what arrives at later visits of their modules.
+        """Fit all sites, and repeat it as long as erasers change what arrives at later visits of their modules.
 
-        The erasers that leave least are kept, and what they leave is said.
+        The erasers that leave least are kept, and their report lines say what they leave.
         """
         columns, best, lowest, left = Columns(), dict[str, SiteFit](), float("inf"), list[float]()
-        # INLP, and fewer directions than the guarantee needs, leave something in any case.
+        # INLP, and a rank below what the guarantee needs, leave a part of the concept in any case.
         config = self.task.config
         most = MOST_PASSES if config.rank is None and config.method != "inlp" else 2
         for number in itertools.count(1):
@@ -125,9 +125,9 @@ class Scrubber:
         self.fits = best
 
     def _pass(self, shown: tqdm) -> None:
-        """Fit every site on its first visit, and on later visits as they are taken to be; see what these are.
+        """Fit every site on its first visit and on the assumed later visits, and gather the real later visits.
 
-        Where that fails for what a checkpoint had, it is done without; or else with one site a pass.
+        If this fails with the sites of a checkpoint, they are fitted again; if it fails without, one site per pass.
         """
         while True:
             shown.reset(len(self.task.layers))
@@ -137,7 +137,7 @@ class Scrubber:
                 break
             except OutOfStep as reason:
                 if not self._kept:
-                    more = "%s So the sites are fitted one a pass: %d passes over the data instead of one."
+                    more = "%s So one site is fitted per pass: %d passes over the data instead of one."
                     logger.warning(more, reason, len(self.task.layers))
                     self._one_by_one = True
                     if self.checkpoint is not None and self.task.processes.is_main:
@@ -150,12 +150,12 @@ class Scrubber:
             later.pool(self.task.processes)
 
     def _note_what_is_left(self) -> float:
-        """Write into the lines of the report what is left at later visits; returns the most."""
+        """Write what is left at later visits into the lines of the report; returns the largest value."""
         left: dict[str, list[float]] = {}
         labelled = [source for source in self.sources if source.concept]
         for source in labelled:
             for key, moments in self._later[source.key].moments.items():
-                if is_of_pairs(key):  # what is promised is about the labelled rows
+                if is_of_pairs(key):  # the guarantee is about the labelled rows
                     continue
                 own = source.strata.concept(moments)
                 share = left_of(self.fits[site_of(key)].eraser, own).norm() / scale_of(own)
@@ -168,7 +168,7 @@ class Scrubber:
     # ---- side by side ------------------------------------------------------------------------------------------------
 
     def _side_by_side(self, shown: tqdm) -> None:
-        """Bring the batches of all processes to the next site, fit it, let them go on, until none is left."""
+        """Bring the batches of all processes to the next site, fit it and let them go on, until all have ended."""
         task, order = self.task, list(self.task.layers)
         # A batch is in memory once its thread asks for it.
         forwards = [
@@ -181,14 +181,14 @@ class Scrubber:
                 refusal = None
                 with task.processes.agreeing("running over its batches"):
                     try:
-                        # To and fro, so that those whose tensors are in memory go first. The direction depends on the
-                        # site alone: sums are the same to the bit however many batches are resident, and wherever a
-                        # killed fit continues.
+                        # In turn forwards and backwards, so that batches whose tensors are in memory go first. The
+                        # direction depends on the site alone: sums are the same to the bit for any number of resident
+                        # batches, and wherever a killed fit continues.
                         for thread in waiting if len(self.fits) % 2 == 0 else waiting[::-1]:
                             self._advance(thread)
                     except OutOfStep as reason:
                         refusal = str(reason)
-                # Where a batch skips a module, others wait further up: the first in the model's order comes first.
+                # If a batch skips a module, others wait at an earlier one: the first in the model's order is next.
                 first = min((order.index(thread.site) for thread in threads if thread.site is not None), default=None)
                 reached = task.processes.gathered([(first, refusal)])
                 for _, refused in reached:
@@ -203,7 +203,7 @@ class Scrubber:
                 shown.update()
 
     def _advance(self, thread: BatchThread) -> None:
-        """Let a batch run to the next site that it has not visited, and add what it shows there and on its way."""
+        """Let a batch run to the next site that it has not visited, and add its activations there and on the way."""
         self._running, labels = thread, self._batches[thread.index]
         while True:
             thread.advance()
@@ -216,7 +216,7 @@ class Scrubber:
                 return
 
     def _stop_at(self, site: str, hidden: Tensor) -> Tensor:
-        """Let the running batch wait at a site until its eraser is there; called in the batch's thread."""
+        """Let the running batch wait at a site until its eraser is fitted; called in the batch's thread."""
         thread = self._running
         if site in self._left_out:
             return hidden
@@ -231,10 +231,10 @@ class Scrubber:
             thread.stop(visit_of(site, visit), hidden)
         return self.fits[site].erase(hidden) if site in self.fits else hidden
 
-    # ---- one site a pass ---------------------------------------------------------------------------------------------
+    # ---- one site per pass -- ----------------------------------------------------------------------------------------
 
     def _one_site_a_pass(self, shown: tqdm) -> None:
-        """Fit each site with all sites before it erased: the definition, whatever the order of sites is."""
+        """Fit each site with all sites before it erased: right by definition, in any order of the sites."""
         task, processes = self.task, self.task.processes
         order: dict[str, None] = {}
 
@@ -255,7 +255,7 @@ class Scrubber:
             self._gather(None)
 
     def _gather(self, chosen: str | None) -> bool:
-        """Gather the moments of the first visit of a site, or of later ones of all, with all erasers that there are.
+        """Gather the moments at the first visit of a site, or with None at later visits of all; erasers so far act.
 
         Returns:
             Whether a site was visited again.
@@ -278,9 +278,9 @@ class Scrubber:
     # ---- one site ----------------------------------------------------------------------------------------------------
 
     def _solve(self, site: str) -> None:
-        """The eraser of a site from its moments in all processes, which are then let go.
+        """Solve for the eraser of a site from its moments in all processes, and free the moments.
 
-        The site is left out if it may be and has none.
+        A site without moments is left out if the user did not name it.
         """
         seen, keys = [], (site, pairs_of(site))
         for source in self.sources:
@@ -306,34 +306,34 @@ class Scrubber:
 
 @dataclass
 class Columns:
-    """The columns, covariances with the concept, at later visits of modules, pass by pass.
+    """The columns (covariances with the concept) at later visits of modules, pass by pass.
 
-    An eraser acts at every visit of its module, and so it changes the columns at later visits; it should remove just
-    those that arrive with it in place. Columns of one pass may be put in place in the next, but that rarely settles: in
+    An eraser acts at every visit of its module, so it changes the columns at later visits. It should remove exactly the
+    columns that arrive while it acts. The columns of one pass may be removed in the next, but this rarely settles: in
     small models it leaves as much after forty passes as after four. Anderson acceleration (Walker and Ni, "Anderson
     Acceleration for Fixed-Point Iterations", 2011, doi 10.1137/10078356X) takes the combination of the passes so far
-    whose changes cancel best. Where hardly anything arrives once the columns are removed, what arrives says nothing of
-    them; then what the erasers leave is added to the columns instead.
+    whose changes cancel best. If almost nothing arrives once the columns are removed, the arriving columns do not tell
+    which to remove; then the part that the erasers leave is added to the columns instead.
     """
 
-    # What the erasers of a pass removed of later visits, flat, each in units of `|x| |z|`; the last is that of
-    # the pass to come.
+    # One entry for each pass: the columns that its erasers removed at later visits, flat, in units of `|x| |z|`. The
+    # last entry is that of the next pass.
     given: list[Tensor] = field(default_factory=list)
-    # What they would better have removed: what arrived there in that pass, or, where that is added, what they
-    # removed and what they left.
+    # One entry for each pass: the columns that its erasers should have removed. They are the columns that arrived, or
+    # with `adds` the columns that were removed plus what was left.
     wanted: list[Tensor] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # Which visits they are of.
+    keys: list[str] = field(default_factory=list)  # The visits whose columns these are.
     adds: bool = False  # Whether what is left is added.
-    # The first columns, and what is wanted where what they left is added.
+    # The first entry of `given`, and its entry of `wanted` with `adds`.
     _first: list[Tensor] = field(default_factory=list)
 
     @on_cpu()
     def next(
         self, seen: Mapping[str, SiteStatistics], fits: Mapping[str, SiteFit], *, stuck: bool = False
     ) -> dict[str, SiteStatistics]:
-        """What the erasers of the next pass take later visits to be, by what was seen in the last, and its erasers.
+        """The later visits that the erasers of the next pass assume, from the last pass (`seen`) and its erasers.
 
-        `stuck` begins again with the columns of the first pass, and adds what is left from there.
+        `stuck` begins again with the columns of the first pass, and adds what is left from there on.
         """
         parts = [(of, key, m) for of, statistics in seen.items() for key, m in sorted(statistics.moments.items())]
         labelled = [part for part in parts if seen[part[0]].z_dim]
@@ -362,7 +362,7 @@ class Columns:
 
 
 def left_of(eraser: Eraser, moments: ConceptMoments) -> Tensor:
-    """`(x_dim, z_dim)` cross-covariance with the concept that an eraser leaves of moments."""
+    """`(x_dim, z_dim)` cross-covariance with the concept that is left after an eraser."""
     cross = moments.cross_covariance
     return cross - eraser.left.to(cross) @ (eraser.right.to(cross) @ cross)
 
