@@ -272,7 +272,7 @@ class Record(TorchDispatchMode):
         # For each operation: what identifies it, its results (None: it is run again), and "list" or "tuple" if they are
         # in one. The entries hold only plain numbers, strings and bytes, which are pickled fast.
         self._entries: list[tuple[int, list[tuple[Any, ...]] | None, str]] = []
-        self._kinds: list[tuple[torch.dtype, torch.device]] = []  # Those of the results.
+        self._kinds: list[tuple[torch.dtype, torch.device]] = []  # The dtypes and devices of the results.
         self._position = 0
         self._own: dict[int, int] = {}  # Address of a storage → its number.
         # These references reserve the address of a storage, and do not keep its bytes.

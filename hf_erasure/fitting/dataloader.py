@@ -100,8 +100,8 @@ def concept_dataloader(
             `label_column=None` the text is of the first class, and its counterfactual of the second.
         counterfactual_words: Make the counterfactuals by exchanging words of `labels`: `"english_gender"`, a table
             that comes with the package, `{class: [words]}` with counterparts at one index, or the path of such a table
-            in YAML or JSON. A text is paired with a counterfactual for each other class. With `label_column=None` most
-            of the words in a text decide its class. A row without any of the words has no counterfactual.
+            in YAML or JSON. A text is paired with a counterfactual for each other class. With `label_column=None` the
+            class of a text is the one with most of its words. A row without any of the words has no counterfactual.
         environment_column: Column of what a text was made from or found in, such as its template, source or author.
             `fit_concept_erasure(…, environment_rank=…)` erases the concept within each of these.
         keep: Column of a second label whose covariance with the activations stays as it is.

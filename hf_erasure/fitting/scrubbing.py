@@ -127,7 +127,7 @@ class Scrubber:
     def _pass(self, shown: tqdm) -> None:
         """Fit every site on its first visit and on the assumed later visits, and gather the real later visits.
 
-        If this fails with the sites of a checkpoint, they are fitted again; if it fails without, one site per pass.
+        If this fails with the sites of a checkpoint, they are fitted again; otherwise one site is fitted per pass.
         """
         while True:
             shown.reset(len(self.task.layers))
@@ -231,7 +231,7 @@ class Scrubber:
             thread.stop(visit_of(site, visit), hidden)
         return self.fits[site].erase(hidden) if site in self.fits else hidden
 
-    # ---- one site per pass -- ----------------------------------------------------------------------------------------
+    # ---- one site per pass -----------------------------------------------------------------------------------------
 
     def _one_site_a_pass(self, shown: tqdm) -> None:
         """Fit each site with all sites before it erased: right by definition, in any order of the sites."""
@@ -255,7 +255,7 @@ class Scrubber:
             self._gather(None)
 
     def _gather(self, chosen: str | None) -> bool:
-        """Gather the moments at the first visit of a site, or with None at later visits of all; erasers so far act.
+        """Gather moments, with the erasers so far: at the first visit of a site, or with None at later visits of all.
 
         Returns:
             Whether a site was visited again.
