@@ -25,26 +25,26 @@ class ConceptErasureCallback(LoggingCallback):
     """Refits an erasure on a schedule, or when too much of the concept has come back, and logs what leaks.
 
     Fine-tuning moves the representation away from the one the erasure was fitted on, and may learn the concept anew
-    around it. Refitting is exact for the model of that moment. An adapter that was not fitted is fitted when training
-    begins.
+    in other directions. A refit is exact for the model at that step. An adapter that was not fitted is fitted when
+    training begins.
 
     Args:
-        batches: Labelled batches as `fit_concept_erasure` takes them, of several processes each its own share; gone
-            through at every refit, so no one-time iterator.
+        batches: Labelled batches for `fit_concept_erasure`; with several processes, each gives its own share. Every
+            refit reads them again, so an iterator that can be read only once is refused.
         adapter_name: The erasure.
-        refit_steps: Refit after every so many steps, or `"epoch"`: after every epoch.
+        refit_steps: Refit after this many steps each time, or `"epoch"`: after every epoch.
         refit_leakage: Refit when the leakage of a site, measured at each log, is above this correlation.
-        eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`. Where they
-            share rows with `batches`, a warning and the card of the checkpoint say so.
+        eval_batches: Held-out batches: with them leakage is logged, as `leakage/<site>` and `leakage_max`. If they
+            share rows with `batches`, there is a warning, and the card of the checkpoint says so.
         sequential: As in `fit_concept_erasure`.
         pool: As in `fit_concept_erasure`; by default what the model's head reads.
         background: As in `fit_concept_erasure`.
-        delete_at_end: Delete the erasure when training has ended. What is trained beside it, such as a LoRA, could not
-            use the concept, and so learns less about it (concept ablation fine-tuning, arXiv 2507.16795); the model
-            itself keeps what it knew. Checkpoints still have the erasure.
+        delete_at_end: Delete the erasure after training. Weights that are trained with it, such as a LoRA, cannot use
+            the concept, and learn less about it (concept ablation fine-tuning, arXiv 2507.16795). The model itself
+            keeps what it knew. Checkpoints still have the erasure.
 
     Raises:
-        ValueError: If `refit_leakage` comes without `eval_batches`, or a number means nothing.
+        ValueError: If `refit_leakage` is given without `eval_batches`, or a number is out of its range.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ConceptErasureCallback(LoggingCallback):
     ) -> None:
         if refit_steps not in (None, "epoch") and (isinstance(refit_steps, str) or int(refit_steps or 0) < 1):
             raise ValueError(
-                f"refit_steps={refit_steps!r}: give a positive number of steps, 'epoch', or None for never."
+                f"refit_steps={refit_steps!r} is not known: give a positive number of steps, 'epoch', or None."
             )
         if refit_leakage is not None and not 0 < refit_leakage < 1:
             raise ValueError(f"refit_leakage={refit_leakage} is a correlation: give a number between 0 and 1.")
@@ -70,7 +70,7 @@ class ConceptErasureCallback(LoggingCallback):
             raise ValueError("refit_leakage needs eval_batches to measure leakage on: give held-out labelled batches.")
         for name, given in (("batches", batches), ("eval_batches", eval_batches)):
             if given is not None and iter(given) is given:
-                raise ValueError(f"{name} is an iterator that can be gone through once: give a list or a DataLoader.")
+                raise ValueError(f"{name} is an iterator that can be read only once: give a list or a DataLoader.")
         super().__init__(adapter_name, {"refits": 0, "is_due": False})
         self.batches = batches
         self.refit_steps, self.refit_leakage, self.eval_batches = refit_steps, refit_leakage, eval_batches
@@ -79,11 +79,11 @@ class ConceptErasureCallback(LoggingCallback):
 
     @property
     def refits(self) -> int:
-        """How often the erasure was fitted so far, before a checkpoint that was resumed from too."""
+        """How often the erasure was fitted so far; fits before a resumed checkpoint count too."""
         return int(self.memory["refits"])
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Check how the model is trained, and fit an erasure that was not."""
+        """Check how the model is trained, and fit an erasure that is not fitted yet."""
         super().on_train_begin(args, state, control, model=model)
         found, _ = adapter_to_fit(model, self.adapter_name)
         if self.eval_batches is not None:
@@ -93,8 +93,8 @@ class ConceptErasureCallback(LoggingCallback):
             if fitted:
                 warn_user(
                     f"{fitted} of the {examples} rows of eval_batches are rows of batches, which {self.adapter_name!r} "
-                    "is fitted on: the leakage that is logged is on fitted rows, and says little of others. Give other "
-                    "rows."
+                    "is fitted on: the leakage that is logged is on fitted rows, and says little about other rows. "
+                    "Give eval_batches other rows."
                 )
         if not found.config.fitted:
             self._refit(model, state)
@@ -110,12 +110,12 @@ class ConceptErasureCallback(LoggingCallback):
             self._refit(model, state)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Refit what the latest log has found to leak."""
+        """Refit if the latest log has found too much leakage."""
         if self.memory["is_due"]:
             self._refit(model, state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Refit what leaks at the end: found by the last log, or in the best model, which is another one; or delete."""
+        """Delete the erasure, or refit it if it leaks: in the last log, or in the best model, which is loaded now."""
         if self.delete_at_end:
             adapter_to_fit(model, self.adapter_name)[0].holder.delete_adapter(self.adapter_name)
             return

@@ -20,31 +20,31 @@ from hf_erasure.gradiend import FeatureDecoder, FeatureEncoder
 from .trainer import LoggingCallback, is_sharded
 
 MODES = ("monitor", "guard")
-# Taking a direction out of a product of two matrices is not linear; two corrections leave the square of a step.
+# A product of two matrices is not linear, so one correction is not exact; two corrections leave the square of a step.
 CORRECTIONS = 2
 
 
 class GradiendCallback(LoggingCallback):
-    """Reads a feature off the gradient of every training step, and in mode `"guard"` keeps updates from moving it.
+    """Reads a feature from the gradient of every training step; in mode `"guard"` also keeps updates from moving it.
 
-    *monitor*: the gradient that the optimizer is about to use is encoded: near +1 the step teaches the first class of
+    *monitor*: the gradient that the optimizer is about to use is encoded. Near +1 the step teaches the first class of
     the adapter's pair, near −1 the second. The mean since the last log is logged as `<adapter>_encoded`. The adapter
     needs its encoder (`keep_encoder=True`).
 
-    *guard*: after each step of the optimizer, whatever it is, the component of the weights' change along the decoder's
-    direction Wd is taken out of every output of every layer (a row of its weight) by itself. One component of all
-    weights together would be a single direction among millions: measured, it keeps out a fraction of what the rows do.
-    A sparse adapter changes its own entries only. How much was taken out is logged as `<adapter>_guarded`: the
-    mean cosine between change and direction. What the data teach about the feature through other directions arrives
-    all the same (recipes/guarded_finetuning measures how much of it).
+    *guard*: after each step of any optimizer, the component along the decoder's direction Wd is taken out of the
+    weights' change, separately for every output of every layer (a row of its weight). A single component for all
+    weights together would be one direction among millions; in measurements it keeps out a fraction of what the rows
+    do. A sparse adapter changes only its own entries. How much was taken out is logged as `<adapter>_guarded`: the
+    mean cosine between change and direction. The model still learns what the data teach about the feature in other
+    directions (recipes/guarded_finetuning measures how much).
 
-    Both work for full fine-tuning and for LoRA. Under a LoRA a weight has no gradient of its own; the change that the
-    LoRA's matrices make of it takes its place. They share their rows, so that a guard acts on each weight as a whole.
+    Both modes work for full fine-tuning and for LoRA. Under a LoRA a weight has no gradient of its own; the change of
+    the weight by the LoRA's matrices takes its place. All rows share these matrices, so a guard acts on a whole weight.
 
     Args:
         adapter_name: A fitted GRADIEND adapter of the model.
         mode: `"monitor"` or `"guard"`; a guard also monitors if it has an encoder.
-        log_steps: Encode every so many optimizer steps.
+        log_steps: Encode once in this many optimizer steps.
 
     Raises:
         ValueError: If the mode is unknown.
@@ -62,7 +62,7 @@ class GradiendCallback(LoggingCallback):
         self._guard: _Guard | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Find the adapter, and the weights that are trained and that it knows; refused where it cannot do it."""
+        """Find the adapter, and the trained weights that it knows. Raises `ValueError` if they cannot be read."""
         super().on_train_begin(args, state, control, model=model)
         if is_sharded():
             raise ValueError(
@@ -117,9 +117,9 @@ class GradiendCallback(LoggingCallback):
 
 @dataclass
 class Trained:
-    """One weight of the base model, by its full name, whose value training changes: itself, or by `lora` alone.
+    """One weight of the base model, by its full name, that training changes: the weight itself, or only its `lora`.
 
-    A LoRA is its matrices A `(rank, in)` and B `(out, rank)`, and the factor of `B A`, which it adds to the weight.
+    An entry of `lora` is A `(rank, in)`, B `(out, rank)`, and the factor of `B A`, which a LoRA adds to the weight.
     """
 
     name: str
@@ -128,11 +128,11 @@ class Trained:
     transposed: bool = False  # kept as (in, out)
 
     def oriented(self, change: Tensor) -> Tensor:
-        """From `(out, in)` to how the weight is kept, or back, which is the same turn."""
+        """Transpose a change from `(out, in)` to the orientation of the weight, or back, where the two differ."""
         return change.T if self.transposed else change
 
     def rows(self, index: Tensor | None) -> Tensor:
-        """`(count,)` int64: the layer's output that each entry, or each of those at `index`, belongs to."""
+        """`(count,)` int64: the layer's output to which each entry, or each entry at `index`, belongs."""
         weight = self.weight
         if index is None:
             index = torch.arange(weight.numel(), device=weight.device)
@@ -148,7 +148,7 @@ class Trained:
         return self.oriented(sum(products, torch.zeros(())))
 
     def gradient(self) -> Tensor:
-        """`(shape of the weight)`: its gradient; or its change, to first order, when its LoRA moves along theirs."""
+        """`(shape of the weight)`: its gradient; or, to first order, its change when its LoRA moves by gradients."""
         if not self.lora:
             return _gradient_of(self.weight)
         found = torch.zeros(())
@@ -163,7 +163,7 @@ def _gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 def trained_weights(model: nn.Module, adapter_name: str) -> list[Trained]:
-    """The weights that a GRADIEND adapter targets and that are being trained; refused where there are none."""
+    """The weights that a GRADIEND adapter targets and that are trained. Raises `ValueError` if there are none."""
     found = []
     modules = dict(adapter_of(model, adapter_name, GradiendConfig).owner.named_modules())
     for name, weight in targeted_parameters(model, adapter_name).items():
@@ -190,7 +190,7 @@ class _Guard:
     def __init__(self, weights: list[Trained], decoder: FeatureDecoder) -> None:
         self.weights = [w for w in weights if w.name in decoder.weight and decoder.weight[w.name].numel()]
         if not self.weights:
-            raise ValueError("None of the weights that are trained is changed by the adapter: nothing to guard.")
+            raise ValueError("The adapter changes none of the trained weights: there is nothing to guard.")
         found = {w.name: (decoder.index[w.name], w.weight.device) for w in self.weights}
         self.index = {name: None if i is None else i.to(device, torch.long) for name, (i, device) in found.items()}
         self.direction = {w.name: decoder.weight[w.name].to(w.weight.device, torch.float32) for w in self.weights}
@@ -198,7 +198,7 @@ class _Guard:
         self.kept: dict[str, Tensor] = {}
 
     def before(self) -> None:
-        """Remember the weights, at the entries that the direction has."""
+        """Keep a copy of the weights, at the entries of the direction."""
         self.kept = {w.name: self._values(w) for w in self.weights}
 
     def after(self) -> float:
@@ -232,7 +232,7 @@ class _Guard:
         _add(weight.weight, -share[rows] * direction, index)
 
     def _correct_lora(self, weight: Trained) -> None:
-        """Move a LoRA along the steepest way back, until to first order its weight has no component left."""
+        """Move a LoRA's matrices in the steepest direction, until to first order no component is left."""
         direction, index = self.direction[weight.name], self.index[weight.name]
         along = float(((self._values(weight) - self.kept[weight.name]) * direction).double().sum())
         dense = torch.zeros(weight.weight.numel(), device=direction.device)

@@ -1,13 +1,13 @@
-"""How Trainer trains a model with adapters of ours: what is checked and said first, logged, saved and loaded.
+"""Trainer with a model that has adapters of ours: what it checks, warns of, logs, saves and loads.
 
-Two methods of Trainer are wrapped for every program, since it offers callbacks no event there: `train` and `_save`. A
-trainer whose model has adapters of ours gets, when one of them is called, methods of its own in the place of a few
-others; see `OWN_METHODS`.
+Two methods of Trainer, `train` and `_save`, are wrapped for every program, because callbacks have no event there. When
+one of them is called on a trainer whose model has adapters of ours, a few other methods of this trainer are replaced;
+see `OWN_METHODS`.
 
-Trainer saves one adapter of a model with adapters. The model's own weights, fine-tuned under it, and an erasure that
-was refitted beside a LoRA would be lost without a word; two active adapters stop it; and into a model that is not a
-`PeftModel` it can load no checkpoint at all. Where one of our callbacks takes part, and where several adapters of a
-model that is not a `PeftModel` are active, a checkpoint holds instead
+Trainer saves one adapter of a model with adapters. The model's own weights that are fine-tuned, and an erasure that
+was refitted beside a LoRA, would be lost without a warning. Two active adapters make its save fail. Into a model that
+is not a `PeftModel` it cannot load a checkpoint. With one of our callbacks, and with several active adapters on a
+model that is not a `PeftModel`, a checkpoint therefore holds
 
 - in the folder itself the trained adapter, as always; or, where the model's own weights are trained, the model without
   adapters, for `from_pretrained`;
@@ -46,18 +46,18 @@ _SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.ME
 
 
 class LoggingCallback(TrainerCallback):
-    """A callback with figures for the log, and a memory that outlives a checkpoint."""
+    """A callback with figures for the log, and a memory that checkpoints keep."""
 
-    measured_on = ""  # what the figures are on, in words; empty where only training's own rows are read
+    measured_on = ""  # the rows that the figures are measured on, in words; empty for training's own rows
 
     def __init__(self, adapter_name: str, memory: dict[str, Any]) -> None:
-        self.adapter_name = adapter_name  # the adapter it is about
+        self.adapter_name = adapter_name  # the adapter that is measured
         self.memory = memory  # what a resumed training must know, in JSON's types
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Check how the model is trained, and let the Trainer keep `memory`, after taking over that of a checkpoint."""
+        """Check how the model is trained, take over the `memory` of a checkpoint, and let the Trainer keep it."""
         check_training(model, args)
-        # `ExportableState` would have the callback built anew from JSON, which cannot hold its batches.
+        # `ExportableState` would build the callback anew from JSON, which cannot hold its batches.
         key = f"{type(self).__name__} {self.adapter_name}"
         self.memory.update(state.stateful_callbacks.get(key, {}))
         state.stateful_callbacks[key] = self.memory
@@ -67,7 +67,7 @@ class LoggingCallback(TrainerCallback):
         raise NotImplementedError
 
     def logged(self, state: TrainerState, model: nn.Module) -> dict[str, float]:
-        """The figures; the adapter's card has them too."""
+        """Measure the figures, and keep them for the adapter's card too."""
         with without_drawing(model):
             found = self.figures(state, model)
         config = child_configs(model).get(self.adapter_name)
@@ -78,7 +78,7 @@ class LoggingCallback(TrainerCallback):
 
 
 def check_training(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a training with a callback of this package that cannot work, and warn where a checkpoint lacks weights."""
+    """Raise an error if training with a callback of ours cannot work, and warn if a checkpoint would lack weights."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "No parameter is trainable, so training would fail in its first backward pass: adding an adapter has "
@@ -86,7 +86,7 @@ def check_training(model: nn.Module, args: TrainingArguments) -> None:
             "model.add_adapter(LoraConfig(…)) and model.set_adapter([…]) with both names."
         )
     if not is_sharded() or not is_lost(model):
-        return  # all of it is saved and loaded, see below
+        return  # all that is trained is saved and loaded, see below
     if args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end cannot load back what is trained here while the weights are sharded (FSDP, "
@@ -101,7 +101,7 @@ def check_training(model: nn.Module, args: TrainingArguments) -> None:
 
 def is_sharded() -> bool:
     """Whether this training keeps a part of each weight on every process."""
-    # Looked at, and not built: building it sets the kind of distribution back to what it is without accelerate.
+    # The shared state is read directly: a new `AcceleratorState` would reset the kind of distribution.
     return AcceleratorState._shared_state.get("distributed_type") in _SHARDING
 
 
@@ -115,12 +115,12 @@ def _warn_of_own_weights(model: nn.Module, remedy: str, when: str = "") -> None:
 
 
 def _warn_of_what_is_left_out(model: nn.Module) -> None:
-    """Say which adapters checkpoints will lack, or that there will be none, without a callback of this package."""
+    """Warn of adapters that checkpoints will lack, or of a save that will fail, without a callback of ours."""
     holder = _saved_by_trainer(model)
     if holder is None:
         return
     ours, active = list(child_configs(holder)), _active(holder)
-    if len(active) > 1:  # of a model that Trainer saves itself, all are saved
+    if len(active) > 1:  # where `_saves_all`, all of them are saved
         acting = [name for name in active if name in ours]
         others = [name for name in active if name not in ours]
         warn_user(
@@ -150,9 +150,9 @@ def _warn_of_what_is_left_out(model: nn.Module) -> None:
 
 
 def _saved_by_trainer(model: nn.Module) -> Any:
-    """The model whose adapter is saved in the place of its weights when Trainer saves `model`; None where all is saved.
+    """The model of which Trainer saves an adapter in place of the weights; None where Trainer saves all of `model`.
 
-    It may be inside of another library's. Trainer writes all tensors of a module that has no `save_pretrained`.
+    It may be inside a model of another library. Trainer writes all tensors of a module that has no `save_pretrained`.
     """
     if isinstance(model, (PreTrainedModel, PeftModel)):
         return model
@@ -161,7 +161,7 @@ def _saved_by_trainer(model: nn.Module) -> Any:
 
 
 def _active(model: Any) -> list[str]:
-    """The active adapters of a model with an adapter of this package that transformers saves; it refuses several."""
+    """The active adapters of a model with an adapter of ours that transformers saves; it cannot save several."""
     if isinstance(model, PeftModel) or not getattr(model, "_hf_peft_config_loaded", False) or not child_configs(model):
         return []
     return list(model.active_adapters())
@@ -171,7 +171,7 @@ def _active(model: Any) -> list[str]:
 
 
 def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """`Trainer.train`: it says first what its saves would lose, and then logs what our callbacks measure."""
+    """`Trainer.train`: warn first of what its saves would lose, then train and log what our callbacks measure."""
     if not _saves_all(trainer):
         if trainer.args.save_strategy != "no" and isinstance(trainer.model, (PreTrainedModel, PeftModel)):
             refuse_loss(trainer.model)  # its first save would
@@ -181,7 +181,7 @@ def train(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def save(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
-    """`Trainer._save`, which saves the active adapter alone: all that training changes."""
+    """`Trainer._save`, which saves the active adapter alone: save all that training changes instead."""
     _give_own_methods(trainer)
     if _saves_all(trainer):
         if is_lost(trainer.model):
@@ -208,14 +208,14 @@ def _saves_all(trainer: Any) -> bool:
 
 
 def _log(original: Callable, trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-    """What our callbacks measure is in a log before anybody is told of it; an evaluation's has no loss of training."""
+    """Add what our callbacks measure to a log before it is written; not to an evaluation's, which has no `loss`."""
     for callback in _ours(trainer) if "loss" in logs else ():
         logs.update(callback.logged(trainer.state, trainer.callback_handler.model))
     original(logs, *args, **kwargs)
 
 
 def _load(original: Callable, trainer: Any, folder: str | None = None, model: Any = None) -> None:
-    """What training goes on from, of which Trainer names the folder; at its end the best model, where it does not."""
+    """Load the checkpoint in a folder, from which training continues; without a folder the best model, at the end."""
     if _saves_all(trainer):
         load_trained(trainer.model if model is None else model, Path(folder or trainer.state.best_model_checkpoint))
     else:
@@ -223,7 +223,7 @@ def _load(original: Callable, trainer: Any, folder: str | None = None, model: An
 
 
 def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None:
-    """Trainer copies the files that it knows from a checkpoint before it pushes, and neither folders nor the card."""
+    """Add adapters and card to what Trainer pushes: it copies only the files that it knows from a checkpoint."""
     if trainer.is_world_process_zero():
         target, config = Path(trainer.args.output_dir), cards.config_in(Path(folder))
         if _saves_all(trainer):
@@ -235,7 +235,7 @@ def _push_from_checkpoint(original: Callable, trainer: Any, folder: str) -> None
     original(folder)
 
 
-# Name of a method → what is called in its place, with the method, on a trainer whose model has adapters of ours.
+# Method of a trainer whose model has adapters of ours → the function in its place; its first argument is the method.
 OWN_METHODS: dict[str, Callable[..., Any]] = {
     "log": _log,
     "_load_from_checkpoint": _load,
@@ -283,7 +283,7 @@ def saving_all(model: Any) -> Iterator[None]:
             state = {plain: tensors[key] for key, plain in _plain_names(model, tensors).items()}
             base._hf_peft_config_loaded = False
             try:
-                # The method of the class: the instance's own may be the one that led here.
+                # The method of the class: the instance's own may be the one that called this.
                 type(base).save_pretrained(base, Path(folder), state_dict=state)
             finally:
                 base._hf_peft_config_loaded = loaded
@@ -297,9 +297,9 @@ def saving_all(model: Any) -> Iterator[None]:
 
 
 def save_adapters(model: nn.Module, folder: Path, top: str | None = None, only: Collection[str] | None = None) -> None:
-    """Write every adapter, or `only` some, into a folder of its own name, but `top` into the folder itself."""
+    """Write every adapter, or `only` some, into a folder of its own name, and `top` into the folder itself."""
     chosen = {name: config for name, config in configs_of(model).items() if only is None or name in only}
-    states = {name: _adapter_state(model, name) for name in chosen}  # all of them, before one is written
+    states = {name: _adapter_state(model, name) for name in chosen}  # all states, before one is written
     for name, config in chosen.items():
         with staged(folder if name == top else folder / name) as content:
             config.save_pretrained(str(content))
@@ -316,7 +316,7 @@ def _adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 @on_cpu()  # older releases of safetensors read to the default device
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Put back in place what `saving_all`, or PEFT for a `PeftModel`, has written; refused where a part is missing."""
+    """Load what `saving_all`, or PEFT for a `PeftModel`, has written. Raises `ValueError` if a part is missing."""
     told = "it was saved without a callback of hf_erasure, or for another model."
     own = own_trained(model)
     if own:
@@ -346,12 +346,12 @@ def load_trained(model: nn.Module, folder: Path) -> None:
             for field in ("fitted", "fitted_sites", "weights", "readings", "strength", "target", "provenance"):
                 setattr(config, field, getattr(saved, field))
         elif isinstance(config, ChildConfig):
-            # Training never changes a GRADIEND adapter, so the model must have the one that the checkpoint has.
+            # Training never changes a GRADIEND adapter, so the model must have the adapter of the checkpoint.
             present = _adapter_state(model, name)
             if tensors.keys() != present.keys() or any(not torch.equal(tensors[k], present[k].cpu()) for k in present):
                 raise ValueError(
-                    f"The adapter {name!r} of the model is not the one that the checkpoint was trained with: load that "
-                    f"one, model.load_adapter({str(place)!r}, adapter_name={name!r}), before training goes on."
+                    f"The adapter {name!r} of the model is not the one that the checkpoint was trained with: call "
+                    f"model.load_adapter({str(place)!r}, adapter_name={name!r}) before training continues."
                 )
             config.provenance = saved.provenance
         else:
@@ -363,7 +363,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def _plain_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """What tensors are called in the model without adapters; those of adapters are left out."""
+    """The key of each tensor → its name in the model without adapters; tensors of adapters are left out."""
     prefixes = tuple(PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(config.peft_type)] for config in configs_of(model).values())
     found = {}
     for key in keys:

@@ -1,4 +1,4 @@
-"""The `hf-erasure` command: running recipes, what becomes of a finished adapter, and measuring models with adapters."""
+"""The `hf-erasure` command: it runs recipes, works with finished adapters, and measures models with adapters."""
 
 from . import adapters, evaluation, looking, recipes, show
 from .app import app

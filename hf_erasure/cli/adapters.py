@@ -21,7 +21,7 @@ else:
 
 
 def in_place(model: str | None) -> str | None:
-    """A model as it is given; `embedded`, as in a recipe, is the folder of the encoder of the extra `demo`."""
+    """Return a model as it is given; for `embedded`, as in a recipe, the folder of the encoder of the extra `demo`."""
     return erasure.embedded_model() if model == "embedded" else model
 
 
@@ -29,10 +29,10 @@ Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the
 Adapter = Annotated[str, typer.Argument(help="The adapter's folder, or its name on the Hub.")]
 Folder = Annotated[Path, typer.Argument(help="The folder of an adapter.", exists=True, file_okay=False)]
 BaseModel = Annotated[
-    str | None, typer.Option(help="The base model's name on the Hub, where the adapter was fitted on a local copy.")
+    str | None, typer.Option(help="The base model's name on the Hub, if the adapter was fitted on a local copy.")
 ]
-Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it to this repository on the Hub, too.")]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository private, where it is made.")]
+Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload the result to this repository on the Hub.")]
+Private = Annotated[bool, typer.Option("--private", help="If the repository is created, make it private.")]
 
 
 @app.command()
@@ -42,14 +42,14 @@ def merge(
     out: Annotated[Path, typer.Argument(help="Where the merged model is written.")],
     max_shard_size: Annotated[str | None, typer.Option(help="The largest file of weights, e.g. 5GB")] = None,
     untie: Annotated[
-        bool, typer.Option("--untie", help="Give a table that the embedding and the head share a copy for each.")
+        bool, typer.Option("--untie", help="Copy a table that embedding and head share, so that each has its own.")
     ] = False,
     push: Push = None,
     private: Private = False,
 ) -> None:
-    """Write an erasure into a model's weights: a plain checkpoint, with the tokenizer, that needs no hf-erasure.
+    """Write an erasure into a model's weights, as a plain checkpoint with its tokenizer that works without hf-erasure.
 
-    Refuses, and says why, where the weights cannot compute exactly what the model with the adapter computes.
+    Fails, with the reason, if the weights cannot compute exactly what the model with the adapter computes.
 
     Example: hf-erasure merge gpt2 out/demo out/gpt2-merged
     """
@@ -82,10 +82,10 @@ def merge_fits(
     one: Annotated[
         Path, typer.Argument(help="The output folder of a one-pass fit with fit.checkpoint=true.", exists=True)
     ],
-    other: Annotated[Path, typer.Argument(help="The output folder of such a fit on other data.", exists=True)],
+    other: Annotated[Path, typer.Argument(help="The output folder of another such fit, on other data.", exists=True)],
     output: Annotated[Path, typer.Argument(help="The adapter folder to write.")],
 ) -> None:
-    """Add two one-pass fits on different data, exactly as if one had seen both; needs neither model nor data."""
+    """Add two one-pass fits on different data, exactly as if one fit had read both; needs neither model nor data."""
     config = combine.merge_fits(one, other, output)
     hub.write_card(output)
     typer.echo(
@@ -96,19 +96,19 @@ def merge_fits(
 @app.command()
 def push(
     folder: Folder,
-    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; it is made if there is none.")],
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository; a new one is created.")],
     private: Private = False,
-    revision: Annotated[str | None, typer.Option(help="A branch; it is made if there is none.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; a new one is created.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="A folder within the repository.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    token: Annotated[str | None, typer.Option(help="A token for the Hub; by default that of `hf auth login`.")] = None,
+    token: Annotated[str | None, typer.Option(help="A token for the Hub; by default from `hf auth login`.")] = None,
     message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
     base_model: BaseModel = None,
 ) -> None:
     """Upload an adapter with its card to the Hub, in one commit.
 
-    Uploads adapter_config.json, adapter_model.safetensors, README.md and its pictures, and nothing else. What somebody
-    has written into the README.md is kept.
+    Uploads only adapter_config.json, adapter_model.safetensors, README.md and its pictures. Text that somebody has
+    written into the README.md is kept.
 
     Example: hf-erasure push out/demo alice/no-gender --private
     """
@@ -126,22 +126,22 @@ def card(
         Path | None, typer.Option(help="What `hf-erasure evaluate` measured: results.json, or its folder.", exists=True)
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="What the adapter is called in the results, if it is there more than once.")
+        str | None, typer.Option(help="The adapter's name in the results, if they have it more than once.")
     ] = None,
     base_model: BaseModel = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="A data set on the Hub that it was fitted on.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="A data set on the Hub that was fitted on.")] = None,
     labels_from: Annotated[str | None, typer.Option(help="Who or what labelled the data, in words.")] = None,
-    license: Annotated[str | None, typer.Option(help="The licence as the Hub writes it, e.g. apache-2.0")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="A code such as en.")] = None,
+    license: Annotated[str | None, typer.Option(help="The licence in the Hub's spelling, e.g. apache-2.0")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="The code of a language, e.g. en")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace text of the README.md that somebody has written, too.")
+        bool, typer.Option("--overwrite", help="Also replace text that somebody has written into the README.md.")
     ] = False,
 ) -> None:
     """Make or update the card, README.md, of an adapter.
 
-    Results of another adapter, or measured on another base than the adapter was fitted on, are refused.
+    Results of another adapter, or of another base model than the adapter was fitted on, are refused.
 
-    What is given here is kept in the adapter's configuration, so that later saves and pushes have it too. Text that
+    What the options say is kept in the adapter's configuration, so that later saves and pushes have it too. Text that
     somebody has written into the README.md is kept.
 
     Example: hf-erasure card out/demo --results out/evaluation --license apache-2.0

@@ -1,7 +1,7 @@
-"""The application that the commands add themselves to; an error that a user can mend is one line in all of them.
+"""The application that has all commands; in each of them an error that a user can correct is printed as one line.
 
-The commands say what they take and import nothing that is slow, so that their help is there at once: `later` names the
-modules of the package that do the work. `hf_erasure_command` starts the command without importing the package.
+The modules of commands import nothing that is slow, so that help is shown at once: `later` names the modules of the
+package that do the work. `hf_erasure_command` starts the command without importing the package.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typer.core import TyperGroup
 
 from hf_erasure._version import __version__
 
-# The commands that people begin with, at the top of the help.
+# The commands that people use first; they are at the top of the help.
 _FIRST = ("fit", "gradiend", "info", "verify", "list", "show", "evaluate", "check")
-# A connection that broke, and a process that ended, are known by name: importing their classes takes seconds.
+# The errors for a broken connection and for a process that ended, by name: importing their classes takes seconds.
 _BROKEN, _ENDED = "HTTPError", "AnotherProcessFailed"
 
 
 class _Later(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        """What the module has; the package is imported before it, if it is not there yet."""
+        """An attribute of the module; the package is imported before the module, if it is not imported yet."""
         package: Any = sys.modules["hf_erasure"]
         if "verify_adapter" not in vars(package):
             package.__spec__.loader.exec_module(package)
@@ -34,23 +34,23 @@ class _Later(ModuleType):
 
 
 def later(*names: str) -> list[Any]:
-    """Modules of the package, each of which is imported when something of it is first used."""
+    """Modules of the package; each is imported when one of its attributes is first used."""
     return [_Later(f"hf_erasure.{name}") for name in names]
 
 
 @contextmanager
 def errors_as_sentences() -> Iterator[None]:
-    """Turn the errors a user can mend into one line instead of a traceback."""
+    """Print an error that a user can correct as one line instead of a traceback."""
     try:
         yield
     except BrokenPipeError:
-        raise  # whoever reads what is printed has seen enough, as in `| head`
+        raise  # the reader of the output has closed it, as in `| head`
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if isinstance(error, (ValueError, ImportError, OSError, NotImplementedError)) or _ENDED in kinds:
             said = f"{error}"
         elif _BROKEN in kinds:
-            # A connection that broke while something was loaded from the Hub.
+            # A connection that broke while a file was loaded from the Hub.
             said = f"the connection to the Hub broke ({type(error).__name__}: {error}). Try again."
         else:
             raise
@@ -60,7 +60,7 @@ def errors_as_sentences() -> Iterator[None]:
 
 class _Commands(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
-        """Those that people begin with first."""
+        """The names of all commands, those of `_FIRST` first."""
         names = super().list_commands(ctx)
         return sorted(names, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
 

@@ -23,29 +23,29 @@ def evaluate(
         Path, typer.Option(help="A folder with bias-in-bios/, stereoset/, crows-pairs/, seat/, winobias/, ud-ewt/, …")
     ],
     adapters: Annotated[
-        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Folders of adapters, ours or stock LoRA.")
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Folders of adapters, also of stock LoRA.")
     ] = None,
-    suite: Annotated[str, typer.Option(help="gender, pos, stereotypes or all.")] = "gender",
-    output: Annotated[Path, typer.Option(help="Where results.json and report.html go.")] = Path("out/evaluation"),
-    limit: Annotated[int | None, typer.Option(help="At most so many items of each data set, spread evenly.")] = None,
+    suite: Annotated[str, typer.Option(help="What is measured: gender, pos, stereotypes or all.")] = "gender",
+    output: Annotated[Path, typer.Option(help="The folder for results.json and report.html.")] = Path("out/evaluation"),
+    limit: Annotated[int | None, typer.Option(help="The most items of each data set, evenly spread.")] = None,
     seed: Annotated[int, typer.Option(help="Decides folds, resamples and permutations.")] = 0,
     resamples: Annotated[int, typer.Option(help="How many resamples a bootstrap draws.")] = 1000,
     strengths: Annotated[
         str, typer.Option(help="Measure GRADIEND adapters at these multiples of their learning rate too, e.g. 0.5,2")
     ] = "",
     harness: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = "",
-    harness_tasks: Annotated[str | None, typer.Option(help="A folder of further task definitions for it.")] = None,
-    allow_inactive: Annotated[bool, typer.Option(help="Go on where an adapter does not act.")] = False,
+    harness_tasks: Annotated[str | None, typer.Option(help="A folder of further tasks for the harness.")] = None,
+    allow_inactive: Annotated[bool, typer.Option(help="Continue if an adapter does not act.")] = False,
     stereoset: Annotated[
-        str, typer.Option(help="A causal model's score of StereoSet: sentence, after the start token, or authors.")
+        str, typer.Option(help="How a causal model scores StereoSet: sentence (after the start token) or authors.")
     ] = "sentence",
-    progress: Annotated[bool, typer.Option(help="Say what is measured next.")] = True,
+    progress: Annotated[bool, typer.Option(help="Print what is measured next.")] = True,
 ) -> None:
-    """Measure a model alone, with each adapter, and with all together: bias, what is still readable, what was paid.
+    """Measure a model alone, with each adapter, and with all together: bias, what is still readable, and the cost.
 
-    Each adapter is verified first: one that does not act has the numbers of the base. Prints a table and writes
-    results.json and report.html, one file that needs nothing else. What cannot be measured is listed with the reason,
-    and the rest goes on; results.json is written as results come, so that a run that is killed leaves what it had.
+    Each adapter is verified first: an adapter that does not act has the numbers of the base. Prints a table and writes
+    results.json and report.html, a page that needs no other file. What cannot be measured is listed with the reason.
+    results.json is written after each measure, so that a run that is killed keeps its results.
 
     Example: hf-erasure evaluate bert-base-uncased out/no-gender --suite gender --data data --output out/evaluation
     """
@@ -63,7 +63,7 @@ def evaluate(
     written, page = report.write(results, output)
     typer.echo(f"\n{results.table()}\n")
     typer.echo("[…]: 95 % intervals. ↓ lower is better, ↑ higher, → nearer to the number.")
-    typer.echo("+ better, - worse; no mark where the interval holds the base's value.")
+    typer.echo("+ better, - worse; no mark where the interval contains the base's value.")
     typer.echo(results.pooling())
     for note in results.notes():
         typer.echo(f"Not measured: {note}")

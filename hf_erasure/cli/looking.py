@@ -1,4 +1,4 @@
-"""The commands that look: what an adapter is, whether it acts, and which adapters a folder has."""
+"""The commands that inspect adapters: what an adapter is, whether it acts, and which adapters a folder has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ else:
     verification, files, export = later("adapters.verification", "adapters.common.files", "adapters.merging.export")
     (facts,) = later("hub.facts")
 
-# Folders within folders, so many deep, are looked through; deeper ones are those of caches and environments.
+# How many levels of folders are searched; deeper folders are those of caches and environments.
 _DEPTH = 4
 
 
@@ -30,7 +30,7 @@ def info(
     model: Annotated[
         str | None,
         typer.Option(
-            help="The base model: it is loaded, and whether the adapter merges into it is tried.", callback=in_place
+            help="The base model: it is loaded, to try whether the adapter merges into it.", callback=in_place
         ),
     ] = None,
 ) -> None:
@@ -43,7 +43,7 @@ def info(
     if "kind" in lines and model is not None:
         lines["merges"] = _merges(model, adapter)
     elif "kind" in lines:
-        lines["merges"] = f"not tried; hf-erasure info {adapter} --model MODEL does"
+        lines["merges"] = f"not tried; hf-erasure info {adapter} --model MODEL tries it"
     for name, text in lines.items():
         typer.echo(f"{name + ':':<10}{text}")
 
@@ -64,7 +64,7 @@ def verify(model: Model, adapter: Adapter) -> None:
 def list_adapters(
     folder: Annotated[Path, typer.Argument(help="The folder to look through.", exists=True, file_okay=False)] = Path(),
 ) -> None:
-    """List the adapters in a folder and in the folders within it, with what was measured of each.
+    """List the adapters in a folder and in the folders within it, with the measures of each.
 
     Example: hf-erasure list out
     """
@@ -82,7 +82,7 @@ def list_adapters(
 
 
 def _of_config(config: Any, folder: Path) -> dict[str, str]:
-    """What the configuration of an adapter says, by name."""
+    """The facts of an adapter's configuration, by name."""
     if not hasattr(config, "described"):
         kind = getattr(config.peft_type, "value", config.peft_type)
         return {"base": str(config.base_model_name_or_path), "where": f"a {kind} adapter of PEFT, not of hf-erasure"}
@@ -115,7 +115,7 @@ def _number(value: float | None) -> str:
 
 
 def _merges(model: str, adapter: str) -> str:
-    """Whether an adapter merges into its model, found out by merging it."""
+    """Merge an adapter into its model, and return whether that worked, in words."""
     loaded = export.load_with_erasure(model, adapter)
     try:
         loaded.merge_adapter()

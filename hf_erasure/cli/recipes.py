@@ -1,4 +1,4 @@
-"""The commands that run recipes of both kinds, and go on with what a run has left: measure, steer, read texts."""
+"""The commands that run recipes of both kinds, and those that use a finished run: measure, steer, read texts."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ else:
     hub, shared, erasure, from_data = later("hub", "fitting.processes", "recipes.erasure", "recipes.from_data")
     gradiend_recipe, feature, schemas = later("recipes.gradiend_recipe", "recipes.gradiend", "recipes.schema")
 
-# Same weights, same data, same probes: what differs is only the order in which threads add floats.
+# The largest drift of the same weights, data and probes: only the order differs in which threads add floats.
 SAME_ACCURACY, SAME_FEATURE = 1e-6, 1e-5
 
 gradiend = typer.Typer(
-    help="Read a feature off a model's gradients, and change its weights with it.", no_args_is_help=True,
+    help="Learn a feature from a model's gradients, and edit the weights by it.", no_args_is_help=True,
     context_settings=HELP,
 )  # fmt: skip
-recipe = typer.Typer(help="About recipes, the YAML files of `fit`.", no_args_is_help=True, context_settings=HELP)
+recipe = typer.Typer(help="Commands for recipes, the YAML files of `fit`.", no_args_is_help=True, context_settings=HELP)
 app.add_typer(gradiend, name="gradiend")
 app.add_typer(recipe, name="recipe")
 
 ProgressBars = Annotated[bool, typer.Option("--progress/--no-progress", help="Show progress bars.")]
 ProcessCount = Annotated[
-    int | None, typer.Option("--processes", help="Fail unless so many processes run, each of which takes a share.")
+    int | None, typer.Option("--processes", help="Fail unless this many processes run; each takes a share.")
 ]
 Folder = Annotated[Path, typer.Argument(help="The output folder of a finished `gradiend fit`.", exists=True)]
 
 
 class Kind(str, enum.Enum):
-    """What a recipe makes."""
+    """The kind of adapter that a recipe makes."""
 
     erasure = "erasure"
     gradiend = "gradiend"
 
 
-Source = Annotated[str, typer.Argument(metavar="RECIPE.yaml|MODEL", help="A recipe; or a model and, behind it, data.")]
-Out = Annotated[str | None, typer.Option(help="The folder that is written.")]
+Source = Annotated[str, typer.Argument(metavar="RECIPE.yaml|MODEL", help="A recipe, or a model with data after it.")]
+Out = Annotated[str | None, typer.Option(help="The folder to write.")]
 
 
 def _rest(data: str, example: str) -> Any:
     return typer.Argument(metavar="[DATA] [KEY=VALUE]...", help=f"{data} Then entries of the recipe, e.g. {example}")
 
 
-@app.command(hidden=True)  # its name before there were several commands about recipes
+@app.command(hidden=True)  # the name of the command before there were several commands for recipes
 @recipe.command()
 def schema(
-    kind: Annotated[Kind, typer.Argument(help="What the recipe makes.")],
+    kind: Annotated[Kind, typer.Argument(help="The kind of adapter that the recipe makes.")],
     output: Annotated[Path | None, typer.Option("--output", help="Write a file instead of printing.")] = None,
 ) -> None:
-    """Print the JSON schema of a recipe, by which editors complete keys, show what they mean and mark mistakes.
+    """Print the JSON schema of a recipe, with which editors complete keys, show their meaning and mark mistakes.
 
     Example: hf-erasure recipe schema erasure --output recipe.schema.json
     """
@@ -82,23 +82,23 @@ def fit(
         list[str] | None, _rest("CSV, TSV, JSON lines, Parquet, a folder or a Hub data set.", "fit.batch_size=16")
     ] = None,
     label: Annotated[str | None, typer.Option(help="The column of the concept that is erased.")] = None,
-    text: Annotated[str | None, typer.Option(help="The column of the text, where it is not clear.")] = None,
+    text: Annotated[str | None, typer.Option(help="The column of the text, if it is not clear.")] = None,
     keep: Annotated[str | None, typer.Option(help="A column that should stay readable; it is measured, too.")] = None,
     test: Annotated[str | None, typer.Option(help="A share to set aside, such as 0.2, or the name of a split.")] = None,
     group: Annotated[str | None, typer.Option(help="No value of this column is both fitted on and measured.")] = None,
-    pool: Annotated[str | None, typer.Option(help="What is erased from: tokens, mean, cls or last.")] = None,
-    targets: Annotated[str | None, typer.Option(help="Where: norms, readers, writers, or names of modules.")] = None,
+    pool: Annotated[str | None, typer.Option(help="The vectors to erase from: tokens, mean, cls or last.")] = None,
+    targets: Annotated[str | None, typer.Option(help="Where to erase: norms, readers, writers, or modules.")] = None,
     counterfactual_words: Annotated[
-        str | None, typer.Option(help="Turn texts around by these words, too: english_gender, or the path of a table.")
+        str | None, typer.Option(help="Also make counterfactuals with these words: english_gender or a table's path.")
     ] = None,
-    pair_rank: Annotated[int | None, typer.Option(help="So many directions more of texts and counterfactuals.")] = None,
-    concept: Annotated[str | None, typer.Option(help="What the concept is called, if not like its column.")] = None,
+    pair_rank: Annotated[int | None, typer.Option(help="Directions of texts and counterfactuals to add.")] = None,
+    concept: Annotated[str | None, typer.Option(help="The name of the concept; by default its column's.")] = None,
     name: Annotated[str | None, typer.Option(help="The configuration of a Hub data set.")] = None,
     out: Out = None,
     progress: ProgressBars = True,
     processes: ProcessCount = None,
 ) -> None:
-    """Fit an erasure, of a model and labelled texts or as a recipe says, and say what a probe reads before and after.
+    """Fit an erasure, from a model and labelled texts or by a recipe, and say what a probe reads before and after.
 
     Writes the adapter folder (load it with model.load_adapter), a figure of the leakage by depth, the results and the
     recipe that was run. Under torchrun each process takes its share of the data, and the first writes.
@@ -151,7 +151,7 @@ def fit_feature(
         list[str] | None, _rest("Sentences: a text file, one a line, or a column `text`.", "select.budget=0.05")
     ] = None,
     words: Annotated[
-        list[str] | None, typer.Option(help="A word of each class, e.g. he,she; again for more words of theirs.")
+        list[str] | None, typer.Option(help="A word of each class, e.g. he,she; repeat it for more words.")
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Names of the classes; the first words by default.")] = None,
     neutral: Annotated[
@@ -161,7 +161,7 @@ def fit_feature(
     progress: ProgressBars = True,
     processes: ProcessCount = None,
 ) -> None:
-    """Learn a feature, of a model and sentences or as a recipe says, choose an edit, and say what it does to test data.
+    """Learn a feature, from a model and sentences or by a recipe, choose an edit, and say what it does to test data.
 
     Writes the adapter folder (load it with model.load_adapter), the results as JSON, CSV and Markdown, a histogram of
     encoded values, the surface of all edits that were tried, and the recipe that was run.
@@ -204,7 +204,7 @@ def select(
     goal: Annotated[str, typer.Argument(help="balance, bpi, fpi, mpi, or the name of the class to strengthen.")],
     budget: Annotated[
         float | None,
-        typer.Option(help="Share by which language modelling may get worse; the recipe's if left out."),
+        typer.Option(help="The share by which language modelling may get worse; by default the recipe's."),
     ] = None,
     progress: ProgressBars = True,
 ) -> None:
@@ -224,11 +224,11 @@ def encode(
     data: Annotated[
         str, typer.Argument(help="A file or Hub id with `text`, and `factual` where the text has a [FEATURE] slot.")
     ],
-    output: Annotated[Path | None, typer.Option(help="Where the CSV goes; printed if left out.")] = None,
-    split: Annotated[str | None, typer.Option(help="The data set's split, where it has several.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The CSV file to write; by default it is printed.")] = None,
+    split: Annotated[str | None, typer.Option(help="The data set's split, if it has several.")] = None,
     progress: ProgressBars = True,
 ) -> None:
-    """Read the feature off texts: a CSV with a value per text and pair of classes, +1 the first class, −1 the second.
+    """Write a CSV with the feature of each text: a value per pair of classes, +1 the first class, −1 the second.
 
     Example: hf-erasure gradiend encode out/demo texts.csv --output values.csv
     """
@@ -242,7 +242,7 @@ def encode(
 def _plan(
     source: str, rest: list[str], of_file: Callable[..., Any], of_data: Callable[..., Any], options: dict[str, Any]
 ) -> tuple[Any, list[str]]:
-    """The recipe to run, of a file or of a model and data, and what there is to say of the data."""
+    """The recipe to run, from a file or from a model and data, and lines about the data."""
     overrides = [word for word in rest if "=" in word and not Path(word).exists()]
     data = [word for word in rest if word not in overrides]
     if source.endswith((".yaml", ".yml")):
@@ -263,7 +263,7 @@ def _plan(
 
 
 def _run(plan: Any, run: Callable[..., Any], said: list[str], progress: bool, processes: int | None) -> Any:
-    """What the run of a recipe finds; processes that are not the first end here."""
+    """Run a recipe and return its outcome; processes that are not the first end here."""
     count = shared.Processes().count
     if processes is not None and count < processes:
         raise ValueError(
@@ -275,7 +275,7 @@ def _run(plan: Any, run: Callable[..., Any], said: list[str], progress: bool, pr
     outcome = run(plan, progress)
     if outcome is None:
         raise typer.Exit
-    hub.write_card(plan.output)  # once more, since the results of the recipe lie there now
+    hub.write_card(plan.output)  # once more, since the folder has the results of the recipe now
     return outcome
 
 
@@ -292,7 +292,7 @@ def _show(messages: list[str], *tables: pd.DataFrame) -> None:
 
 
 def _rendered(table: pd.DataFrame) -> str:
-    """A table as text, three digits behind the point; the steps of a grid as they are written."""
+    """A table as text with three decimals; the steps of a grid keep their own digits."""
     steps = {name: table[name].map("{:g}".format) for name in ("h", "α") if name in table}
     return table.assign(**steps).to_string(float_format="{:.3f}".format)
 

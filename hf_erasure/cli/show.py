@@ -26,22 +26,22 @@ else:
 
 Table = list[list[Any]]
 WORDS = 5  # next words that are shown
-ROWS = 400  # of a table, half of them for the probe
-# Headings of the three tables, over what `Comparison` returns.
+ROWS = 400  # the most rows of a table; the probe is fitted on half of them
+# Headings of the three tables that `Comparison` returns.
 SIMILARITY = ["", "cosine similarity"]
 NEXT = ["sentence", "without the adapter", "probability", "with the adapter", "probability "]
 PROBE = ["sentence", "class", "without the adapter", "with the adapter"]
 
 
 class Comparison:
-    """What a model says of sentences without its adapter and with it.
+    """What a model computes for sentences without its adapter and with it.
 
     Args:
         model: A folder, or a name on the Hub.
-        adapter: The same, of an adapter of either kind.
-        data: A table of texts for probes; none are fitted without.
-        label: Its column of classes.
-        text: Its column of texts.
+        adapter: The folder, or the name on the Hub, of an adapter of either kind.
+        data: A table of texts for probes; without a table no probe is fitted.
+        label: The table's column of classes.
+        text: The table's column of texts.
 
     Raises:
         ValueError: The table lacks a column, or cannot be halved by class.
@@ -70,7 +70,7 @@ class Comparison:
         self._probes: dict[Any, Any] = {}
 
     def steer(self, learning_rate: float) -> None:
-        """Say how strongly a GRADIEND acts; an erasure has no such number."""
+        """Set how strongly a GRADIEND acts; an erasure has no such number and is left as it is."""
         if self.learning_rate is not None:
             state.steer(self.model, self.model.active_adapter, learning_rate=learning_rate)
 
@@ -83,7 +83,7 @@ class Comparison:
         return [["without the adapter", values[0]], ["with the adapter", values[1]]]
 
     def next_words(self, sentences: Sequence[str]) -> Table:
-        """The likeliest next words of each sentence, or at its mask; none where the model has no such head."""
+        """The likeliest next words of each sentence, or those at its mask; none if the model has no such head."""
         if self.task not in ("causal", "masked"):
             return []
         table: Table = []
@@ -95,7 +95,7 @@ class Comparison:
         return table
 
     def probed(self, sentences: Sequence[str]) -> Table:
-        """What probes, fitted on half the table's rows anew without and with the adapter, say of each sentence."""
+        """The classes of each sentence by two probes, fitted on half the table's rows without and with the adapter."""
         if self._halves is None:
             return []
         said = [self._probe(acts).predict_proba(self._embedded(sentences, acts).numpy()) for acts in (False, True)]
@@ -135,7 +135,7 @@ class Comparison:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        # A GRADIEND's texts are other ones at each strength.
+        # With a GRADIEND, the embeddings of the texts differ at each strength.
         key = getattr(self.config, "learning_rate", True) if acts else None
         if key not in self._probes:
             texts, labels = self._halves[0]
@@ -180,9 +180,9 @@ def show(
     model: Model,
     adapter: Adapter,
     data: Annotated[str | None, typer.Option(help="A table of texts that probes are fitted on.")] = None,
-    label: Annotated[str | None, typer.Option(help="Its column of classes.")] = None,
-    text: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
-    port: Annotated[int, typer.Option(help="Where the page is served, on this machine alone.")] = 7860,
+    label: Annotated[str | None, typer.Option(help="The table's column of classes.")] = None,
+    text: Annotated[str, typer.Option(help="The table's column of texts.")] = "text",
+    port: Annotated[int, typer.Option(help="The port of the page, which only this machine serves.")] = 7860,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
 ) -> None:
     """Open a page that reads two sentences without an adapter and with it.

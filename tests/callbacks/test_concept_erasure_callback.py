@@ -180,9 +180,9 @@ def test_measuring_and_refitting_leave_the_random_numbers_of_training_alone(tmp_
 def test_what_means_nothing_is_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         ConceptErasureCallback([1], NAME, **options)
-    with pytest.raises(ValueError, match=r"^batches is an iterator that can be gone through once"):
+    with pytest.raises(ValueError, match=r"^batches is an iterator that can be read only once"):
         ConceptErasureCallback(iter([1]), NAME)
-    with pytest.raises(ValueError, match=r"^eval_batches is an iterator that can be gone through once"):
+    with pytest.raises(ValueError, match=r"^eval_batches is an iterator that can be read only once"):
         ConceptErasureCallback([1], NAME, eval_batches=iter([1]))
 
 
