@@ -1,15 +1,15 @@
-"""Closed-form concept erasure on tensors: linear algebra that needs torch and nothing else.
+"""Closed-form concept erasure on tensors: linear algebra that needs torch only.
 
 `ConceptMoments` gathers means and covariances over any number of batches; `ConceptMoments.eraser` turns them into a
-frozen `Eraser`; `apply_erasure` is what an eraser does to an activation. A method is one file with its paper:
+frozen `Eraser`; `apply_erasure` applies an eraser to an activation. The methods by what they are fitted from:
 
 * from moments, for arrays and for adapters: `leace`, `orth` (which is SAL, spectral attribute removal),
   `mean_projection`, and `inlp` with a least-squares probe,
 * from rows, for arrays (`Eraser.fit`): `inlp` with logistic regression, and `rlace`,
-* told the concept of every row, for analysis alone: `OracleEraser` and `QuadraticEraser`.
+* from rows, given the concept of every row at test time, for analysis only: `OracleEraser` and `QuadraticEraser`.
 
-LEACE, `orth` and `mean_projection` guard against every linear probe, and so does `OracleEraser`; `inlp` and `rlace`
-against those they came to; only `QuadraticEraser` against quadratic ones as well; none against all others.
+LEACE, `orth`, `mean_projection` and `OracleEraser` guard against every linear probe; `inlp` and `rlace` guard against
+their own probes; only `QuadraticEraser` guards against quadratic probes too. No method guards against all probes.
 """
 
 from .analysis import OracleEraser, QuadraticEraser

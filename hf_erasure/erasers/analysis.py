@@ -18,8 +18,8 @@ from .statistics import infer_dims, read_rows
 class OracleEraser:
     """The map `(x, z) ↦ x − coefficients · (z − mean_z)`.
 
-    The guarantee is that of LEACE, no linear probe with a convex loss beats the best constant, on the rows it was
-    fitted on. A quadratic probe may.
+    The guarantee is that of LEACE: on the rows of the fit no linear probe with a convex loss beats the best constant.
+    A quadratic probe may beat it.
 
     Attributes:
         coefficients: `(x_dim, z_dim)` float64, the regression of x on z.
@@ -44,7 +44,7 @@ class OracleEraser:
             ValueError: If no rows were seen, or z does not vary.
         """
         moments.check_concept()
-        # The pseudo-inverse is relative to the variance of every class: a rare one is erased as a common one is.
+        # The pseudo-inverse is relative to the variance of every class: a rare class is erased like a common one.
         whitener = whiten_concept(moments.covariance_z)
         return cls(moments.cross_covariance @ whitener @ whitener.T, moments.mean_z)
 
@@ -56,7 +56,7 @@ class OracleEraser:
             z: Integer class ids `(…)`, or values `(…, z_dim)`, of every row.
 
         Returns:
-            `(…, x_dim)` in the dtype of `x`; computed in float32 or, for float64, in it.
+            `(…, x_dim)` in the dtype of `x`; computed in float32, or in float64 for a float64 `x`.
 
         Raises:
             TypeError: If `x` is not a floating-point tensor or `z` not a tensor.
@@ -87,12 +87,12 @@ def _check_call(x: Tensor, z: Tensor, width: int) -> None:
 
 
 def _known_ids(z: Tensor, classes: int) -> Tensor:
-    """Class ids as int64, all of them known: a row without a label cannot be erased by its label."""
+    """Return class ids as int64, and raise an error if one is out of range: a row is erased by its label."""
     low, high = (int(edge) for edge in z.aminmax()) if z.numel() else (0, 0)
     if low < 0 or high >= classes:
         raise ValueError(
             f"z holds class id {low if low < 0 else high}, but ids run from 0 to {classes - 1}: this eraser needs the "
-            "label of every row; leave rows without one out."
+            "label of every row; leave rows without a label out."
         )
     return z.to(torch.int64)
 
@@ -101,13 +101,13 @@ def _known_ids(z: Tensor, classes: int) -> Tensor:
 class QuadraticEraser:
     """The map `(x, c) ↦ μ + T_c (x − μ_c)`.
 
-    On the rows it was fitted on without shrinkage, `E[x | c]` and `E[x xᵀ | c]` are the same for all c, so that no
+    After a fit without shrinkage, `E[x | c]` and `E[x xᵀ | c]` are the same for all c on the rows of the fit, so no
     probe that is quadratic in x and trained with a convex loss beats the best constant. Third and higher moments may
     still tell the classes apart.
 
     Attributes:
         class_means: `(k, x_dim)` float64.
-        mean: `(x_dim,)` float64, that of all rows.
+        mean: `(x_dim,)` float64, the mean of all rows.
         maps: `(k, x_dim, x_dim)` float64, symmetric.
     """
 
@@ -136,7 +136,7 @@ class QuadraticEraser:
 
         Raises:
             TypeError: If an argument is not a tensor of numbers.
-            ValueError: If `z` is not class ids, or as in `of`.
+            ValueError: If `z` does not hold class ids, and for the reasons of `of`.
         """
         width, classes = infer_dims(x, z, mask)
         rows = read_rows(x, z, weight, mask, width, classes)
@@ -158,9 +158,9 @@ class QuadraticEraser:
         """Solve from the moments of each class.
 
         Args:
-            classes: One for each class, in the order of their ids; their concept, if any, does not count.
+            classes: The moments of each class, in the order of the class ids; their concept, if any, does not count.
             shrinkage: "oas", a share of the identity in [0, 1], or None; applied to the correlation matrix of each
-                class. Unlike in LEACE it costs the guarantee: the covariances that are matched are the shrunk ones.
+                class. Unlike in LEACE it costs the guarantee: the shrunk covariances are matched, not the own ones.
 
         Raises:
             ValueError: If there are fewer than two classes, one has seen no rows, widths differ, `shrinkage` is
@@ -180,7 +180,7 @@ class QuadraticEraser:
             share = part.spread().share(shrinkage, torch.where(variance > 0, variance, 1.0).rsqrt())
             covariance.mul_(1 - share).diagonal().add_(share * variance)
         target = barycentre(covariances, shares)
-        # The symmetric maps T of least change with T · covariance · T = target.
+        # The symmetric maps T with T · covariance · T = target, which change x least.
         roots, inverses = _roots(covariances)
         maps = inverses @ _roots(roots @ target @ roots)[0] @ inverses
         reached = maps @ covariances @ maps
@@ -189,8 +189,8 @@ class QuadraticEraser:
             short = int(missed.argmax())
             raise ValueError(
                 f"The covariance of class {short} ({classes[short].rows} rows of width {classes[short].x_dim}) has "
-                "fewer directions than that of the others, so no linear map makes them equal: give more rows than "
-                "features for every class, fewer features, or shrinkage='oas', which matches them only about."
+                "fewer directions than those of the others, so no linear map makes them equal: give more rows than "
+                "features for every class, fewer features, or shrinkage='oas', which matches them approximately."
             )
         return cls(means, shares @ means, maps)
 
@@ -202,7 +202,7 @@ class QuadraticEraser:
             z: Integer class ids `(…)` of every row.
 
         Returns:
-            `(…, x_dim)` in the dtype of `x`; computed in float32 or, for float64, in it.
+            `(…, x_dim)` in the dtype of `x`; computed in float32, or in float64 for a float64 `x`.
 
         Raises:
             TypeError: If `x` is not a floating-point tensor or `z` not a tensor of integers.
@@ -235,7 +235,7 @@ def barycentre(covariances: Tensor, shares: Tensor) -> Tensor:
         following = middle @ centre @ middle
         change = float((following - centre).norm())
         centre = (following + following.T) / 2
-        # The iteration contracts; below this it turns in its own rounding.
+        # The iteration contracts; changes below this are rounding.
         if change <= 1e-13 * float(centre.norm()):
             break
     return centre

@@ -1,4 +1,4 @@
-"""An eraser: an affine map of activations, how it acts in the hot path, and what each method subtracts and reads."""
+"""An eraser, an affine map of activations: how it is applied, and which directions each method subtracts and reads."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from .statistics import PackedGram
 
 EXACT = torch.finfo(torch.float64).eps
-"""Resolution of moments that saw float64 rows only."""
+"""The resolution of moments that were gathered from float64 rows only."""
 
 METHODS = ("leace", "orth", "mean_projection", "inlp")
 """Methods that are solved from moments. SAL is "orth"; R-LACE needs rows: `Eraser.fit`."""
 
-# What is left of a column beside others, as a share of its length, that counts for nothing: whitening multiplies the
-# rounding of rows, 1e-16 in float64 and 6e-8 in float32, by up to 3e6 and 3e3 (see `factorise`).
+# A column is in the span of others if at most this share of its length lies outside: whitening multiplies the rounding
+# of rows, 1e-16 in float64 and 6e-8 in float32, by up to 3e6 and 3e3 (see `factorise`).
 _SPANNED, _SPANNED_BY_FLOATS = 1e-8, 1e-3
-# How an eraser is fitted on one batch: from its "moments", or on the rows themselves by method. The files that know
-# how, and need the class below for it, enter theirs.
+# How an eraser is fitted on one batch: "moments" → from its moments, a method → on the rows themselves. The files that
+# define these functions need the class `Eraser`, and add them here.
 FITS: dict[str, Callable[..., Eraser]] = {}
 
 
@@ -30,14 +30,14 @@ FITS: dict[str, Callable[..., Eraser]] = {}
 class Eraser:
     """The map `x ↦ x − left · right · (x − bias)` (arXiv 2306.03819, Theorem 4.3).
 
-    The tensors are copies: nothing that happens to the moments later reaches an eraser.
+    The tensors are copies: later changes of the moments do not change an eraser.
 
     Attributes:
         left: `(x_dim, rank)` float64, the directions that are subtracted.
         right: `(rank, x_dim)` float64, the readings of the concept; `right @ left` is the identity.
-        bias: `(x_dim,)` float64, the mean that stays in place; None for a map without affine part.
+        bias: `(x_dim,)` float64, the mean, which stays in place; None for a map without an affine part.
         x_dim: Width of the activations.
-        rank: How many directions are removed.
+        rank: The number of directions that are removed.
     """
 
     left: Tensor
@@ -58,8 +58,8 @@ class Eraser:
             )
         for name, size in zip(("x_dim", "rank"), self.left.shape, strict=True):
             object.__setattr__(self, name, size)
-        # A copy made outside inference mode may become a buffer that is later changed in place. It has the strides that
-        # loading gives it: with others, as a solver leaves them, matrix products may sum in another order.
+        # A copy made outside inference mode may become a buffer that is later changed in place. It is contiguous, as
+        # after loading: with other strides, as a solver leaves them, matrix products may sum in another order.
         with torch.inference_mode(False):
             for name in ("left", "right", "bias"):
                 value = getattr(self, name)
@@ -87,15 +87,15 @@ class Eraser:
                 "rlace", which train probes on the rows.
             weight: `(…)` non-negative weights of rows.
             mask: `(…)` bool, False leaves a row out.
-            **options: As for `ConceptMoments.eraser`; for "inlp" as for `fit_inlp`, for "rlace" as for `fit_rlace`.
-                `probe="least_squares"` with "inlp" takes the rounds from the moments, as `ConceptMoments.eraser` does;
-                the default is `probe="logistic"`.
+            **options: The options of `ConceptMoments.eraser`; those of `fit_inlp` for "inlp", of `fit_rlace` for
+                "rlace". `probe="least_squares"` with "inlp" takes the rounds from the moments, as
+                `ConceptMoments.eraser` does; the default is `probe="logistic"`.
 
         Raises:
             TypeError: If `x` or `z` is not a tensor of numbers.
-            ValueError: As `ConceptMoments.update` and `ConceptMoments.eraser` do.
+            ValueError: For the reasons of `ConceptMoments.update` and `ConceptMoments.eraser`.
         """
-        # Only INLP has a probe that the moments answer.
+        # Only INLP has a probe that can be solved from moments.
         probe = options.pop("probe", "logistic") if method == "inlp" else "logistic"
         if probe not in ("logistic", "least_squares"):
             raise ValueError(f"probe is {probe!r}: it must be one of 'logistic', 'least_squares'.")
@@ -104,18 +104,18 @@ class Eraser:
         return FITS["moments"](x, z, weight=weight, mask=mask, method=method, **options)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Erase the concept from `x` `(…, x_dim)`; computed on the device of `x`, in float32 or, for float64, in it."""
+        """Erase the concept from `x` `(…, x_dim)`, on its device, in float32, or in float64 for a float64 `x`."""
         bias = None if self.bias is None else self.bias.to(x.device)
         return apply_erasure(x, self.left.to(x.device), self.right.to(x.device), bias)
 
     def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """`left`, `right` and `bias` as an adapter keeps them: a purely linear eraser has a zero bias."""
+        """`left`, `right` and `bias` as an adapter stores them: the bias of a linear eraser is zero."""
         bias = self.left.new_zeros(self.x_dim) if self.bias is None else self.bias
         return self.left.to(device, dtype), self.right.to(device, dtype), bias.to(device, dtype)
 
     @property
     def matrix(self) -> Tensor:
-        """`(x_dim, x_dim)`: the linear part `I − left · right`."""
+        """The linear part `I − left · right`, `(x_dim, x_dim)`."""
         identity = torch.eye(self.x_dim, dtype=self.left.dtype, device=self.left.device)
         return identity - self.left @ self.right
 
@@ -128,15 +128,15 @@ class Eraser:
 def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, axis: int = -1) -> Tensor:
     """Return `x − left · right · (x − bias)` for every row of `x` (arXiv 2306.03819, Theorem 4.3).
 
-    The arithmetic runs in float32, or in float64 for a float64 `x`, whatever autocast says; the result has the dtype
-    of `x`. Nothing branches on values, so the map compiles into one graph, differentiates and vectorises.
+    The arithmetic runs in float32, or in float64 for a float64 `x`, also under autocast; the result has the dtype of
+    `x`. The code does not branch on values, so it compiles into one graph, differentiates and vectorises.
 
     Args:
         x: `(…, d)` activations of any floating dtype.
         left: `(d, rank)` directions that are subtracted.
-        right: `(rank, d)` readings that say how much of each.
+        right: `(rank, d)` readings: how much of each direction is subtracted.
         bias: `(d,)` centre that the map leaves in place, or None for a linear map.
-        axis: The axis of the features, where it is not the last.
+        axis: The axis of the features, by default the last.
 
     Returns:
         `(…, d)` in the dtype of `x`; `x` itself when the rank is 0.
@@ -148,7 +148,7 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, a
     if axis != -1:
         return apply_erasure(x.movedim(axis, -1), left, right, bias).movedim(-1, axis)
     width, rank = left.shape
-    if not x.dtype.is_floating_point or x.shape[-1:] != (width,):  # on the hot path, a call only where it refuses
+    if not x.dtype.is_floating_point or x.shape[-1:] != (width,):  # a hot path: the call is made only to raise
         check_activations(x, width)
     if rank == 0:
         return x
@@ -157,8 +157,8 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, a
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         rows = x.to(dtype).reshape(-1, width)
         left, right = left.to(dtype), right.to(dtype)
-        # right · (x − bias) = right · x − right · bias saves a pass over x. The constant is a difference of large
-        # numbers where the mean is far from zero, so it is formed in float64.
+        # right · (x − bias) = right · x − right · bias saves a pass over x. If the mean is far from zero, the
+        # difference is one of large numbers, so the constant is computed in float64.
         shift = None if bias is None else (right.double() @ bias.to(right.device).double()).to(dtype)
         if rank == 1:
             reading = torch.mv(rows, right[0]).unsqueeze(-1)
@@ -171,7 +171,7 @@ def apply_erasure(x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, a
 
 
 def check_activations(x: Tensor, width: int) -> None:
-    """Refuse what an eraser of that width cannot act on."""
+    """Raise an error if an eraser of this width cannot act on `x`."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         kind = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is {type(x).__name__}"
         raise TypeError(f"x {kind}: an eraser acts on floating-point activations; call x.float() first.")
@@ -182,13 +182,13 @@ def check_activations(x: Tensor, width: int) -> None:
         )
 
 
-# ---- how exact it is -------------------------------------------------------------------------------------------------
+# ---- rounding and shrinkage ------------------------------------------------------------------------------------------
 
 
 def significance(resolution: float) -> float:
-    """Below which length a row of correlations with the concept is rounding: 1e-12 for float64 rows, else 1e-6.
+    """The length below which a row of correlations with the concept is rounding: 1e-12 for float64 rows, else 1e-6.
 
-    Sampling noise lies far above it: a correlation of 1e-6 would take 10¹² rows to tell from chance.
+    Sampling noise lies far above it: to tell a correlation of 1e-6 from chance would take 10¹² rows.
     """
     return 1e-12 if resolution <= EXACT else 1e-6
 
@@ -196,15 +196,15 @@ def significance(resolution: float) -> float:
 def variance_floor(resolution: float) -> float:
     """The share of a combination's variance that cannot be told from zero.
 
-    It is the variance of `Σ uᵢ xᵢ` relative to `Σ uᵢ² var(xᵢ)`. A float32 product rounds a correlation matrix by about
-    6e-8 an entry, so its spectrum by some 1e-6 at the widths of language models; float64 by 1e-15, kept a hundred
-    times away.
+    It is the variance of `Σ uᵢ xᵢ` relative to `Σ uᵢ² var(xᵢ)`. A float32 product rounds each entry of a correlation
+    matrix by about 6e-8, and so its spectrum by about 1e-6 at the widths of language models. Float64 rounds by 1e-15;
+    the floor is a hundred times as large.
     """
     return 1e-13 if resolution <= EXACT else 1e-6
 
 
 def check_shrinkage(shrinkage: str | float | None) -> None:
-    """Refuse what is neither "oas", nor None, nor a share."""
+    """Raise a `ValueError` unless `shrinkage` is "oas", None, or a share from 0 to 1."""
     if shrinkage is None or shrinkage == "oas":
         return
     if isinstance(shrinkage, bool) or not isinstance(shrinkage, (int, float)) or not 0 <= shrinkage <= 1:
@@ -215,20 +215,20 @@ def check_shrinkage(shrinkage: str | float | None) -> None:
 class Spread:
     """Mean and second moments as the methods need them, all float64."""
 
-    mean: Tensor  # `(d,)` of x; it stays in place.
+    mean: Tensor  # `(d,)` mean of x, which stays in place.
     shares: Tensor  # `(k,)` mean of the concept; the shares of the classes for class ids.
     # Covariance `(d, d)`, with 0 on the diagonal for constant features; it decides what "as little as possible"
     # means.
     sigma: PackedGram
-    variance: Tensor  # `(d,)` variances of the rows the concept was read from; 0 for constant features.
+    variance: Tensor  # `(d,)` variances of the labelled rows; 0 for constant features.
     cross: Tensor  # `(d, k)` covariance of x with the concept.
     concept: Tensor  # `(k, k)` covariance of the concept.
-    rows: int  # How many rows the concept was read from.
-    effective_rows: float  # Rows behind `sigma`: how many of equal weight would say as much.
-    resolution: float  # Machine epsilon of the coarsest rows.
+    rows: int  # The number of labelled rows.
+    effective_rows: float  # The number of rows of equal weight that would estimate `sigma` as well.
+    resolution: float  # The largest machine epsilon of the dtypes of the rows.
 
     def share(self, shrinkage: str | float | None, scale: Tensor) -> float:
-        """The share of the identity that is meant for `sigma`, standardised by `scale` `(d,)`.
+        """The share of the identity for shrinking `sigma`, standardised by `scale` `(d,)`.
 
         "oas" is the oracle approximating shrinkage of a correlation matrix: Chen, Wiesel, Eldar and Hero, "Shrinkage
         Algorithms for MMSE Covariance Estimation" (2010), equation 23, with the identity as target. Standardised
@@ -242,14 +242,14 @@ class Spread:
         return min(1.0, (mean_square + 1) / excess) if excess > 0 else 1.0
 
     def beside(self, background: Spread, share: float) -> Spread:
-        """With Σ and mean of what should stay as it is: a share of the background's, and the rest its own."""
+        """A copy whose Σ and mean are mixed: `share` of the background's, which should not change, the rest its own."""
         device = self.variance.device
         sigma = torch.lerp(self.sigma.values, background.sigma.values.to(device), share)
         return replace(
             self,
             mean=torch.lerp(self.mean, background.mean.to(device), share),
             sigma=PackedGram(self.sigma.dim, device, sigma),
-            # Estimates from different rows: their variances add.
+            # The two estimates are from different rows, so their variances add.
             effective_rows=1 / (share**2 / background.effective_rows + (1 - share) ** 2 / self.effective_rows),
             resolution=max(self.resolution, background.resolution),
         )
@@ -257,7 +257,7 @@ class Spread:
     def root(self) -> Tensor:
         """`(d, r)` columns C with `C Cᵀ = Σ`, without directions whose variance cannot be told from rounding.
 
-        What rounds a covariance by ε rounds its root by √ε, and whitening would make that look like a direction of its
+        An error of ε in a covariance is one of √ε in its root, and whitening would make it look like a direction of its
         own.
         """
         deviation = self.variance.sqrt()
@@ -279,7 +279,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Factor:
-    """`upperᵀ · upper ≈ scale · Σ · scale`, shrunk."""
+    """A factor of the shrunk covariance: `upperᵀ · upper ≈ scale · Σ · scale`."""
 
     upper: Tensor  # `(d, d)` float64 Cholesky factor of the shrunk correlation matrix.
     scale: Tensor  # `(d,)` float64, one over the standard deviations; 0 for features that never vary.
@@ -289,21 +289,21 @@ class Factor:
         return torch.linalg.solve_triangular(self.upper.mT, self.scale[:, None] * columns, upper=False)
 
     def readings(self, whitened: Tensor) -> Tensor:
-        """`(r, d)` linear forms on x that whitened directions `(d, r)` stand for."""
+        """The linear forms on x, `(r, d)`, that read the whitened directions `(d, r)`."""
         return (torch.linalg.solve_triangular(self.upper, whitened, upper=True) * self.scale[:, None]).T
 
 
 def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
     """Shrink and factor a covariance in standardised coordinates.
 
-    The jitter climbs by tens until the factorisation succeeds. Any positive definite stand-in keeps the guarantee of
-    the methods, so a jitter costs optimality only.
+    The jitter grows by factors of ten until the factorisation succeeds. The guarantee of the methods holds for any
+    positive definite matrix in place of Σ, so a jitter costs optimality only.
     """
     check_shrinkage(shrinkage)
-    # What is added to the diagonal of the correlation matrix, in units of a variance of one.
+    # The jitter is added to the diagonal of the correlation matrix, whose variances are 1.
     jitter, sigma = 1e-13 if spread.resolution <= EXACT else 1e-7, spread.sigma
-    # A feature that a background never moves still needs a scale, and the rows of the concept give one. A feature that
-    # moves nowhere gets none: it is neither read nor changed.
+    # A feature that is constant in a background still needs a scale, and gets one from the rows of the concept. A
+    # feature that is constant in both gets the scale 0: it is neither read nor changed.
     diagonal = _trusted(torch.maximum(sigma.values[sigma.diagonal], jitter * _trusted(spread.variance)))
     scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
     share = spread.share(shrinkage, scale)
@@ -316,40 +316,40 @@ def factorise(spread: Spread, shrinkage: str | float | None) -> Factor:
 
 
 def _trusted(variance: Tensor) -> Tensor:
-    """Variances with a floor below which a square is lost: a feature next to others 10¹⁵ times as large.
+    """Variances of at least 1e-30 of the largest: the square of a feature that is 10¹⁵ times as small is lost.
 
-    Trained norms switch features off by weights such as 1e-33, whose squares underflow. Their scale is unknown then,
-    and only its being positive matters: it costs optimality in a feature of no size, and no guarantee.
+    Trained norms switch features off by weights such as 1e-33, whose squares underflow. The scale of such a feature is
+    then unknown; any positive one keeps the guarantee, and costs optimality only in a feature of negligible size.
     """
     return variance.clamp_min(1e-30 * float(variance.max()))
 
 
 def whiten_concept(covariance: Tensor) -> Tensor:
-    """`(k, r)` float64 matrix that gives z the identity as covariance; r is the number of dimensions z varies in.
+    """The `(k, r)` float64 matrix that whitens z; r is the number of dimensions in which z varies.
 
-    Scaling every column to variance 1 first keeps a class of probability 1e-6 as far from the cut-off as a common
+    Every column is scaled to variance 1 first, so a class of probability 1e-6 lies as far from the cut-off as a common
     one. One-hot columns add up to one, so k classes vary in k − 1 dimensions.
     """
     variance = covariance.diagonal().clamp_min(0.0)
     scale = torch.where(variance > 0, variance, 1.0).rsqrt() * (variance > 0)
     values, vectors = torch.linalg.eigh(covariance * scale * scale[:, None])
-    # A combination of z whose variance is 1e-12 of its parts is their rounding.
+    # A combination of z whose variance is 1e-12 of the largest is rounding.
     keep = values > 1e-12 * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
     return scale[:, None] * vectors[:, keep] * values[keep].rsqrt()
 
 
 def concept_columns(spread: Spread) -> Tensor:
-    """`(d, r)` covariances of x with the independent concept directions it carries.
+    """The `(d, r)` covariances of x with the independent directions of the concept that x carries.
 
-    z is whitened, x is standardised, so the cut-off (`significance`) is relative to both: it compares the
-    length of a vector of correlations with 1. Canonical correlations are not compared, because they are all 1 when
-    there are fewer rows than features, and need not be correlations when Σ comes from a background.
+    z is whitened and x is standardised, so the cut-off (`significance`) is relative to both: it compares the length of
+    a vector of correlations with 1. Canonical correlations are not compared: they are all 1 if there are fewer rows
+    than features, and may not be correlations if Σ comes from a background.
     """
     return independent(spread.cross @ whiten_concept(spread.concept), spread)
 
 
 def independent(columns: Tensor, spread: Spread) -> Tensor:
-    """`(d, r)` independent columns with the span of some, without what is rounding beside the standard deviations."""
+    """Independent columns `(d, r)` that span `columns`, except for what is rounding next to x's standard deviations."""
     variance = _trusted(spread.variance)
     varies = variance > 0
     columns = torch.where(varies[:, None], columns, 0.0)
@@ -362,11 +362,11 @@ def independent(columns: Tensor, spread: Spread) -> Tensor:
 
 
 # ---- methods that are one projection ---------------------------------------------------------------------------------
-# Each takes `columns`, `(d, r)` float64 covariances of x with r concept directions, linearly independent, and the most
-# directions to keep, None for all. It returns `left` `(d, rank)` and `right` `(rank, d)`, with `right @ left` the
-# identity.
+# Each function takes `columns`, `(d, r)` float64 covariances of x with r concept directions, linearly independent, and
+# the largest number of directions, None for all. It returns `left` `(d, rank)` and `right` `(rank, d)`; `right @ left`
+# is the identity.
 
-# Further columns `(d, m)`, and how many of their directions are erased at most; None for all.
+# Pairs of further columns `(d, m)` and the largest number of their directions to erase; None for all.
 Beside = Sequence[tuple[Tensor, int | None]]
 
 
@@ -377,17 +377,17 @@ def leace_factors(
 
     With `A` the covariances of x with the concept and `S Σ S = Cᵀ C`, the projection `W⁺ (W A)(W A)⁺ W`, `W = Σ^{-½}`,
     of arXiv 2306.03819 (Theorem 4.2) is `left · right` with `U τ Vᵀ = C⁻ᵀ S A`, `left = A V / τ` and
-    `right = Uᵀ C⁻ᵀ S`. It needs one Cholesky factorisation and no d × d eigenvectors. `left` lies in the span of A
-    whatever Σ is, so an inexact Σ costs optimality and never the guarantee. Directions of the largest canonical
-    correlations are kept first.
+    `right = Uᵀ C⁻ᵀ S`. It needs one Cholesky factorisation and no d × d eigenvectors. `left` lies in the span of A for
+    any Σ, so an inexact Σ costs optimality and never the guarantee. Directions of the largest canonical correlations
+    are kept first.
     """
     basis, strength, mixing = torch.linalg.svd(factor.whiten(columns), full_matrices=False)
     basis, strength, mixing = basis[:, :rank], strength[:rank], mixing[:rank]
     left = columns @ mixing.T / strength
     left, basis = with_others(left, basis, beside, resolution, factor.whiten)
     right = factor.readings(basis)
-    # The triangular solves lose digits where features are nearly collinear. One correction makes right · left the
-    # identity again, and with it the projection exact.
+    # The triangular solves lose digits if features are nearly collinear. One correction makes right · left the
+    # identity again, and so the projection exact.
     return left, torch.linalg.solve(right @ left, right)
 
 
@@ -398,17 +398,17 @@ def with_others(
     resolution: float,
     whiten: Callable[[Tensor], Tensor] = lambda columns: columns,
 ) -> tuple[Tensor, Tensor]:
-    """Directions to erase, and the same whitened, with those of further columns behind them.
+    """Append directions of further columns to the directions to erase, `left`, and to the same whitened, `basis`.
 
-    Of each group the strongest, in the whitened metric, of what all directions before it leave of the group.
+    Each group of columns adds its strongest directions, in the whitened metric, without their part along earlier ones.
     """
     for columns, most in beside:
         whitened = whiten(columns)
         rest, scale = whitened, float(torch.linalg.matrix_norm(whitened, 2)) if whitened.numel() else 0.0
-        for _ in range(2):  # once more, for what rounding left of the basis
+        for _ in range(2):  # the second time removes what rounding left of the basis
             rest = rest - basis @ (basis.T @ rest)
         own, strength, mixing = torch.linalg.svd(rest, full_matrices=False)
-        # What lies in the span of those before is left as rounding, which whitening multiplies.
+        # A direction in the span of those before leaves rounding only, which whitening multiplies.
         least = scale * (_SPANNED if resolution <= EXACT else _SPANNED_BY_FLOATS)
         count = int((strength[:most] > least).sum())
         own, strength, mixing = own[:, :count], strength[:count], mixing[:count]
@@ -420,9 +420,9 @@ def with_others(
 def orth_factors(columns: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     """The orthogonal projection away from the span of `columns`.
 
-    It is LEACE with Σ = I, known as spectral attribute removal (SAL, arXiv 2203.07893) when all directions are kept:
-    the same guarantee, with a larger change of the activations, and a symmetric projection. Directions of the largest
-    covariance are kept first.
+    It is LEACE with Σ = I, and is known as spectral attribute removal (SAL, arXiv 2203.07893) if all directions are
+    kept. It has the same guarantee, changes the activations more, and is a symmetric projection. Directions of the
+    largest covariance are kept first.
     """
     basis = torch.linalg.svd(columns, full_matrices=False)[0][:, :rank]
     return basis, basis.T
@@ -433,9 +433,9 @@ def mean_projection_factors(columns: Tensor, cross: Tensor, shares: Tensor, rank
 
     Haghighatkhah, Fokkens, Sommerauer, Speckmann and Verbeek, "Better Hit the Nail on the Head than Beat around the
     Bush: Removing Protected Attributes with a Single Projection" (2022). For class ids the covariance `cross` of x with
-    the indicator of class c is `p_c (μ_c − μ)`, so that all directions together are those of `orth` (SAL): the two
-    methods are the same map. They differ where the rank is capped, as here every class with a share counts alike.
-    Directions in which the class means lie farthest apart are kept first.
+    the indicator of class c is `p_c (μ_c − μ)`, so all directions together span the same space as those of `orth`
+    (SAL): the two methods are the same map. They differ if the rank is capped, since here every class that occurs has
+    the same weight. Directions in which the class means lie farthest apart are kept first.
     """
     present = shares > 0
     differences = cross[:, present] / shares[present]
@@ -449,7 +449,7 @@ def mean_projection_factors(columns: Tensor, cross: Tensor, shares: Tensor, rank
 
 
 class MeanIsErased(ValueError):
-    """The mean lies in the span of what is erased, so that no linear map keeps it."""
+    """Raised if the mean lies in the span of the erased directions, so that no linear map keeps it."""
 
 
 def eraser_about(
@@ -462,29 +462,29 @@ def eraser_about(
     factor: Factor | None = None,
     kept: Tensor | None = None,
 ) -> Eraser:
-    """The eraser that subtracts along `left`, and does with the mean, and with what is `kept`, what was asked for.
+    """The eraser that subtracts along `left`, and keeps the mean and the columns `kept` in place if they are wanted.
 
-    A linear map `P = I − left · right` keeps the mean where `right · μ = 0`, and covariances `(d, m)` with something
-    else where it reads none of these (SPLINCE, arXiv 2506.10703). Of all P with `P · left = 0` and `P h = h` for each h
-    that is held it takes the one that changes x least in the metric of Σ, or of the identity without a factor: its
-    readings are, whitened, those of `left` among the directions orthogonal to the whitened h. For the mean, with the
-    methods' Σ, it is LEACE with the limit of `(Σ + λ μ μᵀ)⁻¹` for large λ, `Σ⁻¹ − Σ⁻¹ μ μᵀ Σ⁻¹ / (μᵀ Σ⁻¹ μ)`, in the
-    place of `Σ⁻¹`. Since `left` is what it is without, so is what a linear probe can find. Features that Σ says never
-    vary stay.
+    A linear map `P = I − left · right` keeps the mean if `right · μ = 0`, and keeps covariances `(d, m)` of x with
+    another label if it reads none of them (SPLINCE, arXiv 2506.10703). Of all P with `P · left = 0` and `P h = h` for
+    each h that is held, this is the map that changes x least in the metric of Σ, or of the identity without a factor:
+    its whitened readings are those of `left` among the directions orthogonal to the whitened h. For the mean, with the
+    methods' Σ, it is LEACE with the limit of `(Σ + λ μ μᵀ)⁻¹` for large λ, `Σ⁻¹ − Σ⁻¹ μ μᵀ Σ⁻¹ / (μᵀ Σ⁻¹ μ)`, in
+    place of `Σ⁻¹`. `left` is the same with and without held directions, so a linear probe finds the same. Features with
+    a variance of 0 in Σ do not change.
 
     Raises:
-        ValueError: If an affine map is not to keep the mean, or no map can keep what is to be kept.
+        ValueError: If an affine map should not keep the mean, or no map can keep the columns `kept`.
         MeanIsErased: If no linear map can keep the mean.
     """
     if affine and not keep_mean:
         raise ValueError(
-            "keep_mean is False and affine True, but the affine part is what keeps the mean: give affine=False, or "
-            "leave keep_mean out."
+            "keep_mean is False and affine is True, but the affine part keeps the mean: give affine=False, or leave "
+            "keep_mean out."
         )
     bias, held = spread.mean if affine else None, [] if kept is None else [independent(kept, spread)]
     if not affine and keep_mean:
         read, deviation = right @ spread.mean, spread.sigma.quadratic(right).diagonal().clamp_min(0).sqrt()
-        # Of a mean that is rounding beside what varies nothing is read anyway.
+        # If the readings of the mean are rounding next to their deviations, the map keeps the mean anyway.
         if not bool((read.abs() <= significance(spread.resolution) * deviation).all()):
             held.append(spread.mean[:, None])
     directions = torch.cat([left[:, :0], *held], 1)
@@ -494,28 +494,28 @@ def eraser_about(
     beside, strength, mixing = torch.linalg.svd(whitened, full_matrices=False)
     count = int((strength > _SPANNED * strength[0]).sum())
     beside, directions = beside[:, :count], directions @ mixing[:count].T / strength[:count]
-    for _ in range(2):  # once more, for what rounding left of the basis
+    for _ in range(2):  # the second time removes what rounding left of the basis
         beside = beside - basis @ (basis.T @ beside)
-    # The squares of the sines between what is held and the span, by which the new readings are longer: the singular
-    # values of right · left in the whitened space beside the former. They are shares of variance, so their rounding is
-    # that of one. Whitening multiplies errors of the rows by one over the root of the jitter of `factorise`: 7e-10 for
-    # float64 and 2e-4 for float32 rows, whose squares lie below that floor.
+    # The sines of the angles between the held directions and the erased span: the new singular values of right · left
+    # in the whitened space, and the new readings are longer by one over them. Their squares are shares of variance, and
+    # are rounded like one. Whitening multiplies errors of the rows by one over the root of the jitter of `factorise`:
+    # to 7e-10 for float64 and 2e-4 for float32 rows, whose squares lie below `variance_floor`.
     own, sines, _ = torch.linalg.svd(beside, full_matrices=False)
     share = float(sines.square().min())
     if share <= variance_floor(spread.resolution) and len(held) > (kept is not None):
         raise MeanIsErased(
-            "affine is False, but the mean of x lies in the span of the directions that are erased (but for "
-            f"{share:.0e} of its square), so that no linear map erases these and keeps it: give affine=True."
+            "affine is False, but the mean of x lies in the span of the erased directions (except for "
+            f"{share:.0e} of its square), so no linear map erases them and keeps it: give affine=True."
         )
     if share <= variance_floor(spread.resolution):
         raise ValueError(
-            "What is to be kept lies in the span of what is erased (but for "
-            f"{share:.0e} of its square), so that no map erases the one and keeps the other: the two labels say the "
-            "same of these rows. Keep nothing, or give rows in which they differ."
+            "The label to keep lies in the span of the erased directions (except for "
+            f"{share:.0e} of its square), so no map erases the one and keeps the other: the two labels say the "
+            "same about these rows. Keep nothing, or give rows in which they differ."
         )
     readings = own.T if factor is None else factor.readings(own)
     reads, directions = torch.cat([right, readings]), torch.cat([left, directions], dim=1)
-    # The readings that find each direction and not the others, of which those that are held are some.
+    # The readings that find each erased direction, and none of the other erased or held directions.
     return Eraser(left, torch.linalg.solve(reads @ directions, reads)[: left.shape[1]], bias)
 
 
@@ -523,7 +523,7 @@ def eraser_about(
 
 
 def check_count(name: str, value: int | None, *, least: int = 1, most: int | None = None, none: str = "") -> None:
-    """Refuse what is not a whole number within the bounds; where None may be given, `none` is how a message says so."""
+    """Raise an error for a value that is not an int within the bounds; `none` is the text for None if it is allowed."""
     if value is None and none:
         return
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,4 +1,4 @@
-"""One eraser for several concepts: from joint statistics, or from erasers that are fitted already."""
+"""One eraser for several concepts: from joint statistics, or from erasers that are already fitted."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .moments import ConceptMoments
 
 
 def joint_moments(parts: Sequence[ConceptMoments]) -> ConceptMoments:
-    """What an eraser of all concepts is solved from.
+    """Return the moments from which an eraser of all concepts is solved.
 
-    The covariance of x with each concept is that of the rows which are labelled with it; an eraser removes all of them.
-    Mean and covariance of x are those of all rows. How the concepts vary together was not seen and is taken for zero:
-    it decides in which coordinates directions are compared, and nothing about the guarantee.
+    The covariance of x with each concept is taken over the rows that are labelled with the concept; the eraser removes
+    all of them. Mean and covariance of x are taken over all rows. The covariances between concepts are unknown and set
+    to zero: they decide the coordinates in which directions are compared, and do not change the guarantee.
 
     Args:
         parts: Moments at one site, at least one, each with a concept that varies. A row that is labelled with two
             concepts is in two of them.
 
     Returns:
-        Moments whose concept is that of the parts side by side.
+        Moments whose concept has the concepts of the parts side by side.
 
     Raises:
-        ValueError: If there are none, they are of different widths, have seen no rows, or a concept does not vary.
+        ValueError: If `parts` is empty, the widths differ, a part has seen no rows, or a concept does not vary.
     """
     if not parts:
         raise ValueError("parts is empty: give the moments of at least one concept.")
@@ -46,31 +46,31 @@ def joint_moments(parts: Sequence[ConceptMoments]) -> ConceptMoments:
 
 
 def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None = None) -> Eraser:
-    """The eraser that removes the concepts of all `erasers`.
+    """Return the eraser that removes the concepts of all `erasers`.
 
-    It projects along the joint span of the lefts, and reads from the joint span of the rights. That makes it
+    It projects along the joint span of the lefts, and reads from the joint span of the rights. So it is
 
     * exact: `(I − P) A = 0` for every `A` in the span of any of the lefts,
-    * the LEACE eraser of the joint concept, where all were fitted with the same covariance of x: the rights of LEACE
-      span `Σ⁻¹ A`, so that those of the joint concept are theirs together,
-    * the orthogonal projection away from all concepts, where all are orthogonal.
+    * the LEACE eraser of the joint concept, if all were fitted with the same covariance of x: the rights of LEACE span
+      `Σ⁻¹ A`, so the rights of the joint concept span the same space as all rights together,
+    * the orthogonal projection away from all concepts, if all erasers are orthogonal.
 
-    Linear erasers that keep one and the same mean keep it together as well; of several means they keep none exactly.
+    Linear erasers that keep the same mean also keep it together; if their means differ, none is kept exactly.
 
-    Concepts that overlap share directions, which count once. A direction that none of the rights can tell from what
-    the other erasers remove (there is none where the covariance is the same) is read by itself instead, as the
-    orthogonal method does: what remains exact, and needs no covariance.
+    Concepts that overlap share directions, which count once. If the rights cannot tell a direction from the directions
+    of the other erasers (this does not happen with the same covariance), the direction is read by itself, as in the
+    orthogonal method: this is still exact, and needs no covariance.
 
     Args:
-        erasers: At least one; those of rank 0 do nothing, and count for nothing.
-        weights: How much the mean of each counts, such as the rows it was taken from; all alike when None. It decides
-            where the activations are moved to, and nothing about what can be read from them.
+        erasers: At least one; erasers of rank 0 are left out.
+        weights: The weight of the mean of each eraser, such as its number of rows; equal if None. The weights decide
+            where the activations are moved to, and do not change what can be read from them.
 
     Returns:
-        An eraser in float64, on the device of the first, of the rank of the joint span.
+        A float64 eraser on the device of the first eraser, whose rank is that of the joint span.
 
     Raises:
-        ValueError: If there are none, widths differ, or only some keep a mean.
+        ValueError: If `erasers` is empty, widths differ, or only some of the erasers keep a mean.
     """
     if not erasers:
         raise ValueError("erasers is empty: give at least one eraser.")
@@ -95,24 +95,24 @@ def combine_erasers(erasers: Sequence[Eraser], weights: Sequence[float] | None =
     if not means:
         return Eraser(left, right, None)
     total = sum(share for _, share in acting)
-    # All alike where only erasers of rank 0 have a weight.
+    # The means have equal weights if only erasers of rank 0 have a weight.
     parts_of = [share / total if total else 1 / len(means) for _, share in acting]
     return Eraser(left, right, torch.stack([m * part for m, part in zip(means, parts_of, strict=True)]).sum(0))
 
 
 def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> tuple[Tensor, Tensor]:
-    """`left` `(d, r)` that spans all lefts, and `right` `(r, d)` with `right @ left` the identity.
+    """Return `left` `(d, r)`, which spans all lefts, and `right` `(r, d)`; `right @ left` is the identity.
 
     With orthonormal bases Q of the lefts and B of the rights, the singular values of `B Q` are the cosines of the
-    angles between the two spans; `left` and `right` are the directions that belong to them, and one over the smallest
-    is the norm of the projection.
+    angles between the two spans. `left` and `right` are the directions of these angles, and the norm of the projection
+    is one over the smallest cosine.
     """
     # A feature of large scale would make all directions look alike, so lengths are taken in balanced coordinates.
     # Lefts are covariances with x and grow with the scale of a feature; rights read x and shrink with it. So the root
-    # of their ratio is the scale, and one for the orthogonal method, which has the same on both sides.
+    # of their ratio is the scale; it is one for the orthogonal method, whose left and right are the same.
     changed = torch.stack([left.square().sum(1) for left, _ in parts]).sum(0).sqrt()
     taken = torch.stack([right.square().sum(0) for _, right in parts]).sum(0).sqrt()
-    # Of a feature that is only read, or only changed, one side has to do; one that is neither has no say.
+    # A feature that is only read, or only changed, gets its scale from that side; one that is neither gets the scale 1.
     alone = torch.where(taken > 0, 1 / taken, torch.where(changed > 0, changed, 1.0))
     scale = torch.where((changed > 0) & (taken > 0), (changed / taken).sqrt(), alone)
     spans = [(_columns(left / scale[:, None]), _columns((right * scale).T)) for left, right in parts]
@@ -121,11 +121,11 @@ def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> 
     readings = _joint_basis([own for _, own in spans], cutoff)
     own_cosines = [torch.linalg.svdvals(reads.T @ own).min() for own, reads in spans]
     within, cosines, directions = torch.linalg.svd(readings.T @ basis, full_matrices=True)
-    # How much smaller than the worst of the parts a cosine may be that is still divided by: what rounding leaves of a
-    # concept grows with one over the cosine, 1e-16 to 1e-11 in float64, 1e-7 to 1e-4 in float32. And so does the
-    # distortion: a thousand times that of one eraser is a fair price for reading a concept as it was fitted.
+    # The least cosine that is divided by, relative to the smallest of the parts. The rest of a concept after rounding
+    # grows with one over the cosine: 1e-16 to 1e-11 in float64, 1e-7 to 1e-4 in float32. The distortion grows by
+    # the same factor, which is the price for reading a concept as it was fitted.
     least = (1e-5 if resolution <= EXACT else 1e-3) * torch.stack(own_cosines).min()
-    count = int((cosines > least).sum())  # they come first, since the cosines fall
+    count = int((cosines > least).sum())  # the first `count`, since the cosines are in descending order
     left = basis @ directions.T
     read = (readings @ within[:, :count] / cosines[:count]).T
     right = torch.cat([read, left[:, count:].T])
@@ -135,7 +135,7 @@ def _joint_projection(parts: list[tuple[Tensor, Tensor]], resolution: float) -> 
 
 
 def _columns(matrix: Tensor) -> Tensor:
-    """Orthonormal columns with the span of linearly independent ones."""
+    """Orthonormal columns with the span of linearly independent columns."""
     lengths = matrix.norm(dim=0)
     return torch.linalg.qr(matrix / torch.where(lengths > 0, lengths, 1.0))[0]
 
@@ -144,8 +144,8 @@ def _joint_basis(bases: list[Tensor], cutoff: float) -> Tensor:
     """Orthonormal columns with the span of all `bases`, each of which is orthonormal.
 
     The singular values of the bases side by side are `sqrt(1 ± cos θ)` for two spans at angles θ. A direction in both
-    gives a zero, or, as the bases are known to `cutoff` only, a value below it; to leave that one out leaves so much
-    of a covariance, relative to its length, which is what is known of it in the first place.
+    spans gives a zero, or a value below `cutoff`, since the bases are exact to `cutoff` only. Leaving it out leaves at
+    most this share of a covariance, which is the error of the covariance itself.
     """
     vectors, values, _ = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
     return vectors[:, values > cutoff * values[0]]

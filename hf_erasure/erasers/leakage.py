@@ -1,4 +1,4 @@
-"""How much of a concept is left, and how far an eraser moves activations, from moments alone."""
+"""Measures from moments alone: how much of a concept is left, and how far an eraser moves activations."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .moments import ConceptMoments
 def cross_validated_correlation(
     half_a: ConceptMoments, half_b: ConceptMoments, *, shrinkage: str | float | None = "oas"
 ) -> float:
-    """Correlation with the concept of the direction that the *other* half finds most correlated.
+    """The correlation with the concept of the direction that is the most correlated in the *other* half.
 
-    The first canonical pair `(u, v)` is found on one half; the Pearson correlation of `u·x` and `v·z` is read on the
-    other; the result is the mean of both ways. Under independence it is about 0, and may be slightly negative, where a
-    canonical correlation on the same rows would read `sqrt(x_dim / rows)`.
+    The first canonical pair `(u, v)` is found on one half, and the Pearson correlation of `u·x` and `v·z` is taken on
+    the other; the result is the mean of both ways. If x and z are independent it is about 0, and may be slightly
+    negative; a canonical correlation on the same rows would be `sqrt(x_dim / rows)`.
 
-    A direction whose variance is below `1e-6` (float64 rows: `1e-13`) of what its features would give it if they were
-    uncorrelated is judged as if it had that much: what an eraser leaves of a direction is rounding, and the
-    correlation of rounding means nothing. Where all of x is rounding around one row, the result is 0.0.
+    If the variance of a direction is below `1e-6` (float64 rows: `1e-13`) of the variance that it would have with
+    uncorrelated features, this floor takes its place: an eraser leaves only rounding of a direction, whose correlation
+    means nothing. If all of x is rounding around one row, the result is 0.0.
 
-    On the very rows an eraser was fitted on, the result after it is negative: what the halves have left cancels in
-    their sum, so the direction of one is opposite in the other. Judge an eraser on rows it has not seen.
+    On the rows an eraser was fitted on, the result after erasure is negative: what is left in the two halves cancels in
+    their sum, so the direction of one half is opposite in the other. Judge an eraser on rows that it has not seen.
 
     Args:
         half_a: Moments of some rows.
         half_b: Moments of other rows, independent of the first: split by sequence, not by token.
-        shrinkage: As for `ConceptMoments.eraser`.
+        shrinkage: See `ConceptMoments.eraser`.
 
     Returns:
-        A correlation between −1 and 1; 0.0 where x or z does not vary.
+        A correlation between −1 and 1; 0.0 if x or z does not vary.
 
     Raises:
         TypeError: If an argument is not a `ConceptMoments`.
@@ -57,15 +57,15 @@ def cross_validated_correlation(
 def correlation_interval(correlation: float, groups: int) -> tuple[float, float]:
     """A 95 % interval for the magnitude of a cross-validated correlation, by Fisher's z transformation.
 
-    `tanh(atanh r ± 1.96 / sqrt(groups − 6))`: each of the two halves costs three. It is for the directions that
-    were found, and takes groups, not rows, for independent. A value below 0 is not leakage: the interval is cut there.
+    `tanh(atanh r ± 1.96 / sqrt(groups − 6))`: each of the two halves costs three groups. It is for the directions that
+    were found, and groups, not rows, count as independent. It ends at 0, since a value below 0 is not leakage.
 
     Args:
-        correlation: As `cross_validated_correlation` gives it, signed.
+        correlation: The signed result of `cross_validated_correlation`.
         groups: Independent groups of rows in both halves together, such as sequences.
 
     Returns:
-        Lower and upper end, between 0 and 1; `(0.0, 1.0)` for too few groups.
+        The lower and upper end, between 0 and 1; `(0.0, 1.0)` for 6 groups or fewer.
     """
     if groups <= 6:
         return 0.0, 1.0
@@ -75,16 +75,16 @@ def correlation_interval(correlation: float, groups: int) -> tuple[float, float]
 
 
 def expected_accuracy(before: float, width: int, fitted: int) -> float:
-    """What a linear probe is expected to read of unseen rows after an erasure by LEACE of two balanced classes.
+    """The expected accuracy of a linear probe on unseen rows after LEACE has erased two balanced classes.
 
-    The erasure removes the difference of the class means as it found it, with an error whose size falls with the number
-    of rows it was fitted on. With m the Mahalanobis distance of the classes and s = 4 width / fitted, the best probe
-    reads Φ(½ √(m² s / (m² + s))). Counterfactuals, which cancel what rows differ in, do better.
+    The erasure removes the difference of the class means of its rows; the error of that difference falls with their
+    number. With m the Mahalanobis distance of the classes and s = 4 width / fitted, the accuracy of the best probe is
+    Φ(½ √(m² s / (m² + s))). It is lower after a fit on counterfactuals, in which other differences of rows cancel.
 
     Args:
-        before: Accuracy without the erasure, from which m follows: Φ(m / 2).
-        width: Features.
-        fitted: Independent rows that the erasure was fitted on; where rows belong to groups, nearer their number.
+        before: The accuracy without the erasure, which gives m: Φ(m / 2).
+        width: The number of features.
+        fitted: The number of independent rows of the fit; if rows belong to groups, nearer the number of groups.
 
     Returns:
         An accuracy between ½ and `before`.
@@ -98,12 +98,12 @@ def expected_accuracy(before: float, width: int, fitted: int) -> float:
 
 
 def _transferred(found_on: ConceptMoments, read_on: ConceptMoments, shrinkage: str | float | None) -> float:
-    """The correlation, on the rows of one, of the pair that is the most correlated on those of the other."""
+    """The correlation, on the rows of `read_on`, of the pair that is the most correlated on the rows of `found_on`."""
     found, spread = found_on.spread(), read_on.spread()
     whitener = whiten_concept(found.concept)
     if whitener.shape[1] == 0:
         return 0.0
-    # Where the rows are one and the same but for the digits their dtype rounds, nothing is said.
+    # The result is 0 if all rows are the same, except for the digits that their dtype rounds.
     cutoff, total = max(significance(spread.resolution), spread.resolution), float(spread.variance.sum())
     if total <= cutoff**2 * (total + float(spread.mean.square().sum())):
         return 0.0
@@ -129,7 +129,7 @@ def relative_change(eraser: Eraser, moments: ConceptMoments) -> float:
         moments: Moments of the rows it acts on; they need no concept.
 
     Returns:
-        0.0 for an eraser that changes nothing, 1.0 for one that moves every row as far as the rows lie from their mean.
+        0.0 for an eraser that changes nothing, 1.0 for one that moves rows as far as they lie from their mean.
 
     Raises:
         ValueError: If the widths differ, or the rows do not vary.

@@ -1,4 +1,4 @@
-"""Statistics of x and z, and the eraser that they give (LEACE, arXiv 2306.03819, section 4)."""
+"""Statistics of x and z, and the eraser that is solved from them (LEACE, arXiv 2306.03819, section 4)."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from .statistics import IGNORED, PackedGram, Sums, centred_products, infer_dims,
 class ConceptMoments:
     """Streaming, mergeable statistics from which erasers are solved.
 
-    Means, covariances with the concept and the solve are float64, always: they decide the guarantee. The products for
-    the covariance of x decide optimality alone; they run in the precision of the rows, but at least float32, and are
-    accumulated in float64. Every batch is centred on its own mean and merged pairwise, so it makes no difference how
-    rows are split into batches, processes or files, nor how far they lie from zero.
+    Means, covariances with the concept and the solve are always float64: they decide the guarantee. The products for
+    the covariance of x decide optimality only; they run in the precision of the rows, but at least float32, and are
+    accumulated in float64. Every batch is centred on its own mean and merged pairwise, so the result does not depend on
+    how rows are split into batches, processes or files, nor on how far they lie from zero.
 
-    While an update runs, everything together takes at most 4 · x_dim² numbers of 4 bytes (for widths from 512 on).
+    During an update all tensors together take at most 4 · x_dim² numbers of 4 bytes (for widths of 512 or more).
 
     Attributes:
         x_dim: Width of the activations.
@@ -62,7 +62,7 @@ class ConceptMoments:
         check_count("x_dim", x_dim)
         check_count("z_dim", z_dim, least=0)
         self.x_dim, self.z_dim = x_dim, z_dim
-        self._device: torch.device | None = None  # Where the statistics live: that of the first rows.
+        self._device: torch.device | None = None  # The device of the statistics: that of the first rows.
         self._sums: Sums | None = None
         self._gram: PackedGram | None = None
         self._torn = False
@@ -74,18 +74,18 @@ class ConceptMoments:
     def update(
         self, x: Tensor, z: Tensor | None = None, weight: Tensor | None = None, *, mask: Tensor | None = None
     ) -> ConceptMoments:
-        """Add rows. It happens whole, or, when it raises, not at all.
+        """Add rows. If an error is raised, no row is added.
 
         Args:
             x: `(…, x_dim)` activations, any floating dtype, any device.
-            z: Integer class ids `(…)` from 0 to z_dim − 1, −100 where a row does not count; or one value per concept
-                dimension `(…, z_dim)` (one-hot, multi-label, continuous); `(…)` floats when z_dim is 1. None for a
+            z: Integer class ids `(…)` from 0 to z_dim − 1, −100 for a row that does not count; or one value per concept
+                dimension `(…, z_dim)` (one-hot, multi-label, continuous); `(…)` floats if z_dim is 1. None for a
                 background.
             weight: `(…)` non-negative weights. A row of weight 0 does not count.
-            mask: `(…)` bool. What rows hold where it is False is not looked at: NaN in padding is fine.
+            mask: `(…)` bool. Rows where it is False are not read: NaN in padding is fine.
 
         Returns:
-            These moments. A batch none of whose rows counts changes nothing.
+            These moments. A batch without counted rows does not change them.
 
         Raises:
             TypeError: If an argument is not a tensor or holds the wrong kind of numbers.
@@ -104,7 +104,7 @@ class ConceptMoments:
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge(self, other: ConceptMoments) -> ConceptMoments:
-        """Add the rows of other moments, which stay as they are.
+        """Add the rows of other moments, which do not change.
 
         Raises:
             TypeError: If `other` is not `ConceptMoments`.
@@ -127,20 +127,20 @@ class ConceptMoments:
 
     @property
     def shared(self) -> Sums | None:
-        """What `pool` takes of every process, on the CPU; None without rows."""
+        """The sums that `pool` needs from every process, on the CPU; None without rows."""
         self._check_whole()
         return None if self._sums is None else self._sums.to(torch.device("cpu"))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def pool(self, parts: Sequence[Sums | None], add: Callable[[Tensor], None]) -> ConceptMoments:
-        """Merge, in every process at once, the moments that all processes hold of one site.
+        """Merge, in every process at once, the moments of one site in all processes.
 
-        Every process calls it, also one that has seen no rows, and ends with the same numbers. Only the covariance of
-        x is too large to be handed around: it is brought to the common mean and added in place.
+        Every process must call it, even one that has seen no rows; all end with the same numbers. The covariance of x
+        is too large to be copied between processes: it is moved to the common mean and added in place.
 
         Args:
-            parts: What all processes have as `shared`, in the same order everywhere.
+            parts: `shared` of all processes, in the same order in every process.
             add: Adds a tensor over all processes, in place.
 
         Raises:
@@ -163,7 +163,7 @@ class ConceptMoments:
         return self
 
     def _absorb(self, sums: Sums, products: PackedGram, rounding: Tensor | None) -> ConceptMoments:
-        """Take in centred sums and products. `rounding` is how far the products' centre lay from the mean."""
+        """Add centred sums and products. `rounding` is the distance from the mean to the centre of the products."""
         mine, device = self._sums, sums.mean_x.device
         gram = self._gram or PackedGram(self.x_dim, device)
         merged = sums if mine is None else mine.merged(sums)
@@ -174,8 +174,8 @@ class ConceptMoments:
             outer.append((sums.mean_x - mine.mean_x, mine.weight / merged.weight * sums.weight))
         scales = torch.tensor([scale for _, scale in outer], dtype=torch.float64, device=device)
         vectors = torch.stack([vector for vector, _ in outer]) if outer else sums.mean_x.new_zeros(0, self.x_dim)
-        # Nothing below can be refused, but it can be interrupted. A second copy to fall back on would double the
-        # memory, so a torn sum is recognised instead of used.
+        # The code below does not raise an error, but can be interrupted. A second copy to fall back on would double the
+        # memory, so a half-finished sum is marked, and not used.
         self._torn = True
         gram.absorb(products, vectors, scales)
         self._sums, self._gram, self._device, self._torn = merged, gram, device, False
@@ -184,65 +184,65 @@ class ConceptMoments:
     def _check_whole(self) -> None:
         if self._torn:
             raise RuntimeError(
-                "An update of these moments was interrupted halfway, so they are not usable: start new ones, or load "
+                "An update of these moments was interrupted halfway, so they cannot be used: start new ones, or load "
                 "a saved state with load_state_dict."
             )
 
-    # ------------------------------------------------------------------ what is known
+    # ------------------------------------------------------------------ results
 
     @property
     def rows(self) -> int:
-        """How many rows were counted."""
+        """The number of counted rows."""
         return 0 if self._sums is None else self._sums.rows
 
     @property
     def weight(self) -> float:
-        """Sum of the weights of all rows."""
+        """The sum of the weights of all rows."""
         return 0.0 if self._sums is None else self._sums.weight
 
     @property
     def mean_x(self) -> Tensor:
-        """`(x_dim,)` float64 mean of the activations."""
+        """The mean of the activations, `(x_dim,)` float64."""
         return self._known()[0].mean_x.clone()
 
     @property
     def mean_z(self) -> Tensor:
-        """`(z_dim,)` float64 mean of the concept; the shares of the classes for class ids."""
+        """The mean of the concept, `(z_dim,)` float64; for class ids the shares of the classes."""
         return self._known()[0].mean_z.clone()
 
     @property
     def covariance_x(self) -> Tensor:
-        """`(x_dim, x_dim)` float64 population covariance, symmetric."""
+        """The population covariance of the activations, `(x_dim, x_dim)` float64, symmetric."""
         sums, gram = self._known()
         return gram.dense().div_(sums.weight)
 
     @property
     def variance_x(self) -> Tensor:
-        """`(x_dim,)` float64 population variances, the diagonal of `covariance_x`."""
+        """The population variances, `(x_dim,)` float64: the diagonal of `covariance_x`."""
         sums, gram = self._known()
         return gram.values[gram.diagonal] / sums.weight
 
     @property
     def cross_covariance(self) -> Tensor:
-        """`(x_dim, z_dim)` float64 population covariance of activations and concept."""
+        """The population covariance of activations and concept, `(x_dim, z_dim)` float64."""
         sums, _ = self._known()
         return sums.cross / sums.weight
 
     @property
     def covariance_z(self) -> Tensor:
-        """`(z_dim, z_dim)` float64 population covariance of the concept."""
+        """The population covariance of the concept, `(z_dim, z_dim)` float64."""
         sums, _ = self._known()
         return sums.concept / sums.weight
 
     def check_concept(self) -> None:
-        """Check that there is something to erase.
+        """Check that there is a concept to erase.
 
         Raises:
             ValueError: If no rows were seen, there is no concept, or it does not vary.
         """
         sums, _ = self._known()
         if self.z_dim == 0:
-            raise ValueError("z_dim=0: these moments are a background and know no concept. Set z_dim and give labels.")
+            raise ValueError("z_dim=0: these moments are a background without a concept. Set z_dim and give labels.")
         present = None if sums.counts is None else sums.counts.nonzero().squeeze(1)
         if present is not None and present.numel() == 1:
             raise ValueError(
@@ -257,12 +257,12 @@ class ConceptMoments:
             )
 
     def with_concept(self, mean: Tensor, cross: Tensor, covariance: Tensor) -> ConceptMoments:
-        """These mean and covariance of x, with what is known of a concept; they share memory with these moments.
+        """Moments with this mean and covariance of x, and another concept; they share memory with these moments.
 
         Args:
-            mean: `(k,)`.
+            mean: `(k,)` mean of the concept.
             cross: `(x_dim, k)` covariance of x with the concept.
-            covariance: `(k, k)` of the concept.
+            covariance: `(k, k)` covariance of the concept.
         """
         sums, gram = self._known()
         cross, concept = cross * sums.weight, covariance * sums.weight
@@ -272,11 +272,11 @@ class ConceptMoments:
         return other
 
     def grouped(self, groups: Tensor, count: int) -> ConceptMoments:
-        """These moments with some classes taken together.
+        """These moments with some classes joined.
 
         Args:
-            groups: `(z_dim,)` int64, to which of the new classes each belongs.
-            count: How many new classes there are.
+            groups: `(z_dim,)` int64, the new class of each class.
+            count: The number of new classes.
         """
         mix = torch.nn.functional.one_hot(groups.to(self.mean_z.device), count).to(self.mean_z)
         other = self.with_concept(self.mean_z @ mix, self.cross_covariance @ mix, mix.T @ self.covariance_z @ mix)
@@ -286,7 +286,7 @@ class ConceptMoments:
         return other
 
     def spread(self) -> Spread:
-        """Mean and covariances as the methods use them; constant features are marked by a variance of 0."""
+        """The mean and covariances as the methods use them; constant features have a variance of 0."""
         sums, gram = self._known()
         sigma = PackedGram(self.x_dim, gram.values.device, gram.values / sums.weight)
         variance = sigma.values[sigma.diagonal]
@@ -332,35 +332,35 @@ class ConceptMoments:
         """Solve for the eraser of the concept (arXiv 2306.03819, Theorems 4.2 and 4.3).
 
         After it, no linear predictor of z trained with a convex loss on these rows does better than the best
-        constant. The guarantee rests on the covariances with z alone; Σ, whether shrunk or taken from a background,
-        only decides which of all maps that give it is chosen. "inlp" has no such guarantee, and says what it does.
+        constant. The guarantee depends on the covariances with z only; Σ, shrunk or taken from a background, only
+        selects one of the maps with this guarantee. "inlp" does not have the guarantee.
 
         Args:
             method: "leace" changes the activations least in the metric of Σ. "orth" projects orthogonally; it is SAL
                 (spectral attribute removal). "mean_projection" projects away the differences of the class means; it
                 needs class ids, and is the same map as "orth" unless the rank is capped. "inlp" is iterative null-space
-                projection with a least-squares probe: as such a probe is a function of the moments, so are all its
-                rounds, each of which projects away the probe that reads best what the rounds before have left.
+                projection with a least-squares probe: each round projects away the probe that best reads the rest of
+                the concept after the rounds before. The probes, and so all rounds, are functions of the moments.
                 For INLP with logistic regression, and for R-LACE, which need rows, see `Eraser.fit`.
-            affine: Keep the mean in place by an affine part. Without, the map is linear: of those that erase the same
-                and keep the mean, the one that changes the activations least.
-            keep_mean: With `affine=False` alone: whether the linear map keeps the mean. The map that lets it go moves
-                what is far from the origin.
-            rank: At most that many directions, those of the largest canonical correlations; None for all that are
-                more than rounding, at most k − 1 for k classes. A cap below that leaves a part of the concept. For
-                "inlp", those of the first rounds.
-            rounds: For "inlp" alone: at most so many, each of which adds k − 1 directions for k classes; None for 10,
-                or, where a rank is given, as many as it takes. They end early where no covariance with z is left.
+            affine: Keep the mean in place by an affine part. Without it the map is linear: of all maps that erase the
+                same directions and keep the mean, it is the one that changes the activations least.
+            keep_mean: With `affine=False` only: whether the linear map keeps the mean. The map that does not keep it
+                moves activations that are far from the origin.
+            rank: The largest number of directions, those of the largest canonical correlations; None for all that are
+                more than rounding, at most k − 1 for k classes. A smaller rank leaves a part of the concept. For
+                "inlp" the directions of the first rounds are kept.
+            rounds: For "inlp" only: the largest number of rounds. Each adds k − 1 directions for k classes. None is 10,
+                or as many as a given rank needs. The rounds end early if no covariance with z is left.
             shrinkage: "oas", a share of the identity in [0, 1], or None; applied to the correlation matrix of x, so
                 the scale of features does not matter. For "inlp" a ridge of that share of the mean variance.
             background: Moments of unlabelled activations that should change as little as possible; Σ and the mean are
-                `background_weight` times theirs plus the rest of these moments' own. The probes of "inlp" are those of
-                the labelled rows in any case; it and the other orthogonal methods take the mean alone from there.
-            background_weight: From 0 to 1.
-            beside: Further columns to erase, as pairs of `(x_dim, m)` covariances or differences of x, and how many of
-                their directions at most, None for all. Of each group the strongest of what those before it leave are
-                taken, in the metric of the method; the directions of the concept are always among those erased.
-            kept: `(x_dim, m)` covariances of x with something else, which stay as they are (SPLINCE, arXiv 2506.10703).
+                `background_weight` times theirs plus the rest of these moments' own. "inlp" always trains its probes on
+                the labelled rows; it and the other orthogonal methods take only the mean from the background.
+            background_weight: The share of the background, from 0 to 1.
+            beside: Further columns to erase, as pairs of `(x_dim, m)` covariances or differences of x, and the largest
+                number of their directions, None for all. Each group adds its strongest directions, in the metric of the
+                method, without their part along earlier groups; the directions of the concept are always erased.
+            kept: `(x_dim, m)` covariances of x with another label, which do not change (SPLINCE, arXiv 2506.10703).
 
         Returns:
             A frozen eraser, independent of these moments.
@@ -407,7 +407,7 @@ class ConceptMoments:
         else:
             factor = factorise(spread, shrinkage)
             left, right = leace_factors(columns, factor, rank, beside, spread.resolution)
-        if len(beside) and method != "leace":  # both others are orthogonal projections
+        if len(beside) and method != "leace":  # "orth" and "mean_projection" are orthogonal projections
             left, _ = with_others(left, left, beside, spread.resolution)
             right = left.T
         return eraser_about(left, right, spread, affine=affine, keep_mean=keep_mean, factor=factor, kept=kept)
@@ -426,11 +426,11 @@ class ConceptMoments:
     def canonical_correlations(self, *, shrinkage: str | float | None = "oas") -> Tensor:
         """Canonical correlations of x and z on these rows, descending, float64, each in [0, 1].
 
-        They are optimistic: under independence the first one reads about `sqrt(x_dim / rows)`. Use
-        `cross_validated_correlation` to judge what is left.
+        They are optimistic: if x and z are independent, the first one is about `sqrt(x_dim / rows)`. Use
+        `cross_validated_correlation` to judge how much of a concept is left.
 
         Returns:
-            `(min(x_dim, dimensions z varies in),)`: k − 1 for k classes that all occur.
+            `(min(x_dim, dimensions in which z varies),)`: k − 1 for k classes that all occur.
 
         Raises:
             ValueError: If no rows were seen, z does not vary, or `shrinkage` is unknown.
@@ -440,10 +440,10 @@ class ConceptMoments:
         columns = spread.cross @ whiten_concept(spread.concept)
         return torch.linalg.svdvals(factorise(spread, shrinkage).whiten(columns)).clamp(max=1.0)
 
-    # ------------------------------------------------------------------ keeping
+    # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of everything, as tensors on the device of the moments."""
+        """Copies of all statistics, as tensors on the device of the moments."""
         dims = {"x_dim": torch.tensor(self.x_dim), "z_dim": torch.tensor(self.z_dim)}
         if self._sums is None:
             return dims
@@ -452,7 +452,7 @@ class ConceptMoments:
 
     @torch.inference_mode(False)
     def load_state_dict(self, d: dict[str, Tensor]) -> None:
-        """Replace everything by what `state_dict` returned, or raise and change nothing.
+        """Replace all statistics by a result of `state_dict`. If an error is raised, nothing is changed.
 
         Raises:
             ValueError: If an entry is missing, has another shape or is not finite, or the dimensions differ.
@@ -496,7 +496,7 @@ def _check_options(
 ) -> None:
     if method == "rlace":
         raise ValueError(
-            "method is 'rlace', which plays its game on rows, and moments keep none: call Eraser.fit(x, z, "
+            "method is 'rlace', which needs the rows, and moments do not keep them: call Eraser.fit(x, z, "
             "'rlace'). Its optimum for k classes and k − 1 directions is what 'orth' computes."
         )
     if rounds is not None and method != "inlp":
@@ -510,11 +510,11 @@ def _check_options(
     if not 0 <= background_weight <= 1:
         raise ValueError(f"background_weight is {background_weight!r}: it must lie between 0 and 1.")
     if method == "inlp" and len(beside):
-        raise ValueError("method is 'inlp', whose rounds take no columns beside those of the concept: use 'leace'.")
+        raise ValueError("method is 'inlp', which cannot erase further columns beside the concept: use 'leace'.")
 
 
 def batch_moments(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None) -> ConceptMoments:
-    """The moments of one batch, in which all classes occur."""
+    """The moments of one batch; its largest class id sets the number of classes."""
     return ConceptMoments(*infer_dims(x, z, mask)).update(x, z, weight, mask=mask)
 
 
@@ -526,14 +526,14 @@ FITS["moments"] = lambda x, z, weight, mask, **options: batch_moments(x, z, weig
 
 @dataclass(frozen=True)
 class Strata:
-    """The classes of a concept, told apart by environment and by the class of what is kept.
+    """The classes of a concept, split by environment and by the class of the label that is kept.
 
-    One id stands for all three, so that the moments of one pass have the covariances of each.
+    One id stands for all three, so that the moments of one pass have the covariances with each of them.
 
     Attributes:
         classes: The number of classes of the concept.
-        environments: The number of environments, such as templates or sources; 1 where there are none.
-        kept: The number of classes of the label that is kept; 1 where there is none.
+        environments: The number of environments, such as templates or sources; 1 if there are none.
+        kept: The number of classes of the label that is kept; 1 if there is no such label.
     """
 
     classes: int
@@ -542,11 +542,11 @@ class Strata:
 
     @property
     def size(self) -> int:
-        """How many ids there are."""
+        """The number of ids."""
         return self.classes * self.environments * self.kept
 
     def ids(self, labels: Tensor, environments: Tensor | int = 0, kept: Tensor | int = 0) -> Tensor:
-        """The ids of rows, `IGNORED` where their label is; all of one shape, or of one that broadcasts to it."""
+        """The ids of rows, `IGNORED` where the label is; the arguments have one shape, or broadcast to it."""
         return torch.where(
             labels == IGNORED, IGNORED, labels + self.classes * (environments + self.environments * kept)
         )
@@ -556,16 +556,16 @@ class Strata:
         return moments if self.size == self.classes else moments.grouped(self._all() % self.classes, self.classes)
 
     def kept_columns(self, moments: ConceptMoments) -> Tensor | None:
-        """`(x_dim, m)` covariances of x with what is kept; None where nothing is."""
+        """The covariances of x with the label that is kept, `(x_dim, m)`; None if there is no such label."""
         if self.kept == 1:
             return None
         whole = moments.grouped(self._all() // (self.classes * self.environments), self.kept)
         return whole.cross_covariance @ whiten_concept(whole.covariance_z)
 
     def environment_columns(self, moments: ConceptMoments) -> Tensor:
-        """`(x_dim, m)` covariances of x with the concept within each environment, weighted by the root of its share.
+        """The covariances of x with the concept in each environment, times the root of its share, `(x_dim, m)`.
 
-        An environment in which one class alone occurs has none.
+        An environment in which only one class occurs adds no columns.
         """
         apart = moments.grouped(self._all() % (self.classes * self.environments), self.classes * self.environments)
         shares = apart.mean_z.view(self.environments, self.classes)

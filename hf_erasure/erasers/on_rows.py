@@ -14,7 +14,7 @@ from .least_squares import beyond, check_rounds
 from .moments import batch_moments
 from .statistics import read_rows
 
-# A probe that saves less than this share of the entropy of the concept knows nothing.
+# If a probe's loss is less than this share below the entropy of the concept, the probe finds nothing.
 _GAIN = 1e-3
 
 
@@ -34,25 +34,25 @@ def fit_inlp(
 ) -> Eraser:
     """INLP with logistic regression, on one batch of rows.
 
-    The probe is the minimum of the mean log loss plus `penalty / 2 · ‖W‖²` over x divided by its one overall standard
-    deviation: with class ids of two classes one direction a round, of k classes k − 1. The rounds end early when the
-    probe saves less than a thousandth of the entropy of the classes. The paper counts accuracy instead, by which a rare
-    class is never worth a round.
+    The probe minimises the mean log loss plus `penalty / 2 · ‖W‖²`, for x divided by one overall standard deviation.
+    A round removes one direction for two classes, k − 1 for k classes. The rounds end early when the loss of the probe
+    is less than a thousandth below the entropy of the classes. The paper stops by accuracy instead, which a rare class
+    hardly changes.
 
     Args:
         x: `(…, x_dim)` activations.
         z: Integer class ids `(…)`, −100 to leave a row out.
-        rounds: At most so many; None for 10, or, where a rank is given, as many as it takes.
-        rank: At most so many directions, those of the first rounds.
+        rounds: The largest number of rounds; None for 10, or for as many as a given rank needs.
+        rank: The largest number of directions, those of the first rounds.
         affine: Keep the mean in place by an affine part.
-        keep_mean: With `affine=False` alone: whether the linear map keeps the mean. The paper's map does not.
-        penalty: Ridge on the weights; None for one over the rows, which is `C=1` in scikit-learn.
+        keep_mean: With `affine=False` only: whether the linear map keeps the mean. The paper's map does not.
+        penalty: The ridge on the weights; None for one over the number of rows, which is `C=1` in scikit-learn.
         weight: `(…)` non-negative weights of rows.
         mask: `(…)` bool, False leaves a row out.
 
     Raises:
         TypeError: If an argument is not a tensor of numbers, or a count is not an int.
-        ValueError: If `z` is not class ids, there is one class only, x does not vary, or an option is out of range.
+        ValueError: If `z` does not hold class ids, has only one class, x does not vary, or an option is out of range.
     """
     limit = check_rounds(rounds, rank)
     rows = class_rows(x, z, weight, mask, "inlp")
@@ -62,11 +62,11 @@ def fit_inlp(
         probe = logistic_probe(replace(rows, x=remaining), penalty)
         if rows.entropy - probe.loss < _GAIN * rows.entropy:
             break
-        # What is common to all of several classes changes no probability.
+        # A part that the weights of several classes share does not change the probabilities.
         several = probe.weights.shape[1] > 1
         weights = probe.weights - probe.weights.mean(1, keepdim=True) if several else probe.weights
         vectors, strength, _ = torch.linalg.svd(weights, full_matrices=False)
-        # The minimum is found to about 1e-8; the direction that centring took away is far below.
+        # The minimum is found to about 1e-8; the direction that centring removed lies far below the cut-off.
         new = beyond(vectors[:, strength > 1e-6 * strength[0]], basis)
         basis = torch.cat([basis, new], dim=1)
         if new.shape[1] == 0 or (rank is not None and basis.shape[1] >= rank):
@@ -83,24 +83,24 @@ class ClassRows:
     target: Tensor  # `(n, c)` float64 indicators of the classes; one column for two classes.
     weight: Tensor  # `(n,)` float64, sums to 1.
     spread: Spread  # Mean and covariance of the rows as they were given.
-    varies: Tensor  # `(d,)` bool, False for features that are switched off: rounding is all they could be given.
+    varies: Tensor  # `(d,)` bool, False for features that are switched off, which only rounding would change.
 
     def cleaned(self, basis: Tensor) -> Tensor:
         """Orthonormal directions `(d, r)` without the rounding on features that are switched off.
 
-        Trained norms switch features off by weights such as 1e-33. A direction with 1e-17 there would write what it
-        reads into such a feature, where a probe of standardised features finds it.
+        Trained norms switch features off by weights such as 1e-33. A direction with 1e-17 there would write its reading
+        into such a feature, where a probe of standardised features finds it.
         """
         return basis * self.varies[:, None]
 
     @functools.cached_property
     def curvature(self) -> tuple[Tensor, Tensor]:
-        """Variances `(d,)` along the principal directions `(d, d)`: how the log loss curves, up to a factor."""
+        """Variances `(d,)` along the principal directions `(d, d)`: the curvature of the log loss, up to a factor."""
         values, vectors = torch.linalg.eigh(self.x.T @ (self.x * self.weight[:, None]))
         return values.clamp_min(0), vectors
 
     def frame(self, ridge: float) -> Tensor:
-        """`(d, d)` coordinates in which a penalised loss curves about alike everywhere: few steps are enough."""
+        """`(d, d)` coordinates in which a penalised loss has about the same curvature everywhere: few steps suffice."""
         values, vectors = self.curvature
         return vectors * (values / 4 + ridge).rsqrt()
 
@@ -119,18 +119,18 @@ class LogisticProbe:
 
     weights: Tensor  # `(d, c)`.
     intercept: Tensor  # `(c,)`.
-    loss: float  # Mean log loss on the rows it was trained on, in nats, without the penalty.
+    loss: float  # The mean log loss on its training rows, in nats, without the penalty.
 
 
 def class_rows(x: Tensor, z: Tensor, weight: Tensor | None, mask: Tensor | None, method: str) -> ClassRows:
     """Check a batch and bring its counted rows to one scale; the errors are those of `fit_inlp`."""
-    # The moments know best whether there is something to erase; they read the rows as every other method does.
+    # The moments check whether there is something to erase, in the same way as for every other method.
     moments = batch_moments(x, z, weight, mask)
     rows = read_rows(x, z, weight, mask, moments.x_dim, moments.z_dim)
     if rows.ids is None:
         raise ValueError(
             f"z has shape {tuple(z.shape)} and dtype {z.dtype}, but method={method!r} trains a classifier: give one "
-            "integer class id per row, or take 'leace' or 'orth', which erase values as well."
+            "integer class id per row, or take 'leace' or 'orth', which also erase values."
         )
     moments.check_concept()
     spread = moments.spread()
@@ -152,9 +152,9 @@ def logistic_probe(
     frame: Tensor | None = None,
     tolerance: float = 1e-9,
 ) -> LogisticProbe:
-    """Minimise the mean log loss plus `penalty / 2 · ‖weights‖²`, until the largest slope, in nats, is the tolerance.
+    """Minimise the mean log loss plus `penalty / 2 · ‖weights‖²`, until the largest slope, in nats, is `tolerance`.
 
-    The intercept is free. The `frame` may be that of similar rows for the penalty.
+    The intercept has no penalty. The `frame` may come from similar rows with this penalty.
     """
     ridge = ridge_of(rows, penalty)
     frame = rows.frame(ridge) if frame is None else frame
@@ -182,15 +182,15 @@ def logistic_probe(
 
 
 def ridge_of(rows: ClassRows, penalty: float | None) -> float:
-    """The penalty that is meant: one over the rows where none is given."""
+    """Check a penalty and return it; one over the number of rows if it is None."""
     ridge = 1 / rows.x.shape[0] if penalty is None else float(penalty)
     if not ridge > 0:
-        raise ValueError(f"penalty is {penalty!r}: it must be positive; without it a probe of separable classes grows.")
+        raise ValueError(f"penalty is {penalty!r}: it must be positive, or weights for separable classes grow.")
     return ridge
 
 
 def errors(rows: ClassRows, logits: Tensor) -> Tensor:
-    """`(n, c)` derivative of the mean log loss with respect to the logits."""
+    """The derivative of the mean log loss with respect to the logits, `(n, c)`."""
     predicted = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
     return (predicted - rows.target) * rows.weight[:, None]
 
@@ -201,17 +201,17 @@ def _loss(rows: ClassRows, logits: Tensor) -> Tensor:
     return cross_entropy(logits, rows.target, reduction="none") @ rows.weight
 
 
-# Steps where the caller names none; what they reach is said at `_FIRST_RIDGE`.
+# The number of steps by default; `_FIRST_RIDGE` says how close they come to the optimum.
 STEPS = 100
-# The first step is as long as a projection of rank 1, the last this share of it.
+# The first step has the length of a projection of rank 1, the last step has this share of it.
 _LAST_STEP = 1e-3
-# The adversary's ridge falls from this to what was asked for, over this share of the steps. On 450 rows of width 384,
-# which a weakly penalised probe separates with nearly any direction gone, 100 steps end 4e-4 nats from the optimum so;
-# after 300 steps with the last ridge from the start a probe still read held-out rows with 92 % accuracy.
+# The adversary's ridge falls from the first number to `penalty`, over the second as a share of the steps. On 450 rows
+# of width 384, which a weakly penalised probe separates after nearly any direction is removed, 100 steps end 4e-4 nats
+# from the optimum; after 300 steps with the last ridge from the start a probe read held-out rows with 92 % accuracy.
 _FIRST_RIDGE, _SOFTENED = 10.0, 0.9
-# Steps after which the projection is rounded and judged, which takes a probe of its own.
+# The number of steps between two checks of the rounded projection, each of which trains one more probe.
 _EVERY = 10
-# Slope at which a probe's answer counts as found.
+# The slope, in nats, below which a probe counts as trained.
 _TOLERANCE = 1e-6
 
 
@@ -231,31 +231,31 @@ def fit_rlace(
 ) -> Eraser:
     """R-LACE on one batch of rows.
 
-    The adversary is logistic regression and answers every projection with its best probe; the slope of the value of
-    the game is then that of the loss with the probe held fixed (Danskin), and the eraser takes a step along it, of a
-    length that falls geometrically to a thousandth, back onto the Fantope. The adversary begins with a strong ridge,
-    which makes it look at large differences first, and ends with the one that was asked for. The paper takes stochastic
-    steps for both sides; these have no randomness. Of the relaxed projections, rounded to their leading eigenvectors,
-    the one with the highest loss is kept. Every step takes the eigenvectors of an x_dim × x_dim matrix.
+    The adversary is logistic regression, and finds the best probe for every projection. The slope of the game's value
+    is then the slope of the loss with this probe held fixed (Danskin). The eraser takes a step along it, whose length
+    falls geometrically to a thousandth, and goes back onto the Fantope. The adversary begins with a strong ridge, so
+    that large differences count first, and ends with `penalty`. The paper takes stochastic steps for both sides; these
+    steps are not random. The relaxed projections are rounded to their leading eigenvectors, and the one with the
+    highest loss is kept. Every step computes the eigenvectors of an x_dim × x_dim matrix.
 
     Args:
         x: `(…, x_dim)` activations.
         z: Integer class ids `(…)`, −100 to leave a row out.
         rank: The number of directions that are removed; None for k − 1.
-        steps: Of the eraser.
+        steps: The number of steps of the eraser.
         affine: Keep the mean in place by an affine part.
-        keep_mean: With `affine=False` alone: whether the linear map keeps the mean. The paper's map does not.
-        penalty: Ridge on the adversary's weights; None for one over the rows.
+        keep_mean: With `affine=False` only: whether the linear map keeps the mean. The paper's map does not.
+        penalty: The ridge on the adversary's weights; None for one over the number of rows.
         weight: `(…)` non-negative weights of rows.
         mask: `(…)` bool, False leaves a row out.
 
     Returns:
-        An orthogonal projection of exactly that rank; an oblique one, along the same directions, where it is linear and
-        keeps the mean.
+        An orthogonal projection of exactly that rank; if it is linear and keeps the mean, an oblique projection along
+        the same directions.
 
     Raises:
         TypeError: If an argument is not a tensor of numbers, or a count is not an int.
-        ValueError: If `z` is not class ids, there is one class only, x does not vary, or an option is out of range.
+        ValueError: If `z` does not hold class ids, has only one class, x does not vary, or an option is out of range.
     """
     rows = class_rows(x, z, weight, mask, "rlace")
     width = rows.x.shape[1]
@@ -267,7 +267,7 @@ def fit_rlace(
 
 
 def _play(rows: ClassRows, rank: int, steps: int, penalty: float | None) -> Tensor:
-    """`(d, rank)` orthonormal directions of the best projection found."""
+    """Play the game, and return the orthonormal directions `(d, rank)` of the best projection found."""
     width, last = rows.x.shape[1], ridge_of(rows, penalty)
     relaxed = torch.eye(width, dtype=torch.float64, device=rows.x.device) * (rank / width)
     probe = None

@@ -1,4 +1,4 @@
-"""A batch checked and flattened, its sums and packed products, exactly mergeable, with their state as tensors."""
+"""Checks and flattens a batch, and computes its sums and packed products, which merge exactly and save as tensors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ IGNORED = -100
 class Rows:
     """The counted rows of one batch."""
 
-    x: Tensor  # `(all rows, x_dim)`, counted or not, in the dtype they came in.
-    index: Tensor | None  # `(count,)` positions of the counted rows in `x`; None when all count.
-    count: int  # How many rows count.
-    ids: Tensor | None  # `(count,)` int64 class ids; None where there are values.
-    # `(count, z_dim)` float64 concept values, of width 0 for a background; None where there are ids.
+    x: Tensor  # `(all rows, x_dim)`, counted or not, in their own dtype.
+    index: Tensor | None  # `(count,)` positions of the counted rows in `x`; None if all rows count.
+    count: int  # The number of counted rows.
+    ids: Tensor | None  # `(count,)` int64 class ids; None if there are values.
+    # `(count, z_dim)` float64 concept values, of width 0 for a background; None if there are ids.
     values: Tensor | None
-    weight: Tensor  # `(count,)` float64, all positive. It lies where the sums are wanted, as ids and values do.
+    weight: Tensor  # `(count,)` float64, all positive. It is on the device for the sums, like ids and values.
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """The counted rows `start:stop` of `x`."""
@@ -53,9 +53,9 @@ def read_rows(
     z_dim: int,
     wanted: torch.device | None = None,
 ) -> Rows:
-    """Check a batch and pick its counted rows; the errors are those of `ConceptMoments.update`.
+    """Check a batch and select its counted rows; the errors are those of `ConceptMoments.update`.
 
-    Their sums are wanted on a device, by default that of x.
+    `wanted` is the device for the sums of the rows, by default the device of x.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {type(x).__name__}: give a tensor of shape (…, {x_dim}).")
@@ -80,7 +80,7 @@ def read_rows(
                 f"weight has shape {tuple(weight.shape)}, but x without its last dimension has {tuple(lead)}: give one "
                 "weight per row."
             )
-        # Rows that do not count get 0, whatever they held.
+        # Rows that do not count get the weight 0, even if theirs is NaN.
         weights = torch.where(keep, weight.detach().to(device=device, dtype=torch.float64), 0.0)
         given = weights.reshape(-1)
         bad = (~(torch.isfinite(given) & (given >= 0))).nonzero().flatten().tolist()
@@ -151,29 +151,29 @@ def _read_concept(z: Tensor | None, keep: Tensor, z_dim: int) -> tuple[Tensor | 
     return None, values
 
 
-# ---- sums and products of its rows -----------------------------------------------------------------------------------
+# ---- sums and products of the rows -----------------------------------------------------------------------------------
 
-# What sums hold of the rows beside their numbers.
+# The names of the tensors of `Sums`, without the counts; the other attributes are numbers.
 _TENSORS = ("mean_x", "mean_z", "cross", "concept")
 
 
 class PackedGram:
-    """A symmetric `(dim, dim)` sum of products, of which only the upper block triangle exists.
+    """A symmetric `(dim, dim)` sum of products, of which only the upper block triangle is stored.
 
-    Half the products and half the memory of a full matrix are saved: the float64 sum takes little more room than a
-    full float32 matrix would. Block columns, `block` wide and as tall as the diagonal is deep, because products of
-    that shape run nearly as fast as one of the whole matrix; tiles and block rows were measured to be slower.
+    This saves half the products and half the memory of a full matrix: the float64 sum takes little more memory than a
+    full float32 matrix. It is stored in block columns, which reach from the top to the diagonal: products of this shape
+    run nearly as fast as a product of the whole matrix; tiles and block rows were measured to be slower.
 
     Attributes:
-        dim: Side of the matrix.
-        values: float64 where sums are kept, all block columns one after another, each row by row.
-        diagonal: `(dim,)` int64, the positions of the diagonal among the values.
+        dim: The number of rows and columns.
+        values: All block columns one after another, each row by row; float64 for sums.
+        diagonal: `(dim,)` int64, the positions of the diagonal in the values.
     """
 
     def __init__(
         self, dim: int, device: torch.device, values: Tensor | None = None, *, dtype: torch.dtype = torch.float64
     ) -> None:
-        """Zeros, or what `values` of this layout hold."""
+        """Start with zeros, or with `values` in this layout."""
         self.dim = dim
         self._edges = self._edges_of(dim)
         offset, positions = 0, []
@@ -192,7 +192,7 @@ class PackedGram:
 
     @classmethod
     def size_of(cls, dim: int) -> int:
-        """How many values there are."""
+        """The number of values for a matrix of `dim` rows."""
         return sum(stop * (stop - start) for start, stop in cls._edges_of(dim))
 
     def columns(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -208,21 +208,21 @@ class PackedGram:
         scaled = (vectors * scales[:, None]).T
         added = None if products is None else products.columns()
         for start, stop, column in self.columns():
-            # One column after another: it is still in the cache for the second addition.
+            # Column by column: a column is still in the cache for the second addition.
             if added is not None:
                 column.add_(next(added)[2])
             if scaled.shape[1]:
                 column.addmm_(scaled[:stop], vectors[:, start:stop])
 
     def standardised(self, scale: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """The block columns with rows and columns multiplied by `scale` `(dim,)` and a diagonal of ones, copied."""
+        """Copies of the block columns, with rows and columns multiplied by `scale` `(dim,)`, and a diagonal of ones."""
         for start, stop, column in self.columns():
             standard = column * scale[start:stop] * scale[:stop, None]
             standard[start:].fill_diagonal_(1.0)
             yield start, stop, standard
 
     def mean_square(self, scale: Tensor) -> float:
-        """Mean of the squares of all `dim²` entries of the standardised matrix."""
+        """The mean of the squares of all `dim²` entries of the standardised matrix."""
         total = 0.0
         for start, _, column in self.standardised(scale):
             total += 2 * float(torch.linalg.vector_norm(column[:start])) ** 2
@@ -238,7 +238,7 @@ class PackedGram:
         return total
 
     def cholesky(self, scale: Tensor, share: float, jitter: float) -> Tensor | None:
-        """The upper factor `U` of the standardised matrix, shrunk; None where that is not positive definite.
+        """The upper factor `U` of the shrunk standardised matrix; None if it is not positive definite.
 
         `Uᵀ U = (1 − share) · standardised + (share + jitter) · I`.
         """
@@ -246,18 +246,18 @@ class PackedGram:
         for start, stop, column in self.standardised(scale):
             full[start:stop, :stop] = column.mul_(1 - share).T
         full.diagonal().add_(share + jitter)
-        # The transpose lies in memory as LAPACK wants it, and is factored where it lies: no copy, no second matrix.
+        # The transpose has the memory layout of LAPACK and is factored in place, without a copy or a second matrix.
         upper, info = full.mT, torch.zeros((), dtype=torch.int32, device=full.device)
         torch.linalg.cholesky_ex(upper, upper=True, out=(upper, info))
         return upper if int(info) == 0 else None
 
     def dense(self) -> Tensor:
-        """The full matrix, `(dim, dim)`, symmetric to the bit."""
+        """The full matrix, `(dim, dim)`, exactly symmetric."""
         full = self.values.new_empty(self.dim, self.dim)
         for start, stop, column in self.columns():
             full[:start, start:stop] = column[:start]
             full[start:stop, :start] = column[:start].T
-            # Two triangles of one product may round differently.
+            # The two triangles of one product may be rounded differently.
             full[start:stop, start:stop] = (column[start:] + column[start:].T) / 2
         return full
 
@@ -266,15 +266,15 @@ class PackedGram:
 class Sums:
     """Sums over rows, centred on their own mean, all float64. Two of them merge exactly, in any order."""
 
-    rows: int  # How many rows.
-    weight: float  # Sum of their weights.
-    weight_squares: float  # Sum of the squared weights.
-    resolution: float  # Machine epsilon of the coarsest rows.
-    mean_x: Tensor  # `(d,)` weighted mean.
-    mean_z: Tensor  # `(k,)` weighted mean; shares of the classes for class ids.
+    rows: int  # The number of rows.
+    weight: float  # The sum of their weights.
+    weight_squares: float  # The sum of their squared weights.
+    resolution: float  # The largest machine epsilon of the dtypes of the rows.
+    mean_x: Tensor  # `(d,)` weighted mean of x.
+    mean_z: Tensor  # `(k,)` weighted mean of z; for class ids the shares of the classes.
     cross: Tensor  # `(d, k)` sum of `w (x − mean_x)(z − mean_z)ᵀ`.
     concept: Tensor  # `(k, k)` sum of `w (z − mean_z)(z − mean_z)ᵀ`.
-    # `(k,)` int64 rows of each class; None once any row came with concept values instead of an id.
+    # `(k,)` int64 number of rows of each class; None if any row had concept values instead of a class id.
     counts: Tensor | None
 
     def merged(self, other: Sums) -> Sums:
@@ -295,7 +295,7 @@ class Sums:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of everything, as tensors."""
+        """Copies of all sums, as tensors."""
         numbers = {"rows": torch.tensor(self.rows)}
         for name in ("weight", "weight_squares", "resolution"):
             numbers[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
@@ -304,7 +304,7 @@ class Sums:
 
     @classmethod
     def of(cls, state: dict[str, Tensor]) -> Sums:
-        """The sums of a state that is known to be sound, copied."""
+        """The sums of a state that has been checked, copied."""
         held: dict[str, Any] = {name: state[name].detach().double().clone() for name in _TENSORS}
         held |= {name: float(state[name]) for name in ("weight", "weight_squares", "resolution")}
         return cls(rows=int(state["rows"]), counts=state["counts"].clone() if "counts" in state else None, **held)
@@ -316,7 +316,7 @@ class Sums:
 
 
 def sum_rows(rows: Rows, z_dim: int) -> Sums:
-    """Read the counted rows once, in float64, a chunk at a time."""
+    """Sum the counted rows in float64; they are read once, a chunk at a time."""
     ids, weight, width, device = rows.ids, rows.weight, rows.x.shape[1], rows.weight.device
     total, alike = float(weight.sum()), bool((weight == 1).all())
     centred = counts = None
@@ -329,11 +329,11 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
         counts = torch.bincount(ids, minlength=z_dim)
         by_class = weight.new_zeros(z_dim).index_add_(0, ids, weight)
         mean_z, concept = by_class / total, torch.diag(by_class) - torch.outer(by_class, by_class) / total
-    chunk = 256 if device.type == "cpu" else 2048  # stays in the cache on CPU; is worth a launch elsewhere
+    chunk = 256 if device.type == "cpu" else 2048  # rows that stay in the cache of a CPU, or are worth a kernel launch
     buffer = torch.empty(min(chunk, rows.count), width, dtype=torch.float64, device=device)
-    # The weighted sums of x − pivot, by class for class ids, and, for values, with z. Sums of what is near zero keep
-    # their digits, and the first rows are near enough. Numbers of 24 bits need none of that: float64 adds millions of
-    # them without rounding.
+    # The weighted sums of x − pivot: for class ids by class, for values their products with z too. Sums of numbers near
+    # zero keep their digits, and the mean of the first rows is near enough. Numbers of 24 bits do not need it: float64
+    # adds millions of them without rounding.
     sums = torch.zeros(1 if ids is None else z_dim, width, dtype=torch.float64, device=device)
     cross = torch.zeros(width, z_dim, dtype=torch.float64, device=device)
     pivot = torch.zeros(width, dtype=torch.float64, device=device)
@@ -355,14 +355,14 @@ def sum_rows(rows: Rows, z_dim: int) -> Sums:
     if not bool(torch.isfinite(shift).all()):
         _reject(rows)
     if centred is None:
-        # Class sums are not centred yet: every class holds its share of the mean.
+        # The class sums are not centred yet: each contains its share of the mean.
         cross = (sums - total * mean_z[:, None] * shift).T
     exact = float(weight.square().sum()), torch.finfo(rows.x.dtype).eps
     return Sums(rows.count, total, *exact, pivot + shift, mean_z, cross.contiguous(), concept, counts)
 
 
 def _reject(rows: Rows) -> None:
-    """Raise the error that says where x is not finite."""
+    """Raise the error that names the place where x is not finite."""
     chunk = 1024
     wrong, first = 0, ""
     for start in range(0, rows.count, chunk):
@@ -381,11 +381,11 @@ def _reject(rows: Rows) -> None:
 
 
 def centred_products(rows: Rows, mean: Tensor, dtype: torch.dtype | None = None) -> tuple[PackedGram, Tensor]:
-    """Multiply the counted rows with themselves, a chunk at a time.
+    """Sum the products of the counted rows with themselves, a chunk at a time.
 
-    It is done in `dtype`, by default the rows' own, but at least float32, and in float64 where squares leave its range.
-    Where a process has allowed matrix products below float32 (TF32, bfloat16), float64 is used instead: switching the
-    process-wide setting back and forth would reach other threads.
+    They are computed in `dtype`, by default the dtype of the rows but at least float32, and in float64 if squares leave
+    its range. If a process allows matrix products below float32 (TF32, bfloat16), float64 is used instead: switching
+    the process-wide setting back and forth would change other threads.
 
     Returns:
         `Σ w (x − c)(x − c)ᵀ`, and `c − mean` `(d,)` float64; c is the mean rounded to the dtype.
@@ -401,8 +401,8 @@ def centred_products(rows: Rows, mean: Tensor, dtype: torch.dtype | None = None)
         else:
             is_reduced = torch.get_float32_matmul_precision() == "medium"
         dtype = torch.float64 if is_reduced or rows.x.dtype == torch.float64 else torch.float32
-    # A centred chunk takes at most 2/3 d² numbers of 4 bytes, beside as much for the products and twice as much for the
-    # sums they go to. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
+    # A centred chunk takes at most 2/3 d² numbers of 4 bytes; the products take as much, and the sums that they are
+    # added to twice as much. Rows that must be gathered or converted exist twice, and float64 is twice as wide.
     copied = rows.index is not None or rows.x.dtype != dtype or rows.x.device != device
     size = max(512, min(2048, width * 2 // 3)) // (2 if copied else 1) // (2 if dtype == torch.float64 else 1)
     centre, root, alike = mean.to(dtype), rows.weight.sqrt().to(dtype)[:, None], bool((rows.weight == 1).all())
@@ -417,7 +417,7 @@ def centred_products(rows: Rows, mean: Tensor, dtype: torch.dtype | None = None)
         for first, last, column in products.columns():
             column.addmm_(centred[:, :last].T, centred[:, first:last])
     largest = float(products.values[products.diagonal].max())
-    # Squares beyond the range of float32: too large, or so small that they vanish.
+    # The squares lie outside the range of float32: they are too large, or so small that they vanish.
     if dtype != torch.float64 and not 1e-30 * float(rows.weight.sum()) <= largest < float("inf"):
         del buffer, products
         return centred_products(rows, mean, torch.float64)

@@ -83,7 +83,7 @@ def test_what_is_kept_stays_and_nothing_else_does_it_cheaper(seed: int, affine: 
 def test_what_the_concept_says_as_well_cannot_be_kept() -> None:
     x, z = rows(0)
     moments = ConceptMoments(12, 2).update(x, z)
-    with pytest.raises(ValueError, match="lies in the span of what is erased"):
+    with pytest.raises(ValueError, match="The label to keep lies in the span of the erased"):
         moments.eraser(kept=moments.cross_covariance[:, :1])
     with pytest.raises(ValueError, match="'inlp'"):
         moments.eraser("inlp", beside=[(torch.ones(12, 1), None)])

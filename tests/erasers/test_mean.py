@@ -265,5 +265,5 @@ def test_one_dimension_and_a_concept_that_fills_the_space_are_refused() -> None:
 def test_an_affine_map_that_lets_the_mean_go_is_refused() -> None:
     x, z = rows(200, 5, 2)
     for fit in (Eraser.fit, fit_inlp, fit_rlace):
-        with pytest.raises(ValueError, match="keep_mean is False and affine True"):
+        with pytest.raises(ValueError, match="keep_mean is False and affine is True"):
             fit(x, z, keep_mean=False)

@@ -259,7 +259,7 @@ def test_bad_dimensions_are_refused(arguments, error, message: str) -> None:
     ("keywords", "error", "message"),
     [
         ({"method": "pca"}, ValueError, "method is 'pca'.*'leace', 'orth'"),
-        ({"method": "rlace"}, ValueError, r"keep none: call Eraser.fit"),
+        ({"method": "rlace"}, ValueError, r"do not keep them: call Eraser.fit"),
         ({"rounds": 2}, ValueError, "only 'inlp' has rounds"),
         ({"rank": 0}, ValueError, "rank is 0"),
         ({"rank": 1.0}, TypeError, "rank is 1.0"),
@@ -294,7 +294,7 @@ def test_a_background_knows_no_concept() -> None:
     background.update(x)
     assert background.cross_covariance.shape == (4, 0)
     assert background.merge(ConceptMoments(4, 0).update(x)).rows == 60
-    with pytest.raises(ValueError, match="know no concept"):
+    with pytest.raises(ValueError, match="a background without a concept"):
         background.eraser()
 
 

@@ -136,7 +136,7 @@ def test_moments_of_the_classes_are_enough_and_weights_are_repeated_rows() -> No
 
 def test_fewer_rows_than_features_are_refused_and_shrinkage_matches_about() -> None:
     x, z = shaped(30, 20, 2)
-    with pytest.raises(ValueError, match=r"15 rows of width 20.*shrinkage='oas', which matches them only about"):
+    with pytest.raises(ValueError, match=r"15 rows of width 20.*shrinkage='oas', which matches them approximately"):
         QuadraticEraser.fit(x, z)
     erased = QuadraticEraser.fit(x, z, shrinkage="oas")(x, z)
     assert bool(erased.isfinite().all())
