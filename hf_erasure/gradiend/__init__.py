@@ -1,8 +1,8 @@
-"""The feature neuron on named gradients (GRADIEND, arXiv 2502.01406): tensors in, tensors out, torch and nothing else.
+"""The feature neuron on named gradients (GRADIEND, arXiv 2502.01406): tensors in, tensors out, with torch only.
 
-`FeatureNeuron` is the paper's encoder-decoder, trained step by step; `ClosedFormEstimator` gets a feature from one
-pass of class means. Either gives a frozen `Feature`: a `FeatureEncoder` that reads a gradient and a `FeatureDecoder`
-that says how weights change.
+`FeatureNeuron` is the paper's encoder-decoder, trained step by step; `ClosedFormEstimator` computes a feature from
+class means in one pass. Both return a frozen `Feature`: a `FeatureEncoder`, which reads a gradient, and a
+`FeatureDecoder`, which computes the change of the weights.
 """
 
 from .closed_form import ClosedFormEstimator

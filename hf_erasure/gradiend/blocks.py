@@ -1,4 +1,4 @@
-"""Named blocks of gradients: checked one by one, walked in pieces that stay in cache, summed in float64, ranked."""
+"""Named blocks of gradients: checks, pieces that stay in cache, sums in float64, and the largest entries."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-# Entries of a piece. On a CPU few enough that the dozen vectors an update holds stay in cache (6 MB), and so many that
-# starting an operation takes little of its time; on an accelerator a piece only bounds the temporaries.
+# Entries of a piece. On a CPU a piece is small enough that the dozen vectors of an update stay in cache (6 MB), and
+# large enough that starting an operation takes little of its time; on an accelerator it only bounds the temporaries.
 CPU_PIECE = 1 << 17
 DEVICE_PIECE = 1 << 24
-# Of a histogram: one for each value of 16 bits; and the upper 16 bits of infinity.
+# The bins of a histogram, one for each value of 16 bits; and the upper 16 bits of infinity.
 BINS = 1 << 16
 FIRST_NON_FINITE = 0x7F80
-# Entries of a piece whose histogram is taken: far more than bins, or filling in the bins is what takes the time.
+# Entries of a piece whose histogram is taken: many more than bins, so that the bins take little of the time.
 HISTOGRAM_PIECE = 1 << 20
 
 
 def piece_size(device: torch.device) -> int:
-    """Entries handled at a time on `device`."""
+    """The number of entries that are handled at a time on `device`."""
     return max(CPU_PIECE, (1 << 16) * torch.get_num_threads()) if device.type == "cpu" else DEVICE_PIECE
 
 
 def pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    """Views of `(count,)` vectors of one length, `size` entries at a time (default: as suits the device)."""
+    """Views of `(count,)` vectors of one length, `size` entries at a time (by default `piece_size` of the device)."""
     size = size or piece_size(vectors[0].device)
     if vectors[0].numel() <= size:
         return iter((vectors,))
@@ -33,7 +33,7 @@ def pieces(*vectors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, 
 
 
 def flat(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """The block as a vector `(count,)` on `device`, in its own dtype; refused if not of floats or of `shape`."""
+    """Return a block as a vector `(count,)` on `device`, in its own dtype; raise an error unless it fits `shape`."""
     if not isinstance(gradient, Tensor):
         raise TypeError(
             f"The gradient of {name!r} is {type(gradient).__name__}: give a tensor of shape {tuple(shape)}."
@@ -48,7 +48,7 @@ def flat(name: str, gradient: Tensor, shape: torch.Size, device: torch.device) -
 def flat_blocks(
     gradients: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], device: torch.device, what: str
 ) -> dict[str, Tensor]:
-    """All blocks of `shapes` as vectors, as `flat` gives them, in the order of `shapes`; others are left out."""
+    """All blocks of `shapes` as vectors, by `flat`, in the order of `shapes`; other blocks are left out."""
     missing = [name for name in shapes if name not in gradients]
     if missing:
         raise ValueError(
@@ -59,7 +59,7 @@ def flat_blocks(
 
 
 def as_shapes(shapes: Mapping[str, Iterable[int]]) -> dict[str, torch.Size]:
-    """A copy of names and shapes; refused where there is no block, or one without entries."""
+    """Copy names and shapes; raise a `ValueError` if there are no blocks, or one has no entries."""
     copied = {name: torch.Size(shape) for name, shape in shapes.items()}
     if not copied:
         raise ValueError("There are no blocks: give at least one name with its shape.")
@@ -70,7 +70,7 @@ def as_shapes(shapes: Mapping[str, Iterable[int]]) -> dict[str, torch.Size]:
 
 
 def total(shapes: Mapping[str, torch.Size]) -> int:
-    """Entries of all blocks together."""
+    """The number of entries of all blocks together."""
     return sum(shape.numel() for shape in shapes.values())
 
 
@@ -81,7 +81,7 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 
 def sum_of_squares(a: Tensor) -> float:
-    """`‖a‖²` in float64, also where float32 squares would vanish or overflow."""
+    """`‖a‖²` in float64, even if float32 squares would vanish or overflow."""
     if a.numel() == 0:
         return 0.0
     dtype = torch.promote_types(a.dtype, torch.float32)
@@ -93,17 +93,17 @@ def sum_of_squares(a: Tensor) -> float:
 
 
 def require_finite(values: Mapping[str, float], what: str = "gradient") -> None:
-    """Refuse blocks by a sum over the entries of each, which is not finite if one of them is not."""
+    """Raise a `ValueError` for a block whose value, such as a sum over its entries, is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(
-                f"The {what} of {name!r} is not finite: nothing was changed; leave this batch out, or lower the "
+                f"The {what} of {name!r} is not finite, and nothing was changed: leave this batch out, or lower the "
                 "scale of its loss."
             )
 
 
 def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a saved state that has other names or shapes than these, or is not finite."""
+    """Raise a `ValueError` for a saved state that has other names or shapes than `shapes`, or is not finite."""
     for name in state.keys() - shapes.keys():
         raise ValueError(f"{name!r} in the state is unknown here: the state is of other blocks or another kind.")
     for name, shape in shapes.items():
@@ -116,14 +116,14 @@ def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
 
 
 # ---- the largest entries ---------------------------------------------------------------------------------------------
-# The bits of a non-negative float32, read as an integer, are in the order of the numbers: two histograms of 16 bits
-# each give the threshold, exactly, without sorting or joining the blocks.
+# The bits of non-negative float32 numbers, read as integers, have the order of the numbers: two histograms of 16 bits
+# each give the exact threshold, without sorting or joining the blocks.
 
 
 def largest(score: Callable[[str], Tensor], names: list[str], wanted: int) -> dict[str, Tensor]:
-    """Name to bool `(count,)`: True at the `wanted` entries of largest `|score|`, the first of equals.
+    """Name to bool `(count,)`: True at the `wanted` entries of largest `|score|`; of equal entries the first are taken.
 
-    Scores, `(count,)` each, are asked for one block at a time, so that they need not be kept; they must be finite.
+    `score` returns the scores `(count,)` of one block at a time, so that they need not be kept; they must be finite.
     """
     high, above = _cut(score, names, wanted)
     low, above_low = _cut(score, names, wanted - above, high)
@@ -145,9 +145,9 @@ def _bits(scores: Tensor) -> Tensor:
 
 
 def _cut(score: Callable[[str], Tensor], names: list[str], wanted: int, high: int | None = None) -> tuple[int, int]:
-    """The upper 16 bits of the `wanted`-th largest score, and how many scores lie above all that have these.
+    """The upper 16 bits of the `wanted`-th largest score, and the number of scores with larger upper bits.
 
-    With `high`, the same of the lower 16 bits of the scores that have these upper bits.
+    With `high`, the same for the lower 16 bits, among the scores whose upper bits are `high`.
     """
     counts = torch.zeros(BINS, dtype=torch.int64)
     for name in names:

@@ -1,9 +1,9 @@
-"""A feature from class means of gradients: one pass, no optimizer, four vectors of memory.
+"""A feature from class means of gradients: one pass, without an optimizer, with four vectors of memory.
 
 With unit source gradients `ĝ` and targets `d` of batches of sign ±1: `w = mean(ĝ | +) − mean(ĝ | −)`,
-`h = tanh(c · (⟨w, ĝ⟩ + b))` with c and b such that the class means of `⟨w, ĝ⟩` read ±0.9, and
-`Wd = (mean(d | +) − mean(d | −)) / 2`, `bd = (mean(d | +) + mean(d | −)) / 2`: the least squared error of
-`h · Wd + bd` to the targets (the loss of arXiv 2502.01406, section 3) for h = ±1, classes counting alike.
+`h = tanh(c · (⟨w, ĝ⟩ + b))` with c and b such that the class means of `⟨w, ĝ⟩` are mapped to ±0.9, and
+`Wd = (mean(d | +) − mean(d | −)) / 2`, `bd = (mean(d | +) + mean(d | −)) / 2`. These minimise the squared error of
+`h · Wd + bd` to the targets (the loss of arXiv 2502.01406, section 3) for h = ±1, with equal weights of the classes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class ClosedFormEstimator:
     """Class means of unit source gradients and of targets, in float32 as running means.
 
     A running mean (`mean += (x − mean) / k`) stays within float32's rounding of the mean over hundreds of thousands of
-    batches, where a running sum would drift. Sources and targets come block by block, as a backward pass produces them,
-    and are not kept; the unit norm of a source is over all its blocks, so it must be known before.
+    batches; a running sum would drift. Sources and targets are added block by block, as a backward pass produces them,
+    and are not kept; the norm of a source is taken over all its blocks, so it must be known before.
 
     Attributes:
         shapes: Name to shape of every block.
-        device: Where the means are kept.
-        counts: Of each part and sign, name of a block to how many batches its mean is over.
+        device: The device of the means.
+        counts: For each part and sign, name of a block to the number of batches in its mean.
     """
 
     def __init__(self, shapes: Mapping[str, Iterable[int]], device: torch.device | str | None = None) -> None:
@@ -40,10 +40,10 @@ class ClosedFormEstimator:
 
         Args:
             shapes: Name to shape of every block.
-            device: Where the means are kept; None is the CPU.
+            device: The device of the means; None is the CPU.
 
         Raises:
-            ValueError: If there is no block, or one without entries.
+            ValueError: If there are no blocks, or one has no entries.
         """
         self.shapes = as_shapes(shapes)
         self.device = torch.device(device or "cpu")
@@ -55,46 +55,46 @@ class ClosedFormEstimator:
             for part in PARTS
         }
         self.counts = {part: dict.fromkeys(self.shapes, 0) for part in PARTS}
-        # The blocks of the current batch that came already, with their signs.
+        # The blocks of the current batch that were already added, with their signs.
         self._open: dict[str, dict[str, int]] = {"source": {}, "target": {}}
 
     def add_source(self, name: str, gradient: Tensor, norm: float, sign: int) -> None:
-        """Count one block of the source gradient of the current batch, which is brought to unit norm.
+        """Add one block of the source gradient of the current batch, scaled to unit norm.
 
         Args:
-            name: The block.
+            name: The name of the block.
             gradient: The source gradient in the block's shape, any floating-point dtype.
-            norm: Of the whole source gradient, over all blocks.
+            norm: The norm of the whole source gradient, over all blocks.
             sign: +1 or −1, the class of the batch.
 
         Raises:
             TypeError: If the gradient is not a tensor of floating-point numbers.
-            ValueError: If the block is unknown or came already, has another shape or is not finite, the norm is not a
-                positive number, or the sign is neither. Nothing is changed then.
+            ValueError: If the block is unknown or was already added, has another shape or is not finite, the norm is
+                not a positive number, or the sign is neither. Nothing is changed then.
         """
         if not (math.isfinite(norm) and norm > 0):
-            raise ValueError(f"The source gradient has the norm {norm}: it has no direction; leave this batch out.")
+            raise ValueError(f"The source gradient has the norm {norm}, so it has no direction: leave this batch out.")
         self._add("source", name, gradient, sign, 1.0 / norm)
 
     def add_target(self, name: str, gradient: Tensor, sign: int) -> None:
-        """Count one block of the target of the current batch; see `add_source`, whose errors it raises, for the
-        arguments.
+        """Add one block of the target of the current batch; the arguments and the errors are those of
+        `add_source`.
         """
         self._add("target", name, gradient, sign, 1.0)
 
     @torch.no_grad()
     def _add(self, kind: str, name: str, gradient: Tensor, sign: int, factor: float) -> None:
-        """Count one block, once all is known of it that could be refused."""
+        """Check one block, and add it to the mean only if no check fails."""
         _check_sign(sign)
         if name in self._open[kind]:
             raise ValueError(
-                f"Block {name!r} of the {kind} came already in this batch: add a parameter's gradient once it is "
+                f"Block {name!r} of the {kind} was already added in this batch: add a parameter's gradient when it is "
                 "complete, and call end_batch, or drop_batch, between batches."
             )
         if name not in self.shapes:
             raise ValueError(f"There is no block {name!r}: the estimator was declared with {_some(self.shapes)}.")
         block = flat(name, gradient, self.shapes[name], self.device)
-        # The sum is not finite if an entry is not, or if it overflows: the entries are looked at only then.
+        # The sum is not finite if an entry is not, or if it overflows: only then are the entries checked.
         quick = block.sum(dtype=torch.float64 if block.dtype == torch.float64 else torch.float32)
         if not (bool(torch.isfinite(quick)) or bool(torch.isfinite(block).all())):
             require_finite({name: math.nan}, "source gradient" if kind == "source" else kind)
@@ -112,29 +112,29 @@ class ClosedFormEstimator:
             sign: +1 or −1, the class of the batch.
 
         Raises:
-            ValueError: If the source or the target of a block did not come, or came with the other sign.
+            ValueError: If the source or the target of a block was not added, or was added with the other sign.
         """
         _check_sign(sign)
         lacking = {kind: [name for name in self.shapes if name not in held] for kind, held in self._open.items()}
         if lacking["source"] or lacking["target"]:
             what = "its source" if lacking["source"] else f"the target of {_some(lacking['target'])}"
-            raise ValueError(f"The batch cannot be closed: {what} did not come. Add it, or call drop_batch.")
+            raise ValueError(f"The batch cannot be closed: {what} was not added. Add it, or call drop_batch.")
         if {*self._open["source"].values(), *self._open["target"].values()} != {sign}:
             raise ValueError(f"Not all of the batch was added with sign {sign:+d}: call drop_batch and fit anew.")
         self.drop_batch()
 
     def drop_batch(self) -> None:
-        """Forget that a batch is open, after a failure inside it.
+        """Close a batch after a failure inside it, without checks.
 
-        What was added of it stays in the means of the blocks it reached; each block's mean is over the batches that
-        reached that block, so the means remain means.
+        The blocks that were added stay in their means. The mean of each block is over the batches in which that block
+        was added, so the means remain means.
         """
         self._open = {"source": {}, "target": {}}
 
     def pool(
         self, shares: Sequence[Mapping[tuple[str, int], Mapping[str, int]]], add: Callable[[Tensor], None]
     ) -> None:
-        """Become, in every process at once, the sum of the estimators that all processes hold; nothing is copied.
+        """Merge, in every process at once, the estimators of all processes; nothing is copied.
 
         `shares` are the `counts` of all processes; `add` adds a tensor over all processes, in place. Raises a
         `ValueError` if a batch is open.
@@ -166,7 +166,7 @@ class ClosedFormEstimator:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned, in place of what was gathered.
+        """Replace the means and counts by a result of `state_dict`.
 
         Raises:
             ValueError: If an entry is missing, has another shape or is not finite. Nothing is changed then.
@@ -182,14 +182,14 @@ class ClosedFormEstimator:
 
     @torch.no_grad()
     def feature(self, *, consume: bool = False) -> Feature:
-        """The dense feature, in tensors of its own.
+        """Return the dense feature, in tensors of its own.
 
         Args:
-            consume: Let go of the means block by block, so that no more is held than they took; the estimator cannot be
-                used afterwards.
+            consume: Free the means block by block, so that the memory does not grow; the estimator cannot be used
+                afterwards.
 
         Raises:
-            ValueError: If a sign was never seen, or the two classes' mean gradients are equal.
+            ValueError: If there was no batch of a sign, or the mean gradients of the two classes are equal.
         """
         for part, prefix in PARTS.items():
             if min(self.counts[part].values(), default=0) == 0:
@@ -214,7 +214,7 @@ class ClosedFormEstimator:
         high, low = (sum(readings[sign].values()) for sign in SIGNS)
         if not high > low:
             raise ValueError(
-                "The mean source gradients of the two classes are equal: there is nothing to read. Check that the "
+                "The mean source gradients of the two classes are equal, so there is nothing to read: check that the "
                 "batches of the two signs differ."
             )
         everywhere, shapes = dict.fromkeys(self.shapes), dict(self.shapes)
@@ -225,7 +225,7 @@ class ClosedFormEstimator:
 
 def _check_sign(sign: int) -> None:
     if sign not in SIGNS:
-        raise ValueError(f"sign is {sign!r}: write 1 for a batch of the class that reads +1, -1 for the other.")
+        raise ValueError(f"sign is {sign!r}: write 1 for a batch of the class that is read as +1, -1 for the other.")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
-"""The frozen result of a fit: what reads a feature off a gradient, and what writes it into weights.
+"""The frozen result of a fit: an encoder that reads a feature from a gradient, and a decoder that writes it to weights.
 
-Both halves are dictionaries of named blocks (arXiv 2502.01406, section 3), dense or reduced to their largest entries.
+Both hold dictionaries of named blocks (arXiv 2502.01406, section 3), dense or reduced to their largest entries.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 from .blocks import dot, flat, flat_blocks, largest, require_finite, sum_of_squares, total
 
 ACTIVATIONS = ("tanh", "identity")
-# Where the class means of the closed form's pre-activation read: tanh tells values about it apart well.
+# The closed form maps the class means to plus and minus this value, around which tanh is still steep.
 CLASS_MEAN = 0.9
-# Positions in a tensor are kept as int32; a larger tensor keeps all its entries.
+# Positions in a tensor are stored as int32; a tensor with more entries keeps all of them.
 MAX_INT32 = 2**31 - 1
 
 Index = Mapping[str, Tensor | None]
 
 
 def check_activation(activation: str) -> str:
-    """`activation` itself; refused where it is not known."""
+    """Return `activation`; raise a `ValueError` if it is not known."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: write one of {', '.join(map(repr, ACTIVATIONS))}.")
     return activation
@@ -32,16 +32,16 @@ def check_activation(activation: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FeatureEncoder:
-    """Reads a feature off a gradient: `h = activation(scale · (⟨w, g⟩ + bias))`, with `g / ‖g‖` where `unit_norm`."""
+    """Reads a feature from a gradient: `h = activation(scale · (⟨w, g⟩ + bias))`, with `g / ‖g‖` if `unit_norm`."""
 
-    weight: dict[str, Tensor]  # Name to `(count,)` float32, the entries of the block that are read.
-    # Name to `(count,)` int32 ascending flat positions of these entries; None where they are all of the block.
+    weight: dict[str, Tensor]  # Name to `(count,)` float32, the weights of the entries that are read.
+    # Name to `(count,)` int32 ascending flat positions of these entries; None if the whole block is read.
     index: dict[str, Tensor | None]
     shapes: dict[str, torch.Size]  # Name to the shape of the block.
-    scale: float = 1.0  # Factor of the pre-activation.
-    bias: float = 0.0  # Added to the inner product before `scale`.
+    scale: float = 1.0  # The factor of the pre-activation.
+    bias: float = 0.0  # It is added to the inner product before the scale.
     activation: str = "tanh"  # "tanh" or "identity".
-    unit_norm: bool = False  # Whether gradients are brought to unit norm; the norm is over all blocks that are given.
+    unit_norm: bool = False  # Whether gradients are scaled to unit norm; the norm is over all given blocks.
 
     def __post_init__(self) -> None:
         check_activation(self.activation)
@@ -52,7 +52,7 @@ class FeatureEncoder:
 
         Args:
             gradients: Name to gradient in the shape of the block, on any device, in any floating-point dtype. Blocks
-                that the encoder does not know count for the norm only. A gradient of zeros reads as no direction.
+                that the encoder does not know count for the norm only. A gradient of zeros has the inner product 0.
 
         Raises:
             TypeError: If a gradient is not a tensor of floating-point numbers.
@@ -78,7 +78,7 @@ class FeatureEncoder:
         return math.tanh(value) if self.activation == "tanh" else value
 
     def centred(self, high: float, low: float) -> FeatureEncoder:
-        """The encoder with the scale and bias that bring two values of `⟨w, g⟩ + bias` to where tanh is ±0.9."""
+        """The encoder with the scale and bias for which two values of `⟨w, g⟩ + bias` give a tanh of ±0.9."""
         return replace(self, scale=2 * math.atanh(CLASS_MEAN) / (high - low), bias=self.bias - (high + low) / 2)
 
     def prune(self, density: float) -> FeatureEncoder:
@@ -95,17 +95,17 @@ class FeatureEncoder:
 
     @property
     def count(self) -> int:
-        """Entries that are stored."""
+        """The number of stored entries."""
         return sum(w.numel() for w in self.weight.values())
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureDecoder:
-    """Says how weights change for a value of the feature neuron: `decode(h) = h · Wd + bd`."""
+    """Computes the change of the weights for a value of the feature neuron: `decode(h) = h · Wd + bd`."""
 
     weight: dict[str, Tensor]  # Name to `(count,)` float32, Wd.
     bias: dict[str, Tensor]  # Name to `(count,)` float32, bd, at the same entries.
-    # Name to `(count,)` int32 ascending flat positions of these entries; None where they are all of the block.
+    # Name to `(count,)` int32 ascending flat positions of these entries; None if the whole block is stored.
     index: dict[str, Tensor | None]
     shapes: dict[str, torch.Size]  # Name to the shape of the block.
 
@@ -113,7 +113,7 @@ class FeatureDecoder:
         _check_blocks(self.index, self.shapes, weight=self.weight, bias=self.bias)
 
     def decode(self, h: float) -> dict[str, Tensor]:
-        """Name to dense float32 `h · Wd + bd` in the shape of the block, zero outside the entries kept."""
+        """Name to dense float32 `h · Wd + bd` in the shape of the block, zero outside the kept entries."""
         decoded = {}
         for name, shape in self.shapes.items():
             values = torch.add(self.bias[name], self.weight[name], alpha=h)
@@ -121,10 +121,10 @@ class FeatureDecoder:
         return decoded
 
     def prune(self, density: float) -> FeatureDecoder:
-        """The decoder reduced to the `ceil(density · n)` largest `|Wd|` over all blocks, the first of equals.
+        """The decoder reduced to the `ceil(density · n)` largest `|Wd|` over all blocks; the first of equals are kept.
 
-        A block of which less than half is kept stores int32 positions; the others stay dense, with zeros at the
-        entries that go.
+        A block of which less than half is kept stores int32 positions; the other blocks stay dense, with zeros at the
+        removed entries.
 
         Raises:
             ValueError: If `density` is not in (0, 1], or Wd is not finite.
@@ -132,7 +132,7 @@ class FeatureDecoder:
         return prune_together([self], density)[0]
 
     def importance(self) -> dict[str, tuple[float, float, int]]:
-        """Name to (sum of |Wd|, sum of Wd², entries kept): which weights the feature sits in."""
+        """Name to (sum of |Wd|, sum of Wd², number of kept entries): how much of the feature is in each weight."""
         return {
             name: (float(w.abs().sum(dtype=torch.float64)), sum_of_squares(w), self._kept(name))
             for name, w in self.weight.items()
@@ -145,7 +145,7 @@ class FeatureDecoder:
 
     @property
     def count(self) -> int:
-        """Entries that are kept; of dense blocks those that are not zero in both Wd and bd."""
+        """The number of kept entries; dense blocks count the entries at which Wd and bd are not both zero."""
         return sum(map(self._kept, self.weight))
 
 
@@ -168,7 +168,7 @@ def prune_together(decoders: list[FeatureDecoder], density: float) -> list[Featu
         pairs = [(x, other.index.get(name)) for name, x in first.index.items()]
         same = all(x is y if x is None or y is None else torch.equal(x, y) for x, y in pairs)
         if first.shapes != other.shapes or not same:
-            raise ValueError("The decoders do not have the same blocks and entries: prune them before they part.")
+            raise ValueError("The decoders do not have the same blocks and entries: prune them together, not alone.")
 
     def score(name: str) -> Tensor:
         vectors = [decoder.weight[name].abs() for decoder in decoders]
@@ -184,11 +184,11 @@ def prune_together(decoders: list[FeatureDecoder], density: float) -> list[Featu
 def _largest_of(
     score: Callable[[str], Tensor], old: Index, shapes: Mapping[str, torch.Size], density: float
 ) -> tuple[dict[str, Tensor | None], Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] | None:
-    """The positions of the `ceil(density · n)` entries of largest `|score|`, and what reduces stored values to these.
+    """The positions of the `ceil(density · n)` entries of largest `|score|`, and a function that keeps values there.
 
-    Here n counts all of `shapes`; None where all stay. Of equal entries the first stay, in the order of blocks and
-    positions. A block of which less than half stays gets int32 positions; otherwise it is dense, and the values of
-    entries that go are zero.
+    n is the number of entries of all `shapes`; None if all entries stay. Of equal entries the first stay, in the order
+    of blocks and positions. A block of which less than half stays gets int32 positions; other blocks are dense, and the
+    values of removed entries are zero.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is {density}: write a share of the entries above 0 and up to 1.")
@@ -218,7 +218,7 @@ def _largest_of(
 
 
 def _spread(values: Tensor, positions: Tensor | None, size: int) -> Tensor:
-    """Values at positions of an otherwise zero vector of that size; the values themselves where they are all of it."""
+    """Put values at positions of a zero vector of that size; return the values themselves if `positions` is None."""
     return values if positions is None else values.new_zeros(size).index_copy_(0, positions.long(), values)
 
 

@@ -1,10 +1,10 @@
 """The feature neuron as the paper trains it: an encoder-decoder on gradients with one bottleneck neuron.
 
 `h = activation(We · g + be)`, `decoded = h · Wd + bd`, mean squared error to the target, AdamW (arXiv 2502.01406,
-section 3). No autograd: with `r = h · Wd + bd − t` the gradients are `2/n · r` for bd, `2/n · h · r` for Wd and
-`2/n · (⟨Wd, Wd⟩ h + ⟨Wd, bd⟩ − ⟨Wd, t⟩) · activation'` times g for We, where `⟨Wd, Wd⟩` and `⟨Wd, bd⟩` are kept from
-the step before. So one step reads We, g, Wd and t once for the inner products, and then goes over all vectors once, in
-pieces that stay in cache: gradients exist for a piece at a time only.
+section 3). Autograd is not used: with `r = h · Wd + bd − t` the gradients are `2/n · r` for bd, `2/n · h · r` for Wd
+and `2/n · (⟨Wd, Wd⟩ h + ⟨Wd, bd⟩ − ⟨Wd, t⟩) · activation'` times g for We, where `⟨Wd, Wd⟩` and `⟨Wd, bd⟩` are kept
+from the step before. So one step reads We, g, Wd and t once for the inner products, and then all vectors once, in
+pieces that stay in cache: gradients exist for only one piece at a time.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .features import ACTIVATIONS, Feature, FeatureDecoder, FeatureEncoder, chec
 
 KINDS = ("values", "first", "second")
 PARTS = ("encoder", "decoder", "decoder_bias")
-# Each vector begins at a multiple of so many float32 numbers, 64 bytes, where vector instructions work fastest.
+# In float32 numbers: each vector begins at a multiple of it, 64 bytes, where vector instructions are fastest.
 ALIGNED = 16
 
 
 class Step(NamedTuple):
-    """What one training step found, before the weights changed."""
+    """The results of one training step, from before the weights changed."""
 
-    loss: float  # Mean squared error of the decoded gradient, over all n entries.
+    loss: float  # The mean squared error of the decoded gradient, over all n entries.
     encoded: float  # The value of the feature neuron.
 
 
-Piece = list[tuple[str, int, int]]  # entries of blocks: name, start, stop
+Piece = list[tuple[str, int, int]]  # ranges of entries: name of the block, start, stop
 
 
 def _cut_into_pieces(shapes: Mapping[str, torch.Size], size: int) -> list[Piece]:
-    """All entries, in order, in pieces of at most `size`: small blocks share one, large blocks take several."""
+    """Cut all entries, in order, into pieces of at most `size`: small blocks share one, large blocks take several."""
     result: list[Piece] = []
     room = 0
     for name, shape in shapes.items():
@@ -58,8 +58,8 @@ class FeatureNeuron:
     Attributes:
         shapes: Name to shape of every block.
         activation: "tanh" or "identity".
-        lr: Learning rate; may be changed between steps.
-        steps: How many steps were taken.
+        lr: The learning rate; it may be changed between steps.
+        steps: The number of steps so far.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FeatureNeuron:
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
-        """Draw the weights as the reference does: We and be uniform in ±1/√n, Wd and bd uniform in ±max(We).
+        """Draw the weights as the reference code does: We and be uniform in ±1/√n, Wd and bd uniform in ±max(We).
 
         Args:
             shapes: Name to shape of every block.
@@ -83,11 +83,11 @@ class FeatureNeuron:
             betas: Decay rates of AdamW's moments.
             eps: AdamW's ε.
             weight_decay: AdamW's decoupled weight decay.
-            seed: Of the initial weights; they are drawn on the CPU, so that all devices start alike.
-            device: Where all of it is kept; None is the CPU.
+            seed: The seed of the initial weights, which are drawn on the CPU, so that they are the same on all devices.
+            device: The device of the weights and moments; None is the CPU.
 
         Raises:
-            ValueError: If there is no block, or an argument is out of its range.
+            ValueError: If there are no blocks, or an argument is out of its range.
         """
         self.shapes = as_shapes(shapes)
         self.activation = check_activation(activation)
@@ -101,11 +101,11 @@ class FeatureNeuron:
             ("weight_decay", weight_decay, math.inf),
         ):
             if not 0.0 <= value < upper:
-                raise ValueError(f"{name} is {value!r}: write a number from 0 up to and without {upper}.")
+                raise ValueError(f"{name} is {value!r}: write a number of at least 0 and below {upper}.")
         self.steps = 0
         self._n = total(self.shapes)
         aligned = math.ceil(self._n / ALIGNED) * ALIGNED
-        # (kinds, parts, n): weights and AdamW's moments of We, Wd and bd; and (kinds, 1) those of be.
+        # (kinds, parts, n): the values and AdamW's moments of We, Wd and bd; and (kinds, 1) the same of be.
         vectors = torch.zeros(len(KINDS), len(PARTS), aligned, dtype=torch.float32, device=self.device)
         self._vectors = vectors[..., : self._n]
         self._encoder_bias = torch.zeros(len(KINDS), 1, dtype=torch.float32, device=self.device)
@@ -127,7 +127,7 @@ class FeatureNeuron:
         self._square, self._cross = _added([_sums(*views) for views in pieces(decoder, decoder_bias)])
 
     def _blocks(self, vector: Tensor) -> dict[str, Tensor]:
-        """Name to `(count,)`: views of a vector of all blocks."""
+        """Name to `(count,)`: views of a vector that holds all blocks."""
         sizes = [shape.numel() for shape in self.shapes.values()]
         return dict(zip(self.shapes, vector.split(sizes), strict=True))
 
@@ -149,7 +149,7 @@ class FeatureNeuron:
 
     def _activate(self, projection: float) -> float:
         value = projection + float(self._encoder_bias[0])
-        # torch's tanh, so that training goes on to the bit as it did when values were tensors.
+        # torch's tanh, so that results are bit for bit those of earlier releases, whose values were tensors.
         return float(torch.tensor(value, dtype=torch.float64).tanh()) if self.activation == "tanh" else value
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class FeatureNeuron:
 
         Args:
             source: Name to source gradient in the block's shape, any floating-point dtype.
-            target: Name to target, likewise; may be the same as `source`.
+            target: Name to target in the block's shape, any floating-point dtype; may be the same as `source`.
 
         Raises:
             TypeError: If a gradient is not a tensor of floating-point numbers.
@@ -188,21 +188,21 @@ class FeatureNeuron:
         return Step(self._finite(squares) / self._n, h)
 
     def _walk(self, *given: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """Piece by piece `(kinds, parts, count)` of the state, and the same entries of what is given in float32."""
+        """For each piece the state `(kinds, parts, count)`, and the same entries of `given` in float32."""
         sizes = [sum(stop - start for _, start, stop in piece) for piece in self._pieces]
         for piece, vectors in zip(self._pieces, self._vectors.split(sizes, -1), strict=True):
             parts = ([blocks[name][start:stop].float() for name, start, stop in piece] for blocks in given)
             yield vectors, *(own[0] if len(own) == 1 else torch.cat(own) for own in parts)
 
     def _read(self, sources: dict[str, Tensor], targets: dict[str, Tensor]) -> tuple[float, float]:
-        """`⟨We, g⟩` and `⟨Wd, t⟩`, once everything is known to be finite."""
+        """Return `⟨We, g⟩` and `⟨Wd, t⟩`; raise an error if a number is not finite."""
         products: list[list[Tensor]] = []
         for vectors, g, t in self._walk(sources, targets):
             encoder, decoder, _ = vectors[0]
             products.append([torch.dot(encoder, g), torch.dot(decoder, t), torch.dot(t, t)])
         sums = _added(products)
         if not all(map(math.isfinite, sums)):
-            # Nothing times a number that is not finite is finite, so the inner products find it wherever it is.
+            # A product with a number that is not finite is not finite, so the inner products find every such number.
             for what, blocks in (("source gradient", sources), ("target", targets)):
                 require_finite({name: sum_of_squares(block) for name, block in blocks.items()}, what)
         for value in (*sums, self._square):
@@ -210,7 +210,7 @@ class FeatureNeuron:
         return sums[0], sums[1]
 
     def _adamw(self, vectors: Tensor, gradients: list[Tensor], count: Tensor) -> None:
-        """One step on `(kinds, parts, entries)`."""
+        """Take one step of AdamW on `(kinds, parts, entries)`."""
         values, first, second = (list(kind) for kind in vectors)
         beta1, beta2 = self.betas
         torch._fused_adamw_(
@@ -221,22 +221,22 @@ class FeatureNeuron:
     def _finite(self, value: float) -> float:
         if not math.isfinite(value):
             raise ValueError(
-                f"After {self.steps} steps the loss is not finite although the gradients are: they are too large for "
+                f"After {self.steps} steps the loss is not finite, but the gradients are: they are too large for "
                 f"float32, or the neuron has diverged. Start anew with a learning rate below {self.lr:g}."
             )
         return value
 
     def flip(self) -> None:
-        """Exchange the two ends of the neuron: We, be, Wd and their first moments change sign; bd stays.
+        """Swap the two ends of the neuron: We, be, Wd and their first moments change sign; bd stays.
 
-        Training goes on as it would have with the signs chosen otherwise at the start.
+        Training continues as if the weights had had the opposite signs from the start.
         """
         self._vectors[:2, :2].neg_()
         self._encoder_bias[:2].neg_()
         self._cross = -self._cross
 
     def feature(self) -> Feature:
-        """The neuron as a frozen dense feature, in tensors of its own."""
+        """Return the neuron as a frozen dense feature, in tensors of its own."""
         encoder, decoder, bias = (
             {name: block.clone() for name, block in self._blocks(vector).items()} for vector in self._vectors[0]
         )
@@ -247,7 +247,7 @@ class FeatureNeuron:
         )
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every vector of the state by its name in `state_dict`, not copied."""
+        """All vectors of the state by their names in `state_dict`, not copied."""
         found = {}
         for kind, vectors, bias in zip(KINDS, self._vectors, self._encoder_bias, strict=True):
             found[f"encoder_bias/{kind}"] = bias
@@ -270,7 +270,7 @@ class FeatureNeuron:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned; training goes on to the bit as it would have there.
+        """Replace the state by a result of `state_dict`; training continues bit for bit as it would have there.
 
         Raises:
             ValueError: If an entry is missing, unknown, has another shape or is not finite, or the activations differ.
@@ -282,8 +282,8 @@ class FeatureNeuron:
         *settings, activation = state["settings"].tolist()
         if ACTIVATIONS[int(activation)] != self.activation:
             raise ValueError(
-                f"The state is of a neuron with activation {ACTIVATIONS[int(activation)]!r}: give it to one that is "
-                f"made with it, not with {self.activation!r}."
+                f"The state is of a neuron with activation {ACTIVATIONS[int(activation)]!r}, but this neuron has "
+                f"{self.activation!r}: make one with the activation of the state."
             )
         for name, tensor in own.items():
             tensor.copy_(state[name])
@@ -299,7 +299,7 @@ def _sums(decoder: Tensor, bias: Tensor) -> list[Tensor]:
 
 
 def _added(sums: list[list[Tensor]]) -> list[float]:
-    """Rows of float32 sums, one row a piece, added in float64."""
+    """Add rows of float32 sums, one row for each piece, in float64."""
     rows = torch.stack([value for row in sums for value in row]).double().view(len(sums), -1)
     found: list[float] = rows.sum(0).tolist()
     return found

@@ -126,7 +126,7 @@ def test_targets_may_come_in_any_order():
 def test_a_batch_that_failed_half_way_leaves_means_of_what_arrived():
     estimator = fitted(BATCHES[:4])
     estimator.add_target("up", gradients(99, 1)["up"], 1)
-    with pytest.raises(ValueError, match="its source did not come"):
+    with pytest.raises(ValueError, match="its source was not added"):
         estimator.end_batch(1)
     with pytest.raises(ValueError, match="A batch is open"):
         estimator.state_dict()
@@ -203,7 +203,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="There are no blocks"):
         ClosedFormEstimator({})
     add_source(estimator, gradients(0), 1)
-    with pytest.raises(ValueError, match="came already"):
+    with pytest.raises(ValueError, match="was already added"):
         add_source(estimator, gradients(0), 1)
     for name, target in gradients(1).items():
         estimator.add_target(name, target, -1)
@@ -236,7 +236,7 @@ def test_a_source_is_refused_where_it_does_not_fit():
     with pytest.raises(ValueError, match="finite"):
         estimator.add_source(name, torch.full_like(block, math.nan), 1.0, 1)
     estimator.add_source(name, block, 1.0, 1)
-    with pytest.raises(ValueError, match="came already"):
+    with pytest.raises(ValueError, match="was already added"):
         estimator.add_source(name, block, 1.0, 1)
     with pytest.raises(ValueError, match="cannot be closed"):
         estimator.end_batch(1)
