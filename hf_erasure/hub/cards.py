@@ -1,6 +1,6 @@
-"""The cards of adapters in a folder, of what they are merged into and exported to, and of what is being saved.
+"""The cards of adapters in a folder, of merged models and exported LoRAs, and of adapters that are being saved.
 
-A card is put into a README.md that may be there already. What somebody has written into it is kept.
+A card is put into a README.md, which may exist already. Text that somebody has written into it is kept.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from hf_erasure.models.heads import HEAD_OF
 from .facts import PICTURES, CardFacts, facts_of, hub_id, plain, read_object
 from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, card_of, draw, intact, rendered
 
-# Of which each makes a folder that of a model or of another adapter.
+# Each of these files makes a folder the folder of a model or of another adapter.
 _MODEL_FILES = ("config.json", CONFIG)
-# What reading the metadata of a card raises where it is not metadata of a card.
+# The errors of reading metadata that are not those of a card.
 _UNREADABLE = (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError)
 # Lines that libraries write by themselves, in all their releases.
 _FILLED_IN_BY_NOBODY = re.compile(
@@ -52,12 +52,12 @@ _FILLED_IN_BY_NOBODY = re.compile(
 
 @dataclass(frozen=True)
 class WrittenCard:
-    """What became of a README.md."""
+    """What was done with a README.md."""
 
     path: Path  # the file
     # `"made"`, `"made anew"`, `"metadata"` where the text is somebody's own, or `"left"` where metadata cannot be read
     outcome: str
-    reason: str = ""  # why it was left
+    reason: str = ""  # why the file was left as it is
 
     def __str__(self) -> str:
         return {
@@ -83,21 +83,21 @@ def write_card(
 ) -> WrittenCard:
     """Make or update the card of an adapter's folder.
 
-    Where a README.md is there that another library made of a template, or that is ours and unchanged, it is made anew,
-    with its text outside our marks kept. Where somebody has written or changed it, only its metadata is updated.
+    A README.md that another library made from a template, or that is ours and unchanged, is made anew; its text
+    outside our marks is kept. If somebody has written or changed it, only its metadata is updated.
 
     Args:
-        folder: Where the adapter lies; its own folder, or one with adapters in folders of their names.
-        config: Its configuration, where it is not yet in the folder.
-        repo_id: Where the adapter will lie on the Hub.
-        subfolder: The folder there, if it has one.
-        base_model: The base's name on the Hub, in the place of what the configuration says.
-        present: The text to update, in the place of that of the folder's README.md.
-        beside: A folder in which more adapters lie, in folders of their names.
-        redraw: Draw the picture anew, though there is one.
-        overwrite: Take the place of text that somebody has written or changed.
-        **told: `tags`, for the metadata besides those that there are; `base_class`, that of the base model, where the
-            configuration does not say it; `training`, Markdown on the training run that ended with the adapter.
+        folder: The adapter's own folder, or a folder with adapters in folders of their names.
+        config: The adapter's configuration, if it is not in the folder yet.
+        repo_id: The adapter's repository on the Hub.
+        subfolder: The adapter's folder in the repository, if it has one.
+        base_model: The base's name on the Hub, in place of the one in the configuration.
+        present: The text to update, in place of the text of the folder's README.md.
+        beside: A folder that has more adapters, in folders of their names.
+        redraw: Draw the picture anew if it exists.
+        overwrite: Replace text that somebody has written or changed.
+        **told: `tags`, which are added to the metadata; `base_class`, the class of the base model, if the
+            configuration does not have it; `training`, Markdown on the training run that ended with the adapter.
 
     Returns:
         What was done.
@@ -118,10 +118,10 @@ def write_card(
 def gather(
     folder: Path, config: ChildConfig | None = None, *, base_model: str | None = None, redraw: bool = False
 ) -> CardFacts:
-    """The facts of the adapter in a folder, and its picture, which is drawn where there is none."""
+    """Gather the facts of the adapter in a folder; its picture is drawn if there is none."""
     found = {"": config} if config is not None else dict(own_adapters(folder))
     if not found:
-        raise ValueError(f"{folder} holds no adapter of hf_erasure: there is no {CONFIG} of one in it.")
+        raise ValueError(f"{folder} holds no adapter of hf_erasure: it has no {CONFIG} of such an adapter.")
     name, chosen = next(iter(found.items()))
     own = folder / name
     facts = facts_of(chosen, own, base_model=base_model)
@@ -136,7 +136,7 @@ def gather(
 
 
 def own_adapters(folder: Path) -> Iterator[tuple[str, ChildConfig]]:
-    """Adapters of ours in a folder: its own, or else those in folders within it."""
+    """Adapters of ours in a folder: the one of the folder itself, or else those of folders within it."""
     own = config_in(folder)
     if own is not None:
         yield "", own
@@ -150,7 +150,7 @@ def own_adapters(folder: Path) -> Iterator[tuple[str, ChildConfig]]:
 
 
 def config_in(folder: Path) -> ChildConfig | None:
-    """The configuration of the adapter in a folder, where it is one of ours."""
+    """The configuration of the adapter in a folder, if it is one of ours."""
     content = read_object(folder / CONFIG)
     kinds = {"CONCEPT_ERASURE": ConceptErasureConfig, "GRADIEND": GradiendConfig}
     kind = kinds.get(str(content.get("peft_type")))
@@ -158,7 +158,7 @@ def config_in(folder: Path) -> ChildConfig | None:
 
 
 def holds_adapters_only(folder: Path) -> bool:
-    """Whether a folder is one of our adapters, or has only such in it: its card is ours to write."""
+    """Whether a folder is one of our adapters, or has only such adapters in it, so that its card is ours to write."""
     if config_in(folder) is None and any((folder / name).exists() for name in _MODEL_FILES):
         return False
     return next(own_adapters(folder), None) is not None
@@ -171,7 +171,7 @@ def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
     if root == folder:
         return
     target = target_of(root)
-    # The card of another method's adapter that lies there is not ours to write.
+    # If the adapter of another method is there, its card is not ours to write.
     is_ours = next(own_adapters(root), None) is not None
     is_free = holds_adapters_only(target) or not any((target / name).exists() for name in _MODEL_FILES)
     if is_ours and is_free:
@@ -179,14 +179,14 @@ def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
 
 
 def told_by(model: Any) -> dict[str, Any]:
-    """What the model tells of the base, for the card of an adapter of it."""
+    """The tags and the class of the base model, for the card of an adapter of the model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     library = ["transformers"] if isinstance(base, PreTrainedModel) else []
     return {"tags": [*library, *(getattr(base, "model_tags", None) or [])], "base_class": type(base).__name__}
 
 
 def kept_quiet(where: Path, write: Callable[..., WrittenCard], *args: Any, **kwargs: Any) -> None:
-    """Write a card into a folder; an adapter is worth more than its card, so what goes wrong is said, and no more."""
+    """Write a card into a folder; an adapter is worth more than its card, so an error becomes a warning."""
     try:
         written = write(where, *args, **kwargs)
     except Exception as error:
@@ -219,20 +219,20 @@ def write_merged_card(folder: str | Path, model: str, adapter: str | Path, what:
 
 
 def export_to_lora(model: nn.Module, adapter_name: str, folder: str | Path, *, rank: int | None = None) -> LoraExport:
-    """Write an adapter as a stock LoRA with its card, which `PeftModel.from_pretrained(base, folder)` loads without us.
+    """Write an adapter as a stock LoRA with its card; `PeftModel.from_pretrained(base, folder)` loads it by itself.
 
     An erasure is exported exactly. A GRADIEND adapter becomes its nearest LoRA of a rank, at its present strength;
     what it changes in norms, biases and other parameters that are not matrices is left out, and the text says how much
     that is.
 
     Args:
-        model: The model with the fitted adapter, or whatever it is inside of. It is not changed.
+        model: The model with the fitted adapter, or a module that contains it. It is not changed.
         adapter_name: The adapter; it is exported as it acts alone.
         folder: Where `adapter_config.json`, `adapter_model.safetensors` and `README.md` are written.
-        rank: Of the LoRA, for a GRADIEND adapter; 16 when left out. An erasure has its own.
+        rank: The rank of the LoRA for a GRADIEND adapter; 16 when None. An erasure has its own rank.
 
     Returns:
-        What was written, what could not be, and where PEFT can use it but not merge it.
+        What was written, what could not be written, and where PEFT can apply the LoRA but not merge it.
 
     Raises:
         ValueError: If the adapter is not fitted, is merged, or has a site that is not a linear layer and whose
@@ -277,11 +277,11 @@ def has_own_text(present: str | None) -> bool:
 
 
 def write_into(path: Path, card: Card, present: str | None = None, *, overwrite: bool = False) -> WrittenCard:
-    """Bring a README.md up to date, as `updated` does with the text `present`, or else with that of the file."""
+    """Bring a README.md up to date by `updated`, from the text `present`, or else from the text of the file."""
     try:
         present = text_of(path) if present is None else present
     except UnicodeDecodeError as error:
-        return WrittenCard(path, "left", f"it is not text in UTF-8 ({error}). Mend or delete it.")
+        return WrittenCard(path, "left", f"it is not text in UTF-8 ({error}). Correct or delete it.")
     text, outcome, reason = updated(present, card, overwrite=overwrite)
     if outcome != "left":
         write_text(path, text)
@@ -289,7 +289,7 @@ def write_into(path: Path, card: Card, present: str | None = None, *, overwrite:
 
 
 def text_of(path: Path) -> str | None:
-    """The text of a README.md; None where there is none."""
+    """The text of a README.md; None if there is no such file."""
     return path.read_bytes().decode("utf-8-sig") if path.is_file() else None
 
 
@@ -301,7 +301,7 @@ def updated(present: str | None, card: Card, *, overwrite: bool = False) -> tupl
         readme = ModelCard(present)
         data = merged(readme.data, card.data)
     except _UNREADABLE as error:
-        return present, "left", f"its metadata cannot be read ({plain(error)}). Mend or delete it."
+        return present, "left", f"its metadata cannot be read ({plain(error)}). Correct or delete it."
     text = readme.text.replace("\r\n", "\n")
     if is_generic(text) or overwrite:
         return str(Card(data, card.text)), "made anew" if overwrite else "made", ""
@@ -314,11 +314,11 @@ def updated(present: str | None, card: Card, *, overwrite: bool = False) -> tupl
 
 
 def merged(present: Any, ours: ModelCardData) -> ModelCardData:
-    """What a card says and what we know of the adapter: ours where it is about the adapter, theirs otherwise."""
+    """Merge the metadata of a card with ours: ours for all that is about the adapter, the card's for the rest."""
     found: Any = ModelCardData()
     found.__dict__.update(present.__dict__)
     found.library_name = ours.library_name
-    # The base models that a card names stay, but for paths of somebody's disk.
+    # The base models that a card names stay, except for paths on somebody's disk.
     base = present.base_model
     named = [name for name in base if hub_id(name)] if isinstance(base, list) else hub_id(base)
     found.base_model = ours.base_model or named or None
@@ -337,7 +337,7 @@ def merged(present: Any, ours: ModelCardData) -> ModelCardData:
 
 
 def filled(present: str, other: str | None) -> str:
-    """A README.md with what the metadata of another one says besides; as it is where either cannot be read."""
+    """Add the metadata of another README.md to a README.md; return it unchanged if one of them cannot be read."""
     if not other:
         return present
     try:

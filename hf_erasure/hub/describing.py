@@ -1,4 +1,4 @@
-"""What only its maker knows of an adapter, and what was measured of it afterwards; kept in its configuration."""
+"""Keep in an adapter's configuration what only its maker knows, and what was measured after it was fitted."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def describe(
     license: str | None = None,
     language: Sequence[str] | str | None = None,
 ) -> None:
-    """Say of a fitted adapter what its card cannot know by itself. Saved with it; fitting anew forgets it.
+    """Add to a fitted adapter what its card cannot know by itself. It is saved with the adapter; a new fit deletes it.
 
     Args:
         model: The model with the adapter.
         adapter_name: The adapter.
-        datasets: Names on the Hub of what it was fitted on.
+        datasets: Names on the Hub of the data sets that it was fitted on.
         labels_from: Who or what labelled the data, in words.
-        base_model: The base's name on the Hub, where it was loaded from a folder; whose place it takes in the adapter's
-            configuration.
-        license: As the Hub writes it, such as `"apache-2.0"`.
-        language: Codes such as `"en"`.
+        base_model: The base's name on the Hub, if it was loaded from a folder. The name replaces the folder in the
+            adapter's configuration.
+        license: The licence in the Hub's spelling, such as `"apache-2.0"`.
+        language: Codes of languages, such as `"en"`.
 
     Raises:
-        ValueError: If there is no such adapter of ours, or a name is not that of a repository.
+        ValueError: If there is no such adapter of ours, or a name is not the name of a repository.
     """
     config = adapter_of(model, adapter_name, ChildConfig).config
     tell(config, datasets=datasets, labels_from=labels_from, base_model=base_model, license=license, language=language)
 
 
 def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> None:
-    """Write into a configuration what `describe` is told. Raises `ValueError` if a name is not that of a repository."""
+    """Write the arguments of `describe` into a configuration. Raises `ValueError` if a name is not a repository's."""
     datasets = told.get("datasets")
     told["datasets"] = [datasets] if isinstance(datasets, str) else list(datasets or [])
     for name in [*told["datasets"], *([base_model] if base_model else [])]:
@@ -71,13 +71,13 @@ def tell(config: ChildConfig, *, base_model: str | None = None, **told: Any) -> 
 def describe_folder(
     folder: str | Path, *, results: str | Path | None = None, names: Iterable[str] = (), **told: Any
 ) -> list[Measured]:
-    """Do the same with a saved adapter, and keep what `hf-erasure evaluate` has measured of it.
+    """Do as `describe` with a saved adapter, and keep what `hf-erasure evaluate` has measured of it.
 
     Args:
-        folder: The adapter's.
-        results: What `hf-erasure evaluate` wrote.
-        names: What the adapter is called in it; by default it is found by its values.
-        **told: As of `describe`.
+        folder: The folder of the adapter.
+        results: The `results.json` of `hf-erasure evaluate`, or its folder.
+        names: Names of the adapter in the results; by default it is found by its values.
+        **told: Further arguments of `describe`.
 
     Returns:
         The rows that were taken from the results.
@@ -96,7 +96,7 @@ def describe_folder(
     if rows:
         kept = {"results": [asdict(row) for row in rows], "results_of": state_of(config)}
         config.provenance[TOLD] = config.provenance[TOLD] | kept
-    # Only these entries are changed: what else is in the file stays as it is.
+    # Only these entries are changed: the rest of the file stays as it is.
     before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     after = before | {"base_model_name_or_path": config.base_model_name_or_path}
     if config.provenance[TOLD]:
@@ -107,7 +107,7 @@ def describe_folder(
 
 
 def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, folder: Path) -> list[Measured]:
-    """The rows of the adapter in a folder among what `hf-erasure evaluate` wrote; refused if of another."""
+    """The rows of a folder's adapter in results of `hf-erasure evaluate`. Raises `ValueError` if it is not in them."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     content = read_object(path)
@@ -140,7 +140,7 @@ def of_evaluation(path: str | Path, names: Iterable[str], config: ChildConfig, f
 
 
 def _column(content: dict[str, Any], names: list[str], config: ChildConfig, folder: Path, path: Path) -> str:
-    """The column of the adapter, which is known by its values and those of its base, and by its name only besides."""
+    """The column of the adapter, recognised by its values and those of its base; `names` only choose among equals."""
     again = f"Run `hf-erasure evaluate` with {folder} and with the model that it was fitted on."
     prints = content.get("fingerprints")
     if not isinstance(prints, dict) or not isinstance(prints.get("adapters"), dict):
@@ -154,7 +154,7 @@ def _column(content: dict[str, Any], names: list[str], config: ChildConfig, fold
         wanted = f" under the name {names[0]!r}" if names else ""
         raise ValueError(
             f"{path} has measures of the adapters {list(known)}, and the {config.described} in {folder} is not among "
-            f"them{wanted}: it is another one, or was fitted or steered anew since. {again}"
+            f"them{wanted}: it is another one, or was fitted or steered anew after that. {again}"
         )
     kept, seen = Provenance.of(config).fingerprint, known[chosen[0]].get("base")
     if not isinstance(seen, dict) or not kept.keys() & seen.keys():

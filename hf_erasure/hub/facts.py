@@ -1,6 +1,6 @@
-"""The facts of an adapter that its card says, gathered from its configuration and from what lies beside it.
+"""The facts of an adapter for its card, gathered from its configuration and from the files beside it.
 
-Everything read here may come from a stranger: text is made one visible line, and what is not a number is left out.
+All that is read may come from a stranger: text becomes one visible line, and a figure that is not a number is left out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hf_erasure.fitting.report import verdict
 from hf_erasure.models.pooling import IN_WORDS
 from hf_erasure.models.scorer import FINAL
 
-# So many characters of a name are shown, which a table of a card must leave readable.
+# The most characters of a name that are shown, so that a table of a card stays readable.
 LONGEST = 200
-# So many sites are listed in a card, which a model of any depth must leave readable.
+# The most sites that a card lists, so that the card of a model of any depth stays readable.
 MOST_SITES = 200
 # Pictures that this package draws beside an adapter → their captions.
 LEAKAGE, EFFECT = "leakage.png", "effect.png"
@@ -35,10 +35,10 @@ PICTURES = {
     "encoded.png": "Values of the feature neuron on texts that it was not learned from.",
     "surface.png": "All edits that were tried.",
 }
-# Of GRADIEND's tables: what a column is, and which way is better.
+# Columns of GRADIEND's tables → what they are, and which direction is better.
 _GRADIEND = {"loss": ("language modelling, loss", "lower"), "lms": ("language modelling, score", "higher")}
 _GOALS = ("balance", "bpi", "fpi", "mpi")
-# Of `GradiendCallback`: what a figure with this ending is.
+# The ending of a figure of `GradiendCallback` → what the figure is.
 _WATCHED = {
     "_encoded": "mean value of the feature neuron on the gradients of training",
     "_guarded": "mean cosine between the change of the weights and the feature's direction, which was taken out",
@@ -48,13 +48,13 @@ _WATCHED = {
 def plain(value: Any, longest: int = LONGEST) -> str:
     """One line of visible characters: no line breaks, control characters, changes of direction or lone surrogates."""
     spaced = " ".join(str(value).split())
-    # Cn is left in: what this Python does not know yet is a character all the same.
+    # Cn is kept: a character that this Python does not know yet is a character too.
     visible = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
     return visible if len(visible) <= longest else f"{visible[: longest - 1]}…"
 
 
 def hub_id(name: Any) -> str | None:
-    """A name where it can be that of a repository on the Hub, and is not that of a folder; else None."""
+    """The name, if it can be the name of a repository on the Hub and is not a path that exists; else None."""
     if not isinstance(name, str) or name.count("/") > 1:
         return None
     try:
@@ -70,13 +70,13 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def interval_of(ends: Any) -> list[float] | None:
-    """Both ends of an interval, where these are two numbers."""
+    """Both ends of an interval, if they are two numbers; else None."""
     is_one = isinstance(ends, (list, tuple)) and len(ends) == 2 and all(map(is_number, ends))
     return [float(end) for end in ends] if is_one else None
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file, or no object in it."""
+    """The JSON object in a file; empty if the file does not exist or does not hold an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -91,38 +91,38 @@ class CardFacts:
     kind: str  # `"concept_erasure"` or `"gradiend"`: which template is filled
     concept: str  # what is erased or learned
     classes: list[str]  # of the concept; empty for a continuous one
-    fitted: bool  # whether there is anything in it
+    fitted: bool  # whether it was fitted
     base_id: str | None = None  # the base model's name on the Hub, if it has one
-    base_revision: str | None = None  # the commit of the base it was fitted on, where that is known
+    base_revision: str | None = None  # the commit of the base it was fitted on, if it is known
     base_class: str | None = None  # the class of the base model
-    repo_id: str | None = None  # where the adapter lies on the Hub, where that is known
-    subfolder: str | None = None  # the folder of the adapter there
-    others: dict[str, str] = field(default_factory=dict)  # adapters beside it, subfolder → what they are
-    method: dict[str, Any] = field(default_factory=dict)  # its settings by name, as the template of its kind wants them
+    repo_id: str | None = None  # the adapter's repository on the Hub, if it is known
+    subfolder: str | None = None  # the folder of the adapter in the repository
+    others: dict[str, str] = field(default_factory=dict)  # the repository's other adapters, subfolder → what they are
+    method: dict[str, Any] = field(default_factory=dict)  # its settings by name, for the template of its kind
     sites: list[dict[str, Any]] = field(default_factory=list)  # `name`, `width`, `rank`, `before`, `after`
-    finals: list[dict[str, Any]] = field(default_factory=list)  # the same of the last hidden states, which have no site
-    more_sites: int = 0  # how many sites there are besides those
+    finals: list[dict[str, Any]] = field(default_factory=list)  # the same for last hidden states, which are not a site
+    more_sites: int = 0  # how many sites are not listed
     examples: int | None = None  # how many sequences it was fitted on
-    counterfactuals: int = 0  # how many counterfactuals of these
-    tokens: int | None = None  # how many positions
+    counterfactuals: int = 0  # how many counterfactuals of these sequences
+    tokens: int | None = None  # how many positions of these sequences
     datasets: list[str] = field(default_factory=list)  # names on the Hub
     labels_from: str | None = None  # who or what labelled the data, in words
     measured: list[dict[str, Any]] = field(default_factory=list)  # rows of before and after, as `Measured`
-    fingerprint: str | None = None  # of the weights it was fitted on, shortened
-    parts: list[str] = field(default_factory=list)  # of an adapter that was combined: what it was made from
+    fingerprint: str | None = None  # the digest of the weights it was fitted on, shortened
+    parts: list[str] = field(default_factory=list)  # the adapters that a combined adapter was made from
     versions: dict[str, str] = field(default_factory=dict)  # package → version
     pictures: dict[str, str] = field(default_factory=dict)  # file → caption
-    license: str | None = None  # as the Hub writes it
-    language: list[str] = field(default_factory=list)  # codes
-    training: str = ""  # Markdown on a training run that ended with this adapter, as Trainer words it
-    tags: list[str] = field(default_factory=list)  # of the base model, and what else the model tells
+    license: str | None = None  # in the Hub's spelling
+    language: list[str] = field(default_factory=list)  # codes of languages
+    training: str = ""  # Markdown on a training run that ended with this adapter, in Trainer's words
+    tags: list[str] = field(default_factory=list)  # further tags, such as those of the base model
 
 
 def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str | None = None) -> CardFacts:
-    """Gather what the configuration of an adapter says, and which pictures lie in its folder."""
+    """Gather the facts in the configuration of an adapter, and the names of the pictures in its folder."""
     made = Provenance.of(config)
     told, run, is_gradiend = made.card, made.recipe, isinstance(config, GradiendConfig)
-    # What its maker told comes first; of the rest, what cannot be a name on the Hub is left out.
+    # What its maker told comes first; other names are left out if they cannot be names on the Hub.
     datasets = [*map(plain, told.datasets), *map(hub_id, map(plain, [*run.datasets, *made.data.datasets]))]
     here = {name: version(name) for name in ("peft", "transformers", "torch")}
     configured = getattr(config, "peft_version", None)
@@ -160,7 +160,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
         now = {name: getattr(config, name) for name in ("feature_factor", "learning_rate", "pair")}
 
         def if_steered(edit: ChosenEdit) -> ChosenEdit:
-            then = {name: edit.best.get(name, value) for name, value in now.items()}  # older ones do not say how
+            then = {name: edit.best.get(name, value) for name, value in now.items()}  # an older edit lacks some
             return edit if digest_of_data(then) == digest_of_data(now) else ChosenEdit()
 
         tested, chosen = if_steered(run.edit), if_steered(made.selection)
@@ -171,7 +171,7 @@ def facts_of(config: ChildConfig, folder: Path | None = None, *, base_model: str
 
 
 def state_of(config: ChildConfig) -> str:
-    """Changes where an adapter is fitted or steered anew, so that results of the old one are not taken for its own."""
+    """A digest that changes when an adapter is fitted or steered anew, so that older results do not count for it."""
     known = config.to_dict()
     names = ("fitted_sites", "fitted_parameters", "encoders", "feature_factor", "learning_rate", "pair")
     made = {key: value for key, value in (known.get("provenance") or {}).items() if key != TOLD}
@@ -223,7 +223,7 @@ def _add_erasure(facts: CardFacts, config: ConceptErasureConfig, made: Provenanc
 
 
 def _figures_on(made: Provenance, measured_on: str) -> str:
-    """What figures are of, and what they were measured on."""
+    """The rows and the vectors that figures were measured on, in words."""
     return f"{measured_on}, of {IN_WORDS[made.pool]}" if made.pool in IN_WORDS else measured_on
 
 
@@ -247,20 +247,20 @@ def _gradiend_method(config: GradiendConfig, made: Provenance, chosen: ChosenEdi
 class Measured:
     """A number of the model without the adapter and with it."""
 
-    key: str  # what it is, in one word, as in the metadata of cards
+    key: str  # the name of the measure in the metadata of cards
     title: str  # what it is
     before: float | None  # without the adapter; None where only the adapter was measured
     after: float  # with it
-    better: str  # `"lower"`, `"higher"`, `"closer to …"`, or nothing where neither is
+    better: str  # `"lower"`, `"higher"`, `"closer to …"`, or empty where none of these holds
     data: str  # what it was measured on
-    before_interval: list[float] | None = None  # 95 % of a bootstrap, where there is one
+    before_interval: list[float] | None = None  # 95 %, if there is one
     after_interval: list[float] | None = None  # the same with the adapter
-    ideal: float | None = None  # the best value, where there is one
+    ideal: float | None = None  # the best value, if there is one
     is_other: bool = False  # whether it is a measure of another concept than the adapter's
 
     @property
     def change(self) -> str:
-        """`"better"`, `"worse"` or `"no change"`; nothing where there is no interval to tell it by."""
+        """`"better"`, `"worse"` or `"no change"`; empty if there is no interval to decide by."""
         way = self.better.partition(" ")[0]
         if self.before is None or self.after_interval is None or way not in ("lower", "higher", "closer"):
             return ""
@@ -268,7 +268,7 @@ class Measured:
 
 
 def of_edit(chosen: ChosenEdit, config: GradiendConfig, data: str) -> list[Measured]:
-    """What an edit of a GRADIEND adapter does to some data."""
+    """The effect of an edit of a GRADIEND adapter on some data, a row for each figure."""
     data += f", {plain(chosen.measured_on)}" if "fitted" in chosen.measured_on else ""
     base, best = _flat(chosen.base, config), _flat(chosen.best, config)
     rows = []
@@ -300,7 +300,7 @@ def _flat(point: dict[str, Any], config: GradiendConfig) -> dict[str, Any]:
 
 
 def of_training(concept: str, made: Provenance) -> list[Measured]:
-    """What a callback of ours logged last while the model under the adapter was trained."""
+    """The last figures that a callback of ours logged while the model under the adapter was trained."""
     figures = made.training.figures
     where = f"at step {made.training.step} of training"
     held_out = f"{_figures_on(made, plain(made.training.measured_on) or 'held-out batches')}, {where}"

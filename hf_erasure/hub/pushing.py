@@ -1,8 +1,8 @@
-"""Pushing to the Hub: of a folder in one commit, and our card in what transformers and Trainer push.
+"""Push a folder to the Hub in one commit, and put our card into what transformers and Trainer push.
 
-What goes wrong between a user and the Hub is said in a sentence that tells what to do about it. `push_to_hub` of
-transformers writes a template over the card that a save has left, Trainers do too, and Trainer calls a method on the
-model that only a `PeftModel` has. What they do for models without an adapter of ours is left as it is.
+Errors of the Hub are raised with a sentence that says what to do. `push_to_hub` of transformers writes a template over
+the card of a save, Trainers do too, and Trainer calls a method of the model that only a `PeftModel` has. What they do
+for models without an adapter of ours is not changed.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ _REMEDIES = {
     429: "Wait a little, and try again.",
 }
 _AGAIN = "Try again; a second push sends only what has not arrived."
-# So many characters of what the Hub says are shown.
+# The most characters of the Hub's answer that are shown.
 _LONGEST = 400
 
 
 class PushError(OSError):
-    """A push that failed. What the client itself said is its `__cause__`."""
+    """A push that failed. The client's own error is its `__cause__`."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
-        self.status = status  # of HTTP; None where there was no answer
+        self.status = status  # the HTTP status; None if the Hub did not answer
 
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Raise a `PushError` that says what to do for what the client raises while it works on a repository."""
+    """Turn the errors of the client, while it works on a repository, into a `PushError` that says what to do."""
     try:
         yield
     except (HTTPError, RuntimeError, LocalEntryNotFoundError) as error:
-        # What went wrong with one file has its reason as the cause.
+        # The error of a single file has its reason as the cause.
         reason = error if isinstance(error, HTTPError) else error.__cause__
         if not isinstance(reason, HTTPError):
             raise
@@ -72,7 +72,7 @@ def explained(repo_id: str) -> Iterator[None]:
             why = f"the connection to the Hub broke ({type(reason).__name__}: {plain(reason, _LONGEST)}). {_AGAIN}"
         else:
             said = plain(getattr(reason, "server_message", None) or "no reason given", _LONGEST)
-            remedy = _REMEDIES.get(status, f"The trouble is the Hub's. {_AGAIN}" if status >= 500 else "")
+            remedy = _REMEDIES.get(status, f"The fault is the Hub's. {_AGAIN}" if status >= 500 else "")
             why = f"the Hub answered {status} ({said}). {remedy}".rstrip()
         raise PushError(f"Pushing to {repo_id!r} failed{what}: {why}", status) from error
 
@@ -81,13 +81,13 @@ def _status_of(error: HTTPError) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
 
 
-# Name of a file → its text in the repository as it is now; None where there is none.
+# Name of a file → its present text in the repository; None if the repository lacks the file.
 Present = Callable[[str], str | None]
-# What a repository of a model consists of; training states and pickles are left out.
+# The files of a model's repository, by suffix; training states and pickles are left out.
 _MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md", ".png", ".tiktoken", ".spm", ".bpe")
-# So often a push is made anew where somebody else commits in between.
+# How often a push is tried if somebody else commits in between.
 _ATTEMPTS = 3
-# Where Trainer's card begins to say how training went.
+# The heading in Trainer's card above the text on the training run.
 _TRAINING = "## Training procedure"
 
 
@@ -105,25 +105,25 @@ def push_adapter(
 ) -> CommitInfo:
     """Upload an adapter with its card to the Hub.
 
-    The repository is made if there is none. What people have written into its README.md, or into that of the folder,
-    is kept, as `write_card` does; the folder itself is left as it is, but for its picture.
+    The repository is created if it does not exist. Text that people have written into its README.md, or into that of
+    the folder, is kept as by `write_card`. The folder itself is not changed, except for its picture.
 
     Args:
-        folder: An adapter's folder, or one with adapters in folders of their names.
+        folder: An adapter's folder, or a folder with adapters in folders of their names.
         repo_id: `user/name`.
-        private: Make the repository private, where it is made.
-        revision: The branch; it is made if there is none.
-        subfolder: The folder within the repository, so that one can hold several adapters.
+        private: Make the repository private if it is created.
+        revision: The branch; it is created if it does not exist.
+        subfolder: The folder within the repository, so that a repository can hold several adapters.
         create_pr: Open a pull request instead.
-        token: Of the Hub; the one of `hf auth login` when None.
-        message: Of the commit.
-        base_model: The base's name on the Hub, where the adapter was fitted on a local copy; what is uploaded names it.
+        token: The token for the Hub; the one of `hf auth login` when None.
+        message: The message of the commit.
+        base_model: The base's name on the Hub, if the adapter was fitted on a local copy; uploaded files have the name.
 
     Returns:
-        Where the commit is.
+        The commit, with its address.
 
     Raises:
-        ValueError: If the folder holds no fitted adapter of ours, or a name is not that of a repository.
+        ValueError: If the folder holds no fitted adapter of ours, or a name is not the name of a repository.
         PushError: If the Hub refuses, or does not answer.
     """
     parts = PurePosixPath(subfolder or "").parts
@@ -146,11 +146,11 @@ def push_adapter(
         for name in filter(None, adapters):
             own = cards.gather(folder / name, base_model=base_model)
             written[name] = replace(own, repo_id=to, subfolder=within(name))
-        # No recipe and no training state.
+        # Recipes and training states are not uploaded.
         for name, file in itertools.product(adapters, (CONFIG, WEIGHTS, *PICTURES)):
             content: Path | bytes = folder / name / file
             if file == CONFIG and base_model is not None:
-                # So that `AutoModel.from_pretrained` finds the base.
+                # `AutoModel.from_pretrained` finds the base by this entry.
                 known = read_object(folder / name / file) | {"base_model_name_or_path": base_model}
                 content = json.dumps(known, indent=2, sort_keys=True).encode("utf-8")
             if (folder / name / file).is_file():
@@ -158,7 +158,7 @@ def push_adapter(
         for name, own in written.items():
             yield _readme(rendered(own), cards.text_of(folder / name / CARD), present, within(name, CARD))
         if place and present(CARD) is None:
-            # The Hub shows the card at the top, where a new repository would have none.
+            # The Hub shows the card at the top of a repository; a new repository would not have one.
             facts.pictures = {within(name): text for name, text in facts.pictures.items()}
             yield _readme(rendered(facts), None, present, CARD)
 
@@ -177,7 +177,7 @@ def push_model(
 ) -> CommitInfo:
     """Upload a folder that `merge` or `export-lora` wrote: configuration, weights, tokenizer and card.
 
-    Arguments and errors are those of `push_adapter`. The card of the folder takes the place of one that nobody wrote.
+    Arguments and errors are those of `push_adapter`. The folder's card replaces one that nobody has written into.
     """
     folder = Path(folder)
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix in _MODEL_SUFFIXES)
@@ -207,7 +207,7 @@ def _push(
     create_pr: bool,
     token: str | bool | None,
 ) -> CommitInfo:
-    """Commit files onto what the repository holds; anew if somebody else commits in between."""
+    """Commit files to a repository; try again if somebody else commits in between."""
     validate_repo_id(repo_id)
     api, attempts = HfApi(token=token), 0
     with explained(repo_id):
@@ -216,7 +216,7 @@ def _push(
             try:
                 api.create_branch(to, branch=revision, exist_ok=True)
             except HfHubHTTPError as error:
-                # Who may only propose changes cannot make branches; the commit says so if there is none.
+                # A user who may only propose changes cannot create branches; the commit fails if the branch is missing.
                 if not create_pr or _status_of(error) != 403:
                     raise
         while True:
@@ -235,15 +235,15 @@ def _push(
 
 
 def _card_at(repo_id: str, revision: str | None, token: str | bool | None, name: str) -> str | None:
-    """A card of a repository as it is now; None where there is none."""
+    """The present text of a card in a repository; None if the repository does not have it."""
     try:
         return cards.text_of(Path(hf_hub_download(repo_id, name, revision=revision, token=token)))
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
-        return None  # and not where the Hub could not be asked: somebody's card would be overwritten
+        return None  # but if the Hub cannot be asked, an error: somebody's card would be overwritten
 
 
 def _readme(card: Card, here: str | None, present: Present, path: str) -> CommitOperationAdd:
-    """The card in the text that somebody has written, in the folder or on the Hub."""
+    """Put the card into the text that somebody has written, in the folder or on the Hub."""
     text, outcome, reason = cards.updated(here if cards.has_own_text(here) else present(path), card)
     if outcome == "left":
         raise ValueError(f"The {CARD} of the repository or of the folder cannot be kept: {reason}")
@@ -251,7 +251,7 @@ def _readme(card: Card, here: str | None, present: Present, path: str) -> Commit
 
 
 def _fitted_adapters(folder: Path) -> list[str]:
-    """The folders of adapters within a folder; an empty name where it is one itself."""
+    """The names of the adapters' folders within a folder; an empty name if the folder is an adapter itself."""
     adapters = dict(cards.own_adapters(folder))
     if not adapters:
         raise ValueError(
@@ -270,7 +270,7 @@ def _fitted_adapters(folder: Path) -> list[str]:
 
 
 def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """The card that `push_to_hub` of transformers writes over that of what it pushes; of ours, our card takes it up."""
+    """The card that `push_to_hub` of transformers writes over the present one; for adapters of ours, write our card."""
     card: Any = original(repo_id, *args, **kwargs)
     token = inspect.signature(original).bind(repo_id, *args, **kwargs).arguments.get("token")
     save_as_it_is = card.save
@@ -279,12 +279,12 @@ def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kw
         path = Path(filepath)
         if path.name != CARD or not cards.holds_adapters_only(path.parent):
             return save_as_it_is(filepath)
-        # What lies in the folder and what lies on the Hub: the one that somebody has written counts.
+        # Of the cards in the folder and on the Hub, the one that somebody has written into is kept.
         pushed_from = PUSHED_FROM.get()
         here = cards.text_of(path if pushed_from is None else pushed_from / CARD)
         there = str(card)
         if not cards.has_own_text(there):
-            with explained(repo_id):  # transformers takes it for nothing where the Hub could not be asked
+            with explained(repo_id):  # transformers ignores the error if the Hub cannot be asked
                 known = _card_at(repo_id, None, token, CARD)
             there = known if known is not None and cards.has_own_text(known) else there
         present = here if cards.has_own_text(here) else cards.filled(there, cards.text_of(path))
@@ -298,14 +298,14 @@ def create_and_tag_model_card(original: Callable, repo_id: str, *args: Any, **kw
 
 
 def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: Any) -> None:
-    """A Trainer's card says how training went: that becomes a part of ours, which says all the rest."""
+    """Make the part of Trainer's card on the training run a part of our card."""
     output_dir = trainer.args.output_dir
     folder = Path(output_dir)
     if not trainer.is_world_process_zero() or not cards.holds_adapters_only(folder):
         original(*args, **kwargs)
         return
     with TemporaryDirectory() as elsewhere:
-        # Into an empty folder: where Trainer finds a card of PEFT, it calls a method that only a PeftModel has.
+        # The folder is empty: if Trainer finds a card of PEFT, it calls a method that only a PeftModel has.
         object.__setattr__(trainer.args, "output_dir", elsewhere)
         try:
             original(*args, **kwargs)
@@ -316,7 +316,7 @@ def create_model_card(original: Callable, trainer: Any, *args: Any, **kwargs: An
 
 
 def _with_training(folder: Path, theirs: ModelCard, repo_id: str | None) -> cards.WrittenCard:
-    """Our card, with what Trainer's says of the training run, and with its metadata."""
+    """Our card with the text on the training run, and with the metadata, of Trainer's card."""
     training = theirs.text.partition(_TRAINING)[2].partition("<!-- hf-erasure end")[0].strip()
     present = cards.filled(cards.text_of(folder / CARD) or "---\n{}\n---\n", str(theirs))
     text = f"{_TRAINING}\n\n{training}" if training else ""

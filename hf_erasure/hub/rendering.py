@@ -1,7 +1,7 @@
-"""A card made from facts: its Markdown by a template, its metadata for the Hub, and its picture.
+"""Make a card from facts: its Markdown by a template, its metadata for the Hub, and its picture.
 
-The templates are `model_cards/` of the repository, which the wheel carries inside the package. Names of concepts,
-classes and modules come from files of strangers, so all that a template puts in is escaped.
+The templates are in `model_cards/` of the repository; a wheel has them inside the package. Names of concepts, classes
+and modules come from files of strangers, so every value that a template inserts is escaped.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from .facts import EFFECT, LEAKAGE, LONGEST, CardFacts, is_number, plain
 OURS = "hf-erasure"
 # What stands in a card for the name of a repository that is not known yet.
 SOMEWHERE = "path/to/this/folder"
-# How one gets this package: the one place in cards that says so.
+# How to install this package; cards take the text from here.
 INSTALL = "`pip install .` in a clone of its repository, and `pip install hf-erasure` once it is on the index"
-# What a card had before ours may name another base, or a folder of somebody's disk.
+# Such tags of an earlier card may name another base, or a folder on somebody's disk.
 REPLACED_TAGS = ("base_model:",)
 _TAGS = {
     "concept_erasure": ["concept-erasure", "debiasing", "interpretability"],
     "gradiend": ["gradiend", "debiasing", "model-editing"],
 }
 _FOLDER, _SUFFIX = "model_cards", ".md.j2"
-# So many characters of a text are shown that is not a name, such as who labelled the data.
+# The most characters that are shown of a text that is not a name, such as who labelled the data.
 _LONGEST_TEXT = 2000
-# What begins something in the middle of a line of GitHub's Markdown; `<`, `>` and `&` become entities.
+# Characters that have a meaning within a line of GitHub's Markdown; `<`, `>` and `&` become entities.
 _MARKS = re.compile(r"([\\`*_\[\]|~$])")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _BLOCK = re.compile(r"<!-- hf-erasure ([0-9a-f]{12}): [^\n]*? -->\n(.*?)\n<!-- hf-erasure end -->", re.DOTALL)
@@ -71,14 +71,14 @@ class Card:
 
 
 def intact(text: str) -> re.Match[str] | None:
-    """The part of a README.md that is ours, where nobody has changed it."""
+    """The part of a README.md that is ours, if nobody has changed it."""
     found = _BLOCK.search(text)
     is_ours = found is not None and hashlib.sha256(found[2].encode("utf-8")).hexdigest().startswith(found[1])
     return found if is_ours else None
 
 
 def rendered(facts: CardFacts) -> Card:
-    """The card that says these facts."""
+    """Make the card of an adapter from its facts."""
     head, where = HEAD_OF.get(facts.base_class), facts.base_id or facts.base_class
     what = "Erasure of" if facts.kind == "concept_erasure" else "GRADIEND of"
     title = plain(f"{what} “{facts.concept}”" + (f" in {where}" if where else ""))
@@ -88,7 +88,7 @@ def rendered(facts: CardFacts) -> Card:
     data, text = card.data, card.text + (f"\n\n{facts.training.strip()}" if facts.training else "")
     theirs = [tag for tag in facts.tags if not tag.startswith(REPLACED_TAGS)]
     data.tags = list(dict.fromkeys([*(data.tags or ()), *theirs]))
-    # A measure of the base and of the adapter, as the Hub lists them.
+    # Each measure of the base and of the adapter, in the form that the Hub lists.
     results = [
         EvalResult(
             task_type=data.pipeline_tag or "other",
@@ -139,7 +139,7 @@ def card_of(
 
 
 def adapter_tags(base: str | list[str] | None) -> list[str]:
-    """By these the Hub lists the adapters of a base model, or of several."""
+    """The tags by which the Hub lists the adapters of a base model, or of several."""
     return [f"base_model:adapter:{name}" for name in ([base] if isinstance(base, str) else base or [])]
 
 
@@ -157,7 +157,7 @@ def template_folder() -> Path:
 
 @functools.cache
 def environment() -> Environment:
-    """Whatever a template puts in is escaped, unless it is `Markdown` already."""
+    """The environment of the templates: every value that they insert is escaped, unless it is `Markdown` already."""
     made = Environment(
         loader=FileSystemLoader(template_folder()),
         finalize=functools.partial(escaped, longest=_LONGEST_TEXT),
@@ -186,7 +186,7 @@ class Markdown(str):
 
 
 def escaped(value: Any, longest: int = LONGEST) -> Markdown:
-    """Text that shows as it is anywhere within a line, in a table too."""
+    """Escape text, so that it is shown unchanged within a line, in a table too."""
     if isinstance(value, Markdown):
         return value
     marked = _MARKS.sub(r"\\\1", plain(value, longest))
@@ -200,7 +200,7 @@ def code(value: Any) -> Markdown:
 
 
 def number(value: Any, form: str = "", interval: Any = None) -> Markdown:
-    """A number in a form, or with as many digits as it deserves, and its interval; a dash where there is none."""
+    """A number in a form, or with digits by its size, and its interval; a dash if the value is not a number."""
     if not is_number(value):
         return Markdown("–")
     usual = "," if isinstance(value, int) else ",.1f" if abs(value) >= 100 else ".3f"

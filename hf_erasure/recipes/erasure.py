@@ -442,11 +442,11 @@ def _rows_of_card(data: DataRecipe, table: pd.DataFrame, config: ConceptErasureC
         shared = {"better": better, "data": on}
         rows.append(shared | {"key": "probe_accuracy", "title": title, "before": before, "after": after})
         if refitted is not None:
-            title = f"the same of a probe fitted on one half of the erased test split, judged on the other: {column}"
+            title = f"accuracy of a probe for {column}, fitted on half of the erased test split, judged on the rest"
             rows.append(shared | {"key": "refitted_probe_accuracy", "title": title, "after": refitted})
         if (by_group := found.get(f"{column} refitted by group")) is not None:
-            control = f"(of labels that only groups tell, in a split by texts: {found[f'{column} control']:.3f})"
-            title = f"the same, split by {data.group_column}: {column} {control}"
+            control = f"(of labels that only groups tell, with halves of texts: {found[f'{column} control']:.3f})"
+            title = f"accuracy of a probe for {column}, with halves that share no {data.group_column} {control}"
             rows.append(shared | {"key": "refitted_probe_accuracy_by_group", "title": title, "after": by_group})
     return rows
 

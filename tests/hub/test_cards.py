@@ -441,7 +441,7 @@ def test_the_command_makes_a_card_with_results_that_later_saves_keep(
     row = "| WEAT | 1.500 [1.000, 2.000] | 1.500 [0.250, 0.750] | closer to 0 |"
     text = (folder / "README.md").read_text()
     assert row in text
-    ours, _, others = text.partition("## What was measured")[2].partition("Other measures, which are not of gender:")
+    ours, _, others = text.partition("## What was measured")[2].partition("Other measures, which are not about gender:")
     assert "| WEAT |" in ours and "| Perplexity |" in ours and "StereoSet" not in ours
     assert "| 60.000 [50.000, 70.000] | 58.000 [53.000, 63.000] | closer to 50 | no change |" in others
     assert "suite gender" in text and "/models/base" not in text
