@@ -276,7 +276,7 @@ def test_a_model_that_is_resized_under_a_gradiend_adapter_says_so(tmp_path: Path
     gradiend.fit(model, "a")
     model.resize_token_embeddings(66)
     with pytest.raises(
-        ValueError, match=r"has shape \[66, 32\] by now: it was resized under the adapter.*Resize the model"
+        ValueError, match=r"has shape \[66, 32\] now: it was resized after the adapter.*Resize the model"
     ):
         model(torch.tensor([[4, 5]]))
 

@@ -1,4 +1,4 @@
-"""What a GRADIEND adapter is: the fields a user writes, and those that fitting fills in (arXiv 2502.01406)."""
+"""The configuration of a GRADIEND adapter: the fields that a user writes, and those of fitting (arXiv 2502.01406)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..internals import extend_peft_type
 GRADIEND = extend_peft_type("GRADIEND")
 
 SOURCES = ("factual", "counterfactual", "difference")
-# What is kept of a parameter. No kind is another with an underscore behind it, so that keys can be read back.
+# The kinds of tensors that are kept for a parameter. None of them contains an underscore, so that keys can be parsed.
 FEATURE, OFFSET, INDEX, ENCODER, ENCODER_INDEX = "feature", "offset", "index", "encoder", "encoderindex"
 # The largest float32.
 _LARGEST = (2 - 2**-23) * 2.0**127
@@ -28,31 +28,31 @@ class GradiendConfig(ChildConfig):
     With a feature factor `h` and a learning rate `α` the adapted weights are `W + α (h Wd + bd)`.
 
     Args:
-        feature: What the feature is, in a word; stands in reports, cards and messages.
+        feature: A word for the feature; reports, cards and messages show it.
         classes: The names of its classes; the first one of a pair encodes to +1, the second to −1.
         target_modules: As everywhere in PEFT: module-name suffixes, a regular expression, or `"all-linear"`; all
-            parameters that these modules own themselves. `None` takes every weight of the base model, embeddings,
-            norms and biases included, without prediction heads and poolers; of a language model with towers for
-            images or sounds, of the language side.
+            parameters that these modules own themselves may change. `None` takes every weight of the base model,
+            with embeddings, norms and biases, without prediction heads and poolers. Of a language model with towers
+            for images or sounds, only the language side is taken.
         exclude_modules: Suffixes or a regular expression of modules to leave alone.
         layers_to_transform: Indices of the blocks to act on; all when `None`.
         layers_pattern: The name of the list of blocks, where it cannot be told from the module's name.
-        density: The share of the weights that is changed, those with the largest |Wd|. 1 changes all, and then the
-            adapter takes eight bytes a weight.
-        keep_encoder: Save what reads the feature off a gradient too.
+        density: The share of the weights that is changed, those with the largest |Wd|. 1 changes all weights, and then
+            the adapter takes eight bytes a weight.
+        keep_encoder: Save the encoder, which reads the feature from a gradient, too.
         feature_factor: `h`; +1 and −1 are the classes as the encoder sees them.
         learning_rate: `α`, the strength of the change. 0 means that it was not chosen yet: the adapter does nothing.
-        source: The gradient the encoder reads: of the `"factual"` label, the `"counterfactual"` one, or their
-            `"difference"`.
-        pair: Which pair of classes acts; the first when `None`.
+        source: The gradient that the encoder reads: that of the `"factual"` label, that of the `"counterfactual"`
+            label, or their `"difference"`.
+        pair: The pair of classes that acts; the first pair when `None`.
         sticky: Stay active when another adapter is activated, until disabled or deleted.
         modules_to_save: Names of modules, such as a classifier, that are trained and saved with the adapter.
-        fitted: Written by fitting. Whether there is a feature.
-        pairs: Written by fitting. The pairs of classes that features were learned for.
-        fitted_parameters: Written by fitting. Parameter name → `{"shape", "count", "encoder_count"}`, of which the
-            counts are the entries kept, and None means all of them in order.
+        fitted: Written by fitting. Whether a feature was learned.
+        pairs: Written by fitting. The pairs of classes for which features were learned.
+        fitted_parameters: Written by fitting. Parameter name → `{"shape", "count", "encoder_count"}`; the counts are
+            the numbers of entries that are kept, and None means all entries in order.
         encoders: Written by fitting. For each pair `{"scale", "bias", "activation", "unit_norm"}` of its encoder.
-        provenance: Written by fitting. What the feature was learned from and on.
+        provenance: Written by fitting. The data and the base model from which the feature was learned.
     """
 
     noun: ClassVar[str] = "GRADIEND adapter"
@@ -92,14 +92,14 @@ class GradiendConfig(ChildConfig):
         self._check_fitted()
 
     def take_fitted(self, saved: Any) -> None:
-        """Take over what fitting wrote, and a strength that was not chosen here, where this one was never fitted."""
+        """If this configuration was never fitted, take over what fitting wrote, and the strength if none was chosen."""
         if saved.fitted and not self.fitted and self.learning_rate == 0:
             self.learning_rate, self.pair = saved.learning_rate, self.pair or saved.pair
             self.feature_factor = saved.feature_factor if self.feature_factor == 1 else self.feature_factor
         super().take_fitted(saved)
 
     def check_pairs(self) -> None:
-        """Raise a `ValueError` unless the pair that acts, and those that are fitted, are pairs of the classes."""
+        """Raise a `ValueError` unless the pair that acts and the fitted pairs are pairs of the classes."""
         for pair in [*([self.pair] if self.pair is not None else []), *(self.pairs or [])]:
             if isinstance(pair, str) or len(pair) != 2:
                 raise ValueError(f"{pair!r} is not a pair of classes: write two names, as in ['female', 'male'].")
@@ -112,7 +112,7 @@ class GradiendConfig(ChildConfig):
             self.pair_index(self.pair)
 
     def _check_fitted(self) -> None:
-        """What fitting writes; in a file it may be anything."""
+        """Check the values that fitting writes, since a file may hold any value."""
         for name, size in (self.fitted_parameters or {}).items():
             shape, counts = size.get("shape"), [size.get("count", 0), size.get("encoder_count", 0)]
             is_shape = not isinstance(shape, str) and fits(shape, list[int]) and min(shape or [0]) >= 0
@@ -129,7 +129,7 @@ class GradiendConfig(ChildConfig):
             raise damaged(f"There are {len(self.encoders or [])} encoders for pairs={short(self.pairs)}")
 
     def check_strength(self) -> None:
-        """Raise a `ValueError` for a strength that the weights' changes could not be multiplied by."""
+        """Raise a `ValueError` for a strength that is not finite or too large for float32."""
         for name in ("feature_factor", "learning_rate"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number.")
@@ -140,7 +140,7 @@ class GradiendConfig(ChildConfig):
             )
 
     def pair_index(self, pair: Iterable[str] | None) -> int:
-        """The position of a pair of classes among those fitted; None stands for the first."""
+        """The position of a pair of classes among the fitted pairs; None stands for the first."""
         if pair is None:
             return 0
         known = [tuple(p) for p in self.pairs or []]
@@ -149,7 +149,7 @@ class GradiendConfig(ChildConfig):
         return known.index(tuple(pair))
 
     def expected_pairs(self) -> int:
-        """How many pairs there are, or will be when the feature is fitted."""
+        """How many pairs are fitted, or will be when the feature is fitted."""
         return len(self.pairs) if self.pairs else math.comb(len(self.classes or ("one", "other")), 2)
 
     @property
@@ -159,7 +159,7 @@ class GradiendConfig(ChildConfig):
 
     @property
     def fitted_modules(self) -> Mapping[str, str]:
-        """The modules that own the changed parameters, each by itself."""
+        """The modules that own the changed parameters, each → itself."""
         owners = (name.rpartition(".")[0] for name in (self.fitted and self.fitted_parameters) or ())
         return {owner: owner for owner in owners}
 
@@ -174,7 +174,7 @@ class GradiendConfig(ChildConfig):
         return self.feature_factor, self.learning_rate
 
     def tensors(self) -> Layout:
-        """The tensors of a fitted adapter, by the names that a file has for them."""
+        """The shapes and types of a fitted adapter's tensors, by the names that a file has for them."""
         found = {}
         for name in self.fitted_parameters or {}:
             module, _, own = name.rpartition(".")
@@ -183,12 +183,12 @@ class GradiendConfig(ChildConfig):
         return found
 
     def has_size_of(self, name: str, shape: list[int]) -> bool:
-        """Whether it changes or reads entries of the weight."""
+        """Whether the adapter changes or reads entries of the weight."""
         size = (self.fitted_parameters or {}).get(name)
         return size is not None and (size.get("count", 0) != 0 or size.get("encoder_count", 0) != 0)
 
     def parts(self, name: str) -> Layout:
-        """What a fitted adapter keeps of one parameter, by kind."""
+        """The shapes and types of the tensors that a fitted adapter keeps for one parameter, by kind."""
         size, pairs = (self.fitted_parameters or {})[name], self.expected_pairs()
         parts: Layout = {}
         for kinds, key in (((FEATURE, OFFSET, INDEX), "count"), ((ENCODER, ENCODER_INDEX), "encoder_count")):

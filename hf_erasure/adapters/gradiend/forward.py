@@ -1,13 +1,13 @@
 """The arithmetic of a GRADIEND adapter, and a forward pass in which changed values hide parameters.
 
-`W + α (h Wd + bd)`, dense or at a few positions (arXiv 2502.01406, section 3), is formed in float32 (float64 for a
+`W + α (h Wd + bd)`, dense or at a few positions (arXiv 2502.01406, section 3), is computed in float32 (float64 for a
 float64 weight) and rounded once to the dtype of the weight. A forward pass with the adapter, a merge and a trial edit
-all come through `edited_tensor`, so that they agree to the bit.
+all call `edited_tensor`, so that they agree bit for bit.
 
-Where another module reads a parameter without calling its owner, as Mamba's mixer does with its convolution, the value
-is in place while that other module's `forward` runs. Such modules are found in the code of their classes, so that no
-way through the model is missed: some weights are read so only while tokens are generated one by one. To find too many
-does no harm: a changed value that is in place earlier is the same value.
+Some modules read a parameter without calling its owner, as Mamba's mixer does with its convolution. Then the changed
+value is in place while the reading module's `forward` runs. Such modules are found in the code of their classes, so
+that no path is missed: some weights are read so only while tokens are generated one by one. It does no harm to find too
+many: the changed value is then only in place earlier.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
     from .layer import GradiendLayer
 
 
-# Held while a forward pass puts its values in place or takes them away, never while a module runs.
+# This lock is held while a forward pass puts its values in place or removes them, never while a module runs.
 _LOCK = threading.RLock()
-# A thread, and whether it runs with gradients.
+# The id of a thread, and whether it runs with gradients.
 _Pass = tuple[int, bool]
 
-# An attribute that code reads, after what it is read of: `self.proj.weight` is ("proj", "weight"), and it is SELF in
-# `self.weight`. ANY is what code does not name: a local variable, an entry of a list, what a call returns.
+# The name of an object and that of its attribute that code reads: `self.proj.weight` is ("proj", "weight"), and
+# `self.weight` is (SELF, "weight"). ANY stands for an object without such a name: a local variable, an item, a result.
 Read = tuple[str, str]
 SELF, ANY = "self", "*"
 
-# Classes of which no method takes part in a forward pass, and such methods of other classes.
+# Classes whose methods do not take part in a forward pass, and such methods of other classes.
 _FOUNDATIONS = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
 _ELSEWHERE = {"__init__", "__repr__", "extra_repr", "_init_weights", "init_weights", "reset_parameters", "tie_weights"}
 _ELSEWHERE |= {"set_input_embeddings", "set_output_embeddings", "resize_token_embeddings"}
-# What is read of a weight without its values, and functions that do no more; a changed value is made from `detach`.
+# Attributes of a weight that do not read its values, and functions that only call these; `detach` makes changed values.
 _NO_VALUES = {"dtype", "device", "shape", "ndim", "size", "numel", "requires_grad"}
 _NO_USE = {*_NO_VALUES, "__get__", "is_floating_point", "detach"}
 
@@ -58,7 +58,7 @@ class WeightEdit:
     """One adapter's change of one weight."""
 
     index: Tensor | None  # (count,) int32 flat positions; None where every entry changes
-    values: Tensor  # (count,) what is added there
+    values: Tensor  # (count,) the numbers that are added there
 
     def to(self, device: torch.device) -> WeightEdit:
         """The edit on a device."""
@@ -66,11 +66,11 @@ class WeightEdit:
 
 
 def edited_tensor(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
-    """A new tensor like `weight` with the changes added; `weight` is not touched."""
+    """A new tensor like `weight` with the changes added; `weight` is not changed."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     flat = weight.detach().reshape(-1)
     if len(edits) == 1 and edits[0].index is not None and flat.dtype != dtype:
-        # Half precision: all but a few entries would only be converted to and fro.
+        # In half precision, all entries but a few would be converted to float32 and back for nothing.
         index, values = edits[0].index, edits[0].values
         changed = flat.index_select(0, index).to(dtype) + values
         return flat.clone().index_copy_(0, index.long(), changed.to(flat.dtype)).view(weight.shape)
@@ -84,14 +84,14 @@ def edited_tensor(weight: Tensor, edits: Sequence[WeightEdit]) -> Tensor:
         else:
             raise ValueError(
                 f"A GRADIEND adapter changes {values.numel():,} entries of a weight that has shape "
-                f"{list(weight.shape)} by now: it was resized under the adapter, as by resize_token_embeddings. Resize "
-                "the model first; add and fit, or load, the adapter then."
+                f"{list(weight.shape)} now: it was resized after the adapter, as by resize_token_embeddings. Resize "
+                "the model first; then add and fit the adapter, or load it."
             )
     return result.to(weight.dtype).view(weight.shape)
 
 
 class _PassGradient(torch.autograd.Function):
-    """Adds the change, and hands the gradient on to the weight as it is."""
+    """Add the change to a weight; the gradient is passed to the weight unchanged."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, *parts: Tensor | None) -> Tensor:
@@ -105,22 +105,22 @@ class _PassGradient(torch.autograd.Function):
 
 @dataclass
 class UndoRecord:
-    """What was overwritten in one weight, so that it can be put back."""
+    """The values that were overwritten in one weight, so that they can be put back."""
 
     parameter: nn.Parameter
     index: Tensor | None  # (count,) int64 flat positions that were written; None for all
-    before: Tensor  # the values that were there
-    edits: list[WeightEdit]  # the changes of these values
+    before: Tensor  # the former values at these positions
+    edits: list[WeightEdit]  # the changes that were added to them
 
     def undo(self) -> None:
-        """Put the values back: to the bit, unless something else has changed the weight in between."""
+        """Put the values back: bit for bit, unless other code has changed the weight in between."""
         flat = _flat(self.parameter)
         before, index = self.before.to(flat.device), None if self.index is None else self.index.to(flat.device)
         after = edited_tensor(before, [edit.to(flat.device) for edit in self.edits])
         now = flat if index is None else flat.index_select(0, index)
         if torch.allclose(now, after.to(flat.dtype), rtol=0, atol=0, equal_nan=True):
             values = before.to(flat.dtype)
-        else:  # as when a LoRA was merged into the same weight since
+        else:  # for example, a LoRA was merged into the same weight since
             dtype = torch.promote_types(flat.dtype, torch.float32)
             values = (now.to(dtype) - (after.to(dtype) - before.to(dtype))).to(flat.dtype)
         _put(self.parameter, flat, index, values)
@@ -143,13 +143,13 @@ def write(parameter: nn.Parameter, edits: list[WeightEdit]) -> UndoRecord:
 
 
 def _flat(parameter: Tensor) -> Tensor:
-    """The values as a vector: a view where the weight is contiguous, a copy otherwise."""
+    """The values of a weight as a vector: a view where the weight is contiguous, a copy otherwise."""
     return parameter.detach().reshape(-1)
 
 
 @torch.no_grad()
 def _put(parameter: nn.Parameter, flat: Tensor, index: Tensor | None, values: Tensor) -> None:
-    # `detach` shares memory and version counter, so that a backward pass that needs the old values says so.
+    # `detach` shares memory and version counter, so a backward pass that needs the old values raises an error.
     target = parameter.detach()
     if index is None:
         target.copy_(values.view(parameter.shape))
@@ -171,7 +171,7 @@ def why_not_editable(parameter: Tensor) -> str | None:
 
 
 def share_kept(changes: Iterable[tuple[Tensor, WeightEdit]]) -> float:
-    """The share of changes of weights that is left after rounding to the weights' dtype, 1 for all."""
+    """The share of the changes of weights that is left after rounding to the weights' dtype; 1 if all is left."""
     squares = product = 0.0
     for parameter, edit in changes:
         flat = _flat(parameter)
@@ -189,36 +189,36 @@ def share_kept(changes: Iterable[tuple[Tensor, WeightEdit]]) -> float:
 
 
 class ForwardWithEdits:
-    """Stands in for a module's `forward`, and hides parameters behind their changed values while that runs.
+    """Replace a module's `forward`, and hide parameters behind their changed values while it runs.
 
-    It is put inside of accelerate's own wrapper, which brings the weights of an offloaded module. Several threads may
-    be inside at once: the values stay until the last one leaves.
+    It is put inside accelerate's own wrapper, which loads the weights of an offloaded module. Several threads may run
+    it at once: the values stay until the last thread leaves.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        # What hides its own parameters: a layer, the parameter's name there, and its name here.
+        # The changes of its own parameters: a layer, the parameter's name in the layer, and its name in this module.
         self.edits: list[tuple[GradiendLayer, str, str]] = []
-        # Itself, and others whose parameters the module reads without calling them, with the layer they are for.
+        # The layers, each with this object or that of another module whose parameters this one reads without a call.
         self.read: list[tuple[GradiendLayer, ForwardWithEdits]] = []
         self._all: list[ForwardWithEdits] = []
         self._inside: dict[_Pass, int] = {}
         self._wrapped: Callable[..., Any] | None = None
 
     def hide(self, layer: GradiendLayer, at: ForwardWithEdits, *edits: tuple[str, str]) -> None:
-        """Hide parameters of the module `at` while this one runs: by `edits`, what `layer` makes of its own names."""
+        """Hide parameters of `at` while this module runs; `edits` are (name in `layer`, name here) of its own ones."""
         self.edits += [(layer, *edit) for edit in edits]
         self.read.append((layer, at))
         self._stand_in()
 
     def remove(self, layer: GradiendLayer) -> None:
-        """Take back what is hidden for a layer; without others, the module is as it was."""
+        """Stop hiding parameters for a layer; after the last layer, the module has its own `forward` again."""
         self.edits = [edit for edit in self.edits if edit[0] is not layer]
         self.read = [read for read in self.read if read[0] is not layer]
         self._stand_in()
 
     def _stand_in(self) -> None:
-        """Be called in the place of the module's forward as long as there is something to hide."""
+        """Replace the module's forward while parameters are hidden for a layer, and restore it afterwards."""
         stood_in = bool(self._all)
         self._all = list({id(other): other for _, other in self.read}.values())
         place, attributes = _place_of_forward(self.module), self.module.__dict__
@@ -230,12 +230,12 @@ class ForwardWithEdits:
                 attributes[place] = self._wrapped
             elif place == "forward":
                 del attributes[place]
-            else:  # accelerate came later, and took this for the module's own
+            else:  # accelerate came later, and keeps this object as the module's own forward
                 attributes[place] = type(self.module).forward.__get__(self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module's `forward` returns with the changed values in place."""
-        if args and args[0] is self.module:  # accelerate binds what it unwraps to the module
+        """Return the result of the module's `forward` with the changed values in place."""
+        if args and args[0] is self.module:  # accelerate binds the function that it unwraps to the module
             args = args[1:]
         if torch.compiler.is_compiling():
             return self._compiled(*args, **kwargs)
@@ -254,7 +254,7 @@ class ForwardWithEdits:
         shown = []
         for edits in self._all:
             place = edits.module.__dict__
-            # Those of a module around this one are in place already.
+            # An outer module that reads the same parameters may have put their values in place already.
             values = {name: value for name, value in edits._values().items() if name not in place}
             place.update(values)
             shown.append((edits.module, values))
@@ -273,16 +273,16 @@ class ForwardWithEdits:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _enter(self, here: _Pass) -> bool:
-        """Put the changed values in place; false where there are none."""
+        """Put the changed values in place; return False where no parameter is changed."""
         with _LOCK:
-            # The module that reads them has put them in place, and calls this one as well.
+            # A module that reads them may have put them in place before it calls this module.
             if here not in self._inside:
                 values = self._values()
                 if not values:
                     return False
                 place = self.module.__dict__
                 for name, value in values.items():
-                    # Another thread that runs without gradients must not take the graph away from one with them.
+                    # A thread without gradients must not replace a value that another thread needs with its graph.
                     if name not in place or value.requires_grad or not place[name].requires_grad:
                         place[name] = value
                 _list_weights(self.module)
@@ -300,7 +300,7 @@ class ForwardWithEdits:
                 _list_weights(self.module)
 
     def _values(self) -> dict[str, Tensor]:
-        """What the acting adapters make of the parameters; those that none changes are left out."""
+        """Parameter name → its value with the changes of the acting adapters; unchanged parameters are left out."""
         weights: dict[str, Tensor] = {}
         edits: dict[str, list[WeightEdit]] = {}
         for layer, parameter, name in self.edits:
@@ -322,23 +322,23 @@ class ForwardWithEdits:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """What `inspect.signature` is to look at."""
+        """The function whose signature `inspect.signature` shows."""
         return self._wrapped or type(self.module).forward.__get__(self.module)
 
 
 def forward_of(module: nn.Module) -> ForwardWithEdits:
-    """What stands in for the forward of a module, a new one where nothing does."""
+    """The object that replaces the forward of a module; a new one if the forward is not replaced yet."""
     present = module.__dict__.get(_place_of_forward(module))
     return present if isinstance(present, ForwardWithEdits) else ForwardWithEdits(module)
 
 
 def _place_of_forward(module: nn.Module) -> str:
-    """Where the forward of a module is to be replaced: what accelerate calls, where it has put its own in front."""
+    """The attribute in which a module's forward is replaced; with accelerate's wrapper, the one that this calls."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
 def _list_weights(module: nn.Module) -> None:
-    """A recurrent network reads a list of its weights that was made in advance."""
+    """Make a recurrent network's list of its weights anew, since its forward reads the weights from this list."""
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 
@@ -347,7 +347,7 @@ def _list_weights(module: nn.Module) -> None:
 
 
 class Readers:
-    """Finds the modules of a model that may read parameters of others; children are not modules of the model."""
+    """Find the modules of a model that may read parameters of others; modules of adapter children do not count."""
 
     def __init__(self, model: nn.Module) -> None:
         # A module may be registered in several others.
@@ -358,22 +358,22 @@ class Readers:
                     self._parents.setdefault(id(child), []).append((module, name))
 
     def of(self, owner: nn.Module, parameter: str) -> list[nn.Module]:
-        """The modules around `owner`, from the nearest, whose forward may read a parameter of it past its own."""
+        """The modules around `owner`, the nearest first, that may read its parameter without calling its forward."""
         names = frozenset(name for _, name in self._parents.get(id(owner), ()))
         kind: Any = type(owner)
         methods = _methods_that_read(kind, frozenset({(SELF, parameter)}), frozenset({"forward"})) - {"forward"}
         reads = frozenset({(ANY, parameter), *((name, parameter) for name in names)})
-        # What is not called is read, in whatever way; a list of parameters is read by positions.
+        # An owner that cannot be called is read by another module; a list of parameters, for example, by positions.
         pending = not _has_forward(owner)
         mentions = names if pending else frozenset()
         found = []
         for ancestor in self._ancestors(owner):
             kind = type(ancestor)
-            if _writes(kind, parameter):  # as RWKV divides its weights; that must not go into a hidden value
+            if _writes(kind, parameter):  # RWKV divides its weights in place: it must write the weight, not our value
                 break
             reading = _methods_that_read(kind, reads, methods | mentions)
             methods |= reading - {"forward"}
-            # A LoRA may have a part of its own, like DoRA's magnitude, that it hands the module it wraps.
+            # A LoRA may have another part, such as DoRA's magnitude, to which it passes the module that it wraps.
             has_variant = isinstance(ancestor, BaseTunerLayer) and bool(getattr(ancestor, "lora_variant", None))
             pending = pending or bool(reading) or has_variant
             if pending and _has_forward(ancestor):
@@ -397,7 +397,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=10_000)
 def _methods_that_read(kind: type, reads: frozenset[Read], methods: frozenset[str]) -> frozenset[str]:
-    """Names of the methods of a class that read one of these attributes, or use one of these methods or such a one."""
+    """Names of the methods of a class that read one of `reads`, or use one of `methods` or a method found so."""
     found: frozenset[str] = frozenset()
     known = {name: _code_reads(function) for name, function in _functions(kind)}
     while True:
@@ -410,7 +410,7 @@ def _methods_that_read(kind: type, reads: frozenset[Read], methods: frozenset[st
 
 @functools.lru_cache(maxsize=10_000)
 def _writes(kind: type, parameter: str) -> bool:
-    """Whether methods of a class call a method in place, like `mul_`, on an attribute of this name."""
+    """Whether methods of a class call an in-place method, such as `mul_`, on an attribute of this name."""
     known = [_code_reads(function) for _, function in _functions(kind)]
     return any(holder == parameter and name[-1] == "_" != name[-2:-1] for read in known for holder, name in read)
 
@@ -419,7 +419,7 @@ def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
     """The functions of a class that may be part of a forward pass."""
     for cls in reversed([cls for cls in kind.__mro__ if cls not in _FOUNDATIONS]):
         for name, value in vars(cls).items():
-            # A wrapper of PEFT reads weights when it is made and when it merges, too.
+            # PEFT's wrappers also read weights when they are made and merged, which is not a forward pass.
             if name in _ELSEWHERE or (issubclass(kind, BaseTunerLayer) and name != "forward"):
                 continue
             function = getattr(value, "__func__", getattr(value, "fget", value))
@@ -429,7 +429,7 @@ def _functions(kind: type) -> Iterator[tuple[str, FunctionType]]:
 
 @functools.lru_cache(maxsize=10_000)
 def _code_reads(function: FunctionType) -> frozenset[Read]:
-    """What a function reads, and what the functions that it wraps or calls by their name read."""
+    """The attributes that a function reads, and those that the functions read which it wraps or calls by name."""
     found: set[Read] = set()
     line = [function]
     for each in line:
@@ -440,12 +440,12 @@ def _code_reads(function: FunctionType) -> frozenset[Read]:
                     found.add((_holder(before), read.argval))
             if "getattr" in code.co_names:
                 found.update((ANY, value) for value in code.co_consts if isinstance(value, str))
-            # Not into PyTorch: it knows no module but its own, and those are looked at where they are.
+            # Functions of PyTorch are not followed: they know only PyTorch's modules, which are examined themselves.
             called = [each.__globals__.get(name) for name in code.co_names]
             known = [f for f in called if isinstance(f, FunctionType) and f.__module__.partition(".")[0] != "torch"]
             line += [f for f in known if f not in line]
         for cell in each.__closure__ or ():
-            with suppress(ValueError):  # of a cell that is empty
+            with suppress(ValueError):  # an empty cell raises it
                 if isinstance(cell.cell_contents, FunctionType) and cell.cell_contents not in line:
                     line.append(cell.cell_contents)
     return frozenset(found)
@@ -459,12 +459,12 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _is_attribute(instruction: dis.Instruction | None) -> TypeGuard[dis.Instruction]:
-    # From Python 3.12 on, `super().forward` is an instruction of its own.
+    # From Python 3.12 on, `super().forward` has its own instruction.
     return instruction is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 
 
 def _holder(instruction: dis.Instruction | None) -> str:
-    """What an attribute is read of, by the instruction that loads it."""
+    """The name of the object of which an attribute is read, from the instruction that loads the object."""
     if instruction is None:
         return ANY
     if _is_attribute(instruction):
@@ -475,7 +475,7 @@ def _holder(instruction: dis.Instruction | None) -> str:
 
 
 class UsedAsTheyAre(TorchFunctionMode):
-    """Finds out which parameters functions of PyTorch get as they are, while attributes of changed values hide them."""
+    """Find the parameters that PyTorch functions get unchanged, while changed values hide them as attributes."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -485,7 +485,7 @@ class UsedAsTheyAre(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Note what a function is called with."""
+        """Record the known parameters among a function's arguments, and call the function."""
         if getattr(func, "__name__", "") not in _NO_USE:
             used = [self._known.get(id(value)) for value in (*args, *(kwargs or {}).values())]
             self.names += [name for name in used if name is not None and name not in self.names]

@@ -1,4 +1,4 @@
-"""The change of weights as a child of the module that owns them, which acts while that module's `forward` runs."""
+"""The change of weights, kept in a child of the module that owns them; it acts while that module's `forward` runs."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ class GradiendLayer(AdapterChild):
 
     def __init__(self, host: nn.Module, path: str) -> None:
         super().__init__(host, path)
-        # By adapters' names: the module's parameters that it changes, and whether it is fitted and α is not 0.
+        # Adapter name → the module's parameters that it changes; and → whether it is fitted and α is not 0.
         self.gradiend_parameters: dict[str, tuple[str, ...]] = {}
         self.gradiend_on: dict[str, bool] = {}
-        # (2, pairs): what Wd and bd of each pair are multiplied by. Filled in place, so that compiled code stays valid.
+        # (2, pairs): the factors of Wd and bd for each pair. They are written in place, so compiled code stays valid.
         self.gradiend_steering = StateDict(persistent=False)
-        # Parameter name → all modules that own that very tensor; and modules that may read one past such an owner.
+        # Parameter name → all modules that own this tensor; and pairs of a module that reads one itself and its owner.
         self.owners: dict[str, list[Owner]] = {}
         self.readers: list[tuple[nn.Module, nn.Module]] = []
-        # One entry a merge: whose it was, and what it wrote.
+        # One entry for each merge: the adapters, and what was written to each parameter.
         self._merges: list[tuple[list[str], list[tuple[str, UndoRecord]]]] = []
 
     @property
     def owner(self) -> nn.Module:
-        """The module that owns the parameters: the host, or what other adapters have wrapped in it."""
+        """The module that owns the parameters: the host, or the module inside it if other adapters have wrapped one."""
         return innermost(self.host)
 
     def parameter(self, name: str) -> nn.Parameter:
         """A parameter of the module, by its own name."""
         parameter = self.owner._parameters[name]
         if parameter is None:
-            raise ValueError(f"{self.path}.{name} is gone from the model: load the adapter into the model it is for.")
+            raise ValueError(f"{self.path}.{name} is gone from the model: load the adapter into its own base model.")
         return parameter
 
     def add_adapter(self, name: str, config: GradiendConfig, parameters: tuple[str, ...] = ()) -> None:
-        """Make room for an adapter: values that are missing until loaded if it was fitted, nothing otherwise."""
+        """Create the tensors of an adapter: NaN until they are loaded if it was fitted, empty otherwise."""
         self.gradiend_parameters[name] = parameters
         self.sticky_adapters[name] = config.sticky
         self.gradiend_on[name] = False
         for parameter in parameters:
-            # Empty while there is no feature, so that an adapter that was never fitted can be saved like any other.
+            # The tensors are empty until a feature is fitted, so that an unfitted adapter can be saved like any other.
             parts = {FEATURE: torch.zeros(0, 0, device="cpu")}
             if config.fitted and config.fitted_parameters is not None:
                 shapes = config.parts(f"{self.path}.{parameter}").items()
@@ -71,7 +71,7 @@ class GradiendLayer(AdapterChild):
         self.steer(name, config)
 
     def set_part(self, name: str, parameter: str, kind: str, value: Tensor | None) -> None:
-        """Put a tensor of an adapter in place, on the device of its weight; None takes it away."""
+        """Store a tensor of an adapter on the device of its weight; None removes it."""
         self._awaits_values.discard(name)
         key = f"gradiend_{kind}_{parameter}"
         store: Any = self._modules.get(key)
@@ -80,7 +80,7 @@ class GradiendLayer(AdapterChild):
                 store = StateDict(persistent=True)
                 self.add_module(key, store)
             device, dtype = self.state_placement()
-            # A copy of its own, in the strides that loading gives.
+            # Store a contiguous copy, since loading makes contiguous tensors too.
             value = value.clone(memory_format=torch.contiguous_format)
             store[name] = value.to(device, dtype if value.is_floating_point() else torch.int32)
         elif store is not None and name in store:
@@ -137,7 +137,7 @@ class GradiendLayer(AdapterChild):
 
     @staticmethod
     def link(model: nn.Module) -> None:
-        """Find the modules that own the parameters, for a tied weight has several, and others that read them."""
+        """Find all modules that own the parameters (a tied weight has several), and other modules that read them."""
         full_names = {id(parameter): name for name, parameter in model.named_parameters()}
         shared, readers = shared_weights(model), Readers(model)
         for layer in GradiendLayer.by_path(model).values():
@@ -155,7 +155,7 @@ class GradiendLayer(AdapterChild):
         return [n for n in self.gradiend_parameters if n in on and self.gradiend_on[n] and n not in silent]
 
     def steer(self, name: str, config: GradiendConfig) -> None:
-        """Take over from the configuration how strongly an adapter acts."""
+        """Set how strongly an adapter acts, as its configuration says."""
         steering = strength(config)
         if name in self.gradiend_steering and self.gradiend_steering[name].shape == steering.shape:
             self.gradiend_steering[name].copy_(steering)
@@ -164,7 +164,7 @@ class GradiendLayer(AdapterChild):
         self.gradiend_on[name] = config.has_effect
 
     def edit_of(self, name: str, parameter: str, steering: Tensor | None = None) -> WeightEdit | None:
-        """An adapter's change of a parameter, at another strength `(2, pairs)` where one is given; None without."""
+        """An adapter's change of a parameter, at the strength `(2, pairs)` if one is given; None without a change."""
         feature, offset = self.part(name, parameter, FEATURE), self.part(name, parameter, OFFSET)
         if feature is None or offset is None or not feature.shape[-1]:
             return None
@@ -176,17 +176,17 @@ class GradiendLayer(AdapterChild):
         return WeightEdit(self.part(name, parameter, INDEX), values)
 
     def edits_of(self, name: str, steering: Tensor | None = None) -> Iterator[tuple[str, WeightEdit]]:
-        """An adapter's changes by the parameters that it does change, at another strength where one is given."""
+        """Each parameter that an adapter changes, with the change, at the strength that is given if there is one."""
         for parameter in self.gradiend_parameters[name]:
             edit = self.edit_of(name, parameter, steering)
             if edit is not None:
                 yield parameter, edit
 
     def acting_edits(self, parameter: str, device: torch.device) -> list[WeightEdit]:
-        """The changes of a parameter that a forward pass is to see, on a device."""
+        """The changes of a parameter that act in a forward pass, on a device."""
         found = []
         for name in self.acting_adapters():
-            # A check of values cannot be compiled; there a NaN shows in the output.
+            # A check of values cannot be compiled; in compiled code a NaN appears in the output.
             if name in self._awaits_values and not torch.compiler.is_compiling():
                 self.check_values(name)
             edit = self.edit_of(name, parameter)
@@ -215,11 +215,11 @@ class GradiendLayer(AdapterChild):
             if reason is not None:
                 return f"{self.path}.{parameter} {reason} to merge"
             if any(record_of(module) is not None for module, _ in self.owners[parameter]):
-                return f"an erasure is merged into {self.path!r}. Unmerge that one, and merge it last"
+                return f"an erasure is merged into {self.path!r}. Unmerge the erasure, and merge it last"
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the weights of this module, the active ones when no names are given."""
+        """Write adapters into the weights of this module; without names, the adapters that are switched on."""
         wanted = self.switched_on() if adapter_names is None else adapter_names
         names = [name for name in self.adapters if name in wanted and name not in self.merged_adapters]
         for name in names:
@@ -238,22 +238,22 @@ class GradiendLayer(AdapterChild):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the weights back, to the bit unless something else was written into them since."""
+        """Put the weights back; they are equal bit for bit unless other code has changed them since."""
         while self._merges:
             self.unmerge_last()
         self.merged_adapters.clear()
 
     def unmerge_last(self) -> None:
-        """Take the last merge back."""
+        """Undo the last merge."""
         names, written = self._merges.pop()
         for name, change in reversed(written):
-            # Not the tensor of then, if accelerate has put the weights elsewhere since.
+            # accelerate may have moved the weights since the merge, so the parameter is looked up again.
             with held(self.owners[name]) as change.parameter:
                 change.undo()
         self.merged_adapters = [name for name in self.merged_adapters if name not in names]
 
     def forget_originals(self) -> None:
-        """Drop the copies that `unmerge` needs: what is merged stays merged."""
+        """Drop the copies that `unmerge` needs: merged adapters stay merged."""
         self._merges.clear()
 
 
@@ -261,7 +261,7 @@ gradiend_layers = GradiendLayer.by_path
 
 
 def strength(config: GradiendConfig) -> Tensor:
-    """`(2, pairs)`: what Wd and bd of each pair are multiplied by, zero for pairs that do not act."""
+    """The factors of Wd and bd for each pair, `(2, pairs)`; zero for pairs that do not act."""
     factors = torch.zeros(2, config.expected_pairs(), device="cpu", dtype=torch.float32)
     acting = config.pair_index(config.pair) if config.fitted else 0
     factors[0, acting], factors[1, acting] = config.learning_rate * config.feature_factor, config.learning_rate

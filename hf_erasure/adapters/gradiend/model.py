@@ -1,4 +1,4 @@
-"""The tuner PEFT calls to attach, merge and remove GRADIEND adapters, and which parameters these change."""
+"""The tuner that PEFT calls to attach, merge and remove GRADIEND adapters, and the parameters that they change."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .config import GradiendConfig
 from .forward import share_kept
 from .layer import GradiendLayer
 
-# The share of its edit that a merge must keep; with less, the merged model is not the one that was selected.
+# The share of its edit that a merge must keep; with less, the merged model differs from the one that was selected.
 LEAST_KEPT = 0.9
-# How the inputs of a model for images and sounds are called.
+# The beginnings of the names that models give to inputs of images and sounds.
 _MEDIA = ("pixel_", "image", "input_features", "input_values", "audio", "input_image", "input_audio")
 
 
 def default_owners(model: nn.Module) -> list[str]:
     """Names of the modules that own weights of the base model, without prediction heads and poolers.
 
-    Of a language model with towers for images or sounds the language side is taken, and a warning says so.
+    If a language model has towers for images or sounds, only its language side is taken, with a warning.
     """
     body = getattr(model, "base_model", model)
     inside = next((name for name, module in model.named_modules() if module is body), "")
@@ -39,7 +39,7 @@ def default_owners(model: nn.Module) -> list[str]:
     if towers := [f"{prefix}{name}" for name in _towers(model, body)]:
         warn_user(
             f"target_modules=None leaves out {towers}, which texts alone do not reach: the language side is the "
-            "default. Name the modules whose weights the feature may change to have others."
+            "default. To include others, name all modules whose weights the feature may change."
         )
     beside = tuple(f"{name}." for name in towers)
     find_head: Any = getattr(model, "get_output_embeddings", None)
@@ -57,7 +57,7 @@ def default_owners(model: nn.Module) -> list[str]:
 
 
 def _towers(model: nn.Module, body: Any) -> list[str]:
-    """Names of the parts of a language model that a text alone does not reach; none where all towers encode."""
+    """Names of the parts of a language model that a text alone does not reach; none in encoders such as CLIP."""
     takes = inspect.signature(body.forward).parameters
     has_media = "input_ids" in takes and any(name.startswith(_MEDIA) for name in takes)
     if not has_media or hasattr(body, "get_text_features"):
@@ -83,7 +83,7 @@ def _towers(model: nn.Module, body: Any) -> list[str]:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the model as it was without adapters, under the names that they have without them."""
+    """The model's own modules under their original names; the wrapper of another adapter stands for its module."""
     inside_adapters: set[str] = set()
     for name, module in model.named_modules():
         if any(name.startswith(f"{other}.") for other in inside_adapters):
@@ -105,9 +105,9 @@ class GradiendModel(ChildTuner):
         return keep_layers(default_owners(self.model), config) if config.target_modules is None else None
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        # The parameters that the adapter being attached has already; a tied weight comes with its first owner.
+        # The ids of the parameters that the new adapter already changes; a tied weight belongs to its first owner.
         self._claimed: set[int] = set()
-        # Modules without parameters of their own, which an expression matched.
+        # Modules that a regular expression matched, but that have no parameters of their own.
         self._passed_over: dict[str, nn.Module] = {}
         is_default = peft_config.target_modules is None
         super()._prepare_adapter_config(peft_config, model_config)
@@ -121,10 +121,10 @@ class GradiendModel(ChildTuner):
         return peft_config
 
     def _check_tied_modules(self, model: nn.Module, peft_config: GradiendConfig) -> None:
-        """A tied weight is changed for all its owners, so that nothing is to be warned of."""
+        """Give no warning: a tied weight is changed for all its owners."""
 
     def _check_merge_allowed(self) -> None:
-        """A tied weight stays tied when it is edited in place."""
+        """Refuse nothing: a tied weight stays tied when it is edited in place."""
 
     def _what_to_add(self, config: GradiendConfig, target: nn.Module, path: str) -> tuple[Any, ...] | None:
         owner = innermost(target)
@@ -155,7 +155,7 @@ class GradiendModel(ChildTuner):
         self, config: GradiendConfig, fitted: dict[str, dict[str, Any]], owner: nn.Module, path: str
     ) -> list[str]:
         wanted = [full.rpartition(".")[2] for full in fitted if full.rpartition(".")[0] == path]
-        # In the order of the module: a file has names sorted.
+        # The names come in the order of the module, since a file has them sorted.
         names = [name for name in owner._parameters if name in wanted]
         told, load = f"The {config.described}", "Load it into the model it was fitted on."
         for name in [*names, *(set(wanted) - set(names))]:
@@ -164,8 +164,8 @@ class GradiendModel(ChildTuner):
                 raise ValueError(f"{told} changes {full!r}, which this model does not have. {load}")
             if id(parameter) in self._claimed:
                 raise ValueError(
-                    f"{full!r} is one tensor with another weight of this model, but was a weight of its own where the "
-                    f"{config.described} was fitted. Load it into a model with untied weights "
+                    f"{full!r} shares its tensor with another weight of this model, but had its own tensor where the "
+                    f"{config.described} was fitted. Load the adapter into a model with untied weights "
                     "(tie_word_embeddings=False)."
                 )
             shape = fitted[full]["shape"]
@@ -185,17 +185,17 @@ class GradiendModel(ChildTuner):
             if next(module.parameters(), None) is not None and not any(name.startswith(f"{path}.") for name in at):
                 super()._what_to_add(config, module, path)
         if config.fitted_parameters is None:
-            # PEFT shortens long lists to suffixes, and takes "embed_tokens" for a wish to save the embeddings too.
+            # PEFT shortens long lists to suffixes, and with "embed_tokens" among them it would save embeddings too.
             config.target_modules = exactly(at, self.model)
         super()._check_complete(config, children, wanted)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters into the weights, in the dtype these have; `unmerge_adapter` puts them back to the bit.
+        """Write adapters into the weights, in the weights' dtype; `unmerge_adapter` restores them bit for bit.
 
         Warns when rounding to that dtype loses more than a tenth of the edit, or when there is nothing to merge.
 
         Raises:
-            ValueError: Names the weight that cannot be merged into; nothing has changed then.
+            ValueError: If a weight cannot be merged into; the message names it, and nothing has changed.
         """
         names = self._left_to_merge(adapter_names)
         layers: list[GradiendLayer] = [layer for layer in self._children() if set(names) & set(layer.adapters)]
@@ -233,8 +233,8 @@ class GradiendModel(ChildTuner):
         )
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Refused: what the weights would do, steering does."""
+        """Raise a `ValueError`: `steer` sets the strength of each adapter instead."""
         raise ValueError(
-            f"{adapters} cannot be made one adapter. Use them together, model.base_model.set_adapter({adapters}): "
-            "their changes add up, each with the strength that GradiendAdapter.of(model, name).steer(…) gives it."
+            f"{adapters} cannot become one adapter. Use them together, model.base_model.set_adapter({adapters}): "
+            "their changes add up, each with the strength that GradiendAdapter.of(model, name).steer(…) sets."
         )

@@ -263,7 +263,7 @@ def test_weights_that_were_two_where_the_feature_was_fitted(gradiends: Gradiends
     config.provenance = {}
     model = gradiends.base("tied_llama")
     before = state_of(model, "tied_llama")
-    with pytest.raises(ValueError, match=r"'lm_head.weight' is one tensor with another.*tie_word_embeddings=False"):
+    with pytest.raises(ValueError, match=r"'lm_head.weight' shares its tensor with another.*tie_word_embeddings=False"):
         model.add_adapter(config, adapter_name=NAME)
     before.assert_same(state_of(model, "tied_llama"))
 
