@@ -147,7 +147,7 @@ def test_it_can_be_loaded_all_the_same(kind: str, tmp_path: Path, monkeypatch: p
             model.load_adapter(str(folder))
     monkeypatch.setenv(fingerprint.ANY_BASE, "1")
     (told,) = said(lambda: model.load_adapter(str(folder)))
-    assert "loaded all the same, since HF_ERASURE_ANY_BASE is set" in told
+    assert "loaded anyway, since HF_ERASURE_ANY_BASE is set" in told
     assert adapter_children(model)
     if kind == "erasure":  # a GRADIEND acts when it is given a strength
         assert not same(outputs_of(model, batch), plain)
@@ -262,7 +262,7 @@ def test_a_gradiend_that_changes_rows_of_added_tokens_is_refused(tmp_path: Path,
     assert said(lambda: resized(72).load_adapter(str(of_all))) == []  # the same run
     monkeypatch.setenv(fingerprint.ANY_BASE, "1")
     (told,) = said(lambda: resized(72, seed=1).load_adapter(str(of_all)))
-    assert "changes rows of added tokens" in told and "loaded all the same" in told
+    assert "changes rows of added tokens" in told and "loaded anyway" in told
     monkeypatch.delenv(fingerprint.ANY_BASE)
     of_few = saved(resized(72), "gradiend", tmp_path / "few", density=5e-4, target_modules=["embed_tokens", "q_proj"])
     sample = json.loads((of_few / "adapter_config.json").read_text())["provenance"]["fingerprint"]
@@ -292,7 +292,7 @@ def test_a_model_of_another_shape_takes_what_fits_it(tmp_path: Path, monkeypatch
             hf.LlamaForCausalLM(config).load_adapter(str(folder))
     monkeypatch.setenv(fingerprint.ANY_BASE, "1")
     model = hf.LlamaForCausalLM(config).eval()
-    assert any("loaded all the same" in words for words in said(lambda: model.load_adapter(str(folders["erasure"]))))
+    assert any("loaded anyway" in words for words in said(lambda: model.load_adapter(str(folders["erasure"]))))
     assert adapter_children(model) and outputs_of(model, small_batch("llama"))
     for folder in (folders["gradiend"], linear):
         with pytest.raises(ValueError, match=r"has shape .*64.*; here it has .*48"):

@@ -116,7 +116,7 @@ ERASURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     # patterns
     "endless target": (
         lambda f: rewrite(f, target_modules=EVIL, fitted=False, fitted_sites=None),
-        "never fitted, and yet",
+        "never fitted, but",
     ),
     "endless exclusion": (lambda f: rewrite(f, exclude_modules=EVIL), "exclude_modules=.* takes longer than"),
     "endless layers": (

@@ -1,18 +1,18 @@
 """Recognise the base model an adapter was fitted on, by the names of its modules and a sample of its weights.
 
-In the bare model and in one with a head the same modules have other names. As to weights, a hash would call a float32
-and a bf16 copy of one checkpoint different; sampled values, compared within the coarser dtype's rounding, do not. Of a
-quantised weight the numbers that it stands for are compared, only by their correlation.
+The same modules have other names in the bare model than in a model with a head. A hash of the weights would call a
+float32 and a bf16 copy of one checkpoint different. Therefore sampled values are compared, within the rounding of the
+coarser dtype. Quantised weights are unpacked, and compared only by their correlation.
 
-Sampled is every weight that an adapter acts on: those of its modules, and of a module without a matrix (a norm, whose
-weights often are all ones) the next matrix besides. Only the sampled values are read, also of weights that accelerate
-keeps on disk; what cannot be read (sharded, or packed so that nothing unpacks it) is left out, and loading says so.
+Every weight that an adapter acts on is sampled: the weights of its modules and, for a module without a matrix (such as
+a norm, whose weights often are all ones), also the next matrix. Only the sampled values are read, also from weights
+that accelerate keeps on disk. Weights that cannot be read (sharded, or packed for good) are left out, with a warning.
 
-Beside other adapters an eraser, or a feature, is one of another model. So fitting writes down which others acted, each
-with a few of its values, since names change from one session to the next.
+An eraser or a feature that was fitted while other adapters acted is only right for the model with them. So fitting
+records which others acted, each with a few of its values, since names change from one session to the next.
 
 Values are correlated within each weight, about its own mean and in units of its own spread: otherwise norms near one
-among matrices near zero would make any two models alike. Weights that are constant take no part in that.
+and matrices near zero would make any two models correlate. Constant weights are left out of the correlation.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from ..common.placement import QUANTISED, is_quantised, numbers_of, shared_weigh
 
 Rename = Callable[[str], str]
 
-# Values that are kept of a weight at most, of all weights together, and of a weight at least: enough for a correlation,
-# and a configuration stays a file of some hundred kilobytes.
+# How many values are kept: of a weight at most, of all weights together, and of a weight at least. They are enough for
+# a correlation, and the configuration file stays at some hundred kilobytes.
 SAMPLES, TOTAL, FEWEST = 64, 2048, 4
-# Below this correlation of the sampled values the weights are those of another model, not a further training of it.
+# Below this correlation of the sampled values the weights are those of another model, not of one trained further.
 RELATED = 0.9
-# Packed into 2 bits a normal sample still correlates by 0.85 with itself, and 64 values of another model by 0 ± 0.13.
+# A normal sample still correlates by 0.85 with its copy in 2 bits, and 64 values of another model by 0 ± 0.13.
 RELATED_QUANTISED = 0.5
-# 4 bits in groups leave 0.99 of a normal sample, 8 bits 0.9999; below this, what differs is not rounding of theirs.
+# A normal sample correlates by 0.99 with its copy in 4 bits, 0.9999 in 8 bits. Below this, more than rounding differs.
 ROUNDED = 0.97
-# One matrix that is another's, among others that are the same; of fewer values chance alone may say so.
+# With at least so many values, one matrix below this correlation means another model, even if all others are the same.
 ENOUGH_OF_ONE, RELATED_ONE = 16, 0.5
-# New rows that differ from others by at most this share of the spread of the weight: both are the mean of the old ones.
+# New rows of two models differ by at most this share of the weight's spread if both were made as means of old rows.
 _NEARLY = 1e-2
 ANY_BASE = "HF_ERASURE_ANY_BASE"
-# So many tensors of another adapter are looked at, two values of each.
+# How many tensors of another adapter are sampled, with two values of each.
 _TENSORS = 16
-# What rounding to bfloat16 may change of a value, relative to it, with a margin.
+# The relative change of a value by rounding to bfloat16, with a margin.
 _ROUNDING = 2.0**-7
 
 
@@ -73,11 +73,11 @@ def fingerprint(model: nn.Module, sites: list[str]) -> dict[str, Any]:
 
 
 def recognise(model: nn.Module, config: ChildConfig) -> None:
-    """Give a fitted adapter the names that its modules have in the model it is about to be attached to.
+    """Check the model that a fitted adapter is attached to, and rename the adapter's modules as this model names them.
 
-    Refused is a model without one of the sites, with a weight that its tensors do not fit, or of other weights; the
-    last is a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1. Warned of are weights that were trained
-    further or cannot be read. Where tokens were added or removed, the rows that both have are compared.
+    A model that lacks a site, that has a weight which the tensors do not fit, or that has other weights is refused;
+    other weights are only a warning where the environment variable `HF_ERASURE_ANY_BASE` is 1. Weights that were
+    trained further or cannot be read give a warning. After tokens were added or removed, only common rows are compared.
     """
     try:
         rename = renaming(model, config.fitted_modules)
@@ -105,7 +105,7 @@ def recognise(model: nn.Module, config: ChildConfig) -> None:
 
 
 def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> list[_Pair]:
-    """The samples of a fingerprint with what this model has there; refuses weights of another shape."""
+    """Pair a fingerprint's samples with this model's values at the same places; weights of other shape are refused."""
     pairs, unread, of_tokens = [], [], functools.cache(lambda: _token_weights(model))
     for name, sample in kept.items():
         _check_sample(name, sample)
@@ -119,7 +119,7 @@ def _pairs_of(model: nn.Module, config: ChildConfig, kept: dict[str, Any]) -> li
             _check_shape(name, shape, sample["shape"], config, is_resized)
             if not is_resized:
                 continue
-        size = max(1, math.prod(shape[1:]))  # of a row
+        size = max(1, math.prod(shape[1:]))  # the size of a row
         common = min(shape[:1] + sample["shape"][:1], default=1) * size
         positions = torch.tensor([p for p in sample["positions"] if p < common], device="cpu", dtype=torch.long)
         values = torch.tensor(sample["values"][: len(positions)], device="cpu", dtype=torch.double)
@@ -153,7 +153,7 @@ def sampled_again(model: nn.Module, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
-    """The weight that differs most of two fingerprints of the same places; nothing where rounding explains it all."""
+    """The weight that differs most between two fingerprints of the same places; empty if only rounding differs."""
     pairs = []
     for name in kept.keys() & seen.keys():
         _check_sample(name, kept[name])
@@ -168,12 +168,12 @@ def unlike(kept: dict[str, Any], seen: dict[str, Any]) -> str:
 
 @dataclass
 class _Pair:
-    """Sampled values of one weight, as they are here and as they were where the adapter was fitted."""
+    """Sampled values of one weight: `seen` in this model, and `kept` where the adapter was fitted."""
 
     name: str
     seen: Tensor
     kept: Tensor
-    dtypes: set[str]  # with `QUANTISED` where a quantiser has packed one of the two
+    dtypes: set[str]  # contains `QUANTISED` where a quantiser has packed one of the two weights
     is_matrix: bool
 
     def differ(self) -> Tensor:
@@ -186,11 +186,11 @@ class _Pair:
 
 
 def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
-    """The correlation of all values within their weights, and how far they moved, by their spread; nan of constants."""
+    """Correlate all values within their weights; and how far they moved, as a share of spread. Constants give nan."""
     parts = []
     for pair in pairs:
         spread = pair.kept.std(correction=0)
-        if spread > 1e-6 * pair.kept.abs().max():  # rounding makes a spread of what is constant
+        if spread > 1e-6 * pair.kept.abs().max():  # rounding gives constant values a small spread
             seen, kept = pair.seen - pair.seen.mean(), pair.kept - pair.kept.mean()
             parts.append(torch.stack([seen, kept, pair.seen - pair.kept]) / spread)
     if not parts:
@@ -201,7 +201,7 @@ def _correlation(pairs: list[_Pair]) -> tuple[float, float]:
 
 
 def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConfig, is_resized: bool) -> None:
-    """Raise where a weight of another shape is in the way of an adapter; of more or fewer tokens it is not always."""
+    """Raise an error if an adapter cannot act on a weight of another shape; other numbers of tokens may be allowed."""
     is_in_the_way, told = config.has_size_of(name, kept), f"The {config.described} was fitted on {_fitted_on(config)}"
     if is_resized and is_in_the_way:
         raise ValueError(
@@ -215,19 +215,19 @@ def _check_shape(name: str, shape: list[int], kept: list[int], config: ChildConf
 
 
 def _refuse_another_base(told: str, remedy: str, *, always: bool = False) -> None:
-    """Raise a `ValueError`, or warn where the environment says that the adapter is to be loaded all the same."""
+    """Raise a `ValueError`, or only warn where the environment variable allows any base, unless `always`."""
     if always:
         raise ValueError(f"{told}. {remedy}")
     if os.environ.get(ANY_BASE, "").lower() not in ("1", "true", "yes", "on"):
-        raise ValueError(f"{told}. {remedy} To load it all the same, set the environment variable {ANY_BASE}=1.")
-    warn_user(f"{told}. It is loaded all the same, since {ANY_BASE} is set.")
+        raise ValueError(f"{told}. {remedy} To load it anyway, set the environment variable {ANY_BASE}=1.")
+    warn_user(f"{told}. It is loaded anyway, since {ANY_BASE} is set.")
 
 
 def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: ChildConfig) -> _Pair:
-    """The values of rows that were not made anew, since tokens were added, where the adapter was fitted or here.
+    """Leave out the values of rows that were made when tokens were added to this model or to the fitted one.
 
-    They were where all values before some row are the same, and after it all differ, or by next to nothing. `rows` are
-    those of the sampled values, and `last_changed` is the last one that the adapter changes.
+    Rows are taken as new from the first row that differs, if from there on all values differ, or differ very little.
+    `rows` are the rows of the sampled values, and `last_changed` is the last row that the adapter changes.
     """
     differ = pair.differ()
     first = int(rows[differ].min())
@@ -236,11 +236,11 @@ def _without_new_rows(pair: _Pair, rows: Tensor, last_changed: int, config: Chil
         return pair
     if config.has_size_of(pair.name, []) and last_changed >= first:
         _refuse_another_base(
-            f"The {config.described} changes rows of added tokens: those of {pair.name!r} from row {first} or before "
-            f"are not those it was fitted on ({_fitted_on(config)}), since resize_token_embeddings makes new rows anew "
-            "each time",
-            "Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter into that "
-            "one.",
+            f"The {config.described} changes rows of added tokens: {pair.name!r} has, from row {first} or before, "
+            f"other rows than those it was fitted on ({_fitted_on(config)}), since resize_token_embeddings "
+            "initialises new rows anew each time",
+            "Save the resized model, model.save_pretrained(folder) without adapters, and load the adapter into this "
+            "saved model.",
         )
     return replace(pair, seen=pair.seen[~new], kept=pair.kept[~new])
 
@@ -251,7 +251,7 @@ def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
         return
     correlation, drift = _correlation(pairs)
     if related == RELATED_QUANTISED and correlation >= ROUNDED:
-        return  # what a quantiser has rounded off cannot be told from further training
+        return  # a quantiser's rounding cannot be told from further training
     worst = min(changed, key=_one)
     is_another = worst.is_matrix and worst.seen.numel() >= ENOUGH_OF_ONE and not _one(worst) >= RELATED_ONE
     is_finite = all(bool(pair.seen.isfinite().all()) for pair in changed)
@@ -273,13 +273,13 @@ def _compare(pairs: list[_Pair], config: ChildConfig, related: float) -> None:
 
 
 def _one(pair: _Pair) -> float:
-    """The correlation of one weight's values, 1 for what says nothing."""
+    """The correlation of one weight's values; 1 for constant values, which have none."""
     correlation, _ = _correlation([pair])
     return 1.0 if math.isnan(correlation) else correlation
 
 
 def _check_sample(name: str, sample: Any) -> None:
-    """A fingerprint comes out of a file like everything else."""
+    """Check a sample of a fingerprint, since a file may hold any value."""
     types = {"shape": list[int], "dtype": str, "positions": list[int], "values": list[float]}
     if not (
         isinstance(sample, dict)
@@ -294,7 +294,7 @@ def _check_sample(name: str, sample: Any) -> None:
 
 
 def _fitted_on(config: ChildConfig) -> str:
-    """What an adapter says of its base: where it came from, or else its class."""
+    """The base model that an adapter names: its source and its class, as far as they are known."""
     name, kind = config.base_model_name_or_path, Provenance.of(config).base_class
     known = f"{name} at {config.revision}" if name and config.revision else name
     return f"{known} ({kind})" if known and kind else known or kind or "another model"
@@ -304,14 +304,14 @@ def _fitted_on(config: ChildConfig) -> str:
 
 
 def renaming(model: nn.Module, names: Iterable[str]) -> Rename | None:
-    """What turns names of modules into those that they have in a model, with or without its prefix; None if not all."""
+    """A function that adds or removes a model's prefix so that it has all the modules; None if no way finds all."""
     names, modules, prefix = list(names), {name for name, _ in model.named_modules()}, f"{prefix_of(model)}."
     ways: tuple[Rename, ...] = (str, lambda name: prefix + name, lambda name: name.removeprefix(prefix))
     return next((rename for rename in ways if all(rename(name) in modules for name in names)), None)
 
 
 def prefix_of(model: Any) -> str:
-    """What stands before the names of the bare model's modules in the same model with a head; may be empty."""
+    """The prefix of the bare model's modules in the same model with a head; may be empty."""
     body = getattr(model, "base_model", None)
     if isinstance(body, nn.Module) and body is not model:
         return next(name for name, module in model.named_modules() if module is body)
@@ -319,7 +319,7 @@ def prefix_of(model: Any) -> str:
 
 
 def rename_fitted(config: ChildConfig, rename: Rename) -> None:
-    """Let a fitted adapter act at the modules of other names, and say so in all that it has written down of them."""
+    """Rename the modules of a fitted adapter, everywhere in its configuration."""
     at = list(config.fitted_modules)
     config.provenance = dict(config.provenance)
     for key in ("fitted_sites", "fitted_parameters"):
@@ -333,16 +333,16 @@ def rename_fitted(config: ChildConfig, rename: Rename) -> None:
         config.provenance[key] = {rename(name) if name in at else name: value for name, value in figures.items()}
     kept = config.provenance.get("fingerprint") or {}
     config.provenance["fingerprint"] = {rename(name): sample for name, sample in kept.items()}
-    # Patterns were made for the other names; where it acts is known.
+    # Patterns were made for the old names; they are not needed, since the modules are known.
     for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         setattr(config, key, None)
 
 
 def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
-    """Name the sites that are missing, and where they are: in a head that is not here, or below one of the modules."""
+    """Raise a `ValueError` that names missing sites, and where they are: in another head, or below a child module."""
     sites, names = list(config.fitted_modules), {name for name, _ in model.named_modules()}
     base_class, prefix = Provenance.of(config).base_class, f"{prefix_of(model)}."
-    missing = [site for site in sites if site not in names]  # where some have another name here, those without one
+    missing = [site for site in sites if site not in names]  # sites that only have another name here are left out
     missing = [site for site in missing if not {prefix + site, site.removeprefix(prefix)} & names] or missing
     others = f" and {len(missing) - 1} other modules" if missing[1:] else ""
     below = (child for child, _ in model.named_children() if all(f"{child}.{site}" in names for site in sites))
@@ -364,8 +364,8 @@ def _refuse_absent(model: nn.Module, config: ChildConfig) -> None:
 
 
 def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
-    """Names of the weights at each site, and of a matrix next to it where it has none that can be read."""
-    tied = shared_weights(model)  # of a tied weight one name is enough, the same wherever the model is
+    """Names of the weights at each site, and of the next matrix where a site has no matrix that can be read."""
+    tied = shared_weights(model)  # one name of a tied weight is enough, the same one on every device
     first = {name: tied.get(name, [name])[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     weights = {n: model.get_parameter(n) for n, known in first.items() if n == known and "lora_" not in n}
     matrices = {name: weight for name, weight in weights.items() if weight.dim() > 1 or is_quantised(weight)}
@@ -376,7 +376,7 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for site in sites:
         here = [name for name in own.get(site, []) if "lora_" not in name and readable(name)]
-        if not matrices.keys() & here:  # the next is one inside the module, or else inside the one around it, and so on
+        if not matrices.keys() & here:  # the next is one inside the module, or inside the one around it, and so on
             parts = site.split(".")
             around = [".".join([*parts[:depth], ""]) for depth in range(len(parts), -1, -1)]
             near = (name for place in around for name in matrices if name.startswith(place) and readable(name))
@@ -386,16 +386,16 @@ def _telling_weights(model: nn.Module, sites: list[str]) -> list[str]:
 
 
 def _sampled(weight: Tensor, dtype: str, positions: Tensor) -> dict[str, Any]:
-    # Nothing else of the weight is read, however it lies in memory; one without axes has one here.
+    # Only these values of the weight are read, whatever its strides; `None` gives a weight without axes one axis.
     values = weight[None][torch.unravel_index(positions.to(weight.device), (1, *weight.shape))].to("cpu", torch.double)
     return {"shape": list(weight.shape), "dtype": dtype, "positions": positions.tolist(), "values": values.tolist()}
 
 
 def _token_weights(model: nn.Module) -> set[str]:
-    """The names of the weights with a row for each token; none of a model without tokens."""
+    """The names of the weights with a row for each token; empty for a model without tokens."""
     layers: list[Any] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(NotImplementedError, AttributeError):  # of a model without
+        with suppress(NotImplementedError, AttributeError):  # a model without such a layer raises them
             layers.append(innermost(getattr(model, getter)()))
     layers = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
     counts = {layer.weight.shape[0] for layer in layers if isinstance(layer.weight, Tensor)}
@@ -413,7 +413,7 @@ def _token_weights(model: nn.Module) -> set[str]:
 
 
 def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
-    """The other adapters that act, as fitting writes them down: `{"name", "kind", "sample"}` of each."""
+    """The other adapters that act, as fitting records them: `{"name", "kind", "sample"}` for each."""
     now = adapters_now(model)
     configs = {name: now.configs.get(name) for name in now.acting if name != adapter_name}
     fitted = [name for name, config in configs.items() if not isinstance(config, ChildConfig) or config.fitted]
@@ -421,7 +421,7 @@ def active_beside(model: nn.Module, adapter_name: str) -> list[dict[str, Any]]:
 
 
 def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
-    """A record without some adapters, and without what it has twice."""
+    """A record without the adapters of these names, and without double entries."""
     left: list[Any] = []
     for entry in record:
         if entry not in left and (not isinstance(entry, dict) or entry.get("name") not in names):
@@ -430,11 +430,11 @@ def without(record: Iterable[Any], names: Collection[Any]) -> list[Any]:
 
 
 def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
-    """In words, how the other adapters that act differ from those that acted at fitting; empty if they are the same."""
+    """A text that says how the other acting adapters differ from those that acted at fitting; empty if they do not."""
     now = adapters_now(model)
     config = now.configs.get(adapter_name)
     record = Provenance.of(config).active_adapters if isinstance(config, ChildConfig) and config.fitted else None
-    if record is None:  # of an older release
+    if record is None:  # an older release did not write it
         return ""
     gone, come = list(record), active_beside(model, adapter_name)
     for entry in record:
@@ -452,22 +452,22 @@ def other_than_when_fitted(model: nn.Module, adapter_name: str) -> str:
         elif entry.get("name") in now.loaded:
             said.append(f"{called} was on and is off now")
         else:
-            said.append(f"{called} was on and is not loaded here, unless it is part of the weights")
+            said.append(f"{called} was on and is not loaded here, unless it is merged into the weights")
     said += [f"the {entry['kind']} {entry['name']!r} is on and was not" for entry in come]
     said += changed
     if not said:
         return ""
     return (
-        f"Other adapters act here than when {adapter_name!r} was fitted: {'; '.join(said)}. What was measured then "
-        "holds for the model of then: switch on what was on, or fit again."
+        f"Other adapters act here than when {adapter_name!r} was fitted: {'; '.join(said)}. What was measured at "
+        "fitting holds only with the adapters of that time: switch on the same ones, or fit again."
     )
 
 
 def _sample(model: nn.Module, name: str, config: Any) -> list[float]:
-    """A few values by which an adapter is known again; none where they are elsewhere, or in parts."""
+    """A few values by which an adapter can be recognised; empty where they are offloaded or sharded."""
     named = [*model.named_parameters(), *model.named_buffers()]
     own = {key: tensor for key, tensor in named if name in key.split(".")[-2:] and "modules_to_save" not in key}
-    # By names without the adapter's own, which may be another one in another session.
+    # Keys are sorted without the adapter's own name, which may differ in another session.
     keys = sorted((key for key in own if own[key].numel()), key=lambda key: key.replace(f".{name}", ""))
     keys = keys[:: math.ceil(len(keys) / _TENSORS)] if keys else []
     found = []

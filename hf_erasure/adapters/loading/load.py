@@ -1,11 +1,11 @@
 """Loading an adapter into a transformers model, into a `PeftModel`, or by `PeftModel.from_pretrained`.
 
-The three functions at the top are called in the place of those of transformers and PEFT, and leave adapters of other
-methods to them. One of this package is read and checked before PEFT attaches it, and what fails is undone.
+Three functions here replace those of transformers and PEFT, and call them for adapters of other methods. An adapter of
+this package is read and checked before PEFT attaches it, and a load that fails is undone.
 
-Anybody may have written an adapter. Its configuration, and the names, types and shapes in the first bytes of its
-safetensors file, must describe the same adapter, so that what loading allocates is what the file has. Values are
-checked when they have arrived. Never read is a pickle, nor what a link outside of the folder leads to.
+The files of an adapter may come from a stranger. The configuration must describe the same adapter as the names, types
+and shapes in the header of the safetensors file, so that loading allocates only what the file has. Values are checked
+after they are loaded. A pickle is never read, and a link to a file outside of the folder is not followed.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from ..saving import finish
 from .fingerprint import other_than_when_fitted, prefix_of
 
 T = TypeVar("T")
-# Bytes. How much of a smaller file is on disk does not matter: it cannot fill the memory.
+# In bytes. A smaller file cannot fill the memory, so it is not checked how much of the file is really on disk.
 _SMALL = 2**28
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter is read from."""
+    """The place from which an adapter is read."""
 
-    name: str  # A folder, or the id of a repository on the Hub
-    subfolder: str  # where in it
-    options: dict[str, Any]  # what `hf_hub_download` takes besides
+    name: str  # a folder, or the id of a repository on the Hub
+    subfolder: str  # the adapter's folder inside it; may be empty
+    options: dict[str, Any]  # other arguments of `hf_hub_download`
     folder: Path  # the folder with the adapter's files
-    is_folder: bool  # whether it is a folder on this machine
+    is_folder: bool  # whether `name` is a folder on this machine
 
     @classmethod
     def of(cls, name: Any, *options: Any) -> Source:
-        """Read the options of a call that loads an adapter; of those that come twice the last one counts."""
+        """Read the options of a call that loads an adapter; where an option is given twice, the last value counts."""
         given = {key: value for part in options for key, value in (part or {}).items() if value is not None}
         known = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename", "subfolder", "local_dir"}
         taken = {key: value for key, value in given.items() if key in known}
@@ -63,7 +63,7 @@ class Source:
         return cls(name, subfolder, taken, Path(name, subfolder), os.path.isdir(name))
 
     def file(self, name: str) -> Path | None:
-        """A file of the adapter, downloaded if need be; None where it has none of that name."""
+        """A file of the adapter, which is downloaded if needed; None if the adapter has no file of that name."""
         if self.is_folder:
             path = self.folder / name
             return path if os.path.lexists(path) else None
@@ -77,24 +77,24 @@ class Source:
 
 @dataclass(frozen=True)
 class Read:
-    """What was read of an adapter."""
+    """The parts of an adapter that were read."""
 
     config: ChildConfig | None = None  # its configuration; None where it is not an adapter of this package
-    # Its tensors by their names without PEFT's prefix, in memory of their own.
+    # Its tensors by their names without PEFT's prefix; they do not share memory with the file.
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    unseen: str | None = None  # why its files could not be looked at
+    unseen: str | None = None  # the reason why its files could not be checked
     # The configuration that the caller gave for this load; it becomes the adapter's own.
     given: PeftConfig | None = None
 
 
-# What `from_pretrained` has read when it calls `load_adapter`.
+# The adapter that `from_pretrained` has read before it calls `load_adapter`.
 _READ: ContextVar[Read | None] = ContextVar("read", default=None)
 
 
 @contextmanager
 def undone_or_told(model: nn.Module, newcomer: str) -> Iterator[None]:
-    """Undo a load that fails, and say after another what went off, and what acts among others than at fitting."""
-    is_part = acting.ADDING.get()  # of a load that says it
+    """Undo a load that fails. After a load, warn of adapters that went off or act beside others than at fitting."""
+    is_part = acting.ADDING.get()  # it is a part of a load that warns
     with acting.undone_on_failure(model, newcomer), acting.naming_what_goes_off(model, newcomer):
         known = () if is_part else acting.adapters_now(model).configs
         before = {name: other_than_when_fitted(model, name) for name in known}
@@ -139,13 +139,13 @@ def load_adapter(original: Callable, model: Any, *args: Any, **kwargs: Any) -> A
             layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
             for layer in layers:
                 layer.requires_grad_(False)
-    # Nothing is missing and nothing too many; releases have other fields.
+    # All fields are empty, since no tensor is missing or unexpected; the fields differ between releases.
     hints = get_type_hints(LoadStateDictInfo)
     return LoadStateDictInfo(**{field: (get_origin(hint) or hint)() for field, hint in hints.items()})
 
 
 def load_into_peft_model(original: Callable, model: PeftModel, *args: Any, **kwargs: Any) -> Any:
-    """`PeftModel.load_adapter`, also over an adapter that is there."""
+    """`PeftModel.load_adapter`, which may also load new values into an adapter that is already there."""
     call = inspect.signature(original).bind(*args, **kwargs)
     adapter_name, is_trainable = call.arguments["adapter_name"], call.arguments.get("is_trainable", False)
     present = model.peft_config.get(adapter_name)
@@ -157,7 +157,7 @@ def load_into_peft_model(original: Callable, model: PeftModel, *args: Any, **kwa
         if present is None:
             read.config.inference_mode = not is_trainable
             model.add_adapter(adapter_name, read.config)
-            if is_trainable and hasattr(model, "set_requires_grad"):  # older releases have left it so
+            if is_trainable and hasattr(model, "set_requires_grad"):  # older releases do not have it
                 model.set_requires_grad(adapter_name)
         _take(model, adapter_name, read)
         if not is_trainable:
@@ -175,7 +175,7 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
         if read.config is None:
             return _by_others(read, original, call)
         given["config"] = read.config
-        # With the map of an offloaded model PEFT would spread it anew, and bring back what is offloaded.
+        # If PEFT saw the device map of an offloaded model, it would dispatch the model anew and load offloaded weights.
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if "hf_device_map" in vars(base):
             stack.callback(setattr, base, "hf_device_map", vars(base).pop("hf_device_map"))
@@ -183,7 +183,7 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
 
 
 def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> Any:
-    """Let PEFT or transformers load an adapter that is not of this package, as far as could be seen."""
+    """Let PEFT or transformers load an adapter that is not of this package, or whose files could not be checked."""
     token = UNSEEN.set(read.unseen)
     try:
         return original(*call.args, **call.kwargs)
@@ -192,7 +192,7 @@ def _by_others(read: Read, original: Callable, call: inspect.BoundArguments) -> 
 
 
 def _take(model: Any, name: str, read: Read) -> None:
-    """Put a file's values into an adapter; for a head that was not saved, those trained with a LoRA or the model's."""
+    """Store a file's values in an adapter; a head that was not saved is copied from a LoRA, or else from the model."""
     if read.given is not None:
         read.given.__dict__.update(vars(model.peft_config[name]))
         model.peft_config[name] = read.given
@@ -202,7 +202,7 @@ def _take(model: Any, name: str, read: Read) -> None:
         for child in adapter_children(base, name):
             stem = f"{child.path}.{child.child_name}"
             values = {part: named.get(f"{stem}.{part}") for part in child.stores(name)}
-            # Where accelerate runs a module whose weights it keeps elsewhere.
+            # The device where accelerate runs a module whose weights it has offloaded.
             hook: Any = getattr(child.host, "_hf_hook", None)
             devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", [hook])]
             child.take(name, values, next((device for device in devices if device is not None), None))
@@ -230,10 +230,10 @@ def _take(model: Any, name: str, read: Read) -> None:
 def read_adapter(
     model: Any, source: Source, config: PeftConfig | None = None, *, is_given: bool = True, pickled: bool = False
 ) -> Read:
-    """Read an adapter and check all that can be before it is in a model; a save that was killed is finished first.
+    """Read an adapter and check it before it is attached to a model; a save that was killed is finished first.
 
-    A `config` that the caller gave for this load takes over what fitting wrote into the saved one, so that the one that
-    the adapter was made with will do; otherwise it is that of an adapter which is overwritten.
+    If `is_given`, the caller gave `config` for this load: it takes over what fitting wrote into the saved one, so that
+    a configuration from before the fit is enough. Otherwise `config` is that of an adapter which is overwritten.
     """
     if os.path.lexists(source.folder / COMMIT):
         finish(source.folder)
@@ -242,7 +242,7 @@ def read_adapter(
     except Exception as error:
         if isinstance(config, ChildConfig):
             raise
-        return Read(unseen=f"{type(error).__name__}: {error}")  # PEFT says better what went wrong
+        return Read(unseen=f"{type(error).__name__}: {error}")  # PEFT's own error is clearer
     seen, given = _stamps(file), None
     stated = config if file is None else _config_of(file, source)
     if is_given and isinstance(config, ChildConfig):
@@ -252,11 +252,11 @@ def read_adapter(
     config = config or stated
     if isinstance(stated, ChildConfig) and type(config) is not type(stated):
         raise ValueError(
-            f"{str(source.folder)!r} holds the {stated.described}, and the configuration that is given is a "
+            f"{str(source.folder)!r} holds the {stated.described}, but the given configuration is a "
             f"{type(config).__name__}: leave it out, or give one of the same kind."
         )
     if not isinstance(config, ChildConfig):
-        return Read(unseen=None if isinstance(config, PeftConfig) else f"there is no {CONFIG}")
+        return Read(unseen=None if isinstance(config, PeftConfig) else f"{CONFIG} is missing")
     if pickled:
         raise ValueError(f"use_safetensors=False would load a pickle as the {config.described}: leave it out.")
     weights = _weights_of(source, file)
@@ -265,7 +265,7 @@ def read_adapter(
     try:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         check_tensors(weights, config, base, getattr(stated, "modules_to_save", None))
-        with torch.device("cpu"):  # older releases of safetensors read to the default device
+        with torch.device("cpu"):  # older releases of safetensors read onto the default device
             tensors = {name.removeprefix(PREFIX): value.clone() for name, value in load_file(weights).items()}
     except Exception as error:
         failed = error
@@ -277,14 +277,14 @@ def read_adapter(
 
 
 def _config_of(file: Path, source: Source) -> PeftConfig:
-    """The configuration in a file if it is one of ours; an empty one if it is one of PEFT's."""
+    """The configuration in a file if it is of this package; an empty `PeftConfig` if it is of another method."""
     if source.is_folder:
         _check_link(file, source)
     content = read_config(file)
     kind = content.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
-            f"{str(file)!r} says peft_type={short(kind)}, which this PEFT does not know: the file is damaged, or "
+            f"{str(file)!r} has peft_type={short(kind)}, which this PEFT does not know: the file is damaged, or "
             "made for a newer release."
         )
     if not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], ChildConfig):  # type: ignore[index]
@@ -293,7 +293,7 @@ def _config_of(file: Path, source: Source) -> PeftConfig:
 
 
 def _weights_of(source: Source, config: Path | None) -> Path:
-    """The file with the tensors, in a repository that of the commit that the configuration is of."""
+    """The file with the tensors; from a repository, it is that of the same commit as the configuration."""
     if config is not None and not source.is_folder:
         revision = config.parents[len(Path(source.subfolder).parts)].name
         source = replace(source, options={**source.options, "revision": revision})
@@ -307,7 +307,7 @@ def _weights_of(source: Source, config: Path | None) -> Path:
 
 
 def _check_link(file: Path, source: Source) -> None:
-    """A link may lead to a place in the folder, or, in a cache of the Hub, to that repository's own blobs."""
+    """Refuse a link, unless it leads into the folder or, in a cache of the Hub, to the repository's own blobs."""
     if not file.is_symlink():
         return
     folder, target = Path(os.path.realpath(source.name)), Path(os.path.realpath(file))
@@ -320,7 +320,7 @@ def _check_link(file: Path, source: Source) -> None:
 
 
 def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
-    """What changes when files are replaced, written to, or gone."""
+    """Numbers that change when files are replaced, written to or deleted."""
     found: list[tuple[int, ...]] = []
     for file in files:
         if file is not None:
@@ -334,7 +334,7 @@ def _stamps(*files: Path | None) -> list[tuple[int, ...]]:
 
 
 def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list[str] | None) -> None:
-    """Compare names, types and shapes in a file with its configuration; of `modules_to_save` those that are `saved`."""
+    """Compare names, types and shapes in a file with its configuration; `saved` are the modules that it must hold."""
     found = rename_tensors(read_header(file), config, prefix_of(model))
     where = f"in {str(file)!r}"
     kind = (config.peft_type or "").lower()
@@ -345,7 +345,7 @@ def check_tensors(file: Path, config: ChildConfig, model: nn.Module, saved: list
     if not config.fitted:
         filled = next((name for name, (_, shape) in own.items() if any(shape)), None)
         if filled is not None:
-            raise ValueError(f"The {config.described} was never fitted, and yet {filled!r} {where} has values.")
+            raise ValueError(f"The {config.described} was never fitted, but {filled!r} {where} has values.")
         return
     fault = fault_of(own, config, where)
     if fault is not None:
@@ -369,7 +369,7 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with safe_open(file, framework="pt") as content:
             tensors = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118  it is not a mapping
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in tensors.items()}
-    except (SafetensorError, RuntimeError) as error:  # the latter where it cannot be mapped
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError if it cannot be mapped into memory
         raise ValueError(
             f"{str(file)!r} is damaged, or is not a safetensors file ({error}): copy or download it again."
         ) from error
@@ -382,11 +382,11 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def _check_saved(
     found: dict[str, tuple[int, ...]], config: ChildConfig, model: nn.Module, saved: list[str] | None, where: str
 ) -> None:
-    """Of tensors that are not the adapter's, only those of `modules_to_save` may come, and those of `saved` must.
+    """Check the tensors that are not the adapter's: only those of `modules_to_save` are allowed, and `saved` must come.
 
-    A class of PEFT adds its head to those of `config`; where an adapter was saved without one, the model's own stays.
+    A task class of PEFT adds its head to the `config`; if the adapter was saved without one, the model's head stays.
     """
-    wanted: dict[str, tuple[int, ...]] = {}  # name → shape, of what `modules_to_save` mean here, as PEFT reads it
+    wanted: dict[str, tuple[int, ...]] = {}  # name → shape, for the modules that PEFT matches with `modules_to_save`
     modules: dict[str, Any] = dict(model.named_modules()) if config.modules_to_save else {}
     for path, module in modules.items():
         plain = ".".join(part for part in path.split(".") if part not in ("original_module", "base_layer"))
@@ -398,9 +398,9 @@ def _check_saved(
     of_modules = [name for name in extra if is_saved(name.rpartition(".")[0], config.modules_to_save)]
     if of_modules:
         raise ValueError(
-            f"{of_modules[0]!r} {where} is of a module that was trained with the {config.described}, one of its "
+            f"{of_modules[0]!r} {where} belongs to a module that was trained with the {config.described}, one of its "
             f"{told}. This {type(model).__name__} has no module of that name: load the adapter into a "
-            f"{Provenance.of(config).base_class or 'model like that'}, which it was fitted on."
+            f"{Provenance.of(config).base_class or 'model of the class'} that it was fitted on."
         )
     belong = f"belong neither to the {config.described} nor to its {told}"
     _refuse(extra, f"{where} {belong}: it would change the model itself.")
@@ -415,7 +415,7 @@ def _check_saved(
 
 
 def is_saved(name: str, modules_to_save: Iterable[str] | None) -> bool:
-    """Whether a module is one of `modules_to_save`, which PEFT knows by the ends of their names, or inside of one."""
+    """Whether a module is one of `modules_to_save`, or inside one; PEFT matches the ends of names."""
     ends, parts = tuple(modules_to_save or ()), name.split(".")
     return any(".".join(parts[: depth + 1]).endswith(ends) for depth in range(len(parts)))
 
