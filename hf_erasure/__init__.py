@@ -1,7 +1,7 @@
 """Erase a concept from a Hugging Face model, as an adapter.
 
-Importing this package registers its adapter types with PEFT; from then on `model.add_adapter`, `model.load_adapter`,
-`PeftModel.from_pretrained` and all the other calls of PEFT work with them.
+Importing this package registers its adapter types with PEFT, so that `model.add_adapter`, `model.load_adapter`,
+`PeftModel.from_pretrained` and all other functions of PEFT work with them.
 """
 
 import importlib
@@ -52,7 +52,7 @@ _wrap()
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`hf_erasure.metrics`, which is imported when it is asked for: most programs measure nothing."""
+    """Import `hf_erasure.metrics` when it is first used: most programs do not need it."""
     if name == "metrics":
         return importlib.import_module("hf_erasure.metrics")
     raise AttributeError(f"module 'hf_erasure' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Modules that README and docs named by paths which are gone: for one release they are found, and say what is new."""
+"""Modules that have moved: their old paths, which README and docs named, still work for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# A module of before → where its names are now, within this package; the first that has a name counts.
+# Old module → the modules of this package that have its names now; a name is taken from the first that has it.
 MOVED: dict[str, tuple[str, ...]] = {
     "adapters.config": ("adapters", "adapters.erasure.config"),
     "adapters.gradiend_config": ("adapters", "adapters.gradiend.config"),
@@ -41,7 +41,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class _Moved(ModuleType):
-    """A module of before; what is taken from it comes from where it is now, with a warning."""
+    """A module at an old path; a name is taken from the module that has it now, with a warning."""
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("__"):
@@ -49,8 +49,8 @@ class _Moved(ModuleType):
                 found = getattr(import_module(f"{_PACKAGE}.{place}"), name, None)
                 if found is not None:
                     warnings.warn(
-                        f"{self.__name__}.{name} has moved: from {_PACKAGE}.{place} import {name}. The path of before "
-                        "works in this release, and not in the next.",
+                        f"{self.__name__}.{name} has moved: from {_PACKAGE}.{place} import {name}. The old path works "
+                        "in this release, but not in the next.",
                         DeprecationWarning,
                         stacklevel=2,
                     )
@@ -59,22 +59,22 @@ class _Moved(ModuleType):
 
 
 class _Finder(Loader):
-    """Finds modules of before, after all other finders have not."""
+    """Finds modules at old paths, if no other finder has found them."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        """The module of that name; None for all others."""
+        """The specification of a module at an old path; None for all other modules."""
         package, _, name = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == _PACKAGE and name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An empty one."""
+        """Create an empty module."""
         return _Moved(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: what is in it is looked up when it is asked for."""
+        """Do nothing: names are looked up when they are first used."""
 
 
 def install() -> None:
-    """Let paths of before be found; called again, as after a reload, it takes the place of the former call."""
+    """Make old paths work; a second call, as after a reload, replaces the finder of the first."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
     sys.meta_path.append(_Finder())

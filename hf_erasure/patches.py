@@ -1,10 +1,10 @@
-"""Every function of PEFT, transformers and Trainer that is wrapped, in one table.
+"""All functions of PEFT, transformers and Trainer that are wrapped, in one table.
 
-Each of them is a place where they offer no hook, and above it stands what it does not do. A wrapper calls the original
-and adds that; without an adapter of this package in the model it does nothing else. Where a release lacks a function,
-importing this package fails with a sentence, or, where the line says what does not work then, warns of that.
+Each is at a place without a hook, and the comment above its line says what it does wrong or lacks. A wrapper calls the
+original and mends this; without an adapter of this package in the model it only calls the original. If a release lacks
+a function, importing this package raises an error, or warns if the line says (`without`) what then does not work.
 
-Trainer is wrapped when a program imports it: it imports `datasets`, which takes longer than this package.
+Trainer is wrapped when a program imports it, since it imports `datasets`, which takes longer than this package.
 """
 
 from __future__ import annotations
@@ -26,50 +26,50 @@ from .adapters.loading import load
 from .callbacks import trainer
 from .hub import cards, pushing
 
-# On a function that is wrapped: a list with the wrapper of now.
+# An attribute of a wrapped function: a list with its present wrapper.
 _WRAPPERS = "_hf_erasure_wrappers"
 _TRAINER = "transformers.trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patch(Internal):
-    """A function in whose place a wrapper is called."""
+    """A function for which a wrapper is called instead."""
 
-    # Called as `wrapper(original, *args, **kwargs)`. Of a method `original` is bound already, and the instance comes
-    # first among the arguments. None where the function is only looked for.
+    # It is called as `wrapper(original, *args, **kwargs)`. For a method `original` is bound, and the first argument is
+    # the instance. None if the function is only checked for.
     wrapper: Callable[..., Any] | None
-    without: str = ""  # what does not work where a release lacks it; empty where nothing would
-    also: tuple[str, ...] = ()  # other modules in which the same function is
+    without: str = ""  # what does not work if a release lacks the function; empty if the package cannot work without it
+    also: tuple[str, ...] = ()  # other modules that have the same function
 
     def why_missing(self) -> str | None:
-        """What is not as expected; None when all is, or the function is in another of its modules."""
+        """The part that is missing; None if none is, or if another of its modules has the function."""
         missing = super().why_missing()
         return None if any(hasattr(_owner(place), self.name) for place in self.also) else missing
 
 
 def patches() -> tuple[Patch, ...]:
-    """The table, made anew at each call: after a reload the wrappers are other functions. Above each line is why."""
+    """Make the table, anew at each call: after a reload the wrappers are other functions."""
     return *_of_libraries(), *_of_trainer()
 
 
 def _of_libraries() -> tuple[Patch, ...]:
     models, tuners, mixin = "peft.peft_model", "peft.tuners.tuners_utils", "transformers.integrations.peft"
     return (
-        # The class of a task changes the caller's configuration, and what fails afterwards leaves the adapter.
+        # The class of a task changes the caller's configuration, and the adapter stays if it fails afterwards.
         Patch(models, "PeftModel.__init__", ("model", "peft_config", "adapter_name"), wrapper=tuner.make_peft_model),
-        # As load_adapter of transformers; values that a file lacks stay those of the adapter before, and it fails where
-        # the class of a task wants a head that was not saved.
+        # It lacks the same as load_adapter of transformers, below. Values that a file lacks stay those of the former
+        # adapter, and it fails if the class of a task needs a head that was not saved.
         Patch(models, "PeftModel.load_adapter", ("model_id", "adapter_name"), wrapper=load.load_into_peft_model),
-        # An adapter is attached before its files are looked at.
+        # It attaches an adapter before it checks the adapter's files.
         Patch(
             models,
             "PeftModel.from_pretrained",
             ("model", "model_id", "config"),
             wrapper=load.peft_model_from_pretrained,
         ),
-        # A save that is killed leaves half of an adapter, and one may overwrite another's.
+        # A save that is killed leaves half of an adapter, and a save may overwrite another adapter.
         Patch(models, "PeftModel.save_pretrained", ("save_directory",), wrapper=saving.save_pretrained),
-        # Tensors that are missing are left out without a word.
+        # It leaves missing tensors out without an error.
         Patch(
             "peft.utils.save_and_load",
             "get_peft_model_state_dict",
@@ -77,29 +77,29 @@ def _of_libraries() -> tuple[Patch, ...]:
             wrapper=saving.adapter_state_dict,
             also=("peft", "peft.utils", "peft.peft_model", "peft.functional"),
         ),
-        # Another method wraps modules on which children hang, which then do not see what it adds.
+        # Another method wraps modules that have adapters of this package as children, which do not see what it adds.
         Patch(
             tuners, "BaseTuner.inject_adapter", ("model", "adapter_name", "state_dict"), wrapper=tuner.inject_adapter
         ),
-        # Another method merges every layer that it finds, and takes every merge back, children's too.
+        # Another method merges and unmerges every layer that it finds, also those of this package.
         Patch(tuners, "onload_layer", ("layer",), wrapper=tuner.onload_layer),
-        # Another method takes its wrappers away, and the children that hang on them.
+        # Another method removes its wrappers, and with them the adapters of this package that are their children.
         Patch(tuners, "BaseTuner.unload", wrapper=tuner.unload),
-        # As unload.
+        # It removes the same as unload.
         Patch(tuners, "BaseTuner.merge_and_unload", ("safe_merge", "adapter_names"), wrapper=tuner.unload),
-        # Files are not looked at, missing and non-finite values are not noticed, what fails is not undone.
+        # It does not check the files, nor for missing and non-finite values, and does not undo a failed load.
         Patch(mixin, "PeftAdapterMixin.load_adapter", ("peft_model_id", "adapter_name"), wrapper=load.load_adapter),
-        # It stops halfway at a trained module that not every adapter has a copy of; add_adapter calls it last, and does
-        # not say which adapter went off.
+        # It stops halfway at a trained module of which some adapter has no copy; add_adapter calls it last, and does
+        # not say which adapter it switched off.
         Patch(mixin, "PeftAdapterMixin.set_adapter", ("adapter_name",), wrapper=acting.set_adapter),
-        # As save_pretrained of a PeftModel; and it pushes before the card is written.
+        # It lacks the same as save_pretrained of a PeftModel, and pushes before the card is written.
         Patch(
             "transformers.modeling_utils",
             "PreTrainedModel.save_pretrained",
             ("save_directory",),
             wrapper=saving.save_pretrained,
         ),
-        # push_to_hub writes a template over the card of an adapter.
+        # push_to_hub replaces the card of an adapter by a template.
         Patch(
             "transformers.utils.hub",
             "create_and_tag_model_card",
@@ -113,25 +113,25 @@ def _of_libraries() -> tuple[Patch, ...]:
 
 def _of_trainer() -> tuple[Patch, ...]:
     return (
-        # No event comes before a training whose saves would lose an adapter, nor before a log is reported.
+        # There is no event at which to stop a training whose saves would lose an adapter, nor one before a log is sent.
         Patch(
             _TRAINER,
             "Trainer.train",
             wrapper=trainer.train,
-            without="Trainer does not say at its start what its saves will lose, nor log what callbacks measure",
+            without="Trainer does not warn at its start of what its saves will lose, nor log what callbacks measure",
         ),
-        # Of a model with adapters it saves the active one alone, also where it did not train.
+        # It saves only the active adapter of a model with adapters, even if another one was trained.
         Patch(
             _TRAINER,
             "Trainer._save",
             wrapper=trainer.save,
-            without="Trainer saves the active adapter alone, without the weights that were trained under it",
+            without="Trainer saves only the active adapter, without the model's own weights that were trained",
         ),
     )
 
 
 def install() -> None:
-    """Wrap the functions of the table; called again, as after a reload, put the wrappers of now in their place."""
+    """Wrap the functions of the table; a second call, as after a reload, replaces the wrappers by the present ones."""
     wrap(_of_libraries())
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
     if _TRAINER in sys.modules:
@@ -143,10 +143,10 @@ def install() -> None:
 
 
 class _TrainerFinder:
-    """Has Trainer wrapped as soon as its module was imported, which is found as it would be without this finder."""
+    """Wraps Trainer as soon as its module has been imported; the other finders find the module."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        """What the other finders find; None for all other modules."""
+        """The module of Trainer as the other finders find it; None for all other modules."""
         if fullname != _TRAINER:
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
@@ -177,7 +177,7 @@ def wrap(table: tuple[Patch, ...]) -> None:
         if missing is not None:
             warnings.warn(
                 f"hf_erasure wraps {missing}, which {patch.package} {installed(patch.package)} does not have. "
-                f"What does not work here: {patch.without}. Everything else does.",
+                f"What does not work here: {patch.without}. Everything else works.",
                 stacklevel=3,
             )
         elif patch.wrapper is not None:
@@ -202,7 +202,7 @@ def _wrap(patch: Patch, wrapper: Callable[..., Any]) -> None:
 
 
 def _owner(place: str) -> Any:
-    """A class or a module; None where a release does not have it."""
+    """A class or a module; None if a release does not have it."""
     try:
         return resolve_name(place)
     except (ImportError, AttributeError):

@@ -117,7 +117,7 @@ def test_a_documented_path_works(module: str):
     for name, text, value in zip(DOCUMENTED[module], told, found, strict=True):
         assert text.startswith(f"{module}.{name} has moved: from hf_erasure.")
         advice: dict[str, object] = {}
-        exec(text.partition("moved: ")[2].partition(". The path")[0], advice)
+        exec(text.partition("moved: ")[2].partition(". The old path")[0], advice)
         assert advice[name] is value
 
 
