@@ -42,7 +42,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from hf_erasure.models.model import as_attribute
+from hf_erasure.models.model import as_attribute, base_of
 
 from .common.acting import warn_user
 from .common.config import ChildConfig, fault_of, read_config
@@ -289,7 +289,7 @@ def own_tensors(model: Any, adapter_name: str, state_dict: Mapping[str, Any] | N
     """
     config: ChildConfig = model.peft_config[adapter_name]
     is_wrapped = hasattr(model, "get_base_model")
-    base: nn.Module = model.get_base_model() if is_wrapped else model
+    base: nn.Module = base_of(model) if is_wrapped else model
     given, root = state_dict or {}, PREFIX if is_wrapped else ""
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
@@ -407,7 +407,7 @@ def refuse_loss(model: Any, state_dict: Mapping[str, Any] | None = None) -> None
     """Refuse, or warn of, what a save of all of a model's tensors or a `state_dict` would lose of adapters in it."""
     saved: Any = model if getattr(model, "_hf_peft_config_loaded", False) else None
     if isinstance(model, PeftModel):
-        saved = model.get_base_model()
+        saved = base_of(model)
     if all(m is saved or isinstance(m, BaseTuner) or "peft_config" not in vars(m) for m in model.modules()):
         return
     lost = [place for place in adapters_in(model, ChildConfig) if place.owner is not saved]

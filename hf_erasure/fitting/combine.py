@@ -26,7 +26,7 @@ from hf_erasure.adapters.erasure.layer import CHILD
 from hf_erasure.adapters.loading.fingerprint import without
 from hf_erasure.adapters.saving import staged
 from hf_erasure.erasers import Eraser, combine_erasers
-from hf_erasure.models.model import as_attribute, on_cpu
+from hf_erasure.models.model import as_attribute, base_of, on_cpu
 
 from .checkpoint import FitCheckpoint
 from .fit import conclude, solved
@@ -146,7 +146,7 @@ def _combined(model: Any, configs: dict[str, ConceptErasureConfig], into: str, s
             f"This PeftModel takes {getattr(model.peft_type, 'value', model.peft_type)} adapters only: call "
             "combine_adapters(model.get_base_model(), …)."
         )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model) if isinstance(model, PeftModel) else model
     config.target_modules = exactly(list(config.fitted_modules), base)
     with warnings.catch_warnings(), naming_what_goes_off(model, into, expected=list(configs)):
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

@@ -25,6 +25,7 @@ from hf_erasure.adapters.common.config import ChildConfig
 from hf_erasure.adapters.common.files import CARD, CONFIG, root_of, target_of, write_text
 from hf_erasure.adapters.common.lookup import adapter_of
 from hf_erasure.models.heads import HEAD_OF
+from hf_erasure.models.model import base_of
 
 from .facts import PICTURES, CardFacts, facts_of, hub_id, plain, read_object
 from .rendering import OURS, REPLACED_TAGS, Card, adapter_tags, card_of, draw, intact, rendered
@@ -180,7 +181,7 @@ def write_saved_card(folder: Path, model: Any, adapter_name: str) -> None:
 
 def told_by(model: Any) -> dict[str, Any]:
     """The tags and the class of the base model, for the card of an adapter of the model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model) if hasattr(model, "get_base_model") else model
     library = ["transformers"] if isinstance(base, PreTrainedModel) else []
     return {"tags": [*library, *(getattr(base, "model_tags", None) or [])], "base_class": type(base).__name__}
 

@@ -157,7 +157,13 @@ def unwrapped(model: Any) -> Any:
     inner = model._modules.get("_orig_mod", model.__dict__.get("_orig_mod", model))
     while isinstance(inner, _PARALLEL) or type(inner).__name__ == "DeepSpeedEngine":
         inner = inner.module
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return base_of(inner) if hasattr(inner, "get_base_model") else inner
+
+
+def base_of(peft_model: Any) -> Any:
+    """The model inside a `PeftModel`, whose own method fails where no adapter is left."""
+    inner = peft_model.base_model
+    return inner.model if isinstance(inner, BaseTuner) else inner
 
 
 def modules_along(model: nn.Module, path: str) -> list[nn.Module]:

@@ -190,3 +190,50 @@ def test_a_model_is_saved_under_its_own_names_after_an_adapter_came_and_went(kin
             load_file(tmp_path / "saved/model.safetensors").keys()
             == load_file(tmp_path / "base/model.safetensors").keys()
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_peft_model_that_is_left_without_an_adapter_takes_another(kind: str, tmp_path):
+    model = OF[kind].wrapped("bert", "a")
+    expected = outputs(model, "bert")
+    model.save_pretrained(tmp_path)
+    model.delete_adapter("a")
+    model.load_adapter(str(tmp_path / "a"), "a")
+    model.set_adapter("a")
+    assert same(outputs(model, "bert"), expected)
+
+
+OTHERWISE = {
+    "a strength": ("erasure", {"strength": 0.5}),
+    "a side": ("erasure", {"site": "input"}),
+    "a direction": ("GRADIEND", {"feature_factor": -1.0}),
+    "never fitted": ("GRADIEND", None),
+}
+
+
+@pytest.mark.parametrize("otherwise", OTHERWISE)
+def test_values_are_not_loaded_over_an_adapter_that_reads_them_otherwise(otherwise: str, tmp_path):
+    """The configuration of an adapter that is there stays, as PEFT has it; that of the folder would be lost."""
+    kind, fields = OTHERWISE[otherwise]
+    where = {"target_modules": ["encoder.layer.0.attention.self.query"], "task_type": "FEATURE_EXTRACTION"}
+    OF[kind].wrapped("bert", "a", **where).save_pretrained(tmp_path)
+    if fields is None:
+        model = peft.get_peft_model(base("bert"), OF[kind].config(**where), "a").eval()
+    else:
+        model = OF[kind].wrapped("bert", "a", **where, **fields)
+    before = outputs(model, "bert")
+    with pytest.raises(ValueError, match=r"whose configuration stays, has .*call delete_adapter with this one first"):
+        model.load_adapter(str(tmp_path / "a"), "a")
+    assert same(outputs(model, "bert"), before)
+    model.delete_adapter("a")
+    model.load_adapter(str(tmp_path / "a"), "a")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_values_of_another_base_are_not_loaded_over_an_adapter(kind: str, tmp_path):
+    other = roughen(base("bert"), torch.Generator().manual_seed(99))
+    OF[kind].add(other, "bert", "a")
+    other.save_pretrained(tmp_path)
+    model = OF[kind].wrapped("bert", "a")
+    with pytest.raises(ValueError, match="this is another model"):
+        model.load_adapter(str(tmp_path), "a")

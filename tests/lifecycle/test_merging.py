@@ -57,6 +57,18 @@ def test_one_of_two_is_merged_for_good(architecture: str, kind: str, matrix):
     matrix(TABLE, "`merge_and_unload(adapter_names=[…])`", kind, "same")
 
 
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("names", [["b"], ["a", "b"], "ab"])
+def test_a_name_that_no_adapter_has_is_not_merged(names, kind: str):
+    """PEFT passes over it, and returns a model without the adapter."""
+    model = OF[kind].wrapped("bert", "a")
+    before = outputs(model, "bert")
+    for merge in (model.merge_adapter, lambda chosen: model.merge_and_unload(adapter_names=chosen)):
+        with pytest.raises(ValueError, match=r"there is no 'b' to merge; the adapters here are \['a'\]"):
+            merge(names)
+        assert same(outputs(model, "bert"), before)
+
+
 def poison_adapter(kind: str, model: peft.PeftModel, name: str) -> None:
     """Put a NaN into the adapter, at its last module, as a damaged training would."""
     if kind == "erasure":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import peft
+import peft.helpers
 import pytest
 
-from tests.lifecycle.verbs import KINDS, OF, OURS, TABLE, base, children
+from tests.lifecycle.verbs import KINDS, OF, OURS, TABLE, base, children, outputs
+from tests.small_models import same
 
 
 def seen(model: peft.PeftModel) -> dict[str, object]:
@@ -86,3 +88,13 @@ def test_status_without_a_peft_model(kind: str):
     assert status.devices == {"a": ["cpu"], "b": ["cpu"]}
     with pytest.raises(ValueError, match="No adapter layers found"):
         peft.get_model_status(base("bert"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_casting_of_inputs_is_switched_off_for_a_while(kind: str):
+    """PEFT asks every layer whether it casts; ours does so all the same."""
+    model = OF[kind].wrapped("bert", "a")
+    before = outputs(model, "bert")
+    with peft.helpers.disable_input_dtype_casting(model):
+        assert same(outputs(model, "bert"), before)
+    assert same(outputs(model, "bert"), before)

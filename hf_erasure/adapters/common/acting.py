@@ -26,6 +26,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 
+from hf_erasure.models.model import base_of
+
 from .config import ChildConfig
 from .files import PREFIX
 from .layer import AdapterChild, adapter_children, child_configs, configs_of, is_child, refuse_names
@@ -258,7 +260,7 @@ def note_adapters(model: Any, *, deleting: bool = False) -> None:
     adapter, since PEFT deletes the copies next. DDP does not broadcast the buffers of adapters. And the model refuses
     `adapter_names`, which most transformers models accept and ignore; a `PeftModel` reads it and does not pass it on.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model) if hasattr(model, "get_base_model") else model
     within = Within(weakref.ref(base))
     ours = {name for child in adapter_children(base) for name in child.sticky_adapters}
     for wrapper in [] if deleting else auxiliary_wrappers(base).values():
@@ -337,7 +339,7 @@ def undone_on_failure(model: Any, adapter_name: str, *, is_ours: bool = False, i
     PEFT; only the trained copies that our adapters act with are restored. Without `is_ours`, the adapter is recognised
     by what the block has left in the model; without `is_new`, by the configurations of the model.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model) if hasattr(model, "get_base_model") else model
     if id(base) in _UNDONE.get():  # the outer block undoes all
         yield
         return

@@ -69,6 +69,8 @@ class ChildConfig(PeftConfig):
     words: ClassVar[tuple[str, ...]] = ()
     # Whether the user named no modules: `target_modules` was `None` or a word when this process added the adapter.
     has_default_targets = False
+    # The fields that say what the values of a file mean, besides the layout of these.
+    read_with: ClassVar[tuple[str, ...]]
 
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None

@@ -96,6 +96,8 @@ class AdapterChild(nn.Module, BaseTunerLayer):
     # A function that is called after a model's modules have changed; it connects the children with other modules.
     link: ClassVar[Any] = None
     host: nn.Module  # the module that this is a child of
+    # PEFT's `disable_input_dtype_casting` switches it; activations are cast to the precision of the state all the same.
+    cast_input_dtype_enabled = True
     _hook: Callable[[], None]  # lets the adapters act in the forward pass of the host
     _unhook: Callable[[], None]  # undoes what `_hook` did
     _part_in_words: Callable[[str, str], str]  # how messages name a part: (attribute that holds it, adapter) → words

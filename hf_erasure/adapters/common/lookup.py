@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_erasure.models.model import as_attribute, configs_on, modules_along
+from hf_erasure.models.model import as_attribute, base_of, configs_on, modules_along
 
 from .config import ChildConfig
 from .layer import adapter_children
@@ -75,7 +75,7 @@ def adapters_in(model: nn.Module, kind: type[C], only: str | None = None) -> Ite
             if only in (None, name) and isinstance(config, kind) and adapter_children(owner, name):
                 around = modules_along(model, path)
                 outer = next((module for module in around if isinstance(module, PreTrainedModel)), owner)
-                peft_models = (m for m in around if isinstance(m, PeftModel) and m.get_base_model() is owner)
+                peft_models = (m for m in around if isinstance(m, PeftModel) and base_of(m) is owner)
                 holder = next(peft_models, owner)
                 yield Found(name, config, owner, path, outer, holder)
 

@@ -272,6 +272,11 @@ class ChildTuner(BaseTuner):
             known = dict.fromkeys([*self.peft_config, *sorted(sticky)])
             on = [name for name in known if name in sticky and name not in self.active_adapters]
             names = [*on, *self.active_adapters]
+        elif unknown := [name for name in names if name not in acting.adapters_now(self.model).loaded]:
+            here = sorted({name for child in children for name in child.adapters})
+            raise ValueError(
+                f"adapter_names={names!r}: there is no {unknown[0]!r} to merge; the adapters here are {here}."
+            )
         merged = {name for child in children for name in child.merged_adapters}
         left = [name for name in names if name not in merged]
         if merged and not left:

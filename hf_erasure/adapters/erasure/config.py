@@ -124,6 +124,7 @@ class ConceptErasureConfig(ChildConfig):
     places: ClassVar[str] = "sites"
     remedy: ClassVar[str] = "Call fit_concept_erasure(model, batches, adapter_name=…)."
     own_type = CONCEPT_ERASURE
+    read_with = ("fitted", "site", "strength", "target", "labels", "readings")
     words = tuple(WORDS)
     # `weights` when `fitted_modules` was last read, and its result for them.
     _groups = cast("tuple[Any, dict[str, str]]", (None, {}))

@@ -59,6 +59,7 @@ class GradiendConfig(ChildConfig):
     example: ClassVar[str] = "GradiendConfig(feature=…, classes=[…])"
     remedy: ClassVar[str] = "Call GradiendTrainer(model, …, train_dataset=pairs).train()."
     own_type = GRADIEND
+    read_with = ("fitted", "pairs", "pair", "encoders", "feature_factor", "learning_rate")
 
     feature: str = "feature"
     classes: list[str] | None = None

@@ -31,12 +31,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from hf_erasure.models.model import base_of
+
 from ..common import acting
 from ..common.config import ChildConfig, Provenance, fault_of, read_config, short
 from ..common.files import COMMIT, CONFIG, PICKLE, PREFIX, UNSEEN, WEIGHTS
 from ..common.layer import adapter_children
 from ..saving import finish
-from .fingerprint import other_than_when_fitted, prefix_of
+from .fingerprint import other_than_when_fitted, prefix_of, recognise
 
 T = TypeVar("T")
 # In bytes. A smaller file cannot fill the memory, so it is not checked how much of the file is really on disk.
@@ -176,7 +178,7 @@ def peft_model_from_pretrained(original: Callable, cls: type, model: Any, *args:
             return _by_others(read, original, call)
         given["config"] = read.config
         # If PEFT saw the device map of an offloaded model, it would dispatch the model anew and load offloaded weights.
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model) if isinstance(model, PeftModel) else model
         if "hf_device_map" in vars(base):
             stack.callback(setattr, base, "hf_device_map", vars(base).pop("hf_device_map"))
         return original(*call.args, **call.kwargs)
@@ -196,7 +198,7 @@ def _take(model: Any, name: str, read: Read) -> None:
     if read.given is not None:
         read.given.__dict__.update(vars(model.peft_config[name]))
         model.peft_config[name] = read.given
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model) if isinstance(model, PeftModel) else model
     named = rename_tensors(read.tensors, model.peft_config[name], prefix_of(base))
     with torch.inference_mode(False), torch.no_grad():
         for child in adapter_children(base, name):
@@ -255,6 +257,8 @@ def read_adapter(
             f"{str(source.folder)!r} holds the {stated.described}, but the given configuration is a "
             f"{type(config).__name__}: leave it out, or give one of the same kind."
         )
+    if not is_given and isinstance(config, ChildConfig) and isinstance(stated, ChildConfig) and stated is not config:
+        _check_alike(config, stated, base_of(model), source)
     if not isinstance(config, ChildConfig):
         return Read(unseen=None if isinstance(config, PeftConfig) else f"{CONFIG} is missing")
     if pickled:
@@ -263,7 +267,7 @@ def read_adapter(
     seen += _stamps(weights)
     failed: Exception | None = None
     try:
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_of(model) if isinstance(model, PeftModel) else model
         check_tensors(weights, config, base, getattr(stated, "modules_to_save", None))
         with torch.device("cpu"):  # older releases of safetensors read onto the default device
             tensors = {name.removeprefix(PREFIX): value.clone() for name, value in load_file(weights).items()}
@@ -274,6 +278,20 @@ def read_adapter(
     if failed is not None:
         raise failed
     return Read(config, tensors, given=given)
+
+
+def _check_alike(present: ChildConfig, stated: ChildConfig, base: nn.Module, source: Source) -> None:
+    """Refuse values for an adapter that is there and whose configuration, which stays, gives them another meaning."""
+    for name in present.read_with:
+        own, other = getattr(present, name), getattr(stated, name)
+        if own != other:
+            raise ValueError(
+                f"{str(source.folder)!r} holds the {stated.described} with {name}={short(other)}, and the adapter that "
+                f"is there, whose configuration stays, has {name}={short(own)}. Load it under another adapter_name, or "
+                "call delete_adapter with this one first."
+            )
+    if Provenance.of(stated).fingerprint != Provenance.of(present).fingerprint:
+        recognise(base, stated)
 
 
 def _config_of(file: Path, source: Source) -> PeftConfig:
